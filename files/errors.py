@@ -26,9 +26,10 @@ class TreadleError(Exception):
     within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
     source    the user's own line and scope
     hint      what to do about it
-    option    a name that was given as an option of a model, and is none; the command line names the flag that was meant
+    option    a name that was passed as an option of a model, but is not an option; the command line names the flag that
+              was meant
 
-    is_reported  True if another process reports it to the user, so that this one does not
+    is_reported  True if another process reports it to the user, so that this process prints nothing
     """
 
     is_reported = False
@@ -71,7 +72,7 @@ class FrontendError(TreadleError):
 
 
 class CheckpointError(FrontendError):
-    """A checkpoint's files are damaged, hostile, or do not hold what the model needs."""
+    """A checkpoint's files are damaged, hostile, or lack something that the model needs."""
 
 
 class UsageError(TreadleError):

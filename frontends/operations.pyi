@@ -124,7 +124,7 @@ def activated_linear(
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul and in most ONNX files
-    to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
+    to           the dtype of the result and the bias, in which products are summed; None: the dtype of x and the weight
     """
 
 def add(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -213,8 +213,8 @@ def attention(
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. If it is
-             wider than v, weights may be rounded to v's dtype before they multiply v
+    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If
+             it is wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
 def attention_parts(
@@ -237,7 +237,7 @@ def attention_parts(
     Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
     same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
     keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
-    over all of them: `merge_parts`. Attributes are those of `attention`.
+    over all of them: `merge_parts`. Attributes are the same as in `attention`.
     """
 
 def attention_with_probabilities(
@@ -257,7 +257,7 @@ def attention_with_probabilities(
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
     For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
-    may see no key, the probabilities and the result are zeros. Operands and attributes are those of `attention`.
+    may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in `attention`.
     """
 
 def average_pool(
@@ -304,7 +304,7 @@ def cached_attention(
     A slot is written up to the queries, or up to lengths[b]. Later positions are never seen, whatever they hold, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
     `attention`. k and v may have another float dtype than q, for example 16 bits to halve the cache; they are cast when
-    they are read. The gradient is that of the body.
+    they are read. The gradient is the body's gradient.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)
@@ -318,8 +318,8 @@ def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tenso
 
     Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
     integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
-    rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum passes through; not
-    into integers.
+    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so a partial sum passes
+    through; a cast to an integer dtype is not.
     """
 
 def concat(*parts: TensorLike, axis: int = -1, name: str | None = None) -> Tensor:
@@ -384,8 +384,8 @@ def divergence(x: TensorLike, teacher: TensorLike, /, *, temperature: float = 1.
     """y = T^2 (sum of p (ln p - ln q) over the last axis), where p = softmax(teacher / T), q = softmax(x / T)
 
     The divergence of a student's distribution from its teacher's, at a temperature T (Hinton et al. 2015). With the
-    factor T^2 its gradient has the size of that of `cross_entropy` for any T. 16-bit floats are computed in f32, and
-    the result is rounded.
+    factor T^2 its gradient is as large as the gradient of `cross_entropy` for any T. 16-bit floats are computed in f32,
+    and the result is rounded.
     """
 
 def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:
@@ -402,8 +402,8 @@ def embedding(table: TensorLike, indices: TensorLike, /, *, name: str | None = N
 def embedding_sum(*operand: TensorLike, tables: int = 2, name: str | None = None) -> Tensor:
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
-    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: those of positions are
-    [s] next to tokens [b, s]. The sum is taken in the order of the tables.
+    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: positions have the
+    shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
 
     tables  the number of tables, 2 to 8
     """
@@ -474,7 +474,8 @@ def gated_linear(
 
     activation   act: one of activated_linear's, or "none"
     weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
-    to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
+    to           the dtype of the result and the biases, in which products are summed; None: the dtype of x and the
+                 weights
     """
 
 def gather(x: TensorLike, indices: TensorLike, /, *, axis: int = 0, name: str | None = None) -> Tensor:
@@ -547,7 +548,7 @@ def linear(
 
     The weight is [out, in], as in PyTorch checkpoints (torch.nn.functional.linear).
 
-    to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
+    to   the dtype of the result and the bias, in which products are summed; None: the dtype of x and the weight
     """
 
 def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -574,8 +575,8 @@ def logical_or(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> T
 def masked_softmax(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
-    The probabilities of attention, where a query may see no key. If attention is lowered by its body, this is one op
-    for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
+    These are the probabilities of attention, in which a query may see no key. If attention is lowered by its body, this
+    is one op for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
     """
 
 def matmul(x: TensorLike, y: TensorLike, /, *, to: DType | str | None = None, name: str | None = None) -> Tensor:
@@ -583,7 +584,7 @@ def matmul(x: TensorLike, y: TensorLike, /, *, to: DType | str | None = None, na
 
     Leading dimensions broadcast. A vector needs an explicit second axis: use rearrange, or einsum.
 
-    to   the result's dtype, in which floats are summed; None: that of x and y
+    to   the result's dtype, in which floats are summed; None: the dtype of x and y
     """
 
 def max_pool(
@@ -598,8 +599,8 @@ def max_pool(
 ) -> Tensor:
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. Of equal maxima
-    the first in the window gets the gradient, as torch.max_pool2d has it.
+    Padding is ignored: a window without elements gives -inf, or the least integer. Of equal maxima the first in the
+    window gets the gradient, as torch.max_pool2d has it.
     """
 
 def maximum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
@@ -622,8 +623,8 @@ def merge_parts(
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
-    zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
+    Parts of `attention_parts` merge in any grouping: the result is a part again. For a query that sees no key in any
+    part, it is zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
     """
 
 def minimum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
@@ -693,7 +694,7 @@ def projections(
 
     count        the number of products, 2 to 16
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
-    to           the dtype of results and biases, in which products are summed; None: that of x and the weights
+    to           the dtype of results and biases, in which products are summed; None: the dtype of x and the weights
     """
 
 def quick_gelu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -754,8 +755,8 @@ def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def reshape(x: TensorLike, /, *, shape: Sequence[SizeLike], name: str | None = None) -> Tensor:
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
-    `rearrange`.
+    For importers. It does not relate the axes of x and y, so tracking of every axis ends here. If the relation is
+    known, use `rearrange`.
 
     shape   the result's sizes, with as many elements as x has for all values of the symbols
     """
@@ -803,8 +804,8 @@ def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str
     """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
 
     format     a name of `FORMATS`
-    saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
-               the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+    saturate   numbers above the format's largest, including infinity, become the largest; otherwise they become inf or
+               NaN, whichever the format has. A NaN stays NaN; in a format without NaN it becomes 0.
 
     A cast to the format and back: the gradient passes unchanged, as through a cast.
     """
@@ -878,7 +879,7 @@ def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def stop_gradient(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = x, and no gradient flows, as through tensor.detach() in PyTorch
 
-    Where a graph is not differentiated, the default passes take it out.
+    If a graph is not differentiated, the default passes remove the op.
     """
 
 def sub(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -896,7 +897,7 @@ def sum_pool(
 ) -> Tensor:
     """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    Padding adds nothing. 16-bit floats are summed in f32.
+    Padding counts as zeros. 16-bit floats are summed in f32.
     """
 
 def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:

@@ -122,7 +122,7 @@ def in_words(annotation: str) -> str:
 
 
 def as_tuple(name: str, annotation: str, value: Any) -> str | None:
-    """Return a hint if a single item was given for a tuple of items."""
+    """Return a hint if a single item was passed for a tuple of items."""
     read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
     if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
         return None

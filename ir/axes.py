@@ -83,7 +83,7 @@ DimPattern = tuple[AxisDim | LeadingDims, ...]
 class Application:
     """A rule applied to operands of known types.
 
-    factors   every factor by name; those of `...` are named `...1` (the last), `...2`, ...
+    factors   every factor by name; the factors of `...` are named `...1` (the last), `...2`, ...
     dims      each factor's dimension: its size, and its label or finer factors in the operand's type
     operands  for each operand its dimensions in factors, or None if the operand is absent
     results   for each result its dimensions in factors

@@ -246,7 +246,7 @@ class Builder(OpMethods):
 
 
 class _Scoped:
-    """An open scope. (A class: it is entered for every layer, and costs half as much as a generator.)"""
+    """An open scope. It is a class because it is entered for every layer, and costs half as much as a generator."""
 
     __slots__ = ("builder", "name", "outer", "source")
 

@@ -1,7 +1,7 @@
 """Pausing the cyclic garbage collector while a graph is built.
 
-A graph is many small objects, all of which stay alive. A collection meanwhile frees nothing, but scans each of them: 7
-% of the time of tracing a deep model. Reference counting continues as usual.
+A graph is many small objects, all of which stay alive. A collection during the build would free nothing, but scan each
+of them: 7 % of the time of tracing a deep model. Reference counting continues as usual.
 """
 
 from __future__ import annotations

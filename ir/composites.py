@@ -22,8 +22,8 @@ def body_of(op: Composite, types: Sequence[Type | None]) -> Function:
     """Return one level of a composite's body for these operand types. Inputs are the operands that are present, in
     order.
 
-    Shared and cached; do not change it. Raises GraphError if the types of the body's results differ from those that the
-    op's rules infer.
+    Shared and cached; do not change it. Raises GraphError if the types of the body's results differ from the types that
+    the op's rules infer.
     """
     return _remembered(op, types, lowered=False)
 
@@ -80,6 +80,6 @@ def as_results(results: Any) -> tuple[Expr, ...]:
 
 
 def inline(b: Builder, op: Composite, operands: Sequence[Value | None], *, lowered: bool = False) -> tuple[Value, ...]:
-    """Add a composite's body, or what a backend lowers in its place, to the builder's function; returns its results."""
+    """Add a composite's body, or a backend's lowering of it, to the builder's function. Return its results."""
     results = (op.lowering if lowered else op.body)(b, *[None if v is None else b.expr(v) for v in operands])
     return tuple(r.value for r in as_results(results))

@@ -8,7 +8,7 @@ ENTRIES = ("bind", "prologue", "main", "prefill", "step", "verify")
 """The names of entries, in the order in which they run. `main` excludes the three after it."""
 
 ONCE = ("bind", "prologue")
-"""The entries that run once, before those that are called repeatedly."""
+"""The entries that run once, before the entries that are called repeatedly."""
 
 
 def are_entries(names: Sequence[str]) -> bool:

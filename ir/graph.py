@@ -9,7 +9,7 @@ A repeated block is one function; a node whose op is `Call` applies it with its 
 graph: `S` means the same size in every function.
 
 An entry is a function that can be run. `main` is the declared model, and usually the only entry. `bind` runs before it,
-once, when weights are given: it has no inputs, and its outputs are derived weights, which later entries read by name
+once, when weights are passed: it has no inputs, and its outputs are derived weights, which later entries read by name
 like weights. In place of `main`, a graph derived for generation has `prefill`, `step` and `verify`.
 
 A state outlives a call. The result of an op that updates a state is tied to its operand: it is a new version of the
@@ -87,7 +87,9 @@ class Value:
 
     @property
     def state(self) -> Value | None:
-        """The state of which this is a version: itself, or the start of its updates. None if it is not of a state."""
+        """The state that this is a version of: the value itself, or the start of its updates. None if it is not of a
+        state.
+        """
         value = self
         while (before := value.before) is not None:
             value = before
@@ -247,7 +249,7 @@ class Graph:
 
     @property
     def bind(self) -> Function | None:
-        """The entry that runs once, when weights are given; None if there is no such entry."""
+        """The entry that runs once, when weights are passed; None if there is no such entry."""
         return self.functions["bind"] if "bind" in self.entry_names else None
 
     @property
@@ -348,7 +350,7 @@ class Graph:
         return self.functions[name]
 
     def needed_by(self, *functions: Function) -> list[Function]:
-        """Return these functions and those that they call, directly or not, callees first."""
+        """Return these functions and the functions that they call, directly or not, callees first."""
         needed, waiting = set(functions), list(functions)
         while waiting:
             for node in waiting.pop().nodes:

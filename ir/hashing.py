@@ -45,8 +45,8 @@ def canonical_form(graph: Graph) -> str:
 def structural_hash(of: Function | Graph) -> str:
     """Return 64 hexadecimal digits that are equal for structurally equal graphs, or functions.
 
-    A function's hash covers its calls by name and signature. So compare functions of different graphs by it only if
-    they call nothing, or the same.
+    A function's hash covers its calls by name and signature. So use it to compare functions of different graphs only if
+    they call no function, or equal functions.
     """
     text = canonical_form(of) if isinstance(of, Graph) else "\n".join(_lines(of, in_order=True))
     return sha256(text.encode()).hexdigest()

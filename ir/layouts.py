@@ -5,9 +5,9 @@
     panels(48, twos)         the same for bytes, with two neighbours of a row adjacent
     pairs(32)                panels of 16-bit numbers, with two neighbours of a row adjacent
     pairs(32, transposed)    the same for a matrix [k, n]
-    pairs(48, flat)          the same pairs, those of all columns of a panel one after another
+    pairs(48, flat)          the same pairs, column by column in each panel
     quads(32)                panels of 8-bit rows with their scales, with four neighbours of a row adjacent
-    quads(48, flat)          the same quads, those of all columns of a panel one after another
+    quads(48, flat)          the same quads, column by column in each panel
     blocks(16, 20, 4)        panels of rows in blocks of 20 bytes, the first 4 of which are scales
     blocks(16, 22, 2, tail, 4:5, 0:4)    the same for blocks whose last bytes are scales, with words in another order
     onednn                   a matrix [n, k] in oneDNN's order, which is opaque
@@ -37,7 +37,7 @@ PAIR_SQUARE = 16
 PAIR_STEP = 2 * PAIR_SQUARE
 """Elements of k in a square of pairs."""
 QUAD_STEP = 4 * PAIR_SQUARE
-"""Elements of k in a square of quads, which has as many bytes as a square of pairs."""
+"""Number of elements of k in a square of quads. It takes the same number of bytes as a square of pairs."""
 ROW_HEAD = 4
 """Bytes of the scale at the start of a row of 8-bit numbers, see `int8_rows`."""
 QUAD_HEAD = 8
@@ -68,12 +68,12 @@ class Layout:
     steps are padded with zeros.
 
     Quads are for rows in the form `int8_rows`: a scale of four bytes and then a byte per element. A panel begins with
-    the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares like those of
-    pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
+    the scales of its rows, followed by the sum of each row's numbers, in 32 bits. Then come squares, as in the layout
+    of pairs, each of 16 rows and 64 elements of k: 16 times 16 times four bytes.
 
-    Flat pairs and quads are padded as those in squares are. Number i of row n is at ((n // width) * count + i) * width
-    + n % width, where count is the number of pairs or quads in a row. So the operands of the instruction that
-    multiplies them are stored in the order in which registers of a whole panel load them.
+    Flat pairs and quads are padded in the same way as pairs and quads in squares. Number i of row n is at ((n // width)
+    * count + i) * width + n % width, where count is the number of pairs or quads in a row. So the operands of the
+    instruction that multiplies them are stored in the order in which registers of a whole panel load them.
 
     Blocks are for rows in a form with a fixed number of bytes per block: scales, and an integer number of words of four
     bytes. A panel has one block of all of its rows after the other: the first scale of all rows, the second, then one
@@ -111,7 +111,7 @@ class Layout:
         if (self.block or self.head or self.kind == "blocks") and not (
             self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
         ):
-            hint = "blocks(16, 20, 4): a width, the bytes of a block, and those of its scales"
+            hint = "blocks(16, 20, 4): a width, the bytes of a block, and the bytes of its scales"
             raise GraphError("this is not a layout of blocks", received=str(self), hint=hint)
         if self.runs and not self._orders_words():
             raise GraphError(
@@ -187,7 +187,7 @@ def quads(width: int, *, flat: bool = False) -> Layout:
 
 
 def blocks(width: int, block: int, head: int, runs: tuple[tuple[int, int], ...] = (), *, tail: bool = False) -> Layout:
-    """Return panels of `width` rows in blocks of `block` bytes, the first or last `head` of which are scales."""
+    """Return panels of `width` rows in blocks of `block` bytes, whose first or last `head` bytes are scales."""
     return Layout("blocks", width, block=block, head=head, tail=tail, runs=runs)
 
 

@@ -74,9 +74,9 @@ class Op:
     linear_text: ClassVar[str] = ""
     flops: ClassVar[int] = 1
     accumulates: ClassVar[DType | None] = None
-    """For an op that adds elements up: the least dtype of its sums, whatever the dtype of the elements. Sums are
-    rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16 and bf16
-    cannot count past 2048 and 256. None: it adds up no elements.
+    """For an op that sums elements: the narrowest dtype in which it accumulates, whatever the dtype of the elements.
+    Sums are rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16
+    and bf16 cannot count past 2048 and 256. None: the op does not sum elements.
     """
     step: ClassVar[str | None] = None
     """The continuation of an axis that it scans or generates in a generation step ("carries the running sum"), or
@@ -94,8 +94,8 @@ class Op:
     new value.
     """
     moves_blocks: ClassVar[bool] = False
-    """True if it passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
-    reference then works on held arrays as on others. Any other op refuses encoded operands.
+    """True if the op passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
+    reference then works on arrays of blocks as well. Any other op refuses encoded operands.
     """
     decodes: ClassVar[bool] = False
     """True if its result is the decoded operand: a decoded weight is the weight for every pass."""
@@ -114,8 +114,8 @@ class Op:
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
     def called_in(self, functions: Mapping[str, X]) -> X | None:
-        """Return the entry of a mapping by name for the function that it calls, or None if it calls none, or one not in
-        it.
+        """Return the entry of a mapping for the function that the op calls; None if it calls no function, or a function
+        that is not in the mapping.
         """
         return None if self.callee is None else functions.get(self.callee)
 
@@ -213,7 +213,7 @@ class Op:
         raise GraphError(f"op {self.name} has no reference")
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """The gradient of a scalar with respect to each operand, given those of the results (None: zero).
+        """The gradient of a scalar with respect to each operand, from the gradients of the results (None: zero).
 
         inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
         no gradient flows. Raises GraphError, with the user's line, for an op that has none and does not say
@@ -239,7 +239,7 @@ class Op:
 
     @property
     def moved_operands(self) -> frozenset[str]:
-        """The operands whose elements it passes on unchanged: those that it is linear in, if it does no arithmetic."""
+        """The operands whose elements the op passes on unchanged: its linear operands, if it does no arithmetic."""
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
@@ -298,7 +298,7 @@ class Op:
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
     def operand_names(self, count: int) -> list[str]:
-        """Return a unique name for each of `count` operands; those of a variadic operand are numbered."""
+        """Return a unique name for each of `count` operands; the names of a variadic operand are numbered."""
         names = [n for n, o in self.operands.items() if not o.variadic]
         variadic = [n for n, o in self.operands.items() if o.variadic]
         if variadic:
@@ -498,7 +498,7 @@ class Op:
 
 
 class Primitive(Op):
-    """An op with one axis rule, a reference and a gradient of its own."""
+    """An op with one axis rule, and its own reference and gradient."""
 
 
 class Composite(Op):

@@ -25,8 +25,8 @@ class Kept:
 
     state    [R, ...], one slot per row
     rows     i64[b], the slot of each row of the step
-    length   i64[b]: the filled length of the one dimension of the state that has a capacity; None if all sizes are
-             those of the operand
+    length   i64[b]: the filled length of the one dimension of the state that has a capacity; None if all sizes equal
+             the sizes of the operand
     is_flat  the operand is [b], and the state [R, 1]
     """
 

@@ -18,7 +18,7 @@ TARGETS = {
     "x86-64": "any 64-bit x86 CPU",
     "arm64": "a 64-bit Arm CPU, with NEON",
 }
-"""Every known target's name, with a description. Levels of x86-64 are those of its psABI."""
+"""Every known target's name, with a description. The levels of x86-64 are defined by its psABI."""
 
 MOST_THREADS = 1024
 """The largest number of threads of a target: the operating system kills a process that starts a million."""

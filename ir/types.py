@@ -287,7 +287,7 @@ def parse_type(text: str) -> Type:
     """Parse `f32[B, S, (heads=12 64)]`; dimensions are separated by commas, or by spaces if there is no comma.
 
     Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in a dimension,
-    GraphError for an unknown encoding, or one that does not match.
+    GraphError for an encoding that is unknown or does not match.
     """
     match = _TYPE.fullmatch(text)
     if match is None:

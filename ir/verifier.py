@@ -1,11 +1,11 @@
 """The verifier: all invariants of a graph, checked independently from the ops' own rules.
 
     graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
-    entries    `bind` has no inputs and no states, and each of its outputs is a result of its own, under a name that
-               no weight has; a parameter or state has one type and one layout in all entries; no node calls an entry
-    function   inputs, parameters, states and outputs have names of their own; types use declared symbols only
+    entries    `bind` has no inputs and no states, and its outputs are distinct results, under names that no weight has;
+               a parameter or state has one type and one layout in all entries; no node calls an entry
+    function   inputs, parameters, states and outputs have distinct names; types use declared symbols only
     node       operands are defined before, in the same function; results and node point at each other
-    types      are those that the op's rules infer from the operands; a constant's are those of its content
+    types      equal the types that the op's rules infer from the operands; a constant has the type of its content
     calls      name a function that comes before (so there is no recursion) and agree with its signature
     states     no node reads a version of a state, or a view of one, after its update or in the same node; the last
                version of a state is the one that the function declares; no output is a version; a call passes states
@@ -113,7 +113,7 @@ class _FunctionCheck:
         self.declared = frozenset(graph.symbols)
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.laid: set[Value | None] = set()
-        """Those of them that are not row-major, usually none."""
+        """The values among them that are not row-major, usually none."""
         self.checked_types: set[int] = set()
         """Identities of types: a function's values share types, and hashing a type takes longer than checking it."""
         self.checked_calls: set[Op] = set()

@@ -48,7 +48,7 @@ RECOGNITION = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
-        # compute only what is used
+        # remove unused computations
         CutSooner(),
     )
 )

@@ -114,7 +114,7 @@ def beam_search(
     rows, given = checked_prompts(session, prompts, inputs)
     if rows and session.free < task.beams.count:
         raise UsageError(
-            f"{task.beams.count} beams need as many rows, of which {session.free} are free",
+            f"{task.beams.count} beams need {task.beams.count} rows, and {session.free} are free",
             hint=f"a session of rows={task.beams.count}, or fewer beams",
         )
     return _searched(task, rows, count_of(most), given)

@@ -131,7 +131,7 @@ def generate(
     not depend on the other prompts. Equal prompts are prefilled once and forked. If the session resumes, a prompt that
     begins like another one reuses its prefix.
 
-    rules    token rules, applied to the logits given the row's earlier tokens
+    rules    token rules, applied to the logits after the row's earlier tokens
     until    called for each token; True if its row ends with it
     likely   number of most likely tokens returned with each token
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
@@ -160,7 +160,7 @@ def checked_prompts(
                 hint="a shorter prompt",
             )
     if inputs is not None and len(inputs) != len(rows):
-        raise UsageError(f"inputs for {len(inputs)} prompts, of {len(rows)}")
+        raise UsageError(f"inputs for {len(inputs)} of {len(rows)} prompts")
     return rows, inputs if inputs is not None else [{}] * len(rows)
 
 
@@ -199,7 +199,7 @@ def _joined(
 ) -> list[_Running]:
     """Open rows for as many waiting prompts as there are free rows. If one fails, all of them are closed.
 
-    Prompts are prefilled together, except those that begin like another one of them and continue from its row.
+    Prompts are prefilled together, except prompts that begin like another prompt and continue from its row.
     """
     left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
     joined: dict[int, _Running] = {}

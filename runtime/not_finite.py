@@ -45,7 +45,7 @@ class FiniteWatch:
         return self.held.get(value, frozenset())
 
     def found(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> list[NotFinite]:
-        """Return a report for each output that is not finite, those with NaN first."""
+        """Return a report for each output that is not finite, outputs with NaN first."""
         told = []
         for name, value in self.graph.main.outputs.items():
             array = outputs[name]

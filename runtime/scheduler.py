@@ -1,4 +1,4 @@
-"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a thread of its own.
+"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a separate thread.
 
     scheduler = Scheduler(session)
     scheduler.start()
@@ -82,7 +82,7 @@ class Load:
     running   open rows
     waiting   requests without a row
     steps     steps so far
-    prefilled, reused, generated   tokens so far: of prompts, computed ones and ones that a slot held; and new ones
+    prefilled, reused, generated   tokens so far: computed prompt tokens, prompt tokens that a slot held, and new tokens
     """
 
     running: int = 0
@@ -298,8 +298,8 @@ class Scheduler:
             self._rows.append(self._begun(ticket, self._rows))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
-        """Return a row for a request. It resumes from a held prefix, or starts empty if one of `before` that begins
-        alike is being prefilled.
+        """Return a row for a request. It resumes from a held prefix, or waits for a request in `before` with the same
+        beginning that is being prefilled.
         """
         prompt = ticket.order.prompt
         ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})

@@ -96,7 +96,7 @@ class Session:
         if resumes and derived.has_prologue:
             raise UsageError(
                 f"a row of {derived.graph.name} cannot continue from another row's text",
-                received=f"it begins with {', '.join(derived.prologue)} of its own",
+                received=f"each row begins with its own {', '.join(derived.prologue)}",
                 hint="resumes=None",
             )
         exact = bool(getattr(executable, "exact_rows", False))
@@ -197,7 +197,7 @@ class Session:
         """Take a slot for a text of these tokens; return its row, which holds the longest prefix that any slot has.
 
         The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, no
-        prefix is held. Raises UsageError as `open` does; `inputs` are those of `open`.
+        prefix is held. Raises UsageError as `open` does; `inputs` are the same as for `open`.
         """
         ids = _ids("a row", tokens)
         if not self.resumes or inputs:

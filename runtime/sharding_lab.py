@@ -62,7 +62,7 @@ def run_lab(
 ) -> LabResult:
     """Run a plan on whole inputs and weights.
 
-    programs  programs of the ranks, if other than those of `rank_program`
+    programs  programs of the ranks; by default the programs that `rank_program` returns
 
     Raises GraphError if the ranks' collectives do not match, if ranks hold different copies of one part of an output,
     and for too many ranks. Raises the error of a rank that fails.

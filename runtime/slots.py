@@ -14,7 +14,7 @@ from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY
 
 LEAST = 16
-"""A shorter prefix is recomputed: call widths are multiples of this, so that reusing it would save nothing."""
+"""A shorter prefix is recomputed: call widths are multiples of this number, so reusing the prefix saves no time."""
 
 
 @dataclass

@@ -163,7 +163,8 @@ def speculate(
 ) -> Iterator[Token]:
     """Yield the tokens that `generate` yields for the same arguments, prompt by prompt, with fewer calls of the model.
 
-    guess  source of guesses for the next tokens tally  counts of the run, updated
+    guess  source of guesses for the next tokens
+    tally  counts of the run, updated
 
     Raises UsageError at once as `generate` does, and for a model whose rows cannot be rolled back.
     """

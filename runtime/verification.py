@@ -11,7 +11,7 @@ There are three comparisons. Each has a tolerance that follows from the dtypes a
 
 Since an op alone gets correct operands, its error is its own: errors of earlier ops do not count again.
 
-**Tolerances** are those of `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
+**Tolerances** are defined in `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
 with every operand changed by one spacing, with a random sign. In a model every op rounds, and later ops may amplify
 the error. So the whole graph is evaluated with the operands and results of every op changed
 (`treadle.runtime.roundings`).
@@ -19,7 +19,8 @@ Integers and booleans must be equal, except where the changed operands give anot
 undecided.
 
 **Inconclusive results.** If a change of the last bits changes half or more of a model's result, correct and incorrect
-outputs cannot be distinguished as a whole, and the report says so. If a result is NaN in the reference itself, equal
+outputs cannot be distinguished as a whole, and the report states this. If a result is NaN in the reference itself,
+equal
 results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LOOSEST = 0.5
-"""Above this tolerance, relative to the largest element, agreement proves nothing."""
+"""Tolerance, relative to the largest element, above which a comparison is inconclusive."""
 
 _MARKS = {True: "ok", False: "WRONG", None: "-"}
 

@@ -76,7 +76,7 @@ def test_beams_out_of_range(options: dict[str, Any]) -> None:
 
 def test_more_beams_than_rows() -> None:
     session = t.compile("gpt2", seed=3, **TINY).session(rows=3)
-    with pytest.raises(UsageError, match="4 beams need as many rows, of which 3 are free"):
+    with pytest.raises(UsageError, match="4 beams need 4 rows, and 3 are free"):
         beam_search(session, [[1]], most=2)
 
 

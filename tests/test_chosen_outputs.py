@@ -83,10 +83,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "before-the-start": (["hidden[:, :, -17:]"], "outside an axis of size 16"),
     "backwards": (["hidden[:, 5:2]"], "from 5 to 2 is outside an axis"),
     "letters": (["hidden[:, 1x]"], r"'hidden\[:, 1x\]' names no output"),
-    "a-name-in-front": (["hidden[asked]"], "a name stands for positions along the second axis, behind `:`"),
-    "a-name-behind": (["hidden[:, :, asked]"], "a name stands for positions along the second axis"),
-    "a-name-of-some-rows": (["hidden[1:, asked]"], "a name stands for positions along the second axis"),
-    "an-input's-name": (["hidden[:, tokens]"], "bert has an input tokens already, and positions are another one"),
+    "a-name-in-front": (["hidden[asked]"], "a name selects positions along the second axis, after `:`"),
+    "a-name-behind": (["hidden[:, :, asked]"], "a name selects positions along the second axis"),
+    "a-name-of-some-rows": (["hidden[1:, asked]"], "a name selects positions along the second axis"),
+    "an-input's-name": (["hidden[:, tokens]"], "bert has an input tokens already, so positions cannot have that name"),
     "open": (["hidden[0"], r"'hidden\[0' names no output"),
     "empty": (["hidden[]"], r"'hidden\[\]' names no output"),
     "steps": (["hidden[::2]"], "names no output"),
@@ -135,7 +135,7 @@ def test_outputs_at_the_same_positions_share_an_input() -> None:
     np.testing.assert_array_equal(found["y"], np.take_along_axis(x - 1, at[:, :, None], 1))
     np.testing.assert_array_equal(found["x"], np.take_along_axis(x * 2, at[:, :, None], 1)[:, :, 1])
     np.testing.assert_array_equal(found["z"], np.take_along_axis(z * 3, other, 1))
-    with pytest.raises(UsageError, match="at holds positions for B rows, and here are C"):
+    with pytest.raises(UsageError, match="at holds positions for B rows, but the output has C"):
         treadle.compile(three, outputs=["y[:, at]", "z[:, at]"])
     with pytest.raises(UsageError, match="three has an input asked already"):
         treadle.compile(three, outputs=["y[:, asked]", "x[:, asked]"])

@@ -189,7 +189,7 @@ def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
     [
         ("all_reduce", {}, 0, "ranks 0 and 1 are in different collectives"),
         ("all_reduce", {}, 1, "ranks 0 and 1 have different dtypes in all_reduce over tp"),
-        ("hand_on", {"source": 0, "target": 1}, 2, "ranks 0 and 1 hand on 6 and 7 elements over tp"),
+        ("hand_on", {"source": 0, "target": 1}, 2, "ranks 0 and 1 have 6 and 7 elements in hand_on over tp"),
     ],
 )
 def test_ranks_that_do_not_meet_alike_are_told(

@@ -405,7 +405,7 @@ NEAR_MISSES = [
     Case("pairs of other heads", _other_heads, ORDER),
     Case("cut, then moved", _cut_then_moved, "are not multiplied with elements of one tensor"),
     Case("one row of x", _one_row_of_x, f"the factor of the cos, f32[1, 4, S, {2 * HALF}], is repeated along"),
-    Case("angles by head", _angles_by_head, "the angles vary along 3 axes other than that of pairs"),
+    Case("angles by head", _angles_by_head, "the angles vary along 3 axes other than the axis of pairs"),
 ]
 
 

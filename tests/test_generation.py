@@ -119,7 +119,7 @@ def test_prompts_that_cannot_be_continued_are_refused_at_once(model: Compiled) -
     for most in (-1, 2.5):
         with pytest.raises(UsageError, match="most must be a number of tokens"):
             generate(session, [[1]], most=most)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="inputs for 1 prompts, of 2"):
+    with pytest.raises(UsageError, match="inputs for 1 of 2 prompts"):
         generate(session, [[1], [2]], most=1, inputs=[{}])
     full = model.session(rows=1)
     full.open()

@@ -405,7 +405,7 @@ WRONG = [
     (one_operand_for_another, "a part is not passed"),
     (operands_in_another_order, "a node of a part reads something else"),
     (a_node_less, "a part has other nodes than the region"),
-    (another_result, "a part returns something else than the region"),
+    (another_result, "a part returns other values than the region"),
     (a_gap, "parts are not contiguous"),
     (a_shorter_last_part, "parts do not cover the axis"),
     (each_second_element, "is not split by a slice"),
@@ -470,7 +470,7 @@ def an_op_for_the_call(graph: Graph, parted: Parted) -> None:
 
 CALLS = [
     (the_whole_function, "a call gets a part as the whole"),
-    (another_result_of_the_function, "a part returns something else than the function"),
+    (another_result_of_the_function, "a part returns other values than the function"),
     (an_op_for_the_call, "a call replaces an op"),
 ]
 

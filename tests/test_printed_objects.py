@@ -124,7 +124,7 @@ def test_plans() -> None:
     fit = MemoryFit(9_000, {"B": 2, "S": 64}, 12_000, 8_500, 1.0625, True, True, (chunk,), "logits")
     assert str(fit).splitlines() == [
         "peak 8,500 bytes within 9,000 (12,000 without a budget) at B=2, S=64 and below",
-        "predicted time: 1.062 times that of a run without a budget",
+        "predicted time: 1.062 times the time of a run without a budget",
         "temporaries that die before logits is written use the memory of logits, if they fit",
         "products of one value are computed one by one",
         "cheap values are recomputed for each reader",

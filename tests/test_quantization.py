@@ -421,7 +421,7 @@ def test_a_file_that_is_quantized_already_is_told_as_it_is(tmp_path: Path) -> No
     }
     assert plan.encodings == {}
     head = str(plan).splitlines()[0]
-    assert head.startswith("llama, int8-weights: 22 of 29 weights in blocks, 22 of them before, 70,528 bytes")
+    assert head.startswith("llama, int8-weights: 22 of 29 weights in blocks, 22 of them already, 70,528 bytes")
     made.save(tmp_path / "model.treadle")
     with pytest.raises(UsageError, match="an artifact does not record how it was compiled"):
         explain_quantization(tmp_path / "model.treadle")

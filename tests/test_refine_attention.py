@@ -441,13 +441,13 @@ NEAR_MISSES = [
     NearMiss(
         "one past the query",
         attended(mask("s t", lambda b: triangle(b, off=1))),
-        "it keeps keys up to 1 after the query, causal those up to the query itself",
+        "it keeps keys up to 1 after the query, but causal keeps keys up to the query itself",
         "mask(s t)",
     ),
     NearMiss(
         "before the query",
         attended(mask("s t", lambda b: triangle(b, off=-1))),
-        "it keeps keys up to 1 before the query, causal those up to the query itself",
+        "it keeps keys up to 1 before the query, but causal keeps keys up to the query itself",
         "mask(s t)",
     ),
     NearMiss(

@@ -166,7 +166,7 @@ def test_where_it_would_change_bits_or_states_cannot_be_cut_back_it_is_not_done(
     session.close(row, keep=True)
     assert read(session, text)[1] == 0
     made = t.compile(MODELS["t5"], seed=1)
-    with pytest.raises(UsageError, match="begins with tokens, lengths of its own"):
+    with pytest.raises(UsageError, match="begins with its own tokens, lengths"):
         made.session(capacity=40, memory={"S": 5}, resumes=True)
     made = t.compile(MODELS["summed"], seed=1)
     session = made.session(rows=2, capacity=60, resumes=True)

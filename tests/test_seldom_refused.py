@@ -334,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "heads": (
         lambda _: traced(lambda x: t.self_attention(x, 4, kv_heads=3)), FrontendError, "4 heads do not split among"
     ),
-    "tied": (lambda _: traced(lambda x: t.unembed(x, tied="wte")), FrontendError, "unembed: tied= names no"),
+    "tied": (lambda _: traced(lambda x: t.unembed(x, tied="wte")), FrontendError, "unembed: tied= does not name"),
     "no tensor": (lambda _: traced(lambda x: t.linear(3.0, 4)), FrontendError, "linear: x must be a tensor"),
     "no text": (lambda _: traced(lambda x: t.linear(x, 4, name=5)), FrontendError, "linear: name must be text"),
     "no number": (

@@ -40,8 +40,9 @@ def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
 def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
     """Return the plan of a small graph, with the placements that these texts describe.
 
-    takes  each input nodes  operands -> result | factors that are split gives  the output; None: the placement of the
-    last node's result
+    takes  each input
+    nodes  operands -> result | factors that are split
+    gives  the output; None: the placement of the last node's result
     """
     b = Builder(Graph("small"))
     b.outputs(y=model(b))
@@ -285,7 +286,10 @@ def test_a_plan_holds_the_functions_of_its_graph() -> None:
     for wrong, told in (
         (replace(plan, functions=(block,)), "the plan belongs to another graph"),
         (replace(plan, graph=clone_graph(plan.graph)), "the graph does not have this function"),
-        (replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))), "nodes are not those of the function"),
+        (
+            replace(plan, functions=(block, replace(main, nodes=main.nodes[:-1]))),
+            "nodes differ from the nodes of the function",
+        ),
         (with_node(called, callee=replace(block)), "it calls another function"),
         (with_node(called, callee=main), "it calls another function"),
         (with_node(called, gives=(otherwise,)), "do not have the placements that the function takes and returns"),

@@ -79,7 +79,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "an output": ("seen = add", "seen = %seen", "output seen is a state"),
     "a weight for a state": ("with h.0 ", "with h.0 {mem.k: $h.0.w}", "passes h.0.w as state mem.k"),
     "a state as an input": ("h(x, rows, start) with h.0", "h(%h.0.mem.k, rows, start) with h.0", "as input x"),
-    "a state that is not given": ("with h.0 ", "with {w: $h.0.w} ", "no state is given for mem.k"),
+    "a state that is not given": ("with h.0 ", "with {w: $h.0.w} ", "no state is passed for mem.k"),
     "two states": ("seen: i64[R, 1]", "h.0.mem.k: i64[R, 1]", "there are two states h.0.mem.k"),
     "a weight's name": ("seen: i64[R, 1]", "scale: i64[R, 1]", "there are two parameters and states scale"),
     "an initial value": ("seen: i64[R, 1]", "seen: i64[R, 1] = ones", "expected a state's name"),

@@ -188,10 +188,10 @@ def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
         with own.running(""):
             for start in starts:
                 own.begin(start, part)  # type: ignore[arg-type]
-            with pytest.raises(GraphError, match="all_gather over tp has not begun") as error:
+            with pytest.raises(GraphError, match="all_gather over tp was not started") as error:
                 own.exchange(second, part)
             found = [own.exchange(op, part).shape for op in (first, second)]
-        with own.running(""), pytest.raises(GraphError, match="all_gather over tp has not begun"):
+        with own.running(""), pytest.raises(GraphError, match="all_gather over tp was not started"):
             own.exchange(first, part)  # collectives that an earlier run started are forgotten
         return found, error.value.received
 
@@ -244,4 +244,4 @@ def test_what_a_rank_waits_for_is_told() -> None:
         assert (error.value.what, error.value.received) == (what, "closed")
     with met.running("once"):
         pass
-    assert told == ["all_reduce over tp, the split of ffn", "start_pass over tp", "handing on"]
+    assert told == ["all_reduce over tp, the split of ffn", "start_pass over tp", "the last sends"]

@@ -1,6 +1,6 @@
 """Closure of an axis's places under the rules of a function's nodes; calls are entered, each in its own context.
 
-A context is a function and its initial places: those of the call's operands and results that hold the axis.
+A context is a function and its initial places: the positions of the axis in the call's operands and results.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The cost of a graph: floating-point operations and bytes, derived from axis rules and bodies.
 
 The operations of a primitive are its points (the product of its rule's factors) times its `flops` per point. The
-operations of a composite are those of its body. Attention counts its live pairs. Bytes are what an op reads and writes
-once, as if no cache existed. From an operand that is indexed, an op reads only as many bytes as it writes to the
-result, and an op that updates a state writes only the update. Computations on weights alone run once, when weights are
-bound, and are not counted.
+operations of a composite are counted in its body. Attention counts its live pairs. Bytes count each element that an op
+reads or writes once, as if no cache existed. From an operand that is indexed, an op reads only as many bytes as it
+writes to the result, and an op that updates a state writes only the update. Computations on weights alone run once,
+when weights are bound, and are not counted.
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ def index_ranges(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Range]:
 
 
 def _ranges(function: Function, results: dict[Value, Range], sizes: Mapping[str, int]) -> dict[Value, Range]:
-    """Return the ranges required of a function's values, given those of its results: from each node to its operands."""
+    """Return the ranges required of a function's values, from the ranges of its results back through each node to its
+    operands.
+    """
     found = dict(results)
     for node in reversed(function.nodes):
         for value, asked in _asked_of_operands(node, found, sizes):

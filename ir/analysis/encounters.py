@@ -82,7 +82,7 @@ class Generated(_Kind):
 
 @dataclass(frozen=True)
 class Resized(_Kind):
-    """factor   "" if the axis is in none, or in one of which the op takes a part"""
+    """factor   the factor that the op changes; "" if the axis is in no factor, or the op takes a part of its factor"""
 
     factor: str = ""
     word = "sliced, padded, joined or strided"
@@ -198,7 +198,8 @@ class Combination:
 class Verdict:
     """The answer to one of the three questions: true if no encounter forbids it.
 
-    against  encounters that forbid it combine  encounters at which partial results must be combined (for `split`)
+    against  encounters that forbid it
+    combine  encounters at which partial results must be combined (for `split`)
     """
 
     question: str

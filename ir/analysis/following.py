@@ -6,7 +6,7 @@ repeated blocks and out again. A use other than mapping the axis is an **encount
 From the encounters follow three answers, each with its reasons:
 
     step    may the axis be computed a piece at a time, as in generation?
-    pack    may rows of different lengths be laid end to end along it?
+    pack    may rows of different lengths be concatenated along it?
     split   may each device hold a part of it, and where must partial results be combined?
 
 An axis is not its size: two axes of size S stay separate unless some op maps one to the other.
@@ -48,7 +48,7 @@ class Following:
     """One axis, followed through a graph.
 
     places      its places in `main`
-    encounters  uses by ops, including those in callees, in program order
+    encounters  uses by ops, also in callees, in program order
     """
 
     axis: str
@@ -129,7 +129,7 @@ def follow(graph: Graph, axis: str) -> Following:
     """Follow an axis of a graph.
 
     axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main` (`"tokens[1]"`,
-    `"wte.weight[0]"`). A compiled model may be given instead of its graph. Raises GraphError if there is no such axis.
+    `"wte.weight[0]"`). A compiled model may be passed instead of its graph. Raises GraphError if there is no such axis.
     """
     graph = getattr(graph, "graph", graph)
     tracer = Tracer(graph, axis)

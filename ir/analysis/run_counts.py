@@ -19,7 +19,7 @@ def count_calls(graph: Graph) -> dict[str, int]:
 
 
 def count_run_ops(graph: Graph) -> Counter[str]:
-    """Return the number of ops of each name that one run computes, including those in called functions."""
+    """Return the number of ops of each name that one run computes, also in called functions."""
     calls = count_calls(graph)
     ops: Counter[str] = Counter()
     for function, node in graph.walk():

@@ -12,8 +12,8 @@ def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None =
     """Return the nodes that read weights and constants and nothing else, in program order.
 
     Nodes that read constants alone are included only if a node that reads weights needs them; constant folding covers
-    the others. Excluded are calls, except those that `calls` accepts, nodes that depend on a size that is known only at
-    the call, and collectives.
+    the others. Excluded are calls that `calls` does not accept, nodes that depend on a size that is known only at the
+    call, and collectives.
     """
     fixed: set[Value] = set(function.parameters.values())
     weighty = set(fixed)
@@ -51,7 +51,7 @@ def values_of_weights(graph: Graph) -> set[Value]:
 
 
 def is_made_of_weights(value: Value) -> bool:
-    """Return True if a value is a weight, or made of weights alone by ops that `bind` may run.
+    """Return True if a value is a weight, or computed from weights alone by ops that `bind` may run.
 
     These are neither calls, nor collectives, nor ops whose attributes hold symbols.
     """

@@ -270,7 +270,7 @@ class Segments(MaskTerm):
 
 @dataclass(frozen=True, repr=False)
 class BooleanMask(MaskTerm):
-    """mask: true where a query may see a key; `axes` names those of b, h, s and t along which it varies."""
+    """mask: true where a query may see a key; `axes` names the axes among b, h, s and t along which it varies."""
 
     axes: str = "b h s t"
 
@@ -298,7 +298,7 @@ class BooleanMask(MaskTerm):
 
 @dataclass(frozen=True, repr=False)
 class TensorBias(BiasTerm):
-    """+ bias, where -inf masks a key; `axes` names those of b, h, s and t along which it varies."""
+    """+ bias, where -inf masks a key; `axes` names the axes among b, h, s and t along which it varies."""
 
     axes: str = "b h s t"
 

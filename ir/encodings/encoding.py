@@ -4,8 +4,8 @@
     f32[768, 2304] as int8_rows(axis=0)      a block per column: the axis that a product sums over
     f32[576, 1536] as int4_groups(64)        a form with a parameter
 
-The dtype and shape of the type are those of the decoded value; the encoding is its storage format. The array that holds
-an encoded value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in
+The type has the dtype and shape of the decoded value; the encoding is its storage format. The array that holds an
+encoded value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in
 u8[576, 864]. A line along that axis is a sequence of blocks, and a block is a record of component arrays. So operations
 on other axes alone (joining, slicing and selecting rows) work on the held array as on any other.
 """

@@ -162,7 +162,7 @@ class _KForm(_GGUFForm):
 
     @abstractmethod
     def small(self, blocks: Array) -> tuple[Array, Array | None]:
-        """Return the small integers of groups, [n, groups]: the factors of d, and those of dmin."""
+        """Return the small integers of groups, [n, groups]: the factors of d, and the factors of dmin."""
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
         d, least = self._scales(blocks)

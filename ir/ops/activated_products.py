@@ -54,7 +54,7 @@ class ActivatedLinear(_ActivatedProduct):
 
     activation   act: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh" or "sigmoid", as the op of that name
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul and in most ONNX files
-    to           the dtype of the result and the bias, in which products are summed; None: that of x and the weight
+    to           the dtype of the result and the bias, in which products are summed; None: the dtype of x and the weight
     """
 
     x = Operand()
@@ -101,7 +101,8 @@ class GatedLinear(_ActivatedProduct):
 
     activation   act: one of activated_linear's, or "none"
     weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
-    to           the dtype of the result and the biases, in which products are summed; None: that of x and the weights
+    to           the dtype of the result and the biases, in which products are summed; None: the dtype of x and the
+                 weights
     """
 
     x = Operand()

@@ -28,9 +28,7 @@ def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
-    """Return the demand that each of the axes has an element, since an empty axis has no `what`. Raises as `places`
-    does.
-    """
+    """Return demands that no axis among `axes` is empty, since an empty axis has no `what`. Raises as `places` does."""
     if x is None or not x.rank:
         return []
     return [(x.shape[i] - 1, f"an axis of size 0 has no {what}") for i in places(axes, x.rank)]

@@ -139,7 +139,7 @@ class _Choice(Primitive):
     """One of two numbers.
 
     ties   the gradient where x = y: "even" gives half to each, as torch.maximum does; "x" or "y" gives all to one of
-           them, as torch.clamp gives it to what is clamped, and hardtanh to its bound
+           them, as torch.clamp gives it to the clamped value, and hardtanh to its bound
     """
 
     ties: str = "even"
@@ -153,7 +153,7 @@ class _Choice(Primitive):
         return self.ties == "even"
 
     def shared(self, b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
-        """The gradient g to the operand that was chosen: x where `x_wins`, and as `ties` says where they are equal."""
+        """The gradient g for the selected operand: for x where `x_wins`; where both are equal, `ties` decides."""
         zero = b.constant(0.0, g.dtype)
         if self.ties == "even":
             to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, zero))

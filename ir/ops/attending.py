@@ -92,7 +92,7 @@ class Attending(Composite):
                     raise RuleError(f"the table of {term} must have {term.buckets} buckets, has {rows}")
 
     def with_operands(self, given: Sequence[T]) -> Iterator[tuple[Term, tuple[T, ...]]]:
-        """Yield each term with its own operands among those of the terms."""
+        """Yield each term with its own operands, taken from the operands of all terms."""
         rest = iter(given)
         for term in self.terms:
             yield term, tuple(next(rest) for _ in term.operands)
@@ -200,7 +200,7 @@ def masked(b: Builder, scores: Expr, keep: Expr | None) -> Expr:
 
 
 def grouped(b: Builder, x: Expr, k: Expr) -> Expr:
-    """Return [b, (g r), s, d] with its heads grouped by those of k."""
+    """Return [b, (g r), s, d] with its heads grouped by the heads of k."""
     return b.rearrange(x, pattern=f"b (g={k.shape[1]} r) s d -> b g r s d")
 
 

@@ -86,14 +86,15 @@ class _OverSequence(Attending):
     def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
         """Return the scores, scaled last if a backend can scale them while it stores them.
 
-        Not in 16 bits, where the product might overflow; nor for heads that share keys: queries that are scaled first
-        are stored again, with those of one key head adjacent.
+        Scores are not scaled last in 16 bits, because the product might overflow, nor for heads that share keys:
+        queries that are scaled first are stored again, with the queries of one key head adjacent.
         """
         alone = q.shape[1] == k.shape[1]
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
 
     def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient. With probabilities p and the gradient dp = dout v' + the gradient of p itself:
+        """Build the gradient. With probabilities p and their gradient dp = dout v' + (the gradient of the result p, if
+        p has readers):
 
         dv = p' dout,  dscores = p (dp - sum_t p dp);  then the gradient of the scores' body. If p has no gradient of
         its own, that sum is sum_e dout out.
@@ -197,8 +198,8 @@ class Attention(_OverSequence):
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: that of q, k and v. If it is
-             wider than v, weights may be rounded to v's dtype before they multiply v
+    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If
+             it is wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
     to: DType | None = None
@@ -264,7 +265,7 @@ class Attention(_OverSequence):
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """Build attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
 
-        With `to`, queries, and the keys and values that a cache stores, are those before they were rounded.
+        With `to`, neither queries nor the keys and values that a cache stores are rounded first.
         """
         if self.begins_later:
             return None
@@ -308,7 +309,7 @@ class AttentionWithProbabilities(_OverSequence):
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
     For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
-    may see no key, the probabilities and the result are zeros. Operands and attributes are those of `attention`.
+    may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in `attention`.
     """
 
     q = Operand()

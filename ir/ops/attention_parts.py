@@ -45,7 +45,7 @@ class AttentionParts(Attending):
     Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
     same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
     keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
-    over all of them: `merge_parts`. Attributes are those of `attention`.
+    over all of them: `merge_parts`. Attributes are the same as in `attention`.
     """
 
     q = Operand()
@@ -149,8 +149,8 @@ class MergeParts(Composite):
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    Parts of `attention_parts` merge in any grouping: the result is a part again. Where no part has seen a key, it is
-    zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
+    Parts of `attention_parts` merge in any grouping: the result is a part again. For a query that sees no key in any
+    part, it is zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
     """
 
     out = Operand()

@@ -43,7 +43,8 @@ def _along_blocks(axis: int, ranks: Sequence[int | None]) -> str:
 class Decode(Primitive):
     """y = the decoded numbers of the blocks of x
 
-    of  the encoding of x (`treadle.ir.encodings`) to  the dtype of y, to which the numbers are rounded; None: that of x
+    of  the encoding of x (`treadle.ir.encodings`)
+    to  the dtype of y, to which the numbers are rounded; None: the dtype of x
 
     Every pass treats a decoded weight as a weight. A backend with a kernel that reads the blocks keeps them; others
     decode once, when weights are bound.
@@ -88,8 +89,8 @@ class Decode(Primitive):
 class Encode(Primitive):
     """y = x by, encoded: each number is rounded to a value that the blocks can hold
 
-    by  a vector over the axis of the blocks; none: of ones to  the encoding of the result (`treadle.ir.encodings`), of
-    a form that can be written
+    by  a vector over the axis of the blocks; None: all ones
+    to  the encoding of the result (`treadle.ir.encodings`), of a form that can be written
     """
 
     is_word = False

@@ -55,7 +55,7 @@ class CachedAttention(Attending):
     A slot is written up to the queries, or up to lengths[b]. Later positions are never seen, whatever they hold, so
     causal or padding must be among the terms. A query that may see no key gets zeros. Heads share keys as in
     `attention`. k and v may have another float dtype than q, for example 16 bits to halve the cache; they are cast when
-    they are read. The gradient is that of the body.
+    they are read. The gradient is the body's gradient.
 
     terms    masks and biases, in any order; their operands follow start in the order of the terms
     scale    None: 1/sqrt(d)

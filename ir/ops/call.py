@@ -34,7 +34,7 @@ class Call(Primitive):
     updated: tuple[int, ...] = ()
     """The positions of the operands that its last results update."""
     meets_ranks: bool = False
-    """True if ranks communicate in the function, or in one that it calls."""
+    """True if ranks communicate in the function, or in a function that it calls."""
 
     @staticmethod
     def of(function: Function) -> Call:

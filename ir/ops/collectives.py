@@ -8,12 +8,12 @@ the operands of all ranks in the group (`combined`); with one rank it is the ide
     all_gather        every rank gets all parts, concatenated along a dimension
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
-    pass_on           every rank sends its part to the next one, and receives the part of the preceding one
-    hand_on           one rank of a line sends a value to another one
+    pass_on           every rank sends its part to the next one, and receives the part of the preceding rank
+    hand_on           one rank of a line sends a value to another rank
     start_gather      starts an all_gather, which is awaited where its result is read
-    start_pass        starts a pass_on, likewise
+    start_pass        starts a pass_on in the same way
 
-Bytes are what each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
+Bytes are the bytes that each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Collective(Primitive):
         return {"over": self.over, "ways": self.ways, "because": self.because}
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return the ranks that communicate, among those that differ along `over`, in order."""
+        """Return the ranks that communicate, among the ranks that differ along `over`, in order."""
         return tuple(ranks)
 
     @property
@@ -146,7 +146,8 @@ class AllReduce(Collective):
 class _Along(Collective):
     """A collective that changes a dimension.
 
-    axis  the dimension size  its size in the result
+    axis  the dimension
+    size  its size in the result
     """
 
     axis: int
@@ -259,7 +260,7 @@ class AllToAll(_Along):
 
 @op("pass_on", dtypes="t -> t", linear="x", flops=0)
 class PassOn(Awaited):
-    """y = x of the rank `steps` before, in a ring: each rank sends to one, and receives from one
+    """y = x of the rank `steps` before, in a ring: each rank sends to one rank, and receives from one rank
 
     size  the size of the dimension in the received part, if parts are uneven
     """
@@ -281,7 +282,7 @@ class PassOn(Awaited):
 
     @property
     def messages(self) -> float:
-        """One."""
+        """The number of messages: one."""
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
@@ -320,7 +321,7 @@ class HandOn(Collective):
 
     @property
     def messages(self) -> float:
-        """One."""
+        """The number of messages: one."""
         return 1
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:

@@ -123,7 +123,7 @@ class FoldWindows(Primitive):
         assert x is not None
         positive(stride=self.stride, dilation=self.dilation)
         if x.rank < 2:
-            raise RuleError("x needs an axis of windows and a last one of their elements")
+            raise RuleError("x needs an axis of windows, and a last axis of their elements")
         count = window_count(self.size, x.shape[-1], self.stride, self.dilation)
         found = x.shape[place(self.axis, x.rank - 1)]
         if found != count:
@@ -277,8 +277,8 @@ class Conv(Composite):
         return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
     def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        """Build windows that do not overlap as rows of a matrix, so that backends lay out the weight once, as for
-        linear. Other windows would be copied several times.
+        """If windows do not overlap, build them as rows of a matrix, so that backends lay out the weight once, as for
+        linear. Overlapping windows would be copied several times.
         """
         if not self.takes_patches(weight.shape):
             return self.body(b, x, weight, bias)

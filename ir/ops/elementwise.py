@@ -303,7 +303,7 @@ class Relu(Primitive):
 class StopGradient(Composite):
     """y = x, and no gradient flows, as through tensor.detach() in PyTorch
 
-    Where a graph is not differentiated, the default passes take it out.
+    If a graph is not differentiated, the default passes remove the op.
     """
 
     x = Operand()
@@ -330,8 +330,8 @@ class Cast(Primitive):
 
     Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
     integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
-    rounds to bf16 and holds it in float32. Linear into floats, up to rounding, so a partial sum passes through; not
-    into integers.
+    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so a partial sum passes
+    through; a cast to an integer dtype is not.
     """
 
     x = Operand()

@@ -21,8 +21,8 @@ MOST_TABLES = 8
 class EmbeddingSum(Composite):
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
-    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: those of positions are
-    [s] next to tokens [b, s]. The sum is taken in the order of the tables.
+    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: positions have the
+    shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
 
     tables  the number of tables, 2 to 8
     """

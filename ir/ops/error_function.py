@@ -2,9 +2,9 @@
 
     erf(x) = 2/sqrt(pi) * integral from 0 to x of exp(-t^2) dt
 
-The rational approximations are those of W. J. Cody, "Rational Chebyshev Approximations for the Error
-Function", Mathematics of Computation 23 (1969), 631-637, with the coefficients of his CALERF routine: one for
-erf near zero, two for erfc further out. Their relative errors are below 6e-19; float64's rounding remains.
+The rational approximations are by W. J. Cody, "Rational Chebyshev Approximations for the Error Function", Mathematics
+of Computation 23 (1969), 631-637, with the coefficients of his CALERF routine: one for erf near zero, two for erfc
+further out. Their relative errors are below 6e-19; float64's rounding remains.
 """
 
 from __future__ import annotations

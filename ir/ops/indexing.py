@@ -124,7 +124,9 @@ class IndexAdd(Primitive):
 
 
 def _slice_names(axis: int, rank: int, picked: int) -> tuple[str, str, str, str]:
-    """Return names before the axis, its own, those after it, and those of the indices."""
+    """Return the names of the axes before the indexed axis, its own, the names after it, and the names of the indices'
+    axes.
+    """
     axis = place(axis, rank)
     names = axis_letters(rank + picked)
     return " ".join(names[:axis]), names[axis], " ".join(names[axis + 1 : rank]), " ".join(names[rank:])
@@ -223,7 +225,7 @@ class ScatterAdd(Primitive):
 
 
 def _element_names(axis: int, rank: int) -> tuple[str, str]:
-    """Return the dimensions of the tensor with the indexed axis, and those of the indices."""
+    """Return the dimensions of the tensor with the indexed axis, and the dimensions of the indices."""
     axis = place(axis, rank)
     names = axis_letters(rank + 1)
     before, after = names[:axis], names[axis + 1 : rank]

@@ -86,8 +86,8 @@ class Divergence(Composite):
     """y = T^2 (sum of p (ln p - ln q) over the last axis), where p = softmax(teacher / T), q = softmax(x / T)
 
     The divergence of a student's distribution from its teacher's, at a temperature T (Hinton et al. 2015). With the
-    factor T^2 its gradient has the size of that of `cross_entropy` for any T. 16-bit floats are computed in f32, and
-    the result is rounded.
+    factor T^2 its gradient is as large as the gradient of `cross_entropy` for any T. 16-bit floats are computed in f32,
+    and the result is rounded.
     """
 
     x = Operand()

@@ -28,7 +28,7 @@ class Projections(MixedProduct, Composite):
 
     count        the number of products, 2 to 16
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
-    to           the dtype of results and biases, in which products are summed; None: that of x and the weights
+    to           the dtype of results and biases, in which products are summed; None: the dtype of x and the weights
     """
 
     x = Operand()

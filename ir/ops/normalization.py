@@ -103,8 +103,8 @@ class LogSoftmax(Composite):
 class MaskedSoftmax(Composite):
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
-    The probabilities of attention, where a query may see no key. If attention is lowered by its body, this is one op
-    for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
+    These are the probabilities of attention, in which a query may see no key. If attention is lowered by its body, this
+    is one op for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
     """
 
     x = Operand()

@@ -68,7 +68,7 @@ class _Pool(Composite):
         (x,) = types
         assert x is not None
         if not self.kernel:
-            raise RuleError("kernel must have a number for each axis that windows go over, is ()")
+            raise RuleError("kernel must have one number per spatial axis, is ()")
         if len(self.kernel) > x.rank:
             raise RuleError(f"kernel has {len(self.kernel)} numbers, x has {x.rank} axes")
         for size, before, after, stride, dilation in self.places:
@@ -114,7 +114,7 @@ class _Pool(Composite):
         (S("f32[1,2,8]", kernel=(2,), dilations=(0,)), "dilations must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
         (S("f32[8]", kernel=(2, 2)), "kernel has 2 numbers, x has 1 axes"),
-        (S("f32[8]", kernel=()), "kernel must have a number for each axis"),
+        (S("f32[8]", kernel=()), "kernel must have one number per spatial axis"),
         (S("bool[8]", kernel=(2,)), "x must be a"),
     ]
 
@@ -169,8 +169,8 @@ class _Separable(_Pool):
 class MaxPool(_Separable):
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    What lies in the padding is no element: a window that holds none gives -inf, or the least integer. Of equal maxima
-    the first in the window gets the gradient, as torch.max_pool2d has it.
+    Padding is ignored: a window without elements gives -inf, or the least integer. Of equal maxima the first in the
+    window gets the gradient, as torch.max_pool2d has it.
     """
 
     x = Operand()
@@ -192,7 +192,7 @@ class MaxPool(_Separable):
 class SumPool(_Separable):
     """y[..., i...] = sum_{k...} x[..., i stride + k dilation - padding...]
 
-    Padding adds nothing. 16-bit floats are summed in f32.
+    Padding counts as zeros. 16-bit floats are summed in f32.
     """
 
     x = Operand()

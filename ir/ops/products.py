@@ -24,7 +24,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 class MixedProduct(Op):
     """Base of products with weights: their result may have another dtype than the operands.
 
-    to   the result's dtype, in which the products are summed and the bias is; None: that of the operands
+    to   the dtype of the result and the bias, in which products are summed; None: the dtype of the operands
     """
 
     to: DType | None
@@ -102,7 +102,7 @@ class MatMul(MixedProduct, Primitive):
 
     Leading dimensions broadcast. A vector needs an explicit second axis: use rearrange, or einsum.
 
-    to   the result's dtype, in which floats are summed; None: that of x and y
+    to   the result's dtype, in which floats are summed; None: the dtype of x and y
     """
 
     x = Operand()
@@ -143,7 +143,7 @@ class Linear(MixedProduct, Primitive):
 
     The weight is [out, in], as in PyTorch checkpoints (torch.nn.functional.linear).
 
-    to   the dtype of the result and the bias, in which products are summed; None: that of x and the weight
+    to   the dtype of the result and the bias, in which products are summed; None: the dtype of x and the weight
     """
 
     x = Operand()

@@ -42,8 +42,8 @@ class _Reduction(Op):
 class _Extremum(_Reduction, Primitive):
     """The greatest or the least element.
 
-    ties   the gradient among equal ones: "even" shares it, as torch.amax does; "first" gives it all to the one that
-           `argmax` names, as torch.max along an axis does
+    ties   the gradient among equal elements: "even" shares it, as torch.amax does; "first" gives it all to the element
+           that `argmax` selects, as torch.max along an axis does
     """
 
     ties: str = "even"
@@ -52,7 +52,7 @@ class _Extremum(_Reduction, Primitive):
         if self.ties not in ("even", "first"):
             raise RuleError(f"ties must be even or first, is {self.ties!r}")
         if self.ties == "first" and len(self.axes) != 1:
-            raise RuleError(f"the first of equal elements is one along one axis, not along {len(self.axes)}")
+            raise RuleError(f"ties=first needs exactly one axis, received {len(self.axes)}")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return not_empty(types[0], self.axes, str(self.monoid))
@@ -84,7 +84,7 @@ class _Extremum(_Reduction, Primitive):
         (S("f32[2,3]", axes=(2,)), "there is no axis 2 in a tensor of rank 2"),
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
-        (S("f32[2,3]", axes=(0, 1), ties="first"), "is one along one axis, not along 2"),
+        (S("f32[2,3]", axes=(0, 1), ties="first"), "ties=first needs exactly one axis, received 2"),
         (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]
@@ -176,7 +176,7 @@ class ReduceMean(_Reduction, Composite):
         return [b.expand(with_ones(b, share, self.axes, x.rank), shape=x.shape)]
 
     def terms(self, b: Builder, x: Expr) -> Expr:
-        """Return the number of elements of x for one of y, as a scalar of x's dtype."""
+        """Return the number of elements of x for each element of y, as a scalar of x's dtype."""
         count = product(x.shape[i] for i in places(self.axes, x.rank))
         if count.constant is not None:
             return b.constant(count.constant, x.dtype)

@@ -47,7 +47,9 @@ class _AddNorm(Composite):
         return self.norm.reference(total, *vectors), total
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient: both addends get that of the sum, through the norm, and directly."""
+        """Build the gradient: both addends get the gradient of the sum, which comes through the norm and from the sum's
+        own readers.
+        """
         (g_y, g_sum), (_, _, *vectors), (y, total) = grads, inputs, outputs
         if g_y is None:
             return [g_sum, g_sum, *[None] * len(vectors)]

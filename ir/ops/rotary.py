@@ -60,7 +60,7 @@ class Rotary(Composite):
         return y
 
     def _pairs(self, f: int) -> tuple[slice, slice]:
-        """Return the dimensions that are first in their pairs, and those that are second."""
+        """Return the first dimensions of the pairs, and the second dimensions."""
         if self.layout == "half":
             return slice(0, f), slice(f, 2 * f)
         return slice(0, 2 * f, 2), slice(1, 2 * f, 2)

@@ -68,8 +68,8 @@ class RoundTo(Primitive):
     """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
 
     format     a name of `FORMATS`
-    saturate   numbers past the format's largest, infinite ones as well, become the largest; otherwise they become what
-               the format has beyond: inf or NaN. A NaN stays one; in a format without any it becomes 0.
+    saturate   numbers above the format's largest, including infinity, become the largest; otherwise they become inf or
+               NaN, whichever the format has. A NaN stays NaN; in a format without NaN it becomes 0.
 
     A cast to the format and back: the gradient passes unchanged, as through a cast.
     """

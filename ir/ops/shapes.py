@@ -192,7 +192,7 @@ class Expand(Primitive):
     shape: tuple[Size | None, ...]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """Return the rule for the case that no size is that of x: see `apply`."""
+        """Return the rule for the case that no size is kept from x: see `apply`."""
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
@@ -270,8 +270,8 @@ class Expand(Primitive):
 class Reshape(Primitive):
     """The elements of x, in row-major order, under another shape.
 
-    For importers: it does not relate the axes of x and y, so every axis ends here. If the relation is known, use
-    `rearrange`.
+    For importers. It does not relate the axes of x and y, so tracking of every axis ends here. If the relation is
+    known, use `rearrange`.
 
     shape   the result's sizes, with as many elements as x has for all values of the symbols
     """

@@ -9,8 +9,8 @@ one, is used once in a placement.
 
 A dimension of n units is split over k positions so that position i holds units i n // k to (i + 1) n // k. Parts differ
 by one unit at most, and none is empty if n >= k. Several axes that split one dimension count as one axis with the
-product of their sizes, the first outermost. Without the last of them the bounds are those of the split over the others,
-so that gathering along the last axis results in parts of that split.
+product of their sizes, the first outermost. Without the last of them the bounds equal the bounds of the split over the
+others, so that gathering along the last axis results in parts of that split.
 """
 
 from __future__ import annotations

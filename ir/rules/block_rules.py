@@ -23,7 +23,7 @@ def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None)
 
 
 def unread_blocks(op: str, names: Sequence[str], types: Sequence[Type | None]) -> RuleError:
-    """Return the error for an op that reads numbers and is given blocks."""
+    """Return the error for an op that reads numbers and receives blocks."""
     return RuleError(f"{_told(names, types)}, and {op} reads numbers", hint="decode it first")
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The values that a symbol may take: lower <= symbol <= upper; an upper of None is no limit."""
+    """The values that a symbol may take: lower <= symbol <= upper; if `upper` is None, there is no limit."""
 
     lower: int = 1
     upper: int | None = None
@@ -58,7 +58,7 @@ def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float
 
 
 def quotient_interval(numerator: tuple[float, float], denominator: tuple[float, float]) -> tuple[float, float]:
-    """The least and the greatest value of `numerator // denominator`, by those of the two."""
+    """The least and the greatest value of `numerator // denominator`, from the bounds of the two."""
     (low, high), (small, large) = numerator, denominator
     if small < 1:
         return -INFINITY, INFINITY

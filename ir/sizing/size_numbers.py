@@ -68,8 +68,8 @@ class SizeNumbers:
         return cast("float", self._of_numbers(operator.truediv, other, self))
 
     def __pow__(self, other: Any) -> Any:
-        """Return a size for an integer exponent of at least 0, and a number for any other. The type is Any, as of
-        `int.__pow__`.
+        """Return a size for an integer exponent of at least 0, and a number for any other. The return type is Any, as
+        for `int.__pow__`.
         """
         if not isinstance(other, Integral) or other < 0:
             return self._of_numbers(operator.pow, self, other)

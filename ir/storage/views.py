@@ -154,7 +154,7 @@ class View:
         )
 
     def broadcast(self, shape: Sequence[Size]) -> View:
-        """Broadcast to a shape, as NumPy does: leading dimensions and those of size 1 get stride 0."""
+        """Broadcast to a shape, as NumPy does: leading dimensions and dimensions of size 1 get stride 0."""
         new = len(shape) - self.rank
         old = zip(shape[new:], self.shape, self.strides, strict=True)
         return replace(self, shape=tuple(shape), strides=(*[ZERO] * new, *[s if n == m else ZERO for n, m, s in old]))

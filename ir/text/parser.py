@@ -1,8 +1,8 @@
 """Parser of graphs, the inverse of `treadle.ir.text.printer`. docs/ir-grammar.md has the grammar.
 
 The text may be untrusted. It is read in one pass, without recursion on its contents, under `TextLimits`. Every error in
-it is a ParseError with the line, the column and what was expected. Types are inferred again and compared with those in
-the text. A graph that was parsed verifies.
+it is a ParseError with the line, the column and the expected syntax. Types are inferred again and compared with the
+types in the text. A graph that was parsed verifies.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class _Parser(StatementReader):
             self.statement()
 
     def share(self) -> None:
-        """Keep in each entry the parameters and states that it reads. The last entry keeps those that are unused."""
+        """Keep in each entry the parameters and states that it reads. The last entry keeps the unused ones."""
         entries = self.result.entries
         read = {v for f in entries for v in (*f.results, *(v for node in f.nodes for v in node.inputs))}
         named = {n for f in entries for held in (f.parameters, f.states) for n, v in held.items() if v in read}

@@ -94,7 +94,7 @@ def _read_back(text: str) -> Type | None:
 
 
 def type_text(type: Type) -> str:
-    """Return a type that `parse_type` reads: with its factors and labels, or plain if those cannot be written."""
+    """Return a type that `parse_type` reads: with its factors and labels, or plain if these cannot be written."""
     return type.text if _read_back(type.text) == type else type.plain_text
 
 

@@ -207,7 +207,7 @@ class StatementReader(OperandReader):
             except TreadleError:
                 raise
             except Exception as error:
-                # An op's own code may assume what builders ensure; text may contain anything.
+                # An op's own code may rely on the checks of builders; text may contain anything.
                 raise GraphError(f"{cls.name} cannot have these attributes and operands: {error}") from None
         self.declared(attribute_symbols(op), start)
         for type in types:
@@ -225,7 +225,7 @@ class StatementReader(OperandReader):
         if missing := [n for n in formals if n not in weights]:
             kind, sign = ("state", "%") if missing[0] in callee.states else ("weight", "$")
             hint = f"with a.path, or {{name: {sign}w}}"
-            raise s.error(f"{callee.name}: no {kind} is given for {missing[0]}", start, hint=hint)
+            raise s.error(f"{callee.name}: no {kind} is passed for {missing[0]}", start, hint=hint)
         operands = [*inputs, *(weights[n] for n in formals)]
         for formal, value in zip(callee.arguments, operands, strict=True):
             if value is not None and (value.state is not None) != (formal.kind == "state"):
@@ -243,7 +243,7 @@ class StatementReader(OperandReader):
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read what follows `with`: a path under which weights and states have their formal names, and exceptions."""
+        """Read the text after `with`: a path under which weights and states have their formal names, and exceptions."""
         s = self.s
         formals = {**callee.parameters, **callee.states}
         bound: dict[str, Value | None] = {}
@@ -283,7 +283,9 @@ class StatementReader(OperandReader):
         results = node.named_results
         if types != [v.type for v in results]:
             given = ", ".join(str(v.type) for v in results)
-            raise s.error(f"{node.op.name} gives {given}, the note says {match['types']}", match.start("types"))
+            raise s.error(
+                f"{node.op.name} gives {given}, but the note specifies {match['types']}", match.start("types")
+            )
         for value, type in zip(results, types, strict=True):
             value.type = type  # the same sizes, with the factors and labels in the text
         if match["file"] is not None:

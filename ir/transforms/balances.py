@@ -6,8 +6,8 @@ A row that is rounded has one scale, so a few large channels use up the steps of
 size to the weights, whose rows have scales of their own (SmoothQuant, Xiao et al. 2023, equation 4). The size of a
 channel is estimated from the norm's own weights: three deviations of normalized numbers, times the gain, plus the
 shift. So no data is needed. Products that read the same rows share s. The maximum over n covers only the weights that
-count: if the projection of values is among them, those of queries and keys do not count, because the softmax evens out
-their errors.
+count: if the projection of values is among them, the projections of queries and keys do not count, because the softmax
+evens out their errors.
 
 A graph has 1 / s as a parameter, which `encode` multiplies with; w s is stored in blocks. Both are computed when
 weights are encoded: `treadle.ir.transforms.encoded_weights`.
@@ -48,7 +48,7 @@ class Balance:
     gain     the norm's weight, f32[k]
     shift    its bias, f32[k]; None: it has none
     weights  the matrices, each held as w s
-    by       those of them that count
+    by       the matrices that count
     """
 
     vector: str
@@ -123,7 +123,7 @@ def scored(value: Value, uses: Uses) -> bool:
 
 
 def _results(node: Node, matrices: Sequence[Value]) -> list[tuple[Value, Value]]:
-    """Return each matrix of a product with its result. A product of several has a result for each."""
+    """Return each matrix of a product with its result. A product with several matrices has a result for each."""
     own = len(node.results) == len(matrices)
     return [(w, node.results[i if own else 0]) for i, w in enumerate(matrices)]
 

@@ -1,9 +1,9 @@
 """Selection of a graph's outputs, whole or in part, so that passes remove nodes that no selected output needs.
 
-choose_outputs(graph, ["pooled"])               # that alone
+choose_outputs(graph, ["pooled"])               # only this output
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
-choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last ones
-choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions asked, a new input i64[B, N]
+choose_outputs(graph, ["logits[:, -1:]"])       # f32[B, 1, V] of the last positions
+choose_outputs(graph, ["logits[:, asked]"])     # f32[B, N, V] at the positions in `asked`, a new input i64[B, N]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class UnknownOutputError(UsageError):
 
 @dataclass(frozen=True)
 class _Span:
-    """Positions from start to stop of one axis; with `single` only the one at start, and the axis is removed."""
+    """Positions from start to stop of one axis; with `single` only the position at start, and the axis is removed."""
 
     start: int | None
     stop: int | None
@@ -43,7 +43,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Given:
-    """Positions of each row, given by an input of this name."""
+    """Positions of each row, passed in an input of this name."""
 
     name: str
 
@@ -51,8 +51,8 @@ class _Given:
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     """Return a copy of a graph with these outputs of its `main`, in this order.
 
-    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`,
-              of which a negative number counts from the end. In the place of the second axis, behind `:`, also a name:
+    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`;
+              a negative number counts from the end. In the place of the second axis, after `:`, also a name:
               of a new input, which holds positions for each row of the first axis; outputs that name the same input
               are read at the same positions
 
@@ -128,7 +128,7 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[
         span = spans[axis]
         if isinstance(span, _Given):
             if axis != 1 or spans[0] != _Span(None, None, single=False):
-                raise UsageError("a name stands for positions along the second axis, behind `:`")
+                raise UsageError("a name selects positions along the second axis, after `:`")
             if span.name not in positions:
                 positions[span.name] = _positions(b, x.shape[0], span.name)
             x = _picked(b, x, positions[span.name])
@@ -147,7 +147,7 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[
 def _positions(b: Builder, rows: Size, name: str) -> Expr:
     """A new input i64[rows, NAME] of positions for each row."""
     if any(v.name == name for v in b.function.inputs):
-        raise UsageError(f"{b.graph.name} has an input {name} already, and positions are another one")
+        raise UsageError(f"{b.graph.name} has an input {name} already, so positions cannot have that name")
     count = free_name(name.upper(), b.graph.symbols)
     made: Expr = b.input(name, Type(i64, (Dim.of(rows), Dim.of(Size.symbol(count)))))
     return made
@@ -157,7 +157,7 @@ def _picked(b: Builder, x: Expr, positions: Expr) -> Expr:
     """Return, for each row of x, the elements along its second axis at the positions i64[rows, n]."""
     name, (rows, count) = positions.value.name, positions.shape
     if rows != x.shape[0]:
-        raise UsageError(f"{name} holds positions for {rows} rows, and here are {x.shape[0]}")
+        raise UsageError(f"{name} holds positions for {rows} rows, but the output has {x.shape[0]}")
     taken = b.rearrange(positions, pattern=f"r p -> r p{' 1' * (x.rank - 2)}")
     taken.value.name = name
     made: Expr = b.take_along_axis(x, b.expand(taken, shape=(rows, count, *x.shape[2:])), axis=1)

@@ -11,7 +11,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite, Grads
 
 Through = Callable[[Builder, Node, Grads], Grads]
-"""Returns the gradients of a call's operands, given those of its results."""
+"""Returns the gradients of a call's operands, from the gradients of its results."""
 
 
 def backward(
@@ -22,7 +22,7 @@ def backward(
     counting: Container[Value] | None = None,
     through: Through | None = None,
 ) -> dict[Value, Expr]:
-    """Return the gradients of every value of the nodes, given those of some of their results.
+    """Return the gradients of every value of the nodes, from the gradients of some of their results.
 
     counting  the values whose gradients are wanted; None: all
     through   the gradient rule of calls
@@ -81,7 +81,7 @@ def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> lis
 
 
 def operand_gradients(found: Mapping[Value, Expr], inputs: Grads) -> list[Expr | None]:
-    """Return each operand's gradient among those of all values.
+    """Return each operand's gradient from the gradients of all values.
 
     If a value is several operands at once, its whole gradient is at the first: only their sum counts.
     """

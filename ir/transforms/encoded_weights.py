@@ -33,7 +33,8 @@ Encodings = Mapping[str, Encoding]
 
 
 def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
-    """Return a copy of a graph in which these parameters are encoded; its meaning changes only by their rounding.
+    """Return a copy of a graph in which these parameters are encoded; its results change only by the rounding of these
+    parameters.
 
     balances  smoothed products, all of whose weights are encoded: their vectors become parameters
 
@@ -62,8 +63,8 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
 
 
 def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
-    """Return a copy of a graph whose parameters are encoded and smoothed like those of the same names in another
-    graph.
+    """Return a copy of a graph whose parameters are encoded and smoothed like the parameters of the same names in
+    another graph.
     """
     held = graph.parameters
     found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
@@ -84,7 +85,7 @@ def decode_parameters(graph: Graph) -> Graph:
             value.type = value.type.decoded
         for node in function.nodes:
             if isinstance(node.op, Encode):
-                raise GraphError("the graph encodes computed values, which have no other numbers than their blocks")
+                raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
             if isinstance(node.op, Decode):
                 same[node.result] = node.inputs[0]
@@ -111,7 +112,8 @@ def encode_weights(
 ) -> dict[str, Any]:
     """Return weights as a graph stores them: numbers of encoded parameters as blocks, all others unchanged.
 
-    balances  of the graph; None: those in it (`balances_of`). A vector is computed if the weights are numbers
+    balances  of the graph; None: the balances in the graph (`balances_of`). A vector is computed if the weights are
+              numbers
 
     Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
     """
@@ -255,8 +257,8 @@ def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mappi
 
 
 def _divides(reader: Node, weight: Value, vector: Value) -> bool:
-    """Return True if a node multiplies a weight with a value that is rounded at every call. That `encode` then gets the
-    vector as an operand.
+    """Return True if a node multiplies a weight with a value that is rounded at every call. The `encode` of this value
+    then gets the vector as an operand.
 
     Raises GraphError if it already has another vector.
     """

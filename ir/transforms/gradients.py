@@ -339,7 +339,8 @@ class _Differentiation:
 
 
 def _split(own: Sequence[Node], later: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], list[Value]]:
-    """Return the nodes of the gradient, after those it recomputes, and the values that the function saves for it.
+    """Return the nodes of the gradient, after the nodes that it recomputes, and the values that the function saves for
+    it.
 
     Nodes are recomputed if they only move elements, or have no operands.
     """

@@ -78,7 +78,7 @@ def _output(b: Builder, name: str) -> Expr:
 
 def _free(graph: Graph, name: str) -> str:
     if any(v.name == name for v in graph.main.inputs) or name in graph.parameters:
-        raise UsageError(f"the model has an input {name} of its own, and training adds one of that name")
+        raise UsageError(f"the model already has an input {name}, and training adds an input of that name")
     return name
 
 

@@ -10,7 +10,7 @@ from treadle.ir.wording.other_spellings import OTHER_OPTIONS
 
 
 def spelled_call(name: str, signature: Signature) -> str:
-    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Those after * are
+    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Parameters after * are
     keyword-only.
     """
     parameters = list(signature.parameters.values())
@@ -22,7 +22,7 @@ def spelled_call(name: str, signature: Signature) -> str:
 
 
 def nearest_option(wanted: str, signature: Signature) -> str | None:
-    """Return the keyword parameter that has this name in other libraries, or is spelled most like it."""
+    """Return the keyword parameter that has this name in other libraries, or the most similar name."""
     by_name = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     options = [p.name for p in signature.parameters.values() if p.kind in by_name]
     here = [name for name in OTHER_OPTIONS.get(wanted, ()) if name in options]

@@ -1,4 +1,4 @@
-"""Names in other libraries for what Treadle spells otherwise: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For
+"""Names from other libraries, and the equivalents in Treadle: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For
 errors.
 
 Code comes first, so that a test can run it; words follow a #.

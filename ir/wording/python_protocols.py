@@ -1,4 +1,4 @@
-"""Python and NumPy protocols that a graph's value cannot support; each error says what to write instead.
+"""Python and NumPy protocols that a graph's value cannot support; each error names the replacement.
 
 `len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, there are no elements.
 """

@@ -47,7 +47,7 @@ class Candidate:
 
 
 def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
-    """Return at most `most` candidates, in their order; prefer those that no other beats in both time and memory.
+    """Return at most `most` candidates, in their order; prefer candidates that no other beats in both time and memory.
 
     If there are too many of these, the first, the last and evenly spaced ones between are kept. The first is the
     fastest, without any parts.

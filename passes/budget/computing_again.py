@@ -3,7 +3,7 @@
     n = layer_norm(x); q = linear(n, ...); k = linear(n, ...)      -->
     n = layer_norm(x); k = linear(n, ...); n' = layer_norm(x); q = linear(n', ...)
 
-Operands that a node needs whole come before those that it needs in parts: keys and values before queries. A view is
+Operands that a node needs whole come before operands that it needs in parts: keys and values before queries. A view is
 directly before its reader. A value is recomputed if that takes few operations, and its operands are live anyway.
 """
 
@@ -102,7 +102,7 @@ def _emit_views(value: Value, done: dict[Node, None]) -> None:
 
 
 def _in_order(node: Node, sizes: Mapping[str, int]) -> Sequence[Value]:
-    """Return a node's operands, first those of which it needs the most elements at once."""
+    """Return a node's operands, sorted by the number of elements that it needs at once, the largest first."""
     if node.op.callee is not None:
         return node.inputs
     op: Op = node.op

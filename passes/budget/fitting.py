@@ -36,7 +36,7 @@ from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
-"""Candidates estimated at more than this multiple of the budget are not planned: estimates are more accurate."""
+"""Candidates estimated at more than this multiple of the budget are not planned: estimates are closer than that."""
 _ENDLESS = 1 << 256
 MOST_TRIED = 256
 """Maximum number of candidates that are tried: each that may fit is planned and placed."""
@@ -157,7 +157,8 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """The candidates that are tried, the fastest estimate first; of those equally fast, the one that needs more.
+        """The candidates to try, the fastest estimate first; among equally fast candidates, the one that needs the most
+        memory first.
 
         They do not depend on the budget, so that less memory never gives a faster run.
         """

@@ -66,7 +66,7 @@ class MemoryFit:
         lines = [
             f"peak {self.peak:,} bytes within {self.budget:,} ({self.before:,} without a budget)"
             + (f" at {where} and below" if where else ""),
-            f"predicted time: {self.ratio:.3f} times that of a run without a budget",
+            f"predicted time: {self.ratio:.3f} times the time of a run without a budget",
         ]
         if self.host is not None:
             lines.append(

@@ -1,7 +1,7 @@
 """Check regions that are computed in parts, independently of the code that rewrote them.
 
     slices   of an input are contiguous and cover the axis, also at sizes that the number of parts does not divide
-    nodes    of a part are those of the region, in order, and their operands are the counterparts of the region's
+    nodes    of a part are the nodes of the region, in order, and their operands are the counterparts of the region's
     numbers  of each node: on a part of the operands of the region's node, the part's node returns that part of its
              result
 
@@ -62,7 +62,7 @@ class _Check:
             self._nodes(region.nodes, callee, stands, number if number in few else None)
             results = [stands.get(v) for v in region.outputs]
             if results != list(callee.results):
-                raise self._wrong("a part returns something else than the region", part.call)
+                raise self._wrong("a part returns other values than the region", part.call)
         for at, value in enumerate(region.outputs):
             joined = self.parted.joined[value]
             given = [part.call.results[at] for part in parts]
@@ -127,7 +127,7 @@ class _Check:
                 inner = dict(zip(callee.arguments, part.arguments, strict=True))
                 self._nodes(callee.nodes, part, inner, number)
                 if [inner.get(v, v) for v in callee.results] != list(part.results):
-                    raise self._wrong("a part returns something else than the function", old)
+                    raise self._wrong("a part returns other values than the function", old)
             elif callee is not None or part is not None:
                 raise self._wrong("a call replaces an op", old)
             elif number is not None:

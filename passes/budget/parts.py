@@ -4,7 +4,7 @@
 
 A part has a copy of every node of the region, on operands of the part's types: the same op, or the op with the part's
 size in place of the axis's, or, if it reads positions, the op at the start position of the part (`Op.on_part`). Parts
-whose functions are equal share one.
+with equal functions share one function.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
 
 
 def part_type(type: Type, dim: int | None, size: Size) -> Type:
-    """A type with another size in one dimension, or as it is. Raises NoPart for the axis along which blocks lie."""
+    """A type with another size in one dimension, or as it is. Raises NoPart for the axis of the blocks."""
     if dim is None:
         return type
     if type.encoding is not None and dim == type.encoding.axis % type.rank:

@@ -25,8 +25,8 @@ class CutRegion:
     """Consecutive nodes of a function, and an axis that they map.
 
     dims     the dimension of each value along the axis: of inputs, parameters and results
-    inputs   values from outside that they read, in order; no constants
-    outputs  values that are read outside, or are results of the function
+    inputs   values from outside that the nodes read, in order; no constants
+    outputs  values that other nodes read, or that are results of the function
     size     the size of the axis
     """
 

@@ -2,7 +2,7 @@
 
 A step in n parts reads values that all parts share (weights, keys) n times, and split values once. Nodes of one step
 write only the last one's result to memory. Memory access does not overlap with computation: a product of 16 rows with
-[768, 3072] takes a third longer per row than one of 1,024 rows, as the sum of both times predicts.
+[768, 3072] takes a third longer per row than a product of 1,024 rows, as the sum of both times predicts.
 """
 
 from __future__ import annotations

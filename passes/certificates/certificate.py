@@ -77,7 +77,7 @@ class Certificate:
 class Counterexample:
     """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and the disagreement.
 
-    doubt   why they may agree nevertheless
+    doubt   the reason why they may still agree
     """
 
     case: str

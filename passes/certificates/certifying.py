@@ -28,7 +28,7 @@ the certificate reports the number of inconclusive cases.
 **Counterexamples.** A failure counts only if the case can occur in the function: its free values must be inputs of the
 function, or products of such values with something else (`treadle.passes.certificates.regions`), and every axis must
 have its full size if constants may depend on it. If a claim fails in another way at every depth, the rewrite is kept,
-and its certificate says "not certified", and why.
+and its certificate states "not certified" and the reason.
 
 A certificate proves nothing about other values: it finds errors, but does not prove their absence. Roundings to a
 narrower dtype (a cast to f16) do not happen in float64.
@@ -76,9 +76,9 @@ def certify(
     graphs        the graph before and after, for the bounds of symbols and for calls
     derivatives   True if gradients with respect to the inputs must agree too, also at ties and in rows without keys
 
-    A case that cannot occur in the function is not a counterexample: if there are only such cases, the certificate says
-    so. Sizes at which the ops of one depth cannot run, such as those past the end of a table of positions, do not
-    excuse a failure at another depth. Claims that were tried in this process are not tried again.
+    A case that cannot occur in the function is not a counterexample: if there are only such cases, the certificate
+    states this. Sizes at which the ops of one depth cannot run, such as sizes past the end of a table of positions, do
+    not excuse a failure at another depth. Claims that were tried in this process are not tried again.
     """
     tried: set[str] = set()
     against: Counterexample | None = None
@@ -233,9 +233,7 @@ def _tried(
 
 
 def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:
-    """Return the replacement's error and tolerance, a description of what is wrong, or None if the case is
-    inconclusive.
-    """
+    """Return the replacement's error and tolerance, a description of the failure, or None for an inconclusive case."""
     try:
         new = interpret(sides[1], inputs, float64=float64)
     except _FAILURES as problem:
@@ -253,7 +251,7 @@ def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, f
 
 
 def _has_masks(sides: tuple[Graph, Graph], inputs: Arrays) -> bool:
-    """Return True if some numbers mask, and the dtypes are ones that NumPy has, other than float64 alone."""
+    """Return True if some numbers mask, NumPy has all dtypes, and not all of them are float64."""
     values = [v for side in sides for _, node in side.walk() for v in (*node.inputs, *node.results)]
     dtypes = {v.type.dtype for v in values if v.type.dtype.is_float}
     if not dtypes - {f64} or any(dtype.numpy is None for dtype in dtypes):

@@ -23,8 +23,8 @@ _PART = 2.0**-5
 def compared(
     sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool
 ) -> tuple[float, float] | str | None:
-    """Return the largest relative difference of the outputs and its tolerance, a description of what is wrong, or None
-    if roundings may move an output by more than a part of its range.
+    """Return the largest relative difference of the outputs and its tolerance, a description of the failure, or None if
+    roundings may move an output by more than a part of its range.
     """
     before, after = made
     worst = (0.0, 0.0)
@@ -44,7 +44,7 @@ def compared(
         spacing = f64.spacing if float64 else float(np.finfo(wanted.dtype).eps)
         got, wanted = got.astype(np.float64), wanted.astype(np.float64)
         if np.any(np.isnan(got) & ~np.isnan(wanted)):
-            return "there is a NaN where there was none"
+            return "an element is NaN that was not NaN before"
         off = Distance.between(got, wanted, HUGE)
         if off.lost:
             return "a number past 1e30 has changed"

@@ -2,9 +2,9 @@
 
 Both sides get the gradient of a sum of their float results, with drawn factors, with respect to their float inputs.
 They run in float64, and must agree to a part in a million of the largest number: constants of gradients are float32. A
-number may be NaN only if it was NaN before. If they do not agree, but the gradient before also moves as far when its
-inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive; numbers that were
-drawn to be equal stay equal.
+number may be NaN only if it was NaN before. If they do not agree, but the gradient before the change moves by the same
+amount when its inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive.
+Numbers that were drawn to be equal stay equal.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Gradients:
     seeds: tuple[Value, ...]
 
     def compared(self, inputs: Arrays, sizes: Mapping[str, int], seed: Sequence[int]) -> str | None:
-        """Return a description of what is wrong with the gradients after; None if nothing is."""
+        """Return a description of the error in the gradients after the change; None if they are correct."""
         rng = np.random.default_rng([*seed, 1])
         factors = {v.name: rng.standard_normal(v.type.evaluate(sizes)) for v in self.seeds}
         old = _run(self.before, {**inputs, **factors})
@@ -53,13 +53,13 @@ class Gradients:
         for name, wanted in old.items():
             off = _apart(new[name], wanted, largest)
             if off is None:
-                return f"the gradient by {name} has a NaN where it had none"
+                return f"the gradient with respect to {name} has a NaN that it did not have before"
             if off <= _NEAR:
                 continue
             moved = _run(self.before, {**_moved(inputs), **factors})
             edge = None if moved is None else _apart(moved[name], wanted, largest)
             if edge is not None and edge <= _NEAR:
-                return f"the gradient by {name} differs by {off:.2g} of the largest"
+                return f"the gradient with respect to {name} differs by {off:.2g} of the largest"
         return None
 
 
@@ -118,7 +118,7 @@ def _largest(array: Array) -> float:
 
 
 def _apart(got: Array, wanted: Array, largest: float) -> float | None:
-    """Return the largest difference, relative to the largest number; None for a NaN where there was none."""
+    """Return the largest difference, relative to the largest number; None if a number became NaN."""
     known = ~np.isnan(wanted)
     if np.any(np.isnan(got) & known):
         return None

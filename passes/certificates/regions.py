@@ -1,11 +1,11 @@
 """Regions: the results of a rewrite or a pass before and after, extracted from the function, over the same free values.
 
-A `Claim` says that values of the function before equal values of it after. Its two sides are cut at the values that
+A `Claim` states that values of the function before equal values of it after. Its two sides are cut at the values that
 both have, which are then free: a claim that holds for all free values holds for the values that occur in the function.
-A claim that does not hold for all may still hold for those: a mask that was replaced by its meaning is free on one side
-only, and whether a row of it keeps a key does not depend on one number. So a claim can be cut at four depths:
+A claim that does not hold for all values may still hold for these: a mask that was replaced by its meaning is free on
+one side only, and whether a row of it keeps a key does not depend on one number. So a claim can be cut at four depths:
 
-    0   around what changed
+    0   around the changed nodes
     1   up to the values that one side reads and the other does not, and through all values that are computed from
         truth values, integers and constants alone: masks, positions, facts about their rows
     2   also through everything but products (matmul, linear, ...) and calls: a product with something else can be any

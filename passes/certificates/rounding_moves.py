@@ -14,8 +14,7 @@ Numbers that mask are meant to be equal: a row in which every key is masked by f
 any change of one of them would leave a single key. So equal constants of that size change together, and numbers that
 absorb every score do not change.
 
-If the sides run in the graph's own dtypes, inputs and constants change by a spacing of their dtype, except those that
-mask.
+If the sides run in the graph's own dtypes, inputs and constants other than masks change by a spacing of their dtype.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The check that two graphs compute the same expressions of the same inputs and weights, whenever and wherever they do.
 
-Passes that move work to `bind`, share it, or change a weight's layout may not change what is computed. Each output of
-an entry, and the final value of each state, is an expression: a tree of ops over inputs, weights, states and constants,
-in which a call stands for its body, a derived weight for the expression that computes it, and a relayout for its
-operand. Equal trees get one number here, so that comparing is cheap. The check is independent of the passes.
+Passes that move work to `bind`, share it, or change a weight's layout may not change the computed values. Each output
+of an entry, and the final value of each state, is an expression: a tree of ops over inputs, weights, states and
+constants, in which a call stands for its body, a derived weight for the expression that computes it, and a relayout for
+its operand. Equal trees get one number here, so that comparing is cheap. The check is independent of the passes.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class AddZero(Rewrite):
 
 @dataclass(frozen=True)
 class SubZero(Rewrite):
-    """x - 0   -->   x        (not x - -0.0, which is 0.0 for x = -0.0)"""
+    """x - 0   -->   x        (not x - (-0.0), which is 0.0 for x = -0.0)"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x - p.constant("zero")

@@ -1,4 +1,4 @@
-"""Slices and lookups move before the ops whose results they slice, so that only what is read is computed."""
+"""Slices and lookups move before the ops whose results they slice, so that only elements that are read are computed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CutSooner(Pass):
 
     The same holds for lookups of positions: constant positions, or positions of each row of a batch. If a classifier
     reads only the first token, the last layer computes only that token's query, output and feed-forward network, but
-    all keys and values: slices move into calls, which then call another function than the other layers do.
+    all keys and values: slices move into calls, which then call a different function than the other layers.
 
     Not applied to parts of more than half of an axis, or of a size that is not fixed; to values that are also read as a
     whole; to products with a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps;
@@ -64,8 +64,8 @@ def _slice(dim: int, start: Size, stop: Size, whole: Size) -> Slice:
 
 
 class _Cutting:
-    """Makes functions of a graph compute only what is read of them, and builds the sliced functions that they then
-    call.
+    """Makes functions of a graph compute only the parts of their results that are read, and builds the sliced functions
+    that they then call.
     """
 
     def __init__(self, rule: str, graph: Graph, log: PassRecord) -> None:
@@ -74,9 +74,11 @@ class _Cutting:
         self._made: dict[object, Function] = {}
 
     def cut(self, function: Function) -> list[tuple[Function, Node, str]]:
-        """Make a function whose whole outputs are needed compute only what is read. Return the refusals.
+        """Make a function whose whole outputs are needed compute only the parts of its values that are read. Return the
+        refusals.
 
-        It works along one axis after the other: slices along the second may move to where the first axis was sliced.
+        It works along one axis after the other: slices along the second axis may move to the position at which the
+        first axis was sliced.
         """
         refused = list[tuple[Function, Node, str]]()
         while True:
@@ -134,7 +136,7 @@ class _Cutting:
         return self._made[key]
 
     def _add(self, made: Function, whole: Function) -> None:
-        """Insert a function after the one that it was copied from: its callees come before both, and its callers
+        """Insert a function after the function that it was copied from: its callees come before both, and its callers
         after.
         """
         functions = self.graph.functions

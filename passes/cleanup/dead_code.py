@@ -1,4 +1,4 @@
-"""Dead code: remove what no output depends on."""
+"""Dead code: remove nodes that no output depends on."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value
 
 
 def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
-    """Drop weights and states that an entry does not read; log those that no other entry reads."""
+    """Drop weights and states that an entry does not read; log each that no other entry reads."""
     removed = 0
     known = {"weights": list(graph.parameters), "states": list(graph.states)}
     for entry in graph.later_entries:

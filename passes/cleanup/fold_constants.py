@@ -1,4 +1,4 @@
-"""Constant folding: compute what depends on constants alone at compile time, by the ops' own references."""
+"""Constant folding: compute nodes that depend on constants alone at compile time, by the ops' own references."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ through ops that depend on the position itself, such as a causal mask.)
 
     found = PartsRead(graph).of(function, [None])      # all of its output is read
     found.parts[value]                                 # the part that is read of a value; absent: all of it
-    found.cut[node]                                    # the form of a node that computes only what is read of it
+    found.cut[node]                                    # the form of a node that computes only the part that is read
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PartRead:
 
 @dataclass(frozen=True)
 class CutNode:
-    """A node that computes only what is read of it.
+    """A node that computes only the part of its result that is read.
 
     op        the op on parts; None for a call (it calls another function) and for a slice that is a part of its operand
     operands  the part that it reads of each operand; None for all of it
@@ -75,7 +75,8 @@ class FoundParts:
 
     parts     the part that is read of a value, if not all of it is read
     cut       the nodes that need not compute all of their results
-    refused   nodes that map the axis and of which only a part is read, but that must compute everything: the function,
+    refused   nodes that map the axis and compute everything, although only a part of their result is read: the
+              function,
               the node, and the reason
     computes  True if some of the cut nodes compute something: moving fewer elements alone is not worth a change
     """
@@ -90,7 +91,7 @@ class FoundParts:
 
 
 def part_taken(node: Node) -> PartRead | None:
-    """Return the part of its first operand that a slice or a lookup reads, if that is a small one."""
+    """Return the part of its first operand that a slice or a lookup reads, if the part is small."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)

@@ -1,4 +1,4 @@
-"""Indices by position that select what is already there: exporters read mask[b, t] by tensors of indices in this way.
+"""Indices by position that select every element in order: exporters read mask[b, t] by tensors of indices in this way.
 
 i = iota(B) * S + iota(S)                       [B, S], the numbers from 0 to B S - 1
 gather(x as [(B S)], where(i < 0, i + B S, i))  x

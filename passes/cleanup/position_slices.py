@@ -21,7 +21,7 @@ from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32
-"""The greatest number of values that a table may be computed from; larger ones are left as they are."""
+"""The greatest number of values that a table may be computed from; larger tables are unchanged."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A normal form of rearranges: equal ones have equal forms, and two in a row become one.
+"""A normal form of rearranges: equal rearranges have equal forms, and two consecutive rearranges become one.
 
     b s (heads=12 d) -> b heads s d        (0)(1)(2 3) -> (0)(2)(1)(3)
 
@@ -129,7 +129,7 @@ class PatternAtom:
 
 
 def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, PatternAtom]]:
-    """Return a pattern's dimensions before and after as factor names, without those of size 1, and the factors."""
+    """Return a pattern's dimensions before and after as factor names, without factors of size 1, and the factors."""
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
     given = Rearrange(pattern=pattern).rule([type.rank]).known_sizes

@@ -148,8 +148,8 @@ class PassManager:
     """Run passes in order, and verify the graph after each pass that changed something.
 
     certify   evaluate each change before and after, on drawn values (`treadle.passes.certificates.certifying`). A
-              change that fails is undone and reported as a refusal, and the other passes continue. None: as
-              TREADLE_CERTIFY says
+              change that fails is undone and reported as a refusal, and the other passes continue. None: the value of
+              TREADLE_CERTIFY
     target    the hardware that the graph is compiled for; a rewrite may be refused because it is slower there
     differentiated  True if the graph will be differentiated: rewrites then keep its gradients, and certificates
               compare them
@@ -255,7 +255,7 @@ def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
 def _undo_what_fails(
     each: Pass, record: PassRecord, recorded: dict[str, Recorded], before: Graph, working: Graph
 ) -> int:
-    """Certify the changes of a pass to every function, and revert those that fail. Return the number of reverted
+    """Certify the changes of a pass to every function, and revert the changes that fail. Return the number of reverted
     changes.
     """
     undone = 0

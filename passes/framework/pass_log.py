@@ -93,7 +93,7 @@ class PassRecord:
     notes    the pass's own lines: weights removed, folds skipped
     certificates  of the distinct rewrites, if certification is on
     plan     the result of a planning pass, which prints its own text
-    fit      how a run fits into a budget, if a pass planned that
+    fit      the fit of a run into a memory budget, if a pass planned it
 
     These are for the pass while it runs: certifying (True if each rewrite is certified before it is kept),
     differentiated (True if the graph will be differentiated, so that gradients must not change), shown (values and

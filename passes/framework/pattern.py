@@ -4,7 +4,7 @@
         return x * p.sigmoid(x)                   # both x must be one value
 
 A pattern is written in the builder's vocabulary, over terms instead of values: every op is a method of `p`, and numbers
-are scalar constants. These methods express what ops cannot:
+are scalar constants. These methods express conditions that ops cannot:
 
     p.either(a, b, ...)     any of these; None stands for an absent operand
     p.constant("scale")     any scalar constant, captured as a Python number

@@ -95,7 +95,8 @@ _Goals = tuple[_Goal, ...]
 
 
 class Search:
-    """The search for one pattern at one root. After `run` is exhausted, `miss` holds what stopped the best attempt.
+    """The search for one pattern at one root. After `run` is exhausted, `miss` holds the reason that stopped the best
+    attempt.
 
     Ops are matched first, from the root downward. Leaves (wildcards, constants, attributes) are matched once all ops
     fit, so that a miss with the right structure and a wrong constant is reported as such.
@@ -159,8 +160,8 @@ class Search:
         self._nodes.pop()
 
     def _orders(self, term: OpTerm, node: Node) -> Sequence[Sequence[int]]:
-        """Return the orders of operands that are worth trying: those in which each operand is of the kind that the term
-        wants.
+        """Return the orders of operands that are worth trying: the orders in which each operand is of the kind that the
+        term wants.
 
         If there is none, one order in which only op terms lack a match is still tried: the operands that do match show
         how near the miss is.
@@ -235,7 +236,7 @@ class Search:
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:
-    """Return the goals put before the open ones of their kind: terms that need a search, and leaves."""
+    """Return the goals, inserted before the open goals of their kind: terms that need a search, and leaves."""
     structural = tuple(g for g in goals if isinstance(g[0], (OpTerm, EitherTerm)))
     return structural + ops, leaves + tuple(g for g in goals if not isinstance(g[0], (OpTerm, EitherTerm)))
 

@@ -12,7 +12,7 @@
 
 `fits` may narrow the pattern by conditions that its notation cannot express; if it is false, nothing is recorded.
 `check` may refuse a match, with a reason that the pass log prints next to the author's line. A match is also refused if
-a value inside it is used elsewhere and the pattern does not say `p.shared`, if `slower` finds that the target is faster
+a value inside it is used elsewhere and the pattern does not use `p.shared`, if `slower` finds that the target is faster
 without the rewrite, and if its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
 """
 
@@ -43,7 +43,7 @@ _GENERATIONS = 50
 class Match:
     """A pattern found in a graph. Captured values are its attributes, as Exprs; constants, as Python numbers.
 
-    root   the node that the pattern's root fits; its result is what a rewrite replaces
+    root   the node that the pattern's root fits; a rewrite replaces its result
     nodes  every matched node, the root first
     """
 
@@ -71,7 +71,7 @@ class Match:
 class Rewrite(Pass):
     """A pass that replaces one pattern by an equal expression.
 
-    Write `pattern` and `rewrite`, and if needed `fits` and `check`.
+    Subclasses define `pattern` and `rewrite`, and if needed `fits` and `check`.
     """
 
     def pattern(self, p: Vocabulary, *wildcards: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The engine of every pass that replaces what it finds: patterns (`treadle.passes.framework.rewrite`) and sites.
+"""The engine of all passes that find sites and replace them: patterns (`treadle.passes.framework.rewrite`) and sites.
 
     @dataclass(frozen=True)
     class FuseDoubleNegation(SiteRewrite[Site]):
@@ -13,9 +13,9 @@
         def build(self, b, site):
             return b.expr(site.nodes[0].inputs[0])
 
-A pass decides what it finds, what it refuses and what it builds. This module does the rest once for all passes: it
-builds the replacement separately, under the scope and the source line of the replaced node, checks that the types are
-equal, redirects all readers to it, removes nodes that become unused, and writes the log.
+A pass decides which sites it finds and refuses, and builds the replacements. This module does the rest once for all
+passes: it builds the replacement separately, under the scope and the source line of the replaced node, checks that the
+types are equal, redirects all readers to it, removes nodes that become unused, and writes the log.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Refusal:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place where a pass has found something to replace. A pass that needs more data adds fields.
+    """A site that a pass will replace. A pass that needs more data adds fields.
 
     root      the node that is replaced, whose scope and source line the replacement takes
     nodes     the other nodes that are replaced
@@ -82,7 +82,7 @@ class Site:
 class Replacement:
     """New nodes, and the values that they replace.
 
-    replaced  the old values; `results` are the new ones, of the same types
+    replaced  the old values; `results` are the new values, of the same types
     made      the new nodes, in order
     """
 
@@ -97,10 +97,10 @@ FoundSite = TypeVar("FoundSite", bound=Site)
 
 @dataclass(frozen=True)
 class SiteRewrite(Pass, Generic[FoundSite]):
-    """A pass that finds by itself what no pattern can express. Write `sites` and `build`."""
+    """A pass that finds sites that no pattern can express. Subclasses define `sites` and `build`."""
 
     tidying: ClassVar[Pass | None] = None
-    """A pass that cleans up what the replacements leave between them and their neighbours."""
+    """A pass that cleans up the nodes that replacements leave between themselves and their neighbours."""
 
     def sites(self, work: Rewriting) -> Iterator[FoundSite]:
         """Yield the sites to replace. A site is replaced, or refused by `build`, before the next one is requested."""
@@ -234,7 +234,7 @@ class Rewriting:
     def put(self, built: Replacement, nodes: Iterable[Node] = (), place: Node | None = None) -> None:
         """Redirect all readers to a replacement, at the position of its root or of another node.
 
-        nodes   replaced nodes other than the root; those that become unused are removed
+        nodes   replaced nodes other than the root; they are removed if they become unused
         """
         root, made = built.root, built.made
         for node in made:

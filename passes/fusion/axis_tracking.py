@@ -1,10 +1,11 @@
-"""Tracking of axes through ops that move elements: which axis of one value is which of another, whatever their layouts.
+"""Tracking of axes through ops that move elements: the correspondence between axes of two values, whatever their
+layouts.
 
     scores     f32[B*H, S, T]     (0 1)(2)(3)
     rearranged f32[B, H, S, T]    (0)(1)(2)(3)
 
 A value's layout lists, for each of its dimensions, the atoms that it is the product of, outermost first. Atoms are
-numbers; those of size 1 are left out, and one that turns out to be a product is split for all layouts at once.
+numbers; atoms of size 1 are left out, and an atom that turns out to be a product is split for all layouts at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Layout = Atoms
 
 
 class Axes:
-    """The atoms of one search: their sizes, and the parts of those that were split."""
+    """The atoms of one search: their sizes, and the parts of atoms that were split."""
 
     def __init__(self) -> None:
         self.sizes: list[Size] = []

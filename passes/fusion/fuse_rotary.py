@@ -39,8 +39,8 @@ class FuseRotary(SiteRewrite["_Turned"]):
 
     The last axis is tracked element by element, so the form does not matter: each element must be x_i cos a_i -+ x_j
     sin a_i with the same positions throughout. Refuses: pairs, signs or angles in another order; positions that are not
-    integers; angles that are not a product of positions and frequencies; an x whose elements are not one tensor's in
-    order.
+    integers; angles that are not a product of positions and frequencies; an x whose elements are not the elements of
+    one tensor in order.
     """
 
     tidying = TidyLayout()
@@ -149,7 +149,9 @@ def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
     x_layout = axes.of(x.value)
     varying = [i for i, at in enumerate(lead) if at is not None]
     if not 1 <= len(varying) <= 2:
-        return Refusal(f"the angles vary along {len(varying)} axes other than that of pairs, not by row and position")
+        return Refusal(
+            f"the angles vary along {len(varying)} axes other than the axis of pairs, not by row and position"
+        )
     s = varying[-1]
     others = [i for i in range(3) if i != s]
     row = varying[0] if len(varying) == 2 else others[0]

@@ -1,8 +1,8 @@
 """Views of values as elements of a tensor times cosines and sines of angles, tracked along their last axes.
 
 A rotary rotation can be written in slices, joins, negations and tables of many kinds. Here the form does not matter:
-for each element along the last axes, the view says which element of which tensor it is, times which sign, and times the
-cosine or sine of which angle.
+for each element along the last axes, the view holds the tensor and the index of its element, a sign, and the angle
+whose cosine or sine multiplies them.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _base(value: Value) -> RotaryView | None:
 
 
 def _spread(table: RotaryView, shape: tuple[int, ...]) -> RotaryView | None:
-    """Return a table broadcast along more of the last axes; None if it varies along those."""
+    """Return a table broadcast along more of the last axes; None if it varies along these axes."""
     more = len(shape) - len(table.shape)
     if more < 0 or table.shape != shape[more:]:
         return None

@@ -21,7 +21,8 @@ class DecodeLast(SiteRewrite[Site]):
     The same holds for slice, rearrange and other ops that move whole lines of blocks. Readers of the result may then
     read blocks; if none does, the result is decoded once in either case.
 
-    A collective stays where it is: it moves what its plan says, and its result does not belong to a weight.
+    A collective stays where it is: it moves the bytes that its plan specifies, and its result does not belong to a
+    weight.
 
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
@@ -30,7 +31,7 @@ class DecodeLast(SiteRewrite[Site]):
         for node in work.walk():
             if not node.op.moves_blocks or not node.op.only_moves or len(node.results) != 1:
                 continue
-            if node.op.meets_ranks:  # moves what the plan says; its result is decoded at every call
+            if node.op.meets_ranks:  # moves the planned bytes; its result is decoded at every call
                 continue
             found = [v for v in node.inputs if _blocks(v) is not None]
             if not found or not all(map(is_made_of_weights, node.inputs)):

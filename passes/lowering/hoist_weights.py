@@ -36,10 +36,10 @@ ReadsBlocks = Callable[[Node, int], bool]
 class HoistWeights(Pass):
     """main: y = linear(x, concat($a, $b))   -->   bind: $ab = concat($a, $b)      main: y = linear(x, $ab)
 
-    What a block computes from its weights becomes a block of its own, which `bind` calls with the block's scopes; the
-    block reads the results as weights. Calls of it with the same weights are merged (ALBERT). Values that depend on
-    weights alone in one call of a block but not in another are computed at the calls. Values that several entries
-    compute from the same weights are computed once, and all of them read the result.
+    The part of a block that depends on its weights alone becomes a separate block, which `bind` calls with the block's
+    scopes; the block reads the results as weights. Calls of it with the same weights are merged (ALBERT). Values that
+    depend on weights alone in one call of a block but not in another are computed at the calls. Values that several
+    entries compute from the same weights are computed once, and all of them read the result.
 
     reads_blocks  returns True if a node reads encoded weights in blocks: a decode stays before it, and `bind` keeps the
                   blocks
@@ -81,7 +81,7 @@ class HoistWeights(Pass):
 
 @dataclass(frozen=True)
 class _Moved:
-    """The part of a block that was moved out: the block that computes it, and the old arguments by the new ones.
+    """The part of a block that was moved out: the block that computes it, and the old arguments by the new arguments.
 
     formals  for each new argument of the block: an old argument, or the index of a result of the block that computes it
     """
@@ -99,7 +99,7 @@ class _Hoisting:
         self.changes = 0
 
     def makes(self, node: Node) -> bool:
-        """Return True if a node calls a block that computes what was moved out of another."""
+        """Return True if a node calls a block that was moved out of another block."""
         return node.op.callee in self.makers
 
     # -- a block -----------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class _Hoisting:
         function.nodes = nodes
 
     def out_of_block(self, function: Function) -> None:
-        """Move what a block computes from its weights out of the block."""
+        """Move the nodes that a block computes from its weights alone out of the block."""
         nodes = self._moved_from(function)
         if not nodes or sum(len(node.results) for node in nodes) > _MOST_MOVED:
             return
@@ -216,7 +216,7 @@ class _Hoisting:
     # -- entries -----------------------------------------------------------------------------------------------
 
     def out_of_entries(self) -> None:
-        """Move what entries compute from weights to `bind`, within the budget."""
+        """Move the nodes that entries compute from weights alone to `bind`, within the budget."""
         graph, entries = self.graph, self.graph.later_entries
         bind = _Bind({name for entry in entries for name in (*entry.parameters, *entry.states)})
         replaced: dict[Value, Value] = {}

@@ -1,4 +1,4 @@
-"""Legalization: composites that a backend does not emit are lowered until only ops that it emits are left."""
+"""Legalization: composites that a backend does not emit are lowered until only ops that it emits remain."""
 
 from __future__ import annotations
 

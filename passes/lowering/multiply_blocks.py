@@ -46,7 +46,7 @@ class MultiplyBlocks(SiteRewrite[Site]):
     The two sides are equal up to rounding, so no certificate is required: decoded values are rounded to float32 before
     they are multiplied, integers are not. Products of integers are summed exactly over each block, and then multiplied
     by both scales. Refuses: a weight in an encoding that x is not rounded for, or with blocks along another axis; the
-    weight is then decoded, as is x.
+    weight and x are then decoded.
     """
 
     changes_numbers: ClassVar[bool] = True

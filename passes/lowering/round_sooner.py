@@ -1,4 +1,6 @@
-"""Values that are moved and then rounded are rounded first: if a product rounds what it stores, no other op has to."""
+"""Values that are moved and then rounded are rounded first: if a product rounds its result as it stores it, no other op
+has to.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, How
 
 
 def reused_arguments(plan: FunctionPlan, callees: Mapping[str, FunctionPlan]) -> tuple[Value, ...]:
-    """Return the arguments that the one output of a function may overwrite."""
+    """Return the arguments that the only output of a function may overwrite."""
     if len(plan.function.results) != 1 or plan.copied or len(plan.results) != 1:
         return ()
     (result,) = plan.results.values()

@@ -1,4 +1,4 @@
-"""Check a placement independently of its origin: nothing here is shared with the greedy orders or with the search."""
+"""Check a placement independently of its origin: it shares no code with the greedy orders or with the search."""
 
 from __future__ import annotations
 

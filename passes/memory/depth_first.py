@@ -251,7 +251,7 @@ def _settle(s: PlacementSearch, begin: int, end: int) -> int:
 
 @compiled
 def _choose(s: PlacementSearch, begin: int, end: int, lowest: int) -> int:
-    """Return the section to branch on, among those with the lowest floor."""
+    """Return the section to branch on, among the sections with the lowest floor."""
     chosen, least = NOTHING_FITS, np.inf
     for t in range(begin, end):
         if s.waiting[t] == 0 or s.floor[t] != lowest:
@@ -318,7 +318,7 @@ def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
 
 @compiled
 def _parts(s: PlacementSearch, begin: int, end: int) -> int:
-    """Write the parts that no buffer connects to the scratch, those with the least slack first; return their number.
+    """Write to the scratch the parts that no buffer connects, parts with the least slack first; return their number.
 
     A part is three numbers: its first section, its end, its slack.
     """

@@ -1,7 +1,7 @@
 """Frames: the storages of a function with their first and last steps; and the most bytes that live at once.
 
     frames = frames_of(plan)                       one for each function of a storage plan
-    peaks = peaks_of(frames, graph.symbols)        the polynomials of which the largest is the peak, at any sizes
+    peaks = peaks_of(frames, graph.symbols)        polynomials; the largest is the peak, at any sizes
     live_at(frames, "main", {"B": 8, "S": 512})    the bytes that live at each step, callees' included
 
 Frames have the same form for a plan and for a backend's version of it, which adds workspaces of single kernels. While a
@@ -49,7 +49,7 @@ class Frame:
     handed_out: tuple[Life, ...] = ()
 
     def alive(self, at: int) -> list[Life]:
-        """Return the storages that are live at a step, without those that a callee makes then."""
+        """Return the storages that are live at a step, without the storages that a callee makes in this step."""
         made = self.calls[at].storages if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 
@@ -102,7 +102,7 @@ def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, F
 
 
 def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict[str, tuple[Size, ...]]:
-    """Return sizes by function, the largest of which is its peak with callees' frames; none that another covers."""
+    """Return sizes by function; the largest is its peak with callees' frames. No size covers another."""
     found: dict[str, tuple[Size, ...]] = {}
     for name, frame in frames.items():
         found[name] = peak_of(frame, found, symbols)
@@ -110,7 +110,7 @@ def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict
 
 
 def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
-    """Return the sizes of which the largest is the peak of one function."""
+    """Return sizes; the largest is the peak of one function."""
     sizes: dict[Size, None] = {}
     live, begins, ends = ZERO, _by_step(frame, first=True), _by_step(frame, first=False)
     for at in range(len(frame.steps) + 1):

@@ -35,8 +35,8 @@ def live_bytes(first: Array, end: Array, size: Array) -> tuple[Array, Array]:
 def first_fit(first: Array, end: Array, size: Array, order: Array) -> Array:
     """Return the offsets of buffers that are placed in `order`, each at the lowest free offset.
 
-    Placed buffers are kept sorted by offset. Of those that overlap the new buffer in time, the space between one and
-    the highest end below it is free: the first such gap that is high enough is taken.
+    Placed buffers are kept sorted by offset. Among buffers that overlap the new buffer in time, the space between a
+    buffer and the highest end below it is free: the first such gap that is high enough is taken.
     """
     count = len(size)
     offsets = np.zeros(count, np.int64)

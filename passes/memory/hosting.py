@@ -97,9 +97,7 @@ def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
 
 
 def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
-    """Return sizes, the largest of which is the total of buffers in sequence, in which buffers of one size share
-    places.
-    """
+    """Return sizes; the largest is the total of buffers in sequence, in which buffers of one size share places."""
     alike: dict[Size, list[Life]] = {}
     for life in lives:
         alike.setdefault(life.storage.nbytes, []).append(life)

@@ -5,7 +5,7 @@
     found.order, found.peak, found.bound
 
 A buffer lives from the first of its steps in the order to the last. The live bytes depend on the set of steps that are
-done, not on the order in which they were done. So the search visits sets of steps, those with the smallest peak first,
+done, not on the order in which they were done. So the search visits sets of steps, sets with the smallest peak first,
 and the first complete set has the smallest possible peak. A step that frees at least the bytes that it takes, below the
 peak so far, is done at once: an order that does it later is not better. After a limit on the number of sets, a beam
 search continues, and the result has the bound that was proven by then.
@@ -45,7 +45,7 @@ class OrderProblem:
     """Steps by index, in program order.
 
     before   for each step, the steps that must come before it
-    buffers  memory that lives while it is needed
+    buffers  buffers, each live from the step that makes it to its last read
     extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee makes a value
              that already counts as a buffer
     over     for each step: the buffer that it makes, and a buffer that it may overwrite if it is the last to use it
@@ -99,8 +99,8 @@ def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
 def lower_bound(problem: OrderProblem) -> int:
     """Return a number of bytes that live at once in every order.
 
-    The buffers that a step touches live with it, and so do those touched both by a step that must come before it and by
-    one that must come after it.
+    The buffers that a step touches live with it, and so do buffers touched both by a step that must come before it and
+    by a step that must come after it.
     """
     sizes, kept = [b.size for b in problem.buffers], tuple([b.kept for b in problem.buffers])
     always = _always_live(problem.before, tuple([b.steps for b in problem.buffers]), kept, problem.over)
@@ -118,7 +118,7 @@ def _always_live(
     kept: tuple[bool, ...],
     over: tuple[tuple[tuple[int, int], ...], ...],
 ) -> list[tuple[list[int], list[int]]]:
-    """Return for each step the buffers that are live then in every order, and those that it may make in place of
+    """Return for each step the buffers that are live then in every order, and the buffers that it may make in place of
     another.
     """
     order = list(_sorted(before))

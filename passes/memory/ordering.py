@@ -67,7 +67,7 @@ def choices(
     plan     in program order, without a step that overwrites its operands
     before   for each step, the steps that `must_precede` it
     over     the operands that a step may overwrite
-    callees  for each callee, the sizes of which the largest is its peak
+    callees  sizes for each callee; the largest is its peak
     """
     made = _Making(plan, frame, before, over)
     wanted = [made.sizes, *callees.values()]
@@ -82,7 +82,7 @@ def choices(
 def needs_less(
     before: Sequence[Size], after: Sequence[Size], choice: Choice, symbols: Mapping[str, Bounds]
 ) -> BetterOrder | None:
-    """Return the savings of an order, if it is proven to need no more than another one, whatever the sizes are."""
+    """Return the savings of an order, if it is proven to need no more than another order, whatever the sizes are."""
     if not all(any(covers(old, new, symbols) for old in before) for new in after):
         return None
     was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))
@@ -106,7 +106,7 @@ class _Making:
     ) -> None:
         self.plan, self.frame, self.before = plan, frame, before
         own = [life.storage for life in frame.lives]
-        # A donated input counts as a buffer of the run, so that a step which may overwrite it is put after its readers.
+        # A donated input counts as a buffer of the run, so that a step which may overwrite it comes after its readers.
         donated = [plan.places[v].storage for v in plan.donated]
         self.storages = [*own, *(storage for storage in donated if storage is not None)]
         self.sizes = [storage.nbytes for storage in self.storages]

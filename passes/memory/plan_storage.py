@@ -45,16 +45,16 @@ def over_nothing(step: Step) -> Sequence[Value]:
 class PlanStorage(Pass):
     """y = op(x, ...)   -->   y is stored in s, from step i to step j
 
-    s is the first of these that is possible:
-      that of a state, if y is its update: the old state is not read again
-      that of x, if op is a view of it that strides can express
+    s is the first possible of these storages:
+      the state's, if y is its update: the old state is not read again
+      x's, if op is a view of it that strides can express
       the caller's, if y is an output
-      z's, if z is the one reader of y and would only move y to its destination: a part of a concat, a padded value
-      that of an operand which dies at this step, if the backend overwrites it; for a call, if its callee may
-      y's own, in the order in which its one reader needs it: "b s (h d) -> b h s d" is then a view
+      z's, if z is the only reader of y and would only move y to its destination: a part of a concat, a padded value
+      the storage of an operand that dies at this step, if the backend overwrites it; for a call, if its callee may
+      y's own, in the order in which its only reader needs it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
-             results: a value that is not a view has a storage of its own, or that of an operand which dies
+             results: a value that is not a view has its own storage, or the storage of an operand that dies
     grouped  the nodes that the backend computes together, so that only the last of them needs a storage
     parts    a predicate: a step writes its result as a part of another value
     over     the operands that a step may overwrite with its result, element by element
@@ -120,7 +120,7 @@ class PlanStorage(Pass):
         return LibraryPlanning(planned, steps, over, self.placed, self.workspaces, self.copies).plan()
 
     def _over(self, callees: Mapping[str, FunctionPlan]) -> Over:
-        """Return the operands that each step may overwrite; for a call, those that its callee may overwrite."""
+        """Return the operands that each step may overwrite; for a call, the operands that its callee may overwrite."""
 
         def over(step: Step) -> Sequence[Value]:
             callee = step.root.op.called_in(callees)

@@ -144,7 +144,8 @@ class FunctionPlan:
     copied     outputs that no step writes, by name: arguments, constants, outputs under a second name. They are copied
                after the last step
     reordered  the savings of an order other than program order; None for program order
-    reuses     for kernels that write by strides: the arguments whose storage the caller may pass for the one output, if
+    reuses     for kernels that write by strides: the arguments whose storage the caller may pass for the only output,
+               if
                they die at the call; for an entry, only donated arguments
     donated    arguments that the caller donates: steps may overwrite them
     given_back  outputs by name that are stored in a donated argument: the caller gets it as the result

@@ -99,7 +99,7 @@ class StridedPlanning(Planning):
         return place.view if fills and alone and dies else None
 
     def _wanted(self, value: Value, step: Step, read_by_view: bool = False) -> tuple[View, Value | str] | None:
-        """Return the destination that the caller or the one reader wants, and the owner of its storage: the value
+        """Return the destination that the caller or the only reader wants, and the owner of its storage: the value
         itself or a whole.
 
         read_by_view  True if the caller asks for a view of it: then there is a destination only if that can save a move

@@ -193,7 +193,7 @@ class Planning(ABC):
             self.last_reads[storage] = last
 
     def _update(self, value: Value) -> None:
-        """Place a version of a state in the storage of the one before it, which is not read any more."""
+        """Place a version of a state in the storage of the version before it, which is not read any more."""
         before = value.before
         assert before is not None
         lies = self.places[before].view or self.places[before].storage

@@ -65,7 +65,7 @@ class ScaleBeforeLinear(Rewrite):
 class ScaleBeforeMatmul(Rewrite):
     """matmul(x, w) * c   -->   matmul(x * c, w)        for a weight w and one number c
 
-    Refuses the same as `ScaleBeforeLinear`.
+    Refuses the same cases as `ScaleBeforeLinear`.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:

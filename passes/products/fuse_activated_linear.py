@@ -14,7 +14,7 @@ from treadle.passes.products.product_patterns import is_product, product_with, w
 
 @dataclass(frozen=True)
 class FuseActivatedLinear(Rewrite):
-    """act(linear(x, w, bias))   -->   activated_linear(x, w, bias, act)        matmul(x, w) + bias, likewise
+    """act(linear(x, w, bias))   -->   activated_linear(x, w, bias, act)        and the same for matmul(x, w) + bias
 
     For act one of gelu, gelu_tanh, quick_gelu, silu, relu, tanh and sigmoid. A weight keeps its layout, [out, in] for
     linear and [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.

@@ -20,9 +20,10 @@ class MergeProjections(SiteRewrite["_Merged"]):
     """q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
     -->   q, k, v = projections(x, wq, wk, wv, bq, bk, none)
 
-    and likewise matmul(x, w) + b, for weights in layout [in, out]. x is read once, and one product with many columns
-    keeps every core busy, which three narrow products do not. At run time it is one product with a joined weight, which
-    is computed once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the inverse.
+    and the same for matmul(x, w) + b, with weights in layout [in, out]. x is read once, and one product with many
+    columns keeps every core busy, which three narrow products do not. At run time it is one product with a joined
+    weight, which is computed once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the
+    inverse.
 
     Refuses: a weight with other readers, which would be stored twice; a weight in another encoding than the others; a
     constant in place of a weight; a bias that is computed, perhaps after the first of the products. Skips products with

@@ -22,8 +22,9 @@ from treadle.passes.products.einsum_as_product import as_product
 class NarrowProducts(SiteRewrite[Site]):
     """linear(x, w, bias)   -->   linear(cast(x, to=bf16), cast(w, to=bf16), bias, to=f32)        for a weight w
 
-    and likewise matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay float32.
-    The cast of a weight is computed once, when weights are bound; a value that several products read is cast once.
+    and the same for matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay
+    float32. The cast of a weight is computed once, when weights are bound; a value that several products read is cast
+    once.
 
     With `computed`, which training uses because its weights change, w may be any matrix, and an einsum that is a
     product with a matrix, such as the gradients of `linear`, becomes one:

@@ -24,7 +24,7 @@ class _Product:
     """A product of a function, over all calls of the function.
 
     weights    the names of the parameters that x is multiplied with, in any call
-    encodings  the encodings of x that they require, and the encodings of those parameters
+    encodings  the encodings of x that they require, and the encodings of these parameters
     whys       reasons not to quantize x for it
     """
 

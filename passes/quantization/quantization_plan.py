@@ -59,7 +59,7 @@ class ActivationPlan:
     name      the value's name
     type      its type without the plan
     encoding  the encoding in which products read it, computed at every call; None if it is unchanged
-    products  indices of the nodes of the function that read it so; if it is unchanged, of those that could
+    products  indices of the nodes of the function that read it so; if it is unchanged, of the nodes that could
     reason    the reason for either
     """
 
@@ -123,7 +123,7 @@ class QuantizationPlan:
         encoded = len(self.encodings) + before
         head = (
             f"{self.model}, {self.scheme}: {encoded} of {len(self.weights)} weights in blocks"
-            f"{f', {before} of them before' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
+            f"{f', {before} of them already' if before else ''}, {self.bytes:,} bytes of {self.bytes_before:,}"
         )
         rows: list[tuple[str, ...]] = [("weight", "type", "encoding", "bytes", "was", "why")]
         rows += [_row(group) for group in _folded(self.weights)]
@@ -190,7 +190,7 @@ def _name(group: Sequence[WeightPlan]) -> str:
 
 
 def _numbered(names: Sequence[str]) -> str:
-    """Return names as one: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
+    """Return names as one pattern: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
     first = names[0]
     if len(set(names)) == 1:
         return first

@@ -15,7 +15,7 @@ their parts of the result:
 - a step between two placements gives each rank positions that its group had before; partial values are combined by
   their own monoid
 - no partial value leaves a function
-- `stage_checking` checks what a pipeline adds
+- `stage_checking` checks pipeline stages
 - the factors that a node splits, and the placements in which weights are stored, agree with the placements of values
 """
 
@@ -95,7 +95,7 @@ class _Check:
                 raise self.fail(f"argument {value.name} is partial", placed.text(self.mesh))
             have[value] = {placed}
         if [n.node for n in planned.nodes] != planned.function.nodes:
-            raise self.fail("its nodes are not those of the function")
+            raise self.fail("its nodes differ from the nodes of the function")
         for node in planned.nodes:
             self.where = f"{planned.name}, {node.node.op.name} {node.node.scope}"
             for move in node.moves:
@@ -281,7 +281,7 @@ class _Check:
 
     def is_alike(self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]) -> bool:
         """Return True if a factor is mapped, is all of every dimension that has it, and is split there as the node
-        says.
+        specifies.
 
         Then ranks have the same positions of it in every operand and result, whatever they are.
         """
@@ -419,6 +419,6 @@ def _told(step: PlacementStep, mesh: Mesh) -> str:
 
 
 def _is_body(function: Function, op: Composite, operands: Sequence[Value | None]) -> bool:
-    """Return True if a function is a composite's body on these operands: the cached one, or one equal to it."""
+    """Return True if a function is a composite's body on these operands: the cached body, or a function equal to it."""
     body = body_of(op, [None if v is None else v.type for v in operands])
     return function is body or function_key(function) == function_key(body)

@@ -145,7 +145,7 @@ def _leading(parts: SubAxes, fits: Callable[[SubAxis], bool]) -> SubAxes:
 
 
 def _common(size: Size, a: Split | None, b: Split | None) -> int:
-    """Return the number of parts, from the outermost, that split a dimension in the same way in both."""
+    """Return the number of parts, from the outermost, that split a dimension in the same way in both splits."""
     if a is None or b is None:
         return 0
     alike = [
@@ -210,7 +210,7 @@ def sent_by(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
 
 
 def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: Mesh, machine: Machine) -> float:
-    """Return the minimum time of a step in seconds; for a local step, the time to write what changes."""
+    """Return the minimum time of a step in seconds; for a local step, the time to write the changed bytes."""
     if not step.sends:
         written = bytes_of(type, step.after, sizes) if step.kind is StepKind.KEEP_FIRST else 0.0
         return written / machine.bandwidth

@@ -46,7 +46,7 @@ class Move:
     """A conversion of a value to another placement.
 
     because  the reason of each step that sends
-    at       the node that the reason belongs to: the one that makes the value, or the one that reads it
+    at       the node that the reason belongs to: the node that makes the value, or the node that reads it
     """
 
     value: Value

@@ -63,7 +63,7 @@ def collective_lines(plan: ShardingPlan) -> list[str]:
         lines.append(
             f"  {each.times:3} x {each.op} over {each.over}: {each.because}, {_megabytes(each.sent)}  ({place})"
         )
-    if plan.pipeline is not None:  # a rank sends only those of its stage
+    if plan.pipeline is not None:  # a rank sends only the values of its stage
         sent = sum(c.times * c.sent * c.ranks for c in found)
         return [*lines, f"  total: {_megabytes(sent)} sent by all ranks"]
     sent, seconds = (sum(n) for n in zip(*((c.times * c.sent, c.times * c.seconds) for c in found), strict=True))

@@ -1,8 +1,8 @@
 """Read a sharding plan of a graph from its record, which `plan_printing.plan_record` writes.
 
-The record comes from an untrusted file. Its values and nodes must be those of this graph, steps are derived again from
-placements and must equal those in the record, and `checking` checks the whole plan. So every plan that passes can be
-run, independently of its author.
+The record comes from an untrusted file. Its values and nodes must belong to this graph. Steps are derived again from
+placements and must equal the steps in the record, and `checking` checks the whole plan. So every plan that passes can
+be run, independently of its author.
 """
 
 from __future__ import annotations

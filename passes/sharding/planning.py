@@ -179,13 +179,13 @@ class _Body(PlacedValues):
         planned: PlannedFunction,
         before: Mapping[object, PlannedFunction],
     ) -> tuple[PlannedFunction, HeldArgument]:
-        """Return the planned function and one argument of a call, perhaps converted before the call to what the
-        function needs.
+        """Return the planned function and one argument of a call, perhaps converted before the call to the placement
+        that the function needs.
 
         The conversion before the call is better if several calls read the value, such as an encoder's states, which
         every decoder layer needs whole.
 
-        before  the functions that were planned before this call; of those planned for it, one is kept
+        before  the functions that were planned before this call; one of the functions planned for it is kept
         """
         value, formal, callee = node.inputs[at], planned.function.arguments[at], planned.function
         calls = sum(value in other.inputs for other in self.function.nodes if other.op.callee == node.op.callee)
@@ -222,7 +222,7 @@ class _Body(PlacedValues):
             way = None if needed is None else self._costed(node, shares, needed)
             if way is not None and (best is None or way.seconds < best.seconds * (1 - 1e-9)):
                 best = way
-        assert best is not None  # no split is always possible
+        assert best is not None  # an empty split is always possible
         if isinstance(node.op, Composite) and any(_needs_whole(node, application, s) for s in suggestions):
             opened = self._opened(node)
             if opened.seconds < best.seconds * (1 - 1e-9):
@@ -367,7 +367,7 @@ class _Body(PlacedValues):
 def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:
     """Return True if a composite's body may be split in a factor that the composite itself needs whole.
 
-    This excludes a factor of which the op pairs positions: parts of queries or keys need their offsets.
+    This excludes a factor whose positions the op pairs: parts of queries or keys need their offsets.
     """
     role = application.factors[suggestion.factor].role
     paired = node.op.pairs is not None and suggestion.factor in node.op.pairs

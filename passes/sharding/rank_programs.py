@@ -105,7 +105,7 @@ def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
 class RankProgram:
     """A builder of one function of a rank's program.
 
-    functions  the program's functions, by the names of the planned ones
+    functions  the program's functions, by the names of the planned functions
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class RankProgram:
             self.node(step)
 
     def callee(self, planned: PlannedFunction) -> Function:
-        """Return the function of the program for a planned one."""
+        """Return the program's function for a planned function."""
         return self.functions[planned.name]
 
     def local(self, type: Type, placed: MeshPlacement) -> Type:
@@ -188,7 +188,7 @@ class RankProgram:
             self.exprs[value, placed] = expr
 
     def _reads(self, each: PlannedNode) -> Sequence[MeshPlacement | None]:
-        """Return the placement of each operand; a call lists only those of present operands."""
+        """Return the placement of each operand; a call lists only the placements of present operands."""
         given = iter(each.reads)
         return [None if v is None else next(given) for v in each.node.operands] if each.callee else each.reads
 
@@ -220,7 +220,7 @@ class RankProgram:
         return [self.b.expr(v) for v in made.results]
 
     def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
-        """Build attention with keys that pass around: on the rank's own keys first, then on those of the preceding
+        """Build attention with keys that pass around: on the rank's own keys first, then on the keys of the preceding
         ranks.
 
         Each rank starts to pass on its keys before it computes on them. If no query of the rank sees some keys, because

@@ -14,7 +14,7 @@
                megatron's axes over tp, and the batch over dp, if the mesh has them
 
 The mesh of `gpipe` gets an axis `micro` of micro-batches as its last: four for each stage, or the number in the mesh. A
-mesh may have more axes than those that a recipe needs: `megatron` splits the batch over dp if the mesh has dp.
+mesh may have more axes than a recipe needs: `megatron` splits the batch over dp if the mesh has dp.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def shard(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph over a mesh by a recipe, by named axes, or both: named axes take precedence over those of the
-    recipe.
+    """Plan a graph over a mesh by a recipe, by named axes, or both: named axes take precedence over the recipe's axes.
 
-    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, whatever the recipe says
+    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, also if the recipe splits
+            it
     sizes   sizes of the symbols, at which costs are compared; by default 128, for a batch the number of its parts
     device  the device of each rank: a name in `treadle.ir.placement.machines`, or a `Machine`
 

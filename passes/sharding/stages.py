@@ -3,8 +3,9 @@
     plan = cut_in_stages(plan, "pp")     # of a plan whose batch is split over micro-batches, the last axis of its mesh
 
 Stages are cut between nodes of `main` to minimize the time of the slowest stage. A stage's time is its seconds for a
-micro-batch, by the costs of the planner, or the seconds in which it sends what the next stage needs, whichever is more.
-Of all such cuts, the one with the least to send is selected. Both are exact, by dynamic programming over the nodes.
+micro-batch, by the costs of the planner, or the seconds in which it sends the values that the next stage needs,
+whichever is more. Of all such cuts, the one with the least to send is selected. Both are exact, by dynamic programming
+over the nodes.
 
 Values derived from inputs alone, or from one stage's weights alone, are recomputed where they are needed. No stage
 sends them, they have no cost, and they belong to no stage.
@@ -103,7 +104,7 @@ class _Line:
 
     groups   for each such node, the indices of its steps
     seconds  the time of each group for a micro-batch
-    handing  the time to send what is needed after a group, for each group but the last
+    handing  the time to send the values that are needed after a group, for each group but the last
     """
 
     def __init__(self, plan: ShardingPlan) -> None:
@@ -189,9 +190,10 @@ class _Line:
 def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int) -> tuple[int, ...]:
     """Return the end of each of `count` stages: no stage is empty, and the slowest stage is as fast as possible.
 
-    handing  time to send what is needed after each step but the last, while the stage works
+    handing  time to send the values that are needed after each step but the last, while the stage works
 
-    Of the cuts with the fastest slowest stage, one that sends the least. Raises PassError for fewer steps than stages.
+    Among the cuts with the fastest slowest stage, a cut that sends the least. Raises PassError for fewer steps than
+    stages.
     """
     if not 0 < count <= len(seconds):
         raise PassError(f"{len(seconds)} steps cannot be cut into {count} stages")

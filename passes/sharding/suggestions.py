@@ -33,8 +33,8 @@ def suggested(
 def choices(
     mesh: Mesh, suggestions: Sequence[Suggestion], carried: Sequence[tuple[SubAxes, frozenset[str]]]
 ) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
-    """Yield every way: the split factors, the parts along which partial sums pass, and the operands through which they
-    pass.
+    """Yield every way to split a node: the split factors, the parts along which partial sums pass, and the operands
+    through which they pass.
 
     carried  the parts along which operands are partial, with their group of operands, in which the op is linear
 

@@ -1,1 +1,1 @@
-"""Candidate sites: places where a graph computes what a fused op could compute, fused or not."""
+"""Candidate sites: subgraphs that a fused op could compute, fused or not."""

@@ -1,4 +1,4 @@
-"""Candidate sites: places where a graph computes what a fused op could compute, whether or not a rule recognises them.
+"""Candidate sites: subgraphs that a fused op could compute, whether or not a rule recognises them.
 
     attention       a softmax between two products;  attention, attention_with_probabilities
     normalization   the mean of a square, and the division by its root;  layer_norm, rms_norm

@@ -1,6 +1,7 @@
 """Candidate sites around products: the activation of a product, and a product that gates another.
 
-Wider than the rules that fuse them: also through casts and moves, with an activation in primitives, of two values.
+The search is wider than the rules that fuse these sites: it goes through casts and moves, and finds activations in
+primitives and gates with products of two values.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _origin(value: Value, through: tuple[type[Op], ...] = ()) -> _Origin:
 
 
 def _are_apart(cuts: set[Op], others: set[Op]) -> bool:
-    """Return True if two values are different parts of one."""
+    """Return True if two values are different parts of one value."""
     return bool(cuts and others) and cuts.isdisjoint(others)
 
 

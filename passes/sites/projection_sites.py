@@ -17,7 +17,7 @@ _NORMS_AND_PRODUCTS = (Linear, MatMul, RMSNorm, LayerNorm)
 
 
 def products_of_one_value(function: Function, finished: Collection[Node]) -> dict[Node, Sequence[Node]]:
-    """Return groups of two or more products of one value with weights, by their first product, without those in
+    """Return groups of two or more products of one value with weights, by their first product, without products in
     `finished`.
     """
     groups: dict[tuple[Value, str], list[Node]] = {}

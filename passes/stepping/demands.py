@@ -79,7 +79,7 @@ class Demanding:
             if inner is not None:
                 demands = self.of(inner, tuple(results))
                 for actual, formal in zip(node.operands, inner.function.arguments, strict=True):
-                    if context.kind(actual) is not Kind.KEPT:  # the callee itself keeps what it reads
+                    if context.kind(actual) is not Kind.KEPT:  # the callee itself keeps the values that it reads
                         want(actual, demands.of(formal))
                 continue
             queries: frozenset[int] = frozenset()

@@ -4,15 +4,15 @@
                                                   step(tokens[B, 1], rows[B], start[B]) -> logits[B, 1, V]
                                                   verify(tokens[B, S], rows[B], start[B]) -> logits[B, S, V]
 
-Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits are
-those of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose rows
-may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
+Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits equal
+the logits of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose
+rows may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
 token per row; `verify` returns the logits of all tokens of a chunk. Values that do not depend on the tokens are
 computed by `prologue`, once per row, before its first token.
 
-Refused, with the op and the author's line: ops that mix tokens otherwise than by attention to earlier tokens (or by any
-other op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to later
-tokens.
+Refuses, with the op and the author's line, ops that mix tokens in any way other than attention to earlier tokens (or
+another op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to
+later tokens.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DerivedStep:
 def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | None = None) -> DerivedStep:
     """Derive the entries of generation from a graph whose only entry is `main`.
 
-    axis   the symbol along which tokens are added; by default the one that may be stepped
+    axis   the symbol along which tokens are added; by default the only symbol that may be stepped
     cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the model's own
 
     Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype.
@@ -127,7 +127,7 @@ def _cache_dtype(name: str | DType) -> DType:
 
 
 def _stepped_axis(graph: Graph) -> str:
-    """Return the one symbol of the inputs along which the model may be stepped and an output extends."""
+    """Return the only symbol of the inputs along which the model may be stepped and an output extends."""
     symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
     found: list[str] = []
     mapped: list[str] = []

@@ -146,7 +146,7 @@ class _Body:
     # -- values ------------------------------------------------------------------------------------------------
 
     def read(self, value: Value, extent: Extent) -> Stepped:
-        """Return a value for all tokens, or for each row's last one."""
+        """Return a value for all tokens, or for each row's last token."""
         if value.literal is not None:
             return Stepped(self.b.expr(Value.constant(value.literal)))
         if not self.context.dims(value) or self.single:

@@ -33,7 +33,9 @@ class _Made:
 
 
 class Prologue:
-    """Builds the entry `prologue` into a graph, after the step functions, which determine what it must store."""
+    """Builds the entry `prologue` into a graph, after the step functions, which determine the values that it must
+    store.
+    """
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
         self.survey, self.graph, self.states = survey, graph, states
@@ -50,11 +52,11 @@ class Prologue:
         body.build({v: name for name, v in context.function.outputs.items() if context.kind(v) is Kind.KEPT})
 
     def leaves(self, context: Context) -> bool:
-        """Return True if a function, or one that it calls, keeps a value for a step."""
+        """Return True if a function, or a function that it calls, keeps a value for a step."""
         return bool(self.states.kept.get(id(context))) or any(map(self.leaves, context.callees.values()))
 
     def block(self, context: Context, outputs: frozenset[int]) -> _Made:
-        """Return a block that stores what a step reads, and computes these of its outputs."""
+        """Return a block that stores the values that a step reads, and computes these outputs."""
         key = (id(context), outputs)
         if key not in self._known:
             function = Function(free_name(f"{context.function.name}_prologue", {*ENTRIES, *self.graph.functions}))

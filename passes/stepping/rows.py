@@ -93,7 +93,7 @@ def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_di
 
 
 def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped | None]:
-    """Return the operands; those that are the same in all rows are repeated for each row."""
+    """Return the operands; operands that are the same in all rows are repeated for each row."""
     rows = next(x.expr.shape[0] for x in operands if x is not None and x.by_row)
     return [
         x if x is None or x.by_row else Stepped(b.expand(x.expr, shape=(rows, *x.expr.shape)), True) for x in operands

@@ -8,8 +8,8 @@ Parts need not be equal, and a rank's program knows only its own part. When a ru
 collective, the ranks of the group exchange the kind of the collective and the sizes of their parts; later runs with
 these sizes reuse them. A rank in another collective, or with another dtype, is reported at that exchange.
 
-A rank that hands a value on continues at once; so does a rank that starts an asynchronous gather or pass
-(`start_gather`, `start_pass`), until it needs the result. Tensors stay on their device.
+A rank that sends a value (`hand_on`) continues immediately. A rank that starts an asynchronous gather or pass
+(`start_gather`, `start_pass`) continues until it needs the result. Tensors stay on their device.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ Array = np.ndarray[Any, Any]
 class Traffic:
     """The traffic of a rank's calls of one collective.
 
-    times  number of calls bytes  total payload: the bytes sent or received, whichever is larger
+    times  number of calls
+    bytes  total payload: the bytes sent or received, whichever is larger
     """
 
     times: int = 0
@@ -128,7 +129,7 @@ class Communicator:
         self._begun.clear()
         with meeting_at(self):
             yield
-        with self._waiting("handing on"):
+        with self._waiting("the last sends"):
             while self._sent:
                 work, _ = self._sent[0]
                 work.wait()
@@ -268,7 +269,9 @@ class Communicator:
             if row[1] != kind:
                 raise RankError(f"ranks {self.rank} and {rank} have different dtypes in {op.name} over {op.over}")
             if isinstance(op, HandOn) and row[2] != own:
-                raise RankError(f"ranks {self.rank} and {rank} hand on {own} and {row[2]} elements over {op.over}")
+                raise RankError(
+                    f"ranks {self.rank} and {rank} have {own} and {row[2]} elements in {op.name} over {op.over}"
+                )
         return rows
 
 

@@ -31,7 +31,7 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
 
     If other ranks have reported a rank's death, standard error names the signal that ended it.
 
-    environment  variables in addition to those of this process
+    environment  variables in addition to the variables of this process
 
     Raises UsageError for a count below 1, RankError if a signal has ended a rank and no other rank reported it.
     """

@@ -143,7 +143,7 @@ class Ranks:
         if local >= count:
             raise BackendError(
                 f"rank {self.rank} has no CUDA device of its own",
-                received=f"it is number {local} of its machine, where torch {torch.__version__} finds {count} of them",
+                received=f"it has local rank {local}, and torch {torch.__version__} finds {count} CUDA devices",
                 hint=Hint('target="cpu"', "--target cpu"),
             )
         torch.cuda.set_device(local)

@@ -141,7 +141,7 @@ def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, told: Se
 
 
 def _begin_pass(op: PassOn, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
-    """Send to one rank and receive from another at once, so that no rank waits for another one's send."""
+    """Send to one rank and receive from another at once, so that no rank waits for another rank's send."""
     axis, count = place(op.axis, given.dim()), len(group.ranks)
     to, source = (group.at + op.steps) % count, (group.at - op.steps) % count
     shape = [told[source][3] if d == axis else n for d, n in enumerate(given.shape)]

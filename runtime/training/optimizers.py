@@ -1,4 +1,4 @@
-"""Optimizers: one graph that updates all weights and writes the new weights over the old ones.
+"""Optimizers: one graph that updates all weights in place.
 
     graph = update_graph(AdamW(), {"w": parse_type("f32[8, 4]")}, clip=1.0, decayed=["w"])
     exe = treadle.compile(graph, donate=("w", "mean.w", "square.w"))

@@ -179,7 +179,7 @@ def _count(axes: Axes, placed: Placed) -> int:
 
 
 def read_bias(roles: Roles, added: Added) -> list[Fused]:
-    """Return an addend as a bias: as a term by position if it is one, else as a tensor."""
+    """Return an addend as a bias: as a positional term if it equals one, else as a tensor."""
     placed = beneath(roles.axes, added.placed)
     node = placed.value.node
     if added.factor == 1.0 and node is not None:

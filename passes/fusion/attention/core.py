@@ -100,7 +100,7 @@ class Scores:
     product          the product of queries and keys; its operands are `left` and `right`
     summed           the axes over which that product sums; None if over none
     scale, softcap   scores = softcap tanh(scale left right / softcap), or scale left right
-    terms            masks and biases, the ones nearest to the product first
+    terms            masks and biases, in order from the product
     nodes            all visited nodes, from the softmax upwards
     """
 

@@ -32,7 +32,7 @@ class FuseAttention(SiteRewrite["_Attention"]):
      4. where(mask, scores, -inf), where(mask, scores, -1e9), scores + where(mask, 0, -inf)  -->  masks
      5. conditions by position  -->  causal, window, padding, segments;  table[bucket(j - i)]  -->  t5_relative;
         slopes[h] (j - i)  -->  alibi;  every other condition or addend  -->  mask(axes), bias(axes)
-     6. softmax, or a softmax that gives zeros where every score is -inf
+     6. softmax, or a softmax that returns zeros if every score is -inf
      7. probabilities that are also outputs of the model, at most moved or cast, also through a block's calls
 
     The two sides are equal for all finite inputs and weights, including rows in which every key is masked. There the

@@ -7,8 +7,8 @@
     any other condition                        -->   mask(axes)
 
 A condition is a conjunction whose parts are read one by one; triangles and bands may be constants as well, or numbers 0
-and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` says why, with the node, so that a
-triangle that is off by one is reported.
+and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` holds the reason, with the node, so that
+a triangle that is off by one is reported.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def band_terms(low: int | None, high: int | None) -> list[Fused] | None:
 def _unlike(low: int | None, high: int | None) -> str:
     """Return the note for a band that is not a term: its limits, and the limits of the nearest terms."""
     if low is None:
-        return f"stays a tensor: it keeps keys up to {_offset(high)}, causal those up to the query itself"
+        return f"stays a tensor: it keeps keys up to {_offset(high)}, but causal keeps keys up to the query itself"
     if high is None:
         return f"stays a tensor: it keeps keys from {_offset(low)} on, which no term expresses"
     wide = f"from {_offset(low)} to {_offset(high)}"

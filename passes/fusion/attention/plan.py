@@ -160,7 +160,7 @@ class AttentionPlan:
         return self.roles.held(placed.layout)
 
     def _widest(self) -> DType:
-        """Return the dtype of the attention: the one among q, k, v, the scores and biases that holds all of the
+        """Return the dtype of the attention: the dtype among q, k, v, the scores and biases that holds all of the
         others.
         """
         if self.said is not None:
@@ -268,7 +268,9 @@ class AttentionPlan:
         return total > -math.inf
 
     def _sees(self, b: Builder, kept: Iterable[Expr]) -> Expr:
-        """Build a mask [b, h, s, 1], true where all of these keep some key, with 1 for an axis that none has."""
+        """Build a mask [b, h, s, 1], true where all of these keep some key, with size 1 for an axis that none of them
+        has.
+        """
         every = functools.reduce(lambda x, y: x & y, kept)
         if every.shape[3] == 1:
             return every

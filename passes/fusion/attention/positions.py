@@ -198,8 +198,8 @@ def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
 
 
 def band_of(kept: Any) -> tuple[int | None, int | None] | None:
-    """Return the low and high limit of j - i in a band of truth values, None for one that reaches a corner; None if the
-    values are not a band.
+    """Return the low and high limit of j - i in a band of truth values, None for a limit that reaches a corner; None if
+    the values are not a band.
     """
     rows, columns = kept.shape
     offsets = np.arange(columns) - np.arange(rows)[:, None]

@@ -41,8 +41,8 @@ def _guarded_softmax() -> Pattern:
 
 
 def softmax_at(node: Node) -> Weighting | None:
-    """Return the softmax whose probabilities this node computes: the op, or one that gives zeros where every score is
-    -inf.
+    """Return the softmax whose probabilities this node computes: the op, or its equivalent that returns zeros if every
+    score is -inf.
     """
     if isinstance(node.op, Softmax):
         value = node.inputs[0]

@@ -73,8 +73,9 @@ class RefineAttention(SiteRewrite["_Refined"]):
     def _plan(
         self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None], trained: bool
     ) -> AttentionPlan:
-        """Return the plan of the op's replacement. If keys were repeated in another order than the one in which heads
-        share them, they stay repeated."""
+        """Return the plan of the op's replacement. If keys were repeated in an order other than the order in which
+        heads share them, they stay repeated.
+        """
         for grouped in (True, False):
             axes = Axes()
             op = _Op.of(axes, node, grouped)

@@ -36,7 +36,7 @@ class Roles:
         return self.axes.flat(self.groups[name])
 
     def held(self, layout: Layout) -> str:
-        """Return the axes of which a layout holds an atom: "b t"."""
+        """Return the names of the axes with an atom in a layout: "b t"."""
         there = {atom for dim in self.axes.resolved(layout) for atom in dim}
         return " ".join(name for name in self.groups if there.intersection(self.atoms(name)))
 

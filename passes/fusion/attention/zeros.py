@@ -14,7 +14,7 @@ from treadle.passes.fusion.attention.roles import PlacedOperand, Roles
 
 @dataclass(frozen=True)
 class Put:
-    """One step: an addend, or the condition outside of which a number is filled in.
+    """One step: an addend, or a condition; a number is filled in where it is false.
 
     unit     the factor from here to the softmax
     number   the number that is filled in; None for an addend

@@ -156,8 +156,8 @@ class WordForm(ABC):
 class HeldScales:
     """d and c of all spans of a block, for several vectors of columns, computed once for all readers.
 
-    made  for each vector, if the form has one span held  for other forms, in memory: for each span, d of all vectors
-    and then c
+    made  for each vector, if the form has one span
+    held  for other forms, in memory: for each span, d of all vectors and then c
     """
 
     form: WordForm
