@@ -38,7 +38,7 @@ def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, A
 
 
 def assert_equal_everywhere(before: Graph, after: Graph, tolerance: float) -> bool:
-    """Compare two graphs in float64 for all drawn sizes, NaN included; return True if there was any NaN."""
+    """Compare two graphs in float64 for all drawn sizes, NaN included; return True if a NaN occurred."""
     with_nan = False
     for seed, sizes in enumerate(DRAWN_SIZES):
         inputs, weights = draw(before, sizes, seed)

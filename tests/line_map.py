@@ -190,8 +190,8 @@ class LineMap:
         """Return the tests that run a line, first those that are quick and run few other lines; at most `most` seconds
         of them.
 
-        A line that only imports run has the tests of its function, of its class, or of its file. A file that no test is
-        seen to run has the test modules that name it. A line outside every function's body also has the tests that look
+        A line that only imports run has the tests of its function, of its class, or of its file. A file that no mapped
+        test runs has the test modules that name it. A line outside every function's body also has the tests that look
         at all modules. Last come the beginnings of the names of cases that were not mapped, and the test modules that
         import the file.
         """

@@ -15,7 +15,7 @@ Seven kinds are counted, each in every folder:
     participles   bare participles as parameters, fields and public names
 
 The private words and the words that replace them are in `PRIVATE_WORDS`. Words with an honest second use (term, order,
-place, cut, lie) are left to readers. The allowed counts are in tests/plain_english.json. A docstring that begins with
+place, cut, lie) are not counted. The allowed counts are in tests/plain_english.json. A docstring that begins with
 "Whether" is an error whatever the counts are.
 """
 
@@ -37,7 +37,7 @@ PRODUCT = ("backends", "files", "frontends", "ir", "models", "passes", "runtime"
 FOLDERS = (*PRODUCT, "benchmarks", "tests")
 ALLOWED = ROOT / "tests" / "plain_english.json"
 OWN_FILES = ("tests/plain_english.py", "tests/test_plain_english.py")
-"""Files that must spell the private words."""
+"""Files that must contain the private words."""
 
 OPENINGS = ("What", "Whether", "How", "Which", "Where", "Of", "By")
 

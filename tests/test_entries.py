@@ -417,7 +417,7 @@ def test_made_parameters_are_made_first(graph: Graph) -> None:
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """Products ask for panels of four; a table is read in any layout."""
+    """Products request panels of four; a table is read in any layout."""
     if position == 1 and node.op.name in ("linear", "matmul", "einsum"):
         return panels(4, transposed=node.op.name == "matmul")
     return Reads.ANY if position == 0 and node.op.name in ("gather", "embedding") else Reads.ROW_MAJOR

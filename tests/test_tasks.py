@@ -1,4 +1,4 @@
-"""Tasks on encoders with heads: labels, scores, spans and offsets equal to those of Hugging Face's pipelines."""
+"""Tasks on encoders with heads: labels, scores, spans and offsets equal the results of Hugging Face's pipelines."""
 
 from __future__ import annotations
 

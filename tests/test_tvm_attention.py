@@ -472,7 +472,7 @@ def test_probabilities_at_many_sizes(case: str, target: str) -> None:
         elif case == "bias":
             given["x0"][1] = -np.inf
         elif case == "segments":
-            given["x0"][0, 0] = 7  # for which there is no key
+            given["x0"][0, 0] = 7  # no key has this segment
         got, expected = exe(**given), interpret(graph, given, float64=True)
         assert_near(got.y, expected["y"])
         assert_near(got.p, expected["p"])

@@ -1,9 +1,9 @@
-"""Special and added tokens of a folder, as tokenizer_config.json names them, or the files that did so before it.
+"""Special and added tokens of a folder, from tokenizer_config.json or from the older files:
 
     special_tokens_map.json   the names of special tokens by their roles, and further special tokens
     added_tokens.json         tokens that were added to the vocabulary, with their numbers
 
-Both are read where tokenizer_config.json has no added_tokens_decoder, as Hugging Face transformers 5 does.
+As in Hugging Face transformers 5, both are read if tokenizer_config.json has no added_tokens_decoder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from treadle.ir.errors import CheckpointError
 _SETTINGS, _NAMES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FLAGS = ("lstrip", "rstrip", "normalized", "special", "single_word")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""In the order in which tokens that the vocabulary lacks get their numbers."""
+"""Roles of special tokens, in the order in which tokens that the vocabulary lacks get their numbers."""
 _FURTHER = ("extra_special_tokens", "additional_special_tokens")
-"""Lists of special tokens without a role; the first that is given is read."""
+"""Keys for lists of special tokens without a role; the first key that is present is read."""
 
 
 def read_tokenizer_settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def read_tokenizer_settings(place: ModelFolder, limit_bytes: int) -> dict[str, A
 
 
 def read_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The names of special tokens by their roles in tokenizer_config.json: texts, or the `content` of objects."""
+    """Return the names of special tokens by their roles: texts, or the `content` of objects."""
     found = {}
     for role, name in settings.items():
         content = _content(name)
@@ -68,15 +68,16 @@ def add_named_tokens(
     before: Sequence[str] = (),
     after: Sequence[str] = (),
 ) -> None:
-    """Add the tokens that the folder lists to a tokenizer, then its special tokens; those it has keep their numbers.
+    """Add the folder's tokens to a tokenizer, then its special tokens. Tokens that it already has keep their numbers.
 
     library  the module tokenizers
     special  the names of special tokens by their roles
-    strips   of a role, True where the space before the token belongs to it, and the same of the space behind it, where
-             the folder does not say so
-    before   special tokens of no role that come before those of a role, and after: those that come next
+    strips   by role, for a token that the folder does not describe: True if the space before the token belongs to it,
+             and the same for the space after it
+    before   special tokens without a role that come before the tokens with a role
+    after    special tokens without a role that come after the tokens with a role
 
-    Raises CheckpointError where a listed token has another number in the vocabulary.
+    Raises CheckpointError if a listed token has another number in the vocabulary.
     """
     plain = {"special": True, "normalized": False}
     tokens: dict[str, dict[str, bool]] = dict.fromkeys(before, plain)
@@ -99,9 +100,9 @@ def add_named_tokens(
 
 
 def put_around(library: Any, made: Any, special: Mapping[str, str], settings: Mapping[str, Any], shown: str) -> None:
-    """Have a token before each text and one behind it, where the folder asks for them (`add_bos_token`).
+    """Add a token before and after each text, if the folder requests it (`add_bos_token`, `add_eos_token`).
 
-    Raises CheckpointError for one that the vocabulary does not have.
+    Raises CheckpointError if the vocabulary lacks such a token.
     """
     roles = [role for role in ("bos_token", "eos_token") if settings.get(f"add_{role}") is True and role in special]
     numbers = [(special[role], made.token_to_id(special[role])) for role in roles]
@@ -117,7 +118,7 @@ def put_around(library: Any, made: Any, special: Mapping[str, str], settings: Ma
 
 
 def lacks_special_token(token: str, shown: str) -> CheckpointError:
-    """The error for a vocabulary without a special token that it needs."""
+    """Return the error for a vocabulary that lacks a required special token."""
     return CheckpointError("the vocabulary lacks a special token", received=printable(token), within=shown)
 
 
@@ -127,7 +128,7 @@ def _content(token: object) -> str | None:
 
 
 def _further(settings: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
-    """The special tokens without a role, with their flags; of an object, its values."""
+    """Return the special tokens without a role, with their flags; if the list is an object, its values."""
     given = next((settings[name] for name in _FURTHER if name in settings), None)
     listed = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list) else []
     found: dict[str, dict[str, bool]] = {}
@@ -139,7 +140,7 @@ def _further(settings: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
 
 
 def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """Tokens that the folder adds, by their numbers."""
+    """Return the tokens that the folder adds, by their numbers."""
     given = settings.get("added_tokens_decoder")
     if given is None:
         return {}
@@ -156,7 +157,7 @@ def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 
 def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] | None) -> tuple[bool, bool]:
-    """True where the space before a special token belongs to it, and where the space behind it does."""
+    """Return True if the space before a special token belongs to it, and the same for the space after it."""
     given = settings.get(role)
     if isinstance(given, Mapping):
         return given.get("lstrip") is True, given.get("rstrip") is True
@@ -164,13 +165,13 @@ def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] |
 
 
 def _read_object(place: ModelFolder, name: str, limit_bytes: int) -> dict[str, Any]:
-    """The object that a file holds; nothing where it is not there or no object."""
+    """Return the JSON object in a file; an empty mapping if the file is missing or holds another value."""
     if not place.has(name):
         return {}
     shown = place.show(name)
     data = read_regular(place.file(name), limit_bytes, shown, "limit_bytes=")
     try:
-        found = json.loads(data)  # the strict reader refuses integers as long as these files hold
+        found = json.loads(data)  # the strict reader refuses long integers, which these files contain
     except (ValueError, RecursionError) as error:
         raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
     return found if isinstance(found, dict) else {}

@@ -127,11 +127,11 @@ def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
 
 
 def expm1(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x less 1."""
+    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x minus 1."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     p, raised, whole = _reduced_exp(held.at_most(89.0).at_least(-104.0))
-    # Where the exponent is 0, nothing is taken off: held is what the polynomial is of.
+    # If the exponent n is 0, the reduced argument is x itself, so the polynomial is evaluated at `held`.
     near = polynomial(held, _EXP) * (held * held) + held
     return f.result(f.select(whole == 0.0, near, scaled(f, p, raised, whole) - 1.0))
 
