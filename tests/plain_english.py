@@ -2,7 +2,7 @@
 
     python -m tests.plain_english                # compare with the allowed counts; exit status 1 if one is exceeded
     python -m tests.plain_english --list words   # print every place that one kind of count consists of
-    python -m tests.plain_english --lower        # lower the allowed counts to those of this tree
+    python -m tests.plain_english --lower        # lower the allowed counts to this tree's counts
 
 Seven kinds are counted, each in every folder:
 
@@ -227,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Count private words, headless docstrings and bare participles.")
     parser.add_argument("--list", metavar="KIND", help="print every place of one kind")
     parser.add_argument("--in", dest="within", metavar="PREFIX", default="", help="with --list: only below this path")
-    parser.add_argument("--lower", action="store_true", help="lower the allowed counts to those of this tree")
+    parser.add_argument("--lower", action="store_true", help="lower the allowed counts to this tree's counts")
     options = parser.parse_args()
     findings = list(all_findings())
     if options.list:

@@ -69,7 +69,7 @@ def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
         ((torch.ones(2, 3),), {"x": {0: "B", 1: "B"}}, "2 and 3 in the example"),
         ((torch.ones(2, 3),), {"x": {0: "2B"}}, "identifier"),
         ((torch.ones(2, 3),), {"x": "B 7"}, "dimension 1 of x is 3, dynamic= specifies 7"),
-        ((torch.ones(2, 3),), {"x": ["B", "S"]}, "gives x ['B', 'S']"),
+        ((torch.ones(2, 3),), {"x": ["B", "S"]}, "x is ['B', 'S']"),
         ((torch.ones(2, 3),), {"x": {-3: "B"}}, "no dimension -3"),
         ((torch.ones(2, 3),), {"x": {2: "B"}}, "no dimension 2"),
         ((torch.ones(2, 3),), {"x": {0.5: "B"}}, "no dimension 0.5"),
