@@ -217,7 +217,7 @@ class LineMap:
 
 
 class _Layer:
-    """The map of one run; `modules` are those for which it is the latest."""
+    """The map of one run; it is the latest map for the test modules `modules`."""
 
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
@@ -338,7 +338,7 @@ def _importing(file: str) -> list[str]:
 
 
 def _named_by(file: str) -> list[str]:
-    """Return the test modules that contain the module's name, or else those that start the command."""
+    """Return the test modules that contain the module's name, or else the test modules that start the command."""
     texts = _texts()
     named = [name for name, text in texts.items() if re.search(rf"\b{Path(file).stem}\b", text)]
     return named or [name for name, text in texts.items() if "subprocess" in text and "treadle.cli" in text]

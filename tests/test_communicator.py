@@ -77,7 +77,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @contextmanager
 def meeting(rank: int, lengths: tuple[int, int], taken: tuple[int, int]) -> Iterator[Communicator]:
-    """A communicator of one of two ranks with parts of these lengths, which both ranks know."""
+    """Yield the communicator of one of two ranks, whose parts have these lengths."""
     made = Communicator(plan_over("tp=2"), rank, FAR, 60.0, lambda told: nullcontext(), lambda error, told: error)
     made._tell = lambda *given: [[0, 0, t, n] for n, t in zip(lengths, taken, strict=True)]  # type: ignore[method-assign]
     with _Stays(), made.running("once"):

@@ -224,7 +224,7 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file that claims this number of black and white pixels, and holds none."""
+    """A file whose header declares this number of black and white pixels, without pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

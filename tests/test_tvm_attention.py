@@ -148,7 +148,7 @@ SPANNING: list[tuple[Term, ...]] = [
 
 @pytest.mark.parametrize("terms", SPANNING, ids=str)
 def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
-    """Also if a query sees nothing of the first span, and wherever its largest score is."""
+    """Also if a query sees no key of the first span, and wherever its largest score is."""
     graph = attention_graph(*terms, heads=2, groups=1, d=8)
     exe = compiled(graph)
     for queries, keys in [(3, SPAN), (3, SPAN + 1), (20, 3 * SPAN - 7), (2 * SPAN + 30, 2 * SPAN + 30)]:

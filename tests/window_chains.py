@@ -147,7 +147,7 @@ def torch_verdict(seed: int) -> str:
 
 
 def _compared(made: Any, run: Any, r: Random, rank: int) -> str:
-    """Compare at several sizes, except those that the other side refuses and those that are too small for us."""
+    """Compare at several sizes, except sizes that the other side refuses or that are too small for us."""
     for shape in drawn_sizes(r, rank):
         x = np.random.default_rng(shape).normal(size=shape).astype(np.float32)
         try:

@@ -98,7 +98,7 @@ class Outcome:
     """The result of one combination with one budget, "none" for the run without a budget.
 
     refused  the first line of the error of a combination that is refused when it is compiled
-    failure  a description of what is wrong
+    failure  a description of the failure
     """
 
     combination: Combination

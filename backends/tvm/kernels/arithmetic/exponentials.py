@@ -114,7 +114,7 @@ def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
 def exp_for_pairs(k: Emitter, x: Expr, lanes: int) -> Expr:
     """e^x for x <= 0 with the accuracy of bf16, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
 
-    For instruction sets that multiply pairs, all of which have AVX-512.
+    For instruction sets that multiply pairs; they all have AVX-512.
     """
     f = LaneFunction(k, lanes)
     y = f.operand(x, "f32") * LOG2_E
@@ -166,7 +166,7 @@ def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
 
 
 def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """1 / (1 + e^-x), within 3 ulp; 0 where e^-x is inf, which is where the result would be subnormal."""
+    """1 / (1 + e^-x), within 3 ulp; 0 if e^-x is inf; the exact result is subnormal there."""
     f = LaneFunction(k, lanes)
     return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
 
