@@ -18,7 +18,7 @@ DRAWN_SIZES = ({"B": 3, "S": 5, "T": 7}, {"B": 2, "S": 6, "T": 3}, {"B": 1, "S":
 
 
 def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return drawn inputs and weights. The first row of a mask has no key at all; the first length is 0."""
+    """Return drawn inputs and weights. The first row of a mask has no key; the first length is 0."""
     rng = np.random.default_rng(seed)
 
     def drawn(value: Value) -> Array:

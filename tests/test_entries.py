@@ -111,7 +111,7 @@ def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
 
 
 def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
-    """`$h.0.*` stands for all results of a block, and for nothing less."""
+    """`$h.0.*` stands for all results of a block, never for some of them."""
     assert graph.bind is not None
     outputs = graph.bind.outputs
     graph.bind.outputs = {name.replace("odd name", "odder"): value for name, value in outputs.items()}

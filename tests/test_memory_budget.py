@@ -1,4 +1,4 @@
-"""Runs within a memory budget: results stay the same, smaller sizes fit as well, and the error if nothing fits."""
+"""Runs within a memory budget: the same results, smaller sizes that fit as well, and the error if nothing fits."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "what"),
     [
-        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "holds a token twice"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "contains a token twice"),
         ("vocab.txt", "[PAD]\n[UNK]\na\n", "lacks a special token"),
         ("vocab.txt", "[PAD]\n\xff", "not UTF-8"),
         ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have one number"),

@@ -425,7 +425,7 @@ EMPTYING: dict[str, Term] = {
 
 @pytest.mark.parametrize("case", EMPTYING)
 def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
-    """The same number of steps as if no row may be empty, after those that compute a mask.
+    """After the steps that compute a mask, the number of steps is the same as if no row may be empty.
 
     The product scales, masks and adds biases.
     """
