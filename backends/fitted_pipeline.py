@@ -71,7 +71,7 @@ def pipeline_within(
     except OverflowError as error:  # of the 64-bit offsets
         where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
         raise BackendError(
-            "no memory is large enough for these sizes", received=where, within=graph.name, hint="smaller sizes"
+            "these sizes need more memory than is addressable", received=where, within=graph.name, hint="smaller sizes"
         ) from error
     *before, _ = backend.pipeline(target)
     chosen = next(each for each in search.variants if (each.apart, each.again) == (fit.apart, fit.again))

@@ -48,7 +48,7 @@ def attention(
     """softmax(q k^T * scale + bias, masked) v, with q [B, H, S, d], k [B, G, T, d], v [B, G, T, e] -> [B, H, S, e].
 
     H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`; the
-    default `scale` is 1/sqrt(d). A fully masked row gives zeros.
+    default `scale` is 1/sqrt(d). A fully masked row returns zeros.
     """
     return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
 
@@ -92,7 +92,7 @@ def multi_head_attention(
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     label, inner = "heads" if groups == heads else "kv_heads", per_head * groups
     key_bias = projection_bias if key_bias is None else key_bias
-    # All nodes get the same source line, unless a user's function takes part: one look-up is faster.
+    # Look up the source line once for all nodes, which is faster, unless a function of the user adds nodes in between.
     with b.scoped(name, None if rotate or normalize else user_line()):
         q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
         k = split_heads(linear(context, inner, bias=key_bias, name="k"), groups, label=label, name="k_heads")

@@ -76,7 +76,7 @@ class Source:
     of: int | None = None
 
     def shape(self, stored: Shape) -> Shape | None:
-        """Return the shape that a stored shape gives.
+        """Return the shape of this part of a tensor with a stored shape.
 
         None if it has a different number of axes, if a length differs from `of`, or if a slice is out of range.
         """
@@ -207,7 +207,7 @@ def bind(
     bf16 parameter is held as float32, since NumPy has no bf16.
 
     Raises one CheckpointError that lists all missing tensors (with the nearest names in the file) and all tensors whose
-    shape or dtype does not fit (with both); no tensor is read before all are found right. Raises CheckpointError if
+    shape or dtype does not fit (with both); no tensor is read before all are checked. Raises CheckpointError if
     tied tensors differ, and if a conversion would turn a finite value infinite.
     """
     lookup = _Lookup(table, prefixes, checkpoint)

@@ -215,7 +215,7 @@ class HeaderReader:
             self.take(at - self.at)
             return starts
         self.at = at
-        self.skip_string()  # which reports what is wrong with it
+        self.skip_string()  # which reports the error
         self.fail("the file ends too early")
 
     # -- tensors -----------------------------------------------------------------------------------------------

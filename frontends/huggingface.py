@@ -9,7 +9,7 @@
     models--org--name/blobs/<hash>
 
 Sources: `from_pretrained` of Hugging Face transformers for the names of files; the cache layout of huggingface_hub,
-https://huggingface.co/docs/huggingface_hub/guides/manage-cache. Nothing outside the model's folder is read: for a
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache. No file outside the model's folder is read: for a
 snapshot of the hub's cache the folder is its `models--org--name`.
 """
 
@@ -285,7 +285,7 @@ def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, in
     """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
 
     Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`; they are
-    mapped when first requested. Nothing outside the folder is read, no code is run, and no pickle is loaded.
+    mapped when first requested. No file outside the folder is read, no code is run, and no pickle is loaded.
 
     Raises CheckpointError if config.json or the weights are missing or damaged, if the weights are pickles, if a path
     or a link leads out of the folder, or past a limit.

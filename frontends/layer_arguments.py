@@ -66,7 +66,7 @@ def layer(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         tracing = trace()
         if len(args) > len(names) or not kwargs.keys() <= parameters.keys():
-            return function(*args, **kwargs)  # Python reports what is wrong
+            return function(*args, **kwargs)  # Python reports the error
         given = dict(zip(names, args, strict=False)) | kwargs
         for name, check in checks.items():
             if name not in given or (given[name] is None and parameters[name].default is None):

@@ -57,7 +57,7 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
 }  # fmt: skip
 
 # Formats that are often stored under the name of a safetensors file, by their first bytes.
-_WHERE_TRUSTED = "convert it to safetensors where you trust it"
+_WHERE_TRUSTED = "if you trust it, convert it to safetensors"
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
     (b"PK\x03\x04", "a zip archive, as PyTorch's pickle files are", _WHERE_TRUSTED),
@@ -67,7 +67,7 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"<htm", "a web page", "fetch the file again: the download returned a page in its place"),
 )
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
-CONVERSION = """where you trust the file, convert it:
+CONVERSION = """if you trust the file, convert it:
 tensors = torch.load(file, weights_only=True, map_location='cpu')
 safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, 'model.safetensors')"""
 

@@ -115,7 +115,7 @@ def clip(
     """CLIP: logits of B texts and N images, [B, N] and [N, B], and the vectors that they are computed from.
 
     projection  the width of the vectors
-    text        the configuration of `clip_text`, where it differs from its defaults
+    text        the configuration of `clip_text`: the values that differ from its defaults
     vision      the configuration of `clip_vision`, likewise
     """
     with t.scope("text"):

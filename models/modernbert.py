@@ -72,7 +72,7 @@ def modernbert(
 
     lengths            [B], number of tokens of each row without padding; absent: all
     base, window_base  of the rotary frequencies, in layers with full attention and in layers with a window
-    window             width of a window in positions: half of it to either side, and the token itself
+    window             width of a window in positions: half of them on either side, and the token itself
     full_layers        the layers (from 0) with full attention
     head               None, or one of HEADS; each begins with a linear layer and a norm
     head_act           that layer's activation; head_bias, True if it has a bias

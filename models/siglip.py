@@ -118,7 +118,7 @@ def siglip(
 
     lengths are the same as in `siglip_text`.
 
-    text    the configuration of `siglip_text`, where it differs from its defaults
+    text    the configuration of `siglip_text`: the values that differ from its defaults
     vision  the configuration of `siglip_vision`, likewise
     """
     with t.scope("text"):
@@ -167,7 +167,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_text(config: Config) -> dict[str, Any]:
-    """The configuration of `siglip_text` in a SiglipTextConfig."""
+    """Return the configuration of `siglip_text` from a SiglipTextConfig."""
     encoder = _read_encoder(config)
     return {
         "vocab": read_int(config, "vocab_size", 32000),
@@ -178,7 +178,7 @@ def read_text(config: Config) -> dict[str, Any]:
 
 
 def read_vision(config: Config) -> dict[str, Any]:
-    """The configuration of `siglip_vision` in a SiglipVisionConfig."""
+    """Return the configuration of `siglip_vision` from a SiglipVisionConfig."""
     height, width, patch = read_image(config)
     if height != width:
         raise CheckpointError(

@@ -31,9 +31,7 @@ from treadle.ir.builder import Builder, Expr
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program that looks like attention, the reason that it is not, and if something else is fused, the terms of
-    that.
-    """
+    """A program that looks like attention, the reason that it is not, and the terms of any other fused attention."""
 
     name: str
     build: Build
@@ -185,7 +183,7 @@ def _a_mask_of_two(b: Builder) -> Expr:
 
 
 def _there_and_back(b: Builder) -> Expr:
-    """Float32's least number, doubled and halved: -inf, where a bias of it would be finite"""
+    """Float32's least number, doubled and halved: -inf, although a bias of it would be finite"""
     return scaled(b, lambda x: b.where(rows(b), x, LOW) * 2.0 * 0.5)
 
 

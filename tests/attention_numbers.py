@@ -18,7 +18,7 @@ DRAWN_SIZES = ({"B": 3, "S": 5, "T": 7}, {"B": 2, "S": 6, "T": 3}, {"B": 1, "S":
 
 
 def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return drawn inputs and weights. The first row of a mask has no key at all; the first length is 0."""
+    """Return drawn inputs and weights. The first row of a mask has no key; the first length is 0."""
     rng = np.random.default_rng(seed)
 
     def drawn(value: Value) -> Array:
@@ -38,7 +38,7 @@ def draw(graph: Graph, sizes: Mapping[str, int], seed: int) -> tuple[dict[str, A
 
 
 def assert_equal_everywhere(before: Graph, after: Graph, tolerance: float) -> bool:
-    """Compare two graphs in float64 for all drawn sizes, NaN included; return True if there was any NaN."""
+    """Compare two graphs in float64 for all drawn sizes, NaN included; return True if a NaN occurred."""
     with_nan = False
     for seed, sizes in enumerate(DRAWN_SIZES):
         inputs, weights = draw(before, sizes, seed)

@@ -80,7 +80,7 @@ def triangle(b: Builder, keys: str = "S", off: int = 0) -> Expr:
 def masked(
     b: Builder, keep: Callable[[], Expr], fill: float = -math.inf, keys: str = "S", over: float | None = None
 ) -> Expr:
-    """Mask with a number; if `over` is given, mask the keys of a row with that second number."""
+    """Mask with a number; unless `over` is None, mask the keys of a row with that second number."""
 
     def change(x: Expr) -> Expr:
         made: Expr = b.where(keep(), x, fill)

@@ -3,8 +3,8 @@ fully masked rows.
 
     judged(CASES["elu"], float64=True)   -> the list of errors; empty if all gradients equal autograd's
 
-A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. Where autograd
-gives NaN, any finite number and NaN are right; `unknown` lists these places.
+A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. If autograd
+returns NaN, any finite number and NaN are right; `unknown` lists these places.
 """
 
 from __future__ import annotations

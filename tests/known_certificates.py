@@ -5,9 +5,9 @@ evaluates them: the ops' meanings, the interpreter, and the certificates' own co
 that code's sources and of NumPy's version: if any of it changes, everything is tried again. If rewrites, passes or
 models change, their claims have another text and are tried. The processes of a run share the store.
 
-Some certificates are not stored, because a test may change the meaning that the sources give: claims with a test's own
-ops, terms or references, everything that is tried while a test has emptied the memory of certificates, and the tests of
-certificates.
+Some certificates are not stored, because a test may change the meaning that the sources define: claims with a test's
+own ops, terms or references, everything that is tried while a test has emptied the memory of certificates, and the
+tests of certificates.
 
 With TREADLE_CACHE set to an empty folder every rewrite is tried.
 """

@@ -190,8 +190,8 @@ class LineMap:
         """Return the tests that run a line, first those that are quick and run few other lines; at most `most` seconds
         of them.
 
-        A line that only imports run has the tests of its function, of its class, or of its file. A file that no test is
-        seen to run has the test modules that name it. A line outside every function's body also has the tests that look
+        A line that only imports run has the tests of its function, of its class, or of its file. A file that no mapped
+        test runs has the test modules that name it. A line outside every function's body also has the tests that look
         at all modules. Last come the beginnings of the names of cases that were not mapped, and the test modules that
         import the file.
         """
@@ -217,7 +217,7 @@ class LineMap:
 
 
 class _Layer:
-    """The map of one run; `modules` are those for which it is the latest."""
+    """The map of one run; it is the latest map for the test modules `modules`."""
 
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
@@ -338,7 +338,7 @@ def _importing(file: str) -> list[str]:
 
 
 def _named_by(file: str) -> list[str]:
-    """Return the test modules that contain the module's name, or else those that start the command."""
+    """Return the test modules that contain the module's name, or else the test modules that start the command."""
     texts = _texts()
     named = [name for name, text in texts.items() if re.search(rf"\b{Path(file).stem}\b", text)]
     return named or [name for name, text in texts.items() if "subprocess" in text and "treadle.cli" in text]

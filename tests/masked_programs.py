@@ -25,8 +25,8 @@ HOW = ("filled", "chosen", "added", "multiplied", "guarded", "zeroed", "twice", 
 def drawn_program(seed: int, how: str | None = None, lowest: float | None = None) -> tuple[Graph, dict[str, Array]]:
     """Return a graph with decomposed attention, [B, H, S, T] scores and at least one mask, and float64 inputs for it.
 
-    One row sees no key, and values repeat, so that there are ties. The numbers by which masks hide keys are drawn as
-    well. If they are -inf, an empty row gives zeros, because a row of NaN has no gradient to compare.
+    One row sees no key, and values repeat, so that there are ties. The fill values of masks are drawn as
+    well. If they are -inf, an empty row returns zeros, because a row of NaN has no gradient to compare.
     """
     rng = np.random.default_rng(seed)
     rows, heads, queries, keys, width = (int(rng.integers(1, n)) for n in (3, 4, 5, 6, 5))

@@ -2,7 +2,7 @@
 
     python -m tests.plain_english                # compare with the allowed counts; exit status 1 if one is exceeded
     python -m tests.plain_english --list words   # print every place that one kind of count consists of
-    python -m tests.plain_english --lower        # lower the allowed counts to those of this tree
+    python -m tests.plain_english --lower        # lower the allowed counts to this tree's counts
 
 Seven kinds are counted, each in every folder:
 
@@ -15,7 +15,7 @@ Seven kinds are counted, each in every folder:
     participles   bare participles as parameters, fields and public names
 
 The private words and the words that replace them are in `PRIVATE_WORDS`. Words with an honest second use (term, order,
-place, cut, lie) are left to readers. The allowed counts are in tests/plain_english.json. A docstring that begins with
+place, cut, lie) are not counted. The allowed counts are in tests/plain_english.json. A docstring that begins with
 "Whether" is an error whatever the counts are.
 """
 
@@ -37,7 +37,7 @@ PRODUCT = ("backends", "files", "frontends", "ir", "models", "passes", "runtime"
 FOLDERS = (*PRODUCT, "benchmarks", "tests")
 ALLOWED = ROOT / "tests" / "plain_english.json"
 OWN_FILES = ("tests/plain_english.py", "tests/test_plain_english.py")
-"""Files that must spell the private words."""
+"""Files that must contain the private words."""
 
 OPENINGS = ("What", "Whether", "How", "Which", "Where", "Of", "By")
 
@@ -235,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Count private words, headless docstrings and bare participles.")
     parser.add_argument("--list", metavar="KIND", help="print every place of one kind")
     parser.add_argument("--in", dest="within", metavar="PREFIX", default="", help="with --list: only below this path")
-    parser.add_argument("--lower", action="store_true", help="lower the allowed counts to those of this tree")
+    parser.add_argument("--lower", action="store_true", help="lower the allowed counts to this tree's counts")
     options = parser.parse_args()
     findings = list(all_findings())
     if options.list:

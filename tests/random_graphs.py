@@ -1,4 +1,4 @@
-"""Random well-typed graphs, for tests that hold for any graph: the same seed gives the same graph.
+"""Random well-typed graphs, for tests that hold for any graph: the same seed yields the same graph.
 
 Every registered op takes part through its own samples; those in `RECIPES` also on symbolic sizes. Names, scopes, source
 lines and constants are sometimes as strange as the IR allows.

@@ -24,7 +24,7 @@ Step = Callable[[Builder, Random, Expr], Expr]
 
 
 def random_program(seed: int, dtype: DType = f64) -> Graph:
-    """Return a chain of steps, in every third program after a block that is called twice. A seed gives one program."""
+    """Return a chain of steps, in every third program after a block that is called twice. A seed yields one program."""
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)

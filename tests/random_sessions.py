@@ -2,9 +2,9 @@
 
     played = play(seed, "numpy", sessions=4)      # raises AssertionError if logits differ from the whole text's
 
-A session's logits are compared with those of one run over the whole text, of the same compiled model. They may differ
-by the effect of roundings on this model's logits at that token (`treadle.runtime.roundings`), and no more: roundings of
-every op, of keys and values if caches are in 16 bits, and of rounded activations of weights in blocks.
+A session's logits are compared with the logits of one run of the same compiled model over the whole text. They may
+differ by the effect of roundings on this model's logits at that token (`treadle.runtime.roundings`), and no more:
+roundings of every op, of keys and values if caches are in 16 bits, and of rounded activations of weights in blocks.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class Played:
     sessions    the sizes of each
     events      the number of moves of each kind
     checked     the number of compared logits
-    overflowed  those not compared, because a value of their whole text is infinite or NaN, or overflows in f16
-    sharp       the compared ones for which a tenth of the largest logit would have exceeded the tolerance
+    overflowed  the number of logits not compared: a value of their whole text is infinite or NaN, or overflows in f16
+    sharp       the number of compared logits for which a tenth of the largest logit would have exceeded the tolerance
     worst       the largest difference, as a fraction of the tolerance
     """
 
@@ -274,7 +274,7 @@ class _Game:
     # -- the whole texts -----------------------------------------------------------------------------------------
 
     def compare(self) -> None:
-        """Compare all logits with those of the whole texts."""
+        """Compare all logits with the logits of the whole texts."""
         for number, brought in enumerate(self.brought):
             seen = [(tokens, logits) for inputs, tokens, logits in self.seen if inputs == number]
             if seen:

@@ -1,6 +1,6 @@
 """Random graphs, meshes and axes to split, and their results in the lab: for tests that hold for any sharding.
 
-The same seed gives the same case. Some sizes are divisible by the mesh and others are not.
+The same seed yields the same case. Some sizes are divisible by the mesh and others are not.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) ->
 
 
 def at_once(program: Graph) -> Graph:
-    """Return the same program without early starts: each collective starts where it was awaited."""
+    """Return the same program without early starts: each collective starts at the point where it was awaited."""
     for function in program.functions.values():
         function.nodes[:] = [node for node in function.nodes if not isinstance(node.op, Starting)]
         for node in function.nodes:

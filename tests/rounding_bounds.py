@@ -38,7 +38,7 @@ LEAST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126
 """Smaller numbers are spaced evenly (f16), or may be flushed to 0 (the other dtypes: CPUs are configured to do so)."""
 
 FUNCTION = 2
-"""Maximal error, in spacings, of a library's function of an element: those of glibc, SLEEF and NumPy promise 1 to 2."""
+"""Maximal error, in spacings, of a library's elementwise function: glibc, SLEEF and NumPy promise 1 to 2."""
 
 
 class Bounded:
@@ -71,7 +71,7 @@ def bounded(
 
 
 def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
-    """Return the same, without a bound where a number may exceed the dtype's largest, which gives inf."""
+    """Return the same, without a bound if a number may exceed the dtype's largest and become inf."""
     if not found.is_float:
         return found
     largest = float(np.finfo(dtype.numpy).max) if dtype.numpy is not None else float(np.finfo(np.float32).max)
@@ -199,7 +199,7 @@ def _is_sum(op: Op) -> bool:
 
 
 def _apart(a: Array, b: Array) -> Array:
-    """Return |a - b|, or 0 where either is infinite or NaN; 0 for integers and bools."""
+    """Return |a - b|, or 0 if either is infinite or NaN; 0 for integers and bools."""
     if b.dtype.kind != "f":
         return np.zeros(b.shape)
     with np.errstate(invalid="ignore"):

@@ -62,7 +62,7 @@ def recognized(family: str) -> Graph:
 
 @cache
 def numbers(family: str) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Return weights, none of which is zero or one throughout, inputs, and the whole model's float64 outputs."""
+    """Return weights (none of them zero or one throughout), inputs, and the whole model's float64 outputs."""
     graph = recognized(family)
     rng = np.random.default_rng(0)
     weights = {n: a + 0.05 * rng.standard_normal(a.shape) for n, a in initial_weights(graph).items()}

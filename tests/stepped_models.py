@@ -405,6 +405,5 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
         "t.einsum(",
     ),
 }
-"""Models whose ops could be stepped but which still have no step: why, because of which op, and the fragment of the
-message.
+"""Models that have no step although their ops could be stepped: the reason, the op, and a fragment of the message.
 """

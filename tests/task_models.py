@@ -83,7 +83,7 @@ def byte_level() -> Any:
 
 
 def mpnet() -> Any:
-    """Return an MPNet tokenizer with the same vocabulary: other special tokens, of which padding is number 1."""
+    """Return an MPNet tokenizer with the same vocabulary: other special tokens; the padding token is number 1."""
     special = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>"]
     names = [name for name in sorted(wordpiece().get_vocab(), key=wordpiece().get_vocab().get) if name[0] != "["]
     vocabulary = {name: i for i, name in enumerate([*special, *names])}

@@ -186,7 +186,7 @@ def test_a_stream_that_is_given_up_ends_with_the_error() -> None:
 
 
 def test_prompts_that_several_texts_follow_count_once() -> None:
-    """The number of reused prompt tokens is the least number that any text of the prompt began with."""
+    """The reported number of reused prompt tokens is the minimum over the texts of a prompt."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         assert [order.number for order, _ in orders] == [0, 1] * 3
@@ -257,7 +257,7 @@ def test_a_body_that_is_late_or_too_long_is_refused() -> None:
     [(None, 401), ("Bearer a-key", 200), ("bearer  a-key", 200), ("Basic a-key", 401), ("Bearer a-key2", 401)],
 )
 def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
-    """Anyone may ask whether the server is up."""
+    """The server's health can be queried without a key."""
     asked = Asked(Writer(lambda orders: None), key="a-key")
     headers = {} if given is None else {"authorization": given}
     found, body = asked("GET", "/v1/models", **headers)

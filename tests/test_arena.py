@@ -79,6 +79,6 @@ def drawn(seed: int) -> list[Lifetime]:
     ("seed", "units"), [(61, 39), (53, 56), (179, 42), (13, 56), (75, 57), (0, 42), (26, 57), (77, 47)]
 )
 def test_each_order_is_the_best_one_somewhere(seed: int, units: int) -> None:
-    """For each seed, one of the eight orders alone needs so little memory, and each order is the best for one seed."""
+    """For each seed, exactly one of the eight orders reaches the minimum, and each order is the best for one seed."""
     lives = drawn(seed)
     assert check_placement(lives, plan_arena(lives), alignment=ALIGNMENT) == units * ALIGNMENT

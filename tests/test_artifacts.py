@@ -444,8 +444,8 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
 
 
 def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is deeper than Python's stack. The real limit is lowered here, because to write a graph of that size
-    takes long.
+    """The graph is deeper than Python's stack. The real limit is lowered here, because writing a graph of that
+    size takes long.
     """
     limits = ArtifactLimits().graph
     assert limits.nodes < TextLimits().nodes

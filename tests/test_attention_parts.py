@@ -1,6 +1,6 @@
 """Attention in parts: the merged parts of any split of the keys equal attention, and so do their gradients.
 
-All in float64 by the ops' meanings, where the split changes only the order of some sums.
+All in float64 by the ops' meanings, so the split changes only the order of some sums.
 """
 
 from __future__ import annotations

@@ -40,15 +40,13 @@ def ends(shape: Sequence[int]) -> set[int]:
 
 
 def fewest_pieces(before: Shape, after: Shape) -> tuple[int, ...] | None:
-    """Try every sequence of pieces; return the shortest in which each axis of both shapes ends where a piece does."""
+    """Try every sequence of pieces; return the shortest in which every axis of both shapes ends with a piece."""
     fitting = [p for p in ordered_factorizations(math.prod(before)) if ends(before) | ends(after) <= ends(p)]
     return min(fitting, key=len) if fitting else None
 
 
 def most_runs(before: Shape, after: Shape) -> int:
-    """Try all ways to divide both shapes, without their ones, into equally many groups; return the largest count that
-    fits.
-    """
+    """Try all ways to divide both shapes, without their ones, into the same number of groups; return the largest."""
     ours, theirs = ([n for n in shape if n != 1] for shape in (before, after))
 
     def groupings(shape: Shape, count: int) -> Iterator[list[int]]:

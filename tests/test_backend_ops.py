@@ -79,7 +79,7 @@ def assert_attends(backend: str, graph: Graph, given: Mapping[str, Any]) -> Mapp
         return {}
     inputs = {v.name: held(given[v.name], v.type.dtype) for v in graph.main.inputs}
     found = compiled(backend, graph)(**inputs)
-    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, of which values of 2 take e^2.
+    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, times e^2 for values of 2.
     tolerance = 32 * max(EPSILON[v.type.dtype.name] for v in graph.main.inputs if v.type.dtype.is_float)
     for name, wanted in interpret(graph, inputs, float64=True).items():
         np.testing.assert_allclose(np.asarray(found[name], np.float64), wanted, rtol=0, atol=tolerance, err_msg=name)

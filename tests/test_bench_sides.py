@@ -104,7 +104,7 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
 
 
 def test_others_are_given_all_that_a_model_declares(sides: list[_Side], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treadle computes only what the outputs need: the first row."""
+    """Treadle computes only the values that the outputs need: the first row."""
     graph = parse_graph(
         "graph m {\n symbols B\n main(x: f32[9, B]) -> (y: f32[B]) {\n"
         "  h = mul(x, x)\n  g = exp(h)\n  y = gather(g, 0, axis=0)\n  return y = y\n }\n}"

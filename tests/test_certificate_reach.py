@@ -89,7 +89,7 @@ def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
 
 @pytest.mark.parametrize("product", [True, False], ids=["of-a-product", "of-an-input"])
 def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
-    """softmax(x) + (x - x) is softmax(x) if no number is infinite: a mask from outside may be."""
+    """softmax(x) + (x - x) is softmax(x) if all numbers are finite; a mask from outside may be infinite."""
 
     def spelled(b: Builder, m: Match) -> Any:
         e = b.exp(m.x - b.reduce_max(m.x, axes=(-1,), keep=True))

@@ -281,7 +281,7 @@ def test_a_rewrite_that_is_slower_on_the_target_is_refused() -> None:
 
 
 def test_a_case_in_which_roundings_decide_is_no_evidence() -> None:
-    """sin(1e16 x + 1e16) changes with the rounding of 1e16, so it is undecidable whether adding 2 gives the same."""
+    """sin(1e16 x + 1e16) changes with the rounding of 1e16, so it is undecidable whether adding 2 changes it."""
     text = program("x: f32[B, S]", "y: f32[B, S]", "a = mul(x, 1e16)", "b = add(a, 1e16)", "c = sin(b)", "return y = c")
     rule = Planted(lambda p, x, y: p.sin(x * 1e16 + 1e16), lambda b, m: b.sin(m.x * 1e16 + 1e16 + 2.0))
     found = certified(text, rule)

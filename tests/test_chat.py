@@ -99,7 +99,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_hostile_templates_come_to(template: str) -> None:
-    """The error says what is wrong, it comes within the time limit, and the next conversation is rendered."""
+    """The error names the cause and comes within the time limit, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
     made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # the process has started
     started = time.monotonic()

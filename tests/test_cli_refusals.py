@@ -105,7 +105,7 @@ CALLS = {
     "transcribe": "speech.wav",
     "perplexity": "text.txt",
 }
-"""What else each command needs that takes --set."""
+"""Further required options of each command that takes --set."""
 
 
 COMMANDS: Mapping[str, Any] = typer.main.get_command(treadle.cli.app).commands  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def refused_freely(command: str, option: str, *parts: str) -> None:
 
 @pytest.mark.parametrize("command", CALLS)
 def test_an_option_of_compile_is_no_option_of_a_model(command: str, treadle_command: Treadle) -> None:
-    """Where the command has a flag for it, the error says so."""
+    """If the command has a flag for it, the error names the flag."""
     if command == "serve":
         pytest.importorskip("uvicorn")
         pytest.importorskip("prometheus_client")

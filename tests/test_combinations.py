@@ -1,4 +1,4 @@
-"""The short form of tests/fuzz/combinations.py: a few schemes with budgets, and that it notices what is wrong."""
+"""The short form of tests/fuzz/combinations.py: a few schemes with budgets, and planted errors that it notices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.backends.registry import find_backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_schemes_run_within_their_budgets(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheme that rounds what weights multiply, at 9 rows, and at 1, at which parts are empty."""
+    """A scheme that rounds activations, at 9 rows, and at 1 row, for which parts are empty."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)  # the least that is found at once

@@ -28,7 +28,7 @@ from treadle.runtime.distributed.ranks import Ranks
 from treadle.runtime.distributed.watching import Watch
 
 FAR = torch.device("meta")
-"""A stand-in for a GPU: its tensors hold no numbers, and a copy to the CPU fails."""
+"""A stand-in for a GPU: its tensors have no data, and a copy to the CPU fails."""
 
 
 class _Stays(TorchDispatchMode):
@@ -77,7 +77,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @contextmanager
 def meeting(rank: int, lengths: tuple[int, int], taken: tuple[int, int]) -> Iterator[Communicator]:
-    """A communicator of one of two ranks with parts of these lengths, which both ranks know."""
+    """Yield the communicator of one of two ranks, whose parts have these lengths."""
     made = Communicator(plan_over("tp=2"), rank, FAR, 60.0, lambda told: nullcontext(), lambda error, told: error)
     made._tell = lambda *given: [[0, 0, t, n] for n, t in zip(lengths, taken, strict=True)]  # type: ignore[method-assign]
     with _Stays(), made.running("once"):
@@ -174,7 +174,7 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
-    """The first of two ranks on the CPU, where the other rank sends a different number in one of four places."""
+    """The first of two ranks on the CPU, and the other rank sends a different number in one of four places."""
 
     def tell(own: list[int], *_: Any, **__: Any) -> list[list[int]]:
         return [own, [*own[:at], own[at] + 1, *own[at + 1 :]]]

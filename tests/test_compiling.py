@@ -1,4 +1,4 @@
-"""Arguments of `compile`, and errors for those that it refuses."""
+"""Arguments of `compile`, and errors for refused arguments."""
 
 from __future__ import annotations
 

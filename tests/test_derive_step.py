@@ -1,4 +1,4 @@
-"""The step that is derived from a model: its entries, in float64, give the logits of the whole, however it is split."""
+"""Derived steps: their entries, in float64, return the logits of the whole text, however it is split."""
 
 from __future__ import annotations
 

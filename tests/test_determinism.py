@@ -1,4 +1,4 @@
-"""Equal inputs give equal bytes: printed texts, logs, emitted code and results, in every process and on every call."""
+"""Equal inputs produce equal bytes: printed texts, logs, emitted code and results, in every process and call."""
 
 from __future__ import annotations
 

@@ -688,7 +688,7 @@ def test_every_op_is_a_word() -> None:
 
 @pytest.mark.parametrize("module", [t, t.ops])
 def test_what_begins_with_an_underscore_is_no_word(module: Any) -> None:
-    """Python asks modules for such names, and expects its own error."""
+    """Python looks up such names in modules, and expects its own error."""
     with pytest.raises(AttributeError) as caught:
         _ = module._no_such_word
     assert type(caught.value) is AttributeError

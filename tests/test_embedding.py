@@ -79,7 +79,7 @@ def prepared(place: Path, name: str) -> Path:
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    made.enable_padding(length=20)  # a file may ask for a fixed length, which is ignored
+    made.enable_padding(length=20)  # a file may specify a fixed length, which is ignored
     made.enable_truncation(max_length=5)
     made.save(str(place / "tokenizer.json"))
     write(place / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"})

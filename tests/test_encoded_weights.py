@@ -101,7 +101,7 @@ def test_layers_with_other_encodings_are_other_functions() -> None:
 
 
 def called_twice() -> Graph:
-    """y = h(h_2(h(x, a), b), c): two functions, the second of which has the name that a copy of the first would get."""
+    """y = h(h_2(h(x, a), b), c): two functions; the second has the name that a copy of the first would get."""
     graph = Graph("named")
     for name, activation in (("h", "relu"), ("h_2", "tanh")):
         function = Function(name)

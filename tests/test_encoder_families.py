@@ -63,7 +63,7 @@ def test_rows_of_roberta_and_distilbert_may_be_packed() -> None:
 
 
 def test_patches_are_flattened_and_projected() -> None:
-    """The paper's equation 1: [x1 E; x2 E; ...], where patches are counted row by row."""
+    """The paper's equation 1: [x1 E; x2 E; ...], with patches counted row by row."""
 
     @t.model
     def patches(pixels: t.f32["B 3 height width"], *, height=8, width=12):

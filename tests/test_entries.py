@@ -111,7 +111,7 @@ def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
 
 
 def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
-    """`$h.0.*` stands for all results of a block, and for nothing less."""
+    """`$h.0.*` stands for all results of a block, never for some of them."""
     assert graph.bind is not None
     outputs = graph.bind.outputs
     graph.bind.outputs = {name.replace("odd name", "odder"): value for name, value in outputs.items()}
@@ -417,7 +417,7 @@ def test_made_parameters_are_made_first(graph: Graph) -> None:
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """Products ask for panels of four; a table is read in any layout."""
+    """Products request panels of four; a table is read in any layout."""
     if position == 1 and node.op.name in ("linear", "matmul", "einsum"):
         return panels(4, transposed=node.op.name == "matmul")
     return Reads.ANY if position == 0 and node.op.name in ("gather", "embedding") else Reads.ROW_MAJOR

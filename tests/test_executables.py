@@ -286,7 +286,7 @@ def test_bf16_holds_what_is_no_number(backend: str, given: str) -> None:
 
 @needs_torch
 def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest, ties to even, in blocks of which the last is shorter; a NaN stays NaN wherever it is."""
+    """To the nearest, ties to even, in blocks; the last block is shorter. A NaN stays NaN wherever it is."""
     import torch
 
     bits = np.random.default_rng(0).integers(0, 2**32, 45, dtype=np.uint32)

@@ -301,7 +301,7 @@ def test_what_a_time_is_limited_by(changed: dict[str, Any], limits: dict[str, fl
 
 
 def needing(held: int, memory: float, work: float, meeting: float, seconds: float) -> DeviceNeeds:
-    """The needs of a device with `held` bytes, 7 of them not for weights, and with these times."""
+    """Return the needs of a device with `held` bytes, 7 of them not for weights, and with these times."""
     limits = {"compute": work * 0.75, "memory bandwidth": work * 0.25, "links": meeting}
     cause = Cause("all_reduce", "tp", "the split of ffn is summed", "h.0", "m.py:3", 2, 4096, meeting)
     times: Any = SimpleNamespace(

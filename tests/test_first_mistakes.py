@@ -575,7 +575,7 @@ def test_a_long_argument_is_cut() -> None:
 
 
 def test_what_can_be_shared_is_declared_before() -> None:
-    """If no name is near, the hint says how to declare one."""
+    """If no name is similar, the hint shows how to declare a parameter."""
     assert refusal(lambda x: x * t.shared_parameter("w")).hint == "declare it first"
 
     def several(x: t.Tensor) -> t.Tensor:

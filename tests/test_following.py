@@ -38,7 +38,7 @@ def gpt2_graph() -> Graph:
 
 
 def line_of(model: t.Model, text: str) -> str:
-    """Return the user's line where a model's source has this text, as errors show it."""
+    """Return the line of a model's source that contains this text, as errors show it."""
     lines, first = inspect.getsourcelines(model.function)
     (offset,) = [i for i, line in enumerate(lines) if text in line]
     return f"test_following.py:{first + offset}"

@@ -159,7 +159,7 @@ def test_a_near_miss_is_refused_with_its_reason(name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "weights"),
     [
-        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # both of one product
+        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # both halves are of one product
         ([X, "z = neg(x)", "v = linear(z, $u)", "y = mul(a, v)"], ALONG[:2]),  # two products, no activation
         (["h = linear(x, $w)", "a = slice(h, axis=2, stop=8)", G, "y = mul(a, s)"], MERGED[:1]),  # the same half
         (

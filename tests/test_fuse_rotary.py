@@ -160,7 +160,7 @@ def _angles_by_einsum(b: Builder) -> Expr:
 
 
 def _moved(b: Builder) -> Expr:
-    """Heads before positions, by a rearrange of which nothing else is known: after a normalization of the heads"""
+    """Heads before positions, by a rearrange with no other known property: after a normalization of the heads"""
     x = b.input("x", f"f32[B, S, 4, {2 * HALF}]")
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"))
 

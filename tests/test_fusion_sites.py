@@ -259,7 +259,7 @@ SITES: dict[str, tuple[Build, list[str]]] = {
 
 @pytest.mark.parametrize("name", SITES)
 def test_what_is_a_site(name: str) -> None:
-    """Sites found, except those that are fused ops already."""
+    """The sites that are found, except fused ops."""
     build, expected = SITES[name]
     b = Builder(Graph("g"))
     b.outputs(y=build(b))

@@ -38,7 +38,7 @@ def test_a_seed_gives_one_case() -> None:
 
 
 def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An array is filled once its storage is dead, so that a read of it would give NaN."""
+    """An array is filled once its storage is dead, so that a read of it would return NaN."""
     filled: list[int] = []
     monkeypatch.setenv("TREADLE_POISON", "0")  # restored after the test
     monkeypatch.setattr(numpy_backend, "_poison", lambda *arrays: filled.append(len(arrays)))

@@ -80,7 +80,7 @@ def small(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, theirs: Any, runner: str) -> None:
-    """Compare in float64; where random blocks are ill-conditioned, allow twice the error of their model in float32."""
+    """Compare in float64; if random blocks are ill-conditioned, allow twice the error of their model in float32."""
     exact = copy.deepcopy(theirs).double()
     resolved = resolve(path)
     assert resolved.unused == ()

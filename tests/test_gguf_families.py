@@ -1,4 +1,4 @@
-"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: files in llama.cpp's form give the logits of Hugging Face's models."""
+"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: files in llama.cpp's form have the logits of Hugging Face's models."""
 
 from __future__ import annotations
 

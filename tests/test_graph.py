@@ -27,7 +27,7 @@ GRAPHS = {
 
 
 def diamond() -> Graph:
-    """y = exp(x) + tanh(x), where one of the two is scaled by a weight."""
+    """y = exp(x) + tanh(x), one of them scaled by a weight."""
     b = Builder(Graph("diamond"))
     x = b.input("x", "f32[B, 4]")
     with b.scoped("left"):

@@ -30,7 +30,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 @pytest.fixture
 def merged() -> Graph:
-    """Two blocks, each of which multiplies by two weights joined and halved."""
+    """Two blocks; each multiplies by two weights joined and halved."""
     graph = Graph("merged")
     b = Builder(graph)
     x = b.input("x", f32["B", 4])
@@ -431,7 +431,7 @@ def test_dead_work_of_a_block_is_left_alone() -> None:
 
 
 def test_what_only_moves_between_blocks_is_a_change() -> None:
-    """The block's weight is an input of main: values computed from it move to main, and nothing to bind."""
+    """The block's weight is an input of main: values computed from it move to main, and nothing moves to bind."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)

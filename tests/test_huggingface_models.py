@@ -122,7 +122,7 @@ EVERYWHERE = [(name, runner) for name in TINY if name != "biogpt" for runner in 
     indirect=["saved"],
 )
 def test_equals_hugging_face(saved: Saved, runner: str) -> None:
-    """One compilation serves every size and gives the outputs of Hugging Face's model, whichever inputs are present."""
+    """One compilation serves every size and computes Hugging Face's outputs, whichever inputs are present."""
     model, tiny = saved.resolve().model, TINY[saved.name]
     assert model is not None
     optional = [i.name for i in model.declared_inputs if i.optional]
@@ -153,7 +153,7 @@ def test_takes_every_tensor(saved: Saved) -> None:
 
 
 def test_the_family_of_the_documentation(tmp_path: Path) -> None:
-    """The file that docs/models.md shows reads BioGPT and gives the same outputs as Hugging Face."""
+    """The file that docs/models.md shows reads BioGPT and returns the same outputs as Hugging Face."""
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Tasks on image files: pixels, labels and matches equal to those of Hugging Face's pipelines over Pillow."""
+"""Tasks on image files: pixels, labels and matches equal the results of Hugging Face's pipelines over Pillow."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_matches_as_hugging_face(clip: Path, backend: str, images: list[str]) ->
 def test_matches_each_text_by_itself_as_hugging_face(
     names: list[str], backend: str, images: list[str], tmp_path: Path
 ) -> None:
-    """SigLIP: texts padded to 64 tokens, which attention sees or not as the folder says, and a sigmoid for each."""
+    """SigLIP: texts padded to 64 tokens, which attention sees if the folder specifies it, and a sigmoid for each."""
     vocabulary = {name: i for i, name in enumerate(["<unk>", "</s>", "a", "photo", "of", "cat", "dog", "sky"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -224,7 +224,7 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file that claims this number of black and white pixels, and holds none."""
+    """A file whose header declares this number of black and white pixels, without pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -26,7 +26,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "far", "MASTER_PORT": "7
 
 
 class _Watch:
-    """A watch that records its calls; `tells` decides if this rank reports to the user."""
+    """A watch that records its calls; `tells` is True if this rank reports to the user."""
 
     def __init__(self, tells: bool = True) -> None:
         self.tells, self.told = tells, list[Any]()

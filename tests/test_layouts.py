@@ -444,7 +444,7 @@ FAULTS = {
 
 
 def the(op: str, graph: Graph) -> Node:
-    """The first node of an op."""
+    """Return the first node of an op."""
     return next(node for _, node in graph.walk() if node.op.name == op)
 
 

@@ -1,4 +1,4 @@
-"""`t.load(MODEL)`: one input gives a result, a list gives a list, and the arguments of a task reach its
+"""`t.load(MODEL)`: one input returns a result, a list returns a list, and the arguments of a task reach its
 implementation.
 """
 

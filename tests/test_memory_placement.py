@@ -338,7 +338,7 @@ def test_which_sizes_are_asked_for(
 ) -> None:
     """The bound first, then halfway to the best known size, and so on, until time is up: the clock is read 20 times.
 
-    Below `proven` there is no placement, from `found` on there is one; between them a run ends without an answer.
+    Below `proven` there is no placement, from `found` on there is one; between them a search ends without an answer.
     """
     clock, was = iter(range(100)), list[int]()
 

@@ -42,7 +42,7 @@ class Outline(HTMLParser):
 
 @t.model
 def sample(x: t.f32["B 4"]):
-    """Return a graph whose scope is made to break HTML."""
+    """Return a graph whose scope would break unescaped HTML."""
     with t.scope("<script>&"):
         return {"y": t.gelu(t.linear(x, 4, name="<b>"))}
 

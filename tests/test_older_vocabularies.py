@@ -170,7 +170,7 @@ def test_damaged_names_of_tokens(file: str, content: str, what: str, tmp_path: P
 
 
 def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
-    """As RoBERTa was trained, and as its own tokenizer.json says."""
+    """As RoBERTa was trained, and as its own tokenizer.json specifies."""
     older(tmp_path, "roberta")
     tokenizer = TextTokenizer.open(tmp_path)
     ((spaced,), (joined,)) = tokenizer.encode(["the <mask>", "the<mask>"])

@@ -312,7 +312,7 @@ def test_one_mask_for_all_layers(tmp_path: Path) -> None:
 
 
 def same_at(graph: Graph, folder: Path, opset: int, *every: Mapping[str, int]) -> Exported:
-    """Assert that a graph of floats gives the reference's numbers at these sizes."""
+    """Assert that a graph of floats returns the reference's numbers at these sizes."""
     made = export_onnx(graph, {}, folder / "model.onnx", opset=opset)
     opened = session(made.path)
     for sizes in every:

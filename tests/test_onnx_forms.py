@@ -47,7 +47,7 @@ def test_gather_counts_from_the_end_but_not_in_an_embedding() -> None:
 
 @pytest.mark.parametrize("name", ["uint16", "uint32", "uint64"])
 def test_integers_without_sign_are_exact_to_their_ends(name: str) -> None:
-    """Sums and products wrap; order, quotients and remainders are those of unsigned numbers."""
+    """Sums and products wrap; order, quotients and remainders are unsigned."""
     body = """
         sum = Add(x, y) difference = Sub(x, y) product = Mul(x, y) quotient = Div(x, y) rest = Mod(x, y)
         less = Less(x, y) largest = Max(x, y) float = Cast<to = 1>(x)

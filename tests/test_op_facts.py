@@ -106,7 +106,7 @@ def changes_places(case: Case) -> bool:
 
 
 def works_on_each_element(case: Case) -> bool:
-    """Return True if permuted elements give permuted results."""
+    """Return True if permuted elements return permuted results."""
     (result, *_), rng = case.results, np.random.default_rng(0)
     operands = present(case.operands)
     if not operands or any(r.shape != result.shape for r in case.results):
@@ -261,7 +261,7 @@ NOT_SEEN = {
     "concat": "of one part it is that part",
     "rms_norm": "a row by itself has the shape of the weight",
 }
-"""Dimensions in which an element is read only for its own place, although the rule does not say so."""
+"""Dimensions in which an element is read only for its own place, although the rule does not declare it."""
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -290,7 +290,7 @@ def test_what_is_linear(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_reads_positions(name: str) -> None:
-    """If the op says so, elements in another order along that axis do not give the results in that order.
+    """If the op declares it, reordering elements along that axis does not reorder the results in the same way.
 
     test_axis_rules checks for each mapped axis that they do otherwise. Along a generated axis the results of equal
     elements are equal, too, unless the op counts.
@@ -328,7 +328,7 @@ def test_attributes_are_given_by_name_alone() -> None:
 
 
 def test_a_call_has_no_facts() -> None:
-    """Its meaning is that of its function, which the op does not know."""
+    """Its meaning is the meaning of its function, which the op does not have."""
     call = Call.of(Function("f"))
     assert not (call.only_moves or call.is_view or call.commutes or call.reads_positions or call.is_elementwise([1]))
     assert not call.is_contraction([1, 1])

@@ -185,7 +185,7 @@ def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, 
 
 
 def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
-    """Return True if the runner may refuse the graph; it must then do so, and say why."""
+    """Return True if the runner may refuse the graph; it must then refuse it with the reason."""
     reason = refusal(run, graph)
     if reason is not None:
         with raises_freely(BackendError, match=reason):

@@ -78,7 +78,7 @@ def ours(
     decayed: Sequence[str] = DECAYED,
     share: float = 1.0,
 ) -> list[dict[str, Array]]:
-    """Return the results of each step, where each step overwrites the previous results."""
+    """Return the results of each step; each step overwrites the previous results."""
     types = types_of({name: array.shape for name, array in weights.items()})
     graph = update_graph(optimizer, types, clip=clip, decayed=decayed)
     exe = treadle.compile(graph, backend=backend, donate=kept_by(graph))
@@ -223,7 +223,7 @@ ODD = {"none": 0.0, "an infinity": math.inf, "its negative": -math.inf, "no numb
 def test_what_is_not_finite_goes_where_it_does_in_torch(
     optimizer: Optimizer, kind: str, clip: float | None, backend: str
 ) -> None:
-    """One such element, and all zeros at the first step; then finite ones, which meet the state it left."""
+    """One such element, and all zeros at the first step; then finite ones, on the resulting state."""
     weights, steps = drawn({"a": (2, 3), "b": (4,)}, 4)
     for array in steps[0].values():
         array[...] = 0.0

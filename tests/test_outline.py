@@ -32,7 +32,7 @@ def calls(graph: Graph) -> dict[str, int]:
 
 
 def values_of(graph: Graph) -> dict[str, Any]:
-    """Return the outputs on drawn inputs and weights, in float64; equal names give equal numbers."""
+    """Return the outputs on drawn inputs and weights, in float64; equal names have equal numbers."""
 
     def drawn(name: str, shape: tuple[int, ...]) -> Any:
         return np.random.default_rng(list(name.encode())).standard_normal(shape)

@@ -268,7 +268,7 @@ def test_all_ranks_but_the_first_print_nothing(
 
 
 def refused(job: Job, what: str) -> None:
-    """Assert that all ranks of a job have ended with one error, which one of them prints."""
+    """Assert that all ranks of a job have ended with the same error, printed by one rank."""
     assert job.ended(SOON) == 2
     assert job.codes == dict.fromkeys(range(len(job.codes)), 2)
     assert len(job.codes) > 1

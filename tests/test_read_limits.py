@@ -110,7 +110,7 @@ def test_an_artifact_may_ask_for_what_its_page_says() -> None:
 
 
 def test_an_array_may_take_four_gigabytes(tmp_path: Path) -> None:
-    """A sparse file, of which nothing is read."""
+    """A sparse file, whose content is not read."""
     path = tmp_path / "x.npy"
     with path.open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (4096 * MIB + 1,)}

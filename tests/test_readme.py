@@ -1,6 +1,6 @@
-"""Examples in README and docs: every `python` block runs, and prints the `text` block behind it.
+"""Examples in README and docs: every `python` block runs, and prints the `text` block after it.
 
-Blocks of one page run in order, in one namespace. If a block raises an error of Treadle's, the `text` block behind it
+Blocks of one page run in order, in one namespace. If a block raises an error of Treadle's, the `text` block after it
 is the error's text.
 """
 

@@ -245,7 +245,7 @@ def test_prompts_that_begin_alike_go_on_from_one_of_them(exe: Compiled) -> None:
     counted = Counted(session)
     assert told(session, prompts, most=5) == wanted
     assert counted.count == 48 + 8 + 8 + 12 + 0 + 1
-    few = exe.session(rows=2, resumes=True)  # those that wait for a row reuse the contents of others
+    few = exe.session(rows=2, resumes=True)  # texts that wait for a row reuse the contents of others
     counted = Counted(few)
     assert told(few, prompts, most=5) == wanted
     assert counted.count < sum(map(len, prompts)) - 3 * 40

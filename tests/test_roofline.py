@@ -146,7 +146,7 @@ def test_a_kernel_in_two_places_is_counted_together() -> None:
 
 
 def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are those of the machine's units, on the same number of threads, or of a kernel that was faster."""
+    """A rate is the rate of the machine's unit on the same number of threads, or of a kernel that was faster."""
 
     class Kernels:
         nbytes, threads = 1000, 2

@@ -81,7 +81,7 @@ def test_fills_in_masked_tokens(fetched: Path, folder: Path, backend: str) -> No
     """Nine of ten tokens, masked one at a time, are recovered.
 
     The products of a reaction follow from its reactants and vice versa, but not completely: a leaving halogen may have
-    been another one. So nine of ten, where always guessing the commonest token would give three.
+    been another one. So nine of ten; always guessing the commonest token would recover three.
     """
     vocabulary = (fetched / "vocab.txt").read_text().splitlines()
     resolved = resolve(folder)

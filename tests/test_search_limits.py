@@ -99,7 +99,7 @@ def fused(b: Builder, y: Expr) -> list[str]:
 
 
 def a_mask_by_positions(count: int) -> bool:
-    """j <= i, where j takes `count` ops to compute"""
+    """j <= i; computing j takes `count` ops"""
     b = Builder(Graph("g"))
     i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
     moved = chain(j, lambda y: b.expand(y, shape=("S",)), count - 1)
@@ -144,7 +144,7 @@ def sites(b: Builder, y: Expr) -> set[str]:
 
 
 def attention_with_steps_between(count: int) -> bool:
-    """With `count` ops between the product and the softmax, and as many after it"""
+    """With `count` ops between the product and the softmax, and `count` ops after it"""
     b = Builder(Graph("g"))
     q, k, v = (b.input(name, "f32[S, 4]") for name in "qkv")
     scores = chain(q @ b.rearrange(k, pattern="t d -> d t"), b.abs, count)

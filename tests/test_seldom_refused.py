@@ -1,6 +1,6 @@
 """Refusals that no other test provokes, one per line: the kind of error and its beginning.
 
-The whole texts are in tests/golden/errors/, like those of all errors.
+The whole texts are in tests/golden/errors/, like the texts of all errors.
 """
 
 from __future__ import annotations

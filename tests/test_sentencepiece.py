@@ -279,7 +279,7 @@ def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
-    """Overwritten bytes and truncated files give a typed error, or another vocabulary."""
+    """Overwritten bytes and truncated files cause a typed error, or yield another vocabulary."""
     draw = np.random.default_rng(0)
     refused = 0
     for _ in range(200):

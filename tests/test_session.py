@@ -48,7 +48,7 @@ def test_rows_of_different_lengths_grow_side_by_side(exe: Compiled) -> None:
                 texts[n].append(given[row])
                 near(logits[row], whole(exe, texts[n])[-1])
                 assert session.tokens(row) == tuple(texts[n])
-        if step == 1:  # one leaves, and another takes its slot
+        if step == 1:  # one row closes, and another takes its slot
             session.close(rows.pop(2))
             rows[3] = session.open()
             near(session.prefill({rows[3]: texts[3]})[rows[3]], whole(exe, texts[3])[-1])

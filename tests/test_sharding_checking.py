@@ -264,7 +264,7 @@ def test_a_move_begins_where_the_value_lies() -> None:
 
 
 def test_a_body_that_was_forgotten_and_made_anew_is_the_same() -> None:
-    """The number of remembered bodies is limited: a long process forgets those of a plan before it is checked."""
+    """The number of remembered bodies is limited: a long process forgets the bodies of a plan before it is checked."""
     plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
     assert any(node.body is not None for node in plan.functions[-1].nodes)
     composites._bodies.clear()

@@ -69,7 +69,7 @@ def test_sequence_gathers_and_scatters_the_bytes_that_megatron_reduces(family: s
 
 
 def test_context_passes_keys_around_and_gathers_nothing() -> None:
-    """Ring attention: rank 0 of 4 sees its own tokens alone, rank 3 those of all."""
+    """Ring attention: rank 0 of 4 sees its own tokens alone, rank 3 sees all ranks' tokens."""
     plan = shard(recognized("gpt2"), "cp=4", recipe="context", sizes={"B": 2, "S": 16})
     check_sharding(plan)
     made = plan.collectives()

@@ -113,7 +113,7 @@ def test_a_counter_counts_in_its_slots(backend: str) -> None:
 
 @each_backend
 def test_a_scan_goes_on(backend: str) -> None:
-    """Chunks of any length give the sums of the whole sequence."""
+    """Chunks of any length return the sums of the whole sequence."""
     pair = Pair(parse_graph(SUMS), backend)
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((2, 7, 4), np.float32)

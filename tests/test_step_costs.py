@@ -87,7 +87,7 @@ def test_which_nodes_are_a_region() -> None:
         ([linear], 1, True),
         ([linear], 2, False),  # the weight would be sliced
         ([linear], 3, False),  # there is none
-        ([linear, rearrange], 0, False),  # of which b is a part
+        ([linear, rearrange], 0, False),  # b is a part of it
         ([exp], 0, False),  # b and s in one dimension
         ([exp], 1, True),
         ([most], 0, True),  # s of its result

@@ -1,4 +1,4 @@
-"""Tasks on encoders with heads: labels, scores, spans and offsets equal to those of Hugging Face's pipelines."""
+"""Tasks on encoders with heads: labels, scores, spans and offsets equal the results of Hugging Face's pipelines."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
             out = model(**given)
         of_text = [part == 1 for part in encoding.sequence_ids]
         known = torch.tensor(of_text)
-        known[0] |= encoding.sequence_ids[0] is None  # a special token stands for no answer there
+        known[0] |= encoding.sequence_ids[0] is None  # a special token represents "no answer" there
         start, end = (
             torch.softmax(logits[0].double().masked_fill(~known, -torch.inf), -1)
             for logits in (out.start_logits, out.end_logits)

@@ -288,7 +288,7 @@ def test_a_conversation_is_as_long_as_the_model_takes(context: int | None, asked
 
 
 def test_a_turn_is_read_as_the_template_wrote_it() -> None:
-    """It has no other special tokens than its own; draws differ from turn to turn."""
+    """It has only its own special tokens; draws differ from turn to turn."""
     asked: list[Any] = []
     chosen = iter([4, 9, 4, 4])
     session = SimpleNamespace(

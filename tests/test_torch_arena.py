@@ -87,7 +87,7 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 
 
 def test_what_is_foreign_is_what_the_plan_says() -> None:
-    """A run of one block allocates as many arrays of foreign values' sizes as there are such values.
+    """A run of one block allocates one array for each foreign value, of its size.
 
     Calls also need memory inside: a norm's means, attention's intermediate values, checks of indices.
     """

@@ -125,7 +125,7 @@ class Lines(nn.Module):  # type: ignore[misc]
 
 
 def test_layers_of_torch_have_the_line_of_the_users_forward() -> None:
-    """And not the line of torch's own code, where a linear calls F.linear."""
+    """And not the line of torch's own code at which a linear calls F.linear."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     model = treadle.from_torch(Lines(), (torch.randn(2, 4),))
     found = [(node.op.name, node.scope, node.source) for node in model.graph.main.nodes]

@@ -1,4 +1,4 @@
-"""ATen operators imported by `from_torch` give torch's own numbers."""
+"""ATen operators imported by `from_torch` return torch's own numbers."""
 
 from __future__ import annotations
 

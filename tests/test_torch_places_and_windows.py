@@ -82,7 +82,7 @@ def _best(draw: random.Random) -> Drawn:
 
 
 def _written(draw: random.Random) -> Drawn:
-    """x[i, :, j] = v for indices of which some are negative and some repeat."""
+    """x[i, :, j] = v, with some negative and some repeated indices."""
     where = draw.choice(["one", "axis", "two", "apart", "grid", "rows", "scalar"])
     add = draw.random() < 0.5
     i, j, column = torch.tensor([1, -1, 1]), torch.tensor([2, 0, 2]), torch.tensor([[0], [-1]])
@@ -269,7 +269,7 @@ def test_writes_have_the_bits_of_what_is_written() -> None:
 
 
 def test_the_best_are_written_without_a_comparison_of_all_with_all() -> None:
-    """top_k gives no index twice, so that indices need not be compared."""
+    """top_k returns no index twice, so indices need not be compared."""
     rule = FAMILIES["the best"](random.Random(0))[0]
     model = treadle.from_torch(Rule(rule), (some(4, 6),))
     ops = [node.op.name for _, node in model.graph.walk()]

@@ -64,12 +64,12 @@ def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
         ({"y": torch.ones(2)}, None, "does not fit"),
         ([torch.ones(2)], None, "must be a tuple of arguments"),
         ((torch.ones(2, 3),), {"z": "B"}, "not a tensor of the example"),
-        ((torch.ones(2, 3),), {"x": "B"}, "1 dimensions, but it has 2"),
+        ((torch.ones(2, 3),), {"x": "B"}, "1 dimensions for x, but it has 2"),
         ((torch.ones(2, 3),), {"x": {5: "B"}}, "no dimension 5"),
         ((torch.ones(2, 3),), {"x": {0: "B", 1: "B"}}, "2 and 3 in the example"),
         ((torch.ones(2, 3),), {"x": {0: "2B"}}, "identifier"),
-        ((torch.ones(2, 3),), {"x": "B 7"}, "dimension 1 of x is 3, dynamic= says 7"),
-        ((torch.ones(2, 3),), {"x": ["B", "S"]}, "gives x ['B', 'S']"),
+        ((torch.ones(2, 3),), {"x": "B 7"}, "dimension 1 of x is 3, dynamic= specifies 7"),
+        ((torch.ones(2, 3),), {"x": ["B", "S"]}, "x is ['B', 'S']"),
         ((torch.ones(2, 3),), {"x": {-3: "B"}}, "no dimension -3"),
         ((torch.ones(2, 3),), {"x": {2: "B"}}, "no dimension 2"),
         ((torch.ones(2, 3),), {"x": {0.5: "B"}}, "no dimension 0.5"),
@@ -94,7 +94,7 @@ def test_what_is_shown_is_cut() -> None:
     assert caught.value.received == ("ValueError: " + "long" * 99)[:300]
     with pytest.raises(treadle.TreadleError) as named:
         treadle.from_torch(Applied(lambda x: x), (torch.ones(2),), dynamic={"x": ["long"] * 99})
-    assert named.value.what == f"dynamic= gives x {['long'] * 99!r}"[:120]
+    assert named.value.what == f"dynamic= for x is {['long'] * 99!r}"[:120]
 
 
 def test_a_string_that_names_too_few_dimensions_says_how_it_goes_on() -> None:
@@ -323,7 +323,7 @@ def test_a_form_of_an_operator_is_refused_by_name(form: str) -> None:
 
 
 OPEN: dict[str, tuple[Any, str]] = {
-    # of x [B, S, T], where B, S and T are open
+    # of x [B, S, T] with open B, S and T
     "sort": (lambda x: x.sort(1)[0], "a symbolic axis is not supported"),
     "roll": (lambda x: x.roll(1, 1), "a symbolic axis is not supported"),
     "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, not S"),
@@ -360,7 +360,7 @@ def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str
 
 
 def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of ours in an operator is reported with the operator and the line, and gives no wrong number."""
+    """A mistake of ours in an operator is reported with the operator and the line, and returns no wrong number."""
 
     def crashes(site: Any) -> Any:
         raise KeyError("none")

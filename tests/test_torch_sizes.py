@@ -133,7 +133,7 @@ def test_a_condition_that_fails_somewhere_is_said_to_fail() -> None:
 
 
 ALONE: dict[str, tuple[Any, tuple[int, int | None] | None]] = {
-    # a condition on a size that is 4 in the example, and the bounds that it gives; None if bounds cannot express it
+    # a condition on a size that is 4 in the example, and the resulting bounds; None if bounds cannot express it
     "below": (lambda n: n < 6, (1, 5)),
     "square": (lambda n: n * n > 8, (3, None)),
     "cube": (lambda n: n**3 > 8, (3, None)),
@@ -253,7 +253,7 @@ SLICES: dict[str, tuple[Any, int, tuple[int, int | None]]] = {
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_slice_of_an_open_axis_is_taken_as_in_the_example(name: str) -> None:
-    """Other sizes, of which the slice would take another part, are refused at the call."""
+    """Other sizes, for which the slice would be another part, are refused at the call."""
     rule, size, (lower, upper) = SLICES[name]
     model = treadle.from_torch(Applied(rule), (torch.randn(2, size),), dynamic={"x": "B S"})
     bounds = model.graph.symbols["S"]

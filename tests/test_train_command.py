@@ -52,7 +52,7 @@ class Told:
 
 
 class FakeTrainer:
-    """A trainer that records its calls. Losses fall by a tenth with each call, each of which takes half a second."""
+    """A trainer that records its calls. Losses fall by a tenth with each call; a call takes half a second."""
 
     fail_at = 0
     """The call of `step` whose loss is NaN; 0: none."""
@@ -487,7 +487,7 @@ class Losses:
 
 
 class Counted:
-    """A trainer that counts as many targets as each row's first token says, and records the seeds of its draws."""
+    """A trainer that takes each row's first token as its number of targets, and records the seeds of its draws."""
 
     def __init__(self) -> None:
         self.numbers: list[tuple[int, ...]] = []

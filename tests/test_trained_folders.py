@@ -52,7 +52,7 @@ def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_comman
 
 
 def test_transformers_foretells_as_well_with_what_was_saved(treadle_command: Treadle) -> None:
-    """The mean loss over the held-out blocks, the last of the texts, equals that of its own model."""
+    """The mean loss over the held-out blocks, the last of the texts, equals the loss of its own model."""
     before, after = held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 8 -o out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     ids = tokenizer(Path("texts.txt").read_text(encoding="utf-8"))["input_ids"]

@@ -115,7 +115,7 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding tokens give their row of the embedding table no gradient; logits tied to the table give it one."""
+    """Padding tokens add no gradient to their row of the embedding table; logits tied to the table do."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save

@@ -76,7 +76,7 @@ def test_samples_of_any_width(width: int, channels: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("given", [8_000, 11_025, 22_050, 44_100, 48_000])
 def test_another_rate_is_the_same_sound(given: int) -> None:
-    """Tones below the limit of both rates are as if recorded at the other rate; a tone above it is gone."""
+    """Tones below the limit of both rates are as if recorded at the other rate; a tone above it is removed."""
     for hertz in (200.0, 1000.0, 3000.0):
         count = given // 2
         made = resample(np.sin(2 * np.pi * hertz * np.arange(count) / given), given, 16_000)

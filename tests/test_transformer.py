@@ -118,7 +118,7 @@ def test_equals_the_paper(runner: str, inputs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_sinusoidal_positions(dim: int, interleaved: bool) -> None:
-    """Compared with the formula in float64, at far positions, where an angle in float32 would be 2e-3 off."""
+    """Compared with the formula in float64, at far positions, at which an angle in float32 would be 2e-3 off."""
 
     @t.model
     def positions(p: t.i64["N"]):

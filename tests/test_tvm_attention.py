@@ -148,7 +148,7 @@ SPANNING: list[tuple[Term, ...]] = [
 
 @pytest.mark.parametrize("terms", SPANNING, ids=str)
 def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
-    """Also if a query sees nothing of the first span, and wherever its largest score is."""
+    """Also if a query sees no key of the first span, and wherever its largest score is."""
     graph = attention_graph(*terms, heads=2, groups=1, d=8)
     exe = compiled(graph)
     for queries, keys in [(3, SPAN), (3, SPAN + 1), (20, 3 * SPAN - 7), (2 * SPAN + 30, 2 * SPAN + 30)]:
@@ -425,7 +425,7 @@ EMPTYING: dict[str, Term] = {
 
 @pytest.mark.parametrize("case", EMPTYING)
 def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
-    """The same number of steps as if no row may be empty, after those that compute a mask.
+    """After the steps that compute a mask, the number of steps is the same as if no row may be empty.
 
     The product scales, masks and adds biases.
     """
@@ -472,7 +472,7 @@ def test_probabilities_at_many_sizes(case: str, target: str) -> None:
         elif case == "bias":
             given["x0"][1] = -np.inf
         elif case == "segments":
-            given["x0"][0, 0] = 7  # for which there is no key
+            given["x0"][0, 0] = 7  # no key has this segment
         got, expected = exe(**given), interpret(graph, given, float64=True)
         assert_near(got.y, expected["y"])
         assert_near(got.p, expected["p"])

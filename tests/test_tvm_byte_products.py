@@ -120,7 +120,11 @@ def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) ->
     x[3, 0] = 127
     x[4] *= 1e37
     x[5] *= 2.0**-119
-    x[6] = [-127.5, 127.5, *np.arange(68) - 33.5]  # 255 steps of 1, both ends of which are ties: rounded up, one is 256
+    x[6] = [
+        -127.5,
+        127.5,
+        *np.arange(68) - 33.5,
+    ]  # 255 steps of 1 and two ties: rounded up, one of them is 256
     x[8], x[9], x[10] = np.abs(x[8]), -np.abs(x[9]), 3
     x[11, :2] = -3e38, 3e38  # further apart than float32's range
     x[7, 3], x[20, 69], x[39, 0] = np.inf, np.nan, -np.inf

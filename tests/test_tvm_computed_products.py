@@ -190,7 +190,7 @@ def test_threads_do_not_change_bits() -> None:
 @needs_pairs
 @pytest.mark.parametrize(("left", "right"), [("plain", "plain"), ("transposed", "transposed"), ("transposed", "wide")])
 def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrix unit's kernels give the bits of a bound weight's product there, too."""
+    """The matrix unit's kernels return the bits of a bound weight's product there, too."""
     isa = stand_in(monkeypatch)
     monkeypatch.setattr(backend_module, "isa_of", lambda target: isa)
     for m, k, n in ((1, 1, 1), (33, 31, 40), (50, 70, 65)):

@@ -55,7 +55,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_rows_bits_do_not_depend_on_what_follows(family: str) -> None:
-    """A causal model gives a prefix the same bits, whatever its length: chunked prefill relies on this."""
+    """A causal model computes the same bits for a prefix, whatever its length: chunked prefill relies on this."""
     exe = small(family)
     ids = drawn(2, 290)
     whole = only(exe(tokens=ids))

@@ -306,7 +306,7 @@ def test_what_tends_to_one_is_one_from_some_number_on(name: str, isa: Isa) -> No
 @each_level
 @pytest.mark.parametrize("name", EXPONENT)
 def test_what_is_made_of_an_exponential_is_off_by_its_exponent(name: str, isa: Isa) -> None:
-    """x / (1 + e^u): five roundings (e^u has two, a sum, a division, the result's own), and |u| times those of u."""
+    """x / (1 + e^u): five roundings (e^u has two, a sum, a division, the result's own), and |u| times u's own."""
     function, exponent, roundings = EXPONENT[name]
     x, got = on_singles(isa)[name]
     kept = np.isfinite(x)  # x / (1 + e^-x) at -inf is inf / inf
@@ -406,7 +406,7 @@ def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
 
 
 def distances(got: Array, expected: Array) -> Array:
-    """Return distances: 0 where both are the same, including NaN and infinities, inf where only one is."""
+    """Return distances: 0 if both are the same, including NaN and infinities, inf if only one is NaN or infinite."""
     with np.errstate(invalid="ignore"):
         off = np.abs(got.astype(np.float64) - expected.astype(np.float64))
     same = (got == expected) | (np.isnan(got) & np.isnan(expected))
@@ -416,7 +416,7 @@ def distances(got: Array, expected: Array) -> Array:
 def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
     """Return the bounds of `distances`: one spacing where 16 bits are rounded once from f32, otherwise some, see above.
 
-    Where e^-x overflows, a nonzero result becomes 0; where gelu's digits cancel, its bound is relative to x.
+    If e^-x overflows, a nonzero result becomes 0; if gelu's digits cancel, its bound is relative to x.
     """
     narrow = dtype in ("f16", "bf16")
     own = "f64" if dtype == "f64" else "f32"
@@ -519,7 +519,7 @@ def test_an_element_has_the_same_bits_in_a_vector_and_alone(dtype: str) -> None:
 
 @each_level
 def test_lanes_of_another_width_have_the_same_bits(isa: Isa) -> None:
-    """A chain that ends in f64 takes half as many lanes as one of f32 only."""
+    """A chain that ends in f64 uses half of the lanes that a chain in f32 uses."""
     x = singles(-100, 100)
     names = ("exp", "tanh", "silu", "log", "sin", "gelu")
     single = [chain(name, "f32") for name in names]

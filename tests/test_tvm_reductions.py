@@ -92,7 +92,7 @@ def test_softmax_of_rows_of_any_length(log: bool, isa: Isa) -> None:
 
 @each_isa
 def test_masked_softmax_of_rows_of_any_length(isa: Isa) -> None:
-    """An empty row between two others, of which one is partly masked: zeros, and no bit of the others changes."""
+    """An empty row between two others, one of them partly masked: zeros, and no bit of the others changes."""
     for d in LENGTHS:
         x = drawn(3, d + 5, seed=d)[:, :d] * 4
         x[1] = -np.inf

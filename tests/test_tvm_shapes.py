@@ -121,7 +121,7 @@ def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(afte
 
 
 def test_parts_are_written_where_they_belong() -> None:
-    """concat writes each part once, into a result of which a rearrange is a view."""
+    """concat writes each part once, into a result that a rearrange reads as a view."""
 
     def build(b: Builder) -> Expr:
         parts = [b.input("x", "f32[B, S, 4]"), b.input("y", "f32[B, 2, 4]"), b.input("z", "f32[B, T, 4]")]

@@ -1,4 +1,4 @@
-"""The machine's highest multiplication rate: the kernels that measure it, and the rates that they give."""
+"""The machine's highest multiplication rate: the kernels that measure it, and the measured rates."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend with an error only if a graph has more than one op: no op can be named, and the report says so."""
+    """A backend with an error only if a graph has more than one op: no op can be named, which the report states."""
 
     class Careless(NumpyBackend):
         def compile(self, graph: Graph, target: Any, weights: Any) -> Any:
@@ -156,7 +156,7 @@ def test_a_wrong_rewrite_is_told_from_a_wrong_backend(monkeypatch: pytest.Monkey
     report = verify_model(toy, backends=["numpy"], passes=[ForgetTheResidual()])
     assert report.rewrites.exceeds
     assert not report.passed
-    assert report.backends[0].fault is None  # every op does what the rewritten graph says
+    assert report.backends[0].fault is None  # every op is right in the rewritten graph
 
 
 def test_a_refusal_is_not_a_fault() -> None:

@@ -111,7 +111,7 @@ def test_who_does_not_come_is_told_after_the_timeout(
 
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], float]:
-    """Run a function that ends the process, by a clock of its own; return the seconds until then."""
+    """Run a function that ends the process, on a simulated clock; return the seconds until then."""
     clock = 0.0
 
     def sleep(seconds: float) -> None:

@@ -101,7 +101,7 @@ def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str
 
 
 def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
-    """Programs of ranks are built from them: a look-up in a part of a table as if it were whole gives other rows."""
+    """Programs of ranks are built from them: a look-up in a part of a table as if it were whole returns other rows."""
     plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
     main = len(plan.functions) - 1
     split = [i for i, node in enumerate(plan.main.nodes) if node.shares]

@@ -29,7 +29,7 @@ from treadle.passes.pipelines import DEFAULT
 
 
 def guarded(p: Any, x: Any) -> Any:
-    """Return softmax that gives zeros where a row is -inf throughout."""
+    """Return a softmax that is zero for a row of only -inf."""
     peak = p.reduce_max(x, axes=(-1,), keep=True)
     weights = p.exp(x - p.where(peak > -math.inf, peak, 0))
     total = p.reduce_sum(weights, axes=(-1,), keep=True)

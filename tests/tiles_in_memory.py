@@ -1,6 +1,6 @@
 """A matrix unit in memory: a stand-in for AMX's tiles on machines without one.
 
-`stand_in(monkeypatch)` gives an instruction set whose kernels keep their eight tiles in an array, and execute each
+`stand_in(monkeypatch)` returns an instruction set whose kernels keep their eight tiles in an array, and execute each
 instruction on them as in Intel's manual, with the configured rows and bytes of a tile. It tests the kernels' use of
 tiles, on one thread, and not the CPU.
 """
@@ -82,7 +82,7 @@ class _Tiles:
 
 
 def _added(element: str, steps: Sequence[str], total: str, of: tuple[int, int, int], rows: int, words: int) -> str:
-    """Return sums += left right, of three tiles: each word of a row of `left` times the row of `right` at its place.
+    """Return LLVM text for sums += left right, on three tiles: word j of a row of `left` times row j of `right`.
 
     steps  the operations on a word in every lane, %x, a row %y, and the sums so far, %s; their result is `total`
     """
@@ -123,7 +123,7 @@ done:"""
 
 
 def _fours(signed: bool) -> Iterator[str]:
-    """Yield four products of bytes, those of `right` signed, in 32 bits."""
+    """Yield four products of bytes in 32 bits; the bytes of `right` are signed."""
     for b in range(4):
         yield f"%u{b} = shl <16 x i32> %x, splat (i32 {24 - 8 * b})"
         yield f"%v{b} = {'ashr' if signed else 'lshr'} <16 x i32> %u{b}, splat (i32 24)"

@@ -1,6 +1,6 @@
 """Random chains of convolutions and poolings of axes whose sizes vary, as ONNX models and as PyTorch modules.
 
-The same seed gives the same chain. A chain's results are compared with ONNX Runtime's and PyTorch's at several sizes.
+The same seed returns the same chain. A chain's results are compared with ONNX Runtime's and PyTorch's at several sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEAR = 1e-4
 
 
 def drawn_sizes(r: Random, rank: int) -> Iterator[tuple[int, ...]]:
-    """Draw shapes of inputs, of which the last are small."""
+    """Draw shapes of inputs; the last ones are small."""
     for least, most in ((24, 60), (24, 60), (12, 40), (8, 20), (3, 12)):
         yield r.randint(1, 3), CHANNELS, *[r.randint(least, most) for _ in range(rank)]
 
@@ -147,7 +147,7 @@ def torch_verdict(seed: int) -> str:
 
 
 def _compared(made: Any, run: Any, r: Random, rank: int) -> str:
-    """Compare at several sizes, except those that the other side refuses and those that are too small for us."""
+    """Compare at several sizes, except sizes that the other side refuses or that are too small for us."""
     for shape in drawn_sizes(r, rank):
         x = np.random.default_rng(shape).normal(size=shape).astype(np.float32)
         try:

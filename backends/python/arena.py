@@ -78,7 +78,7 @@ class PythonArena:
             memory = self._memory(entry, sizes)
         except OverflowError as error:  # of 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError("no memory is large enough for these sizes", received=told) from error
+            raise BackendError("these sizes need more memory than is addressable", received=told) from error
         if self.poison is not None:
             self.poison(self.array)
         return (memory,)

@@ -259,7 +259,9 @@ class _Machine:
             plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
         except OverflowError as error:  # a size exceeds 64 bits
             told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError(f"{self.name}: no memory is as large as these sizes take", received=told) from error
+            raise BackendError(
+                f"{self.name}: these sizes need more memory than is addressable", received=told
+            ) from error
         self.plans[key] = plan
         if len(self.plans) > PLANS:
             self.plans.popitem(last=False)

@@ -45,7 +45,7 @@ _PANELS_AT_ONCE = 64
 def wants(isa: Isa) -> Wants:
     """Return how kernels read operands that depend on weights alone: products want panels, or pairs for bf16.
 
-    A float32 table of an embedding is read in panels as well if a product wants it so.
+    A float32 table of an embedding is read in panels as well if a product reads it in panels.
     """
 
     def read(node: Node, position: int) -> Layout | Reads:

@@ -4,7 +4,7 @@
     model.onnx.data       tensors' bytes, named by location, offset and length in the ModelProto
 
 Reading runs no code of the file. External data is mapped, not copied; it must be a regular file in the model's own
-folder, reached by no link (in a hub cache: inside its `models--org--name`), and hold every byte that a tensor claims.
+folder, not behind a link (in a hub cache: inside its `models--org--name`), and hold every byte that a tensor claims.
 
 Sources: onnx.proto; https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
 """
@@ -105,7 +105,7 @@ class StoredTensor:
         bits = self.type.bits
         if self.type.field == "int32_data":
             given = given.astype(np.int32)
-            # Elements smaller than a byte are packed; a number holds as many of them as a byte.
+            # Elements smaller than a byte are packed; a number of the field holds the elements of one byte.
             data = given.astype(f"<i{max(bits, 8) // 8}").view(np.uint8)
         elif self.type.field == "uint64_data":
             data = given.astype(f"<u{bits // 8}").view(np.uint8)

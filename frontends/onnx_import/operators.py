@@ -53,7 +53,7 @@ class Operator:
 
     first, latest  the versions, by the opsets that introduced them
     moves          positions of the inputs whose elements it moves without computing; None: it computes
-    types          positions of inputs of which it reads only the element type
+    types          positions of the inputs whose element type is read, but not their elements
     """
 
     name: str

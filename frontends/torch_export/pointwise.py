@@ -189,9 +189,7 @@ def _clamp_max(site: TorchSite) -> Made:
 
 
 def _within(site: TorchSite, low: str | None, high: str | None, ties: str = "x") -> Expr:
-    """Clamp; if the bounds cross, the upper bound wins. `ties` selects where the gradient goes at a bound: to the
-    operand.
-    """
+    """Clamp; if the bounds cross, the upper bound wins. `ties` is the operand that gets the gradient at a bound."""
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)
     if low is not None:

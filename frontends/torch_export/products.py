@@ -145,7 +145,7 @@ def _of_rank_four(b: Builder, x: Expr, rank: int) -> Expr:
 
 
 def _shared(site: TorchSite, what: str, sizes: Sequence[Size]) -> Size:
-    """Return the operands' common size along a leading axis, where a size of 1 broadcasts."""
+    """Return the operands' common size along a leading axis; a size of 1 broadcasts."""
     (q, k, v), several = sizes, [n for n in dict.fromkeys(sizes) if n != ONE]
     if len(several) <= 1:
         return several[0] if several else ONE

@@ -105,7 +105,7 @@ class Symbols:
             self.told.setdefault(expr.name, size)
 
     def named(self, expr: Any) -> str:
-        """Return an expression of torch's with our names."""
+        """Return one of torch's expressions with our names."""
         text = str(expr)
         for theirs, ours in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(theirs, ours)

@@ -108,19 +108,21 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
         if len(words) != rank:
             told = " ".join([*words, *["_"] * rank][:rank])
             raise UsageError(
-                f"dynamic= gives {name} {len(words)} dimensions, but it has {rank}",
+                f"dynamic= specifies {len(words)} dimensions for {name}, but it has {rank}",
                 received=given,
                 hint=f"{{{name!r}: {told!r}}}, where _ leaves a dimension as it is",
             )
         for axis, word in enumerate(words):
             if word.isdigit() and int(word) != shape[axis]:
-                raise UsageError(f"dimension {axis} of {name} is {shape[axis]}, dynamic= says {word}", received=given)
+                raise UsageError(
+                    f"dimension {axis} of {name} is {shape[axis]}, dynamic= specifies {word}", received=given
+                )
         dims: dict[Any, Any] = {axis: word for axis, word in enumerate(words) if not word.isdigit() and word != "_"}
     elif isinstance(given, Mapping):
         dims = dict(given)
     else:
         raise UsageError(
-            f"dynamic= gives {name} {given!r}"[:120], hint=f"{{{name!r}: 'B S'}}, or {{{name!r}: {{1: 'S'}}}}"
+            f"dynamic= for {name} is {given!r}"[:120], hint=f"{{{name!r}: 'B S'}}, or {{{name!r}: {{1: 'S'}}}}"
         )
     for axis, symbol in list(dims.items()):
         if not isinstance(axis, int) or not -rank <= axis < rank:

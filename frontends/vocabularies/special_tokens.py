@@ -169,7 +169,7 @@ def _read_object(place: ModelFolder, name: str, limit_bytes: int) -> dict[str, A
     shown = place.show(name)
     data = read_regular(place.file(name), limit_bytes, shown, "limit_bytes=")
     try:
-        found = json.loads(data)  # the strict reader refuses integers as long as these files hold
+        found = json.loads(data)  # the strict reader refuses long integers, which these files contain
     except (ValueError, RecursionError) as error:
         raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
     return found if isinstance(found, dict) else {}

@@ -8,8 +8,8 @@ unless the bytes are the same. A mutation fails the run if loading raises anythi
 were changed, runs text of the file as code, takes longer than a second, or needs more memory than twice the file plus
 64 MiB. Exit status 1 if any fails.
 
-First come the files of tests/fuzz/hostile_artifacts.py, designed to cost time: they must have the outcome that is given
-there, within a second of CPU time. --hostile runs these alone.
+First come the files of tests/fuzz/hostile_artifacts.py, designed to cost time: they must have the outcome that is
+listed there, within a second of CPU time. --hostile runs these alone.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class _Drawing:
         self.say("in f32")
         return x.cast("f32"), sign
 
-    # -- what they are made of -----------------------------------------------------------------------------------------
+    # -- parts of an attention -----------------------------------------------------------------------------------------
 
     def number(self, x: Expr) -> float:
         least = -x.dtype.greatest

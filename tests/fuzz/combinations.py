@@ -1,15 +1,15 @@
-"""Compiles five small models with every scheme of `quantize=`, budget of `memory=` and backend, and runs them.
+"""Compile and run five small models with every combination of `quantize=` scheme, `memory=` budget and backend.
 
     python -m tests.fuzz.combinations [--only TEXT] [--backends numpy,torch,tvm] [--bits] [--seconds 30]
 
-Each combination runs at 1 row or at 9 rows and 1, with three budgets: the least that the error of an impossible budget
-names, the middle, and the bytes that a run takes without a budget. Its outputs are compared with the same scheme
-without a budget. Each runs, or is refused when it is compiled. A pass that breaks, a call that fails, and a budget that
-is refused though it lies in the range are failures. Exit status 1 if there is one.
+Each combination runs at 1 row, or at 9 rows and at 1, with three budgets: the smallest, which the error for an
+impossible budget reports; the memory of a run without a budget; and the mean of both. Outputs are compared with the
+outputs of the same scheme without a budget. A combination runs, or is refused at compile time. Failures are a pass that
+breaks, a call that fails, and a refused budget within the range. The exit status is 1 if there is a failure.
 
-    only     combinations whose name holds this text, such as "t5 int8"
-    bits     on TVM, whose kernels give a row the same bits whatever the other rows are, bits are compared
-    seconds  for which the least budget is looked for
+    only     run only combinations whose name contains this text, such as "t5 int8"
+    bits     compare outputs bitwise on TVM, whose kernels compute a row independently of the other rows
+    seconds  time limit of the search for the smallest budget
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ ROWS = (1, 9)
 BUDGETS = ("least", "middle", "all")
 
 _NEAR = 2e-5
-"""Of an output's largest magnitude: sums in another order."""
+"""Tolerance relative to an output's largest magnitude, for sums in another order."""
 _NEAR_ROUNDED = 5e-3
-"""The same where activations are rounded: a number that differs by a bit may be rounded to the next of 255 steps."""
+"""The same if activations are rounded: a number that differs by a bit may be rounded to the next of 255 steps."""
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A model, compiled in one way, for at most so many rows."""
+    """A model, compiled in one way, and its maximum number of rows."""
 
     model: str
     scheme: str | None
@@ -71,19 +71,19 @@ class Combination:
         return f"{self.model} {self.scheme} {self.backend} {self.rows}"
 
     def compile(self, **options: Any) -> Compiled:
-        """Raises what `treadle.compile` does."""
+        """Compile the model with these options. Raises the errors of `treadle.compile`."""
         config = {"backend": self.backend, "seed": 3, **MODELS[self.model]}
         target = Target("cpu", None if self.backend == "numpy" else 1)  # NumPy takes threads from the environment
         return treadle.compile(self.model, quantize=self.scheme, target=target, **config, **options)
 
     def sizes(self, rows: int) -> dict[str, int]:
-        """Sizes of the symbols at which products have this many rows: images, or tokens of one text."""
+        """Return the sizes of the symbols at which products have `rows` rows: images, or tokens of one text."""
         if self.model == "vit":
             return {"B": rows}
         return {"B": 1, "S": rows, **({"T": rows} if self.model == "t5" else {})}
 
     def inputs(self, exe: Compiled, rows: int) -> dict[str, Array]:
-        """Drawn inputs with this many rows."""
+        """Draw inputs with `rows` rows."""
         rng, sizes = np.random.default_rng(rows), self.sizes(rows)
         given = {}
         for port in exe.inputs:
@@ -95,10 +95,10 @@ class Combination:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of one combination with one budget, "none" for the run without a budget.
+    """The result of one combination with one budget, "none" for the run without a budget.
 
     refused  the first line of the error of a combination that is refused when it is compiled
-    failure  a description of what is wrong
+    failure  a description of the failure
     """
 
     combination: Combination
@@ -108,12 +108,12 @@ class Outcome:
 
 
 def combinations(backends: tuple[str, ...] = BACKENDS) -> list[Combination]:
-    """All of them for these backends."""
+    """Return all combinations for these backends."""
     return list(itertools.starmap(Combination, itertools.product(MODELS, SCHEMES, backends, ROWS)))
 
 
 def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcome]:
-    """Compile and run a combination without a budget and with each. With `bits`, compare bits on TVM."""
+    """Compile and run a combination without a budget and with each budget. `bits`: compare bitwise on TVM."""
     try:
         free = combination.compile()
     except TreadleError as error:
@@ -147,7 +147,7 @@ def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcom
 
 
 def _range(combination: Combination) -> tuple[int, int]:
-    """The least bytes that a run can take, and the bytes that it takes without a budget. Raises what `compile` does."""
+    """Return the smallest possible memory of a run, and its memory without a budget. Raises the errors of `compile`."""
     try:
         made = combination.compile(memory=1, sizes=combination.sizes(combination.rows))
     except BackendError as error:
@@ -161,7 +161,7 @@ def _range(combination: Combination) -> tuple[int, int]:
 
 
 def _compare(combination: Combination, made: Mapping[str, Any], wanted: Mapping[str, Array], bits: bool) -> None:
-    """Raise AssertionError where outputs differ."""
+    """Raise AssertionError if outputs differ."""
     for name, expected in wanted.items():
         found = np.asarray(made[name])
         if bits and combination.backend == "tvm":

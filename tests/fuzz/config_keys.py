@@ -353,7 +353,7 @@ def theirs_of(folder: Path, tiny: Tiny, inputs: Mapping[str, Array]) -> dict[str
 class Verdict:
     """The outcome of a case.
 
-    equal     both give the same outputs
+    equal     both return the same outputs
     refused   ours refuses and theirs does not
     both      both refuse
     lenient   theirs refuses, and ours does not

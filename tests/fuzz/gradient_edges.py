@@ -4,7 +4,7 @@ masked programs after recognition with those before.
     python -m tests.fuzz.gradient_edges [--only NAME] [--programs 200] [--no-onnx] [--certify]
 
 Every case of tests/gradient_edges.py runs in float64 and float32, alone and after recognition, through `from_torch` and
-through a file of torch's ONNX exporter. Prints the places where autograd gives NaN, and the errors. Exit status 1 if
+through a file of torch's ONNX exporter. Prints the places where autograd returns NaN, and the errors. Exit status 1 if
 there is an error.
 """
 

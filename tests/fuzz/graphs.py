@@ -12,7 +12,7 @@ where twice float32's least number is -inf. The tolerance follows from the effec
 (`treadle.runtime.roundings`), row by row. A graph fails the run if a result is not right, or if anything is raised but
 a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that reproduces it.
 With `--poison`, storage that is dead according to the plan is NaN while a graph runs (`treadle.backends.poison`): a
-wrong plan then gives wrong numbers.
+wrong plan then returns wrong numbers.
 """
 
 from __future__ import annotations

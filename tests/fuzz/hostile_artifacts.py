@@ -79,7 +79,7 @@ def listed(count: int, item: Callable[[int], str], sign: str = ", ") -> str:
 
 
 def chain(count: int, op: str, note: str = "") -> str:
-    """Return statements, each of which reads the one before, in the form of `op`: `add({before}, x)`."""
+    """Return statements in the form of `op`, each of them reading the previous result: `add({before}, x)`."""
     read = ("x", *(f"v{i}" for i in range(count)))
     body = lines(count, lambda i: f"v{i} = {op.format(before=read[i], i=i)}{note.format(i=i)}")
     return graph(body, result=read[-1])

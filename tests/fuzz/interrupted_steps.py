@@ -4,8 +4,8 @@ An interrupted call must leave weights, moments and accumulated gradients bitwis
 must then continue: a second trainer, which takes the same batches uninterrupted, must have the same state after each of
 them. The exceptions stay referenced with their tracebacks, as an interactive session keeps them.
 
-Half of the signals fall on any bytecode of `step` after which CPython calls signal handlers, half on those of
-`treadle/training` and of what enters and leaves its blocks, where a step is committed.
+Half of the signals arrive at any bytecode of `step` after which CPython calls signal handlers. The other half arrive at
+such bytecodes where a step is committed: in `treadle/training`, and in the code that enters and exits its blocks.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _COMMITTING = ("treadle/training/", "contextlib.py")
 class Interrupted:
     """Run a call, and raise SIGINT at one of the points at which CPython calls signal handlers.
 
-    These are the ends of calls, jumps back and the beginnings of functions. An exception belongs to the block of that
-    bytecode: so handlers run where a profiler sees a C function return, or before the next bytecode, if that is in the
-    same block. Between the end of a `with` block and its exit, no handler ever runs.
+    These points are the ends of calls, backward jumps and the beginnings of functions. An exception belongs to the
+    block of that bytecode. So handlers run when a profiler sees a C function return, or before the next bytecode if it
+    is in the same block. No handler runs between the end of a `with` block and its exit.
 
     points      the number of such points
-    committing  those of them in which a step is committed
+    committing  the points at which a step is committed
     error       the KeyboardInterrupt
     """
 
@@ -115,9 +115,9 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[str]:
-    """Interrupt so many calls of `step`; returns how many left the state before and after the call.
+    """Interrupt `count` calls of `step`; return the numbers of calls that left the state before and after the call.
 
-    Raises AssertionError for a call that left another state, or training that does not continue as without it.
+    Raises AssertionError if a call left another state, or if training then differs from uninterrupted training.
     """
     rng, draw = np.random.default_rng(seed), random.Random(seed)
     trainer, other = (
@@ -165,7 +165,7 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
 
 
 def main() -> int:
-    """Run the campaign on each backend that is installed; the command's exit status."""
+    """Run the campaign on each installed backend; return the command's exit status."""
     available = [name for name in backend_names() if find_backend(name).available() is None]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--count", type=int, default=1000, help="signals for each backend (default 1000)")

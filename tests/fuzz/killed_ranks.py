@@ -1,4 +1,4 @@
-"""Ranks of a running job that are killed, again and again: `python tests/fuzz/killed_ranks.py [TIMES] [RANKS]`.
+"""Kill ranks of a running job repeatedly: `python tests/fuzz/killed_ranks.py [TIMES] [RANKS]`.
 
 Each time another rank is killed at another moment. All others must end within 5 seconds, with exit code 2 and an error
 that names the rank, printed once; and no process may be left.

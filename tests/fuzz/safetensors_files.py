@@ -4,7 +4,7 @@
 
 Half of the mutations know the format (they edit the header's fields, ranges and text), half flip, cut and
 copy bytes at random. Each file is read whole by our reader and by the safetensors library. A mutation fails
-the run if our reader raises anything but CheckpointError, accepts what the library refuses, reads another
+the run if our reader raises anything but CheckpointError, accepts a file that the library refuses, reads another
 name, shape or byte, or does more work than a multiple of the file's length. Exit status 1 if any fails.
 """
 

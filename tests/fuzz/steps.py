@@ -1,10 +1,10 @@
-"""Draws causal models, derives their step, and holds it to the whole model on every backend.
+"""Draw causal models, derive their step, and compare it with the whole model on every backend.
 
     python -m tests.fuzz.steps [--seed N] [--count 300] [--sessions] [--backends numpy,torch,tvm]
 
-Every model goes through the entries of its step in float64, by the interpreter, and on each backend in float32: rows of
-drawn lengths, in drawn chunks, in drawn order. With `--sessions` drawn sessions are played over it instead, four a
-model, each model on one of the backends in turn (`tests/random_sessions.py`). Exit status 1 if one differs.
+The entries of each model's step run in float64 in the interpreter, and in float32 on each backend: rows of drawn
+lengths, in drawn chunks, in drawn order. With `--sessions`, four drawn sessions are played over each model instead, on
+one of the backends in turn (`tests/random_sessions.py`). The exit status is 1 if a result differs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def hold_steps(seeds: Sequence[int], backends: Sequence[str]) -> int:
-    """Hold the entries of drawn models to the whole models; how many are wrong."""
+    """Compare the entries of drawn models with the whole models; return the number of wrong models."""
     wrong = 0
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -58,7 +58,7 @@ def hold_steps(seeds: Sequence[int], backends: Sequence[str]) -> int:
 
 
 def play_sessions(seeds: Sequence[int], backends: Sequence[str]) -> int:
-    """Play sessions over drawn models; how many models are wrong."""
+    """Play sessions over drawn models; return the number of wrong models."""
     wrong = sessions = checked = sharp = overflowed = special = 0
     events: collections.Counter[str] = collections.Counter()
     for seed in seeds:

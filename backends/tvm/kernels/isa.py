@@ -1,6 +1,6 @@
 """Instruction sets: the features that a kernel generator may use, and the options of the code generator.
 
-A generator asks the `Isa` for lanes, registers and features. No other part of it depends on the machine.
+A generator queries the `Isa` for lanes, registers and features. No other part of it depends on the machine.
 """
 
 from __future__ import annotations

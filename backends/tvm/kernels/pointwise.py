@@ -72,7 +72,7 @@ class Chain:
 
     @property
     def title(self) -> str:
-        """Its ops, for a kernel's name."""
+        """The ops of the chain, for a kernel's name."""
         return "_".join(step.op for step in self.instructions if step.op != "constant") or "copy"
 
 

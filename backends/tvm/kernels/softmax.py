@@ -20,7 +20,7 @@ class Softmax(Kernel):
 
     log    True for the logarithm
     dtype  dtype of x and y, by name: f32, f16 or bf16. Computed in f32
-    zeros  True if a row of only -inf gives zeros instead of NaN; not for the logarithm
+    zeros  True if a row of only -inf becomes zeros instead of NaN; not for the logarithm
 
     Arguments: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both are contiguous along
     the last.

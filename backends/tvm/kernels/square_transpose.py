@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """Transpose a square of as many vectors as lanes: its halves are swapped, then the halves of these, ..."""
+    """Transpose a square with one vector for each lane: swap its halves, then the halves of each half, ..."""
     lanes = len(rows)
     held = [k.let(row, "row") for row in rows]
     size = lanes // 2

@@ -1,6 +1,6 @@
 """Placement of threads that wake up for a run: on other cores than the calling thread.
 
-Linux in a virtual machine treats an idle core as one that the host took away, and wakes a thread on the core of the
+Linux in a virtual machine treats an idle core as taken away by the host, and wakes a thread on the core of the
 thread that wakes it. For about 4 ms both share a core, which is half of a small model's run. Therefore, during a run
 after a pause, the other threads may use each of their cores except the calling thread's. The system chooses among them,
 because other processes may be busy there.

@@ -53,7 +53,7 @@ def fitted(
 
 
 def looped(views: Sequence[View], first: int, count: int, most: int) -> list[View] | None:
-    """Merge `count` dimensions from `first` on into exactly `most`, alike in all views; None if impossible.
+    """Merge `count` dimensions from `first` on into exactly `most`, in the same way in all views; None if impossible.
 
     These dimensions have the same sizes in all views.
     """

@@ -52,7 +52,7 @@ RULES: Mapping[str, Rule] = {
 """The rule `pointwise` lowers every group of elementwise ops."""
 
 KEEPS: Mapping[str, Keeps] = {name: keeps for module in _MODULES for name, keeps in module.KEEPS.items()}
-"""For composites with a rule: True if the rule covers these operands. One not listed is always covered."""
+"""For composites with a rule: True if the rule covers these operands. Composites that are not listed are covered."""
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:

@@ -60,7 +60,7 @@ def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks
 
 
 def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
-    """Keys up to the query's own position, which is offset by `past` (per row, or for all)."""
+    """Return a mask of the keys up to each query's own position, which is offset by `past` (per row, or for all)."""
     i = b.rearrange(b.iota(size=queries), pattern="s -> s 1")
     if past.rank == 1:
         past = b.rearrange(past, pattern="b -> b 1 1")
@@ -145,7 +145,7 @@ def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
 
 
 def between(b: Builder, queries: Size, keys: Size, ahead: Expr | None, before: int, after: int) -> Masks:
-    """Keys at most `before` positions before a query's own and `after` after it; -1: any number."""
+    """Return a mask of the keys at most `before` positions before each query and `after` after it; -1: any number."""
     i = b.rearrange(b.iota(size=queries), pattern="s -> s 1")
     if ahead is not None:
         i = i + (b.rearrange(ahead, pattern="b -> b 1 1") if ahead.rank == 1 else ahead)

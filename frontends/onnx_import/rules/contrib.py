@@ -81,7 +81,7 @@ def _rms_norm(site: OnnxSite) -> Made:
 
 @operator("EmbedLayerNormalization", domain=MICROSOFT)
 def _embed_layer_norm(site: OnnxSite) -> Made:
-    """The sum of embeddings of words, positions and, if present, segments, normalized."""
+    """The normalized sum of the embeddings of words, positions and, if present, segments."""
     b, tokens = site.b, site.x(0)
     eps = site.float("epsilon", 1e-12)
     site.ignore("mask_index_type")  # dtype of the second output, which is i32

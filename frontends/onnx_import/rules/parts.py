@@ -204,7 +204,7 @@ def _border(site: OnnxSite, size: Size, before: Size, after: Size, mode: str) ->
 
 
 def _symbolic_border(b: Builder, size: Size, before: Size, after: Size, mode: str) -> Expr:
-    """Return the same for symbolic sizes, computed at the call."""
+    """Return the positions of `_border` for symbolic sizes, computed at the call."""
     places = b.iota(size=before + size + after) - extent(b, before)
     last = extent(b, size) - 1
     if mode == "edge":

@@ -54,7 +54,7 @@ def _max_pool(site: OnnxSite) -> Made:
 
 @operator("AveragePool", latest=22)
 def _average_pool(site: OnnxSite) -> Made:
-    """The node's own padding counts as zeros or not at all; the padding that the last windows need never counts."""
+    """The node's own padding counts as zeros or is ignored; the padding for the last windows is always ignored."""
     pool, x = Pool(site), site.x(0)
     if not site.int("count_include_pad", 0):
         return _mean(pool, x, pool.found)

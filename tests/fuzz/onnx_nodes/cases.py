@@ -37,7 +37,7 @@ def opsets(name: str) -> list[int]:
 
 
 def drawn(name: str, seed: int) -> Case:
-    """A case of an operator. A seed gives one case."""
+    """Return the case of an operator for a seed."""
     r = random.Random(f"{name} {seed}")
     known = opsets(name)
     opset = r.choice(known)

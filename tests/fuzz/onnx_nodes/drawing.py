@@ -65,7 +65,7 @@ class Draw:
         return self.r.choice(choices)
 
     def shape(self, low: int = 1, high: int = 4, most: int = 4) -> list[int]:
-        """Sizes for a tensor of a rank from low to high."""
+        """Draw the sizes of a tensor whose rank is from low to high."""
         return [self.int(1, most) for _ in range(self.int(low, high))]
 
     def axis(self, rank: int) -> int:

@@ -114,7 +114,7 @@ def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
 def exp_for_pairs(k: Emitter, x: Expr, lanes: int) -> Expr:
     """e^x for x <= 0 with the accuracy of bf16, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
 
-    For instruction sets that multiply pairs, all of which have AVX-512.
+    For instruction sets that multiply pairs; they all have AVX-512.
     """
     f = LaneFunction(k, lanes)
     y = f.operand(x, "f32") * LOG2_E
@@ -127,11 +127,11 @@ def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
 
 
 def expm1(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x less 1."""
+    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x minus 1."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     p, raised, whole = _reduced_exp(held.at_most(89.0).at_least(-104.0))
-    # Where the exponent is 0, nothing is taken off: held is what the polynomial is of.
+    # If the exponent n is 0, the reduced argument is x itself, so the polynomial is evaluated at `held`.
     near = polynomial(held, _EXP) * (held * held) + held
     return f.result(f.select(whole == 0.0, near, scaled(f, p, raised, whole) - 1.0))
 
@@ -166,7 +166,7 @@ def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
 
 
 def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """1 / (1 + e^-x), within 3 ulp; 0 where e^-x is inf, which is where the result would be subnormal."""
+    """1 / (1 + e^-x), within 3 ulp; 0 if e^-x is inf; the exact result is subnormal there."""
     f = LaneFunction(k, lanes)
     return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
 

@@ -4,7 +4,7 @@ Every function works for any number of lanes, with bitwise identical results.
 
 - f32 is computed by polynomials (`exponentials`, `trigonometry`), f64 by C's math library lane by lane
 - f16 and bf16 are computed in f32, and each op's result is rounded once (`conversions`)
-- integers wrap around; dividing an integer by zero gives 0 (`integer_arithmetic`)
+- integers wrap around; dividing an integer by zero returns 0 (`integer_arithmetic`)
 
 Arithmetic and comparisons are passed to LLVM directly: TVM would fold x * 0 to 0 and x == x to true, and assumes that
 integers never overflow. Each op of a chain rounds separately (`treadle.backends.tvm.kernels.fused_products`), so that

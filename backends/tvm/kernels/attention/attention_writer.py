@@ -133,7 +133,7 @@ class AttentionWriter(PartKeeper):
             self._share(slot, tasks, active, chunks)
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
-        """Emit the tasks of one slot; all slots have equally many."""
+        """Emit the tasks of one slot. All slots have the same number of tasks."""
         k = self.k
         first = self._index(k.floor_divide(slot * tasks, active), "first")
         last = self._index(k.floor_divide((slot + 1) * tasks, active), "last")

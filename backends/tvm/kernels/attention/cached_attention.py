@@ -181,7 +181,8 @@ class _StepWriter(_CacheWriter):
     def write(self) -> None:
         """Emit the tasks, spans of a row's keys that some heads share, each with its own part; then merge them.
 
-        Every slot has a share even if there are fewer tasks: threads take equally many shares, which have equal costs.
+        Every slot has a share even if there are fewer tasks: each thread takes the same number of shares, and shares
+        have equal costs.
         """
         k = self.k
         self.chunk = k.index(1)
@@ -286,7 +287,7 @@ class _StepWriter(_CacheWriter):
         return _AHEAD if self.spec.shared > 1 else _AHEAD_ALONE
 
     def _fetch_keys(self, key: Expr, c: Expr) -> None:
-        """Prefetch part c of later keys in the order of memory; there are as many parts as vectors of a key.
+        """Prefetch part c of later keys, in the order of memory. Each vector of a key has one part.
 
         A square is read with a stride, which hardware does not predict.
         """

@@ -60,7 +60,7 @@ class BlockProduct(Matmul):
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
-        ahead = k.isa.ahead // self.width if brings else 0  # bytes of each line, of which a panel has `width`
+        ahead = k.isa.ahead // self.width if brings else 0  # bytes of each of the panel's `width` lines
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)

@@ -156,7 +156,7 @@ class WordForm(ABC):
 class HeldScales:
     """d and c of all spans of a block, for several vectors of columns, computed once for all readers.
 
-    made  for each vector, if the form has one span
+    made  d and c for each vector, if the form has one span
     held  for other forms, in memory: for each span, d of all vectors and then c
     """
 
@@ -260,7 +260,7 @@ class KWords(WordForm):
 
 @dataclass(frozen=True)
 class Q2K(KWords):
-    """Words: four bits of scales and four of least values, 4; two bits of numbers, 16."""
+    """In words: four bits of scales and four of least values, 4 words; two bits of numbers, 16."""
 
     bytes, scales, tail, span, least, title = 84, 2, True, 16, True, "q2_k"
 
@@ -275,7 +275,7 @@ class Q2K(KWords):
 
 @dataclass(frozen=True)
 class Q3K(KWords):
-    """Words: third bits of numbers, 8; their two low bits, 16; four bits of scales, 2; two more bits of scales, 1."""
+    """In words: third bits of numbers, 8 words; their low two bits, 16; four bits of scales, 2; the upper two, 1."""
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
 
@@ -313,7 +313,7 @@ def _six_bits(block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
 
 @dataclass(frozen=True)
 class Q4K(KWords):
-    """Words: six bits of scales and least values, 3; numbers, 32."""
+    """In words: six bits of scales and least values, 3 words; numbers, 32."""
 
     bytes, scales, least, title = 144, 2, True, "q4_k"
 
@@ -326,7 +326,7 @@ class Q4K(KWords):
 
 @dataclass(frozen=True)
 class Q5K(KWords):
-    """Words: six bits of scales and least values, 3; fifth bits of numbers, 8; four bits of the numbers, 32."""
+    """In words: six bits of scales and least values, 3 words; the fifth bits of numbers, 8; their low four bits, 32."""
 
     bytes, scales, least, title = 176, 2, True, "q5_k"
 
@@ -347,7 +347,7 @@ def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) ->
 
 @dataclass(frozen=True)
 class Q6K(KWords):
-    """Words: signed 8-bit scales, 4; twice four bits of numbers, 16, and their upper two bits, 8."""
+    """In words: signed 8-bit scales, 4 words; twice the low four bits of numbers, 16, and their upper two bits, 8."""
 
     bytes, scales, tail, span, zero, title = 210, 1, True, 16, 32, "q6_k"
     runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))

@@ -1,7 +1,7 @@
 """Numbers of blocks, unpacked in registers: the forms that kernels read, and the code that unpacks them.
 
 Blocks are stored in panels: byte j of adjacent lines is contiguous, so that a vector holds one byte of each line, and
-unpacking gives one element of each line.
+unpacking yields one element of each line.
 
     y = d q + c      for a block's scale d, and c = 0, its least value, or -8 d
 """

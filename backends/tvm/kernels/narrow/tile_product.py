@@ -40,7 +40,7 @@ _LINES = 32  # cache lines of one step of a panel
 _STEP_BYTES = 2 * ROWS * tiles.ROW_BYTES
 
 TileAt = Callable[["Expr", int], "tuple[Any, list[Expr]]"]
-"""Returns, for a step of a chunk and a square of it, the view and the index at which its tile begins."""
+"""Returns, for a step of a chunk and a square of the step, the view and the index at which its tile begins."""
 
 
 @dataclass(frozen=True)
