@@ -319,9 +319,14 @@ def test_rows_that_a_block_is_given_as_they_are_held(isa: str, encoding: Encodin
         return y = y
       }
     }"""
-    x, w = normal(21, 70), normal(9, 70, seed=1)
+    x, w = normal(97, 70), normal(9, 70, seed=1)
+    x[1] = 0
+    x[2] = [-10.5, 244.5, *np.arange(68)]  # both ends are ties, rounded down: only 254 of the 255 steps are used
+    x[3] *= 1e-39
+    x[96, 69] = np.nan
     made = compiled(parse_graph(text.replace("ENCODING", str(encoding))), {"w": w}, isa)(x=x)["y"]
-    np.testing.assert_allclose(made, exact(x, w, encoding), rtol=1e-6, atol=0)
+    np.testing.assert_array_equal(made[:96], exact(x, w, encoding)[:96])
+    assert np.isnan(made[96]).all()
 
 
 @each_isa

@@ -246,6 +246,32 @@ def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     assert sum(t.startswith("encode_groups") for t in made) == 3, made  # of q4_0 and int4_groups one
 
 
+@each_isa
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q3_k", "q5_k"])
+def test_a_block_multiplies_groups_with_the_bits_of_its_caller(isa: str, text: str) -> None:
+    """Groups that a block receives are encoded already: their scales are read, not computed again."""
+    graph = parse_graph(f"""graph g {{
+      symbols M
+      parameters {{ w: f32[40, 512] as {text} }}
+      block h(groups: f32[M, 512] as int8_groups(32)) -> (y: f32[M, 40])
+        weights w: f32[40, 512] as {text}
+      {{
+        y = encoded_linear(groups, $w, of={text}, rows=int8_groups(32))
+        return y = y
+      }}
+      main(x: f32[M, 512]) -> (y: f32[M, 40], z: f32[M, 40]) {{
+        groups = encode(x, to=int8_groups(32))
+        y = h(groups) with {{w: $w}}
+        z = encoded_linear(groups, $w, of={text}, rows=int8_groups(32))
+        return y = y, z = z
+      }}
+    }}""")
+    x = normal(21, 512)
+    x[1, :32], x[2] = 0, x[2] * 1e-39
+    got = find_backend("tvm").compile(graph, Target(isa), {"w": drawn(text, 40, 512)})(x=x)
+    np.testing.assert_array_equal(got["y"], got["z"])
+
+
 @pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])
 def test_groups_that_a_block_is_given_and_weights_that_are_picked(text: str) -> None:
     """What is held is read as it is told; what is no weight is laid out at the call."""
