@@ -22,7 +22,7 @@ def test_schemes_run_within_their_budgets(backend: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)  # the least that is found at once
     small = [c for c in combinations((backend,)) if c.model in ("gpt2", "bert") and c.rows > 1]
     drawn = random.Random(BACKENDS.index(backend)).choice([c for c in small if c.scheme in ("int8", "int4-int8")])
-    made = list(outcomes(drawn))
+    made = list(outcomes(drawn, bits=True))
     assert [each for each in made if each.failure is not None or each.refused is not None] == []
     assert [each.budget for each in made] == ["none", *BUDGETS]
 

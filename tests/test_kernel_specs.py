@@ -126,9 +126,11 @@ SPECS: list[tuple[Kernel, str, str]] = [
     (RoundSquares("bf16", False, 0, False), "round_left_by_columns", ""),
     (EncodeRows("held"), "encode_rows_held", ""),
     (EncodeRows("filled", True, True), "encode_scaled_signed_rows_filled", ""),
+    (EncodeRows("quads", again=True), "copy_rows_quads", ""),
     (DecodeRows(), "decode_signed_rows", ""),
     (DecodeRows(False), "decode_rows", ""),
     (EncodeGroups("filled", 8), "encode_groups_filled", ""),
+    (EncodeGroups("quads", 0, 2, again=True), "copy_groups_quads", ""),
     (Meet(AllReduce(over="tp", ways=2), f32, 1, ()), "all_reduce", "host"),
     (Runner(), "runner", ""),
 ]  # fmt: skip

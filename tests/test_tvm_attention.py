@@ -316,6 +316,22 @@ def test_a_causal_query_does_not_depend_on_later_keys(target: str) -> None:
         np.testing.assert_array_equal(exe(**part).y, whole[:, :, :queries])
 
 
+@pytest.mark.parametrize("name", OTHER)
+def test_a_part_of_the_queries_has_the_bits_that_it_has_among_all(name: str) -> None:
+    """Positions start at that of the part's first query, for every term that the kernel has."""
+    terms = (Causal(), Window(100), OTHER[name])
+    graph, part = attention_graph(*terms), attention_graph(*terms, start=7)
+    exe = compiled(part)
+    given = drawn(graph, B=2, S=150, T=150)
+    whole = compiled(graph)(**given).y
+    axes = [type.split() for type in ("b h s", "b", "b")] + [o.axes.split() for term in terms for o in term.operands]
+    for last in (8, 150):
+        own = {n: x[(slice(None),) * a.index("s") + (slice(7, last),)] if "s" in a else x
+               for (n, x), a in zip(given.items(), axes, strict=True)}  # fmt: skip
+        assert "FlashAttention" in kernels_of(exe)
+        np.testing.assert_array_equal(exe(**own).y, whole[:, :, 7:last])
+
+
 def test_threads_do_not_change_bits() -> None:
     graph = attention_graph(Causal(), heads=2, groups=1)
     given = drawn(graph, B=1, S=700, T=700)

@@ -323,9 +323,37 @@ def test_rows_that_a_block_is_given_as_they_are_held(isa: str, encoding: Encodin
         return y = y
       }
     }"""
-    x, w = normal(21, 70), normal(9, 70, seed=1)
+    x, w = normal(97, 70), normal(9, 70, seed=1)
+    x[1] = 0
+    x[2] = [-10.5, 244.5, *np.arange(68)]  # both ends are ties, rounded down: only 254 of the 255 steps are used
+    x[3] *= 1e-39
+    x[96, 69] = np.nan
     made = compiled(parse_graph(text.replace("ENCODING", str(encoding))), {"w": w}, isa)(x=x)["y"]
-    np.testing.assert_allclose(made, exact(x, w, encoding), rtol=1e-6, atol=0)
+    np.testing.assert_array_equal(made[:96], exact(x, w, encoding)[:96])
+    assert np.isnan(made[96]).all()
+
+
+@pytest.mark.parametrize("encoding", [ROWS, STEPS])
+@pytest.mark.parametrize("form", ["tiles", "quads", "wide"])
+def test_encoded_rows_are_copied_into_every_form(form: str, encoding: Encoding) -> None:
+    """Any bytes, with scales that their numbers alone do not have."""
+    m, k, signed = 45, 200, encoding == ROWS
+    rng = np.random.default_rng(0)
+    held = rng.integers(0, 256, (m, encoding.bytes(k)), np.uint8)
+    held[:, :4] = normal(m, 1).view(np.uint8)
+    record = held.view(encoding.block.record(k))[..., 0]
+    zero = np.full(m, 128) if signed else record["zero"].astype(int)
+    numbers = record["q"].astype(int) + 128 * signed
+    size = rows_elements(form, Size.of(m), Size.of(k)).evaluate({})
+    y, told = np.zeros(size, np.float32 if form == "wide" else np.uint8), np.zeros((m, 2), np.int32)
+    bind(EncodeRows(form, signed, again=True), [held, y, told], [m, k, held.shape[1]])()
+    np.testing.assert_array_equal(told[:, 0].view(np.float32), record["scale"])
+    np.testing.assert_array_equal(told[:, 1], zero)
+    if form == "tiles":
+        y = y.reshape(2, -1, 2, 16, QUAD_STEP).transpose(0, 2, 3, 1, 4)
+    lines = y.reshape(-1, 256)[:m]
+    np.testing.assert_array_equal(lines[:, :k], numbers - zero[:, None] if form == "wide" else numbers)
+    np.testing.assert_array_equal(lines[:, k:], np.zeros((m, 56)) if form == "wide" else zero[:, None].repeat(56, 1))
 
 
 @each_isa

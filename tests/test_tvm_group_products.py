@@ -24,6 +24,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.layouts import blocks
 from treadle.ir.ops.blocks import GROUPS, EncodedLinear
+from treadle.ir.sizing.sizes import Size
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.encoded_weights import encode_parameters
@@ -37,7 +38,7 @@ from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
-from treadle.backends.tvm.kernels.narrow.encode_groups import EncodeGroups, form_of_groups
+from treadle.backends.tvm.kernels.narrow.encode_groups import EncodeGroups, form_of_groups, rows_of_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = [
@@ -246,6 +247,54 @@ def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     made = titles(exe)
     assert sum("quad_block_product" in t for t in made) == 4, made
     assert sum(t.startswith("encode_groups") for t in made) == 3, made  # one by q4_0 and int4_groups
+
+
+@each_isa
+@pytest.mark.parametrize("text", ["q4_0", "q4_1", "q3_k", "q5_k"])
+def test_a_block_multiplies_groups_with_the_bits_of_its_caller(isa: str, text: str) -> None:
+    """Groups that a block receives are encoded already: their scales are read, not computed again."""
+    graph = parse_graph(f"""graph g {{
+      symbols M
+      parameters {{ w: f32[40, 512] as {text} }}
+      block h(groups: f32[M, 512] as int8_groups(32)) -> (y: f32[M, 40])
+        weights w: f32[40, 512] as {text}
+      {{
+        y = encoded_linear(groups, $w, of={text}, rows=int8_groups(32))
+        return y = y
+      }}
+      main(x: f32[M, 512]) -> (y: f32[M, 40], z: f32[M, 40]) {{
+        groups = encode(x, to=int8_groups(32))
+        y = h(groups) with {{w: $w}}
+        z = encoded_linear(groups, $w, of={text}, rows=int8_groups(32))
+        return y = y, z = z
+      }}
+    }}""")
+    x = normal(21, 512)
+    x[1, :32], x[2] = 0, x[2] * 1e-39
+    got = find_backend("tvm").compile(graph, Target(isa), {"w": drawn(text, 40, 512)})(x=x)
+    np.testing.assert_array_equal(got["y"], got["z"])
+
+
+@pytest.mark.parametrize(("zero", "parts"), [(8, 1), (0, 2)])
+@pytest.mark.parametrize("form", ["filled", "quads", "wide"])
+def test_encoded_groups_are_copied_into_every_form(form: str, zero: int, parts: int) -> None:
+    """Any numbers, with scales that they alone do not have."""
+    m, k = 21, 96
+    rows = rows_of_groups(form, Size.of(m)).evaluate({})
+    q = np.random.default_rng(0).integers(-127, 128, (m, k // 32, 32), np.int8)
+    scales = normal(m, k // 32, 1)
+    held = np.concatenate([scales.view(np.uint8), q.view(np.uint8)], axis=-1).reshape(m, -1)
+    np.testing.assert_array_equal(GROUPS.decode(held), (q * scales).reshape(m, k))
+    y = np.zeros((rows, k), np.float32 if form == "wide" else np.int8)
+    told = np.full((rows, k // 32, 1 + parts), 7, np.int32)
+    kernel = EncodeGroups(form, zero, parts, again=True)
+    bind(kernel, [held, y, told], [m, k, held.shape[1]])()
+    np.testing.assert_array_equal(y[:m], q.reshape(m, k))
+    np.testing.assert_array_equal(told[:m, :, :1].view(np.float32), scales)
+    sums = q.reshape(m, k // 32, parts, -1).sum(axis=-1, dtype=np.int32)
+    owed = -zero * sums if zero else (sums.astype(np.float32) * scales).view(np.int32)
+    np.testing.assert_array_equal(told[:m, :, 1:], owed)
+    assert not told[m:].any()
 
 
 @pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])

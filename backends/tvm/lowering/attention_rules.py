@@ -55,20 +55,15 @@ from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 WIDEST = 512  # largest head size: a block of keys and a block of values stay in the second-level cache
 ROWS = 256  # approximate rows of a task (queries times the heads that share keys)
 _FAR = 2**40  # larger than any distance between a query and a key
-_SHIFTED = (Causal, Window, Padding, Segments, BooleanMask, TensorBias)
-"""Terms that depend only on distances and operands, not on the position of the first query."""
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
     """Return True if operands are float32, widths are known and not too large, and the kernel has every term.
 
-    The keys and values of a cache may have 16 bits. Attention of a slice of the queries supports only the terms of
-    `_SHIFTED`. In a ring, consecutive keys are not contiguous where the ring wraps around, so terms with an element for
-    each key are not read as vectors.
+    The keys and values of a cache may have 16 bits. In a ring, consecutive keys are not contiguous where the ring wraps
+    around, so terms with an element for each key are not read as vectors.
     """
     if not isinstance(op, Attention | CachedAttention) or not op.has_standard_terms:
-        return False
-    if isinstance(op, Attention) and op.start != ZERO and not all(isinstance(t, _SHIFTED) for t in op.terms):
         return False
     if isinstance(op, CachedAttention):
         held: Sequence[Sequence[DType]] = [(f32,), (f32, bf16, f16), (f32, bf16, f16)]
@@ -98,10 +93,10 @@ def _attention(w: RoutineWriter, node: Node) -> None:
     b, g, s, t = q.shape[0], k.shape[1], q.shape[2], k.shape[2]
     shared = q.shape[1] // g
     cached = isinstance(op, CachedAttention)
-    terms = _KernelTerms(w, q.shape[1], s, t, cached=cached)
+    first = op.start if isinstance(op, Attention) else ZERO
+    terms = _KernelTerms(w, q.shape[1], s, t, first, cached=cached)
     for term, given in op.with_operands(operands[len(op.first) :]):
         term.accept(terms, *given)
-    first = op.start if isinstance(op, Attention) else ZERO
     low, high = (None if each is None else each + first for each in reach_of(op.terms))
     to = w.view(node.result)
     out = to if _is_side_by_side(to) else w.scratch(f32, to.shape)
@@ -158,14 +153,15 @@ def _queries_a_task(shared: int | None) -> int:
 class _KernelTerms(TermVisitor[View, None]):
     """The kernel's arguments for the visited terms. Masks by position add none; `reach_of` covers them.
 
+    first    the position of the first query, 0 for a cache, whose kernel reads positions
     lengths  number of valid keys of each row, a view for each padding
     codes    codes of the writers of the other terms
     read     operands of these terms
     strides  strides of these operands, as passed to the kernel
     """
 
-    def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size, *, cached: bool) -> None:
-        self.w, self.heads, self.queries, self.keys, self.cached = w, heads, queries, keys, cached
+    def __init__(self, w: RoutineWriter, heads: Size, queries: Size, keys: Size, first: Size, *, cached: bool) -> None:
+        self.w, self.heads, self.queries, self.keys, self.first, self.cached = w, heads, queries, keys, first, cached
         self.lengths: list[View] = []
         self.codes: list[str] = []
         self.read: list[View] = []
@@ -202,7 +198,7 @@ class _KernelTerms(TermVisitor[View, None]):
     def t5_relative(self, term: T5Relative, table: View) -> None:
         if not self.cached:
             count = self.queries + self.keys + 2 * self.w.isa.lanes()
-            self._add(OffsetsWriter, self._by_offset(term, table, self.queries, count))
+            self._add(OffsetsWriter, self._by_offset(term, table, self.first + self.queries, count))
             return
         lanes = self.w.isa.lanes()
         reach = Size.of(term.max_distance + lanes)
@@ -211,6 +207,7 @@ class _KernelTerms(TermVisitor[View, None]):
 
     def alibi(self, term: Alibi, slopes: View) -> None:
         self._add(AlibiWriter, self.w.contiguous(slopes))
+        self.strides.append(self.first)
 
     def _by_offset(self, term: T5Relative, table: View, first: Size, count: Size) -> View:
         """Add a step that computes the bias of each head for `count` distances, starting at 1 - first."""

@@ -41,7 +41,7 @@ def _encode(w: RoutineWriter, node: Node) -> None:
     to = w.view(y)
     forms = {_owed(form): form for form in map(form_of, products)}
     for owed, form in forms.items():
-        w.encoded[y, owed] = _as_read(w, node, x, to.storage.name, form, _is_signed(y), by)
+        w.encoded[y, owed] = _as_read(w, node, x, k, to.storage.name, form, _is_signed(y), by)
     if products:
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
         if len(products) == len(uses) and own:
@@ -70,16 +70,14 @@ def _owed(form: WordForm | None) -> tuple[int, int]:
 
 
 def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -> tuple[View, View]:
-    """Return a product's left side and its scales as kernels read them; an encoded value is encoded again for it.
+    """Return a product's left side and its scales as kernels read them, copied from an encoded value if necessary.
 
-    This reproduces the encoded integers; a scale may differ in its last bit.
+    The copy has the integers and scales of the encoded value. Numbers decoded and encoded again could have others.
     """
     if (value, _owed(form)) in w.encoded:
         return w.encoded[value, _owed(form)]
-    encoding = value.type.encoding
-    assert encoding is not None
-    numbers = _numbers(w, node, w.view(value), encoding, value.type.shape[-1])
-    return _as_read(w, node, numbers, w.view(value).storage.name, form, _is_signed(value))
+    x, _, _ = _rows(w, w.view(value))
+    return _as_read(w, node, x, value.type.shape[-1], w.view(value).storage.name, form, _is_signed(value), again=True)
 
 
 def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
@@ -93,30 +91,50 @@ def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
 
 
 def _as_read(
-    w: RoutineWriter, node: Node, x: View, name: str, of: WordForm | None, signed: bool, by: View | None = None
+    w: RoutineWriter,
+    node: Node,
+    x: View,
+    k: Size,
+    name: str,
+    of: WordForm | None,
+    signed: bool,
+    by: View | None = None,
+    *,
+    again: bool = False,
 ) -> tuple[View, View]:
-    """Quantize rows [m, k], times `by`, into the form that the instruction set's product reads."""
-    m, k = x.shape
+    """Quantize rows [m, k], times `by`, into the form that the instruction set's product reads.
+
+    With `again`, x holds m encoded rows of k numbers each, which are only copied into this form.
+    """
+    m = x.shape[0]
     if of is not None:
         assert by is None  # see `_encodes`
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
         told = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(1 + of.halves)), f"{name}_scales")
-        w.step(EncodeGroups(form, of.zero, of.halves), [x, made, told], [m, k, x.strides[0]], node, writes=2)
+        groups = EncodeGroups(form, of.zero, of.halves, again)
+        w.step(groups, [x, made, told], [m, k, x.strides[0]], node, writes=2)
         return made, told
     form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
     told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
     read = [x] if by is None else [x, by]
-    w.step(EncodeRows(form, signed, by is not None), [*read, made, told], [m, k, x.strides[0]], node, writes=2)
+    rows_kernel = EncodeRows(form, signed, by is not None, again)
+    w.step(rows_kernel, [*read, made, told], [m, k, x.strides[0]], node, writes=2)
     return made, told
 
 
 def _decode(w: RoutineWriter, node: Node) -> None:
-    to = w.view(node.result)
+    to, encoding = w.view(node.result), node.op.attributes["of"]
     made = to if to.is_contiguous else w.scratch(to.dtype, to.shape)
-    _numbers(w, node, w.view(node.inputs[0]), node.op.attributes["of"], node.result.type.shape[-1], made)
+    x, count, bytes = _rows(w, w.view(node.inputs[0]))
+    elements = node.result.type.shape[-1]
+    if encoding == GROUPS:
+        x = x if x.is_contiguous else w.copied(x)
+        count, elements, bytes = count * (elements // GROUP), Size.of(GROUP), Size.of(encoding.bytes(GROUP))
+        x = replace(x, shape=(count, bytes), strides=(bytes, ONE))
+    w.step(DecodeRows(encoding != STEPS), [x, made], [count, elements, x.strides[0], elements], node)
     if made is not to:
         w.copy(made, to, node)
 
@@ -128,19 +146,6 @@ def _in_line(w: RoutineWriter, vector: View) -> View:
 
 def _is_signed(value: Value) -> bool:
     return value.type.encoding != STEPS
-
-
-def _numbers(w: RoutineWriter, node: Node, held: View, encoding: Encoding, k: Size, to: View | None = None) -> View:
-    """Decode rows to numbers [m, k], into `to` if it is passed."""
-    x, m, bytes = _rows(w, held)
-    made = w.scratch(f32, (m, k)) if to is None else to
-    count, elements = m, k
-    if encoding == GROUPS:
-        x = x if x.is_contiguous else w.copied(x)
-        count, elements, bytes = m * (k // GROUP), Size.of(GROUP), Size.of(encoding.bytes(GROUP))
-        x = replace(x, shape=(count, bytes), strides=(bytes, ONE))
-    w.step(DecodeRows(encoding != STEPS), [x, made], [count, elements, x.strides[0], elements], node)
-    return made
 
 
 def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:

@@ -8,7 +8,7 @@ operands, and each has a writer:
     mask       a boolean tensor, along some of b, h, s and t
     bias       a float32 tensor, likewise
     offsets    values[h, j - i], which `RelativeBias` lays out in a row for each head
-    alibi      slopes[h] * (j - i)
+    alibi      slopes[h] * (j - p), p the position of query i
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TermWriter(ABC):
     kind        its name in titles
     code        its name in a kernel's spec: the kind, or more specific
     dtypes      dtypes of its operands
-    strides     number of strides among its arguments
+    strides     number of sizes among its arguments, most of them strides
     is_mask     True if it selects keys; otherwise it is added to scores
     reads_keys  True if an operand has an element for each key, and none past the last key
     """
@@ -147,7 +147,7 @@ class QueryBiasWriter(_QueryTensorWriter):
 
 
 class OffsetsWriter(TermWriter):
-    """+ values[h, j - i], stored from j - i = 1 - s on"""
+    """+ values[h, j - i], stored from j - i = 1 - s on; i counts from the first query of the kernel"""
 
     kind = code = "offsets"
     dtypes = (f32,)
@@ -187,17 +187,18 @@ def near_offsets(reach: Any, lanes: int) -> Any:
 
 
 class AlibiWriter(TermWriter):
-    """+ slopes[h] * (j - i)"""
+    """+ slopes[h] * (j - p) of a query at position p"""
 
     kind = code = "alibi"
     dtypes = (f32,)
+    strides = 1  # the position of the first query; 0 for a cache
 
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
         (pointer,) = self.pointers
         self.view = self.k.view(pointer, [h])
 
     def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
-        super().begin(b, h, i, position)
+        super().begin(b, h, i, position + self.passed[0])
         self.row = self.k.let(self.k.load(self.view, [h]), "slope")
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
@@ -235,7 +236,8 @@ def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
 class RelativeBias(Kernel):
     """y[h, o] = table[bucket(o - (s - 1)), h]: a bias by the distance of key and query, for every distance.
 
-    Row i of the bias then is the window of y that begins at s - 1 - i. Distances beyond `far` use far's bucket.
+    s - 1 is the position of the last query. The bias of a query at position p then is the window of y that begins at
+    s - 1 - p. Distances beyond `far` use far's bucket.
 
     Arguments: table [buckets, h], the buckets of -far ... far, y [h, n]; h, n, s, far; the table's strides.
     """

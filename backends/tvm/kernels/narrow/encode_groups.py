@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.narrow.encode_rows import across, rows_dtype, scale_of
+from treadle.backends.tvm.kernels.narrow.encode_rows import across, integers, rows_dtype, scale_bits, scale_of
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
+from treadle.ir.layouts import ROW_HEAD
 from treadle.ir.ops.blocks import GROUPS
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, f32, u8
@@ -41,6 +42,7 @@ class EncodeGroups(Kernel):
            number of the right side has an added constant, and the correction is the scale times the sum, as the bits of
            a float32
     parts  number of parts of a group with different scales in the right side: 1 or 2
+    again  True if x holds encoded groups: their scales and numbers stay the same, in another form
 
     A group with a NaN or infinite number has the scale NaN. k is a multiple of 32. Arguments: x, y, scales; m, k; x's
     stride of rows.
@@ -49,16 +51,22 @@ class EncodeGroups(Kernel):
     form: str
     zero: int
     parts: int = 1
+    again: bool = False
 
     @property
     def title(self) -> str:
-        return f"encode_groups_{self.form}"
+        return f"{'copy' if self.again else 'encode'}_groups_{self.form}"
 
     def emit(self, k: Emitter) -> None:
-        pointers = [k.pointer("x", f32), k.pointer("y", rows_dtype(self.form)), k.pointer("told", _i32)]
+        pointers = [
+            k.pointer("x", u8 if self.again else f32),
+            k.pointer("y", rows_dtype(self.form)),
+            k.pointer("told", _i32),
+        ]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         groups = k.let(k.floor_divide(depth, GROUP), "groups")
-        x, y = k.view(pointers[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, depth])
+        width = groups * (ROW_HEAD + GROUP) if self.again else depth
+        x, y = k.view(pointers[0], [m, width], [stride, 1]), k.view(pointers[1], [m, depth])
         told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 1 + self.parts])
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
@@ -74,12 +82,18 @@ class EncodeGroups(Kernel):
     def _group(self, k: Emitter, x: Any, y: Any, told: Any, row: Expr, group: Expr) -> None:
         lanes = k.isa.lanes()
         start = k.let(group * GROUP, "start")
-        found = [k.let(k.load(x, [row, start + j], lanes), "x") for j in range(0, GROUP, lanes)]
-        most = None
-        for value in found:
-            bits = k.bits(value, _i32, lanes) & k.number(0x7FFFFFFF, _i32, lanes)
-            most = k.let(bits if most is None else k.greatest(most, bits), "most")
-        scale, factor = scale_of(k, k.let(across(k, most, lanes, "smax"), "largest"))
+        if self.again:
+            at = k.let(group * (ROW_HEAD + GROUP), "at")
+            scale, factor = k.let(k.bits(scale_bits(k, x, row, at), f32), "scale"), k.number(1.0, f32)
+            held = [k.load(x, [row, at + (ROW_HEAD + j)], lanes) for j in range(0, GROUP, lanes)]
+            found = [k.let(integers(k, bytes, signed=True, lanes=lanes), "x") for bytes in held]
+        else:
+            found = [k.let(k.load(x, [row, start + j], lanes), "x") for j in range(0, GROUP, lanes)]
+            most = None
+            for value in found:
+                bits = k.bits(value, _i32, lanes) & k.number(0x7FFFFFFF, _i32, lanes)
+                most = k.let(bits if most is None else k.greatest(most, bits), "most")
+            scale, factor = scale_of(k, k.let(across(k, most, lanes, "smax"), "largest"))
         totals: list[Expr] = []
         each = GROUP // lanes // self.parts  # vectors of a part
         for at, value in enumerate(found):

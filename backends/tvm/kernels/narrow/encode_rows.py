@@ -50,6 +50,7 @@ class EncodeRows(Kernel):
             without padding
     signed  True for `int8_rows`, whose bytes have 128 added except in the form "held"; False for `uint8_rows`
     scaled  True if there is a `by`
+    again   True if x holds encoded rows: their scales, zero points and numbers stay the same, in another form
 
     A row with a NaN or infinite number has the scale NaN. Arguments: x, by if there is one, y, rows; m, k; x's stride
     of rows.
@@ -58,23 +59,26 @@ class EncodeRows(Kernel):
     form: str
     signed: bool = False
     scaled: bool = False
+    again: bool = False
 
     @property
     def title(self) -> str:
-        return f"encode_{'scaled_' * self.scaled}{'signed_' * self.signed}rows_{self.form}"
+        verb = "copy" if self.again else "encode"
+        return f"{verb}_{'scaled_' * self.scaled}{'signed_' * self.signed}rows_{self.form}"
 
     @property
     def head(self) -> int:
         """Bytes of a row before its numbers."""
-        return 0 if self.form != "held" else ROW_HEAD if self.signed else ROW_HEAD + 1
+        return _head(self.signed) if self.form == "held" else 0
 
     def emit(self, k: Emitter) -> None:
         held = self.form == "held"
-        read = [k.pointer(name, f32) for name in ("x", "by")[: 1 + self.scaled]]
+        read = [k.pointer("x", u8 if self.again else f32), *([k.pointer("by", f32)] if self.scaled else [])]
         pointers = [k.pointer("y", rows_dtype(self.form)), k.pointer("rows", _i32)]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
-        x, rows = k.view(read[0], [m, depth], [stride, 1]), k.view(pointers[1], [m, 2])
+        head = _head(self.signed) if self.again else 0
+        x, rows = k.view(read[0], [m, depth + head], [stride, 1]), k.view(pointers[1], [m, 2])
         by = k.view(read[1], [depth]) if self.scaled else None
         if self.form == "tiles":
             y = k.view(pointers[0], [k.floor_divide(m + (BLOCK - 1), BLOCK), steps, 2, ROWS, QUAD_STEP])
@@ -85,13 +89,20 @@ class EncodeRows(Kernel):
             first = k.let(sixteen * ROWS, "first")
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i:
                 row = k.let(first + i, "row")
+                of_row = _row_head(k, x, row, self.signed) if self.again else None
 
-                def number(at: Expr, count: int = 1, row: Expr = row) -> Expr:
-                    found = k.load(x, [row, at], count)
+                def number(at: Expr, count: int = 1, row: Expr = row, of_row: Any = of_row) -> Expr:
+                    found = k.load(x, [row, at + head], count)
+                    if of_row is not None:
+                        return integers(k, found, self.signed, of_row[1], count)
                     return found if by is None else found * k.load(by, [at], count)
 
-                scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
-                bits = k.let(k.bits(scale, _i32), "bits")
+                if of_row is None:
+                    scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
+                    bits = k.let(k.bits(scale, _i32), "bits")
+                else:
+                    bits, factor = of_row[0], k.number(1.0, f32)
+                    zero = k.number(128, _i32) if self.signed else of_row[1]
                 if held:
                     for byte in range(ROW_HEAD):
                         part = (bits >> k.number(8 * byte, _i32)) & k.number(255, _i32)
@@ -221,18 +232,38 @@ class DecodeRows(Kernel):
     def emit(self, k: Emitter) -> None:
         pointers = [k.pointer("x", u8), k.pointer("y", f32)]
         m, depth, of_x, of_y = (k.size(name) for name in ("m", "k", "x_stride", "y_stride"))
-        head = ROW_HEAD if self.signed else ROW_HEAD + 1
+        head = _head(self.signed)
         x, y = k.view(pointers[0], [m, depth + head], [of_x, 1]), k.view(pointers[1], [m, depth], [of_y, 1])
         with k.parallel(m, "row") as row:
-            bits = k.cast(k.load(x, [row, 0]), _i32)
-            for byte in range(1, ROW_HEAD):
-                bits = bits | k.shift_left(k.cast(k.load(x, [row, byte]), _i32), k.number(8 * byte, _i32))
+            bits, zero = _row_head(k, x, row, self.signed)
             scale = k.let(k.bits(bits, f32), "scale")
-            zero = k.let(k.number(0, _i32) if self.signed else k.cast(k.load(x, [row, ROW_HEAD]), _i32), "zero")
             with k.loop(depth, "j") as j:
-                byte = k.load(x, [row, j + head])
-                number = k.cast(k.bits(byte, _i8) if self.signed else byte, _i32)
-                k.store(y, [row, j], k.cast(number - zero, f32) * scale)
+                k.store(y, [row, j], integers(k, k.load(x, [row, j + head]), self.signed, zero) * scale)
+
+
+def _head(signed: bool) -> int:
+    """Return the bytes of an encoded row before its numbers."""
+    return ROW_HEAD if signed else ROW_HEAD + 1
+
+
+def _row_head(k: Emitter, x: Any, row: Expr, signed: bool) -> tuple[Expr, Expr]:
+    """Return the bits of an encoded row's scale, and its zero point."""
+    zero = k.number(0, _i32) if signed else k.cast(k.load(x, [row, ROW_HEAD]), _i32)
+    return scale_bits(k, x, row, k.index(0)), k.let(zero, "zero")
+
+
+def scale_bits(k: Emitter, x: Any, row: Expr, at: Expr) -> Expr:
+    """Return the bits of the scale that begins at a byte of an encoded row."""
+    bits = k.cast(k.load(x, [row, at]), _i32)
+    for byte in range(1, ROW_HEAD):
+        bits = bits | k.shift_left(k.cast(k.load(x, [row, at + byte]), _i32), k.number(8 * byte, _i32))
+    return k.let(bits, "bits")
+
+
+def integers(k: Emitter, bytes: Expr, signed: bool, zero: Expr | None = None, lanes: int = 1) -> Expr:
+    """Return bytes of encoded numbers as float32, minus the zero point if one is passed."""
+    whole = k.cast(k.bits(bytes, _i8, lanes) if signed else bytes, _i32, lanes)
+    return k.cast(whole if zero is None else whole - (k.splat(zero, lanes) if lanes > 1 else zero), f32, lanes)
 
 
 def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
