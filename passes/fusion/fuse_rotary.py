@@ -67,7 +67,7 @@ class _Turns:
         self.views = Views()
 
     def sites(self) -> Iterator[_Turned]:
-        """Yield the sites, the largest first: a rotated part of the dimensions lies within the value that joins it with
+        """Yield the sites, the largest first: a rotated part of the dimensions is inside the value that joins it with
         the rest.
         """
         done: set[Value] = set()

@@ -35,9 +35,9 @@ class Hosting:
     """A result of an entry that may hold earlier storages.
 
     result  its life, from the first step that touches it
-    left    sizes, the least of which is the rest of the result after all earlier storages are placed in sequence; each
+    left    sizes; the least is the rest of the result after all earlier storages are placed in sequence; each
             is divided by the symbols that all of its terms have in common
-    whole   sizes, the largest of which is the total of all storages that the entry needs, in sequence
+    whole   sizes; the largest is the total of all storages that the entry needs, in sequence
     """
 
     result: Life

@@ -1,4 +1,6 @@
-"""Move scalings of logits and of normalized values to where there is least to scale, at best into a weight."""
+"""Move scalings of logits and of normalized values to the smallest tensor that can be scaled instead, at best a
+weight.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The candidates are not listed by op. Operands that are split already, and wishes
 factors of the node's axis rule. Each part of the mesh takes one of the suggested factors, or none, or passes partial
 sums through. `transfer.requirement` derives the placements of operands and results. The cost in seconds is the work of
 the node on one device, the steps that bring operands to their placements, and for partial values the all-reduce to
-come. So if two suggestions compete for one mesh axis, bytes decide and not their order.
+come. So if two suggestions compete for one mesh axis, the bytes decide, not the order of the suggestions.
 
 A value may be available in several placements: a placement that it was converted to before has no further cost. Partial
 sums are combined before they are read, unless it costs less to pass them on. A function is planned once for each

@@ -216,7 +216,7 @@ class Communicator:
         raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is not a collective of the plan")
 
     def _hand_on(self, given: torch.Tensor, group: RankGroup) -> torch.Tensor:
-        """Send and continue, or receive; in program order, where the ranks of a line wait for the preceding ones."""
+        """Send and continue, or receive, in program order; the ranks of a line wait for the preceding ranks."""
         import torch
         import torch.distributed as dist
 

@@ -208,8 +208,9 @@ def terms_of_chain(
 def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) -> list[ChainStep]:
     """Return the steps, in order. A sum is several addends, and where(c, x, -inf) as an addend is x and a mask.
 
-    exactly   do not split the latter if x may be as large as the mask's number, to which it would be added
-    trained   nor if that number is finite, so that x gets a gradient in a row in which every key is masked
+    exactly   do not split the `where` if x may be as large as the mask's number, to which it would be added
+    trained   also do not split it if that number is finite, so that x gets a gradient in a row in which every key is
+              masked
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
