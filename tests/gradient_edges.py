@@ -338,8 +338,8 @@ def judged(
             unknown.append(f"operand {i}: {int(np.isnan(wanted).sum())} NaN, of ours {int(np.isnan(rest).sum())}")
         if bad.any():
             at = [tuple(map(int, place)) for place in np.argwhere(bad)[:3]]
-            told = [f"at {float(case.at[i][p]):g}: {float(got[p]):.9g}, autograd {float(wanted[p]):.9g}" for p in at]
-            wrong.append(f"operand {i}: {int(bad.sum())} of {bad.size} differ; " + "; ".join(told))
+            report = [f"at {float(case.at[i][p]):g}: {float(got[p]):.9g}, autograd {float(wanted[p]):.9g}" for p in at]
+            wrong.append(f"operand {i}: {int(bad.sum())} of {bad.size} differ; " + "; ".join(report))
     return wrong
 
 

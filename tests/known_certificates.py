@@ -138,8 +138,8 @@ def remember() -> None:
     mark_used(store.path)
 
     def looked_up(rule: str, key: str, claim: Any, region: Any, sides: tuple[Graph, Graph], *others: Any) -> Found:
-        told = "certificate" not in os.environ.get("PYTEST_CURRENT_TEST", "") and certifying._known is known
-        if not (told and is_ours(sides)):
+        report = "certificate" not in os.environ.get("PYTEST_CURRENT_TEST", "") and certifying._known is known
+        if not (report and is_ours(sides)):
             return tried(rule, key, claim, region, sides, *others)
         found = store.get(key)
         if found is None:

@@ -78,7 +78,7 @@ def pytest_configure() -> None:
     os.register_at_fork(after_in_child=lambda: told_apart(os.environ.get(CONTEXT, "")))  # after coverage's own hook
     entries, compiled = KernelCache.entries, KernelCache._compile
 
-    def told(cache: KernelCache, kernels: Iterable[Any]) -> Any:
+    def message(cache: KernelCache, kernels: Iterable[Any]) -> Any:
         kernels = list(kernels)
         with open(f"{_place}/kernels.{os.getpid()}", "a") as log:
             log.writelines(f"{_kernel(cache, kernel)} {os.environ.get(CONTEXT, '')}\n" for kernel in kernels)
@@ -93,7 +93,7 @@ def pytest_configure() -> None:
             finally:
                 _switch(before)
 
-    KernelCache.entries, KernelCache._compile = told, one_by_one  # type: ignore[method-assign, assignment]
+    KernelCache.entries, KernelCache._compile = message, one_by_one  # type: ignore[method-assign, assignment]
 
 
 def _kernel(cache: Any, kernel: Any) -> str:
@@ -222,10 +222,10 @@ class _Layer:
     def __init__(self, folder: Path) -> None:
         self._data = coverage.CoverageData(str(folder / "coverage"))
         self._data.read()
-        told = json.loads((folder / "tests.json").read_text())
-        self._root, self._kernels, self._sources = Path(told["root"]), told["kernels"], told["sources"]
-        self.lines: dict[str, int] = told["lines"]
-        self.seconds: dict[str, float] = told["seconds"]
+        message = json.loads((folder / "tests.json").read_text())
+        self._root, self._kernels, self._sources = Path(message["root"]), message["kernels"], message["sources"]
+        self.lines: dict[str, int] = message["lines"]
+        self.seconds: dict[str, float] = message["seconds"]
         self.modules = set(map(_module, self.seconds))
 
     @staticmethod
@@ -238,8 +238,8 @@ class _Layer:
         whole.combine([str(folder)], keep=True)
         whole.save()
         logs = "".join(log.read_text() for log in folder.glob("durations.*")).splitlines()
-        told = [line.split(" ", 2) for line in logs]
-        seconds = {name: float(took) for took, outcome, name in told if outcome == "passed"}
+        message = [line.split(" ", 2) for line in logs]
+        seconds = {name: float(took) for took, outcome, name in message if outcome == "passed"}
         data = whole.get_data()
         files = data.measured_files()
         lines = Counter(
@@ -253,8 +253,8 @@ class _Layer:
             kernel, _, test = line.partition(" ")
             kernels.setdefault(kernel, []).append(test)
         sources = {os.path.relpath(file, ROOT): Path(file).read_text() for file in sorted(files)}
-        told = {"root": str(ROOT), "lines": lines, "seconds": seconds, "kernels": kernels, "sources": sources}
-        (folder / "tests.json").write_text(json.dumps(told))
+        message = {"root": str(ROOT), "lines": lines, "seconds": seconds, "kernels": kernels, "sources": sources}
+        (folder / "tests.json").write_text(json.dumps(message))
 
     def knows(self, name: str) -> bool:
         """Return True if a test has passed in it, and no later layer has mapped its module."""

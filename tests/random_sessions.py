@@ -49,8 +49,8 @@ class Chosen:
     cache: str | None
 
     def __str__(self) -> str:
-        told = {"shared": self.shared, **self.compiled, "cache": self.cache}
-        return ", ".join(f"{name}={value}" for name, value in told.items() if value)
+        report = {"shared": self.shared, **self.compiled, "cache": self.cache}
+        return ", ".join(f"{name}={value}" for name, value in report.items() if value)
 
 
 @dataclass

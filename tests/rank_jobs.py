@@ -84,9 +84,9 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
     Path(folder, f"{ranks.rank}.json").write_text(json.dumps(found))
     if ranks.size == 2:
         backend = backends.split(",")[-1]
-        told = {"gather": runs_ahead(ranks, "gpt2", "fsdp", "dp=2", backend)}
-        told |= {"pass": runs_ahead(ranks, "llama", "context", "cp=2", backend)}
-        Path(folder, f"ahead-{ranks.rank}.json").write_text(json.dumps(told))
+        report = {"gather": runs_ahead(ranks, "gpt2", "fsdp", "dp=2", backend)}
+        report |= {"pass": runs_ahead(ranks, "llama", "context", "cp=2", backend)}
+        Path(folder, f"ahead-{ranks.rank}.json").write_text(json.dumps(report))
     generates(ranks, folder)
 
 

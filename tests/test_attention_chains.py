@@ -35,12 +35,12 @@ def fused(drawn: DrawnAttention) -> bool:
         run = treadle.compile(optimized.graph, passes=(), certify=False)(**inputs)
         wide, again = (interpret(graph, inputs, float64=True) for graph in (drawn.graph, optimized.graph))
     for name in own:
-        told = f"{drawn.text}\n{optimized.graph}"
+        report = f"{drawn.text}\n{optimized.graph}"
         np.testing.assert_allclose(
-            again[name], wide[name], rtol=0, atol=min(room, 2.0**-18), equal_nan=True, err_msg=told
+            again[name], wide[name], rtol=0, atol=min(room, 2.0**-18), equal_nan=True, err_msg=report
         )
         np.testing.assert_allclose(
-            np.asarray(run[name], np.float64), np.asarray(own[name], np.float64), rtol=0, atol=room, err_msg=told
+            np.asarray(run[name], np.float64), np.asarray(own[name], np.float64), rtol=0, atol=room, err_msg=report
         )
     return True
 

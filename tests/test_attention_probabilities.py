@@ -223,8 +223,8 @@ def test_wrong_probabilities_alone_are_rolled_back(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(certificates, "_known", {})  # certificates of other tests
     text = program(TAKES, gives, *SCORES, *lines)
     optimized = PassManager([FuseAttention()], certify=True).run(parse_graph(text))
-    told = [e for e in optimized.log[0].refusals if "rolled back" in e.reason]
-    assert [e.op for e in told] == ["softmax"]
+    report = [e for e in optimized.log[0].refusals if "rolled back" in e.reason]
+    assert [e.op for e in report] == ["softmax"]
     outputs = {name: v.node.op.name for name, v in optimized.graph.main.outputs.items() if v.node is not None}
     assert outputs == {"y": NAME, "p": "softmax"}
 

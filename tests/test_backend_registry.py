@@ -200,8 +200,8 @@ def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     """The three cases: TVM is not installed, only a folder of its name exists, or its libraries are missing."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'treadle[tvm]'" in str(find_backend("tvm").available())
-    told = message(lambda: compiled("tvm", block_model()[0]))
-    assert "tvm backend is not available" in told and "pip install 'treadle[tvm]'" in told
+    report = message(lambda: compiled("tvm", block_model()[0]))
+    assert "tvm backend is not available" in report and "pip install 'treadle[tvm]'" in report
     tvm_runtime._libraries.cache_clear()
     with pytest.raises(BackendError, match="tvm backend is not available") as caught:
         tvm_runtime.launcher()

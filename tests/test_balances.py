@@ -95,8 +95,8 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
     plan = plan_quantization(declared, "int8")
     check_quantization(plan, declared)
     assert plan.balances == WANTED
-    told = {(a.function, a.name): a.reason.partition("; ")[2] for a in plan.activations}
-    assert told == {
+    report = {(a.function, a.name): a.reason.partition("; ")[2] for a in plan.activations}
+    assert report == {
         ("layer", "x"): "smoothed",
         ("main", "g"): "smoothed",
         ("main", "n"): "not smoothed: rows of tied.weight are looked up",
@@ -137,9 +137,9 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
     for line in lines:
         text = text.replace(f"    {line}\n", "")
     text = text.replace("    h = layer(n)", "".join(f"    {line}\n" for line in lines) + "    h = layer(n)")
-    told = {a.name: a.reason.partition("; ")[2] for a in plan_quantization(parse_graph(text), "int8").activations}
-    assert told["e"] == "not smoothed: no norm with a gain produces it"
-    assert told["n"] == "not smoothed: other products read twice.weight"
+    report = {a.name: a.reason.partition("; ")[2] for a in plan_quantization(parse_graph(text), "int8").activations}
+    assert report["e"] == "not smoothed: no norm with a gain produces it"
+    assert report["n"] == "not smoothed: other products read twice.weight"
 
 
 def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
@@ -174,8 +174,10 @@ def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not()
     return y = y, z = z
   }}
 }}"""
-    told = [(a.function, a.reason.partition("; ")[2]) for a in plan_quantization(parse_graph(text), "int8").activations]
-    assert told == [
+    report = [
+        (a.function, a.reason.partition("; ")[2]) for a in plan_quantization(parse_graph(text), "int8").activations
+    ]
+    assert report == [
         ("first", "not smoothed: other products read one.w"),
         ("second", "not smoothed: other products read two.w"),
         ("main", "not smoothed: no norm with a gain produces it"),

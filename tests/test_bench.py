@@ -41,8 +41,8 @@ def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixtur
     )
     for line in report_lines(found):
         console().print(line)
-    told = capsys.readouterr().out
-    assert "bert at B=2, S=9" in told and "ms at NumPy's" in told
+    message = capsys.readouterr().out
+    assert "bert at B=2, S=9" in message and "ms at NumPy's" in message
     assert json.loads(json.dumps(found.as_dict()))["rows"][1]["side"] == peers[0]
 
 
@@ -160,27 +160,27 @@ def test_pytorch_runs_the_class_that_a_folder_names(
 
 def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class with the same calls stands in for the package's."""
-    told: list[Any] = []
+    message: list[Any] = []
 
     class Llama:
         def __init__(self, path: str, **options: Any) -> None:
-            told.append((path, options))
+            message.append((path, options))
             self.scores = np.arange(4 * 5, dtype=np.float32).reshape(4, 5)
 
         def reset(self) -> None:
-            told.append("reset")
+            message.append("reset")
 
         def eval(self, words: list[int]) -> None:
-            told.append(words)
+            message.append(words)
 
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
     spec = spec_of(tmp_path, {"tokens": np.array([[3, 1, 2]])}, gguf="model.gguf", threads=2)
     run, note = open_llama(spec)
     assert note == "the file's own blocks"
     sizes = {"n_ctx": 3, "n_batch": 3, "n_ubatch": 3, "n_threads": 2, "n_threads_batch": 2}
-    assert told == [("model.gguf", {**sizes, "logits_all": True, "verbose": False})]
+    assert message == [("model.gguf", {**sizes, "logits_all": True, "verbose": False})]
     assert run()["logits"].tolist() == [[[*range(5)], [*range(5, 10)], [*range(10, 15)]]]
-    assert told[1:] == ["reset", [3, 1, 2]]
+    assert message[1:] == ["reset", [3, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -275,8 +275,8 @@ def test_the_command() -> None:
     done = subprocess.run(
         [*words, *options, "--sizes", "S=5", "--rounds", "1", "--json"], capture_output=True, text=True, check=True
     )
-    told = json.loads(done.stdout)
-    assert [row["side"] for row in told["rows"]] == ["treadle", "onnxruntime"] and told["sizes"]["S"] == 5
+    message = json.loads(done.stdout)
+    assert [row["side"] for row in message["rows"]] == ["treadle", "onnxruntime"] and message["sizes"]["S"] == 5
 
 
 @pytest.mark.parametrize(

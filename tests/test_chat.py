@@ -221,19 +221,19 @@ def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pyt
 
 def test_the_commands(folder: Path) -> None:
     run = CliRunner()
-    told = json.loads(
+    report = json.loads(
         run.invoke(app, ["chat", str(folder), "--tokens", "6", "--json"], input="the cat\n\na dog\n").stdout
     )
     talk = t.load(folder).chat()
     for text in ("the cat", "a dog"):
         list(talk.say(text, most=6))
-    assert told["messages"] == talk.messages
+    assert report["messages"] == talk.messages
     shown = run.invoke(app, ["chat", str(folder), "--tokens", "6"], input="the cat\n/new\nthe cat\n/bye\nx\n").stdout
     assert shown == (str(talk.messages[1]["content"]) + "\n") * 2
     single = run.invoke(app, ["generate", str(folder), "the cat", "--chat", "--tokens", "6"])
     assert single.stdout == str(talk.messages[1]["content"]) + "\n"
-    told = json.loads(run.invoke(app, ["generate", str(folder), "a", "--chat", "--system", "Be", "--json"]).stdout)
-    assert told["texts"][0]["prompt"] == "a"
+    report = json.loads(run.invoke(app, ["generate", str(folder), "a", "--chat", "--system", "Be", "--json"]).stdout)
+    assert report["texts"][0]["prompt"] == "a"
 
 
 def test_what_renders_templates_is_missing_or_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

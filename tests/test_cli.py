@@ -53,8 +53,8 @@ def test_costs_grow_with_the_sizes(treadle_command: Treadle) -> None:
 
 
 def test_default_sizes_stay_within_bounds(treadle_command: Treadle) -> None:
-    told = treadle_command("inspect", "gpt2", "--set", "layers=1", "--set", "context=40", "--json").json
-    assert told["sizes"] == {"B": 1, "S": 40}
+    report = treadle_command("inspect", "gpt2", "--set", "layers=1", "--set", "context=40", "--json").json
+    assert report["sizes"] == {"B": 1, "S": 40}
 
 
 def test_unfolded_blocks_are_written_out(treadle_command: Treadle) -> None:
@@ -64,16 +64,16 @@ def test_unfolded_blocks_are_written_out(treadle_command: Treadle) -> None:
 
 
 def test_after_a_pass(treadle_command: Treadle) -> None:
-    told = treadle_command("inspect", SMALL, "--after", "canonicalize", "--json").json
-    assert told["stage"] == "after canonicalize"
-    assert parse_graph(told["graph"]).name == "small"
+    report = treadle_command("inspect", SMALL, "--after", "canonicalize", "--json").json
+    assert report["stage"] == "after canonicalize"
+    assert parse_graph(report["graph"]).name == "small"
 
 
 def test_follow_names_what_stands_against_an_axis(treadle_command: Treadle) -> None:
-    told = treadle_command("inspect", SMALL, "--follow", "S")
+    report = treadle_command("inspect", SMALL, "--follow", "S")
     assert (
         f"S may not be stepped\n  attention: the axis is whole  ({line_of('t.self_attention')}, scope h.0.attn"
-        in told.out
+        in report.out
     )
     facts = treadle_command("inspect", SMALL, "--follow", "S", "--json").json["follow"]
     assert facts["step"]["may"] is False
@@ -119,20 +119,20 @@ def test_certify_asks_no_environment(
 
 
 def test_compile_as_json(treadle_command: Treadle) -> None:
-    told = treadle_command("compile", SMALL, "--seed", "7", "--json").json
-    assert told["weights"] == "drawn from seed 7"
-    assert [p["name"] for p in told["inputs"]] == ["tokens"]
-    assert told["outputs"] == [{"name": "hidden", "dtype": "f32", "axes": ["B", "S", "8"]}]
-    assert "fold-constants" in [p["pass"] for p in told["passes"]]
-    assert told["ops"]["attention"] == 2
+    report = treadle_command("compile", SMALL, "--seed", "7", "--json").json
+    assert report["weights"] == "drawn from seed 7"
+    assert [p["name"] for p in report["inputs"]] == ["tokens"]
+    assert report["outputs"] == [{"name": "hidden", "dtype": "f32", "axes": ["B", "S", "8"]}]
+    assert "fold-constants" in [p["pass"] for p in report["passes"]]
+    assert report["ops"]["attention"] == 2
 
 
 def test_what_is_written_is_told(treadle_command: Treadle) -> None:
     said = treadle_command("compile", SMALL, "-o", "a.treadle")
     size, seal = human(Path("a.treadle").stat().st_size, "B"), open_artifact("a.treadle").seal
     assert said.out.splitlines()[-1] == f"wrote a.treadle, {size}, seal {seal}"
-    told = treadle_command("compile", SMALL, "-o", "a.treadle", "--json").json
-    assert (told["file"], told["seal"]) == ("a.treadle", seal)
+    report = treadle_command("compile", SMALL, "-o", "a.treadle", "--json").json
+    assert (report["file"], report["seal"]) == ("a.treadle", seal)
     words = ["shard", SMALL, "--mesh", "tp=2", "--recipe", "megatron", "-o", "b.treadle"]
     said = treadle_command(*words)
     assert said.out.splitlines()[-1] == f"wrote b.treadle, {human(Path('b.treadle').stat().st_size, 'B')}"
@@ -170,29 +170,29 @@ def test_no_threads_at_all_is_no_choice(treadle_command: Treadle) -> None:
 
 
 def test_run_on_numbers(treadle_command: Treadle) -> None:
-    told = treadle_command("run", "model.py:scale", "--input", "x=[[1, 2, 3], [4, 5, 6]]", "--json").json["outputs"]
-    assert told["y"]["values"] == [[2, 4, 6], [8, 10, 12]]
-    assert told["total"]["values"] == 21
-    assert (told["y"]["min"], told["y"]["mean"], told["y"]["max"]) == (2, 7, 12)
+    report = treadle_command("run", "model.py:scale", "--input", "x=[[1, 2, 3], [4, 5, 6]]", "--json").json["outputs"]
+    assert report["y"]["values"] == [[2, 4, 6], [8, 10, 12]]
+    assert report["total"]["values"] == 21
+    assert (report["y"]["min"], report["y"]["mean"], report["y"]["max"]) == (2, 7, 12)
 
 
 def test_what_a_run_tells_as_json(treadle_command: Treadle) -> None:
     words = ["run", "model.py:scale", "--input", "x=1,2,3", "--seed", "5"]
-    told = treadle_command(*words, "--output", "out", "--json").json
-    assert list(told) == ["model", "backend", "target", "weights", "seconds", "outputs", "files"]
-    assert (told["model"], told["backend"], told["target"]) == ("scale", "numpy", "cpu")
-    assert told["weights"] == "drawn from seed 5"
-    assert told["seconds"] > 0
-    assert sorted(told["files"]) == [os.path.join("out", "total.npy"), os.path.join("out", "y.npy")]
-    assert list(told["outputs"]) == ["y", "total"]
-    assert list(told["outputs"]["y"]) == ["dtype", "shape", "min", "mean", "max", "not_finite", "values"]
-    assert (told["outputs"]["y"]["dtype"], told["outputs"]["y"]["shape"]) == ("float32", [1, 3])
+    report = treadle_command(*words, "--output", "out", "--json").json
+    assert list(report) == ["model", "backend", "target", "weights", "seconds", "outputs", "files"]
+    assert (report["model"], report["backend"], report["target"]) == ("scale", "numpy", "cpu")
+    assert report["weights"] == "drawn from seed 5"
+    assert report["seconds"] > 0
+    assert sorted(report["files"]) == [os.path.join("out", "total.npy"), os.path.join("out", "y.npy")]
+    assert list(report["outputs"]) == ["y", "total"]
+    assert list(report["outputs"]["y"]) == ["dtype", "shape", "min", "mean", "max", "not_finite", "values"]
+    assert (report["outputs"]["y"]["dtype"], report["outputs"]["y"]["shape"]) == ("float32", [1, 3])
     assert treadle_command(*words, "--json").json["files"] == []
 
 
 def test_numbers_without_brackets_are_one_row(treadle_command: Treadle) -> None:
-    told = treadle_command("run", "model.py:scale", "--input", "x=1,2,3", "--json").json
-    assert told["outputs"]["y"]["values"] == [[2, 4, 6]]
+    report = treadle_command("run", "model.py:scale", "--input", "x=1,2,3", "--json").json
+    assert report["outputs"]["y"]["values"] == [[2, 4, 6]]
 
 
 def test_an_optional_input_that_is_given_is_included(treadle_command: Treadle) -> None:
@@ -205,9 +205,9 @@ def test_an_optional_input_that_is_given_is_included(treadle_command: Treadle) -
 
 
 def test_what_is_not_finite_is_counted_and_is_null(treadle_command: Treadle) -> None:
-    told = treadle_command("run", "model.py:scale", "--input", "x=Infinity,1,2", "--json").json["outputs"]
-    assert told["y"]["values"] == [[None, 2, 4]]
-    assert told["y"]["not_finite"] == 1
+    report = treadle_command("run", "model.py:scale", "--input", "x=Infinity,1,2", "--json").json["outputs"]
+    assert report["y"]["values"] == [[None, 2, 4]]
+    assert report["y"]["not_finite"] == 1
 
 
 def test_arrays_go_through_npy_files(treadle_command: Treadle) -> None:
@@ -223,11 +223,11 @@ def test_models_lists_the_zoo_and_what_can_be_fetched(
     treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
-    told = treadle_command("models", "--json").json
-    gpt2 = next(each for each in told["zoo"] if each["name"] == "gpt2")
+    report = treadle_command("models", "--json").json
+    gpt2 = next(each for each in report["zoo"] if each["name"] == "gpt2")
     assert gpt2["parameters"] == 124_439_808
     assert gpt2["defaults"]["act"] == "t.gelu_tanh"
-    assert next(each for each in told["fetched"] if each["name"] == "minilm")["path"] is None
+    assert next(each for each in report["fetched"] if each["name"] == "minilm")["path"] is None
     assert "treadle fetch minilm" in treadle_command("models").out
 
 
@@ -258,7 +258,7 @@ def test_shard_as_json(treadle_command: Treadle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "report"),
     [
         (("--mesh", "tp"), "not a mesh: 'tp'"),
         (("--mesh", "tp=2"), "nothing says how to split the model"),
@@ -270,10 +270,10 @@ def test_shard_as_json(treadle_command: Treadle) -> None:
         (("--mesh", "tp=2", "--recipe", "megatron", "--sizes", "Q=2"), "no symbolic axis Q"),
     ],
 )
-def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tuple[str, ...], told: str) -> None:
+def test_shard_refuses_what_it_cannot_do(treadle_command: Treadle, options: tuple[str, ...], report: str) -> None:
     said = treadle_command("shard", SMALL, *options)
     assert said.code == 2
-    assert told in said.err
+    assert report in said.err
 
 
 # -- common rules ----------------------------------------------------------------------------------------------

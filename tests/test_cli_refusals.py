@@ -225,9 +225,9 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
     assert "a fault of Treadle: KeyError: 'lost'" in said.err
     assert "TREADLE_DEBUG=1" in said.err
     assert "Traceback" not in said.err
-    told = treadle_command("inspect", SMALL, "--json")
-    assert told.code == 1
-    assert told.json["error"]["kind"] == "InternalError"
+    report = treadle_command("inspect", SMALL, "--json")
+    assert report.code == 1
+    assert report.json["error"]["kind"] == "InternalError"
 
 
 # -- folders and files of others -------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
 
 
 @pytest.mark.parametrize(
-    ("name", "attributes", "told"),
+    ("name", "attributes", "report"),
     [
         ("all_reduce", {"ways": 0}, "ways must be 1 or more"),
         ("all_reduce", {"ways": -1}, "ways must be 1 or more, is -1"),
@@ -149,9 +149,9 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
         ("hand_on", {"ways": 2, "source": 1, "target": 2}, "are 1 and 2"),
     ],
 )
-def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], told: str) -> None:
+def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], report: str) -> None:
     b = Builder(Graph("wrong"))
-    with pytest.raises(RuleError, match=told):
+    with pytest.raises(RuleError, match=report):
         b.apply(name, b.input("x", "f32[4, 6]"), over="tp", **attributes)
 
 

@@ -272,12 +272,12 @@ def test_an_option_reaches_what_it_is_for(
     lines: list[str] = []
 
     @contextmanager
-    def told(what: str, *numbers: int, shown: bool = True) -> Iterator[Any]:
+    def report(what: str, *numbers: int, shown: bool = True) -> Iterator[Any]:
         lines.append(f"  {' of '.join([what, *map(str, numbers)])}{'' if shown else ', unseen'}")
         yield Recorder("progress", [], "-")
 
     for name in ("working", "counting", "downloading"):
-        monkeypatch.setattr(f"treadle.progress.{name}", told)
+        monkeypatch.setattr(f"treadle.progress.{name}", report)
     monkeypatch.setattr("treadle.continuation.need_for_text", Recorder("need_for_text", lines, "-"))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda: "a line\n", isatty=lambda: False))
     for words, replaced, last in [case for case in CASES if case[0].split()[0] == command]:

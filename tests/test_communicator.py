@@ -78,7 +78,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @contextmanager
 def meeting(rank: int, lengths: tuple[int, int], taken: tuple[int, int]) -> Iterator[Communicator]:
     """Yield the communicator of one of two ranks, whose parts have these lengths."""
-    made = Communicator(plan_over("tp=2"), rank, FAR, 60.0, lambda told: nullcontext(), lambda error, told: error)
+    made = Communicator(plan_over("tp=2"), rank, FAR, 60.0, lambda report: nullcontext(), lambda error, report: error)
     made._tell = lambda *given: [[0, 0, t, n] for n, t in zip(lengths, taken, strict=True)]  # type: ignore[method-assign]
     with _Stays(), made.running("once"):
         yield made
@@ -131,11 +131,11 @@ def test_outputs_are_sent_from_the_device_and_received_on_it(waits: list[str]) -
 
 
 def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: told.update(current=index))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: told.update(given, backend=backend))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: report.update(current=index))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: report.update(given, backend=backend))
     monkeypatch.setenv("LOCAL_RANK", "1")
     joined = Ranks(3, 4, 5.0, Watch(3, 4, 5.0), None)
     met = joined.start(plan_over("tp=4"), "cuda")
@@ -143,11 +143,11 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.Mo
     assert met.device == gpu
     with pytest.raises(UsageError, match="all runs of ranks must be on one kind of device"):
         joined.start(plan_over("tp=4"), "cpu")
-    assert (told["backend"], told["device_id"], told["current"]) == ("nccl", gpu, 1)
-    assert (told["rank"], told["world_size"]) == (3, 4)
+    assert (report["backend"], report["device_id"], report["current"]) == ("nccl", gpu, 1)
+    assert (report["rank"], report["world_size"]) == (3, 4)
     met = Ranks(3, 4, 5.0, Watch(3, 4, 5.0), None).start(plan_over("tp=4"), "cpu")
     assert met.device == torch.device("cpu")
-    assert (told["backend"], told["device_id"]) == ("gloo", None)
+    assert (report["backend"], report["device_id"]) == ("gloo", None)
 
 
 @pytest.mark.parametrize(("local", "count"), [("0", 0), ("2", 2), ("", 3)])
@@ -168,7 +168,7 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
         dist, "recv", lambda raw, source: raw.copy_(torch.from_numpy(wanted.view(np.uint8).reshape(-1)))
     )
     cpu = torch.device("cpu")
-    met = Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda told: nullcontext(), lambda error, told: error)
+    met = Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda report: nullcontext(), lambda error, report: error)
     assert np.array_equal(met.received(np.empty((2, 3), np.float32), 1, "receiving"), wanted)
     assert met.received(np.empty((0, 3), np.float32), 1, "receiving").shape == (0, 3)
 
@@ -181,11 +181,11 @@ def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
 
     monkeypatch.setattr(communicator, "tell", tell)
     cpu = torch.device("cpu")
-    return Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda told: nullcontext(), lambda error, told: error)
+    return Communicator(plan_over("tp=2"), 0, cpu, 60.0, lambda report: nullcontext(), lambda error, report: error)
 
 
 @pytest.mark.parametrize(
-    ("name", "attributes", "at", "told"),
+    ("name", "attributes", "at", "report"),
     [
         ("all_reduce", {}, 0, "ranks 0 and 1 are in different collectives"),
         ("all_reduce", {}, 1, "ranks 0 and 1 have different dtypes in all_reduce over tp"),
@@ -193,19 +193,19 @@ def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
     ],
 )
 def test_ranks_that_do_not_meet_alike_are_told(
-    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], at: int, told: str
+    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], at: int, report: str
 ) -> None:
     op = find_op(name).make(over="tp", ways=2, **attributes)
     met = told_by_another(monkeypatch, at)
     with met.running("once"), pytest.raises(RankError) as error:
         met.exchange(op, np.ones((2, 3), np.float32))  # type: ignore[arg-type]
-    assert error.value.what == told
+    assert error.value.what == report
     if not at:
         assert error.value.received == "rank 0: all_reduce over tp, collective 1 of its run"
 
 
 @pytest.mark.parametrize(
-    ("name", "attributes", "told"),
+    ("name", "attributes", "report"),
     [
         ("all_reduce", {"over": "dp", "ways": 2}, "all_reduce over dp among 2 ranks is not a collective of the plan"),
         ("all_reduce", {"over": "tp", "ways": 4}, "all_reduce over tp among 4 ranks is not a collective of the plan"),
@@ -217,9 +217,9 @@ def test_ranks_that_do_not_meet_alike_are_told(
     ],
 )  # fmt: skip
 def test_a_meeting_that_is_not_planned_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], told: str
+    monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], report: str
 ) -> None:
     met = told_by_another(monkeypatch, 3)
     with met.running("once"), pytest.raises(GraphError) as error:
         met.exchange(find_op(name).make(**attributes), np.ones((2, 3), np.float32))  # type: ignore[arg-type]
-    assert error.value.what == told
+    assert error.value.what == report

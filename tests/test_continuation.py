@@ -126,11 +126,11 @@ def test_the_command_says_what_the_folder_asks(folder: Path, tmp_path: Path) -> 
     assert "from generation_config.json: repetition_penalty 1.8, suppress_tokens [5, 6]\n" in done.stderr
     call = ["generate", str(place), "the cat", "--tokens", "5", "--repetition-penalty", "1.0"]
     assert "from generation_config.json: suppress_tokens [5, 6]\n" in CliRunner().invoke(app, call).stderr
-    told = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
-    assert told["from_folder"] == {"file": "generation_config.json", "options": {"suppress_tokens": [5, 6]}}
-    assert told["sampling"]["repetition_penalty"] == 1.0
-    told = json.loads(CliRunner().invoke(app, ["generate", str(place), "the cat", "--tokens", "5", "--json"]).stdout)
-    assert told["sampling"]["repetition_penalty"] == 1.8
+    report = json.loads(CliRunner().invoke(app, [*call, "--json"]).stdout)
+    assert report["from_folder"] == {"file": "generation_config.json", "options": {"suppress_tokens": [5, 6]}}
+    assert report["sampling"]["repetition_penalty"] == 1.0
+    report = json.loads(CliRunner().invoke(app, ["generate", str(place), "the cat", "--tokens", "5", "--json"]).stdout)
+    assert report["sampling"]["repetition_penalty"] == 1.8
     plain = CliRunner().invoke(app, ["generate", str(folder), "the cat", "--tokens", "5"])
     assert "generation_config" not in plain.stderr
 
@@ -210,11 +210,11 @@ def test_an_end_token_that_is_no_id(folder: Path, tmp_path: Path) -> None:
 def test_the_command_prints_one_object(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = CliRunner().invoke(app, ["generate", str(folder), "the cat", "a", "--tokens", "5", "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told["tokens_per_second"] > 0
-    assert told["seconds_to_first_token"] > 0
+    report = json.loads(done.stdout)
+    assert report["tokens_per_second"] > 0
+    assert report["seconds_to_first_token"] > 0
     writer = TextWriter.open(folder)
-    for row, text in enumerate(told["texts"]):
+    for row, text in enumerate(report["texts"]):
         wanted = [p for p in writer.continued(["the cat", "a"], most=5) if p.row == row]
         assert text["tokens"] == [p.id for p in wanted]
         assert text["text"] == "".join(p.text for p in wanted)
@@ -234,9 +234,9 @@ def test_a_prompt_that_is_refused_is_not_echoed(folder: Path) -> None:
         done = generated(str(folder), prompt)
         assert (done.exit_code, done.stdout) == (2, "")
         assert what in done.stderr
-        told = generated(str(folder), "a", prompt, "--json")
-        assert what in json.loads(told.stdout)["error"]["what"]
-        assert "prompt 2 of 2" in json.loads(told.stdout)["error"]["what"]
+        report = generated(str(folder), "a", prompt, "--json")
+        assert what in json.loads(report.stdout)["error"]["what"]
+        assert "prompt 2 of 2" in json.loads(report.stdout)["error"]["what"]
 
 
 def test_a_line_ends_before_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,10 +338,10 @@ def test_a_stop_string_ends_a_text_and_is_held_back_while_it_may_come(folder: Pa
         first = [p for p in pieces if p.row == 0]
         assert "".join(p.text for p in first) == whole[: whole.index(stop)]
         assert first[-1].ending == "stop"
-        told = ""
+        report = ""
         for piece in first:
-            told += piece.text
-            assert whole[: whole.index(stop)].startswith(told)
+            report += piece.text
+            assert whole[: whole.index(stop)].startswith(report)
     alone = [p.text for p in writer.continued(["a"], most=20)]
     assert "".join(alone) == "".join(
         p.text for p in writer.continued(["the cat", "a"], most=20, stop=[whole[3:6] + "\0"]) if p.row == 1
@@ -358,12 +358,12 @@ def test_probabilities_are_those_of_the_whole_text(folder: Path) -> None:
         logits = model(torch.tensor([prompt + text["tokens"]])).logits[0, len(prompt) - 1 : -1]
     wanted = torch.log_softmax(logits, -1)
     assert len(text["logprobs"]) == 4
-    for told, row, token in zip(text["logprobs"], wanted, text["tokens"], strict=True):
-        assert told["token"] == token
-        assert told["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
+    for report, row, token in zip(text["logprobs"], wanted, text["tokens"], strict=True):
+        assert report["token"] == token
+        assert report["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
         best = torch.topk(row, 3)
-        assert [each["token"] for each in told["likely"]] == best.indices.tolist()
-        assert [each["logprob"] for each in told["likely"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [each["token"] for each in report["likely"]] == best.indices.tolist()
+        assert [each["logprob"] for each in report["likely"]] == pytest.approx(best.values.tolist(), abs=1e-4)
     shown = generated(str(folder), "the cat", "--tokens", "4", "--logprobs", "1").stdout.splitlines()
     assert f"{text['logprobs'][0]['logprob']:.4f}" in shown[-5]
 
@@ -397,12 +397,12 @@ def test_speculation_gives_the_same_text_and_says_what_was_right(folder: Path) -
     prompt = "the cat sat on the mat and the cat sat on"
     plain = json.loads(generated(str(folder), prompt, "--tokens", "20", "--json").stdout)
     for words in (["--speculate"], ["--draft", str(folder)]):
-        told = json.loads(generated(str(folder), prompt, "--tokens", "20", "--json", *words).stdout)
-        assert told["texts"] == plain["texts"]
-        assert told["speculation"]["accepted"] <= told["speculation"]["guessed"]
-        assert told["speculation"]["made"] == len(told["texts"][0]["tokens"])
+        report = json.loads(generated(str(folder), prompt, "--tokens", "20", "--json", *words).stdout)
+        assert report["texts"] == plain["texts"]
+        assert report["speculation"]["accepted"] <= report["speculation"]["guessed"]
+        assert report["speculation"]["made"] == len(report["texts"][0]["tokens"])
         assert "of the model" in generated(str(folder), prompt, "--tokens", "20", *words).stderr
-    assert told["speculation"]["accepted_length"] > 1, "guesses of a model for itself are right"
+    assert report["speculation"]["accepted_length"] > 1, "guesses of a model for itself are right"
 
 
 def test_a_draft_of_another_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -123,9 +123,9 @@ class Schedule:
                 for n, (row, count) in enumerate(zip(rows, counts, strict=True)):
                     given[name][n, :count] = self.inputs[name][row, start[n] : start[n] + count]
             takes = {v.name for v in self.derived.graph.functions[entry].inputs}
-            told = {"rows": self.slots[rows], "start": start, "last": counts - 1}
-            told = {name: told[as_given] for as_given, name in self.derived.port_names.items() if name in takes}
-            for name, array in call(entry, **given, **told).items():
+            report = {"rows": self.slots[rows], "start": start, "last": counts - 1}
+            report = {name: report[as_given] for as_given, name in self.derived.port_names.items() if name in takes}
+            for name, array in call(entry, **given, **report).items():
                 for n, row in enumerate(rows):
                     end = int(start[n] + counts[n])
                     check(name, array[n], int(row), end - 1 if entry == "prefill" else int(start[n]), end)

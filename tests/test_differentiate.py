@@ -255,10 +255,10 @@ def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
                 shift = b.reduce_sum(b.apply("test_bare", i.cast(x.dtype)), axes=(0,))
                 return (b.apply("test_bare", x) if self.inside else x * 3.0) + shift
 
-        told = r"op test_bare has no gradient: its class does not define `gradient`\n  from      .*test_differentiate"
-        with pytest.raises(GraphError, match=told):
+        report = r"op test_bare has no gradient: its class does not define `gradient`\n  from      .*test_differentiate"
+        with pytest.raises(GraphError, match=report):
             gradient_of(lambda b, x: b.apply("test_bare", x), x=X)
-        with pytest.raises(GraphError, match=told):
+        with pytest.raises(GraphError, match=report):
             gradient_of(lambda b, x: b.apply("test_around", x, b.iota(size=2)), x=X)
         found = gradient_of(lambda b, x: b.apply("test_around", x, b.iota(size=2), inside=False), x=X)
         assert found["x"].tolist() == [3.0, 3.0, 3.0]
@@ -268,7 +268,7 @@ def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
             return {"loss": t.reduce_sum(t.test_bare(t.linear(x, 2, name="w")), axes=(0, 1))}
 
         graph = model.graph()
-        with pytest.raises(GraphError, match=told):
+        with pytest.raises(GraphError, match=report):
             gradient_graph(graph, "loss", list(graph.parameters))
     finally:
         for name in ("test_bare", "test_around"):

@@ -250,9 +250,9 @@ def test_poison_leaves_what_was_donated_to_the_run(backend: str, monkeypatch: py
 
 @each_backend
 def test_explain_says_what_is_written_over_it(backend: str) -> None:
-    told = explain_memory(graph_of(residual), backend=backend, donate=("x",))
-    (line,) = told.donated
-    assert line.startswith("input x is donated: ") and "written over it" in line and line in str(told)
+    report = explain_memory(graph_of(residual), backend=backend, donate=("x",))
+    (line,) = report.donated
+    assert line.startswith("input x is donated: ") and "written over it" in line and line in str(report)
     assert ("it is returned as output out" in line) == (backend == "tvm")
     (nothing,) = explain_memory(
         graph_of(lambda b: b.softmax(b.input("x", "f32[S]"))), backend=backend, donate=("x",)

@@ -285,11 +285,11 @@ def test_the_command_as_json_and_to_a_file(folder: Path, embed_command: Run, tmp
         str(folder), "w0", "w9 " * 10, "--json", "--similarity", "--output", str(tmp_path / "o")
     )
     assert code == 0
-    told = json.loads(out)
-    assert [(s["tokens"], s["cut"]) for s in told["sentences"]] == [(3, False), (8, True)]
+    report = json.loads(out)
+    assert [(s["tokens"], s["cut"]) for s in report["sentences"]] == [(3, False), (8, True)]
     vectors = np.load(tmp_path / "o" / "embeddings.npy")
-    np.testing.assert_array_equal(vectors, np.array([s["vector"] for s in told["sentences"]], np.float32))
-    np.testing.assert_allclose(told["similarity"], vectors @ vectors.T, atol=1e-6)
+    np.testing.assert_array_equal(vectors, np.array([s["vector"] for s in report["sentences"]], np.float32))
+    np.testing.assert_allclose(report["similarity"], vectors @ vectors.T, atol=1e-6)
 
 
 def test_the_command_tells_which_sentences_were_cut(folder: Path, embed_command: Run) -> None:

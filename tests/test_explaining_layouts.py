@@ -44,7 +44,7 @@ LOWERING = [
 ]
 
 
-def told(*arguments: str) -> str:
+def report(*arguments: str) -> str:
     result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == 0, result.output
     return result.output
@@ -83,8 +83,8 @@ def test_the_command_says_what_the_function_says(backend: str) -> None:
     usable(backend)
     found = explain_layouts("bert", backend=backend, layers=2)
     words = ("explain", "bert", "layouts", "--backend", backend, "--set", "layers=2")
-    assert told(*words).split() == str(found).split()
-    assert json.loads(told(*words, "--json")) == found.as_dict()
+    assert report(*words).split() == str(found).split()
+    assert json.loads(report(*words, "--json")) == found.as_dict()
 
 
 def test_bytes_are_those_of_the_weights_and_of_what_is_made() -> None:
@@ -123,7 +123,7 @@ def test_inspect_shows_the_graph_as_hoisting_left_it(compiled: treadle.Compiled,
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = ("inspect", "gpt2", "--backend", "tvm", *settings, "--after")
     for name in LOWERING:  # for the processor at hand, whose panels may have another width
-        printed = told(*words, name).partition("\ngraph ")[2].partition("\n# storage of each value")[0]
+        printed = report(*words, name).partition("\ngraph ")[2].partition("\n# storage of each value")[0]
         shown = parse_graph(f"graph {printed}")
         wanted = treadle.compile("gpt2", backend="tvm", **SMALL).optimized.after(name)
         assert shown == wanted
@@ -185,8 +185,8 @@ def test_an_artifact_is_explained_as_the_model_that_it_was_made_of(explain: Any,
     """Except for line numbers, and the numbers of values with one name, which the text of a graph counts again."""
     file = tmp_path / "model.treadle"
     treadle.compile("gpt2", **SMALL).save(file)
-    told = explain("gpt2", **SMALL), explain(file)
-    wanted, found = (re.sub(r"\S+\.py:\d+|_\d+\b| +", "", str(each)) for each in told)
+    report = explain("gpt2", **SMALL), explain(file)
+    wanted, found = (re.sub(r"\S+\.py:\d+|_\d+\b| +", "", str(each)) for each in report)
     assert found == wanted
     with pytest.raises(CheckpointError, match="more tensors than the limit"):
         explain(file, limits={"tensors": 3})

@@ -17,7 +17,7 @@ from treadle.ir.text.parser import parse_graph
 SMALL = ("--set", "layers=2", "--set", "dim=48", "--set", "heads=4", "--set", "vocab=50")
 
 
-def told(*arguments: str, exit_code: int = 0) -> str:
+def report(*arguments: str, exit_code: int = 0) -> str:
     result = CliRunner().invoke(app, [*arguments])
     assert result.exit_code == exit_code, result.output
     return result.output
@@ -48,7 +48,7 @@ def test_repetitions_of_a_shared_block_have_states_each() -> None:
 
 
 def test_facts_are_data() -> None:
-    facts = json.loads(told("explain", "gpt2", "step", *SMALL, "--json"))
+    facts = json.loads(report("explain", "gpt2", "step", *SMALL, "--json"))
     assert facts["axis"] == "S"
     assert [entry["name"] for entry in facts["entries"]] == ["prefill", "step", "verify"]
     assert facts["bytes_per_token"] == 2 * 2 * 48 * 4, "keys and values of two layers, in float32"
@@ -62,7 +62,7 @@ def test_facts_are_data() -> None:
 
 @pytest.mark.parametrize("entry", ["prefill", "step", "verify"])
 def test_an_entry_is_printed_with_what_it_calls(entry: str) -> None:
-    text = told("inspect", "gpt2", "--entry", entry, *SMALL)
+    text = report("inspect", "gpt2", "--entry", entry, *SMALL)
     graph = parse_graph("\n".join(line for line in text.splitlines() if not line.startswith("#")))
     assert graph.entry_names == (entry,)
     assert set(graph.states) == {f"h.{n}.attn.{x}" for n in range(2) for x in "kv"}
@@ -70,6 +70,6 @@ def test_an_entry_is_printed_with_what_it_calls(entry: str) -> None:
 
 
 def test_an_entry_that_is_not_there_is_refused() -> None:
-    assert "one of prefill, step, verify" in told("inspect", "gpt2", "--entry", "main", *SMALL, exit_code=2)
-    assert "--entry alone" in told("inspect", "gpt2", "--entry", "step", "--raw", *SMALL, exit_code=2)
-    assert "no axis that may be stepped" in told("explain", "bert", "step", *SMALL, exit_code=2)
+    assert "one of prefill, step, verify" in report("inspect", "gpt2", "--entry", "main", *SMALL, exit_code=2)
+    assert "--entry alone" in report("inspect", "gpt2", "--entry", "step", "--raw", *SMALL, exit_code=2)
+    assert "no axis that may be stepped" in report("explain", "bert", "step", *SMALL, exit_code=2)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.golden import Golden
-from tests.test_explaining_layouts import SMALL, TARGETS, told, usable, without_lines
+from tests.test_explaining_layouts import SMALL, TARGETS, report, usable, without_lines
 from treadle.compiling import compile
 from treadle.explaining.storage import StorageReport, explain_storage
 from treadle.passes.pipelines import DEFAULT
@@ -33,8 +33,8 @@ def test_the_command_says_what_the_function_says(backend: str) -> None:
     usable(backend)
     found = explain_storage("bert", backend=backend, layers=2)
     words = ("explain", "bert", "storage", "--backend", backend, "--set", "layers=2")
-    assert told(*words).split() == str(found).split()
-    assert json.loads(told(*words, "--json")) == found.as_dict()
+    assert report(*words).split() == str(found).split()
+    assert json.loads(report(*words, "--json")) == found.as_dict()
 
 
 def test_every_value_and_every_weight_is_told() -> None:
@@ -68,7 +68,7 @@ def test_a_weight_is_told_by_how_it_came() -> None:
 def test_the_plan_is_the_last_row_of_one_table_and_a_stage_to_inspect() -> None:
     usable("tvm")
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-    lines = told("compile", "gpt2", "--backend", "tvm", *settings).splitlines()
+    lines = report("compile", "gpt2", "--backend", "tvm", *settings).splitlines()
     wanted = [
         *(each.name for each in DEFAULT),
         "legalize",
@@ -81,10 +81,10 @@ def test_the_plan_is_the_last_row_of_one_table_and_a_stage_to_inspect() -> None:
     ]
     rows = [line.split()[0] for line in lines if line.strip()]
     assert [row for row in rows if row in wanted] == wanted
-    shown = told("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "plan-storage")
+    shown = report("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "plan-storage")
     assert "a view of linear" in shown and "graph gpt2" in shown
-    facts = json.loads(told("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "plan-storage", "--json"))
+    facts = json.loads(report("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "plan-storage", "--json"))
     assert {row["why"] for row in facts["plan"]["h"]} >= {"own storage", "a view of linear"}
     assert "plan" not in json.loads(
-        told("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "legalize", "--json")
+        report("inspect", "gpt2", "--backend", "tvm", *settings, "--after", "legalize", "--json")
     )

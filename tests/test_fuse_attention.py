@@ -215,12 +215,12 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
     before = graph_of(miss.build)
     optimized = fused(before)
     record = next(r for r in optimized.log if r.name == "fuse-attention")
-    told = [event for event in record.refusals if miss.reason in event.reason]
-    assert told, optimized.log.explain() or str(optimized.graph)
-    assert all(event.source.startswith("tests/attention_") for event in told)
+    report = [event for event in record.refusals if miss.reason in event.reason]
+    assert report, optimized.log.explain() or str(optimized.graph)
+    assert all(event.source.startswith("tests/attention_") for event in report)
     if miss.terms is None:
         assert attentions(optimized.graph) == []
-        assert all(event.matched and "; matched: " in str(event) for event in told)
+        assert all(event.matched and "; matched: " in str(event) for event in report)
     else:
         assert [terms_of(op) for op in attentions(optimized.graph)] == [miss.terms]
     assert_equal_everywhere(before, optimized.graph, ROUNDING)

@@ -231,16 +231,16 @@ def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
     have.
     """
 
-    def told(*lines: str) -> dict[str, str]:
+    def report(*lines: str) -> dict[str, str]:
         verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts
         return {v.kind: v.op or v.reason for v in verdicts if v.kind in ("gate", "epilogue", "projection")}
 
     lines, _, reason = REFUSED["of-two-values"]
-    assert told(*lines) == {"gate": reason, "epilogue": "activated_linear"}
-    made = told("a = linear(x, $g)", "s = exp(a)", "v = linear(x, $u)", "y = mul(s, v)")
+    assert report(*lines) == {"gate": reason, "epilogue": "activated_linear"}
+    made = report("a = linear(x, $g)", "s = exp(a)", "v = linear(x, $u)", "y = mul(s, v)")
     assert made.pop("gate").startswith("no rule of fuse-gated-linear came near")
     assert made == {"projection": "projections"}
-    assert told(X, G, "v = linear(x, $u)", "y = mul(s, v)") == {"gate": "gated_linear"}
+    assert report(X, G, "v = linear(x, $u)", "y = mul(s, v)") == {"gate": "gated_linear"}
 
 
 def test_a_gate_of_another_form_is_told_the_forms() -> None:

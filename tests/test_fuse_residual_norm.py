@@ -173,8 +173,8 @@ def test_decomposed_models_are_fused_again() -> None:
 
 def test_explain_lists_each_site() -> None:
     explanation = explain_fusion("gpt2", layers=2)
-    told = [v for block in explanation.blocks for v in block.verdicts if v.kind == "residual"]
-    assert [(v.status, v.op, v.rules) for v in told] == [("fused", "add_layer_norm", ("add-layer-norm",))]
+    report = [v for block in explanation.blocks for v in block.verdicts if v.kind == "residual"]
+    assert [(v.status, v.op, v.rules) for v in report] == [("fused", "add_layer_norm", ("add-layer-norm",))]
     b = Builder(Graph("toy"))
     x, r = b.input("x", "f16[B, 8]"), b.input("r", "f16[B, 8]")
     b.outputs(y=b.rms_norm((x + r).cast("f32")), z=b.layer_norm(x + b.parameter("bias", "f16[8]")))

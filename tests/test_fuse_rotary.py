@@ -414,9 +414,9 @@ def test_each_near_miss_says_why(case: Case) -> None:
     before = graph_of(case.build)
     optimized = fused(before)
     assert not any(isinstance(node.op, Rotary) for node in optimized.graph.main.nodes)
-    told = next(r for r in optimized.log if r.name == "fuse-rotary").refusals
-    assert [event.reason for event in told if case.said in event.reason], optimized.log.explain()
-    assert all(event.source.startswith("tests/test_fuse_rotary.py:") for event in told)
+    report = next(r for r in optimized.log if r.name == "fuse-rotary").refusals
+    assert [event.reason for event in report if case.said in event.reason], optimized.log.explain()
+    assert all(event.source.startswith("tests/test_fuse_rotary.py:") for event in report)
     assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
 
 

@@ -52,8 +52,8 @@ def explained(graph: Graph) -> Explanation:
     assert set(names.values()) <= {1}
     assert {(s.function, s.kind, s.anchor) for s in find_sites(optimized.source)} <= set(names)
     calls = count_calls(optimized.source)
-    told = Counter(verdict.status for site, verdict in judged for _ in range(calls[site.function]))
-    assert {status: count for status, count in explanation.sites.items() if count} == told
+    report = Counter(verdict.status for site, verdict in judged for _ in range(calls[site.function]))
+    assert {status: count for status, count in explanation.sites.items() if count} == report
     places = sum(block.calls * len(v.places) for block in explanation.blocks for v in block.verdicts)
     assert sum(explanation.sites.values()) == places
     for kind in SPELLED:

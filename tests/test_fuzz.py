@@ -19,7 +19,7 @@ GRAPHS = 80
 def test_graphs_give_what_they_mean(start: int) -> None:
     for seed in range(start, start + 20):
         backends = BACKENDS if seed % 10 == 0 else BACKENDS[:2]
-        wrong = {name: told for name, told in verdicts(draw(seed), backends) if told}
+        wrong = {name: report for name, report in verdicts(draw(seed), backends) if report}
         assert not wrong, f"seed {seed}: {wrong}"
 
 

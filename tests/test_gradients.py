@@ -231,7 +231,7 @@ def test_a_loss_of_the_models_own_counts_as_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "told"),
+    ("make", "error", "report"),
     [
         (lambda g: gradient_graph(g, "logits", []), GraphError, "must be an output that is a scalar"),
         (lambda g: gradient_graph(with_squares(g), "squares", ["w"]), GraphError, "the graph has no weight w"),
@@ -243,8 +243,8 @@ def test_a_loss_of_the_models_own_counts_as_one() -> None:
         (lambda g: with_cross_entropy(with_cross_entropy(g, "logits"), "loss"), UsageError, "has no classes"),
     ],
 )
-def test_what_has_no_loss_or_gradient_is_refused(make: Any, error: type[Exception], told: str) -> None:
-    with pytest.raises(error, match=told):
+def test_what_has_no_loss_or_gradient_is_refused(make: Any, error: type[Exception], report: str) -> None:
+    with pytest.raises(error, match=report):
         make(with_scores(2, 3, 5))
 
 

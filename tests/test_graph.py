@@ -179,9 +179,11 @@ def test_a_value_that_is_used_and_not_defined_is_not_copied() -> None:
             graph.main.outputs["lost"] = diamond().main.nodes[0].result
         else:
             graph.main.updated["lost"] = diamond().main.nodes[0].result
-        with pytest.raises(GraphError, match=f"main uses {first.result.name}, which it does not define before") as told:
+        with pytest.raises(
+            GraphError, match=f"main uses {first.result.name}, which it does not define before"
+        ) as report:
             clone_graph(graph)
-        assert told.value.received == repr(first.result)
+        assert report.value.received == repr(first.result)
 
 
 def test_uses_are_in_program_order() -> None:

@@ -95,8 +95,8 @@ def test_what_is_proven_holds_at_every_size() -> None:
         frame = frames["main"]
         (hosting,) = hostings(frames, "main")
         apart = place_frames(frames | {"main": replace(frame, handed_out=())}, {"B": 6, "S": 50})["main"].size
-        told = hosting.most_apart(BOUNDS, 0, apart)
-        proven += told < apart
+        report = hosting.most_apart(BOUNDS, 0, apart)
+        proven += report < apart
         late = tuple([x for x in frame.lives if x.last >= hosting.result.first])
         kept = {at: call for at, call in frame.calls.items() if at >= hosting.result.first}
         for b in (1, 2, 6):
@@ -106,7 +106,7 @@ def test_what_is_proven_holds_at_every_size() -> None:
                 if placed["main"].host is not None:
                     assert needs(placed, frame, sizes) <= bytes_of(hosting.result, sizes)
                 left = place_frames(frames | {"main": Frame("main", frame.steps, late, kept)}, sizes)["main"].size
-                assert placed["main"].size <= max(left, told), (seed, sizes)
+                assert placed["main"].size <= max(left, report), (seed, sizes)
     assert 5 < proven < 25
 
 
@@ -142,17 +142,17 @@ def one_early(early: str, result: str, *beside: Life) -> tuple[dict[str, Frame],
 def test_a_result_hosts_where_it_is_no_smaller(early: str, result: str, smallest: dict[str, int] | None) -> None:
     """The bound for sizes at which the result is too small is the need of a run there, or little more."""
     frames, hosting = one_early(early, result)
-    told, taken = hosting.most_apart(BOUNDS, 0, 1 << 40), {}
+    report, taken = hosting.most_apart(BOUNDS, 0, 1 << 40), {}
     for b in range(1, 7):
         for s in range(1, 51):
             placed = place_frames(frames, {"B": b, "S": s})["main"]
             taken[b, s] = placed.size
             assert placed.size == 0 or placed.host is None
     if smallest is None:
-        assert told == 0 == max(taken.values())
+        assert report == 0 == max(taken.values())
     else:
         assert taken[smallest["B"], smallest["S"]] > 0
-        assert max(taken.values()) <= told <= 1.3 * max(taken.values()) + 64
+        assert max(taken.values()) <= report <= 1.3 * max(taken.values()) + 64
 
 
 def test_of_sizes_that_take_less_than_is_kept_at_the_largest_nothing_is_asked() -> None:
@@ -165,10 +165,10 @@ def test_of_sizes_that_take_less_than_is_kept_at_the_largest_nothing_is_asked() 
 
 
 def test_buffers_of_one_size_share_a_place_unless_they_live_at_once() -> None:
-    for first, told in ((1, 0), (0, 8064)):
+    for first, report in ((1, 0), (0, 8064)):
         _, hosting = one_early("16*S", "30*S", Life(storage("again", "16*S"), first, 1))
         hosting = replace(hosting, whole=(Size.of("16*S"), Size.of("160*S + 64")))
-        assert hosting.most_apart(BOUNDS, 0, 1 << 40) == told
+        assert hosting.most_apart(BOUNDS, 0, 1 << 40) == report
 
 
 def test_symbols_without_an_end() -> None:
@@ -225,22 +225,22 @@ def tokens(b: int, s: int) -> np.ndarray[Any, Any]:
 @needs_tvm
 def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp_path: Path) -> None:
     free = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, **WIDE)
-    told = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=MOST, **WIDE)
-    assert told.arena is not None and told.arena < told.peak / 2
-    kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=told.arena, sizes=MOST, **WIDE)
+    report = explain_memory("gpt2", backend="tvm", target=ALONE, sizes=MOST, **WIDE)
+    assert report.arena is not None and report.arena < report.peak / 2
+    kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=report.arena, sizes=MOST, **WIDE)
     assert kept.memory is not None and kept.memory.ratio == 1.0 and not kept.memory.chunks
-    assert kept.memory.peak == kept.memory.before == told.arena and kept.memory.host == "logits"
+    assert kept.memory.peak == kept.memory.before == report.arena and kept.memory.host == "logits"
     assert "temporaries that die before logits is written use the memory of logits" in str(kept.memory)
     r = Random(0)
     drawn = [(r.randint(1, MOST["B"]), r.randint(1, MOST["S"])) for _ in range(4)]
     for b, s in [(MOST["B"], MOST["S"]), (1, 1), (2, 1), (1, MOST["S"]), *drawn]:
         assert np.array_equal(free(tokens=tokens(b, s))["logits"], kept(tokens=tokens(b, s))["logits"])
-        assert told.arena - 64 < measured(kept, tokens=tokens(b, s)) <= told.arena if (b, s) == (2, 60) else True
-        assert measured(kept, tokens=tokens(b, s)) <= told.arena
+        assert report.arena - 64 < measured(kept, tokens=tokens(b, s)) <= report.arena if (b, s) == (2, 60) else True
+        assert measured(kept, tokens=tokens(b, s)) <= report.arena
     free.save(tmp_path / "free.treadle")
-    assert t.load(tmp_path / "free.treadle", target=ALONE, memory=told.arena, sizes=MOST).memory == kept.memory
+    assert t.load(tmp_path / "free.treadle", target=ALONE, memory=report.arena, sizes=MOST).memory == kept.memory
     sizes = [{"B": b, "S": s} for b in (1, 2) for s in range(1, MOST["S"] + 1)]
-    assert max(needs_of(kept, **each) for each in sizes) == told.arena
+    assert max(needs_of(kept, **each) for each in sizes) == report.arena
 
 
 @needs_tvm
@@ -311,8 +311,8 @@ def test_an_output_that_is_too_small_at_smaller_sizes_hosts_nothing_there() -> N
     assert plan.host is None and arena < plan.arena <= kept.memory.peak
     with pytest.raises(BackendError, match="does not fit") as refused:
         t.compile(looked_up, backend="tvm", target=ALONE, memory=arena, sizes=most)
-    told = f"{kept.memory.peak:,} bytes without a budget, {arena:,} at these sizes alone"
-    assert told in str(refused.value.within)
+    report = f"{kept.memory.peak:,} bytes without a budget, {arena:,} at these sizes alone"
+    assert report in str(refused.value.within)
 
 
 @needs_tvm
@@ -323,11 +323,11 @@ def test_an_output_that_comes_back_in_a_donated_input_hosts_nothing() -> None:
 
     needed = []
     for donate in ((), ("x",)):
-        told = explain_memory(refined, backend="tvm", target=ALONE, sizes={"S": 9}, donate=donate)
-        assert told.arena is not None
-        needed.append(told.arena)
-        kept = t.compile(refined, backend="tvm", target=ALONE, memory=told.arena, sizes={"S": 9}, donate=donate)
-        assert kept.memory is not None and kept.memory.peak == kept.memory.before == told.arena
+        report = explain_memory(refined, backend="tvm", target=ALONE, sizes={"S": 9}, donate=donate)
+        assert report.arena is not None
+        needed.append(report.arena)
+        kept = t.compile(refined, backend="tvm", target=ALONE, memory=report.arena, sizes={"S": 9}, donate=donate)
+        assert kept.memory is not None and kept.memory.peak == kept.memory.before == report.arena
         x = np.ones((9, 64), np.float32)
         (made,) = kept(x=x).values()
         assert np.shares_memory(x, made) is bool(donate)

@@ -209,14 +209,14 @@ def test_matches_each_text_by_itself_as_hugging_face(
 def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
     labelled(tmp_path, "ViT", size={"height": 32, "width": 32})
     run = CliRunner()
-    told = json.loads(run.invoke(app, ["label", str(tmp_path), *images[:2], "--top", "2", "--json"]).stdout)
-    assert [len(each["labels"]) for each in told["images"]] == [2, 2]
-    best = told["images"][0]["labels"][0]
+    report = json.loads(run.invoke(app, ["label", str(tmp_path), *images[:2], "--top", "2", "--json"]).stdout)
+    assert [len(each["labels"]) for each in report["images"]] == [2, 2]
+    best = report["images"][0]["labels"][0]
     shown = run.invoke(app, ["label", str(tmp_path), images[0], "--top", "1"]).stdout
     assert shown == f"{images[0]}: {best['label']} {best['score']:.4f}\n"
     words = ["match", str(clip), images[0], "--text", "a cat", "--text", "a dog"]
-    told = json.loads(run.invoke(app, [*words, "--json"]).stdout)
-    assert sum(each["score"] for each in told["images"][0]["texts"]) == pytest.approx(1)
+    report = json.loads(run.invoke(app, [*words, "--json"]).stdout)
+    assert sum(each["score"] for each in report["images"][0]["texts"]) == pytest.approx(1)
     assert "a cat" in run.invoke(app, words).stdout
 
 

@@ -45,8 +45,8 @@ def test_it_is_told_with_its_cost_and_its_line() -> None:
     exe = compile(counting, backend="tvm")
     (note,) = exe.executable.notes  # type: ignore[attr-defined]
     # 128 x 128 x 8 elements, each with one addition
-    told, _, place = note.partition("    ")
-    assert told == "cumsum runs element by element, 0.131 MFLOPs at B=128, S=128"
+    report, _, place = note.partition("    ")
+    assert report == "cumsum runs element by element, 0.131 MFLOPs at B=128, S=128"
     path, _, line = place.split()[0].rpartition(":")
     assert path.endswith("test_leftovers.py")
     assert "axis=2" in Path(__file__).read_text(encoding="utf-8").splitlines()[int(line) - 1]

@@ -162,5 +162,5 @@ def test_summaries_and_answers_are_told_in_words(monkeypatch: pytest.MonkeyPatch
     words = ["summarize", "m", "a", "b", "--tokens", "4", "--beams", "3", "--length-penalty", "2"]
     assert CliRunner().invoke(app, words).stdout == "A\nB\n"
     words = ["answer", "m", "who?", "Ada and Bob", "nobody", "--top", "2", "--longest", "6"]
-    told = "Ada  (0.7500, characters 0 to 3)\nBob  (0.1250, characters 8 to 11)\nno answer\n"
-    assert CliRunner().invoke(app, words).stdout == told
+    report = "Ada  (0.7500, characters 0 to 3)\nBob  (0.1250, characters 8 to 11)\nno answer\n"
+    assert CliRunner().invoke(app, words).stdout == report

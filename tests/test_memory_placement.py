@@ -319,7 +319,7 @@ def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("proven", "found", "capacity", "asked", "told"),
+    ("proven", "found", "capacity", "asked", "report"),
     [
         (0, 1000, None, [60, 80, 90, 95, 97, 98, 60, 80, 90, 95], (100, 60)),
         (62, 75, None, [60, 61, 62, 81, 62, 71, 76, 62, 69, 72], (76, 62)),
@@ -333,7 +333,7 @@ def test_which_sizes_are_asked_for(
     found: int,
     capacity: int | None,
     asked: list[int],
-    told: tuple[int, int],
+    report: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The bound first, then halfway to the best known size, and so on, until time is up: the clock is read 20 times.
@@ -356,7 +356,7 @@ def test_which_sizes_are_asked_for(
     known = exact.Outcome(np.array([0, 90]), 100, 60)
     best = exact.improve(np.array([0, 0]), np.array([1, 1]), np.array([10, 10]), known, capacity, 20.0)
     assert best is not None
-    assert (was, (best.reached, best.bound)) == (asked, told)
+    assert (was, (best.reached, best.bound)) == (asked, report)
 
 
 # Planted faults

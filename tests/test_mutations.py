@@ -203,6 +203,6 @@ def test_what_a_process_runs_that_a_test_starts_counts_for_the_test(tmp_path, mo
     code = "import os, treadle.ir.axes; os.fork() or os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     _Layer.gather(tmp_path)
-    told = json.loads((tmp_path / "tests.json").read_text())
-    assert list(told["lines"]) == ["tests/test_a.py::x"]
-    assert "ir/axes.py" in told["sources"]
+    report = json.loads((tmp_path / "tests.json").read_text())
+    assert list(report["lines"]) == ["tests/test_a.py::x"]
+    assert "ir/axes.py" in report["sources"]

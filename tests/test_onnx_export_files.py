@@ -302,10 +302,10 @@ def test_the_command_writes_what_runs(tmp_path: Path) -> None:
     assert f"wrote {target}" in said.output
     assert f"wrote {target}.data" in said.output
     assert "nodes of opset 18: " in said.output
-    told = json.loads(command(*words, "--json").output)
-    assert (told["model"], told["opset"], told["files"]) == ("gpt2", 23, [str(target)])
-    assert told["operators"]["Attention"] == 1
-    assert (told["inputs"], told["outputs"]) == ({"tokens": "tokens"}, {"logits": "logits"})
+    report = json.loads(command(*words, "--json").output)
+    assert (report["model"], report["opset"], report["files"]) == ("gpt2", 23, [str(target)])
+    assert report["operators"]["Attention"] == 1
+    assert (report["inputs"], report["outputs"]) == ({"tokens": "tokens"}, {"logits": "logits"})
     made = run(session(target), {"tokens": np.array([[1, 2, 3]])})
     compiled = treadle.compile("gpt2", layers=1, dim=8, heads=2, vocab=11)
     assert_near(made["logits"], compiled(tokens=np.array([[1, 2, 3]]))["logits"])

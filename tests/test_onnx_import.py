@@ -129,11 +129,11 @@ def test_long_names_of_nodes_are_cut() -> None:
     assert found.notes.producer == ("exporter" * 9 + " " + "2.0" * 9)[:80]
     assert found.graph.main.nodes[0].scope == printable("n" * 500, 400)
     proto.graph.node[0].name = "n"
-    told = "['', 'encoder', '{}']"
+    report = "['', 'encoder', '{}']"
     for length, scope in ((9_999, "encoder.n"), (10_000, "n")):
         del proto.graph.node[0].metadata_props[:]
         entry = proto.graph.node[0].metadata_props.add()
-        entry.key, entry.value = "pkg.torch.onnx.name_scopes", told.format("m" * (length - len(told) + 2))
+        entry.key, entry.value = "pkg.torch.onnx.name_scopes", report.format("m" * (length - len(report) + 2))
         assert import_onnx(proto).graph.main.nodes[0].scope == scope
 
 

@@ -159,8 +159,8 @@ def test_automatic_padding_of_a_symbolic_axis(operator: str, automatic: str, ker
         made = run(given)
         if stride <= kernel:  # ONNX Runtime fails if a stride larger than the kernel drops elements
             assert_as_runtime(proto, given, made)
-        told = answers(import_onnx(proto, dims={"S": size}), given)
-        for got, wanted in zip(made, told, strict=True):
+        report = answers(import_onnx(proto, dims={"S": size}), given)
+        for got, wanted in zip(made, report, strict=True):
             np.testing.assert_allclose(got["y"], wanted["y"], rtol=1e-5, atol=1e-5)
 
 

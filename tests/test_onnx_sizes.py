@@ -86,9 +86,9 @@ def test_every_axis_that_a_hint_lists_can_be_given() -> None:
     assert listed is not None
     assert listed[1] == "Dynamic.0, past + S, S, past, batch size, 7, x_4"
     for name in listed[1].split(", "):
-        told = import_onnx(proto, dims={name: 4}).graph.main.inputs[0].type
-        assert told.shape != plain.shape, name
-        assert Size.of(4) in told.shape or name in ("S", "past")
+        report = import_onnx(proto, dims={name: 4}).graph.main.inputs[0].type
+        assert report.shape != plain.shape, name
+        assert Size.of(4) in report.shape or name in ("S", "past")
 
 
 def test_an_axis_may_be_called_as_its_symbol_is() -> None:

@@ -195,15 +195,15 @@ def test_numbers_are_those_of_program_order(backend: str) -> None:
 
 def test_steps_with_one_order_are_told_from_others() -> None:
     """Enumeration of the orders shows if there is a second one."""
-    told = []
+    report = []
     for seed in range(24):
         function = next(iter(random_program(seed).functions.values()))
         steps = each_alone(function)[: 3 + seed % 4]
         before = must_precede(function, steps)
         problem = OrderProblem(before, (), (0,) * len(steps), ((),) * len(steps))
-        told.append(have_one_order(before))
-        assert told[-1] == (len(list(islice(every_order(problem), 2))) == 1), seed
-    assert True in told and False in told
+        report.append(have_one_order(before))
+        assert report[-1] == (len(list(islice(every_order(problem), 2))) == 1), seed
+    assert True in report and False in report
 
 
 def test_orders_are_looked_for_at_a_few_sizes() -> None:

@@ -50,9 +50,9 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.Monk
     assert read_regular("ten", 10) == b"0123456789"
     with pytest.raises(CheckpointError, match="the file is longer than the limit") as error:
         read_regular("ten", 9, setting="bytes")
-    told = error.value
-    assert (told.received, told.within) == ("10 bytes, limit 9", "ten")
-    assert told.hint == "limits={'bytes': 10}, if you trust the file"
+    report = error.value
+    assert (report.received, report.within) == ("10 bytes, limit 9", "ten")
+    assert report.hint == "limits={'bytes': 10}, if you trust the file"
     with pytest.raises(CheckpointError, match="the file is longer than the limit") as error:
         read_regular("ten", 0, "the file")
     assert (error.value.within, error.value.hint) == ("the file", None)

@@ -172,11 +172,11 @@ def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_pat
 def test_ranks_compare_the_shapes_and_the_ends_of_weights() -> None:
     """Eight numbers at each end of each dimension, so the check reads little."""
     held = np.arange(40.0)
-    told = _told_weights({"w": held}, 0)
+    text = _told_weights({"w": held}, 0)
     for at, differs in ((0, True), (7, True), (8, False), (31, False), (32, True), (39, True)):
         other = held.copy()
         other[at] += 1
-        assert (_told_weights({"w": other}, 0) != told) == differs
+        assert (_told_weights({"w": other}, 0) != text) == differs
     for changed in ({"v": held}, {"w": held.reshape(5, 8)}, {"w": held.view(np.int64)}, {"w": held, "v": held}):
-        assert _told_weights(changed, 0) != told
+        assert _told_weights(changed, 0) != text
     assert _told_weights(None, 5) == "drawn from 5"

@@ -415,11 +415,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), WRONG, ids=[change.__name__ for change, _ in WRONG])
-def test_what_is_wrong_of_parts_is_found(change: Callable[[Graph, Parted], None], told: str) -> None:
+@pytest.mark.parametrize(("change", "report"), WRONG, ids=[change.__name__ for change, _ in WRONG])
+def test_what_is_wrong_of_parts_is_found(change: Callable[[Graph, Parted], None], report: str) -> None:
     graph, parted = parted_attention()
     change(graph, parted)
-    with pytest.raises(PassError, match=told):
+    with pytest.raises(PassError, match=report):
         check_parts(graph, parted)
 
 
@@ -475,11 +475,11 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), CALLS, ids=[change.__name__ for change, _ in CALLS])
-def test_what_is_wrong_of_calls_in_parts_is_found(change: Callable[[Graph, Parted], None], told: str) -> None:
+@pytest.mark.parametrize(("change", "report"), CALLS, ids=[change.__name__ for change, _ in CALLS])
+def test_what_is_wrong_of_calls_in_parts_is_found(change: Callable[[Graph, Parted], None], report: str) -> None:
     graph, parted = parted_layers()
     change(graph, parted)
-    with pytest.raises(PassError, match=told):
+    with pytest.raises(PassError, match=report):
         check_parts(graph, parted)
 
 

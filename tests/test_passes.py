@@ -766,8 +766,8 @@ def test_near_miss_is_left_alone_and_says_why(case: Case) -> None:
     optimized = optimize(case.before, case.each)
     assert optimized.graph == optimized.source
     (record,) = optimized.log
-    told = [str(e).partition("    ")[0] for e in (*record.refusals, *record.near_misses)]
-    assert case.expected in told
+    report = [str(e).partition("    ")[0] for e in (*record.refusals, *record.near_misses)]
+    assert case.expected in report
 
 
 def test_an_index_of_many_sums_is_looked_at_once() -> None:

@@ -55,8 +55,8 @@ def losses(folder: Path, row: list[int]) -> np.ndarray:
     """Return -ln p of each token but the first, with Hugging Face's logits."""
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        told = torch.log_softmax(model(torch.tensor([row])).logits[0].double(), -1)
-    found: np.ndarray = -told[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].numpy()
+        report = torch.log_softmax(model(torch.tensor([row])).logits[0].double(), -1)
+    found: np.ndarray = -report[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].numpy()
     return found
 
 
@@ -148,7 +148,7 @@ def test_logarithms_are_of_large_numbers_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "window", "told", "received"),
+    ("count", "window", "report", "received"),
     [
         (30, 1, "a window has at least 2 tokens and at most 40, the model's maximum", "1"),
         (30, 41, "a window has at least 2 tokens and at most 40, the model's maximum", "41"),
@@ -157,10 +157,10 @@ def test_logarithms_are_of_large_numbers_too() -> None:
     ],
 )
 def test_what_has_no_perplexity(
-    folder: Path, ids: list[int], count: int, window: int, told: str, received: str
+    folder: Path, ids: list[int], count: int, window: int, report: str, received: str
 ) -> None:
     meter = PerplexityMeter.open(ModelOptions(folder))
-    with pytest.raises(UsageError, match=told) as caught:
+    with pytest.raises(UsageError, match=report) as caught:
         meter.measure(ids[:count], window=window)
     assert caught.value.received == received
     assert meter.measure(ids[:40], window=40).windows == 1 and meter.measure(ids[:2], window=2).tokens == 1

@@ -68,7 +68,7 @@ def test_a_mesh_reads_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "report"),
     [
         ("tp", "not a mesh"),
         ("tp=0", "axes of 1 or more"),
@@ -77,8 +77,8 @@ def test_a_mesh_reads_back(text: str) -> None:
         ("", "not a mesh"),
     ],
 )
-def test_what_is_no_mesh_is_refused(text: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_what_is_no_mesh_is_refused(text: str, report: str) -> None:
+    with pytest.raises(UsageError, match=report):
         Mesh.of(text)
 
 
@@ -295,15 +295,15 @@ def test_a_step_takes_what_its_bytes_and_messages_do(
 ) -> None:
     mesh, type = Mesh.of("tp=4"), f32["B", 16]
     (step,) = conversion(type.shape, parse_placement(source, mesh), parse_placement(target, mesh))
-    told = type, step, {"B": 8}
-    assert (payload_of(*told), sent_by(*told) if step.sends else 0) == (payload, sent)
-    assert seconds_of(*told, mesh, ROUND) == pytest.approx(seconds)
-    assert seconds_of(*told, mesh, replace(ROUND, node=3)) == pytest.approx(far)
+    report = type, step, {"B": 8}
+    assert (payload_of(*report), sent_by(*report) if step.sends else 0) == (payload, sent)
+    assert seconds_of(*report, mesh, ROUND) == pytest.approx(seconds)
+    assert seconds_of(*report, mesh, replace(ROUND, node=3)) == pytest.approx(far)
 
 
 def test_a_part_that_is_passed_on_takes_its_bytes_and_a_message() -> None:
     mesh = Mesh.of("tp=4")
-    told = f32["B", 16], parse_placement("[tp, -]", mesh), {"B": 8}
-    assert bytes_of(*told) == 128
-    assert seconds_to_pass(*told, mesh.parts, mesh, ROUND) == 128 / 64 + 0.5
-    assert seconds_to_pass(*told, mesh.parts, mesh, replace(ROUND, node=3)) == 128 / 16 + 0.5
+    report = f32["B", 16], parse_placement("[tp, -]", mesh), {"B": 8}
+    assert bytes_of(*report) == 128
+    assert seconds_to_pass(*report, mesh.parts, mesh, ROUND) == 128 / 64 + 0.5
+    assert seconds_to_pass(*report, mesh.parts, mesh, replace(ROUND, node=3)) == 128 / 16 + 0.5

@@ -118,8 +118,8 @@ def run(model: str, backend: str, **options: Any) -> Array:
 def test_what_becomes_of_each_weight_and_why(every: Graph) -> None:
     plan = plan_quantization(every, "int4")
     check_quantization(plan, every)
-    told = {w.name: (str(w.encoding), w.reason) for w in plan.weights}
-    assert told == {
+    message = {w.name: (str(w.encoding), w.reason) for w in plan.weights}
+    assert message == {
         "across": ("None", "products sum along both of its axes"),
         "along": ("int4_groups(32)", "multiplied by linear"),
         "both": ("None", "products sum along both of its axes"),
@@ -378,8 +378,8 @@ def test_verify_takes_an_artifact_with_blocks(tmp_path: Path) -> None:
 
 
 def test_a_plan_prints_with_layers_folded() -> None:
-    told = str(explain_quantization(MODELS["llama"], quantize="int4"))
-    lines = told.splitlines()
+    message = str(explain_quantization(MODELS["llama"], quantize="int4"))
+    lines = message.splitlines()
     assert lines[0] == "llama, int4: 22 of 29 weights in blocks, 70,528 bytes of 468,736"
     assert lines[2].split() == ["weight", "type", "encoding", "bytes", "was", "why"]
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:]}

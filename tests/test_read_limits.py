@@ -94,7 +94,7 @@ def test_an_artifact_may_ask_for_what_its_page_says() -> None:
     )  # fmt: skip
     assert ArtifactLimits() == ArtifactLimits(header, graph, 4 * MIB, 50_000, 4 * MIB, 200_000, 16_384)
     page = (Path(__file__).parents[1] / "docs" / "artifacts.md").read_text(encoding="utf-8")
-    for told in (
+    for report in (
         "4 MiB",
         "10,000",
         "50,000",
@@ -106,7 +106,7 @@ def test_an_artifact_may_ask_for_what_its_page_says() -> None:
         "500 each",
         "300,000",
     ):
-        assert told in page, told
+        assert report in page, report
 
 
 def test_an_array_may_take_four_gigabytes(tmp_path: Path) -> None:

@@ -506,9 +506,9 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
     before = graph_of(miss.build)
     optimized = refined(before)
     record = next(r for r in optimized.log if r.name == "refine-attention")
-    told = [e for e in (*record.refusals, *record.near_misses) if miss.reason in e.reason]
-    assert len(told) == 1, optimized.log.explain()
-    assert told[0].source.startswith("tests/")
+    report = [e for e in (*record.refusals, *record.near_misses) if miss.reason in e.reason]
+    assert len(report) == 1, optimized.log.explain()
+    assert report[0].source.startswith("tests/")
     assert terms_of(attention_of(optimized.graph)) == miss.terms
     assert_equal_everywhere(before, optimized.graph, ROUNDING)
 

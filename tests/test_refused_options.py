@@ -100,11 +100,11 @@ def test_a_command_refuses(
     with pytest.raises(SystemExit) as ended:
         treadle.cli.main()
     assert ended.value.code == 2
-    told = capsys.readouterr()
+    report = capsys.readouterr()
     if "--json" in words:
-        assert (json.loads(told.out)["error"]["what"].startswith(what), told.err) == (True, "")
+        assert (json.loads(report.out)["error"]["what"].startswith(what), report.err) == (True, "")
     else:
-        assert (told.err.startswith(what), told.out) == (True, "")
+        assert (report.err.startswith(what), report.out) == (True, "")
 
 
 def test_a_long_line_of_an_error_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,28 +26,28 @@ def double(x: Annotated[t.Tensor, t.f32["B 2"]]) -> t.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "told"),
+    ("count", "report"),
     [
         (0, "0 B"), (999, "999 B"), (999.4, "999 B"), (999.5, "1 kB"), (1000, "1 kB"), (1234, "1.23 kB"),
         (999_499, "999 kB"), (999_500, "1 MB"), (1e9, "1 GB"), (2.5e12, "2.5 TB"), (9.995e14, "1 PB"),
         (1e18, "1e+03 PB"),
     ],
 )  # fmt: skip
-def test_counts_in_three_digits(count: float, told: str) -> None:
-    assert human(count, "B") == told
-    assert human(count) == told.removesuffix("B").strip()
+def test_counts_in_three_digits(count: float, report: str) -> None:
+    assert human(count, "B") == report
+    assert human(count) == report.removesuffix("B").strip()
 
 
 @pytest.mark.parametrize(
-    ("count", "what", "told"),
+    ("count", "what", "report"),
     [
         (0, "op", "0 ops"), (1, "op", "1 op"), (2, "op", "2 ops"), (1024, "parameter", "1,024 parameters"),
         (1, "pass", "1 pass"), (2, "pass", "2 passes"), (2, "match", "2 matches"), (3, "box", "3 boxes"),
         (2, "wish", "2 wishes"),
     ],
 )  # fmt: skip
-def test_plurals(count: int, what: str, told: str) -> None:
-    assert counted(count, what) == told
+def test_plurals(count: int, what: str, report: str) -> None:
+    assert counted(count, what) == report
 
 
 def test_a_small_output_is_told_in_full() -> None:
@@ -102,12 +102,12 @@ def test_passes_as_a_table() -> None:
 
 
 def test_outputs_as_a_table() -> None:
-    told = {
+    report = {
         "y": array_facts(np.array([[1, 2.5, np.inf]], np.float32)),
         "n": array_facts(np.int64(7)[()].reshape(())),
         "nothing": array_facts(np.zeros((0, 2), np.float32)),
     }
-    assert rows_of(array_table(told)) == [
+    assert rows_of(array_table(report)) == [
         ["output", "dtype", "shape", "min", "mean", "max", "not", "finite"],
         ["y", "float32", "1", "x", "3", "1", "1.75", "2.5", "1"],
         ["n", "int64", "scalar", "7", "7", "7"],
@@ -141,13 +141,13 @@ def test_models_that_are_here_and_that_are_not() -> None:
 def test_tensors_that_are_not_used() -> None:
     made = t.compile(double)
     assert not any("not used" in line for line in compiled_lines(made, 1.0))
-    for count, told in ((1, "1 tensor of the checkpoint not used: t0"), (4, "t0, t1, t2, t3"), (5, "t3, ...")):
+    for count, report in ((1, "1 tensor of the checkpoint not used: t0"), (4, "t0, t1, t2, t3"), (5, "t3, ...")):
         unused = replace(made, unused=tuple(f"t{i}" for i in range(count)))
-        assert list(compiled_lines(unused, 1.0))[-1].endswith(told)
+        assert list(compiled_lines(unused, 1.0))[-1].endswith(report)
         assert compiled_facts(unused, 1.0)["unused"] == [f"t{i}" for i in range(count)]
     unread = replace(made, unread=("rope_parameters.mscale",))
-    told = f"1 key of config.json that {made.name} does not know: rope_parameters.mscale"
-    assert list(compiled_lines(unread, 1.0))[-1] == told
+    report = f"1 key of config.json that {made.name} does not know: rope_parameters.mscale"
+    assert list(compiled_lines(unread, 1.0))[-1] == report
     assert compiled_facts(unread, 1.0)["unread"] == ["rope_parameters.mscale"]
 
 

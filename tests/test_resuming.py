@@ -196,7 +196,7 @@ class Counted:
         session.prefill = counted  # type: ignore[method-assign, assignment]
 
 
-def told(session: Session, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+def report(session: Session, prompts: list[list[int]], **options: Any) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in prompts]
     for token in generate(session, prompts, **options):
         found[token.row].append(token.id)
@@ -229,9 +229,9 @@ def test_a_prompt_that_is_given_several_times_is_prefilled_once(exe: Compiled, n
     sizes: dict[str, Any] = {"capacity": 40, "memory": {"S": 4} if given else None}
     session = made.session(rows=5, **sizes)
     counted = Counted(session)
-    found = told(session, prompts, **options)
+    found = report(session, prompts, **options)
     assert counted.count == len(prompt) + len(other)
-    assert found == told(made.session(rows=1, **sizes), prompts, **options), "each alone"
+    assert found == report(made.session(rows=1, **sizes), prompts, **options), "each alone"
     assert session.free == 5
     assert len({tuple(found[n]) for n in (0, 2, 3)}) == 3, "draws differ"
 
@@ -240,14 +240,14 @@ def test_prompts_that_begin_alike_go_on_from_one_of_them(exe: Compiled) -> None:
     system = drawn(40)
     prompts = [[*system, *drawn(8, seed)] for seed in (1, 2, 3)] + [drawn(12, 4)]
     prompts += [prompts[1], [*prompts[2], 5]]
-    wanted = told(exe.session(rows=1), prompts, most=5)
+    wanted = report(exe.session(rows=1), prompts, most=5)
     session = exe.session(rows=6, resumes=True)
     counted = Counted(session)
-    assert told(session, prompts, most=5) == wanted
+    assert report(session, prompts, most=5) == wanted
     assert counted.count == 48 + 8 + 8 + 12 + 0 + 1
     few = exe.session(rows=2, resumes=True)  # texts that wait for a row reuse the contents of others
     counted = Counted(few)
-    assert told(few, prompts, most=5) == wanted
+    assert report(few, prompts, most=5) == wanted
     assert counted.count < sum(map(len, prompts)) - 3 * 40
     guessing = exe.session(rows=1, resumes=True)
     counted = Counted(guessing)

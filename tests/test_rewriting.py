@@ -144,8 +144,8 @@ def test_what_the_folder_says_of_a_task(tmp_path: Path) -> None:
     assert translated == tokenizer.decode(made, skip_special_tokens=True)
     words = ["translate", str(tmp_path), given[0], "--from", "en", "--to", "de"]
     assert CliRunner().invoke(app, words).stdout == translated + "\n"
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    assert told["texts"][0]["text"] == translated
+    report = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert report["texts"][0]["text"] == translated
     with pytest.raises(UsageError, match="translates en to de") as refused:
         loaded.translate(given[0], source="en", target="fr")
     assert refused.value.received == "en to fr"

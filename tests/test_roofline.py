@@ -51,8 +51,8 @@ def test_kernels_do_all_of_the_models_work_and_no_more() -> None:
     assert found.seconds == sum(row.calls * row.seconds for row in found.rows)
     assert found.rates["f32"] >= max(row.flops / row.seconds for row in found.rows)
     assert any("bert.py" in row.source for row in products)
-    told = str(found)
-    assert all(row.kernel in told for row in found.rows)
+    report = str(found)
+    assert all(row.kernel in report for row in found.rows)
     assert json.loads(json.dumps(found.as_dict()))["sizes"] == SIZES
 
 
@@ -128,10 +128,10 @@ def test_what_is_told_and_drawn(golden: Golden) -> None:
     golden("roofline/told.txt", f"{MADE}\n\n{replace(MADE, sizes={}, threads=2)}\n")
     golden("roofline/drawn.svg", draw_roofline(MADE))
     first = {"kernel": "product_1", "what": "linear+gelu", "calls": 4, "seconds": 3e-3, "flops": 6_000_000_000}
-    told = MADE.as_dict()
-    assert told.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
+    report = MADE.as_dict()
+    assert report.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
     rates = {"rates": {"f32": 3e12, "int8": 9e12}, "read": 2e10, "held": 3_000_000}
-    assert told == {"model": "m", "target": "cpu", "threads": 1, "sizes": {"B": 2, "S": 9}, **rates}
+    assert report == {"model": "m", "target": "cpu", "threads": 1, "sizes": {"B": 2, "S": 9}, **rates}
 
 
 def test_rates_that_lie_together_have_two_decades() -> None:

@@ -53,8 +53,8 @@ def normal(*shape: int, seed: int = 0) -> Array:
 def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
     plan = plan_quantization(every, "int8")
     check_quantization(plan, every)
-    told = {(a.function, a.name): (str(a.encoding), a.reason) for a in plan.activations}
-    assert told == {
+    message = {(a.function, a.name): (str(a.encoding), a.reason) for a in plan.activations}
+    assert message == {
         ("twice", "x"): (
             "uint8_rows",
             "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
@@ -88,15 +88,15 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
 def test_what_the_plan_says_as_json(every: Graph) -> None:
     facts = json.loads(json.dumps(plan_quantization(every, "int8").as_dict()))
     assert (facts["scheme"], facts["bytes"], facts["bytes_before"]) == ("int8", 36252, 40000)
-    told = {each["name"]: each for part in ("weights", "activations") for each in facts[part] if each["name"] != "x"}
+    message = {each["name"]: each for part in ("weights", "activations") for each in facts[part] if each["name"] != "x"}
     held = {"bytes": 64 * 8 + 8 * 4, "bytes_before": 64 * 8 * 4}
     named = {"name": "along", "type": "f32[8, 64]", "encoding": "int8_rows", "reason": "multiplied by linear"}
-    assert told["along"] == {**named, **held}
-    assert told["sum"] == {
+    assert message["along"] == {**named, **held}
+    assert message["sum"] == {
         **{"function": "main", "name": "sum", "type": "f32[B, S, 64]", "encoding": "uint8_rows", "products": [4]},
         "reason": "linear multiplies it with int8_rows; not smoothed: no norm with a gain produces it",
     }
-    assert {told[name]["encoding"] for name in ("across", "h", "n")} == {None}
+    assert {message[name]["encoding"] for name in ("across", "h", "n")} == {None}
     assert plan_quantization(every, "int8-weights").as_dict().keys() == {
         "model",
         "scheme",
@@ -214,8 +214,8 @@ def test_other_encodings_are_refused() -> None:
 
 
 def test_what_each_encoding_of_a_weight_has_its_activations_rounded_to() -> None:
-    told = {text: str(rounded_for(parse_encoding(text))) for text in FORMS_OF_WEIGHTS}
-    assert told == FORMS_OF_WEIGHTS
+    message = {text: str(rounded_for(parse_encoding(text))) for text in FORMS_OF_WEIGHTS}
+    assert message == FORMS_OF_WEIGHTS
 
 
 FORMS_OF_WEIGHTS = {

@@ -51,11 +51,11 @@ class Heard:
         self.ends: list[Ended] = []
         self._over = threading.Event()
 
-    def __call__(self, told: Token | Ended) -> None:
-        if isinstance(told, Token):
-            self.tokens.append(told)
+    def __call__(self, report: Token | Ended) -> None:
+        if isinstance(report, Token):
+            self.tokens.append(report)
         else:
-            self.ends.append(told)
+            self.ends.append(report)
             self._over.set()
 
     def wait(self) -> list[int]:
@@ -157,8 +157,8 @@ def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Sch
     first = [Heard() for _ in range(3)]
     started, cancelled = threading.Event(), threading.Event()
 
-    def begin(told: Token | Ended) -> None:
-        first[0](told)
+    def begin(report: Token | Ended) -> None:
+        first[0](report)
         started.set()
         assert cancelled.wait(SECONDS)  # so that none is done before
 
@@ -180,7 +180,7 @@ def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Sch
 
 
 def test_what_a_receiver_raises_ends_its_own_text_alone(model: Compiled, scheduler: Scheduler) -> None:
-    def fail(told: Token | Ended) -> None:
+    def fail(report: Token | Ended) -> None:
         raise RuntimeError("the receiver is broken")
 
     scheduler.submit([(TextOrder((1, 2, 3), Choosing(30)), fail)])
@@ -289,12 +289,12 @@ def test_closing_drains_or_cuts_and_takes_no_more(model: Compiled, session: Sess
 
     slow = Scheduler(session)
     slow.start()
-    told: queue.SimpleQueue[Token | Ended] = queue.SimpleQueue()
-    (ticket,) = slow.submit([(TextOrder((2, 3), Choosing(40)), told.put)])
-    assert isinstance(told.get(timeout=SECONDS), Token)
+    report: queue.SimpleQueue[Token | Ended] = queue.SimpleQueue()
+    (ticket,) = slow.submit([(TextOrder((2, 3), Choosing(40)), report.put)])
+    assert isinstance(report.get(timeout=SECONDS), Token)
     slow.close()
     assert isinstance(ticket, Ticket)
-    while not isinstance(last := told.get(timeout=SECONDS), Ended):
+    while not isinstance(last := report.get(timeout=SECONDS), Ended):
         pass
     assert last.why in (Cut.CLOSED, None)
     assert session.rows == ()
@@ -305,15 +305,15 @@ def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, sch
     order: list[str] = []
     short, long = Heard(), Heard()
 
-    def first(told: Token | Ended) -> None:
+    def first(report: Token | Ended) -> None:
         order.append("short")
         if len(order) == 2:
             scheduler.submit([(TextOrder((1,) * 40, Choosing(1)), second)])
-        short(told)
+        short(report)
 
-    def second(told: Token | Ended) -> None:
+    def second(report: Token | Ended) -> None:
         order.append("long")
-        long(told)
+        long(report)
 
     scheduler.submit([(TextOrder((2,), Choosing(30)), first)])
     assert short.wait() == alone(model, (2,), Choosing(30))

@@ -211,9 +211,9 @@ def test_what_prompts_share_is_read_once_and_told(server: Running, writer: TextW
     pieces = server.client().completions.create(
         prompt=prompt, stream=True, stream_options={"include_usage": True}, **options
     )
-    told = list(pieces)
-    assert told[-1].usage.prompt_tokens_details.cached_tokens == size - 1, "the last one's logits are wanted"
-    assert "".join(each.choices[0].text for each in told if each.choices) == found.choices[0].text
+    report = list(pieces)
+    assert report[-1].usage.prompt_tokens_details.cached_tokens == size - 1, "the last one's logits are wanted"
+    assert "".join(each.choices[0].text for each in report if each.choices) == found.choices[0].text
 
 
 def test_penalties_stops_and_logarithms(server: Running, writer: TextWriter) -> None:
@@ -222,10 +222,10 @@ def test_penalties_stops_and_logarithms(server: Running, writer: TextWriter) -> 
     options |= {"presence_penalty": 1.5, "extra_body": {"repetition_penalty": 1.2}}
     found = server.client().completions.create(**options, logprobs=2).choices[0]
     assert found.text == whole
-    told = found.logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset)
-    assert all(p <= 0 for p in told.token_logprobs)
-    assert all(len(each) <= 2 for each in told.top_logprobs)
+    report = found.logprobs
+    assert len(report.tokens) == len(report.token_logprobs) == len(report.top_logprobs) == len(report.text_offset)
+    assert all(p <= 0 for p in report.token_logprobs)
+    assert all(len(each) <= 2 for each in report.top_logprobs)
     stop = whole[4:6]
     cut = server.client().completions.create(**options, stop=[stop]).choices[0]
     assert cut.text == whole[: whole.index(stop)]
@@ -371,14 +371,14 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "place", "told"), WRONG)
+@pytest.mark.parametrize(("path", "body", "status", "place", "report"), WRONG)
 def test_what_cannot_be_is_told_with_the_field(
-    server: Running, path: str, body: Any, status: int, place: str | None, told: str
+    server: Running, path: str, body: Any, status: int, place: str | None, report: str
 ) -> None:
     """Or, if no single field is wrong, with a code."""
     found, answer = server.post(path, body)
     assert found == status, answer
-    assert told in answer["error"]["message"]
+    assert report in answer["error"]["message"]
     assert answer["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
     assert place in (answer["error"]["param"], answer["error"]["code"])
     assert server.post("/completions", {**COMPLETION, "max_tokens": 1})[0] == 200
@@ -529,15 +529,15 @@ def test_a_server_says_what_it_has_and_who_may_ask(
 ) -> None:
     monkeypatch.setattr("treadle.serving.running.serve", lambda *_, ready, **given: ready(f"http://{given['host']}/v1"))
     words = ["serve", str(folder), f"vectors={encoder}", "--rows", "3", "--context", "64", "--host", host]
-    told = CliRunner().invoke(app, words).stderr.splitlines()
-    assert told[0].startswith("tiny: 3 rows of 64 tokens, ")
-    assert told[1] == "vectors: embeddings of 32 numbers"
-    assert ("--key-file" in told[2]) == (host == "0.0.0.0")
-    assert told[-1] == f"serving at http://{host}/v1"
+    report = CliRunner().invoke(app, words).stderr.splitlines()
+    assert report[0].startswith("tiny: 3 rows of 64 tokens, ")
+    assert report[1] == "vectors: embeddings of 32 numbers"
+    assert ("--key-file" in report[2]) == (host == "0.0.0.0")
+    assert report[-1] == f"serving at http://{host}/v1"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "report"),
     [
         (["{folder}", "{folder}"], "two models would be served as tiny"),
         (["={folder}"], "a model needs a name"),
@@ -546,13 +546,13 @@ def test_a_server_says_what_it_has_and_who_may_ask(
         (["nothing-here"], "nothing-here"),
     ],
 )
-def test_what_cannot_be_served_is_told(folder: Path, tmp_path: Path, words: list[str], told: str) -> None:
+def test_what_cannot_be_served_is_told(folder: Path, tmp_path: Path, words: list[str], report: str) -> None:
     (tmp_path / "empty").write_text("\n")
     given = [word.format(folder=folder, empty=tmp_path / "empty") for word in words]
     command = [sys.executable, "-m", "treadle", "serve", *given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert told in done.stderr
+    assert report in done.stderr
 
 
 def test_changed_requests_are_answered_or_refused() -> None:

@@ -115,8 +115,8 @@ def test_predicted_bytes_are_those_of_what_ranks_bring() -> None:
 def test_json_holds_placements_that_read_back_and_a_hash_tells_plans_apart() -> None:
     graph = recognized("llama")
     plan = shard(graph, "tp=8", recipe="sequence")
-    told = plan_json(plan)
-    placements = [text for f in told["functions"] for n in f["nodes"] for text in n["gives"]]
+    report = plan_json(plan)
+    placements = [text for f in report["functions"] for n in f["nodes"] for text in n["gives"]]
     assert len(placements) > 20
     assert all(parse_placement(text, plan.mesh).text(plan.mesh) == text for text in placements)
     assert plan_hash(plan) == plan_hash(shard(graph, "tp=8", recipe="sequence"))

@@ -101,12 +101,12 @@ def test_a_ring_that_is_wrong_is_refused() -> None:
         return replace(changed, functions=(changed.functions[0], replace(main, nodes=tuple(nodes))))
 
     check_sharding(with_ring("cp"))
-    for axes, told in (
+    for axes, report in (
         ("", "needs all of"),
         ("dp", "do not cover t exactly once"),
         ("cp dp", "do not cover t exactly once"),
     ):
-        with pytest.raises(PassError, match=told):
+        with pytest.raises(PassError, match=report):
             check_sharding(with_ring(axes))
     norm = next(i for i, n in enumerate(plan.functions[0].nodes) if n.node.op.name == "layer_norm")
     with pytest.raises(PassError, match="keys of layer_norm cannot pass around"):

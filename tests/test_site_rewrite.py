@@ -193,7 +193,7 @@ class Unbuilt(Siteless):
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "report"),
     [
         (Nothing(), "rewrite nothing has no pattern"),
         (Half(), "rewrite half has no replacement"),
@@ -203,9 +203,9 @@ class Unbuilt(Siteless):
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_a_pass_that_is_half_written_says_what_is_missing(made: Pass, told: str) -> None:
+def test_a_pass_that_is_half_written_says_what_is_missing(made: Pass, report: str) -> None:
     b = Builder(Graph("g"))
     b.outputs(y=-b.input("x", "f32[4]"))
-    with pytest.raises(PassError, match=told) as error:
+    with pytest.raises(PassError, match=report) as error:
         PassManager([made]).run(b.graph)
     assert (error.value.received == "captures x") == isinstance(made, Misspelt)

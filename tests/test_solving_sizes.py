@@ -27,7 +27,7 @@ def test_what_is_told(type: str, shape: tuple[int, ...], known: dict[str, int], 
 
 
 @pytest.mark.parametrize(
-    ("type", "shape", "known", "told"),
+    ("type", "shape", "known", "report"),
     [
         ("f32[B, S]", (2,), {}, "must have rank 2, has rank 1"),
         ("f32[B, 8]", (2, 7), {}, "dimension 1 must be 8, is 7"),
@@ -39,5 +39,5 @@ def test_what_is_told(type: str, shape: tuple[int, ...], known: dict[str, int], 
         ("f32[S, 2*S]", (3, 5), {}, "dimension 1 must be 2*S (S = 3), is 5"),
     ],
 )
-def test_what_does_not_fit(type: str, shape: tuple[int, ...], known: dict[str, int], told: str) -> None:
-    assert solve_sizes(parse_type(type), shape, known) == told
+def test_what_does_not_fit(type: str, shape: tuple[int, ...], known: dict[str, int], report: str) -> None:
+    assert solve_sizes(parse_type(type), shape, known) == report

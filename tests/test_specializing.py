@@ -352,7 +352,7 @@ def test_those_who_need_one_graph_ask_for_the_value(tmp_path: Path) -> None:
 # -- the command line ----------------------------------------------------------------------------------------------
 
 
-def told(*arguments: str) -> tuple[int, Any]:
+def report(*arguments: str) -> tuple[int, Any]:
     done = CliRunner().invoke(app, [*arguments, "--json"])
     return done.exit_code, json.loads(done.stdout)
 
@@ -360,12 +360,12 @@ def told(*arguments: str) -> tuple[int, Any]:
 def test_run_takes_the_value_as_an_input(tmp_path: Path) -> None:
     path = str(saved(tmp_path, TOP))
     x = "x=" + json.dumps(ROWS.tolist())
-    code, facts = told("run", path, "--input", x, "--input", "k=3")
+    code, facts = report("run", path, "--input", x, "--input", "k=3")
     assert (code, facts["outputs"]["values"]["shape"]) == (0, [2, 3])
-    assert told("run", path, "--input", x, "--set", "k=3")[1]["outputs"] == facts["outputs"]
-    code, facts = told("run", path, "--input", x)
+    assert report("run", path, "--input", x, "--set", "k=3")[1]["outputs"] == facts["outputs"]
+    code, facts = report("run", path, "--input", x)
     assert (code, facts["error"]["what"]) == (2, "no value for k")
-    code, facts = told("run", path, "--input", x, "--input", "q=3")
+    code, facts = report("run", path, "--input", x, "--input", "q=3")
     assert (code, facts["error"]["try"]) == (2, "its inputs are x, k")
 
 
@@ -374,5 +374,5 @@ def test_run_takes_the_value_as_an_input(tmp_path: Path) -> None:
 )
 def test_commands_for_one_graph_ask_for_the_value(tmp_path: Path, command: list[str]) -> None:
     first, *rest = command
-    code, facts = told(first, str(saved(tmp_path, TOP)), *rest)
+    code, facts = report(first, str(saved(tmp_path, TOP)), *rest)
     assert (code, facts["error"]["try"]) == (2, "--set k=VALUE")

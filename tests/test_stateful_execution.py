@@ -280,8 +280,8 @@ def test_what_states_take_and_are_is_told_in_numbers() -> None:
     sizes = {"R": 2**20, "C": 2**20}
     with pytest.raises(BackendError, match="not enough memory for its states") as caught:
         exe.state_kinds.new(sizes, lambda *_: np.zeros(2**60))
-    told = f"{exe.state_bytes(**sizes) / 2**30:.3g} GiB, where R = 1048576, C = 1048576"
-    assert caught.value.received == told
+    report = f"{exe.state_bytes(**sizes) / 2**30:.3g} GiB, where R = 1048576, C = 1048576"
+    assert caught.value.received == report
     many = Graph("many")
     b = Builder(many)
     b.outputs(**{f"y{n}": b.exp(b.state(f"a_state_{n}", "f32[2]")) for n in range(50)})

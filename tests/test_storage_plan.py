@@ -705,8 +705,8 @@ def test_an_update_beside_its_state_is_found() -> None:
         view = None if place.view is None else replace(place.view, storage=beside)
         plant.place("append", storage=beside, view=view)
         plant.function("main", lives=(*main_of(plant.plan).lives, Life(beside, BEFORE, 9)))
-        told = plant.refused()
+        report = plant.refused()
         assert (
-            "the update of a state is not in the state's storage" in told
-            or "it is a view of k, but has another" in told
+            "the update of a state is not in the state's storage" in report
+            or "it is a view of k, but has another" in report
         )

@@ -153,10 +153,10 @@ def test_labels_without_names() -> None:
 def test_images_are_read_eight_at_a_time() -> None:
     read: list[int] = []
     images: Any = SimpleNamespace(read=lambda paths: read.append(len(paths)) or np.zeros(len(paths)))
-    told: list[int] = []
+    report: list[int] = []
     model: Any = lambda pixels: {"logits": np.zeros((len(pixels), 2))}  # noqa: E731
-    found = ImageLabeller(model, images, ("a", "b"), {}).label(["x.png"] * 17, progress=told.append)
-    assert (read, told, len(found)) == ([8, 8, 1], [8, 16, 17], 17)
+    found = ImageLabeller(model, images, ("a", "b"), {}).label(["x.png"] * 17, progress=report.append)
+    assert (read, report, len(found)) == ([8, 8, 1], [8, 16, 17], 17)
 
 
 @pytest.mark.parametrize(("kind", "read"), [("clip", "clip"), ("swin", "vit"), (None, "vit")])

@@ -172,13 +172,13 @@ def test_among_some_tokens(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
     words = ["cat", "dog", "house"]
     asked = ["fill", str(tmp_path), "the [MASK] runs", *(w for word in words for w in ("--among", word))]
-    told = json.loads(invoked(*asked, "--json").stdout)
+    report = json.loads(invoked(*asked, "--json").stdout)
     wanted = pipeline("fill-mask", tmp_path)("the [MASK] runs", targets=words)
-    assert [each["id"] for each in told["texts"][0]["masks"][0]] == [each["token"] for each in wanted]
-    assert [each["score"] for each in told["texts"][0]["masks"][0]] == pytest.approx(
+    assert [each["id"] for each in report["texts"][0]["masks"][0]] == [each["token"] for each in wanted]
+    assert [each["score"] for each in report["texts"][0]["masks"][0]] == pytest.approx(
         [each["score"] for each in wanted], abs=1e-5
     )
-    (row,) = told["texts"][0]["masks"]
+    (row,) = report["texts"][0]["masks"]
     shown = ", ".join(f"{each['token'].strip()} {each['score']:.4f}" for each in row[:2])
     assert invoked(*asked, "--top", "2").stdout == f"the [MASK] runs\n  {shown}\n"
     assert "must be tokens of the vocabulary" in invoked("fill", str(tmp_path), "a [MASK]", "--among", "zebra").stderr
@@ -310,9 +310,9 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     save(tmp_path / "c", "BertForSequenceClassification", wordpiece(), id2label={0: "bad", 1: "good"})
     file = tmp_path / "texts.txt"
     file.write_text("the cat sits\n\nthe dog runs\n", encoding="utf-8")
-    told = json.loads(invoked("classify", str(tmp_path / "c"), "--file", str(file), "--json", "--top", "2").stdout)
+    report = json.loads(invoked("classify", str(tmp_path / "c"), "--file", str(file), "--json", "--top", "2").stdout)
     model = t.load(tmp_path / "c")
-    for each, ours in zip(told["texts"], model.classify(["the cat sits", "the dog runs"]), strict=True):
+    for each, ours in zip(report["texts"], model.classify(["the cat sits", "the dog runs"]), strict=True):
         assert each["labels"] == [{"label": s.label, "score": s.score} for s in ours.scores]
     shown = invoked("classify", str(tmp_path / "c"), "the cat sits").stdout
     assert shown == f"{model.classify('the cat sits').label} {model.classify('the cat sits').score:.4f}  the cat sits\n"
@@ -325,18 +325,18 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     )
 
     save(tmp_path / "q", "BertForQuestionAnswering", wordpiece())
-    told = json.loads(invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.", "--json").stdout)
-    (answer,) = told["texts"][0]["answers"]
+    report = json.loads(invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.", "--json").stdout)
+    (answer,) = report["texts"][0]["answers"]
     assert answer["text"] == "Ada lived in London."[answer["start"] : answer["end"]]
     place = f"({answer['score']:.4f}, characters {answer['start']} to {answer['end']})"
     shown = invoked("answer", str(tmp_path / "q"), "where?", "Ada lived in London.").stdout
     assert shown == f"{answer['text']}  {place}\n"
 
     save(tmp_path / "t", "BertForTokenClassification", wordpiece(), id2label=NAMES)
-    told = json.loads(invoked("tag", str(tmp_path / "t"), "Ada lived in London", "--json").stdout)
+    report = json.loads(invoked("tag", str(tmp_path / "t"), "Ada lived in London", "--json").stdout)
     spans = [
         f"  {each['label']:10} {each['score']:.4f}  {each['text']}  (characters {each['start']} to {each['end']})\n"
-        for each in told["texts"][0]["spans"]
+        for each in report["texts"][0]["spans"]
     ]
     assert spans
     assert invoked("tag", str(tmp_path / "t"), "Ada lived in London").stdout == "".join(

@@ -82,8 +82,8 @@ def test_memory_that_is_not_there_is_told() -> None:
         raise MemoryError
 
     request = {"template": "", "values": {}, "most": 1}
-    told = {"error": "it needs more memory than the limit"}
-    assert worker.render(SimpleNamespace(from_string=from_string), request) == told
+    report = {"error": "it needs more memory than the limit"}
+    assert worker.render(SimpleNamespace(from_string=from_string), request) == report
 
 
 def test_a_process_that_renders_has_memory_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,14 +150,14 @@ def test_what_was_told_is_never_taken_back() -> None:
     for _ in range(300):
         text = "".join(draw.choice(list("ab"), 12))
         watch = StopStrings(["".join(draw.choice(list("ab"), draw.integers(1, 5))) for _ in range(2)])
-        told = ""
+        report = ""
         for at in range(1, len(text) + 1):
             certain, ends = watch.split(text[:at])
-            assert certain.startswith(told)
-            told = certain
+            assert certain.startswith(report)
+            report = certain
             if ends:
                 break
-        assert watch.split(text)[0] == told, "it does not matter in which pieces a text comes"
+        assert watch.split(text)[0] == report, "it does not matter in which pieces a text comes"
         assert ends == any(stop in text for stop in watch.strings)
 
 

@@ -102,8 +102,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_ids_are_those_of_encode(make: Any, special: bool, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     tokenizer = TextTokenizer.open(tmp_path, cut=False)
-    told = [*TEXTS, "", "Œuvre \U0001f600"]
-    assert tokenizer.ids(told, special=special) == [list(e.ids) for (e,) in tokenizer.encode(told, special=special)]
+    report = [*TEXTS, "", "Œuvre \U0001f600"]
+    assert tokenizer.ids(report, special=special) == [list(e.ids) for (e,) in tokenizer.encode(report, special=special)]
     assert [type(ids) for ids in tokenizer.ids(["a cat"])] == [list]
     with pytest.raises(UsageError, match="not valid Unicode"):
         tokenizer.ids(["\ud800"])
@@ -176,13 +176,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "told"), REFUSED, ids=[told[:40] for _, _, told in REFUSED])
+@pytest.mark.parametrize(("name", "options", "report"), REFUSED, ids=[report[:40] for _, _, report in REFUSED])
 def test_what_does_not_fit_is_refused(
-    name: str, options: dict[str, Any], told: str, gpt2: Path, bert: Path, corpus: str
+    name: str, options: dict[str, Any], report: str, gpt2: Path, bert: Path, corpus: str
 ) -> None:
     places = {"gpt2": gpt2, "bert": bert}
     options = {**options, **({"teacher": str(gpt2)} if "teacher" in options else {})}
-    with pytest.raises(TreadleError, match=told):
+    with pytest.raises(TreadleError, match=report):
         TextData.open(str(places[name]), [corpus], resolve(places[name]), **options)
 
 
@@ -202,13 +202,13 @@ def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monk
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "report"),
     [
         ("gpt2", "gpt2 has no folder, and so no tokenizer"),
         ("vit", "it is not a model of tokens alone"),
         ("t5", "alone"),
     ],
 )
-def test_models_that_texts_do_not_train(model: str, told: str, corpus: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_models_that_texts_do_not_train(model: str, report: str, corpus: str) -> None:
+    with pytest.raises(UsageError, match=report):
         TextData.open(model, [corpus], resolve(model, layers=1))

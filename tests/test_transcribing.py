@@ -254,6 +254,6 @@ def test_the_words_of_the_recording(backend: str) -> None:
         pytest.skip(f"whisper-tiny or the recording cannot be fetched: {error}")
     assert t.load("whisper-tiny", backend=backend).transcribe(recording) == TRANSCRIPT.strip()
     done = CliRunner().invoke(app, ["transcribe", "whisper-tiny", str(recording), "--backend", backend, "--json"])
-    (told,) = json.loads(done.stdout)["recordings"]
-    assert told["text"] == TRANSCRIPT.strip()
-    assert told["passages"][0]["text"] == TRANSCRIPT
+    (report,) = json.loads(done.stdout)["recordings"]
+    assert report["text"] == TRANSCRIPT.strip()
+    assert report["passages"][0]["text"] == TRANSCRIPT

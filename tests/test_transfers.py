@@ -30,7 +30,7 @@ def joined(world: World, over: tuple[str, ...], mesh: str) -> list[Communicator]
         patch.setattr(communicator, "met_over", lambda plan: over)
         cpu = torch.device("cpu")
         return [
-            Communicator(plan, rank, cpu, 60.0, lambda told: nullcontext(), lambda error, told: error)
+            Communicator(plan, rank, cpu, 60.0, lambda report: nullcontext(), lambda error, report: error)
             for rank in range(world.size)
         ]
 
@@ -217,11 +217,11 @@ def test_outputs_are_sent_and_received(world: World) -> None:
 
 def test_what_a_rank_waits_for_is_told() -> None:
     """And an error of torch.distributed, represented by another one."""
-    told: list[str] = []
+    report: list[str] = []
 
     @contextmanager
     def waiting(what: str) -> Any:
-        told.append(what)
+        report.append(what)
         yield
 
     plan: Any = SimpleNamespace(devices=Mesh.of("tp=2"), functions=())
@@ -244,4 +244,4 @@ def test_what_a_rank_waits_for_is_told() -> None:
         assert (error.value.what, error.value.received) == (what, "closed")
     with met.running("once"):
         pass
-    assert told == ["all_reduce over tp, the split of ffn", "start_pass over tp", "the last sends"]
+    assert report == ["all_reduce over tp, the split of ffn", "start_pass over tp", "the last sends"]

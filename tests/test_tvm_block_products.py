@@ -179,8 +179,8 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
     }
     exe = treadle.compile(graph, backend="tvm", weights=weights)
     notes = {record.name: record.notes for record in exe.log}
-    (told,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
-    assert told.startswith("attn.out.weight is not read in blocks: no kernel reads int8_groups, models/llama.py:")
+    (report,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
+    assert report.startswith("attn.out.weight is not read in blocks: no kernel reads int8_groups, models/llama.py:")
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]

@@ -286,15 +286,15 @@ def test_encoded_groups_are_copied_into_every_form(form: str, zero: int, parts: 
     held = np.concatenate([scales.view(np.uint8), q.view(np.uint8)], axis=-1).reshape(m, -1)
     np.testing.assert_array_equal(GROUPS.decode(held), (q * scales).reshape(m, k))
     y = np.zeros((rows, k), np.float32 if form == "wide" else np.int8)
-    told = np.full((rows, k // 32, 1 + parts), 7, np.int32)
+    report = np.full((rows, k // 32, 1 + parts), 7, np.int32)
     kernel = EncodeGroups(form, zero, parts, again=True)
-    bind(kernel, [held, y, told], [m, k, held.shape[1]])()
+    bind(kernel, [held, y, report], [m, k, held.shape[1]])()
     np.testing.assert_array_equal(y[:m], q.reshape(m, k))
-    np.testing.assert_array_equal(told[:m, :, :1].view(np.float32), scales)
+    np.testing.assert_array_equal(report[:m, :, :1].view(np.float32), scales)
     sums = q.reshape(m, k // 32, parts, -1).sum(axis=-1, dtype=np.int32)
     owed = -zero * sums if zero else (sums.astype(np.float32) * scales).view(np.int32)
-    np.testing.assert_array_equal(told[:m, :, 1:], owed)
-    assert not told[m:].any()
+    np.testing.assert_array_equal(report[:m, :, 1:], owed)
+    assert not report[m:].any()
 
 
 @pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])
@@ -389,14 +389,14 @@ def tiles_beside_fours() -> None:
             x, made = normal(m, k), []
             for where in (cache, KernelCache(ISAS["x86-64-v4-bf16"])):
                 rows = -(-m // 16) * 16
-                a, told, c = (
+                a, report, c = (
                     np.zeros((rows, k), np.uint8),
                     np.full((rows, k // 32, 2), 7, np.int32),
                     np.zeros((m, n), np.float32),
                 )
-                bind(EncodeGroups(form_of_groups(where.isa), zero), [x, a, told], [m, k, k], cache=where)()
-                bind(kernel, [a, w, told, c], [m, k, n, n], cache=where)()
-                assert (told[m:] == (0 if where is cache else 7)).all()
+                bind(EncodeGroups(form_of_groups(where.isa), zero), [x, a, report], [m, k, k], cache=where)()
+                bind(kernel, [a, w, report, c], [m, k, n, n], cache=where)()
+                assert (report[m:] == (0 if where is cache else 7)).all()
                 made.append(c)
             np.testing.assert_array_equal(*made)
         print(text)

@@ -67,12 +67,12 @@ def test_nothing_lies_there_where_it_does_not_fit_or_does_not_help(frame: Frame)
 @needs_tvm
 def test_a_model_over_a_vocabulary_runs_in_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     exe = treadle.compile("gpt2", backend="tvm", seed=1, **WIDE)
-    told = explain_memory("gpt2", backend="tvm", sizes={"B": 2, "S": 13}, **WIDE)
+    report = explain_memory("gpt2", backend="tvm", sizes={"B": 2, "S": 13}, **WIDE)
     logits = exe(tokens=TOKENS)["logits"]
     (plan,) = exe.executable.machine.plans.values()
-    assert told.arena == plan.arena == plan.least < told.peak
-    assert told.host == plan.host == "logits" and "lies in memory of logits" in str(told)
-    assert "</svg>" in draw_memory(told)
+    assert report.arena == plan.arena == plan.least < report.peak
+    assert report.host == plan.host == "logits" and "lies in memory of logits" in str(report)
+    assert "</svg>" in draw_memory(report)
     assert address(logits) % 64 == 0
     again = logits.copy()
     monkeypatch.setenv("TREADLE_POISON", "1")

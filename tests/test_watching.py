@@ -24,13 +24,13 @@ STRANGERS = [b"GET / HTTP/1.1\r\n\r\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"rank":
 @pytest.mark.parametrize("said", STRANGERS)
 def test_a_stranger_is_sent_away_and_the_ranks_go_on(said: bytes) -> None:
     first, second = Watch(0, 2, 30.0), Watch(1, 2, 30.0)
-    told = first.listen("127.0.0.1")
+    report = first.listen("127.0.0.1")
     for _ in range(2):
-        with socket.create_connection(("127.0.0.1", int(told.split()[0])), timeout=10) as stranger:
+        with socket.create_connection(("127.0.0.1", int(report.split()[0])), timeout=10) as stranger:
             stranger.sendall(said)
             assert stranger.recv(1) == b""
     assert first.absent() == [1]
-    second.connect("127.0.0.1", told)
+    second.connect("127.0.0.1", report)
     wait_for_all(first)
     second.leave()
     leaving = threading.Thread(target=first.leave, daemon=True)
@@ -77,7 +77,7 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "report"),
     [
         ([waits("a", 4), does("b", 9)], None),
         ([waits("a", 5), does("b", 3), does("c", 2)], "rank 1 does not arrive: rank 0 waits in a for 5.0 s; rank 1: b"),
@@ -97,7 +97,7 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
     ],
 )
 def test_who_does_not_come_is_told_after_the_timeout(
-    said: list[RankStatus], told: str | None, monkeypatch: pytest.MonkeyPatch
+    said: list[RankStatus], report: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranks that have been behind for half the timeout of 4 s, or else all behind; never one that has left."""
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
@@ -106,7 +106,7 @@ def test_who_does_not_come_is_told_after_the_timeout(
     watch._said = dict(enumerate([*said, does("left", 99)]))
     watch._left = {len(said)}
     watch._look_for_hung()
-    assert (watch.failure and f"{watch.failure.what}: {watch.failure.received}") == told
+    assert (watch.failure and f"{watch.failure.what}: {watch.failure.received}") == report
 
 
 @pytest.fixture
@@ -142,11 +142,13 @@ def test_rank_0_ends_after_the_others_or_a_moment(
     assert ending(watch._end_at_once) == pytest.approx(seconds, abs=PERIOD / 10)
 
 
-@pytest.mark.parametrize(("teller", "received", "told"), [(1, "r", "w\n  received  r\n"), (1, "", "w\n"), (0, "r", "")])
+@pytest.mark.parametrize(
+    ("teller", "received", "report"), [(1, "r", "w\n  received  r\n"), (1, "", "w\n"), (0, "r", "")]
+)
 def test_the_watch_tells_once_where_the_main_thread_does_not_end(
     teller: int,
     received: str,
-    told: str,
+    report: str,
     ending: Callable[[Callable[[], None]], float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -156,7 +158,7 @@ def test_the_watch_tells_once_where_the_main_thread_does_not_end(
     closing._closing.set()
     assert ending(closing._end_process) == 2 * GRACE
     assert ending(watch._end_process) == ending(watch._end_process) == GRACE
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == report
 
 
 def test_a_process_whose_launcher_has_ended_ends(ending: Callable[[Callable[[], None]], float]) -> None:
@@ -196,9 +198,9 @@ def test_a_rank_says_what_it_does_and_whether_it_waits(clock: SimpleNamespace) -
     assert RankStatus().message() == {"doing": "starting", "since": 0.0, "waiting": False}
 
 
-@pytest.mark.parametrize(("silent", "told"), [(10 * PERIOD, "in a"), (2.5, "in a, silent for 2.5 s")])
-def test_only_a_long_silence_is_told(silent: float, told: str, clock: SimpleNamespace) -> None:
-    assert str(waits("a", 0, silent)) == told
+@pytest.mark.parametrize(("silent", "report"), [(10 * PERIOD, "in a"), (2.5, "in a, silent for 2.5 s")])
+def test_only_a_long_silence_is_told(silent: float, report: str, clock: SimpleNamespace) -> None:
+    assert str(waits("a", 0, silent)) == report
 
 
 @pytest.mark.parametrize("received", ["no space left", ""])
@@ -265,9 +267,9 @@ def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
     died = {"what": "rank 1 has died", "received": "in loading", "teller": 0}
     assert [hear(fails), hear(fails), hear(comes)] == [True, False, True]
     assert (watch._left, watch._gone) == ({1, 2, 3}, {1, 2, 3})
-    for told in (dies, leaves, fails, comes):  # later ranks, too
-        assert told.sent == [died]
-        assert told.closed == (told is not comes), "who has left waits for that"
+    for report in (dies, leaves, fails, comes):  # later ranks, too
+        assert report.sent == [died]
+        assert report.closed == (report is not comes), "who has left waits for that"
     stranger = _Spoken(None)
     assert not hear(stranger)
     assert stranger.closed

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can 
 @pytest.fixture
 def number() -> Iterator[int]:
     """Start a waiting thread and return its number."""
-    told: list[int] = []
+    report: list[int] = []
     end = threading.Event()
-    thread = threading.Thread(target=lambda: (told.append(threading.get_native_id()), end.wait()))
+    thread = threading.Thread(target=lambda: (report.append(threading.get_native_id()), end.wait()))
     thread.start()
-    while not told:
+    while not report:
         time.sleep(0.001)
-    yield told[0]
+    yield report[0]
     end.set()
     thread.join()
 
@@ -115,9 +115,9 @@ def test_a_real_thread_is_told_and_freed(number: int) -> None:
 
 @needs_tvm
 def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
+    report: list[int] = []
     spread = WokenThreads._spread
-    monkeypatch.setattr(WokenThreads, "_spread", lambda self: told.append(len(self.numbers)) or spread(self))
+    monkeypatch.setattr(WokenThreads, "_spread", lambda self: report.append(len(self.numbers)) or spread(self))
     x = np.ones((64, 256), np.float32)
     made: list[Any] = []
 
@@ -131,8 +131,8 @@ def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert len(told) == 2
-    assert told[0] >= 1
+    assert len(report) == 2
+    assert report[0] >= 1
     assert all((each == 2 * x).all() for each in made)
 
 

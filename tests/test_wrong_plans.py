@@ -32,7 +32,7 @@ EXACT = 1e-7
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "report"),
     [
         ({}, "nothing says how to split"),
         ({"recipe": "zero"}, "unknown recipe 'zero'"),
@@ -43,8 +43,8 @@ EXACT = 1e-7
         ({"recipe": "megatron", "device": "tpu"}, "unknown device 'tpu'"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_what_cannot_be_planned_is_refused(options: dict[str, Any], report: str) -> None:
+    with pytest.raises(UsageError, match=report):
         shard(recognized("gpt2"), "tp=2", **options)
 
 
@@ -85,18 +85,18 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("at", "changed", "told"),
+    ("at", "changed", "report"),
     [
         (1, "reads", r"the plan has no copy of linear with placement \[tp, -\]"),
         (0, "gives", "linear: linear does not have its planned type"),
     ],
 )
-def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str, told: str) -> None:
+def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str, report: str) -> None:
     b = Builder(Graph("alone"))
     b.outputs(y=b.tanh(b.linear(b.input("x", "f32[8, 12]"), b.parameter("w", "f32[16, 12]"))))
     plan = shard(b.graph, "tp=2", axes={"w[0]": "tp"})
     elsewhere = (parse_placement("[tp, -]", plan.mesh),)
-    with pytest.raises(PassError, match=told):
+    with pytest.raises(PassError, match=report):
         rank_program(changed_node(plan, 0, at, **{changed: elsewhere}), 1)
 
 
@@ -161,18 +161,18 @@ def meeting(rank: int, **attributes: Any) -> Graph:
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "report"),
     [
         ({"name": "all_gather", "axis": 1, "size": 8}, "ranks 0 and 1 are in different collectives"),
         ({"monoid": "max"}, "ranks 0 and 1 are in different collectives"),
         ({"name": ""}, "ranks wait for others that do not arrive"),
     ],
 )
-def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any], told: str) -> None:
+def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any], report: str) -> None:
     b = Builder(Graph("alone"))
     b.outputs(y=b.tanh(b.input("tokens", "f32[B, 4]")))
     plan = shard(b.graph, "tp=2", axes={"tokens[0]": "tp"})
-    with pytest.raises(GraphError, match=told):
+    with pytest.raises(GraphError, match=report):
         run_lab(plan, {"tokens": np.ones((2, 4))}, {}, programs=[meeting(0), meeting(1, **other)])
 
 
