@@ -156,7 +156,7 @@ def test_another_kind_of_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no variable decoder/activation"):
         from_ctranslate2(open_bytes(tmp_path, WHOLE))
     relu = model(variable("decoder/activation", np.array(0, "i1")))
-    with pytest.raises(CheckpointError, match="decoder/activation is not 3"):
+    with pytest.raises(CheckpointError, match="decoder/activation must be 3"):
         from_ctranslate2(open_bytes(tmp_path, relu))
     options = {"activation": 3, "pre_norm": 1, "scale_embeddings": 0, "alibi": 0, "start_from_zero_embedding": 0}
     headless = [variable(f"decoder/{name}", np.array(value, "i1")) for name, value in options.items()]
