@@ -189,7 +189,7 @@ def train_model(
     from treadle.resolving import BLOCKS, resolve
     from treadle.training.interrupts import noting_interrupts
     from treadle.training.run_report import RunReport, data_text, line_text
-    from treadle.training.run_settings import change_lines, changed_settings, run_settings
+    from treadle.training.run_settings import change_lines, changed_settings, collect_settings
     from treadle.training.saving import saver_for
     from treadle.training.text_data import TextData
     from treadle.training.text_runs import Update, held_out_loss, updates
@@ -220,7 +220,7 @@ def train_model(
             tokenizer=tokenizer,
             teacher=teacher,
         )
-        settings = run_settings(
+        settings = collect_settings(
             data,
             objective=objective,
             holdout=holdout,

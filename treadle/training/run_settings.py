@@ -18,7 +18,7 @@ _OF_BATCHES = ("seed", "objective", "batch", "gradient-accumulation-steps", "len
 """The batch of each step follows from these settings: in a resumed run they must be the same."""
 
 
-def run_settings(data: TextData, **options: Any) -> Settings:
+def collect_settings(data: TextData, **options: Any) -> Settings:
     """Return settings by name, as texts: of the data, with its texts and tokens by SHA-256, and of the command."""
     found = {
         "seed": data.batches.seed,

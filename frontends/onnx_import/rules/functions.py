@@ -100,7 +100,7 @@ def _elu(site: OnnxSite) -> Made:
     return exponential_unit(site.b, site.x(0), site.float("alpha", 1.0))
 
 
-@operator("Celu", latest=12, first=12)
+@operator("Celu", latest=28, first=12)
 def _celu(site: OnnxSite) -> Made:
     alpha = site.float("alpha", 1.0)
     return exponential_unit(site.b, site.x(0), alpha, inner=1 / alpha)
