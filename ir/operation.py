@@ -531,7 +531,7 @@ def _operand_groups(text: str) -> tuple[frozenset[str], ...]:
 
 
 def names_operand(group: frozenset[str], name: str) -> bool:
-    """Return True if a group of `Op.linear` or `Op.moved` contains this operand name; a variadic operand's is
+    """Return True if a group of `Op.linear` or `Op.moved_operands` contains this operand name; a variadic operand's is
     numbered.
     """
     return name in group or name.rstrip("0123456789") in group

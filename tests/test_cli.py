@@ -294,7 +294,7 @@ def test_help_fits_80_columns_and_names_no_python_types(
 def test_verify_widens_as_compile_does(treadle_command: Treadle) -> None:
     said = treadle_command("verify", SMALL, "--backend", "numpy", "--widen", "bf16")
     assert said.code == 0
-    refused(treadle_command("verify", SMALL, "--widen", "f8"), "no dtype that is widened")
+    refused(treadle_command("verify", SMALL, "--widen", "f8"), "not a dtype that can be widened")
     assert treadle_command("compile", SMALL, "-o", "small.treadle").code == 0
     refused(treadle_command("verify", "small.treadle", "--widen", "bf16"), "does not accept --widen")
     refused(treadle_command("bench", "small.treadle", "--dtype", "bf16"), "does not accept --dtype")

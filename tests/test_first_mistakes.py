@@ -643,7 +643,7 @@ def test_a_model_is_copied_and_pickled_by_its_name() -> None:
     changed = named.configure(layers=3, inputs=("lengths",))
     assert copy.deepcopy({"m": changed})["m"] is copy.copy(changed) is changed
     again = pickle.loads(pickle.dumps(changed))
-    assert (again.function, again.config, again.given) == (named.function, {"layers": 3}, ("lengths",))
+    assert (again.function, again.config, again.optional_inputs) == (named.function, {"layers": 3}, ("lengths",))
     assert again.graph() == changed.graph()
 
 

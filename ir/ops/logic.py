@@ -148,7 +148,7 @@ class Where(Primitive):
     y = Operand()
 
     @property
-    def moved(self) -> frozenset[str]:
+    def moved_operands(self) -> frozenset[str]:
         return frozenset(("x", "y"))
 
     def reference(self, condition: Any, x: Any, y: Any) -> Any:

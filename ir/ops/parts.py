@@ -189,7 +189,7 @@ class Pad(Primitive):
         return super().linear if self.value == 0 else ()
 
     @property
-    def moved(self) -> frozenset[str]:
+    def moved_operands(self) -> frozenset[str]:
         return frozenset(("x",))
 
     @property
