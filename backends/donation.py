@@ -73,13 +73,13 @@ class Donated:
                 whom = f"input {alike[0]}" if alike else "a weight or a state"
                 raise _refused(port, value, f"it shares memory with {whom}")
 
-    def returned(self, given: Mapping[str, Any], outputs: Outputs) -> Outputs:
+    def returned(self, arguments: Mapping[str, Any], outputs: Outputs) -> Outputs:
         """Return the outputs; an output that is stored in a donated array is the caller's own array.
 
         A new view of it would refer to the old one, so a loop of calls would build a chain of views, longer by one with
         each call.
         """
-        donated = {span_of(given[name]): given[name] for name in self.names}
+        donated = {span_of(arguments[name]): arguments[name] for name in self.names}
         for name, array in outputs.items() if donated else ():
             own = donated.get(span_of(array))
             if own is not None and type(own) is type(array) and (own.dtype, own.shape) == (array.dtype, array.shape):

@@ -59,7 +59,7 @@ def read_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def add_named_tokens(
     library: Any,
-    made: Any,
+    tokenizer: Any,
     special: Mapping[str, str],
     settings: Mapping[str, Any],
     shown: str,
@@ -87,30 +87,32 @@ def add_named_tokens(
     for number, options in sorted(_listed(settings).items()):
         token = options["content"]
         tokens.pop(token, None)
-        made.add_tokens([library.AddedToken(token, **{name: options.get(name) is True for name in _FLAGS})])
-        if made.token_to_id(token) != number:
+        tokenizer.add_tokens([library.AddedToken(token, **{name: options.get(name) is True for name in _FLAGS})])
+        if tokenizer.token_to_id(token) != number:
             raise CheckpointError(
                 "tokenizer_config.json: an added token has another number in the vocabulary",
-                received=f"{printable(token)}, {number} and {made.token_to_id(token)}",
+                received=f"{printable(token)}, {number} and {tokenizer.token_to_id(token)}",
                 within=shown,
             )
-    made.add_special_tokens([library.AddedToken(token, **flags) for token, flags in tokens.items()])
+    tokenizer.add_special_tokens([library.AddedToken(token, **flags) for token, flags in tokens.items()])
 
 
-def put_around(library: Any, made: Any, special: Mapping[str, str], settings: Mapping[str, Any], shown: str) -> None:
+def put_around(
+    library: Any, tokenizer: Any, special: Mapping[str, str], settings: Mapping[str, Any], shown: str
+) -> None:
     """Add a token before each text and a token after it, if the folder requests them (`add_bos_token`).
 
     Raises CheckpointError for a token that the vocabulary lacks.
     """
     roles = [role for role in ("bos_token", "eos_token") if settings.get(f"add_{role}") is True and role in special]
-    numbers = [(special[role], made.token_to_id(special[role])) for role in roles]
+    numbers = [(special[role], tokenizer.token_to_id(special[role])) for role in roles]
     for token, number in numbers:
         if number is None:
             raise lacks_special_token(token, shown)
     begin, end = ([special[role] for role in roles if role == each] for each in ("bos_token", "eos_token"))
     first = [*(f"{t}:0" for t in begin), "$A:0", *(f"{t}:0" for t in end)]
     second = [*(f"{t}:1" for t in begin), "$B:1", *(f"{t}:1" for t in end)]
-    made.post_processor = library.processors.TemplateProcessing(
+    tokenizer.post_processor = library.processors.TemplateProcessing(
         single=first, pair=[*first, *second], special_tokens=numbers
     )
 

@@ -66,5 +66,5 @@ def supported(op: Op, types: Sequence[Type | None]) -> str | None:
     """Return None, or the reason why no kernel computes a primitive or kept composite on operands of these types."""
     if isinstance(op, Composite) or keeps(op, types):
         return None
-    told = [f"{t.dtype}{'' if t.encoding is None else f' as {t.encoding}'}" for t in types if t is not None]
-    return f"{op.name} has no kernel for {', '.join(told)}"
+    types_text = [f"{t.dtype}{'' if t.encoding is None else f' as {t.encoding}'}" for t in types if t is not None]
+    return f"{op.name} has no kernel for {', '.join(types_text)}"

@@ -236,14 +236,14 @@ def log(k: Emitter, x: Expr, lanes: int) -> Expr:
     return f.result(_log(f, f.operand(x, "f32")))
 
 
-def _log(f: LaneFunction, held: LaneValue) -> LaneValue:
-    small = held < 2.0**-126
-    m, e = mantissa_and_exponent(f.select(small, held * 2.0**23, held))
+def _log(f: LaneFunction, value: LaneValue) -> LaneValue:
+    small = value < 2.0**-126
+    m, e = mantissa_and_exponent(f.select(small, value * 2.0**23, value))
     e = f.select(small, e - 23.0, e)
     z = m - 1.0
     square = z * z
     low = z * square * polynomial(z, _LOG) + e * LN2_LOW - square * 0.5
-    found = f.select(held < math.inf, low + z + e * LN2_HIGH, held)
+    found = f.select(value < math.inf, low + z + e * LN2_HIGH, value)
     outside = f.select(held == 0.0, -math.inf, f.number(math.nan, "f32"))
     return f.select(held > 0.0, found, outside)
 
