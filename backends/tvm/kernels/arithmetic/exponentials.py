@@ -244,8 +244,8 @@ def _log(f: LaneFunction, value: LaneValue) -> LaneValue:
     square = z * z
     low = z * square * polynomial(z, _LOG) + e * LN2_LOW - square * 0.5
     found = f.select(value < math.inf, low + z + e * LN2_HIGH, value)
-    outside = f.select(held == 0.0, -math.inf, f.number(math.nan, "f32"))
-    return f.select(held > 0.0, found, outside)
+    outside = f.select(value == 0.0, -math.inf, f.number(math.nan, "f32"))
+    return f.select(value > 0.0, found, outside)
 
 
 def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:
