@@ -48,7 +48,7 @@ def test_other_numbers_and_a_call_that_fails_are_failures(monkeypatch: pytest.Mo
 def test_a_scheme_that_is_refused_is_told_with_its_reason() -> None:
     (refused,) = outcomes(Combination("bert", "int3", "numpy", 1))
     assert (refused.budget, refused.failure) == ("none", None)
-    assert "quantize" in str(refused.refused)
+    assert "quantization scheme" in str(refused.refused)
 
 
 def test_inputs_have_the_rows_that_are_asked_for() -> None:

@@ -55,8 +55,8 @@ def test_a_site_is_replaced_where_it_stood_and_what_nobody_reads_goes() -> None:
     assert lines(optimized.graph) == ["mul -> twice", "exp -> exp"]
     assert (str(made.source), made.scope) == ("model.py:7", "h.0")
     (event,) = optimized.log[0].matches
-    assert (event.rule, event.op, event.made) == ("double-negation", "neg", ("mul",))
-    assert {n.op.name for n in event.given} == {"neg"} and len(event.given) == 2
+    assert (event.rule, event.op, event.created_ops) == ("double-negation", "neg", ("mul",))
+    assert {n.op.name for n in event.original_nodes} == {"neg"} and len(event.original_nodes) == 2
     assert_same_numbers(b.graph, optimized.graph)
 
 
@@ -118,7 +118,7 @@ def test_readers_of_an_earlier_value_wait_for_what_comes_in_its_place() -> None:
     optimized = optimize(text, SumAndProduct())
     assert lines(optimized.graph) == ["tanh -> z", "add -> total", "mul -> b", "exp -> e", "neg -> f", "sub -> g"]
     (event,) = optimized.log[0].matches
-    assert (event.rule, event.reason, event.made) == ("both", "two at once", ("add", "mul"))
+    assert (event.rule, event.reason, event.created_ops) == ("both", "two at once", ("add", "mul"))
     assert_same_numbers(parse_graph(text), optimized.graph)
 
 
@@ -140,7 +140,7 @@ def test_near_misses_are_told_but_of_what_was_taken_and_of_too_many() -> None:
     record = optimized.log[0]
     assert len(record.near_misses) == NEAR_MISSES_KEPT
     assert record.notes == ["4 more near misses in main"]
-    assert all(len(event.given) == 1 for event in record.near_misses)
+    assert all(len(event.original_nodes) == 1 for event in record.near_misses)
 
 
 def test_what_had_a_name_keeps_it_when_it_is_decomposed() -> None:
