@@ -2,8 +2,8 @@
 
     scheduler = Scheduler(session)
     scheduler.start()
-    (ticket,) = scheduler.submit([(TextOrder(prompt=(464, 3139), choosing=Choosing(most=32)), tell)])
-    ...                                   tell(token) for each token, finally tell(ended), on the scheduler's thread
+    (ticket,) = scheduler.submit([(TextOrder(prompt=(464, 3139), choosing=Choosing(most=32)), receive)])
+    ...                                   receive(token) for each token, then receive(ended), on the scheduler's thread
     ticket.cancel()                       the caller is gone: its row is free before the next step
     scheduler.close()
 

@@ -71,14 +71,14 @@ def verify_backends(
     target: Target | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
     seed: int = 0,
-    told: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
 ) -> VerificationReport:
     """Run a graph on every backend, by default on all that are registered, and compare the results.
 
     weights  by name, in their dtypes (bf16 as float32)
     sizes    sizes to run at, by default a few small ones within the symbols' bounds
     seed     seed of the random inputs
-    told     is called with each line of the report as soon as it is known
+    emit     is called with each line of the report as soon as it is known
 
     Raises UsageError if no inputs can be drawn, GraphError if the reference itself refuses the sizes.
     """
@@ -89,7 +89,7 @@ def verify_backends(
         raise UsageError("no sizes to verify at")
     names = tuple(backend_names() if backends is None else backends)
     layout = ReportLayout(names)
-    told(layout.heading(graph.name, str(target), seed, chosen))
+    emit(layout.heading(graph.name, str(target), seed, chosen))
     flat = inline_calls(graph)
     runs = [
         _Reference.of(declared, flat, weights, s, draw_inputs(declared, s, [seed, n])) for n, s in enumerate(chosen)
@@ -99,12 +99,12 @@ def verify_backends(
     for run in runs:
         rewrites = rewrites.worse(run.compare(run.optimized))
     for line in (*layout.not_finite(not_finite), *layout.rewrites(rewrites)):
-        told(line)
+        emit(line)
     reports = []
     for name in names:
         reports.append(_verify_backend(name, graph, flat, weights, target, runs))
         for line in layout.backend(reports[-1]):
-            told(line)
+            emit(line)
     return VerificationReport(graph.name, str(target), seed, chosen, not_finite, rewrites, tuple(reports))
 
 

@@ -81,7 +81,7 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     workload = Workload(
         "m", "numpy", threads=2, config=("a=1",), limit=("b=2",), widen=("f16",), seed=5, quantize="int8"
     )
-    found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", told=told.append)
+    found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", emit=told.append)
     assert found.rows[:2] == [
         BenchRow("treadle", "a treadle", 2.0, 1.0, (1.0, 1.0), None, 0.5, 7),
         BenchRow("eager", "a eager", 2.0, 1.0, (1.0, 3.0), 0.25, 0.5, 7),

@@ -15,7 +15,7 @@ import pytest
 
 import treadle
 from tests.backend_checks import needs_tvm
-from tests.test_explaining_layouts import SMALL, told
+from tests.test_explaining_layouts import SMALL, report
 from treadle.explaining.memory import MemoryReport, compare_memory, explain_memory, read_memory
 from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory, write_drawing
 from treadle.ir.errors import CheckpointError, UsageError
@@ -102,8 +102,8 @@ def test_the_command_says_what_the_function_says(backend: str) -> None:
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
     words = ("explain", "gpt2", "memory", "--backend", backend, *settings)
     found = gpt2(backend)
-    assert told(*words, "--set", "B=2", "--set", "S=13").split() == str(found).split()
-    assert json.loads(told(*words, "--sizes", "B=2,S=13", "--json")) == json.loads(json.dumps(found.as_dict()))
+    assert report(*words, "--set", "B=2", "--set", "S=13").split() == str(found).split()
+    assert json.loads(report(*words, "--sizes", "B=2,S=13", "--json")) == json.loads(json.dumps(found.as_dict()))
 
 
 def test_sizes_outside_their_bounds_are_refused() -> None:
@@ -118,7 +118,7 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
     found = gpt2("tvm")
     file = tmp_path / "gpt2.svg"
     settings = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-    told("explain", "gpt2", "memory", "--backend", "tvm", *settings, "--sizes", "B=2,S=13", "--svg", str(file))
+    report("explain", "gpt2", "memory", "--backend", "tvm", *settings, "--sizes", "B=2,S=13", "--svg", str(file))
     assert file.read_text(encoding="utf-8") == draw_memory(found)
     with pytest.raises(UsageError, match="the drawing cannot be written") as error:
         write_drawing(tmp_path / "no" / "gpt2.svg", draw_memory(found))

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.golden import Golden
-from tests.test_explaining_layouts import SMALL, told, without_lines
+from tests.test_explaining_layouts import SMALL, report, without_lines
 from treadle.cli.application import app
 from treadle.explaining.sharding import ShardingReport, explain_sharding
 from treadle.explaining.sharding_changes import Change
@@ -64,14 +64,14 @@ def test_the_text_of_a_large_shape_holds_80_columns_and_says_what_limits() -> No
         "llama", mesh="tp=8,dp=16", recipe="megatron", sizes={"B": 16, "S": 4096}, **{**SHAPE, "layers": 64}
     )
     assert any(line.startswith("memory limits: ") for line in str(full).splitlines())
-    assert full.best is not None and full.best.told == "recipe megatron-fsdp" and full.best.fits
+    assert full.best is not None and full.best.description == "recipe megatron-fsdp" and full.best.fits
 
 
 def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     words = ("explain", "gpt2", "sharding", "--mesh", "tp=2,dp=2", "--recipe", "megatron", "--sizes", "B=8,S=16")
     found, file = plain(), tmp_path / "gpt2.svg"
-    assert told(*words, *SETTINGS, "--svg", str(file)).split() == str(found).split()
-    assert json.loads(told(*words, *SETTINGS, "--json")) == json.loads(json.dumps(found.as_dict()))
+    assert report(*words, *SETTINGS, "--svg", str(file)).split() == str(found).split()
+    assert json.loads(report(*words, *SETTINGS, "--json")) == json.loads(json.dumps(found.as_dict()))
     assert file.read_text(encoding="utf-8") == draw_sharding(found)
 
 
@@ -147,7 +147,7 @@ def test_a_change_is_the_plan_that_it_names() -> None:
     found = plain()
     best = found.best
     assert best is not None
-    kind, _, name = best.told.partition(" ")
+    kind, _, name = best.description.partition(" ")
     options = {"mesh": name} if kind == "mesh" else {"recipe": name}
     needs = device_needs(
         shard_model("gpt2", **{"mesh": "tp=2,dp=2", "recipe": "megatron", **options}, sizes=SIZES, **SMALL)
@@ -352,7 +352,7 @@ def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
     assert told(fits, slow).best is None and told(fits, fast, slow).best is fast
     assert told(full, small).best is small and told(full, large).best is large
     assert told(fits, large).best is None and told(fits).best is None
-    many = [replace(fast, told=f"change {n}") for n in range(4)]
+    many = [replace(fast, description=f"change {n}") for n in range(4)]
     cases = [
         told(fits),
         told(fits, slow),

@@ -301,7 +301,7 @@ def test_some_numbers_that_are_not_finite_are_told_and_the_rest_compared() -> No
 
 def test_lines_are_told_as_they_are_known() -> None:
     told: list[str] = []
-    report = verify_model(toy, told=told.append)
+    report = verify_model(toy, emit=told.append)
     assert "\n".join(told) == str(report)
 
 

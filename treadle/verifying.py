@@ -46,7 +46,7 @@ def verify_model(
     quantize: str | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
-    told: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
     **config: Any,
 ) -> VerificationReport:
     """Run a model in every backend on random inputs, and compare with the float64 reference, whole and op by op.
@@ -55,7 +55,7 @@ def verify_model(
     backends  names of backends; default: all that are registered
     sizes     sizes of symbols; a small size is chosen for a missing symbol, and a few sets of small sizes by default
     seed      draws the inputs, and the weights if none are given
-    told      called with each line of the report as soon as it is known
+    emit      called with each line of the report as soon as it is known
     the rest  as in `treadle.compile`
 
     The reference computes every op in float64, so a large model takes long. Raises as `compile` does for a model that
@@ -91,4 +91,4 @@ def verify_model(
         symbols = set(optimized.source.symbols)
         least = small_sizes(optimized.source)[-1] if any(symbols - set(each) for each in sizes) else {}
         sizes = [choose_sizes(optimized.source, {**least, **each}) for each in sizes]
-    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed, told=told)
+    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed, emit=emit)

@@ -73,16 +73,16 @@ def _expression(name: str) -> Size | None:
 class DeclaredAxes:
     """The axes of one import.
 
-    told     by name: a size, or another axis's name; `import_onnx` calls it dims
+    dims     by name: a size, or another axis's name; `import_onnx` calls it dims
     shown    the file's name in errors
     symbols  the size of each name requested so far
     bounds   of the graph's symbols
     """
 
     def __init__(
-        self, told: Mapping[str, Any], shown: str, symbols: dict[str, Size], bounds: MutableMapping[str, Bounds]
+        self, dims: Mapping[str, Any], shown: str, symbols: dict[str, Size], bounds: MutableMapping[str, Bounds]
     ) -> None:
-        self.told = {name: int(size) if isinstance(size, np.integer) else size for name, size in told.items()}
+        self.dims = {name: int(size) if isinstance(size, np.integer) else size for name, size in dims.items()}
         self.shown, self.symbols, self.bounds = shown, symbols, bounds
 
     def check(self, inputs: Sequence[Any]) -> None:
@@ -91,24 +91,24 @@ class DeclaredAxes:
         Raises FrontendError.
         """
         axes = dict.fromkeys(axis for declared in inputs for axis in _names(declared))
-        for name, told in list(self.told.items()):
+        for name, value in list(self.dims.items()):
             if name not in axes:
-                meant = [a for a in axes if _is_a_name(a) and _spelled(a) == name and a not in self.told]
+                meant = [a for a in axes if _is_a_name(a) and _spelled(a) == name and a not in self.dims]
                 if len(meant) == 1:
-                    self.told[meant[0]] = self.told.pop(name)
+                    self.dims[meant[0]] = self.dims.pop(name)
                     name = meant[0]
-                elif name not in self.told.values():
+                elif name not in self.dims.values():
                     raise FrontendError(
                         f"the file has no axis and no input {printable(name)}",
-                        received=f"{printable(name)}={printable(repr(told), 60)}",
+                        received=f"{printable(name)}={printable(repr(value), 60)}",
                         within=self.shown,
                         hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
                         option=name,
                     )
-            if not isinstance(told, str) and (type(told) is not int or told < 0):
+            if not isinstance(value, str) and (type(value) is not int or value < 0):
                 raise FrontendError(
                     f"the size of axis {printable(name)} must be an integer, 0 or more",
-                    received=printable(repr(told), 60),
+                    received=printable(repr(value), 60),
                     within=self.shown,
                     hint=f"leave {printable(name)} out for every size, or set it to the name of an equal axis",
                 )
@@ -121,7 +121,7 @@ class DeclaredAxes:
         number = number_of(dim)
         if number is None:
             place = _placed(declared, position)
-            return self.named(dim.dim_param if place not in self.told and dim.dim_param in self.told else place)
+            return self.named(dim.dim_param if place not in self.dims and dim.dim_param in self.dims else place)
         if not 0 <= number < _LARGEST:
             raise FrontendError(
                 "a dimension is impossible",
@@ -133,7 +133,7 @@ class DeclaredAxes:
     def settle(self, dim: Any, size: int) -> bool:
         """Return True if an axis may have a size, by the file and the caller; its name then has that size."""
         if (name := name_of(dim)) is not None:
-            known = self.told.setdefault(name, size)
+            known = self.dims.setdefault(name, size)
             return not isinstance(known, int) or known == size
         number = number_of(dim)
         return number is None or number == size
@@ -148,12 +148,14 @@ class DeclaredAxes:
         return found
 
     def _new(self, text: str) -> Size:
-        told = self.told.get(text)
-        if told is not None:
-            return Size.of(told) if isinstance(told, int) else self.named(told) if told != text else Size.symbol(told)
+        value = self.dims.get(text)
+        if value is not None:
+            return (
+                Size.of(value) if isinstance(value, int) else self.named(value) if value != text else Size.symbol(value)
+            )
         expression = _expression(text)
         if expression is not None:
-            return expression.substitute({s: self.named(s) for s in expression.symbols if s in self.told})
+            return expression.substitute({s: self.named(s) for s in expression.symbols if s in self.dims})
         name, count = _spelled(text), 1
         taken = {s for size in self.symbols.values() for s in size.symbols}
         while name in taken:

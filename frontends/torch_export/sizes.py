@@ -47,7 +47,7 @@ class Symbols:
     names   our name for each of torch's symbols
     env     torch's own record of them, or None if all sizes are numbers
     bounds  known bounds of each of our symbols, which decide minima and maxima
-    told    torch's own symbols for sizes that are known here as expressions
+    expressions  torch's own symbols for sizes that are known here as expressions
     least   differences of sizes that a call must keep nonnegative, in addition to the bounds
     traced  number of guards after the module's own code had run; later guards come from decompositions
     """
@@ -56,7 +56,7 @@ class Symbols:
         self.names: dict[str, str] = {}
         self.env: Any = None
         self.bounds: dict[str, Bounds] = {}
-        self.told: dict[str, Size] = {}
+        self.expressions: dict[str, Size] = {}
         self.least: set[Size] = set()
         self.traced: int | None = None
 
@@ -72,8 +72,8 @@ class Symbols:
         if expr.is_Integer:
             return Size.of(int(expr))
         if expr.is_Symbol:
-            if expr.name in self.told:
-                return self.told[expr.name]
+            if expr.name in self.expressions:
+                return self.expressions[expr.name]
             if expr.name not in self.names:
                 raise depends_on_data(str(expr))
             return Size.symbol(self.names[expr.name])
@@ -102,7 +102,7 @@ class Symbols:
         """
         expr = getattr(getattr(value, "node", None), "expr", None)
         if expr is not None and expr.is_Symbol and expr.name not in self.names:
-            self.told.setdefault(expr.name, size)
+            self.expressions.setdefault(expr.name, size)
 
     def named(self, expr: Any) -> str:
         """Return one of torch's expressions with our names."""
@@ -385,7 +385,7 @@ def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tupl
         low, high = (_interval(x, bounds, symbols) for x in expr.args)
         return quotient_interval(low, high)
     if expr.is_Symbol:
-        known = expr.name in symbols.told or expr.name in symbols.names
+        known = expr.name in symbols.expressions or expr.name in symbols.names
         return symbols.size(expr).interval(bounds) if known else (-INFINITY, INFINITY)
     if not (expr.is_Integer or kind in ("Add", "Mul", "Pow")):
         return -INFINITY, INFINITY

@@ -143,7 +143,7 @@ def bench_model(
     sizes: Mapping[str, int] | None = None,
     rounds: int = 15,
     python: str = sys.executable,
-    told: Callable[[str], None] = lambda line: None,
+    emit: Callable[[str], None] = lambda line: None,
 ) -> Benchmark:
     """Compare a model with peers.
 
@@ -151,7 +151,7 @@ def bench_model(
     sizes    sizes of the symbols; small ones by default
     rounds   number of turns, after one for warmup
     python   the Python for peers that do not need Treadle (all but PyTorch's), if this one lacks them
-    told     called with a line as each side is opened
+    emit     called with a line as each side is opened
 
     Raises UsageError for an unknown peer, dtype, scheme, Python or size, or if our side does not run, and as
     `treadle.compile` does for the model and the backend.
@@ -174,7 +174,7 @@ def bench_model(
         missing: dict[str, str] = {}
         try:
             for name in ("treadle", *names):
-                told(f"opening {name}")
+                emit(f"opening {name}")
                 is_other = name in PEERS and PEERS[name].reads != "torch"
                 outputs = str(Path(place) / f"{name}.npz")
                 side = Side({**spec, "side": name, "outputs": outputs}, python if is_other else sys.executable)
@@ -186,7 +186,7 @@ def bench_model(
                 else:
                     sides[name] = side
             machine = _machine(spec)  # while all others wait
-            told("running")
+            emit("running")
             times = _in_turns(sides, rounds)
             rows = [_row(name, side, times, Path(place)) for name, side in sides.items()]
         finally:

@@ -94,7 +94,7 @@ def bench_beside(
             sizes=parse_sizes(sizes),
             rounds=rounds,
             python=python,
-            told=(lambda line: None) if as_json else tell,
+            emit=(lambda line: None) if as_json else tell,
         )
     if as_json:
         print_json(found.as_dict())

@@ -71,7 +71,7 @@ def verify_backends(
             dtype=dtype,
             quantize=quantize,
             widen=names_of(widen) or (),
-            told=lambda line: None if as_json else tell(fitted(line, fit_prose)),
+            emit=lambda line: None if as_json else tell(fitted(line, fit_prose)),
             **parse_config(config or (), limit or (), verify_model),
         )
     if as_json:

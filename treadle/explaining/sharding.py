@@ -85,7 +85,7 @@ class ShardingReport:
             "weights": dict(self.weights),
             "collectives": [dict(cause.__dict__) for cause in self.needs.causes()],
             "changes": [change.as_dict() for change in self.changes],
-            "best": None if best is None else best.told,
+            "best": None if best is None else best.description,
         }
 
     def __str__(self) -> str:
@@ -151,7 +151,7 @@ class ShardingReport:
             told = f"none of {counted(len(self.changes), 'change')} of recipe, axis or mesh saves time"
             head = told if self.needs.fits else told.replace("saves time", "makes it fit")
         else:
-            head = f"the change that saves the most, of {counted(len(self.changes), 'change')}: {best.told}"
+            head = f"the change that saves the most, of {counted(len(self.changes), 'change')}: {best.description}"
         rows: list[tuple[str, ...]] = [("change", "time", "", "memory", "")]
         rows += [self._row(change) for change in self.changes[:SHOWN]]
         return [head, *_table(rows)]
@@ -160,7 +160,13 @@ class ShardingReport:
         now, held = self.needs.times.seconds, self.needs.held
         less = f"{change.seconds / max(now, 1e-30) - 1:+.0%}"
         fits = "" if change.fits else "does NOT fit"
-        return change.told, milliseconds(change.seconds), less, human(change.held, "B"), fits or _percent(change, held)
+        return (
+            change.description,
+            milliseconds(change.seconds),
+            less,
+            human(change.held, "B"),
+            fits or _percent(change, held),
+        )
 
 
 def _percent(change: Change, held: int) -> str:

@@ -22,13 +22,13 @@ from treadle.sharding.needs import device_needs
 class Change:
     """A plan that differs in one thing.
 
-    told     the change: "recipe sequence"
+    description  the change: "recipe sequence"
     seconds  the least time of a run
     held     bytes that a device holds
     fits     True if the device has enough memory
     """
 
-    told: str
+    description: str
     seconds: float
     held: int
     fits: bool

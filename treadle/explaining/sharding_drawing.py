@@ -181,12 +181,12 @@ def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
         yield _upright(x, top + 66, top + 102, _RED, ' stroke-width="2"')
     y = top + 120
     best = told.best
-    yield _text(left, y, "one change" + ("" if best is None else f"; the best: {best.told}"))
+    yield _text(left, y, "one change" + ("" if best is None else f"; the best: {best.description}"))
     for change in told.changes[:4]:
         y += 17
         fits = "" if change.fits else ", does not fit"
         part = wide * 0.45 * min(change.seconds / max(needs.times.seconds, 1e-30), 2) / 2
-        yield _text(left, y, change.told, size=11)
+        yield _text(left, y, change.description, size=11)
         yield _rect(left + 150, y - 9, part, 10, "#59a14f" if change is best else "#c9ced6")
         words = f"{milliseconds(change.seconds)}, {human(change.held, 'B')}{fits}"
         yield _text(left + 160 + wide * 0.45, y, words, size=11, fill=_GREY)

@@ -48,11 +48,11 @@ def _install(handlers: Mapping[int, _Handler]) -> None:
 
 
 @contextmanager
-def noting_interrupts(told: str = "") -> Iterator[Callable[[], bool]]:
+def noting_interrupts(message: str = "") -> Iterator[Callable[[], bool]]:
     """Record the first Ctrl-C in the block; the second one interrupts. Yields a function that returns True after the
     first.
 
-    told  a line for standard error, the first time
+    message  a line for standard error, the first time
 
     Only the main thread gets interrupts; in another one nothing changes.
     """
@@ -65,8 +65,8 @@ def noting_interrupts(told: str = "") -> Iterator[Callable[[], bool]]:
         if noted.is_set():
             raise KeyboardInterrupt
         noted.set()
-        if told:
-            _say(told)
+        if message:
+            _say(message)
 
     before = signal.signal(signal.SIGINT, note)
     try:

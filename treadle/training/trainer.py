@@ -2,7 +2,7 @@
 
     trainer = t.Trainer("gpt2", learning_rate=3e-4, layers=4, dim=128, vocab=256)
     for tokens in batches:                                          # i64 [B, S]
-        told = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
+        result = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
     exe = trainer.compiled(backend="tvm")                           # with the current weights
 
 Training runs two graphs, which can be inspected: `trainer.gradient`, the loss and its gradients by the trained weights,
