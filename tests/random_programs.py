@@ -263,7 +263,7 @@ def selected(b: Builder, r: Random, x: Expr) -> Expr:
         lambda: b.logical_and(x > 0.0, True),
         lambda: x > 0.0,
     )
-    return b.where(condition, x, x * 0.5)
+    return b.where(condition, x, one_of(r, lambda: x * 0.5, lambda: x * 0.5, lambda: x))
 
 
 def counted(b: Builder, r: Random, x: Expr) -> Expr:

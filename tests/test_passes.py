@@ -92,6 +92,12 @@ CANONICALIZED = [
     unary("not-not", Canonicalize(), ["a = logical_not(x)", "b = logical_not(a)", "return y = b"], [X], x="bool[B]"),
     unary("where-true", Canonicalize(), ["a = where(true, x, 0.0)", "return y = a"], [X]),
     unary(
+        "where-alike",
+        Canonicalize(),
+        ["b = less(x, 0.0)", "a = where(b, x, x)", "return y = a"],
+        ["b = less(x, 0.0)", X],
+    ),
+    unary(
         "where-false",
         Canonicalize(),
         ["a = where(false, x, 2.0)", "return y = a"],

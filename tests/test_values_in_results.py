@@ -71,7 +71,7 @@ def test_a_model_over_a_vocabulary_runs_in_its_logits(monkeypatch: pytest.Monkey
     logits = exe(tokens=TOKENS)["logits"]
     (plan,) = exe.executable.machine.plans.values()
     assert report.arena == plan.arena == plan.least < report.peak
-    assert report.host == plan.host == "logits" and "lies in memory of logits" in str(report)
+    assert report.host == plan.host == "logits" and "share the memory of logits" in str(report)
     assert "</svg>" in draw_memory(report)
     assert address(logits) % 64 == 0
     again = logits.copy()
