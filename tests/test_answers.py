@@ -28,6 +28,7 @@ from treadle.serving.answering import Answering
 from treadle.serving.answers import AnswerForm, GrowingChoice, PromptTokens, embeddings, text_of
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import ServedEmbedder, ServedWriter
+from treadle.tasks.generation_settings import FolderRules
 
 WORDS = ["the ", "cat ", "é", "sat"]
 TOKENS = [
@@ -93,7 +94,9 @@ class Writer(ServedWriter):
         self.cancelled: list[int] = []
         self.name = "tiny"
         tokenizer = SimpleNamespace(text=lambda ids, **_: "".join(WORDS[id] for id in ids))
-        self.writer = SimpleNamespace(tokenizer=tokenizer, end=(), tokens=lambda texts: [[0, 1, 2, 3] for _ in texts])  # type: ignore[assignment]
+        self.writer = SimpleNamespace(  # type: ignore[assignment]
+            tokenizer=tokenizer, end=(), asked=FolderRules(), tokens=lambda texts: [[0, 1, 2, 3] for _ in texts]
+        )
         session = SimpleNamespace(capacity=9)
         self.scheduler = SimpleNamespace(  # type: ignore[assignment]
             submit=submitted, session=session, check=lambda ids: None, load=lambda: Load()

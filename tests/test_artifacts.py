@@ -421,7 +421,7 @@ def test_another_layout_of_sections_is_refused(change: Any, what: str, place: st
         load(path)
     assert caught.value.what == what
     assert place in (caught.value.within or "")
-    assert (caught.value.hint or "").startswith("make the file again")
+    assert (caught.value.hint or "").startswith("write the file again")
 
 
 def test_foreign_and_truncated_files(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_prompts_fill_a_row_at_most() -> None:
 
 def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
     shared = {(5,): 3, (6,): 7, (7,): 7}
-    made = held(held=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other)])
+    made = held(prefix_length=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other)])
     prompt = [1] * 9
     assert prompt_ahead(made, prompt, {1: [5]}) is None, "at most the stored tokens"
     assert prompt_ahead(made, prompt, {1: [5], 2: [6], 3: [7]}) == (2, 7)
@@ -408,7 +408,7 @@ class _Model:
         graph = SimpleNamespace(name="m", states={}, symbols={})
         told = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
-            **{"context": 100, "windows": {}, "memories": (), "graph": graph, "told": told, "prologue": (),
+            **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": told, "prologue": (),
                "has_prologue": False, "carries": False, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []

@@ -465,7 +465,7 @@ def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["run", "gpt2", "--recipe", "megatron"], "sharding options need a mesh"),
         (["run", "gpt2", "--mesh", "tp=2"], "this process was not started as a rank"),
-        (["launch", "-n", "2", "--", "dance"], "unknown command 'dance' to launch"),
+        (["launch", "-n", "2", "--", "dance"], "unknown command 'dance'"),
         (["launch", "-n", "2", "--", "run", "gpt2", "--recipe", "megatron"], "ranks run a model that is split"),
     ],
 )

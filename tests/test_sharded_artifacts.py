@@ -100,7 +100,7 @@ def test_the_command_writes_and_reads_a_file(tmp_path: Path) -> None:
     assert plan == read.output.partition("a device holds")[0] and "reduce_scatter" in plan
     assert "equal" in read.output
     for words, what in (
-        ([path, "--mesh", "tp=2"], "takes no --mesh"),
+        ([path, "--mesh", "tp=2"], "does not accept --mesh"),
         (["gpt2"], "sharding needs a mesh"),
         (["gpt2", "--mesh", "tp=2", "--recipe", "megatron", "-o", "x.bin"], "must end in .treadle"),
     ):

@@ -368,7 +368,7 @@ def a_place_that_is_missing(p: Plant) -> None:
 
 
 def in_registers_and_read(p: Plant) -> None:
-    p.place("y", storage=None, view=None, how=How.INSIDE, of=p.value("z"), written=False)
+    p.place("y", storage=None, view=None, how=How.INSIDE, of=p.value("z"), is_written=False)
 
 
 def steps_in_another_order(p: Plant) -> None:
@@ -386,7 +386,7 @@ def what_is_given_and_told_to_be_made(p: Plant) -> None:
 
 def what_is_given_and_written(p: Plant) -> None:
     p.function("main", donated=(p.value("given"),))
-    p.place("given", written=True)
+    p.place("given", is_written=True)
 
 
 def a_value_made_at_another_step(p: Plant) -> None:

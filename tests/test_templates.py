@@ -302,6 +302,7 @@ def test_a_turn_is_read_as_the_template_wrote_it() -> None:
     tokens = [[1, 2], [1, 2, 3], [1, 2, 3, 4]]
     writer: Any = SimpleNamespace(
         end=(9,),
+        asked=SimpleNamespace(rules=None),
         tokenizer=SimpleNamespace(text=lambda ids, **_: "x" * len(ids)),
         tokens=lambda texts, **how: asked.append((texts, how)) or [tokens.pop(0)],
     )
