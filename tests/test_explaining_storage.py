@@ -43,14 +43,14 @@ def test_every_value_and_every_weight_is_told() -> None:
     lowered = exe.optimized.lowered
     assert lowered is not None
     found = explain_storage("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
-    for told_of in found.functions:
-        function = lowered.graph.functions[told_of.name]
+    for report_of in found.functions:
+        function = lowered.graph.functions[report_of.name]
         values = [*function.arguments, *(v for node in function.nodes for v in node.results)]
-        assert len([v for v in told_of.values if v.kind != "constant"]) == len(values)
-        assert sorted(v.type for v in told_of.values if v.kind == "weight") == sorted(
+        assert len([v for v in report_of.values if v.kind != "constant"]) == len(values)
+        assert sorted(v.type for v in report_of.values if v.kind == "weight") == sorted(
             str(v.type) for v in function.parameters.values()
         )
-        assert len({v.name for v in told_of.values}) == len(told_of.values)
+        assert len({v.name for v in report_of.values}) == len(report_of.values)
 
 
 def test_a_weight_is_told_by_how_it_came() -> None:

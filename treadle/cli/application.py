@@ -64,7 +64,10 @@ def command(
     def made(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def guarded(**options: Any) -> None:
-            with _reader_may_leave(LEFT if judges(options) else 0), _errors_told(name, options.get("as_json", False)):
+            with (
+                _reader_may_leave(LEFT if judges(options) else 0),
+                _printing_errors(name, options.get("as_json", False)),
+            ):
                 function(**options)
 
         return app.command(name, cls=_Command)(guarded)
@@ -88,7 +91,7 @@ def _reader_may_leave(code: int) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_told(name: str, as_json: bool) -> Iterator[None]:
+def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     """Print an error raised in the block, in the command of this name, and exit."""
     try:
         yield

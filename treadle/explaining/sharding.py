@@ -204,10 +204,10 @@ def explain_sharding(
     """
     asked: dict[str, Any] = {"inputs": inputs, "dtype": dtype, "quantize": quantize, "widen": widen, "limits": limits}
     plan = shard_model(model, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, **asked, **config)
-    return told_of(plan, dict(axes or {}))
+    return report_of(plan, dict(axes or {}))
 
 
-def told_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingReport:
+def report_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingReport:
     """Return the report on a plan; `axes` are the axes that were given by name, in addition to its recipe."""
     needs = device_needs(plan)
     return ShardingReport(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
