@@ -424,7 +424,7 @@ def test_the_plan_and_its_explanation_show_the_timetable() -> None:
     assert "stage 1</text>" in drawn
     facts = told.as_dict()
     assert len(facts["device"]["turns"]) == 6
-    assert any(change.told.startswith("recipe megatron") for change in told.changes)
+    assert any(change.description.startswith("recipe megatron") for change in told.changes)
 
 
 def test_the_command_plans_and_tries_a_pipeline() -> None:

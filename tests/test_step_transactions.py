@@ -14,6 +14,7 @@ import treadle as t
 from tests.fuzz.interrupted_steps import SMALL, Interrupted, interrupt_steps, same, state_of
 from treadle.backends.registry import backend_names, find_backend
 from treadle.ir.errors import UsageError
+from treadle.ir.target import Target
 from treadle.training.interrupts import deferring_signals
 from treadle.training.trainer import Trainer
 
@@ -43,10 +44,23 @@ def stretched(x: t.f32["B 4"]):
     return t.softmax(y * x + y) + x
 
 
+def settings_of(backend: str) -> list[Any]:
+    """Settings of the process that a run changes."""
+    if backend != "torch":
+        return [np.geterr()]
+    import torch
+
+    return [torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_num_threads()]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
-    """Even if its traceback is kept, as in an interactive session: otherwise the next run would wait forever."""
-    exe: Any = t.compile(stretched, backend=backend)
+    """Even if its traceback is kept, as in an interactive session: otherwise the next run would wait forever. The
+    library's settings are restored, too: otherwise PyTorch would compute no gradients in the rest of the process.
+    """
+    target = Target("cpu") if backend == "numpy" else Target("cpu", threads=1)
+    exe: Any = t.compile(stretched, backend=backend, target=target)
+    before = settings_of(backend)
     x = np.ones((2, 4), np.float32)
     wanted = next(iter(exe(x=x).values()))
     lock = exe.executable.machine._lock if backend == "tvm" else exe.executable.arena._lock
@@ -54,6 +68,7 @@ def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
     for at in range(Interrupted(lambda: exe(x=x)).points):
         kept.append(Interrupted(lambda: exe(x=x), at).error)
         assert not lock.locked(), f"point {at}"
+        assert settings_of(backend) == before, f"point {at}"
     assert sum(error is not None for error in kept) > 20
     np.testing.assert_array_equal(next(iter(exe(x=x).values())), wanted)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import PythonExecutable, collect_weights
+from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -142,6 +141,19 @@ def _poison(*arrays: Any) -> None:
             array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
 
 
+class _NoWarnings(Settings):
+    """No warnings of NumPy's about overflows, divisions by zero and invalid values."""
+
+    def __init__(self) -> None:
+        self._before = np.geterr()
+
+    def __enter__(self) -> None:
+        np.seterr(all="ignore")
+
+    def restore(self) -> None:
+        np.seterr(**self._before)
+
+
 class _NumpyArrays:
     """NumPy arrays; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`.
 
@@ -156,8 +168,8 @@ class _NumpyArrays:
         array = numpy_taken(port, value)
         return _read_only(array) if self._kept and port.name not in self._donated else array
 
-    def running(self) -> AbstractContextManager[Any]:
-        return np.errstate(all="ignore")
+    def settings(self) -> _NoWarnings:
+        return _NoWarnings()
 
     def storage(self, array: Any) -> int:
         while isinstance(getattr(array, "base", None), np.ndarray):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import linecache
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from typing import Any, Protocol
@@ -28,6 +29,24 @@ from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
+class Settings(ABC):
+    """A library's settings for the time of a `with` block, after which those of before are restored."""
+
+    @abstractmethod
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Restore the settings of before. A second call does nothing.
+
+        A block that Ctrl-C interrupts while it is entered or left needs this call in a `finally` around it: otherwise
+        the process would keep these settings.
+        """
+
+
 class Arrays(Protocol):
     """The operations of a backend's arrays that an executable needs."""
 
@@ -35,8 +54,8 @@ class Arrays(Protocol):
         """Convert a caller's argument to an array of the port's dtype. Raises BackendError."""
         ...
 
-    def running(self) -> AbstractContextManager[Any]:
-        """Return the context in which the program runs."""
+    def settings(self) -> Settings:
+        """Return the library's settings under which the program runs."""
         ...
 
     def storage(self, array: Any) -> int:
@@ -159,25 +178,36 @@ class _PythonEntry:
         held = self._kinds.check(states)
         arguments, sizes = self.signature.bind_sized(given, arrays.take, held.sizes)
         self._donated.check(self.inputs, given, arguments, (*module.arrays_held, *held.values()))
+        settings = arrays.settings()
+        try:
+            with settings, module.exclusive(self._name):
+                return self._called(given, arguments, sizes, held)
+        finally:
+            settings.restore()
+
+    def _called(
+        self, given: Mapping[str, Any], arguments: Sequence[Any], sizes: Mapping[str, int], held: Mapping[str, Any]
+    ) -> Outputs:
+        """Run the function on checked arguments, and return the results for the caller."""
+        module, arrays = self._module, self._module.arrays
         kept = (held,) if self._has_states else ()
-        with arrays.running(), module.exclusive(self._name):
-            places = module.memory(self._name, sizes)
+        places = module.memory(self._name, sizes)
+        try:
+            results = self._run(*arguments, module.weights, *kept, *places)
+        except Exception as error:
+            raise module.explained(error) from error
+        named = zip(self.inputs, arguments, strict=True)
+        lent = [array for port, array in named if port.name not in self._donated.names]
+        taken = set(module.held.union(map(arrays.storage, (*lent, *held.values()))))
+        types, outputs = set(map(type, given.values())), Outputs()
+        for name, array in results.items():
+            memory = arrays.storage(array)
             try:
-                results = self._run(*arguments, module.weights, *kept, *places)
-            except Exception as error:
-                raise module.explained(error) from error
-            named = zip(self.inputs, arguments, strict=True)
-            lent = [array for port, array in named if port.name not in self._donated.names]
-            taken = set(module.held.union(map(arrays.storage, (*lent, *held.values()))))
-            types, outputs = set(map(type, given.values())), Outputs()
-            for name, array in results.items():
-                memory = arrays.storage(array)
-                try:
-                    outputs[name] = arrays.give(array, types, memory in taken)
-                except Exception as error:  # no memory for the copy
-                    raise self._not_given(name, error) from error
-                taken.add(memory)
-            return self._donated.returned(given, outputs)
+                outputs[name] = arrays.give(array, types, memory in taken)
+            except Exception as error:  # no memory for the copy
+                raise self._not_given(name, error) from error
+            taken.add(memory)
+        return self._donated.returned(given, outputs)
 
     def _not_given(self, name: str, error: Exception) -> BackendError:
         """Return the error for an output that could not be copied, with the line of the node that produced it."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import PythonExecutable, collect_weights
+from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import layout_of, misfit, out_of_memory, refuse_nodes, shape_fits, shown, unavailable
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -179,6 +178,36 @@ class _Met:
         return made
 
 
+class _TorchSettings(Settings):
+    """Inference mode, with the target's number of threads. On a GPU, 16-bit sums are accumulated in float32, too, where
+    PyTorch would let cuBLAS reduce in 16 bits.
+    """
+
+    def __init__(self, device: torch.device, threads: int | None) -> None:
+        import torch
+
+        self._torch, self._matmul = torch, torch.backends.cuda.matmul
+        self._threads, self._before = threads, torch.get_num_threads()
+        self._reduced = {name: getattr(self._matmul, name) for name in _REDUCED if device.type == "cuda"}
+        self._mode = None if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+    def __enter__(self) -> None:
+        if self._threads is not None and self._threads != self._before:
+            self._torch.set_num_threads(self._threads)
+        for name in self._reduced:
+            setattr(self._matmul, name, False)
+        if self._mode:
+            self._mode.__enter__()
+
+    def restore(self) -> None:
+        if self._mode and self._torch.is_inference_mode_enabled():
+            self._mode.__exit__(None, None, None)
+        if self._torch.get_num_threads() != self._before:
+            self._torch.set_num_threads(self._before)
+        for name, value in self._reduced.items():
+            setattr(self._matmul, name, value)
+
+
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`."""
 
@@ -229,26 +258,8 @@ class _TorchArrays:
             )
         return narrow.to(self.device)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Enter inference mode, with the target's number of threads. On a GPU, 16-bit sums are accumulated in float32,
-        too, where PyTorch would let cuBLAS reduce in 16 bits. PyTorch's own settings are restored.
-        """
-        before = self.torch.get_num_threads()
-        if self.threads is not None and self.threads != before:
-            self.torch.set_num_threads(self.threads)
-        matmul = self.torch.backends.cuda.matmul
-        reduced = {name: getattr(matmul, name) for name in _REDUCED if self.device.type == "cuda"}
-        try:
-            for name in reduced:
-                setattr(matmul, name, False)
-            with self.torch.inference_mode():
-                yield
-        finally:
-            if self.torch.get_num_threads() != before:
-                self.torch.set_num_threads(before)
-            for name, value in reduced.items():
-                setattr(matmul, name, value)
+    def settings(self) -> _TorchSettings:
+        return _TorchSettings(self.device, self.threads)
 
     def storage(self, array: torch.Tensor) -> int:
         if array.is_mkldnn:  # a result is never in this layout
