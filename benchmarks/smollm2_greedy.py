@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from treadle.compiled import Compiled
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.fetch import fetched_model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer

@@ -43,6 +43,31 @@ from treadle.ir.types import DType, i64
 
 '''
 
+ENTRIES = '''\
+"""The public entry functions with their options, from `program.options`: entry_functions.py as type checkers see
+it. Written by `make golden`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.compiled import Compiled
+from treadle.frontends.declarations import Model
+from treadle.frontends.torch_export.model import TorchModel
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Pass
+from treadle.runtime.training.optimizers import Optimizer
+from treadle.runtime.training.schedules import Schedule
+from treadle.training.trainer import Trainer as _Trainer
+
+Array = np.ndarray[Any, Any]
+
+'''
+
 TERMS = '''\
 """Every op as a word of patterns, from its class: op_terms.py as type checkers see it. Written by `make golden`."""
 
@@ -61,7 +86,25 @@ def stubs() -> dict[str, str]:
         "ir/op_methods.pyi": METHODS + _methods(BUILDER),
         "passes/framework/op_terms.pyi": TERMS + _methods(PATTERN),
         "frontends/operations.pyi": FUNCTIONS + _functions(),
+        "treadle/entry_functions.pyi": _entry_functions(),
     }
+
+
+def _entry_functions() -> str:
+    from treadle.entry_functions import compile
+    from treadle.training.trainer import Trainer
+
+    trainer = inspect.signature(Trainer.__init__)
+    own = [p for p in trainer.parameters.values() if p.name != "self"]
+    own = [p if p.name != "optimizer" else p.replace(default=...) for p in own]
+    made = _spelled(
+        "__init__", trainer.replace(parameters=own), indent="    ", doc=inspect.getdoc(Trainer.__init__) or ""
+    )
+    return (
+        ENTRIES
+        + _spelled("compile", inspect.signature(compile), doc=compile.__doc__ or "")
+        + f"\nclass Trainer(_Trainer):\n{made}"
+    )
 
 
 def _ops() -> list[type[Op]]:
@@ -96,8 +139,8 @@ def _spelled(name: str, signature: Signature, *, indent: str = "", doc: str = ""
         text = f"{indent}def {name}(\n" + "".join(f"{indent}    {part},\n" for part in parts) + f"{indent}{end}\n"
     if doc:
         first, *rest = doc.splitlines()
-        lines = [f'    """{first}', *(f"    {line}".rstrip() for line in rest)]
-        text += "\n".join(lines) + ('\n    """\n' if rest else '"""\n')
+        lines = [f'{indent}    """{first}', *(f"{indent}    {line}".rstrip() for line in rest)]
+        text += "\n".join(lines) + (f'\n{indent}    """\n' if rest else '"""\n')
     return text
 
 
@@ -108,7 +151,7 @@ def _parameters(signature: Signature) -> Iterator[str]:
         behind = found[i + 1].kind if i + 1 < len(found) else None
         if parameter.kind is Parameter.KEYWORD_ONLY and before not in (parameter.kind, Parameter.VAR_POSITIONAL):
             yield "*"
-        stars = "*" if parameter.kind is Parameter.VAR_POSITIONAL else ""
+        stars = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         default = "" if parameter.default is Parameter.empty else f" = {_value(parameter.default)}"
         yield f"{stars}{parameter.name}: {parameter.annotation}{default}"
         if parameter.kind is Parameter.POSITIONAL_ONLY and behind is not parameter.kind:
@@ -116,4 +159,4 @@ def _parameters(signature: Signature) -> Iterator[str]:
 
 
 def _value(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    return "..." if value is ... else f'"{value}"' if isinstance(value, str) else repr(value)

@@ -30,7 +30,6 @@ import treadle
 from tests.sharded_models import small_options
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.compiling import initial_weights
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
@@ -40,6 +39,7 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import MERGING
 from treadle.passes.sharding.plan import PlannedCollective
 from treadle.passes.sharding.rank_programs import rank_program, rank_weights
+from treadle.program.weights import initial_weights
 from treadle.runtime.distributed.ranks import Ranks, join
 from treadle.runtime.generation import generate
 from treadle.runtime.session import Session

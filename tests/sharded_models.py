@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from treadle.compiling import initial_weights
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.models.registry import family_names, find_family
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
+from treadle.program.weights import initial_weights
 
 FAMILIES = family_names()
 Array = np.ndarray[Any, Any]

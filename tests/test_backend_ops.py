@@ -17,7 +17,7 @@ from treadle.backends.numpy import attention_kernels
 from treadle.backends.numpy import kernels as numpy_kernels
 from treadle.backends.python.axis_spelling import einsum_letters
 from treadle.backends.registry import find_backend
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.ir.attention.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of

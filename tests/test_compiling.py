@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.held_weights import HeldWeights
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.passes.cleanup.canonicalize import Canonicalize

@@ -29,8 +29,6 @@ from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, RoutineStep, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES
-from treadle.compiling import initial_weights
-from treadle.computing import computing_in
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.text.printer import print_graph
@@ -40,6 +38,8 @@ from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.pass_log import count_ops
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import derive_step
+from treadle.program.precision import computing_in
+from treadle.program.weights import initial_weights
 from treadle.sharding import shard_model
 
 MODELS = (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, GraphError
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizing.size_bounds import Bounds

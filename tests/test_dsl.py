@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.compiling import initial_weights
 from treadle.frontends import attention_layers, layers
 from treadle.ir.errors import FrontendError, GraphError, RuleError, TreadleError
 from treadle.ir.initial_values import Init
 from treadle.ir.op_registry import OPS
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.verifier import verify
+from treadle.program.weights import initial_weights
 
 FILE = Path(__file__).name
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.golden import Golden
 from tests.test_explaining_layouts import SMALL, TARGETS, report, usable, without_lines
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.explaining.storage import StorageReport, explain_storage
 from treadle.passes.pipelines import DEFAULT
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line

@@ -9,7 +9,6 @@ import pytest
 
 import treadle.frontends.language as t
 from tests.sharded_models import small_options
-from treadle.compiling import initial_weights
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.builder import Builder
 from treadle.ir.errors import GraphError, UsageError
@@ -25,6 +24,7 @@ from treadle.ir.verifier import verify
 from treadle.models.registry import family_names, find_family
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.weights import initial_weights
 
 Array = np.ndarray[Any, Any]
 

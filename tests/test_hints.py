@@ -193,8 +193,8 @@ def test_a_model_of_no_family_comes_in_by_the_other_ways(tmp_path: Path, monkeyp
 
 def test_a_parameter_that_cannot_be_drawn_names_what_draws_it() -> None:
     from tests.backend_checks import graph_of
-    from treadle.compiling import initial_weights
     from treadle.ir.errors import UsageError
+    from treadle.program.weights import initial_weights
 
     graph = graph_of(lambda b: b.input("x", "bf16[3]") * b.parameter("w", "bf16[3]"))
     with pytest.raises(UsageError, match="cannot be drawn") as refused:

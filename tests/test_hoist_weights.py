@@ -11,7 +11,6 @@ import pytest
 import treadle
 from treadle.backends.made_weights import notes_on, recipes_of
 from treadle.backends.registry import find_backend
-from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
@@ -23,6 +22,7 @@ from treadle.ir.types import bf16, f32, i16, i64
 from treadle.ir.verifier import verify
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.hoist_weights import MOST_GROWTH, HoistWeights
+from treadle.program.weights import initial_weights
 from treadle.resolving import resolve
 
 BACKENDS = ("numpy", "torch", "tvm")

@@ -15,7 +15,7 @@ from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.models.registry import find_family

@@ -20,10 +20,10 @@ from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.option_values import parse_bytes
 from treadle.passes.budget import fitting
 from treadle.passes.budget.candidates import Candidate, Variant, few_of
 from treadle.passes.memory.frame_placement import place_frames
+from treadle.program.budgets import parse_bytes
 
 pytest.importorskip("tvm")
 

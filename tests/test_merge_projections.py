@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import find_backend
-from treadle.compiling import initial_weights
 from treadle.ir.analysis.following import follow
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
@@ -24,6 +23,7 @@ from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.fold_scale import FoldScale
 from treadle.passes.products.merge_projections import MergeProjections
 from treadle.passes.products.unfold_scale import UnfoldScale
+from treadle.program.weights import initial_weights
 from treadle.resolving import resolve
 
 BACKENDS = ("numpy", "torch", "tvm")

@@ -11,8 +11,6 @@ import treadle
 from tests.backend_checks import needs_torch, needs_tvm
 from tests.op_checks import EPSILON, Array
 from treadle.compiled import Compiled
-from treadle.compiling import initial_weights
-from treadle.computing import computing_in
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
@@ -20,6 +18,8 @@ from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.training_losses import LOSS, with_cross_entropy
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT, RECOGNITION
+from treadle.program.precision import computing_in
+from treadle.program.weights import initial_weights
 from treadle.resolving import resolve
 
 pytestmark = pytest.mark.usefixtures("quickly_planned")

@@ -14,7 +14,6 @@ from tests.rank_threads import run_ranks
 from tests.sharded_models import numbers, recognized
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, GraphError
 from treadle.ir.graph import Graph
@@ -27,6 +26,7 @@ from treadle.ir.transforms.encoded_weights import encode_weights
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
 from treadle.passes.sharding.recipes import shard
+from treadle.program.weights import initial_weights
 from treadle.sharding import rank_graph, shard_model
 
 BACKENDS = ("numpy", "torch", "tvm")

@@ -13,7 +13,7 @@ import pytest
 
 from treadle.artifact_writing import write_artifact
 from treadle.artifacts import ArtifactLimits, open_artifact
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.errors import CheckpointError

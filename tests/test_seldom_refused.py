@@ -78,11 +78,11 @@ from treadle.ir.types import f32, parse_type
 from treadle.loading import load
 from treadle.models.registry import find_family
 from treadle.npy_files import write_npy
-from treadle.option_values import read_sentences
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.framework.rewrite import Rewrite
 from treadle.passes.framework.rewriting import SiteRewrite
+from treadle.program.given_texts import read_sentences
 from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate

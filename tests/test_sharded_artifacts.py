@@ -16,7 +16,6 @@ from tests.sharded_models import FAMILIES, recognized
 from treadle.artifact_writing import write_artifact
 from treadle.artifacts import open_artifact
 from treadle.cli.application import app
-from treadle.compiling import initial_weights
 from treadle.files.errors import CheckpointError
 from treadle.ir import composites
 from treadle.ir.errors import PassError, UsageError
@@ -24,6 +23,7 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash, plan_record
 from treadle.passes.sharding.plan_reading import read_plan
 from treadle.passes.sharding.recipes import RECIPES, shard
+from treadle.program.weights import initial_weights
 from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import try_in_lab
 from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded

@@ -17,7 +17,6 @@ from tests.stepped_models import MODELS, optimized
 from tests.test_derive_step import Schedule, drawn_inputs, drawn_weights, state_sizes
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
-from treadle.computing import computing_in
 from treadle.ir.analysis.tolerances import room, spacing_of
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
@@ -27,6 +26,7 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.narrow_attention import NarrowAttention
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.program.precision import computing_in
 from treadle.runtime.roundings import Moved, moved_by_rounding
 
 Array = np.ndarray[Any, Any]

@@ -11,12 +11,12 @@ from tests.op_checks import held
 from tests.rounding_bounds import assert_within, bounded
 from treadle.backends.made_weights import recipes_of
 from treadle.backends.registry import find_backend
-from treadle.compiling import initial_weights
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Graph
 from treadle.ir.target import Target
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import DType, bf16, f16, f32, f64
+from treadle.program.weights import initial_weights
 
 torch = pytest.importorskip("torch")
 

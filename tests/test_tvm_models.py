@@ -15,11 +15,12 @@ pytest.importorskip("tvm")
 from treadle.backends.tvm import backend as tvm_backend
 from treadle.backends.tvm.kernels.isa import ISAS, runs_here
 from treadle.compiled import Compiled
-from treadle.compiling import compile, initial_weights
+from treadle.entry_functions import compile
 from treadle.ir.errors import BackendError
 from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.models.registry import find_family
+from treadle.program.weights import initial_weights
 
 Array = np.ndarray[Any, Any]
 

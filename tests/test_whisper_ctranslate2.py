@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import treadle
 from tests.test_ctranslate2_file import model, variable
 from treadle.cli import app
-from treadle.compiling import initial_weights
 from treadle.ir.errors import CheckpointError
 from treadle.models.whisper import whisper
+from treadle.program.weights import initial_weights
 
 Array = np.ndarray[Any, Any]
 

@@ -44,7 +44,8 @@ from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
 if TYPE_CHECKING:
     from treadle.artifacts import save as save
     from treadle.compiled import Compiled as Compiled
-    from treadle.compiling import compile as compile
+    from treadle.entry_functions import Trainer as Trainer
+    from treadle.entry_functions import compile as compile
     from treadle.fetch import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
     from treadle.ir.analysis.following import follow as follow
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     from treadle.runtime.training.optimizers import AdamW as AdamW
     from treadle.runtime.training.schedules import Schedule as Schedule
     from treadle.specializing import Specializing as Specializing
-    from treadle.training.trainer import Trainer as Trainer
 
 _LAZY = {
     "AdamW": "treadle.runtime.training.optimizers",
@@ -72,7 +72,7 @@ _LAZY = {
     "Target": "treadle.ir.target",
     "TokenRules": "treadle.runtime.token_rules",
     "Trainer": "treadle.training.trainer",
-    "compile": "treadle.compiling",
+    "compile": "treadle.entry_functions",
     "fetch_model": "treadle.fetch",
     "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",

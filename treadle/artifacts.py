@@ -42,12 +42,12 @@ from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.ir.verifier import verify
 from treadle.models.registry import family_names
-from treadle.option_values import budget_of
 from treadle.passes.certificates.certificate import Certificate
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_reading import read_plan
+from treadle.program.budgets import budget_of
 from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
 from treadle.wheels.pinned_models import PINNED
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.compiled import Compiled
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader

@@ -15,17 +15,15 @@ import numpy as np
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.computing import computing_in
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
 from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.resolving import resolve
+from treadle.program.options import CompileOptions
+from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
 
 Array = np.ndarray[Any, Any]
@@ -94,35 +92,25 @@ def step_of(
     return SteppedModel(name, derived, optimized, executable, backend)
 
 
-def open_stepped(
-    model: str | Path,
-    *,
-    backend: str = "numpy",
-    target: str | Target = "cpu",
-    dtype: str | None = None,
-    quantize: str | None = None,
-    limits: Mapping[str, int] | None = None,
-    cache: str | None = None,
-    **config: Any,
-) -> SteppedModel:
+def open_stepped(model: str | Path, **options: Any) -> SteppedModel:
     """Compile the step of the model that MODEL names, which must have weights. Raises as `compile` does; PassError for
     no step.
 
     A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
     `longest` is given.
 
-    dtype, quantize   as in `compile`
-    cache             the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
+    options  as in `treadle.compile`, and `cache`, the dtype of its caches
     """
-    passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()), quantize)
-    resolved = resolve(model, limits=limits, widen=widen, **config)
-    options = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
-    scaling = options.get("scaling")
-    if isinstance(scaling, LongRope) and options.get("longest", 0) is None:
-        resolved = resolve(model, limits=limits, widen=widen, **{**config, "longest": scaling.context})
-    if resolved.weights is None:
+    chosen = CompileOptions.of("session", options)
+    resolved = chosen.resolve(model)
+    known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
+    scaling = known.get("scaling")
+    if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
+        chosen = chosen.but(config={**chosen.config, "longest": scaling.context})
+        resolved = chosen.resolve(model)
+    if chosen.weights is None and resolved.weights is None:
         raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    graph = PassManager(passes).run(resolved.graph).graph
-    where = target if isinstance(target, Target) else Target(target)
-    weights = encode_weights(graph, {n: resolved.weights[n] for n in given_parameters(graph)})
-    return step_of(resolved.name, graph, backend, where, weights, cache)
+    passes, _ = chosen.precision()
+    graph = PassManager(passes, certify=chosen.certify).run(resolved.graph).graph
+    weights, _ = weights_of(resolved, graph, chosen.weights, 0)
+    return step_of(resolved.name, graph, chosen.backend, chosen.where, weights, chosen.cache)

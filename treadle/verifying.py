@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,14 @@ from typing import Any
 import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
-from treadle.compiling import initial_weights
-from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.drawn_inputs import small_sizes
-from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.target import Target
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
-from treadle.option_values import choose_sizes
-from treadle.passes.framework.manager import Pass, PassManager
-from treadle.passes.pipelines import DEFAULT
-from treadle.resolving import resolve
+from treadle.program.budgets import choose_sizes
+from treadle.program.options import CompileOptions
+from treadle.program.weights import initial_weights
 from treadle.runtime.verification import verify_backends
 from treadle.runtime.verification_report import VerificationReport
 
@@ -36,37 +31,25 @@ def verify_model(
     model: Model | Graph | str | Path,
     *,
     backends: Sequence[str] | None = None,
-    target: str | Target = "cpu",
-    weights: Mapping[str, Array] | None = None,
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
-    seed: int = 0,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: str | Iterable[str] = (),
-    limits: Mapping[str, int] | None = None,
     emit: Callable[[str], None] = lambda line: None,
-    **config: Any,
+    **options: Any,
 ) -> VerificationReport:
     """Run a model in every backend on random inputs, and compare with the float64 reference, whole and op by op.
 
     model     as in `treadle.compile`, or an artifact, whose own graphs and weights are then verified
     backends  names of backends; default: all that are registered
     sizes     sizes of symbols; a small size is chosen for a missing symbol, and a few sets of small sizes by default
-    seed      draws the inputs, and the weights if none are given
     emit      called with each line of the report as soon as it is known
-    the rest  as in `treadle.compile`
+    options   as in `treadle.compile`; `seed` also draws the inputs
 
     The reference computes every op in float64, so a large model takes long. Raises as `compile` does for a model that
     cannot be read or traced, and UsageError if no input can be drawn; a backend that fails is in the report.
     """
-    where = target if isinstance(target, Target) else Target(target)
+    chosen = CompileOptions.of("verify", options)
     if is_artifact(model):
-        if config or inputs or weights is not None or widen or dtype or quantize:
-            what = "an artifact takes no configuration, inputs, weights, dtype, quantize or widen"
-            raise UsageError(what, received=str(model))
-        held = open_artifact(str(model), limits=limits)
+        chosen.refuse_for_artifact(model, also=("seed",))
+        held = open_artifact(str(model), limits=chosen.limits)
         source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has only the blocks
         optimized, given = replace(held.optimized, source=source), dict(held.weights)
         for name, value in optimized.source.parameters.items():  # parameters that no output needs are not in the file
@@ -74,14 +57,10 @@ def verify_model(
                 name, np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy or np.float32)
             )
     else:
-        passes, widen = computing_in(dtype, passes, widen, quantize)
-        resolved = resolve(
-            model, inputs=None if inputs is None else tuple(inputs), widen=widen, limits=limits, **config
-        )
-        optimized = PassManager(passes).run(resolved.graph)
-        found = weights if weights is not None else resolved.weights
-        given = initial_weights(optimized.source, seed) if found is None else dict(found)
-        if quantize is not None:  # quantized weights are compared with their decoded values
+        resolved, optimized = chosen.optimized(model)
+        found = chosen.weights if chosen.weights is not None else resolved.weights
+        given = initial_weights(optimized.source, chosen.seed) if found is None else dict(found)
+        if chosen.quantize is not None:  # quantized weights are compared with their decoded values
             source = quantized_alike(optimized.source, optimized.graph)
             optimized, given = (
                 replace(optimized, source=source),
@@ -91,4 +70,6 @@ def verify_model(
         symbols = set(optimized.source.symbols)
         least = small_sizes(optimized.source)[-1] if any(symbols - set(each) for each in sizes) else {}
         sizes = [choose_sizes(optimized.source, {**least, **each}) for each in sizes]
-    return verify_backends(optimized, given, backends=backends, target=where, sizes=sizes, seed=seed, emit=emit)
+    return verify_backends(
+        optimized, given, backends=backends, target=chosen.where, sizes=sizes, seed=chosen.seed, emit=emit
+    )

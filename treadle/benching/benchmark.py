@@ -25,15 +25,14 @@ from treadle.backends.registry import find_backend
 from treadle.benching.serving import read_arrays, save_arrays
 from treadle.benching.sides import LIMITS, PEERS, Side, peers_of
 from treadle.benching.workload import Workload, files_of, opened
-from treadle.computing import computing_in
 from treadle.ir.analysis.cost import Cost, graph_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
-from treadle.option_values import choose_sizes
 from treadle.passes.cleanup.cut_sooner import CutSooner
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.budgets import choose_sizes
 
 Array = np.ndarray[Any, Any]
 
@@ -106,9 +105,9 @@ class Benchmark:
         """Return the same as plain data."""
         return {
             "model": self.graph.name,
-            "backend": self.workload.backend,
-            "dtype": self.workload.dtype or "as declared",
-            "quantize": self.workload.quantize,
+            "backend": self.workload.options.backend,
+            "dtype": self.workload.options.dtype or "as declared",
+            "quantize": self.workload.options.quantize,
             "threads": self.workload.threads,
             "sizes": dict(self.sizes),
             "rounds": self.rounds,
@@ -157,8 +156,8 @@ def bench_model(
     `treadle.compile` does for the model and the backend.
     """
     names = peers_of(list(against))
-    find_backend(workload.backend)
-    computing_in(workload.dtype, (), workload.widen, workload.quantize)  # refuses unknown ones
+    find_backend(workload.options.backend)
+    workload.options.precision()  # refuses unknown names
     if shutil.which(python) is None:
         raise UsageError(
             "there is no such Python", received=python, hint="the path of a Python that runs, such as python3"
@@ -207,21 +206,12 @@ def _machine(spec: Mapping[str, Any]) -> MachineLimits:
 
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
     """Return the specification that all sides get."""
-    save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.seed]))
+    save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.options.seed]))
     folder, gguf = files_of(workload.model)
     return {
         "folder": folder and str(folder.resolve()),
         "gguf": gguf and str(gguf.resolve()),
-        "model": workload.model,
-        "backend": workload.backend,
-        "threads": workload.threads,
-        "chosen": None if workload.chosen is None else list(workload.chosen),
-        "config": list(workload.config),
-        "limit": list(workload.limit),
-        "dtype": workload.dtype,
-        "quantize": workload.quantize,
-        "widen": list(workload.widen),
-        "seed": workload.seed,
+        **workload.as_dict(),
         "sizes": dict(sizes),
         "inputs": str(place / "inputs.npz"),
     }

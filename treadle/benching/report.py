@@ -25,7 +25,8 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
     yield _rows(found)
     yield ""
     yield _limits(found)
-    ours = " and ".join(filter(None, (work.dtype if work.dtype != "f32" else None, work.quantize)))
+    dtype, scheme = work.options.dtype, work.options.quantize
+    ours = " and ".join(filter(None, (dtype if dtype != "f32" else None, scheme)))
     rounded = f" (ours is in {ours})" if ours else ""
     for row in found.rows:
         yield f"{row.side} is {row.note}"

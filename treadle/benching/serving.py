@@ -114,38 +114,26 @@ def inputs_of(spec: Spec) -> dict[str, Array]:
 
 def open_treadle(spec: Spec) -> Opened:
     inputs, exe = inputs_of(spec), compiled(spec)
-    ways = [spec["dtype"], spec["quantize"] and f"weights in {spec['quantize']}"]
+    from treadle.benching.workload import Workload
+
+    options = Workload.from_dict(spec).options
+    ways = [options.dtype, options.quantize and f"weights in {options.quantize}"]
     return lambda: exe(**inputs), ", ".join([f"the {exe.backend} backend", *filter(None, ways)])
 
 
 def compiled(spec: Spec) -> Any:
     """Return our compiled model, a `treadle.compiled.Compiled`."""
-    import treadle
-    from treadle.artifacts import is_artifact
+    from treadle.artifacts import is_artifact, load
+    from treadle.benching.workload import Workload
+    from treadle.compiling import compile_model
     from treadle.ir.target import Target
-    from treadle.option_values import parse_config, parse_limits
 
-    alone = spec["backend"] == "numpy"  # it takes its threads from the environment
-    target = Target("cpu", None if alone else spec["threads"])
+    options = Workload.from_dict(spec).options
+    alone = options.backend == "numpy"  # it takes its threads from the environment
+    options = options.but(target=Target("cpu", None if alone else spec["threads"]))
     if is_artifact(spec["model"]):
-        return treadle.load(
-            spec["model"],
-            backend=spec["backend"],
-            target=target,
-            limits=parse_limits(spec["limit"]),
-            widen=spec["widen"],
-        )
-    return treadle.compile(
-        spec["model"],
-        backend=spec["backend"],
-        target=target,
-        inputs=spec["chosen"],
-        seed=spec["seed"],
-        dtype=spec["dtype"],
-        quantize=spec["quantize"],
-        widen=spec["widen"],
-        **parse_config(spec["config"], spec["limit"], treadle.compile),
-    )
+        return load(spec["model"], **{name: v for name, v in options.keywords().items() if name != "seed"})
+    return compile_model(spec["model"], options)
 
 
 def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: function) -> Opened:
@@ -210,8 +198,7 @@ def _declared(spec: Spec) -> Called:
     from treadle.benching.workload import Workload, opened
     from treadle.ir.target import Target
 
-    names = ("model", "backend", "threads", "chosen", "config", "limit", "dtype", "widen", "seed")
-    graph, weights = opened(Workload(**{name: spec[name] for name in names}))
+    graph, weights = opened(Workload.from_dict(spec))
     exe, _ = build(PlainTorch(), graph, Target("cpu", spec["threads"]), weights)
     assert isinstance(exe, PythonExecutable)
     arrays = inputs_of(spec)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
-from treadle.compiling import initial_weights
 from treadle.fetch import fetched_model
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
-from treadle.option_values import parse_config, parse_limits
-from treadle.resolving import resolve
+from treadle.program.flag_values import parse_config
+from treadle.program.options import CompileOptions, options
+from treadle.program.weights import initial_weights
 from treadle.wheels.pinned_models import PINNED
 
 Array = np.ndarray[Any, Any]
@@ -26,23 +27,31 @@ class Workload:
     """A model and its options.
 
     model    a name, as on the command line
-    backend  of our side
-    chosen   optional inputs to include
-    config   NAME=VALUE
-    limit    NAME=N
-    dtype, widen, seed, quantize  as in `treadle.compile`
+    threads  of every tool
+    chosen   the options that are set, as keywords of `treadle.compile`
     """
 
     model: str
-    backend: str = "tvm"
     threads: int = 1
-    chosen: Sequence[str] | None = None
-    config: Sequence[str] = ()
-    limit: Sequence[str] = ()
-    dtype: str | None = None
-    widen: Sequence[str] = ()
-    seed: int = 0
-    quantize: str | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> CompileOptions:
+        """The options of our side."""
+        return CompileOptions.of("bench", self.chosen, backend="tvm")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options as JSON, with the model's configuration as texts: `act=t.relu`."""
+        chosen = self.options.keywords() | {"backend": self.options.backend}
+        config = chosen.pop("config", {})
+        texts = [f"{n}={f't.{v.__name__}' if callable(v) else json.dumps(v)}" for n, v in config.items()]
+        return {"model": self.model, "threads": self.threads, "options": chosen, "config": texts}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Workload:
+        """Return the workload of `as_dict`."""
+        config = parse_config(facts["config"], options())
+        return cls(facts["model"], facts["threads"], {**facts["options"], "config": config})
 
 
 def files_of(model: str) -> tuple[Path | None, Path | None]:
@@ -57,14 +66,11 @@ def files_of(model: str) -> tuple[Path | None, Path | None]:
 
 def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
     """Return the graph as declared, and its weights."""
+    chosen = workload.options
     if is_artifact(workload.model):
-        held = open_artifact(workload.model, limits=parse_limits(workload.limit))
+        chosen.refuse_for_artifact(workload.model, also=("seed",))
+        held = open_artifact(workload.model, limits=chosen.limits)
         return quantized_alike(held.optimized.source, held.optimized.graph), held.weights
-    resolved = resolve(
-        workload.model,
-        inputs=None if workload.chosen is None else tuple(workload.chosen),
-        widen=tuple(workload.widen),
-        **parse_config(workload.config, workload.limit),
-    )
+    resolved = chosen.but(dtype=None).resolve(workload.model)
     graph = resolved.graph
-    return graph, initial_weights(graph, workload.seed) if resolved.weights is None else resolved.weights
+    return graph, initial_weights(graph, chosen.seed) if resolved.weights is None else resolved.weights

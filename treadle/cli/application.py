@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
+from treadle.cli.options import chosen_of, flags_of
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
@@ -54,22 +57,46 @@ app = typer.Typer(
 
 
 def command(
-    name: str, *, judges: Callable[[dict[str, Any]], bool] = lambda options: False
+    name: str,
+    *,
+    takes: Sequence[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    judges: Callable[[dict[str, Any]], bool] = lambda options: False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the command of this name, with its errors printed.
 
-    judges  returns True if the exit code is an answer, given the options
+    takes     entry functions: the command has the flags of their options (`treadle.program.options`), which the
+              function gets as one parameter with the annotation `Chosen`, a mapping of those that were set
+    defaults  defaults of these options that differ from their own
+    judges    returns True if the exit code is an answer, given the options
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def guarded(**options: Any) -> None:
-            with (
-                _reader_may_leave(LEFT if judges(options) else 0),
-                _printing_errors(name, options.get("as_json", False)),
-            ):
-                function(**options)
+        parameters: list[inspect.Parameter] = []
+        chosen, flags = None, list[inspect.Parameter]()
+        own = inspect.signature(function).parameters
+        for each in own.values():
+            if each.annotation == "Chosen":
+                chosen, flags = each.name, flags_of(takes, defaults, own)
+                parameters += flags
+            else:
+                keyword = inspect.Parameter.KEYWORD_ONLY
+                kind = each.annotation
+                kind = eval(kind, function.__globals__) if isinstance(kind, str) else kind
+                parameters.append(each.replace(kind=keyword, annotation=kind))
 
+        @wraps(function)
+        def guarded(**given: Any) -> None:
+            with (
+                _reader_may_leave(LEFT if judges(given) else 0),
+                _printing_errors(name, given.get("as_json", False)),
+            ):
+                if chosen is not None:
+                    given[chosen] = chosen_of({each.name: given.pop(each.name) for each in flags}, defaults)
+                function(**given)
+
+        guarded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        guarded.__annotations__ = {each.name: each.annotation for each in parameters}
         return app.command(name, cls=_Command)(guarded)
 
     return made

@@ -8,24 +8,10 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.completing import complete_backend
-from treadle.cli.options import (
-    AsJson,
-    Config,
-    Dtype,
-    Limit,
-    ModelName,
-    OptionalInputs,
-    Quantize,
-    Seed,
-    Sizes,
-    Widen,
-    names_of,
-    refuse_for_artifact,
-)
+from treadle.cli.options import AsJson, Chosen, ModelName, Sizes
 
 
-@command("bench")
+@command("bench", takes=["bench"], defaults={"backend": "tvm"})
 def bench_beside(
     model: ModelName,
     against: Annotated[
@@ -38,12 +24,6 @@ def bench_beside(
         ),
     ] = "eager,onnxruntime",
     sizes: Sizes = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            "--backend", metavar="NAME", help="Treadle's backend: tvm, torch or numpy.", autocompletion=complete_backend
-        ),
-    ] = "tvm",
     threads: Annotated[int, typer.Option("--threads", metavar="N", min=1, help="Threads per tool.")] = 1,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed rounds.")] = 15,
     python: Annotated[
@@ -55,42 +35,23 @@ def bench_beside(
             show_default=False,
         ),
     ] = sys.executable,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    inputs: OptionalInputs = None,
-    seed: Seed = 0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model with other tools, each in its own process, in turns."""
-    from treadle.artifacts import is_artifact
     from treadle.benching.benchmark import bench_model
     from treadle.benching.report import report_lines
     from treadle.benching.workload import Workload
-    from treadle.option_values import parse_sizes
+    from treadle.program.flag_values import names_of, parse_sizes
     from treadle.progress import working
     from treadle.reporting.tables import console
 
-    if is_artifact(model):
-        refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize)
-    workload = Workload(
-        model,
-        backend,
-        threads,
-        names_of(inputs),
-        config or (),
-        limit or (),
-        dtype,
-        names_of(widen) or (),
-        seed,
-        quantize,
-    )
+    workload = Workload(model, threads, chosen)
     with working(f"benchmarking {model}", shown=not as_json) as tell:
         found = bench_model(
             workload,
-            names_of(against) or (),
+            names_of(against),
             sizes=parse_sizes(sizes),
             rounds=rounds,
             python=python,

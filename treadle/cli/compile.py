@@ -10,30 +10,11 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    NOTHING_CERTIFIED,
-    AsJson,
-    BackendName,
-    Certify,
-    Config,
-    Dtype,
-    GivenOutputs,
-    Limit,
-    Memory,
-    ModelName,
-    OptionalInputs,
-    Quantize,
-    Seed,
-    TargetName,
-    Threads,
-    Widen,
-    names_of,
-    outputs_of,
-)
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Chosen, ModelName
 from treadle.ir.errors import UsageError
 
 
-@command("compile")
+@command("compile", takes=["compile"])
 def compile_model(
     model: ModelName,
     output: Annotated[
@@ -43,30 +24,13 @@ def compile_model(
         ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print what each pass refused, and why.")] = False,
-    certify: Certify = False,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    inputs: OptionalInputs = None,
-    outputs: GivenOutputs = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    seed: Seed = 0,
-    memory: Memory = None,
-    sizes: Annotated[
-        str | None,
-        typer.Option("--sizes", metavar="B=1,S=128", help="With --memory: the maximum sizes.", show_default=False),
-    ] = None,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model; print what each pass changed, the compile time, and which kernels run."""
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_prose, fitted
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config, parse_sizes
     from treadle.progress import working
     from treadle.reporting.compilations import compiled_facts, compiled_lines, pass_table
     from treadle.reporting.counts import human
@@ -75,12 +39,9 @@ def compile_model(
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
-    chosen = parse_config(config or (), limit or (), treadle.compile)
-    chosen |= {"backend": backend, "target": Target(target, threads), "seed": seed, "certify": certify or None}
-    chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    chosen |= {"memory": memory, "sizes": parse_sizes(sizes) or None}
+    certify = chosen.get("certify", False)
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
-        made = treadle.compile(model, inputs=names_of(inputs), outputs=outputs_of(outputs), **chosen)
+        made = treadle.compile(model, **chosen)
     seconds = time.perf_counter() - started
     if made.static:
         names = ", ".join(made.static)

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
+from treadle.cli.options import AsJson, Chosen, ModelName
 
 
-@command("embed")
+@command("embed", takes=["embed"])
 def embed_sentences(
     model: ModelName,
     sentences: Annotated[
@@ -31,20 +30,14 @@ def embed_sentences(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
     ] = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Embed sentences with a sentence encoder, such as the fetched minilm; print one vector per line."""
     from treadle.embedding import SentenceEmbedder
-    from treadle.ir.target import Target
     from treadle.npy_files import write_npy
-    from treadle.option_values import parse_config, read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import working
     from treadle.reporting.arrays import shortest, similarity_table
     from treadle.reporting.counts import counted
@@ -52,14 +45,7 @@ def embed_sentences(
 
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
-        embedder = SentenceEmbedder.open(
-            model,
-            backend=backend,
-            target=Target(target, threads),
-            dtype=dtype,
-            quantize=quantize,
-            **parse_config(config or (), limit or (), SentenceEmbedder.open, treadle.compile),
-        )
+        embedder = SentenceEmbedder.open(model, **chosen)
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T
@@ -75,7 +61,7 @@ def embed_sentences(
     if as_json:
         facts: dict[str, Any] = {
             "model": embedder.model.name,
-            "backend": backend,
+            "backend": embedder.model.backend,
             "sentences": [
                 {"text": text, "tokens": tokens, "cut": i in cut, "vector": shortest(vector)}
                 for i, (text, tokens, vector) in enumerate(zip(texts, embedded.tokens, vectors, strict=True))

@@ -9,28 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    NOTHING_CERTIFIED,
-    AsJson,
-    Axis,
-    BackendName,
-    CacheName,
-    Certify,
-    Config,
-    Device,
-    Dtype,
-    Limit,
-    ModelName,
-    OptionalInputs,
-    Quantize,
-    Recipe,
-    Widen,
-    names_of,
-)
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Chosen, Device, ModelName, Recipe
 from treadle.ir.errors import UsageError
+from treadle.program.options import EXPLAINED
 
 
-@command("explain", judges=lambda options: bool(options["expect"]))
+@command(
+    "explain", takes=[f"explain {subject}" for subject in EXPLAINED], judges=lambda options: bool(options["expect"])
+)
 def explain_sites(
     model: ModelName,
     subject: Annotated[
@@ -44,23 +30,6 @@ def explain_sites(
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="OP=N", help="Exit with 1 unless a run has N ops OP, such as attention=12. Repeatable."),
-    ] = None,
-    certify: Certify = False,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    inputs: OptionalInputs = None,
-    cache: CacheName = None,
-    backend: BackendName = "numpy",
-    sizes: Annotated[
-        str | None,
-        typer.Option(metavar="B=1,S=128", help="memory, sharding: the sizes of symbolic axes.", show_default=False),
-    ] = None,
-    donate: Annotated[
-        list[str] | None,
-        typer.Option(metavar="INPUT", help="memory: an input that callers donate. Repeatable.", show_default=False),
     ] = None,
     svg: Annotated[
         Path | None,
@@ -81,6 +50,8 @@ def explain_sites(
     recipe: Recipe = None,
     axis: Axis = None,
     device: Device = None,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Explain what the compiler did, and why.
@@ -109,7 +80,8 @@ def explain_sites(
     from treadle.explaining.step import explain_step
     from treadle.explaining.storage import explain_storage
     from treadle.fitting import fit_prose, fitted
-    from treadle.option_values import parse_axes, parse_config
+    from treadle.program.flag_values import parse_axes
+    from treadle.program.options import CompileOptions
     from treadle.progress import working
 
     functions: dict[str, Callable[..., Any]] = {
@@ -123,14 +95,11 @@ def explain_sites(
     }
     if subject not in functions:
         raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
-    if cache is not None and subject != "step":
-        raise UsageError("--cache applies to step only", received=f"explain {model} {subject}")
-    chosen = parse_config(config or (), limit or (), functions[subject]) | {"inputs": names_of(inputs)}
-    chosen |= {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    if subject not in ("memory", "sharding") and (sizes is not None or svg is not None):
-        raise UsageError("--sizes and --svg apply to memory and sharding only", received=f"explain {model} {subject}")
-    if subject != "memory" and (donate or against is not None):
-        raise UsageError("--donate and --against apply to memory only", received=f"explain {model} {subject}")
+    options = CompileOptions.of(f"explain {subject}", chosen)
+    if subject not in ("memory", "sharding") and svg is not None:
+        raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")
+    if subject != "memory" and against is not None:
+        raise UsageError("--against applies to memory only", received=f"explain {model} {subject}")
     if against is not None and as_json:
         raise UsageError("--against prints text, and --json prints one object", hint="one of them")
     split = {"mesh": mesh, "recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
@@ -138,47 +107,46 @@ def explain_sites(
         told = "--mesh, --recipe, --axis and --device apply to sharding only"
         raise UsageError(told, received=f"explain {model} {subject}")
     if subject != "fusion":
-        if expect or certify:
-            raise UsageError("--expect and --certify apply to fusion only", received=f"explain {model} {subject}")
+        if expect:
+            raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")
         if subject == "memory":
-            _memory(model, backend, chosen | {"donate": donate or ()}, sizes, svg, against, as_json)
+            _memory(model, options.backend, chosen, svg, against, as_json)
         elif subject == "sharding":
-            _sharding(model, chosen, split, sizes, svg, as_json)
-        elif subject == "step":
-            _step(model, chosen | {"cache": cache}, as_json)
-        elif subject == "quantization":
-            _quantization(model, chosen, as_json)
+            _sharding(model, chosen, split, svg, as_json)
         else:
-            _lowered(model, subject, backend, chosen, as_json)
+            _report(
+                model, _DOING[subject].format(model=model, backend=options.backend), functions[subject], chosen, as_json
+            )
         return
-    chosen["certify"] = certify or None
-    chosen["expect"] = parse_expected(expect or ())
     with working(f"looking for fused ops in {model}", shown=not as_json):
-        found = explain_fusion(model, **chosen)
+        found = explain_fusion(model, expect=parse_expected(expect or ()), **chosen)
     if as_json:
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
-        print_json(found.as_dict() | ({"certificates": facts} if certify else {}))
+        print_json(found.as_dict() | ({"certificates": facts} if options.certify else {}))
     else:
         print(fitted(str(found), lambda _, width: found.text(width)))
-        if certify:
+        if options.certify:
             print("\n" + fitted(found.optimized.log.certified() or NOTHING_CERTIFIED, fit_prose))
     if not found.met:
         raise typer.Exit(1)
 
 
-def _lowered(model: str, subject: str, backend: str, chosen: dict[str, Any], as_json: bool) -> None:
-    """Print a report on a backend's passes: layouts or storage."""
-    from treadle.explaining.layouts import Layouts, explain_layouts
-    from treadle.explaining.storage import StorageReport, explain_storage
+_DOING = {
+    "layouts": "lowering {model} for {backend}",
+    "storage": "lowering {model} for {backend}",
+    "quantization": "planning the quantization of {model}",
+    "step": "deriving the step of {model}",
+}
+"""The line that is shown while a subject's report is made."""
+
+
+def _report(model: str, doing: str, explain: Callable[..., Any], chosen: dict[str, Any], as_json: bool) -> None:
+    """Print the report of a function."""
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    found: Layouts | StorageReport
-    with working(f"lowering {model} for {backend}", shown=not as_json):
-        if subject == "layouts":
-            found = explain_layouts(model, backend=backend, **chosen)
-        else:
-            found = explain_storage(model, backend=backend, **chosen)
+    with working(doing, shown=not as_json):
+        found = explain(model, **chosen)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -189,7 +157,6 @@ def _memory(
     model: str,
     backend: str,
     chosen: dict[str, Any],
-    sizes: str | None,
     svg: Path | None,
     against: Path | None,
     as_json: bool,
@@ -197,13 +164,14 @@ def _memory(
     from treadle.explaining.memory import compare_memory, explain_memory, read_memory
     from treadle.explaining.memory_drawing import draw_memory, write_drawing
     from treadle.fitting import fit_prose, fitted
-    from treadle.option_values import parse_sizes
     from treadle.progress import working
 
-    asked = parse_sizes(sizes)
-    asked |= {name: chosen.pop(name) for name in [*chosen] if name.isupper()}  # axes; settings are lowercase
+    config = chosen.get("config", {})
+    axes = {name: size for name, size in config.items() if name.isupper()}  # settings are lowercase
+    given = {**chosen, "config": {name: value for name, value in config.items() if name not in axes}}
+    given["sizes"] = {**(given.get("sizes") or {}), **axes}
     with working(f"lowering {model} for {backend}", shown=not as_json):
-        found = explain_memory(model, backend=backend, sizes=asked, **chosen)
+        found = explain_memory(model, **given)
     if svg is not None:
         write_drawing(svg, draw_memory(found))
     if against is not None:
@@ -218,7 +186,6 @@ def _sharding(
     model: str,
     chosen: dict[str, Any],
     split: dict[str, Any],
-    sizes: str | None,
     svg: Path | None,
     as_json: bool,
 ) -> None:
@@ -226,42 +193,15 @@ def _sharding(
     from treadle.explaining.sharding import explain_sharding
     from treadle.explaining.sharding_drawing import draw_sharding
     from treadle.fitting import fit_prose, fitted
-    from treadle.option_values import parse_sizes
     from treadle.progress import working
 
     if split["mesh"] is None:
         raise UsageError("sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
     asked = {name: value for name, value in split.items() if value is not None}
     with working(f"planning {model}", shown=not as_json):
-        found = explain_sharding(model, sizes=parse_sizes(sizes), **asked, **chosen)
+        found = explain_sharding(model, **asked, **chosen)
     if svg is not None:
         write_drawing(svg, draw_sharding(found))
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        print(fitted(str(found), fit_prose))
-
-
-def _quantization(model: str, chosen: dict[str, Any], as_json: bool) -> None:
-    from treadle.explaining.quantization import explain_quantization
-    from treadle.fitting import fit_prose, fitted
-    from treadle.progress import working
-
-    with working(f"planning the quantization of {model}", shown=not as_json):
-        found = explain_quantization(model, **chosen)
-    if as_json:
-        print_json(found.as_dict())
-    else:
-        print(fitted(str(found), fit_prose))
-
-
-def _step(model: str, chosen: dict[str, Any], as_json: bool) -> None:
-    from treadle.explaining.step import explain_step
-    from treadle.fitting import fit_prose, fitted
-    from treadle.progress import working
-
-    with working(f"deriving the step of {model}", shown=not as_json):
-        found = explain_step(model, **chosen)
     if as_json:
         print_json(found.as_dict())
     else:

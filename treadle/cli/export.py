@@ -8,23 +8,11 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    AsJson,
-    Config,
-    GivenOutputs,
-    Limit,
-    ModelName,
-    OptionalInputs,
-    Seed,
-    Widen,
-    names_of,
-    outputs_of,
-    refuse_for_artifact,
-)
+from treadle.cli.options import AsJson, Chosen, ModelName
 from treadle.ir.errors import UsageError
 
 
-@command("export")
+@command("export", takes=["export"])
 def export_to_onnx(
     model: ModelName,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="ONNX file to write.")],
@@ -32,39 +20,30 @@ def export_to_onnx(
     external_above: Annotated[
         int, typer.Option(metavar="BYTES", help="Store larger weights in FILE.onnx.data.", min=0)
     ] = 2**20,
-    config: Config = None,
-    limit: Limit = None,
-    widen: Widen = None,
-    inputs: OptionalInputs = None,
-    outputs: GivenOutputs = None,
-    seed: Seed = 0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Write a model's optimized graph and its weights as ONNX."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx
-    from treadle.compiling import initial_weights
-    from treadle.option_values import parse_config, parse_limits
-    from treadle.passes.framework.manager import PassManager
-    from treadle.passes.pipelines import DEFAULT
+    from treadle.program.options import CompileOptions
+    from treadle.program.weights import initial_weights
     from treadle.progress import working
     from treadle.reporting.counts import counted, human
-    from treadle.resolving import resolve
 
     if output.suffix != ".onnx":
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
+    options = CompileOptions.of("export", chosen)
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, outputs=outputs, widen=widen)
-            held = open_artifact(model, limits=parse_limits(limit or ()))
+            options.refuse_for_artifact(model)
+            held = open_artifact(model, limits=options.limits)
             graph, weights = held.optimized.graph, held.weights
         else:
-            chosen = parse_config(config or (), limit or ())
-            resolved = resolve(
-                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=names_of(widen) or (), **chosen
-            )
-            graph = PassManager(DEFAULT).run(resolved.graph).graph
-            weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
+            resolved, optimized = options.optimized(model)
+            graph = optimized.graph
+            weights = initial_weights(graph, options.seed) if resolved.weights is None else resolved.weights
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,31 +13,14 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_model
-from treadle.cli.options import (
-    AsJson,
-    Axis,
-    BackendName,
-    CacheName,
-    Config,
-    Dtype,
-    Limit,
-    Mesh,
-    ModelName,
-    Patience,
-    Quantize,
-    Recipe,
-    TargetName,
-    Threads,
-    Widen,
-    names_of,
-)
+from treadle.cli.options import AsJson, Axis, Chosen, Mesh, ModelName, Patience, Recipe
 
 if TYPE_CHECKING:
     from treadle.continuation import FoundText, Piece, TextWriter
     from treadle.runtime.speculation import SpeculationTally
 
 
-@command("generate")
+@command("generate", takes=["generate"])
 def continue_texts(
     model: ModelName,
     prompts: Annotated[list[str], typer.Argument(metavar="TEXTS", help="Texts to continue.", show_default=False)],
@@ -105,32 +88,23 @@ def continue_texts(
             autocompletion=complete_model,
         ),
     ] = None,
-    cache: CacheName = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
     mesh: Mesh = None,
     recipe: Recipe = None,
     axis: Axis = None,
     timeout: Patience = 60.0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Continue text with a causal language model, such as the fetched smollm2, alone or as one of several ranks."""
     from treadle.cli.rank_runs import opened_on_ranks
     from treadle.continuation import TextWriter, need_for_text
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config
+    from treadle.program.options import CompileOptions
     from treadle.progress import working
     from treadle.reporting.counts import counted
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.speculation import PromptLookup, SpeculationTally
-    from treadle.stepped import open_stepped
     from treadle.tasks.generation_settings import FolderRules
 
     sampling = Sampling(temperature, top_k, top_p, seed, min_p)
@@ -145,38 +119,24 @@ def continue_texts(
         _refuse("only --beams accepts", **{"best": best != 1, "length-penalty": length_penalty != 1})
     if not chat:
         _refuse("only --chat accepts", system=system)
-    where = Target(target, threads)
-    said = (prompts, most, sampling, penalties, stop, search, logprobs, chat, system, speculate, draft, cache)
-    opener: Callable[..., Any] = open_stepped
-    if mesh is not None:
-        from treadle.sharding.rank_models import RankPart
-
-        opener = RankPart.of
-    configured = parse_config(config or (), limit or (), TextWriter.open, opener)
+    options = CompileOptions.of("generate", chosen)
+    said = (prompts, most, sampling, penalties, stop, search, logprobs, chat, system, speculate, draft, options.cache)
     with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{said}") as stepped:
         need_for_text(model, chat=chat)
         with working(f"compiling {model}", shown=not as_json):
-            writer = TextWriter.open(
-                model,
-                backend=backend,
-                target=where,
-                dtype=dtype,
-                quantize=quantize,
-                widen=names_of(widen) or (),
-                cache=cache,
-                stepped=stepped,
-                **configured,
-            )
+            writer = TextWriter.open(model, stepped=stepped, **chosen)
             guess = None
             if draft is not None:
-                guess = TextWriter.open(draft, backend=backend, target=where, cache=cache).draft_for(writer)
+                guess = TextWriter.open(
+                    draft, backend=options.backend, target=options.where, cache=options.cache
+                ).draft_for(writer)
         asked = prompts
         if chat:
             template = writer.chat_template()
             told = [] if system is None else [{"role": "system", "content": system}]
             prompts = [template.render([*told, {"role": "user", "content": text}]) for text in asked]
-        facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
-        chosen: dict[str, Any] = {
+        facts: dict[str, Any] = {"model": writer.model.name, "backend": options.backend}
+        drawn: dict[str, Any] = {
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
@@ -185,7 +145,7 @@ def continue_texts(
         }
         asked_of = writer.asked.but(**penalties)
         rules = asked_of.rules
-        chosen |= {"repetition_penalty": rules.repetition_penalty, "presence_penalty": rules.presence_penalty}
+        drawn |= {"repetition_penalty": rules.repetition_penalty, "presence_penalty": rules.presence_penalty}
         facts["from_folder"] = asked_of.as_dict()
         if search is not None:
             with working(f"continuing {counted(len(prompts), 'text')}", shown=not as_json):
@@ -228,7 +188,7 @@ def continue_texts(
             if stream:
                 print(flush=True)  # also before an error
         if as_json:
-            facts |= {"sampling": chosen, "chat_template": writer.template is not None, **pace.facts()}
+            facts |= {"sampling": drawn, "chat_template": writer.template is not None, **pace.facts()}
             if tally is not None:
                 facts["speculation"] = _tally_facts(tally)
             print_json({**facts, "texts": [each.facts(writer, logprobs is not None) for each in written]})

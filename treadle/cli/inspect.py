@@ -9,29 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    AsJson,
-    BackendName,
-    Config,
-    Dtype,
-    GivenOutputs,
-    Limit,
-    ModelName,
-    OptionalInputs,
-    Quantize,
-    Widen,
-    names_of,
-    outputs_of,
-    refuse_for_artifact,
-)
+from treadle.cli.options import AsJson, Chosen, ModelName
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
     from treadle.ir.graph import Graph
+    from treadle.ir.target import Target
     from treadle.passes.framework.manager import Optimized
 
 
-@command("inspect")
+@command("inspect", takes=["inspect"])
 def inspect_graph(
     model: ModelName,
     raw: Annotated[bool, typer.Option("--raw", help="Print the declared graph, before any pass.")] = False,
@@ -60,30 +47,22 @@ def inspect_graph(
     source: Annotated[
         bool, typer.Option("--source", help="Print the code that the backend generates from the graph.")
     ] = False,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    inputs: OptionalInputs = None,
-    outputs: GivenOutputs = None,
-    backend: BackendName = "numpy",
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.registry import find_backend
-    from treadle.computing import computing_in
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
-    from treadle.option_values import choose_sizes, parse_config, parse_limits, parse_sizes
-    from treadle.passes.framework.manager import PassManager
-    from treadle.passes.pipelines import DEFAULT
+    from treadle.program.budgets import choose_sizes
+    from treadle.program.flag_values import parse_sizes
+    from treadle.program.options import CompileOptions
     from treadle.progress import working
     from treadle.reporting.followed_axes import following_facts, following_text
     from treadle.reporting.graphs import backend_source, graph_facts, graph_header
-    from treadle.resolving import resolve
 
     if raw and after:
         raise UsageError("--raw and --after select two different stages of the graph", hint="one of them")
@@ -91,22 +70,21 @@ def inspect_graph(
         raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
-    find_backend(backend)
+    options = CompileOptions.of("inspect", {**chosen, **({"passes": ()} if raw else {})})
+    find_backend(options.backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
-            given = {"inputs": inputs, "outputs": outputs, "dtype": dtype, "quantize": quantize, "widen": widen}
-            refuse_for_artifact(config=config, **given, after=after)
-            optimized = open_artifact(model, limits=parse_limits(limit or ())).optimized
+            options.refuse_for_artifact(model, also=("passes",))
+            if after is not None:
+                raise UsageError(
+                    "an artifact has no graphs after single passes", hint="the model that it was compiled from"
+                )
+            optimized = open_artifact(model, limits=options.limits).optimized
             graph = optimized.source if raw else optimized.graph
         else:
-            chosen = parse_config(config or (), limit or ())
-            passes, narrow = computing_in(dtype, DEFAULT, names_of(widen) or (), quantize)
-            declared = resolve(
-                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=narrow, **chosen
-            ).graph
-            optimized = PassManager(() if raw else passes).run(declared)
+            optimized = options.optimized(model)[1]
             if after is not None:
-                optimized = lowered_for(after, backend, optimized)
+                optimized = lowered_for(after, options.backend, options.where, optimized)
             graph = optimized.after(after) if after else optimized.graph
         if entry is not None:
             graph = stepped_entry(graph, entry)
@@ -119,7 +97,7 @@ def inspect_graph(
         shown, facts["follow"] = following_text(following), following_facts(following)
     elif source:
         with working(f"compiling {model}", shown=not as_json):
-            shown = facts["source"] = backend_source(graph, backend)
+            shown = facts["source"] = backend_source(graph, options.backend)
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"
@@ -134,13 +112,12 @@ def inspect_graph(
         sys.stdout.write(fitted(shown.rstrip("\n"), fit) + "\n")
 
 
-def lowered_for(name: str, backend: str, optimized: Optimized) -> Optimized:
+def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -> Optimized:
     """Return the graph after the backend's passes, if one of them is requested."""
     from treadle.backends.registry import find_backend
     from treadle.backends.staged import StagedBackend
-    from treadle.ir.target import Target
 
-    found, target = find_backend(backend), Target("cpu")
+    found = find_backend(backend)
     if not isinstance(found, StagedBackend) or name not in {each.name for each in found.pipeline(target)}:
         return optimized
     return replace(optimized, lowered=found.lower(optimized.graph, target))

@@ -1,16 +1,26 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share; flags of compile options follow from `treadle.program.options`."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle.cli.completing import complete_backend, complete_model, complete_target
-from treadle.ir.errors import UsageError
+from treadle.ir.target import Target
+from treadle.program.flag_values import parse_config
+from treadle.program.options import CompileOptions, Option, options, taken_by
+
+if TYPE_CHECKING:
+    from treadle.compiled import Compiled
 
 NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
+
+Chosen = dict[str, Any]
+"""The annotation of a command's parameter that gets the compile options that were set, as keywords of an entry
+function. `treadle.cli.application.command` replaces the parameter by their flags."""
 
 ModelName = Annotated[
     str,
@@ -20,103 +30,6 @@ ModelName = Annotated[
         "model (see `models`).",
         show_default=False,
         autocompletion=complete_model,
-    ),
-]
-Config = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Change the model's configuration, such as layers=2. Repeatable."),
-]
-OptionalInputs = Annotated[
-    str | None,
-    typer.Option(
-        "--inputs", metavar="NAMES", help="Optional inputs to include, such as lengths or lengths,token_types."
-    ),
-]
-GivenOutputs = Annotated[
-    str | None,
-    typer.Option(
-        "--outputs",
-        metavar="NAMES",
-        help="Compute only these outputs, or parts of them, such as pooled or 'hidden[:, 0]'; the rest is not "
-        "computed.",
-        show_default=False,
-    ),
-]
-BackendName = Annotated[
-    str,
-    typer.Option(
-        "--backend",
-        metavar="NAME",
-        help="numpy, torch, tvm, or another installed backend.",
-        autocompletion=complete_backend,
-    ),
-]
-TargetName = Annotated[
-    str, typer.Option("--target", metavar="NAME", help="cpu or cuda.", autocompletion=complete_target)
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        metavar="N",
-        min=1,
-        help="Maximum number of threads, with torch and tvm. By default one per core.",
-        show_default=False,
-    ),
-]
-Certify = Annotated[
-    bool,
-    typer.Option("--certify", help="Test every rewrite on random inputs, undo failing ones, and print certificates."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", metavar="bf16", help="Compute products with weights in bf16 or f32.", show_default=False),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        "--quantize",
-        metavar="SCHEME",
-        help="Quantize the weights of products: int8-weights or int4; with int8 or int4-int8 the activations too. int8 "
-        "also applies to a GGUF file's own blocks.",
-        show_default=False,
-    ),
-]
-Widen = Annotated[
-    str | None,
-    typer.Option(
-        "--widen",
-        metavar="bf16",
-        help="Compute bf16 or f16 values in f32; blocks: decode the blocks of a GGUF file when loading.",
-        show_default=False,
-    ),
-]
-CacheName = Annotated[
-    str | None,
-    typer.Option(
-        "--cache",
-        metavar="DTYPE",
-        help="Store keys and values in f32, bf16 or f16. By default in the dtype that the model computes.",
-        show_default=False,
-    ),
-]
-Sizes = Annotated[
-    str | None,
-    typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes. By default small ones."),
-]
-Limit = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--limit", metavar="NAME=N", help="Raise a limit on an input file, as named in its error. Repeatable."
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        "--memory",
-        metavar="300MB",
-        help="Memory budget of a run in addition to weights, inputs and outputs, at --sizes and below.",
-        show_default=False,
     ),
 ]
 Recipe = Annotated[
@@ -155,26 +68,94 @@ Patience = Annotated[
     float,
     typer.Option("--timeout", metavar="SECONDS", min=1, help="With --mesh: seconds that a rank waits for the others."),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of the weights if there is no checkpoint.")]
+Sizes = Annotated[
+    str | None,
+    typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes. By default small ones."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+_CONFIG: Any = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change the model's configuration, such as layers=2. Repeatable."),
+]
+_THREADS: Any = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        min=1,
+        help="Maximum number of threads, with torch and tvm. By default one per core.",
+        show_default=False,
+    ),
+]
+_COMPLETIONS = {"backend": complete_backend, "target": complete_target}
 
-def refuse_for_artifact(**options: Any) -> None:
-    """Raise UsageError for options that cannot change an artifact, which is already configured and optimized."""
-    given = [name for name, value in options.items() if value]
-    if given:
-        told = [{"config": "--set"}.get(name, f"--{name}") for name in given]
-        raise UsageError(
-            "an artifact is already compiled, and does not accept " + " or ".join(told),
-            hint="treadle compile MODEL -o FILE.treadle, with other options",
-        )
+
+def flags_of(entries: Iterable[str], defaults: Mapping[str, Any], own: Iterable[str]) -> list[inspect.Parameter]:
+    """Return the flags of the options that one of these entry functions takes, as parameters of a command.
+
+    defaults  defaults that differ from the options' own
+    own       names of parameters that the command declares itself
+    """
+    found = [_parameter("config", _CONFIG, None)]
+    for each in taken_by(*entries):
+        if each.flag is not None and each.name not in own:
+            found.append(_parameter(each.name, _annotation(each), defaults.get(each.name, _shown_default(each))))
+            if each.name == "target" and "threads" not in own:
+                found.append(_parameter("threads", _THREADS, None))
+    return found
 
 
-def outputs_of(text: str | None) -> tuple[str, ...] | None:
-    """Return the outputs in a list separated by commas; some may have a part in brackets."""
-    return None if text is None else tuple(name.strip() for name in re.split(r",(?![^\[]*\])", text) if name.strip())
+def chosen_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the compile options that a command's flags set, as keywords of an entry function.
+
+    defaults  defaults that differ from the options' own
+
+    Raises UsageError for a malformed value, and for `--set` with the name of an option.
+    """
+    config = parse_config(given.get("config") or (), options())
+    chosen: dict[str, Any] = {"config": config} if config else {}
+    for name, each in options().items():
+        if name in given and each.flag is not None and given[name] not in (None, False):
+            value = each.flag.parse(given[name])
+            if each.is_set(value) or name in defaults:
+                chosen[name] = value
+    if given.get("threads") is not None:
+        chosen["target"] = Target(chosen.get("target", "cpu"), given["threads"])
+    return chosen
 
 
-def names_of(text: str | None) -> tuple[str, ...] | None:
-    """Return the names in a list separated by commas."""
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+def load_chosen(artifact: str, chosen: Mapping[str, Any], *, also: Iterable[str] = ()) -> Compiled:
+    """Load an artifact with the options of a command. Raises UsageError for options that cannot change it.
+
+    also  options that the command reads itself
+    """
+    from treadle.artifacts import load
+
+    CompileOptions.of("compile", chosen).refuse_for_artifact(artifact, also=[*also])
+    return load(artifact, **{name: value for name, value in chosen.items() if name not in also})
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(option: Option) -> Any:
+    flag = option.flag
+    assert flag is not None
+    shown: dict[str, Any] = {"help": option.help, "show_default": isinstance(option.default, int | str)}
+    if not flag.metavar:
+        return Annotated[bool, typer.Option(f"--{flag.name}", **shown)]
+    shown |= {"metavar": flag.metavar, "autocompletion": _COMPLETIONS.get(option.name)}
+    if flag.least is not None:
+        return Annotated[int, typer.Option(f"--{flag.name}", min=flag.least, **shown)]
+    if flag.many:
+        return Annotated[list[str] | None, typer.Option(f"--{flag.name}", **shown)]
+    return Annotated[str | None, typer.Option(f"--{flag.name}", **shown)]
+
+
+def _shown_default(option: Option) -> Any:
+    """Return the default that `--help` shows: a number, a name, or none."""
+    if option.flag is not None and not option.flag.metavar:
+        return False
+    return option.default if isinstance(option.default, int | str) else None

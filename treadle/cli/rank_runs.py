@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ def opened_on_ranks(
         refuse_without_mesh(recipe, axis)
         yield open_stepped
         return
-    from treadle.option_values import parse_axes
+    from treadle.program.flag_values import parse_axes
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import open_rank_stepped
 
@@ -59,13 +59,8 @@ def run_rank(
     axis: Sequence[str],
     timeout: float,
     output: Path | None,
-    config: Sequence[str],
-    limit: Sequence[str],
-    backend: str,
-    target: str,
-    threads: int | None,
+    chosen: Mapping[str, Any],
     as_json: bool,
-    **options: Any,
 ) -> None:
     """Run a model as a rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
     import hashlib
@@ -73,15 +68,16 @@ def run_rank(
     import numpy as np
 
     from treadle.artifacts import is_artifact
-    from treadle.ir.target import Target
     from treadle.npy_files import write_npy
-    from treadle.option_values import input_names, parse_axes, parse_config, parse_inputs
+    from treadle.program.flag_values import input_names, parse_axes, parse_inputs
+    from treadle.program.options import CompileOptions
     from treadle.reporting.arrays import array_facts, array_table
     from treadle.reporting.counts import counted, human
     from treadle.reporting.tables import console
     from treadle.runtime.distributed.ranks import join
-    from treadle.sharding.rank_models import RankPart, compile_rank
+    from treadle.sharding.rank_models import compile_rank
 
+    options = CompileOptions.of("rank", chosen)
     with join(timeout) as ranks:
         if is_artifact(model):
             raise UsageError(
@@ -93,12 +89,8 @@ def run_rank(
             ranks,
             recipe=recipe,
             axes=parse_axes(axis),
-            backend=backend,
-            target=Target(target, threads),
-            inputs=input_names(values),
             agree={"inputs": " ".join(values)},
-            **options,
-            **parse_config(config, limit, RankPart.of),
+            **{"inputs": input_names(values), **chosen},
         )
         arrays = parse_inputs(values, {p.name: p.type.rank for p in made.inputs})
         known = {name: np.asarray(a) for name, a in arrays.items()}
@@ -122,8 +114,8 @@ def run_rank(
                 "model": made.name,
                 "mesh": str(made.plan.mesh),
                 "ranks": ranks.size,
-                "backend": backend,
-                "target": target,
+                "backend": options.backend,
+                "target": str(options.where),
                 "weights": weights,
                 "loaded": made.loaded,
                 "seconds": seconds,
@@ -137,9 +129,8 @@ def run_rank(
     for name, shown in facts.items():
         if "values" in shown:
             print(f"\n{name} = {json.dumps(shown['values'])}")
-    print(
-        f"\n{made.name} ran in {seconds * 1e3:.1f} ms in {backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
-    )
+    where = f"in {options.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
+    print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}")
     print(f"of rank 0: its weights {weights}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")

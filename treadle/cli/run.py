@@ -11,30 +11,11 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.completing import complete_backend, complete_target
-from treadle.cli.options import (
-    AsJson,
-    Axis,
-    Config,
-    Dtype,
-    GivenOutputs,
-    Limit,
-    Mesh,
-    ModelName,
-    Patience,
-    Quantize,
-    Recipe,
-    Seed,
-    Threads,
-    Widen,
-    names_of,
-    outputs_of,
-    refuse_for_artifact,
-)
+from treadle.cli.options import AsJson, Axis, Chosen, Mesh, ModelName, Patience, Recipe, load_chosen
 from treadle.ir.errors import UsageError
 
 
-@command("run")
+@command("run", takes=["compile"], defaults={"backend": None, "target": None})
 def run_model(
     model: ModelName,
     values: Annotated[
@@ -49,45 +30,19 @@ def run_model(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each output to DIR/NAME.npy.", show_default=False)
     ] = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    asked: GivenOutputs = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend",
-            metavar="NAME",
-            help="By default numpy, or an artifact's own.",
-            show_default=False,
-            autocompletion=complete_backend,
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            metavar="NAME",
-            help="By default cpu, or an artifact's own.",
-            show_default=False,
-            autocompletion=complete_target,
-        ),
-    ] = None,
-    threads: Threads = None,
     mesh: Mesh = None,
     recipe: Recipe = None,
     axis: Axis = None,
     timeout: Patience = 60.0,
-    seed: Seed = 0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Run a model on arrays, alone or as one of several ranks."""
     from treadle.cli.rank_runs import refuse_without_mesh, run_rank
 
     if mesh is not None:
-        if asked is not None:
+        if chosen.get("outputs") is not None:
             raise UsageError("--outputs cannot be combined with --mesh", hint="--mesh without --outputs")
         run_rank(
             model,
@@ -97,51 +52,27 @@ def run_model(
             axis=axis or [],
             timeout=timeout,
             output=output,
-            config=config or (),
-            limit=limit or (),
-            dtype=dtype,
-            quantize=quantize,
-            widen=names_of(widen) or (),
-            backend=backend or "numpy",
-            target=target or "cpu",
-            threads=threads,
-            seed=seed,
+            chosen=chosen,
             as_json=as_json,
         )
         return
     refuse_without_mesh(recipe, axis or ())
     import numpy as np
 
-    from treadle.artifacts import is_artifact, load, open_artifact
-    from treadle.ir.target import Target
+    from treadle.artifacts import is_artifact
     from treadle.npy_files import write_npy
-    from treadle.option_values import input_names, parse_config, parse_inputs, parse_limits
+    from treadle.program.flag_values import input_names, parse_inputs
     from treadle.progress import working
     from treadle.reporting.arrays import array_facts, array_table
     from treadle.reporting.compilations import weights_text
     from treadle.reporting.tables import console
 
-    narrow = names_of(widen) or ()
-    assigned, chosen = values or [], parse_config(config or (), limit or (), treadle.compile)
+    assigned = values or []
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, outputs=asked, dtype=dtype, quantize=quantize)
-            where = (
-                None
-                if target is None and threads is None
-                else target or open_artifact(model, limits=parse_limits(limit or ())).target
-            )
-            made = load(
-                model,
-                backend=backend,
-                target=None if where is None else Target(where, threads),
-                limits=parse_limits(limit or ()),
-                widen=narrow,
-            )
+            made = load_chosen(model, chosen)
         else:
-            chosen |= {"inputs": input_names(assigned), "outputs": outputs_of(asked)}
-            chosen |= {"backend": backend or "numpy", "target": Target(target or "cpu", threads)}
-            made = treadle.compile(model, seed=seed, dtype=dtype, quantize=quantize, widen=narrow, **chosen)
+            made = treadle.compile(model, **{"inputs": input_names(assigned), **chosen})
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     with working(f"running {made.name}", shown=not as_json):
         started = time.perf_counter()

@@ -5,28 +5,16 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-import treadle
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_model
-from treadle.cli.options import (
-    BackendName,
-    CacheName,
-    Config,
-    Dtype,
-    Limit,
-    Quantize,
-    TargetName,
-    Threads,
-    Widen,
-    names_of,
-)
+from treadle.cli.options import Chosen
 
 
-@command("serve")
+@command("serve", takes=["generate"])
 def serve_models(
     models: Annotated[
         list[str],
@@ -64,23 +52,12 @@ def serve_models(
             show_default=False,
         ),
     ] = None,
-    cache: CacheName = None,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
+    *,
+    chosen: Chosen,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server is ready.")] = False,
 ) -> None:
     """Serve completions, chat and embeddings to OpenAI clients until interrupted."""
-    from treadle.continuation import TextWriter
-    from treadle.embedding import SentenceEmbedder
     from treadle.ir.errors import FrontendError, UsageError
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config
     from treadle.progress import working
 
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
@@ -89,17 +66,13 @@ def serve_models(
     from treadle.serving.application import Limits
     from treadle.serving.models import Opening, ServedWriter
     from treadle.serving.running import serve
-    from treadle.stepped import open_stepped
 
     key = None if key_file is None else _read_key(key_file)
-    opening = Opening(backend, Target(target, threads), rows, context, queue, cache, reuse)
-    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
-    callees = (SentenceEmbedder.open, treadle.compile, TextWriter.open, open_stepped)
-    options |= parse_config(config or (), limit or (), *callees)
+    opening = Opening(rows, context, queue, reuse)
     served = []
     for model in models:
         with working(f"compiling {model}", shown=not as_json):
-            served.append(opening.open(model, **options))
+            served.append(opening.open(model, **chosen))
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

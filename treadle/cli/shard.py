@@ -8,26 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import (
-    AsJson,
-    Axis,
-    Config,
-    Device,
-    Dtype,
-    Limit,
-    ModelName,
-    OptionalInputs,
-    Quantize,
-    Recipe,
-    Seed,
-    Widen,
-    names_of,
-    refuse_for_artifact,
-)
+from treadle.cli.options import AsJson, Axis, Chosen, Device, ModelName, Recipe
 from treadle.ir.errors import UsageError
 
 
-@command("shard", judges=lambda options: options["lab"])
+@command("shard", takes=["shard"], judges=lambda options: options["lab"])
 def shard_command(
     model: ModelName,
     mesh: Annotated[
@@ -37,10 +22,6 @@ def shard_command(
     recipe: Recipe = None,
     axis: Axis = None,
     device: Device = None,
-    sizes: Annotated[
-        str | None,
-        typer.Option("--sizes", metavar="B=8,S=128", help="Sizes for the comparison of costs.", show_default=False),
-    ] = None,
     lab: Annotated[
         bool,
         typer.Option("--lab", help="Run all ranks in this process, and compare the result with the unsplit model."),
@@ -54,13 +35,8 @@ def shard_command(
             "--output", "-o", metavar="FILE", help="Write the plan and weights to a .treadle file.", show_default=False
         ),
     ] = None,
-    config: Config = None,
-    limit: Limit = None,
-    inputs: OptionalInputs = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    widen: Widen = None,
-    seed: Seed = 0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Split a model over a mesh; print the placement of every value, every collective, and the reasons.
@@ -69,31 +45,25 @@ def shard_command(
     """
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_graph, fit_prose, fitted
-    from treadle.option_values import parse_axes, parse_config, parse_limits, parse_sizes
     from treadle.passes.sharding.plan_printing import plan_json
+    from treadle.program.flag_values import parse_axes
+    from treadle.program.options import CompileOptions
     from treadle.progress import working
     from treadle.reporting.counts import human
     from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
     from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded
 
     made: ShardedModel | None = None
+    options = CompileOptions.of("shard", chosen)
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     if is_artifact(model):
-        refuse_for_artifact(
-            mesh=mesh,
-            recipe=recipe,
-            axis=axis,
-            device=device,
-            sizes=sizes,
-            output=output,
-            config=config,
-            inputs=inputs,
-            dtype=dtype,
-            quantize=quantize,
-            widen=widen,
-        )
-        made = load_sharded(model, limits=parse_limits(limit or ()))
+        split = {"mesh": mesh, "recipe": recipe, "axis": axis, "device": device, "output": output}
+        given = [f"--{name}" for name, value in split.items() if value]
+        if given:
+            raise UsageError("the file of a sharded model has its plan, and does not accept " + " or ".join(given))
+        options.refuse_for_artifact(model, also=("seed",))
+        made = load_sharded(model, limits=options.limits)
         plan = made.plan
     else:
         if mesh is None:
@@ -101,19 +71,14 @@ def shard_command(
         asked: dict[str, Any] = {
             "recipe": recipe,
             "axes": parse_axes(axis or ()),
-            "sizes": parse_sizes(sizes),
             "device": "h100" if device is None else device,
-            "inputs": names_of(inputs),
-            "dtype": dtype,
-            "quantize": quantize,
-            "widen": names_of(widen) or (),
-            **parse_config(config or (), limit or (), sharded),
+            **chosen,
         }
         with working(f"planning {model}", shown=not as_json):
             if output is None:
                 plan = shard_model(model, mesh, **asked)
             else:
-                made = sharded(model, mesh, seed=seed, **asked)
+                made = sharded(model, mesh, **asked)
                 plan = made.plan
                 made.save(output)
     program = None if rank is None else rank_graph(plan, rank)
@@ -126,7 +91,7 @@ def shard_command(
     tried = None
     if lab:
         with working(f"running {plan.devices.ranks} ranks", shown=not as_json):
-            tried = try_in_lab(plan, weights=None if made is None else made.weights, seed=seed)
+            tried = try_in_lab(plan, weights=None if made is None else made.weights, seed=options.seed)
     if as_json:
         facts = {
             **plan_json(plan),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json, saying
-from treadle.cli.completing import complete_backend, complete_model
-from treadle.cli.options import AsJson, Config, Dtype, Limit, ModelName, Seed, TargetName, Threads
+from treadle.cli.completing import complete_model
+from treadle.cli.options import AsJson, Chosen, ModelName
 from treadle.ir.errors import TreadleError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C, as for every command."""
 
 
-@command("train")
+@command("train", takes=["train"], defaults={"backend": "torch"})
 def train_model(
     model: ModelName,
     files: Annotated[
@@ -165,28 +165,17 @@ def train_model(
             "--gradient-checkpointing", help="Recompute activations for the gradient: less memory, more time."
         ),
     ] = False,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="torch, numpy, tvm, or another that is installed.", autocompletion=complete_backend
-        ),
-    ] = "torch",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    seed: Seed = 0,
+    *,
+    chosen: Chosen,
     as_json: AsJson = False,
 ) -> None:
     """Train a language model on texts, and save it in its original format.
 
     Ctrl-C ends training after the current step. The trained weights are saved, also if a step fails.
     """
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config
+    from treadle.program.options import CompileOptions
     from treadle.progress import counting, working
-    from treadle.resolving import BLOCKS, resolve
+    from treadle.resolving import BLOCKS
     from treadle.training.interrupts import noting_interrupts
     from treadle.training.run_report import RunReport, data_text, line_text
     from treadle.training.run_settings import change_lines, changed_settings, collect_settings
@@ -198,11 +187,11 @@ def train_model(
     _check_options(teacher, temperature, distillation_weight, save_every is not None and state is None, resume)
     if state is not None:
         _check_state(state, replace=overwrite)
-    chosen = parse_config(config or (), limit or (), Trainer)
-    where = Target(target, threads)
+    options = CompileOptions.of("train", chosen, backend="torch")
+    backend, where, dtype, seed = options.backend, options.where, options.dtype, options.seed
     _check_computing(backend, where, dtype)
     with working(f"reading {model}", shown=not as_json):
-        resolved = resolve(model, widen=("bf16", "f16", BLOCKS), deferred=True, **chosen)
+        resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
         saver = None if output is None else saver_for(resolved, output, replace=overwrite)
         made = {
             "learning_rate": _schedule(learning_rate, warmup, schedule, steps),
@@ -248,13 +237,9 @@ def train_model(
             max_grad_norm=max_grad_norm or None,
             trained=tuple(trained or ("*",)),
             **_taught(teacher, temperature, distillation_weight, backend, where),
-            backend=backend,
-            target=where,
-            dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            seed=seed,
-            **chosen,
+            **{**chosen, "backend": backend},
         )
         if resume is not None:
             trainer.restore(resume)
@@ -268,7 +253,6 @@ def train_model(
         _say(f"{line}\n")
     if not as_json:
         print(data_text(data), flush=True)
-    given = {name: value for name, value in chosen.items() if name != "limits"}
     run = RunReport(
         model,
         backend,
@@ -279,7 +263,7 @@ def train_model(
         settings,
         changed,
         teacher is not None,
-        given,
+        options.config,
         resolved.folder,
     )
 

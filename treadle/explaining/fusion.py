@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
-from treadle.compiling import checked_passes
-from treadle.computing import Widen, computing_in
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls, count_run_ops
@@ -26,10 +24,9 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.sites.fusion_sites import KINDS
-from treadle.resolving import resolve
+from treadle.program.options import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -120,22 +117,13 @@ def _fused_ops() -> Iterator[str]:
 
 
 def explain_fusion(
-    model: Model | Graph | str | Path,
-    *,
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: Widen = (),
-    expect: Mapping[str, int] | None = None,
-    certify: bool | None = None,
-    **config: Any,
+    model: Model | Graph | str | Path, *, expect: Mapping[str, int] | None = None, **options: Any
 ) -> Explanation:
     """Optimize the model that MODEL names, and report the outcome of every candidate site.
 
     model    as in `treadle.compile`
     expect   number of ops of a name that a run of the optimized graph should have, alone or within a larger fused op
-    certify  test every rewrite on random values; a rewrite that fails makes its site refused
+    options  as in `treadle.compile`; a rewrite that fails when it is certified makes its site refused
 
     Raises as `compile` does for a model that cannot be read, UsageError for an artifact or a negative count, GraphError
     for an expected op that does not exist.
@@ -150,9 +138,7 @@ def explain_fusion(
             received=str(model),
             hint="explain the model that it was compiled from",
         )
-    pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
-    resolved = resolve(model, inputs=inputs, widen=widen, **config)
-    optimized = PassManager(pipeline, certify=certify).run(resolved.graph)
+    resolved, optimized = CompileOptions.of("explain fusion", options).optimized(model)
     calls = count_calls(optimized.source)
     verdicts: dict[str, list[FusionVerdict]] = {name: [] for name in optimized.source.functions}
     for site, verdict in judge(optimized):

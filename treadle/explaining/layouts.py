@@ -7,27 +7,25 @@ It reads the graph after the backend's passes. A block's weights are listed once
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.artifacts import ArtifactLimits, is_artifact, open_artifact
+from treadle.artifacts import is_artifact, open_artifact
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
-from treadle.compiling import checked_passes
-from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
-from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.ir.transforms.fixing import bounded
+from treadle.passes.framework.manager import Optimized
+from treadle.program.budgets import budget_of
+from treadle.program.options import CompileOptions
 from treadle.reporting.counts import human
-from treadle.resolving import resolve
 
 
 @dataclass(frozen=True)
@@ -105,67 +103,41 @@ def _cells(weight: WeightLayout) -> tuple[str, ...]:
     return weight.name, weight.type, weight.layout, "" if weight.bytes is None else human(weight.bytes, "B")
 
 
-def explain_layouts(
-    model: Model | Graph | str | Path,
-    *,
-    backend: str = "numpy",
-    target: str | Target = "cpu",
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
-    **config: Any,
-) -> Layouts:
-    """Describe how a backend reads every weight of the model that MODEL names; `dtype` and `quantize` as in `compile`.
+def explain_layouts(model: Model | Graph | str | Path, **options: Any) -> Layouts:
+    """Describe how a backend reads every weight of the model that MODEL names; options as in `treadle.compile`.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """
-    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
-    return layouts_of(name, backend, lowered.graph)
+    chosen = CompileOptions.of("explain layouts", options)
+    name, lowered = lowered_for(model, chosen)
+    return layouts_of(name, chosen.backend, lowered.graph)
 
 
-def lowered_for(
-    model: Model | Graph | str | Path,
-    backend: str,
-    target: str | Target,
-    passes: Sequence[Pass],
-    inputs: Sequence[str] | None,
-    config: Mapping[str, Any],
-    donate: Sequence[str] = (),
-) -> tuple[str, Optimized]:
-    """Return the model's name, and its optimized graph after a backend's passes; inputs may be donated.
+def lowered_for(model: Model | Graph | str | Path, options: CompileOptions) -> tuple[str, Optimized]:
+    """Return the model's name, and its optimized graph after the backend's passes, which meet a memory budget.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """
-    chosen = find_backend(backend)
+    chosen = find_backend(options.backend)
     if not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {backend} has no passes of its own to explain", hint="numpy, torch or tvm")
-    if is_artifact(model):
-        name, optimized = compiled_before(model, inputs=inputs, **config)
-    else:
-        others = {name: value for name, value in config.items() if name not in ("dtype", "widen", "quantize")}
-        asked = config.get("dtype"), checked_passes(passes), config.get("widen", ()), config.get("quantize")
-        pipeline, widen = computing_in(*asked)
-        resolved = resolve(model, inputs=inputs, widen=widen, **others)
-        name, optimized = resolved.name, PassManager(pipeline).run(resolved.graph).graph
-    where = target if isinstance(target, Target) else Target(target)
-    return name, chosen.lower(optimized, where, donate=donate)
+        raise UsageError(f"backend {options.backend} has no passes of its own to explain", hint="numpy, torch or tvm")
+    name, optimized = optimized_for(model, options)
+    budget = None if options.memory is None else budget_of(options.memory, options.sizes, optimized)
+    if budget is not None:
+        optimized = bounded(optimized, budget.sizes)
+    return name, chosen.lower(optimized, options.where, budget=budget, donate=options.donate)
 
 
-def compiled_before(
-    model: object, *, limits: ArtifactLimits | Mapping[str, int] | None = None, **options: Any
-) -> tuple[str, Graph]:
-    """Return the name and the optimized graph of an artifact, which is already configured and optimized.
+def optimized_for(model: Model | Graph | str | Path, options: CompileOptions) -> tuple[str, Graph]:
+    """Return the name and the optimized graph of a model or an artifact, which is already configured and optimized.
 
-    Raises UsageError for options that would change the graph.
+    Raises as `compile` does; UsageError for options that would change an artifact's graph.
     """
-    known = ("inputs", "dtype", "quantize", "widen")
-    given = [name for name, value in options.items() if name not in known or value]
-    if given:
-        raise UsageError(
-            "an artifact is already compiled, and does not accept " + " or ".join(given),
-            received=str(model),
-            hint="use the model that it was compiled from",
-        )
-    held = open_artifact(str(model), limits=limits)
+    if not is_artifact(model):
+        resolved, optimized = options.optimized(model)
+        return resolved.name, optimized.graph
+    options.refuse_for_artifact(model, also=("cache",))
+    held = open_artifact(str(model), limits=options.limits)
     return held.name, held.optimized.graph
 
 

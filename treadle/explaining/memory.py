@@ -24,14 +24,12 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
-from treadle.ir.target import Target
-from treadle.option_values import choose_sizes
-from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
 from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
-from treadle.passes.pipelines import DEFAULT
+from treadle.program.budgets import choose_sizes
+from treadle.program.options import CompileOptions
 from treadle.reporting.counts import human, sizes_text
 
 
@@ -159,31 +157,23 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def explain_memory(
-    model: Model | Graph | str | Path,
-    *,
-    backend: str = "numpy",
-    target: str | Target = "cpu",
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    donate: Sequence[str] = (),
-    **config: Any,
-) -> MemoryReport:
-    """Describe the memory of a run of the model that MODEL names. Sizes default to 1 for a batch and 128 for other
-    axes.
+def explain_memory(model: Model | Graph | str | Path, **options: Any) -> MemoryReport:
+    """Describe the memory of a run of the model that MODEL names; options as in `treadle.compile`.
 
-    donate  inputs that callers donate, as in `compile`
+    `sizes` are those of the run, 1 for a batch and 128 for other axes by default; with `memory`, the run is the one
+    that fits.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage, and for sizes outside their bounds.
     """
-    name, lowered = lowered_for(model, backend, target, passes, inputs, config, donate)
-    chosen = find_backend(backend)
-    if lowered.plan is None or not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
-    where = target if isinstance(target, Target) else Target(target)
-    frames = chosen.frames(lowered.graph, where, lowered.plan)
-    return _told(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
+    options = {**options, "sizes": options.get("sizes") or None}
+    chosen = CompileOptions.of("explain memory", options)
+    name, lowered = lowered_for(model, chosen)
+    backend = find_backend(chosen.backend)
+    if lowered.plan is None or not isinstance(backend, StagedBackend):
+        raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
+    frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
+    sizes = choose_sizes(lowered.graph, chosen.sizes or {})
+    return _told(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
 
 
 def _told(

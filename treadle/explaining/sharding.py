@@ -7,7 +7,7 @@ All of it follows from the plan and the program of the last rank. No weight is r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,21 +189,14 @@ def explain_sharding(
     mesh: Mesh | str,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
-    inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: str | Iterable[str] = (),
-    limits: Mapping[str, int] | None = None,
-    **config: Any,
+    **options: Any,
 ) -> ShardingReport:
     """Describe the time and memory of a model split as by `shard_model`, and the savings of single changes.
 
     Raises as `shard_model` does.
     """
-    asked: dict[str, Any] = {"inputs": inputs, "dtype": dtype, "quantize": quantize, "widen": widen, "limits": limits}
-    plan = shard_model(model, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device, **asked, **config)
+    plan = shard_model(model, mesh, recipe=recipe, axes=axes, device=device, **options)
     return report_of(plan, dict(axes or {}))
 
 

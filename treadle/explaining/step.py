@@ -11,22 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.artifacts import is_artifact
-from treadle.compiling import checked_passes
-from treadle.computing import Widen, computing_in
-from treadle.explaining.layouts import compiled_before
+from treadle.explaining.layouts import optimized_for
 from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
-from treadle.passes.framework.manager import Pass, PassManager
-from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.program.options import CompileOptions
 from treadle.reporting.counts import counted, human
-from treadle.resolving import resolve
 
 
 @dataclass(frozen=True)
@@ -130,28 +125,14 @@ def _grows(state: StateFacts) -> str:
     return f"{each}, {human(state.bytes, 'B')} of all {state.count}" if state.count > 1 else each
 
 
-def explain_step(
-    model: Model | Graph | str | Path,
-    *,
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: Widen = (),
-    cache: str | None = None,
-    **config: Any,
-) -> StepExplained:
-    """Derive the step of the model that MODEL names, and describe it. Raises as `compile` does; PassError for no step.
+def explain_step(model: Model | Graph | str | Path, **options: Any) -> StepExplained:
+    """Derive the step of the model that MODEL names, and describe it; options as in `treadle.compile`, and `cache`.
 
-    cache   the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
+    Raises as `compile` does; PassError for no step.
     """
-    if is_artifact(model):
-        name, graph = compiled_before(model, inputs=inputs, dtype=dtype, quantize=quantize, widen=widen, **config)
-    else:
-        pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
-        resolved = resolve(model, inputs=inputs, widen=widen, **config)
-        name, graph = resolved.name, PassManager(pipeline).run(resolved.graph).graph
-    derived = derive_step(graph, cache=cache)
+    chosen = CompileOptions.of("explain step", options)
+    name, graph = optimized_for(model, chosen)
+    derived = derive_step(graph, cache=chosen.cache)
     changed = [
         Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters
     ]

@@ -8,7 +8,7 @@ that `bind` derives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
-from treadle.ir.target import Target
-from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, StoragePlan, ValuePlace, aligned
-from treadle.passes.pipelines import DEFAULT
+from treadle.program.options import CompileOptions
 from treadle.reporting.counts import counted
 
 
@@ -131,23 +129,16 @@ class StorageReport:
         return "\n".join(lines)
 
 
-def explain_storage(
-    model: Model | Graph | str | Path,
-    *,
-    backend: str = "numpy",
-    target: str | Target = "cpu",
-    passes: Sequence[Pass] = DEFAULT,
-    inputs: Sequence[str] | None = None,
-    **config: Any,
-) -> StorageReport:
-    """Describe the storage of every value and weight of the model that MODEL names for a backend.
+def explain_storage(model: Model | Graph | str | Path, **options: Any) -> StorageReport:
+    """Describe the storage of every value and weight of the model that MODEL names; options as in `treadle.compile`.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage.
     """
-    name, lowered = lowered_for(model, backend, target, passes, inputs, config)
+    chosen = CompileOptions.of("explain storage", options)
+    name, lowered = lowered_for(model, chosen)
     if lowered.plan is None:
-        raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
-    return storage_of(name, backend, lowered.graph, lowered.plan)
+        raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
+    return storage_of(name, chosen.backend, lowered.graph, lowered.plan)
 
 
 def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageReport:

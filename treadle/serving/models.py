@@ -12,7 +12,6 @@ from treadle.continuation import TextWriter
 from treadle.embedding import Embedded, SentenceEmbedder
 from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
-from treadle.ir.target import Target
 from treadle.runtime.scheduler import Scheduler
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
@@ -116,16 +115,15 @@ def queue_full(why: str) -> RequestRefusal:
 class Opening:
     """Options for opening models: see `treadle serve`."""
 
-    backend: str
-    target: Target
     rows: int = ROWS
     capacity: int = CAPACITY
     queue: int = QUEUE
-    cache: str | None = None
     resumes: bool | None = None
 
-    def open(self, model: str, **config: Any) -> Served:
+    def open(self, model: str, **options: Any) -> Served:
         """Compile a model, given as NAME=MODEL or MODEL, for text generation, or else for embeddings.
+
+        options  as in `treadle.compile`, and `cache`
 
         If the model supports neither, raises the error of text generation.
         """
@@ -134,12 +132,11 @@ class Opening:
             name, place = model.rstrip("/").rpartition("/")[2], model
         if not name:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
-        options: dict[str, Any] = {"backend": self.backend, "target": self.target, **config}
         try:
-            writer = TextWriter.open(place, cache=self.cache, **options)
+            writer = TextWriter.open(place, **options)
         except TreadleError as writes_not:
             try:
-                embedder = SentenceEmbedder.open(place, **options)
+                embedder = SentenceEmbedder.open(place, **{n: v for n, v in options.items() if n != "cache"})
             except TreadleError:
                 raise writes_not from None
             return ServedEmbedder(name, embedder, queue=self.queue)

@@ -13,7 +13,7 @@ rank_models.py      one rank's part, compiled and loaded by its own process
 
 from treadle.sharding.lab_trials import LabTrial, try_in_lab
 from treadle.sharding.needs import DeviceNeeds, device_needs
-from treadle.sharding.plans import plan_graph, rank_graph, recognized, shard_model
+from treadle.sharding.plans import plan_graph, rank_graph, shard_model
 
 __all__ = [
     "DeviceNeeds",
@@ -21,7 +21,6 @@ __all__ = [
     "device_needs",
     "plan_graph",
     "rank_graph",
-    "recognized",
     "shard_model",
     "try_in_lab",
 ]

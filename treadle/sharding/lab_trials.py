@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from treadle.compiling import initial_weights
 from treadle.files.errors import Hint
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.interpreter import interpret
 from treadle.ir.transforms.encoded_weights import encode_weights
-from treadle.option_values import choose_sizes
 from treadle.passes.sharding.plan import ShardingPlan
+from treadle.program.budgets import choose_sizes
+from treadle.program.weights import initial_weights
 from treadle.runtime.sharding_lab import refuse_many_ranks, run_lab
 from treadle.sharding.plans import rank_graph
 

@@ -11,12 +11,12 @@ from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.sharding.gather_ahead import bytes_ahead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes, Timetable, timetable_of
+from treadle.program.budgets import choose_sizes
 from treadle.reporting.counts import human
 from treadle.sharding.plans import rank_graph
 

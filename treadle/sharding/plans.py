@@ -6,24 +6,24 @@ of ranks pass through the rest of the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from treadle.computing import computing_in
 from treadle.frontends.declarations import Model
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
-from treadle.option_values import choose_sizes
-from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import MERGING, RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.gather_ahead import GatherAhead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
-from treadle.resolving import Resolved, resolve
+from treadle.program.budgets import choose_sizes
+from treadle.program.options import CompileOptions
+from treadle.program.precision import computing_in
 
 
 def shard_model(
@@ -32,14 +32,8 @@ def shard_model(
     *,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
-    inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: str | Iterable[str] = (),
-    limits: Mapping[str, int] | None = None,
-    **config: Any,
+    **options: Any,
 ) -> ShardingPlan:
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
 
@@ -48,35 +42,14 @@ def shard_model(
     recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
                      replicates an axis that the recipe splits
-    sizes            sizes of symbols, for which costs are compared
     device           the device of each rank: "h100", "a100", "cpu", or a `Machine`
-    dtype, quantize  as in `treadle.compile`
-    config           of the declaration
+    options          as in `treadle.compile`; `sizes` are those for which costs are compared
 
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
-    _, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
-    return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
-
-
-def recognized(
-    model: Model | Graph | str | Path,
-    inputs: Sequence[str] | None,
-    dtype: str | None,
-    quantize: str | None,
-    widen: str | Iterable[str],
-    limits: Mapping[str, int] | None,
-    config: Mapping[str, Any],
-    *,
-    deferred: bool = False,
-) -> tuple[Resolved, Optimized]:
-    """Return the model that MODEL names, and its graph with all composites recognized, in `dtype` and quantized.
-
-    deferred   weights of a checkpoint are read when parts of them are used (`treadle.frontends.deferred_arrays`)
-    """
-    passes, widen = computing_in(dtype, RECOGNITION, widen, quantize)
-    resolved = resolve(model, inputs=inputs, widen=widen, limits=limits, deferred=deferred, **config)
-    return resolved, PassManager(passes).run(resolved.graph)
+    chosen = CompileOptions.of("shard", options)
+    _, optimized = chosen.optimized(model, RECOGNITION, deferred=True)
+    return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
 
 
 def plan_graph(

@@ -11,7 +11,7 @@ Every rank plans by itself, and ranks compare versions, plans, weights and input
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from treadle.backends.registry import find_backend
 from treadle.backends.signature import Signature
 from treadle.backends.staged import build
 from treadle.backends.states import States
-from treadle.compiling import initial_weight
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import stored_bytes
 from treadle.ir.errors import PassError, RankError, UsageError
@@ -35,14 +34,17 @@ from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights
+from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
+from treadle.program.options import CompileOptions
+from treadle.program.weights import initial_weight
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
-from treadle.sharding.plans import plan_graph, rank_graph, recognized
+from treadle.sharding.plans import plan_graph, rank_graph
 from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
@@ -166,20 +168,10 @@ class RankPart:
         *,
         recipe: str | None = None,
         axes: Mapping[str, str] | None = None,
-        sizes: Mapping[str, int] | None = None,
         device: str | Machine = "h100",
-        backend: str = "numpy",
-        target: str | Target = "cpu",
-        weights: Mapping[str, Array] | None = None,
-        inputs: Sequence[str] | None = None,
-        seed: int = 0,
-        dtype: str | None = None,
-        quantize: str | None = None,
-        widen: str | Iterable[str] = (),
-        limits: Mapping[str, int] | None = None,
         agree: Mapping[str, str] | None = None,
         whole: bool = False,
-        **config: Any,
+        **options: Any,
     ) -> RankPart:
         """Plan, compare with the other ranks, start torch.distributed, and load weights.
 
@@ -189,9 +181,10 @@ class RankPart:
         Other arguments are as in `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do; UsageError,
         on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
         """
+        chosen = CompileOptions.of("rank", options)
         ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
-        resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
-        plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
+        resolved, optimized = chosen.optimized(model, RECOGNITION, deferred=True)
+        plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
                 raise PassError(
@@ -202,10 +195,10 @@ class RankPart:
             plan = with_whole_outputs(plan)
             check_sharding(plan)
         refuse_other_mesh(plan, ranks.size)
-        held = weights if weights is not None else resolved.weights
-        where = target if isinstance(target, Target) else Target(target)
+        held = chosen.weights if chosen.weights is not None else resolved.weights
+        where, seed, backend = chosen.where, chosen.seed, chosen.backend
         facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
-        facts |= {"computing": f"dtype {dtype}", "weights": _told_weights(held, seed)}
+        facts |= {"computing": f"dtype {chosen.dtype}", "weights": _told_weights(held, seed)}
         ranks.agree({**facts, **(agree or {})})
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")

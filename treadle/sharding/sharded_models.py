@@ -8,7 +8,7 @@ again.program(1), again.parts(1)        # the program of rank 1, and its parts o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import numpy as np
 
 from treadle.artifact_writing import write_artifact
 from treadle.artifacts import ArtifactLimits, open_artifact
-from treadle.compiling import weights_of
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
 from treadle.frontends.declarations import Model
@@ -26,9 +25,12 @@ from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
+from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
-from treadle.sharding.plans import plan_graph, rank_graph, recognized
+from treadle.program.options import CompileOptions
+from treadle.program.weights import weights_of
+from treadle.sharding.plans import plan_graph, rank_graph
 
 Array = np.ndarray[Any, Any]
 
@@ -72,24 +74,17 @@ def sharded(
     *,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
-    weights: Mapping[str, Array] | None = None,
-    seed: int = 0,
-    inputs: Sequence[str] | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    widen: str | Iterable[str] = (),
-    limits: Mapping[str, int] | None = None,
-    **config: Any,
+    **options: Any,
 ) -> ShardedModel:
     """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would use.
 
     Raises as both do.
     """
-    resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config)
-    plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
-    bound, drawn = weights_of(resolved, optimized.graph, weights, seed)
+    chosen = CompileOptions.of("shard", options)
+    resolved, optimized = chosen.optimized(model, RECOGNITION)
+    plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
+    bound, drawn = weights_of(resolved, optimized.graph, chosen.weights, chosen.seed)
     for name, value in optimized.graph.parameters.items():
         if np.shape(bound[name]) != value.type.storage_type.static_shape:
             raise UsageError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from treadle.compiled import Compiled
-from treadle.compiling import compile
+from treadle.entry_functions import compile
 from treadle.ir.target import Target
 from treadle.stepped import SteppedModel, open_stepped
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from treadle.files.shown_names import printable, shown_path
 from treadle.ir.errors import UsageError
-from treadle.option_values import read_text
+from treadle.program.given_texts import read_text
 
 LINES = ".jsonl"
 BYTE_ORDER_MARK = "\ufeff"

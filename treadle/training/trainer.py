@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,9 +24,7 @@ import numpy as np
 from treadle.backends.protocol import Port
 from treadle.backends.signature import Signature, numpy_taken
 from treadle.compiled import Compiled
-from treadle.compiling import compile as compile_model
-from treadle.compiling import weights_of
-from treadle.computing import computing_in
+from treadle.compiling import compile_model
 from treadle.explaining.memory import MemoryReport, explain_memory
 from treadle.files.contained_files import PathLike
 from treadle.frontends.declarations import Model
@@ -34,7 +32,6 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
-from treadle.ir.target import Target
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.padding_rows import with_padding_rows
@@ -50,7 +47,10 @@ from treadle.ir.transforms.training_losses import (
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT, RECOGNITION
-from treadle.resolving import BLOCKS, Resolved, resolve
+from treadle.program.options import CompileOptions, with_options
+from treadle.program.precision import computing_in
+from treadle.program.weights import weights_of
+from treadle.resolving import BLOCKS, Resolved
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
@@ -110,14 +110,9 @@ class Trainer:
         teacher: Compiled | None = None,
         temperature: float | None = None,
         distillation_weight: float | None = None,
-        backend: str = "numpy",
-        target: str | Target = "cpu",
-        dtype: str | None = None,
         gradient_checkpointing: bool = False,
         gradient_accumulation_steps: int = 1,
-        seed: int = 0,
-        inputs: Sequence[str] | None = None,
-        **config: Any,
+        **options: Any,
     ) -> None:
         """Compile the graphs of a training step.
 
@@ -135,12 +130,9 @@ class Trainer:
         teacher     a compiled model with an output of the same name, run on the inputs that both have
         temperature, distillation_weight  of the teacher's loss, by default 2 and 0.5; see
                     `treadle.ir.transforms.training_losses`
-        backend     "numpy", "torch" or "tvm"
-        target      "cpu", or a `Target` with a number of threads
-        dtype       "bf16": products have bf16 operands and are summed in f32; everything else is f32. None: f32
         gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
         gradient_accumulation_steps  calls of `step` whose gradients are accumulated for one update
-        inputs, config  as in `compile`
+        options     as in `compile`; with dtype="bf16", products of any two matrices have bf16 operands
 
         Raises UsageError for an invalid option, and the errors of `compile`.
         """
@@ -152,12 +144,13 @@ class Trainer:
                 "an update needs the gradients of 1 call or more",
                 received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
             )
-        where = target if isinstance(target, Target) else Target(target)
+        asked = CompileOptions.of("train", options)
+        where, backend = asked.where, asked.backend
         if where.kind != "cpu":
             raise UsageError(
                 f"training runs on the CPU, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
             )
-        self.resolved: Resolved = resolve(model, inputs=inputs, widen=WIDENED, **config)
+        self.resolved: Resolved = asked.but(widen=WIDENED, dtype=None).resolve(model)
         self.optimizer, self.clip, self.accumulate = optimizer, max_grad_norm, gradient_accumulation_steps
         self.schedule = schedule_of(learning_rate)
         self.backend, self.teacher = backend, teacher
@@ -177,14 +170,14 @@ class Trainer:
         if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
             self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=gradient_checkpointing)
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
-        held, self.seed = weights_of(self.resolved, self.resolved.graph, None, seed)
+        held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.weights, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
-        passes, _ = computing_in(dtype, DEFAULT, (), computed=True)
-        options: dict[str, Any] = {"backend": backend, "target": where, "passes": passes}
-        self.gradient = compile_model(made, weights=frozen, **options)
+        passes, _ = computing_in(asked.dtype, DEFAULT, (), computed=True)
+        self._options = CompileOptions(backend=backend, target=where, passes=passes)
+        self.gradient = compile_model(made, self._options.but(weights=frozen))
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
-        self._options, self._frozen = options, {n: held[n] for n in held if n not in self.trained}
+        self._frozen = {n: held[n] for n in held if n not in self.trained}
         types = {name: self.resolved.graph.parameters[name].type for name in self.trained}
         decayed = [name for name, type in types.items() if type.rank > 1]
         updating = update_graph(optimizer, types, clip=max_grad_norm, decayed=decayed)
@@ -192,8 +185,10 @@ class Trainer:
         moments = {
             f"{moment}.{name}": np.zeros_like(weights[name]) for name in self.trained for moment in optimizer.moments
         }
-        self.update = compile_model(updating, backend=backend, target=where, donate=[*weights, *moments])
+        self.update = compile_model(updating, self._options.but(passes=None, donate=[*weights, *moments]))
         self._state, self._torn = TrainingState(weights, moments), False
+
+    __init__.__signature__ = with_options(__init__, "train")  # type: ignore[attr-defined]
 
     # -- the loss ----------------------------------------------------------------------------------------------
 
@@ -310,7 +305,7 @@ class Trainer:
         """Return the mean loss over the counted positions of a batch; nothing is changed. Raises as `step` does."""
         if self._evaluation is None:
             self._evaluation = compile_model(
-                self._loss_alone, weights=self._needed_by(self._loss_alone), **self._options
+                self._loss_alone, self._options.but(weights=self._needed_by(self._loss_alone))
             )
         taken = {port.name for port in self._evaluation.inputs}
         weights = {name: array for name, array in self.state.weights.items() if name in taken}
@@ -402,7 +397,7 @@ class Trainer:
         The report has the form of `treadle explain MODEL memory`, for the gradient graph.
         """
         graph = self.gradient.optimized.source
-        return explain_memory(graph, **self._options, sizes=sizes)
+        return explain_memory(graph, **self._options.but(sizes=sizes).keywords())
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -415,7 +410,7 @@ class Trainer:
     def compiled(self, **options: Any) -> Compiled:
         """Compile the model with the current weights and options of `compile`."""
         weights = {name: np.array(array) for name, array in self.weights.items()}
-        return compile_model(self.resolved.graph, weights=weights, **options)
+        return compile_model(self.resolved.graph, CompileOptions.of("compile", {**options, "weights": weights}))
 
     def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
         """Write trained weights, moments and steps to one file atomically, to resume by `restore`.

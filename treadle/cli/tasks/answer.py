@@ -29,7 +29,7 @@ def answer_questions(
     as_json: bool,
 ) -> None:
     """Answer a question with a span of a text; needs a checkpoint folder of a ...ForQuestionAnswering class."""
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.answering import QuestionAnswerer
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import treadle
 from treadle.cli.application import command
-from treadle.cli.options import AsJson, BackendName, Config, Dtype, Limit, ModelName, Quantize, TargetName, Threads
+from treadle.cli.options import AsJson, Chosen, ModelName
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,72 +44,43 @@ BeamCount = Annotated[
 LengthPenalty = Annotated[float, typer.Option(metavar="X", help="With --beams: values above 0 favour long texts.")]
 
 
-def task_command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the task command of this name.
 
     The command has MODEL and the compile options, which the function gets as one argument, `options`. The function's
     other parameters come between MODEL and these, except `as_json`, which comes last.
+
+    takes  the entry function whose options the command has
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def asked(**given: Any) -> None:
-            options = model_options(**{each: given.pop(each) for each in _SHARED})
-            function(options=options, **given)
+        def asked(model: ModelName, *, chosen: Chosen, as_json: AsJson = False, **given: Any) -> None:
+            function(options=model_options(model, takes, chosen), as_json=as_json, **given)
 
-        own = [p for p in inspect.signature(function).parameters.values() if p.name not in ("options", "as_json")]
+        model, chosen, as_json, _ = inspect.signature(asked).parameters.values()
         own = [
-            p.replace(annotation=eval(p.annotation, function.__globals__)) for p in own
-        ]  # typer does not evaluate string annotations here
-        model, *compiled = inspect.signature(_taken, eval_str=True).parameters.values()
-        keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, *compiled)]
-        asked.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-        asked.__annotations__ = {p.name: p.annotation for p in keywords}
-        return command(name)(asked)
+            p.replace(annotation=eval(p.annotation, function.__globals__))
+            for p in inspect.signature(function).parameters.values()
+            if p.name not in ("options", "as_json")
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, chosen, as_json)]
+        asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        asked.__doc__, asked.__name__ = function.__doc__, function.__name__
+        return command(name, takes=[takes])(asked)
 
     return made
 
 
-def _taken(
-    model: ModelName,
-    config: Config = None,
-    limit: Limit = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    backend: BackendName = "numpy",
-    target: TargetName = "cpu",
-    threads: Threads = None,
-    as_json: AsJson = False,
-) -> None:
-    """The parameters that every task command has, in the order of `--help`."""
-
-
-_SHARED = tuple(name for name in inspect.signature(_taken).parameters if name != "as_json")
-
-
-def model_options(
-    model: str,
-    *,
-    backend: str,
-    target: str,
-    threads: int | None,
-    dtype: str | None,
-    quantize: str | None,
-    config: Sequence[str] | None,
-    limit: Sequence[str] | None,
-) -> ModelOptions:
-    """Return a command's options in the form in which a task opens its model. Raises UsageError for a malformed
-    option.
-    """
-    from treadle.continuation import TextWriter
-    from treadle.ir.target import Target
-    from treadle.option_values import parse_config
-    from treadle.stepped import open_stepped
+def model_options(model: str, entry: str, chosen: Mapping[str, Any]) -> ModelOptions:
+    """Return a command's options in the form in which a task opens its model."""
+    from treadle.program.options import CompileOptions
     from treadle.tasks.options import ModelOptions
 
-    given = parse_config(config or (), limit or (), treadle.compile, TextWriter.open, open_stepped)
-    limits = given.pop("limits", None)
-    return ModelOptions(model, backend, Target(target, threads), dtype, quantize, limits, config=given)
+    options = CompileOptions.of(entry, chosen)
+    how = {
+        name: getattr(options, name) for name in ("backend", "dtype", "quantize", "limits", "cache", "config", "widen")
+    }
+    return ModelOptions(model, target=options.where, **how)
 
 
 def beams_of(count: int | None, length_penalty: float) -> Beams | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treadle.cli.application import print_json
-from treadle.cli.options import CacheName, Widen, names_of
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 _NEW, _BYE = "/new", "/bye"
 
 
-@task_command("chat")
+@task_command("chat", takes="generate")
 def talk_with_model(
     options: ModelOptions,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
@@ -51,8 +49,6 @@ def talk_with_model(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Random seed; the same seed gives the same replies.")] = 0,
-    cache: CacheName = None,
-    widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
@@ -68,7 +64,7 @@ def talk_with_model(
     FolderRules().but(repetition_penalty=repetition_penalty)  # a wrong value is refused before compiling
     need_for_text(options.model, chat=True)
     with working(f"compiling {options.model}", shown=not as_json):
-        writer = LoadedModel(replace(options, cache=cache, widen=names_of(widen) or ())).writer
+        writer = LoadedModel(options).writer
         talk = Conversation.open(writer, system=system, capacity=context)
     asked = writer.asked.but(repetition_penalty=repetition_penalty)
     if asked.options and not as_json:

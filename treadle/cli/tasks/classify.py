@@ -31,7 +31,7 @@ def classify_texts(
 ) -> None:
     """Classify texts; needs a checkpoint folder of a ...ForSequenceClassification class."""
     from treadle.ir.errors import UsageError
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.classifying import Text, TextClassifier
 

@@ -34,7 +34,7 @@ def fill_masks(
     as_json: bool,
 ) -> None:
     """Print the most likely tokens for the masks in texts; needs a checkpoint folder of a ...ForMaskedLM class."""
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
 

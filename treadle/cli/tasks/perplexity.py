@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from treadle.cli.application import print_json
-from treadle.cli.options import Widen, names_of
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
@@ -34,18 +33,17 @@ def measure_text(
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not compare with the model without --quantize and --dtype.")
     ] = False,
-    widen: Widen = None,
     *,
     as_json: bool,
 ) -> None:
     """Print the perplexity of a causal language model on a text, with and without quantization."""
-    from treadle.option_values import read_text
+    from treadle.program.given_texts import read_text
     from treadle.progress import counting, working
     from treadle.tasks.perplexity import PerplexityMeter, windows
 
     text = read_text(file)
     with working(f"compiling {options.model}", shown=not as_json):
-        meter = PerplexityMeter.open(replace(options, widen=names_of(widen) or ()), alone=alone)
+        meter = PerplexityMeter.open(options, alone=alone)
     ids = meter.tokens(text, most)
     total = len(list(windows(len(ids), window)))
     with counting("reading", total, shown=not as_json) as progress:

@@ -31,7 +31,7 @@ def summarize_texts(
     as_json: bool,
 ) -> None:
     """Summarize texts with an encoder-decoder model, such as BART's or T5's."""
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 

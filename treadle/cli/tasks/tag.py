@@ -30,7 +30,7 @@ def tag_texts(
     as_json: bool,
 ) -> None:
     """Label spans of texts; needs a checkpoint folder of a ...ForTokenClassification class."""
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger
 

@@ -49,7 +49,7 @@ def translate_texts(
     as_json: bool,
 ) -> None:
     """Translate texts with an encoder-decoder model, such as Marian's or T5's."""
-    from treadle.option_values import read_sentences
+    from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 

@@ -49,3 +49,14 @@ def computing_in(
     narrowing = (PatchesAsProducts(), products, NarrowAttention(bf16)) if dtype == "bf16" else ()
     given = [widen] if isinstance(widen, str) else list(widen)
     return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))
+
+
+def checked_passes(passes: object) -> tuple[Pass, ...]:
+    """Return the pipeline as a tuple. Raises UsageError if it is not a sequence of passes."""
+    if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
+        return tuple(passes)
+    raise UsageError(
+        "passes= must be a list of passes",
+        received=f"{passes!r}"[:80],
+        hint="leave it out for the default pipeline; [] compiles the graph as declared",
+    )

@@ -1,0 +1,52 @@
+"""The public entry functions whose signatures follow from `treadle.program.options`. Type checkers read their stub."""
+
+from __future__ import annotations
+
+from inspect import cleandoc
+from typing import TYPE_CHECKING, Any
+
+from treadle.compiling import compile_model
+from treadle.program.options import CompileOptions, documented, with_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from treadle.compiled import Compiled
+    from treadle.frontends.declarations import Model
+    from treadle.frontends.torch_export.model import TorchModel
+    from treadle.ir.graph import Graph
+
+
+def compile(model: Model | Graph | TorchModel | str | Path, **options: Any) -> Compiled:
+    """Compile a model for a backend and a target. Call the result with arrays by name.
+
+        exe = t.compile(tiny_gpt, backend="tvm", layers=6)
+        logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
+
+    model     a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
+              ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
+    OPTIONS
+    config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
+              shapes
+
+    If an input of an ONNX file determines shapes and config does not give its value, the file is compiled at the first
+    call with each new value: `treadle.specializing`.
+
+    Raises UsageError for an invalid argument, FrontendError for a model that cannot be read or traced, CheckpointError
+    for a damaged file or one that does not fit, PassError if a pass fails, BackendError for a backend that is not
+    available or rejects the graph, or if no plan fits `memory`. All are TreadleError, as are errors in a model's own
+    lines (GraphError, RuleError, SizeError).
+    """
+    return compile_model(model, CompileOptions.of("compile", options))
+
+
+compile.__signature__ = with_options(compile, "compile")  # type: ignore[attr-defined]
+compile.__doc__ = cleandoc(compile.__doc__ or "").replace("OPTIONS", documented("compile"))
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Trainer":
+        raise AttributeError(name)
+    from treadle.training.trainer import Trainer
+
+    return Trainer

@@ -1,0 +1,134 @@
+"""The public entry functions with their options, from `program.options`: entry_functions.py as type checkers see
+it. Written by `make golden`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from treadle.compiled import Compiled
+from treadle.frontends.declarations import Model
+from treadle.frontends.torch_export.model import TorchModel
+from treadle.ir.graph import Graph
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Pass
+from treadle.runtime.training.optimizers import Optimizer
+from treadle.runtime.training.schedules import Schedule
+from treadle.training.trainer import Trainer as _Trainer
+
+Array = np.ndarray[Any, Any]
+
+def compile(
+    model: Model | Graph | TorchModel | str | Path,
+    *,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    weights: Mapping[str, Array] | None = None,
+    seed: int = 0,
+    passes: Sequence[Pass] | None = None,
+    certify: bool | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    donate: Sequence[str] = (),
+    **config: Any,
+) -> Compiled:
+    """Compile a model for a backend and a target. Call the result with arrays by name.
+
+        exe = t.compile(tiny_gpt, backend="tvm", layers=6)
+        logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
+
+    model     a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
+              ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
+    inputs    optional inputs of the declaration to include, such as ("lengths",)
+    outputs   names of the outputs to return; operations that only other outputs need are not computed. "hidden[:, 0]"
+              is a part of an output: a position, or `start:stop`, for each of its first axes. None: all
+    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
+              GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
+              (docs/quantization.md)
+    limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
+              initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+    seed      an integer, 0 or more
+    passes    the pipeline, a flat list; []: the graph as declared; None: `treadle.passes.pipelines.DEFAULT`
+    certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
+    dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
+              (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared
+    quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
+              bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
+              quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
+              (docs/quantization.md). None: as stored
+    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    target    what to compile for: "cpu", or `Target("cpu", threads=4)`
+    memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
+              (docs/memory.md)
+    sizes     the largest sizes of symbolic axes for which the run must stay within `memory`; they become bounds of the
+              result. Default: 1 for a batch and 128 for other axes
+    donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
+              outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
+    config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
+              shapes
+
+    If an input of an ONNX file determines shapes and config does not give its value, the file is compiled at the first
+    call with each new value: `treadle.specializing`.
+
+    Raises UsageError for an invalid argument, FrontendError for a model that cannot be read or traced, CheckpointError
+    for a damaged file or one that does not fit, PassError if a pass fails, BackendError for a backend that is not
+    available or rejects the graph, or if no plan fits `memory`. All are TreadleError, as are errors in a model's own
+    lines (GraphError, RuleError, SizeError).
+    """
+
+class Trainer(_Trainer):
+    def __init__(
+        self,
+        model: Model | Graph | TorchModel | str | Path,
+        *,
+        loss: str = "cross-entropy",
+        optimizer: Optimizer = ...,
+        learning_rate: float | Schedule = 0.001,
+        max_grad_norm: float | None = 1.0,
+        trained: Iterable[str] | None = None,
+        output: str | None = None,
+        teacher: Compiled | None = None,
+        temperature: float | None = None,
+        distillation_weight: float | None = None,
+        gradient_checkpointing: bool = False,
+        gradient_accumulation_steps: int = 1,
+        inputs: Sequence[str] | None = None,
+        limits: Mapping[str, int] | None = None,
+        weights: Mapping[str, Array] | None = None,
+        seed: int = 0,
+        dtype: str | None = None,
+        backend: str = "numpy",
+        target: str | Target = "cpu",
+        **config: Any,
+    ) -> None:
+        """Compile the graphs of a training step.
+
+        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; other
+                    weights are drawn from `seed`
+        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 is not counted; with
+                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
+                    the model
+        optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
+        learning_rate  the learning rate, or a `Schedule` of it
+        max_grad_norm  clip the gradient norm to this value; None disables clipping
+        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all except buffers;
+                    for a module that `from_torch` imported, its parameters that require a gradient
+        output      the output that `targets` belong to; None: "logits", or the only one
+        teacher     a compiled model with an output of the same name, run on the inputs that both have
+        temperature, distillation_weight  of the teacher's loss, by default 2 and 0.5; see
+                    `treadle.ir.transforms.training_losses`
+        gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
+        gradient_accumulation_steps  calls of `step` whose gradients are accumulated for one update
+        options     as in `compile`; with dtype="bf16", products of any two matrices have bf16 operands
+
+        Raises UsageError for an invalid option, and the errors of `compile`.
+        """

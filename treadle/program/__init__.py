@@ -1,0 +1,1 @@
+"""A program: a model with the options that it is compiled with."""

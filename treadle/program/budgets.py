@@ -1,0 +1,95 @@
+"""The memory budget of a run, and the sizes of symbolic axes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.fitted_pipeline import Budget
+from treadle.files.shown_names import printable
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph
+
+DEFAULT_SIZE = 128
+"""Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""
+
+
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(memory: int | str | None) -> int | None:
+    """Parse `300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
+    if memory is None:
+        return None
+    asked = "300MB"
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        found = memory
+    else:
+        text = memory if isinstance(memory, str) else ""
+        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]*)\s*", text)
+        unit = None if match is None else _UNITS.get(match[2] or "B")
+        found = 0 if match is None or unit is None else int(float(match[1]) * unit)
+        if match is not None and unit is None:
+            near = next((u for u in _UNITS if u.lower() == match[2].lower()), "MB")
+            asked = f"{match[1]}{near}"
+    if found < 1:
+        units = ", ".join(_UNITS)
+        raise UsageError(
+            "memory must be a number of bytes",
+            received=printable(repr(memory))[:80],
+            hint=Hint(f'memory="{asked}"; units are {units}', f"--memory {asked}; units are {units}"),
+        )
+    return found
+
+
+def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> Budget | None:
+    """Return the memory budget of a run and the sizes it holds for, see `choose_sizes`. None if memory is None.
+
+    Raises UsageError as `parse_bytes` and `choose_sizes` do, and for sizes without memory.
+    """
+    most = parse_bytes(memory)
+    if most is None:
+        if sizes:
+            raise UsageError(
+                "`sizes=` only applies together with `memory=`",
+                received=", ".join(f"{name}={size}" for name, size in sizes.items()),
+                hint=Hint('pass memory="300MB", or leave sizes out', "pass --memory 300MB, or leave --sizes out"),
+            )
+        return None
+    return Budget(most, choose_sizes(graph, sizes or {}))
+
+
+def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
+    """Return a size for every symbol: the given one, else 1 for a leading axis of the inputs and 128 for others, in
+    bounds.
+
+    Raises UsageError for a symbol that the graph does not have, and for a size outside its bounds.
+    """
+    if not isinstance(asked, Mapping):
+        raise UsageError(
+            "sizes must be a mapping", received=printable(repr(asked))[:80], hint='sizes={"B": 8, "S": 128}'
+        )
+    given: Mapping[Any, Any] = asked
+    for named, size in given.items():
+        if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
+            told = printable(f"{named!r}: {size!r}")[:80]
+            raise UsageError("a size must be an integer", received=told, hint='sizes={"B": 8, "S": 128}')
+    unknown = [name for name in asked if name not in graph.symbols]
+    if unknown:
+        raise UsageError(
+            f"{graph.name} has no symbolic axis {', '.join(map(printable, unknown))}",
+            hint="one of " + ", ".join(graph.symbols) if graph.symbols else "all of its sizes are fixed",
+        )
+    leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
+    sizes = {}
+    for name, bounds in graph.symbols.items():
+        size = asked.get(name, 1 if name in leading else DEFAULT_SIZE)
+        if name not in asked:
+            size = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
+        if size not in bounds:
+            raise UsageError(f"{name} cannot be {size}", within=graph.name, hint=bounds.around(name))
+        sizes[name] = size
+    return sizes

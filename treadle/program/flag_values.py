@@ -1,0 +1,136 @@
+"""Parsers of command line values: `--set layers=2`, `--sizes B=1,S=128`, `--input tokens=1,2,3`.
+
+Values are JSON, or else plain words; nothing is evaluated as Python.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from treadle.files.shown_names import printable
+from treadle.ir.errors import TreadleError, UsageError
+
+_INLINE_BYTES = 1 << 20
+
+
+def names_of(text: str) -> tuple[str, ...]:
+    """Return the names in a list separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def outputs_of(text: str) -> tuple[str, ...]:
+    """Return the outputs in a list separated by commas; some may have a part in brackets."""
+    return tuple(name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip())
+
+
+def parse_config(assignments: Iterable[str], taken: Collection[str]) -> dict[str, Any]:
+    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
+
+    taken  names that are options of compilation
+
+    Raises UsageError, with the name as its `option`, for such a name.
+    """
+    config: dict[str, Any] = {}
+    for name, text in (_assignment(each, "--set layers=2") for each in assignments):
+        if name in taken:
+            raise UsageError(f"--set {name}= is no option of a model", option=name)
+        config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+    return config
+
+
+def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
+    """Parse `nodes=400000`, a limit on a file's contents. Raises UsageError for anything but positive integers."""
+    limits = {}
+    for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
+        if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
+            raise UsageError(f"the limit {name} must be a positive integer", received=printable(value))
+        limits[name] = int(value)
+    return limits or None
+
+
+def parse_sizes(text: str | None) -> dict[str, int]:
+    """Parse `B=1,S=128`. Raises UsageError for anything but positive integers."""
+    sizes = {}
+    for part in (text or "").split(",") if text else []:
+        name, value = _assignment(part, "--sizes B=1,S=128")
+        if not re.fullmatch(r"[1-9][0-9]{0,11}", value):
+            what = f"the size of {name} must be a positive integer"
+            raise UsageError(what, received=printable(value), hint=f"--sizes {name}=8")
+        sizes[name] = int(value)
+    return sizes
+
+
+def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
+    """Parse `heads=tp`, `batch=dp tp`: axes of a model, each with the mesh axes that split it."""
+    return dict(_assignment(each, "--axis heads=tp") for each in assignments)
+
+
+def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Parse `tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`. The last form is one row: the array gets a
+    leading axis of size 1 for each further axis of the input.
+
+    ranks  the number of axes of each known input
+
+    Raises UsageError for text in none of these forms, CheckpointError for a file that cannot be read.
+    """
+    inputs: dict[str, Any] = {}
+    for name, text in (_assignment(each, "--input tokens=ids.npy") for each in assignments):
+        if text.endswith(".npy"):
+            from treadle.npy_files import read_npy
+
+            inputs[name] = read_npy(text)
+            continue
+        leading = ranks.get(name, 1) - 1
+        is_row = leading >= 0 and not text.startswith("[")
+        value = _numbers(name, f"[{text}]" if is_row else text)
+        for _ in range(leading if is_row else 0):
+            value = [value]
+        inputs[name] = value
+    return inputs
+
+
+def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
+    """Return the names to which values are assigned."""
+    return tuple(_assignment(each, "--input tokens=ids.npy")[0] for each in assignments)
+
+
+def _assignment(text: str, example: str) -> tuple[str, str]:
+    name, _, value = (part.strip() for part in text.partition("="))
+    if not name or not value:  # any name: an ONNX file may call an axis `?` and an input `input.1`
+        raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
+    return name, value
+
+
+def _word(name: str) -> Any:
+    import treadle.frontends.language as language
+
+    try:
+        return getattr(language, name)
+    except TreadleError as error:
+        error.source = None  # not a line of a file
+        raise
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _numbers(name: str, text: str) -> Any:
+    """Parse a number, or nested lists of numbers."""
+    try:
+        if len(text) > _INLINE_BYTES:
+            raise ValueError(f"{len(text)} characters")
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"input {name} is neither a .npy file nor numbers",
+            received=f"{printable(text, 80)}: {error}",
+            hint=f"{name}=ids.npy, {name}=1,2,3 or {name}=[[1,2],[3,4]]",
+        ) from None
+    return value

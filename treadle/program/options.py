@@ -1,0 +1,436 @@
+"""Options of compilation. Each is declared once: type, default, texts, flag, and the entry functions that take it.
+
+    chosen = CompileOptions.of("verify", {"dtype": "bf16", "layers": 2})
+    chosen.dtype, chosen.config                     # "bf16", {"layers": 2}
+    resolved, optimized = chosen.optimized("gpt2")  # read, traced, and through the pipeline
+
+An entry function takes `**options` and passes them to `CompileOptions.of`. A name that is not an option here configures
+the model's declaration. The signature of `treadle.compile`, its stub and docstring, the flags of commands with their
+help, the table in docs/cli.md and the names that `--set` refuses are derived from the fields of `CompileOptions`.
+
+To add an option, add a field, and read it where it applies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, Self
+
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
+from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.ir.target import Target
+from treadle.program import flag_values
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
+    from treadle.frontends.declarations import Model
+    from treadle.frontends.torch_export.model import TorchModel
+    from treadle.ir.graph import Graph
+    from treadle.passes.framework.manager import Optimized, Pass
+    from treadle.resolving import Resolved
+
+    Array = np.ndarray[Any, Any]
+
+EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step")
+"""The subjects of `treadle explain`; each is an entry function."""
+
+_LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory")}
+_EXPLAIN = {f"explain {subject}" for subject in EXPLAINED}
+_SHARDED = {"shard", "rank", "explain sharding"}
+_ENTRIES = frozenset(
+    {
+        "compile",
+        "load",
+        "artifact",
+        "session",
+        "generate",
+        "embed",
+        "task",
+        "train",
+        "verify",
+        "inspect",
+        "export",
+        "bench",
+    }
+    | _EXPLAIN
+    | _SHARDED
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option on the command line.
+
+    name     without the leading dashes
+    metavar  the value in `--help`; "": the flag has no value
+    parse    converts the text, or all texts of a repeatable flag, to the option's value
+    many     True if the flag is repeatable
+    least    the least number; None: the value is not a number
+    """
+
+    name: str
+    metavar: str = ""
+    parse: Callable[[Any], Any] = lambda text: text
+    many: bool = False
+    least: int | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option.
+
+    name     the keyword
+    type     its type, as source
+    default  its default
+    about    its meaning, for API documentation
+    help     its meaning, for `--help`; a sentence
+    flag     None: Python only
+    takers   the entry functions that take it
+    """
+
+    name: str
+    type: str
+    default: Any
+    about: str
+    help: str
+    flag: Flag | None
+    takers: frozenset[str]
+
+    def is_set(self, value: object) -> bool:
+        """Return True if a value is not the default. None stands for every default."""
+        if value is None or value is self.default:
+            return False
+        return not (isinstance(value, str | int | Sequence | set) and value == self.default)
+
+
+def _option(default: Any, about: str, help: str = "", flag: Flag | None = None, *, but: Collection[str] = ()) -> Any:
+    """Declare a field; `but` are the entry functions that do not take it."""
+    assert _ENTRIES.issuperset(but)
+    declared = {"about": about, "help": help, "flag": flag, "takers": _ENTRIES.difference(but)}
+    return field(default=default, metadata=declared)
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """The parts of a model that are read, and its files."""
+
+    inputs: Sequence[str] | None = _option(
+        None,
+        'optional inputs of the declaration to include, such as ("lengths",)',
+        "Optional inputs to include, such as lengths or lengths,token_types.",
+        Flag("inputs", "NAMES", flag_values.names_of),
+        but={"load", "artifact", "generate", "task", "embed"},
+    )
+    outputs: Sequence[str] | None = _option(
+        None,
+        "names of the outputs to return; operations that only other outputs need are not computed. "
+        '"hidden[:, 0]" is a part of an output: a position, or `start:stop`, for each of its first axes. None: all',
+        "Compute only these outputs, or parts of them, such as pooled or 'hidden[:, 0]'; the rest is not computed.",
+        Flag("outputs", "NAMES", flag_values.outputs_of),
+        but={"load", "artifact", "task", "embed", "train", "bench", "session", "generate"},
+    )
+    widen: str | Iterable[str] = _option(
+        (),
+        '"bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a GGUF '
+        "file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks "
+        "(docs/quantization.md)",
+        "Compute bf16 or f16 values in f32; blocks: decode the blocks of a GGUF file when loading.",
+        Flag("widen", "bf16", flag_values.names_of),
+        but={"train"},
+    )
+    limits: Mapping[str, int] | None = _option(
+        None,
+        'limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit',
+        "Raise a limit on an input file, as named in its error. Repeatable.",
+        Flag("limit", "NAME=N", flag_values.parse_limits, many=True),
+    )
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """The values of weights."""
+
+    weights: Mapping[str, Array] | None = _option(
+        None,
+        "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none, "
+        "initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards",
+        but={"load", "artifact", "task", "inspect", "export", "bench", *_EXPLAIN},
+    )
+    seed: int = _option(
+        0,
+        "an integer, 0 or more",
+        "Seed of the weights if there is no checkpoint.",
+        Flag("seed", "N", least=0),
+        but={"load", "artifact", "session", "generate", "task", "inspect", *_EXPLAIN},
+    )
+
+
+@dataclass(frozen=True)
+class ComputingOptions:
+    """What is computed, and in which precision."""
+
+    passes: Sequence[Pass] | None = _option(
+        None,
+        "the pipeline, a flat list; []: the graph as declared; None: `treadle.passes.pipelines.DEFAULT`",
+        but={"artifact", "train", "bench", *_SHARDED},
+    )
+    certify: bool | None = _option(
+        None,
+        "test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY",
+        "Test every rewrite on random inputs, undo failing ones, and print certificates.",
+        Flag("certify"),
+        but={"artifact", "train", "bench"},
+    )
+    dtype: str | None = _option(
+        None,
+        '"bf16": products with weights have bf16 operands and are summed in f32, everything else is f32 '
+        '(docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared',
+        "Compute products with weights in bf16 or f32.",
+        Flag("dtype", "bf16"),
+        but={"artifact", "export"},
+    )
+    quantize: str | None = _option(
+        None,
+        '"int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4 bits, '
+        'with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by quantized '
+        "weights (including those of a GGUF file) are rounded to 8 bits at every call (docs/quantization.md). None: as "
+        "stored",
+        "Quantize the weights of products: int8-weights or int4; with int8 or int4-int8 the activations too. int8 also "
+        "applies to a GGUF file's own blocks.",
+        Flag("quantize", "SCHEME"),
+        but={"artifact", "train", "export"},
+    )
+
+
+@dataclass(frozen=True)
+class RunningOptions:
+    """The backend, the device, and the memory of a run."""
+
+    backend: str = _option(
+        "numpy",
+        '"numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`',
+        "numpy, torch, tvm, or another installed backend.",
+        Flag("backend", "NAME"),
+        but={"verify", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
+    )
+    target: str | Target = _option(  # noqa: RUF009
+        "cpu",
+        'what to compile for: "cpu", or `Target("cpu", threads=4)`',
+        "cpu or cuda.",
+        Flag("target", "NAME"),
+        but={"export", "shard", *_EXPLAIN.difference(_LOWERED)},
+    )
+    memory: int | str | None = _option(
+        None,
+        'limit on a run\'s memory in addition to weights, inputs and outputs: bytes, or text such as "300MB" '
+        "(docs/memory.md)",
+        "Memory budget of a run in addition to weights, inputs and outputs, at --sizes and below.",
+        Flag("memory", "300MB"),
+        but=_ENTRIES.difference({"compile", "artifact", "embed", *_LOWERED}),
+    )
+    sizes: Mapping[str, int] | None = _option(
+        None,
+        "the largest sizes of symbolic axes for which the run must stay within `memory`; they become bounds of the "
+        "result. Default: 1 for a batch and 128 for other axes",
+        "Sizes of symbolic axes. By default 1 for a leading axis, 128 for others, within bounds.",
+        Flag("sizes", "B=1,S=128", flag_values.parse_sizes),
+        but=_ENTRIES.difference({"compile", "artifact", "embed", *_LOWERED, *_SHARDED}),
+    )
+    donate: Sequence[str] = _option(
+        (),
+        "names of inputs that the caller donates with each call: a run may overwrite their memory and return it as "
+        "outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype",
+        "An input that callers donate: a run may overwrite it. Repeatable.",
+        Flag("donate", "INPUT", tuple, many=True),
+        but=_ENTRIES.difference({"compile", "artifact", *_LOWERED}),
+    )
+    cache: str | None = _option(
+        None,
+        'the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model computes',
+        "Store keys and values in f32, bf16 or f16. By default in the dtype that the model computes.",
+        Flag("cache", "DTYPE"),
+        but=_ENTRIES.difference({"load", "session", "generate", "explain step"}),
+    )
+
+
+@dataclass(frozen=True)
+class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOptions):
+    """All options of an entry function, with the configuration of the model's declaration.
+
+    entry   the function's name, for errors
+    config  configuration by name, such as {"layers": 2}; for an ONNX file, sizes of axes, and values of inputs that
+            determine shapes
+    """
+
+    entry: str = "compile"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: str, given: Mapping[str, Any], **defaults: Any) -> Self:
+        """Return the options among the keywords that an entry function got; the others become `config`.
+
+        given     `config` is the model's configuration as a mapping, for names that are options, too
+        defaults  defaults of this function that differ from the options' own
+
+        Raises UsageError for an option that the function does not take, and for an unknown target.
+        """
+        known = options()
+        for name in given:
+            if name in known and entry not in known[name].takers and known[name].is_set(given[name]):
+                raise not_taken(entry, name)
+        chosen = {name: value for name, value in given.items() if name in known and value is not None}
+        config = {name: value for name, value in given.items() if name not in known and name != "config"}
+        config.update(given.get("config") or {})
+        made = cls(**{**defaults, **chosen}, entry=entry, config=config)
+        made.where  # noqa: B018  an unknown target is refused here
+        return made
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the options that are set, and the configuration, as keywords of an entry function."""
+        found = {name: getattr(self, name) for name, each in options().items() if each.is_set(getattr(self, name))}
+        return {**found, "config": self.config} if self.config else found
+
+    def but(self, **changes: Any) -> Self:
+        """Return the options with changes."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def where(self) -> Target:
+        """The target. Raises UsageError for an unknown name."""
+        return self.target if isinstance(self.target, Target) else Target(self.target)
+
+    def precision(self, passes: Sequence[Pass] | None = None) -> tuple[tuple[Pass, ...], str | Iterable[str]]:
+        """Return the pipeline, and the dtypes to widen when the model is read: see `...precision.computing_in`.
+
+        passes  the pipeline before the passes of `dtype` and `quantize`; None: that of `self.passes`
+
+        Raises UsageError for an unknown dtype or scheme, and for passes that are not passes.
+        """
+        from treadle.passes.pipelines import DEFAULT
+        from treadle.program.precision import checked_passes, computing_in
+
+        pipeline = passes if passes is not None else DEFAULT if self.passes is None else checked_passes(self.passes)
+        return computing_in(self.dtype, pipeline, self.widen, self.quantize)
+
+    def resolve(self, model: Model | Graph | TorchModel | str | Path, *, deferred: bool = False) -> Resolved:
+        """Read and trace the model that MODEL names, see `treadle.resolving.resolve`, whose errors it raises.
+
+        deferred  True if weights of a file are converted only when a part of them is read
+        """
+        from treadle.resolving import resolve
+
+        _, widen = self.precision()
+        reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "limits": self.limits}
+        try:
+            return resolve(model, widen=widen, deferred=deferred, **reading, **self.config)
+        except TreadleError as error:
+            self._point_to_option(error)
+            raise
+
+    def optimized(
+        self,
+        model: Model | Graph | TorchModel | str | Path,
+        passes: Sequence[Pass] | None = None,
+        *,
+        deferred: bool = False,
+    ) -> tuple[Resolved, Optimized]:
+        """Return the model that MODEL names, and its graph after the pipeline. Raises as `resolve` and passes do."""
+        from treadle.passes.framework.manager import PassManager
+
+        pipeline, _ = self.precision(passes)
+        resolved = self.resolve(model, deferred=deferred)
+        return resolved, PassManager(pipeline, certify=self.certify).run(resolved.graph)
+
+    def refuse_for_artifact(self, model: object, *, also: Collection[str] = ()) -> None:
+        """Raise UsageError for options that cannot change an artifact, which is already configured and optimized.
+
+        also  options that apply nevertheless
+        """
+        known = options()
+        given = [name for name in self.keywords() if name in known and "artifact" not in known[name].takers]
+        given = [name for name in given if name not in also]
+        if given or self.config:
+            flags = [f"--{flag.name}" if (flag := known[name].flag) else f"{name}=" for name in given]
+            raise UsageError(
+                "an artifact is already compiled, and does not accept "
+                + " or ".join([*flags, *["--set"] * bool(self.config)]),
+                received=printable(str(model)),
+                hint=Hint(
+                    "compile the model again, with other options",
+                    "treadle compile MODEL -o FILE.treadle, with other options",
+                ),
+            )
+
+    def _point_to_option(self, error: TreadleError) -> None:
+        """If an error is about a name that the model's declaration lacks and that resembles an option, say so."""
+        own = [each.name for each in taken_by(self.entry)]
+        if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):
+            command = str(getattr(error.hint, "command", error.hint) or "")
+            error.hint = Hint(
+                f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
+            )
+
+
+@cache
+def options() -> Mapping[str, Option]:
+    """Return all options by name, in the order of `--help`."""
+    subjects = (ReadingOptions, WeightOptions, ComputingOptions, RunningOptions)
+    return {
+        each.name: Option(each.name, str(each.type), each.default, **each.metadata)
+        for subject in subjects
+        for each in fields(subject)
+        if each.name in inspect.get_annotations(subject)
+    }
+
+
+def taken_by(*entries: str) -> list[Option]:
+    """Return the options that one of these entry functions takes."""
+    return [each for each in options().values() if each.takers.intersection(entries)]
+
+
+def not_taken(entry: str, name: str) -> UsageError:
+    """Return the error for an option that an entry function does not take."""
+    option = options()[name]
+    command = _COMMANDS.get(entry, entry)
+    takers = sorted({_COMMANDS.get(taker, taker) for taker in option.takers})
+    return UsageError(f"{command} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}")
+
+
+_COMMANDS = {"rank": "a rank", "session": "generation", "task": "a task"}
+"""Names of entry functions in errors, where they differ."""
+
+
+def documented(entry: str) -> str:
+    """Return the paragraph on an entry function's options in its docstring."""
+    import textwrap
+
+    width = 10
+    lines = []
+    for each in taken_by(entry):
+        body = textwrap.fill(each.about, 116, initial_indent=each.name.ljust(width), subsequent_indent=" " * width)
+        lines.append(body)
+    return "\n".join(lines)
+
+
+def with_options(function: Callable[..., Any], entry: str) -> inspect.Signature:
+    """Return the signature of an entry function with its options in place of `**options`, and the model's
+    configuration, `**config`.
+    """
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(each.name, keyword, default=each.default, annotation=each.type)
+        for each in taken_by(entry)
+        if each.name not in signature.parameters
+    ]
+    config = inspect.Parameter("config", inspect.Parameter.VAR_KEYWORD, annotation="Any")
+    return signature.replace(parameters=[*own, *named, config])

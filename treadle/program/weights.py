@@ -1,0 +1,86 @@
+"""The weights of a compiled model: given, a checkpoint's, or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.files.nearest_names import NearestNames
+from treadle.ir.errors import Hint, UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.initial_values import Init
+from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
+from treadle.resolving import Resolved
+
+Array = np.ndarray[Any, Any]
+
+
+def weights_of(
+    resolved: Resolved, graph: Graph, weights: Mapping[str, Array] | None, seed: int
+) -> tuple[dict[str, Array], int | None]:
+    """Return the weights of an optimized graph, and the seed if they were drawn: the given, the model's, or random
+    ones.
+
+    Raises UsageError for weights that do not fit, as `compile` does.
+    """
+    if weights is not None:
+        _refuse_unknown(weights, resolved.graph.parameters)
+    given = weights if weights is not None else resolved.weights
+    bound = initial_weights(graph, seed) if given is None else _chosen(graph, given)
+    return encode_weights(graph, bound), seed if given is None else None
+
+
+def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
+    """Return initial values of every weight. Each is drawn from the seed and its name, so a new weight changes no
+    other.
+
+    Raises UsageError for a negative seed, or a weight that cannot be drawn.
+    """
+    if seed < 0:
+        raise UsageError(f"a seed is 0 or more, not {seed}")
+    return {name: initial_weight(graph, name, seed) for name in graph.parameters}
+
+
+def initial_weight(graph: Graph, name: str, seed: int = 0) -> Array:
+    """Return the initial value of one weight. Raises UsageError if it cannot be drawn."""
+    value = graph.parameters[name]
+    shape = value.type.static_shape
+    if shape is None or value.type.dtype.numpy is None:
+        narrow = shape is not None
+        hint = Hint(
+            "weights=" + ', or widen="bf16"' * narrow, "--widen bf16" if narrow else "a checkpoint with its weights"
+        )
+        raise UsageError(f"parameter {name}: {value.type} cannot be drawn", hint=hint)
+    rng = np.random.default_rng([seed, *name.encode()])
+    return graph.initial.get(name, Init("normal", 0.02)).draw(shape, value.type.dtype, rng)
+
+
+def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
+    names = [*known]
+    unknown = sorted({*map(str, weights)}.difference(names))
+    if unknown:
+        nearest = NearestNames(names)
+        pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1)]
+        meant = ", ".join(f"{near} for {name}" for name, near in pairs)
+        raise UsageError(
+            f"weights= has {len(unknown)} that the model does not take",
+            received=_few(unknown),
+            hint=f"{meant}?" if meant else f"the model's are {_few(names)}",
+        )
+
+
+def _chosen(graph: Graph, weights: Mapping[str, Array]) -> dict[str, Array]:
+    names = given_parameters(graph)
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise UsageError(
+            f"weights= lacks {len(missing)} of {len(names)} parameter{'s' * (len(names) != 1)}",
+            received=_few(missing),
+        )
+    return {name: weights[name] for name in names}
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
