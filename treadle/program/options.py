@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -298,6 +299,13 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         found = {name: getattr(self, name) for name, each in options().items() if each.is_set(getattr(self, name))}
         return {**found, "config": self.config} if self.config else found
 
+    def record(self) -> dict[str, Any]:
+        """Return the options that are set as JSON, for the record of an artifact, with the configuration under
+        `config`. It has no weights, and no passes, backend or target, which an artifact records itself.
+        """
+        recorded = self.but(weights=None, passes=None, limits=None).keywords()
+        return {name: _as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
+
     def but(self, **changes: Any) -> Self:
         """Return the options with changes."""
         return dataclasses.replace(self, **changes)
@@ -377,6 +385,18 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
             )
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON: functions of the DSL as on the command line, `t.relu`, and other objects by name."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_as_json(each) for each in value]
+    if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    name = getattr(value, "__name__", None)
+    return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
 @cache
