@@ -26,10 +26,10 @@ pytest.importorskip("tokenizers")
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
-from treadle.cli.train import is_state
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
+from treadle.program.options import CompileOptions
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
@@ -38,6 +38,7 @@ from treadle.training.objectives import MaskedToken
 from treadle.training.states import FORMAT, NOTE
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
+from treadle.training.text_training import is_state
 from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
 from treadle.training.weight_files import write_weights
 
@@ -87,7 +88,8 @@ class FakeTrainer:
 
     @property
     def weights(self) -> dict[str, Any]:
-        config = {name: value for name, value in self.options.items() if name in ("vocab", "layers", "dim", "heads")}
+        given = {**self.options, **self.options.get("config", {})}
+        config = {name: value for name, value in given.items() if name in ("vocab", "layers", "dim", "heads")}
         held = resolve(self.model, **config)
         if held.weights is None:
             return {n: np.ones(v.type.static_shape or (), np.float32) for n, v in held.graph.parameters.items()}
@@ -161,8 +163,7 @@ def only() -> FakeTrainer:
 def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     said = train("gpt2 texts.txt --steps 1 --batch 3")
     assert said.code == 0, said.err
-    where = only().options.pop("target")
-    assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
+    assert only().model == "gpt2"
     assert only().options == {
         "loss": "cross-entropy",
         "optimizer": AdamW(),
@@ -170,17 +171,15 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
         "max_grad_norm": 1.0,
         "trained": ("*",),
         "backend": "torch",
-        "dtype": None,
         "gradient_checkpointing": False,
         "gradient_accumulation_steps": 1,
-        "seed": 0,
     }
     assert [call["tokens"].shape for call in only().calls] == [(3, 48)]
 
 
 def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
+    monkeypatch.setattr("treadle.compiling.compile_model", lambda *given: asked.append(given) or "compiled")
     said = train(
         f"gpt2 texts.txt {SMALL} --learning-rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5",
         "--max-grad-norm 0 --optimizer sgd",
@@ -207,10 +206,10 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
         "gradient_checkpointing": True,
         "gradient_accumulation_steps": 2,
         "seed": 7,
-        "layers": 1,
+        "config": {"layers": 1},
         "limits": {"tensors": 900},
     }
-    assert asked == [(("gpt2",), {"backend": "tvm", "target": where, "widen": ("bf16", "f16")})]
+    assert asked == [("gpt2", CompileOptions(backend="tvm", target=where, widen=("bf16", "f16")))]
     assert [len(only().calls), only().calls[0]["tokens"].shape] == [8, (2, 16)]
 
 
@@ -427,7 +426,7 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
     def leaves(*_: object) -> str:
         raise BrokenPipeError
 
-    monkeypatch.setattr("treadle.training.run_report.line_text", leaves)
+    monkeypatch.setattr("treadle.training.text_training.line_text", leaves)
     monkeypatch.setattr("treadle.cli.application.forget_output", lambda: None)
     assert train(f"gpt2 texts.txt {SMALL} --every 2 -o out").code == 0
     assert len(only().calls) == 2 and "model.safetensors" in os.listdir("out")
@@ -457,7 +456,7 @@ def test_what_it_says(
         (tmp_path / "gpt2").unlink()
     said = train(PAGES[name])
     assert said.code == 0, said.err
-    golden(f"said/train-{name}.txt", f"$ treadle train {PAGES[name]}\n{said.out}{said.err}")
+    golden(f"pages/train-{name}.txt", f"$ treadle train {PAGES[name]}\n{said.out}{said.err}")
 
 
 def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
