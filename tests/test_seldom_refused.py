@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
     "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
-    "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not accept --draft"),
+    "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),
     "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),
