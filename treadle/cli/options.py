@@ -11,8 +11,8 @@ import typer
 
 from treadle.cli.completing import complete_backend, complete_model, complete_target
 from treadle.ir.target import Target
-from treadle.program.declared import Option, declared
 from treadle.program.flag_values import parse_config
+from treadle.program.option_declarations import Option, declared
 from treadle.program.options import CompileOptions, options, taken_by
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.program import flag_values
-from treadle.program.declared import Flag, Option, declare, declared
+from treadle.program.option_declarations import Flag, Option, declare, declared
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.ir.errors import UsageError
-from treadle.program.declared import Flag, declare
+from treadle.program.option_declarations import Flag, declare
 
 if TYPE_CHECKING:
     from treadle.runtime.beams import Beams
