@@ -69,8 +69,8 @@ def command(
     takes     entry functions: the command has the flags of their options (`treadle.program.options`), which the
               function gets as one parameter with the annotation `Chosen`, a mapping of those that were set
     defaults  defaults of these options that differ from their own
-    settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields, and a parameter with
-              such a class as its annotation gets an instance
+    settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields, and a
+              parameter with such a class as its annotation gets an instance
     judges    returns True if the exit code is an answer, given the options
     """
     kinds = {kind.__name__: kind for kind in settings}
