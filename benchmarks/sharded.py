@@ -47,17 +47,17 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
         made(**given)
         times = [_timed(lambda: made(**given)) for _ in range(runs)]
         planned = replace(made.plan, sizes=SIZES)
-        meetings = planned.collectives()
+        collectives = planned.collectives()
         link = 0.0
-        if meetings and mesh != "dp=1":
-            payload = sum(c.payload for c in meetings) / len(meetings)
+        if collectives and mesh != "dp=1":
+            payload = sum(c.payload for c in collectives) / len(collectives)
             tensor = torch.ones(int(payload) // 4)
             seconds = min(_timed(lambda: dist.all_reduce(tensor)) for _ in range(9))
             link = payload * (ranks.size - 1) / ranks.size * 2 / seconds
         facts = {"seconds": min(times), "median": float(np.median(times)), "link": link}
         told = device_needs(planned).times
-        sent = sum(c.sent for c in meetings)
-        facts |= {"work": told.work, "sent": sent, "collectives": len(meetings)}
+        sent = sum(c.sent for c in collectives)
+        facts |= {"work": told.work, "sent": sent, "collectives": len(collectives)}
         if ranks.rank == 0:
             print(json.dumps(facts), flush=True)
 

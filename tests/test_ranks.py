@@ -102,7 +102,7 @@ def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
     for facts in zip(*told, strict=True):
         first = facts[0]
         assert first["apart"] <= NEAR[first["form"]] * max(1.0, first["largest"]), first
-        assert sum(each["met"] for each in facts) == first["meetings"], first["case"]
+        assert sum(each["met"] for each in facts) == first["collectives"], first["case"]
         # Parts of ranks are uneven, and a plan states a rank's average traffic.
         assert sum(each["counted"] for each in facts) == pytest.approx(first["planned"], rel=1e-12), first["case"]
         assert first["planned"] > 0
