@@ -183,8 +183,8 @@ class Room:
 
     def _look_for_deadlock(self) -> None:
         if len(self.waiting) + len(self.left) == self.mesh.ranks:
-            told = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
-            self.failure = GraphError("ranks wait for others that do not arrive", received=told)
+            received = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
+            self.failure = GraphError("ranks wait for others that do not arrive", received=received)
             self.condition.notify_all()
 
     def leave(self, rank: int) -> None:

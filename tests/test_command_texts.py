@@ -202,7 +202,9 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
     def opened(self: Opening, model: str, **options: Any) -> Any:
         asked.append((self, model, options))
         made = object.__new__(ServedWriter) if model == "a" else SimpleNamespace()
-        vars(made).update(name="one", told="writes") if model == "a" else vars(made).update(name="two", told="embeds")
+        vars(made).update(name="one", description="writes") if model == "a" else vars(made).update(
+            name="two", description="embeds"
+        )
         return made
 
     def served(models: Any, *, ready: Callable[[str], None], **options: Any) -> None:
@@ -217,7 +219,7 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
     seen: list[tuple[str, bool]] = []
     monkeypatch.setattr("treadle.progress.working", working)
     monkeypatch.setattr(Opening, "open", opened)
-    for each in ("name", "told"):
+    for each in ("name", "description"):
         monkeypatch.delattr(ServedWriter, each, raising=False)
     monkeypatch.setattr("treadle.serving.running.serve", served)
     done = CliRunner().invoke(app, ["serve", "a", "b", *words.split()])

@@ -133,7 +133,7 @@ def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int)
     served = ServedWriter("m", held, rows=3, capacity=50, queue=4)
     assert held.sessions == [{"rows": 3, "capacity": capacity, "resumes": None}]
     assert served.scheduler.queue == 4
-    assert served.told == f"3 rows of {capacity} tokens, 3 MB of caches"
+    assert served.description == f"3 rows of {capacity} tokens, 3 MB of caches"
 
 
 def test_prompts_and_talks_are_read_as_tokens() -> None:
@@ -172,7 +172,7 @@ def test_who_waits_to_embed_is_counted() -> None:
     for _ in range(2):
         served.embed(["a"])
     assert [*waiting, served._waiting] == [1, 1, 0]
-    assert served.told == "embeddings of 3 numbers"
+    assert served.description == "embeddings of 3 numbers"
 
 
 def test_an_error_is_an_answer_on_a_line() -> None:

@@ -398,7 +398,7 @@ SPELLERS = (
     *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
-    "treadle/tasks/told_options.py",  # options of other libraries
+    "treadle/tasks/option_hints.py",  # options of other libraries
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )

@@ -173,8 +173,8 @@ def continue_texts(
         asked = prompts
         if chat:
             template = writer.chat_template()
-            told = [] if system is None else [{"role": "system", "content": system}]
-            prompts = [template.render([*told, {"role": "user", "content": text}]) for text in asked]
+            messages = [] if system is None else [{"role": "system", "content": system}]
+            prompts = [template.render([*messages, {"role": "user", "content": text}]) for text in asked]
         facts: dict[str, Any] = {"model": writer.model.name, "backend": backend}
         chosen: dict[str, Any] = {
             "temperature": temperature,
@@ -236,8 +236,8 @@ def continue_texts(
         _tell_written(writer, written, shown=stream, without_prompt=chat, with_logprobs=logprobs is not None)
         if asked_of.options:
             print(asked_of, file=sys.stderr)
-        if pace.told():
-            print(pace.told(), file=sys.stderr)
+        if pace.summary():
+            print(pace.summary(), file=sys.stderr)
         if tally is not None:
             right = f"{tally.accepted} of {counted(tally.guessed, 'guessed token')} accepted"
             print(f"{right}, {tally.accepted_length:.2f} per call of the model", file=sys.stderr)
@@ -306,7 +306,7 @@ class Pace:
             "tokens_per_second": self.a_second,
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The speed as text; empty for fewer than two tokens."""
         if self.a_second is None:
             return ""
@@ -362,11 +362,11 @@ class Written:
             return f"stopped after {tokens}: the limit of --tokens"
         if self.ending == "stop":
             return f"stopped after {tokens}: --stop appeared"
-        told = f"stopped after {tokens}: the model ended the text"
+        message = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
-            return told
+            return message
         marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
-        return f"{told} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
+        return f"{message} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 
 def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:

@@ -163,9 +163,9 @@ def refuse_for_artifact(**options: Any) -> None:
     """Raise UsageError for options that cannot change an artifact, which is already configured and optimized."""
     given = [name for name, value in options.items() if value]
     if given:
-        told = [{"config": "--set"}.get(name, f"--{name}") for name in given]
+        flags = [{"config": "--set"}.get(name, f"--{name}") for name in given]
         raise UsageError(
-            "an artifact is already compiled, and does not accept " + " or ".join(told),
+            "an artifact is already compiled, and does not accept " + " or ".join(flags),
             hint="treadle compile MODEL -o FILE.treadle, with other options",
         )
 

@@ -332,7 +332,7 @@ def train_model(
     if as_json:
         print_json(run.facts())
     else:
-        for line in run.told():
+        for line in run.summary():
             print(line)
     if run.interrupted:
         raise typer.Exit(INTERRUPTED)

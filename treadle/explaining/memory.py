@@ -135,8 +135,8 @@ class MemoryReport:
         else:
             over = "equal to" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above"
             lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
-        told = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
-        lines.append("not included: " + ", ".join(told))
+        parts = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
+        lines.append("not included: " + ", ".join(parts))
         several = "the largest of " if len(self.formula) > 1 else ""
         lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
         lines += [*self.donated, *self.reorders]
@@ -183,10 +183,10 @@ def explain_memory(
         raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
     where = target if isinstance(target, Target) else Target(target)
     frames = chosen.frames(lowered.graph, where, lowered.plan)
-    return _told(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
+    return _report(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
 
 
-def _told(
+def _report(
     model: str,
     backend: str,
     graph: Graph,
@@ -265,13 +265,13 @@ def _donated(plan: FunctionPlan) -> Iterator[str]:
         over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.is_written]
         back = [name for name, given in plan.given_back.items() if given is value]
         back += list(plan.results) if value in plan.reuses[:1] else []
-        told = "; ".join(
+        reasons = "; ".join(
             [
                 f"{' and '.join(over)} written over it" if over else "nothing is written over it",
                 *(f"it is returned as output {name}" for name in back),
             ]
         )
-        yield f"input {plan.names[value]} is donated: {told}"
+        yield f"input {plan.names[value]} is donated: {reasons}"
 
 
 def _step(frame: Frame, at: int) -> str:
@@ -337,6 +337,6 @@ def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     lines = [f"peak {before['peak']:,} -> {after['peak']:,} bytes ({after['peak'] - before['peak']:+,})"]
     changed = [(now.get(name, 0) - was.get(name, 0), name) for name in {**was, **now}]
     for change, name in sorted((each for each in changed if each[0]), key=lambda each: (-each[0], each[1])):
-        told = "new" if name not in was else "gone" if name not in now else f"{was[name]:,} -> {now[name]:,}"
-        lines.append(f"  {name}  {change:+,} bytes  {told}")
+        count_text = "new" if name not in was else "gone" if name not in now else f"{was[name]:,} -> {now[name]:,}"
+        lines.append(f"  {name}  {change:+,} bytes  {count_text}")
     return "\n".join(lines)

@@ -46,8 +46,8 @@ class LabTrial:
 
     def facts(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        told = {"differences": dict(self.differences), "sizes": dict(self.sizes), "collectives": self.collectives}
-        return {"passed": self.passed, "ranks": self.ranks, **told}
+        facts = {"differences": dict(self.differences), "sizes": dict(self.sizes), "collectives": self.collectives}
+        return {"passed": self.passed, "ranks": self.ranks, **facts}
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
