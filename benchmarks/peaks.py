@@ -96,7 +96,8 @@ def ratio(row: Mapping[str, Any], side: str) -> float | None:
 def line(row: Mapping[str, Any]) -> str:
     """Return a row as text."""
     cells = [
-        f"{row['model']:<11} {sizes_of(row['sizes']):<22} {row['peak'] / 1e6:8.1f} MB, at least {row['bound'] / 1e6:.1f}"
+        f"{row['model']:<11} {sizes_of(row['sizes']):<22} {row['peak'] / 1e6:8.1f} MB,"
+        f" at least {row['bound'] / 1e6:.1f}"
     ]
     for side in OTHERS:
         found = ratio(row, side)
