@@ -46,14 +46,14 @@ class Recorder:
         self._name, self._lines, self._last = name, lines, last
 
     def __call__(self, *args: Any, **options: Any) -> Recorder:
-        given = [*map(self._told, args), *(f"{name}={self._told(value)}" for name, value in options.items())]
+        given = [*map(self._spelled, args), *(f"{name}={self._spelled(value)}" for name, value in options.items())]
         self._lines.append(f"  {self._name}({', '.join(given)})")
         if self._name.endswith(self._last):
             raise Asked
         return Recorder(f"{self._name}()", self._lines, self._last)
 
     @staticmethod
-    def _told(value: Any) -> str:
+    def _spelled(value: Any) -> str:
         if isinstance(value, Graph | ShardingPlan):
             return f"<{type(value).__name__}>"
         if isinstance(value, dict) and any(isinstance(each, np.ndarray) for each in value.values()):
