@@ -129,7 +129,7 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class ComputingOptions:
-    """What is computed, and in which precision."""
+    """The passes, and the precision of the computation."""
 
     passes: Sequence[Pass] | str | None = _option(
         None,
@@ -238,21 +238,21 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entry: str, given: Mapping[str, Any], **defaults: Any) -> Self:
-        """Return the options among the keywords that an entry function got; the others become `config`.
+    def of(cls, entry: str, keywords: Mapping[str, Any], **defaults: Any) -> Self:
+        """Return the options among the keywords of an entry function; the others become `config`.
 
-        given     `config` is the model's configuration as a mapping, for names that are options, too
+        keywords     `config` is the model's configuration as a mapping, for names that are options, too
         defaults  defaults of this function that differ from the options' own
 
         Raises UsageError for an option that the function does not take, and for an unknown target.
         """
         known = declared_options()
-        for name in given:
-            if name in known and entry not in known[name].takers and known[name].is_set(given[name]):
+        for name in keywords:
+            if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
-        chosen = {name: value for name, value in given.items() if name in known and value is not None}
-        config = {name: value for name, value in given.items() if name not in known and name != "config"}
-        config.update(given.get("config") or {})
+        chosen = {name: value for name, value in keywords.items() if name in known and value is not None}
+        config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
+        config.update(keywords.get("config") or {})
         made = cls(**{**defaults, **chosen}, entry=entry, config=config)
         made.where  # noqa: B018  an unknown target is refused here
         return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.application import command
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,16 +54,16 @@ def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        def asked(model: ModelName, *, chosen: Chosen, as_json: AsJson = False, **given: Any) -> None:
-            function(options=model_options(model, takes, chosen), as_json=as_json, **given)
+        def asked(model: ModelName, *, keywords: OptionKeywords, as_json: AsJson = False, **given: Any) -> None:
+            function(options=model_options(model, takes, keywords), as_json=as_json, **given)
 
-        model, chosen, as_json, _ = inspect.signature(asked).parameters.values()
+        model, keywords, as_json, _ = inspect.signature(asked).parameters.values()
         own = [
             p.replace(annotation=eval(p.annotation, function.__globals__))
             for p in inspect.signature(function).parameters.values()
             if p.name not in ("options", "as_json")
         ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, chosen, as_json)]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, keywords, as_json)]
         asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         asked.__doc__, asked.__name__ = function.__doc__, function.__name__
         return command(name, takes=[takes])(asked)
@@ -71,12 +71,12 @@ def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None
     return made
 
 
-def model_options(model: str, entry: str, chosen: Mapping[str, Any]) -> ModelOptions:
+def model_options(model: str, entry: str, keywords: Mapping[str, Any]) -> ModelOptions:
     """Return a command's options in the form in which a task opens its model."""
     from treadle.program.options import CompileOptions
     from treadle.tasks.options import ModelOptions
 
-    options = CompileOptions.of(entry, chosen)
+    options = CompileOptions.of(entry, keywords)
     how = {
         name: getattr(options, name) for name in ("backend", "dtype", "quantize", "limits", "cache", "config", "widen")
     }
