@@ -134,7 +134,7 @@ def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
     asked: list[Any] = []
-    monkeypatch.setattr("treadle.artifacts.load", lambda model, **given: asked.append((model, given)))
+    monkeypatch.setattr("treadle.artifacts.load_artifact", lambda model, **given: asked.append((model, given)))
     load("a.treadle")
     plain = {"backend": None, "target": None, "limits": None, "check": True, "widen": (), "memory": None, "sizes": None}
     chosen = {

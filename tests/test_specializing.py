@@ -147,7 +147,9 @@ def test_at_gives_what_a_call_runs(tmp_path: Path, runs: list[str]) -> None:
         made.at(k=3)
     seal = made.save(tmp_path / "three.treadle")
     assert len(seal) == 64
-    np.testing.assert_array_equal(treadle.load(tmp_path / "three.treadle")(x=ROWS)["values"], made(x=ROWS)["values"])
+    np.testing.assert_array_equal(
+        treadle.load_artifact(tmp_path / "three.treadle")(x=ROWS)["values"], made(x=ROWS)["values"]
+    )
 
 
 def test_values_given_to_compile_stay(tmp_path: Path) -> None:

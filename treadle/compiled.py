@@ -206,7 +206,7 @@ class Compiled:
             "a compiled model cannot be pickled",
             received=repr(self),
             source=str(user_line() or "") or None,
-            hint=f'{self._to_save("model.treadle")}, and treadle.load("model.treadle") in the other process',
+            hint=f'{self._to_save("model.treadle")}, and treadle.load_artifact("model.treadle") in the other process',
         )
 
     def _to_save(self, path: str) -> str:

@@ -17,7 +17,6 @@ from treadle.compiled import Compiled
 from treadle.computing import computing_in
 from treadle.files.nearest_names import NearestNames
 from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
@@ -27,18 +26,20 @@ from treadle.ir.transforms.encoded_weights import encode_weights, given_paramete
 from treadle.option_values import budget_of, parse_bytes
 from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
-from treadle.resolving import Resolved, StaticInputNeeded, resolve
+from treadle.program.onnx_models import StaticInputNeeded
+from treadle.program.resolved import Resolved
+from treadle.program.source import AnyModel, ModelSource
 from treadle.specializing import Specializing
 
 Array = np.ndarray[Any, Any]
 
 
 def compile(
-    model: Model | Graph | TorchModel | str | Path,
+    model: AnyModel,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",
-    weights: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | str | Path | None = None,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
@@ -58,12 +59,13 @@ def compile(
         exe = t.compile(tiny_gpt, backend="tvm", layers=6)
         logits = exe(tokens=np.array([[11, 7, 42]]))["logits"]
 
-    model     a declaration, a graph, a module that `from_torch` imported, or a name: a folder with a checkpoint, an
-              ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
+    model     a declaration, a graph, a module that `from_torch` imported, an opened `ModelSource`, or a name: a folder
+              with a checkpoint, an ONNX or GGUF file, `file.py:function`, a family of the zoo, a fetched model
     backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu"
-    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
-              initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; for a declaration
+              also a folder or a .safetensors file with them. If there are none, initial values are drawn from `seed`.
+              Arrays are not copied, so the caller must not modify them afterwards
     passes    the pipeline, a flat list; []: the graph as declared
     inputs    optional inputs of the declaration to include, such as ("lengths",)
     outputs   names of the outputs to return; operations that only other outputs need are not computed. "hidden[:, 0]"
@@ -103,9 +105,11 @@ def compile(
     chosen = find_backend(backend)
     parse_bytes(memory)  # before anything is read
 
+    stored, arrays = (weights, None) if isinstance(weights, str | Path) else (None, weights)
+
     def make(resolved: Resolved) -> Compiled:
         optimized = manager.run(resolved.graph)
-        bound, drawn = weights_of(resolved, optimized.graph, weights, seed)
+        bound, drawn = weights_of(resolved, optimized.graph, arrays, seed)
         budget = budget_of(memory, sizes, optimized.graph)
         executable, lowered = build(
             chosen,
@@ -127,7 +131,8 @@ def compile(
     if isinstance(model, Model):
         _refuse_misspelt(config, model)
     try:
-        resolved = resolve(model, inputs=inputs, outputs=outputs, widen=widen, limits=limits, **config)
+        source = ModelSource.open(model, weights=stored, limits=limits)
+        resolved = source.resolve(inputs=inputs, outputs=outputs, widen=widen, **config)
     except StaticInputNeeded as needed:
         return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
     return make(resolved)

@@ -37,7 +37,8 @@ from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
-from treadle.resolving import OpenedOnnx, Resolved
+from treadle.program.onnx_models import OpenedOnnx
+from treadle.program.resolved import Resolved
 
 Array = np.ndarray[Any, Any]
 Held = TypeVar("Held")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from treadle.ir.transforms.encoded_weights import encode_weights, given_paramete
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.resolving import resolve
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.session import CHUNK, Full, Session
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +94,7 @@ def step_of(
 
 
 def open_stepped(
-    model: str | Path,
+    model: AnyModel,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",
@@ -115,13 +114,14 @@ def open_stepped(
     cache             the dtype of its caches: "f32", "bf16" or "f16"; None: the model's own
     """
     passes, widen = computing_in(dtype, DEFAULT, config.pop("widen", ()), quantize)
-    resolved = resolve(model, limits=limits, widen=widen, **config)
+    source = ModelSource.open(model, limits=limits)
+    resolved = source.resolve(widen=widen, **config)
     options = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = options.get("scaling")
     if isinstance(scaling, LongRope) and options.get("longest", 0) is None:
-        resolved = resolve(model, limits=limits, widen=widen, **{**config, "longest": scaling.context})
+        resolved = source.resolve(widen=widen, **{**config, "longest": scaling.context})
     if resolved.weights is None:
-        raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
+        raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     graph = PassManager(passes).run(resolved.graph).graph
     where = target if isinstance(target, Target) else Target(target)
     weights = encode_weights(graph, {n: resolved.weights[n] for n in given_parameters(graph)})

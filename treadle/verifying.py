@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,15 @@ import numpy as np
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.compiling import initial_weights
 from treadle.computing import computing_in
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.drawn_inputs import small_sizes
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
 from treadle.option_values import choose_sizes
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.source import AnyModel
 from treadle.resolving import resolve
 from treadle.runtime.verification import verify_backends
 from treadle.runtime.verification_report import VerificationReport
@@ -33,7 +31,7 @@ Array = np.ndarray[Any, Any]
 
 
 def verify_model(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     backends: Sequence[str] | None = None,
     target: str | Target = "cpu",

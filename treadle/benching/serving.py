@@ -128,7 +128,7 @@ def compiled(spec: Spec) -> Any:
     alone = spec["backend"] == "numpy"  # it takes its threads from the environment
     target = Target("cpu", None if alone else spec["threads"])
     if is_artifact(spec["model"]):
-        return treadle.load(
+        return treadle.load_artifact(
             spec["model"],
             backend=spec["backend"],
             target=target,

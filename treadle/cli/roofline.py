@@ -45,7 +45,7 @@ def show_roofline(
     as_json: AsJson = False,
 ) -> None:
     """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
-    from treadle.artifacts import is_artifact, load
+    from treadle.artifacts import is_artifact, load_artifact
     from treadle.benching.roofline import measure_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
@@ -58,7 +58,7 @@ def show_roofline(
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
             refuse_for_artifact(config=config, inputs=inputs, dtype=dtype, quantize=quantize)
-            made = load(
+            made = load_artifact(
                 model, backend="tvm", target=target, limits=parse_limits(limit or ()), widen=names_of(widen) or ()
             )
         else:

@@ -112,7 +112,7 @@ def run_model(
     refuse_without_mesh(recipe, axis or ())
     import numpy as np
 
-    from treadle.artifacts import is_artifact, load, open_artifact
+    from treadle.artifacts import is_artifact, load_artifact, open_artifact
     from treadle.ir.target import Target
     from treadle.npy_files import write_npy
     from treadle.option_values import input_names, parse_config, parse_inputs, parse_limits
@@ -131,7 +131,7 @@ def run_model(
                 if target is None and threads is None
                 else target or open_artifact(model, limits=parse_limits(limit or ())).target
             )
-            made = load(
+            made = load_artifact(
                 model,
                 backend=backend,
                 target=None if where is None else Target(where, threads),

@@ -185,8 +185,9 @@ def train_model(
     """
     from treadle.ir.target import Target
     from treadle.option_values import parse_config
+    from treadle.program.source import BLOCKS
     from treadle.progress import counting, working
-    from treadle.resolving import BLOCKS, resolve
+    from treadle.resolving import resolve
     from treadle.training.interrupts import noting_interrupts
     from treadle.training.run_report import RunReport, data_text, line_text
     from treadle.training.run_settings import change_lines, changed_settings, collect_settings
@@ -242,7 +243,7 @@ def train_model(
         changed = {} if resume is None else changed_settings(resume, settings)
     with working(f"compiling {model}", shown=not as_json):
         trainer = Trainer(
-            model,
+            resolved.source,
             loss="cross-entropy",
             **made,
             max_grad_norm=max_grad_norm or None,

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.computing import Widen, computing_in
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls, count_run_ops
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
@@ -29,6 +27,7 @@ from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.sites.fusion_sites import KINDS
+from treadle.program.source import AnyModel
 from treadle.resolving import resolve
 
 
@@ -120,7 +119,7 @@ def _fused_ops() -> Iterator[str]:
 
 
 def explain_fusion(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,

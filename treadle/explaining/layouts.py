@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import ArtifactLimits, is_artifact, open_artifact
@@ -18,7 +17,6 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiling import checked_passes
 from treadle.computing import computing_in
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
@@ -26,6 +24,7 @@ from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import human
 from treadle.resolving import resolve
 
@@ -106,7 +105,7 @@ def _cells(weight: WeightLayout) -> tuple[str, ...]:
 
 
 def explain_layouts(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",
@@ -123,7 +122,7 @@ def explain_layouts(
 
 
 def lowered_for(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     backend: str,
     target: str | Target,
     passes: Sequence[Pass],

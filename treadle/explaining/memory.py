@@ -19,7 +19,6 @@ from treadle.explaining.layouts import lowered_for
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import shown_path
 from treadle.files.strict_json import read_json_object
-from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
@@ -32,6 +31,7 @@ from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peak
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import human, sizes_text
 
 
@@ -160,7 +160,7 @@ class MemoryReport:
 
 
 def explain_memory(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",

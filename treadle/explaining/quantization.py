@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.computing import QUANTIZED, computing_in
-from treadle.frontends.declarations import Model
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
+from treadle.program.source import AnyModel
 from treadle.resolving import resolve
 
 
 def explain_quantization(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     quantize: str | None = None,
     passes: Sequence[Pass] = DEFAULT,

@@ -8,14 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.compiling import checked_passes
 from treadle.computing import Widen, computing_in
 from treadle.explaining.layouts import compiled_before
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
@@ -25,6 +23,7 @@ from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted, human
 from treadle.resolving import resolve
 
@@ -131,7 +130,7 @@ def _grows(state: StateFacts) -> str:
 
 
 def explain_step(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     passes: Sequence[Pass] = DEFAULT,
     inputs: Sequence[str] | None = None,

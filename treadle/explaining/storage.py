@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.explaining.layouts import lowered_for, passed_weights
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
@@ -24,6 +22,7 @@ from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, StoragePlan, ValuePlace, aligned
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted
 
 
@@ -132,7 +131,7 @@ class StorageReport:
 
 
 def explain_storage(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     backend: str = "numpy",
     target: str | Target = "cpu",

@@ -13,6 +13,7 @@ from treadle.embedding import Embedded, SentenceEmbedder
 from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
+from treadle.program.source import ModelSource
 from treadle.runtime.scheduler import Scheduler
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
@@ -134,12 +135,13 @@ class Opening:
             name, place = model.rstrip("/").rpartition("/")[2], model
         if not name:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
+        source = ModelSource.open(place, limits=config.pop("limits", None))
         options: dict[str, Any] = {"backend": self.backend, "target": self.target, **config}
         try:
-            writer = TextWriter.open(place, cache=self.cache, **options)
+            writer = TextWriter.open(source, cache=self.cache, **options)
         except TreadleError as writes_not:
             try:
-                embedder = SentenceEmbedder.open(place, **options)
+                embedder = SentenceEmbedder.open(source, **options)
             except TreadleError:
                 raise writes_not from None
             return ServedEmbedder(name, embedder, queue=self.queue)

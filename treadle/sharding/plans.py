@@ -7,11 +7,9 @@ of ranks pass through the rest of the pipeline.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from treadle.computing import computing_in
-from treadle.frontends.declarations import Model
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
@@ -23,11 +21,13 @@ from treadle.passes.sharding.gather_ahead import GatherAhead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
-from treadle.resolving import Resolved, resolve
+from treadle.program.resolved import Resolved
+from treadle.program.source import AnyModel
+from treadle.resolving import resolve
 
 
 def shard_model(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     mesh: Mesh | str,
     *,
     recipe: str | None = None,
@@ -60,7 +60,7 @@ def shard_model(
 
 
 def recognized(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     inputs: Sequence[str] | None,
     dtype: str | None,
     quantize: str | None,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from treadle.backends.signature import Signature
 from treadle.backends.staged import build
 from treadle.backends.states import States
 from treadle.compiling import initial_weight
-from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import stored_bytes
 from treadle.ir.errors import PassError, RankError, UsageError
 from treadle.ir.graph import Graph
@@ -40,6 +38,7 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
 from treadle.sharding.plans import plan_graph, rank_graph, recognized
@@ -115,7 +114,7 @@ class RankModel:
         return made if self.ranks.rank == 0 else None
 
 
-def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
+def compile_rank(model: AnyModel, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
     """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
 
     options  the options of `RankPart.of`
@@ -128,7 +127,7 @@ def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ran
 
 
 def open_rank_stepped(
-    model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
+    model: AnyModel, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
 ) -> SteppedModel:
     """Compile the step of generation for this rank: sessions hold caches of this rank's heads, and return whole logits.
 
@@ -160,7 +159,7 @@ class RankPart:
     @classmethod
     def of(
         cls,
-        model: Model | Graph | str | Path,
+        model: AnyModel,
         mesh: Mesh | str,
         ranks: Ranks,
         *,
@@ -189,8 +188,9 @@ class RankPart:
         Other arguments are as in `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do; UsageError,
         on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
         """
-        ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
-        resolved, optimized = recognized(model, inputs, dtype, quantize, widen, limits, config, deferred=True)
+        source = ModelSource.open(model, limits=limits)
+        ranks.doing(f"planning {source.label}")
+        resolved, optimized = recognized(source, inputs, dtype, quantize, widen, None, config, deferred=True)
         plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
         if whole:
             if plan.pipeline is not None:
@@ -210,6 +210,7 @@ class RankPart:
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")
         own, loaded = load_part(plan, ranks.rank, held, seed)
+        source.check()  # the weights were read long after their files were opened
         ranks.doing("compiling")
         program = rank_graph(plan, ranks.rank)
         given = {name: own[name] for name in program.parameters}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from treadle.artifacts import ArtifactLimits, open_artifact
 from treadle.compiling import weights_of
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
-from treadle.frontends.declarations import Model
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
@@ -28,6 +26,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.program.source import AnyModel
 from treadle.sharding.plans import plan_graph, rank_graph, recognized
 
 Array = np.ndarray[Any, Any]
@@ -67,7 +66,7 @@ class ShardedModel:
 
 
 def sharded(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     mesh: Mesh | str,
     *,
     recipe: str | None = None,

@@ -5,7 +5,7 @@ labeller = ImageLabeller.open(ModelOptions("folder")) labeller.label(["cat.jpg"]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from treadle.compiled import Compiled
@@ -31,7 +31,7 @@ class ImageLabeller:
     model: Compiled
     images: ImageReader
     labels: tuple[str, ...]
-    config: dict[str, object]
+    config: Mapping[str, object]
 
     @classmethod
     def open(cls, options: ModelOptions) -> ImageLabeller:
@@ -41,7 +41,9 @@ class ImageLabeller:
         place, config = checked_folder(options, HEAD)
         kind = image_kind(config)
         if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
-            options = replace(options, config={"height": sides[0], "width": sides[1], **options.config})
+            options = replace(
+                options, model=options.source, config={"height": sides[0], "width": sides[1], **options.config}
+            )
         made = options.compile()
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)
@@ -70,7 +72,7 @@ def image_sides(model: Compiled) -> tuple[int, int]:
     return height, width
 
 
-def image_kind(config: dict[str, object]) -> str:
+def image_kind(config: Mapping[str, object]) -> str:
     """Return the kind of model whose defaults apply to a folder's preprocessing."""
     kind = str(config.get("model_type"))
     return kind if kind in DEFAULTS else "vit"

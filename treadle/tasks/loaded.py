@@ -193,7 +193,7 @@ class LoadedModel:
         from treadle.chatting.conversation import Conversation
         from treadle.continuation import need_for_text
 
-        need_for_text(self.options.model, chat=True)
+        need_for_text(self.options.source, chat=True)
         return Conversation.open(self.writer, system=system)
 
     # -- sound -------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class LoadedModel:
         """The model of `treadle.embedding`."""
         from treadle.embedding import SentenceEmbedder
 
-        return SentenceEmbedder.open(self.options.model, backend=self.options.backend, **self.options.how())
+        return SentenceEmbedder.open(self.options.source, backend=self.options.backend, **self.options.how())
 
     @cached_property
     def meter(self) -> PerplexityMeter:
@@ -301,7 +301,7 @@ class LoadedModel:
         from treadle.continuation import TextWriter
 
         chosen = self.options
-        return TextWriter.open(chosen.model, backend=chosen.backend, cache=chosen.cache, **chosen.how())
+        return TextWriter.open(chosen.source, backend=chosen.backend, cache=chosen.cache, **chosen.how())
 
     def __repr__(self) -> str:
         return f"<model {self.options.model} for tasks, on {self.options.backend}>"

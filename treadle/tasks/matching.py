@@ -76,9 +76,9 @@ class ImageMatcher:
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         context = token_positions(made)
         if kind != "siglip":
-            return cls(made, reader, TextTokenizer.open(place.path, context=context))
+            return cls(made, reader, options.source.tokenizer(context=context))
         length = min(_SIGLIP_TOKENS, context or _SIGLIP_TOKENS)
-        tokenizer = TextTokenizer.open(place.path, max_tokens=length, context=context)
+        tokenizer = options.source.tokenizer(max_tokens=length, context=context)
         padding = tokenizer.id_of(tokenizer.special_names.get("pad_token", "</s>"))
         if padding is None:
             raise CheckpointError(

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.continuation import need_for_text, text_tokenizer
+from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
@@ -90,11 +90,12 @@ class PerplexityMeter:
         Raises UsageError if it has no logits of causal tokens, and the errors of `treadle.compile` and of reading its
         tokenizer.
         """
-        need_for_text(options.model)
-        tokenizer = text_tokenizer(options.model, options.limits)
-        made = _causal(options.compile(), options.model)
+        source = options.source
+        need_for_text(source)
+        tokenizer = source.tokenizer(cut=False)
+        made = _causal(options.compile(), source.label)
         fewer = options.quantize is not None or options.dtype is not None
-        other = replace(options, quantize=None, dtype=None).compile() if fewer and not alone else None
+        other = replace(options, model=source, quantize=None, dtype=None).compile() if fewer and not alone else None
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:

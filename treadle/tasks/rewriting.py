@@ -71,7 +71,7 @@ class TextRewriter:
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
-        return cls(made, TextTokenizer.open(place.path, context=context), place, config)
+        return cls(made, options.source.tokenizer(context=context), place, config)
 
     def translate(
         self,

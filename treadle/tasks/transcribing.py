@@ -18,11 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
-from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.resolving import find_folder
 from treadle.runtime.generation import generate
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel
@@ -87,9 +85,9 @@ class Transcriber:
         """Open a model. Raises UsageError if MODEL is not a speech model, CheckpointError for a damaged file, and as
         `compile`.
         """
-        folder = find_folder(options.model)
-        if folder.is_dir() and find_ctranslate2(folder, options.limits) is not None:
-            place = ModelFolder.find(folder)
+        source = options.source
+        if source.is_converted:
+            place = source.folder
             rules = _converted_rules(place)
         else:
             place, config = checked_folder(options, HEAD)
@@ -99,7 +97,7 @@ class Transcriber:
         if made.derived.prologue != ("mel",):
             raise UsageError(f"{made.name} does not transcribe speech", hint="a Whisper folder")
         positions = made.derived.graph.parameters["encoder.positions.weight"].type.shape[0].constant
-        tokenizer = TextTokenizer.open(place.path, cut=False)
+        tokenizer = source.tokenizer(cut=False)
         if positions is None:
             raise CheckpointError("the model does not state the length of its recordings", within=place.shown)
         vocabulary = made.derived.graph.parameters["decoder.tokens.weight"].type.shape[0].constant or 0
@@ -199,7 +197,7 @@ def _converted_rules(place: ModelFolder) -> TokenRules:
     """Return rules for tokens that are forbidden, always or at the begin, from the config.json next to CTranslate2's
     model.bin.
     """
-    said = place.read_settings("config.json")
+    said = place.config
     found: dict[str, Any] = {}
     for name, theirs in (("banned", "suppress_ids"), ("banned_first", "suppress_ids_begin")):
         ids = said.get(theirs, [])

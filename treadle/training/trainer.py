@@ -29,8 +29,6 @@ from treadle.compiling import weights_of
 from treadle.computing import computing_in
 from treadle.explaining.memory import MemoryReport, explain_memory
 from treadle.files.contained_files import PathLike
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
@@ -50,7 +48,9 @@ from treadle.ir.transforms.training_losses import (
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT, RECOGNITION
-from treadle.resolving import BLOCKS, Resolved, resolve
+from treadle.program.resolved import Resolved
+from treadle.program.source import BLOCKS, AnyModel
+from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
@@ -99,7 +99,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model | Graph | TorchModel | str | Path,
+        model: AnyModel,
         *,
         loss: str = "cross-entropy",
         optimizer: Optimizer = AdamW(),  # noqa: B008  # it is frozen

@@ -1,0 +1,1 @@
+"""The path from MODEL and its options to a program."""

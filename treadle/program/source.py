@@ -1,0 +1,419 @@
+"""`ModelSource`: MODEL, the argument of `compile` and of the commands, found and opened once.
+
+    file.py:function    a declaration in a Python file, which is imported
+    path/to/folder      config.json and weights, or model.bin in CTranslate2's layout
+    path/to/file.gguf   metadata and weights in one file
+    gpt2                a family of the zoo, with the default configuration of its declaration
+    minilm              a fetched model, see `treadle.fetch`
+
+An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model. A
+declaration may have weights of its own, in a folder: `ModelSource.open("file.py:function", weights="trained")`.
+
+    source = ModelSource.open("smollm2")
+    writer = TextWriter.open(source)        # its graph, weights, tokenizer and chat template: each file is opened once
+    exe = compile(source, quantize="int4")  # the same files, which have not changed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from treadle.files.shown_names import printable
+from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, bind
+from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
+from treadle.frontends.declarations import Model
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint, open_weights
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.frontends.text import TextTokenizer, folder_chat_template
+from treadle.frontends.torch_export.model import TorchModel
+from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.widening import narrow_dtypes
+from treadle.models.family import Family, ReadConfig
+from treadle.models.registry import family_names, family_of, find_family, read_gguf
+from treadle.program.onnx_models import OpenedOnnx, StaticInputNeeded
+from treadle.program.places import (
+    GGUF_SUFFIX,
+    ONNX_SUFFIX,
+    find_place,
+    is_fetched,
+    load_declaration,
+    refuse_object,
+)
+from treadle.program.resolved import Resolved
+
+Limits = Mapping[str, int] | None
+
+BLOCKS = "blocks"
+"""A value of `widen` in addition to narrow dtypes."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The choices that reach a format's reader: see `ModelSource.resolve`."""
+
+    inputs: Sequence[str] | None
+    config: Mapping[str, Any]
+    keep_blocks: bool
+    deferred: bool
+
+
+class ModelSource:
+    """MODEL, found and opened once: its graph, its weights (not yet read), its configuration and its text files.
+
+    label   MODEL in messages: the name or path that the user gave, or the declaration's name
+    path    its folder or file; None for a declaration or a graph without weights in files
+    limits  limits on what a file may contain
+
+    A file is opened when it is first needed, and not again. If one has changed when another is opened, or when the
+    model is resolved again, CheckpointError is raised.
+    """
+
+    def __init__(self, label: str, path: Path | None, limits: Limits = None) -> None:
+        self.label, self.path, self.limits = label, path, limits
+
+    @staticmethod
+    def open(model: AnyModel, *, weights: str | Path | None = None, limits: Limits = None) -> ModelSource:
+        """Find the model that MODEL names. A source is returned as it is.
+
+        weights  for a declaration, the folder or the .safetensors file that holds its weights under their own names
+        limits   limits on what a file may contain: {"tensors": 1_000_000}
+
+        Raises UsageError if there is no such model. Files are opened, and their errors raised, when they are needed.
+        """
+        if isinstance(model, ModelSource):
+            if weights is not None or limits not in (None, model.limits):
+                what = "weights" if weights is not None else "limits"
+                raise UsageError(f"{what} of an opened model are chosen when it is opened", received=model.label)
+            return model
+        text = str(model) if isinstance(model, str | Path) else ""
+        path, colon, function = text.rpartition(":")
+        in_python = bool(colon) and path.endswith(".py")
+        declared = isinstance(model, Model) or in_python or (text in family_names() and not Path(text).exists())
+        if limits is not None and weights is None and (declared or not text):
+            raise UsageError(
+                "limits apply to a model that is read from a file",
+                received=text or f"a {type(model).__name__}",
+                hint="leave it out",
+            )
+        if weights is not None and not declared:
+            raise UsageError(
+                "only a declaration takes its weights from a folder",
+                received=text or f"a {type(model).__name__}",
+                hint="file.py:function, or a family of the zoo",
+            )
+        if isinstance(model, Model):
+            return _Declared(model.name, model, weights, limits)
+        if isinstance(model, Graph | TorchModel):
+            return _Given(model)
+        if not isinstance(model, str | Path):
+            raise refuse_object(model)
+        if in_python:
+            return _Declared(text, load_declaration(Path(path), function), weights, limits)
+        if declared:
+            return _Declared(text, find_family(text).model, weights, limits, renamed=True)
+        place = find_place(text)
+        kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}
+        kind = _Folder if place.is_dir() else kinds.get(place.suffix, _Folder)
+        return kind(text, place, limits)
+
+    def resolve(
+        self,
+        *,
+        inputs: Sequence[str] | None = None,
+        outputs: Sequence[str] | None = None,
+        widen: str | Iterable[str] = (),
+        deferred: bool = False,
+        **config: Any,
+    ) -> Resolved:
+        """Trace the model, and bind its weights. It may be called several times, with other choices.
+
+        inputs   optional inputs of the declaration to include
+        outputs  outputs to return, whole or in part (`treadle.ir.transforms.chosen_outputs`); None: all
+        widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
+                 weights that a GGUF file stores in blocks are decoded to f32 when they are read
+        deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
+        config   configuration that overrides the declaration's or the checkpoint's
+
+        Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
+        StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
+        """
+        names = [widen] if isinstance(widen, str) else list(widen)
+        narrow = narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
+        self.check()
+        try:
+            found = self._read(Reading(inputs, config, BLOCKS not in names, deferred)).widened(narrow)
+        except StaticInputNeeded as needed:
+            needed.opened = replace(needed.opened, narrow=narrow, outputs=outputs)
+            raise
+        if is_fetched(self.label):
+            found.graph.name = self.label  # in place of its family's name
+            found = replace(found, name=self.label)
+        return found.giving(outputs)
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file has changed since it was opened."""
+
+    def _read(self, reading: Reading) -> Resolved:
+        raise NotImplementedError
+
+    # -- the files next to the weights -----------------------------------------------------------------------------
+
+    @property
+    def place(self) -> Path:
+        """Its folder or file. Raises UsageError for a declaration or a graph, which has none."""
+        if self.path is None:
+            raise UsageError(
+                f"{printable(self.label)} is a declaration, without weights",
+                hint="a folder with a checkpoint of it, or a fetched model",
+            )
+        return self.path
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """Its folder, which opens each file once. Raises UsageError as `place` does, CheckpointError for a file."""
+        return ModelFolder.find(self.place, None if self.place.is_file() else self.limits)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json. Raises CheckpointError if it is missing or damaged."""
+        return self.folder.config
+
+    @property
+    def is_converted(self) -> bool:
+        """True for a folder in CTranslate2's layout."""
+        return False
+
+    @property
+    def has_settings(self) -> bool:
+        """True if settings of text generation and the like are files of a folder."""
+        return True
+
+    def tokenizer(
+        self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
+    ) -> TextTokenizer:
+        """Return its tokenizer: see `TextTokenizer.open`. An unsupported model is reported before anything that its
+        tokenizer lacks.
+        """
+        return TextTokenizer.open(self.folder, max_tokens=max_tokens, context=context, cut=cut)
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its chat template, if it was trained with one."""
+        return folder_chat_template(self.folder)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end a text, according to a file without settings."""
+        return ()
+
+    def __str__(self) -> str:
+        return self.label
+
+    def __repr__(self) -> str:
+        return f"ModelSource({self.label!r})"
+
+
+class _Given(ModelSource):
+    """A graph, or an imported module with its weights."""
+
+    def __init__(self, model: Graph | TorchModel) -> None:
+        super().__init__(model.name, None)
+        self.model = model
+
+    def _read(self, reading: Reading) -> Resolved:
+        if reading.config or reading.inputs:
+            received = ", ".join([*reading.config, *(reading.inputs or ())])
+            raise UsageError("a graph takes no configuration", received=received)
+        model = self.model
+        if isinstance(model, TorchModel):
+            return Resolved(model.name, model.graph, self, None, model.weights, learned=model.learned)
+        return Resolved(model.name, model, self)
+
+
+class _Declared(ModelSource):
+    """A declaration, with initial values or with weights in a folder."""
+
+    def __init__(
+        self, label: str, model: Model, weights: str | Path | None, limits: Limits, *, renamed: bool = False
+    ) -> None:
+        super().__init__(label, None if weights is None else Path(weights), limits)
+        self.model, self.name = model, label if renamed else model.name
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_weights(self.place, self.limits)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return self.checkpoint.folder if self.path is not None else super().folder
+
+    def check(self) -> None:
+        if self.path is not None:
+            self.folder.check()
+
+    def _read(self, reading: Reading) -> Resolved:
+        declared = self.model.configure(inputs=reading.inputs, **reading.config)
+        if self.path is None:
+            return Resolved(self.name, declared.graph(), self, declared)
+        graph, binding = _bound(declared, {}, self.checkpoint, reading)
+        return Resolved(self.name, graph, self, declared, binding.arrays, binding.unused)
+
+
+class _Folder(ModelSource):
+    """A folder with config.json and safetensors, or in CTranslate2's layout."""
+
+    @cached_property
+    def converted(self) -> CTranslate2File | None:
+        return find_ctranslate2(self.folder)
+
+    @property
+    def is_converted(self) -> bool:
+        return self.converted is not None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    @cached_property
+    def family(self) -> Family:
+        return family_of(self.config)
+
+    @cached_property
+    def meaning(self) -> ReadConfig:
+        return self.family.read(self.config)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
+
+    def check(self) -> None:
+        self.folder.check()
+
+    def tokenizer(
+        self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
+    ) -> TextTokenizer:
+        if not self.is_converted:
+            self.family  # noqa: B018 - raises for an unsupported model
+        return super().tokenizer(max_tokens=max_tokens, context=context, cut=cut)
+
+    def _read(self, reading: Reading) -> Resolved:
+        if self.converted is not None:
+            return self._read_converted(self.converted, reading)
+        family, read = self.family, self.meaning
+        declared = read.model.configure(inputs=reading.inputs, **reading.config)
+        graph, binding = _bound(declared, read.table, self.checkpoint, reading, family.prefixes)
+        learned = tuple(name for name in graph.parameters if name not in family.buffers)
+        return Resolved(
+            family.name,
+            graph,
+            self,
+            declared,
+            binding.arrays,
+            binding.unused,
+            unread=read.unread,
+            padding=family.padding(self.config),
+            learned=learned,
+        )
+
+    def _read_converted(self, file: CTranslate2File, reading: Reading) -> Resolved:
+        from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # the only family that uses it so far
+
+        model = from_ctranslate2(file)
+        declared = model.configure(inputs=reading.inputs, **reading.config)
+        table = ctranslate2_table(model.config["dim"])
+        graph, binding = _bound(declared, table, file, replace(reading, deferred=False))
+        # a tensor without dimensions is an option
+        unused = tuple(name for name in binding.unused if file.record(name).shape)
+        return Resolved(declared.name, graph, self, declared, binding.arrays, unused)
+
+
+class _GGUF(ModelSource):
+    """A GGUF file."""
+
+    @cached_property
+    def file(self) -> GGUFFile:
+        return GGUFFile.open(self.place, self.limits)
+
+    @cached_property
+    def meaning(self) -> tuple[Model, Table]:
+        return read_gguf(self.file)
+
+    @property
+    def has_settings(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        if "file" in vars(self):
+            self.file.file.check()
+
+    def tokenizer(
+        self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
+    ) -> TextTokenizer:
+        self.meaning  # noqa: B018 - raises for an unsupported model
+        most = min((n for n in (max_tokens, context) if n is not None), default=None) if cut else None
+        return gguf_text_tokenizer(self.file, max_tokens=most)
+
+    @property
+    def chat_template(self) -> str | None:
+        return gguf_chat_template(self.file)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        return gguf_end_tokens(self.file)
+
+    def _read(self, reading: Reading) -> Resolved:
+        (model, table), file = self.meaning, self.file
+        declared = model.configure(inputs=reading.inputs, **reading.config)
+        graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
+        graph = encode_parameters(graph, binding.encodings)
+        blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
+        unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
+        return Resolved(declared.name, graph, self, declared, binding.arrays, unused, blocks)
+
+
+class _Onnx(ModelSource):
+    """An ONNX file."""
+
+    @cached_property
+    def file(self) -> OnnxFile:
+        return OnnxFile.open(self.place, self.limits)
+
+    def check(self) -> None:
+        if "file" in vars(self):
+            self.file.check()
+
+    def _read(self, reading: Reading) -> Resolved:
+        opened = OpenedOnnx.of(self, self.file, reading.config)
+        if reading.inputs:
+            opened.refuse_unknown(reading.inputs)
+        try:
+            return opened.resolve()
+        except StaticArgumentNeeded as error:
+            raise StaticInputNeeded.of(error, opened) from error
+
+
+AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
+"""The argument MODEL of every function that opens one."""
+
+
+def _bound(
+    declared: Model,
+    table: Table,
+    store: TensorStore,
+    reading: Reading,
+    prefixes: Sequence[str] = ("",),
+    blocks: BlockStore | None = None,
+) -> tuple[Graph, Binding]:
+    """Return a declaration's graph, and the tensors of its parameters."""
+    graph = declared.graph()
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=reading.deferred)
