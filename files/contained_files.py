@@ -42,13 +42,15 @@ class FileState:
         """Return the state that a call of `os.stat` or `os.fstat` found."""
         return cls(os.path.abspath(path), shown, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
-    def check(self) -> None:
-        """Raise CheckpointError if the path now names another file, none, or one that was written since."""
+    def check(self, *, exists: bool = False) -> None:
+        """Raise CheckpointError if the path now names another file, or one that was written since; with `exists`, also
+        if it names none. A file that is mapped keeps its bytes when it is removed.
+        """
         try:
             now = FileState.of(self.path, self.shown, os.stat(self.path))
         except OSError:
             now = None
-        if now == self:
+        if now == self or (now is None and not exists):
             return
         if now is None:
             received = "no file of this name"

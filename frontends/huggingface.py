@@ -146,16 +146,16 @@ class ModelFolder:
         opened = open_regular(self.file(name), self.show(name), self.path / name)
         self._states.setdefault(name, opened.state)
         try:
-            self.check()
+            self.check(exist=True)
         except CheckpointError:
             opened.close()
             raise
         return opened
 
-    def check(self) -> None:
-        """Raise CheckpointError if a file has changed since it was first opened."""
+    def check(self, *, exist: bool = False) -> None:
+        """Raise CheckpointError if a file has changed since it was first opened; with `exist`, also if it is gone."""
         for state in self._states.values():
-            state.check()
+            state.check(exists=exist)
 
     def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
         """Return the bytes of a file, at most `limit`; `setting` is the limit's name. Raises CheckpointError as `open`

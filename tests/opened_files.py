@@ -17,7 +17,7 @@ def _record(event: str, given: tuple[object, ...]) -> None:
         path = Path(os.path.realpath(os.fspath(given[0])))
         for below, counts in _RECORDS:
             if path.is_relative_to(below):
-                counts[path.name] += 1
+                counts[path.relative_to(below).as_posix()] += 1
 
 
 sys.addaudithook(_record)  # it cannot be removed
@@ -25,7 +25,7 @@ sys.addaudithook(_record)  # it cannot be removed
 
 @contextmanager
 def opened_in(folder: Path) -> Iterator[Counter[str]]:
-    """Count how often each file in this folder, or this file, is opened, by its name; links are followed."""
+    """Count how often each file in this folder, or this file, is opened, by its path in it; links are followed."""
     entry = (Path(os.path.realpath(folder)), Counter[str]())
     _RECORDS.append(entry)
     try:

@@ -125,24 +125,14 @@ def test_the_best_is_the_first() -> None:
     assert Matched(fits, (0.5, 0.2)).best is fits[0]
 
 
-def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read before the first call; an artifact is read at once."""
+def test_what_is_said_of_a_model_is_how_it_will_be_compiled() -> None:
+    """Nothing is read before the first call."""
     assert load("minilm").options == ModelOptions("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
     assert made.options == ModelOptions("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
-    asked: list[Any] = []
-    monkeypatch.setattr("treadle.artifacts.load_artifact", lambda model, **given: asked.append((model, given)))
-    load("a.treadle")
-    plain = {"backend": None, "target": None, "limits": None, "check": True, "widen": (), "memory": None, "sizes": None}
-    chosen = {
-        "backend": "torch", "target": "cuda", "limits": {"nodes": 7}, "check": False, "widen": "bf16", "memory": 5,
-        "sizes": {"B": 2}, "donate": ["x"],
-    }  # fmt: skip
-    load("a.treadle", **chosen)
-    assert asked == [("a.treadle", {**plain, "donate": ()}), ("a.treadle", chosen)]
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

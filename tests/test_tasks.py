@@ -299,8 +299,6 @@ def test_options_of_the_other_kind(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
     with pytest.raises(UsageError, match="does not accept memory"):
         t.load(tmp_path, memory="1MB")
-    with pytest.raises(UsageError, match="an artifact, which is already compiled, does not accept quantize"):
-        t.load_artifact("there-is-none.treadle", quantize="int4")
     for wrong, what in ((["--grouping", "some"], "there is no grouping 'some'"),):
         save(tmp_path / "tags", "BertForTokenClassification", wordpiece())
         assert what in invoked("tag", str(tmp_path / "tags"), "the cat", *wrong).stderr
@@ -377,7 +375,7 @@ def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, opt
 def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
     with pytest.raises(UsageError, match="there is no model 'nope'"):
         t.load("nope")
-    with pytest.raises(UsageError, match="bert is a declaration of the zoo"):
+    with pytest.raises(UsageError, match="bert is a declaration, without weights"):
         t.load("bert")
     with pytest.raises(CheckpointError, match="the file does not exist"):
         t.load_artifact("nope.treadle")

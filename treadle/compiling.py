@@ -17,6 +17,7 @@ from treadle.compiled import Compiled
 from treadle.computing import computing_in
 from treadle.files.nearest_names import NearestNames
 from treadle.frontends.declarations import Model
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
@@ -26,7 +27,6 @@ from treadle.ir.transforms.encoded_weights import encode_weights, given_paramete
 from treadle.option_values import budget_of, parse_bytes
 from treadle.passes.framework.manager import Pass, PassManager, debug_level
 from treadle.passes.pipelines import DEFAULT
-from treadle.program.onnx_models import StaticInputNeeded
 from treadle.program.resolved import Resolved
 from treadle.program.source import AnyModel, ModelSource
 from treadle.specializing import Specializing
@@ -107,7 +107,12 @@ def compile(
 
     stored, arrays = (weights, None) if isinstance(weights, str | Path) else (None, weights)
 
-    def make(resolved: Resolved) -> Compiled:
+    if isinstance(model, Model):
+        _refuse_misspelt(config, model)
+    source = ModelSource.open(model, weights=stored, limits=limits)
+
+    def make(static: Mapping[str, Any]) -> Compiled:
+        resolved = source.resolve(inputs=inputs, outputs=outputs, widen=widen, **{**config, **static})
         optimized = manager.run(resolved.graph)
         bound, drawn = weights_of(resolved, optimized.graph, arrays, seed)
         budget = budget_of(memory, sizes, optimized.graph)
@@ -128,14 +133,10 @@ def compile(
             resolved.name, optimized, executable, backend, where, bound, resolved.unused, drawn, resolved.unread
         )
 
-    if isinstance(model, Model):
-        _refuse_misspelt(config, model)
     try:
-        source = ModelSource.open(model, weights=stored, limits=limits)
-        resolved = source.resolve(inputs=inputs, outputs=outputs, widen=widen, **config)
-    except StaticInputNeeded as needed:
-        return Specializing(needed.opened, needed.argument, make, backend=backend, target=where)
-    return make(resolved)
+        return make({})
+    except StaticArgumentNeeded as needed:
+        return Specializing(source.inputs(widen, config), needed.argument, make, backend=backend, target=where)
 
 
 def weights_of(

@@ -17,7 +17,6 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
 from treadle.passes.stepping.derivation import NoStep
-from treadle.program.places import GGUF_SUFFIX
 from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
@@ -283,5 +282,5 @@ def text_tokenizer(model: AnyModel, limits: Mapping[str, int] | None = None) -> 
 def need_for_text(model: AnyModel, *, chat: bool = False) -> None:
     """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
     source = ModelSource.open(model)
-    of_file = ["gguf"] if source.place.suffix == GGUF_SUFFIX else []
+    of_file = ["gguf"] if source.kind == "gguf" else []
     need_packages(f"text from {printable(source.label)}", "tokenizers", *of_file, *(["jinja2"] if chat else []))

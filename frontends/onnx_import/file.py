@@ -180,11 +180,6 @@ class OnnxFile:
         made._states.append(opened.state)
         return made
 
-    def check(self) -> None:
-        """Raise CheckpointError if the file, or one of external data, has changed since it was opened."""
-        for state in self._states:
-            state.check()
-
     def _read_opsets(self) -> dict[str, int]:
         if not self.proto.HasField("graph") or not self.proto.graph.output:
             raise FrontendError("the model has no graph with an output", within=self.shown, hint=_ANOTHER_FILE)
@@ -265,7 +260,8 @@ class OnnxFile:
                 path = self._external_path(tensor, location)
                 with open_regular(path, printable(location)) as file:
                     self._states.append(file.state)
-                    self.check()
+                    for state in self._states:
+                        state.check(exists=True)
                     size = file.state.size
                     # An empty file cannot be mapped.
                     mapped = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)

@@ -1,17 +1,14 @@
-"""Find the file or the folder that MODEL names, and import a declaration in a Python file."""
+"""Find the file or the folder that MODEL names."""
 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import sys
 from pathlib import Path
 
 from treadle.fetch import fetched_model
-from treadle.frontends.declarations import Model
-from treadle.ir.errors import FrontendError, Hint, TreadleError, UsageError
-from treadle.ir.source_lines import raising_line
+from treadle.ir.errors import Hint, UsageError
 from treadle.models.registry import family_names
 from treadle.wheels.pinned_models import PINNED
 
@@ -71,32 +68,3 @@ def refuse_object(model: object) -> UsageError:
     if onnx is not None and isinstance(model, onnx.ModelProto):
         hint = 'onnx.save(model, "model.onnx"), and t.compile("model.onnx")'
     return UsageError("a model must be a declaration, a graph, a name or a path", received=f"{model!r}"[:80], hint=hint)
-
-
-def load_declaration(path: Path, function: str) -> Model:
-    """Import a user's file and return a model that it declares."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
-    name = f"treadle_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except TreadleError:
-        raise
-    except SyntaxError as error:
-        at = f"{Path(error.filename or path).name}:{error.lineno}"
-        raise FrontendError(f"{path.name} is not Python: {error.msg}", source=at) from error
-    except Exception as error:
-        at = str(raising_line(error) or path.name)
-        raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error
-    models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
-    if function not in models:
-        raise UsageError(
-            f"{path.name} declares no model {function!r}",
-            hint="one of " + ", ".join(models) if models else "decorate it with @t.model",
-        )
-    return models[function]

@@ -20,11 +20,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, bind
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
+from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint, open_weights
@@ -33,24 +34,19 @@ from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import encode_parameters
-from treadle.ir.transforms.widening import narrow_dtypes
+from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
+from treadle.ir.types import DType
 from treadle.models.family import Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
-from treadle.program.onnx_models import OpenedOnnx, StaticInputNeeded
-from treadle.program.places import (
-    GGUF_SUFFIX,
-    ONNX_SUFFIX,
-    find_place,
-    is_fetched,
-    load_declaration,
-    refuse_object,
-)
+from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
 from treadle.program.resolved import Resolved
 
 Limits = Mapping[str, int] | None
+
+Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx"]
 
 BLOCKS = "blocks"
 """A value of `widen` in addition to narrow dtypes."""
@@ -72,10 +68,13 @@ class ModelSource:
     label   MODEL in messages: the name or path that the user gave, or the declaration's name
     path    its folder or file; None for a declaration or a graph without weights in files
     limits  limits on what a file may contain
+    kind    the form of the model
 
-    A file is opened when it is first needed, and not again. If one has changed when another is opened, or when the
-    model is resolved again, CheckpointError is raised.
+    A file is opened when it is first needed, and not again. CheckpointError is raised if one has changed when another
+    is opened, or when its weights are read.
     """
+
+    kind: Kind
 
     def __init__(self, label: str, path: Path | None, limits: Limits = None) -> None:
         self.label, self.path, self.limits = label, path, limits
@@ -94,6 +93,10 @@ class ModelSource:
                 what = "weights" if weights is not None else "limits"
                 raise UsageError(f"{what} of an opened model are chosen when it is opened", received=model.label)
             return model
+        given: object = limits
+        if given is not None and not isinstance(given, Mapping):
+            hint = '{"tensors": 1_000_000}'
+            raise UsageError("limits of a model must be a mapping by name", received=type(given).__name__, hint=hint)
         text = str(model) if isinstance(model, str | Path) else ""
         path, colon, function = text.rpartition(":")
         in_python = bool(colon) and path.endswith(".py")
@@ -144,16 +147,10 @@ class ModelSource:
         config   configuration that overrides the declaration's or the checkpoint's
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
-        StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
+        StaticArgumentNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
         """
         names = [widen] if isinstance(widen, str) else list(widen)
-        narrow = narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
-        self.check()
-        try:
-            found = self._read(Reading(inputs, config, BLOCKS not in names, deferred)).widened(narrow)
-        except StaticInputNeeded as needed:
-            needed.opened = replace(needed.opened, narrow=narrow, outputs=outputs)
-            raise
+        found = self._read(Reading(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
             found = replace(found, name=self.label)
@@ -161,6 +158,12 @@ class ModelSource:
 
     def check(self) -> None:
         """Raise CheckpointError if a file has changed since it was opened."""
+
+    def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
+        """Return a graph of an ONNX model's inputs alone, including inputs that determine shapes but not inputs with a
+        given value. Its weights are then read once, for all values.
+        """
+        raise NotImplementedError
 
     def _read(self, reading: Reading) -> Resolved:
         raise NotImplementedError
@@ -187,22 +190,13 @@ class ModelSource:
         """config.json. Raises CheckpointError if it is missing or damaged."""
         return self.folder.config
 
-    @property
-    def is_converted(self) -> bool:
-        """True for a folder in CTranslate2's layout."""
-        return False
-
-    @property
-    def has_settings(self) -> bool:
-        """True if settings of text generation and the like are files of a folder."""
-        return True
-
     def tokenizer(
         self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
     ) -> TextTokenizer:
         """Return its tokenizer: see `TextTokenizer.open`. An unsupported model is reported before anything that its
         tokenizer lacks.
         """
+        self._refuse_unsupported()
         return TextTokenizer.open(self.folder, max_tokens=max_tokens, context=context, cut=cut)
 
     @property
@@ -215,6 +209,9 @@ class ModelSource:
         """The ids that end a text, according to a file without settings."""
         return ()
 
+    def _refuse_unsupported(self) -> None:
+        """Raise CheckpointError for a model that no family reads."""
+
     def __str__(self) -> str:
         return self.label
 
@@ -224,6 +221,8 @@ class ModelSource:
 
 class _Given(ModelSource):
     """A graph, or an imported module with its weights."""
+
+    kind = "graph"
 
     def __init__(self, model: Graph | TorchModel) -> None:
         super().__init__(model.name, None)
@@ -241,6 +240,8 @@ class _Given(ModelSource):
 
 class _Declared(ModelSource):
     """A declaration, with initial values or with weights in a folder."""
+
+    kind = "declaration"
 
     def __init__(
         self, label: str, model: Model, weights: str | Path | None, limits: Limits, *, renamed: bool = False
@@ -276,8 +277,8 @@ class _Folder(ModelSource):
         return find_ctranslate2(self.folder)
 
     @property
-    def is_converted(self) -> bool:
-        return self.converted is not None
+    def kind(self) -> Kind:  # type: ignore[override]
+        return "safetensors" if self.converted is None else "ctranslate2"
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -298,12 +299,9 @@ class _Folder(ModelSource):
     def check(self) -> None:
         self.folder.check()
 
-    def tokenizer(
-        self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
-    ) -> TextTokenizer:
-        if not self.is_converted:
-            self.family  # noqa: B018 - raises for an unsupported model
-        return super().tokenizer(max_tokens=max_tokens, context=context, cut=cut)
+    def _refuse_unsupported(self) -> None:
+        if self.converted is None:
+            self.family  # noqa: B018
 
     def _read(self, reading: Reading) -> Resolved:
         if self.converted is not None:
@@ -339,6 +337,8 @@ class _Folder(ModelSource):
 class _GGUF(ModelSource):
     """A GGUF file."""
 
+    kind = "gguf"
+
     @cached_property
     def file(self) -> GGUFFile:
         return GGUFFile.open(self.place, self.limits)
@@ -347,10 +347,6 @@ class _GGUF(ModelSource):
     def meaning(self) -> tuple[Model, Table]:
         return read_gguf(self.file)
 
-    @property
-    def has_settings(self) -> bool:
-        return False
-
     def check(self) -> None:
         if "file" in vars(self):
             self.file.file.check()
@@ -358,7 +354,7 @@ class _GGUF(ModelSource):
     def tokenizer(
         self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
     ) -> TextTokenizer:
-        self.meaning  # noqa: B018 - raises for an unsupported model
+        self.meaning  # noqa: B018 - an unsupported model is refused first
         most = min((n for n in (max_tokens, context) if n is not None), default=None) if cut else None
         return gguf_text_tokenizer(self.file, max_tokens=most)
 
@@ -381,28 +377,53 @@ class _GGUF(ModelSource):
 
 
 class _Onnx(ModelSource):
-    """An ONNX file."""
+    """An ONNX file. A key of the configuration is the name of an input with its value, or of an axis."""
+
+    kind = "onnx"
 
     @cached_property
     def file(self) -> OnnxFile:
         return OnnxFile.open(self.place, self.limits)
 
-    def check(self) -> None:
-        if "file" in vars(self):
-            self.file.check()
+    def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
+        from treadle.frontends.onnx_import.importer import declared_inputs
+
+        self.file.hold_weights()
+        return widen_graph(declared_inputs(self.file, **self._values(config)), _narrow(widen))
+
+    def _values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Split a configuration into values of inputs that determine shapes, and sizes, or other names, of axes."""
+        known = {value.name for value in self.file.proto.graph.input}
+        static = {name: value for name, value in config.items() if name in known}
+        return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
 
     def _read(self, reading: Reading) -> Resolved:
-        opened = OpenedOnnx.of(self, self.file, reading.config)
-        if reading.inputs:
-            opened.refuse_unknown(reading.inputs)
+        from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
+
+        values = self._values(reading.config)
+        if reading.inputs:  # an ONNX model always has all its inputs
+            takes = [value.name for value in declared_inputs(self.file, **values).main.inputs]
+            unknown = [name for name in reading.inputs if name not in (*takes, *values["static"])]
+            if unknown:
+                received, hint = (", ".join(map(printable, names)) for names in (unknown, takes))
+                what = "an ONNX file has no optional inputs"
+                raise UsageError(what, received=received, within=self.place.name, hint=f"its inputs are {hint}")
         try:
-            return opened.resolve()
+            made = import_opened(self.file, **values)
         except StaticArgumentNeeded as error:
-            raise StaticInputNeeded.of(error, opened) from error
+            error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
+            raise
+        return Resolved(made.graph.name, made.graph, self, None, made.weights)
 
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
 """The argument MODEL of every function that opens one."""
+
+
+def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:
+    """Return the dtypes that become f32. Raises UsageError for an unknown name."""
+    names = [widen] if isinstance(widen, str) else widen
+    return narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
 
 
 def _bound(

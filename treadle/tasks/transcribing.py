@@ -86,7 +86,7 @@ class Transcriber:
         `compile`.
         """
         source = options.source
-        if source.is_converted:
+        if source.kind == "ctranslate2":
             place = source.folder
             rules = _converted_rules(place)
         else:

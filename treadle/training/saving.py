@@ -85,22 +85,11 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     folder is the model's own, is not a folder, cannot be written or is not empty, and CheckpointError as
     `open_checkpoint` does.
     """
-    if resolved.folder is None:
+    if resolved.source.kind in ("graph", "declaration"):
         config = {} if resolved.model is None else resolved.model.config
         return WeightsSaver(_checked_target(target, replace), resolved.name, config)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
-
-
-def save_folder(
-    source: PathLike, weights: Mapping[str, Array], target: PathLike, *, replace: bool = False
-) -> SavedModel:
-    """Write a folder like `source`, with these weights by parameter name.
-
-    Raises as `saver_for` does, and `Saver.save`.
-    """
-    shapes = {name: np.shape(array) for name, array in weights.items()}
-    return FolderSaver.open(ModelSource.open(Path(source)), shapes, target, replace=replace).save(weights)
 
 
 @dataclass(frozen=True)
@@ -224,8 +213,8 @@ class FolderSaver:
 
 def _opened(source: ModelSource) -> Checkpoint:
     """Return the checkpoint of a folder. Raises UsageError for a model in another form."""
-    path, converted = source.place, source.is_converted
-    if converted or path.is_file():
+    path, converted = source.place, source.kind == "ctranslate2"
+    if source.kind != "safetensors":
         raise UsageError(
             "trained weights can only be saved in the layout of a folder with config.json and model.safetensors",
             received="a folder in CTranslate2's layout" if converted else path.name,
