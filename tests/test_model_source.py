@@ -94,8 +94,8 @@ def train(place: Path) -> object:
     resolved = resolve(place, deferred=True)
     data = TextData.open(str(place), [str(corpus)], resolved, length=8, batch=2)
     trainer = Trainer(resolved.source)
-    for batch in data.batches:
-        trainer.step(**batch)
+    for batch in data.batches.after(0):
+        trainer.step(tokens=batch, targets=batch)
         break
     return saver_for(resolved, place.parent / "trained", replace=True).save(trainer.weights)
 
@@ -107,7 +107,7 @@ def two_tasks(place: Path) -> object:
 
 USES: dict[str, Callable[[Path], object]] = {
     "generate": words,
-    "generate in bf16": lambda place: words(place, dtype="bf16", cache="bf16"),
+    "generate quantized": lambda place: words(place, quantize="int8-weights"),
     "chat tasks": two_tasks,
     "perplexity": perplexity,
     "serve": lambda place: Opening("numpy", t.Target("cpu"), rows=1, capacity=8).open(str(place)),
@@ -240,7 +240,8 @@ def test_weights_that_change_between_two_reads_are_refused(change: str, gpt2: Pa
     with pytest.raises(CheckpointError, match="the file has changed since it was opened") as caught:
         t.compile(source, quantize="int8-weights")
     assert caught.value.within == str(tmp_path / "model" / "model.safetensors")
-    t.compile(ModelSource.open(tmp_path / "model"))
+    if change != "longer":
+        t.compile(ModelSource.open(tmp_path / "model"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights on Windows")
