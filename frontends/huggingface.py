@@ -374,7 +374,7 @@ def open_checkpoint(
     place.config  # noqa: B018 - an error in it comes before one about the weights
     if not place.has(_SINGLE) and not place.has(_INDEX):
         raise _no_weights(place)
-    return Checkpoint(place)
+    return place.once(Checkpoint, lambda: Checkpoint(place))
 
 
 def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:
