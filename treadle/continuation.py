@@ -271,14 +271,6 @@ class TextWriter:
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
 
 
-def text_tokenizer(model: AnyModel, limits: Mapping[str, int] | None = None) -> TextTokenizer:
-    """Return the tokenizer of a folder, a GGUF file or a fetched model. It does not truncate texts.
-
-    Raises the errors of reading it. An unsupported model is reported before anything that its tokenizer lacks.
-    """
-    return ModelSource.open(model, limits=limits).tokenizer(cut=False)
-
-
 def need_for_text(model: AnyModel, *, chat: bool = False) -> None:
     """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
     source = ModelSource.open(model)

@@ -281,7 +281,7 @@ def train_model(
         changed,
         teacher is not None,
         given,
-        resolved.folder,
+        resolved.source.path,
     )
 
     def held_out() -> float | None:

@@ -17,13 +17,13 @@ declaration may have weights of its own, in a folder: `ModelSource.open("file.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from treadle.files.shown_names import printable
-from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, bind
+from treadle.frontends.binding import Table
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.declarations import Model
@@ -36,9 +36,16 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
+from treadle.models.checkpoints import (
+    Reading,
+    ReadModel,
+    read_checkpoint,
+    read_ctranslate2,
+    read_declaration,
+    read_gguf_weights,
+)
 from treadle.models.family import Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
 from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
@@ -50,16 +57,6 @@ Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "on
 
 BLOCKS = "blocks"
 """A value of `widen` in addition to narrow dtypes."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The choices that reach a format's reader: see `ModelSource.resolve`."""
-
-    inputs: Sequence[str] | None
-    config: Mapping[str, Any]
-    keep_blocks: bool
-    deferred: bool
 
 
 class ModelSource:
@@ -114,15 +111,16 @@ class ModelSource:
                 hint="file.py:function, or a family of the zoo",
             )
         if isinstance(model, Model):
-            return _Declared(model.name, model, weights, limits)
+            return _Declared(model.name, model.name, model, weights, limits)
         if isinstance(model, Graph | TorchModel):
             return _Given(model)
         if not isinstance(model, str | Path):
             raise refuse_object(model)
         if in_python:
-            return _Declared(text, load_declaration(Path(path), function), weights, limits)
+            loaded = load_declaration(Path(path), function)
+            return _Declared(text, loaded.name, loaded, weights, limits)
         if declared:
-            return _Declared(text, find_family(text).model, weights, limits, renamed=True)
+            return _Declared(text, text, find_family(text).model, weights, limits)
         place = find_place(text)
         kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}
         kind = _Folder if place.is_dir() else kinds.get(place.suffix, _Folder)
@@ -154,10 +152,12 @@ class ModelSource:
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
             found = replace(found, name=self.label)
-        return found.giving(outputs)
+        return Resolved(**vars(found.giving(outputs)), source=self)
 
     def check(self) -> None:
         """Raise CheckpointError if a file has changed since it was opened."""
+        if self.path is not None and self.kind != "onnx":  # of which nothing is read late
+            self.folder.check()
 
     def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
         """Return a graph of an ONNX model's inputs alone, including inputs that determine shapes but not inputs with a
@@ -165,7 +165,7 @@ class ModelSource:
         """
         raise NotImplementedError
 
-    def _read(self, reading: Reading) -> Resolved:
+    def _read(self, reading: Reading) -> ReadModel:
         raise NotImplementedError
 
     # -- the files next to the weights -----------------------------------------------------------------------------
@@ -228,14 +228,14 @@ class _Given(ModelSource):
         super().__init__(model.name, None)
         self.model = model
 
-    def _read(self, reading: Reading) -> Resolved:
+    def _read(self, reading: Reading) -> ReadModel:
         if reading.config or reading.inputs:
             received = ", ".join([*reading.config, *(reading.inputs or ())])
             raise UsageError("a graph takes no configuration", received=received)
         model = self.model
         if isinstance(model, TorchModel):
-            return Resolved(model.name, model.graph, self, None, model.weights, learned=model.learned)
-        return Resolved(model.name, model, self)
+            return ReadModel(model.name, model.graph, None, model.weights, learned=model.learned)
+        return ReadModel(model.name, model)
 
 
 class _Declared(ModelSource):
@@ -243,11 +243,9 @@ class _Declared(ModelSource):
 
     kind = "declaration"
 
-    def __init__(
-        self, label: str, model: Model, weights: str | Path | None, limits: Limits, *, renamed: bool = False
-    ) -> None:
+    def __init__(self, label: str, name: str, model: Model, weights: str | Path | None, limits: Limits) -> None:
         super().__init__(label, None if weights is None else Path(weights), limits)
-        self.model, self.name = model, label if renamed else model.name
+        self.model, self.name = model, name
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -255,18 +253,11 @@ class _Declared(ModelSource):
 
     @cached_property
     def folder(self) -> ModelFolder:
-        return self.checkpoint.folder if self.path is not None else super().folder
+        return self.checkpoint.folder
 
-    def check(self) -> None:
-        if self.path is not None:
-            self.folder.check()
-
-    def _read(self, reading: Reading) -> Resolved:
-        declared = self.model.configure(inputs=reading.inputs, **reading.config)
-        if self.path is None:
-            return Resolved(self.name, declared.graph(), self, declared)
-        graph, binding = _bound(declared, {}, self.checkpoint, reading)
-        return Resolved(self.name, graph, self, declared, binding.arrays, binding.unused)
+    def _read(self, reading: Reading) -> ReadModel:
+        weights = None if self.path is None else self.checkpoint
+        return read_declaration(self.name, self.model, weights, reading)
 
 
 class _Folder(ModelSource):
@@ -281,57 +272,22 @@ class _Folder(ModelSource):
         return "safetensors" if self.converted is None else "ctranslate2"
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self.folder)
-
-    @cached_property
-    def family(self) -> Family:
-        return family_of(self.config)
-
-    @cached_property
-    def meaning(self) -> ReadConfig:
-        return self.family.read(self.config)
+    def meaning(self) -> tuple[Family, ReadConfig]:
+        family = family_of(self.config)
+        return family, family.read(self.config)
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self.checkpoint.config
-
-    def check(self) -> None:
-        self.folder.check()
+        return open_checkpoint(self.folder).config
 
     def _refuse_unsupported(self) -> None:
         if self.converted is None:
-            self.family  # noqa: B018
+            self.meaning  # noqa: B018
 
-    def _read(self, reading: Reading) -> Resolved:
+    def _read(self, reading: Reading) -> ReadModel:
         if self.converted is not None:
-            return self._read_converted(self.converted, reading)
-        family, read = self.family, self.meaning
-        declared = read.model.configure(inputs=reading.inputs, **reading.config)
-        graph, binding = _bound(declared, read.table, self.checkpoint, reading, family.prefixes)
-        learned = tuple(name for name in graph.parameters if name not in family.buffers)
-        return Resolved(
-            family.name,
-            graph,
-            self,
-            declared,
-            binding.arrays,
-            binding.unused,
-            unread=read.unread,
-            padding=family.padding(self.config),
-            learned=learned,
-        )
-
-    def _read_converted(self, file: CTranslate2File, reading: Reading) -> Resolved:
-        from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # the only family that uses it so far
-
-        model = from_ctranslate2(file)
-        declared = model.configure(inputs=reading.inputs, **reading.config)
-        table = ctranslate2_table(model.config["dim"])
-        graph, binding = _bound(declared, table, file, replace(reading, deferred=False))
-        # a tensor without dimensions is an option
-        unused = tuple(name for name in binding.unused if file.record(name).shape)
-        return Resolved(declared.name, graph, self, declared, binding.arrays, unused)
+            return read_ctranslate2(self.converted, reading)
+        return read_checkpoint(open_checkpoint(self.folder), *self.meaning, reading)
 
 
 class _GGUF(ModelSource):
@@ -366,14 +322,8 @@ class _GGUF(ModelSource):
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
 
-    def _read(self, reading: Reading) -> Resolved:
-        (model, table), file = self.meaning, self.file
-        declared = model.configure(inputs=reading.inputs, **reading.config)
-        graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
-        graph = encode_parameters(graph, binding.encodings)
-        blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
-        unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
-        return Resolved(declared.name, graph, self, declared, binding.arrays, unused, blocks)
+    def _read(self, reading: Reading) -> ReadModel:
+        return read_gguf_weights(self.file, *self.meaning, reading)
 
 
 class _Onnx(ModelSource):
@@ -397,7 +347,7 @@ class _Onnx(ModelSource):
         static = {name: value for name, value in config.items() if name in known}
         return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
 
-    def _read(self, reading: Reading) -> Resolved:
+    def _read(self, reading: Reading) -> ReadModel:
         from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
 
         values = self._values(reading.config)
@@ -413,7 +363,7 @@ class _Onnx(ModelSource):
         except StaticArgumentNeeded as error:
             error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
             raise
-        return Resolved(made.graph.name, made.graph, self, None, made.weights)
+        return ReadModel(made.graph.name, made.graph, None, made.weights)
 
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
@@ -424,17 +374,3 @@ def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:
     """Return the dtypes that become f32. Raises UsageError for an unknown name."""
     names = [widen] if isinstance(widen, str) else widen
     return narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
-
-
-def _bound(
-    declared: Model,
-    table: Table,
-    store: TensorStore,
-    reading: Reading,
-    prefixes: Sequence[str] = ("",),
-    blocks: BlockStore | None = None,
-) -> tuple[Graph, Binding]:
-    """Return a declaration's graph, and the tensors of its parameters."""
-    graph = declared.graph()
-    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=reading.deferred)

@@ -176,7 +176,7 @@ def _tokenizer(model: str, resolved: Resolved, other: ModelSource | None) -> Tex
     one.
     """
     need_packages(f"training {printable(model)} on texts", "tokenizers")
-    if other is None and resolved.folder is None:
+    if other is None and resolved.source.path is None:
         raise UsageError(
             f"{printable(model)} has no folder, and so no tokenizer",
             hint=Hint(
