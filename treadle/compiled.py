@@ -155,7 +155,7 @@ class Compiled:
         )
 
     def save(self, path: str | Path) -> str:
-        """Write the model to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.
+        """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. See `treadle.artifacts.save`.
 
         Raises UsageError if the model has a memory budget: a budget belongs to a backend, and a file has none.
         """
