@@ -123,7 +123,7 @@ def open_treadle(spec: Spec) -> Opened:
 
 def compiled(spec: Spec) -> Any:
     """Return our compiled model, a `treadle.compiled.Compiled`."""
-    from treadle.artifacts import is_artifact, load
+    from treadle.artifacts import is_artifact, load_artifact
     from treadle.benching.workload import Workload
     from treadle.compiling import compile_model
     from treadle.ir.target import Target
@@ -132,7 +132,7 @@ def compiled(spec: Spec) -> Any:
     alone = options.backend == "numpy"  # it takes its threads from the environment
     options = options.but(target=Target("cpu", None if alone else spec["threads"]))
     if is_artifact(spec["model"]):
-        return load(spec["model"], **{name: v for name, v in options.keywords().items() if name != "seed"})
+        return load_artifact(spec["model"], **{name: v for name, v in options.keywords().items() if name != "seed"})
     return compile_model(spec["model"], options)
 
 

@@ -145,10 +145,10 @@ def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Itera
 
     also  options that the command reads itself
     """
-    from treadle.artifacts import load
+    from treadle.artifacts import load_artifact
 
     CompileOptions.of("compile", keywords).refuse_for_artifact(artifact, also=[*also])
-    return load(artifact, **{name: value for name, value in keywords.items() if name not in also})
+    return load_artifact(artifact, **{name: value for name, value in keywords.items() if name not in also})
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
