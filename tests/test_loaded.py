@@ -127,10 +127,10 @@ def test_the_best_is_the_first() -> None:
 
 def test_what_is_said_of_a_model_is_how_it_will_be_compiled() -> None:
     """Nothing is read before the first call."""
-    assert load("minilm").options == Program.of("minilm")
+    assert load("minilm").program == Program.of("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
-    assert made.options == Program.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
+    assert made.program == Program.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
 

@@ -284,7 +284,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
-    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
+    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "load does not take memory"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
     "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),

@@ -7,7 +7,7 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
-from treadle.ir.target import Target
 from treadle.passes.stepping.derivation import NoStep
+from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
@@ -123,26 +123,23 @@ class TextWriter:
         cls,
         model: AnyModel,
         *,
-        backend: str = "numpy",
-        target: str | Target = "cpu",
-        limits: Mapping[str, int] | None = None,
-        cache: str | None = None,
         stepped: Callable[..., SteppedModel] = open_stepped,
-        **config: Any,
+        **options: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer; `cache` is the dtype of its caches, None: the model's own.
+        """Compile a model that has a tokenizer; options as in `treadle.compile`, and `cache`.
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
         Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. An
         unsupported model is reported before anything that its tokenizer lacks.
         """
-        source = ModelSource.open(model, limits=limits)
+        chosen = CompileOptions.of("generate", options)
+        source = chosen.open(model)
         need_for_text(source)
         tokenizer = source.tokenizer(cut=False)
         asked, template = FolderRules.read(source), source.chat_template
         try:
-            made = stepped(source, backend=backend, target=target, cache=cache, **config)
+            made = stepped(source, **chosen.keywords())
         except NoStep as error:
             raise UsageError(
                 f"{printable(source.label)} does not continue text: it is not a causal language model",

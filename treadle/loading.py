@@ -35,6 +35,9 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
             received=name,
             hint=f"treadle.load_artifact({name!r})",
         )
+    if "check" in options:
+        what = "a model that is loaded for tasks does not accept check"
+        raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
     program = Program.of(model if isinstance(model, ModelSource) else name, **options)
     if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
         place = program.source.place
