@@ -9,27 +9,28 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.graph import Graph
+from treadle.files.contained_files import PathLike
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.training.optimizers import Optimizer
 from treadle.runtime.training.schedules import Schedule
+from treadle.tasks.loaded import LoadedModel
 from treadle.training.trainer import Trainer as _Trainer
 
 Array = np.ndarray[Any, Any]
 
 def compile(
-    model: Model | Graph | TorchModel | str | Path,
+    model: AnyModel,
     *,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
-    weights: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | str | Path | None = None,
     seed: int = 0,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass] | str | None = None,
+    without: Sequence[str] = (),
     certify: bool | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
@@ -54,10 +55,13 @@ def compile(
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
-              initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
+              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
+              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     seed      an integer, 0 or more
-    passes    the pipeline, a flat list; []: the graph as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
+              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
               (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared
@@ -85,10 +89,51 @@ def compile(
     lines (GraphError, RuleError, SizeError).
     """
 
+def load(
+    model: PathLike | ModelSource,
+    *,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    passes: Sequence[Pass] | str | None = None,
+    without: Sequence[str] = (),
+    certify: bool | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    cache: str | None = None,
+    **config: Any,
+) -> LoadedModel:
+    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
+    answers, translates, ...
+
+    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
+              GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
+              (docs/quantization.md)
+    limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
+              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
+    certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
+    dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
+              (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared
+    quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
+              bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
+              quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
+              (docs/quantization.md). None: as stored
+    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    target    what to compile for: "cpu", or `Target("cpu", threads=4)`
+    cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
+              computes
+
+    A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
+    an option of artifacts.
+    """
+
 class Trainer(_Trainer):
     def __init__(
         self,
-        model: Model | Graph | TorchModel | str | Path,
+        model: AnyModel,
         *,
         loss: str = "cross-entropy",
         optimizer: Optimizer = ...,
@@ -103,7 +148,7 @@ class Trainer(_Trainer):
         gradient_accumulation_steps: int = 1,
         inputs: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
-        weights: Mapping[str, Array] | None = None,
+        weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,
         backend: str = "numpy",
