@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.recipes.activations import chosen
 from treadle.frontends.recipes.quotients import remainder_like_dividend, truncated_quotient
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import f32, f64, i64
@@ -185,7 +186,7 @@ def _not(site: OnnxSite) -> Made:
 
 @operator("Where", latest=16, moves=(1, 2))
 def _where(site: OnnxSite) -> Made:
-    return site.b.where(site.x(0), site.x(1), site.x(2))
+    return chosen(site.b, site.x(0), site.x(1), site.x(2))
 
 
 @operator("Clip", latest=13, first=6)

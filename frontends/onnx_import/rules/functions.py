@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.recipes.activations import exponential_unit
+from treadle.frontends.recipes.activations import exponential_unit, is_sum_of_squares, root
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import i64
 
@@ -19,7 +19,7 @@ def _function(name: str, latest: int, rule: _Rule, first: int = 6) -> None:
         return rule(site.b, site.x(0))
 
 
-_function("Sqrt", 13, lambda b, x: b.sqrt(x))
+_function("Sqrt", 13, lambda b, x: root(b, x) if is_sum_of_squares(x.value) else b.sqrt(x))
 _function("Exp", 13, lambda b, x: b.exp(x))
 _function("Log", 13, lambda b, x: b.log(x))
 _function("Erf", 13, lambda b, x: b.erf(x))
