@@ -15,6 +15,8 @@ pytest.importorskip("torch")
 import onnx
 from onnx import helper, numpy_helper
 
+from tests.fuzz.onnx_nodes.drawing import Case
+from tests.fuzz.onnx_nodes.judging import gradient_outcome
 from tests.onnx_models import answers, runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
@@ -63,13 +65,18 @@ def one_node(
 
 
 def check(proto: onnx.ModelProto, given: dict[str, Array], tolerance: float = 2e-6) -> Imported:
-    """Compare both backends' results with ONNX Runtime's, relative to the largest number."""
+    """Compare both backends' results with ONNX Runtime's, relative to the largest number, and gradients with difference
+    quotients.
+    """
     wanted, found = runtime(proto, given), import_onnx(proto)
     for got in answers(found, given):
         for name, expected in wanted.items():
             scale = max(float(np.abs(expected).max(initial=0)), 1.0)
             assert got[name].shape == expected.shape
             np.testing.assert_allclose(got[name], expected, rtol=0, atol=tolerance * scale, err_msg=name)
+    for edges in (False, True):
+        judged = gradient_outcome(Case(proto.graph.node[0].op_type, proto, given), 0, edges=edges)
+        assert judged.verdict in ("same", "left"), judged.why
     return found
 
 

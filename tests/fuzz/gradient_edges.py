@@ -4,8 +4,8 @@ masked programs after recognition with those before.
     python -m tests.fuzz.gradient_edges [--only NAME] [--programs 200] [--no-onnx] [--certify]
 
 Every case of tests/gradient_edges.py runs in float64 and float32, alone and after recognition, through `from_torch` and
-through a file of torch's ONNX exporter. Prints the places where autograd returns NaN, the reasons why gradients of some
-files are compared with difference quotients instead, and the errors. Exit status 1 if there is an error.
+through a file of torch's ONNX exporter. Prints the places where autograd returns NaN, the ONNX files whose
+gradient is that of another function, and the errors. Exit status 1 if there is an error.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> int:
                 print(f"{told}: {line}", flush=True)
             for line in unknown if not (onnx or recognized) else ():
                 print(f"{told}: autograd gives NaN by {line}", flush=True)
-        if case.other and not options.no_onnx:
-            print(f"{name}: not autograd's through ONNX: {case.other}", flush=True)
+        if case.file and not options.no_onnx:
+            print(f"{name}: its ONNX file has {case.why}", flush=True)
     for seed in range(options.seed, options.seed + options.programs):
         graph, inputs = drawn_program(seed)
         after = PassManager(RECOGNITION, certify=options.certify, differentiated=True).run(graph).graph

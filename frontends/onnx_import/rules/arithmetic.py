@@ -126,12 +126,18 @@ def _folding(name: str, latest: int, combine: Callable[[OnnxSite, Expr, Expr], E
 
 
 def _extremum(name: str) -> Callable[[OnnxSite, Expr, Expr], Expr]:
+    """Return the rule of two operands. With a constant it is a clamp, whose bound passes the gradient,
+    as in PyTorch, which exports clamp(min=0) as Max. Equal numbers of other operands share it.
+    """
+
     def combine(site: OnnxSite, x: Expr, y: Expr) -> Expr:
         b = site.b
         if _is_uint64(site):
             flip = b.constant(_SIGN_BIT, i64)
             return b.apply(name, x + flip, y + flip) + flip  # type: ignore[no-any-return]
-        return b.apply(name, x, y)  # type: ignore[no-any-return]
+        constants = [v.value.literal is not None for v in (x, y)]
+        ties = "even" if constants[0] == constants[1] else "y" if constants[0] else "x"
+        return b.apply(name, x, y, ties=ties)  # type: ignore[no-any-return]
 
     return combine
 
