@@ -347,6 +347,9 @@ _FILES: dict[str, dict[str, Callable[..., Any]]] = {
     "ReduceMax, as for amax, which shares the gradient of equal numbers": {
         "extremes with places": lambda x: (x.amax(1), x.amin(0), x.amax(0, keepdim=True)),
     },
+    "exponentials, which overflow in float32": {
+        "logaddexp": lambda x, y: torch.log(torch.exp(x) + torch.exp(y)),
+    },
     "no detach": {"detached": lambda x: x * x + torch.sigmoid(x)},
     "the lowest number added for a boolean mask, so an empty row is the mean of the values, not 0": {
         "sdpa, masked": lambda q, k, v, kept: _added(q, k, v, kept, torch.finfo(q.dtype).min)
