@@ -278,6 +278,7 @@ def test_an_option_reaches_what_it_is_for(
 
     for name in ("working", "counting", "downloading"):
         monkeypatch.setattr(f"treadle.progress.{name}", report)
+    monkeypatch.setattr("treadle.program.source.find_place", lambda name: Path(name))
     monkeypatch.setattr("treadle.continuation.need_for_text", Recorder("need_for_text", lines, "-"))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=lambda: "a line\n", isatty=lambda: False))
     for words, replaced, last in [case for case in CASES if case[0].split()[0] == command]:

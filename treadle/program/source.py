@@ -39,8 +39,8 @@ from treadle.ir.graph import Graph
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import (
-    Reading,
     ReadModel,
+    ReadOptions,
     read_checkpoint,
     read_ctranslate2,
     read_declaration,
@@ -148,7 +148,7 @@ class ModelSource:
         StaticArgumentNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
         """
         names = [widen] if isinstance(widen, str) else list(widen)
-        found = self._read(Reading(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
+        found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
             found = replace(found, name=self.label)
@@ -165,7 +165,7 @@ class ModelSource:
         """
         raise NotImplementedError
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         raise NotImplementedError
 
     # -- the files next to the weights -----------------------------------------------------------------------------
@@ -228,9 +228,9 @@ class _Given(ModelSource):
         super().__init__(model.name, None)
         self.model = model
 
-    def _read(self, reading: Reading) -> ReadModel:
-        if reading.config or reading.inputs:
-            received = ", ".join([*reading.config, *(reading.inputs or ())])
+    def _read(self, options: ReadOptions) -> ReadModel:
+        if options.config or options.inputs:
+            received = ", ".join([*options.config, *(options.inputs or ())])
             raise UsageError("a graph takes no configuration", received=received)
         model = self.model
         if isinstance(model, TorchModel):
@@ -255,9 +255,9 @@ class _Declared(ModelSource):
     def folder(self) -> ModelFolder:
         return self.checkpoint.folder
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         weights = None if self.path is None else self.checkpoint
-        return read_declaration(self.name, self.model, weights, reading)
+        return read_declaration(self.name, self.model, weights, options)
 
 
 class _Folder(ModelSource):
@@ -284,10 +284,10 @@ class _Folder(ModelSource):
         if self.converted is None:
             self.meaning  # noqa: B018
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         if self.converted is not None:
-            return read_ctranslate2(self.converted, reading)
-        return read_checkpoint(open_checkpoint(self.folder), *self.meaning, reading)
+            return read_ctranslate2(self.converted, options)
+        return read_checkpoint(open_checkpoint(self.folder), *self.meaning, options)
 
 
 class _GGUF(ModelSource):
@@ -322,8 +322,8 @@ class _GGUF(ModelSource):
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
 
-    def _read(self, reading: Reading) -> ReadModel:
-        return read_gguf_weights(self.file, *self.meaning, reading)
+    def _read(self, options: ReadOptions) -> ReadModel:
+        return read_gguf_weights(self.file, *self.meaning, options)
 
 
 class _Onnx(ModelSource):
@@ -347,13 +347,13 @@ class _Onnx(ModelSource):
         static = {name: value for name, value in config.items() if name in known}
         return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
 
-        values = self._values(reading.config)
-        if reading.inputs:  # an ONNX model always has all its inputs
+        values = self._values(options.config)
+        if options.inputs:  # an ONNX model always has all its inputs
             takes = [value.name for value in declared_inputs(self.file, **values).main.inputs]
-            unknown = [name for name in reading.inputs if name not in (*takes, *values["static"])]
+            unknown = [name for name in options.inputs if name not in (*takes, *values["static"])]
             if unknown:
                 received, hint = (", ".join(map(printable, names)) for names in (unknown, takes))
                 what = "an ONNX file has no optional inputs"
