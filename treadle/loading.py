@@ -57,7 +57,7 @@ def load(
         what = f"a model that is loaded for tasks does not accept {given[0]}"
         raise UsageError(what, received=name, hint=f"treadle.compile({name!r}, ...)")
     if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
-        place = ModelSource.open(name if not isinstance(model, ModelSource) else model).place
+        place = ModelSource.open(model if isinstance(model, ModelSource) else name, limits=limits).place
         if not place.is_dir() and place.suffix != GGUF_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"
             raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
