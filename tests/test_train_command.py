@@ -162,7 +162,7 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
     said = train("gpt2 texts.txt --steps 1 --batch 3")
     assert said.code == 0, said.err
     where = only().options.pop("target")
-    assert (only().model, str(where), where.threads) == ("gpt2", "cpu", None)
+    assert (str(only().model), str(where), where.threads) == ("gpt2", "cpu", None)
     assert only().options == {
         "loss": "cross-entropy",
         "optimizer": AdamW(),
