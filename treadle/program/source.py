@@ -174,8 +174,9 @@ class ModelSource:
     def place(self) -> Path:
         """Its folder or file. Raises UsageError for a declaration or a graph, which has none."""
         if self.path is None:
+            of_zoo = " of the zoo" if self.label in family_names() else ""
             raise UsageError(
-                f"{printable(self.label)} is a declaration, without weights",
+                f"{printable(self.label)} is a {self.kind}{of_zoo}, without weights",
                 hint="a folder with a checkpoint of it, or a fetched model",
             )
         return self.path
