@@ -1,7 +1,6 @@
 """`treadle.load`: load a model for tasks. `treadle.load_artifact` loads a compiled one.
 
 treadle.load("folder").classify("I like it.").label
-treadle.load("smollm2").generate("The capital of France is")
 """
 
 from __future__ import annotations
@@ -36,16 +35,15 @@ def load(
     """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
     answers, translates, ...
 
-    backend, target         where to run
-    limits                  limits on the files
-    widen, dtype, quantize  as in `compile`
-    cache                   the dtype of keys and values, as in sessions
-    config                  configuration that overrides the folder's
+    limits  limits on the files
+    cache   the dtype of keys and values, as in sessions
+    config  configuration that overrides the folder's; other options are those of `compile`
 
     A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
     an option of artifacts.
     """
-    name = model.label if isinstance(model, ModelSource) else os.fspath(model)
+    named = model if isinstance(model, ModelSource) else os.fspath(model)
+    name = str(named)
     if is_artifact(name) and os.path.exists(name):
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",
@@ -57,10 +55,9 @@ def load(
         what = f"a model that is loaded for tasks does not accept {given[0]}"
         raise UsageError(what, received=name, hint=f"treadle.compile({name!r}, ...)")
     if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
-        place = ModelSource.open(model if isinstance(model, ModelSource) else name, limits=limits).place
+        place = ModelSource.open(named, limits=limits).place
         if not place.is_dir() and place.suffix != GGUF_SUFFIX:
-            what = "a model for tasks is a folder or a GGUF file"
-            raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
+            hint = f"treadle.compile({name!r})"
+            raise UsageError("a model for tasks is a folder or a GGUF file", received=name, hint=hint)
     widened = widen if isinstance(widen, str) else tuple(widen)
-    named = model if isinstance(model, ModelSource) else name
     return LoadedModel(ModelOptions(named, backend, target, dtype, quantize, limits, cache, config, widened))

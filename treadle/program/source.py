@@ -92,8 +92,8 @@ class ModelSource:
             return model
         given: object = limits
         if given is not None and not isinstance(given, Mapping):
-            hint = '{"tensors": 1_000_000}'
-            raise UsageError("limits of a model must be a mapping by name", received=type(given).__name__, hint=hint)
+            what, hint = "limits of a model must be a mapping by name", '{"tensors": 1_000_000}'
+            raise UsageError(what, received=type(given).__name__, hint=hint)
         text = str(model) if isinstance(model, str | Path) else ""
         path, colon, function = text.rpartition(":")
         in_python = bool(colon) and path.endswith(".py")
@@ -122,8 +122,7 @@ class ModelSource:
         if declared:
             return _Declared(text, text, find_family(text).model, weights, limits)
         place = find_place(text)
-        kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}
-        kind = _Folder if place.is_dir() else kinds.get(place.suffix, _Folder)
+        kind = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}.get("" if place.is_dir() else place.suffix, _Folder)
         return kind(text, place, limits)
 
     def resolve(
