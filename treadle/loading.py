@@ -59,5 +59,5 @@ def load(
         if not place.is_dir() and place.suffix != GGUF_SUFFIX:
             hint = f"treadle.compile({name!r})"
             raise UsageError("a model for tasks is a folder or a GGUF file", received=name, hint=hint)
-    widened = widen if isinstance(widen, str) else tuple(widen)
-    return LoadedModel(ModelOptions(named, backend, target, dtype, quantize, limits, cache, config, widened))
+    widen = widen if isinstance(widen, str) else tuple(widen)
+    return LoadedModel(ModelOptions(named, backend, target, dtype, quantize, limits, cache, config, widen))
