@@ -369,12 +369,16 @@ def open_checkpoint(
     or a link leads out of the folder, or past a limit.
     """
     place = ModelFolder.find(folder, limits)
+    return place.once(Checkpoint, lambda: _open_checkpoint(place))
+
+
+def _open_checkpoint(place: ModelFolder) -> Checkpoint:
     if not place.has(_CONFIG):
         raise _no_config(place)
     place.config  # noqa: B018 - an error in it comes before one about the weights
     if not place.has(_SINGLE) and not place.has(_INDEX):
         raise _no_weights(place)
-    return place.once(Checkpoint, lambda: Checkpoint(place))
+    return Checkpoint(place)
 
 
 def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:

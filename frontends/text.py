@@ -281,16 +281,12 @@ class TextTokenizer:
         return str(decoded)
 
 
-@dataclass
 class _Vocabulary:
-    """A folder's tokenizer as the library parsed it, for the first caller of `take`; the others get a copy.
+    """A folder's tokenizer as the library parsed it, for the first caller of `take`; the others get a copy."""
 
-    truncation  as the file says it; the library's object takes on that of the first caller
-    """
-
-    tokenizer: Any
-    truncation: Mapping[str, Any] | None
-    taken: bool = False
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._taken = tokenizer, False
+        self._truncation: Mapping[str, Any] | None = tokenizer.truncation  # each caller of `take` sets its own
 
     @classmethod
     def read(cls, place: ModelFolder, limit_bytes: int) -> _Vocabulary:
@@ -321,13 +317,13 @@ class _Vocabulary:
         else:
             data = place.read(_FILE, limit_bytes, "limit_bytes=")
             made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
-        return cls(made, made.truncation)
+        return cls(made)
 
     def take(self) -> tuple[Any, Mapping[str, Any] | None]:
         """Return a tokenizer that the caller may change, and the file's truncation."""
-        made = copy.deepcopy(self.tokenizer) if self.taken else self.tokenizer
-        self.taken = True
-        return made, self.truncation
+        made = copy.deepcopy(self._tokenizer) if self._taken else self._tokenizer
+        self._taken = True
+        return made, self._truncation
 
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:

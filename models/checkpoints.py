@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class ReadingChoices:
+class ReadOptions:
     """The choices of a caller that apply when a checkpoint is read.
 
     inputs       optional inputs of the declaration to include
@@ -77,22 +77,22 @@ class ReadModel:
         return replace(self, graph=widen_graph(self.graph, narrow), weights=weights)
 
 
-def read_declaration(name: str, model: Model, weights: Checkpoint | None, reading: ReadingChoices) -> ReadModel:
+def read_declaration(name: str, model: Model, weights: Checkpoint | None, options: ReadOptions) -> ReadModel:
     """Trace a declaration. The tensors of its weights, if there are any, have the parameters' names.
 
     Raises UsageError for an unknown option, CheckpointError for a tensor that is missing or does not fit.
     """
-    declared = model.configure(inputs=reading.inputs, **reading.config)
+    declared = model.configure(inputs=options.inputs, **options.config)
     if weights is None:
         return ReadModel(name, declared.graph(), declared)
-    graph, binding = _bound(declared, {}, weights, reading)
+    graph, binding = _bound(declared, {}, weights, options)
     return ReadModel(name, graph, declared, binding.arrays, binding.unused)
 
 
-def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, reading: ReadingChoices) -> ReadModel:
+def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, options: ReadOptions) -> ReadModel:
     """Read a folder with safetensors; `read` is its configuration. Raises as `read_declaration` does."""
-    declared = read.model.configure(inputs=reading.inputs, **reading.config)
-    graph, binding = _bound(declared, read.table, checkpoint, reading, family.prefixes)
+    declared = read.model.configure(inputs=options.inputs, **options.config)
+    graph, binding = _bound(declared, read.table, checkpoint, options, family.prefixes)
     learned = tuple(name for name in graph.parameters if name not in family.buffers)
     padding = family.padding(checkpoint.config)
     return ReadModel(
@@ -100,24 +100,24 @@ def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, re
     )
 
 
-def read_ctranslate2(file: CTranslate2File, reading: ReadingChoices) -> ReadModel:
+def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:
     """Read a folder in CTranslate2's layout. Raises as `read_declaration` does, and CheckpointError for a model that is
     not supported.
     """
     from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # the only family that uses it so far
 
     model = from_ctranslate2(file)
-    declared = model.configure(inputs=reading.inputs, **reading.config)
+    declared = model.configure(inputs=options.inputs, **options.config)
     table = ctranslate2_table(model.config["dim"])
-    graph, binding = _bound(declared, table, file, replace(reading, deferred=False))
+    graph, binding = _bound(declared, table, file, replace(options, deferred=False))
     unused = tuple(name for name in binding.unused if file.record(name).shape)  # one without dimensions is an option
     return ReadModel(declared.name, graph, declared, binding.arrays, unused)
 
 
-def read_gguf_weights(file: GGUFFile, model: Model, table: Table, reading: ReadingChoices) -> ReadModel:
+def read_gguf_weights(file: GGUFFile, model: Model, table: Table, options: ReadOptions) -> ReadModel:
     """Read a GGUF file, whose configuration is `model`. Raises as `read_declaration` does."""
-    declared = model.configure(inputs=reading.inputs, **reading.config)
-    graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
+    declared = model.configure(inputs=options.inputs, **options.config)
+    graph, binding = _bound(declared, table, file, options, blocks=file if options.keep_blocks else None)
     graph = encode_parameters(graph, binding.encodings)
     blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
     unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
@@ -128,14 +128,14 @@ def _bound(
     declared: Model,
     table: Table,
     store: TensorStore,
-    reading: ReadingChoices,
+    options: ReadOptions,
     prefixes: Sequence[str] = ("",),
     blocks: BlockStore | None = None,
 ) -> tuple[Graph, Binding]:
     """Return a declaration's graph, and the tensors of its parameters."""
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=reading.deferred)
+    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=options.deferred)
 
 
 def _as_f32(array: Any) -> Any:

@@ -196,11 +196,11 @@ def test_how_images_may_be_read(said: dict[str, Any], good: bool, tmp_path: Path
 def test_what_stands_where_a_folder_says_no_more(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     (tmp_path / "config.json").write_text("{}")
-    place, half = ModelFolder.find(tmp_path), (0.5, 0.5, 0.5)
+    half = (0.5, 0.5, 0.5)
 
     def reader(kind: str, **said: Any) -> ImageReader:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-        return ImageReader.open(place, kind)
+        return ImageReader.open(ModelFolder.find(tmp_path), kind)
 
     assert reader("vit") == ImageReader((224, 224), 2, None, 1 / 255, half, half)
     assert reader("siglip") == ImageReader((224, 224), 3, None, 1 / 255, half, half)

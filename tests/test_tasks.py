@@ -375,7 +375,7 @@ def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, opt
 def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
     with pytest.raises(UsageError, match="there is no model 'nope'"):
         t.load("nope")
-    with pytest.raises(UsageError, match="bert is a declaration, without weights"):
+    with pytest.raises(UsageError, match="bert is a declaration of the zoo"):
         t.load("bert")
     with pytest.raises(CheckpointError, match="the file does not exist"):
         t.load_artifact("nope.treadle")

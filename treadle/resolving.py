@@ -20,7 +20,6 @@ def resolve(
     **config: Any,
 ) -> Resolved:
     """Trace the model that MODEL names, with the files of `ModelSource.open` and the choices of `ModelSource.resolve`.
-
     Raises as these do.
     """
     source = ModelSource.open(model, limits=limits)

@@ -39,8 +39,8 @@ from treadle.ir.graph import Graph
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import (
-    ReadingChoices,
     ReadModel,
+    ReadOptions,
     read_checkpoint,
     read_ctranslate2,
     read_declaration,
@@ -92,8 +92,8 @@ class ModelSource:
             return model
         given: object = limits
         if given is not None and not isinstance(given, Mapping):
-            hint = '{"tensors": 1_000_000}'
-            raise UsageError("limits of a model must be a mapping by name", received=type(given).__name__, hint=hint)
+            what, hint = "limits of a model must be a mapping by name", '{"tensors": 1_000_000}'
+            raise UsageError(what, received=type(given).__name__, hint=hint)
         text = str(model) if isinstance(model, str | Path) else ""
         path, colon, function = text.rpartition(":")
         in_python = bool(colon) and path.endswith(".py")
@@ -122,8 +122,7 @@ class ModelSource:
         if declared:
             return _Declared(text, text, find_family(text).model, weights, limits)
         place = find_place(text)
-        kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}
-        kind = _Folder if place.is_dir() else kinds.get(place.suffix, _Folder)
+        kind = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}.get("" if place.is_dir() else place.suffix, _Folder)
         return kind(text, place, limits)
 
     def resolve(
@@ -148,7 +147,7 @@ class ModelSource:
         StaticArgumentNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
         """
         names = [widen] if isinstance(widen, str) else list(widen)
-        found = self._read(ReadingChoices(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
+        found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
             found = replace(found, name=self.label)
@@ -165,7 +164,7 @@ class ModelSource:
         """
         raise NotImplementedError
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         raise NotImplementedError
 
     # -- the files next to the weights -----------------------------------------------------------------------------
@@ -174,8 +173,9 @@ class ModelSource:
     def place(self) -> Path:
         """Its folder or file. Raises UsageError for a declaration or a graph, which has none."""
         if self.path is None:
+            of_zoo = " of the zoo" if self.label in family_names() else ""
             raise UsageError(
-                f"{printable(self.label)} is a declaration, without weights",
+                f"{printable(self.label)} is a {self.kind}{of_zoo}, without weights",
                 hint="a folder with a checkpoint of it, or a fetched model",
             )
         return self.path
@@ -228,9 +228,9 @@ class _Given(ModelSource):
         super().__init__(model.name, None)
         self.model = model
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
-        if reading.config or reading.inputs:
-            received = ", ".join([*reading.config, *(reading.inputs or ())])
+    def _read(self, options: ReadOptions) -> ReadModel:
+        if options.config or options.inputs:
+            received = ", ".join([*options.config, *(options.inputs or ())])
             raise UsageError("a graph takes no configuration", received=received)
         model = self.model
         if isinstance(model, TorchModel):
@@ -255,9 +255,9 @@ class _Declared(ModelSource):
     def folder(self) -> ModelFolder:
         return self.checkpoint.folder
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         weights = None if self.path is None else self.checkpoint
-        return read_declaration(self.name, self.model, weights, reading)
+        return read_declaration(self.name, self.model, weights, options)
 
 
 class _Folder(ModelSource):
@@ -284,10 +284,10 @@ class _Folder(ModelSource):
         if self.converted is None:
             self.meaning  # noqa: B018
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         if self.converted is not None:
-            return read_ctranslate2(self.converted, reading)
-        return read_checkpoint(open_checkpoint(self.folder), *self.meaning, reading)
+            return read_ctranslate2(self.converted, options)
+        return read_checkpoint(open_checkpoint(self.folder), *self.meaning, options)
 
 
 class _GGUF(ModelSource):
@@ -322,8 +322,8 @@ class _GGUF(ModelSource):
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
-        return read_gguf_weights(self.file, *self.meaning, reading)
+    def _read(self, options: ReadOptions) -> ReadModel:
+        return read_gguf_weights(self.file, *self.meaning, options)
 
 
 class _Onnx(ModelSource):
@@ -347,13 +347,13 @@ class _Onnx(ModelSource):
         static = {name: value for name, value in config.items() if name in known}
         return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
 
-    def _read(self, reading: ReadingChoices) -> ReadModel:
+    def _read(self, options: ReadOptions) -> ReadModel:
         from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
 
-        values = self._values(reading.config)
-        if reading.inputs:  # an ONNX model always has all its inputs
+        values = self._values(options.config)
+        if options.inputs:  # an ONNX model always has all its inputs
             takes = [value.name for value in declared_inputs(self.file, **values).main.inputs]
-            unknown = [name for name in reading.inputs if name not in (*takes, *values["static"])]
+            unknown = [name for name in options.inputs if name not in (*takes, *values["static"])]
             if unknown:
                 received, hint = (", ".join(map(printable, names)) for names in (unknown, takes))
                 what = "an ONNX file has no optional inputs"
