@@ -139,7 +139,8 @@ def resolve(
     limits: Limits = None,
     deferred: bool = False,
     outputs: Sequence[str] | None = None,
-    **config: Any,
+    config: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Resolved:
     """Trace the model that MODEL names.
 
@@ -149,12 +150,13 @@ def resolve(
              weights that a GGUF file stores in blocks are decoded to f32 when they are read
     limits   limits on what a file may contain: {"tensors": 1_000_000}
     deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
-    config   configuration that overrides the declaration's or the checkpoint's
+    config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
     Raises UsageError if there is no such model, FrontendError or CheckpointError if it cannot be read,
     StaticInputNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
     """
     names = [widen] if isinstance(widen, str) else list(widen)
+    config = {**more, **(config or {})}
     narrow = narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])
     try:
         found = _widened(_resolve(model, inputs, config, limits, BLOCKS not in names, deferred), narrow)

@@ -132,7 +132,7 @@ def load_chosen(artifact: str, chosen: Mapping[str, Any], *, also: Iterable[str]
     """
     from treadle.artifacts import load
 
-    CompileOptions.of("compile", chosen).refuse_for_artifact(artifact, also=[*also])
+    CompileOptions.of("compile", chosen).refuse_for_artifact(artifact, also=["widen", *also])
     return load(artifact, **{name: value for name, value in chosen.items() if name not in also})
 
 

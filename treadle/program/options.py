@@ -144,7 +144,7 @@ class ReadingOptions:
         "(docs/quantization.md)",
         "Compute bf16 or f16 values in f32; blocks: decode the blocks of a GGUF file when loading.",
         Flag("widen", "bf16", flag_values.names_of),
-        but={"train"},
+        but={"artifact", "train"},
     )
     limits: Mapping[str, int] | None = _option(
         None,
@@ -330,7 +330,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         _, widen = self.precision()
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "limits": self.limits}
         try:
-            return resolve(model, widen=widen, deferred=deferred, **reading, **self.config)
+            return resolve(model, widen=widen, deferred=deferred, config=self.config, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise
