@@ -404,7 +404,7 @@ def not_taken(entry: str, name: str) -> UsageError:
     return UsageError(f"{command} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}")
 
 
-_COMMANDS = {"rank": "a rank", "session": "generation", "task": "a task"}
+_COMMANDS = {"artifact": "an artifact", "rank": "a rank", "session": "generation", "task": "a task"}
 """Names of entry functions in errors, where they differ."""
 
 
