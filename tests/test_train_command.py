@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from tests.command_line import Result, Treadle, commands_in, refused
-from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
 from treadle.cli.train import is_state
 from treadle.frontends.safetensors_file import SafetensorsFile
@@ -436,28 +436,40 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
 # -- output --------------------------------------------------------------------------------------------------------
 
 
-PAGES = {
-    "plain": f"gpt2 texts.txt {SMALL}",
-    "saved": f"gpt2 texts.txt {SMALL} --every 3 --holdout 0.1 -o out --state s",
-    "set": f"gpt2 texts.txt {SMALL} --set layers=1 -o out",
-    "teacher": f"gpt2 texts.txt {SMALL} --every 4 --holdout 0.1 --teacher gpt2",
-    "zoo": "gpt2 texts.txt --length 16 --batch 2 --steps 1 -o out --tokenizer ./bert --set vocab=150 --set dim=8 "
-    "--set heads=2 --set layers=1",
-    "json": f"bert texts.txt {SMALL} --objective masked-token --every 3 --holdout 0.1 -o out --state s --json",
-    "teacher.json": f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --holdout 0.1 --teacher gpt2 --json",
-}
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_what_it_says(
-    name: str, train: Treadle, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("treadle.compile", lambda *_, **__: None)
-    if name == "zoo":
-        (tmp_path / "gpt2").unlink()
-    said = train(PAGES[name])
+def test_the_report_of_a_run(train: Treadle) -> None:
+    said = train(f"gpt2 texts.txt {SMALL} --every 3 --holdout 0.1 -o out --state s")
     assert said.code == 0, said.err
-    golden(f"said/train-{name}.txt", f"$ treadle train {PAGES[name]}\n{said.out}{said.err}")
+    lines = [re.sub(r", [\d.]+ k?B", "", line) for line in (said.out + said.err).splitlines()]
+    assert lines == [
+        "36 blocks of 16 tokens, and 4 blocks held out; 18 batches an epoch",
+        "step 3  loss 4.8000  norm 1.25  rate 0.001  64 tokens/s",
+        "step 4  loss 4.6000  norm 1.25  rate 0.001  64 tokens/s",
+        "4 steps of 128 tokens in 2.0 s, 64 tokens per second",
+        "perplexity of 4 held-out blocks 54.5982 before, 20.0855 after",
+        "wrote s: --resume continues from it",
+        "wrote out/model.safetensors, and 4 files next to it",
+        "load it by treadle run out",
+    ]
+
+
+def test_the_report_of_a_distillation(train: Treadle) -> None:
+    """The loss against a teacher has no perplexity."""
+    words = f"gpt2 texts.txt {SMALL} --holdout 0.1 --teacher gpt2"
+    assert "loss of 4 held-out blocks 4.0000 before, 3.0000 after\n" in train(words).out
+    facts = train(f"{words} --json").json
+    assert facts["held_out"]["before"] == {"loss": 4.0, "perplexity": None}
+    assert (facts["output"], facts["files"], facts["state"], facts["interrupted"]) == (None, [], None, False)
+
+
+def test_the_report_names_the_configuration_that_is_not_saved(train: Treadle, tmp_path: Path) -> None:
+    said = train(f"gpt2 texts.txt {SMALL} --set layers=1 -o out")
+    assert said.out.endswith("\nits config.json is a copy of the one in gpt2, without --set layers=1\n")
+    (tmp_path / "gpt2").unlink()
+    sizes = "--set vocab=150 --set dim=8 --set heads=2 --set layers=1"
+    zoo = train(f"gpt2 texts.txt --length 16 --batch 2 --steps 1 -o other --tokenizer ./bert {sizes}").out
+    call = "treadle.compile('gpt2', weights=read_weights('other/weights.safetensors'), vocab=150, dim=8, heads=2, layer"
+    assert f"load it by {call}s=1), of treadle.training.weight_files\n" in zoo
+    assert zoo.endswith(f"\nits configuration is not saved: {sizes}\n")
 
 
 def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
