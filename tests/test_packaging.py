@@ -375,9 +375,10 @@ CHANGING = {
     "runtime/slots.py": {"Row"},
     "runtime/speculation.py": {"SpeculationTally"},
     "treadle/chatting/conversation.py": {"Conversation"},
-    "treadle/cli/generate.py": {"Written"},
     "treadle/serving/answers.py": {"GrowingChoice"},
+    "treadle/tasks/text_generation.py": {"TextGeneration", "Written"},
     "treadle/training/run_report.py": {"RunReport"},
+    "treadle/training/text_training.py": {"TextTraining"},
 }
 """Dataclasses that change while something is built from them. All others are values: frozen, and therefore usable as
 keys.

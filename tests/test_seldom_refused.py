@@ -28,7 +28,6 @@ from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
 from treadle.backends.staged import StagedBackend, build
 from treadle.cli.application import app
-from treadle.cli.generate import _refuse
 from treadle.continuation import TextWriter
 from treadle.explaining import layouts, memory
 from treadle.explaining.layouts import explain_layouts
@@ -93,6 +92,7 @@ from treadle.stepped import open_stepped
 from treadle.tasks import matching, rewriting, transcribing
 from treadle.tasks.answering import QuestionAnswerer
 from treadle.tasks.classifying import HEAD, TextClassifier
+from treadle.tasks.decoding_settings import DecodingSettings
 from treadle.tasks.filling import MaskFiller
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.images import ImageReader
@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
     "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
     "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
-    "generate": (lambda _: _refuse("beams take no", draft="m", seed=0), UsageError, "beams take no --draft"),
+    "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),
     "syntax": (lambda p: resolve(f"{bare(p, ('m.py',), 'a b')}/m.py:f"), FrontendError, "m.py is not Python: invalid"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,11 +24,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from tests.command_line import Result, Treadle, commands_in, refused
+from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
-from treadle.cli.train import is_state
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
+from treadle.program.options import CompileOptions
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
@@ -38,6 +38,7 @@ from treadle.training.objectives import MaskedToken
 from treadle.training.states import FORMAT, NOTE
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
+from treadle.training.text_training import is_state
 from treadle.training.texts import NOT_COUNTED, BlockBatches, Tokens
 from treadle.training.weight_files import write_weights
 
@@ -87,7 +88,8 @@ class FakeTrainer:
 
     @property
     def weights(self) -> dict[str, Any]:
-        config = {name: value for name, value in self.options.items() if name in ("vocab", "layers", "dim", "heads")}
+        given = {**self.options, **self.options.get("config", {})}
+        config = {name: value for name, value in given.items() if name in ("vocab", "layers", "dim", "heads")}
         held = resolve(self.model, **config)
         if held.weights is None:
             return {n: np.ones(v.type.static_shape or (), np.float32) for n, v in held.graph.parameters.items()}
@@ -177,7 +179,7 @@ def test_what_is_left_out_is_its_default(train: Treadle) -> None:
 
 def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("treadle.compile", lambda *given, **options: asked.append((given, options)) or "compiled")
+    monkeypatch.setattr("treadle.compiling.compile_model", lambda *given: asked.append(given) or "compiled")
     said = train(
         f"gpt2 texts.txt {SMALL} --learning-rate 0.01 --warmup 2 --schedule cosine --weight-decay 0.5",
         "--max-grad-norm 0 --optimizer sgd",
@@ -207,7 +209,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
         "config": {"layers": 1},
         "limits": {"tensors": 900},
     }
-    assert asked == [(("gpt2",), {"backend": "tvm", "target": where, "widen": ("bf16", "f16")})]
+    assert asked == [("gpt2", CompileOptions(backend="tvm", target=where, widen=("bf16", "f16")))]
     assert [len(only().calls), only().calls[0]["tokens"].shape] == [8, (2, 16)]
 
 
@@ -424,7 +426,7 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
     def leaves(*_: object) -> str:
         raise BrokenPipeError
 
-    monkeypatch.setattr("treadle.training.run_report.line_text", leaves)
+    monkeypatch.setattr("treadle.training.text_training.line_text", leaves)
     monkeypatch.setattr("treadle.cli.application.forget_output", lambda: None)
     assert train(f"gpt2 texts.txt {SMALL} --every 2 -o out").code == 0
     assert len(only().calls) == 2 and "model.safetensors" in os.listdir("out")
@@ -433,40 +435,28 @@ def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeyp
 # -- output --------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_of_a_run(train: Treadle) -> None:
-    said = train(f"gpt2 texts.txt {SMALL} --every 3 --holdout 0.1 -o out --state s")
+PAGES = {
+    "plain": f"gpt2 texts.txt {SMALL}",
+    "saved": f"gpt2 texts.txt {SMALL} --every 3 --holdout 0.1 -o out --state s",
+    "set": f"gpt2 texts.txt {SMALL} --set layers=1 -o out",
+    "teacher": f"gpt2 texts.txt {SMALL} --every 4 --holdout 0.1 --teacher gpt2",
+    "zoo": "gpt2 texts.txt --length 16 --batch 2 --steps 1 -o out --tokenizer ./bert --set vocab=150 --set dim=8 "
+    "--set heads=2 --set layers=1",
+    "json": f"bert texts.txt {SMALL} --objective masked-token --every 3 --holdout 0.1 -o out --state s --json",
+    "teacher.json": f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --holdout 0.1 --teacher gpt2 --json",
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_it_says(
+    name: str, train: Treadle, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("treadle.compile", lambda *_, **__: None)
+    if name == "zoo":
+        (tmp_path / "gpt2").unlink()
+    said = train(PAGES[name])
     assert said.code == 0, said.err
-    lines = [re.sub(r", [\d.]+ k?B", "", line) for line in (said.out + said.err).splitlines()]
-    assert lines == [
-        "36 blocks of 16 tokens, and 4 blocks held out; 18 batches an epoch",
-        "step 3  loss 4.8000  norm 1.25  rate 0.001  64 tokens/s",
-        "step 4  loss 4.6000  norm 1.25  rate 0.001  64 tokens/s",
-        "4 steps of 128 tokens in 2.0 s, 64 tokens per second",
-        "perplexity of 4 held-out blocks 54.5982 before, 20.0855 after",
-        "wrote s: --resume continues from it",
-        "wrote out/model.safetensors, and 4 files next to it",
-        "load it by treadle run out",
-    ]
-
-
-def test_the_report_of_a_distillation(train: Treadle) -> None:
-    """The loss against a teacher has no perplexity."""
-    words = f"gpt2 texts.txt {SMALL} --holdout 0.1 --teacher gpt2"
-    assert "loss of 4 held-out blocks 4.0000 before, 3.0000 after\n" in train(words).out
-    facts = train(f"{words} --json").json
-    assert facts["held_out"]["before"] == {"loss": 4.0, "perplexity": None}
-    assert (facts["output"], facts["files"], facts["state"], facts["interrupted"]) == (None, [], None, False)
-
-
-def test_the_report_names_the_configuration_that_is_not_saved(train: Treadle, tmp_path: Path) -> None:
-    said = train(f"gpt2 texts.txt {SMALL} --set layers=1 -o out")
-    assert said.out.endswith("\nits config.json is a copy of the one in gpt2, without --set layers=1\n")
-    (tmp_path / "gpt2").unlink()
-    sizes = "--set vocab=150 --set dim=8 --set heads=2 --set layers=1"
-    zoo = train(f"gpt2 texts.txt --length 16 --batch 2 --steps 1 -o other --tokenizer ./bert {sizes}").out
-    call = "treadle.compile('gpt2', weights=read_weights('other/weights.safetensors'), vocab=150, dim=8, heads=2, layer"
-    assert f"load it by {call}s=1), of treadle.training.weight_files\n" in zoo
-    assert zoo.endswith(f"\nits configuration is not saved: {sizes}\n")
+    golden(f"pages/train-{name}.txt", f"$ treadle train {PAGES[name]}\n{said.out}{said.err}")
 
 
 def test_numbers_are_means_over_what_counted(train: Treadle) -> None:

@@ -35,7 +35,7 @@ from treadle.ir.types import u8 as _U8
 Array = np.ndarray[Any, Any]
 
 FORMAT = "treadle artifact"
-VERSION = "1"
+VERSION = "2"
 ALIGNMENT = 64
 
 _HASH = "sha256:"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from treadle.artifact_file import write_sections
@@ -25,7 +26,14 @@ def save(compiled: Compiled, path: PathLike) -> str:
     in one step. Raises UsageError if the file cannot be written.
     """
     return write_artifact(
-        path, compiled.name, compiled.backend, str(compiled.target), compiled.optimized, compiled.weights, compiled.seed
+        path,
+        compiled.name,
+        compiled.backend,
+        str(compiled.target),
+        compiled.optimized,
+        compiled.weights,
+        compiled.seed,
+        options=compiled.options,
     )
 
 
@@ -38,10 +46,12 @@ def write_artifact(
     weights: Mapping[str, Any],
     seed: int | None,
     plan: ShardingPlan | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Write the contents of an artifact (`treadle.artifacts.Artifact`); return the file's seal.
 
-    plan  the sharding plan of the optimized graph
+    plan     the sharding plan of the optimized graph
+    options  the options that it was compiled with (`CompileOptions.record`)
 
     Raises UsageError if the file cannot be written.
     """
@@ -57,6 +67,7 @@ def write_artifact(
         "target": target,
         "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in log),
         "seed": "" if seed is None else str(seed),
+        "options": _json(options).decode(),
     }
     return write_sections(Path(path), texts, sections, metadata)
 

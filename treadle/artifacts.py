@@ -75,7 +75,8 @@ GRAPH_LIMITS = TextLimits(
 )
 """Limits for each of an artifact's two graphs."""
 
-_FIELDS = ("name", "backend", "target", "passes", "seed")
+_OPTION_VALUES = 10_000  # of the recorded options
+_FIELDS = ("name", "backend", "target", "passes", "seed", "options")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Artifact:
     """The contents of a file, before a backend lowers them.
 
     name, backend, target, passes, seed  as chosen at compile time
+    options                              the other options that were set at compile time, as JSON
     optimized                            the declared and the optimized graph, and the log without times
     weights                              by name, memory-mapped
     seal                                 identifies the content, 64 hexadecimal digits
@@ -136,6 +138,7 @@ class Artifact:
     weights: Mapping[str, Any] = field(repr=False)
     seal: str
     sharding: ShardingPlan | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @collection_paused()
@@ -174,6 +177,7 @@ def open_artifact(
         weights=_read_weights(file, graph),
         seal=file.seal,
         sharding=_read_sharding(file, graph, known) if SHARDING in file else None,
+        options=_read_options(file, told["options"]),
     )
 
 
@@ -219,7 +223,7 @@ def load(
             within=f"{printable(str(path))}: section graph",
         ) from error
     optimized = replace(held.optimized, lowered=lowered)
-    return Compiled(held.name, optimized, executable, chosen, where, held.weights, (), held.seed)
+    return Compiled(held.name, optimized, executable, chosen, where, held.weights, seed=held.seed, options=held.options)
 
 
 def _refuse_model(path: PathLike) -> None:
@@ -315,6 +319,12 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
 
 
 # -- the pass log --------------------------------------------------------------------------------------------------
+
+
+def _read_options(file: SectionFile, text: str) -> dict[str, Any]:
+    """Return the recorded options: a JSON object that is shown, and that nothing depends on."""
+    place = f"{file.path}: __metadata__, options"
+    return read_json_object(text.encode(errors="replace"), place, nesting=16, values=_OPTION_VALUES)
 
 
 def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: ArtifactLimits) -> PassLog:

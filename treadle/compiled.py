@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -40,6 +40,7 @@ class Compiled:
     weights     the weights by name, read-only (`treadle.held_weights`); memory-mapped if they come from a checkpoint
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
+    options     the options that were set when it was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided them
 
     If inputs determine shapes, this is a `treadle.specializing.Specializing`, with a graph for each of their values.
@@ -54,6 +55,7 @@ class Compiled:
     unused: tuple[str, ...] = ()
     seed: int | None = None
     unread: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))

@@ -64,6 +64,7 @@ def compile_model(model: Model | Graph | TorchModel | str | Path, options: Compi
             resolved.unused,
             drawn,
             resolved.unread,
+            options.record(),
         )
 
     try:

@@ -18,7 +18,6 @@ from rich.syntax import Syntax
 import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.chatting.conversation import Conversation
-from treadle.cli.generate import Pace
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
@@ -36,6 +35,7 @@ from treadle.reporting.compilations import compiled_lines, pass_table
 from treadle.reporting.counts import human
 from treadle.reporting.tables import console
 from treadle.reporting.told_errors import error_text
+from treadle.tasks.text_generation import Pace
 from treadle.wheels.pinned_models import PINNED
 
 SENTENCES = (

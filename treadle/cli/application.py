@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
-from treadle.cli.options import chosen_of, flags_of
+from treadle.cli.options import chosen_of, flags_of, settings_flags, settings_of
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
@@ -61,6 +61,7 @@ def command(
     *,
     takes: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    settings: Sequence[type] = (),
     judges: Callable[[dict[str, Any]], bool] = lambda options: False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the command of this name, with its errors printed.
@@ -68,22 +69,26 @@ def command(
     takes     entry functions: the command has the flags of their options (`treadle.program.options`), which the
               function gets as one parameter with the annotation `Chosen`, a mapping of those that were set
     defaults  defaults of these options that differ from their own
+    settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields, and a
+              parameter with such a class as its annotation gets an instance
     judges    returns True if the exit code is an answer, given the options
     """
+    kinds = {kind.__name__: kind for kind in settings}
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        parameters: list[inspect.Parameter] = []
-        chosen, flags = None, list[inspect.Parameter]()
         own = inspect.signature(function).parameters
+        groups: dict[str, tuple[type | None, list[str]]] = {}
+        parameters: list[inspect.Parameter] = []
         for each in own.values():
-            if each.annotation == "Chosen":
-                chosen, flags = each.name, flags_of(takes, defaults, own)
+            if each.annotation == "Chosen" or each.annotation in kinds:
+                kind = kinds.get(each.annotation)
+                flags = flags_of(takes, defaults, own) if kind is None else settings_flags(kind)
+                groups[each.name] = kind, [flag.name for flag in flags]
                 parameters += flags
             else:
-                keyword = inspect.Parameter.KEYWORD_ONLY
-                kind = each.annotation
-                kind = eval(kind, function.__globals__) if isinstance(kind, str) else kind
-                parameters.append(each.replace(kind=keyword, annotation=kind))
+                text = each.annotation
+                annotation = eval(text, function.__globals__) if isinstance(text, str) else text
+                parameters.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation))
 
         @wraps(function)
         def guarded(**given: Any) -> None:
@@ -91,8 +96,9 @@ def command(
                 _reader_may_leave(LEFT if judges(given) else 0),
                 _printing_errors(name, given.get("as_json", False)),
             ):
-                if chosen is not None:
-                    given[chosen] = chosen_of({each.name: given.pop(each.name) for each in flags}, defaults)
+                for group, (kind, names) in groups.items():
+                    part = {each: given.pop(each) for each in names}
+                    given[group] = chosen_of(part, defaults) if kind is None else settings_of(kind, part)
                 function(**given)
 
         guarded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

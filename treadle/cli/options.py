@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ import typer
 from treadle.cli.completing import complete_backend, complete_model, complete_target
 from treadle.ir.target import Target
 from treadle.program.flag_values import parse_config
-from treadle.program.options import CompileOptions, Option, options, taken_by
+from treadle.program.option_declarations import Option, declared
+from treadle.program.options import CompileOptions, options, taken_by
 
 if TYPE_CHECKING:
     from treadle.compiled import Compiled
@@ -88,7 +90,8 @@ _THREADS: Any = Annotated[
         show_default=False,
     ),
 ]
-_COMPLETIONS = {"backend": complete_backend, "target": complete_target}
+_COMPLETIONS = {"backend": complete_backend, "target": complete_target, "model": complete_model, None: None}
+_KINDS: dict[str, Any] = {"int": int, "float": float, "Path": Path}
 
 
 def flags_of(entries: Iterable[str], defaults: Mapping[str, Any], own: Iterable[str]) -> list[inspect.Parameter]:
@@ -104,6 +107,18 @@ def flags_of(entries: Iterable[str], defaults: Mapping[str, Any], own: Iterable[
             if each.name == "target" and "threads" not in own:
                 found.append(_parameter("threads", _THREADS, None))
     return found
+
+
+def settings_flags(kind: type) -> list[inspect.Parameter]:
+    """Return the flags of a dataclass of settings, as parameters of a command."""
+    found = [each for each in declared(kind).values() if each.flag is not None]
+    return [_parameter(each.name, _annotation(each), _shown_default(each)) for each in found]
+
+
+def settings_of(kind: type, given: Mapping[str, Any]) -> Any:
+    """Return the settings that a command's flags give. Raises UsageError for a malformed value."""
+    known = declared(kind)
+    return kind(**{n: known[n].flag.parse(v) for n, v in given.items() if v is not None})  # type: ignore[union-attr]
 
 
 def chosen_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,19 +158,17 @@ def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _annotation(option: Option) -> Any:
     flag = option.flag
     assert flag is not None
-    shown: dict[str, Any] = {"help": option.help, "show_default": isinstance(option.default, int | str)}
+    shown: dict[str, Any] = {"help": option.help, "show_default": isinstance(option.default, int | float | str)}
     if not flag.metavar:
         return Annotated[bool, typer.Option(f"--{flag.name}", **shown)]
-    shown |= {"metavar": flag.metavar, "autocompletion": _COMPLETIONS.get(option.name)}
-    if flag.least is not None:
-        return Annotated[int, typer.Option(f"--{flag.name}", min=flag.least, **shown)]
-    if flag.many:
-        return Annotated[list[str] | None, typer.Option(f"--{flag.name}", **shown)]
-    return Annotated[str | None, typer.Option(f"--{flag.name}", **shown)]
+    shown |= {"metavar": flag.metavar, "autocompletion": _COMPLETIONS.get(flag.complete)}
+    shown |= {"min": flag.least, "max": flag.most}
+    kind: Any = list[str] if flag.many else _KINDS.get(option.type.partition(" ")[0], str)
+    return Annotated[kind | None, typer.Option(f"--{flag.name}", **shown)]
 
 
 def _shown_default(option: Option) -> Any:
     """Return the default that `--help` shows: a number, a name, or none."""
     if option.flag is not None and not option.flag.metavar:
         return False
-    return option.default if isinstance(option.default, int | str) else None
+    return option.default if isinstance(option.default, int | float | str) else None

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from treadle.files.nearest_names import NearestNames
@@ -25,6 +25,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.program import flag_values
+from treadle.program.option_declarations import Flag, Option, declare, declared
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,57 +66,10 @@ _ENTRIES = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Flag:
-    """An option on the command line.
-
-    name     without the leading dashes
-    metavar  the value in `--help`; "": the flag has no value
-    parse    converts the text, or all texts of a repeatable flag, to the option's value
-    many     True if the flag is repeatable
-    least    the least number; None: the value is not a number
-    """
-
-    name: str
-    metavar: str = ""
-    parse: Callable[[Any], Any] = lambda text: text
-    many: bool = False
-    least: int | None = None
-
-
-@dataclass(frozen=True)
-class Option:
-    """The declaration of an option.
-
-    name     the keyword
-    type     its type, as source
-    default  its default
-    about    its meaning, for API documentation
-    help     its meaning, for `--help`; a sentence
-    flag     None: Python only
-    takers   the entry functions that take it
-    """
-
-    name: str
-    type: str
-    default: Any
-    about: str
-    help: str
-    flag: Flag | None
-    takers: frozenset[str]
-
-    def is_set(self, value: object) -> bool:
-        """Return True if a value is not the default. None stands for every default."""
-        if value is None or value is self.default:
-            return False
-        return not (isinstance(value, str | int | Sequence | set) and value == self.default)
-
-
 def _option(default: Any, about: str, help: str = "", flag: Flag | None = None, *, but: Collection[str] = ()) -> Any:
-    """Declare a field; `but` are the entry functions that do not take it."""
+    """Declare an option; `but` are the entry functions that do not take it."""
     assert _ENTRIES.issuperset(but)
-    declared = {"about": about, "help": help, "flag": flag, "takers": _ENTRIES.difference(but)}
-    return field(default=default, metadata=declared)
+    return declare(default, about, help, flag, takers=_ENTRIES.difference(but))
 
 
 @dataclass(frozen=True)
@@ -218,14 +172,14 @@ class RunningOptions:
         "numpy",
         '"numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`',
         "numpy, torch, tvm, or another installed backend.",
-        Flag("backend", "NAME"),
+        Flag("backend", "NAME", complete="backend"),
         but={"verify", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     target: str | Target = _option(  # noqa: RUF009
         "cpu",
         'what to compile for: "cpu", or `Target("cpu", threads=4)`',
         "cpu or cuda.",
-        Flag("target", "NAME"),
+        Flag("target", "NAME", complete="target"),
         but={"export", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     memory: int | str | None = _option(
@@ -297,6 +251,13 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Return the options that are set, and the configuration, as keywords of an entry function."""
         found = {name: getattr(self, name) for name, each in options().items() if each.is_set(getattr(self, name))}
         return {**found, "config": self.config} if self.config else found
+
+    def record(self) -> dict[str, Any]:
+        """Return the options that are set as JSON, for the record of an artifact, with the configuration under
+        `config`. It has no weights, and no passes, backend or target, which an artifact records itself.
+        """
+        recorded = self.but(weights=None, passes=None, limits=None).keywords()
+        return {name: _as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
 
     def but(self, **changes: Any) -> Self:
         """Return the options with changes."""
@@ -379,16 +340,21 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
 
 
-@cache
+def _as_json(value: Any) -> Any:
+    """Return a value as JSON: functions of the DSL as on the command line, `t.relu`, and other objects by name."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_as_json(each) for each in value]
+    if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    name = getattr(value, "__name__", None)
+    return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
+
+
 def options() -> Mapping[str, Option]:
     """Return all options by name, in the order of `--help`."""
-    subjects = (ReadingOptions, WeightOptions, ComputingOptions, RunningOptions)
-    return {
-        each.name: Option(each.name, str(each.type), each.default, **each.metadata)
-        for subject in subjects
-        for each in fields(subject)
-        if each.name in inspect.get_annotations(subject)
-    }
+    return declared(ReadingOptions, WeightOptions, ComputingOptions, RunningOptions)
 
 
 def taken_by(*entries: str) -> list[Option]:

@@ -43,6 +43,7 @@ class ShardedModel:
     plan       the plan of the graph with all composites recognized
     optimized  the graph as declared, the planned graph, and the log between them
     weights    whole, by name
+    options    the options that were set, as in `treadle.compiled.Compiled`
     seed       the seed of drawn weights; None if they were given
     """
 
@@ -51,6 +52,7 @@ class ShardedModel:
     optimized: Optimized = field(repr=False)
     weights: Mapping[str, Array] = field(repr=False)
     seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def program(self, rank: int) -> Graph:
         """Return a rank's program, after the rest of the pipeline. Raises PassError for a rank outside the mesh."""
@@ -65,7 +67,8 @@ class ShardedModel:
 
         `treadle.load` reads such a file as the whole model. Raises UsageError if it cannot be written.
         """
-        return write_artifact(path, self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan)
+        what = self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan
+        return write_artifact(path, *what, options=self.options)
 
 
 def sharded(
@@ -90,7 +93,7 @@ def sharded(
             raise UsageError(
                 f"weight {name} must be {value.type.storage_type}", received=str(list(np.shape(bound[name])))
             )
-    return ShardedModel(resolved.name, plan, optimized, bound, drawn)
+    return ShardedModel(resolved.name, plan, optimized, bound, drawn, chosen.record())
 
 
 def load_sharded(
@@ -107,4 +110,4 @@ def load_sharded(
     if held.sharding is None:
         hint = Hint('sharded(model, "tp=2", recipe="megatron").save(path)', "treadle shard MODEL --mesh tp=2 -o FILE")
         raise UsageError("the file contains a model that is not sharded", received=shown_path(path), hint=hint)
-    return ShardedModel(held.name, held.sharding, held.optimized, held.weights, held.seed)
+    return ShardedModel(held.name, held.sharding, held.optimized, held.weights, held.seed, held.options)

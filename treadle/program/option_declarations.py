@@ -1,0 +1,84 @@
+"""Options as fields of frozen dataclasses: type, default, texts and flag, declared once.
+
+    @dataclass(frozen=True)
+    class TrainingSettings:
+        steps: int = declare(1000, "number of updates", "Total number of updates.", Flag("steps", "N", least=1))
+
+`declared(TrainingSettings)` returns the declarations, from which `treadle.cli.options` makes flags.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Flag:
+    """An option on the command line.
+
+    name      without the leading dashes
+    metavar   the value in `--help`; "": the flag has no value
+    parse     converts the text, or all texts of a repeatable flag, to the option's value
+    many      True if the flag is repeatable
+    least, most  bounds of a number
+    complete  what the value names, for completion: "model", "backend" or "target"
+    """
+
+    name: str
+    metavar: str = ""
+    parse: Callable[[Any], Any] = lambda value: value
+    many: bool = False
+    least: float | None = None
+    most: float | None = None
+    complete: str | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """The declaration of an option.
+
+    name     the field, and the keyword in Python
+    type     its type, as source
+    default  its default
+    about    its meaning, for API documentation
+    help     its meaning, for `--help`; a sentence
+    flag     None: Python only
+    takers   the entry functions that take it; empty for settings of one command
+    """
+
+    name: str
+    type: str
+    default: Any
+    about: str
+    help: str
+    flag: Flag | None
+    takers: frozenset[str] = frozenset()
+
+    def is_set(self, value: object) -> bool:
+        """Return True if a value is not the default. None stands for every default."""
+        if value is None or value is self.default:
+            return False
+        return not (isinstance(value, str | int | float | Sequence | set) and value == self.default)
+
+
+def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, *, takers: Collection[str] = ()) -> Any:
+    """Return a field with the declaration of an option; see `Option`. `about` is the help of a command's setting."""
+    return field(
+        default=default,
+        metadata={"about": about, "help": help or about, "flag": flag, "takers": frozenset(takers)},
+    )
+
+
+@cache
+def declared(*subjects: type) -> Mapping[str, Option]:
+    """Return the options that dataclasses declare themselves, by name and in order."""
+    return {
+        each.name: Option(each.name, str(each.type), each.default, **each.metadata)
+        for subject in subjects
+        for each in fields(subject)
+        if each.metadata and each.name in inspect.get_annotations(subject)
+    }

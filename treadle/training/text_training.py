@@ -1,0 +1,265 @@
+"""A training run on texts, from reading the model to saving it: what `treadle train` does.
+
+run = TextTraining.open("gpt2-folder", ["corpus.txt"], TrainingSettings(steps=100), options, output=Path("out"))
+run.compile()
+report = run.train(interrupted=lambda: False)
+print("\\n".join(report.told()))
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treadle.frontends.safetensors_file import SafetensorsFile
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.program.options import CompileOptions
+from treadle.resolving import BLOCKS, Resolved
+from treadle.training.run_report import RunReport, line_text
+from treadle.training.run_settings import changed_settings, collect_settings
+from treadle.training.saving import Saver, saver_for
+from treadle.training.states import FORMAT, check_state_file
+from treadle.training.text_data import TextData
+from treadle.training.text_runs import Update, held_out_loss, updates
+from treadle.training.training_settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from treadle.training.trainer import Trainer
+
+
+@dataclass
+class TextTraining:
+    """A run, opened. `compile` and then `train` are called once each.
+
+    options   the compile options: backend, target, dtype, seed, the model's configuration
+    saver     saves the trained model; None: it is not saved
+    recorded  the settings as texts, which a state stores
+    changed   those that differ from the resumed state's; None if it stores none
+    report    the results, after `compile`
+    state     the file for --resume, written at the end, and after every `save_every` updates
+    resume    the state that the run continues
+    """
+
+    model: str
+    settings: TrainingSettings
+    options: CompileOptions
+    resolved: Resolved
+    data: TextData
+    saver: Saver | None
+    recorded: dict[str, str]
+    changed: dict[str, tuple[str, str]] | None
+    state: Path | None = None
+    save_every: int | None = None
+    resume: Path | None = None
+    trainer: Trainer = field(init=False)
+    report: RunReport = field(init=False)
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        files: Sequence[str],
+        settings: TrainingSettings,
+        options: CompileOptions,
+        *,
+        output: Path | None = None,
+        replace: bool = False,
+        state: Path | None = None,
+        save_every: int | None = None,
+        resume: Path | None = None,
+    ) -> TextTraining:
+        """Read the model and the texts, and compare the settings with a resumed state's; no weight is read.
+
+        output   the folder to save in; `replace`: it may have files
+
+        Raises UsageError for settings that cannot work, before anything is trained, and the errors of reading.
+        """
+        if save_every is not None and state is None:
+            raise UsageError("--save-every only applies together with --state", hint="--state FILE as well")
+        if resume is not None and not os.path.isfile(resume):
+            raise UsageError(f"there is no file {resume}", hint="a file that --state wrote")
+        if state is not None:
+            _check_state(state, replace=replace)
+        _check_computing(options)
+        settings.schedule_of_rates(), settings.optimizer_of_weights()
+        resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
+        saver = None if output is None else saver_for(resolved, output, replace=replace)
+        chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("objective", "length", "batch", "holdout")}
+        shared: dict[str, Any] = {"tokenizer": settings.tokenizer, "teacher": settings.teacher, "seed": options.seed}
+        data = TextData.open(model, files, resolved, **chosen, **shared)
+        recorded = _recorded(model, data, settings, options)
+        changed = {} if resume is None else changed_settings(resume, recorded)
+        return cls(model, settings, options, resolved, data, saver, recorded, changed, state, save_every, resume)
+
+    def compile(self) -> None:
+        """Compile the steps, and restore a resumed state. Raises the errors of `Trainer`, and UsageError for a state
+        that already has all steps.
+        """
+        from treadle.training.trainer import Trainer
+
+        settings = self.settings
+        self.trainer = Trainer(
+            self.model,
+            loss="cross-entropy",
+            learning_rate=settings.schedule_of_rates(),
+            optimizer=settings.optimizer_of_weights(),
+            max_grad_norm=settings.max_grad_norm or None,
+            trained=settings.trained or ("*",),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            **self._teacher(),
+            **{**self.options.keywords(), "backend": self.options.backend},
+        )
+        if self.resume is not None:
+            self.trainer.restore(self.resume)
+        self.report = RunReport(
+            self.model,
+            self.options.backend,
+            settings.objective,
+            self.data,
+            settings.gradient_accumulation_steps,
+            self.trainer.steps,
+            self.recorded,
+            self.changed,
+            settings.teacher is not None,
+            self.options.config,
+            self.resolved.folder,
+        )
+        if self.trainer.steps >= settings.steps:
+            raise UsageError(
+                f"the state already has {self.trainer.steps:,} steps",
+                received=f"--steps {settings.steps}",
+                hint=f"--steps {2 * self.trainer.steps}, which includes these",
+            )
+
+    def _teacher(self) -> dict[str, Any]:
+        """Return the trainer's arguments for a teacher, compiled."""
+        from treadle.compiling import compile_model
+
+        settings = self.settings
+        if settings.teacher is None:
+            return {}
+        how = CompileOptions(backend=self.options.backend, target=self.options.target, widen=("bf16", "f16"))
+        distilled = {"temperature": settings.temperature, "distillation_weight": settings.distillation_weight}
+        return {"teacher": compile_model(settings.teacher, how), **distilled}
+
+    def held_out(self, *, progress: Callable[[int], None], interrupted: Callable[[], bool]) -> float | None:
+        """Return the mean loss over the held-out blocks, as `held_out_loss` does."""
+        return held_out_loss(self.trainer, self.data, progress=progress, ends=interrupted)
+
+    @property
+    def held_out_batches(self) -> int:
+        """Number of batches of held-out blocks."""
+        return math.ceil(len(self.data.heldout) / self.settings.batch)
+
+    def train(
+        self, *, interrupted: Callable[[], bool], every: int, emit: Callable[[str], None], warn: Callable[[str], None]
+    ) -> None:
+        """Train up to the settings' steps, and save: also if a step fails, or if `emit` meets a closed output.
+
+        interrupted  returns True if the run must end after the current step
+        every        number of updates in a line
+        emit         called with each line
+        warn         called with lines about files and further errors, before an error is raised
+
+        Raises the error of a step, after the trained weights are saved.
+        """
+        failed: TreadleError | BrokenPipeError | None = None
+        since: list[Update] = []
+        try:
+            if not interrupted():
+                self._update(since, interrupted, every, emit)
+        except (TreadleError, BrokenPipeError) as error:
+            failed = error
+        if since:
+            self.report.lines.append(Update.joined(since))
+        self.report.interrupted = self.report.steps < self.settings.steps
+        for save in (self._save_state, self._save_model) if self.report.lines else ():
+            try:
+                save()
+            except TreadleError as error:
+                if isinstance(failed, TreadleError):
+                    warn(f"{error}")
+                else:
+                    failed = error
+        if isinstance(failed, TreadleError):
+            for line in self.report.written():
+                warn(line)
+        if failed is not None:
+            raise failed
+
+    def _update(
+        self, since: list[Update], interrupted: Callable[[], bool], every: int, emit: Callable[[str], None]
+    ) -> None:
+        """Run the updates; `since` holds those after the last line."""
+        steps = self.settings.steps
+        for update in updates(
+            self.trainer, self.data, steps=steps, accumulate=self.settings.gradient_accumulation_steps
+        ):
+            since.append(update)
+            ends = interrupted() or update.step == steps
+            if ends or update.step % every == 0:
+                self.report.lines.append(Update.joined(since))
+                since.clear()
+                emit(line_text(self.report.lines[-1], steps))
+            if ends:
+                break
+            if self.state is not None and self.save_every is not None and update.step % self.save_every == 0:
+                self.trainer.save_state(self.state, self.recorded)
+
+    def _save_state(self) -> None:
+        if self.state is not None:
+            self.trainer.zero_grad()  # drops gradients of an update whose later batches failed
+            self.trainer.save_state(self.state, self.recorded)
+            self.report.state = self.state
+
+    def _save_model(self) -> None:
+        if self.saver is not None:
+            self.report.saved = self.saver.save(self.trainer.weights)
+
+
+def is_state(path: Path) -> bool:
+    """Return True if `Trainer.save_state` wrote the file."""
+    try:
+        return SafetensorsFile.open(path).metadata.get("format") == FORMAT
+    except TreadleError:
+        return False
+
+
+def _check_state(state: Path, *, replace: bool) -> None:
+    """Raise UsageError for a file that cannot be written, and for an existing file that is not a state."""
+    if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):  # True and False for any name
+        what = "this is a folder" if os.path.isdir(state) else "its folder does not exist"
+        raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
+    check_state_file(state)
+    if os.path.lexists(state) and not (os.path.isfile(state) and (replace or is_state(state))):
+        other = "another file, or --replace" if os.path.isfile(state) else "another file"
+        raise UsageError("the state would overwrite a file that is not a state", received=str(state), hint=other)
+
+
+def _check_computing(options: CompileOptions) -> None:
+    """Raise UsageError if the backend does not support training in this dtype, or the target does not support
+    training.
+    """
+    if options.where.kind != "cpu":
+        raise UsageError(
+            "training runs on the CPU", received=f"--target {options.where.name}", hint="--target cpu, or no --target"
+        )
+    if (options.backend, options.dtype) == ("numpy", "bf16"):
+        raise UsageError(
+            "NumPy has no bf16", received="--backend numpy, --dtype bf16", hint="--backend tvm, or torch; or no --dtype"
+        )
+
+
+def _recorded(model: str, data: TextData, settings: TrainingSettings, options: CompileOptions) -> dict[str, str]:
+    names = ("objective", "holdout", "warmup", "schedule", "teacher", "temperature")
+    dashed = ("gradient_accumulation_steps", "learning_rate", "max_grad_norm", "distillation_weight")
+    found = {name: getattr(settings, name) for name in names}
+    found |= {name.replace("_", "-"): getattr(settings, name) for name in dashed}
+    if settings.schedule != "constant":
+        found["steps"] = settings.steps
+    return collect_settings(data, model=model, dtype=options.dtype, backend=options.backend, **found)
