@@ -15,7 +15,7 @@ from treadle.fetch import fetched_model
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
 from treadle.program.flag_values import parse_config
-from treadle.program.options import CompileOptions, options
+from treadle.program.options import CompileOptions, declared_options
 from treadle.program.weights import initial_weights
 from treadle.wheels.pinned_models import PINNED
 
@@ -50,7 +50,7 @@ class Workload:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Workload:
         """Return the workload of `as_dict`."""
-        config = parse_config(facts["config"], options())
+        config = parse_config(facts["config"], declared_options())
         return cls(facts["model"], facts["threads"], {**facts["options"], "config": config})
 
 

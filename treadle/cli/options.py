@@ -13,7 +13,7 @@ from treadle.cli.completing import complete_backend, complete_model, complete_ta
 from treadle.ir.target import Target
 from treadle.program.flag_values import parse_config
 from treadle.program.option_declarations import Option, declared
-from treadle.program.options import CompileOptions, options, taken_by
+from treadle.program.options import CompileOptions, declared_options, taken_by
 
 if TYPE_CHECKING:
     from treadle.compiled import Compiled
@@ -128,9 +128,9 @@ def chosen_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 
     Raises UsageError for a malformed value, and for `--set` with the name of an option.
     """
-    config = parse_config(given.get("config") or (), options())
+    config = parse_config(given.get("config") or (), declared_options())
     chosen: dict[str, Any] = {"config": config} if config else {}
-    for name, each in options().items():
+    for name, each in declared_options().items():
         if name in given and each.flag is not None and given[name] not in (None, False):
             value = each.flag.parse(given[name])
             if each.is_set(value) or name in defaults:

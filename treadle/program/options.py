@@ -236,7 +236,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
         Raises UsageError for an option that the function does not take, and for an unknown target.
         """
-        known = options()
+        known = declared_options()
         for name in given:
             if name in known and entry not in known[name].takers and known[name].is_set(given[name]):
                 raise not_taken(entry, name)
@@ -249,7 +249,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
     def keywords(self) -> dict[str, Any]:
         """Return the options that are set, and the configuration, as keywords of an entry function."""
-        found = {name: getattr(self, name) for name, each in options().items() if each.is_set(getattr(self, name))}
+        found = {
+            name: getattr(self, name) for name, each in declared_options().items() if each.is_set(getattr(self, name))
+        }
         return {**found, "config": self.config} if self.config else found
 
     def record(self) -> dict[str, Any]:
@@ -315,7 +317,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
         also  options that apply nevertheless
         """
-        known = options()
+        known = declared_options()
         given = [name for name in self.keywords() if name in known and "artifact" not in known[name].takers]
         given = [name for name in given if name not in also]
         if given or self.config:
@@ -352,19 +354,19 @@ def _as_json(value: Any) -> Any:
     return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
-def options() -> Mapping[str, Option]:
+def declared_options() -> Mapping[str, Option]:
     """Return all options by name, in the order of `--help`."""
     return declared(ReadingOptions, WeightOptions, ComputingOptions, RunningOptions)
 
 
 def taken_by(*entries: str) -> list[Option]:
     """Return the options that one of these entry functions takes."""
-    return [each for each in options().values() if each.takers.intersection(entries)]
+    return [each for each in declared_options().values() if each.takers.intersection(entries)]
 
 
 def not_taken(entry: str, name: str) -> UsageError:
     """Return the error for an option that an entry function does not take."""
-    option = options()[name]
+    option = declared_options()[name]
     command = _COMMANDS.get(entry, entry)
     takers = sorted({_COMMANDS.get(taker, taker) for taker in option.takers})
     return UsageError(f"{command} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}")
