@@ -130,7 +130,7 @@ def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.
     assert load("minilm").options == ModelOptions("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
-    assert made.options == ModelOptions("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
+    assert made.options == ModelOptions.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
     asked: list[Any] = []

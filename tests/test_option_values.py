@@ -20,7 +20,7 @@ from treadle.program import given_texts
 from treadle.program.budgets import choose_sizes, parse_bytes
 from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
 from treadle.program.given_texts import read_sentences
-from treadle.program.options import options
+from treadle.program.options import declared_options
 
 
 def refusal(call: Callable[[], Any]) -> UsageError:
@@ -60,10 +60,10 @@ def test_limits_are_positive_integers() -> None:
 
 
 def test_an_option_of_compilation_is_no_option_of_a_model() -> None:
-    for name in options():
-        error = refusal(lambda: parse_config([f"{name}=x"], options()))  # noqa: B023
+    for name in declared_options():
+        error = refusal(lambda: parse_config([f"{name}=x"], declared_options()))  # noqa: B023
         assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
-    assert parse_config(["recipe=dp"], options()) == {"recipe": "dp"}
+    assert parse_config(["recipe=dp"], declared_options()) == {"recipe": "dp"}
 
 
 def test_an_unknown_word_names_no_line_of_a_file() -> None:

@@ -122,7 +122,7 @@ def test_a_text_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
 )
 def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
     place, _ = kept(architecture, tokenizer, id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
-    tagger = TokenTagger.open(ModelOptions(place, backend))
+    tagger = TokenTagger.open(ModelOptions.of(place, backend=backend))
     for grouping in GROUPINGS:
         given = texts(50 if grouping == GROUPINGS[0] else 10)
         theirs = answered("token-classification", place, given, aggregation_strategy=grouping)

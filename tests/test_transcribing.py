@@ -195,7 +195,7 @@ def test_tokens_are_those_of_the_model(folder: tuple[Path, Any, bool], backend: 
     if reason := find_backend(backend).available():
         pytest.skip(f"backend {backend}: {reason}")
     place, theirs, several = folder
-    transcriber = Transcriber.open(ModelOptions(place, backend))
+    transcriber = Transcriber.open(ModelOptions.of(place, backend=backend))
     assert list(transcriber.languages) == (["en", "de", "haw"] if several else [])
     draw = np.random.default_rng(2)
     samples = draw.normal(0, 0.2, 60 * 160)

@@ -20,9 +20,9 @@ from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.text import TextTokenizer, folder_chat_template
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import UsageError
-from treadle.ir.target import Target
 from treadle.models.registry import family_of, read_gguf
 from treadle.passes.stepping.derivation import NoStep
+from treadle.program.options import CompileOptions
 from treadle.resolving import GGUF_SUFFIX, find_folder
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
@@ -129,29 +129,26 @@ class TextWriter:
         cls,
         model: str | Path,
         *,
-        backend: str = "numpy",
-        target: str | Target = "cpu",
-        limits: Mapping[str, int] | None = None,
-        cache: str | None = None,
         stepped: Callable[..., SteppedModel] = open_stepped,
-        **config: Any,
+        **options: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer; `cache` is the dtype of its caches, None: the model's own.
+        """Compile a model that has a tokenizer; options as in `treadle.compile`, and `cache`, the dtype of its caches.
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
         Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. An
         unsupported model is reported before anything that its tokenizer lacks.
         """
+        chosen = CompileOptions.of("generate", options)
         place = find_folder(model)
         need_for_text(model)
-        tokenizer, file = _read_tokenizer(place, limits)
+        tokenizer, file = _read_tokenizer(place, chosen.limits)
         if file is not None:
             asked, template = FolderRules(end=gguf_end_tokens(file)), gguf_chat_template(file)
         else:
             asked, template = FolderRules.read(place), folder_chat_template(place)
         try:
-            made = stepped(model, backend=backend, target=target, limits=limits, cache=cache, **config)
+            made = stepped(model, **options)
         except NoStep as error:
             raise UsageError(
                 f"{printable(str(model))} does not continue text: it is not a causal language model",

@@ -27,8 +27,8 @@ from treadle.files.strict_json import JsonReader
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.ir.target import Target
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError
+from treadle.program.options import CompileOptions
 from treadle.resolving import find_folder
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.opening import token_positions
@@ -95,20 +95,21 @@ class SentenceEmbedder:
 
     @classmethod
     def open(
-        cls, model: str | Path, *, backend: str = "numpy", target: str | Target = "cpu", **config: Any
+        cls, model: str | Path, **options: Any
     ) -> SentenceEmbedder:
-        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling.
+        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling; options as in `compile`.
 
         Raises CheckpointError if a file is missing or damaged or requests an unknown pooling, UsageError if the model
         has no input for token ids or returns no hidden states, and the errors of `compile`.
         """
+        CompileOptions.of("embed", options)
         folder = find_folder(model)
         pooling = read_pooling(ModelFolder.find(folder))
         wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
         try:
-            made = compile(model, backend=backend, target=target, inputs=("lengths",), outputs=wanted, **config)
+            made = compile(model, **options, inputs=("lengths",), outputs=wanted)
         except UnknownOutputError:
-            made = compile(model, backend=backend, target=target, inputs=("lengths",), **config)
+            made = compile(model, **options, inputs=("lengths",))
         takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
         if takes != ["tokens", "lengths"] or gives != ["hidden"]:
             raise UsageError(

@@ -71,7 +71,5 @@ def load(
         raise UsageError(
             "limits of a model must be a mapping by name", received="ArtifactLimits", hint='{"tensors": 1_000_000}'
         )
-    names = widen if isinstance(widen, str) else tuple(widen)
-    chosen = backend if backend is not None else "numpy"
-    where = target if target is not None else "cpu"
-    return LoadedModel(ModelOptions(name, chosen, where, dtype, quantize, limits, cache, config, names))
+    how: dict[str, Any] = {"backend": backend, "target": target, "limits": limits, "widen": widen}
+    return LoadedModel(ModelOptions.of(name, **how, **of_model))

@@ -6,7 +6,7 @@ labeller = ImageLabeller.open(ModelOptions("folder")) labeller.label(["cat.jpg"]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
@@ -41,7 +41,7 @@ class ImageLabeller:
         place, config = checked_folder(options, HEAD)
         kind = image_kind(config)
         if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
-            options = replace(options, config={"height": sides[0], "width": sides[1], **options.config})
+            options = options.but(config={"height": sides[0], "width": sides[1], **options.chosen.config})
         made = options.compile()
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)

@@ -286,7 +286,7 @@ class LoadedModel:
         """The model of `treadle.embedding`."""
         from treadle.embedding import SentenceEmbedder
 
-        return SentenceEmbedder.open(self.options.model, backend=self.options.backend, **self.options.how())
+        return SentenceEmbedder.open(self.options.model, **self.options.but(cache=None).keywords())
 
     @cached_property
     def meter(self) -> PerplexityMeter:
@@ -300,11 +300,10 @@ class LoadedModel:
         """The model of `treadle.continuation`."""
         from treadle.continuation import TextWriter
 
-        chosen = self.options
-        return TextWriter.open(chosen.model, backend=chosen.backend, cache=chosen.cache, **chosen.how())
+        return TextWriter.open(self.options.model, **self.options.keywords())
 
     def __repr__(self) -> str:
-        return f"<model {self.options.model} for tasks, on {self.options.backend}>"
+        return f"<model {self.options.model} for tasks, on {self.options.chosen.backend}>"
 
 
 def _many(given: object) -> bool:

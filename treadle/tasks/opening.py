@@ -110,7 +110,7 @@ def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict
         raise UsageError(
             f"to {head.does} needs a folder with config.json", received=place.name, hint=f"a class {_named(head)}"
         )
-    checkpoint = open_checkpoint(place, options.limits)
+    checkpoint = open_checkpoint(place, options.chosen.limits)
     config = checkpoint.config
     named = config.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from treadle.compiled import Compiled
 from treadle.entry_functions import compile
-from treadle.ir.target import Target
+from treadle.program.options import CompileOptions
 from treadle.stepped import SteppedModel, open_stepped
 
 
@@ -17,36 +17,32 @@ from treadle.stepped import SteppedModel, open_stepped
 class ModelOptions:
     """A model's name and its compile options.
 
-    model             a folder, a GGUF file, or a fetched model's name
-    backend, target   as in `compile`
-    dtype, quantize   as in `compile`
-    limits            limits on what a file may contain
-    cache             the dtype of keys and values for text generation
-    config            configuration that overrides the folder's
-    widen             as in `compile`
+    model   a folder, a GGUF file, or a fetched model's name
+    chosen  the options; `cache` applies to text generation
     """
 
     model: str | Path
-    backend: str = "numpy"
-    target: str | Target = "cpu"
-    dtype: str | None = None
-    quantize: str | None = None
-    limits: Mapping[str, int] | None = None
-    cache: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
-    widen: str | Iterable[str] = ()
+    chosen: CompileOptions = CompileOptions(entry="load")
+
+    @classmethod
+    def of(cls, model: str | Path, **options: Any) -> ModelOptions:
+        """Return a model with options as in `treadle.compile`, and `cache`. Raises UsageError for other options."""
+        return cls(model, CompileOptions.of("load", options))
+
+    def but(self, **changes: Any) -> ModelOptions:
+        """Return the model with changed options."""
+        return replace(self, chosen=self.chosen.but(**changes))
 
     def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
         """Compile the model as declared, with these optional inputs, and all outputs or these. Raises as
         `treadle.compile` does.
         """
-        return compile(self.model, backend=self.backend, inputs=inputs, outputs=outputs, **self.how())
+        return compile(self.model, **self.but(cache=None).keywords(), inputs=inputs, outputs=outputs)
 
     def stepped(self) -> SteppedModel:
         """Compile the step for generation. Raises as `treadle.stepped.open_stepped` does."""
-        return open_stepped(self.model, backend=self.backend, cache=self.cache, **self.how())
+        return open_stepped(self.model, **self.keywords())
 
-    def how(self) -> dict[str, Any]:
-        """Return the options as keyword arguments for functions that open a model, without the backend."""
-        how = {"target": self.target, "dtype": self.dtype, "quantize": self.quantize, "widen": self.widen}
-        return {**how, "limits": self.limits, **self.config}
+    def keywords(self) -> dict[str, Any]:
+        """Return the options that are set, as keywords of functions that open a model."""
+        return self.chosen.keywords()

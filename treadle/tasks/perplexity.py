@@ -1,6 +1,6 @@
 """Perplexity of a causal language model on a text, with and without quantization.
 
-    meter = PerplexityMeter.open(ModelOptions("smollm2", backend="tvm", quantize="int8"))
+    meter = PerplexityMeter.open(ModelOptions.of("smollm2", backend="tvm", quantize="int8"))
     found = meter.measure(meter.tokens(text))
     found.perplexity, found.beside.perplexity, found.beside.divergence
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,10 @@ class PerplexityMeter:
         tokenizer.
         """
         need_for_text(options.model)
-        tokenizer = text_tokenizer(options.model, options.limits)
+        tokenizer = text_tokenizer(options.model, options.chosen.limits)
         made = _causal(options.compile(), options.model)
-        fewer = options.quantize is not None or options.dtype is not None
-        other = replace(options, quantize=None, dtype=None).compile() if fewer and not alone else None
+        fewer = options.chosen.quantize is not None or options.chosen.dtype is not None
+        other = options.but(quantize=None, dtype=None).compile() if fewer and not alone else None
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:

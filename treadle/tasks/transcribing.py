@@ -1,6 +1,6 @@
 """Transcribe the speech in a recording by Whisper.
 
-    transcriber = Transcriber.open(ModelOptions("whisper-tiny", backend="torch"))
+    transcriber = Transcriber.open(ModelOptions.of("whisper-tiny", backend="torch"))
     transcriber.transcribe("talk.wav").text
 
 A recording of more than 30 s is read in pieces. Each piece ends at the quietest moment of its last 5 s, so that no word
@@ -88,7 +88,7 @@ class Transcriber:
         `compile`.
         """
         folder = find_folder(options.model)
-        if folder.is_dir() and find_ctranslate2(folder, options.limits) is not None:
+        if folder.is_dir() and find_ctranslate2(folder, options.chosen.limits) is not None:
             place = ModelFolder.find(folder)
             rules = _converted_rules(place)
         else:

@@ -44,7 +44,7 @@ def answer_questions(
         found = answerer.answer([(question, text) for text in given], top=top, longest=longest, progress=progress)
     if as_json:
         told = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": answerer.opened.name, "backend": options.backend, "question": question, "texts": told})
+        print_json({"model": answerer.opened.name, "backend": options.chosen.backend, "question": question, "texts": told})
         return
     for each in found:
         for answer in each:

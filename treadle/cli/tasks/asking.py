@@ -76,11 +76,7 @@ def model_options(model: str, entry: str, chosen: Mapping[str, Any]) -> ModelOpt
     from treadle.program.options import CompileOptions
     from treadle.tasks.options import ModelOptions
 
-    options = CompileOptions.of(entry, chosen)
-    how = {
-        name: getattr(options, name) for name in ("backend", "dtype", "quantize", "limits", "cache", "config", "widen")
-    }
-    return ModelOptions(model, target=options.where, **how)
+    return ModelOptions(model, CompileOptions.of(entry, chosen))
 
 
 def beams_of(count: int | None, length_penalty: float) -> Beams | None:

@@ -54,7 +54,7 @@ def classify_texts(
             }
             for number, each in enumerate(given)
         ]
-        print_json({"model": classifier.opened.name, "backend": options.backend, "texts": told})
+        print_json({"model": classifier.opened.name, "backend": options.chosen.backend, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

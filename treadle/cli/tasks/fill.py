@@ -48,7 +48,7 @@ def fill_masks(
             {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
             for text, each in zip(given, found, strict=True)
         ]
-        print_json({"model": filler.opened.name, "backend": options.backend, "mask": filler.mask, "texts": told})
+        print_json({"model": filler.opened.name, "backend": options.chosen.backend, "mask": filler.mask, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -31,7 +31,7 @@ def label_images(
         found = labeller.label(images, progress=progress)
     if as_json:
         told = [{"image": path, "labels": scored_facts(each[:top])} for path, each in zip(images, found, strict=True)]
-        print_json({"model": labeller.model.name, "backend": options.backend, "images": told})
+        print_json({"model": labeller.model.name, "backend": options.chosen.backend, "images": told})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each[:top])}")

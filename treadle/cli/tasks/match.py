@@ -36,7 +36,7 @@ def match_images(
             {"image": path, "texts": scored_facts(each.scores), "similarities": list(each.similarities)}
             for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": matcher.model.name, "backend": options.backend, "texts": texts, "images": told})
+        print_json({"model": matcher.model.name, "backend": options.chosen.backend, "texts": texts, "images": told})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each.scores)}")

@@ -43,7 +43,7 @@ def summarize_texts(
         found = rewriter.summarize(given, most=most, beams=search, progress=progress)
     if as_json:
         told = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": options.backend, "texts": told})
+        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": told})
         return
     for each in found:
         print(each.text)

@@ -41,7 +41,7 @@ def tag_texts(
         found = tagger.tag(given, grouping=grouping, progress=progress)
     if as_json:
         told = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": tagger.opened.name, "backend": options.backend, "texts": told})
+        print_json({"model": tagger.opened.name, "backend": options.chosen.backend, "texts": told})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

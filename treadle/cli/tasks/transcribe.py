@@ -43,7 +43,7 @@ def transcribe_recordings(
             {"recording": path, "text": each.text, "passages": list(map(asdict, each.passages))}
             for path, each in zip(recordings, found, strict=True)
         ]
-        print_json({"model": transcriber.model.name, "backend": options.backend, "recordings": told})
+        print_json({"model": transcriber.model.name, "backend": options.chosen.backend, "recordings": told})
         return
     for each in found:
         print(each.text)

@@ -61,7 +61,7 @@ def translate_texts(
         found = rewriter.translate(given, source=source, target=into, most=most, beams=search, progress=progress)
     if as_json:
         told = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": options.backend, "texts": told})
+        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": told})
         return
     for each in found:
         print(each.text)
