@@ -95,9 +95,9 @@ class Recipe:
         return f"{ids[self.result]}:{digest.hexdigest()}"
 
     def __str__(self) -> str:
-        return self.told()
+        return self.expression()
 
-    def told(self, within: str = "") -> str:
+    def expression(self, within: str = "") -> str:
         """Return an expression of weights: `concat(q.weight, k.weight, axis=0)`, with names relative to the scope
         `within`.
         """

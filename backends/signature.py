@@ -93,9 +93,9 @@ class Signature:
                 if len(shape) != port.type.rank:
                     raise self._refusal(port, f" {wrong}", shapes, f"an array [{', '.join(port.axes)}]")
                 if wrong is not None and again:
-                    told = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in first_in if f"{s} = " in wrong]
-                    told += [f"{s} is {sizes[s]} in the states" for s in known if f"{s} = " in wrong]
-                    raise self._refusal(port, f": {wrong}", shapes, ", ".join(told))
+                    sources = [f"{s} is {sizes[s]} in {first_in[s].name}" for s in first_in if f"{s} = " in wrong]
+                    sources += [f"{s} is {sizes[s]} in the states" for s in known if f"{s} = " in wrong]
+                    raise self._refusal(port, f": {wrong}", shapes, ", ".join(sources))
                 for symbol in sizes:
                     if symbol not in known:
                         first_in.setdefault(symbol, port)
@@ -121,22 +121,22 @@ class Signature:
                 )
         return sizes
 
-    def refuse_untold(self, needed: Iterable[str]) -> None:
+    def refuse_undetermined(self, needed: Iterable[str]) -> None:
         """Raise BackendError if a needed symbol is not determined by the dimensions of an input or a state."""
-        told, sizes = set(self.state_symbols), {s for port in self.ports for s in port.type.shape if s.symbols}
+        determined, sizes = set(self.state_symbols), {s for port in self.ports for s in port.type.shape if s.symbols}
         known = -1
-        while known < len(told):  # a size such as S*T determines T if another input determines S
-            known = len(told)
+        while known < len(determined):  # a size such as S*T determines T if another input determines S
+            known = len(determined)
             for size in sizes:
-                linear = size.substitute({s: 1 for s in size.symbols if s in told}).as_linear
+                linear = size.substitute({s: 1 for s in size.symbols if s in determined}).as_linear
                 if linear is not None:
-                    told.add(linear[0])
-        untold = sorted(set(needed) - told)
-        if untold:
+                    determined.add(linear[0])
+        undetermined = sorted(set(needed) - determined)
+        if undetermined:
             raise BackendError(
-                f"{self.name} needs the size of {', '.join(untold)}, which no input's dimensions determine",
+                f"{self.name} needs the size of {', '.join(undetermined)}, which no input's dimensions determine",
                 received=", ".join(map(str, self.ports)),
-                hint=f"an input with a dimension {untold[0]}",
+                hint=f"an input with a dimension {undetermined[0]}",
             )
 
     def _refusal(self, port: Port, wrong: str, shapes: Mapping[str, tuple[int, ...]], hint: str) -> BackendError:

@@ -79,10 +79,10 @@ class StateKinds:
         try:
             arrays = {port.name: allocate(port.type.evaluate(sizes), port.dtype) for port in self.ports}
         except (MemoryError, OverflowError, ValueError, RuntimeError) as error:
-            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            sizes_text = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(
                 f"{self.name}: there is not enough memory for its states",
-                received=f"{nbytes / 2**30:.3g} GiB, where {told}",
+                received=f"{nbytes / 2**30:.3g} GiB, where {sizes_text}",
                 hint=f"smaller {' or '.join(self.symbols)}",
             ) from error
         return States(self, sizes, arrays)
@@ -98,7 +98,7 @@ class StateKinds:
             raise BackendError(
                 f"the states of {self.name} {what}",
                 received=", ".join(f"{name}={size}" for name, size in sizes.items()) or "no sizes",
-                within=self._told,
+                within=self._ports_text,
                 hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
             )
         for name, size in sizes.items():
@@ -118,7 +118,7 @@ class StateKinds:
             raise BackendError(
                 f"{self.name} has states, which must be the first argument of a call",
                 received=type(states).__name__,
-                within=self._told,
+                within=self._ports_text,
                 hint="new_states(" + ", ".join(f"{s}=..." for s in self.symbols) + ")",
             )
         if states.kinds is self:
@@ -129,11 +129,11 @@ class StateKinds:
                 f"these are not states of {self.name} for the {self.backend} backend",
                 received=f"states of {given.name} for the {given.backend} backend: "
                 + ", ".join(map(str, given.ports))[:400],
-                within=self._told,
+                within=self._ports_text,
                 hint="new_states of the executable that is called",
             )
         return states
 
     @property
-    def _told(self) -> str:
+    def _ports_text(self) -> str:
         return ", ".join(map(str, self.ports))[:400]

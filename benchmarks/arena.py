@@ -97,9 +97,9 @@ def rows_of(name: str, config: Mapping[str, Any], backend: StagedBackend, runs: 
 
 def line(row: Mapping[str, Any]) -> str:
     """Return a row as text."""
-    told = ", ".join(f"{symbol}={size}" for symbol, size in row["sizes"].items())
+    sizes = ", ".join(f"{symbol}={size}" for symbol, size in row["sizes"].items())
     return (
-        f"{row['model']:<12} {told:<20} {row['arena']:>13,} of {row['live']:>13,} bytes: {row['ratio']:.3f}"
+        f"{row['model']:<12} {sizes:<20} {row['arena']:>13,} of {row['live']:>13,} bytes: {row['ratio']:.3f}"
         f"  {row['buffers']:>3} buffers, {row['buffers_of_a_run']:>4} of a run  plan {row['plan_ms']:5.1f} ms"
         f"  place {row['place_ms']:4.1f} ms  {row['ms_by_buffers']:.2f} ms a buffer,"
         f" {row['ms_by_buffers_of_a_run']:.2f} one of a run"

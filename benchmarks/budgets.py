@@ -66,7 +66,7 @@ def main() -> int:
             row = {"model": name, "sizes": sizes, "share": share, "need": need, "arena": arena, "budget": budget}
             rows.append(row | one(name, free, config, inputs, whole, row["budget"], given.runs))
             if not given.json:
-                print(told(rows[-1]), flush=True)
+                print(row_text(rows[-1]), flush=True)
     if given.json:
         print(json.dumps(rows, indent=1))
     return any(not row["holds"] for row in rows)
@@ -140,7 +140,7 @@ def timed(exe: Compiled, inputs: dict[str, Any]) -> float:
     return time.process_time() - started
 
 
-def told(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
     sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
     free = f"needs {row['need']:>11,}, arena {row['arena']:>11,}"
     head = f"{row['model']:<5} {sizes:<12} {free}, {row['share']:.2f}: {row['budget']:>11,} bytes"

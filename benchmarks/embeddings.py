@@ -54,8 +54,8 @@ def main() -> int:
     for way in options.ways.split(","):
         made = _vectors(options.backend, WAYS[way], sentences, words)
         near = (made[0] * wanted[0]).sum(axis=-1)
-        told = {"cosine": float(near.mean()), "least": float(near.min()), **_correlations(pairs, words, made[1])}
-        rows.append({"way": way, **told})
+        measures = {"cosine": float(near.mean()), "least": float(near.min()), **_correlations(pairs, words, made[1])}
+        rows.append({"way": way, **measures})
     if options.json:
         print(json.dumps({"sentences": len(sentences), "ways": rows}))
     else:

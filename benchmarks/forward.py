@@ -96,12 +96,12 @@ def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, A
     from treadle.benching.workload import Workload
     from treadle.program.flag_values import parse_config
 
-    row, told = ROWS[name], WAYS[options.dtype]
+    row, way = ROWS[name], WAYS[options.dtype]
     with tempfile.TemporaryDirectory() as place:
         model, config = row.family, row.config
         if name in FOLDERS and any(peer.startswith("ctranslate2") for peer in against):
             model, config = write_folder(name, place), ()
-        chosen = {**told, "backend": options.backend, "config": parse_config(config, ())}
+        chosen = {**way, "backend": options.backend, "config": parse_config(config, ())}
         workload = Workload(model, options.threads, chosen)
         made = bench_model(workload, against, sizes=row.sizes, rounds=options.rounds, python=options.python)
     return {"row": name, **made.as_dict()}
@@ -112,9 +112,9 @@ def write_folder(name: str, place: str) -> str:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    kind, told = FOLDERS[name]
+    kind, settings = FOLDERS[name]
     model = getattr(transformers, kind)
-    model(model.config_class(**told)).eval().save_pretrained(place)
+    model(model.config_class(**settings)).eval().save_pretrained(place)
     return place
 
 
@@ -127,10 +127,10 @@ def show(options: argparse.Namespace, name: str, measured: dict[str, Any]) -> No
         print(f"  {side['side']:18} {side['seconds'] * 1e3:8.1f} ms  {ratio:20}{apart}".rstrip())
     machine = measured["machine"]
     least = machine["least_seconds"]
-    told = ", ".join(f"{rate / 1e9:.0f} G/s in {dtype}" for dtype, rate in machine["flops_per_second"].items())
+    rates = ", ".join(f"{rate / 1e9:.0f} G/s in {dtype}" for dtype, rate in machine["flops_per_second"].items())
     read = machine["bytes_per_second"] / 1e9
     ratio = f"{measured['rows'][0]['seconds'] / least:6.2f} of it is ours"
-    print(f"  {'the machine':18} {least * 1e3:8.1f} ms  {ratio:20}   at {told}, {read:.0f} GB/s")
+    print(f"  {'the machine':18} {least * 1e3:8.1f} ms  {ratio:20}   at {rates}, {read:.0f} GB/s")
     for peer, why in measured["missing"].items():
         print(f"  {peer} is missing: {why[:150]}")
 

@@ -179,9 +179,9 @@ def recall(folder: Path, words: list[str], as_json: bool) -> int:
 def line(row: Row) -> str:
     """Return a row of the table, with a line below it for each reason."""
     runtime = "fails" if row.runtime < 0 else str(row.runtime)
-    told = f"{row.case:36} {row.nodes:5} {row.expected:3} {row.fused:5} {runtime:>5}  {row.difference:10.1e}"
-    told += "  " + "; ".join(f"{count} x {text or 'no terms'}" for text, count in row.terms.items())
-    lines = [told]
+    first = f"{row.case:36} {row.nodes:5} {row.expected:3} {row.fused:5} {runtime:>5}  {row.difference:10.1e}"
+    first += "  " + "; ".join(f"{count} x {text or 'no terms'}" for text, count in row.terms.items())
+    lines = [first]
     if row.given:
         lines.append(f"    {row.given} are one op in the file")
     if row.fixed:
@@ -288,13 +288,13 @@ def terms(graph: Graph) -> list[str]:
 
 def reasons(optimized: Optimized) -> dict[str, int]:
     """Return the pass's reasons why attentions were not fused. A site without a refusal counts as unexplained."""
-    told: collections.Counter[str] = collections.Counter()
+    refusals: collections.Counter[str] = collections.Counter()
     for record in optimized.log:
         if record.name == "fuse-attention":
-            told.update(e.reason for e in record.refusals if not e.reason.startswith("the mask "))
+            refusals.update(e.reason for e in record.refusals if not e.reason.startswith("the mask "))
     open_sites = [site for site in find_sites(optimized.graph) if site.kind == "attention" and site.op is None]
-    unexplained = len(open_sites) - told.total()
-    return dict(told) | ({"no reason is given": unexplained} if unexplained > 0 else {})
+    unexplained = len(open_sites) - refusals.total()
+    return dict(refusals) | ({"no reason is given": unexplained} if unexplained > 0 else {})
 
 
 def difference(

@@ -225,7 +225,7 @@ def main() -> int:
     for row in rows_of(given):
         rows.append(row)
         if not given.json:
-            print(" ".join(f"{name}={told}" for name, told in row.items()), flush=True)
+            print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
     if given.json:
         print(json.dumps(rows, indent=1))
     else:

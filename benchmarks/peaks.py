@@ -79,11 +79,11 @@ def main() -> int:
     else:
         print(f"\nours is the smallest in {len(rows) - len({id(row) for row, _ in larger})} of {len(rows)} rows")
         for row, side in larger:
-            print(f"  not so: {row['model']} at {told(row['sizes'])}, {NAMES[side]}: {ratio(row, side):.3f}")
+            print(f"  not so: {row['model']} at {sizes_of(row['sizes'])}, {NAMES[side]}: {ratio(row, side):.3f}")
     return bool(larger)
 
 
-def told(sizes: Mapping[str, int]) -> str:
+def sizes_of(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
 
 
@@ -96,7 +96,8 @@ def ratio(row: Mapping[str, Any], side: str) -> float | None:
 def line(row: Mapping[str, Any]) -> str:
     """Return a row as text."""
     cells = [
-        f"{row['model']:<11} {told(row['sizes']):<22} {row['peak'] / 1e6:8.1f} MB, at least {row['bound'] / 1e6:.1f}"
+        f"{row['model']:<11} {sizes_of(row['sizes']):<22} {row['peak'] / 1e6:8.1f} MB,"
+        f" at least {row['bound'] / 1e6:.1f}"
     ]
     for side in OTHERS:
         found = ratio(row, side)

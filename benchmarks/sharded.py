@@ -47,17 +47,17 @@ def rank(model: str, mesh: str, recipe: str, runs: int, backend: str) -> None:
         made(**given)
         times = [_timed(lambda: made(**given)) for _ in range(runs)]
         planned = replace(made.plan, sizes=SIZES)
-        meetings = planned.collectives()
+        collectives = planned.collectives()
         link = 0.0
-        if meetings and mesh != "dp=1":
-            payload = sum(c.payload for c in meetings) / len(meetings)
+        if collectives and mesh != "dp=1":
+            payload = sum(c.payload for c in collectives) / len(collectives)
             tensor = torch.ones(int(payload) // 4)
             seconds = min(_timed(lambda: dist.all_reduce(tensor)) for _ in range(9))
             link = payload * (ranks.size - 1) / ranks.size * 2 / seconds
         facts = {"seconds": min(times), "median": float(np.median(times)), "link": link}
-        told = device_needs(planned).times
-        sent = sum(c.sent for c in meetings)
-        facts |= {"work": told.work, "sent": sent, "collectives": len(meetings)}
+        predicted = device_needs(planned).times
+        sent = sum(c.sent for c in collectives)
+        facts |= {"work": predicted.work, "sent": sent, "collectives": len(collectives)}
         if ranks.rank == 0:
             print(json.dumps(facts), flush=True)
 
@@ -91,13 +91,13 @@ def main() -> None:
     one = best["dp=1"]
     print(f"{model}, {SIZES}, {backend}, load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
     for mesh, facts in best.items():
-        told = f"{mesh}: {facts['seconds'] * 1e3:.0f} ms, {one['seconds'] / facts['seconds']:.2f} x one rank"
+        line = f"{mesh}: {facts['seconds'] * 1e3:.0f} ms, {one['seconds'] / facts['seconds']:.2f} x one rank"
         if mesh != "dp=1":
             work = facts["work"] * one["seconds"] / one["work"]
             waiting = facts["sent"] / facts["link"] if facts["link"] else 0.0
-            told += f"; predicted {(work + waiting) * 1e3:.0f} ms: {work * 1e3:.0f} of work, {waiting * 1e3:.0f} of"
-            told += f" {facts['collectives']:.0f} collectives at {facts['link'] / 1e9:.2f} GB/s"
-        print(told)
+            line += f"; predicted {(work + waiting) * 1e3:.0f} ms: {work * 1e3:.0f} of work, {waiting * 1e3:.0f} of"
+            line += f" {facts['collectives']:.0f} collectives at {facts['link'] / 1e9:.2f} GB/s"
+        print(line)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
             times[side].append(time.perf_counter() - began)
     gc.enable()
     seconds = {side: statistics.median(each) for side, each in times.items()}
-    told = {
+    facts = {
         "row": row,
         "threads": given.threads,
         "dtype": given.dtype,
@@ -122,13 +122,13 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
         "arena": trainer.memory(B=batch, S=length).arena,
     }
     if not given.json:
-        ratios = ", ".join(f"{ratio:.2f} of {side}'s {seconds[side]:.3f} s" for side, ratio in told["ratios"].items())
+        ratios = ", ".join(f"{ratio:.2f} of {side}'s {seconds[side]:.3f} s" for side, ratio in facts["ratios"].items())
         print(
             f"{row}: a step takes {seconds['treadle']:.3f} s, {ratios}; losses apart by {apart:.1e}; compiled in "
-            f"{compiled_in:.1f} s; an arena of {(told['arena'] or 0) / 1e6:.0f} MB",
+            f"{compiled_in:.1f} s; an arena of {(facts['arena'] or 0) / 1e6:.0f} MB",
             flush=True,
         )
-    return told
+    return facts
 
 
 def torch_step(model: Any, tokens: Array, targets: Array, side: str, dtype: str) -> Step:

@@ -349,12 +349,12 @@ def _check_tied(names: Sequence[str], checkpoint: TensorStore) -> None:
 def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:
     """Return one line about a tensor that does not fit the parameter, its names as patterns; None if it fits."""
     given = source.shape(record.shape)
-    told = f"{printable(name)} needs {dtype}{_text(shape)}; {printable(source.name)} is {record}"
+    mismatch = f"{printable(name)} needs {dtype}{_text(shape)}; {printable(source.name)} is {record}"
     if given is None:
-        return f"{told} and has no part {source.part}"
+        return f"{mismatch} and has no part {source.part}"
     if given != shape:
-        return told + (f", and {source} is {record.dtype}{_text(given)}" if source.part else "")
-    return None if _convertible(record.dtype, dtype) else f"{told}, which does not convert"
+        return mismatch + (f", and {source} is {record.dtype}{_text(given)}" if source.part else "")
+    return None if _convertible(record.dtype, dtype) else f"{mismatch}, which does not convert"
 
 
 def _text(shape: Shape) -> str:

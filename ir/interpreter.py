@@ -139,9 +139,9 @@ def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str 
             continue
         known = {s: sizes[s] for s in sorted(wanted.symbols) if s in sizes}
         left = wanted.substitute(known) if known else wanted
-        told = left.as_linear
-        if told is not None:
-            name, coefficient, offset = told
+        linear = left.as_linear
+        if linear is not None:
+            name, coefficient, offset = linear
             size, rest = divmod(int(got) - offset, coefficient)
             fits = rest == 0 and size >= 0
             if fits:

@@ -127,12 +127,12 @@ def _searched(
     waiting = deque(range(len(prompts)))
     running: dict[int, _Search] = {}
     done: dict[int, list[Hypothesis]] = {}
-    told = 0
+    yielded = 0
     if not most:
         yield from ([] for _ in prompts)
         return
     try:
-        while told < len(prompts):
+        while yielded < len(prompts):
             joining: dict[int, int] = {}
             while waiting and session.free - sum(count - len(s.going) for s in running.values()) >= count:
                 number = waiting.popleft()
@@ -152,9 +152,9 @@ def _searched(
                 found = session.step(chosen)
                 for search in running.values():
                     search.logits = {beam.row: found[beam.row] for beam in search.going}
-            while told in done:
-                yield done.pop(told)
-                told += 1
+            while yielded in done:
+                yield done.pop(yielded)
+                yielded += 1
     finally:
         for search in running.values():
             search.close()

@@ -46,16 +46,16 @@ class FiniteWatch:
 
     def found(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> list[NotFinite]:
         """Return a report for each output that is not finite, outputs with NaN first."""
-        told = []
+        events = []
         for name, value in self.graph.main.outputs.items():
             array = outputs[name]
             for kind, holds in _TESTS if array.dtype.kind == "f" else ():
                 if count := int(np.sum(holds(array))):
-                    told.append(self._told(name, kind, count, array.size, value, sizes))
+                    events.append(self._event(name, kind, count, array.size, value, sizes))
                     break
-        return told
+        return events
 
-    def _told(self, name: str, kind: str, count: int, of: int, value: Value, sizes: Mapping[str, int]) -> NotFinite:
+    def _event(self, name: str, kind: str, count: int, of: int, value: Value, sizes: Mapping[str, int]) -> NotFinite:
         """Trace back from an output, from each value to its first operand that already held the same kind of value."""
         while value.node is not None:
             above = next((v for v in value.node.inputs if kind in self._kinds(v)), None)

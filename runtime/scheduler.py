@@ -385,9 +385,9 @@ class Scheduler:
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
-        told = error if isinstance(error, TreadleError) else _unforeseen(error)
+        failure = error if isinstance(error, TreadleError) else _unforeseen(error)
         for each in list(self._rows):
-            self._leave(each, told, keep=False)  # their states are undefined after the failed call
+            self._leave(each, failure, keep=False)  # their states are undefined after the failed call
 
     def _give_up(self, why: Cut) -> None:
         for each in list(self._rows):

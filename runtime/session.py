@@ -308,19 +308,22 @@ class Session:
             raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
         return ids
 
-    def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **told: Array) -> Array:
+    def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **inputs: Array) -> Array:
         """Call an entry on ids [b, s] and append each row's piece; return all logits.
 
         If the call fails, rows keep their tokens. Caches may be written past a row's end. Running sums may have
         advanced, and the rows that have them are lost.
         """
         rows = list(pieces)
-        told["rows"], told["start"] = np.array(rows, np.int64), np.array([self._rows[r].length for r in rows], np.int64)
+        inputs["rows"], inputs["start"] = (
+            np.array(rows, np.int64),
+            np.array([self._rows[r].length for r in rows], np.int64),
+        )
         for row in rows:
             state = self._rows[row]
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
         try:
-            named = {self.derived.port_names[name]: array for name, array in told.items()}
+            named = {self.derived.port_names[name]: array for name, array in inputs.items()}
             out = entry(self.states, **{self._ports.tokens: ids}, **named)
         except BaseException:
             for row in rows:

@@ -44,12 +44,12 @@ def refuse_many_ranks(mesh: Mesh) -> None:
 class LabResult:
     """The result that the ranks computed together.
 
-    outputs   whole outputs, assembled from the parts of all ranks
-    meetings  for each collective its op and its group's number of elements, as seen by the group's first rank
+    outputs      whole outputs, assembled from the parts of all ranks
+    collectives  for each collective its op and its group's number of elements, as seen by the group's first rank
     """
 
     outputs: dict[str, Array]
-    meetings: tuple[tuple[Collective, int], ...]
+    collectives: tuple[tuple[Collective, int], ...]
 
 
 def run_lab(
@@ -99,7 +99,7 @@ def run_lab(
         thread.join()
     if room.failure is not None:
         raise room.failure
-    return LabResult(_assembled(plan, found, sizes), tuple(room.meetings))
+    return LabResult(_assembled(plan, found, sizes), tuple(room.collectives))
 
 
 def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
@@ -134,7 +134,7 @@ class Room:
         self.waiting: dict[int, Collective] = {}
         self.left: set[int] = set()
         self.failure: BaseException | None = None
-        self.meetings: list[tuple[Collective, int]] = []
+        self.collectives: list[tuple[Collective, int]] = []
 
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
         """Return a rank's result, once all other ranks of its group have contributed."""
@@ -178,13 +178,13 @@ class Room:
         if first.ways != ways:
             raise GraphError(f"{first.name} is among {first.ways} ranks, and {ways} communicate over {first.over}")
         found = first.combined(ops, parts)
-        self.meetings.append((first, first.payload(parts[0].size, found[0].size)))
+        self.collectives.append((first, first.payload(parts[0].size, found[0].size)))
         return dict(zip(group, found, strict=True))
 
     def _look_for_deadlock(self) -> None:
         if len(self.waiting) + len(self.left) == self.mesh.ranks:
-            told = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
-            self.failure = GraphError("ranks wait for others that do not arrive", received=told)
+            received = ", ".join(f"rank {r} in {op.name} over {op.over}" for r, op in sorted(self.waiting.items()))
+            self.failure = GraphError("ranks wait for others that do not arrive", received=received)
             self.condition.notify_all()
 
     def leave(self, rank: int) -> None:

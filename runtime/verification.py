@@ -161,8 +161,8 @@ def _verify_backend(
         executable = backend.compile(graph, target, weights)
     except BackendError as error:
         first, *others = (error.received or "").splitlines() or [""]
-        told = first + (f", and {len(others)} more" if others else "")
-        return BackendReport(name, refused=error.what + (f": {told}" if told else ""))
+        reason = first + (f", and {len(others)} more" if others else "")
+        return BackendReport(name, refused=error.what + (f": {reason}" if reason else ""))
     difference, failure = Difference(), None
     for run in runs:
         try:

@@ -135,16 +135,18 @@ class BackendReport:
 
     def lines(self, width: int) -> Iterator[str]:
         """Yield the report as lines of text, with names padded to a width."""
-        told = str(self.difference)
+        outcome = str(self.difference)
         if self.refused:
-            told = f"not run: {self.refused}"
+            outcome = f"not run: {self.refused}"
         elif self.failure:
-            told = f"failed: {self.failure}"
+            outcome = f"failed: {self.failure}"
         elif self.passed is None and math.isinf(self.difference.tolerance):
-            told = "inconclusive: no output is finite in the reference itself; every op alone is correct"
+            outcome = "inconclusive: no output is finite in the reference itself; every op alone is correct"
         elif self.passed is None:
-            told = f"inconclusive: a change of the last bits changes the outputs by {told}; every op alone is correct"
-        yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {told}"
+            outcome = (
+                f"inconclusive: a change of the last bits changes the outputs by {outcome}; every op alone is correct"
+            )
+        yield f"  {self.backend:<{width}}  {_MARKS[self.passed]:<5}  {outcome}"
         if self.fault is not None:
             yield f"  {'':<{width}}         first op: {self.fault}"
         elif self.passed is False:
@@ -206,8 +208,8 @@ class ReportLayout:
         self.width = max(len(name) for name in ("rewrites", *backends))
 
     def heading(self, model: str, target: str, seed: int, sizes: Sequence[Mapping[str, int]]) -> str:
-        told = "; ".join(", ".join(f"{k}={v}" for k, v in s.items()) for s in sizes if s)
-        return f"{model} on {target}, seed {seed}" + (f", at {told}" if told else "")
+        sizes_text = "; ".join(", ".join(f"{k}={v}" for k, v in s.items()) for s in sizes if s)
+        return f"{model} on {target}, seed {seed}" + (f", at {sizes_text}" if sizes_text else "")
 
     def not_finite(self, found: Sequence[NotFinite]) -> list[str]:
         return [f"  {'meaning':<{self.width}}  {_MARKS[False] if each.is_fatal else '-':<5}  {each}" for each in found]

@@ -22,7 +22,7 @@ from tests import error_texts, refusal_texts
 from tests.golden import Golden
 from tests.known_certificates import remember
 from treadle.passes.framework.manager import PassManager
-from treadle.reporting import told_errors
+from treadle.reporting import errors as error_reports
 
 settings.register_profile("treadle", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("treadle")  # a busy machine must not fail a test
@@ -77,7 +77,7 @@ def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: py
         patch.setattr(pytest, "raises", error_texts.comparing(pytest.raises, errors))
         patch.setattr(PassManager, "run", refusal_texts.comparing(PassManager.run, refusals))
         for name in ("error_text", "error_facts"):
-            patch.setattr(told_errors, name, errors.listening(getattr(told_errors, name)))
+            patch.setattr(error_reports, name, errors.listening(getattr(error_reports, name)))
         yield
     some = config.getoption("keyword") or config.getoption("markexpr") or any("::" in name for name in config.args)
     for texts in (errors, refusals):

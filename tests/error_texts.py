@@ -120,18 +120,18 @@ class ErrorTexts(KnownTexts):
     def __init__(self, golden: Golden, folder: str) -> None:
         super().__init__(golden, "errors")
         self.folder, self.cache = folder, str(cache_folder())
-        self.told: list[TreadleError] = []
+        self.printed: list[TreadleError] = []
 
     def listening(self, telling: Callable[[TreadleError], Any]) -> Callable[[TreadleError], Any]:
         """Return a wrapper of the function that reports an error on the command line, because the exit itself is only a
         code.
         """
 
-        def told(error: TreadleError) -> Any:
-            self.told.append(error)
+        def listener(error: TreadleError) -> Any:
+            self.printed.append(error)
             return telling(error)
 
-        return told
+        return listener
 
     def compare_error(self, module: str, error: BaseException) -> None:
         """Raise the exception of `pytest.fail` if the error's text is not among the module's."""
@@ -151,7 +151,7 @@ class _Compared:
         self.raises, self.texts = raises, texts
 
     def __enter__(self) -> Any:
-        self.texts.told.clear()
+        self.texts.printed.clear()
         return self.raises.__enter__()
 
     def __exit__(
@@ -160,7 +160,7 @@ class _Compared:
         caught: bool = self.raises.__exit__(kind, error, trace)
         module = current_module()
         if caught and module and not currently_in_test_context():
-            for each in self.texts.told if isinstance(error, SystemExit) else [_ours(error)]:
+            for each in self.texts.printed if isinstance(error, SystemExit) else [_ours(error)]:
                 if each is not None:
                     self.texts.compare_error(module, each)
         return caught

@@ -45,9 +45,9 @@ class Job:
         return (self.folder / "out").read_text()
 
     @property
-    def told(self) -> str:
+    def errors(self) -> str:
         """Return everything that the ranks have written to standard error so far."""
-        return (self.folder / "told").read_text()
+        return (self.folder / "errors").read_text()
 
     @property
     def codes(self) -> dict[int, int]:
@@ -60,7 +60,7 @@ class Job:
         until = time.monotonic() + timeout
         while (code := self.server.ask(poll=self.process)) is None:
             if time.monotonic() > until:
-                raise TimeoutError(f"it has not ended after {timeout} s: {self.told}")
+                raise TimeoutError(f"it has not ended after {timeout} s: {self.errors}")
             time.sleep(0.01)
         return int(code)
 
@@ -98,7 +98,7 @@ class ForkedRanks:
         environment |= {name: os.environ[name] for name in (CONTEXT,) if name in os.environ}
         folder = Path(self.folder.name, str(self.count))
         folder.mkdir()
-        for name in ("out", "told", "codes"):
+        for name in ("out", "errors", "codes"):
             (folder / name).touch()
         process = self.ask(launch=["launch", "-n", str(ranks), "--", *words], to=str(folder), beside=environment)
         return Job(process, folder, self)
@@ -124,7 +124,7 @@ class _Forked:
             subprocess.Popen = _POPEN  # type: ignore[misc]
             os.environ.clear()
             os.environ.update(env)
-            _told_apart()
+            _set_coverage_context()
             _run(command[1:])
 
     def poll(self) -> int | None:
@@ -174,7 +174,7 @@ def _run(words: Sequence[str]) -> None:
     os._exit(code if isinstance(code, int) else 1)
 
 
-def _told_apart() -> None:
+def _set_coverage_context() -> None:
     """If coverage runs, set its context to the test of this process: `tests.line_map`."""
     if "coverage" in sys.modules and CONTEXT in os.environ:
         from coverage import Coverage
@@ -190,10 +190,10 @@ def _launched(request: Mapping[str, Any]) -> int:
     if process:
         return process
     folder = Path(request["to"])
-    for name, stream in (("out", 1), ("told", 2)):
+    for name, stream in (("out", 1), ("errors", 2)):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.update(request["beside"])
-    _told_apart()
+    _set_coverage_context()
     _Forked.folder = folder
     subprocess.Popen = _Forked  # type: ignore[misc, assignment]
     _run(["-m", "treadle", *request["launch"]])

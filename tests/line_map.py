@@ -58,7 +58,7 @@ disable_warnings = no-data-collected, module-not-measured, module-not-imported, 
 """
 
 
-def told_apart(context: str) -> None:
+def set_context(context: str) -> None:
     """Attribute the lines of this process, a fork, to that test from now on."""
     own = coverage.Coverage.current()
     if own is not None and context:
@@ -75,7 +75,7 @@ def pytest_configure() -> None:
     """Make each kernel a separate context, and record the contexts that use it."""
     from treadle.backends.tvm.kernels.cache import KernelCache
 
-    os.register_at_fork(after_in_child=lambda: told_apart(os.environ.get(CONTEXT, "")))  # after coverage's own hook
+    os.register_at_fork(after_in_child=lambda: set_context(os.environ.get(CONTEXT, "")))  # after coverage's own hook
     entries, compiled = KernelCache.entries, KernelCache._compile
 
     def message(cache: KernelCache, kernels: Iterable[Any]) -> Any:

@@ -54,8 +54,8 @@ class Case:
             try:
                 made = shard(self.graph, self.mesh, recipe=self.recipe, axes=axes, sizes=SIZES)
             except UsageError as error:
-                name, _, told = error.what.partition(": ")
-                if "cannot be split over" not in told:
+                name, _, detail = error.what.partition(": ")
+                if "cannot be split over" not in detail:
                     raise
                 axes[name] = "-"
             else:

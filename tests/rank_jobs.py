@@ -74,7 +74,7 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
         facts = {"case": f"{backend} {kind} {over} {recipe} {form}", "form": form, "counted": counted}
         facts |= {"planned": sum(each.payload * each.ranks for each in planned)}
         # The receiving rank of a `hand_on` counts the transfer too.
-        facts |= {"meetings": sum(each.ranks * (2 if each.op == "hand_on" else 1) for each in planned)}
+        facts |= {"collectives": sum(each.ranks * (2 if each.op == "hand_on" else 1) for each in planned)}
         facts |= {"met": sum(each.times for each in made.communicator.traffic.values())}
         if whole is not None:
             wanted = treadle.compile(kind, backend=backend, **chosen)(**given)

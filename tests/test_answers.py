@@ -59,21 +59,21 @@ def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "told"), [("end", "stop"), ("stop", "stop"), ("context", "length"), (None, "length")]
+    ("ending", "expected"), [("end", "stop"), ("stop", "stop"), ("context", "length"), (None, "length")]
 )
-def test_why_a_text_ends(ending: Any, told: str) -> None:
+def test_why_a_text_ends(ending: Any, expected: str) -> None:
     form = AnswerForm("m", False, None, str)
     whole = form.whole([GrowingChoice(0, "a", [Token(0, 1, ending)], ending)], PromptTokens(1, 0))
-    assert whole["choices"][0]["finish_reason"] == told
-    assert form.piece(GrowingChoice(0), "", Token(0, 1, ending))["choices"][0]["finish_reason"] == (ending and told)
+    assert whole["choices"][0]["finish_reason"] == expected
+    assert form.piece(GrowingChoice(0), "", Token(0, 1, ending))["choices"][0]["finish_reason"] == (ending and expected)
 
 
 def test_vectors_as_numbers_and_as_bytes() -> None:
     vectors = np.array([[1.0, -0.5], [0.25, 2.0]], np.float32)
     head = {"object": "list", "model": "m", "usage": {"prompt_tokens": 9, "total_tokens": 9}}
-    for as_bytes, told in ((False, [[1.0, -0.5], [0.25, 2.0]]), (True, ["AACAPwAAAL8=", "AACAPgAAAEA="])):
+    for as_bytes, expected in ((False, [[1.0, -0.5], [0.25, 2.0]]), (True, ["AACAPwAAAL8=", "AACAPgAAAEA="])):
         found = embeddings("m", vectors, 9, as_bytes)
-        data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(told)]
+        data = [{"object": "embedding", "index": i, "embedding": each} for i, each in enumerate(expected)]
         assert found == {**head, "data": data}
 
 
@@ -142,7 +142,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("ends", "status", "told"),
+    ("ends", "status", "expected"),
     [
         (QueueFull("5 texts wait"), 429, ("5 texts wait; try again later", "rate_limit_error", "queue_full")),
         (Closed("closed"), 503, ("the server is being shut down", "server_error", "shutting_down")),
@@ -152,7 +152,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
         (UsageError("a step\nfailed", hint="less"), 500, ("a step failed; less", "server_error")),
     ],
 )  # fmt: skip
-def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, told: tuple[str, ...]) -> None:
+def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, expected: tuple[str, ...]) -> None:
     """The answer comes at once with its own status; in a stream that has begun, it is the last event."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
@@ -164,7 +164,7 @@ def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, told: tup
     writer = Writer(submit)
     asked = Asked(writer)
     found, body = asked.post("/v1/completions", {**PROMPT, "stream": stream})
-    assert (found, json.loads(body)) == (status, error(*told))
+    assert (found, json.loads(body)) == (status, error(*expected))
     assert bool(writer.cancelled) == isinstance(ends, Cut) or status == 500
     assert asked.headers.get("retry-after") == ("1" if status == 429 else None)
     assert f'treadle_requests_total{{route="/v1/completions",status="{status}"}} 1.0' in asked("GET", "/metrics")[1]
@@ -250,9 +250,9 @@ def test_a_body_that_is_late_or_too_long_is_refused() -> None:
     part = {"type": "http.request", "body": b"{", "more_body": True}
     late = error("the body did not arrive in time", "invalid_request_error", "timeout")
     long = error("the body has more than 4 bytes", "invalid_request_error", "body_too_large")
-    for parts, status, told in ((1, 408, late), (4, 408, late), (5, 413, long)):
+    for parts, status, expected in ((1, 408, late), (4, 408, late), (5, 413, long)):
         found, body = asked("POST", "/v1/completions", *[part] * parts)
-        assert (found, json.loads(body)) == (status, told)
+        assert (found, json.loads(body)) == (status, expected)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +275,9 @@ def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
 def test_what_is_served_is_listed() -> None:
     asked = Asked(Writer(lambda orders: None))
     asked.server.started = 7
-    told = {"id": "tiny", "object": "model", "created": 7, "owned_by": "treadle"}
-    assert json.loads(asked("GET", "/v1/models")[1]) == {"object": "list", "data": [told]}
-    assert json.loads(asked("GET", "/v1/models/tiny")[1]) == told
+    facts = {"id": "tiny", "object": "model", "created": 7, "owned_by": "treadle"}
+    assert json.loads(asked("GET", "/v1/models")[1]) == {"object": "list", "data": [facts]}
+    assert json.loads(asked("GET", "/v1/models/tiny")[1]) == facts
     status, body = asked("GET", f"/v1/models/{'x' * 99}")
     missing = error(f"no model '{'x' * 80}' is served; tiny", "not_found_error", "model_not_found", "model")
     assert (status, json.loads(body)) == (404, missing)
@@ -298,8 +298,8 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         ((_, tell),) = orders
         loop = asyncio.get_running_loop()
-        for n, told in enumerate([Token(0, 0), Token(0, 1), Token(0, 3, "stop"), Ended()]):
-            loop.call_later(n / 200, tell, told)
+        for n, event in enumerate([Token(0, 0), Token(0, 1), Token(0, 3, "stop"), Ended()]):
+            loop.call_later(n / 200, tell, event)
 
     writer = Writer(submit)
     writer.chat_ids = lambda messages: (0, 1)  # type: ignore[method-assign]
@@ -310,10 +310,10 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
     if stream:
         *events, done, rest = body.split("\n\n")
         assert (done, rest) == ("data: [DONE]", "")
-        told = [json.loads(each.removeprefix("data: ")) for each in events]
-        assert {each["object"] for each in told} == {"chat.completion.chunk"}
-        assert told[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-        assert [each["choices"][0]["finish_reason"] for each in told] == [None, None, None, "stop"]
+        output = [json.loads(each.removeprefix("data: ")) for each in events]
+        assert {each["object"] for each in output} == {"chat.completion.chunk"}
+        assert output[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert [each["choices"][0]["finish_reason"] for each in output] == [None, None, None, "stop"]
     else:
         whole = json.loads(body)
         assert whole["object"] == "chat.completion"
@@ -368,10 +368,10 @@ def test_bodies_are_as_long_as_they_may_be() -> None:
     parts = [{"type": "http.request", "body": body[:9], "more_body": True}, {"type": "http.request", "body": body[9:]}]
     for limit, status in ((len(body), 503), (len(body) - 1, 413)):
         asked = Asked(Writer(submit), limits=Limits(body=limit))
-        found, told = asked("POST", "/v1/completions", *parts)
+        found, answer = asked("POST", "/v1/completions", *parts)
         assert found == status
     message = f"the body has more than {len(body) - 1} bytes"
-    assert json.loads(told) == error(message, "invalid_request_error", "body_too_large")
+    assert json.loads(answer) == error(message, "invalid_request_error", "body_too_large")
 
 
 def test_models_do_what_they_are_for() -> None:

@@ -64,9 +64,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {bare} "$@"\n')
     python.chmod(0o755)
-    found = bench_model(
-        SMALL, ["openvino"], sizes={"S": 4}, rounds=1, python=str(python)
-    )
+    found = bench_model(SMALL, ["openvino"], sizes={"S": 4}, rounds=1, python=str(python))
     assert found.missing == {"openvino": "openvino is not installed"}
     assert "openvino is missing: openvino is not installed (pip install openvino)" in map(str, report_lines(found))
 

@@ -78,18 +78,18 @@ def sides(monkeypatch: pytest.MonkeyPatch) -> list[_Side]:
 def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: list[_Side]) -> None:
     ours, theirs = [99.0, 1.0, 2.0, 4.0, 2.0, 1.0], [99.0, 3.0, 2.0, 2.0, 8.0, 1.0]
     _Side.seconds = {"treadle": iter(ours), "eager": iter(theirs), "onnxruntime": iter(theirs[::-1])}
-    told: list[str] = []
+    lines: list[str] = []
     names = ["eager", "openvino", "onnxruntime", "eager"]
     chosen = {"backend": "numpy", "config": {"a": 1}, "limits": {"b": 2}, "seed": 5, "quantize": "int8"}
     workload = Workload("m", 2, {**chosen, "widen": ("f16",)})
-    found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", emit=told.append)
+    found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", emit=lines.append)
     assert found.rows[:2] == [
         BenchRow("treadle", "a treadle", 2.0, 1.0, (1.0, 1.0), None, 0.5, 7),
         BenchRow("eager", "a eager", 2.0, 1.0, (1.0, 3.0), 0.25, 0.5, 7),
     ]
     assert (found.missing, found.rounds) == ({"openvino": "openvino is not installed"}, 5)
     assert (found.machine, found.cost.flops) == (MachineLimits({"f32": 3e9}, 4e9, None), 12)
-    assert told == [*(f"opening {name}" for name in ("treadle", "eager", "openvino", "onnxruntime")), "running"]
+    assert lines == [*(f"opening {name}" for name in ("treadle", "eager", "openvino", "onnxruntime")), "running"]
     assert {each.name: each.python for each in sides} == {
         "limits": sys.executable, "treadle": sys.executable, "eager": sys.executable,
         "openvino": "other", "onnxruntime": "other",
@@ -126,7 +126,9 @@ def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
     found = bench_model(Workload("m"), [])
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
     assert "onnx" not in sides[0].spec, "the specification is unused"
-    assert Workload("m") == Workload("m", 1, {}) and Workload("m").options == CompileOptions(backend="tvm", entry="bench")
+    assert Workload("m") == Workload("m", 1, {}) and Workload("m").options == CompileOptions(
+        backend="tvm", entry="bench"
+    )
 
 
 @pytest.mark.parametrize("side", ["limits", "treadle"])
@@ -231,7 +233,7 @@ def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (ImportError("gone", name="nncf"), "nncf is not installed"),
         (ImportError("gone"), "gone is not installed"),
@@ -239,13 +241,15 @@ def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pyte
         (ValueError("a\n  b" + "c" * 400), "ValueError: a b" + "c" * 385),
     ],
 )
-def test_why_a_side_is_missing_is_told_on_a_line(error: Exception, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_side_is_missing_is_told_on_a_line(
+    error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def opens(spec: Any) -> Any:
         raise error
 
     monkeypatch.setattr(serving, "OPENERS", {"eager": opens})
     with process({"side": "eager", "threads": 1}, "1\n", monkeypatch) as answers:
-        assert answers == [{"missing": told}]
+        assert answers == [{"missing": expected}]
 
 
 def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +292,11 @@ def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPat
         done = subprocess.run(
             [sys.executable, str(Path(limits.__file__)), json.dumps(spec)], capture_output=True, text=True, check=True
         )
-        told = json.loads(done.stdout)
+        output = json.loads(done.stdout)
         assert (
-            told == {"missing": error} if error else told["rates"]["f32"] > 1e8 < told["read"] and told["least"] is None
+            output == {"missing": error}
+            if error
+            else output["rates"]["f32"] > 1e8 < output["read"] and output["least"] is None
         )
 
 
@@ -369,8 +375,8 @@ def test_openvino_is_given_the_file_and_its_sizes(
     kinds = SimpleNamespace(TRANSFORMER="t")
     nncf = SimpleNamespace(Dataset=list, quantize=quantizes, ModelType=kinds)
     monkeypatch.setitem(sys.modules, "nncf", nncf)
-    run, told = serving.OPENERS[side](spec_of(tmp_path, side, {"x": np.ones((2, 3))}))
-    assert (run(), told) == ({"y": 5}, note)
+    run, summary = serving.OPENERS[side](spec_of(tmp_path, side, {"x": np.ones((2, 3))}))
+    assert (run(), summary) == ({"y": 5}, note)
     assert core.read_model.calls == [(("m.onnx",), {})]
     assert model.reshape.calls == [(({"x_0": [2, 3]},), {})]
     hints = {"INFERENCE_NUM_THREADS": 3, "INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}

@@ -207,7 +207,7 @@ def test_classified_texts(said: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("", "one: writes\ntwo: embeds\nserving at http://here\n"),
         ("--host localhost", "one: writes\ntwo: embeds\nserving at http://here\n"),
@@ -221,7 +221,7 @@ def test_classified_texts(said: Callable[..., Any]) -> None:
         ),
     ],
 )
-def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_server_says(words: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for package in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(package)
     from treadle.serving.models import Opening, ServedWriter
@@ -233,7 +233,9 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
     def opened(self: Opening, model: str, **options: Any) -> Any:
         asked.append((self, model, options))
         made = object.__new__(ServedWriter) if model == "a" else SimpleNamespace()
-        vars(made).update(name="one", told="writes") if model == "a" else vars(made).update(name="two", told="embeds")
+        vars(made).update(name="one", description="writes") if model == "a" else vars(made).update(
+            name="two", description="embeds"
+        )
         return made
 
     def served(models: Any, *, ready: Callable[[str], None], **options: Any) -> None:
@@ -248,24 +250,24 @@ def test_what_a_server_says(words: str, told: str, monkeypatch: pytest.MonkeyPat
     seen: list[tuple[str, bool]] = []
     monkeypatch.setattr("treadle.progress.working", working)
     monkeypatch.setattr(Opening, "open", opened)
-    for each in ("name", "told"):
+    for each in ("name", "description"):
         monkeypatch.delattr(ServedWriter, each, raising=False)
     monkeypatch.setattr("treadle.serving.running.serve", served)
     done = CliRunner().invoke(app, ["serve", "a", "b", *words.split()])
-    assert (done.exit_code, done.stdout, done.stderr) == (0, "", told), done.exception
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "", expected), done.exception
     opening, (count, options) = asked[0][0], asked[-1]
     assert (opening.rows, opening.capacity, opening.queue, opening.resumes, count) == (16, 2048, 256, None, 2)
     assert (options["port"], options["key"]) == (8000, "secret" if "key" in words else None)
     assert (options["limits"].body, options["limits"].seconds) == (2**20, 600.0)
     assert asked[0][1:] == ("a", {})
     assert seen == [("compiling a", True), ("compiling b", True)]
-    told_as_json = CliRunner().invoke(app, ["serve", "a", "b", "--json", *words.split()])
+    as_json = CliRunner().invoke(app, ["serve", "a", "b", "--json", *words.split()])
     assert seen[2:] == [("compiling a", False), ("compiling b", False)]
-    assert json.loads(told_as_json.stdout) == {
+    assert json.loads(as_json.stdout) == {
         "address": "http://here",
         "models": [{"name": "one", "writes": True}, {"name": "two", "writes": False}],
     }
-    assert told_as_json.stderr == ""
+    assert as_json.stderr == ""
     how = "--widen bf16,f16 --dtype bf16 --quantize int4 --set n=1 --limit nodes=7 --rows 2 --context 3 --queue 4"
     how = f"{how} --cache f16 --reuse --port 1 --body 5 --seconds 6 --threads 2"
     CliRunner().invoke(app, ["serve", "a", *how.split()])

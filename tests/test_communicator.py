@@ -173,7 +173,7 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
     assert met.received(np.empty((0, 3), np.float32), 1, "receiving").shape == (0, 3)
 
 
-def told_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
+def described_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
     """The first of two ranks on the CPU, and the other rank sends a different number in one of four places."""
 
     def tell(own: list[int], *_: Any, **__: Any) -> list[list[int]]:
@@ -196,7 +196,7 @@ def test_ranks_that_do_not_meet_alike_are_told(
     monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], at: int, report: str
 ) -> None:
     op = find_op(name).make(over="tp", ways=2, **attributes)
-    met = told_by_another(monkeypatch, at)
+    met = described_by_another(monkeypatch, at)
     with met.running("once"), pytest.raises(RankError) as error:
         met.exchange(op, np.ones((2, 3), np.float32))  # type: ignore[arg-type]
     assert error.value.what == report
@@ -219,7 +219,7 @@ def test_ranks_that_do_not_meet_alike_are_told(
 def test_a_meeting_that_is_not_planned_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, attributes: dict[str, Any], report: str
 ) -> None:
-    met = told_by_another(monkeypatch, 3)
+    met = described_by_another(monkeypatch, 3)
     with met.running("once"), pytest.raises(GraphError) as error:
         met.exchange(find_op(name).make(**attributes), np.ones((2, 3), np.float32))  # type: ignore[arg-type]
     assert error.value.what == report

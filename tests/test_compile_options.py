@@ -116,7 +116,9 @@ def test_a_command_has_the_flags_of_its_options(command: str) -> None:
     wanted = {each.name: each for each in flagged(*ENTRIES[command]) if each.name not in own}
     assert {(command, each.name) for each in flagged(*ENTRIES[command]) if each.name in own} <= OWN
     found = {p.name: p for p in GROUP.commands[command].params if p.name in declared_options() and p.name not in own}
-    settings = {name for name in found if found[name].help != declared_options()[name].help}  # of a run, such as a drawing's seed
+    settings = {
+        name for name in found if found[name].help != declared_options()[name].help
+    }  # of a run, such as a drawing's seed
     assert settings <= {"seed"}
     assert [name for name in found if name not in settings] == list(wanted)
     for name, option in wanted.items():

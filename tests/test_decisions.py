@@ -124,16 +124,16 @@ def test_instruction_sets(case: str, golden: Golden) -> None:
     graph = optimized(LLAMA.graph(), dtype, quantize).graph
     if cache != "":
         graph = derive_step(graph, cache=cache).graph
-    told: dict[str, list[str]] = {}
+    decisions: dict[str, list[str]] = {}
     for isa in INSTRUCTION_SETS:
         code, program = lowered(graph, isa)
         layouts = Counter(str(v.layout) for e in code.graph.entries for v in e.parameters.values() if v.layout)
         packed = [f"{count} weights in {layout}" for layout, count in sorted(layouts.items())]
-        told[isa] = [*packed, *specs(program)]
-    first, *others = told.values()
+        decisions[isa] = [*packed, *specs(program)]
+    first, *others = decisions.values()
     common = [line for line in first if all(line in lines for lines in others)]
     text = ["# on each of them", *common]
-    for isa, lines in told.items():
+    for isa, lines in decisions.items():
         text += ["", f"# {isa}", *(line for line in lines if line not in common)]
     golden(f"decisions/instruction_sets/{file_name(case)}.txt", "\n".join(text))
 
@@ -188,8 +188,8 @@ def test_ways_to_keep_to_a_budget(golden: Golden) -> None:
     whole = search.whole
     text = [f"whole {whole.bytes} bytes, {whole.here} here; none needs fewer than {search.bound}"]
     for each in search.candidates:
-        told = [each.variant.apart * "apart", each.variant.again * "again", *map(str, each.chunks)]
-        text.append(f"{each.bytes} bytes, {each.seconds:.6g} s: {'; '.join(filter(None, told))}")
+        choices = [each.variant.apart * "apart", each.variant.again * "again", *map(str, each.chunks)]
+        text.append(f"{each.bytes} bytes, {each.seconds:.6g} s: {'; '.join(filter(None, choices))}")
     golden("decisions/budget_ways.txt", without_lines("\n".join(text)))
 
 

@@ -245,11 +245,11 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_the_last_that_is_taken_and_the_first_that_is_not(name: str) -> None:
-    last, first, told = LIMITS[name]
+    last, first, expected = LIMITS[name]
     last()
     with pytest.raises(TreadleError) as caught:
         first()
-    assert (caught.value.what, caught.value.received, caught.value.hint) == told
+    assert (caught.value.what, caught.value.received, caught.value.hint) == expected
 
 
 LONG = "z" * 300

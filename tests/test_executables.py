@@ -350,17 +350,17 @@ def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.M
     import torch
 
     graph = graph_of(lambda b: b.gather(b.input("x", "f32[4]"), b.input("i", "i64[2]"), axis=0))
-    before, told = torch.get_num_threads(), list[int]()
+    before, numbers = torch.get_num_threads(), list[int]()
     number, x = before + 1, np.arange(4, dtype=np.float32)
     with_threads, without = (find_backend("torch").compile(graph, Target("cpu", threads=n), {}) for n in (number, None))
     real = torch.set_num_threads
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: (told.append(n), real(n)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: (numbers.append(n), real(n)))
     without(x=x, i=[1, 2])
-    assert told == []
+    assert numbers == []
     with_threads(x=x, i=[1, 2])
     with pytest.raises(BackendError, match="index 7 is outside"):
         with_threads(x=x, i=[1, 7])
-    assert told == [number, before] * 2
+    assert numbers == [number, before] * 2
     assert torch.get_num_threads() == before
 
 
@@ -623,8 +623,8 @@ def test_a_failing_node_names_its_line(backend: str) -> None:
     exe = compiled(backend, graph, {"w": np.ones((5, 3), np.float32)})
     for index in (5, -1):
         text = message(lambda i=index: exe(ids=np.array([0, i])))
-        told = [line for line in text.splitlines() if not line.startswith("  from")]
-        assert told == [
+        lines = [line for line in text.splitlines() if not line.startswith("  from")]
+        assert lines == [
             f"embedding: index {index} is outside an axis of size 5",
             f"  received  {index} in input ids",
             "  try       indices from 0 to 4",
@@ -653,12 +653,12 @@ def test_an_index_is_followed_to_the_input_that_it_was_made_of(backend: str) -> 
     good = {"ids": np.int32([0, 1, 2]), "more": np.int32([2, 2, 2]), "at": np.zeros((5, 1), np.int32)}
     good["x"] = np.zeros(3, np.float32)
     exe(**good)
-    for wrong, told in (
+    for wrong, expected in (
         ({"ids": np.int32([5, 1, 4])}, "5 in turned, computed from input ids"),
         ({"more": np.int32([2, 7, 0])}, "8 in both"),
         ({"at": np.full((5, 1), 3, np.int32)}, "3 in wide, computed from input at"),
     ):
-        assert f"  received  {told}\n" in message(lambda w=wrong: exe(**good | w))
+        assert f"  received  {expected}\n" in message(lambda w=wrong: exe(**good | w))
     late = compiled(backend, graph, weights | {"fixed": np.array([1, 6])})
     assert "  received  6 in fixed\n" in message(lambda: late(**good))
 

@@ -72,13 +72,13 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "toy.py:toy"
 
 
-def told(*arguments: str) -> tuple[int, str]:
+def run_explain(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["explain", *arguments])
     return result.exit_code, result.output
 
 
 def test_fused_and_refused_sites_are_told_by_block(toy: str, golden: Golden) -> None:
-    code, text = told(toy, "fusion")
+    code, text = run_explain(toy, "fusion")
     assert code == 0
     golden("explain/fused_and_refused.txt", text)
 
@@ -88,9 +88,9 @@ def test_lines_break_between_words_and_places(toy: str, golden: Golden) -> None:
     golden("explain/at_60_columns.txt", explanation.text(60))
     assert explanation.text(10_000) == str(explanation)
     for each in (explanation, explain_fusion("gpt2"), explain_fusion("t5")):
-        told = each.text(80)
-        assert max(map(len, told.splitlines())) <= 80
-        assert [w for w in told.split() if w != "from"] == [w for w in str(each).split() if w != "from"]
+        text = each.text(80)
+        assert max(map(len, text.splitlines())) <= 80
+        assert [w for w in text.split() if w != "from"] == [w for w in str(each).split() if w != "from"]
 
 
 def test_a_place_that_does_not_fit_has_a_line_of_its_own() -> None:
@@ -125,7 +125,7 @@ def test_the_place_of_an_edge_stands_below_it() -> None:
 
 
 def test_json_says_the_same(toy: str) -> None:
-    code, text = told(toy, "fusion", "--json")
+    code, text = run_explain(toy, "fusion", "--json")
     facts = json.loads(text)
     assert (code, facts["model"], facts["met"]) == (0, "toy", True)
     assert facts["fused_ops"] == {"attention": 3, "layer_norm": 3, "activated_linear": 3}
@@ -149,18 +149,18 @@ def test_json_says_the_same(toy: str) -> None:
 )
 def test_a_count_that_differs_ends_with_1(toy: str, expected: list[str], code: int) -> None:
     options = [word for each in expected for word in ("--expect", each)]
-    found, text = told(toy, "fusion", *options)
+    found, text = run_explain(toy, "fusion", *options)
     assert found == code
     assert ("NOT MET, there are 3" in text) == (code == 1)
-    _, said = told(toy, "fusion", "--json", *options)
+    _, said = run_explain(toy, "fusion", "--json", *options)
     assert json.loads(said)["met"] == (code == 0)
 
 
 def test_certificates_are_printed_where_asked_for(toy: str) -> None:
-    assert "fuse-attention" in told(toy, "fusion", "--certify")[1].split("a run has")[1]
-    facts = json.loads(told(toy, "fusion", "--certify", "--json")[1])
+    assert "fuse-attention" in run_explain(toy, "fusion", "--certify")[1].split("a run has")[1]
+    facts = json.loads(run_explain(toy, "fusion", "--certify", "--json")[1])
     assert {"gelu-erf", "layer-norm", "fuse-attention"} <= {c["rule"] for c in facts["certificates"]}
-    assert "certificates" not in json.loads(told(toy, "fusion", "--json")[1])
+    assert "certificates" not in json.loads(run_explain(toy, "fusion", "--json")[1])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
@@ -184,14 +184,14 @@ def test_a_site_of_an_onnx_file_has_its_nodes_name(tmp_path: Path) -> None:
     text = f'<ir_version: 9, opset_import: ["": 18]> attention {signature} {{ {body} }}'
     path = tmp_path / "attention.onnx"
     onnx.save(onnx.parser.parse_model(text), path)
-    code, said = told(str(path), "fusion", "--json", "--expect", "attention=1")
+    code, said = run_explain(str(path), "fusion", "--json", "--expect", "attention=1")
     facts = json.loads(said)
     (site,) = facts["blocks"][-1]["sites"]
     assert (code, site["kind"], site["status"]) == (1, "attention", "refused")
     assert "probabilities" in site["places"][0]
     assert facts["expected"] == [{"op": "attention", "expected": 1, "found": 0}]
     onnx.save(onnx.parser.parse_model(text.replace("axis = 1", "axis = 3")), path)
-    assert told(str(path), "fusion", "--expect", "attention=1")[0] == 0
+    assert run_explain(str(path), "fusion", "--expect", "attention=1")[0] == 0
 
 
 # -- quantized models -------------------------------------------------------------------------------------------------
@@ -452,9 +452,9 @@ def test_events_that_name_no_nodes_are_of_the_site_at_their_line(toy: str) -> No
         replace(r, matches=bare(r.matches), refusals=bare(r.refusals), near_misses=bare(r.near_misses))
         for r in optimized.log
     )
-    whole, told = ({s.anchor: v for s, v in judge(each)} for each in (optimized, replace(optimized, log=log)))
-    assert {v.status for v in told.values()} > {"fused", "refused"}
-    assert [(v.status, v.rules) for v in told.values()] == [(whole[s].status, whole[s].rules) for s in told]
+    whole, partial = ({s.anchor: v for s, v in judge(each)} for each in (optimized, replace(optimized, log=log)))
+    assert {v.status for v in partial.values()} > {"fused", "refused"}
+    assert [(v.status, v.rules) for v in partial.values()] == [(whole[s].status, whole[s].rules) for s in partial]
 
 
 @pytest.mark.parametrize(("count", "more"), [(4, ""), (5, " and 1 more"), (6, " and 2 more")])

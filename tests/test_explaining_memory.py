@@ -52,7 +52,7 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "expected"),
     [
         ({"arena": None}, ["numpy allocates each array by itself: the memory alive at once, and its cache"]),
         ({"arena": 9_000}, ["one arena of 9,000 bytes, equal to the peak, the lower bound"]),
@@ -73,18 +73,18 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
         ),
     ],
 )
-def test_the_text_says_where_values_lie(facts: dict[str, Any], told: list[str]) -> None:
+def test_the_text_says_where_values_lie(facts: dict[str, Any], expected: list[str]) -> None:
     own = {"peak": 9_000, "arena": None, "foreign": 0, "host": None, "apart": {"weights": 2_000, "states": 0}}
     lines = str(replace(small(), **(own | facts))).splitlines()
-    assert lines[1 : len(told) + 2] == [*told, "not included: weights 2 kB"]
+    assert lines[1 : len(expected) + 2] == [*expected, "not included: weights 2 kB"]
 
 
 @pytest.mark.parametrize(
-    ("formula", "told"), [(("8*S",), "8*S bytes"), (("8*S", "64"), "the largest of 8*S, 64 bytes")]
+    ("formula", "expected"), [(("8*S",), "8*S bytes"), (("8*S", "64"), "the largest of 8*S, 64 bytes")]
 )
-def test_the_text_says_of_what_the_peak_is_the_largest(formula: tuple[str, ...], told: str) -> None:
+def test_the_text_says_of_what_the_peak_is_the_largest(formula: tuple[str, ...], expected: str) -> None:
     lines = str(replace(small(), formula=formula, donated=("lent",), reorders=("moved",))).splitlines()
-    at = lines.index(f"at any sizes the peak is {told}")
+    at = lines.index(f"at any sizes the peak is {expected}")
     assert lines[at + 1 : at + 4] == ["lent", "moved", ""]
 
 
@@ -149,8 +149,8 @@ def test_the_legend_has_the_colour_of_each_ops_boxes() -> None:
     drawn = list(ElementTree.fromstring(draw_memory(gpt2("tvm"))))
     legend = [(r, word) for r, word in pairwise(drawn) if (r.get("width"), r.get("height")) == ("12", "12")]
     boxes = {(title.text, r.get("fill")) for r in drawn if (title := r.find("{*}title")) is not None}
-    told = {(text.rpartition(", for ")[2].split()[0], fill) for text, fill in boxes if text and "bytes)" in text}
-    assert {(word.text, r.get("fill")) for r, word in legend} == told
+    facts = {(text.rpartition(", for ")[2].split()[0], fill) for text, fill in boxes if text and "bytes)" in text}
+    assert {(word.text, r.get("fill")) for r, word in legend} == facts
     end = 0.0
     for square, word in legend:
         at, text = ([float(each.attrib[axis]) for axis in "xy"] for each in (square, word))

@@ -267,8 +267,8 @@ def two_blocks() -> Graph:
 def test_a_timetable_by_hand() -> None:
     """An exp moves 64 bytes and a product 96; an all-reduce of 32 sends 32 bytes in two messages."""
     times = timetable_of(two_blocks(), Mesh.of("tp=2"), ROUND, {})
-    told = [(each.op, each.over, each.scope, each.start, each.end, each.sent, each.call) for each in times.busy]
-    assert told == [
+    rows = [(each.op, each.over, each.scope, each.start, each.end, each.sent, each.call) for each in times.busy]
+    assert rows == [
         ("exp", "", "h.0", 0, 4, 0, 0),
         ("all_reduce", "tp", "h.0", 4, 9, 32, 0),
         ("exp", "", "h.0", 9, 13, 0, 0),
@@ -326,7 +326,7 @@ def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "expected"),
     [
         (8.26e-5, "0.0826 ms"),
         (0.99949, "999 ms"),
@@ -336,29 +336,29 @@ def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
         (0.1234, "123 ms"),
     ],
 )
-def test_a_time_has_three_digits(seconds: float, told: str) -> None:
-    assert milliseconds(seconds) == told
+def test_a_time_has_three_digits(seconds: float, expected: str) -> None:
+    assert milliseconds(seconds) == expected
 
 
 def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
     """A change that saves less than half a percent is not reported; if the plan does not fit, a change that fits is."""
     fits, full = needing(2000, 80e9, 1.0, 0.5, 1.0), needing(2000, 1500, 1.0, 0.5, 1.0)
 
-    def told(needs: DeviceNeeds, *changes: Change) -> ShardingReport:
+    def report_with(needs: DeviceNeeds, *changes: Change) -> ShardingReport:
         return replace(plain(), needs=needs, changes=changes)
 
     slow, fast = Change("recipe dp", 0.995, 3000, True), Change("heads whole", 0.99, 1000, True)
     small, large = Change("mesh tp=4", 3.0, 1400, True), Change("recipe dp", 0.5, 1600, False)
-    assert told(fits, slow).best is None and told(fits, fast, slow).best is fast
-    assert told(full, small).best is small and told(full, large).best is large
-    assert told(fits, large).best is None and told(fits).best is None
+    assert report_with(fits, slow).best is None and report_with(fits, fast, slow).best is fast
+    assert report_with(full, small).best is small and report_with(full, large).best is large
+    assert report_with(fits, large).best is None and report_with(fits).best is None
     many = [replace(fast, description=f"change {n}") for n in range(4)]
     cases = [
-        told(fits),
-        told(fits, slow),
-        told(fits, *many),
-        told(full, small, large),
-        told(full, replace(large, seconds=2)),
+        report_with(fits),
+        report_with(fits, slow),
+        report_with(fits, *many),
+        report_with(full, small, large),
+        report_with(full, replace(large, seconds=2)),
     ]
     golden("pages/changes.txt", "\n\n".join("\n".join(case._changes()) for case in cases))
 
@@ -369,7 +369,8 @@ def test_what_the_lab_says_in_known_numbers() -> None:
     assert str(far).startswith("lab: 2 ranks in float64 at B=5, S=6, 3 collectives\n  y: 0.0e+00 from")
     assert str(far).endswith("\n  NOT equal")
     assert far.facts() == {
-        "passed": False, "ranks": 2, "differences": {"y": 0.0, "z": 1.01e-11}, "sizes": {"B": 5, "S": 6}, "meetings": 3,
+        "passed": False, "ranks": 2, "differences": {"y": 0.0, "z": 1.01e-11}, "sizes": {"B": 5, "S": 6},
+        "collectives": 3,
     }  # fmt: skip
     assert _difference(np.array([1.0, 3.0]), np.array([-1.0, 4.0])) == 0.5
     assert _difference(np.array([0.25]), np.array([0.5])) == 0.25  # next to 1, if all are smaller
@@ -396,7 +397,7 @@ def test_a_drawing_of_known_times(golden: Golden) -> None:
     changes = tuple(
         Change(f"recipe {n}", seconds, 5000 * n, n < 3) for n, seconds in enumerate((0.25, 1.0, 2.0, 3.0, 0.5))
     )
-    told = replace(plain(), needs=needs, changes=changes, weights={"tp": 4000.0, "": 1990.0, "dp": 10.0})
-    golden("pages/known_times.svg", draw_sharding(told))
-    full = replace(told, needs=replace(needs, memory=8000.0, times=Timetable(busy[:2], ())), changes=())
+    report = replace(plain(), needs=needs, changes=changes, weights={"tp": 4000.0, "": 1990.0, "dp": 10.0})
+    golden("pages/known_times.svg", draw_sharding(report))
+    full = replace(report, needs=replace(needs, memory=8000.0, times=Timetable(busy[:2], ())), changes=())
     golden("pages/known_times_too_large.svg", draw_sharding(full))

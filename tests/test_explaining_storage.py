@@ -43,14 +43,14 @@ def test_every_value_and_every_weight_is_told() -> None:
     lowered = exe.optimized.lowered
     assert lowered is not None
     found = explain_storage("gpt2", backend="tvm", target="x86-64-v4", **SMALL)
-    for report_of in found.functions:
-        function = lowered.graph.functions[report_of.name]
+    for each in found.functions:
+        function = lowered.graph.functions[each.name]
         values = [*function.arguments, *(v for node in function.nodes for v in node.results)]
-        assert len([v for v in report_of.values if v.kind != "constant"]) == len(values)
-        assert sorted(v.type for v in report_of.values if v.kind == "weight") == sorted(
+        assert len([v for v in each.values if v.kind != "constant"]) == len(values)
+        assert sorted(v.type for v in each.values if v.kind == "weight") == sorted(
             str(v.type) for v in function.parameters.values()
         )
-        assert len({v.name for v in report_of.values}) == len(report_of.values)
+        assert len({v.name for v in each.values}) == len(each.values)
 
 
 def test_a_weight_is_told_by_how_it_came() -> None:

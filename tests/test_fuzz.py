@@ -50,7 +50,7 @@ def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyP
 def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is one part in a hundred thousand, in a tanh of f64 and f32."""
     assert NUMPY.into is not None
-    wrong = "np.multiply(np.tanh({x}), type({x}.flat[0])(1.00001){told})"
+    wrong = "np.multiply(np.tanh({x}), type({x}.flat[0])(1.00001){out_args})"
     monkeypatch.setitem(NUMPY.into, "tanh", wrong)
     found = [dict(verdicts(draw(seed), ["numpy"])).get("numpy") for seed in range(0, 60, 3)]
     assert any(found)

@@ -406,9 +406,9 @@ class _Model:
 
     def __init__(self, **facts: Any) -> None:
         graph = SimpleNamespace(name="m", states={}, symbols={})
-        told = {name: name for name in ("rows", "start", "last")}
+        port_names = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
-            **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": told, "prologue": (),
+            **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": port_names, "prologue": (),
                "has_prologue": False, "carries": False, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []
@@ -418,9 +418,9 @@ class _Model:
         return SimpleNamespace(kinds=SimpleNamespace(ports=()), nbytes=2_500_000)
 
     def entry(self, name: str) -> Any:
-        def call(states: Any, tokens: Any, **told: Any) -> Any:
-            self.calls.append((name, (tokens.shape, told["start"].tolist())))
-            last = told.get("last")
+        def call(states: Any, tokens: Any, **inputs: Any) -> Any:
+            self.calls.append((name, (tokens.shape, inputs["start"].tolist())))
+            last = inputs.get("last")
             wide = tokens[:, :, None].repeat(2, 2)
             return {"logits": wide if last is None else wide[np.arange(len(wide)), last][:, None]}
 
@@ -558,8 +558,8 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     _, own = opened(chunk=9)
     assert (Scheduler(own).queue, Scheduler(own).piece) == (256, 9)
     assert [Scheduler(own, piece=piece).piece for piece in (5, 99)] == [5, 9]
-    made, told = Scheduler(own, queue=2), list[Any]()
-    order = (TextOrder((1,), Choosing(3)), told.append)
+    made, events = Scheduler(own, queue=2), list[Any]()
+    order = (TextOrder((1,), Choosing(3)), events.append)
     with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
         made.submit([order] * 3)
     made.submit([order] * 2)
@@ -567,7 +567,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
         made.submit([order])
     assert made.load() == Load(waiting=2)
     made.close()
-    assert told == [Ended(Cut.CLOSED)] * 2
+    assert events == [Ended(Cut.CLOSED)] * 2
     with pytest.raises(UsageError, match="the scheduler is closed"):
         made.submit([order])
     for prompt in ((0,) * 100, (59,)):
@@ -582,8 +582,8 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     _, own = opened(rows=2, chunk=4)
     made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
 
-    def tell(told: Any) -> None:
-        (ends if isinstance(told, Ended) else loads).append(made.load())
+    def tell(event: Any) -> None:
+        (ends if isinstance(event, Ended) else loads).append(made.load())
 
     made.submit([(TextOrder((1, 2, 3, 4, number), Choosing(2)), tell) for number in range(3)])
     assert made.load() == Load(waiting=3)
@@ -599,17 +599,17 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
 def test_an_order_is_late_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: 5.0))
     for until, cut in ((None, None), (5.0, None), (4.9, Cut.LATE), (0.0, Cut.LATE)):
-        ticket = Ticket(TextOrder((1,), Choosing(3), until=until), lambda told: None)
+        ticket = Ticket(TextOrder((1,), Choosing(3), until=until), lambda event: None)
         assert (ticket.cut, ticket.reused) == (cut, 0)
         ticket.cancel()
         assert ticket.cut is Cut.CANCELLED
 
 
 def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
-    told: list[Any] = []
+    events: list[Any] = []
 
     def fails(what: Any) -> None:
-        told.append(what)
+        events.append(what)
         raise RuntimeError
 
     ticket = Ticket(TextOrder((1,), Choosing(3)), fails)
@@ -617,7 +617,7 @@ def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
     assert ticket.cut is Cut.CANCELLED
     ticket.end()
     ticket.end(Cut.LATE)
-    assert told == [Token(0, 1), Ended()]
+    assert events == [Token(0, 1), Ended()]
 
 
 def test_what_nobody_foresaw_is_told_shortly() -> None:

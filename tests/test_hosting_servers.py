@@ -29,12 +29,12 @@ class _Uvicorn:
     """A stand-in for the package that records its arguments."""
 
     def __init__(self) -> None:
-        self.told: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         self.handlers: list[Any] = []
         self.listening: Any = None
 
-    def Config(self, application: Any, **told: Any) -> Any:
-        self.told = {"application": application, **told}
+    def Config(self, application: Any, **settings: Any) -> Any:
+        self.settings = {"application": application, **settings}
         return "config"
 
     def Server(self, config: Any) -> Any:
@@ -63,8 +63,8 @@ def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, u
     serve([], host="127.0.0.1", port=0, **given, **({} if drain is None else {"drain": drain}))
     (address,) = said
     assert address.startswith("http://127.0.0.1:") and address.endswith("/v1")
-    assert uvicorn.told.pop("application") is not None
-    assert uvicorn.told == {
+    assert uvicorn.settings.pop("application") is not None
+    assert uvicorn.settings == {
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
@@ -133,7 +133,7 @@ def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int)
     served = ServedWriter("m", held, rows=3, capacity=50, queue=4)
     assert held.sessions == [{"rows": 3, "capacity": capacity, "resumes": None}]
     assert served.scheduler.queue == 4
-    assert served.told == f"3 rows of {capacity} tokens, 3 MB of caches"
+    assert served.description == f"3 rows of {capacity} tokens, 3 MB of caches"
 
 
 def test_prompts_and_talks_are_read_as_tokens() -> None:
@@ -172,18 +172,18 @@ def test_who_waits_to_embed_is_counted() -> None:
     for _ in range(2):
         served.embed(["a"])
     assert [*waiting, served._waiting] == [1, 1, 0]
-    assert served.told == "embeddings of 3 numbers"
+    assert served.description == "embeddings of 3 numbers"
 
 
 def test_an_error_is_an_answer_on_a_line() -> None:
-    told = refused(TreadleError("a\n b", received="c\nd", hint="e"), field="f", code="g")
-    assert (told.message, told.status, told.field, told.code) == ("a b; received c d; e", 400, "f", "g")
-    assert told.body["error"]["type"] == "invalid_request_error"
-    told = refused(TreadleError("a"), status=500)
-    assert (told.message, told.body["error"]) == (
+    refusal = refused(TreadleError("a\n b", received="c\nd", hint="e"), field="f", code="g")
+    assert (refusal.message, refusal.status, refusal.field, refusal.code) == ("a b; received c d; e", 400, "f", "g")
+    assert refusal.body["error"]["type"] == "invalid_request_error"
+    refusal = refused(TreadleError("a"), status=500)
+    assert (refusal.message, refusal.body["error"]) == (
         "a", {"message": "a", "type": "server_error", "param": None, "code": None}
     )  # fmt: skip
-    assert told.headers == {}
+    assert refusal.headers == {}
     kinds = {status: RequestRefusal(status, "a").body["error"]["type"] for status in (401, 404, 429, 499, 503)}
     assert kinds == {
         401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error",

@@ -29,39 +29,39 @@ class _Watch:
     """A watch that records its calls; `tells` is True if this rank reports to the user."""
 
     def __init__(self, tells: bool = True) -> None:
-        self.tells, self.told = tells, list[Any]()
+        self.tells, self.calls = tells, list[Any]()
         self.missing = [[1, 2], [2], list[int]()]
 
     @contextmanager
-    def waiting(self, told: str) -> Iterator[None]:
-        self.told.append(told)
+    def waiting(self, activity: str) -> Iterator[None]:
+        self.calls.append(activity)
         yield
 
-    def doing(self, told: str) -> None:
-        self.told.append(told)
+    def doing(self, activity: str) -> None:
+        self.calls.append(activity)
 
-    def explained(self, error: Exception, told: str) -> Exception:
-        return RankError(told, received=str(error))
+    def explained(self, error: Exception, activity: str) -> Exception:
+        return RankError(activity, received=str(error))
 
     def settle(self, what: str, received: str = "") -> bool:
-        self.told.append((what, received))
+        self.calls.append((what, received))
         return self.tells
 
     def check(self) -> None:
-        self.told.append("check")
+        self.calls.append("check")
 
     def leave(self) -> None:
-        self.told.append("leave")
+        self.calls.append("leave")
 
     def close(self) -> None:
-        self.told.append("close")
+        self.calls.append("close")
 
     def listen(self, host: str) -> str:
-        self.told.append(f"listen at {host!r}")
+        self.calls.append(f"listen at {host!r}")
         return "5 t"
 
-    def connect(self, host: str, told: str) -> None:
-        self.told.append(f"connect to {host} by {told}")
+    def connect(self, host: str, port_and_token: str) -> None:
+        self.calls.append(f"connect to {host} by {port_and_token}")
 
     def absent(self) -> list[int]:
         return self.missing.pop(0)
@@ -106,7 +106,7 @@ def test_torch_is_started_once_and_waits_longer_than_the_watch(calls: list[Any])
     ((backend, how),) = calls
     assert how.pop("timeout").total_seconds() == 35.0
     assert (backend, how) == ("gloo", {"store": own.store, "rank": 1, "world_size": 3, "device_id": None})
-    assert watch.told == ["starting gloo"] * 2
+    assert watch.calls == ["starting gloo"] * 2
     own.leave()
     own.leave()
     assert calls[1:] == ["destroy"], "once"
@@ -146,7 +146,7 @@ def test_facts_are_compared_as_soon_as_they_are_there(monkeypatch: pytest.Monkey
                 own.store.set(f"treadle/facts/{number}/{other}", '{"plan": "a", "version": "1"}')
                 own.store.set(f"treadle/facts/{number}/{other}/read", "")
             own.agree({"plan": "a", "version": "1"})
-        assert watch.told == [*(["comparing plan, version"] + ["check"] * (3 if rank else 6)) * 2]
+        assert watch.calls == [*(["comparing plan, version"] + ["check"] * (3 if rank else 6)) * 2]
         looked = sorted(set(own.store.looked))
         reads = [f"treadle/facts/{n}/{other}{end}" for n in (1, 2) for other in range(3) for end in ("", "/read")]
         assert looked == (reads if rank == 0 else reads[::2])
@@ -171,18 +171,18 @@ def test_an_error_of_ours_is_told_by_one_rank(tells: bool, received: str | None)
     with pytest.raises(UsageError) as caught, made(watch):
         raise error
     assert caught.value.is_reported is not tells
-    assert watch.told == [("rank 1 has failed: disk", received or ""), "close"]
+    assert watch.calls == [("rank 1 has failed: disk", received or ""), "close"]
 
 
 def test_another_error_is_told_and_all_is_well_otherwise() -> None:
     watch = _Watch()
     with pytest.raises(ZeroDivisionError), made(watch):
         _ = 1 // 0
-    assert watch.told == [("rank 1 has failed: ZeroDivisionError: integer division or modulo by zero", ""), "close"]
+    assert watch.calls == [("rank 1 has failed: ZeroDivisionError: integer division or modulo by zero", ""), "close"]
     watch = _Watch()
     with made(watch) as own:
         own.doing("loading")
-    assert watch.told == ["loading", "leave"]
+    assert watch.calls == ["loading", "leave"]
 
 
 # -- joining -----------------------------------------------------------------------------------------------------------
@@ -220,12 +220,12 @@ def test_a_rank_is_a_number_below_the_others(
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="RANK must be a number below WORLD_SIZE, and MASTER_PORT a number") as error:
         join()
-    told = {**place, name: value}
-    assert error.value.received == ", ".join(f"{each}={text!r}" for each, text in told.items())
+    environment = {**place, name: value}
+    assert error.value.received == ", ".join(f"{each}={text!r}" for each, text in environment.items())
 
 
 @pytest.mark.parametrize(
-    ("rank", "host", "timeout", "start", "told"),
+    ("rank", "host", "timeout", "start", "expected"),
     [
         (1, "far", 61.0, 61.0, ["connect to far by 5 t"]),
         (2, "far", None, 60.0, ["connect to far by 5 t"]),
@@ -235,7 +235,7 @@ def test_a_rank_is_a_number_below_the_others(
     ],
 )
 def test_ranks_join_by_a_store(
-    rank: int, host: str, timeout: float | None, start: float, told: list[str],
+    rank: int, host: str, timeout: float | None, start: float, expected: list[str],
     place: dict[str, str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """All others have at least a minute to arrive; rank 0 publishes its address."""
@@ -253,7 +253,7 @@ def test_ranks_join_by_a_store(
     joined = join() if timeout is None else join(timeout)
     later = timeout or 60.0
     assert (joined.rank, joined.size, joined.timeout, joined.store) == (rank, 3, later, store)
-    assert watch.told == told
+    assert watch.calls == expected
     assert watch.missing == ([] if rank == 0 else [[1, 2], [2], []])
     ((own, size, seconds, is_orphan),) = given
     assert (own, size, seconds, is_orphan()) == (rank, 3, later, False)

@@ -27,7 +27,7 @@ class _Machine:
     def __init__(self) -> None:
         self.now, self.plans = 0.0, dict[int, Plan]()
         self.started: list[_Process] = []
-        self.told: list[str] = []
+        self.events: list[str] = []
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -48,12 +48,12 @@ class _Process:
         return self.returncode
 
     def terminate(self) -> None:
-        self.machine.told.append(f"{self.pid} is asked at {self.machine.now:.1f}")
+        self.machine.events.append(f"{self.pid} is asked at {self.machine.now:.1f}")
         if self.obeys is not None:
             self.returncode = self.obeys
 
     def kill(self) -> None:
-        self.machine.told.append(f"{self.pid} is killed at {self.machine.now:.1f}")
+        self.machine.events.append(f"{self.pid} is killed at {self.machine.now:.1f}")
         self.returncode = -signal.SIGKILL
 
     def wait(self) -> None:
@@ -83,7 +83,7 @@ def test_each_rank_is_told_its_place(machine: _Machine, monkeypatch: pytest.Monk
         assert wanted.items() <= each.env.items()
     (port,) = {each.env["MASTER_PORT"] for each in machine.started}
     assert int(port) > 1023
-    assert machine.told == []
+    assert machine.events == []
 
 
 def test_there_is_one_rank_or_more(machine: _Machine) -> None:
@@ -94,7 +94,7 @@ def test_there_is_one_rank_or_more(machine: _Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plans", "code", "ended", "told"),
+    ("plans", "code", "ended", "expected"),
     [
         ([(0.5, 3, None), (1.0, 0, None)], 3, 1.0, []),
         ([(0.5, 1, None), (1.0, 4, None), (2.0, 0, None)], 4, 2.0, []),
@@ -108,7 +108,7 @@ def test_who_is_left_after_a_failure_is_ended(
     plans: list[Plan],
     code: int,
     ended: float,
-    told: list[str],
+    expected: list[str],
     machine: _Machine,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -117,7 +117,7 @@ def test_who_is_left_after_a_failure_is_ended(
     """
     machine.plans = dict(enumerate(plans))
     assert launch_ranks(["a"], len(plans)) == code
-    assert machine.told + capsys.readouterr().err.splitlines() == told
+    assert machine.events + capsys.readouterr().err.splitlines() == expected
     assert machine.now == pytest.approx(ended, abs=0.05)
 
 
@@ -144,19 +144,19 @@ def test_ranks_end_with_a_launcher_that_is_asked_to(machine: _Machine, monkeypat
     with pytest.raises(SystemExit) as ended:
         launch_ranks(["a"], 2)
     assert ended.value.code == 143
-    assert machine.told == ["1000 is asked at 0.0", "1001 is asked at 0.0"]
+    assert machine.events == ["1000 is asked at 0.0", "1001 is asked at 0.0"]
 
 
 @pytest.mark.parametrize(
-    ("cores", "count", "told"), [(None, 1, "0"), (3, 2, "0"), (4, 2, None), (4, 3, "0"), (1, 1, "0"), (2, 1, None)]
+    ("cores", "count", "expected"), [(None, 1, "0"), (3, 2, "0"), (4, 2, None), (4, 3, "0"), (1, 1, "0"), (2, 1, None)]
 )
 def test_idle_threads_sleep_where_a_rank_has_one_core(
-    cores: int | None, count: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+    cores: int | None, count: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "TVM_THREAD_POOL_SPIN_COUNT"
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert launching._alone_on_a_core(count).get(name) == told
+    assert launching._alone_on_a_core(count).get(name) == expected
     monkeypatch.setenv(name, "7")
     assert launching._alone_on_a_core(count) == {}
 

@@ -116,8 +116,8 @@ def long_cases(name: str, dtype: str, *roles: Role) -> Iterator[tuple[str, Case]
         case = Case.of(name, number, dtype)
         if not case.takes_its_operands:
             continue
-        for factor, told in applied(case).factors.items():
-            for made in stretched(name, number, factor, dtype) if told.role in roles else ():
+        for factor, expected in applied(case).factors.items():
+            for made in stretched(name, number, factor, dtype) if expected.role in roles else ():
                 yield f"{name}-{number} {dtype}, {factor} of {LONG}, {made.op.attributes}", made
 
 
@@ -204,9 +204,11 @@ def test_an_op_that_adds_up_says_in_which_dtype(name: str) -> None:
     cases = [Case.of(name, number) for number in range(len(OPS[name].samples))]
     floats = [c for c in cases if any(t is not None and t.dtype.is_float for t in c.types)]
     adds = any(adds_up(c.op, c.types) for c in floats)
-    told = OPS[name].accumulates
-    assert (told is not None) == adds, f"{name} {'adds up' if adds else 'adds nothing up'}, accumulates is {told}"
-    assert told is None or told.bytes >= 4
+    accumulates = OPS[name].accumulates
+    assert (accumulates is not None) == adds, (
+        f"{name} {'adds up' if adds else 'adds nothing up'}, accumulates is {accumulates}"
+    )
+    assert accumulates is None or accumulates.bytes >= 4
 
 
 # -- the dtype of sums in runs -----------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ def test_what_is_larger_than_the_budgets_sizes_is_refused() -> None:
 
 
 def test_less_memory_never_takes_less_time_nor_more_memory_more() -> None:
-    peak, told = peak_of("gpt2"), []
+    peak, times = peak_of("gpt2"), []
     for share in (1.2, 1.0, 0.9, 0.8, 0.7, 0.6):
         fit = within("gpt2", int(peak * share)).memory
         assert fit is not None and fit.peak <= fit.budget
-        told.append(fit.ratio)
-    assert told == sorted(told)
-    assert told[0] == 1.0 < told[-1]
+        times.append(fit.ratio)
+    assert times == sorted(times)
+    assert times[0] == 1.0 < times[-1]
 
 
 def test_what_does_not_fit_says_how_far_it_came() -> None:
@@ -229,9 +229,9 @@ def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch
     searched = within.__wrapped__  # so that no other test finds it
     with pytest.raises(BackendError, match="does not fit") as refused:
         searched("gpt2", 1000)
-    told = str(refused.value.within)
-    assert "other ways to split it were not tried, since 0 s had passed" in told
-    assert "ways were left out, since at most 5 are tried" in told
+    text = str(refused.value.within)
+    assert "other ways to split it were not tried, since 0 s had passed" in text
+    assert "ways were left out, since at most 5 are tried" in text
     least = int(str(refused.value.hint).partition("memory=")[2].partition(",")[0])
     kept = searched("gpt2", least)  # the suggested budget works, though a smaller one might too
     assert kept.memory is not None and kept.memory.peak <= least

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from tests.task_models import byte_level, texts, wordpiece
 from treadle.frontends.text import TextTokenizer
-from treadle.frontends.vocabularies.older_vocabularies import _clip
+from treadle.frontends.vocabularies.older_vocabularies import _clip, _Parts
 from treadle.ir.errors import CheckpointError
 
 HARD = [
@@ -215,5 +215,6 @@ def test_a_byte_that_clips_vocabulary_lacks_is_the_unknown_token() -> None:
     import tokenizers
 
     vocabulary = {"<s>": 0, "<e>": 1, "<u>": 2, "a</w>": 3}
-    made = _clip(tokenizers, vocabulary, [], {"bos_token": "<s>", "eos_token": "<e>", "unk_token": "<u>"}, {})
+    special = {"bos_token": "<s>", "eos_token": "<e>", "unk_token": "<u>"}
+    made = _clip(_Parts(tokenizers, vocabulary, [], special, {}))
     assert made.encode("a z zz a").ids == [0, 3, 2, 2, 2, 3, 1]

@@ -334,7 +334,7 @@ def test_a_call_has_no_facts() -> None:
     assert not call.is_contraction([1, 1])
 
 
-def _told(name: str) -> list[str]:
+def _fact_lines(name: str) -> list[str]:
     """Return the facts of an op's class, and for each sample its rule, its cost, and the facts derived from them."""
     cls = OPS[name]
     says = {"linear": cls.linear_text, "flops a point": cls.flops, "sums in": cls.accumulates, "step": cls.step}
@@ -383,7 +383,8 @@ def _attributes(op: Op) -> str:
 def test_what_ops_say(golden: Golden) -> None:
     """All in one table, in which every changed number, flag or rule shows."""
     golden(
-        "text_form/ops.txt", "\n".join(line for name in sorted(OPS) if name != "call" for line in [*_told(name), ""])
+        "text_form/ops.txt",
+        "\n".join(line for name in sorted(OPS) if name != "call" for line in [*_fact_lines(name), ""]),
     )
 
 
@@ -398,7 +399,7 @@ SPELLERS = (
     *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
-    "treadle/tasks/told_options.py",  # options of other libraries
+    "treadle/tasks/option_hints.py",  # options of other libraries
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )

@@ -191,17 +191,17 @@ def test_pools_are_those_of_torch_also_with_the_number_of_windows_rounded_up(cei
     functions = torch.nn.functional
     for n, k, stride, padding, dilation in pool_forms(ceil):
         x = np.random.default_rng(n).standard_normal((1, 2, n))
-        given, told = torch.from_numpy(x), f"{n} elements, padding {padding}, ceil {ceil}"
+        given, case = torch.from_numpy(x), f"{n} elements, padding {padding}, ceil {ceil}"
         after = padding_for_ceil(k, stride, dilation, padding) if ceil else padding
         form = {"kernel": (k,), "strides": (stride,), "padding": (padding, after), "dilations": (dilation,)}
         options = (k, stride, padding)
         theirs = functions.max_pool1d(given, *options, dilation, ceil_mode=ceil)
-        np.testing.assert_array_equal(reference("max_pool", x, **form), theirs, err_msg=told)
+        np.testing.assert_array_equal(reference("max_pool", x, **form), theirs, err_msg=case)
         if dilation == 1:
             mean = torch.nn.functional.avg_pool1d(
                 torch.from_numpy(x), *options, ceil_mode=ceil, count_include_pad=False
             )
-            np.testing.assert_allclose(reference("average_pool", x, **form), mean, rtol=1e-15, err_msg=told)
+            np.testing.assert_allclose(reference("average_pool", x, **form), mean, rtol=1e-15, err_msg=case)
             padded = np.pad(x, [(0, 0), (0, 0), (padding, padding)])
             counted = functions.avg_pool1d(given, *options, ceil_mode=ceil)
             form["padding"] = (0, after - padding)

@@ -88,13 +88,13 @@ MEASURED = re.compile(r"\b\d+(\.\d+)? m?s\b|(?<='seconds': )[\d.e-]+|(?<='cores'
 """Measurements that differ from run to run, and between machines, if a model is compiled or run."""
 
 
-def shortly(told: Any) -> Any:
+def shortly(facts: Any) -> Any:
     """Return numbers in six digits, and only the passes that changed something."""
-    if isinstance(told, dict):
-        return {key: shortly(value) for key, value in told.items()}
-    if isinstance(told, list):
-        return [shortly(each) for each in told if not isinstance(each, dict) or each.get("changes") != 0]
-    return float(f"{told:.6g}") if isinstance(told, float) else told
+    if isinstance(facts, dict):
+        return {key: shortly(value) for key, value in facts.items()}
+    if isinstance(facts, list):
+        return [shortly(each) for each in facts if not isinstance(each, dict) or each.get("changes") != 0]
+    return float(f"{facts:.6g}") if isinstance(facts, float) else facts
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -130,7 +130,7 @@ def test_commands_and_their_options(golden: Golden) -> None:
     for name, command in sorted(typer.main.get_group(app).commands.items()):
         lines += ["", f"{name}: {' '.join((command.help or '').split())}"]
         for each in command.params:
-            told = getattr(each, "help", None)
+            help_text = getattr(each, "help", None)
             has_default = isinstance(each.default, str | int | float)  # otherwise the library's replacement for it
             facts = [f"default {each.default!r}" * has_default, "required" * each.required]
             kind = getattr(each, "type", each)  # the one that has the bounds, depending on typer's version
@@ -140,7 +140,7 @@ def test_commands_and_their_options(golden: Golden) -> None:
             ]
             facts += ["unsaid" * (not each.show_default), "repeatable" * (each.multiple or each.nargs < 0)]
             spelled = ", ".join([*each.opts, *each.secondary_opts]) + (f" {each.metavar}" if each.metavar else "")
-            lines.append(f"  {spelled}  {'; '.join(filter(None, [*facts, told]))}")
+            lines.append(f"  {spelled}  {'; '.join(filter(None, [*facts, help_text]))}")
     golden("pages/options.txt", "\n".join(lines).replace(sys.executable, "PYTHON"))
 
 

@@ -22,7 +22,7 @@ from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.resolving import Resolved, resolve
 from treadle.sharding import plan_graph
-from treadle.sharding.rank_models import _told_weights, load_part
+from treadle.sharding.rank_models import _weights_text, load_part
 
 DIM, HIDDEN, VOCAB, HEADS = 256, 512, 1024, 8
 Array = np.ndarray[Any, Any]
@@ -172,11 +172,11 @@ def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_pat
 def test_ranks_compare_the_shapes_and_the_ends_of_weights() -> None:
     """Eight numbers at each end of each dimension, so the check reads little."""
     held = np.arange(40.0)
-    text = _told_weights({"w": held}, 0)
+    text = _weights_text({"w": held}, 0)
     for at, differs in ((0, True), (7, True), (8, False), (31, False), (32, True), (39, True)):
         other = held.copy()
         other[at] += 1
-        assert (_told_weights({"w": other}, 0) != text) == differs
+        assert (_weights_text({"w": other}, 0) != text) == differs
     for changed in ({"v": held}, {"w": held.reshape(5, 8)}, {"w": held.view(np.int64)}, {"w": held, "v": held}):
-        assert _told_weights(changed, 0) != text
-    assert _told_weights(None, 5) == "drawn from 5"
+        assert _weights_text(changed, 0) != text
+    assert _weights_text(None, 5) == "drawn from 5"

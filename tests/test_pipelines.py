@@ -324,7 +324,7 @@ def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (steps_in_another_order, "stage 0 runs or receives something twice, or in another order"),
         (a_step_twice, "stage 0 runs or receives something twice, or in another order"),
@@ -343,22 +343,22 @@ def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
         (along_stages, "which is not the last axis"),
     ],
 )
-def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], PlannedPipeline], told: str) -> None:
+def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], PlannedPipeline], expected: str) -> None:
     plan = shard_model("gpt2", "pp=4", recipe="gpipe", **SMALL)
-    with pytest.raises(PassError, match=told):
+    with pytest.raises(PassError, match=expected):
         check_sharding(replace(plan, pipeline=change(pipeline_of(plan))))
 
 
 def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
     """Plans of other recipes that are declared to be pipelines."""
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
-    for axes, told in (
+    for axes, expected in (
         ({"heads": "pp"}, "are split over pp"),
         ({"heads": "micro"}, "are partial over micro"),
         ({"wte.weight[1]": "micro"}, "a collective of layer_norm runs over stages or micro-batches"),
     ):
         plan = shard(recognized("gpt2"), "pp=2,micro=2", axes=axes)
-        with pytest.raises(PassError, match=told):
+        with pytest.raises(PassError, match=expected):
             check_sharding(replace(plan, pipeline=made))
 
 
@@ -412,19 +412,19 @@ def test_the_plan_and_its_explanation_show_the_timetable() -> None:
     assert "stages over pp; 3 micro-batches pass through them in order" in text
     assert "    stage 0    0 1 2 .\n    stage 1    . 0 1 2\n" in text
     assert "3 x hand_on over pp: stage 1 reads results of stage 0" in text
-    told = explain_sharding(
+    report = explain_sharding(
         "gpt2", mesh="pp=2,tp=2,micro=3", recipe="gpipe", sizes={"B": 6, "S": 16}, **{**SMALL, "layers": 2}
     )
-    assert max(map(len, str(told).splitlines())) <= 80
-    assert "ranks wait" in str(told)
-    assert "stage 1 reads results of stage 0" in str(told)
-    assert "2 stages, 3 micro-batches" in str(told)
-    drawn = draw_sharding(told)
+    assert max(map(len, str(report).splitlines())) <= 80
+    assert "ranks wait" in str(report)
+    assert "stage 1 reads results of stage 0" in str(report)
+    assert "2 stages, 3 micro-batches" in str(report)
+    drawn = draw_sharding(report)
     assert drawn.count("<title>micro-batch ") == 6
     assert "stage 1</text>" in drawn
-    facts = told.as_dict()
+    facts = report.as_dict()
     assert len(facts["device"]["turns"]) == 6
-    assert any(change.description.startswith("recipe megatron") for change in told.changes)
+    assert any(change.description.startswith("recipe megatron") for change in report.changes)
 
 
 def test_the_command_plans_and_tries_a_pipeline() -> None:

@@ -140,8 +140,8 @@ def test_what_becomes_of_each_weight_and_why(every: Graph) -> None:
         every.parameters[n].type.bytes_at({}) - every.parameters[n].type.as_encoded(e).bytes_at({})
         for n, e in plan.encodings.items()
     )
-    told_eight = {w.name: str(w.encoding) for w in plan_quantization(every, "int8-weights").weights if w.encoding}
-    assert told_eight == {"along": "int8_rows", "odd": "int8_rows", "tied": "int8_rows"}
+    encodings = {w.name: str(w.encoding) for w in plan_quantization(every, "int8-weights").weights if w.encoding}
+    assert encodings == {"along": "int8_rows", "odd": "int8_rows", "tied": "int8_rows"}
 
 
 def test_a_line_that_is_no_whole_number_of_groups_stays() -> None:

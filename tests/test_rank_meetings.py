@@ -73,9 +73,9 @@ def test_steps_keep_their_order() -> None:
     plan = PassManager([PlanStorage()]).run(b.graph).plan
     assert plan is not None
     steps = plan.functions["main"].steps
-    meetings = [i for i, step in enumerate(steps) if step.nodes[0].op.meets_ranks]
-    assert len(meetings) == 2
-    assert meetings[0] in must_precede(plan.functions["main"].function, steps)[meetings[1]]
+    collectives = [i for i, step in enumerate(steps) if step.nodes[0].op.meets_ranks]
+    assert len(collectives) == 2
+    assert collectives[0] in must_precede(plan.functions["main"].function, steps)[collectives[1]]
 
 
 def test_weights_that_are_gathered_as_numbers_are_not_gathered_as_blocks() -> None:

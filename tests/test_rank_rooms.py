@@ -43,8 +43,8 @@ def test_each_group_meets_by_itself_and_is_remembered() -> None:
         [101, 1100, 101],
         [1010, 1100, 1010],
     ]
-    assert [(each.over, elements) for each, elements in room.meetings].count(("tp", 1)) == 4
-    assert len(room.meetings) == 6
+    assert [(each.over, elements) for each, elements in room.collectives].count(("tp", 1)) == 4
+    assert len(room.collectives) == 6
     assert not room.results and not room.brought and not room.waiting
     assert room.left == {0, 1, 2, 3}
 

@@ -79,7 +79,7 @@ def ran(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> Callab
         folder = tmp_path_factory.mktemp("ranks")
         ranks, backends = {"tp=2": (2, "numpy,tvm"), "tp=2,dp=2": (4, "torch,numpy")}[mesh]
         job = forked.launch(ranks, str(JOB), "models", mesh, backends, str(folder))
-        assert job.ended() == 0, (job.told, job.codes)
+        assert job.ended() == 0, (job.errors, job.codes)
         return folder
 
     def found(mesh: str, name: str) -> list[Any]:
@@ -93,16 +93,16 @@ def ran(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> Callab
 def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
     ran: Callable[[str, str], list[Any]], mesh: str
 ) -> None:
-    told = ran(mesh, "")
-    cases = [first["case"].split() for first in told[0]]
+    outputs = ran(mesh, "")
+    cases = [first["case"].split() for first in outputs[0]]
     assert {(kind, form) for _, kind, _, recipe, form in cases if recipe == "megatron"} == {
         (kind, form) for kind in ("gpt2", "t5", "vit", "llama") for form in NEAR
     }
     assert {"context", "gpipe"} < {recipe for _, _, _, recipe, _ in cases}
-    for facts in zip(*told, strict=True):
+    for facts in zip(*outputs, strict=True):
         first = facts[0]
         assert first["apart"] <= NEAR[first["form"]] * max(1.0, first["largest"]), first
-        assert sum(each["met"] for each in facts) == first["meetings"], first["case"]
+        assert sum(each["met"] for each in facts) == first["collectives"], first["case"]
         # Parts of ranks are uneven, and a plan states a rank's average traffic.
         assert sum(each["counted"] for each in facts) == pytest.approx(first["planned"], rel=1e-12), first["case"]
         assert first["planned"] > 0
@@ -116,8 +116,8 @@ def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
     With three layers, the gathers of the first two start before the first awaits, and the third's before the second
     awaits. The gathered weights are bitwise identical.
     """
-    for told in ran("tp=2", "ahead-"):
-        gather = told["gather"]
+    for facts in ran("tp=2", "ahead-"):
+        gather = facts["gather"]
         assert gather["same"]
         assert gather["counted alike"]
         each = gather["order"].count("start") // 3
@@ -127,8 +127,8 @@ def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
 
 def test_keys_pass_around_while_a_rank_computes_on_those_it_has(ran: Callable[[str, str], list[Any]]) -> None:
     """Outputs are bitwise identical to a run in which a rank passes keys on after it has computed on them."""
-    for told in ran("tp=2", "ahead-"):
-        assert told["pass"] == {"order": ["start", "start", "wait", "wait"], "same": True, "counted alike": True}
+    for facts in ran("tp=2", "ahead-"):
+        assert facts["pass"] == {"order": ["start", "start", "wait", "wait"], "same": True, "counted alike": True}
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "tp=2,dp=2"])
@@ -136,17 +136,17 @@ def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
     ran: Callable[[str, str], list[Any]], mesh: str
 ) -> None:
     """Over tp=2, and over tp=4. A step's traffic is the plan's for one token."""
-    told = ran(mesh, "generated-")
-    cases = {tuple(first["case"].split()[1:]) for first in told[0]}
+    outputs = ran(mesh, "generated-")
+    cases = {tuple(first["case"].split()[1:]) for first in outputs[0]}
     assert cases == {(kind, form) for kind in ("gpt2", "t5", "llama") for form in NEAR}
-    for facts in zip(*told, strict=True):
+    for facts in zip(*outputs, strict=True):
         first = facts[0]
         assert all(each["tokens"] == first["wanted"] for each in facts), first["case"]
-        assert {each["bytes"] for each in facts} == {first["whole bytes"] / len(told)}
+        assert {each["bytes"] for each in facts} == {first["whole bytes"] / len(outputs)}
         assert all(each["counted bytes"] == each["all bytes"] for each in facts)
         assert first["apart"] < NEAR[first["form"]]
         assert sum(each["counted"] for each in facts) == pytest.approx(first["planned"], rel=1e-12), first["case"]
-    assert len({token for first in told[0] for row in first["tokens"] for token in row}) > 4
+    assert len({token for first in outputs[0] for row in first["tokens"] for token in row}) > 4
 
 
 def test_the_command_line_runs_a_model_over_ranks(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_the_command_line_runs_a_model_over_ranks(tmp_path: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env=environment(), check=False, cwd=ROOT
     )
-    told = json.loads(done.stdout)
-    assert told["ranks"] == 2
-    assert told["outputs"]["logits"]["shape"] == [1, 3, 37]
+    output = json.loads(done.stdout)
+    assert output["ranks"] == 2
+    assert output["outputs"]["logits"]["shape"] == [1, 3, 37]
     # Float32 [1, 3, 16], after the lookup, attention and the network.
-    assert told["collectives"] == [{"op": "all_reduce", "over": "tp", "times": 3, "bytes": 3 * 4 * 3 * 16}]
+    assert output["collectives"] == [{"op": "all_reduce", "over": "tp", "times": 3, "bytes": 3 * 4 * 3 * 16}]
     assert (tmp_path / "logits.npy").exists()
 
 
@@ -171,10 +171,10 @@ def test_the_command_line_continues_a_text_over_ranks_as_alone(forked: ForkedRan
     words = ["generate", str(tmp_path), "the cat", "a", "--tokens", "4", "--json"]
     alone = json.loads(CliRunner().invoke(app, words).stdout)
     job = forked.launch(2, *words, "--mesh", "tp=2", "--recipe", "megatron")
-    assert job.ended() == 0, job.told
-    told = json.loads(job.out)
-    assert [each["tokens"] for each in told["texts"]] == [each["tokens"] for each in alone["texts"]]
-    assert all(len(each["tokens"]) == 4 for each in told["texts"])
+    assert job.ended() == 0, job.errors
+    output = json.loads(job.out)
+    assert [each["tokens"] for each in output["texts"]] == [each["tokens"] for each in alone["texts"]]
+    assert all(len(each["tokens"]) == 4 for each in output["texts"])
 
 
 def test_torchrun_starts_ranks() -> None:
@@ -187,11 +187,11 @@ def test_torchrun_starts_ranks() -> None:
     if "rendezvous" in done.stderr and not done.stdout:
         pytest.skip(f"torchrun cannot run here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["ranks"] == 2
-    assert told["outputs"]["logits"]["shape"] == [2, 3, 37]
+    output = json.loads(done.stdout)
+    assert output["ranks"] == 2
+    assert output["outputs"]["logits"]["shape"] == [2, 3, 37]
     # Rank 0 sends each row's float32 [1, 3, 16].
-    assert told["collectives"] == [{"op": "hand_on", "over": "pp", "times": 2, "bytes": 2 * 4 * 3 * 16}]
+    assert output["collectives"] == [{"op": "hand_on", "over": "pp", "times": 2, "bytes": 2 * 4 * 3 * 16}]
 
 
 @pytest.fixture
@@ -200,8 +200,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in told.items():
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
 
 
@@ -215,10 +215,10 @@ def test_a_rank_tells_what_it_ran_and_what_met(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(RankModel, "__call__", meets)
     words = ["run", "gpt2", "--mesh", "tp=1", "--recipe", "megatron", *SMALL, "--input", "tokens=1", "--set=vocab=2"]
-    told = json.loads(CliRunner().invoke(app, [*words, "--json", "--output", str(tmp_path)]).stdout)
-    assert told.pop("seconds") > 0
-    (facts,) = told.pop("outputs").values()
-    assert told == {
+    output = json.loads(CliRunner().invoke(app, [*words, "--json", "--output", str(tmp_path)]).stdout)
+    assert output.pop("seconds") > 0
+    (facts,) = output.pop("outputs").values()
+    assert output == {
         "model": "gpt2",
         "mesh": "tp=1",
         "ranks": 1,
@@ -258,8 +258,8 @@ def test_all_ranks_but_the_first_print_nothing(
         step("m", cache="bf16")
         print("a piece of text")
         print("progress", file=sys.stderr)
-    told = capsys.readouterr()
-    assert (told.out, told.err) == (("", "") if rank else ("a piece of text\n", "progress\n"))
+    output = capsys.readouterr()
+    assert (output.out, output.err) == (("", "") if rank else ("a piece of text\n", "progress\n"))
     asked = {"recipe": "megatron", "axes": {"heads": "tp"}, "agree": {"texts and options": "a text"}}
     assert opened == [(("m", "tp=2", SimpleNamespace(rank=rank, timeout=7.0)), {**asked, "cache": "bf16"})]
 
@@ -272,9 +272,9 @@ def refused(job: Job, what: str) -> None:
     assert job.ended(SOON) == 2
     assert job.codes == dict.fromkeys(range(len(job.codes)), 2)
     assert len(job.codes) > 1
-    assert job.told.count(what) == 1, job.told
+    assert job.errors.count(what) == 1, job.errors
     assert job.out == ""
-    _, *rest = job.told.splitlines()
+    _, *rest = job.errors.splitlines()
     assert all(line.startswith("  ") for line in rest), "an error, and nothing beside it"
 
 
@@ -308,7 +308,7 @@ def test_what_all_ranks_refuse_is_told_once(forked: ForkedRanks, words: tuple[st
 def test_ranks_that_differ_end_with_one_error(forked: ForkedRanks, what: str) -> None:
     job = forked.launch(3, str(JOB), "differ", what)
     refused(job, f"ranks differ in their {what}")
-    assert job.told.splitlines()[1].startswith("  received  rank 0: ")
+    assert job.errors.splitlines()[1].startswith("  received  rank 0: ")
 
 
 @pytest.mark.parametrize("lacking", [(1,), (0, 1)])
@@ -332,9 +332,9 @@ def test_every_rank_is_told_the_same_of_what_differs() -> None:
     ranks = [Ranks(rank, 3, 5.0, Watch(rank, 3, 5.0), store) for rank in range(3)]
     with ThreadPoolExecutor(3) as pool:
         for facts in ([{"version": "1", "plan": "a"}] * 3, [{"version": "1"}, {"version": "1"}, {"version": "2"}]):
-            told = list(pool.map(lambda pair: _agreed(*pair), zip(ranks, facts, strict=True)))
+            messages = list(pool.map(lambda pair: _agreed(*pair), zip(ranks, facts, strict=True)))
             differ = facts[0] != facts[2]
-            assert told == ["ranks differ in their version: rank 0: 1; rank 2: 2" if differ else ""] * 3
+            assert messages == ["ranks differ in their version: rank 0: 1; rank 2: 2" if differ else ""] * 3
 
 
 def _agreed(ranks: Ranks, facts: dict[str, str]) -> str:
@@ -350,7 +350,7 @@ def processes_of(job: Job, ranks: int) -> dict[int, int]:
     until = time.monotonic() + SOON
     found: dict[int, int] = {}
     while len(found) < ranks:
-        assert time.monotonic() < until, job.told
+        assert time.monotonic() < until, job.errors
         time.sleep(0.01)
         found = {int(rank): int(process) for rank, process in re.findall(r"rank (\d+) is process (\d+)", job.out)}
     return found
@@ -361,21 +361,21 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
     processes = processes_of(job, 3)
     os.kill(processes[1], signal.SIGKILL)
     assert job.ended(SOON) == 2
-    assert job.told.count("rank 1 has died") == 1
-    assert re.search("received  (in all_reduce over tp|running|compiling)", job.told)  # its last activity
+    assert job.errors.count("rank 1 has died") == 1
+    assert re.search("received  (in all_reduce over tp|running|compiling)", job.errors)  # its last activity
     assert job.codes == {0: 2, 1: -signal.SIGKILL, 2: 2}
-    assert job.told.splitlines()[-1] == "rank 1 was ended by SIGKILL"
+    assert job.errors.splitlines()[-1] == "rank 1 was ended by SIGKILL"
     assert not any(map(is_left, processes.values()))
 
 
-@pytest.mark.parametrize(("mode", "told"), [("sleeps", "rank 1: sleeping"), ("stops", "rank 1: ")])
-def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, mode: str, told: str) -> None:
+@pytest.mark.parametrize(("mode", "expected"), [("sleeps", "rank 1: sleeping"), ("stops", "rank 1: ")])
+def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, mode: str, expected: str) -> None:
     """Busy in its own code, or stopped entirely so that it receives nothing."""
     job = forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3")
     processes = processes_of(job, 2)
     assert job.ended(SOON) == 2
-    assert job.told.count("rank 1 does not arrive") == 1
-    assert told in job.told
+    assert job.errors.count("rank 1 does not arrive") == 1
+    assert expected in job.errors
     assert not any(map(is_left, processes.values()))
 
 
@@ -403,7 +403,7 @@ def test_a_rank_knows_that_what_started_it_has_ended(monkeypatch: pytest.MonkeyP
 def test_a_rank_that_fails_tells_why_and_others_do_not(forked: ForkedRanks) -> None:
     job = forked.launch(2, str(JOB), "turns", "raises")
     assert job.ended(SOON) == 2
-    assert job.told.strip() == "the disk is full"
+    assert job.errors.strip() == "the disk is full"
     assert job.codes == {0: 2, 1: 2}
 
 
@@ -419,7 +419,7 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("rank", "met", "told"),
+    ("rank", "met", "expected"),
     [
         (0, None, "ranks 1, 2 did not connect within 0.05 s: None"),
         (
@@ -430,7 +430,7 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
     ],
 )
 def test_who_does_not_come_to_the_start_is_told(
-    rank: int, met: Exception | None, told: str, monkeypatch: pytest.MonkeyPatch
+    rank: int, met: Exception | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.distributed import HashStore
 
@@ -448,7 +448,7 @@ def test_who_does_not_come_to_the_start_is_told(
     with pytest.raises(RankError) as error:
         join(0.01)
     found = error.value
-    assert f"{found.what}: {found.received}".startswith(told)
+    assert f"{found.what}: {found.received}".startswith(expected)
     assert len(found.received or "") == (0 if met is None else 300)
 
 
@@ -461,7 +461,7 @@ def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (["run", "gpt2", "--recipe", "megatron"], "sharding options need a mesh"),
         (["run", "gpt2", "--mesh", "tp=2"], "this process was not started as a rank"),
@@ -469,11 +469,11 @@ def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         (["launch", "-n", "2", "--", "run", "gpt2", "--recipe", "megatron"], "ranks run a model that is split"),
     ],
 )
-def test_a_wrong_command_is_refused(words: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_is_refused(words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
-    assert told in done.output
+    assert expected in done.output
 
 
 def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(tmp_path: Path) -> None:
@@ -486,12 +486,12 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
         "sys.exit(int(rank))\n"
     )
     assert launch_ranks([sys.executable, str(script)], 3) == 2
-    told = [(tmp_path / str(rank)).read_text() for rank in range(3)]
-    assert all(text.startswith("3 ") for text in told)
+    texts = [(tmp_path / str(rank)).read_text() for rank in range(3)]
+    assert all(text.startswith("3 ") for text in texts)
     if hasattr(os, "sched_getaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        assert told[0] == f"3 {cores[: max(1, len(cores) // 3)]}"
-        assert told[2].endswith(f"{cores[-1]}]")
+        assert texts[0] == f"3 {cores[: max(1, len(cores) // 3)]}"
+        assert texts[2].endswith(f"{cores[-1]}]")
     with pytest.raises(UsageError, match="the number of ranks must be 1 or more"):
         launch_ranks(["true"], 0)
 

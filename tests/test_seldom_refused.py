@@ -247,7 +247,7 @@ def begun(session: Any) -> None:
     session.verify(row, [3, 4])
 
 
-quiet: Any = SimpleNamespace(doing=lambda told: None)
+quiet: Any = SimpleNamespace(doing=lambda activity: None)
 """A rank that reports its activity to no other."""
 
 opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(mask=None))
@@ -541,19 +541,21 @@ def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("backend", "asks", "told"),
+    ("backend", "asks", "expected"),
     [
         (nobody, explain_layouts, "backend odd has no passes of its own to explain"),
         (Plain(), explain_storage, "backend odd does not plan storage"),
         (Plain(), explain_memory, "backend odd does not plan storage"),
     ],
 )
-def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_is_named(
+    backend: Any, asks: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in (layouts, memory):
         monkeypatch.setattr(module, "find_backend", lambda name: backend)
     with pytest.raises(TreadleError) as caught:
         asks("gpt2", backend="odd", **SMALL)
-    assert caught.value.what == told
+    assert caught.value.what == expected
     assert caught.value.hint == "numpy, torch or tvm"
 
 
@@ -565,7 +567,7 @@ NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, the cod
 
 @pytest.mark.parametrize("package", NEEDED)
 def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, asks, told = NEEDED[package]
+    module, asks, expected = NEEDED[package]
     monkeypatch.setattr("treadle.cli.serve.find_spec", lambda name: None if name == package else name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises((TreadleError, SystemExit)) as caught:
@@ -573,7 +575,7 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
     error: Any = caught.value
     while not isinstance(error, TreadleError):
         error = error.__context__
-    assert error.what == told
+    assert error.what == expected
     assert "pip install 'treadle[" in str(error.hint)
 
 

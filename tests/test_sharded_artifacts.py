@@ -225,12 +225,12 @@ WRONG: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_plan_that_is_wrong_is_refused(name: str, made: ShardedModel) -> None:
-    change, told = WRONG[name]
+    change, expected = WRONG[name]
     record = again(plan_record(made.plan))
     change(record)
     with pytest.raises(PassError, match="sharding plan") as error:
         read_plan(record, made.plan.graph, most_ranks=4096)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert len(str(error.value)) < 2000
 
 

@@ -108,7 +108,7 @@ def test_predicted_bytes_are_those_of_what_ranks_bring() -> None:
     for recipe in ("megatron", "sequence"):
         plan = shard(graph, "tp=4", recipe=recipe, sizes={"B": rows, "S": 8})
         found = run_lab(plan, {"tokens": inputs["tokens"][:8, :8]}, weights)
-        assert sorted(4 * n for _, n in found.meetings) == sorted(c.payload for c in plan.collectives())
+        assert sorted(4 * n for _, n in found.collectives) == sorted(c.payload for c in plan.collectives())
     assert tokens > 8
 
 
@@ -222,7 +222,7 @@ def test_the_front_door_tries_a_plan_in_the_lab() -> None:
     plan = shard_model("bert", "tp=2", recipe="megatron", layers=1, dim=16, heads=2, vocab=40)
     tried = try_in_lab(plan, seed=1)
     assert tried.passed
-    assert tried.meetings == 3
+    assert tried.collectives == 3
     assert "equal" in str(tried)
 
 

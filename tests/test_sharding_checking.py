@@ -176,8 +176,8 @@ def test_what_lies_as_the_rules_say_is_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_lies_otherwise_is_refused(name: str) -> None:
-    plan, told = WRONG[name]
-    with pytest.raises(PassError, match=told):
+    plan, expected = WRONG[name]
+    with pytest.raises(PassError, match=expected):
         check_sharding(plan)
 
 
@@ -236,11 +236,11 @@ STEPS: dict[str, tuple[ShardingPlan, str | None]] = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_gives_ranks_what_it_says(name: str) -> None:
-    plan, told = STEPS[name]
-    if told is None:
+    plan, expected = STEPS[name]
+    if expected is None:
         check_sharding(plan)
         return
-    with pytest.raises(PassError, match=told):
+    with pytest.raises(PassError, match=expected):
         check_sharding(plan)
 
 
@@ -248,7 +248,7 @@ def test_a_move_begins_where_the_value_lies() -> None:
     plan = moved(ROWS, StepKind.ALL_GATHER, "tp", "[-, -]", 0)
     (move,) = plan.main.moves
     (step,) = move.steps
-    for wrong, told in (
+    for wrong, expected in (
         (replace(move, source=placed("[dp, -]")), r"has no copy with placement \[dp, -\]"),
         (
             replace(move, steps=(replace(step, before=placed("[dp, -]")),)),
@@ -256,7 +256,7 @@ def test_a_move_begins_where_the_value_lies() -> None:
         ),
         (replace(move, target=placed("[dp, -]")), "the steps of .* do not end at its target"),
     ):
-        with pytest.raises(PassError, match=told):
+        with pytest.raises(PassError, match=expected):
             check_sharding(replace(plan, functions=(replace(plan.main, moves=(wrong,)),)))
 
 
@@ -283,7 +283,7 @@ def test_a_plan_holds_the_functions_of_its_graph() -> None:
 
     lies = main.nodes[called].gives[0].text(plan.mesh)
     otherwise = parse_placement("[tp, -, -]" if lies == "[-, -, -]" else "[-, -, -]", plan.mesh)
-    for wrong, told in (
+    for wrong, expected in (
         (replace(plan, functions=(block,)), "the plan belongs to another graph"),
         (replace(plan, graph=clone_graph(plan.graph)), "the graph does not have this function"),
         (
@@ -295,5 +295,5 @@ def test_a_plan_holds_the_functions_of_its_graph() -> None:
         (with_node(called, gives=(otherwise,)), "do not have the placements that the function takes and returns"),
         (with_node(opened, body=block), "its body is not the body of the op"),
     ):
-        with pytest.raises(PassError, match=told):
+        with pytest.raises(PassError, match=expected):
             check_sharding(wrong)

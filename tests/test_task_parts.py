@@ -100,7 +100,7 @@ def test_spans_of_a_window_are_the_likeliest_pairs() -> None:
 
 
 def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
-    asked, told = window("a", "b"), list[int]()
+    asked, counts = window("a", "b"), list[int]()
     better = np.full((6, 2), -1e9)
     better[3] = 0.0
     worse = better.copy()
@@ -110,9 +110,9 @@ def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
     opened: Any = SimpleNamespace(run=lambda windows: enumerate([worse, better, other]))
     reader = QuestionAnswerer(opened)
     object.__setattr__(reader, "_windows", lambda pair: [[asked] * 3])
-    found = reader.answer([("what", "a b")], top=5, progress=told.append)
+    found = reader.answer([("what", "a b")], top=5, progress=counts.append)
     assert found == [[Answer("a", 1.0, 0, 1), Answer("b", 0.25, 2, 3)]]
-    assert told == [1, 2, 3]
+    assert counts == [1, 2, 3]
     assert reader.answer([("what", "a b")]) == [found[0][:1]]
     for top, longest in ((0, 1), (1, 0)):
         with pytest.raises(UsageError, match="top and longest must be 1 or more") as caught:
@@ -131,9 +131,9 @@ def test_progress_is_told_input_by_input() -> None:
         tokenizer=SimpleNamespace(encode=lambda texts: [[window("a")] for _ in texts]),
         run=lambda texts: ((n, scores * n) for n in (1, 0)),
     )
-    told: list[int] = []
-    found = TextClassifier(opened, ("a", "b")).classify(["x", "y"], progress=told.append)
-    assert told == [1, 2]
+    counts: list[int] = []
+    found = TextClassifier(opened, ("a", "b")).classify(["x", "y"], progress=counts.append)
+    assert counts == [1, 2]
     assert [each.label for each in found] == ["a", "b"]
     assert found[0].scores[0].score == 0.5
     assert (found[0].tokens, found[0].cut) == (5, False)

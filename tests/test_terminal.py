@@ -241,20 +241,20 @@ class Bar:
     """A stand-in for rich's bar: its recorded updates."""
 
     def __init__(self, *columns: Any) -> None:
-        self.told: list[Any] = [tuple(type(each).__name__ for each in columns)]
+        self.calls: list[Any] = [tuple(type(each).__name__ for each in columns)]
 
     def add_task(self, what: str, total: int) -> int:
-        self.told.append((what, total))
+        self.calls.append((what, total))
         return 7
 
     def update(self, task: int, completed: int) -> None:
-        self.told.append((task, completed))
+        self.calls.append((task, completed))
 
     def __enter__(self) -> None:
-        self.told.append("shown")
+        self.calls.append("shown")
 
     def __exit__(self, *_: object) -> None:
-        self.told.append("gone")
+        self.calls.append("gone")
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_bar_is_never_beyond_its_end(bar: Any, columns: tuple[str, ...], monke
     with bar("a file", 9) as tell:
         tell(4)
         tell(10)
-    assert made.pop().told == [columns, ("a file", 9), "shown", (7, 4), (7, 9), "gone"]
+    assert made.pop().calls == [columns, ("a file", 9), "shown", (7, 4), (7, 9), "gone"]
     with bar("a file", 9, shown=False) as tell:
         tell(4)
     with counting("one thing", 1) as tell:
@@ -316,14 +316,18 @@ def test_compiling_says_so(tmp_path: Path) -> None:
     lines = ["import time", "import treadle as t", "", "@t.model", 'def m(x: t.f32["B 2"]):', "    time.sleep(1.2)"]
     (tmp_path / "m.py").write_text("\n".join([*lines, '    return {"y": x * 2}', ""]), encoding="utf-8")
 
-    def told(words: list[str]) -> None:
+    def run_command(words: list[str]) -> None:
         command = ["-m", "treadle", words[0], "m.py:m", *words[1:]]
         assert re.search(r"(compiling|optimizing|verifying) m\.py:m", on_terminal(*command, cwd=tmp_path)[1])
         assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
         assert piped(*command, cwd=tmp_path).stderr == ""
 
     with ThreadPoolExecutor() as pool:  # each of them waits most of the time
-        list(pool.map(told, [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]))
+        list(
+            pool.map(
+                run_command, [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]
+            )
+        )
 
 
 # -- readers that leave ----------------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ def test_what_is_foreign_is_what_the_plan_says() -> None:
 def test_a_residual_stream_is_added_to_where_it_lies() -> None:
     exe = treadle.compile("gpt2", backend="torch", layers=2, dim=64, heads=4, vocab=100)
     assert "torch.add(x_1, down, out=x_1)" in exe.source
-    told = explain_memory("gpt2", backend="torch", sizes={"B": 2, "S": 16}, layers=2, dim=64, heads=4, vocab=100)
+    report = explain_memory("gpt2", backend="torch", sizes={"B": 2, "S": 16}, layers=2, dim=64, heads=4, vocab=100)
     stream = 2 * 16 * 64 * 4
-    assert told.arena == 2 * stream
-    assert told.foreign > 0 and f"{told.foreign:,} bytes at once" in str(told)
-    assert "</svg>" in draw_memory(told)
-    frames = told.frames
-    assert told.foreign == max(count for _, count in live_at(parts_of(frames)[1], "main", told.sizes))
+    assert report.arena == 2 * stream
+    assert report.foreign > 0 and f"{report.foreign:,} bytes at once" in str(report)
+    assert "</svg>" in draw_memory(report)
+    frames = report.frames
+    assert report.foreign == max(count for _, count in live_at(parts_of(frames)[1], "main", report.sizes))
 
 
 def test_what_is_handed_out_is_the_callers_own() -> None:

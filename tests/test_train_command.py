@@ -44,7 +44,7 @@ from treadle.training.weight_files import write_weights
 
 
 @dataclass(frozen=True)
-class Told:
+class FakeResult:
     step: int
     loss: float
     norm: float
@@ -71,7 +71,7 @@ class FakeTrainer:
         self.done = 0
         FakeTrainer.made.append(self)
 
-    def step(self, **arrays: Tokens) -> Told:
+    def step(self, **arrays: Tokens) -> FakeResult:
         self.calls.append(arrays)
         self.done += 1
         if len(self.calls) == self.fail_at:
@@ -80,7 +80,7 @@ class FakeTrainer:
             signal.raise_signal(signal.SIGINT)
         updates = self.done % self.options["gradient_accumulation_steps"] == 0
         self.steps += updates
-        return Told(self.steps, 5 - self.done / 10, 1.25 if updates else math.nan, 0.001, 0.5)
+        return FakeResult(self.steps, 5 - self.done / 10, 1.25 if updates else math.nan, 0.001, 0.5)
 
     def evaluate(self, **arrays: Tokens) -> float:
         self.evaluated.append(arrays)
@@ -478,8 +478,8 @@ class Losses:
     def __init__(self, *losses: float) -> None:
         self.losses: Iterator[float] = iter(losses)
 
-    def step(self, **_: Tokens) -> Told:
-        return Told(1, next(self.losses), 1.0, 0.1, 1.0)
+    def step(self, **_: Tokens) -> FakeResult:
+        return FakeResult(1, next(self.losses), 1.0, 0.1, 1.0)
 
     def evaluate(self, **_: Tokens) -> float:
         return next(self.losses)

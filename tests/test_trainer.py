@@ -66,7 +66,7 @@ def train_in_torch(
         chosen: Any = torch.optim.AdamW(groups, lr=rate, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
     else:
         chosen = torch.optim.SGD(groups, lr=rate, momentum=optimizer.momentum)
-    told = []
+    results = []
     for batch in batches:
         given = {_INPUTS[name]: torch.from_numpy(array) for name, array in batch.items() if name != "targets"}
         logits = model(**given).logits
@@ -75,8 +75,8 @@ def train_in_torch(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if clip is None else clip)
         chosen.step()
-        told.append((loss.item(), norm.item()))
-    return told
+        results.append((loss.item(), norm.item()))
+    return results
 
 
 MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5", "vit-classifier", "llama", "qwen2"]
@@ -102,10 +102,10 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
         batches = [{**batch, "targets": batch["targets"] % 5} for batch in batches]
     wanted = train_in_torch(model, batches, optimizer, 0.01, 0.7)
     for step, (batch, (loss, norm)) in enumerate(zip(batches, wanted, strict=True), 1):
-        told = trainer.step(**batch)
-        assert (told.step, told.updated, told.learning_rate) == (step, True, 0.01)
-        assert told.loss == pytest.approx(loss, rel=1e-4)
-        assert told.norm == pytest.approx(norm, rel=1e-3)
+        result = trainer.step(**batch)
+        assert (result.step, result.updated, result.learning_rate) == (step, True, 0.01)
+        assert result.loss == pytest.approx(loss, rel=1e-4)
+        assert result.norm == pytest.approx(norm, rel=1e-3)
     model.save_pretrained(tmp_path / "after")
     after = resolve(tmp_path / "after").weights
     assert after is not None
@@ -160,8 +160,8 @@ def test_the_row_of_padding_of_a_torch_module_gets_no_gradient() -> None:
 
 def trained(steps: int = 3, **options: Any) -> tuple[Trainer, list[float]]:
     trainer = Trainer("gpt2", optimizer=AdamW(eps=1e-3), learning_rate=0.02, **{**SMALL, **options})
-    told = [trainer.step(**batch_of(trainer, seed)) for seed in range(steps)]
-    return trainer, [each.loss for each in told]
+    results = [trainer.step(**batch_of(trainer, seed)) for seed in range(steps)]
+    return trainer, [each.loss for each in results]
 
 
 def near(found: Mapping[str, Array], wanted: Mapping[str, Array], within: float = 1e-5) -> None:
@@ -174,8 +174,8 @@ def near(found: Mapping[str, Array], wanted: Mapping[str, Array], within: float 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend: str, recompute: bool) -> None:
     plain, losses = trained()
-    other, told = trained(backend=backend, gradient_checkpointing=recompute)
-    assert told == pytest.approx(losses, rel=1e-5)
+    other, results = trained(backend=backend, gradient_checkpointing=recompute)
+    assert results == pytest.approx(losses, rel=1e-5)
     near(other.weights, plain.weights)
     assert other.evaluate(**batch_of(other, 9)) == pytest.approx(plain.evaluate(**batch_of(plain, 9)), rel=1e-5)
 
@@ -237,10 +237,10 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
         ({"dim": 18, "heads": 3}, "must be f32"),
         ({"trained": ["h.0.*"]}, "the state belongs to other weights"),
     ]
-    for options, told in cases:
+    for options, expected in cases:
         other = Trainer("gpt2", **{**SMALL, **options})
         before = {name: array.copy() for name, array in other.weights.items()}
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=expected):
             other.restore(tmp_path / "state")
         near(other.weights, before, 0)
     file = (tmp_path / "state").read_bytes()
@@ -259,10 +259,10 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
             "has values that training cannot produce",
         ),
     }
-    for steps, content, told in damages.values():
+    for steps, content, expected in damages.values():
         text = json.dumps({**header, "__metadata__": {**header["__metadata__"], "steps": steps}}).encode()
         (tmp_path / "wrong").write_bytes(len(text).to_bytes(8, "little") + text + bytes(content))
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=expected):
             trainer.restore(tmp_path / "wrong")
     assert trainer.steps == 0
 
@@ -302,16 +302,16 @@ def test_a_model_may_say_its_own_loss() -> None:
 
 def test_what_a_step_holds_is_told() -> None:
     kept, again = (Trainer("gpt2", gradient_checkpointing=r, **{**SMALL, "layers": 3}) for r in (False, True))
-    told = [each.memory(B=2, S=8) for each in (kept, again)]
-    assert told[1].arena < 0.7 * told[0].arena
-    assert "alive at step" in str(told[0])
+    reports = [each.memory(B=2, S=8) for each in (kept, again)]
+    assert reports[1].arena < 0.7 * reports[0].arena
+    assert "alive at step" in str(reports[0])
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"gradient_accumulation_steps": 0}, "an update needs the gradients of 1 call or more"),
         ({"gradient_accumulation_steps": True}, "an update needs the gradients of 1 call or more"),
@@ -328,8 +328,8 @@ def test_what_a_step_holds_is_told() -> None:
         ({"distillation_weight": 0.0}, "distillation_weight= only applies together with teacher="),
     ],
 )
-def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told.replace("*", r"\*")):
+def test_what_cannot_be_trained_is_refused(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected.replace("*", r"\*")):
         Trainer("gpt2", **{**SMALL, **options})
 
 
@@ -378,9 +378,9 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
         trainer.step(x=np.zeros((2, 4), np.float32))
     near(trainer.weights, before, 0)
-    told = trainer.step(x=np.ones((2, 4), np.float32))
-    assert told.step == 1, "what was added up before is forgotten"
-    assert np.isfinite(told.norm)
+    result = trainer.step(x=np.ones((2, 4), np.float32))
+    assert result.step == 1, "what was added up before is forgotten"
+    assert np.isfinite(result.norm)
 
 
 @t.model
@@ -486,7 +486,7 @@ def test_of_a_torch_module_what_requires_a_gradient_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "told"),
+    ("given", "error", "expected"),
     [
         ({"targets": None}, BackendError, "no value for targets"),
         ({"wte.weight": np.zeros((19, 16), np.float32)}, BackendError, "has no input wte.weight"),
@@ -497,12 +497,12 @@ def test_of_a_torch_module_what_requires_a_gradient_is_trained() -> None:
     ],
 )
 def test_a_batch_that_does_not_fit_is_told_by_what_is_in_it(
-    given: dict[str, Any], error: type[Exception], told: str
+    given: dict[str, Any], error: type[Exception], expected: str
 ) -> None:
     trainer = small()
     batch = {name: array for name, array in {**batch_of(trainer, 0), **given}.items() if array is not None}
     for call in (trainer.step, trainer.evaluate):
-        with pytest.raises(error, match=told) as caught:
+        with pytest.raises(error, match=expected) as caught:
             call(**batch)
         assert "ln_1" not in str(caught.value), "no list of weights"
 

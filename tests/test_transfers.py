@@ -234,7 +234,7 @@ def test_what_a_rank_waits_for_is_told() -> None:
 
     op = find_op("all_reduce").make(over="tp", ways=2, because="the split of ffn")
     start = find_op("start_pass").make(over="tp", ways=2, axis=0, size=1)
-    met._told = breaks  # type: ignore[method-assign]
+    met._descriptions = breaks  # type: ignore[method-assign]
     for calls, what in (
         (lambda: met.exchange(op, np.ones(2)), "all_reduce over tp, the split of ffn"),  # type: ignore[arg-type]
         (lambda: met.begin(start, np.ones(2)), "start_pass over tp"),  # type: ignore[arg-type]

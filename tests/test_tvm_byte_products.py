@@ -273,10 +273,10 @@ def _multiplies_alike(m: int, caches: tuple[KernelCache, ...]) -> None:
     for cache in caches:
         form = form_of_rows(cache.isa)
         size = rows_elements(form, Size.of(m), Size.of(k)).evaluate({})
-        a, told, c = np.zeros(size, np.uint8), np.zeros((m, 2), np.int32), np.zeros((m, n), np.float32)
-        bind(EncodeRows(form), [x, a, told], [m, k, k], cache=cache)()
+        a, scales, c = np.zeros(size, np.uint8), np.zeros((m, 2), np.int32), np.zeros((m, n), np.float32)
+        bind(EncodeRows(form), [x, a, scales], [m, k, k], cache=cache)()
         kernel = ByteTileProduct() if cache.isa.multiplies_tiles else QuadProduct()
-        bind(kernel, [a, pack(held, quads_for(cache.isa)), told, c], [m, k, n, n], cache=cache)()
+        bind(kernel, [a, pack(held, quads_for(cache.isa)), scales, c], [m, k, n, n], cache=cache)()
         made.append(c)
     np.testing.assert_array_equal(*made)
     near = STEPS.decode(STEPS.encode(x)) @ ROWS.decode(held).T
@@ -345,10 +345,10 @@ def test_encoded_rows_are_copied_into_every_form(form: str, encoding: Encoding) 
     zero = np.full(m, 128) if signed else record["zero"].astype(int)
     numbers = record["q"].astype(int) + 128 * signed
     size = rows_elements(form, Size.of(m), Size.of(k)).evaluate({})
-    y, told = np.zeros(size, np.float32 if form == "wide" else np.uint8), np.zeros((m, 2), np.int32)
-    bind(EncodeRows(form, signed, again=True), [held, y, told], [m, k, held.shape[1]])()
-    np.testing.assert_array_equal(told[:, 0].view(np.float32), record["scale"])
-    np.testing.assert_array_equal(told[:, 1], zero)
+    y, scales = np.zeros(size, np.float32 if form == "wide" else np.uint8), np.zeros((m, 2), np.int32)
+    bind(EncodeRows(form, signed, again=True), [held, y, scales], [m, k, held.shape[1]])()
+    np.testing.assert_array_equal(scales[:, 0].view(np.float32), record["scale"])
+    np.testing.assert_array_equal(scales[:, 1], zero)
     if form == "tiles":
         y = y.reshape(2, -1, 2, 16, QUAD_STEP).transpose(0, 2, 3, 1, 4)
     lines = y.reshape(-1, 256)[:m]

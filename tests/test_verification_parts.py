@@ -87,7 +87,7 @@ def test_a_model_is_at_fault_where_nothing_is_left_or_a_weight_is_none(
 
 
 @pytest.mark.parametrize(
-    ("report", "passed", "told"),
+    ("report", "passed", "expected"),
     [
         (BackendReport("a", difference=NEAR), True, "ok     1e-07 (at most 1e-05)"),
         (BackendReport("a"), True, "ok     0 (at most 0)"),
@@ -103,10 +103,10 @@ def test_a_model_is_at_fault_where_nothing_is_left_or_a_weight_is_none(
         ),
     ],
 )
-def test_what_is_told_of_a_backend(report: BackendReport, passed: bool | None, told: str) -> None:
+def test_what_is_told_of_a_backend(report: BackendReport, passed: bool | None, expected: str) -> None:
     first, *rest = ReportLayout(["a"]).backend(report)
     assert report.passed is passed
-    assert first.startswith(f"  a         {told}")
+    assert first.startswith(f"  a         {expected}")
     last = "every op alone is correct: the error is in their composition"
     if report.fault:
         last = f"first op: {report.fault}"

@@ -301,9 +301,9 @@ def test_some_numbers_that_are_not_finite_are_told_and_the_rest_compared() -> No
 
 
 def test_lines_are_told_as_they_are_known() -> None:
-    told: list[str] = []
-    report = verify_model(toy, emit=told.append)
-    assert "\n".join(told) == str(report)
+    lines: list[str] = []
+    report = verify_model(toy, emit=lines.append)
+    assert "\n".join(lines) == str(report)
 
 
 # -- drawn inputs ----------------------------------------------------------------------------------------------------
@@ -394,13 +394,13 @@ def test_sizes_that_fit_where_no_small_ones_do() -> None:
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["verify", f"{__file__}:toy", "--backend", "numpy", "--sizes", "S=5"]
-    told = CliRunner().invoke(app, arguments)
-    assert told.exit_code == 0, told.output
-    assert "numpy     ok" in told.stdout
+    output = CliRunner().invoke(app, arguments)
+    assert output.exit_code == 0, output.output
+    assert "numpy     ok" in output.stdout
     monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "{x}")
-    told = CliRunner().invoke(app, [*arguments, "--json"])
-    assert told.exit_code == 1
-    facts = json.loads(told.stdout)
+    output = CliRunner().invoke(app, [*arguments, "--json"])
+    assert output.exit_code == 1
+    facts = json.loads(output.stdout)
     assert facts["backends"][0]["first_fault"]["op"] == "activated_linear"
     assert facts["sizes"][0]["S"] == 5
     refused = CliRunner().invoke(app, ["verify", f"{__file__}:toy", "--sizes", "Q=5"])

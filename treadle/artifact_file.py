@@ -77,13 +77,13 @@ def write_sections(
     """
     sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in texts.items()]
     sections += [Section(_WEIGHT + name, dtype, values) for name, (dtype, values) in weights.items()]
-    told = {"format": FORMAT, "version": VERSION, **metadata}
-    header: dict[str, Any] = {"__metadata__": told}
+    entries = {"format": FORMAT, "version": VERSION, **metadata}
+    header: dict[str, Any] = {"__metadata__": entries}
     padded: list[Section] = []
     at = 0
     for section in sections:
         data = section.bytes
-        told[_HASH + section.name] = sha256(data).hexdigest()
+        entries[_HASH + section.name] = sha256(data).hexdigest()
         padded.append(section)
         shape = list(section.values.shape)
         header[section.name], at = _entry(section.dtype.name, shape, at, len(data)), at + len(data)

@@ -65,7 +65,7 @@ def write_artifact(
         "name": name,
         "backend": backend,
         "target": target,
-        "passes": ", ".join(f"{r.name}({r.options})" if r.options else r.name for r in log),
+        "passes": ", ".join(f"{r.name}{{{r.options}}}" if r.options else r.name for r in log),
         "seed": "" if seed is None else str(seed),
         "options": _json(options).decode(),
     }

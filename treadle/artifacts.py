@@ -156,28 +156,28 @@ def open_artifact(
     known = ArtifactLimits.of(limits)
     _refuse_model(path)
     file = SectionFile(path, known.header, check=check)
-    told = file.metadata
-    for key in [*told, *_FIELDS]:
-        if key not in told or key not in _FIELDS:
+    metadata = file.metadata
+    for key in [*metadata, *_FIELDS]:
+        if key not in metadata or key not in _FIELDS:
             what = "a field is missing" if key in _FIELDS else "the format has no such field"
             file.fail(what, f"__metadata__, {printable(key)}")
-    seed = told["seed"]
+    seed = metadata["seed"]
     if seed and not (seed.isascii() and seed.isdigit() and len(seed) < 40):
         file.fail("the seed must be digits or nothing", "__metadata__, seed", received=printable(seed))
     declared, graph = (_read_graph(file, section, known.graph) for section in ("declared", "graph"))
     _check_pair(file, declared, graph)
     log = _read_log(file, declared, graph, known)
     return Artifact(
-        told["name"],
-        told["backend"],
-        told["target"],
-        told["passes"],
+        metadata["name"],
+        metadata["backend"],
+        metadata["target"],
+        metadata["passes"],
         int(seed) if seed else None,
         optimized=Optimized(declared, graph, log),
         weights=_read_weights(file, graph),
         seal=file.seal,
         sharding=_read_sharding(file, graph, known) if SHARDING in file else None,
-        options=_read_options(file, told["options"]),
+        options=_read_options(file, metadata["options"]),
     )
 
 

@@ -88,7 +88,7 @@ class GrowingText:
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.ids: list[int] = []
-        self.whole = self.told = ""
+        self.whole = self.emitted = ""
 
     def add(self, token: int) -> bool:
         """Add a token. Return True if a stop string ends the text with it."""
@@ -103,7 +103,7 @@ class GrowingText:
             certain = self.whole
         elif not ends:
             certain = certain.rstrip("\N{REPLACEMENT CHARACTER}")
-        new, self.told = certain[len(self.told) :], certain
+        new, self.emitted = certain[len(self.emitted) :], certain
         return new
 
 

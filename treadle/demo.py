@@ -33,8 +33,8 @@ from treadle.progress import downloading, working
 from treadle.reporting.arrays import similarity_table
 from treadle.reporting.compilations import compiled_lines, pass_table
 from treadle.reporting.counts import human
+from treadle.reporting.errors import error_text
 from treadle.reporting.tables import console
-from treadle.reporting.told_errors import error_text
 from treadle.tasks.text_generation import Pace
 from treadle.wheels.pinned_models import PINNED
 
@@ -167,7 +167,7 @@ def _continue(out: Console, prompt: str, most: int) -> TextWriter:
     for piece in writer.continued([prompt], most=most):
         pace.count()
         out.print(piece.text, end="", soft_wrap=True)
-    out.print(f"\n\n{pace.told()}")
+    out.print(f"\n\n{pace.summary()}")
     derived = writer.model.derived
     size = sum(v.type.substitute({SLOTS: 1, CAPACITY: 1}).bytes_at({}) for v in derived.graph.states.values())
     _say(out, f"the step was derived from the model: {human(size, 'B')} of keys and values per token")

@@ -94,9 +94,7 @@ class SentenceEmbedder:
     pooling: Pooling
 
     @classmethod
-    def open(
-        cls, model: str | Path, **options: Any
-    ) -> SentenceEmbedder:
+    def open(cls, model: str | Path, **options: Any) -> SentenceEmbedder:
         """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling; options as in `compile`.
 
         Raises CheckpointError if a file is missing or damaged or requests an unknown pooling, UsageError if the model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from treadle.backends.numpy.spelling import SPELLINGS, attention_told, dtype_text
+from treadle.backends.numpy.spelling import SPELLINGS, attention_call, dtype_text
 from treadle.backends.numpy.workspaces import is_product_of_two
 from treadle.backends.python.axis_spelling import axes_of, keeping, rearranged
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling
@@ -23,7 +23,7 @@ from treadle.passes.memory.storage_plan import Step
 
 
 def _of_operands(function: str) -> Callable[[Line], str]:
-    return lambda line: f"np.{function}({', '.join(line[name] for name in line.names)}{line.told})"
+    return lambda line: f"np.{function}({', '.join(line[name] for name in line.names)}{line.out_args})"
 
 
 _FUNCTIONS = {
@@ -38,21 +38,21 @@ _FUNCTIONS = {
 
 _ELEMENTWISE: dict[str, Spelling] = {
     **{ours: _of_operands(theirs) for ours, theirs in _FUNCTIONS.items()},
-    "reciprocal": "np.divide(1.0, {x}{told})",
-    "relu": "np.maximum({x}, 0.0{told})",
+    "reciprocal": "np.divide(1.0, {x}{out_args})",
+    "relu": "np.maximum({x}, 0.0{out_args})",
 }
 
 
 def _reduction(function: str) -> Callable[[Line], str]:
     def spelled(line: Line) -> str:
         dtype = f", dtype={dtype_text(line.result.dtype)}" if function == "np.sum" and line.result.dtype.is_int else ""
-        return f"{function}({line.array('x')}, {axes_of(line)}{keeping(line, 'keepdims')}{dtype}{line.told})"
+        return f"{function}({line.array('x')}, {axes_of(line)}{keeping(line, 'keepdims')}{dtype}{line.out_args})"
 
     return spelled
 
 
 def _copied(text: str, line: Line) -> str:
-    return f"kernels.copied({text}, {line.shape(line.result.storage_type.shape)}{line.told})"
+    return f"kernels.copied({text}, {line.shape(line.result.storage_type.shape)}{line.out_args})"
 
 
 def _rearranged(line: Line) -> str:
@@ -61,26 +61,26 @@ def _rearranged(line: Line) -> str:
 
 
 def _iota(line: Line) -> str:
-    return f"kernels.iota({line.size(line.op.size)}, {dtype_text(line.op.dtype)}{line.told})"
+    return f"kernels.iota({line.size(line.op.size)}, {dtype_text(line.op.dtype)}{line.out_args})"
 
 
 _WRITTEN: dict[str, Spelling] = {
     **_ELEMENTWISE,
-    "where": "kernels.where({condition}, {x}, {y}{told})",
-    "cast": lambda line: f"kernels.cast({line.array('x')}, {dtype_text(line.op.to)}{line.told})",
-    "matmul": "np.matmul({x}, {y}{told})",
-    "concat": lambda line: f"np.concatenate(({line.arrays},), {line.op.axis}{line.told})",
+    "where": "kernels.where({condition}, {x}, {y}{out_args})",
+    "cast": lambda line: f"kernels.cast({line.array('x')}, {dtype_text(line.op.to)}{line.out_args})",
+    "matmul": "np.matmul({x}, {y}{out_args})",
+    "concat": lambda line: f"np.concatenate(({line.arrays},), {line.op.axis}{line.out_args})",
     "rearrange": _rearranged,
     "reshape": lambda line: _copied(line.array("x"), line),
-    "positions": "kernels.positions({x}{told})",
+    "positions": "kernels.positions({x}{out_args})",
     "iota": _iota,
     "cumsum": lambda line: (
-        f"np.cumsum({line.array('x')}, {line.op.axis}, dtype={dtype_text(line.result.dtype)}{line.told})"
+        f"np.cumsum({line.array('x')}, {line.op.axis}, dtype={dtype_text(line.result.dtype)}{line.out_args})"
     ),
-    "argmax": lambda line: f"np.argmax({line.array('x')}, {line.op.axis}{keeping(line, 'keepdims')}{line.told})",
-    "rotary": lambda line: f'kernels.rotary({line.arrays}, "{line.op.layout}"{line.told})',
-    "take_along_axis": lambda line: f"kernels.take_along_axis({line.arrays}, {line.op.axis}{line.told})",
-    "attention": attention_told,
+    "argmax": lambda line: f"np.argmax({line.array('x')}, {line.op.axis}{keeping(line, 'keepdims')}{line.out_args})",
+    "rotary": lambda line: f'kernels.rotary({line.arrays}, "{line.op.layout}"{line.out_args})',
+    "take_along_axis": lambda line: f"kernels.take_along_axis({line.arrays}, {line.op.axis}{line.out_args})",
+    "attention": attention_call,
     **{f"reduce_{name}": _reduction(f"np.{name}") for name in ("sum", "max", "min")},
     "reduce_mean": _reduction("kernels.mean"),
 }

@@ -66,14 +66,14 @@ SPELLINGS: dict[str, Spelling] = {
     # functions
     "exp": "np.exp({x})",
     "log": "np.log({x})",
-    "expm1": _in_f32("np.expm1({x}{told})"),
-    "log1p": _in_f32("np.log1p({x}{told})"),
+    "expm1": _in_f32("np.expm1({x}{out_args})"),
+    "log1p": _in_f32("np.log1p({x}{out_args})"),
     "sqrt": "np.sqrt({x})",
-    "rsqrt": _in_f32("kernels.rsqrt({x}{told})"),
+    "rsqrt": _in_f32("kernels.rsqrt({x}{out_args})"),
     "reciprocal": "1.0 / {x}",
     "tanh": "np.tanh({x})",
-    "erf": _in_f32("kernels.erf({x}{told})"),
-    "sigmoid": _in_f32("kernels.sigmoid({x}{told})"),
+    "erf": _in_f32("kernels.erf({x}{out_args})"),
+    "sigmoid": _in_f32("kernels.sigmoid({x}{out_args})"),
     "sin": "np.sin({x})",
     "cos": "np.cos({x})",
     "abs": "np.abs({x})",
@@ -81,11 +81,11 @@ SPELLINGS: dict[str, Spelling] = {
     "floor": "np.floor({x})",
     "round": "np.rint({x})",
     "relu": "np.maximum({x}, 0.0)",
-    "gelu": _in_f32("kernels.gelu({x}{told})"),
-    "gelu_tanh": _in_f32("kernels.gelu_tanh({x}{told})"),
-    "silu": _in_f32("kernels.silu({x}{told})"),
-    "quick_gelu": _in_f32("kernels.quick_gelu({x}{told})"),
-    "softplus": _in_f32("np.logaddexp({x}, 0.0{told})"),
+    "gelu": _in_f32("kernels.gelu({x}{out_args})"),
+    "gelu_tanh": _in_f32("kernels.gelu_tanh({x}{out_args})"),
+    "silu": _in_f32("kernels.silu({x}{out_args})"),
+    "quick_gelu": _in_f32("kernels.quick_gelu({x}{out_args})"),
+    "softplus": _in_f32("np.logaddexp({x}, 0.0{out_args})"),
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",
@@ -105,7 +105,7 @@ SPELLINGS: dict[str, Spelling] = {
     "rearrange": lambda line: rearranged(line, "transpose"),
     "relayout": "{x}",
     "slice": sliced,
-    "embedding": "kernels.take({table}, {indices}, 0{told})",
+    "embedding": "kernels.take({table}, {indices}, 0{out_args})",
     "positions": "np.broadcast_to(np.arange({x}.shape[-1]), {x}.shape)",
 }
 
@@ -144,13 +144,13 @@ def _factor(line: Line, name: str) -> str:
 def _linear(line: Line) -> str:
     x, weight = _factor(line, "x"), _factor(line, "weight")
     if line.has("bias"):
-        return f"kernels.linear({x}, {weight}, {line.array('bias')}{line.told})"
-    return f"np.matmul({x}, {weight}.T{line.told})" if line.is_told else f"{x} @ {weight}.T"
+        return f"kernels.linear({x}, {weight}, {line.array('bias')}{line.out_args})"
+    return f"np.matmul({x}, {weight}.T{line.out_args})" if line.has_destination else f"{x} @ {weight}.T"
 
 
 @_spells("einsum")
 def _einsum(line: Line) -> str:
-    return f'kernels.einsum("{einsum_letters(line.op.equation)}", {line.arrays}{line.told})'
+    return f'kernels.einsum("{einsum_letters(line.op.equation)}", {line.arrays}{line.out_args})'
 
 
 @_spells("expand")
@@ -172,12 +172,12 @@ def _concat(line: Line) -> str:
 def _pad(line: Line) -> str:
     widths = f"{line.size(line.op.before)}, {line.size(line.op.after)}"
     axis = place(line.op.axis, line.type("x").rank)
-    return f"kernels.pad({line.array('x')}, {axis}, {widths}, {float_text(line.op.value)}{line.told})"
+    return f"kernels.pad({line.array('x')}, {axis}, {widths}, {float_text(line.op.value)}{line.out_args})"
 
 
 @_spells("gather")
 def _gather(line: Line) -> str:
-    return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis}{line.told})"
+    return f"kernels.take({line.array('x')}, {line.array('indices')}, {line.op.axis}{line.out_args})"
 
 
 @_spells("append")
@@ -230,12 +230,12 @@ def _argmax(line: Line) -> str:
 
 @_spells("softmax")
 def _softmax(line: Line) -> str:
-    return f"kernels.softmax({line.array('x')}, {line.op.axis}{line.told})"
+    return f"kernels.softmax({line.array('x')}, {line.op.axis}{line.out_args})"
 
 
 @_spells("log_softmax")
 def _log_softmax(line: Line) -> str:
-    return f"kernels.log_softmax({line.array('x')}, {line.op.axis}{line.told})"
+    return f"kernels.log_softmax({line.array('x')}, {line.op.axis}{line.out_args})"
 
 
 @_spells("attention")
@@ -246,7 +246,7 @@ def _attention(line: Line) -> str:
     return attention(line, _term, factors)
 
 
-def attention_told(line: Line) -> str:
+def attention_call(line: Line) -> str:
     """Return attention with masks and biases written to the workspace."""
     work, numbers = line.work, count()
     assert work is not None
@@ -267,12 +267,12 @@ def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
 
 @_spells("layer_norm")
 def _layer_norm(line: Line) -> str:
-    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)}{line.told})"
+    return f"kernels.layer_norm({line.x}, {line.weight}, {line.bias}, {float_text(line.op.eps)}{line.out_args})"
 
 
 @_spells("rms_norm")
 def _rms_norm(line: Line) -> str:
-    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)}{line.told})"
+    return f"kernels.rms_norm({line.x}, {line.weight}, {float_text(line.op.eps)}{line.out_args})"
 
 
 # Attention's kernels sum in float32 themselves.

@@ -77,8 +77,8 @@ class PythonArena:
         try:
             memory = self._memory(entry, sizes)
         except OverflowError as error:  # of 64 bits
-            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-            raise BackendError("these sizes need more memory than is addressable", received=told) from error
+            received = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            raise BackendError("these sizes need more memory than is addressable", received=received) from error
         if self.poison is not None:
             self.poison(self.array)
         return (memory,)
@@ -160,6 +160,6 @@ class _Laying:
         given: list[int | None] = []
         for result in node.results:
             place = plan.places[result]
-            told = place.how is How.OWN and place.storage is not None and place.storage.kind is StorageKind.LOCAL
-            given.append(offsets.get(place.storage) if told and place.storage is not None else None)
+            is_local = place.how is How.OWN and place.storage is not None and place.storage.kind is StorageKind.LOCAL
+            given.append(offsets.get(place.storage) if is_local and place.storage is not None else None)
         return self.memory(str(node.op.callee), base + self.placed[name].callees[at], given)

@@ -30,7 +30,7 @@ def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *
     arguments += [f"{'hidden' if hidden else 'masks'}=[{', '.join(masks)}]"] if masks else []
     arguments += [f"biases=[{', '.join(biases)}]"] if biases else []
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
-    return f"kernels.{line.op.name}({', '.join(arguments)}{line.told})"
+    return f"kernels.{line.op.name}({', '.join(arguments)}{line.out_args})"
 
 
 def scale_of(line: Line) -> float:

@@ -70,7 +70,7 @@ class Program:
 
     def has_memory(self, function: str) -> bool:
         """Return True if a function has a parameter `memory`."""
-        return any(told[function] for told in (self.destinations, self.frames, self.workspaces))
+        return any(table[function] for table in (self.destinations, self.frames, self.workspaces))
 
 
 def emit(

@@ -29,8 +29,8 @@ class Dialect:
     copied       a template of an array's copy, such as `{}.copy()`
     otherwise    the code of any other primitive op, which does not change its operands
     into         op name -> an expression that writes the result to the array `{out}` and returns it, for ops in the
-                 storage plan; if `{out}` is None, in a new one. `{told}` is both it and the workspace as arguments; a
-                 template with it is in `spellings` if it is also valid without these arguments
+                 storage plan; if `{out}` is None, in a new one. `{out_args}` is both it and the workspace as
+                 arguments; a template with it is in `spellings` if it is also valid without these arguments
     """
 
     name: str
@@ -55,8 +55,8 @@ class Dialect:
 
     def spell(self, line: Line) -> str:
         """Return the expression of a node. Raises BackendError for an op that the dialect cannot express."""
-        told = self.into.get(line.op.name) if line.is_told else None
-        spelling = told or self.spellings.get(line.op.name, self.otherwise)
+        template = self.into.get(line.op.name) if line.has_destination else None
+        spelling = template or self.spellings.get(line.op.name, self.otherwise)
         return spelling.format_map(line) if isinstance(spelling, str) else spelling(line)
 
 
@@ -66,16 +66,16 @@ class Line:
     A scalar constant becomes a number, but only next to an operand of the same dtype, so that it cannot change the
     result's dtype.
 
-    out      the planned destination of the result, as text; None if a library allocates the result
-    work     the planned workspace of the call, as text; None: there is none
-    is_told  True if the call gets either, or must copy a possible view
+    out              the planned destination of the result, as text; None if a library allocates the result
+    work             the planned workspace of the call, as text; None: there is none
+    has_destination  True if the call gets either, or must copy a possible view
     """
 
     def __init__(
         self, writer: FunctionWriter, node: Node, out: str | None = None, work: str | None = None, copies: bool = False
     ) -> None:
         self._writer, self.out, self.work = writer, out, work
-        self.is_told = out is not None or work is not None or copies
+        self.has_destination = out is not None or work is not None or copies
         self.node = node
         self.op: Any = node.op
         self.names = node.op.operand_names(len(node.operands))
@@ -88,8 +88,8 @@ class Line:
     def __getitem__(self, name: str) -> str:
         if name == "out" and self.out is not None:
             return self.out
-        if name == "told":
-            return self.told
+        if name == "out_args":
+            return self.out_args
         value = self._values[name]
         return "None" if value is None else self._text(value)
 
@@ -99,10 +99,10 @@ class Line:
         return self[name]
 
     @property
-    def told(self) -> str:
+    def out_args(self) -> str:
         """The further arguments of a call: `, out=memory.x, work=memory.x_work`."""
-        told = (("out", self.out), ("work", self.work))
-        return "".join(f", {name}={text}" for name, text in told if text is not None)
+        arguments = (("out", self.out), ("work", self.work))
+        return "".join(f", {name}={text}" for name, text in arguments if text is not None)
 
     def as_read_by(self, kind: type[Line]) -> Line:
         """Return the same node as another kind of line."""

@@ -305,7 +305,7 @@ class _TorchArrays:
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """Return a weight as a tensor; arrays that are one weight under several names become one tensor."""
-        wanted, told = wanted.storage_type, wanted
+        wanted, declared = wanted.storage_type, wanted
         if not isinstance(value, self.torch.Tensor):
             array = np.asarray(value)
             key = (
@@ -316,14 +316,14 @@ class _TorchArrays:
                 wanted.dtype,
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
-                raise misfit(name, told, shown(array))
+                raise misfit(name, declared, shown(array))
             if key not in self._weights:
                 # A bf16 weight comes from a checkpoint as float32.
                 self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
             return self._weights[key]
         dense = layout_of(value) == "strided"
         if not dense or not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
-            raise misfit(name, told, shown(value))
+            raise misfit(name, declared, shown(value))
         return value.detach().to(self.device)
 
 

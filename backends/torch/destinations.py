@@ -32,9 +32,9 @@ def _of_arrays(function: str) -> Callable[[Line], str]:
 def _reduction(function: str) -> Callable[[Line], str]:
     def spelling(line: Line) -> str:
         dtype = line.result.dtype
-        told = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
+        dtype_argument = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
         keep = keeping(line, "keepdim")
-        return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keep}{told}, out={line.out})"
+        return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keep}{dtype_argument}, out={line.out})"
 
     return spelling
 

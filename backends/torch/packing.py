@@ -90,11 +90,11 @@ def _packed_or(otherwise: str | Callable[[Line], str]) -> Callable[[Line], str]:
         x, w = line.array(line.names[0]), line.array(line.names[1])
         bias = line.array("bias") if "bias" in line.names else "None"
         activation = line.op.attributes.get("activation")
-        told = f", {ACTIVATIONS[activation]}" if activation in ACTIVATIONS else ""
-        product = f"kernels.linear({x}, {w}, {bias}{told})"
+        activation_argument = f", {ACTIVATIONS[activation]}" if activation in ACTIVATIONS else ""
+        product = f"kernels.linear({x}, {w}, {bias}{activation_argument})"
         if line.op.to not in (None, line.type("x").dtype):
             product += f".to({dtype_text(line.op.to)})"
-        return product if activation is None or told else activated(activation, product)
+        return product if activation is None or activation_argument else activated(activation, product)
 
     return spelling
 

@@ -191,9 +191,9 @@ def _einsum(line: Line) -> str:
     if line.op.sums_in(dtype) is not dtype and not _is_summed_once(line):
         operands = ", ".join(f"{line.array(name)}.float()" for name in line.names)
         return f'torch.einsum("{equation}", {operands}).to({dtype_text(dtype)})'
-    told = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
-    told += ".clone()" if len(line.names) == 1 else ""  # PyTorch may return a view, whose memory would be reused
-    return f'torch.einsum("{equation}", {line.arrays}){told}'
+    suffix = "" if dtype.is_float else f".to({dtype_text(dtype)})"  # sums of small integers are int64 in PyTorch
+    suffix += ".clone()" if len(line.names) == 1 else ""  # PyTorch may return a view, whose memory would be reused
+    return f'torch.einsum("{equation}", {line.arrays}){suffix}'
 
 
 def _is_summed_once(line: Line) -> bool:
@@ -315,8 +315,8 @@ def _reduction(function: str) -> Callable[[Line], str]:
             return f"{line.array('x')}.clone()"
         # By default PyTorch adds small integers in int64.
         dtype = line.result.dtype
-        told = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
-        return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keeping(line, 'keepdim')}{told})"
+        dtype_argument = f", dtype={dtype_text(dtype)}" if function == "sum" and dtype.is_int else ""
+        return f"torch.{function}({line.array('x')}, dim={axes_of(line)}{keeping(line, 'keepdim')}{dtype_argument})"
 
     return spelling
 

@@ -128,7 +128,7 @@ class _KernelEntry:
         self.inputs = self.signature.ports
         self.outputs = ports(function.outputs)
         self._stored = {port.name: stored(port.dtype) for port in self.outputs}
-        self.signature.refuse_untold(self._program.symbols)
+        self.signature.refuse_undetermined(self._program.symbols)
 
     def __call__(self, states: States | None = None, /, **given: Any) -> Outputs:
         held = self._kinds.check(states)
@@ -258,9 +258,9 @@ class _Machine:
         try:
             plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
         except OverflowError as error:  # a size exceeds 64 bits
-            told = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+            received = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(
-                f"{self.name}: these sizes need more memory than is addressable", received=told
+                f"{self.name}: these sizes need more memory than is addressable", received=received
             ) from error
         self.plans[key] = plan
         if len(self.plans) > PLANS:

@@ -48,9 +48,9 @@ class HostCall:
     def _meet(self, words: list[int]) -> None:
         kernel, (x, y, *sizes) = self.kernel, words
         rank = kernel.rank
-        told = dict(zip(kernel.symbols, sizes[2 * rank :], strict=True))
+        bindings = dict(zip(kernel.symbols, sizes[2 * rank :], strict=True))
         given, to = (_memory(at, sizes[i * rank : (i + 1) * rank], kernel.dtype) for i, at in enumerate((x, y)))
-        made = kernel.op.at(told).reference(given)
+        made = kernel.op.at(bindings).reference(given)
         if tuple(made.shape) != tuple(to.shape):
             raise BackendError(f"{kernel.op.name} returned shape {list(made.shape)}, expected {list(to.shape)}")
         to[...] = made

@@ -109,7 +109,7 @@ class Planner:
         self.records: list[tuple[Entry, int, int]] = []
         self.words: list[tuple[int, int]] = []
         self.moves: dict[Moving, Relocation] = {}
-        self.told = Relocation()
+        self.status_words = Relocation()
         self.steps: list[KernelStep] = []
         self.tellers: list[KernelStep] = []
         self.freed: list[tuple[int, Pointer, int]] = []
@@ -130,7 +130,7 @@ class Planner:
         shapes = {n: tuple(s.evaluate(self.sizes) for s in v.shape) for n, v in program.outputs.items()}
         moves = {space: move.arrays() for space, move in self.moves.items()}
         status = np.zeros((len(self.tellers), _STATUS_WORDS), np.int64)
-        at, offsets = self.told.arrays()
+        at, offsets = self.status_words.arrays()
         words[at, 1] = offsets + address(status)
         return Plan(
             table,
@@ -204,7 +204,7 @@ class Planner:
             case Held():
                 return space.address + offset
             case Status():
-                self.told.add(len(self.words), offset + len(self.tellers) * 8 * _STATUS_WORDS)
+                self.status_words.add(len(self.words), offset + len(self.tellers) * 8 * _STATUS_WORDS)
                 self.tellers.append(step)
             case Arena() | Input() | Output() | State():
                 self.moves.setdefault(space, Relocation()).add(len(self.words), offset)

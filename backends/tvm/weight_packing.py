@@ -204,12 +204,12 @@ class _Weights:
         sources = list(dict.fromkeys(source for name in names for source in self._sources(name)))
         hashes = dict(zip(sources, pool.map(_hashed, [self.given[n] for n in sources]), strict=True))
 
-        def told(name: str) -> str:
+        def identified(name: str) -> str:
             return " ".join(
                 filter(None, [*map(hashes.get, self._sources(name)), self._key(name), str(self.layout(name))])
             )
 
-        return [told(name) for name in names]
+        return [identified(name) for name in names]
 
     def _packed_shape(self, name: str) -> tuple[int, ...]:
         return _packed_shape(self.parameters[name].type.storage_type.static_shape or (), self.layout(name))

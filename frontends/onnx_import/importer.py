@@ -127,11 +127,11 @@ class Importer:
             value = scope.find(declared.name)
             if value is None:
                 raise FrontendError(f"no node computes the output {printable(declared.name)}", within=self.file.shown)
-            told = declared.type.tensor_type.elem_type
-            if told and told != value.type.number:
+            declared_type = declared.type.tensor_type.elem_type
+            if declared_type and declared_type != value.type.number:
                 raise FrontendError(
                     f"the type of output {printable(declared.name)} differs from its declaration",
-                    received=f"{value.type}, declared {told}",
+                    received=f"{value.type}, declared {declared_type}",
                     within=self.file.shown,
                 )
             outputs[declared.name] = value.expr(self.b)

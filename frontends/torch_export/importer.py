@@ -90,14 +90,14 @@ def from_torch(
 
 
 def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]) -> TorchModel:
-    symbols, told = name_symbols(program, opened)
+    symbols, sizes = name_symbols(program, opened)
     if not _is_plain(program):
         env, traced = symbols.env, len(symbols.env.guards) if symbols.env is not None else 0
         program = decomposed(program, _kept())
-        symbols, told = name_symbols(program, opened)
+        symbols, sizes = name_symbols(program, opened)
         symbols.traced = traced if symbols.env is env else None
     with collection_paused():
-        return TorchImporter(name, program, symbols, told).run()
+        return TorchImporter(name, program, symbols, sizes).run()
 
 
 def _name(node: Any) -> str | None:
@@ -151,9 +151,9 @@ class TorchImporter:
     """The state of one import."""
 
     def __init__(
-        self, name: str, program: torch.export.ExportedProgram, symbols: Symbols, told: Mapping[str, Size]
+        self, name: str, program: torch.export.ExportedProgram, symbols: Symbols, sizes: Mapping[str, Size]
     ) -> None:
-        self.name, self.program, self.symbols, self.told = name, program, symbols, told
+        self.name, self.program, self.symbols, self.sizes = name, program, symbols, sizes
         self.graph = Graph(name if name.isidentifier() and name.isascii() else "module")
         self.b = Builder(self.graph)
         self.bounds: dict[str, Bounds] = bounds_of(symbols)
@@ -185,7 +185,7 @@ class TorchImporter:
             self.graph,
             weights,
             inputs,
-            dict(self.told),
+            dict(self.sizes),
             self.operators,
             tuple(self.opaque),
             tuple(name for name in self.learned if name in weights),

@@ -25,8 +25,8 @@ def _view(site: TorchSite) -> Made:
     pattern = cut_across(x.shape, shape)
     if pattern is not None:
         return site.b.rearrange(x, pattern=pattern)
-    made, told = reshaped(site.b, x, shape)
-    if not told and all(s.constant != 0 for s in x.shape):
+    made, axes_match = reshaped(site.b, x, shape)
+    if not axes_match and all(s.constant != 0 for s in x.shape):
         before, after = (", ".join(map(str, s)) for s in (x.shape, shape))
         site.importer.opaque.append(f"{site.node.name}: [{before}] to [{after}]")
     return made

@@ -201,7 +201,7 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
         if None in ours:
             if all(n in symbols.names or n.startswith(("u", "zuf")) for n in free):
                 continue  # a size that depends on data, whose operator is refused
-            raise _untold(guard, symbols, expr)
+            raise _unexpressed(guard, symbols, expr)
         if len(ours) == 1 and free:
             (name,) = ours
             assert name is not None
@@ -211,7 +211,7 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
             on_several.append((guard, expr))
     for guard, expr in on_several:
         if not _always(expr, found, symbols):
-            raise _untold(guard, symbols, expr, known=_fails_somewhere(expr, found, symbols))
+            raise _unexpressed(guard, symbols, expr, known=_fails_somewhere(expr, found, symbols))
     for name, bounds in found.items():
         if bounds.upper is not None and bounds.upper < bounds.lower:
             raise FrontendError(
@@ -284,16 +284,16 @@ def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: A
     settled = max(settled, hint + 1)
     last = settled + 2 * period + 2
     if last > _MOST_TRIED:
-        raise _untold(guard, symbols, expr)
+        raise _unexpressed(guard, symbols, expr)
     values = np.arange(last + 1)
     try:
         held = np.broadcast_to(_evaluated(expr, dict.fromkeys(free, values)), values.shape)
     except KeyError:
-        raise _untold(guard, symbols, expr) from None
+        raise _unexpressed(guard, symbols, expr) from None
     if not held[hint]:
-        raise _untold(guard, symbols, expr)
+        raise _unexpressed(guard, symbols, expr)
     if bool(held[settled:].any()) != bool(held[settled:].all()):
-        raise _untold(guard, symbols, expr)  # such as S % 2 == 0
+        raise _unexpressed(guard, symbols, expr)  # such as S % 2 == 0
     wrong = np.flatnonzero(~held)
     below, above = wrong[wrong < hint], wrong[wrong > hint]
     return Bounds(max(int(below[-1]) + 1 if below.size else 1, 1), int(above[0]) - 1 if above.size else None)
@@ -426,7 +426,7 @@ def _fails_somewhere(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) 
         return False
 
 
-def _untold(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> FrontendError:
+def _unexpressed(guard: Any, symbols: Symbols, expr: Any, *, known: bool = True) -> FrontendError:
     """Return the error for a guard that no bounds express. `known` is False if it may hold for all sizes."""
     place = getattr(guard, "sloc", None)
     frame = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)

@@ -106,11 +106,11 @@ def _dims(name: str, given: Any, shape: Sequence[int]) -> dict[int, str]:
     if isinstance(given, str):
         words = given.split()
         if len(words) != rank:
-            told = " ".join([*words, *["_"] * rank][:rank])
+            example = " ".join([*words, *["_"] * rank][:rank])
             raise UsageError(
                 f"dynamic= specifies {len(words)} dimensions for {name}, but it has {rank}",
                 received=given,
-                hint=f"{{{name!r}: {told!r}}}, where _ leaves a dimension as it is",
+                hint=f"{{{name!r}: {example!r}}}, where _ leaves a dimension as it is",
             )
         for axis, word in enumerate(words):
             if word.isdigit() and int(word) != shape[axis]:
@@ -247,7 +247,7 @@ def name_symbols(
 
     Raises FrontendError for a dimension that the module fixes.
     """
-    symbols, told = Symbols(), dict[str, Size]()
+    symbols, sizes = Symbols(), dict[str, Size]()
     dims = []
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in opened:
@@ -271,6 +271,6 @@ def name_symbols(
         for symbol in sorted(size.node.expr.free_symbols, key=str):
             symbols.names.setdefault(symbol.name, f"{name}_{symbol.name}")
         made = symbols.size(size)
-        if told.setdefault(name, made) != made:
-            raise FrontendError(f"{name} would be both {told[name]} and {made}", hint="two names in dynamic=")
-    return symbols, told
+        if sizes.setdefault(name, made) != made:
+            raise FrontendError(f"{name} would be both {sizes[name]} and {made}", hint="two names in dynamic=")
+    return symbols, sizes

@@ -33,17 +33,41 @@ _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """The contents of a folder from which a tokenizer is built.
+
+    special   the names of special tokens, by role
+    settings  tokenizer_config.json
+    """
+
+    tokenizers: Any
+    vocabulary: dict[str, int]
+    merges: list[tuple[str, str]]
+    special: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def put_between(self, first: str, last: str, *, trims: bool = False, prefix: bool = False) -> Any:
+        """Return the processor that puts a text between the special tokens of two roles.
+
+        trims   True if offsets leave out the space before a word
+        prefix  True if a space is put before the first word
+        """
+        begin, end = ((self.special[role], self.vocabulary[self.special[role]]) for role in (first, last))
+        return self.tokenizers.processors.RobertaProcessing(end, begin, trim_offsets=trims, add_prefix_space=prefix)
+
+
+@dataclass(frozen=True)
 class _Kind:
     """The construction of one kind of vocabulary.
 
-    build    builds the tokenizer from a vocabulary, merges, special tokens' names and tokenizer_config.json
+    build    builds the tokenizer
     special  the names of special tokens in the vocabulary, unless the folder defines others
     strips   by role, True if the space before the token belongs to it, as the model was trained, and the same for the
              space after it
     around   True if `add_bos_token` and `add_eos_token` put tokens around a text
     """
 
-    build: Callable[[Any, dict[str, int], list[tuple[str, str]], Mapping[str, str], Mapping[str, Any]], Any]
+    build: Callable[[_Parts], Any]
     special: Mapping[str, str]
     strips: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     around: bool = False
@@ -80,7 +104,7 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
     missing = [name for name in needed if name not in vocabulary]
     if missing:
         raise lacks_special_token(missing[0], shown)
-    made = kind.build(tokenizers, vocabulary, merges, special, settings)
+    made = kind.build(_Parts(tokenizers, vocabulary, merges, special, settings))
     if kind.around:
         put_around(tokenizers, made, {"bos_token": _END_OF_TEXT, **special}, settings, shown)
     if special.get("mask_token") not in vocabulary and "mask_token" not in named:
@@ -89,14 +113,9 @@ def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit
     return made
 
 
-def _wordpiece(
-    tokenizers: Any,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    special: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> Any:
-    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=special["unk_token"]))
+def _wordpiece(parts: _Parts) -> Any:
+    tokenizers, settings, special = parts.tokenizers, parts.settings, parts.special
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(parts.vocabulary, unk_token=special["unk_token"]))
     lower, accents = settings.get("do_lower_case", True), settings.get("strip_accents")
     made.normalizer = tokenizers.normalizers.BertNormalizer(
         clean_text=True,
@@ -110,67 +129,45 @@ def _wordpiece(
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{first}:0 $A:0 {last}:0",
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
-        special_tokens=[(first, vocabulary[first]), (last, vocabulary[last])],
+        special_tokens=[(first, parts.vocabulary[first]), (last, parts.vocabulary[last])],
     )
     return made
 
 
-def _mpnet(
-    tokenizers: Any,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    special: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> Any:
-    made = _wordpiece(tokenizers, vocabulary, merges, special, settings)
-    first, last = special["cls_token"], special["sep_token"]
-    made.post_processor = tokenizers.processors.RobertaProcessing(
-        (last, vocabulary[last]), (first, vocabulary[first]), trim_offsets=True, add_prefix_space=False
-    )
+def _mpnet(parts: _Parts) -> Any:
+    made = _wordpiece(parts)
+    made.post_processor = parts.put_between("cls_token", "sep_token", trims=True)
     return made
 
 
-def _byte_level(
-    tokenizers: Any,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    special: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> Any:
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
-    prefix = settings.get("add_prefix_space") is True
+def _byte_level(parts: _Parts) -> Any:
+    tokenizers = parts.tokenizers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=parts.vocabulary, merges=parts.merges, fuse_unk=False))
+    prefix = parts.settings.get("add_prefix_space") is True
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     made.decoder = tokenizers.decoders.ByteLevel()
     return made
 
 
-def _roberta(
-    tokenizers: Any,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    special: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> Any:
-    made = _byte_level(tokenizers, vocabulary, merges, special, settings)
-    first, last = special["cls_token"], special["sep_token"]
-    made.post_processor = tokenizers.processors.RobertaProcessing(
-        (last, vocabulary[last]),
-        (first, vocabulary[first]),
-        trim_offsets=settings.get("trim_offsets", True) is not False,
-        add_prefix_space=settings.get("add_prefix_space") is True,
+def _roberta(parts: _Parts) -> Any:
+    made = _byte_level(parts)
+    made.post_processor = parts.put_between(
+        "cls_token",
+        "sep_token",
+        trims=parts.settings.get("trim_offsets", True) is not False,
+        prefix=parts.settings.get("add_prefix_space") is True,
     )
     return made
 
 
-def _clip(
-    tokenizers: Any,
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    special: Mapping[str, str],
-    settings: Mapping[str, Any],
-) -> Any:
+def _clip(parts: _Parts) -> Any:
+    tokenizers = parts.tokenizers
     model = tokenizers.models.BPE(
-        vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", fuse_unk=False, unk_token=special["unk_token"]
+        vocab=parts.vocabulary,
+        merges=parts.merges,
+        end_of_word_suffix="</w>",
+        fuse_unk=False,
+        unk_token=parts.special["unk_token"],
     )
     made = tokenizers.Tokenizer(model)
     normalize, pre = tokenizers.normalizers, tokenizers.pre_tokenizers
@@ -183,10 +180,7 @@ def _clip(
     made.decoder = back.Sequence(
         [back.ByteLevel(), back.Replace(tokenizers.Regex("</w>$"), ""), back.Replace("</w>", " ")]
     )
-    first, last = special["bos_token"], special["eos_token"]
-    made.post_processor = tokenizers.processors.RobertaProcessing(
-        (last, vocabulary[last]), (first, vocabulary[first]), trim_offsets=False, add_prefix_space=False
-    )
+    made.post_processor = parts.put_between("bos_token", "eos_token")
     return made
 
 

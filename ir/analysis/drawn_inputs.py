@@ -66,13 +66,13 @@ def small_sizes(graph: Graph) -> list[dict[str, int]]:
         if sizes not in found and all(n >= 0 for shape in shapes for n in shape):
             found.append(sizes)
     if not found:
-        each, told = (
+        each, flags = (
             joint.join(mark.format(s) for s in graph.symbols) for joint, mark in ((", ", "{!r}: N"), (",", "{}=N"))
         )
         raise UsageError(
             "no small sizes fit the model",
             received=", ".join(graph.symbols),
-            hint=Hint(f"sizes=[{{{each}}}], with sizes that fit", f"--sizes {told}, with sizes that fit"),
+            hint=Hint(f"sizes=[{{{each}}}], with sizes that fit", f"--sizes {flags}, with sizes that fit"),
         )
     return found
 

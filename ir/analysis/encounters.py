@@ -212,8 +212,8 @@ class Verdict:
 
     def __repr__(self) -> str:
         head, *reasons = str(self).splitlines()
-        told = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
-        return f"<{head}{told}>"
+        suffix = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
+        return f"<{head}{suffix}>"
 
     def __str__(self) -> str:
         lines = [f"{self.axis} may {'' if self else 'not '}be {self.question}"]

@@ -24,7 +24,7 @@ def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None)
 
 def unread_blocks(op: str, names: Sequence[str], types: Sequence[Type | None]) -> RuleError:
     """Return the error for an op that reads numbers and receives blocks."""
-    return RuleError(f"{_told(names, types)}, and {op} reads numbers", hint="decode it first")
+    return RuleError(f"{_operands_text(names, types)}, and {op} reads numbers", hint="decode it first")
 
 
 def moved_encoding(
@@ -42,7 +42,7 @@ def moved_encoding(
     Raises RuleError if these operands differ in encoding, or if the axis of the blocks is not one mapped axis of the
     result.
     """
-    what = _told(names, types)
+    what = _operands_text(names, types)
     first = next(t.encoding for t in types if t is not None and t.encoding is not None)
     assert first is not None
     places = set()
@@ -62,6 +62,6 @@ def moved_encoding(
     return first.along(place)
 
 
-def _told(names: Sequence[str], types: Sequence[Type | None]) -> str:
+def _operands_text(names: Sequence[str], types: Sequence[Type | None]) -> str:
     name, encoding = next((n, t.encoding) for n, t in zip(names, types, strict=True) if t is not None and t.encoding)
     return f"{name} is encoded as {encoding}"

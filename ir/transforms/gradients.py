@@ -48,8 +48,8 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
         given = ", ".join(f"{name}: {v.type}" for name, v in graph.main.outputs.items())
         raise GraphError(f"the loss {loss} must be an output that is a scalar", received=given)
     if graph.states or len(graph.entry_names) > 1:
-        told = f"entries {', '.join(graph.entry_names)}; {len(graph.states)} states"
-        raise GraphError("a graph that is differentiated has one entry, and no states", received=told)
+        received = f"entries {', '.join(graph.entry_names)}; {len(graph.states)} states"
+        raise GraphError("a graph that is differentiated has one entry, and no states", received=received)
     for name in weights:
         weight = graph.parameters.get(name)
         if weight is None:

@@ -299,10 +299,10 @@ class FunctionTable:
                 assert region is not None
                 nodes: Sequence[Node] = region.nodes
                 first, last = self.at[nodes[0]], self.at[nodes[-1]]
-                told = nodes[0].op.name if first == last else f"{nodes[0].op.name} to {nodes[-1].op.name}"
+                ops = nodes[0].op.name if first == last else f"{nodes[0].op.name} to {nodes[-1].op.name}"
                 dim = region.dims[region.outputs[0]]
                 source = describe_source(nodes[-1].source, nodes[-1].scope) or ""
-                made.append(Chunk(self.function.name, first, last, dim, run.parts, told, str(region.size), source))
+                made.append(Chunk(self.function.name, first, last, dim, run.parts, ops, str(region.size), source))
         return made
 
     # -- the bound -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-NOTHING_TOLD = "roundings alone may change the results as much"
+INCONCLUSIVE = "roundings alone may change the results as much"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Certificate:
         sizes = "; ".join(", ".join(f"{s}={n}" for s, n in each) for each in self.sizes if each)
         near = f"largest error {self.error:.2g} (at most {self.tolerance:.2g})"
         others = f"other sizes refused ({self.refused})" if self.refused else ""
-        more = f"{self.undecided} more not certified: {NOTHING_TOLD}" if self.undecided else ""
-        told = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", more, others, self.note]
-        told.append(f"seed {self.seed}")
-        return f"{self.rule} {self.instance}: {', '.join(each for each in told if each)}"
+        more = f"{self.undecided} more not certified: {INCONCLUSIVE}" if self.undecided else ""
+        parts = [f"{self.cases} cases", near, f"at {sizes}" if sizes else "", more, others, self.note]
+        parts.append(f"seed {self.seed}")
+        return f"{self.rule} {self.instance}: {', '.join(each for each in parts if each)}"
 
 
 @dataclass(frozen=True)

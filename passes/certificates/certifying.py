@@ -50,7 +50,7 @@ from treadle.ir.graph import Graph, Value
 from treadle.ir.hashing import canonical_form
 from treadle.ir.interpreter import interpret
 from treadle.ir.types import f64
-from treadle.passes.certificates.certificate import NOTHING_TOLD, Certificate, Counterexample
+from treadle.passes.certificates.certificate import INCONCLUSIVE, Certificate, Counterexample
 from treadle.passes.certificates.comparing import compared
 from treadle.passes.certificates.derivatives import differentiated
 from treadle.passes.certificates.drawn_cases import MASKED, TIES, cases_of, draw_inputs
@@ -202,7 +202,7 @@ def _tried(
     for number, sizes in enumerate(chosen):
         most = kinds if number == len(chosen) // 2 else kinds[:2]
         for case in (*most, TIES) if gradients is not None else most:
-            told = tuple(sizes.items())
+            point = tuple(sizes.items())
             try:
                 inputs = draw_inputs(sides, sizes, case, [seed, number], finite)
                 old = interpret(before, inputs, float64=True)
@@ -211,23 +211,23 @@ def _tried(
                 continue
             found = _judged(sides, old, inputs, float64=True)
             if isinstance(found, str):
-                return Counterexample(case, told, seed, found)
+                return Counterexample(case, point, seed, found)
             if case in MASKED and _has_masks(sides, inputs):
                 own = _in_own_dtypes(sides, inputs)
                 if isinstance(own, str):
-                    return Counterexample(f"{case}, in its own precision", told, seed, own)
+                    return Counterexample(f"{case}, in its own precision", point, seed, own)
                 undecided += own is None
             if gradients is not None:
                 against = gradients.compared(inputs, sizes, [seed, number])
                 if against is not None:
-                    return Counterexample(f"{case}, of derivatives", told, seed, against)
+                    return Counterexample(f"{case}, of derivatives", point, seed, against)
             undecided += found is None
             cases += found is not None
             worst = max(worst, found or worst)
-            if told not in at:
-                at.append(told)
+            if point not in at:
+                at.append(point)
     if not cases:
-        why = f"not certified: {NOTHING_TOLD}" if undecided else f"not evaluated: {refused}"
+        why = f"not certified: {INCONCLUSIVE}" if undecided else f"not evaluated: {refused}"
         return Certificate(rule, instance, seed, 0, (), note=why, undecided=undecided)
     return Certificate(rule, instance, seed, cases, tuple(at), *worst, note, refused, undecided)
 

@@ -30,7 +30,7 @@ def compared(
     worst = (0.0, 0.0)
     moves = Moves(sides, made, inputs, float64)
     growth = math.sqrt(sum(len(side.main.nodes) for side in sides))
-    told = True
+    conclusive = True
     for name, wanted in before.items():
         got = after[name]
         if got.shape != wanted.shape:
@@ -55,9 +55,9 @@ def compared(
             if not moves.further():
                 return f"the results differ by {error:.2g} of the largest, and the tolerance is {tolerance:.2g}"
             tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
-        told = told and (tolerance <= most or (not float64 and error <= most))
+        conclusive = conclusive and (tolerance <= most or (not float64 and error <= most))
         worst = max(worst, (error, tolerance))
-    return worst if told else None
+    return worst if conclusive else None
 
 
 def _range(numbers: Array, scale: float) -> float:

@@ -112,7 +112,7 @@ class _Cutting:
             part, x = part_taken(cutter), cutter.inputs[0]
             assert part is not None
             whole = x.type.shape[part.dim]
-            reason = f"{part.size} of {whole} positions: only these are computed by {', '.join(body.told)}"
+            reason = f"{part.size} of {whole} positions: only these are computed by {', '.join(body.sliced_ops)}"
             self.log.match(self.rule, function, cutter, reason=reason)
         self.changes += len(body.cutters)
 
@@ -185,10 +185,10 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
 class _Body:
     """One function while its nodes are replaced.
 
-    parts    the computed part of each value of which only a part is computed
-    whole    the current replacement of each value
-    cutters  the slices and lookups whose part is now computed directly
-    told     the names of the ops that compute a part
+    parts       the computed part of each value of which only a part is computed
+    whole       the current replacement of each value
+    cutters     the slices and lookups whose part is now computed directly
+    sliced_ops  the names of the ops that compute a part
     """
 
     def __init__(self, cutting: _Cutting, function: Function, found: FoundParts) -> None:
@@ -196,7 +196,7 @@ class _Body:
         self.parts: dict[Value, Value] = {}
         self.whole: dict[Value, Value] = {}
         self.cutters: list[Node] = []
-        self.told: dict[str, None] = {}
+        self.sliced_ops: dict[str, None] = {}
         self._nodes: list[Node] = []
         self._slices: dict[tuple[Value, PartRead], Value] = {}
 
@@ -239,7 +239,7 @@ class _Body:
         for old, new, part in zip(node.results, made.results, cut.results, strict=True):
             (self.whole if part is None else self.parts)[old] = new
         if op.callee is not None or not op.only_moves:
-            self.told[op.callee or op.name] = None
+            self.sliced_ops[op.callee or op.name] = None
 
     def _add_cutter(self, node: Node, taken: PartRead) -> None:
         x = node.inputs[0]

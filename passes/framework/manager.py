@@ -31,6 +31,7 @@ from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
 from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
 from treadle.passes.framework.lineage import Lineage
+from treadle.passes.framework.option_text import value_text
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -64,9 +65,9 @@ class Pass:
 
     @property
     def options(self) -> str:
-        """The fields that differ from their default, as text."""
+        """The fields that differ from their default, as text; see `treadle.passes.framework.pass_text`."""
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
-        return ", ".join(f"{name}={value!r}" for name, value, default in fields if value != default)
+        return ",".join(f"{name}={value_text(value)}" for name, value, default in fields if value != default)
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         """Transform one function, and log what was matched or refused. Return the number of changes."""

@@ -174,8 +174,8 @@ class PassRecord:
             (len(self.refusals), "refused"),
             (len(self.near_misses), "nearly"),
         ]
-        told = "".join(f", {count} {what}" for count, what in counts if count)
-        return f"<pass {self.summary.removeprefix('after ')}{told}>"
+        suffix = "".join(f", {count} {what}" for count, what in counts if count)
+        return f"<pass {self.summary.removeprefix('after ')}{suffix}>"
 
     @property
     def changed(self) -> bool:
@@ -248,9 +248,9 @@ class PassLog(Sequence[PassRecord]):
         """Return every refusal, near miss and note, one per line, under the name of its pass."""
         lines: list[str] = []
         for r in self._records:
-            told = [f"  refused  {e}" for e in r.refusals] + [f"  nearly   {e}" for e in r.near_misses]
-            told += [f"  note     {n}" for n in r.notes]
-            lines += [r.name, *told] if told else []
+            details = [f"  refused  {e}" for e in r.refusals] + [f"  nearly   {e}" for e in r.near_misses]
+            details += [f"  note     {n}" for n in r.notes]
+            lines += [r.name, *details] if details else []
         return "\n".join(lines)
 
     def certified(self) -> str:
@@ -263,8 +263,10 @@ class PassLog(Sequence[PassRecord]):
     def _repr_html_(self) -> str:
         """Return HTML for notebooks: the table, followed by the text of `explain`."""
         head, *rows = self._rows(True)
-        told = self.explain()
-        return html_table(head, rows) + (html_code("refused, nearly matched, noted", told) if told else "")
+        explanation = self.explain()
+        return html_table(head, rows) + (
+            html_code("refused, nearly matched, noted", explanation) if explanation else ""
+        )
 
 
 def count_ops(graph: Graph) -> Counter[str]:

@@ -190,8 +190,10 @@ class _Hoisting:
             return True
         if others:
             what, place = blocks.name, describe_source(node.source, node.scope) or function.name
-            told = ", ".join(dict.fromkeys(others))
-            self.log.notes.append(f"{what} is decoded once: {told} cannot read {blocks.type.encoding} blocks, {place}")
+            other_readers = ", ".join(dict.fromkeys(others))
+            self.log.notes.append(
+                f"{what} is decoded once: {other_readers} cannot read {blocks.type.encoding} blocks, {place}"
+            )
         return False
 
     def _affordable(self, nodes: Mapping[Node, None]) -> dict[Node, None]:

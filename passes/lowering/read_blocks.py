@@ -80,7 +80,7 @@ class ReadBlocks(Pass):
                     nodes.append(made)
                 node.operands = (laid[blocks, layout].result,)
                 what = f"{blocks.name} is read in {blocks.type.encoding} blocks, {layout}"
-                log.notes.append(f"{what}: {_told(uses, node)}")
+                log.notes.append(f"{what}: {_readers_text(uses, node)}")
             nodes.append(node)
         function.nodes = nodes
         return bool(laid)
@@ -102,8 +102,8 @@ class ReadBlocks(Pass):
             whys.append(f"it is read in {' and '.join(sorted(map(str, layouts)))}")
         if whys:
             place = describe_source(node.source, node.scope) or function.name
-            told = "; ".join(dict.fromkeys(whys))
-            log.notes.append(f"{node.inputs[0].name} is not read in blocks: {told}, {place}")
+            reasons = "; ".join(dict.fromkeys(whys))
+            log.notes.append(f"{node.inputs[0].name} is not read in blocks: {reasons}, {place}")
         return None
 
     def _beside(self, node: Node, uses: dict[Value, list[tuple[Node, int]]]) -> Layout | None:
@@ -154,6 +154,6 @@ class DecodeWhereRead(Pass):
         return split
 
 
-def _told(uses: dict[Value, list[tuple[Node, int]]], node: Node) -> str:
+def _readers_text(uses: dict[Value, list[tuple[Node, int]]], node: Node) -> str:
     names = ", ".join(dict.fromkeys(reader.op.name for reader, _ in uses[node.result]))
     return f"{names}, {describe_source(node.source, node.scope) or 'of main'}"

@@ -76,9 +76,12 @@ class LibraryPlanning(Planning):
             storage = None if dying is None else self.places[dying].storage
             placed = self.placed(node)
             if dying is None or storage is None:
-                told = placed and value not in self.handed_out
+                is_local = placed and value not in self.handed_out
                 self._put(
-                    value, self._whole(value, StorageKind.LOCAL if told else StorageKind.FOREIGN), How.OWN, written=True
+                    value,
+                    self._whole(value, StorageKind.LOCAL if is_local else StorageKind.FOREIGN),
+                    How.OWN,
+                    written=True,
                 )
             else:
                 self._put(value, storage, How.OVER, dying, written=True)
@@ -89,8 +92,8 @@ class LibraryPlanning(Planning):
         """Add the workspaces of a call."""
         views = {}
         for name, each in self.needed(node, self.planned.row_major.of).items():
-            told = self._named.new(f"{self.names[value]}_{name}")
-            storage = Storage(told, each.dtype, each.elements, StorageKind.LOCAL)
+            storage_name = self._named.new(f"{self.names[value]}_{name}")
+            storage = Storage(storage_name, each.dtype, each.elements, StorageKind.LOCAL)
             views[name] = View.contiguous(storage, each.shape)
         if views:
             self.workspaces[self.at[node]] = views
@@ -138,5 +141,5 @@ class LibraryPlanning(Planning):
             assert made is not None
             assert isinstance(lies, Storage)
             alike = (made.kind, made.dtype, made.elements) == (lies.kind, lies.dtype, lies.elements)
-            told = alike and value not in self.handed_out
-            self._put(value, lies if told else replace(lies, kind=StorageKind.FOREIGN), How.OWN, written=True)
+            is_local = alike and value not in self.handed_out
+            self._put(value, lies if is_local else replace(lies, kind=StorageKind.FOREIGN), How.OWN, written=True)

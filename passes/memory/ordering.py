@@ -171,8 +171,8 @@ def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, 
         found[i].update(at[v.node] for v in step.inputs if v.node is not None)
     for node, updated in deadlines(function).items():
         found[at[function.nodes[updated]]].add(at[node])
-    meetings = [i for i, step in enumerate(steps) if any(node.op.meets_ranks for node in step.nodes)]
-    for first, second in pairwise(meetings):
+    collectives = [i for i, step in enumerate(steps) if any(node.op.meets_ranks for node in step.nodes)]
+    for first, second in pairwise(collectives):
         found[second].add(first)
     begins = [i for i, step in enumerate(steps) if any(isinstance(node.op, Starting) for node in step.nodes)]
     waits = [i for i, step in enumerate(steps) if any(_awaits(node) for node in step.nodes)]

@@ -188,9 +188,9 @@ class _Lives:
             raise wrong_plan("a value that other steps read has no storage", self.plan, value)
         life = self.lives.get(place.storage)
         if life is None or not life.first <= at <= life.last:
-            told = "never" if life is None else f"from step {life.first} to {life.last}"
+            lifetime = "never" if life is None else f"from step {life.first} to {life.last}"
             raise wrong_plan(
-                f"step {at} needs a storage that is dead", self.plan, value, f"{place.storage} lives {told}"
+                f"step {at} needs a storage that is dead", self.plan, value, f"{place.storage} lives {lifetime}"
             )
 
     def _expect(self, holds: bool, otherwise: str, value: Value | None) -> None:

@@ -180,8 +180,8 @@ class FunctionPlan:
         """Return a line for each step with workspaces: `workspace of attn, at step 8: scores f32[B, 12, S, S]`."""
         lines = []
         for at, arrays in self.workspaces.items():
-            told = [f"{name} {view.dtype}[{', '.join(map(str, view.shape))}]" for name, view in arrays.items()]
-            lines.append(f"workspace of {self.names[self.steps[at].root.results[0]]}, at step {at}: {', '.join(told)}")
+            texts = [f"{name} {view.dtype}[{', '.join(map(str, view.shape))}]" for name, view in arrays.items()]
+            lines.append(f"workspace of {self.names[self.steps[at].root.results[0]]}, at step {at}: {', '.join(texts)}")
         return lines
 
     def dead_after(self) -> dict[int, list[Value]]:
@@ -226,10 +226,10 @@ class FunctionPlan:
         if self.donated:
             lines[0] += f"; {' and '.join(names[v] for v in self.donated)} donated"
         lines[0] += "".join(f", returned as {name}" for name in self.given_back)
-        for (*row, told), value in zip(aligned(cells), shown, strict=True):
+        for (*row, description), value in zip(aligned(cells), shown, strict=True):
             node = value.node
             source = (describe_source(node.source, node.scope) or "") if node is not None else ""
-            lines.append("  " + "  ".join([*row, told, source]).rstrip())
+            lines.append("  " + "  ".join([*row, description, source]).rstrip())
         lines += [f"  {line}" for line in self.beside()]
         lines += [
             f"  output {name} is copied from {names[self.function.outputs[name]]} at the end" for name in self.copied
@@ -259,9 +259,9 @@ class StoragePlan:
         counts = [(how, sum(place.how is how for place in places)) for how in _COUNTED]
         own = sum(each.own for each in self.functions.values())
         beside = sum(len(arrays) for each in self.functions.values() for arrays in each.workspaces.values())
-        told = [f"{count} {_COUNTED[how]}" for how, count in counts if count]
-        told += [f"{beside} arrays of workspaces"] if beside else []
-        return f"{len(places)} values in {own} storages: " + ", ".join(told)
+        parts = [f"{count} {_COUNTED[how]}" for how, count in counts if count]
+        parts += [f"{beside} arrays of workspaces"] if beside else []
+        return f"{len(places)} values in {own} storages: " + ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: each.as_dict() for name, each in self.functions.items()}

@@ -80,7 +80,7 @@ class StridesCheck:
     ) -> None:
         self.function, self.plan, self.sizes, self.callees = function, plan, sizes, callees or {}
         self._known: dict[Size, int] = {}
-        self._told: dict[int, tuple[list[int], list[int], int]] = {}
+        self._resolved: dict[int, tuple[list[int], list[int], int]] = {}
         self._moved: dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]] = {}
 
     def check(self, small: bool) -> list[str]:
@@ -134,8 +134,8 @@ class StridesCheck:
             return
         last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         if first < 0 or min(strides, default=0) < 0 or last >= held:
-            told = f"elements {first} to {last} of {held} at {self.sizes}"
-            raise wrong_plan("a destination is too small", self.plan, value, told)
+            received = f"elements {first} to {last} of {held} at {self.sizes}"
+            raise wrong_plan("a destination is too small", self.plan, value, received)
         if place.is_written and not self._apart(value, shape, strides):
             raise wrong_plan("two elements are written to one address", self.plan, value, str(strides))
 
@@ -276,8 +276,8 @@ class StridesCheck:
 
     def lies(self, view: View) -> tuple[list[int], list[int], int]:
         """Return the shape, strides and offset of a view of the plan, as integers."""
-        found = self._told.get(id(view))
+        found = self._resolved.get(id(view))
         if found is None:
             found = self._numbers(view.shape), self._numbers(view.strides), self.number(view.offset)
-            self._told[id(view)] = found
+            self._resolved[id(view)] = found
         return found

@@ -98,8 +98,8 @@ def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[We
         else:
             product.encodings.setdefault(wanted, {})[encoding.along(-1)] = None
     if len(product.encodings) > 1:
-        told = " and ".join(str(each) for of in product.encodings.values() for each in of)
-        yield f"{node.op.name} multiplies it with {told}, which require different roundings"
+        encodings = " and ".join(str(each) for of in product.encodings.values() for each in of)
+        yield f"{node.op.name} multiplies it with {encodings}, which require different roundings"
 
 
 def _summed(node: Node, position: int) -> int | None:
@@ -130,8 +130,8 @@ def _planned(function: Function, products: Mapping[int, _Product]) -> Iterator[A
         for wanted, read in (rounded or {None: places}).items():
             reason = ""
             if wanted is not None:
-                told = dict.fromkeys(products[p].node.op.name for p in read)
+                readers = dict.fromkeys(products[p].node.op.name for p in read)
                 of = dict.fromkeys(str(e) for p in read for e in products[p].encodings[wanted])
-                reason = f"{', '.join(told)} multiplies it with {', '.join(of)}"
+                reason = f"{', '.join(readers)} multiplies it with {', '.join(of)}"
             reason = "; ".join(filter(None, [reason, *whys]))
             yield ActivationPlan(function.name, x.name, x.type, wanted, tuple(read), reason)

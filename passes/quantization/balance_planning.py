@@ -70,13 +70,13 @@ def plan_balances(
                 elif len({u[1] for u in others if u is not None}) > 1:
                     whys[i] = f"{name} is multiplied with results of several norms"
             changed = changed or bool(whys[i])
-    told = [
+    explained = [
         a
         if i not in whys
         else replace(a, reason=f"{a.reason}; {f'not smoothed: {whys[i]}' if whys[i] else 'smoothed'}")
         for i, a in enumerate(activations)
     ]
-    return tuple(told), tuple(_balances(graph, [u for i, uses in found.uses.items() if not whys[i] for u in uses]))
+    return tuple(explained), tuple(_balances(graph, [u for i, uses in found.uses.items() if not whys[i] for u in uses]))
 
 
 def _why_not(uses: Sequence[_Use], picked: AbstractSet[str]) -> str:

@@ -111,12 +111,12 @@ class QuantizationPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as JSON."""
-        told = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
-        told["weights"] = [w.as_dict() for w in self.weights]
+        facts = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
+        facts["weights"] = [w.as_dict() for w in self.weights]
         if self.activations:
-            told["activations"] = [a.as_dict() for a in self.activations]
-            told["balances"] = [asdict(balance) for balance in self.balances]
-        return told
+            facts["activations"] = [a.as_dict() for a in self.activations]
+            facts["balances"] = [asdict(balance) for balance in self.balances]
+        return facts
 
     def __str__(self) -> str:
         before = sum(w.type.encoding is not None for w in self.weights)
@@ -129,7 +129,10 @@ class QuantizationPlan:
         rows += [_row(group) for group in _folded(self.weights)]
         lines = [head, "", *_table(rows)]
         if self.activations:
-            lines += ["", *_table([("multiplied value", "type", "encoding", "why"), *map(_told, self.activations)])]
+            lines += [
+                "",
+                *_table([("multiplied value", "type", "encoding", "why"), *map(_activation_row, self.activations)]),
+            ]
         if self.balances:
             lines += ["", *_table([("vector", "of the norm", "smoothed weights"), *_folded_balances(self.balances)])]
         return "\n".join(lines)
@@ -145,12 +148,12 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = []
     for row in rows:
         cells = zip(heads, row, wide, strict=False)
-        told = [c.rjust(w) if head in _TO_THE_RIGHT else c.ljust(w) for head, c, w in cells]
-        lines.append("  ".join([*told, row[-1]]).rstrip())
+        columns = [c.rjust(w) if head in _TO_THE_RIGHT else c.ljust(w) for head, c, w in cells]
+        lines.append("  ".join([*columns, row[-1]]).rstrip())
     return lines
 
 
-def _told(plan: ActivationPlan) -> tuple[str, ...]:
+def _activation_row(plan: ActivationPlan) -> tuple[str, ...]:
     encoding = "stays" if plan.encoding is None else str(plan.encoding)
     return f"{plan.name}, of {plan.function}", str(plan.type), encoding, plan.reason
 
@@ -201,5 +204,5 @@ def _numbered(names: Sequence[str]) -> str:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
-    told = ",".join("..".join(map(str, run)) for run in runs)
-    return _NUMBER.sub(f"{{{told}}}", first, count=1)
+    indices = ",".join("..".join(map(str, run)) for run in runs)
+    return _NUMBER.sub(f"{{{indices}}}", first, count=1)

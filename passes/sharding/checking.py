@@ -186,7 +186,8 @@ class _Check:
         }.get(step.kind, (none, none))
         if not over or (had - has, has - had) != expected:
             raise self.fail(
-                f"{step.kind.word} of {value.name} does not change its partial axes as it must", _told(step, self.mesh)
+                f"{step.kind.word} of {value.name} does not change its partial axes as it must",
+                _step_text(step, self.mesh),
             )
         if step.kind is StepKind.REDUCE_SCATTER and before.monoid != "sum":
             raise self.fail(f"{step.kind.word} of partial values ({before.monoid})")
@@ -216,7 +217,7 @@ class _Check:
             if not fits:
                 raise self.fail(
                     f"{step.kind.word} does not give each of ranks {group[0]} to {group[-1]} its part of {value.name}",
-                    _told(step, self.mesh),
+                    _step_text(step, self.mesh),
                 )
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -228,8 +229,8 @@ class _Check:
         present = [v for v in node.operands if v is not None] if planned.callee is not None else node.operands
         for value, placed in zip(present, planned.reads, strict=True):
             if value is not None and (placed is None or placed not in self.had(value, have)):
-                told = "nowhere" if placed is None else placed.text(self.mesh)
-                raise self.fail(f"{value.name} has no copy with the placement in which it is read", told)
+                placement = "nowhere" if placed is None else placed.text(self.mesh)
+                raise self.fail(f"{value.name} has no copy with the placement in which it is read", placement)
         for value, placed in zip(node.results, planned.gives, strict=True):
             self.holds(value, placed)
         reads = [p for p in planned.reads if p is not None]
@@ -297,8 +298,8 @@ class _Check:
         them.
         """
         share, size = planned.shares.get(name), application.dims[name].size
-        told = None if share is None else Split(share.over, share.grain)
-        splits = [told, *[split for _, _, _, split in held]]
+        expected = None if share is None else Split(share.over, share.grain)
+        splits = [expected, *[split for _, _, _, split in held]]
         found: dict[int, Interval] = {}
         for rank in ranks_along(
             self.mesh, frozenset(part for split in splits if split is not None for part in split.over)
@@ -307,8 +308,8 @@ class _Check:
                 own = self.factor_parts(application, dim, self.interval(whole, split, rank))[name]
                 if found.setdefault(rank, own) != own:
                     raise self.fail(f"rank {rank} has different parts of {name} in {value.name}", str(own))
-            if self.interval(size, told, rank) != found[rank]:
-                wanted = "all" if told is None else str(self.interval(size, told, rank))
+            if self.interval(size, expected, rank) != found[rank]:
+                wanted = "all" if expected is None else str(self.interval(size, expected, rank))
                 raise self.fail(f"rank {rank} works on {wanted} of {name}, but has {found[rank]}")
         return found
 
@@ -414,7 +415,7 @@ class _Check:
                 raise self.fail(f"partial values ({monoid}) are marked as {planned.gives[0].monoid}")
 
 
-def _told(step: PlacementStep, mesh: Mesh) -> str:
+def _step_text(step: PlacementStep, mesh: Mesh) -> str:
     return f"{step.before.text(mesh)} -> {step.after.text(mesh)} over {mesh.text_of(step.over)}"
 
 

@@ -305,7 +305,7 @@ class ShardingPlan:
         reasons = iter(move.because)
         for step in move.steps:
             if step.sends:
-                told = move.value.type, step, self.sizes
+                arguments = move.value.type, step, self.sizes
                 yield PlannedCollective(
                     step.kind.word,
                     self.mesh.text_of(step.over),
@@ -314,9 +314,9 @@ class ShardingPlan:
                     joined_scope(scope, at.scope),
                     str(at.source or ""),
                     move.value.name,
-                    payload_of(*told),
-                    sent_by(*told),
-                    seconds_of(*told, self.mesh, self.machine),
+                    payload_of(*arguments),
+                    sent_by(*arguments),
+                    seconds_of(*arguments, self.mesh, self.machine),
                     self._together,
                 )
 

@@ -216,12 +216,12 @@ def _node_lines(
     yield from _move_lines(plan, planned.moves, names, indent, within)
     node, mesh = planned.node, plan.mesh
     split = ", ".join(f"{name} over {mesh.text_of(share.over)}" for name, share in planned.shares.items())
-    told = planned.callee.name if planned.callee is not None else node.op.name
+    operation = planned.callee.name if planned.callee is not None else node.op.name
     if planned.body is not None:
-        told += ", by its body"
+        operation += ", by its body"
     if planned.ring:
-        told += ", keys pass around"
-    left = f"{', '.join(_name(v, names) for v in node.results)} = {told}" + (f": {split}" if split else "")
+        operation += ", keys pass around"
+    left = f"{', '.join(_name(v, names) for v in node.results)} = {operation}" + (f": {split}" if split else "")
     yield f"{indent}{left}".ljust(_COLUMN + 2) + "  " + ", ".join(p.text(mesh) for p in planned.gives)
     if planned.body is not None:
         for inner in planned.body.nodes:

@@ -56,8 +56,8 @@ def read_plan(record: Any, graph: Graph, *, most_ranks: int = MOST_RANKS) -> Sha
     except PassError:
         raise
     except (TreadleError, ValueError, KeyError, AssertionError) as error:
-        told = f"{type(error).__name__}: {error}"[:200]
-        raise PassError("the sharding plan cannot be checked", received=told) from error
+        received = f"{type(error).__name__}: {error}"[:200]
+        raise PassError("the sharding plan cannot be checked", received=received) from error
     return plan
 
 
@@ -193,8 +193,8 @@ class _Reader:
             raise ValueError("an absent operand moves")
         source, target = self.placed(said["source"]), self.placed(said["target"])
         steps = conversion(value.type.shape, source, target)
-        told = [(s.kind.word, self.mesh.text_of(s.over), s.dim, s.onto) for s in steps]
-        if told != [(each["kind"], each["over"], each["dim"], each["onto"]) for each in _list(said["steps"])]:
+        steps_read = [(s.kind.word, self.mesh.text_of(s.over), s.dim, s.onto) for s in steps]
+        if steps_read != [(each["kind"], each["over"], each["dim"], each["onto"]) for each in _list(said["steps"])]:
             raise ValueError(f"the recorded steps do not lead {value.name} from {said['source']} to {said['target']}")
         because = tuple([_text(reason) for reason in _list(said["because"])])
         return Move(value, source, target, steps, because, function.nodes[_count(said["at"], least=0)])

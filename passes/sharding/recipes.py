@@ -102,8 +102,10 @@ def shard(
         stored = mesh.parts_of(known.stored) if known.stored else ()
         staged = known.staged
     elif not chosen:
-        told = " or ".join(RECIPES)
-        raise UsageError("nothing says how to split the model", hint=Hint(f"recipe={told}", f"--recipe {told}"))
+        optionspe_name = " or ".join(RECIPES)
+        raise UsageError(
+            "nothing says how to split the model", hint=Hint(f"recipe={optionspe_name}", f"--recipe {optionspe_name}")
+        )
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
         if not has_axis(graph, "batch"):
@@ -116,8 +118,8 @@ def shard(
         weights = {name: _stored(types[name], placed, stored) for name, placed in wanted.weights.items()}
         wanted = replace(wanted, weights=weights)
     given = _default_sizes(graph, ways(mesh.parts_of(chosen.get("batch", "")))) | dict(sizes or {})
-    told = recipe or "by hand"
-    plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=told, axes=chosen, stored=stored)
+    optionspe_name = recipe or "by hand"
+    plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=optionspe_name, axes=chosen, stored=stored)
     return cut_in_stages(plan, staged) if staged else plan
 
 
@@ -125,13 +127,13 @@ def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mappin
     """Return the mesh with an axis of micro-batches as its last: the number in the mesh, or some per stage, at most the
     rows.
     """
-    told = dict(mesh.axes)
-    count = told.pop(TURNS, None)
+    axes = dict(mesh.axes)
+    count = axes.pop(TURNS, None)
     if count is None:
         rows = [n for v in graph.main.inputs if v.type.rank for n in _known(graph, v.type.shape[0], sizes)]
         most = max(min(rows, default=MOST_RANKS) // ways(mesh.parts_of(batch)), 1)
-        count = min(FOR_EACH_STAGE * told[staged], most)
-    return Mesh.of(",".join(f"{name}={size}" for name, size in {**told, TURNS: count}.items()))
+        count = min(FOR_EACH_STAGE * axes[staged], most)
+    return Mesh.of(",".join(f"{name}={size}" for name, size in {**axes, TURNS: count}.items()))
 
 
 def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:

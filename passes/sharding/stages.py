@@ -39,7 +39,7 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
     turns_last = partial(_with_turns_last, set(plan.mesh.parts_of(TURNS)))
     plan = with_outputs_in(plan, turns_last, "has its micro-batches in order")
     staged = replace(plan, pipeline=pipeline)
-    _refuse_meetings(staged, pipeline)
+    _refuse_collectives(staged, pipeline)
     line = _Line(staged)
     count = dict(plan.mesh.axes)[over]
     if len(line.groups) < count:
@@ -65,7 +65,7 @@ def _with_turns_last(turns: set[SubAxis], placed: MeshPlacement) -> MeshPlacemen
     return MeshPlacement(tuple(dims), placed.partial, placed.monoid)
 
 
-def _refuse_meetings(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
+def _refuse_collectives(plan: ShardingPlan, pipeline: PlannedPipeline) -> None:
     """Raise PassError if a value is split over stages, or micro-batches need a collective."""
     turns, line = set(plan.turns), set(plan.mesh.parts_of(pipeline.over))
 

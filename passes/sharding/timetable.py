@@ -168,10 +168,10 @@ class PipelineTimes:
         for number, times in enumerate(stages):
             spans: dict[int, tuple[float, float]] = {}
             for each in times.busy:
-                told = re.match(rf"{word}\.(\d+)(?=\.|$)", each.scope)
-                if told is not None and each.op != HandOn.name:
-                    first, last = spans.get(int(told[1]), (each.start, each.end))
-                    spans[int(told[1])] = min(first, each.start), max(last, each.end)
+                match = re.match(rf"{word}\.(\d+)(?=\.|$)", each.scope)
+                if match is not None and each.op != HandOn.name:
+                    first, last = spans.get(int(match[1]), (each.start, each.end))
+                    spans[int(match[1])] = min(first, each.start), max(last, each.end)
             found += [Turn(number, turn, *span) for turn, span in sorted(spans.items())]
         return PipelineTimes(tuple(stages), tuple(found))
 
@@ -277,8 +277,8 @@ class _Walk:
     def during(self, node: Node, takes: _Takes, start: float, scope: str, call: int) -> Busy:
         """Return the record of a node's execution."""
         place, line = joined_scope(scope, node.scope), str(node.source or "")
-        told = takes.over, takes.because, place, line, start, takes.seconds, takes.sent, takes.limit
-        return Busy(node.op.name, *told, call)
+        costs = takes.over, takes.because, place, line, start, takes.seconds, takes.sent, takes.limit
+        return Busy(node.op.name, *costs, call)
 
     def taken(self, function: Function) -> Iterator[tuple[Node, _Takes | None]]:
         """Yield the cost of each node; None for a call, for a node that runs once, when weights are bound, and for a

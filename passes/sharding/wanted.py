@@ -129,8 +129,8 @@ def _wish(
         blocked = place.dim == blocked_dim(type)
         if split is not None and blocked and not _fits_blocks(type, split):
             if place.value in weights:
-                told = re.sub(r"[.][0-9]+(?=[.])", ".*", place.value.name)
-                notes.append(f"{name}: {told} is stored in blocks along dimension {place.dim}, which is replicated")
+                pattern = re.sub(r"[.][0-9]+(?=[.])", ".*", place.value.name)
+                notes.append(f"{name}: {pattern} is stored in blocks along dimension {place.dim}, which is replicated")
             continue
         if split is not None:
             known = wishes.setdefault(place.value, [])

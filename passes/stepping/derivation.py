@@ -115,8 +115,8 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     memories = tuple(s for s in capacities if s not in windows)
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
     inputs = {v.name for v in graph.main.inputs}
-    told = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
-    return DerivedStep(made, axis, tokens, tuple(kept), told, context, windows, memories, functions.carries)
+    port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
+    return DerivedStep(made, axis, tokens, tuple(kept), port_names, context, windows, memories, functions.carries)
 
 
 def _cache_dtype(name: str | DType) -> DType:
@@ -162,8 +162,8 @@ def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:
     """
     met = [e for e in follow(graph, rows).encounters if not isinstance(e.kind, Generated) or e.node.op.reads_positions]
     if met:
-        told = f"{graph.name} has no step along {axis}: its rows, {rows}, are not independent"
-        raise PassError("\n".join([told, *(f"  {e}" for e in met)]))
+        message = f"{graph.name} has no step along {axis}: its rows, {rows}, are not independent"
+        raise PassError("\n".join([message, *(f"  {e}" for e in met)]))
 
 
 def _rows(graph: Graph, axis: str) -> str:

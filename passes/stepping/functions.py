@@ -81,8 +81,8 @@ class StepFunctions:
         self, context: Context, extents: tuple[Extents, ...], arguments: dict[Wanted, Stepped], single: bool
     ) -> _Made:
         """Return a block that computes its outputs in these extents, from arguments of these types."""
-        told = tuple((v.name, extent, x.expr.type.text, x.by_row) for (v, extent), x in arguments.items())
-        key = (id(context), extents, told, single)
+        argument_keys = tuple((v.name, extent, x.expr.type.text, x.by_row) for (v, extent), x in arguments.items())
+        key = (id(context), extents, argument_keys, single)
         if key not in self._known:
             suffix = "_step" if single else "_last" if LAST in extents else ""
             name = free_name(f"{context.function.name}{suffix}", {*ENTRIES, *self.graph.functions})

@@ -137,13 +137,13 @@ class Communicator:
             self._settle()
 
     @contextmanager
-    def _waiting(self, told: str) -> Iterator[None]:
+    def _waiting(self, activity: str) -> Iterator[None]:
         """Wait for other ranks, with a description. Raises the replacement for an error of torch.distributed."""
-        with self.waiting(told):
+        with self.waiting(activity):
             try:
                 yield
             except RuntimeError as error:  # all errors that torch.distributed raises
-                raise self.failed(error, told) from error
+                raise self.failed(error, activity) from error
 
     def _settle(self) -> None:
         """Synchronize with a GPU, on which collectives are only enqueued, so that the watch knows which rank this one
@@ -163,10 +163,10 @@ class Communicator:
             if isinstance(op, Awaited) and op.ahead:
                 made = self._finished(op)
             elif isinstance(op, HandOn):
-                self._told(op, given, group)
+                self._descriptions(op, given, group)
                 made = self._hand_on(given, group)
             else:
-                made = meet(op, given, group, self._told(op, given, group))
+                made = meet(op, given, group, self._descriptions(op, given, group))
             if not (isinstance(op, HandOn) and group.at == 0):
                 self._settle()
         self._count(op, group, given, made)
@@ -177,26 +177,26 @@ class Communicator:
         group, given, awaited = self._group_of(op), as_tensor(part), op.awaited
         with self._waiting(f"{op.name} over {op.over}"):
             # A copy: a value other than a weight may be overwritten before all of it is sent.
-            begun = begin(awaited, given.clone(), group, self._told(op, given, group))
+            begun = begin(awaited, given.clone(), group, self._descriptions(op, given, group))
         self._begun.setdefault((awaited.name, op.over), deque()).append(begun)
 
-    def send(self, part: Any, to: int, told: str) -> None:
-        """Send a part, such as an output, to a rank that receives it; `told` describes it in errors."""
+    def send(self, part: Any, to: int, activity: str) -> None:
+        """Send a part, such as an output, to a rank that receives it; `activity` describes it in errors."""
         import torch.distributed as dist
 
         raw = as_bytes(as_tensor(part).contiguous())
-        with self._waiting(told):
+        with self._waiting(activity):
             if raw.numel():
                 dist.send(raw, to)
             self._settle()
 
-    def received(self, like: Array, source: int, told: str) -> Array:
+    def received(self, like: Array, source: int, activity: str) -> Array:
         """Return an array that a rank sends, with the shape and dtype of `like`."""
         import torch
         import torch.distributed as dist
 
         raw = torch.empty(like.nbytes, dtype=torch.uint8, device=self.device)
-        with self._waiting(told):
+        with self._waiting(activity):
             if like.nbytes:
                 dist.recv(raw, source)
             found: Array = raw.cpu().numpy().view(like.dtype).reshape(like.shape)
@@ -246,7 +246,7 @@ class Communicator:
         moved = 0 if is_got else op.payload(held_bytes(given), held_bytes(made))
         self.traffic[op.name, op.over] = before.beside(moved)
 
-    def _told(self, op: Collective, given: torch.Tensor, group: RankGroup) -> list[list[int]]:
+    def _descriptions(self, op: Collective, given: torch.Tensor, group: RankGroup) -> list[list[int]]:
         """Return the description that each rank of the group sent of this collective, in order."""
         key = self._run, self._number
         self._number += 1

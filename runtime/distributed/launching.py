@@ -59,11 +59,11 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < until:
             time.sleep(_PAUSE)
         codes = [rank.returncode or 0 for rank in ranks]
-    told = [f"rank {i} was ended by {_signal_name(-code)}" for i, code in enumerate(codes) if code < 0]
+    messages = [f"rank {i} was ended by {_signal_name(-code)}" for i, code in enumerate(codes) if code < 0]
     if max(codes) <= 0:
-        raise RankError(told[0], received=f"{count} ranks")
-    if told:
-        print(told[0], file=sys.stderr, flush=True)
+        raise RankError(messages[0], received=f"{count} ranks")
+    if messages:
+        print(messages[0], file=sys.stderr, flush=True)
     return max(codes)
 
 

@@ -61,9 +61,9 @@ class Ranks:
         self._kind = ""
         self._agreed = 0
 
-    def doing(self, told: str) -> None:
+    def doing(self, activity: str) -> None:
         """Record the current activity, for errors of other ranks. Raises RankError if another rank has failed."""
-        self.watch.doing(told)
+        self.watch.doing(activity)
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Compare facts with all ranks. Raises UsageError, the same on every rank, for the first fact that differs."""
@@ -71,16 +71,16 @@ class Ranks:
         keys = [f"treadle/facts/{self._agreed}/{rank}" for rank in range(self.size)]
         with self.watch.waiting(f"comparing {', '.join(facts)}"):
             self.store.set(keys[self.rank], json.dumps(dict(facts)))
-            told = [json.loads(self._read(key)) for key in keys]
+            answers = [json.loads(self._read(key)) for key in keys]
             self.store.set(f"{keys[self.rank]}/read", "")
             for key in keys if self.rank == 0 else ():  # the store may end together with rank 0
                 self._read(f"{key}/read")
-        for name in told[0]:
+        for name in answers[0]:
             for rank in range(1, self.size):
-                if told[rank].get(name) != told[0][name]:
+                if answers[rank].get(name) != answers[0][name]:
                     raise UsageError(
                         f"ranks differ in their {name}",
-                        received=f"rank 0: {told[0][name]}; rank {rank}: {told[rank].get(name)}",
+                        received=f"rank 0: {answers[0][name]}; rank {rank}: {answers[rank].get(name)}",
                         hint="the same command, version and files on every rank",
                     )
 
@@ -137,8 +137,8 @@ class Ranks:
 
         if kind != "cuda":
             return torch.device("cpu")
-        told = os.environ.get("LOCAL_RANK", "")
-        local = int(told) if told.isdecimal() else self.rank
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        local = int(local_rank) if local_rank.isdecimal() else self.rank
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if local >= count:
             raise BackendError(
@@ -244,17 +244,19 @@ def _environment() -> tuple[int, int, str]:
         raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=_HINT)
     texts = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")]
     if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
-        told = ", ".join(f"{name}={os.environ[name]!r}" for name in _NEEDED)
-        raise UsageError("RANK must be a number below WORLD_SIZE, and MASTER_PORT a number", received=told, hint=_HINT)
+        received = ", ".join(f"{name}={os.environ[name]!r}" for name in _NEEDED)
+        raise UsageError(
+            "RANK must be a number below WORLD_SIZE, and MASTER_PORT a number", received=received, hint=_HINT
+        )
     return int(texts[0]), int(texts[1]), os.environ["MASTER_ADDR"]
 
 
 def _orphaned() -> Any:
     """Return a function that is True if the launcher on this machine, whose end should end this process, has ended."""
-    told = os.environ.get(LAUNCHER, "")
-    if told.isdecimal():
+    launcher = os.environ.get(LAUNCHER, "")
+    if launcher.isdecimal():
         _end_with_parent()
-        return lambda: os.getppid() != int(told)
+        return lambda: os.getppid() != int(launcher)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parent = os.getppid()
         return lambda: os.getppid() != parent

@@ -1,7 +1,7 @@
 """Transfers: each collective as calls of torch.distributed, on tensors where they are stored.
 
 torch.distributed sends whole contiguous tensors. Parts are copied into that form here, and shorter parts are padded.
-The descriptions that ranks exchange (`told`) are rows of WORDS numbers: the kind of the collective, a dtype, the length
+The `descriptions` that ranks exchange are rows of WORDS numbers: the kind of the collective, a dtype, the length
 of the part that the rank receives, and the length of the part that it sends.
 """
 
@@ -65,21 +65,21 @@ class Begun:
     sent: torch.Tensor
 
 
-def meet(op: Collective, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> torch.Tensor:
+def meet(op: Collective, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> torch.Tensor:
     """Return this rank's result of a collective for its part."""
     if isinstance(op, Awaited):
-        begun = begin(op, given, group, told)
+        begun = begin(op, given, group, descriptions)
         begun.wait()
         return begun.finish()
-    made: torch.Tensor = _MEETINGS[type(op)](op, given, group, told)
+    made: torch.Tensor = _MEETINGS[type(op)](op, given, group, descriptions)
     return made
 
 
-def begin(op: Awaited, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
+def begin(op: Awaited, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> Begun:
     """Start sending the part without waiting for the others' parts. The part must stay unchanged until the collective
     ends.
     """
-    begun: Begun = _BEGINNINGS[type(op)](op, given, group, told)
+    begun: Begun = _BEGINNINGS[type(op)](op, given, group, descriptions)
     return begun
 
 
@@ -109,7 +109,9 @@ def joined(op: Collective) -> int:
 # -- each collective -----------------------------------------------------------------------------------------------
 
 
-def _all_reduce(op: AllReduce, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> torch.Tensor:
+def _all_reduce(
+    op: AllReduce, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]
+) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
@@ -122,11 +124,11 @@ def _all_reduce(op: AllReduce, given: torch.Tensor, group: RankGroup, told: Sequ
     return made.to(given.dtype)
 
 
-def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
+def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> Begun:
     import torch
 
     axis = place(op.axis, given.dim())
-    lengths = [row[3] for row in told]
+    lengths = [row[3] for row in descriptions]
     longest = max(lengths)
     mine = _padded(given.movedim(axis, 0), longest)
     made = mine.new_empty((len(lengths), *mine.shape))
@@ -140,23 +142,23 @@ def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, told: Se
     return Begun(op, work.wait, whole, mine)
 
 
-def _begin_pass(op: PassOn, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> Begun:
+def _begin_pass(op: PassOn, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> Begun:
     """Send to one rank and receive from another at once, so that no rank waits for another rank's send."""
     axis, count = place(op.axis, given.dim()), len(group.ranks)
     to, source = (group.at + op.steps) % count, (group.at - op.steps) % count
-    shape = [told[source][3] if d == axis else n for d, n in enumerate(given.shape)]
+    shape = [descriptions[source][3] if d == axis else n for d, n in enumerate(given.shape)]
     sent, made = given.contiguous(), given.new_empty(shape)
     return Begun(op, partial(_wait, _exchange(made, sent, source, to, group)), lambda: made, sent)
 
 
 def _reduce_scatter(
-    op: ReduceScatter, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]
+    op: ReduceScatter, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]
 ) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
     axis = place(op.axis, given.dim())
-    lengths = [row[2] for row in told]
+    lengths = [row[2] for row in descriptions]
     longest = max(lengths)
     cut = torch.split(given.movedim(axis, 0), lengths)
     brought = torch.stack([_padded(piece, longest) for piece in cut])
@@ -166,15 +168,17 @@ def _reduce_scatter(
     return made[: lengths[group.at]].movedim(0, axis).contiguous()
 
 
-def _all_to_all(op: AllToAll, given: torch.Tensor, group: RankGroup, told: Sequence[Sequence[int]]) -> torch.Tensor:
+def _all_to_all(
+    op: AllToAll, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]
+) -> torch.Tensor:
     import torch
     import torch.distributed as dist
 
     axis, onto = place(op.axis, given.dim()), place(op.onto, given.dim())
-    sent = [piece.contiguous() for piece in torch.split(given, [row[2] for row in told], dim=axis)]
+    sent = [piece.contiguous() for piece in torch.split(given, [row[2] for row in descriptions], dim=axis)]
     shapes = [
-        [told[group.at][2] if d == axis else row[3] if d == onto else n for d, n in enumerate(given.shape)]
-        for row in told
+        [descriptions[group.at][2] if d == axis else row[3] if d == onto else n for d, n in enumerate(given.shape)]
+        for row in descriptions
     ]
     counts = [math.prod(shape) * given.element_size() for shape in shapes]
     made = torch.empty(sum(counts), dtype=torch.uint8, device=given.device)

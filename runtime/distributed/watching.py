@@ -82,8 +82,8 @@ class RankStatus:
 
     def __str__(self) -> str:
         silent = self.silent_for()
-        told = f"{'in ' * self.waiting}{self.doing}"
-        return told + (f", silent for {silent:.1f} s" if silent > 10 * PERIOD else "")
+        status = f"{'in ' * self.waiting}{self.doing}"
+        return status + (f", silent for {silent:.1f} s" if silent > 10 * PERIOD else "")
 
 
 class Watch:
@@ -108,21 +108,21 @@ class Watch:
         self._gone: set[int] = set()
         self._listener: socket.socket | None = None
         self._token = ""
-        self._has_told = False
+        self._has_reported = False
 
     # -- called by the main thread -----------------------------------------------------------------------------
 
-    def doing(self, told: str) -> None:
+    def doing(self, activity: str) -> None:
         """Report a new activity. Raises RankError if a rank has failed."""
         self.check()
-        self._now = told, False, time.monotonic()
+        self._now = activity, False, time.monotonic()
 
     @contextmanager
-    def waiting(self, told: str) -> Iterator[None]:
+    def waiting(self, activity: str) -> Iterator[None]:
         """Report a wait for other ranks. Raises RankError if a rank has failed."""
         self.check()
         before = self._now[0]
-        self._now = told, True, time.monotonic()
+        self._now = activity, True, time.monotonic()
         try:
             yield
         finally:
@@ -138,13 +138,13 @@ class Watch:
         assert self.failure is not None
         return RankError(self.failure.what, received=self.failure.received or None)
 
-    def explained(self, error: Exception, told: str) -> Exception:
+    def explained(self, error: Exception, activity: str) -> Exception:
         """Return the exception that replaces an error of torch.distributed: the error of the rank that caused it, once
         known.
         """
         if self._failed.wait(GRACE):
             return self.error()
-        return RankError(f"{told}: the ranks could not communicate", received=str(error).splitlines()[0][:300])
+        return RankError(f"{activity}: the ranks could not communicate", received=str(error).splitlines()[0][:300])
 
     def settle(self, what: str, received: str = "") -> bool:
         """Report this rank's failure to all ranks; return True if this rank should also report it to the user."""
@@ -160,7 +160,7 @@ class Watch:
     def _first_to_tell(self) -> bool:
         """Return True if no code of this process has reported to the user yet."""
         with self._lock:
-            first, self._has_told = not self._has_told, True
+            first, self._has_reported = not self._has_reported, True
         return first
 
     def leave(self) -> None:
@@ -207,9 +207,9 @@ class Watch:
         self._start(self._serve)
         return f"{self._listener.getsockname()[1]} {self._token}"
 
-    def connect(self, host: str, told: str) -> None:
+    def connect(self, host: str, port_and_token: str) -> None:
         """Another rank: connect to rank 0, given the text from `listen`. Raises RankError if rank 0 does not listen."""
-        port, token = told.split()
+        port, token = port_and_token.split()
         try:
             connection = socket.create_connection((host, int(port)), timeout=self.timeout)
         except OSError as error:
@@ -247,8 +247,8 @@ class Watch:
 
     def _hear(self, connection: RankConnection) -> bool:
         """Process a rank's messages; return True if the connection is still open."""
-        told = connection.received()
-        for message in told or ():
+        messages = connection.received()
+        for message in messages or ():
             if connection.rank is None:
                 rank = message.get("rank")
                 if message.get("token") != self._token or not isinstance(rank, int) or rank in self._connections:
@@ -266,7 +266,7 @@ class Watch:
                 self._left.add(connection.rank)
             elif "bye" in message:
                 self._left.add(connection.rank)
-        if told is not None:
+        if messages is not None:
             return True
         connection.close()  # a rank that has left waits for this
         if connection.rank is not None:
@@ -290,16 +290,16 @@ class Watch:
         if not late:
             return
         first = min(late)
-        told = f"rank {first} waits in {here[first].doing} for {here[first].for_seconds():.1f} s"
+        received = f"rank {first} waits in {here[first].doing} for {here[first].for_seconds():.1f} s"
         behind = {r: said for r, said in here.items() if not said.waiting or said.silent_for() > self.timeout / 2}
         hung = [r for r, said in behind.items() if said.for_seconds() > self.timeout / 2] or list(behind)
         if hung:
             what = f"rank {', '.join(map(str, hung))} does not arrive"
-            told += "".join(f"; rank {r}: {here[r]}" for r in hung)
+            received += "".join(f"; rank {r}: {here[r]}" for r in hung)
         else:
             what = "ranks wait for others that do not arrive"
-            told = "; ".join(f"rank {r}: {said}" for r, said in sorted(here.items()))
-        self._fail(Failure(what, told, 0))
+            received = "; ".join(f"rank {r}: {said}" for r, said in sorted(here.items()))
+        self._fail(Failure(what, received, 0))
 
     # -- another rank's thread ---------------------------------------------------------------------------------
 
@@ -325,15 +325,15 @@ class Watch:
 
     def _obey(self, connection: RankConnection) -> bool:
         """Process rank 0's messages; return True if the connection is still open."""
-        told = connection.received()
-        for message in told or ():
+        messages = connection.received()
+        for message in messages or ():
             if "teller" in message:
                 self._fail(Failure(**message))
             else:
                 self._said[0] = RankStatus(**message)
-        if told is None and self.failure is None and self.rank not in self._left:
+        if messages is None and self.failure is None and self.rank not in self._left:
             self._fail(Failure("rank 0 has died", f"{self._said[0]}", 1))
-        return told is not None
+        return messages is not None
 
     # -- both --------------------------------------------------------------------------------------------------
 
@@ -372,8 +372,8 @@ class Watch:
             os._exit(FAILED)
         assert self.failure is not None
         if self.failure.teller == self.rank and self._first_to_tell():
-            told = f"{self.failure.what}\n  received  {self.failure.received}" if self.failure.received else ""
-            print(told or self.failure.what, file=sys.stderr, flush=True)
+            text = f"{self.failure.what}\n  received  {self.failure.received}" if self.failure.received else ""
+            print(text or self.failure.what, file=sys.stderr, flush=True)
         os._exit(FAILED)
 
     def _leave_orphan(self) -> None:

@@ -118,7 +118,7 @@ def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcom
         free = combination.compile()
     except TreadleError as error:
         if isinstance(error, BrokenPassError):
-            yield Outcome(combination, "none", failure=_told(error))
+            yield Outcome(combination, "none", failure=_failure_text(error))
         else:
             yield Outcome(combination, "none", refused=error.what)
         return
@@ -129,7 +129,7 @@ def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcom
             wanted[rows] = given, {name: np.array(value) for name, value in free(**given).items()}
         least, peak = _range(combination)
     except Exception as error:
-        yield Outcome(combination, "none", failure=_told(error))
+        yield Outcome(combination, "none", failure=_failure_text(error))
         return
     yield Outcome(combination, "none")
     for budget, memory in zip(BUDGETS, (least, (least + peak) // 2, peak), strict=True):
@@ -141,7 +141,7 @@ def outcomes(combination: Combination, *, bits: bool = False) -> Iterator[Outcom
             for given, outputs in wanted.values():
                 _compare(combination, made(**given), outputs, bits)
         except Exception as error:
-            yield Outcome(combination, budget, failure=f"memory={memory} of {least} to {peak}: {_told(error)}")
+            yield Outcome(combination, budget, failure=f"memory={memory} of {least} to {peak}: {_failure_text(error)}")
         else:
             yield Outcome(combination, budget)
 
@@ -172,7 +172,7 @@ def _compare(combination: Combination, made: Mapping[str, Any], wanted: Mapping[
             raise AssertionError(f"{name} is not finite, or the same everywhere: nothing is compared")
 
 
-def _told(error: Exception) -> str:
+def _failure_text(error: Exception) -> str:
     if isinstance(error, TreadleError):
         return f"{type(error).__name__}: {error}"
     return "".join(traceback.format_exception(error, limit=-3))

@@ -147,8 +147,8 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
         other.step(**arrays)
         after = state_of(other)
         faulthandler.dump_traceback_later(LONGEST, exit=True)
-        told = Interrupted(partial(trainer.step, **arrays), at)
-        kept = told.error
+        run = Interrupted(partial(trainer.step, **arrays), at)
+        kept = run.error
         found = state_of(trainer)
         where = f"{backend}: signal {number} at point {at} of {about.points}"
         if same(found, before):
@@ -176,8 +176,8 @@ def main() -> int:
     for backend in options.backend or available:
         started = time.perf_counter()
         outcomes = interrupt_steps(backend, options.count, options.seed)
-        told = ", ".join(f"{many} {what}" for what, many in sorted(outcomes.items()))
-        print(f"{backend}: {options.count} signals in {time.perf_counter() - started:.1f} s: {told}", flush=True)
+        text = ", ".join(f"{many} {what}" for what, many in sorted(outcomes.items()))
+        print(f"{backend}: {options.count} signals in {time.perf_counter() - started:.1f} s: {text}", flush=True)
     return 0
 
 

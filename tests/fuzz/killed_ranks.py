@@ -30,8 +30,8 @@ def started(ranks: int, mode: str = "killed", **environment: str) -> tuple[subpr
         line = job.stdout.readline()
         if not line:
             raise SystemExit(f"the job ended before it began: {job.communicate()[1]}")
-        for told in re.finditer(r"rank (\d+) is process (\d+)", line):
-            found[int(told[1])] = int(told[2])
+        for match in re.finditer(r"rank (\d+) is process (\d+)", line):
+            found[int(match[1])] = int(match[2])
     return job, found
 
 
@@ -55,12 +55,12 @@ def main() -> None:
         rank = turn % ranks
         began = time.monotonic()
         os.kill(processes[rank], signal.SIGKILL)
-        _, told = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=60)
         seconds.append(time.monotonic() - began)
         left = [process for process in processes.values() if is_left(process)]
-        right = job.returncode == 2 and told.count(f"rank {rank} has died") == 1 and not left and seconds[-1] < 5
+        right = job.returncode == 2 and errors.count(f"rank {rank} has died") == 1 and not left and seconds[-1] < 5
         bad += not right
-        print(f"{turn}: rank {rank}, {seconds[-1]:.2f} s, exit code {job.returncode}, left {left}: {told.strip()!r}")
+        print(f"{turn}: rank {rank}, {seconds[-1]:.2f} s, exit code {job.returncode}, left {left}: {errors.strip()!r}")
     print(f"{times - bad} of {times} ended as they should; {min(seconds):.2f} to {max(seconds):.2f} s")
     sys.exit(1 if bad else 0)
 

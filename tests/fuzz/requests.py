@@ -68,7 +68,7 @@ def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes,
     body: dict[str, Any] = json.loads(json.dumps(ROUTES[path]))
     for name in rng.sample(list(MORE), rng.choice((0, 0, 1, 2, 4))):
         body[name] = MORE[name]
-    told = []
+    changes = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         kind = rng.choice(("drop", "odd", "rename", "copy", "odd"))
         name = rng.choice([*body] or ["model"])
@@ -80,20 +80,20 @@ def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes,
             body[rng.choice((name + "s", name[:-1], "", name.upper(), "tools"))] = body.pop(name, None)
         else:
             body[name] = [body.get(name)] * rng.choice((1, 2, 130))
-        told.append(kind)
+        changes.append(kind)
     data = json.dumps(body).encode()
     if rng.random() < 0.3:
         mutation, data = scrambled(rng, data, 1 << 20, b'{}[]",:0-e\\\x00\xff')
-        told.append(mutation)
+        changes.append(mutation)
     headers = [(b"content-type", b"application/json")]
     method = "POST"
     if rng.random() < 0.05:
         headers = rng.choice(([], [(b"content-type", b"text/plain")], [(b"content-type", b"\xff\xfe")], headers * 2))
-        told.append("headers")
+        changes.append("headers")
     if rng.random() < 0.05:
-        method, told = rng.choice(("GET", "PUT", "DELETE", "HEAD", "POST")), [*told, "method"]
+        method, changes = rng.choice(("GET", "PUT", "DELETE", "HEAD", "POST")), [*changes, "method"]
         path = rng.choice((path, "/v1/models/" + rng.choice(("x", "%00", "a/b", "../..")), "/", "/v1/completions/"))
-    return "+".join(told), method, path, data, headers
+    return "+".join(changes), method, path, data, headers
 
 
 async def asked(app: Any, method: str, path: str, data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, bytes]:

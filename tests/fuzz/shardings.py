@@ -52,8 +52,8 @@ def main() -> int:
         except Exception:
             failures += 1
             print(f"seed {seed}:\n{traceback.format_exc(limit=-3)}", flush=True)
-    told = ", ".join(f"{count} {name}" for name, count in sorted(met.items()))
-    print(f"{options.count} cases with {told}; {planted} wrong plans: {failures} failures")
+    text = ", ".join(f"{count} {name}" for name, count in sorted(met.items()))
+    print(f"{options.count} cases with {text}; {planted} wrong plans: {failures} failures")
     return 1 if failures else 0
 
 

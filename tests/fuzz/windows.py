@@ -21,16 +21,16 @@ def main() -> int:
     options = parser.parse_args()
     wrong = 0
     for name, verdict in (("ONNX", onnx_verdict), ("PyTorch", torch_verdict)):
-        told: collections.Counter[str] = collections.Counter()
+        facts: collections.Counter[str] = collections.Counter()
         for seed in range(options.seed, options.seed + options.count):
             found = verdict(seed)
             kind, _, reason = found.partition(": ")
-            told[f"{kind}: {reason.splitlines()[0]}" if kind == "refused" else kind] += 1
+            facts[f"{kind}: {reason.splitlines()[0]}" if kind == "refused" else kind] += 1
             if kind == "wrong":
                 wrong += 1
                 print(f"{name}, seed {seed}: {reason}", flush=True)
         print(f"{name}: {options.count} chains")
-        for reason, count in told.most_common():
+        for reason, count in facts.most_common():
             print(f"  {count:5d}  {reason}")
     return 1 if wrong else 0
 

@@ -45,8 +45,8 @@ def _limits(found: Benchmark) -> str:
     """Return a line on the least time and the rates from which it follows."""
     machine, least = found.machine, found.machine.least(found.cost)
     work = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
-    told = ", ".join(rate_text(rate, dtype) for dtype, rate in machine.rates.items())
-    rates = f"{told} and {human(machine.read, 'B')}/s"
+    peaks = ", ".join(rate_text(rate, dtype) for dtype, rate in machine.rates.items())
+    rates = f"{peaks} and {human(machine.read, 'B')}/s"
     if machine.kernels is None:
         return f"{work}: {least * 1e3:.3g} ms at NumPy's {rates} here"
     ratio = found.rows[0].seconds / least

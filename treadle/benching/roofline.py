@@ -116,9 +116,9 @@ class Roofline:
         at = f" at {sizes_text(self.sizes)}" if self.sizes else ""
         plural = "s" * (self.threads != 1)
         yield f"{self.model}{at} on {self.target}, {self.threads} thread{plural}: {total * 1e3:.3g} ms in kernels"
-        told = [rate_text(rate, dtype) for dtype, rate in self.rates.items()]
+        peaks = [rate_text(rate, dtype) for dtype, rate in self.rates.items()]
         reads = f"a plain read of the {human(self.held, 'B')} that it holds {human(self.read, 'B')}/s"
-        yield f"this machine multiplies {' and '.join(told)}, {reads}"
+        yield f"this machine multiplies {' and '.join(peaks)}, {reads}"
         yield ""
         head = ("share", "calls", "us", "FLOP", "bytes", "FLOP/s", "B/s", "of least", "kernel")
         cells = [head, *(self._cells(row, total) for row in self.rows)]
@@ -165,8 +165,8 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
     for row in rows:  # on a busy machine the measured rate may be too low
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
     read = measured_read(held)
-    told = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
-    return Roofline(model.name, str(model.target), exe.threads, dict(sizes), tuple(told), rates, read, held)
+    bounded = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
+    return Roofline(model.name, str(model.target), exe.threads, dict(sizes), tuple(bounded), rates, read, held)
 
 
 def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:

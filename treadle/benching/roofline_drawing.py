@@ -91,7 +91,7 @@ class _Drawing:
     def _dot(self, row: KernelRow, number: str) -> Iterator[str]:
         radius = 4 + 26 * math.sqrt(row.total / self.total)
         x, y = self.x(row.flops / max(row.bytes, 1)), self.y(row.flops / row.seconds)
-        told = (
+        title = (
             f"{row.kernel}: {row.what}\n"
             f"{row.calls} x {row.seconds * 1e6:.1f} us, {row.total / self.total:.1%} of the run\n"
             f"{row.least / row.seconds:.0%} of the machine's limit\n{row.source}"
@@ -99,7 +99,7 @@ class _Drawing:
         colour = _COLOURS[row.dtype]
         fill = f'fill="{colour}" fill-opacity="0.45" stroke="{colour}"'
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" {fill}>'
-        yield f"<title>{escape(told)}</title></circle>"
+        yield f"<title>{escape(title)}</title></circle>"
         if number:
             yield _text(x, y + 4, number, "middle", "#222")
 

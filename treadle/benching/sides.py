@@ -24,12 +24,12 @@ class Peer:
     reads    "onnx" if it reads the output of `treadle export`; "torch" if it runs a module of PyTorch; "folder" or
              "gguf" if it reads the model's own file of this kind
     package  the packages to install with pip
-    told     a line that describes it
+    summary  a line that describes it
     """
 
     reads: str
     package: str
-    told: str
+    summary: str
 
 
 PEERS: Mapping[str, Peer] = {

@@ -137,8 +137,8 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.is_reported:
             raise typer.Exit(2) from None
+        from treadle.reporting.errors import error_facts, error_text
         from treadle.reporting.tables import console
-        from treadle.reporting.told_errors import error_facts, error_text
 
         error.hint = getattr(error.hint, "command", error.hint)
         if error.option is not None:

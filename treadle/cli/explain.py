@@ -104,8 +104,8 @@ def explain_sites(
         raise UsageError("--against prints text, and --json prints one object", hint="one of them")
     split = {"mesh": mesh, "recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
     if subject != "sharding" and any(value is not None for value in split.values()):
-        told = "--mesh, --recipe, --axis and --device apply to sharding only"
-        raise UsageError(told, received=f"explain {model} {subject}")
+        message = "--mesh, --recipe, --axis and --device apply to sharding only"
+        raise UsageError(message, received=f"explain {model} {subject}")
     if subject != "fusion":
         if expect:
             raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")

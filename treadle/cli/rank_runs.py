@@ -95,8 +95,8 @@ def run_rank(
         arrays = parse_inputs(values, {p.name: p.type.rank for p in made.inputs})
         known = {name: np.asarray(a) for name, a in arrays.items()}
         digest = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in known.values())).hexdigest()
-        told = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in known.items())
-        ranks.agree({"inputs": f"{told}, sha256:{digest[:16]}"})
+        types = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in known.items())
+        ranks.agree({"inputs": f"{types}, sha256:{digest[:16]}"})
         started = time.perf_counter()
         parts = made(**arrays)
         seconds = time.perf_counter() - started

@@ -94,9 +94,9 @@ def run_model(
         )
         return
     console().print(array_table(facts))
-    for name, told in facts.items():
-        if "values" in told:
-            print(f"\n{name} = {json.dumps(told['values'])}")
+    for name, fact in facts.items():
+        if "values" in fact:
+            print(f"\n{name} = {json.dumps(fact['values'])}")
     where = f"in {made.backend} on {made.target}"
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}, its weights {weights_text(made)}")
     for file in files:

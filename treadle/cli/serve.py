@@ -85,7 +85,7 @@ def serve_models(
             sys.stdout.flush()
             return
         for each in served:
-            print(f"{each.name}: {each.told}", file=sys.stderr)
+            print(f"{each.name}: {each.description}", file=sys.stderr)
         if key is None and host not in ("127.0.0.1", "::1", "localhost"):
             print("anyone who can reach this address can send requests: --key-file sets an API key", file=sys.stderr)
         print(f"serving at {address}", file=sys.stderr, flush=True)

@@ -111,7 +111,7 @@ def train_model(
     if as_json:
         print_json(run.report.facts())
     else:
-        for line in run.report.told():
+        for line in run.report.summary():
             print(line)
     if run.report.interrupted:
         raise typer.Exit(INTERRUPTED)

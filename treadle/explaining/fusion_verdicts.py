@@ -60,8 +60,8 @@ class FusionVerdict:
     places: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        told = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v}
-        return {**told, "sites": len(self.places)}
+        facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v}
+        return {**facts, "sites": len(self.places)}
 
     def lines(self, width: int | None = None) -> Iterator[str]:
         """Yield a line for the verdict and its place, and one for each further fact, none longer than `width`.
@@ -83,9 +83,9 @@ class FusionVerdict:
             *others, last = self.places[1:_PLACES]
             yield from filled(_label("also at"), [*(f"{other};" for other in others), last + more], " ", width)
         if self.status in UNFUSED:
-            told = {"rule": ", ".join(self.rules), "matched": self._matched(), "edge": self.edge}
-            told |= {"why": self.reason, "try": self.hint}
-            for label, text in told.items():
+            fields = {"rule": ", ".join(self.rules), "matched": self._matched(), "edge": self.edge}
+            fields |= {"why": self.reason, "try": self.hint}
+            for label, text in fields.items():
                 if text:
                     yield from filled(_label(label), text.split(" "), " ", width)
                 if label == "edge" and self.at:
@@ -129,9 +129,9 @@ def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
 def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[FusionSite, FusionVerdict]]:
     sites = find_sites(optimized.source, unfused)
     records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
-    told = {kind: _Told(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
+    by_kind = {kind: _KindEvents(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
     for site in sites:
-        verdict = told[site.kind].verdict(site)
+        verdict = by_kind[site.kind].verdict(site)
         if verdict.status == MISSED:
             reason, hint = _why_missed(site, optimized)
             verdict = replace(verdict, reason=reason, hint=hint)
@@ -141,7 +141,7 @@ def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[F
 _Key = tuple[str, str, str]
 
 
-class _Told:
+class _KindEvents:
     """The events of the pass of one kind, by site of that kind."""
 
     def __init__(self, kind: str, sites: Sequence[FusionSite], records: Sequence[PassRecord]) -> None:
@@ -205,8 +205,8 @@ class _Told:
             if events:
                 event = events[0]
                 at = event.place if event.place != places[0] else ""
-                told = (event.matched, event.edge or event.op, at, event.reason, event.hint)
-                return FusionVerdict(self.kind, status, "", (event.rule,), *told, places=places)
+                details = (event.matched, event.edge or event.op, at, event.reason, event.hint)
+                return FusionVerdict(self.kind, status, "", (event.rule,), *details, places=places)
         return FusionVerdict(self.kind, MISSED, places=places)
 
 

@@ -193,7 +193,7 @@ def _lying(
 ) -> WeightLayout:
     name, scope = passed.get(value, ("", ""))
     recipe = made.get(name)
-    told = recipe.told(within=scope) if recipe is not None and recipe.nodes else ""
+    recipe_text = recipe.expression(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
     uses = function.uses()
     decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
@@ -205,7 +205,7 @@ def _lying(
     if value in function.outputs.values():
         readers.append("an output")
     layout = str(value.layout) if value.layout is not None else "row-major"
-    return WeightLayout(value.name, str(value.type), layout, _bytes(value), told, tuple(dict.fromkeys(readers)))
+    return WeightLayout(value.name, str(value.type), layout, _bytes(value), recipe_text, tuple(dict.fromkeys(readers)))
 
 
 def _bytes(value: Value) -> int | None:

@@ -133,8 +133,8 @@ class MemoryReport:
         else:
             over = "equal to" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above"
             lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
-        told = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
-        lines.append("not included: " + ", ".join(told))
+        parts = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
+        lines.append("not included: " + ", ".join(parts))
         several = "the largest of " if len(self.formula) > 1 else ""
         lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
         lines += [*self.donated, *self.reorders]
@@ -173,10 +173,10 @@ def explain_memory(model: Model | Graph | str | Path, **options: Any) -> MemoryR
         raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
     frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
     sizes = choose_sizes(lowered.graph, chosen.sizes or {})
-    return _told(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
+    return _report(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
 
 
-def _told(
+def _report(
     model: str,
     backend: str,
     graph: Graph,
@@ -255,13 +255,13 @@ def _donated(plan: FunctionPlan) -> Iterator[str]:
         over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.is_written]
         back = [name for name, given in plan.given_back.items() if given is value]
         back += list(plan.results) if value in plan.reuses[:1] else []
-        told = "; ".join(
+        reasons = "; ".join(
             [
                 f"{' and '.join(over)} written over it" if over else "nothing is written over it",
                 *(f"it is returned as output {name}" for name in back),
             ]
         )
-        yield f"input {plan.names[value]} is donated: {told}"
+        yield f"input {plan.names[value]} is donated: {reasons}"
 
 
 def _step(frame: Frame, at: int) -> str:
@@ -327,6 +327,6 @@ def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     lines = [f"peak {before['peak']:,} -> {after['peak']:,} bytes ({after['peak'] - before['peak']:+,})"]
     changed = [(now.get(name, 0) - was.get(name, 0), name) for name in {**was, **now}]
     for change, name in sorted((each for each in changed if each[0]), key=lambda each: (-each[0], each[1])):
-        told = "new" if name not in was else "gone" if name not in now else f"{was[name]:,} -> {now[name]:,}"
-        lines.append(f"  {name}  {change:+,} bytes  {told}")
+        count_text = "new" if name not in was else "gone" if name not in now else f"{was[name]:,} -> {now[name]:,}"
+        lines.append(f"  {name}  {change:+,} bytes  {count_text}")
     return "\n".join(lines)

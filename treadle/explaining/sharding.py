@@ -149,8 +149,8 @@ class ShardingReport:
             return ["no other recipe, axis or mesh can be planned at these sizes"]
         best = self.best
         if best is None:
-            told = f"none of {counted(len(self.changes), 'change')} of recipe, axis or mesh saves time"
-            head = told if self.needs.fits else told.replace("saves time", "makes it fit")
+            summary = f"none of {counted(len(self.changes), 'change')} of recipe, axis or mesh saves time"
+            head = summary if self.needs.fits else summary.replace("saves time", "makes it fit")
         else:
             head = f"the change that saves the most, of {counted(len(self.changes), 'change')}: {best.description}"
         rows: list[tuple[str, ...]] = [("change", "time", "", "memory", "")]

@@ -44,7 +44,7 @@ def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
     """
     found: list[Change] = []
     known = {_identity(plan)}
-    for told, mesh, recipe, asked in _asked(plan, axes):
+    for label, mesh, recipe, asked in _asked(plan, axes):
         try:
             made = shard(plan.graph, mesh, recipe=recipe, axes=asked, sizes=plan.sizes, device=plan.machine)
             refuse_small_sizes(made, plan.sizes)
@@ -54,7 +54,7 @@ def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
             continue
         known.add(_identity(made))
         needs = device_needs(made)
-        found.append(Change(told, needs.times.seconds, needs.held, needs.fits))
+        found.append(Change(label, needs.times.seconds, needs.held, needs.fits))
     return sorted(found, key=lambda change: (not change.fits, change.seconds, change.held))
 
 

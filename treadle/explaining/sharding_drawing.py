@@ -37,30 +37,30 @@ _COLUMNS, _ROWS = 40, 16
 """Maximum number of ranks of the mesh that are drawn."""
 
 
-def draw_sharding(told: ShardingReport) -> str:
+def draw_sharding(report: ShardingReport) -> str:
     """Return the drawing as the text of an SVG file."""
-    lanes = ["", *dict.fromkeys(each.over for each in told.needs.times.busy if each.over)]
+    lanes = ["", *dict.fromkeys(each.over for each in report.needs.times.busy if each.over)]
     top = 326
-    staged = list(_stages(told.needs.stages, top)) if told.needs.stages is not None else []
-    if told.needs.stages is not None:
-        top += 52 + len(told.needs.stages.stages) * (_LANE + _GAP)
-    whole = list(_whole(told, lanes, top))
+    staged = list(_stages(report.needs.stages, top)) if report.needs.stages is not None else []
+    if report.needs.stages is not None:
+        top += 52 + len(report.needs.stages.stages) * (_LANE + _GAP)
+    whole = list(_whole(report, lanes, top))
     at = top + 52 + len(lanes) * (_LANE + _GAP)
-    zoomed = list(_block(told, lanes, at))
+    zoomed = list(_block(report, lanes, at))
     at += 52 + len(lanes) * (_LANE + _GAP) if zoomed else 0
     height = at + 34
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
         ' font-family="system-ui, sans-serif" font-size="12">',
         _rect(0, 0, WIDTH, height, "#ffffff"),
-        _text(24, 28, told.title, size=17, weight=600),
-        _text(24, 48, " ".join(told.needs.run_line().split()) + "; " + told.needs.limit_line(), fill=_GREY),
-        *_mesh(told, 24, 74),
-        *_sides(told, 516, 74),
+        _text(24, 28, report.title, size=17, weight=600),
+        _text(24, 48, " ".join(report.needs.run_line().split()) + "; " + report.needs.limit_line(), fill=_GREY),
+        *_mesh(report, 24, 74),
+        *_sides(report, 516, 74),
         *staged,
         *whole,
         *zoomed,
-        *_legend(told, height - 22),
+        *_legend(report, height - 22),
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
@@ -78,9 +78,9 @@ def _text(x: float, y: float, text: str, *, fill: str = _DARK, size: int = 12, w
     )
 
 
-def _rect(x: float, y: float, wide: float, high: float, fill: str, told: str = "", more: str = "") -> str:
+def _rect(x: float, y: float, wide: float, high: float, fill: str, title: str = "", more: str = "") -> str:
     head = f'<rect x="{x:.2f}" y="{y:.2f}" width="{wide:.2f}" height="{high:.2f}" fill="{fill}"{more}'
-    return f"{head}><title>{escape(told)}</title></rect>" if told else f"{head}/>"
+    return f"{head}><title>{escape(title)}</title></rect>" if title else f"{head}/>"
 
 
 def _upright(x: float, top: float, bottom: float, colour: str, more: str = "") -> str:
@@ -106,9 +106,9 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
 # -- the mesh, and a device's memory ---------------------------------------------------------------------------------
 
 
-def _mesh(told: ShardingReport, left: float, top: float) -> Iterator[str]:
+def _mesh(report: ShardingReport, left: float, top: float) -> Iterator[str]:
     """Draw ranks in a grid, the first axis along one side, all others along the other; a node has one color."""
-    mesh, machine = told.plan.devices, told.plan.machine
+    mesh, machine = report.plan.devices, report.plan.machine
     first, *others = mesh.axes
     rest = prod(size for _, size in others)
     flat = first[1] >= rest  # the longer side to the right
@@ -132,7 +132,7 @@ def _mesh(told: ShardingReport, left: float, top: float) -> Iterator[str]:
     if shown != (columns, rows):
         yield _text(left, y, f"{shown[0]} x {shown[1]} of {mesh.ranks} ranks are drawn", fill=_GREY, size=11)
         y += 16
-    for over, causes in _by_lane(told).items():
+    for over, causes in _by_lane(report).items():
         link = machine.link(mesh, mesh.parts_of(over))
         kind = "within a node" if link == machine.fast and machine.node > 1 else "between nodes"
         sent, took = sum(c.sent for c in causes), sum(c.seconds for c in causes)
@@ -141,17 +141,17 @@ def _mesh(told: ShardingReport, left: float, top: float) -> Iterator[str]:
         y += 16
 
 
-def _by_lane(told: ShardingReport) -> dict[str, list[Busy]]:
+def _by_lane(report: ShardingReport) -> dict[str, list[Busy]]:
     found: dict[str, list[Busy]] = {}
-    for each in told.needs.times.busy:
+    for each in report.needs.times.busy:
         if each.over:
             found.setdefault(each.over, []).append(each)
     return found
 
 
-def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
+def _sides(report: ShardingReport, left: float, top: float) -> Iterator[str]:
     """Draw the limits of the times, the contents of the memory, and the savings of single changes."""
-    needs, wide = told.needs, WIDTH - _RIGHT - left
+    needs, wide = report.needs, WIDTH - _RIGHT - left
     limits = needs.times.by_limit()
     yield _text(left, top + 4, "times by limit")
     named = [
@@ -164,7 +164,7 @@ def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
     yield _text(left, top + 62, words + ("" if needs.fits else ": it does NOT fit"), fill=_DARK if needs.fits else _RED)
     held: list[tuple[str, float]] = [
         (f"{human(count, 'B')} weights over {over}" if over else f"{human(count, 'B')} whole weights", count)
-        for over, count in sorted(told.weights.items(), key=lambda each: -each[1])
+        for over, count in sorted(report.weights.items(), key=lambda each: -each[1])
     ]
     held += [(f"{human(needs.values, 'B')} values", needs.values), (f"{human(needs.ports, 'B')} in, out", needs.ports)]
     most = max(room, needs.held)
@@ -180,9 +180,9 @@ def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
         x = left + wide * room / most
         yield _upright(x, top + 66, top + 102, _RED, ' stroke-width="2"')
     y = top + 120
-    best = told.best
+    best = report.best
     yield _text(left, y, "one change" + ("" if best is None else f"; the best: {best.description}"))
-    for change in told.changes[:4]:
+    for change in report.changes[:4]:
         y += 17
         fits = "" if change.fits else ", does not fit"
         part = wide * 0.45 * min(change.seconds / max(needs.times.seconds, 1e-30), 2) / 2
@@ -191,7 +191,7 @@ def _sides(told: ShardingReport, left: float, top: float) -> Iterator[str]:
         words = f"{milliseconds(change.seconds)}, {human(change.held, 'B')}{fits}"
         yield _text(left + 160 + wide * 0.45, y, words, size=11, fill=_GREY)
     mark = left + 150 + wide * 0.45 / 2
-    if told.changes:
+    if report.changes:
         yield _upright(mark, top + 126, y + 4, _DARK, ' stroke-dasharray="3 3"')
         yield _text(mark, y + 16, f"now {milliseconds(needs.times.seconds)}", size=10, fill=_GREY, at="middle")
 
@@ -214,9 +214,9 @@ class _Window:
     def y(self, lane: int) -> float:
         return self.top + 32 + lane * (_LANE + _GAP)
 
-    def frame(self, told: str, lanes: Sequence[str]) -> Iterator[str]:
+    def frame(self, title: str, lanes: Sequence[str]) -> Iterator[str]:
         """Draw its title, its lanes with their labels, and ticks of time."""
-        yield _text(24, self.top + 8, told, weight=600)
+        yield _text(24, self.top + 8, title, weight=600)
         bottom = self.y(len(lanes)) - _GAP
         for part in range(9):
             time = self.begin + (self.end - self.begin) * part / 8
@@ -240,8 +240,8 @@ def _stages(times: PipelineTimes, top: float) -> Iterator[str]:
     yield from window.frame(str(times), names)
     for each in times.turns:
         left, right = window.x(each.start), window.x(each.end)
-        told = f"micro-batch {each.turn} in stage {each.stage}, {milliseconds(each.end - each.start)}"
-        yield _rect(left, window.y(each.stage), max(right - left, 0.3), _LANE, _HELD[each.turn % 3], told)
+        title = f"micro-batch {each.turn} in stage {each.stage}, {milliseconds(each.end - each.start)}"
+        yield _rect(left, window.y(each.stage), max(right - left, 0.3), _LANE, _HELD[each.turn % 3], title)
         if _fits(str(each.turn), right - left):
             middle = (left + right) / 2
             yield _text(middle, window.y(each.stage) + 19, str(each.turn), fill="#ffffff", size=11, at="middle")
@@ -258,9 +258,9 @@ def _words(each: Busy) -> str:
     return f"{each.op}{why}, {milliseconds(each.seconds)}{sent}, limited by {each.limit}  {place}".rstrip()
 
 
-def _whole(told: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
+def _whole(report: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
     """Draw the step; neighbors that are too narrow to be seen are joined in one bar, in the color of most of it."""
-    times = told.needs.times
+    times = report.needs.times
     window = _Window(0.0, times.seconds, top)
     yield from window.frame(f"the step of the last rank, {milliseconds(times.seconds)}", _lane_names(lanes))
     for lane, over in enumerate(lanes):
@@ -284,14 +284,14 @@ def _bar(window: _Window, lane: int, gathered: Sequence[Busy], more: str = "") -
     for each in gathered:
         amounts[_colour(each)] = amounts.get(_colour(each), 0.0) + each.seconds
     begin, end = window.x(gathered[0].start), window.x(gathered[-1].end)
-    told = _words(gathered[0]) if len(gathered) == 1 else f"{len(gathered)} ops, the first: {_words(gathered[0])}"
+    title = _words(gathered[0]) if len(gathered) == 1 else f"{len(gathered)} ops, the first: {_words(gathered[0])}"
     colour = max(amounts, key=lambda c: amounts[c])
-    return _rect(begin, window.y(lane), max(end - begin, 0.3), _LANE, colour, told, more)
+    return _rect(begin, window.y(lane), max(end - begin, 0.3), _LANE, colour, title, more)
 
 
-def _block(told: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
+def _block(report: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
     """Draw the middle one of the calls that take the longest together; ops that overlap with it are drawn paler."""
-    times = told.needs.times
+    times = report.needs.times
     if not times.calls:
         return
     names = [scope.rpartition(".")[0] or scope for scope in times.calls]
@@ -322,8 +322,8 @@ def _block(told: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[s
             yield _text(middle, window.y(lane) + 19, label.removesuffix(": "), fill="#ffffff", size=11, at="middle")
 
 
-def _legend(told: ShardingReport, y: float) -> Iterator[str]:
-    met = {each.op for each in told.needs.times.busy if each.over}
+def _legend(report: ShardingReport, y: float) -> Iterator[str]:
+    met = {each.op for each in report.needs.times.busy if each.over}
     named = [(f"work limited by {limit}", colour) for limit, colour in _WORK.items()]
     named += [(op, colour) for op, colour in _MEETING.items() if op in met]
     if met - _MEETING.keys():

@@ -104,8 +104,8 @@ class StorageReport:
             }
             for each in self.functions
         ]
-        told = {"model": self.model, "backend": self.backend, "strided": self.strided}
-        return {**told, "note": self.note, "functions": functions}
+        head = {"model": self.model, "backend": self.backend, "strided": self.strided}
+        return {**head, "note": self.note, "functions": functions}
 
     def __str__(self) -> str:
         lines = [f"{self.model} for {self.backend}: {self.note}"]
@@ -195,4 +195,4 @@ def _weight(value: Value, made: Mapping[str, Recipe], passed: Mapping[Value, tup
     if not recipe.nodes:
         (source,) = recipe.sources
         return f"laid out by bind: {source.removeprefix(f'{scope}.')}"
-    return f"derived by bind: {recipe.told(within=scope)}"
+    return f"derived by bind: {recipe.expression(within=scope)}"

@@ -75,8 +75,8 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
     given: Mapping[Any, Any] = asked
     for named, size in given.items():
         if not isinstance(named, str) or not isinstance(size, int | np.integer) or isinstance(size, bool):
-            told = printable(f"{named!r}: {size!r}")[:80]
-            raise UsageError("a size must be an integer", received=told, hint='sizes={"B": 8, "S": 128}')
+            shown = printable(f"{named!r}: {size!r}")[:80]
+            raise UsageError("a size must be an integer", received=shown, hint='sizes={"B": 8, "S": 128}')
     unknown = [name for name in asked if name not in graph.symbols]
     if unknown:
         raise UsageError(

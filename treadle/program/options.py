@@ -131,9 +131,19 @@ class WeightOptions:
 class ComputingOptions:
     """What is computed, and in which precision."""
 
-    passes: Sequence[Pass] | None = _option(
+    passes: Sequence[Pass] | str | None = _option(
         None,
-        "the pipeline, a flat list; []: the graph as declared; None: `treadle.passes.pipelines.DEFAULT`",
+        'the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph as '
+        "declared; None: `treadle.passes.pipelines.DEFAULT`",
+        "Run these passes in place of the default pipeline, such as 'fuse-gelu, fuse-linear'; '': none.",
+        Flag("passes", "TEXT"),
+        but={"artifact", "train", "bench", *_SHARDED},
+    )
+    without: Sequence[str] = _option(
+        (),
+        'names of passes to leave out of the pipeline, such as ("fuse-gelu",)',
+        "Leave a pass out of the pipeline, such as fuse-gelu. Repeatable.",
+        Flag("without", "PASS", tuple, many=True),
         but={"artifact", "train", "bench", *_SHARDED},
     )
     certify: bool | None = _option(
@@ -278,10 +288,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         Raises UsageError for an unknown dtype or scheme, and for passes that are not passes.
         """
         from treadle.passes.pipelines import DEFAULT
-        from treadle.program.precision import checked_passes, computing_in
+        from treadle.program.precision import checked_passes, computing_in, left_out
 
         pipeline = passes if passes is not None else DEFAULT if self.passes is None else checked_passes(self.passes)
-        return computing_in(self.dtype, pipeline, self.widen, self.quantize)
+        return computing_in(self.dtype, left_out(pipeline, self.without), self.widen, self.quantize)
 
     def resolve(self, model: Model | Graph | TorchModel | str | Path, *, deferred: bool = False) -> Resolved:
         """Read and trace the model that MODEL names, see `treadle.resolving.resolve`, whose errors it raises.

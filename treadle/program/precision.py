@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.transforms.widening import WIDENED
 from treadle.ir.types import bf16
@@ -52,7 +54,13 @@ def computing_in(
 
 
 def checked_passes(passes: object) -> tuple[Pass, ...]:
-    """Return the pipeline as a tuple. Raises UsageError if it is not a sequence of passes."""
+    """Return the pipeline as a tuple. Raises UsageError if it is neither a sequence of passes nor text, ParseError for
+    text that is not a pipeline.
+    """
+    if isinstance(passes, str):
+        from treadle.passes.framework.pass_text import parse_pipeline
+
+        return parse_pipeline(passes)
     if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
         return tuple(passes)
     raise UsageError(
@@ -60,3 +68,14 @@ def checked_passes(passes: object) -> tuple[Pass, ...]:
         received=f"{passes!r}"[:80],
         hint="leave it out for the default pipeline; [] compiles the graph as declared",
     )
+
+
+def left_out(passes: Sequence[Pass], without: Sequence[str]) -> tuple[Pass, ...]:
+    """Return the pipeline without the passes of these names. Raises UsageError for a name that is not in it."""
+    known = [each.name for each in passes]
+    for name in without:
+        if name not in known:
+            near = NearestNames(known).of(name)
+            hint = f"{near[0]}?" if near else "one of " + ", ".join(dict.fromkeys(known))
+            raise UsageError(f"the pipeline has no pass {printable(name)!r}", hint=hint)
+    return tuple(each for each in passes if each.name not in without)

@@ -53,9 +53,9 @@ def array_table(outputs: Mapping[str, Facts]) -> Table:
     numbers = ("min", "mean", "max", "not finite")
     table = plain_table("output", "dtype", "shape", *numbers, numbers=set(numbers))
     for name, facts in outputs.items():
-        told = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
+        statistics = ["" if facts[key] is None else f"{facts[key]:.6g}" for key in ("min", "mean", "max")]
         shape = " x ".join(map(str, facts["shape"])) or "scalar"
-        table.add_row(name, facts["dtype"], shape, *told, str(facts["not_finite"] or ""))
+        table.add_row(name, facts["dtype"], shape, *statistics, str(facts["not_finite"] or ""))
     return table
 
 

@@ -55,8 +55,8 @@ def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
     yield zoo
     pinned = plain_table("fetch", "description", "download", "", numbers={"download"})
     for each in facts["fetched"]:
-        told = Text("fetched") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
-        pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), told)
+        status = Text("fetched") if each["path"] else Text(f"treadle fetch {each['name']}", style="dim", no_wrap=True)
+        pinned.add_row(each["name"], each["about"], human(each["download_bytes"], "B"), status)
     yield pinned
     paths = [(each["name"], each["path"]) for each in facts["fetched"] if each["path"]]
     if paths:

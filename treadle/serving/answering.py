@@ -20,7 +20,7 @@ from treadle.serving.requests import WantedTexts
 
 
 @dataclass(frozen=True)
-class Told:
+class TokenEvent:
     """A new token of a choice, and the text that is final with it."""
 
     index: int
@@ -40,7 +40,7 @@ class Answering:
         self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: WantedTexts, *, seconds: float
     ) -> None:
         """Submit all texts or none. Raises RequestRefusal."""
-        self._loop, self._told = asyncio.get_running_loop(), asyncio.Queue[Told | Ended]()
+        self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | Ended]()
         self._left, self._choices = len(prompts) * how.choices, how.choices
         self._count = sum(map(len, prompts))
         until = time.monotonic() + seconds
@@ -69,29 +69,29 @@ class Answering:
         held = sum(min(reused[n : n + self._choices]) for n in range(0, len(reused), self._choices))
         return PromptTokens(self._count, held)
 
-    async def __aiter__(self) -> AsyncIterator[list[Told]]:
+    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
         """Yield the events so far as lists; events of a choice are in order.
 
         Raises RequestRefusal if one of the texts is cancelled.
         """
         while self._left:
-            burst = list[Told]()
-            why = self._take(await self._told.get(), burst)
-            while why is None and not self._told.empty():
-                why = self._take(self._told.get_nowait(), burst)
+            burst = list[TokenEvent]()
+            why = self._take(await self._events.get(), burst)
+            while why is None and not self._events.empty():
+                why = self._take(self._events.get_nowait(), burst)
             if burst:
                 yield burst
             if why is not None:
                 self.cancel()
                 raise _given_up(why)
 
-    def _take(self, told: Told | Ended, burst: list[Told]) -> Cut | TreadleError | None:
+    def _take(self, event: TokenEvent | Ended, burst: list[TokenEvent]) -> Cut | TreadleError | None:
         """Append a token to a burst; for the end of a text, return the reason if it was cancelled."""
-        if isinstance(told, Told):
-            burst.append(told)
+        if isinstance(event, TokenEvent):
+            burst.append(event)
             return None
         self._left -= 1
-        return told.why
+        return event.why
 
     def _order(
         self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: WantedTexts, draw: int, until: float
@@ -108,9 +108,9 @@ class Answering:
         )
 
         def tell(what: Token | Ended) -> None:
-            told = what if isinstance(what, Ended) else Told(index, what, growing.tell(what.last))
+            event = what if isinstance(what, Ended) else TokenEvent(index, what, growing.tell(what.last))
             with contextlib.suppress(RuntimeError):  # the server and all its clients are gone
-                self._loop.call_soon_threadsafe(self._told.put_nowait, told)
+                self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         return TextOrder(prompt, choosing, number=draw, until=until), tell
 

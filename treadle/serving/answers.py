@@ -72,8 +72,8 @@ class AnswerForm:
     def piece(self, choice: GrowingChoice, text: str, token: Token) -> dict[str, Any]:
         """Return the chunk for a token, which is already part of the choice."""
         before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
-        told = self._logprobs([token], before)
-        new: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": _REASONS[token.ending]}
+        logprobs = self._logprobs([token], before)
+        new: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": _REASONS[token.ending]}
         if self.chat:
             new["delta"] = {"content": text} if text or not token.last else {}
         else:
@@ -90,9 +90,9 @@ class AnswerForm:
         return {"id": f"{prefix}-{self.name}", "object": kind, "created": self.made, "model": self.model}
 
     def _choice(self, choice: GrowingChoice) -> dict[str, Any]:
-        told = self._logprobs(choice.tokens, 0)
+        logprobs = self._logprobs(choice.tokens, 0)
         reason = _REASONS[choice.ending or "count"]  # a choice without tokens, as requested
-        made: dict[str, Any] = {"index": choice.index, "logprobs": told, "finish_reason": reason}
+        made: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": reason}
         if self.chat:
             return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
         return {**made, "text": choice.text}
@@ -106,8 +106,8 @@ class AnswerForm:
         offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
             "tokens": texts,
-            "token_logprobs": [_told(token.logprob) for token in tokens],
-            "top_logprobs": [{self.shown(i): _told(p) for i, p in token.likely} for token in tokens],
+            "token_logprobs": [_representable(token.logprob) for token in tokens],
+            "top_logprobs": [{self.shown(i): _representable(p) for i, p in token.likely} for token in tokens],
             "text_offset": offsets,
         }
 
@@ -117,10 +117,10 @@ class AnswerForm:
 
     def _one(self, id: int, logprob: float) -> dict[str, Any]:
         text = self.shown(id)
-        return {"token": text, "logprob": _told(logprob), "bytes": list(text.encode())}
+        return {"token": text, "logprob": _representable(logprob), "bytes": list(text.encode())}
 
 
-def _told(logprob: float) -> float:
+def _representable(logprob: float) -> float:
     """Return a logarithm that JSON can represent: -9999 for the logarithm of zero."""
     return max(logprob, -9999.0)
 
@@ -139,10 +139,10 @@ def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any
 def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[str, Any]:
     """Return the response with vectors f32[N, D]."""
 
-    def told(vector: Array) -> str | list[float]:
+    def encoded(vector: Array) -> str | list[float]:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.astype(float).tolist()
 
-    data = [{"object": "embedding", "index": i, "embedding": told(vector)} for i, vector in enumerate(vectors)]
+    data = [{"object": "embedding", "index": i, "embedding": encoded(vector)} for i, vector in enumerate(vectors)]
     used = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": model, "usage": used}
 

@@ -25,7 +25,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from treadle.serving import requests
-from treadle.serving.answering import Answering, Told
+from treadle.serving.answering import Answering, TokenEvent
 from treadle.serving.answers import DONE, AnswerForm, GrowingChoice, embeddings, event, text_of
 from treadle.serving.fields import Fields
 from treadle.serving.metrics import Metrics
@@ -116,11 +116,11 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """Return the list of served models."""
-        return _json({"object": "list", "data": [self._told(each) for each in self.served.values()]})
+        return _json({"object": "list", "data": [self._model_facts(each) for each in self.served.values()]})
 
     async def model(self, request: Request) -> Response:
         """Return one of the served models."""
-        return _json(self._told(self._named(request.path_params["name"])))
+        return _json(self._model_facts(self._named(request.path_params["name"])))
 
     async def scrape(self, request: Request) -> Response:
         """Return the metrics."""
@@ -194,7 +194,7 @@ class Server:
             raise RequestRefusal(400, f"{found.name} computes embeddings, and does not generate text", field="model")
         return found
 
-    def _told(self, served: Served) -> dict[str, Any]:
+    def _model_facts(self, served: Served) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": self.started, "owned_by": "treadle"}
 
     async def _answered(
@@ -209,16 +209,16 @@ class Server:
         answer = AnswerForm(served.name, chat, how.likely, served.shown)
         choices = [GrowingChoice(i) for i in range(len(prompts) * how.choices)]
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
-        told = self._timed(answering, served)
+        bursts = self._timed(answering, served)
         if how.streams:
-            first = asyncio.ensure_future(anext(told, None))  # an immediate error has a status of its own
+            first = asyncio.ensure_future(anext(bursts, None))  # an immediate error has a status of its own
             await asyncio.wait([first])
             if (error := first.exception()) is not None:
                 raise error
-            events = _events(answer, answering, first.result(), told, choices, how.usage)
+            events = _events(answer, answering, first.result(), bursts, choices, how.usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         gone = asyncio.ensure_future(_gone(request))
-        whole = asyncio.ensure_future(_collected(told, choices))
+        whole = asyncio.ensure_future(_collected(bursts, choices))
         try:
             await asyncio.wait([gone, whole], return_when=asyncio.FIRST_COMPLETED)
             if not whole.done():
@@ -230,7 +230,7 @@ class Server:
             answering.cancel()
         return _json(answer.whole(choices, answering.read))
 
-    async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[list[Told]]:
+    async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[list[TokenEvent]]:
         """Yield the events; record the time of the first one in the metrics."""
         started, is_first = time.monotonic(), True
         async for burst in answering:
@@ -240,25 +240,25 @@ class Server:
             yield burst
 
 
-async def _collected(told: AsyncIterator[list[Told]], choices: Sequence[GrowingChoice]) -> None:
-    async for burst in told:
+async def _collected(bursts: AsyncIterator[list[TokenEvent]], choices: Sequence[GrowingChoice]) -> None:
+    async for burst in bursts:
         for each in burst:
             _add(choices, each)
 
 
-def _add(choices: Sequence[GrowingChoice], told: Told) -> GrowingChoice:
-    choice = choices[told.index]
-    choice.text += told.text
-    choice.tokens.append(told.token)
-    choice.ending = told.token.ending
+def _add(choices: Sequence[GrowingChoice], event: TokenEvent) -> GrowingChoice:
+    choice = choices[event.index]
+    choice.text += event.text
+    choice.tokens.append(event.token)
+    choice.ending = event.token.ending
     return choice
 
 
 async def _events(
     answer: AnswerForm,
     answering: Answering,
-    first: list[Told] | None,
-    told: AsyncIterator[list[Told]],
+    first: list[TokenEvent] | None,
+    bursts: AsyncIterator[list[TokenEvent]],
     choices: Sequence[GrowingChoice],
     counts: bool,
 ) -> AsyncIterator[bytes]:
@@ -275,7 +275,7 @@ async def _events(
             yield b"".join(part)
             part = []
             await asyncio.sleep(0)
-            burst = await anext(told, None)
+            burst = await anext(bursts, None)
         if counts:
             part.append(event(answer.counts(choices, answering.read)))
         part.append(DONE)

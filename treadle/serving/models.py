@@ -33,7 +33,7 @@ class ServedWriter:
         self._template: ChatTemplate | None = None
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """A short description of its capacity."""
         session = self.scheduler.session
         rows = len(session.rows) + session.free
@@ -80,7 +80,7 @@ class ServedEmbedder:
         self._count = threading.Lock()
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """A short description of its output."""
         return f"embeddings of {self.embedder.width} numbers"
 

@@ -113,8 +113,8 @@ def read_completions(fields: Fields) -> WantedCompletions:
 def read_chat(fields: Fields) -> WantedChat:
     """Parse a request for a chat completion. Raises RequestRefusal."""
     messages = tuple([_message(each) for each in fields.objects("messages", most=MOST_MESSAGES)])
-    told, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
-    if likely is not None and not told:
+    logprobs, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
+    if likely is not None and not logprobs:
         raise fields.refuse("top_logprobs", "needs logprobs to be true")
     first, second = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
     for name in ("tools", "functions"):
@@ -124,7 +124,7 @@ def read_chat(fields: Fields) -> WantedChat:
     fields.only("response_format", ({"type": "text"},), "must be text: grammars are not supported")
     fields.only("modalities", (["text"],), "must be text")
     fields.ignored("parallel_tool_calls", "store", "metadata", "service_tier")
-    how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if told else None)
+    how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if logprobs else None)
     return WantedChat(messages, how)
 
 

@@ -31,12 +31,12 @@ class LabTrial:
 
     differences  by output: the largest difference, relative to the largest element
     sizes        sizes of the symbols
-    meetings     number of collectives, counted per group of ranks
+    collectives  number of collectives, counted per group of ranks
     """
 
     differences: Mapping[str, float]
     sizes: Mapping[str, int]
-    meetings: int
+    collectives: int
     ranks: int
 
     @property
@@ -46,12 +46,12 @@ class LabTrial:
 
     def facts(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        told = {"differences": dict(self.differences), "sizes": dict(self.sizes), "meetings": self.meetings}
-        return {"passed": self.passed, "ranks": self.ranks, **told}
+        facts = {"differences": dict(self.differences), "sizes": dict(self.sizes), "collectives": self.collectives}
+        return {"passed": self.passed, "ranks": self.ranks, **facts}
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{name}={n}" for name, n in self.sizes.items())
-        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.meetings} collectives"
+        head = f"lab: {self.ranks} ranks in float64{f' at {sizes}' if sizes else ''}, {self.collectives} collectives"
         lines = [f"  {name}: {difference:.1e} from the whole model" for name, difference in self.differences.items()]
         return "\n".join([head, *lines, "  equal" if self.passed else "  NOT equal"])
 
@@ -93,7 +93,7 @@ def try_in_lab(
     programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)]
     found = run_lab(plan, given, weights, programs=programs)
     differences = {name: _difference(found.outputs[name], wanted) for name, wanted in whole.items()}
-    return LabTrial(differences, chosen, len(found.meetings), plan.devices.ranks)
+    return LabTrial(differences, chosen, len(found.collectives), plan.devices.ranks)
 
 
 def _difference(found: Array, wanted: Array) -> float:

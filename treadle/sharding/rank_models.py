@@ -198,7 +198,7 @@ class RankPart:
         held = chosen.weights if chosen.weights is not None else resolved.weights
         where, seed, backend = chosen.where, chosen.seed, chosen.backend
         facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
-        facts |= {"computing": f"dtype {chosen.dtype}", "weights": _told_weights(held, seed)}
+        facts |= {"computing": f"dtype {chosen.dtype}", "weights": _weights_text(held, seed)}
         ranks.agree({**facts, **(agree or {})})
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")
@@ -287,7 +287,7 @@ class _Weights(Mapping[str, Any]):
         return len(self.graph.parameters)
 
 
-def _told_weights(held: Mapping[str, Any] | None, seed: int) -> str:
+def _weights_text(held: Mapping[str, Any] | None, seed: int) -> str:
     """Describe weights for the comparison between ranks: all shapes and dtypes, and some elements of each."""
     if held is None:
         return f"drawn from {seed}"

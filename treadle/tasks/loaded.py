@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.tasks.option_hints import with_option_hints
 from treadle.tasks.options import ModelOptions
-from treadle.tasks.told_options import tells_options
 
 if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
@@ -77,7 +77,7 @@ class LoadedModel:
     def tag(self, texts: str, *, grouping: str = "simple") -> list[TaggedSpan]: ...
     @overload
     def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
-    @tells_options
+    @with_option_hints
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
         """Return the labeled spans of a text, such as names; `grouping` as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)
@@ -87,7 +87,7 @@ class LoadedModel:
     def fill(self, texts: str, *, top: int = 5) -> Filled: ...
     @overload
     def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
-    @tells_options
+    @with_option_hints
     def fill(self, texts: Any, *, top: int = 5) -> Any:
         """Return the `top` most likely tokens behind each mask of a text."""
         found = self.filler.fill(_listed(texts), top=top)
@@ -102,7 +102,7 @@ class LoadedModel:
     def translate(self, texts: str, *, source: str | None = None, target: str | None = None) -> str: ...
     @overload
     def translate(self, texts: list[str], *, source: str | None = None, target: str | None = None) -> list[str]: ...
-    @tells_options
+    @with_option_hints
     def translate(self, texts: Any, *, source: str | None = None, target: str | None = None) -> Any:
         """Translate a text. A model for several languages needs source and target."""
         found = self.rewriter.translate(_listed(texts), source=source, target=target)
@@ -112,7 +112,7 @@ class LoadedModel:
     def summarize(self, texts: str, *, most: int | None = None) -> str: ...
     @overload
     def summarize(self, texts: list[str], *, most: int | None = None) -> list[str]: ...
-    @tells_options
+    @with_option_hints
     def summarize(self, texts: Any, *, most: int | None = None) -> Any:
         """Return a summary of a text, of up to `most` tokens."""
         return _texts(self.rewriter.summarize(_listed(texts), most=most), texts)
@@ -137,7 +137,7 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> list[str]: ...
-    @tells_options
+    @with_option_hints
     def generate(
         self,
         prompts: Any,
@@ -157,14 +157,14 @@ class LoadedModel:
             found[piece.row] += piece.text
         return found if _many(prompts) else found[0]
 
-    @tells_options
+    @with_option_hints
     def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
         """Return the perplexity of the model on the first `most` tokens of a text, read `window` tokens at a time. For
         a model compiled to a lower precision, compare with the original precision.
         """
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
-    @tells_options
+    @with_option_hints
     def stream(
         self,
         prompt: str,
@@ -181,7 +181,7 @@ class LoadedModel:
     def search(self, prompts: str, *, most: int = 128, beams: Beams) -> list[str]: ...
     @overload
     def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
-    @tells_options
+    @with_option_hints
     def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
         """Return the continuations of a prompt that a beam search finds, best first."""
         searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
@@ -198,7 +198,7 @@ class LoadedModel:
 
     # -- sound -------------------------------------------------------------------------------------------------
 
-    @tells_options
+    @with_option_hints
     def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
         """Transcribe the speech in a WAV file; the model detects the language unless it is given."""
         return self.transcriber.transcribe(recording, language=language).text

@@ -120,12 +120,12 @@ class PerplexityMeter:
         other: list[Array] = []
         cut = list(windows(len(ids), window))
         for number, (begin, end, first) in enumerate(cut):
-            read, told = np.array([ids[begin:end]], np.int64), np.array(ids[first:end])
+            read, targets = np.array([ids[begin:end]], np.int64), np.array(ids[first:end])
             ours = _logits(self.model, read)[first - begin - 1 : -1]
             theirs = None if self.beside is None else _logits(self.beside, read)[first - begin - 1 : -1]
-            for at in range(0, len(told), _ROWS):
+            for at in range(0, len(targets), _ROWS):
                 rows = slice(at, at + _ROWS)
-                q, named = log_probabilities(ours[rows]), told[rows, None]
+                q, named = log_probabilities(ours[rows]), targets[rows, None]
                 counted.append(-np.take_along_axis(q, named, 1)[:, 0])
                 if theirs is not None:
                     p = log_probabilities(theirs[rows])

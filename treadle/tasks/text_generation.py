@@ -142,7 +142,7 @@ class TextGeneration:
             lines.append(which + each.reason(self.writer))
         if self.rules.options:
             lines.append(str(self.rules))
-        if pace := self.pace.told():
+        if pace := self.pace.summary():
             lines.append(pace)
         if self.tally is not None:
             right = f"{self.tally.accepted} of {counted(self.tally.guessed, 'guessed token')} accepted"
@@ -180,7 +180,7 @@ class Pace:
             "tokens_per_second": self.a_second,
         }
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The speed as text; empty for fewer than two tokens."""
         if self.a_second is None:
             return ""
@@ -234,11 +234,11 @@ class Written:
             return f"stopped after {tokens}: the limit of --tokens"
         if self.ending == "stop":
             return f"stopped after {tokens}: --stop appeared"
-        told = f"stopped after {tokens}: the model ended the text"
+        text = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
-            return told
+            return text
         marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
-        return f"{told} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
+        return f"{text} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 
 def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:

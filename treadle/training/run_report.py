@@ -82,7 +82,7 @@ class RunReport:
             "state": None if self.state is None else str(self.state),
         }
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """Return the report, in lines."""
         done = sum(line.tokens for line in self.lines)
         seconds = sum(line.seconds for line in self.lines)
@@ -133,10 +133,10 @@ def line_text(update: Update, steps: int) -> str:
     """Describe one or several updates out of `steps` in a line."""
     facts = line_facts(update)
     pace = facts["tokens_per_second"]
-    told = (
+    line = (
         f"step {update.step:{len(str(steps))}}  loss {update.loss:.4f}  norm {update.norm:.3g}  rate {update.rate:.3g}"
     )
-    return told + ("" if pace is None else f"  {pace:,.0f} tokens/s")
+    return line + ("" if pace is None else f"  {pace:,.0f} tokens/s")
 
 
 def line_facts(update: Update) -> dict[str, Any]:

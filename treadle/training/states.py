@@ -87,16 +87,16 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     optimizer.
     """
     file = _opened(path)
-    told = file.metadata
-    steps = told.get("steps", "")
+    metadata = file.metadata
+    steps = metadata.get("steps", "")
 
     def refuse(what: str, received: str) -> CheckpointError:
         return CheckpointError(what, received=printable(received)[:300], within=shown_path(path))
 
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
         raise refuse("the state lacks the number of updates", f"steps {steps[:40]!r}")
-    if told.get("optimizer") != by:
-        raise refuse(f"the state belongs to another optimizer than {by}", told.get("optimizer", "none"))
+    if metadata.get("optimizer") != by:
+        raise refuse(f"the state belongs to another optimizer than {by}", metadata.get("optimizer", "none"))
     wanted = {_WEIGHT + name: array for name, array in like.weights.items()}
     wanted |= {_MOMENT + name: array for name, array in like.moments.items()}
     names = set(file.names())

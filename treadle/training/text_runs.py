@@ -82,9 +82,11 @@ def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) 
         for _ in range(accumulate):
             tokens = next(batches)
             asked = data.objective.asked(tokens, _TRAINED_ON, number)
-            told = trainer.step(**asked)
+            result = trainer.step(**asked)
             counted = int((asked["targets"] != NOT_COUNTED).sum())
-            parts.append(Update(step, told.loss, told.norm, told.learning_rate, tokens.size, told.seconds, counted))
+            parts.append(
+                Update(step, result.loss, result.norm, result.learning_rate, tokens.size, result.seconds, counted)
+            )
             number += 1
         yield Update.joined(parts)
 

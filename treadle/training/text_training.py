@@ -3,7 +3,7 @@
 run = TextTraining.open("gpt2-folder", ["corpus.txt"], TrainingSettings(steps=100), options, output=Path("out"))
 run.compile()
 report = run.train(interrupted=lambda: False)
-print("\\n".join(report.told()))
+print("\\n".join(report.summary()))
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Append(Kernel):
     def emit(self, k: Emitter) -> None:
         dtype = MOVED[self.bytes]
         given, rows, start = k.pointer("x", dtype), k.pointer("rows", i64), k.pointer("start", i64)
-        written, told = k.pointer("y", dtype), k.pointer("status", i64)
+        written, status_pointer = k.pointer("y", dtype), k.pointer("status", i64)
         b, p, s, d, slots, capacity = (k.size(name) for name in ("b", "p", "s", "d", "slots", "capacity"))
         last: list[Expr] = [1] if self.rows else []
         outer_axes = ("b", "p", "s") if self.rows else ("b", "p", "s", "d")
@@ -52,7 +52,7 @@ class Append(Kernel):
         y_strides = [k.size(f"y_{a}") for a in outer_axes] + last
         x = k.view(given, [b, p, s, d], x_strides)
         row_of, start_of = k.view(rows, [b], [row_stride]), k.view(start, [b], [start_stride])
-        y, status = k.view(written, [slots, p, capacity, d], y_strides), k.view(told, [4])
+        y, status = k.view(written, [slots, p, capacity, d], y_strides), k.view(status_pointer, [4])
         with k.parallel(b * p * s, "task") as task:
             place, i = k.let(k.floor_divide(task, s), "place"), k.let(k.floor_mod(task, s), "i")
             row, outer = k.let(k.floor_divide(place, p), "row"), k.let(k.floor_mod(place, p), "outer")

@@ -54,7 +54,7 @@ class Take(Kernel):
     def emit(self, k: Emitter) -> None:
         dtype = MOVED[self.bytes]
         pointers = [k.pointer("x", dtype), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", dtype)]
-        told = k.pointer("status", i64)
+        status_pointer = k.pointer("status", i64)
         p, v, d, i = (k.size(name) for name in "pvdi")
         if self.rows:
             x_strides: list[Expr] = [k.size("x_p"), k.size("x_v"), 1]
@@ -69,7 +69,7 @@ class Take(Kernel):
         x = k.view(pointers[0], shape, None if self.width else x_strides)
         indices = k.view(pointers[1], [p, i, d], index_strides)
         y = k.view(pointers[2], [p, i, d], y_strides)
-        status = k.view(told, [4])
+        status = k.view(status_pointer, [4])
         with k.parallel(p * i, "task") as task:
             at = [k.let(k.floor_divide(task, i), "outer"), k.let(k.floor_mod(task, i), "place")]
             if self.rows:
@@ -121,7 +121,7 @@ class ScatterAdd(Kernel):
         dtype = DTYPES[self.dtype]
         pointers = [k.pointer("x", DTYPES[self.added]), k.pointer("indices", DTYPES[self.indices])]
         pointers.append(k.pointer("y", dtype))
-        told = k.pointer("status", i64)
+        status_pointer = k.pointer("status", i64)
         p, v, d, i = (k.size(name) for name in "pvdi")
         if self.rows:
             x_strides: list[Expr] = [k.size("x_p"), k.size("x_i"), 1]
@@ -134,7 +134,7 @@ class ScatterAdd(Kernel):
         x = k.view(pointers[0], [p, i, d], x_strides)
         indices = k.view(pointers[1], [p, i, d], index_strides)
         y = k.view(pointers[2], [p, v, d], y_strides)
-        status = k.view(told, [4])
+        status = k.view(status_pointer, [4])
         blocks = k.let(k.floor_divide(d + (COLUMNS - 1), COLUMNS), "blocks")
         with k.parallel(p * blocks, "task") as task:
             outer = k.let(k.floor_divide(task, blocks), "outer")

@@ -52,9 +52,9 @@ def _encode(w: RoutineWriter, node: Node) -> None:
         x = x if x.is_contiguous else w.copied(x)
         m, k = m * (k // GROUP), Size.of(GROUP)
         x = replace(x, shape=(m, k), strides=(k, ONE))
-    told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
+    scales = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
     read, kernel = [x] if by is None else [x, by], EncodeRows("held", _is_signed(y), by is not None)
-    w.step(kernel, [*read, target, told], [m, k, x.strides[0]], node, writes=2)
+    w.step(kernel, [*read, target, scales], [m, k, x.strides[0]], node, writes=2)
     if target is not to:
         w.copy(target, to, node)
 
@@ -112,17 +112,17 @@ def _as_read(
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
-        told = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(1 + of.halves)), f"{name}_scales")
+        scales = w.scratch(DTYPES["i32"], (rows, k // GROUP, Size.of(1 + of.halves)), f"{name}_scales")
         groups = EncodeGroups(form, of.zero, of.halves, again)
-        w.step(groups, [x, made, told], [m, k, x.strides[0]], node, writes=2)
-        return made, told
+        w.step(groups, [x, made, scales], [m, k, x.strides[0]], node, writes=2)
+        return made, scales
     form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
-    told = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
+    scales = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
     read = [x] if by is None else [x, by]
     rows_kernel = EncodeRows(form, signed, by is not None, again)
-    w.step(rows_kernel, [*read, made, told], [m, k, x.strides[0]], node, writes=2)
-    return made, told
+    w.step(rows_kernel, [*read, made, scales], [m, k, x.strides[0]], node, writes=2)
+    return made, scales
 
 
 def _decode(w: RoutineWriter, node: Node) -> None:

@@ -35,6 +35,6 @@ def _line(step: KernelStep, symbols: Mapping[str, Bounds]) -> tuple[int, str]:
     cost = node_cost(node, sizes)
     at = f" at {', '.join(f'{s}={n}' for s, n in sizes.items())}" if sizes else ""
     work = max(cost.flops, cost.bytes)
-    told = f"{cost.flops / 1e6:.3g} MFLOPs" if cost.flops else f"{cost.bytes / 1e6:.3g} MB moved"
+    amount = f"{cost.flops / 1e6:.3g} MFLOPs" if cost.flops else f"{cost.bytes / 1e6:.3g} MB moved"
     place = describe_source(node.source, node.scope)
-    return work, f"{node.op.name} runs element by element{why}, {told}{at}" + (f"    {place}" if place else "")
+    return work, f"{node.op.name} runs element by element{why}, {amount}{at}" + (f"    {place}" if place else "")

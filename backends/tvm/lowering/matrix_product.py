@@ -277,12 +277,12 @@ class MatrixProduct:
         whole = n.constant is not None and n.constant % width == 0
         given: list[Size] = [m, k, n]
         if self.encoded is not None:
-            (left, told), tiles = self.encoded, w.isa.multiplies_tiles
+            (left, scales), tiles = self.encoded, w.isa.multiplies_tiles
             of_bytes: Kernel = (ByteTileProduct if tiles else QuadProduct)(self.chain, tuple(how), whole)
             if self.form is not None:
                 assert isinstance(self.form, WordForm)
                 of_bytes = QuadBlockProduct(self.form, self.chain, tuple(how), whole)
-            pointers = [left, panels, told, *[e.view for e in self.extras], self.c.view]
+            pointers = [left, panels, scales, *[e.view for e in self.extras], self.c.view]
             w.step(of_bytes, pointers, [*given, *rows, joined(self.c, self.rows)], self.node)
             return
         if paired:

@@ -80,14 +80,14 @@ def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple
             site.malformed(f"{len(new)} sizes do not fit {len(axes)} axes")
         if policy == "stretch":
             return new, [None] * len(axes)
-        told = [
+        pairs = [
             tuple(site.number(s, f"with policy {policy}, the size of an axis") for s in pair)
             for pair in zip(new, old, strict=True)
         ]
-        if any(o == 0 for _, o in told):
+        if any(o == 0 for _, o in pairs):
             site.refuse("an axis of size 0 is not supported")
-        ratio = (min if policy == "not_larger" else max)(n / o for n, o in told)
-        return [Size.of(math.floor(ratio * o + 0.5)) for _, o in told], [ratio] * len(axes)
+        ratio = (min if policy == "not_larger" else max)(n / o for n, o in pairs)
+        return [Size.of(math.floor(ratio * o + 0.5)) for _, o in pairs], [ratio] * len(axes)
     scales = [float(s) for s in site.content(2).flat]
     if len(scales) != len(axes) or any(not (0 < s < math.inf) for s in scales):
         site.malformed(f"scales {scales[:8]} do not fit {len(axes)} axes")

@@ -33,8 +33,8 @@ def _split(site: OnnxSite) -> Made:
     count, size = len(site.node.output), x.shape[axis]
     parts: list[Size]
     if site.version < 13:
-        told = site.ints("split")
-        given = None if told is None else [Size.of(n) for n in told]
+        split = site.ints("split")
+        given = None if split is None else [Size.of(n) for n in split]
     else:
         given = site.sizes(1) if site.has(1) else None
     asked = site.int("num_outputs") if site.version >= 18 else None
@@ -136,8 +136,8 @@ def _pad(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     mode = site.text("mode", "constant")
     if site.version < 11:
-        told = site.ints("pads") or ()
-        pads, value = [Size.of(n) for n in told], site.float("value", 0.0)
+        numbers = site.ints("pads") or ()
+        pads, value = [Size.of(n) for n in numbers], site.float("value", 0.0)
     else:
         pads, value = site.sizes(1), _fill(site)
     axes = range(x.rank)

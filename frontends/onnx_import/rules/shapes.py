@@ -44,8 +44,8 @@ def _reshape(site: OnnxSite) -> Made:
 
 
 def _shaped(site: OnnxSite, x: Expr, sizes: Sequence[Size]) -> Expr:
-    made, told = reshaped(site.b, x, sizes)
-    if not told and all(s.constant != 0 for s in x.shape):
+    made, axes_match = reshaped(site.b, x, sizes)
+    if not axes_match and all(s.constant != 0 for s in x.shape):
         before, after = (", ".join(map(str, shape)) for shape in (x.shape, sizes))
         site.importer.notes.opaque.append(f"{site.where}: [{before}] to [{after}]")
     return made

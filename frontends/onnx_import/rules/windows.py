@@ -50,14 +50,16 @@ class WindowGeometry:
 
 def kernel_sizes(site: OnnxSite, weight: Expr) -> tuple[Size, ...]:
     """Return the sizes of a weight's kernel, which `kernel_shape` may repeat."""
-    found, told = weight.shape[2:], site.ints("kernel_shape")
-    if told is None:
+    found, declared = weight.shape[2:], site.ints("kernel_shape")
+    if declared is None:
         return found
-    if len(told) != len(found) or any(s.constant not in (None, n) for n, s in zip(told, found, strict=True)):
+    if len(declared) != len(found) or any(s.constant not in (None, n) for n, s in zip(declared, found, strict=True)):
         site.malformed("kernel_shape differs from the weight's")
     symbolic = next((size for size in found if size.constant is None), None)
     if symbolic is not None:
-        site.refuse_symbolic(f"kernel_shape is {list(told)}, the weight's is {', '.join(map(str, found))}", symbolic)
+        site.refuse_symbolic(
+            f"kernel_shape is {list(declared)}, the weight's is {', '.join(map(str, found))}", symbolic
+        )
     return found
 
 

@@ -180,15 +180,15 @@ def _gain(plan: AttentionPlan, node: Node) -> str:
     op: Any = node.op
     heads, fewer = node.inputs[1].type.shape[1], plan.axes.size(plan.g)
     terms = [f.term for f in (*plan.chain.masks, *plan.chain.biases)]
-    told = []
+    changes = []
     if _weight(terms) < _weight(op.terms):
         was, now = (Counter(map(str, each)) for each in (op.terms, terms))
-        told.append(f"{', '.join(was - now)} read as {', '.join(now - was) or 'true everywhere'}")
+        changes.append(f"{', '.join(was - now)} read as {', '.join(now - was) or 'true everywhere'}")
     if fewer != heads:
-        told.append(f"{fewer} heads of keys and values, not {heads}")
+        changes.append(f"{fewer} heads of keys and values, not {heads}")
     if plan.q.factor * plan.k.factor != 1.0:
-        told.append(f"scale {plan.scale:g}, which includes the factors of queries and keys")
-    return "; ".join(told)
+        changes.append(f"scale {plan.scale:g}, which includes the factors of queries and keys")
+    return "; ".join(changes)
 
 
 def _weight(terms: Sequence[Term]) -> tuple[int, list[tuple[int, bool]]]:

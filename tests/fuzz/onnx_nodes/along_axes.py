@@ -30,7 +30,7 @@ def _reduction(d: Draw) -> None:
     if d.maybe(0.7 if axes is None else 0.2):
         d.set(noop_with_empty_axes=1)
     if axes is not None or d.maybe(0.3):
-        d.told(axes or [])
+        d.shaping(axes or [])
 
 
 @draws("ArgMax", "ArgMin")
@@ -54,7 +54,7 @@ def _softmax(d: Draw) -> None:
 def _cumsum(d: Draw) -> None:
     shape = d.shape()
     d.x(d.numbers(shape, "float32", "int32", "int64"))
-    d.told(d.axis(len(shape)), d.of(np.int32, np.int64))
+    d.shaping(d.axis(len(shape)), d.of(np.int32, np.int64))
     d.perhaps(exclusive=d.int(0, 1), reverse=d.int(0, 1))
 
 
@@ -71,7 +71,7 @@ def _top_k(d: Draw) -> None:
         d.set(sorted=1)
     d.set(axis=axis)
     k = d.int(1, shape[axis])
-    d.set(k=k) if d.version < 10 else d.told([k])
+    d.set(k=k) if d.version < 10 else d.shaping([k])
 
 
 @draws("LpNormalization")

@@ -37,8 +37,8 @@ class Case:
             x = held.get(name, self.inputs.get(name))
             known = "" if x is None or name not in held else f" = {x.tolist()}" if x.size <= 16 else " constant"
             operands.append("-" if x is None else f"{x.dtype}{list(x.shape)}{known}")
-        told = ", ".join(f"{a.name}={helper.get_attribute_value(a)!r}"[:80] for a in node.attribute)
-        return f"{self.operator}({', '.join(operands)}; {told}) opset {self.proto.opset_import[0].version}"
+        text = ", ".join(f"{a.name}={helper.get_attribute_value(a)!r}"[:80] for a in node.attribute)
+        return f"{self.operator}({', '.join(operands)}; {text}) opset {self.proto.opset_import[0].version}"
 
 
 class Draw:
@@ -103,7 +103,7 @@ class Draw:
         self.operands.append((array, self.maybe(0.15) if constant is None else constant))
         return array
 
-    def told(self, numbers: Sequence[int] | int, dtype: Any = np.int64) -> None:
+    def shaping(self, numbers: Sequence[int] | int, dtype: Any = np.int64) -> None:
         """Add an operand that determines a shape: mostly a constant."""
         self.x(np.array(numbers, dtype), self.maybe(0.85))
 

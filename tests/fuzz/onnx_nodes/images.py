@@ -123,7 +123,7 @@ def _resize(d: Draw) -> None:
         d.x(np.array([d.of(*scales) if move else 1.0 for move in moved], np.float32), True)
     else:
         d.x(None if d.version >= 13 else np.zeros(0, np.float32), True)
-        d.told([d.int(1, 9) if move else n for move, n in zip(moved, over, strict=True)])
+        d.shaping([d.int(1, 9) if move else n for move, n in zip(moved, over, strict=True)])
     d.set(mode=mode, coordinate_transformation_mode=place, axes=axes)
     if mode == "nearest":
         # A position exactly on an element, such as 1.5 * 5/3 - 0.5, may be just below it in ONNX Runtime's floats.

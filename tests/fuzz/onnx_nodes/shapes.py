@@ -35,7 +35,7 @@ def _constant(d: Draw) -> None:
 
 @draws("ConstantOfShape")
 def _constant_of_shape(d: Draw) -> None:
-    d.told(d.shape(0))
+    d.shaping(d.shape(0))
     value = d.of(d.floats([1]), d.ints([1]), d.bools([1]))
     d.perhaps(value=numpy_helper.from_array(value))
 
@@ -60,7 +60,7 @@ def _space_to_depth(d: Draw) -> None:
 def _expand(d: Draw) -> None:
     shape = d.shape()
     d.x(d.numbers(d.like(shape)))
-    d.told([1 if d.maybe(0.2) else n for n in shape])
+    d.shaping([1 if d.maybe(0.2) else n for n in shape])
 
 
 @draws("EyeLike")
@@ -165,7 +165,7 @@ def _tensor_scatter(d: Draw) -> None:
 def _one_hot(d: Draw) -> None:
     shape, depth = d.shape(1, 3), d.int(1, 4)
     d.x(d.ints(shape, -depth, depth - 1))
-    d.told(depth if d.maybe() else [depth])
+    d.shaping(depth if d.maybe() else [depth])
     d.x(d.numbers([2], "float32", "int64"))
     d.perhaps(axis=d.int(-len(shape) - 1, len(shape)))
 
@@ -187,11 +187,11 @@ def _pad(d: Draw) -> None:
         d.set(pads=pads)
         d.perhaps(value=1.5)
         return
-    d.told(pads)
+    d.shaping(pads)
     if axes is not None or d.maybe():
         d.x(np.array(2, x.dtype) if d.maybe() or axes is None else None)
     if axes is not None:
-        d.told([a - len(shape) if d.maybe(0.3) else a for a in axes])
+        d.shaping([a - len(shape) if d.maybe(0.3) else a for a in axes])
 
 
 @draws("Range")
@@ -220,7 +220,7 @@ def _reshape(d: Draw) -> None:
     if target and d.maybe():
         target[d.int(0, len(target) - 1)] = -1
     d.x(d.numbers(shape))
-    d.told(target)
+    d.shaping(target)
     d.set(allowzero=int(zeros) if (d.version >= 14 and d.maybe()) or zeros else None)
 
 
@@ -249,12 +249,12 @@ def _slice(d: Draw) -> None:
         d.set(starts=starts, ends=ends, axes=None if every else [a % len(shape) for a in axes])
         return
     dtype = d.of(np.int32, np.int64)
-    d.told(starts, dtype)
-    d.told(ends, dtype)
+    d.shaping(starts, dtype)
+    d.shaping(ends, dtype)
     if axes != list(range(len(axes))) or steps or d.maybe():
-        d.told(axes, dtype)
+        d.shaping(axes, dtype)
     if steps:
-        d.told(steps, dtype)
+        d.shaping(steps, dtype)
 
 
 @draws("Split")
@@ -275,7 +275,7 @@ def _split(d: Draw) -> None:
         d.set(split=parts)
     else:
         d.x(d.numbers(shape))
-        d.told(parts)
+        d.shaping(parts)
 
 
 @draws("Squeeze", "Unsqueeze")
@@ -290,14 +290,14 @@ def _squeeze(d: Draw) -> None:
     d.x(d.numbers(shape if squeeze else [n for a, n in enumerate(shape) if a not in ones]))
     if squeeze and d.maybe(0.2):
         return
-    d.set(axes=axes) if d.version < 13 else d.told(axes)
+    d.set(axes=axes) if d.version < 13 else d.shaping(axes)
 
 
 @draws("Tile")
 def _tile(d: Draw) -> None:
     shape = d.shape()
     d.x(d.numbers(shape))
-    d.told([d.int(0, 3) if d.maybe(0.1) else d.int(1, 3) for _ in shape])
+    d.shaping([d.int(0, 3) if d.maybe(0.1) else d.int(1, 3) for _ in shape])
 
 
 @draws("Transpose")
@@ -312,5 +312,5 @@ def _transpose(d: Draw) -> None:
 def _trilu(d: Draw) -> None:
     d.x(d.numbers(d.shape(2)))
     if d.maybe():
-        d.told(d.int(-4, 4))
+        d.shaping(d.int(-4, 4))
     d.perhaps(upper=d.int(0, 1))

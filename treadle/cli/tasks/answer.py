@@ -43,8 +43,10 @@ def answer_questions(
     with counting("reading", len(given), shown=not as_json) as progress:
         found = answerer.answer([(question, text) for text in given], top=top, longest=longest, progress=progress)
     if as_json:
-        told = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": answerer.opened.name, "backend": options.chosen.backend, "question": question, "texts": told})
+        records = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
+        print_json(
+            {"model": answerer.opened.name, "backend": options.chosen.backend, "question": question, "texts": records}
+        )
         return
     for each in found:
         for answer in each:

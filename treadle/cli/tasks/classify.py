@@ -44,7 +44,7 @@ def classify_texts(
     with counting("classifying", len(asked), shown=not as_json) as progress:
         found = classifier.classify(asked, progress=progress)
     if as_json:
-        told = [
+        records = [
             {
                 "text": each,
                 **({"pair": pair[number]} if pair else {}),
@@ -54,7 +54,7 @@ def classify_texts(
             }
             for number, each in enumerate(given)
         ]
-        print_json({"model": classifier.opened.name, "backend": options.chosen.backend, "texts": told})
+        print_json({"model": classifier.opened.name, "backend": options.chosen.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

@@ -44,11 +44,13 @@ def fill_masks(
     with counting("filling", len(given), shown=not as_json) as progress:
         found = filler.fill(given, top=top, among=among or None, progress=progress)
     if as_json:
-        told = [
+        records = [
             {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
             for text, each in zip(given, found, strict=True)
         ]
-        print_json({"model": filler.opened.name, "backend": options.chosen.backend, "mask": filler.mask, "texts": told})
+        print_json(
+            {"model": filler.opened.name, "backend": options.chosen.backend, "mask": filler.mask, "texts": records}
+        )
         return
     for text, each in zip(given, found, strict=True):
         print(text)

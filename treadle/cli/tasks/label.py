@@ -30,8 +30,10 @@ def label_images(
     with counting("labelling", len(images), shown=not as_json) as progress:
         found = labeller.label(images, progress=progress)
     if as_json:
-        told = [{"image": path, "labels": scored_facts(each[:top])} for path, each in zip(images, found, strict=True)]
-        print_json({"model": labeller.model.name, "backend": options.chosen.backend, "images": told})
+        records = [
+            {"image": path, "labels": scored_facts(each[:top])} for path, each in zip(images, found, strict=True)
+        ]
+        print_json({"model": labeller.model.name, "backend": options.chosen.backend, "images": records})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each[:top])}")

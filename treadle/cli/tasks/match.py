@@ -32,11 +32,11 @@ def match_images(
     with counting("matching", len(images), shown=not as_json) as progress:
         found = matcher.match(images, texts, progress=progress)
     if as_json:
-        told = [
+        records = [
             {"image": path, "texts": scored_facts(each.scores), "similarities": list(each.similarities)}
             for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": matcher.model.name, "backend": options.chosen.backend, "texts": texts, "images": told})
+        print_json({"model": matcher.model.name, "backend": options.chosen.backend, "texts": texts, "images": records})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each.scores)}")

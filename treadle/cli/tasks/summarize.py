@@ -42,8 +42,8 @@ def summarize_texts(
     with counting("summarizing", len(given), shown=not as_json) as progress:
         found = rewriter.summarize(given, most=most, beams=search, progress=progress)
     if as_json:
-        told = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": told})
+        records = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
+        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": records})
         return
     for each in found:
         print(each.text)

@@ -40,8 +40,8 @@ def tag_texts(
     with counting("tagging", len(given), shown=not as_json) as progress:
         found = tagger.tag(given, grouping=grouping, progress=progress)
     if as_json:
-        told = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": tagger.opened.name, "backend": options.chosen.backend, "texts": told})
+        records = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
+        print_json({"model": tagger.opened.name, "backend": options.chosen.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

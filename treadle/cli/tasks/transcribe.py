@@ -39,11 +39,11 @@ def transcribe_recordings(
             found.append(transcriber.transcribe(path, language=language))
             progress(len(found))
     if as_json:
-        told = [
+        records = [
             {"recording": path, "text": each.text, "passages": list(map(asdict, each.passages))}
             for path, each in zip(recordings, found, strict=True)
         ]
-        print_json({"model": transcriber.model.name, "backend": options.chosen.backend, "recordings": told})
+        print_json({"model": transcriber.model.name, "backend": options.chosen.backend, "recordings": records})
         return
     for each in found:
         print(each.text)

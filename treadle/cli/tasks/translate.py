@@ -60,8 +60,8 @@ def translate_texts(
     with counting("translating", len(given), shown=not as_json) as progress:
         found = rewriter.translate(given, source=source, target=into, most=most, beams=search, progress=progress)
     if as_json:
-        told = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": told})
+        records = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
+        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": records})
         return
     for each in found:
         print(each.text)

@@ -52,12 +52,12 @@ class QuadBlockProduct(WordProduct):
         return [k.pointer("a", rows_dtype(form_of_groups(k.isa)))]
 
     def ask_more(self, k: Emitter) -> list[Any]:
-        return [k.pointer("told", _i32)]
+        return [k.pointer("scales", _i32)]
 
     def views(self, k: Emitter, given: Sequence[Any], m: Expr, depth: Expr, stride: Expr) -> dict[str, Any]:
-        a, told = given
+        a, scales = given
         groups = k.floor_divide(depth, GROUP)
-        return {"a": k.view(a, [m, depth]), "told": k.view(told, [m, groups, 1 + self.form.halves])}
+        return {"a": k.view(a, [m, depth]), "scales": k.view(scales, [m, groups, 1 + self.form.halves])}
 
     def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:
         if not k.isa.multiplies_tiles or self.form.halves > 1:
@@ -80,13 +80,13 @@ class QuadBlockProduct(WordProduct):
                     total = k.load(sums, at, lanes)
                     total = k.cast(total, f32, lanes) if sums.dtype is _i32 else total
                     before = k.load(tile.sums, at, lanes)
-                    made = self.added(k, views["told"], tile.first + i, group, half, before, total, d, least)
+                    made = self.added(k, views["scales"], tile.first + i, group, half, before, total, d, least)
                     k.store(tile.sums, at, made, lanes)
 
     def added(
         self,
         k: Emitter,
-        told: Any,
+        scales: Any,
         row: Expr,
         group: Expr,
         half: int,
@@ -97,11 +97,11 @@ class QuadBlockProduct(WordProduct):
     ) -> Expr:
         """Return `before` plus a vector of sums over a span, scaled: one addition for each term, in this order."""
         lanes = k.isa.lanes()
-        scale = k.splat(k.bits(k.load(told, [row, group, 0]), f32), lanes)
+        scale = k.splat(k.bits(k.load(scales, [row, group, 0]), f32), lanes)
         made = before + total * (scale * d)
         if least is None:
             return made
-        owed = k.splat(k.bits(k.load(told, [row, group, 1 + half]), f32), lanes)
+        owed = k.splat(k.bits(k.load(scales, [row, group, 1 + half]), f32), lanes)
         return k.let(made, "made") + owed * least
 
     def _summed(
@@ -114,7 +114,7 @@ class QuadBlockProduct(WordProduct):
         for i in range(tile.high):
             owed = k.number(0, dtype, lanes)
             if self.form.zero:
-                owed = k.load(views["told"], [tile.first + i, group, 1 + half])
+                owed = k.load(views["scales"], [tile.first + i, group, 1 + half])
                 owed = k.splat(owed if by_fours else k.cast(owed, f32), lanes)
             for v in range(vectors):
                 k.store(made, [(i * vectors + v) * lanes], owed, lanes)

@@ -41,13 +41,13 @@ class TakesRows(Kernel):
 
     def emit(self, k: Emitter) -> None:
         pointers = [k.pointer("x", u8), k.pointer("indices", DTYPES[self.indices]), k.pointer("y", f32)]
-        told = k.pointer("status", i64)
+        status_pointer = k.pointer("status", i64)
         v, d, i = (k.size(name) for name in "vdi")
         picked, apart = k.size("indices_i"), k.size("y_i")
         x = self.table(k, pointers[0], v, d)
         indices = k.view(pointers[1], [i], [picked])
         y = k.view(pointers[2], [i, d], [apart, 1])
-        status = k.view(told, [4])
+        status = k.view(status_pointer, [4])
         with k.parallel(i, "row") as row:
             index = k.let(k.index(k.load(indices, [row])), "index")
             checked(k, status, index, v, lambda: self.pick(k, x, y, row, index, d))

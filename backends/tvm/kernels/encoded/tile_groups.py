@@ -117,7 +117,7 @@ class PanelOnTiles:
 
     def _add(self, row: Expr, done: Expr, group: Expr, number: int, acc: Any) -> None:
         """Scale the sums of a group and add them to the sums of all groups."""
-        k, told = self.k, self.views["told"]
+        k, scales = self.k, self.views["scales"]
         d = k.let(k.load(self.scales, [2 * group * ROWS], ROWS), "d")
         least = k.let(k.load(self.scales, [(2 * group + 1) * ROWS], ROWS), "c") if self.product.form.least else None
         for i in range(ROWS):
@@ -126,7 +126,7 @@ class PanelOnTiles:
             k.store(
                 acc,
                 at,
-                self.product.added(k, told, row + i, done + group, 0, k.load(acc, at, ROWS), total, d, least),
+                self.product.added(k, scales, row + i, done + group, 0, k.load(acc, at, ROWS), total, d, least),
                 ROWS,
             )
 

@@ -61,25 +61,25 @@ class EncodeGroups(Kernel):
         pointers = [
             k.pointer("x", u8 if self.again else f32),
             k.pointer("y", rows_dtype(self.form)),
-            k.pointer("told", _i32),
+            k.pointer("scales", _i32),
         ]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         groups = k.let(k.floor_divide(depth, GROUP), "groups")
         width = groups * (ROW_HEAD + GROUP) if self.again else depth
         x, y = k.view(pointers[0], [m, width], [stride, 1]), k.view(pointers[1], [m, depth])
-        told = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 1 + self.parts])
+        scales = k.view(pointers[2], [m + (ROWS if self.form == "filled" else 0), groups, 1 + self.parts])
         with k.parallel(k.floor_divide(m + (ROWS - 1), ROWS), "sixteen") as sixteen:
             first = k.let(sixteen * ROWS, "first")
             with k.loop(k.least(m - first, k.index(ROWS)), "i") as i, k.loop(groups, "group") as group:
-                self._group(k, x, y, told, k.let(first + i, "row"), group)
+                self._group(k, x, y, scales, k.let(first + i, "row"), group)
             if self.form == "filled":
                 with (
                     k.loop(k.greatest(first + ROWS - m, k.index(0)), "i") as i,
                     k.loop(groups * (1 + self.parts), "j") as j,
                 ):
-                    k.store(told, [m + i, 0, j], k.number(0, _i32))
+                    k.store(scales, [m + i, 0, j], k.number(0, _i32))
 
-    def _group(self, k: Emitter, x: Any, y: Any, told: Any, row: Expr, group: Expr) -> None:
+    def _group(self, k: Emitter, x: Any, y: Any, scales: Any, row: Expr, group: Expr) -> None:
         lanes = k.isa.lanes()
         start = k.let(group * GROUP, "start")
         if self.again:
@@ -108,10 +108,10 @@ class EncodeGroups(Kernel):
                 k.store(y, place, nearest, lanes)
             else:
                 k.store(y, place, k.bits(k.cast(whole, _i8, lanes), u8, lanes), lanes)
-        k.store(told, [row, group, 0], k.bits(scale, _i32))
+        k.store(scales, [row, group, 0], k.bits(scale, _i32))
         for part, total in enumerate(totals):
             summed = k.let(across(k, total, lanes, "add"), "summed")
             owed = summed * k.number(-self.zero, _i32)
             if not self.zero:
                 owed = k.bits(k.let(k.cast(summed, f32) * scale, "owed"), _i32)
-            k.store(told, [row, group, 1 + part], owed)
+            k.store(scales, [row, group, 1 + part], owed)

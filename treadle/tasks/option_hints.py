@@ -28,12 +28,12 @@ _ELSEWHERE = {
 """Options of generation by their names in other libraries, mostly Hugging Face's."""
 
 
-def tells_options(method: Method) -> Method:
+def with_option_hints(method: Method) -> Method:
     """Decorate a method so that an unknown option raises an error with the right name."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def told(self: Any, /, *given: Any, **options: Any) -> Any:
+    def checked(self: Any, /, *given: Any, **options: Any) -> Any:
         for name, value in options.items():
             if name not in signature.parameters:
                 raise UsageError(
@@ -43,15 +43,15 @@ def tells_options(method: Method) -> Method:
                 )
         return method(self, *given, **options)
 
-    return told  # type: ignore[return-value]
+    return checked  # type: ignore[return-value]
 
 
 def _here(name: str, signature: inspect.Signature) -> str | None:
     near_elsewhere = difflib.get_close_matches(name, _ELSEWHERE, n=1, cutoff=0.8)
-    told = next(map(_ELSEWHERE.get, near_elsewhere), None)
-    option = None if told is None else told.partition("=")[0]
-    if told is not None and (option in signature.parameters or "(" in str(option)):
-        return told
+    hint = next(map(_ELSEWHERE.get, near_elsewhere), None)
+    option = None if hint is None else hint.partition("=")[0]
+    if hint is not None and (option in signature.parameters or "(" in str(option)):
+        return hint
     near = nearest_option(name, signature)
     return None if near is None else f"{near}=..."
 
