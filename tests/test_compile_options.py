@@ -1,4 +1,4 @@
-"""Options of compilation: flags, signatures and refusals follow from their declarations in `treadle.program.options`."""
+"""Options of compilation: flags, signatures and refusals follow from the declarations in `program.options`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from treadle.verifying import verify_model
 ROOT = Path(__file__).parents[1]
 GROUP: Any = typer.main.get_command(app)
 
-TASKS = "classify answer tag fill label match translate summarize transcribe perplexity".split()
+TASKS = ["classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe", "perplexity"]
 ENTRIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("inspect", "compile", "verify", "shard", "export", "bench", "train", "embed")},
-    **{name: ("compile",) for name in ("run", "roofline")},
-    **{name: ("generate",) for name in ("generate", "serve", "chat")},
-    **{name: ("task",) for name in TASKS},
+    **dict.fromkeys(("run", "roofline"), ("compile",)),
+    **dict.fromkeys(("generate", "serve", "chat"), ("generate",)),
+    **dict.fromkeys(TASKS, ("task",)),
     "explain": tuple(f"explain {subject}" for subject in EXPLAINED),
 }
 """The entry functions whose options a command has."""
@@ -58,11 +58,11 @@ OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes")}
 """Options with another meaning in a command."""
 
 ARGUMENTS = {
-    **{name: "gpt2" for name in ENTRIES},
+    **dict.fromkeys(ENTRIES, "gpt2"),
     "shard": "gpt2 --mesh tp=2 --recipe megatron",
     "export": "gpt2 -o a.onnx",
     "explain": "gpt2 fusion",
-    **{name: "gpt2 text" for name in ("embed", "generate", "train", *TASKS)},
+    **dict.fromkeys(("embed", "generate", "train", *TASKS), "gpt2 text"),
     "answer": "gpt2 question text",
     "match": "gpt2 a.png --text a",
 }
@@ -74,6 +74,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "limits": ("tensors=7", {"tensors": 7}),
     "seed": ("7", 7),
     "certify": ("", True),
+    "passes": ("fuse-gelu, fuse-linear", "fuse-gelu, fuse-linear"),
+    "without": ("fuse-gelu", ("fuse-gelu",)),
     "dtype": ("f32", "f32"),
     "quantize": ("int8-weights", "int8-weights"),
     "backend": ("torch", "torch"),
@@ -85,7 +87,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
 }
 """A text and a value of each option that has a flag."""
 
-VALUES = {**{name: value for name, (_, value) in SAMPLES.items()}, "weights": {"w": np.ones(1)}, "passes": []}
+VALUES = {**{name: value for name, (_, value) in SAMPLES.items()}, "weights": {"w": np.ones(1)}}
 
 
 def flagged(*entries: str) -> list[Option]:

@@ -80,7 +80,10 @@ REFUSED = [
     ("tag m a --file b", "sentences were given both as arguments and in a file"),
     ("fetch minilmm", "there is no model 'minilmm' to fetch"),
     ("inspect gpt2 --entry begin", "unknown entry 'begin'"),
-    ("explain m.treadle memory --dtype bf16 --inputs x", "an artifact is already compiled, and does not accept --inputs"),
+    (
+        "explain m.treadle memory --dtype bf16 --inputs x",
+        "an artifact is already compiled, and does not accept --inputs or --dtype",
+    ),
     (
         "explain m.treadle step --set dim=4 --quantize int8",
         "an artifact is already compiled, and does not accept --quantize or --set",

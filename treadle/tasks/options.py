@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ class ModelOptions:
     """
 
     model: str | Path
-    chosen: CompileOptions = CompileOptions(entry="load")
+    chosen: CompileOptions = field(default_factory=lambda: CompileOptions(entry="load"))
 
     @classmethod
     def of(cls, model: str | Path, **options: Any) -> ModelOptions:
