@@ -132,7 +132,7 @@ def test_a_command_has_the_flags_of_its_options(command: str) -> None:
         assert (shown.default or None) == (DEFAULTS.get(command, {}).get(name, plain) or None)
         assert (shown.min, shown.max) == (flag.least, flag.most)
     params = {p.name: p for p in GROUP.commands[command].params}
-    assert ("threads" in params) == ("target" in wanted)
+    assert ("threads" in params) == ("target" in wanted or command == "bench")
     assert params["config"].opts == ["--set"]
 
 
@@ -192,8 +192,14 @@ def test_a_flag_reaches_the_entry_function(command: str, made: Callable[[str], l
 def test_threads_are_part_of_the_target(command: str, made: Callable[[str], list[CompileOptions]]) -> None:
     subject = ARGUMENTS[command].replace("fusion", "layouts")
     for each in made(f"{command} {subject} --threads 3"):
-        if command != "bench":  # the threads of all tools
-            assert each.where == Target("cpu", 3)
+        assert each.where == Target("cpu", 3)
+
+
+def test_the_budget_of_a_roofline_is_for_its_sizes(made: Callable[[str], list[CompileOptions]]) -> None:
+    (found,) = made("roofline gpt2 --memory 300MB --sizes B=2,S=9")
+    assert (found.memory, found.sizes) == ("300MB", {"B": 2, "S": 9})
+    (found,) = made("roofline gpt2 --sizes B=2,S=9")
+    assert (found.memory, found.sizes) == (None, None)
 
 
 def test_configuration_reaches_the_declaration(made: Callable[[str], list[CompileOptions]]) -> None:

@@ -29,7 +29,8 @@ def compile(
     limits: Mapping[str, int] | None = None,
     weights: Mapping[str, Array] | None = None,
     seed: int = 0,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass] | str | None = None,
+    without: Sequence[str] = (),
     certify: bool | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
@@ -57,7 +58,9 @@ def compile(
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
               initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     seed      an integer, 0 or more
-    passes    the pipeline, a flat list; []: the graph as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
+              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
               (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared

@@ -34,11 +34,14 @@ def show_roofline(
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
 
+    asked = parse_sizes(sizes)
+    if "memory" in chosen:
+        chosen["sizes"] = asked
     with working(f"compiling {model}", shown=not as_json):
         made = load_chosen(model, chosen, also=("seed",)) if is_artifact(model) else treadle.compile(model, **chosen)
     with working(f"running {model}", shown=not as_json):
         found = measure_roofline(
-            made, choose_sizes(made.graph, parse_sizes(sizes)), rounds=rounds, seed=chosen.get("seed", 0)
+            made, choose_sizes(made.graph, asked), rounds=rounds, seed=chosen.get("seed", 0)
         )
     if svg is not None:
         write_drawing(svg, draw_roofline(found))

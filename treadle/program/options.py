@@ -190,7 +190,7 @@ class RunningOptions:
         'what to compile for: "cpu", or `Target("cpu", threads=4)`',
         "cpu or cuda.",
         Flag("target", "NAME", complete="target"),
-        but={"export", "shard", *_EXPLAIN.difference(_LOWERED)},
+        but={"bench", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     memory: int | str | None = _option(
         None,
