@@ -74,8 +74,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any, str], Any]:
 
     def run(kind: Any, opened: Any, words: str) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr("treadle.continuation.need_for_text", lambda *_, **__: None)
-            patch.setattr("treadle.cli.generate.time", Clock())
+            patch.setattr("treadle.tasks.text_generation.need_for_text", lambda *_, **__: None)
+            patch.setattr("treadle.tasks.text_generation.time", Clock())
             patch.setattr(kind, "open", lambda *_, **__: opened)
             done = CliRunner().invoke(app, words.split())
         assert done.exit_code == 0, (words, done.output, done.exception)

@@ -618,7 +618,9 @@ def test_a_model_that_is_no_whisper(
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
     options: Any = SimpleNamespace(
-        model=tmp_path, limits=None, stepped=lambda: SimpleNamespace(name="m", derived=derived)
+        model=tmp_path,
+        chosen=SimpleNamespace(limits=None),
+        stepped=lambda: SimpleNamespace(name="m", derived=derived),
     )
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
     monkeypatch.setattr(TextTokenizer, "open", lambda *_, **__: nobody)

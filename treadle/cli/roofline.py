@@ -40,9 +40,7 @@ def show_roofline(
     with working(f"compiling {model}", shown=not as_json):
         made = load_chosen(model, chosen, also=("seed",)) if is_artifact(model) else treadle.compile(model, **chosen)
     with working(f"running {model}", shown=not as_json):
-        found = measure_roofline(
-            made, choose_sizes(made.graph, asked), rounds=rounds, seed=chosen.get("seed", 0)
-        )
+        found = measure_roofline(made, choose_sizes(made.graph, asked), rounds=rounds, seed=chosen.get("seed", 0))
     if svg is not None:
         write_drawing(svg, draw_roofline(found))
     if as_json:
