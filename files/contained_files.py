@@ -7,8 +7,10 @@ refused before a read can block on it.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,11 +21,66 @@ from treadle.files.shown_names import shown_path
 PathLike = str | os.PathLike[str]
 
 
-def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when it was opened.
+
+    path    its absolute name; links are followed at each check, so that another target is another state
+    shown   its name in errors
+    device, inode, size, written   of `os.stat`: the size in bytes, the time of the last write in ns
+    """
+
+    path: str
+    shown: str
+    device: int
+    inode: int
+    size: int
+    written: int
+
+    @classmethod
+    def of(cls, path: PathLike, shown: str, found: os.stat_result) -> FileState:
+        """Return the state that a call of `os.stat` or `os.fstat` found."""
+        return cls(os.path.abspath(path), shown, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def check(self, *, exists: bool = False) -> None:
+        """Raise CheckpointError if the path now names another file, or one that was written since; with `exists`, also
+        if it names none. A file that is mapped keeps its bytes when it is removed.
+        """
+        try:
+            now = FileState.of(self.path, self.shown, os.stat(self.path))
+        except OSError:
+            now = None
+        if now == self or (now is None and not exists):
+            return
+        if now is None:
+            received = "no file of this name"
+        elif now.size != self.size:
+            received = f"{now.size} bytes, {self.size} when it was opened"
+        else:
+            received = "the file was " + ("written again" if now.inode == self.inode else "replaced by another one")
+        raise CheckpointError(
+            "the file has changed since it was opened",
+            received=received,
+            within=self.shown,
+            hint="open the model again, when its files are complete",
+        )
+
+
+class RegularFile(io.BufferedReader):
+    """A regular file that is open for reading, with its state."""
+
+    def __init__(self, descriptor: int, path: PathLike, shown: str, found: os.stat_result) -> None:
+        super().__init__(io.FileIO(descriptor, "rb"))
+        self.state = FileState.of(path, shown, found)
+
+
+def open_regular(path: PathLike, shown: str | None = None, named: PathLike | None = None) -> RegularFile:
     """Open a regular file for reading in binary mode.
 
-    Raises CheckpointError if the file does not exist, cannot be read, or is a folder, a pipe or a device. `shown` is
-    the file's name in errors.
+    shown   the file's name in errors
+    named   the name of which `path` is the canonical form, for `FileState`; None: `path`
+
+    Raises CheckpointError if the file does not exist, cannot be read, or is a folder, a pipe or a device.
     """
     shown = shown or shown_path(path)
     # O_NONBLOCK: opening a pipe without a writer would block forever.
@@ -34,10 +91,11 @@ def open_regular(path: PathLike, shown: str | None = None) -> BinaryIO:
         descriptor = os.open(path, flags)
     except (OSError, ValueError) as error:
         raise _unopened(shown, error) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise CheckpointError("not a regular file", received="a folder, a pipe or a device", within=shown)
-    return os.fdopen(descriptor, "rb")
+    return RegularFile(descriptor, named or path, shown, found)
 
 
 def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: str | None = None) -> bytes:
@@ -47,11 +105,16 @@ def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: 
     """
     shown = shown or shown_path(path)
     with open_regular(path, shown) as file:
-        try:
-            data = file.read(limit + 1)
-            size = max(len(data), os.fstat(file.fileno()).st_size)
-        except OSError as error:
-            raise _unopened(shown, error) from None
+        return read_whole(file, limit, shown, setting)
+
+
+def read_whole(file: BinaryIO, limit: int, shown: str, setting: str | None = None) -> bytes:
+    """Return all bytes of an open file. Raises CheckpointError as `read_regular` does."""
+    try:
+        data = file.read(limit + 1)
+        size = max(len(data), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise _unopened(shown, error) from None
     if size > limit:
         raise CheckpointError(
             "the file is longer than the limit",

@@ -23,12 +23,12 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.contained_files import FileState, PathLike, RegularFile, open_regular
 from treadle.files.limits import limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.huggingface import ModelFolder
@@ -49,21 +49,18 @@ _LARGEST = 2**60  # elements
 
 
 def find_ctranslate2(
-    folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None
+    folder: PathLike | ModelFolder, limits: CheckpointLimits | Mapping[str, int] | None = None
 ) -> CTranslate2File | None:
     """Open the model.bin of a folder in CTranslate2's layout; return None if the folder has another layout.
 
     Safetensors in the same folder take precedence. A PyTorch pickle named model.bin is not a CTranslate2 file. Raises
     CheckpointError if it is damaged, or leads out of the folder.
     """
-    place = ModelFolder.find(folder)
+    place = ModelFolder.find(folder, limits)
     if not place.has(_NAME) or any(place.has(f"model{suffix}") for suffix in _WEIGHTS):
         return None
-    path, shown = place.file(_NAME), place.show(_NAME)
-    with open_regular(path, shown) as file:
-        if file.read(2).startswith(_PICKLES):
-            return None
-    return CTranslate2File.open(path, limits, shown=shown)
+    with place.open(_NAME) as file:
+        return None if file.peek(2).startswith(_PICKLES) else CTranslate2File.read(file, place.limits)
 
 
 class CTranslate2File(MappedTensors[TensorRecord]):
@@ -99,7 +96,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
             aliases[alias] = name
         if reader.at != len(reader.data):
             reader.fail("the file continues after its last record", f"{len(reader.data) - reader.at} bytes")
-        super().__init__(reader.shown, records, reader.data)
+        super().__init__(reader.file, records, reader.data)
         self.aliases = MappingProxyType(aliases)
 
     @classmethod
@@ -113,7 +110,12 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         """
         shown = shown or shown_path(path)
         with open_regular(path, shown) as file:
-            return cls(_Reader(_map(file, shown), shown), limits_of(CheckpointLimits, limits))
+            return cls.read(file, limits_of(CheckpointLimits, limits))
+
+    @classmethod
+    def read(cls, file: RegularFile, limits: CheckpointLimits) -> CTranslate2File:
+        """Map an open file, which may be closed afterwards. Raises CheckpointError as `open` does."""
+        return cls(_Reader(_map(file), file.state), limits)
 
     def __contains__(self, name: object) -> bool:
         return name in self._records or name in self.aliases
@@ -128,7 +130,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         """Return a variable as a read-only array, a view of the mapped file. Two kinds are copied: bf16, which NumPy
         lacks, is widened to float32, and data whose offset is not a multiple of its element size, which is common here.
 
-        Raises CheckpointError if there is no such variable, or if the file has been truncated since it was opened.
+        Raises CheckpointError if there is no such variable, or if the file has changed since it was opened.
         """
         record, raw = self.record(name), self.raw(name)
         dtype = np.dtype(_NUMPY.get(record.dtype, "<u2"))
@@ -146,9 +148,9 @@ class CTranslate2File(MappedTensors[TensorRecord]):
 class _Reader:
     """A cursor that reads numbers and texts from the file's bytes. Errors name the byte where the last value began."""
 
-    def __init__(self, data: mmap.mmap, shown: str) -> None:
+    def __init__(self, data: mmap.mmap, file: FileState) -> None:
         self.data = data
-        self.shown = shown
+        self.file, self.shown = file, file.shown
         self.at = 0
         self.began = 0
         self.field = "header"
@@ -214,7 +216,8 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
     return TensorRecord(name, dtype, shape, begin, reader.at)
 
 
-def _map(file: BinaryIO, shown: str) -> mmap.mmap:
+def _map(file: RegularFile) -> mmap.mmap:
+    shown = file.state.shown
     try:
         size = os.fstat(file.fileno()).st_size
         if size:

@@ -238,7 +238,7 @@ class Model(Generic[P, R]):
                 received=repr(self),
                 source=_definition(self.function),
                 hint=f'declare it at the top of a file; or t.compile({self.name}).save("model.treadle") and '
-                't.load("model.treadle")',
+                't.load_artifact("model.treadle")',
             )
         return _pickled, (module, path, dict(self.config), self.optional_inputs)
 

@@ -22,12 +22,12 @@ import mmap
 import os
 import struct
 from collections.abc import Mapping
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.contained_files import FileState, PathLike, RegularFile, open_regular
 from treadle.files.limits import limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.gguf_blocks import PLAIN, GGUFTensor, dequantised
@@ -37,12 +37,12 @@ from treadle.ir.errors import CheckpointError
 
 
 class GGUFFile(MappedTensors[GGUFTensor]):
-    """The metadata and tensors of one file. It needs no closing; the file must not be changed while it is mapped."""
+    """The metadata and tensors of one file. It needs no closing; a file that changes while it is mapped is refused."""
 
     def __init__(
-        self, path: str, data: mmap.mmap, values: Mapping[str, HeaderValue], tensors: Mapping[str, GGUFTensor]
+        self, file: FileState, data: mmap.mmap, values: Mapping[str, HeaderValue], tensors: Mapping[str, GGUFTensor]
     ) -> None:
-        super().__init__(path, tensors, data)
+        super().__init__(file, tensors, data)
         self._values = dict(values)
 
     @classmethod
@@ -212,7 +212,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return f"GGUFFile({self.path!r}, {len(self._values)} keys, {len(self)} tensors)"
 
 
-def _open(file: BinaryIO, shown: str, limits: GGUFLimits) -> GGUFFile:
+def _open(file: RegularFile, shown: str, limits: GGUFLimits) -> GGUFFile:
     size = os.fstat(file.fileno()).st_size
     magic = file.read(4)
     if magic != MAGIC:
@@ -225,4 +225,4 @@ def _open(file: BinaryIO, shown: str, limits: GGUFLimits) -> GGUFFile:
     data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     reader = HeaderReader(data, shown, limits)
     values, tensors = reader.read()
-    return GGUFFile(shown, data, values, tensors)
+    return GGUFFile(file.state, data, values, tensors)

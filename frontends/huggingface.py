@@ -18,16 +18,25 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, canonical, contained, read_regular
+from treadle.files.contained_files import (
+    FileState,
+    PathLike,
+    RegularFile,
+    canonical,
+    contained,
+    open_regular,
+    read_regular,
+    read_whole,
+)
 from treadle.files.limits import MORE, limit_hint, limits_of
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
@@ -46,32 +55,47 @@ _CONFIG = "config.json"
 _CACHED = "models--"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TRAINED = "weights.safetensors"  # of training, for a declaration
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION_BYTES = 256
 _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES = 4 << 20, 32, 200_000
 _LISTED = 8  # entries of a folder that an error lists
 _ENTRIES = 10_000  # entries of a folder that are read for an error
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder with a model's files, and the folder that bounds what may be read.
+    """The folder with a model's files, and the folder that bounds what may be read: the one opener of these files.
 
     path    the folder with config.json, links followed
     root    nothing outside is read: `path` itself, or the `models--org--name` around a cached snapshot
     shown   the folder's name in errors, as the user wrote it
+    limits  limits on config.json and on weights
+
+    The parsed form of a file is kept, so that it is opened once. Files that change between two reads are refused.
     """
 
     path: Path
     root: Path
     shown: str
+    limits: CheckpointLimits
+    _states: dict[str, FileState] = field(default_factory=dict, compare=False, repr=False)
+    _parsed: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def find(cls, folder: PathLike) -> ModelFolder:
-        """Return the model folder for a path: the path itself, or the revision of a hub cache's `models--org--name`.
+    def find(
+        cls, folder: PathLike | ModelFolder, limits: CheckpointLimits | Mapping[str, int] | None = None
+    ) -> ModelFolder:
+        """Return the model folder for a path: the path itself, or the revision of a hub cache's `models--org--name`. A
+        model folder is returned as it is.
 
         Raises CheckpointError if it is not a folder, or if the cache names no revision.
         """
+        if isinstance(folder, ModelFolder):
+            return folder
+        known = limits_of(CheckpointLimits, limits)
         shown = shown_path(folder)
         path = canonical(folder, shown)
         if not os.path.isdir(path):
@@ -83,14 +107,14 @@ class ModelFolder:
         if any(p.name.startswith(_CACHED) for p in (named, path)) and os.path.isdir(path / "snapshots"):
             revision = _revision(path, shown)
             shown = os.path.join(shown, "snapshots", revision)
-            return cls(contained(path / "snapshots" / revision, path, shown), path, shown)
+            return cls(contained(path / "snapshots" / revision, path, shown), path, shown, known)
         # The path as named comes first: a snapshot that is itself a link out of its cache is refused.
         for lies in (named, path):
             for above in lies.parents:
                 if above.name == "snapshots" and above.parent.name.startswith(_CACHED):
                     root = canonical(above.parent, shown)
-                    return cls(contained(path, root, shown), root, shown)
-        return cls(path, path, shown)
+                    return cls(contained(path, root, shown), root, shown, known)
+        return cls(path, path, shown, known)
 
     def has(self, name: str) -> bool:
         """Return True if there is an entry of this name, including a dangling link."""
@@ -114,15 +138,58 @@ class ModelFolder:
             )
         return contained(self.path / name, self.root, self.show(name))
 
-    def read_settings(self, name: str) -> dict[str, Any]:
-        """Return the JSON object of a settings file, such as generation_config.json.
+    def open(self, name: str) -> RegularFile:
+        """Open a file that is named relative to the folder.
 
-        Raises CheckpointError as `file` does, if the file is not one JSON object, and past 4 MiB, 200,000 values or 32
+        Raises CheckpointError as `file` does, if it is not a regular file, and as `check` does.
+        """
+        opened = open_regular(self.file(name), self.show(name), self.path / name)
+        self._states.setdefault(name, opened.state)
+        try:
+            self.check(exist=True)
+        except CheckpointError:
+            opened.close()
+            raise
+        return opened
+
+    def check(self, *, exist: bool = False) -> None:
+        """Raise CheckpointError if a file has changed since it was first opened; with `exist`, also if it is gone."""
+        for state in self._states.values():
+            state.check(exists=exist)
+
+    def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
+        """Return the bytes of a file, at most `limit`; `setting` is the limit's name. Raises CheckpointError as `open`
+        does, and for a longer file.
+        """
+        with self.open(name) as file:
+            return read_whole(file, limit, self.show(name), setting)
+
+    def once(self, key: object, parse: Callable[[], T]) -> T:
+        """Return the result of `parse`, which is called for the first request of this key only."""
+        if key not in self._parsed:
+            self._parsed[key] = parse()
+        found: T = self._parsed[key]
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, not to be changed. Raises CheckpointError as `open` does, if it is not one JSON object, and past
+        `limits`.
+        """
+        known = self.limits
+        return self.once(_CONFIG, lambda: self._object(_CONFIG, known.config_bytes, known.nesting, known.values))
+
+    def read_settings(self, name: str) -> dict[str, Any]:
+        """Return the JSON object of a settings file, such as generation_config.json, not to be changed.
+
+        Raises CheckpointError as `open` does, if the file is not one JSON object, and past 4 MiB, 200,000 values or 32
         levels.
         """
-        shown = self.show(name)
-        data = read_regular(self.file(name), _SETTINGS_BYTES, shown)
-        return read_json_object(data, shown, nesting=_SETTINGS_NESTING, values=_SETTINGS_VALUES)
+        return self.once(name, lambda: self._object(name, _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES))
+
+    def _object(self, name: str, limit: int, nesting: int, values: int) -> dict[str, Any]:
+        data = self.read(name, limit, "config_bytes" if name == _CONFIG else None)
+        return read_json_object(data, self.show(name), nesting=nesting, values=values)
 
     def entries(self) -> list[str]:
         """Return the names in the folder, sorted, for errors."""
@@ -133,23 +200,30 @@ class Checkpoint:
     """A model's configuration and its tensors by name. A file is mapped when one of its tensors is first requested.
 
     folder    the folder with the files
-    config    config.json
     """
 
     folder: ModelFolder
-    config: dict[str, Any]
 
-    def __init__(self, folder: ModelFolder, config: dict[str, Any], limits: CheckpointLimits) -> None:
-        self.folder = folder
-        self.config = config
-        self.limits = limits
-        self.sharded = not folder.has(_SINGLE)
+    def __init__(self, folder: ModelFolder, single: str = _SINGLE) -> None:
+        """Find the weights of a folder: the file `single`, else the shards of the index."""
+        self.folder, self.limits, self._single = folder, folder.limits, single
+        self.sharded = not folder.has(single)
         self._files: dict[str, SafetensorsFile] = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, not to be changed."""
+        return self.folder.config
 
     @property
     def label(self) -> str:
         """The name, in errors, of the file that lists the tensors."""
-        return self.folder.show(_INDEX if self.sharded else _SINGLE)
+        return self.folder.show(_INDEX if self.sharded else self._single)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The metadata of the first weight file."""
+        return self._open(self.files[0]).metadata
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -198,7 +272,7 @@ class Checkpoint:
     def _file_of(self) -> Mapping[str, str]:
         if self.sharded:
             return self._read_index()
-        return dict.fromkeys(self._open(_SINGLE), _SINGLE)
+        return dict.fromkeys(self._open(self._single), self._single)
 
     @cached_property
     def _tensors_of(self) -> Mapping[str, list[str]]:
@@ -222,7 +296,9 @@ class Checkpoint:
     def _open(self, name: str) -> SafetensorsFile:
         file = self._files.get(name)
         if file is None:
-            file = SafetensorsFile.open(self.folder.file(name), self.limits, shown=self.folder.show(name))
+            refuse_pickle(name, self.folder.show(name))
+            with self.folder.open(name) as opened:
+                file = SafetensorsFile.read(opened, self.limits)
             if self.sharded:
                 self._check_shard(name, file)
             self._files[name] = file
@@ -240,7 +316,7 @@ class Checkpoint:
             )
 
     def _read_index(self) -> dict[str, str]:
-        data = read_regular(self.folder.file(_INDEX), self.limits.header_bytes, self.label, "header_bytes")
+        data = self.folder.read(_INDEX, self.limits.header_bytes, "header_bytes")
         reader = JsonReader(data, self.label, nesting=self.limits.nesting, values=self.limits.values)
         places: dict[str, str] | None = None
         for key in reader.members("a JSON object"):
@@ -281,7 +357,9 @@ class Checkpoint:
         return f"Checkpoint({self.folder.shown!r})"
 
 
-def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: PathLike | ModelFolder, limits: CheckpointLimits | Mapping[str, int] | None = None
+) -> Checkpoint:
     """Open the model in a folder, in a hub cache's `models--org--name`, or in one of its snapshots.
 
     Reads config.json. Weights are `model.safetensors`, else the shards of `model.safetensors.index.json`; they are
@@ -290,16 +368,28 @@ def open_checkpoint(folder: PathLike, limits: CheckpointLimits | Mapping[str, in
     Raises CheckpointError if config.json or the weights are missing or damaged, if the weights are pickles, if a path
     or a link leads out of the folder, or past a limit.
     """
-    known = limits_of(CheckpointLimits, limits)
-    place = ModelFolder.find(folder)
+    place = ModelFolder.find(folder, limits)
     if not place.has(_CONFIG):
         raise _no_config(place)
-    shown = place.show(_CONFIG)
-    data = read_regular(place.file(_CONFIG), known.config_bytes, shown, "config_bytes")
-    config = read_json_object(data, shown, nesting=known.nesting, values=known.values)
+    place.config  # noqa: B018 - an error in it comes before one about the weights
     if not place.has(_SINGLE) and not place.has(_INDEX):
         raise _no_weights(place)
-    return Checkpoint(place, config, known)
+    return place.once(Checkpoint, lambda: Checkpoint(place))
+
+
+def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None) -> Checkpoint:
+    """Open weights without a configuration: a .safetensors file, or a folder with `weights.safetensors`, or with the
+    weights of a checkpoint.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    if Path(path).suffix == ".safetensors" and not os.path.isdir(path):
+        return Checkpoint(ModelFolder.find(Path(path).parent, limits), Path(path).name)
+    place = ModelFolder.find(path, limits)
+    single = next((name for name in (_SINGLE, _TRAINED) if place.has(name)), None)
+    if single is None and not place.has(_INDEX):
+        raise _no_weights(place)
+    return Checkpoint(place, single or _SINGLE)
 
 
 def _revision(path: Path, shown: str) -> str:

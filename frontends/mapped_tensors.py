@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from treadle.files.contained_files import FileState
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.encodings.encoding import Encoding
@@ -62,8 +63,8 @@ class MappedTensors(Generic[Record]):
 
     called = "tensor"
 
-    def __init__(self, path: str, records: Mapping[str, Record], data: mmap.mmap) -> None:
-        self.path = path
+    def __init__(self, file: FileState, records: Mapping[str, Record], data: mmap.mmap) -> None:
+        self.file, self.path = file, file.shown
         self._records = dict(records)
         self._data = data
 
@@ -101,15 +102,10 @@ class MappedTensors(Generic[Record]):
     def raw(self, name: str, /) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes as stored in the file, u8[nbytes]: a read-only view for any dtype.
 
-        Raises CheckpointError if there is no such tensor, or if the file has been truncated since it was opened.
+        Raises CheckpointError if there is no such tensor, or if the file has changed since it was opened.
         """
         record = self.record(name)
-        if self._data.size() < len(self._data):
-            raise CheckpointError(
-                "the file has become shorter since it was opened",
-                received=f"{self._data.size()} bytes, {len(self._data)} when it was opened",
-                within=self.path,
-            )
+        self.file.check()
         return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
 
     def bits(self, name: str, /) -> npt.NDArray[np.uint16]:

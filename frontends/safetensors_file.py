@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, open_regular
+from treadle.files.contained_files import FileState, PathLike, RegularFile, open_regular
 from treadle.files.limits import MORE, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader
@@ -112,9 +112,9 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
     metadata: Mapping[str, str]
 
     def __init__(
-        self, path: str, records: Mapping[str, TensorRecord], metadata: Mapping[str, str], data: mmap.mmap
+        self, file: FileState, records: Mapping[str, TensorRecord], metadata: Mapping[str, str], data: mmap.mmap
     ) -> None:
-        super().__init__(path, records, data)
+        super().__init__(file, records, data)
         self.metadata = MappingProxyType(dict(metadata))
 
     @classmethod
@@ -129,10 +129,15 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
         shown = shown or shown_path(path)
         refuse_pickle(PurePath(path).name, shown)
         with open_regular(path, shown) as file:
-            try:
-                return _open(file, shown, limits_of(CheckpointLimits, limits))
-            except (OSError, ValueError, OverflowError) as error:
-                raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
+            return cls.read(file, limits_of(CheckpointLimits, limits))
+
+    @classmethod
+    def read(cls, file: RegularFile, limits: CheckpointLimits) -> SafetensorsFile:
+        """Map an open file, which may be closed afterwards. Raises CheckpointError as `open` does."""
+        try:
+            return _open(file, file.state.shown, limits)
+        except (OSError, ValueError, OverflowError) as error:
+            raise CheckpointError("the file cannot be read", received=str(error), within=file.state.shown) from None
 
     def __getitem__(self, name: str) -> TensorRecord:
         """Return a tensor's entry in the file. Raises CheckpointError, with the nearest names, if there is none."""
@@ -145,7 +150,7 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
         whose offset is not a multiple of its element size.
 
         Raises CheckpointError if there is no such tensor, if NumPy has no dtype for it (narrow floats), if a bool is
-        neither 0 nor 1, or if the file has been truncated since it was opened.
+        neither 0 nor 1, or if the file has changed since it was opened.
         """
         record, raw = self[name], self.raw(name)
         if record.dtype == "bf16":
@@ -196,7 +201,7 @@ def refuse_pickle(name: str, shown: str) -> None:
         )
 
 
-def _open(file: BinaryIO, shown: str, limits: CheckpointLimits) -> SafetensorsFile:
+def _open(file: RegularFile, shown: str, limits: CheckpointLimits) -> SafetensorsFile:
     size = os.fstat(file.fileno()).st_size
     start = file.read(64)
 
@@ -235,7 +240,7 @@ def _open(file: BinaryIO, shown: str, limits: CheckpointLimits) -> SafetensorsFi
     reader = JsonReader(header, f"{shown}: header", nesting=limits.nesting, values=limits.values, base=_LENGTH_BYTES)
     records, metadata = _read_header(reader, limits, base)
     _check_ranges(records, shown, base, size)
-    return SafetensorsFile(shown, records, metadata, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+    return SafetensorsFile(file.state, records, metadata, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
 def _read_header(

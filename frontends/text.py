@@ -11,6 +11,7 @@ project's own padding replaces the file's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer
@@ -110,7 +111,7 @@ class TextTokenizer:
     @classmethod
     def open(
         cls,
-        folder: PathLike,
+        folder: PathLike | ModelFolder,
         *,
         max_tokens: int | None = None,
         context: int | None = None,
@@ -129,7 +130,7 @@ class TextTokenizer:
         FrontendError if the tokenizers library is not installed.
         """
         try:
-            import tokenizers
+            import tokenizers  # noqa: F401
         except ImportError as error:
             raise FrontendError(
                 "reading text needs the package tokenizers",
@@ -138,39 +139,17 @@ class TextTokenizer:
             ) from error
         place = ModelFolder.find(folder)
         shown = place.show(_FILE)
-        older = [name for name in _OLDER if place.has(name)]
-        if older and not place.has(_FILE):
-            settings = read_tokenizer_settings(place, limit_bytes)
-            made = _guarded(
-                lambda: (
-                    build_older_tokenizer(place, settings, limit_bytes)
-                    or build_sentencepiece_tokenizer(place, settings, limit_bytes)
-                ),
-                "the vocabulary is damaged",
-                place.show(older[0]),
-            )
-            if made is None:
-                raise CheckpointError(
-                    f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
-                    received=", ".join(older),
-                    within=place.shown,
-                    hint="create it with transformers, in Python:\n"
-                    f"from transformers import AutoTokenizer\n"
-                    f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
-                )
-        else:
-            data = read_regular(place.file(_FILE), limit_bytes, shown, "limit_bytes=")
-            made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
+        made, truncation = place.once((_FILE, limit_bytes), lambda: _Vocabulary.read(place, limit_bytes)).take()
         made.no_padding()
-        asked = max_tokens if max_tokens is not None else _longest_input(place, limit_bytes)
-        if asked is None and made.truncation is not None:
-            asked = int(made.truncation["max_length"])
+        settings = read_tokenizer_settings(place, limit_bytes)
+        asked = max_tokens if max_tokens is not None else _longest_input(settings)
+        if asked is None and truncation is not None:
+            asked = int(truncation["max_length"])
         most = min((n for n in (asked, context) if n is not None), default=None) if cut else None
         if most is None:
             made.no_truncation()
         else:
             _guarded(lambda: made.enable_truncation(most), f"texts cannot be truncated to {most} tokens", shown)
-        settings = read_tokenizer_settings(place, limit_bytes)
         named = settings.get("model_input_names")
         names = [str(name) for name in named] if isinstance(named, list) else _INPUT_NAMES
         return cls(made, most, read_special_tokens(settings), names)
@@ -302,14 +281,62 @@ class TextTokenizer:
         return str(decoded)
 
 
-def folder_chat_template(folder: PathLike) -> str | None:
+@dataclass
+class _Vocabulary:
+    """A folder's tokenizer as the library parsed it, for the first caller of `take`; the others get a copy.
+
+    truncation  as the file says it; the library's object takes on that of the first caller
+    """
+
+    tokenizer: Any
+    truncation: Mapping[str, Any] | None
+    taken: bool = False
+
+    @classmethod
+    def read(cls, place: ModelFolder, limit_bytes: int) -> _Vocabulary:
+        """Parse tokenizer.json, or one of the older forms. Raises as `TextTokenizer.open` does."""
+        import tokenizers
+
+        shown = place.show(_FILE)
+        older = [name for name in _OLDER if place.has(name)]
+        if older and not place.has(_FILE):
+            settings = read_tokenizer_settings(place, limit_bytes)
+            made = _guarded(
+                lambda: (
+                    build_older_tokenizer(place, settings, limit_bytes)
+                    or build_sentencepiece_tokenizer(place, settings, limit_bytes)
+                ),
+                "the vocabulary is damaged",
+                place.show(older[0]),
+            )
+            if made is None:
+                raise CheckpointError(
+                    f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
+                    received=", ".join(older),
+                    within=place.shown,
+                    hint="create it with transformers, in Python:\n"
+                    f"from transformers import AutoTokenizer\n"
+                    f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
+                )
+        else:
+            data = place.read(_FILE, limit_bytes, "limit_bytes=")
+            made = _guarded(lambda: tokenizers.Tokenizer.from_buffer(data), "the tokenizer is damaged", shown)
+        return cls(made, made.truncation)
+
+    def take(self) -> tuple[Any, Mapping[str, Any] | None]:
+        """Return a tokenizer that the caller may change, and the file's truncation."""
+        made = copy.deepcopy(self.tokenizer) if self.taken else self.tokenizer
+        self.taken = True
+        return made, self.truncation
+
+
+def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
     """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
     tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or damaged.
     """
     place = ModelFolder.find(folder)
     if place.has(_TEMPLATE):
-        data = read_regular(place.file(_TEMPLATE), _FILE_BYTES, place.show(_TEMPLATE), "limit_bytes=")
-        return data.decode("utf-8", "replace")
+        return place.read(_TEMPLATE, _FILE_BYTES, "limit_bytes=").decode("utf-8", "replace")
     template = read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
@@ -327,9 +354,9 @@ def _refuse_surrogates(text: str) -> None:
         ) from None
 
 
-def _longest_input(place: ModelFolder, limit_bytes: int) -> int | None:
+def _longest_input(settings: Mapping[str, Any]) -> int | None:
     """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
-    length = read_tokenizer_settings(place, limit_bytes).get("model_max_length")
+    length = settings.get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
 
 

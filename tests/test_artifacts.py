@@ -24,7 +24,7 @@ from tests.op_checks import BACKENDS
 from tests.test_models import ZOO
 from treadle import artifacts
 from treadle.artifact_file import write_sections
-from treadle.artifacts import ArtifactLimits, load, open_artifact
+from treadle.artifacts import ArtifactLimits, load_artifact, open_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
@@ -62,7 +62,7 @@ def test_every_model_of_the_zoo_comes_back(name: str, backend: str, tmp_path: Pa
         pytest.skip(reason)
     made = treadle.compile(ZOO[name][0], backend=backend, seed=3)
     seal = made.save(tmp_path / "model.treadle")
-    again = load(tmp_path / "model.treadle")
+    again = load_artifact(tmp_path / "model.treadle")
     assert (again.name, again.backend, str(again.target), again.seed) == (made.name, backend, "cpu", 3)
     assert again.graph == made.graph
     assert again.optimized.source == made.optimized.source
@@ -77,7 +77,7 @@ def test_every_model_of_the_zoo_comes_back(name: str, backend: str, tmp_path: Pa
 def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
     path = tmp_path / "small.treadle"
     save_small(path)
-    for array in load(path).weights.values():
+    for array in load_artifact(path).weights.values():
         assert not array.flags.owndata
         assert not array.flags.writeable
     assert "weights" not in repr(open_artifact(path)), "it would print all of their numbers"
@@ -104,7 +104,7 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
     weights = {f"w.{name}": array for name, array in arrays.items()} | {"none": np.zeros((0, 3), np.float32)}
     made = treadle.compile(b.graph, backend="torch", weights=weights, passes=())
     made.save(tmp_path / "dtypes.treadle")
-    again = load(tmp_path / "dtypes.treadle")
+    again = load_artifact(tmp_path / "dtypes.treadle")
     assert same_bits(made(), again())
     assert all(np.array_equal(again()[name][:2], array) for name, array in arrays.items())
 
@@ -118,7 +118,7 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
     path = tmp_path / "near.treadle"
     made = treadle.compile(b.graph, certify=False)
     made.save(path)
-    again = load(path)
+    again = load_artifact(path)
     near, refused = (
         [e for r in again.log for e in getattr(r, kind) if e.matched] for kind in ("near_misses", "refusals")
     )
@@ -133,7 +133,7 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
             event.pop("edge", None)
         put(parts, "log", json.dumps(log).encode())
 
-    old = load(edited(path, as_before))
+    old = load_artifact(edited(path, as_before))
     assert not any(event.matched for record in old.log for event in record.refusals)
     assert old.log.explain() == made.log.explain()
 
@@ -155,12 +155,12 @@ def test_another_backend_than_it_was_made_for(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     path = tmp_path / "small.treadle"
     made = save_small(path, backend="torch")
-    other = load(path, backend="numpy")
+    other = load_artifact(path, backend="numpy")
     assert other.backend == "numpy"
     tokens = np.arange(8).reshape(2, 4)
     np.testing.assert_allclose(other(tokens=tokens).logits, made(tokens=tokens).logits, rtol=1e-4, atol=1e-6)
     with pytest.raises(BackendError, match="runs on the CPU only"):
-        load(path, backend="numpy", target="cuda")
+        load_artifact(path, backend="numpy", target="cuda")
 
 
 def test_what_it_cannot_do(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="an artifact is compiled already"):
         treadle.compile(path)
     with pytest.raises(UsageError, match="the artifact cannot be written"):
-        load(path).save(tmp_path / "no" / "such" / "folder.treadle")
+        load_artifact(path).save(tmp_path / "no" / "such" / "folder.treadle")
 
 
 # -- other builds ----------------------------------------------------------------------------------------------------
@@ -210,13 +210,13 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
     data[-200] ^= 4
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not those that were written") as caught:
-        load(path)
+        load_artifact(path)
     assert "section weight/" in str(caught.value)
-    load(path, check=False)  # a log message says that nothing is checked
+    load_artifact(path, check=False)  # a log message says that nothing is checked
     data[int.from_bytes(data[:8], "little") + 20] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not those that were written"):
-        load(path, check=False)  # texts are always compared
+        load_artifact(path, check=False)  # texts are always compared
 
 
 def edited(path: Path, change: Any) -> Path:
@@ -345,7 +345,7 @@ def test_a_hostile_file_is_refused_with_its_place(change: Any, what: str, place:
     save_small(tmp_path / "x.treadle")
     path = edited(tmp_path / "x.treadle", change)
     with pytest.raises((CheckpointError, ParseError)) as caught:
-        load(path)
+        load_artifact(path)
     assert what in caught.value.what
     assert place in (caught.value.within or "")
     assert str(path) in (caught.value.within or "")
@@ -418,7 +418,7 @@ def test_another_layout_of_sections_is_refused(change: Any, what: str, place: st
     path = tmp_path / "edited.treadle"
     path.write_bytes(sealed(header_and_data(header, bytes(held), pad=1)))
     with pytest.raises(CheckpointError) as caught:
-        load(path)
+        load_artifact(path)
     assert caught.value.what == what
     assert place in (caught.value.within or "")
     assert (caught.value.hint or "").startswith("write the file again")
@@ -432,15 +432,15 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
         cut = tmp_path / f"{length}.treadle"
         cut.write_bytes(whole[:length])
         with pytest.raises(CheckpointError) as caught:
-            load(cut)
+            load_artifact(cut)
         assert str(cut) in (caught.value.within or "")
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "plain.treadle")
     with pytest.raises(CheckpointError, match="not an artifact"):
-        load(tmp_path / "plain.treadle")
+        load_artifact(tmp_path / "plain.treadle")
     with pytest.raises(CheckpointError, match="the file does not exist"):
-        load(tmp_path / "nothing.treadle")
+        load_artifact(tmp_path / "nothing.treadle")
 
 
 def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,9 +453,9 @@ def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "x.treadle"
     save_small(path)
     with pytest.raises(ParseError, match="too many nodes"):
-        load(path, limits=ArtifactLimits(graph=TextLimits(nodes=10)))
+        load_artifact(path, limits=ArtifactLimits(graph=TextLimits(nodes=10)))
     with pytest.raises(CheckpointError, match="the section is longer than the limit"):
-        load(path, limits=ArtifactLimits(log_bytes=100))
+        load_artifact(path, limits=ArtifactLimits(log_bytes=100))
     deep = Builder(Graph("deep"))
     x = deep.input("x", "f32[S]")
     for _ in range(ArtifactLimits().graph.nodes + 1):
@@ -580,8 +580,9 @@ def test_what_is_no_artifact_is_told_what_reads_it(name: str, tmp_path: Path, mo
     for file in ("x.onnx", "x.gguf"):
         (tmp_path / file).write_bytes(bytes(100))
     with pytest.raises(CheckpointError, match="not an artifact") as caught:
-        load(name)
-    assert caught.value.hint == f"treadle.compile({name!r})"
+        load_artifact(name)
+    for_tasks = f", or treadle.load({name!r}) for its tasks" if name in ("x.gguf", "folder", "minilm") else ""
+    assert caught.value.hint == f"treadle.compile({name!r}){for_tasks}"
 
 
 def test_limits_are_given_by_name(tmp_path: Path) -> None:
@@ -591,11 +592,11 @@ def test_limits_are_given_by_name(tmp_path: Path) -> None:
     treadle.compile(x.graph).save(path)
     for limits in ({"work": 10}, {"log_bytes": 10}, {"header_bytes": 10}):
         with pytest.raises(TreadleError) as caught:
-            load(path, limits=limits)
+            load_artifact(path, limits=limits)
         (name,) = limits
         assert str(caught.value.hint).startswith(f"limits={{'{name}': ")
         raised = eval(str(caught.value.hint).removeprefix("limits=").partition(", if")[0])
         assert raised[name] > limits[name]
-    assert load(path, limits={"work": 1_000_000, "header_bytes": 100_000}).name == "g"
+    assert load_artifact(path, limits={"work": 1_000_000, "header_bytes": 100_000}).name == "g"
     with pytest.raises(UsageError, match="no limit 'nods'"):
-        load(path, limits={"nods": 1})
+        load_artifact(path, limits={"nods": 1})

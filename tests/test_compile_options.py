@@ -18,7 +18,6 @@ from tests.error_texts import raises_freely
 from tests.golden import FOLDER, Golden
 from treadle.benching.workload import Workload
 from treadle.cli import COMMANDS, app
-from treadle.cli.tasks.asking import model_options
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder
 from treadle.explaining.fusion import explain_fusion
@@ -32,6 +31,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.target import Target
 from treadle.program.option_declarations import Option
 from treadle.program.options import EXPLAINED, CompileOptions, declared_options, taken_by
+from treadle.program.program import Program
 from treadle.sharding import shard_model
 from treadle.stepped import open_stepped
 from treadle.verifying import verify_model
@@ -218,8 +218,9 @@ def test_a_task_passes_its_options_on(entry: str, monkeypatch: pytest.MonkeyPatc
         raise Reached
 
     monkeypatch.setattr(CompileOptions, "resolve", reached)
+    monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
     for option in flagged(entry):
-        asked = model_options("gpt2", entry, {option.name: VALUES[option.name], "config": {"layers": 2}})
+        asked = Program.of("gpt2", entry, **{option.name: VALUES[option.name], "config": {"layers": 2}})
         for start in (asked.stepped,) if option.name == "cache" else (asked.compile, asked.stepped):
             with pytest.raises(Reached):
                 start()

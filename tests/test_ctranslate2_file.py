@@ -112,7 +112,7 @@ def test_a_file_that_is_cut_later(tmp_path: Path) -> None:
     file = open_bytes(tmp_path, WHOLE)
     with open(tmp_path / "model.bin", "r+b") as cut:
         cut.truncate(40)
-    with pytest.raises(CheckpointError, match="shorter since it was opened"):
+    with pytest.raises(CheckpointError, match="changed since it was opened"):
         file.array("half")
 
 

@@ -264,5 +264,5 @@ def test_a_file_is_loaded_with_inputs_to_donate(tmp_path: Path) -> None:
     path = tmp_path / "residual.treadle"
     treadle.compile(graph_of(residual)).save(path)
     x, y = drawn(5, 8), drawn(5, 8, seed=1)
-    assert not np.shares_memory(treadle.load(path)(x=x, y=y)["out"], x)
-    assert np.shares_memory(treadle.load(path, donate=("x",))(x=x, y=y)["out"], x)
+    assert not np.shares_memory(treadle.load_artifact(path)(x=x, y=y)["out"], x)
+    assert np.shares_memory(treadle.load_artifact(path, donate=("x",))(x=x, y=y)["out"], x)

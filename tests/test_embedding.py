@@ -438,7 +438,7 @@ def test_a_model_that_was_not_fetched_is_told(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_a_fetched_model_goes_by_the_name_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("treadle.resolving.fetched_model", {"minilm": folder}.get)
+    monkeypatch.setattr("treadle.program.places.fetched_model", {"minilm": folder}.get)
     named = embedder("minilm").model
     assert (named.name, named.graph.name, str(named.graph).split("{")[0].strip()) == (
         "minilm",

@@ -361,7 +361,7 @@ def test_an_artifact_keeps_the_blocks(tmp_path: Any) -> None:
     held, _ = drawn_weights(encoded)
     made = treadle.compile(encoded, weights=held)
     made.save(tmp_path / "model.treadle")
-    again = treadle.load(tmp_path / "model.treadle")
+    again = treadle.load_artifact(tmp_path / "model.treadle")
     inputs = drawn_inputs(graph)
     for name, array in made(**inputs).items():
         np.testing.assert_array_equal(again(**inputs)[name], array)

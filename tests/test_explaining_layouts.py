@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import treadle
 from tests.golden import FOLDER, Golden
-from treadle.artifacts import load
+from treadle.artifacts import load_artifact
 from treadle.backends.registry import find_backend
 from treadle.cli.application import app
 from treadle.explaining.layouts import explain_layouts
@@ -161,7 +161,7 @@ def test_an_artifact_holds_no_stage_of_a_backend(tmp_path: Path) -> None:
     data = (tmp_path / "model.treadle").read_bytes()
     assert b"relayout" not in data and b"hoist-weights" not in data and b"bind" not in data
     assert print_graph(made.graph).encode() in data
-    again = load(tmp_path / "model.treadle", backend="numpy")
+    again = load_artifact(tmp_path / "model.treadle", backend="numpy")
     portable = [each.name for each in DEFAULT]
     assert [record.name for record in again.log] == [
         *portable,

@@ -33,6 +33,8 @@ FOR_COMMANDS = (  # reached only by commands
     "treadle/program/flag_values.py",
     "treadle/program/given_texts.py",
     "treadle/explaining/fusion.py",
+    "treadle/training/text_training.py",
+    "treadle/training/training_settings.py",
 )
 
 

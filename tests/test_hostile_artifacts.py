@@ -12,7 +12,7 @@ import pytest
 
 from tests.fuzz.artifacts import hostile_file
 from tests.fuzz.hostile_artifacts import SHAPES
-from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load, open_artifact
+from treadle.artifacts import GRAPH_LIMITS, ArtifactLimits, load_artifact, open_artifact
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
 from treadle.ir.builder import Builder
@@ -32,7 +32,7 @@ def computes_or_refuses(path: Path) -> None:
     """Check a loaded file: its graphs verify, and it computes the results that its signature promises, or raises an
     error of ours.
     """
-    made = load(path)
+    made = load_artifact(path)
     verify(made.graph)
     verify(made.optimized.source)
     assert [p.name for p in made.inputs] == [v.name for v in made.graph.main.inputs]
@@ -55,7 +55,7 @@ def test_is_refused_or_loads(name: str, tmp_path: Path) -> None:
         computes_or_refuses(path)
         return
     with pytest.raises((CheckpointError, ParseError)) as caught:
-        load(path)
+        load_artifact(path)
     assert caught.value.what.startswith(shape.refusal)
     assert str(path) in (caught.value.within or "")
     assert len(str(caught.value)) < 3_000

@@ -238,7 +238,9 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
         assert report.arena - 64 < measured(kept, tokens=tokens(b, s)) <= report.arena if (b, s) == (2, 60) else True
         assert measured(kept, tokens=tokens(b, s)) <= report.arena
     free.save(tmp_path / "free.treadle")
-    assert t.load(tmp_path / "free.treadle", target=ALONE, memory=report.arena, sizes=MOST).memory == kept.memory
+    assert (
+        t.load_artifact(tmp_path / "free.treadle", target=ALONE, memory=report.arena, sizes=MOST).memory == kept.memory
+    )
     sizes = [{"B": b, "S": s} for b in (1, 2) for s in range(1, MOST["S"] + 1)]
     assert max(needs_of(kept, **each) for each in sizes) == report.arena
 

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from treadle.cli.application import app
 from treadle.ir.errors import UsageError
 from treadle.loading import load
+from treadle.program.program import Program
 from treadle.runtime.beams import Beams
 from treadle.tasks.answering import Answer, QuestionAnswerer
 from treadle.tasks.filling import Filled, Filling
 from treadle.tasks.loaded import LoadedModel
 from treadle.tasks.matching import Matched
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.rewriting import Rewritten, TextRewriter
 from treadle.tasks.scoring import Scored
 
@@ -51,7 +51,7 @@ class Asked:
     ],
 )
 def test_one_gives_one_and_a_list_a_list(method: str, holder: str, one: Any, given: dict[str, Any]) -> None:
-    model, asked = LoadedModel(ModelOptions("m")), Asked()
+    model, asked = LoadedModel(Program.of("m")), Asked()
     model.__dict__[holder] = asked
     assert getattr(model, method)(one, **given) == (method, one)
     assert asked.given == given
@@ -63,7 +63,7 @@ def test_one_gives_one_and_a_list_a_list(method: str, holder: str, one: Any, giv
     ("method", "given"), [("translate", {"source": "en", "target": "de"}), ("summarize", {"most": 4})]
 )
 def test_texts_that_become_texts(method: str, given: dict[str, Any]) -> None:
-    model, said = LoadedModel(ModelOptions("m")), list[Any]()
+    model, said = LoadedModel(Program.of("m")), list[Any]()
 
     def rewrite(texts: list[str], **options: Any) -> list[Rewritten]:
         said.append(options)
@@ -76,7 +76,7 @@ def test_texts_that_become_texts(method: str, given: dict[str, Any]) -> None:
 
 
 def test_questions_vectors_images_and_searches() -> None:
-    model = LoadedModel(ModelOptions("m"))
+    model = LoadedModel(Program.of("m"))
     answer = Answer("Ada", 0.5, 0, 3)
     model.__dict__["answerer"] = SimpleNamespace(
         answer=lambda asked: [[answer, answer] if q == "who" else [] for q, _ in asked]
@@ -101,7 +101,7 @@ def test_questions_vectors_images_and_searches() -> None:
 
 
 def test_pieces_of_several_texts_are_put_together() -> None:
-    model, said = LoadedModel(ModelOptions("m")), list[Any]()
+    model, said = LoadedModel(Program.of("m")), list[Any]()
 
     def continued(prompts: list[str], **how: Any) -> Any:
         said.append((prompts, how))
@@ -125,24 +125,14 @@ def test_the_best_is_the_first() -> None:
     assert Matched(fits, (0.5, 0.2)).best is fits[0]
 
 
-def test_what_is_said_of_a_model_is_how_it_will_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read before the first call; an artifact is read at once."""
-    assert load("minilm").options == ModelOptions("minilm")
+def test_what_is_said_of_a_model_is_how_it_will_be_compiled() -> None:
+    """Nothing is read before the first call."""
+    assert load("minilm").program == Program.of("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}
     made = load("minilm", **how, limits={"nodes": 7}, widen="bf16", layers=2)
-    assert made.options == ModelOptions.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
+    assert made.program == Program.of("minilm", limits={"nodes": 7}, config={"layers": 2}, widen="bf16", **how)
     with pytest.raises(UsageError, match="a model that is loaded for tasks does not accept check"):
         load("minilm", check=False)
-    asked: list[Any] = []
-    monkeypatch.setattr("treadle.artifacts.load", lambda model, **given: asked.append((model, given)))
-    load("a.treadle")
-    plain = {"backend": None, "target": None, "limits": None, "check": True, "widen": (), "memory": None, "sizes": None}
-    chosen = {
-        "backend": "torch", "target": "cuda", "limits": {"nodes": 7}, "check": False, "widen": "bf16", "memory": 5,
-        "sizes": {"B": 2}, "donate": ["x"],
-    }  # fmt: skip
-    load("a.treadle", **chosen)
-    assert asked == [("a.treadle", {**plain, "donate": ()}), ("a.treadle", chosen)]
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

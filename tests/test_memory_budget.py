@@ -190,7 +190,7 @@ def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a file cannot hold a memory budget"):
         kept.save(tmp_path / "kept.treadle")
     t.compile("gpt2", backend="tvm", **SMALL).save(tmp_path / "free.treadle")
-    loaded = t.load(tmp_path / "free.treadle", target=ALONE, memory=budget, sizes=CASES["gpt2"])
+    loaded = t.load_artifact(tmp_path / "free.treadle", target=ALONE, memory=budget, sizes=CASES["gpt2"])
     assert loaded.memory == kept.memory
     given = tokens(B=1, S=100)
     assert np.array_equal(loaded(tokens=given)["logits"], kept(tokens=given)["logits"])
@@ -202,7 +202,7 @@ def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Pat
     path = tmp_path / "small.treadle"
     t.compile("gpt2", backend="numpy", **SMALL).save(path)
     with pytest.raises(BackendError) as refused:
-        t.load(path, backend=backend, target=Target("cpu"), memory="1MB", sizes={"B": 10**18, "S": 16})
+        t.load_artifact(path, backend=backend, target=Target("cpu"), memory="1MB", sizes={"B": 10**18, "S": 16})
     assert refused.value.what == "these sizes need more memory than is addressable"
     assert refused.value.received == f"B={10**18}, S=16"
 

@@ -231,7 +231,7 @@ def test_a_bf16_model_computes_the_rest_in_float32() -> None:
 def test_an_artifact_keeps_it(tmp_path: Path) -> None:
     exe = treadle.compile("bert", backend="torch", dtype="bf16", **SMALL)
     exe.save(tmp_path / "m.treadle")
-    loaded = treadle.load(tmp_path / "m.treadle")
+    loaded = treadle.load_artifact(tmp_path / "m.treadle")
     assert loaded.graph == exe.graph
     np.testing.assert_array_equal(loaded(tokens=TOKENS)["hidden"], exe(tokens=TOKENS)["hidden"])
 

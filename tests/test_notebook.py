@@ -77,7 +77,7 @@ def test_reprs_of_logs(exe: t.Compiled) -> None:
 def test_pickling_says_how_to_save(exe: t.Compiled) -> None:
     with pytest.raises(t.UsageError, match="a compiled model cannot be pickled") as caught:
         pickle.dumps(exe)
-    assert str(caught.value.hint).startswith('exe.save("model.treadle"), and treadle.load("model.treadle")')
+    assert str(caught.value.hint).startswith('exe.save("model.treadle"), and treadle.load_artifact("model.treadle")')
     assert str(caught.value.source).startswith("tests/test_notebook.py:")
 
 

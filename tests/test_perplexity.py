@@ -21,7 +21,7 @@ import treadle as t
 import treadle.cli
 from tests.task_models import texts
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.tasks.options import ModelOptions
+from treadle.program.program import Program
 from treadle.tasks.perplexity import PerplexityMeter, log_probabilities, windows
 
 TEXT = " ".join(texts(12, 3))
@@ -62,7 +62,7 @@ def losses(folder: Path, row: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_of_one_window_it_is_what_hugging_faces_losses_say(folder: Path, ids: list[int], backend: str) -> None:
-    meter = PerplexityMeter.open(ModelOptions.of(folder, backend=backend))
+    meter = PerplexityMeter.open(Program.of(folder, backend=backend))
     assert meter.tokens(TEXT) == ids and meter.tokens(TEXT, 30) == ids[:30]
     found, wanted = meter.measure(ids[:30], window=40), losses(folder, ids[:30])
     assert (found.tokens, found.windows, found.beside) == (29, 1, None)
@@ -97,10 +97,10 @@ def test_windows_have_each_token_but_the_first_once(window: int) -> None:
 @pytest.mark.parametrize("how", [{"quantize": "int8"}, {"dtype": "bf16"}])
 def test_fewer_bits_stand_beside_the_model_without_them(folder: Path, ids: list[int], how: dict[str, str]) -> None:
     backend = "torch" if "dtype" in how else "numpy"
-    meter = PerplexityMeter.open(ModelOptions.of(folder, backend=backend, **how))
+    meter = PerplexityMeter.open(Program.of(folder, backend=backend, **how))
     done: list[int] = []
     found = meter.measure(ids[:60], window=32, progress=done.append)
-    whole = PerplexityMeter.open(ModelOptions.of(folder, backend=backend)).measure(ids[:60], window=32)
+    whole = PerplexityMeter.open(Program.of(folder, backend=backend)).measure(ids[:60], window=32)
     assert done == [1, 2, 3] and found.windows == 3
     assert found.beside is not None and found.beside.perplexity == whole.perplexity != found.perplexity
     assert meter.beside is not None
@@ -117,7 +117,7 @@ def test_fewer_bits_stand_beside_the_model_without_them(folder: Path, ids: list[
     assert found.beside.divergence == pytest.approx(far.mean(), rel=1e-6) and far.mean() > 0
     assert found.beside.largest == pytest.approx(np.quantile(far, 0.99), rel=1e-6)
     assert found.beside.alike == np.concatenate(alike).mean()
-    alone = PerplexityMeter.open(ModelOptions.of(folder, backend=backend, **how), alone=True)
+    alone = PerplexityMeter.open(Program.of(folder, backend=backend, **how), alone=True)
     assert alone.beside is None and alone.measure(ids[:60], window=32).perplexity == found.perplexity
 
 
@@ -130,11 +130,11 @@ def test_fewer_bits_of_a_files_own_numbers(tmp_path: Path, capsys: pytest.Captur
     write_model(place, Sizes(), tensors(Sizes()), "Q4_1")
     text.write_text(TEXT, encoding="utf-8")
     with pytest.raises(UsageError, match=r"int4 quantizes nothing of .*: its matrices are in blocks already"):
-        PerplexityMeter.open(ModelOptions.of(place, quantize="int4"))
+        PerplexityMeter.open(Program.of(place, quantize="int4"))
     asked = ["perplexity", str(place), str(text), "--tokens", "40", "--window", "32", "--quantize", "int4", "--json"]
     treadle.cli.app([*asked, "--widen", "blocks"], standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
-    own = PerplexityMeter.open(ModelOptions.of(place, widen="blocks"))
+    own = PerplexityMeter.open(Program.of(place, widen="blocks"))
     assert {v.type.encoding for v in own.model.graph.parameters.values()} == {None}
     whole = own.measure(own.tokens(TEXT, 40), window=32)
     assert found["beside"]["perplexity"] == whole.perplexity != found["perplexity"]
@@ -159,7 +159,7 @@ def test_logarithms_are_of_large_numbers_too() -> None:
 def test_what_has_no_perplexity(
     folder: Path, ids: list[int], count: int, window: int, report: str, received: str
 ) -> None:
-    meter = PerplexityMeter.open(ModelOptions(folder))
+    meter = PerplexityMeter.open(Program.of(folder))
     with pytest.raises(UsageError, match=report) as caught:
         meter.measure(ids[:count], window=window)
     assert caught.value.received == received
@@ -203,6 +203,6 @@ def test_a_model_that_is_not_causal_has_none(tmp_path: Path) -> None:
     made.train_from_iterator(texts(100, 7), vocab_size=300)
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UsageError, match="has no perplexity: it is not a causal language model of tokens alone"):
-        PerplexityMeter.open(ModelOptions(tmp_path))
+        PerplexityMeter.open(Program.of(tmp_path))
     with pytest.raises((UsageError, CheckpointError)):
-        PerplexityMeter.open(ModelOptions(tmp_path / "nothing"))
+        PerplexityMeter.open(Program.of(tmp_path / "nothing"))

@@ -346,7 +346,7 @@ def test_an_artifact_holds_the_blocks(tmp_path: Path) -> None:
     made.save(tmp_path / "small.treadle")
     plain = treadle.compile(MODELS["llama"], seed=4)
     plain.save(tmp_path / "plain.treadle")
-    again = treadle.load(tmp_path / "small.treadle")
+    again = treadle.load_artifact(tmp_path / "small.treadle")
     tokens = np.array([[3, 1, 4]])
     np.testing.assert_array_equal(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"])
     held = sum(a.nbytes for a in made.weights.values())

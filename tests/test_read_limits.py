@@ -76,7 +76,8 @@ def test_what_may_be_read(
         raise Read(asked.update(nesting=nesting, values=values))
 
     found = import_module(f"treadle.{module}")
-    monkeypatch.setattr(found, "read_regular", regular)
+    monkeypatch.setattr(ModelFolder, "read", lambda _, *given: regular(*given))
+    monkeypatch.setattr(found, "read_regular", regular, raising=False)
     for reader in ("read_json_object", "JsonReader"):
         monkeypatch.setattr(found, reader, parsed, raising=False)
     with pytest.raises(Read):

@@ -325,6 +325,6 @@ def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
 def test_an_artifact_rounds_as_the_model_does(tmp_path: Path) -> None:
     made = treadle.compile(MODELS["llama"], quantize="int8", seed=4)
     made.save(tmp_path / "small.treadle")
-    again, tokens = treadle.load(tmp_path / "small.treadle"), np.array([[3, 1, 4]])
+    again, tokens = treadle.load_artifact(tmp_path / "small.treadle"), np.array([[3, 1, 4]])
     assert str(again.graph) == str(made.graph)
     np.testing.assert_array_equal(again(tokens=tokens)["logits"], made(tokens=tokens)["logits"])

@@ -28,9 +28,10 @@ from treadle.frontends.huggingface import open_checkpoint
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.interpreter import interpret
+from treadle.program.source import ModelSource
 from treadle.resolving import resolve
-from treadle.training.saving import FolderSaver, save_folder, saver_for
-from treadle.training.weight_files import read_weights, write_weights
+from treadle.training.saving import FolderSaver, SavedModel, saver_for
+from treadle.training.weight_files import write_weights
 
 Array = np.ndarray[Any, Any]
 
@@ -100,6 +101,12 @@ def test_what_is_written_to_a_part_is_read_from_it_and_the_rest_stays(case: tupl
     assert (after < 0).sum() == part.size
 
 
+def save_folder(source: Path, weights: Mapping[str, Array], target: Path, *, replace: bool = False) -> SavedModel:
+    """Write a folder like another one, with these weights."""
+    shapes = {name: np.shape(array) for name, array in weights.items()}
+    return FolderSaver.open(ModelSource.open(source), shapes, target, replace=replace).save(weights)
+
+
 # -- round trips ---------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +127,7 @@ def test_what_was_saved_is_read_again(name: str, tmp_path: Path) -> None:
     for parameter, values in wanted.items():
         np.testing.assert_array_equal(again.weights[parameter], values, parameter)
     shapes = {parameter: values.shape for parameter, values in wanted.items()}
-    saver = FolderSaver.open(tmp_path / "from", shapes, tmp_path / "more")
+    saver = FolderSaver.open(ModelSource.open(tmp_path / "from"), shapes, tmp_path / "more")
     for of in saver.parts.values():
         alone = [part for parameter, part in of.items() if parameter not in saver.added]
         assert len({*alone}) == len(alone)
@@ -274,12 +281,9 @@ def test_a_model_without_a_folder_gets_its_weights_alone(tmp_path: Path) -> None
     exe = t.compile("gpt2", **sizes)
     made = saver_for(resolve("gpt2", **sizes), tmp_path / "to").save(exe.weights)
     assert made.files == (tmp_path / "to" / "weights.safetensors",)
-    path = str(made.files[0])
-    assert made.loading == (
-        f"treadle.compile('gpt2', weights=read_weights({path!r}), vocab=11, context=8, dim=8, heads=2, layers=1), "
-        "of treadle.training.weight_files"
-    )
-    again = eval(made.loading.partition(", of ")[0], {"treadle": t, "read_weights": read_weights})
+    options = "vocab=11, context=8, dim=8, heads=2, layers=1"
+    assert made.loading == f"treadle.compile('gpt2', weights={str(tmp_path / 'to')!r}, {options})"
+    again = eval(made.loading, {"treadle": t})
     tokens = np.arange(6).reshape(2, 3)
     np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
 
@@ -296,7 +300,8 @@ def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path
     held["swapped"] = held["swapped"].astype("<f4")
     write_weights(tmp_path / "w.safetensors", held)
     theirs = load_file(tmp_path / "w.safetensors")
-    for found in (theirs, read_weights(tmp_path / "w.safetensors")):
+    file = SafetensorsFile.open(tmp_path / "w.safetensors")
+    for found in (theirs, {name: file.array(name) for name in file}):
         assert found.keys() == held.keys()
         for name, array in held.items():
             assert found[name].dtype == array.dtype

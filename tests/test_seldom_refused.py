@@ -19,7 +19,6 @@ import pytest
 
 import treadle as t
 from tests.stepped_models import MODELS
-from treadle import resolving
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
 from treadle.backends.fitted_pipeline import Budget
@@ -35,6 +34,7 @@ from treadle.explaining.memory import compare_memory, explain_memory
 from treadle.explaining.storage import explain_storage
 from treadle.fetch import _only_file
 from treadle.files.limits import limits_of
+from treadle.frontends.declaration_files import load_declaration
 from treadle.frontends.gguf_blocks import import_gguf
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.onnx_import.file import OnnxFile
@@ -81,7 +81,10 @@ from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.framework.rewrite import Rewrite
 from treadle.passes.framework.rewriting import SiteRewrite
+from treadle.program import places
 from treadle.program.given_texts import read_sentences
+from treadle.program.program import Program
+from treadle.program.source import ModelSource, _Onnx
 from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
@@ -99,7 +102,6 @@ from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import ImageLabeller, image_sides
 from treadle.tasks.matching import ImageMatcher
 from treadle.tasks.opening import OpenedModel, checked_folder
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.rewriting import TextRewriter, _most_tokens
 from treadle.tasks.tagging import TokenTagger
 from treadle.tasks.transcribing import _converted_rules
@@ -284,8 +286,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no Python": (lambda p: resolve(f"{bare(p, ('m.txt',))}/m.txt:f"), UsageError, ""),
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
-    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "a model that is loaded for tasks"),
-    "an option of models": (lambda p: load(p / "m.treadle", dtype="bf16"), UsageError, "an artifact, which"),
+    "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "load does not take memory"),
+    "an option of models": (
+        lambda p: load(bare(p, ("m.treadle",)) / "m.treadle", dtype="bf16"),
+        UsageError,
+        "an artifact is one compiled function",
+    ),
     "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),
@@ -293,7 +299,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "nothing declared": (lambda p: resolve(f"{bare(p, ('m.py',), 'f = 1')}/m.py:f"), UsageError, "m.py declares no"),
     "a text's name": (lambda p: write_sections(p / "a", {HALF: b""}, {}, {}), UsageError, "a name cannot be"),
     "a value's name": (lambda p: write_sections(p / "a", {}, {}, {"name": HALF}), UsageError, "a name cannot be"),
-    "another file": (lambda p: resolving._load_declaration(bare(p, ("m",)) / "m", "f"), UsageError, ""),
+    "another file": (lambda p: load_declaration(bare(p, ("m",)) / "m", "f"), UsageError, ""),
     "a narrow value": (lambda _: Specializing._chosen(nobody, NARROW, 1), BackendError, "bf16 cannot determine"),
     "another vocabulary": (lambda _: writing("a").draft_for(writing("b")), UsageError, "a draft model must"),
     "terms": (lambda _: _holders(SimpleNamespace(devices=nobody), "y", TERMS), RankError, "an output is left"),  # type: ignore[arg-type]
@@ -328,7 +334,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "a short text": (lambda _: _most_tokens(0, nobody, nobody), UsageError, "a text has 1 token or more"),
     "a file with a head": (
-        lambda p: checked_folder(ModelOptions(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
+        lambda p: checked_folder(Program.of(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
     ),
     # the language
     "heads": (
@@ -584,16 +590,18 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
 
 def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     takes = SimpleNamespace(main=SimpleNamespace(inputs=[SimpleNamespace(name="x"), SimpleNamespace(name="y")]))
-    monkeypatch.setattr(resolving.OpenedOnnx, "open", lambda *_: SimpleNamespace(inputs=lambda: takes))
+    monkeypatch.setattr("treadle.frontends.onnx_import.importer.declared_inputs", lambda *_, **__: takes)
+    opened = _Onnx("m.onnx", Path("m.onnx"))
+    opened.__dict__["file"] = SimpleNamespace(proto=SimpleNamespace(graph=SimpleNamespace(input=[])), check=list)
     with pytest.raises(UsageError, match="an ONNX file has no optional inputs") as caught:
-        resolving._from_onnx(Path("m.onnx"), ["x", "q", "r"], {}, None)
+        opened.resolve(inputs=["x", "q", "r"])
     assert (caught.value.received, caught.value.hint) == ("q, r", "its inputs are x, y")
 
 
 def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(resolving, "fetched_model", lambda name: bare(tmp_path, ("m.bin",)) / "m.bin")
+    monkeypatch.setattr(places, "fetched_model", lambda name: bare(tmp_path, ("m.bin",)) / "m.bin")
     with pytest.raises(UsageError, match="minilm is in a format that Treadle cannot read") as caught:
-        resolving.find_folder("minilm")
+        places.find_place("minilm")
     assert (caught.value.received, caught.value.within) == ("m.bin", str(tmp_path))
 
 
@@ -618,9 +626,7 @@ def test_a_model_that_is_no_whisper(
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
     options: Any = SimpleNamespace(
-        model=tmp_path,
-        chosen=SimpleNamespace(limits=None),
-        stepped=lambda: SimpleNamespace(name="m", derived=derived),
+        source=ModelSource.open(tmp_path), stepped=lambda: SimpleNamespace(name="m", derived=derived)
     )
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
     monkeypatch.setattr(TextTokenizer, "open", lambda *_, **__: nobody)
@@ -632,15 +638,15 @@ def test_a_model_that_is_no_whisper(
 def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def tokenizer(path: object, *, max_tokens: int, context: int | None) -> Any:
+    def tokenizer(*, max_tokens: int, context: int | None) -> Any:
         asked.append(max_tokens)
         return SimpleNamespace(id_of=lambda name: None, special_names={})
 
-    place, made = SimpleNamespace(path=nobody), SimpleNamespace(compile=lambda inputs: nobody)
+    place, source = SimpleNamespace(path=nobody), SimpleNamespace(tokenizer=tokenizer)
+    made = SimpleNamespace(compile=lambda inputs: nobody, source=source)
     monkeypatch.setattr(matching, "checked_folder", lambda options, head: (place, {"model_type": "siglip"}))
     monkeypatch.setattr(matching, "image_sides", lambda made: (8, 8))
     monkeypatch.setattr(ImageReader, "open", lambda *_, **__: nobody)
-    monkeypatch.setattr(TextTokenizer, "open", tokenizer)
     for context in (None, 63, 65):
         monkeypatch.setattr(matching, "token_positions", lambda made: context)  # noqa: B023
         with pytest.raises(CheckpointError, match="the folder's vocabulary has no padding token"):

@@ -64,7 +64,9 @@ def test_a_file_holds_the_plan_and_ranks_run_from_it(made: ShardedModel, tmp_pat
     tokens = {"tokens": np.arange(12).reshape(4, 3)}
     programs = [read.program(rank) for rank in range(4)]
     found = run_lab(read.plan, tokens, read.weights, programs=programs).outputs["logits"]
-    assert np.allclose(found, treadle.load(path)(**tokens)["logits"], atol=1e-5), "the file is the whole model, too"
+    assert np.allclose(found, treadle.load_artifact(path)(**tokens)["logits"], atol=1e-5), (
+        "the file is the whole model, too"
+    )
     assert made.save(tmp_path / "twin.treadle") == seal
     assert try_in_lab(read.plan, weights=read.weights).passed
 

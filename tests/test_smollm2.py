@@ -90,7 +90,7 @@ def test_vocabulary(path: Path, opened: tuple[Compiled, Any]) -> None:
 def test_types_of_blocks_are_kept(path: Path) -> None:
     resolved = resolve("smollm2")
     assert resolved.unused == ()
-    assert resolved.folder == path
+    assert resolved.source.path == path
     assert resolved.blocks["embed.weight"] == "q8_0"
     assert resolved.blocks["layer.29.attn.q.weight"] == "q4_1"
     assert resolved.blocks["norm.weight"] == "f32"

@@ -24,6 +24,7 @@ from treadle.ir.errors import BackendError, FrontendError, TreadleError, UsageEr
 from treadle.ir.graph import Graph
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
+from treadle.program.source import ModelSource
 from treadle.specializing import MOST_KEPT, Specializing
 from treadle.verifying import verify_model
 
@@ -147,7 +148,9 @@ def test_at_gives_what_a_call_runs(tmp_path: Path, runs: list[str]) -> None:
         made.at(k=3)
     seal = made.save(tmp_path / "three.treadle")
     assert len(seal) == 64
-    np.testing.assert_array_equal(treadle.load(tmp_path / "three.treadle")(x=ROWS)["values"], made(x=ROWS)["values"])
+    np.testing.assert_array_equal(
+        treadle.load_artifact(tmp_path / "three.treadle")(x=ROWS)["values"], made(x=ROWS)["values"]
+    )
 
 
 def test_values_given_to_compile_stay(tmp_path: Path) -> None:
@@ -191,7 +194,9 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
     if damaged:
         proto.graph.initializer.insert(0, numpy_helper.from_array(np.ones(4, np.float32), "broken"))
         proto.graph.initializer[0].raw_data = b"\0"
-    exe = opened(tmp_path, proto)
+    opened(tmp_path, proto)
+    source: Any = ModelSource.open(tmp_path / "model.onnx")
+    exe: Any = treadle.compile(source)
     (tmp_path / "model.onnx").unlink()
     monkeypatch.setattr(OnnxFile, "open", None)
     x = np.ones((2, 128), np.float32)
@@ -200,7 +205,7 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_allclose(exe(x=x, k=k)["v"], wanted, rtol=0, atol=1e-5)
     first, second = (each.compiled.weights["w"] for each in exe.specializations)
     assert np.shares_memory(first, second)
-    assert exe._opened.file.proto.ByteSize() < first.nbytes  # the message does not repeat it
+    assert source.file.proto.ByteSize() < first.nbytes  # the message does not repeat it
 
 
 def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:

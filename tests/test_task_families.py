@@ -16,7 +16,7 @@ import treadle as t
 from tests.task_models import byte_level, mpnet, save, texts, without_specials, without_types, wordpiece
 from tests.test_tasks import NAMES, pipeline, reference_answer
 from treadle.backends.registry import find_backend
-from treadle.tasks.options import ModelOptions
+from treadle.program.program import Program
 from treadle.tasks.tagging import TokenTagger
 
 BACKEND = "numpy" if find_backend("tvm").available() else "tvm"
@@ -47,7 +47,7 @@ def test_classifies_as_hugging_face(family: str, tokenizer: Any, config: dict[st
 def test_tags_as_hugging_face(family: str, tokenizer: Any, config: dict[str, Any], tmp_path: Path) -> None:
     labels = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
     save(tmp_path, f"{family}ForTokenClassification", tokenizer(), **labels, **config)
-    tagger, given = TokenTagger.open(ModelOptions.of(tmp_path, backend=BACKEND)), texts(50)
+    tagger, given = TokenTagger.open(Program.of(tmp_path, backend=BACKEND)), texts(50)
     theirs = pipeline("token-classification", tmp_path, aggregation_strategy="simple")
     for text, ours, wanted in zip(given, tagger.tag(given), theirs(given), strict=True):
         assert [(span.label, span.start, span.end, span.text) for span in ours] == [

@@ -22,8 +22,8 @@ from tests.task_models import byte_level, save, texts, wordpiece
 from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.program import Program
 from treadle.tasks.loaded import LoadedModel
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.tagging import GROUPINGS, TokenTagger
 
 BACKENDS = ("numpy", "torch", "tvm")
@@ -122,7 +122,7 @@ def test_a_text_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
 )
 def test_tags_as_hugging_face(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
     place, _ = kept(architecture, tokenizer, id2label=NAMES, label2id={name: i for i, name in NAMES.items()})
-    tagger = TokenTagger.open(ModelOptions.of(place, backend=backend))
+    tagger = TokenTagger.open(Program.of(place, backend=backend))
     for grouping in GROUPINGS:
         given = texts(50 if grouping == GROUPINGS[0] else 10)
         theirs = answered("token-classification", place, given, aggregation_strategy=grouping)
@@ -299,8 +299,6 @@ def test_options_of_the_other_kind(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
     with pytest.raises(UsageError, match="does not accept memory"):
         t.load(tmp_path, memory="1MB")
-    with pytest.raises(UsageError, match="an artifact, which is already compiled, does not accept quantize"):
-        t.load("there-is-none.treadle", quantize="int4")
     for wrong, what in ((["--grouping", "some"], "there is no grouping 'some'"),):
         save(tmp_path / "tags", "BertForTokenClassification", wordpiece())
         assert what in invoked("tag", str(tmp_path / "tags"), "the cat", *wrong).stderr
@@ -362,7 +360,7 @@ OTHER_NAMES = [
 @pytest.mark.parametrize(("method", "option", "tried"), OTHER_NAMES)
 def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, option: str, tried: str) -> None:
     """Before anything is read; the hint names the method's own option."""
-    model = LoadedModel(ModelOptions("no-such-folder"))
+    model = LoadedModel(Program.of("no-such-folder"))
     with pytest.raises(UsageError, match=f"{method} has no option '{option}'") as caught:
         getattr(model, method)("the cat", **{option: 1})
     assert str(caught.value.hint).startswith(tried)
@@ -377,7 +375,7 @@ def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, opt
 def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
     with pytest.raises(UsageError, match="there is no model 'nope'"):
         t.load("nope")
-    with pytest.raises(UsageError, match="bert is a declaration of the zoo"):
+    with pytest.raises(UsageError, match="bert is a declaration, without weights"):
         t.load("bert")
     with pytest.raises(CheckpointError, match="the file does not exist"):
-        t.load("nope.treadle")
+        t.load_artifact("nope.treadle")

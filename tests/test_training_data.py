@@ -188,11 +188,12 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = resolve("gpt2", layers=1, dim=8, heads=2, vocab=50, context=24)
-    monkeypatch.setattr("treadle.training.text_data.resolve", lambda *_, **__: short)
+    model = resolve(gpt2)
+    monkeypatch.setattr("treadle.program.source.ModelSource.resolve", lambda *_, **__: short)
     options: dict[str, Any] = {"teacher": str(gpt2)}
-    assert TextData.open(str(gpt2), [corpus], resolve(gpt2), **options).length == 24
+    assert TextData.open(str(gpt2), [corpus], model, **options).length == 24
     with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, the maximum of the teacher"):
-        TextData.open(str(gpt2), [corpus], resolve(gpt2), length=25, **options)
+        TextData.open(str(gpt2), [corpus], model, length=25, **options)
 
 
 def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from treadle.backends.registry import find_backend
 from treadle.cli import app
 from treadle.fetch import fetch_model, fetch_wheel
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
-from treadle.tasks.options import ModelOptions
+from treadle.program.program import Program
 from treadle.tasks.sound import read_sound, resample
 from treadle.tasks.spectrogram import log_mel
 from treadle.tasks.transcribing import Transcriber, _pieces
@@ -195,7 +195,7 @@ def test_tokens_are_those_of_the_model(folder: tuple[Path, Any, bool], backend: 
     if reason := find_backend(backend).available():
         pytest.skip(f"backend {backend}: {reason}")
     place, theirs, several = folder
-    transcriber = Transcriber.open(ModelOptions.of(place, backend=backend))
+    transcriber = Transcriber.open(Program.of(place, backend=backend))
     assert list(transcriber.languages) == (["en", "de", "haw"] if several else [])
     draw = np.random.default_rng(2)
     samples = draw.normal(0, 0.2, 60 * 160)

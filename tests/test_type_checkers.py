@@ -5,23 +5,32 @@ there, and all mistakes of a model that has some.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_overloads
 
 import pytest
+
+import treadle
+from treadle.tasks.loaded import LoadedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 
 MISTAKEN = """\
-from typing import Annotated
+from typing import Annotated, assert_type
 
 import treadle as t
+from treadle.compiled import Compiled
 from treadle.ir.ops.normalization import Softmax
+from treadle.tasks.filling import Filled
+from treadle.tasks.loaded import LoadedModel
 
 Tokens = Annotated[t.Tensor, t.i64["B S"]]
 
@@ -53,6 +62,15 @@ def outer(tokens: Tokens, *, dim: int = 8) -> t.Tensor:
 outer.configure(dim=4)
 t.compile(outer, dim=4)(tokens=[[1]])
 t.compile(outer, sed=4, seed="4")  # wrong
+assert_type(t.compile(outer), Compiled)
+assert_type(t.compile(t.ModelSource.open("folder", limits={"tensors": 7})), Compiled)
+assert_type(t.load("folder"), LoadedModel)
+assert_type(t.load("folder").fill(["a", "b"]), list[Filled])
+assert_type(t.load_artifact("m.treadle"), Compiled)
+assert_type(t.Trainer(outer), t.Trainer)
+t.load("folder").clasify("a")  # wrong
+t.load_artifact("m.treadle").classify("a")  # wrong
+t.load_artifact("m.treadle", quantize="int4")  # wrong
 t.UsageError, t.BackendError
 op = Softmax(axis=-1)
 op.axis = 0  # wrong
@@ -125,3 +143,34 @@ def test_ruff(workplace: Path) -> None:
     pytest.importorskip("ruff")
     said = _run(workplace, sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "readme.py")
     assert said.strip() == "All checks passed!"
+
+
+# -- what the public API returns ---------------------------------------------------------------------------------------
+
+
+def _returns(name: str, found: object) -> Iterator[tuple[str, str]]:
+    """Yield the annotation of each result of a public name and of its methods, of the overloads if there are any."""
+    members = inspect.getmembers_static(found) if inspect.isclass(found) else [("", found)]
+    for member, value in members:
+        each = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
+        if not inspect.isfunction(each) or not each.__module__.startswith("treadle") or member.startswith("_"):
+            continue
+        for function in get_overloads(each) or [each]:
+            yield f"{name}.{member}", str(function.__annotations__.get("return"))
+
+
+def test_no_result_of_the_public_api_is_any() -> None:
+    """The results of the DSL's ops are in a stub. Elements of arrays and values of JSON may be anything."""
+    stub = (ROOT / "frontends" / "operations.pyi").read_text(encoding="utf-8")
+    in_stub = set(re.findall(r"^def (\w+)\(", stub, re.MULTILINE))
+    assert "softmax" in in_stub and not re.search(r"-> .*\bAny\b", stub)
+    named = {name: getattr(treadle, name) for name in dir(treadle) if name[0] != "_" and name not in in_stub}
+    assert {"compile", "load", "load_artifact", "Trainer", "ModelSource"} <= named.keys()
+    known = r"ndarray\[Any, Any\]|(dict|Mapping)\[str, Any\]"
+    returns = dict(
+        pair for name, found in {**named, "LoadedModel": LoadedModel}.items() for pair in _returns(name, found)
+    )
+    wrong = {where: said for where, said in returns.items() if re.search(r"\bAny\b", re.sub(known, "", said))}
+    assert not wrong, wrong
+    assert "LoadedModel.answer" in returns and returns["load."] == "LoadedModel"
+    assert returns["load_artifact."] == returns["compile."] == "Compiled"

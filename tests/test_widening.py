@@ -78,10 +78,10 @@ def test_an_artifact_is_widened_as_it_is_loaded(tmp_path: Path) -> None:
     x = np.float32([[1, 2, 3, 4, 5, 6, 7, 8]])
     made = treadle.compile(graph, weights=drawn_weights(graph), backend="torch")
     made.save(tmp_path / "m.treadle")
-    loaded = treadle.load(tmp_path / "m.treadle", backend="numpy", widen="bf16")
+    loaded = treadle.load_artifact(tmp_path / "m.treadle", backend="numpy", widen="bf16")
     np.testing.assert_allclose(loaded(x=x)["y"], made(x=x)["y"], rtol=0.05, atol=0.05)
     loaded.save(tmp_path / "wide.treadle")
-    np.testing.assert_array_equal(treadle.load(tmp_path / "wide.treadle")(x=x)["y"], loaded(x=x)["y"])
+    np.testing.assert_array_equal(treadle.load_artifact(tmp_path / "wide.treadle")(x=x)["y"], loaded(x=x)["y"])
 
 
 def test_a_dtype_that_is_not_narrow_is_refused() -> None:

@@ -42,6 +42,7 @@ from treadle.ir.errors import UsageError as UsageError  # noqa: E402
 from treadle.ir.errors import VerifyError as VerifyError  # noqa: E402
 
 if TYPE_CHECKING:
+    from treadle.artifacts import load_artifact as load_artifact
     from treadle.artifacts import save as save
     from treadle.compiled import Compiled as Compiled
     from treadle.entry_functions import Trainer as Trainer
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
     from treadle.loading import load as load
+    from treadle.program.source import ModelSource as ModelSource
     from treadle.runtime.beams import Beams as Beams
     from treadle.runtime.sampling import Sampling as Sampling
     from treadle.runtime.token_rules import TokenRules as TokenRules
@@ -65,6 +67,7 @@ _LAZY = {
     "Beams": "treadle.runtime.beams",
     "Compiled": "treadle.compiled",
     "Graph": "treadle.ir.graph",
+    "ModelSource": "treadle.program.source",
     "SGD": "treadle.runtime.training.optimizers",
     "Sampling": "treadle.runtime.sampling",
     "Schedule": "treadle.runtime.training.schedules",
@@ -77,6 +80,7 @@ _LAZY = {
     "follow": "treadle.ir.analysis.following",
     "from_torch": "treadle.frontends.torch_export.importer",
     "load": "treadle.loading",
+    "load_artifact": "treadle.artifacts",
     "save": "treadle.artifacts",
 }
 

@@ -2,7 +2,7 @@
 
     made = treadle.compile("gpt2")
     made.save("gpt2.treadle")
-    exe = treadle.load("gpt2.treadle")
+    exe = treadle.load_artifact("gpt2.treadle")
     exe(tokens=ids)                       # bitwise identical results
 
 The file holds the declared and the optimized graph (text), the weights, the pass log, and the choices of backend,
@@ -48,8 +48,7 @@ from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_reading import read_plan
 from treadle.program.budgets import budget_of
-from treadle.resolving import GGUF_SUFFIX, ONNX_SUFFIX
-from treadle.wheels.pinned_models import PINNED
+from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, is_fetched
 
 SUFFIX = ".treadle"
 SHARDING = "sharding"
@@ -182,7 +181,7 @@ def open_artifact(
 
 
 @collection_paused()
-def load(
+def load_artifact(
     path: PathLike,
     *,
     backend: str | None = None,
@@ -231,13 +230,14 @@ def _refuse_model(path: PathLike) -> None:
     name.
     """
     text = os.fspath(path)
+    for_tasks = os.path.isdir(text) or Path(text).suffix == GGUF_SUFFIX or is_fetched(text)
     if os.path.isdir(text):
         kind = "a folder"
     elif Path(text).suffix in (ONNX_SUFFIX, GGUF_SUFFIX):
         kind = f"{'an ONNX' if Path(text).suffix == ONNX_SUFFIX else 'a GGUF'} file"
     elif Path(text.rpartition(":")[0]).suffix == ".py":
         kind = "a declaration in a Python file"
-    elif not os.path.exists(text) and (text in PINNED or text in family_names()):
+    elif is_fetched(text) or (text in family_names() and not os.path.exists(text)):
         kind = "the name of a model"
     else:
         return
@@ -245,7 +245,7 @@ def _refuse_model(path: PathLike) -> None:
         f"not an artifact, a {SUFFIX} file",
         received=kind,
         within=shown_path(path),
-        hint=f"treadle.compile({text!r})",
+        hint=f"treadle.compile({text!r})" + (f", or treadle.load({text!r}) for its tasks" if for_tasks else ""),
     )
 
 

@@ -157,7 +157,7 @@ class Compiled:
         )
 
     def save(self, path: str | Path) -> str:
-        """Write the model to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.
+        """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. See `treadle.artifacts.save`.
 
         Raises UsageError if the model has a memory budget: a budget belongs to a backend, and a file has none.
         """
@@ -208,7 +208,7 @@ class Compiled:
             "a compiled model cannot be pickled",
             received=repr(self),
             source=str(user_line() or "") or None,
-            hint=f'{self._to_save("model.treadle")}, and treadle.load("model.treadle") in the other process',
+            hint=f'{self._to_save("model.treadle")}, and treadle.load_artifact("model.treadle") in the other process',
         )
 
     def _to_save(self, path: str) -> str:

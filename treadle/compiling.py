@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,18 @@ import numpy as np
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.graph import Graph
+from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.passes.framework.manager import PassManager, debug_level
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
-from treadle.resolving import Resolved, StaticInputNeeded
 from treadle.specializing import Specializing
 
 Array = np.ndarray[Any, Any]
 
 
-def compile_model(model: Model | Graph | TorchModel | str | Path, options: CompileOptions) -> Compiled:
+def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     """Compile a model: see `treadle.compile`.
 
     If an input of an ONNX file determines shapes and the configuration does not give its value, the file is compiled at
@@ -37,9 +35,12 @@ def compile_model(model: Model | Graph | TorchModel | str | Path, options: Compi
     chosen = find_backend(options.backend)
     parse_bytes(options.memory)  # before anything is read
 
-    def make(resolved: Resolved) -> Compiled:
+    source = options.open(model)
+
+    def make(static: Mapping[str, Any]) -> Compiled:
+        resolved = options.resolve(source, **static)
         optimized = manager.run(resolved.graph)
-        bound, drawn = weights_of(resolved, optimized.graph, options.weights, options.seed)
+        bound, drawn = weights_of(resolved, optimized.graph, options.arrays, options.seed)
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
             chosen,
@@ -68,7 +69,8 @@ def compile_model(model: Model | Graph | TorchModel | str | Path, options: Compi
         )
 
     try:
-        resolved = options.resolve(model)
-    except StaticInputNeeded as needed:
-        return Specializing(needed.opened, needed.argument, make, backend=options.backend, target=where)
-    return make(resolved)
+        return make({})
+    except StaticArgumentNeeded as needed:
+        _, widen = options.precision()
+        inputs = source.inputs(widen, options.config)
+        return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)

@@ -7,23 +7,17 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
-from treadle.frontends.ctranslate2_file import find_ctranslate2
-from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import open_checkpoint
-from treadle.frontends.text import TextTokenizer, folder_chat_template
-from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
+from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
-from treadle.models.registry import family_of, read_gguf
 from treadle.passes.stepping.derivation import NoStep
 from treadle.program.options import CompileOptions
-from treadle.resolving import GGUF_SUFFIX, find_folder
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
 from treadle.runtime.sampling import Sampling
@@ -127,12 +121,12 @@ class TextWriter:
     @classmethod
     def open(
         cls,
-        model: str | Path,
+        model: AnyModel,
         *,
         stepped: Callable[..., SteppedModel] = open_stepped,
         **options: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer; options as in `treadle.compile`, and `cache`, the dtype of its caches.
+        """Compile a model that has a tokenizer; options as in `treadle.compile`, and `cache`.
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
@@ -140,18 +134,15 @@ class TextWriter:
         unsupported model is reported before anything that its tokenizer lacks.
         """
         chosen = CompileOptions.of("generate", options)
-        place = find_folder(model)
-        need_for_text(model)
-        tokenizer, file = _read_tokenizer(place, chosen.limits)
-        if file is not None:
-            asked, template = FolderRules(end=gguf_end_tokens(file)), gguf_chat_template(file)
-        else:
-            asked, template = FolderRules.read(place), folder_chat_template(place)
+        source = chosen.open(model)
+        need_for_text(source)
+        tokenizer = source.tokenizer(cut=False)
+        asked, template = FolderRules.read(source), source.chat_template
         try:
-            made = stepped(model, **options)
+            made = stepped(source, **chosen.keywords())
         except NoStep as error:
             raise UsageError(
-                f"{printable(str(model))} does not continue text: it is not a causal language model",
+                f"{printable(source.label)} does not continue text: it is not a causal language model",
                 received=error.what,
                 hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds",
             ) from error
@@ -277,26 +268,8 @@ class TextWriter:
             yield Piece(token.row, text, token.id, token.ending, token.logprob, token.likely)
 
 
-def text_tokenizer(model: str | Path, limits: Mapping[str, int] | None = None) -> TextTokenizer:
-    """Return the tokenizer of a folder, a GGUF file or a fetched model. It does not truncate texts.
-
-    Raises the errors of reading it. An unsupported model is reported before anything that its tokenizer lacks.
-    """
-    return _read_tokenizer(find_folder(model), limits)[0]
-
-
-def _read_tokenizer(place: Path, limits: Mapping[str, int] | None) -> tuple[TextTokenizer, GGUFFile | None]:
-    """Return the tokenizer, and the GGUF file if the tokenizer comes from one."""
-    if place.suffix == GGUF_SUFFIX:
-        file = GGUFFile.open(place, limits)
-        read_gguf(file)
-        return gguf_text_tokenizer(file), file
-    if place.is_dir() and find_ctranslate2(place, limits) is None:
-        family_of(open_checkpoint(place, limits).config)
-    return TextTokenizer.open(place, cut=False), None
-
-
-def need_for_text(model: str | Path, *, chat: bool = False) -> None:
+def need_for_text(model: AnyModel, *, chat: bool = False) -> None:
     """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
-    of_file = ["gguf"] if find_folder(model).suffix == GGUF_SUFFIX else []
-    need_packages(f"text from {printable(str(model))}", "tokenizers", *of_file, *(["jinja2"] if chat else []))
+    source = ModelSource.open(model)
+    of_file = ["gguf"] if source.kind == "gguf" else []
+    need_packages(f"text from {printable(source.label)}", "tokenizers", *of_file, *(["jinja2"] if chat else []))

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from treadle.compiled import Compiled
-from treadle.entry_functions import compile
-from treadle.files.contained_files import read_regular
+from treadle.compiling import compile_model
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader
 from treadle.frontends.huggingface import ModelFolder
@@ -29,7 +27,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError
 from treadle.program.options import CompileOptions
-from treadle.resolving import find_folder
+from treadle.program.source import AnyModel
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.opening import token_positions
 
@@ -94,20 +92,20 @@ class SentenceEmbedder:
     pooling: Pooling
 
     @classmethod
-    def open(cls, model: str | Path, **options: Any) -> SentenceEmbedder:
-        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling; options as in `compile`.
+    def open(cls, model: AnyModel, **options: Any) -> SentenceEmbedder:
+        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling.
 
         Raises CheckpointError if a file is missing or damaged or requests an unknown pooling, UsageError if the model
         has no input for token ids or returns no hidden states, and the errors of `compile`.
         """
-        CompileOptions.of("embed", options)
-        folder = find_folder(model)
-        pooling = read_pooling(ModelFolder.find(folder))
+        chosen = CompileOptions.of("embed", options, inputs=("lengths",))
+        source = chosen.open(model)
+        pooling = read_pooling(source.folder)
         wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
         try:
-            made = compile(model, **options, inputs=("lengths",), outputs=wanted)
+            made = compile_model(source, chosen.but(outputs=wanted))
         except UnknownOutputError:
-            made = compile(model, **options, inputs=("lengths",))
+            made = compile_model(source, chosen)
         takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
         if takes != ["tokens", "lengths"] or gives != ["hidden"]:
             raise UsageError(
@@ -115,7 +113,7 @@ class SentenceEmbedder:
                 received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
                 hint="a model from tokens and lengths to hidden, such as an encoder without a head",
             )
-        tokenizer = TextTokenizer.open(folder, max_tokens=pooling.max_tokens, context=token_positions(made))
+        tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=token_positions(made))
         return cls(made, tokenizer, pooling)
 
     @property
@@ -189,7 +187,7 @@ def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
 def _read_modules(place: ModelFolder) -> list[tuple[str, str]]:
     """Return the type and the folder of each module in modules.json."""
     shown = place.show("modules.json")
-    data = read_regular(place.file("modules.json"), _CONFIG_BYTES, shown)
+    data = place.read("modules.json", _CONFIG_BYTES)
     reader = JsonReader(data, shown, nesting=_NESTING, values=_VALUES)
     modules = reader.value()
     reader.end()

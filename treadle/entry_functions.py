@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from inspect import cleandoc
 from typing import TYPE_CHECKING, Any
 
 from treadle.compiling import compile_model
-from treadle.program.options import CompileOptions, documented, with_options
+from treadle.program.options import CompileOptions, describe_options
+from treadle.program.source import AnyModel
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from treadle.compiled import Compiled
-    from treadle.frontends.declarations import Model
-    from treadle.frontends.torch_export.model import TorchModel
-    from treadle.ir.graph import Graph
 
 
-def compile(model: Model | Graph | TorchModel | str | Path, **options: Any) -> Compiled:
+def compile(model: AnyModel, **options: Any) -> Compiled:
     """Compile a model for a backend and a target. Call the result with arrays by name.
 
         exe = t.compile(tiny_gpt, backend="tvm", layers=6)
@@ -40,8 +35,7 @@ def compile(model: Model | Graph | TorchModel | str | Path, **options: Any) -> C
     return compile_model(model, CompileOptions.of("compile", options))
 
 
-compile.__signature__ = with_options(compile, "compile")  # type: ignore[attr-defined]
-compile.__doc__ = cleandoc(compile.__doc__ or "").replace("OPTIONS", documented("compile"))
+describe_options(compile, "compile")
 
 
 def __getattr__(name: str) -> Any:

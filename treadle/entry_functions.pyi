@@ -21,13 +21,13 @@ from treadle.training.trainer import Trainer as _Trainer
 Array = np.ndarray[Any, Any]
 
 def compile(
-    model: Model | Graph | TorchModel | str | Path,
+    model: AnyModel,
     *,
     inputs: Sequence[str] | None = None,
     outputs: Sequence[str] | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
-    weights: Mapping[str, Array] | None = None,
+    weights: Mapping[str, Array] | str | Path | None = None,
     seed: int = 0,
     passes: Sequence[Pass] | str | None = None,
     without: Sequence[str] = (),
@@ -55,8 +55,9 @@ def compile(
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none,
-              initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
+              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
+              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     seed      an integer, 0 or more
     passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
               as declared; None: `treadle.passes.pipelines.DEFAULT`
@@ -91,7 +92,7 @@ def compile(
 class Trainer(_Trainer):
     def __init__(
         self,
-        model: Model | Graph | TorchModel | str | Path,
+        model: AnyModel,
         *,
         loss: str = "cross-entropy",
         optimizer: Optimizer = ...,
@@ -106,7 +107,7 @@ class Trainer(_Trainer):
         gradient_accumulation_steps: int = 1,
         inputs: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
-        weights: Mapping[str, Array] | None = None,
+        weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,
         backend: str = "numpy",

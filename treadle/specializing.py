@@ -32,12 +32,12 @@ from treadle.compiled import Compiled
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.ir.errors import BackendError, TreadleError, UsageError
+from treadle.ir.graph import Graph
 from treadle.ir.interpreter import solve_sizes
 from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table, html_title
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
-from treadle.resolving import OpenedOnnx, Resolved
 
 Array = np.ndarray[Any, Any]
 Held = TypeVar("Held")
@@ -93,17 +93,20 @@ class Specializing(Compiled):
     """
 
     def __init__(
-        self, opened: OpenedOnnx, static: str, make: Callable[[Resolved], Compiled], *, backend: str, target: Target
+        self,
+        inputs: Graph,
+        static: str,
+        make: Callable[[Mapping[str, Any]], Compiled],
+        *,
+        backend: str,
+        target: Target,
     ) -> None:
-        """needed: the input at which the import of the file stopped. make: compiles a further import.
-
-        Raises the errors of the import for inputs that are not supported.
+        """inputs: a graph of the inputs alone. static: the input at which the import of the file stopped. make: imports
+        the file with values of inputs, and compiles it.
         """
-        opened.file.hold_weights()
-        inputs = opened.inputs()
         for name, value in (("name", inputs.name), ("backend", backend), ("target", target)):
             object.__setattr__(self, name, value)
-        self._opened, self._make = opened, make
+        self._make = make
         self._signature = Signature(inputs)
         self._ports = {port.name: port for port in self._signature.ports}
         self._needed: OrderedDict[Way, str] = OrderedDict({(): static})
@@ -211,7 +214,7 @@ class Specializing(Compiled):
             if known is not None:
                 return known
             try:
-                compiled = self._make(self._opened.resolve({c.name: c.array for c in way}))
+                compiled = self._make({c.name: c.array for c in way})
             except StaticArgumentNeeded as error:
                 if error.argument not in self._ports or error.argument in {c.name for c in way}:
                     raise

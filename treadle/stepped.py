@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
 
@@ -92,7 +92,7 @@ def step_of(
     return SteppedModel(name, derived, optimized, executable, backend)
 
 
-def open_stepped(model: str | Path, **options: Any) -> SteppedModel:
+def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     """Compile the step of the model that MODEL names, which must have weights. Raises as `compile` does; PassError for
     no step.
 
@@ -102,15 +102,15 @@ def open_stepped(model: str | Path, **options: Any) -> SteppedModel:
     options  as in `treadle.compile`, and `cache`, the dtype of its caches
     """
     chosen = CompileOptions.of("session", options)
-    resolved = chosen.resolve(model)
+    source = chosen.open(model)
+    resolved = chosen.resolve(source)
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")
     if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
-        chosen = chosen.but(config={**chosen.config, "longest": scaling.context})
-        resolved = chosen.resolve(model)
-    if chosen.weights is None and resolved.weights is None:
-        raise UsageError(f"{printable(str(model))} has no weights", hint="a folder with a checkpoint, or a GGUF file")
+        resolved = chosen.resolve(source, longest=scaling.context)
+    if chosen.arrays is None and resolved.weights is None:
+        raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
     passes, _ = chosen.precision()
     graph = PassManager(passes, certify=chosen.certify).run(resolved.graph).graph
-    weights, _ = weights_of(resolved, graph, chosen.weights, 0)
+    weights, _ = weights_of(resolved, graph, chosen.arrays, 0)
     return step_of(resolved.name, graph, chosen.backend, chosen.where, weights, chosen.cache)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.drawn_inputs import small_sizes
-from treadle.ir.graph import Graph
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weights
 from treadle.runtime.verification import verify_backends
 from treadle.runtime.verification_report import VerificationReport
@@ -28,7 +26,7 @@ Array = np.ndarray[Any, Any]
 
 
 def verify_model(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     backends: Sequence[str] | None = None,
     sizes: Sequence[Mapping[str, int]] | None = None,
@@ -58,7 +56,7 @@ def verify_model(
             )
     else:
         resolved, optimized = chosen.optimized(model)
-        found = chosen.weights if chosen.weights is not None else resolved.weights
+        found = chosen.arrays if chosen.arrays is not None else resolved.weights
         given = initial_weights(optimized.source, chosen.seed) if found is None else dict(found)
         if chosen.quantize is not None:  # quantized weights are compared with their decoded values
             source = quantized_alike(optimized.source, optimized.graph)

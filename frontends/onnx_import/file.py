@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, canonical, contained, open_regular, read_regular
+from treadle.files.contained_files import FileState, PathLike, canonical, contained, open_regular, read_whole
 from treadle.files.limits import limits_of
-from treadle.files.shown_names import printable
+from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.onnx_import.rules.elements import Element, decode, element
 from treadle.ir.errors import CheckpointError, FrontendError
 from treadle.ir.types import bf16
@@ -141,6 +141,7 @@ class OnnxFile:
         self.proto, self.shown, self.folder, self.limits = proto, display_name, folder, limits
         self.held: dict[str, Array] = {}
         self._maps: dict[str, Array] = {}
+        self._states: list[FileState] = []
         if not all(isinstance(text, str) for text in _texts(proto)):
             raise FrontendError("a name in the file is not UTF-8", within=display_name)
         self.opsets = self._read_opsets()
@@ -162,7 +163,8 @@ class OnnxFile:
         if isinstance(model, onnx.ModelProto):
             return OnnxFile(model, model.graph.name or "model", None if folder is None else canonical(folder), known)
         path = Path(os.fspath(model))
-        data = read_regular(path, known.bytes, setting="bytes")
+        with open_regular(path) as opened:
+            data = read_whole(opened, known.bytes, shown_path(path), "bytes")
         try:
             proto = onnx.ModelProto.FromString(data)
         except Exception as error:  # DecodeError of the installed protobuf
@@ -172,9 +174,11 @@ class OnnxFile:
                 within=printable(path.name),
                 hint=_ANOTHER_FILE,
             ) from None
-        return OnnxFile(
+        made = OnnxFile(
             proto, printable(path.name), canonical(path).parent if folder is None else canonical(folder), known
         )
+        made._states.append(opened.state)
+        return made
 
     def _read_opsets(self) -> dict[str, int]:
         if not self.proto.HasField("graph") or not self.proto.graph.output:
@@ -255,7 +259,10 @@ class OnnxFile:
             try:
                 path = self._external_path(tensor, location)
                 with open_regular(path, printable(location)) as file:
-                    size = os.fstat(file.fileno()).st_size
+                    self._states.append(file.state)
+                    for state in self._states:
+                        state.check(exists=True)
+                    size = file.state.size
                     # An empty file cannot be mapped.
                     mapped = np.memmap(file, np.uint8, "r") if size else np.zeros(0, np.uint8)
             except CheckpointError as error:

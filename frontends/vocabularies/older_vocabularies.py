@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.huggingface import ModelFolder
@@ -221,7 +220,7 @@ def kind_names(place: ModelFolder, settings: Mapping[str, Any]) -> list[str]:
     if isinstance(named, str):
         names.append(named.removesuffix("Fast").removesuffix("Tokenizer").lower())
     if place.has("config.json"):
-        names.append(str(place.read_settings("config.json").get("model_type")))
+        names.append(str(place.config.get("model_type")))
     return names
 
 
@@ -242,7 +241,7 @@ def _read_words(place: ModelFolder, limit_bytes: int) -> dict[str, int]:
 
 def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     shown = place.show(_TOKENS)
-    data = read_regular(place.file(_TOKENS), limit_bytes, shown, "limit_bytes=")
+    data = place.read(_TOKENS, limit_bytes, "limit_bytes=")
     vocabulary = read_json_object(data, shown, nesting=2, values=_MOST_TOKENS)
     numbers = list(vocabulary.values())
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in numbers):
@@ -265,9 +264,10 @@ def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], 
 
 
 def _read_text(place: ModelFolder, name: str, limit_bytes: int) -> str:
-    shown = place.show(name)
-    data = read_regular(place.file(name), limit_bytes, shown, "limit_bytes=")
+    data = place.read(name, limit_bytes, "limit_bytes=")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError("the file is not UTF-8", received=f"byte {error.start}", within=shown) from None
+        raise CheckpointError(
+            "the file is not UTF-8", received=f"byte {error.start}", within=place.show(name)
+        ) from None

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from treadle.files.contained_files import read_regular
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import kind_names
 from treadle.frontends.vocabularies.sentencepiece_file import CONTROL, UNIGRAM, USER_DEFINED, read_sentencepieces
@@ -38,7 +37,7 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
     if name is None or kind is None:
         return None
     shown = place.show(name)
-    file = read_sentencepieces(read_regular(place.file(name), limit_bytes, shown, "limit_bytes="), shown)
+    file = read_sentencepieces(place.read(name, limit_bytes, "limit_bytes="), shown)
     if kind.model not in (None, file.kind):
         raise CheckpointError(
             "the vocabulary does not match the folder's tokenizer class or model type",

@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
@@ -30,6 +29,10 @@ def read_tokenizer_settings(place: ModelFolder, limit_bytes: int) -> dict[str, A
 
     Raises CheckpointError for a file that is too long or not JSON, and for an added token without a number.
     """
+    return place.once((_SETTINGS, limit_bytes), lambda: _read_settings(place, limit_bytes))
+
+
+def _read_settings(place: ModelFolder, limit_bytes: int) -> dict[str, Any]:
     settings = _read_object(place, _SETTINGS, limit_bytes)
     if "added_tokens_decoder" in settings:
         return settings
@@ -168,10 +171,9 @@ def _read_object(place: ModelFolder, name: str, limit_bytes: int) -> dict[str, A
     """Return the object that a file holds; an empty mapping if the file does not exist or holds no object."""
     if not place.has(name):
         return {}
-    shown = place.show(name)
-    data = read_regular(place.file(name), limit_bytes, shown, "limit_bytes=")
+    data = place.read(name, limit_bytes, "limit_bytes=")
     try:
         found = json.loads(data)  # the strict reader refuses long integers, which these files contain
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("the file is not JSON", received=str(error), within=shown) from None
+        raise CheckpointError("the file is not JSON", received=str(error), within=place.show(name)) from None
     return found if isinstance(found, dict) else {}

@@ -100,10 +100,10 @@ class _Parser:
             return ""
         return match[0].strip()
 
-    def take(self, wanted: str | None = None) -> str:
+    def take(self, expected: str | None = None) -> str:
         token = self.peek()
-        if wanted is not None and token != wanted:
-            self.fail(f"expected {wanted!r}", None)
+        if expected is not None and token != expected:
+            self.fail(f"expected {expected!r}", None)
         match = _TOKEN.match(self.text, self.at)
         self.at = match.end() if match is not None else len(self.text)
         return token
@@ -122,33 +122,35 @@ class _Parser:
             self.at = started
             near = NearestNames(known).of(name)
             self.fail(f"unknown pass {printable(name)!r}", f"{near[0]}?" if near else "one of " + ", ".join(known))
-        kind, given = known[name], dict[str, Any]()
+        kind, values = known[name], dict[str, Any]()
         fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}
         if self.peek() == "{":
             self.take()
             while self.peek() != "}":
-                if given:
+                if values:
                     self.take(",")
                 place, field = self.at, self.take()
-                if field not in fields or field in given:
+                if field not in fields or field in values:
                     self.at = place
                     near = NearestNames(fields).of(field)
                     takes = "takes " + ", ".join(fields) if fields else "takes no options"
                     self.fail(f"{name} has no option {printable(field)!r}", f"{near[0]}?" if near else takes)
                 self.take("=")
                 place = self.at
-                given[field] = self.value()
-                self._check(name, field, fields[field], given, place)
+                values[field] = self.value()
+                self._check(name, field, fields[field], values, place)
             self.take("}")
-        missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in given]
+        missing = [
+            f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in values
+        ]
         if missing:
             self.fail(f"{name} needs {missing[0]}", f"{name}{{{missing[0]}=...}}")
-        return kind(**given)
+        return kind(**values)
 
-    def _check(self, name: str, field: str, type: str, given: dict[str, Any], place: int) -> None:
-        value = given[field]
+    def _check(self, name: str, field: str, type: str, values: dict[str, Any], place: int) -> None:
+        value = values[field]
         if type == "DType" and value in DTYPES:
-            given[field] = DTYPES[value]
+            values[field] = DTYPES[value]
             return
         kinds: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "tuple[str, ...]": tuple}
         right = type in kinds and isinstance(value, kinds[type]) and (type == "bool" or not isinstance(value, bool))

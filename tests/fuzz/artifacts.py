@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 import treadle
-from treadle.artifacts import load, save
+from treadle.artifacts import load_artifact, save
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
@@ -278,7 +278,7 @@ def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
     """Write the file to `path` and load it. If `valid` is given, anything but its bytes must be refused."""
     path.write_bytes(file)
     try:
-        load(path)
+        load_artifact(path)
     except TreadleError as error:
         str(error).encode(errors="replace")
         failure = None if error.what else "the error says nothing"
@@ -322,7 +322,7 @@ def time_hostile() -> list[str]:
 def refusal(path: Path) -> str | None:
     """Return the text of our error when the file is loaded, or None if it loads."""
     try:
-        load(path)
+        load_artifact(path)
     except TreadleError as error:
         return error.what
     return None

@@ -123,7 +123,7 @@ def open_treadle(spec: Spec) -> Opened:
 
 def compiled(spec: Spec) -> Any:
     """Return our compiled model, a `treadle.compiled.Compiled`."""
-    from treadle.artifacts import is_artifact, load
+    from treadle.artifacts import is_artifact, load_artifact
     from treadle.benching.workload import Workload
     from treadle.compiling import compile_model
     from treadle.ir.target import Target
@@ -133,7 +133,7 @@ def compiled(spec: Spec) -> Any:
     options = options.but(target=Target("cpu", None if alone else spec["threads"]))
     if is_artifact(spec["model"]):
         how = {name: value for name, value in options.keywords().items() if name != "seed"}
-        return load(spec["model"], **{**how, "backend": options.backend})
+        return load_artifact(spec["model"], **{**how, "backend": options.backend})
     return compile_model(spec["model"], options)
 
 

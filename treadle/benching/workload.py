@@ -28,17 +28,17 @@ class Workload:
 
     model    a name, as on the command line
     threads  of every tool
-    chosen   the options that are set, as keywords of `treadle.compile`
+    keywords  the options that are set, as keywords of `treadle.compile`
     """
 
     model: str
     threads: int = 1
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> CompileOptions:
         """The options of our side."""
-        return CompileOptions.of("bench", self.chosen, backend="tvm")
+        return CompileOptions.of("bench", self.keywords, backend="tvm")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON, with the model's configuration as texts: `act=t.relu`."""

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import treadle
-from treadle.cli.options import chosen_of, flags_of, settings_flags, settings_of
+from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
@@ -67,7 +67,7 @@ def command(
     """Make a function the command of this name, with its errors printed.
 
     takes     entry functions: the command has the flags of their options (`treadle.program.options`), which the
-              function gets as one parameter with the annotation `Chosen`, a mapping of those that were set
+              function gets as one parameter with the annotation `OptionKeywords`, a mapping of those that were set
     defaults  defaults of these options that differ from their own
     settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields, and a
               parameter with such a class as its annotation gets an instance
@@ -80,7 +80,7 @@ def command(
         groups: dict[str, tuple[type | None, list[str]]] = {}
         parameters: list[inspect.Parameter] = []
         for each in own.values():
-            if each.annotation == "Chosen" or each.annotation in kinds:
+            if each.annotation == "OptionKeywords" or each.annotation in kinds:
                 kind = kinds.get(each.annotation)
                 flags = flags_of(takes, defaults, own) if kind is None else settings_flags(kind)
                 groups[each.name] = kind, [flag.name for flag in flags]
@@ -98,7 +98,7 @@ def command(
             ):
                 for group, (kind, names) in groups.items():
                     part = {each: given.pop(each) for each in names}
-                    given[group] = chosen_of(part, defaults) if kind is None else settings_of(kind, part)
+                    given[group] = keywords_of(part, defaults) if kind is None else settings_of(kind, part)
                 function(**given)
 
         guarded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

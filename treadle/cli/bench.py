@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Chosen, ModelName, Sizes
+from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes
 
 
 @command("bench", takes=["bench"], defaults={"backend": "tvm"})
@@ -36,7 +36,7 @@ def bench_beside(
         ),
     ] = sys.executable,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Compare a model with other tools, each in its own process, in turns."""
@@ -47,7 +47,7 @@ def bench_beside(
     from treadle.progress import working
     from treadle.reporting.tables import console
 
-    workload = Workload(model, threads, chosen)
+    workload = Workload(model, threads, keywords)
     with working(f"benchmarking {model}", shown=not as_json) as tell:
         found = bench_model(
             workload,

@@ -10,7 +10,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Chosen, ModelName
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 
@@ -25,7 +25,7 @@ def compile_model(
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Print what each pass refused, and why.")] = False,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model; print what each pass changed, the compile time, and which kernels run."""
@@ -39,9 +39,9 @@ def compile_model(
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     started = time.perf_counter()
-    certify = chosen.get("certify", False)
+    certify = keywords.get("certify", False)
     with working(f"{'compiling and certifying' if certify else 'compiling'} {model}", shown=not as_json):
-        made = treadle.compile(model, **chosen)
+        made = treadle.compile(model, **keywords)
     seconds = time.perf_counter() - started
     if made.static:
         names = ", ".join(made.static)

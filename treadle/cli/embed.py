@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 
 
 @command("embed", takes=["embed"])
@@ -31,7 +31,7 @@ def embed_sentences(
         Path | None, typer.Option(metavar="DIR", help="Write DIR/embeddings.npy.", show_default=False)
     ] = None,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Embed sentences with a sentence encoder, such as the fetched minilm; print one vector per line."""
@@ -45,7 +45,7 @@ def embed_sentences(
 
     texts = read_sentences(sentences or [], file)
     with working(f"compiling {model}", shown=not as_json):
-        embedder = SentenceEmbedder.open(model, **chosen)
+        embedder = SentenceEmbedder.open(model, **keywords)
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):
         embedded = embedder.embed_reporting(texts)
     vectors, near = embedded.vectors, embedded.vectors @ embedded.vectors.T

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Chosen, Device, ModelName, Recipe
+from treadle.cli.options import NOTHING_CERTIFIED, AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
 from treadle.ir.errors import UsageError
 from treadle.program.options import EXPLAINED
 
@@ -51,7 +51,7 @@ def explain_sites(
     axis: Axis = None,
     device: Device = None,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Explain what the compiler did, and why.
@@ -95,7 +95,7 @@ def explain_sites(
     }
     if subject not in functions:
         raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
-    options = CompileOptions.of(f"explain {subject}", chosen)
+    options = CompileOptions.of(f"explain {subject}", keywords)
     if subject not in ("memory", "sharding") and svg is not None:
         raise UsageError("--svg applies to memory and sharding only", received=f"explain {model} {subject}")
     if subject != "memory" and against is not None:
@@ -110,16 +110,20 @@ def explain_sites(
         if expect:
             raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")
         if subject == "memory":
-            _memory(model, options.backend, chosen, svg, against, as_json)
+            _memory(model, options.backend, keywords, svg, against, as_json)
         elif subject == "sharding":
-            _sharding(model, chosen, split, svg, as_json)
+            _sharding(model, keywords, split, svg, as_json)
         else:
             _report(
-                model, _DOING[subject].format(model=model, backend=options.backend), functions[subject], chosen, as_json
+                model,
+                _DOING[subject].format(model=model, backend=options.backend),
+                functions[subject],
+                keywords,
+                as_json,
             )
         return
     with working(f"looking for fused ops in {model}", shown=not as_json):
-        found = explain_fusion(model, expect=parse_expected(expect or ()), **chosen)
+        found = explain_fusion(model, expect=parse_expected(expect or ()), **keywords)
     if as_json:
         facts = [c.as_dict() for record in found.optimized.log for c in record.certificates]
         print_json(found.as_dict() | ({"certificates": facts} if options.certify else {}))
@@ -140,13 +144,13 @@ _DOING = {
 """The line that is shown while a subject's report is made."""
 
 
-def _report(model: str, doing: str, explain: Callable[..., Any], chosen: dict[str, Any], as_json: bool) -> None:
+def _report(model: str, doing: str, explain: Callable[..., Any], keywords: dict[str, Any], as_json: bool) -> None:
     """Print the report of a function."""
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
     with working(doing, shown=not as_json):
-        found = explain(model, **chosen)
+        found = explain(model, **keywords)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -156,7 +160,7 @@ def _report(model: str, doing: str, explain: Callable[..., Any], chosen: dict[st
 def _memory(
     model: str,
     backend: str,
-    chosen: dict[str, Any],
+    keywords: dict[str, Any],
     svg: Path | None,
     against: Path | None,
     as_json: bool,
@@ -166,9 +170,9 @@ def _memory(
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 
-    config = chosen.get("config", {})
+    config = keywords.get("config", {})
     axes = {name: size for name, size in config.items() if name.isupper()}  # settings are lowercase
-    given = {**chosen, "config": {name: value for name, value in config.items() if name not in axes}}
+    given = {**keywords, "config": {name: value for name, value in config.items() if name not in axes}}
     given["sizes"] = {**(given.get("sizes") or {}), **axes}
     with working(f"lowering {model} for {backend}", shown=not as_json):
         found = explain_memory(model, **given)
@@ -184,7 +188,7 @@ def _memory(
 
 def _sharding(
     model: str,
-    chosen: dict[str, Any],
+    keywords: dict[str, Any],
     split: dict[str, Any],
     svg: Path | None,
     as_json: bool,
@@ -199,7 +203,7 @@ def _sharding(
         raise UsageError("sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
     asked = {name: value for name, value in split.items() if value is not None}
     with working(f"planning {model}", shown=not as_json):
-        found = explain_sharding(model, **asked, **chosen)
+        found = explain_sharding(model, **asked, **keywords)
     if svg is not None:
         write_drawing(svg, draw_sharding(found))
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def export_to_onnx(
         int, typer.Option(metavar="BYTES", help="Store larger weights in FILE.onnx.data.", min=0)
     ] = 2**20,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Write a model's optimized graph and its weights as ONNX."""
@@ -34,7 +34,7 @@ def export_to_onnx(
 
     if output.suffix != ".onnx":
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
-    options = CompileOptions.of("export", chosen)
+    options = CompileOptions.of("export", keywords)
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
             options.refuse_for_artifact(model)

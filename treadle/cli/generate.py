@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Axis, Chosen, Mesh, ModelName, Patience, Recipe
+from treadle.cli.options import AsJson, Axis, Mesh, ModelName, OptionKeywords, Patience, Recipe
 from treadle.tasks.decoding_settings import DecodingSettings
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def continue_texts(
     prompts: Annotated[list[str], typer.Argument(metavar="TEXTS", help="Texts to continue.", show_default=False)],
     *,
     settings: DecodingSettings,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     mesh: Mesh = None,
     recipe: Recipe = None,
     axis: Axis = None,
@@ -36,9 +36,9 @@ def continue_texts(
     from treadle.reporting.counts import counted
     from treadle.tasks.text_generation import TextGeneration
 
-    with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{prompts} {settings} {chosen}") as stepped:
+    with opened_on_ranks(mesh, recipe, axis or [], timeout, f"{prompts} {settings} {keywords}") as stepped:
         with working(f"compiling {model}", shown=not as_json):
-            run = TextGeneration.open(model, prompts, settings, stepped=stepped, **chosen)
+            run = TextGeneration.open(model, prompts, settings, stepped=stepped, **keywords)
         doing = f"continuing {counted(len(prompts), 'text')}"
         if settings.beams is not None:
             with working(doing, shown=not as_json):
@@ -63,14 +63,14 @@ def continue_texts(
         if as_json:
             print_json(run.facts())
         else:
-            _print_written(run, shown=stream)
+            _print_written(run, is_streamed=stream)
 
 
 def _print_searched(run: TextGeneration, searched: Sequence[Sequence[FoundText]]) -> None:
     """Print the results of a beam search for each prompt; scores go to standard error."""
     from treadle.reporting.counts import counted
 
-    for prompt, found in zip(run.asked, searched, strict=True):
+    for prompt, found in zip(run.texts, searched, strict=True):
         for text in found:
             print(f"{'' if run.settings.chat else prompt}{text.text}\n", flush=True)
             print(f"score {text.score:.4f}, {counted(len(text.tokens), 'token')}", file=sys.stderr)
@@ -78,11 +78,11 @@ def _print_searched(run: TextGeneration, searched: Sequence[Sequence[FoundText]]
         print(run.rules, file=sys.stderr)
 
 
-def _print_written(run: TextGeneration, *, shown: bool) -> None:
+def _print_written(run: TextGeneration, *, is_streamed: bool) -> None:
     """Print texts that were not streamed, their tokens' log probabilities, and the reasons why they stopped."""
-    for each in run.written if not shown else []:
+    for each in run.continuations if not is_streamed else []:
         print(f"{'' if run.settings.chat else each.prompt}{each.text}\n")
-    for each in run.written if run.settings.logprobs is not None else []:
+    for each in run.continuations if run.settings.logprobs is not None else []:
         print("\n".join(each.probabilities(run.writer)) + "\n")
     sys.stdout.flush()
     for line in run.reasons():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def inspect_graph(
         bool, typer.Option("--source", help="Print the code that the backend generates from the graph.")
     ] = False,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
@@ -70,7 +70,7 @@ def inspect_graph(
         raise UsageError("--entry prints a graph derived from the optimized one", hint="--entry alone")
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
-    options = CompileOptions.of("inspect", {**chosen, **({"passes": ()} if raw else {})})
+    options = CompileOptions.of("inspect", {**keywords, **({"passes": ()} if raw else {})})
     find_backend(options.backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):

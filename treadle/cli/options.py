@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
 
-Chosen = dict[str, Any]
+OptionKeywords = dict[str, Any]
 """The annotation of a command's parameter that gets the compile options that were set, as keywords of an entry
 function. `treadle.cli.application.command` replaces the parameter by their flags."""
 
@@ -121,7 +121,7 @@ def settings_of(kind: type, given: Mapping[str, Any]) -> Any:
     return kind(**{n: known[n].flag.parse(v) for n, v in given.items() if v is not None})  # type: ignore[union-attr]
 
 
-def chosen_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def keywords_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the compile options that a command's flags set, as keywords of an entry function.
 
     defaults  defaults that differ from the options' own
@@ -129,26 +129,26 @@ def chosen_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     Raises UsageError for a malformed value, and for `--set` with the name of an option.
     """
     config = parse_config(given.get("config") or (), declared_options())
-    chosen: dict[str, Any] = {"config": config} if config else {}
+    keywords: dict[str, Any] = {"config": config} if config else {}
     for name, each in declared_options().items():
         if name in given and each.flag is not None and given[name] not in (None, False):
             value = each.flag.parse(given[name])
             if each.is_set(value) or name in defaults:
-                chosen[name] = value
+                keywords[name] = value
     if given.get("threads") is not None:
-        chosen["target"] = Target(chosen.get("target", "cpu"), given["threads"])
-    return chosen
+        keywords["target"] = Target(keywords.get("target", "cpu"), given["threads"])
+    return keywords
 
 
-def load_chosen(artifact: str, chosen: Mapping[str, Any], *, also: Iterable[str] = ()) -> Compiled:
+def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Iterable[str] = ()) -> Compiled:
     """Load an artifact with the options of a command. Raises UsageError for options that cannot change it.
 
     also  options that the command reads itself
     """
-    from treadle.artifacts import load
+    from treadle.artifacts import load_artifact
 
-    CompileOptions.of("compile", chosen).refuse_for_artifact(artifact, also=["widen", *also])
-    return load(artifact, **{name: value for name, value in chosen.items() if name not in also})
+    CompileOptions.of("compile", keywords).refuse_for_artifact(artifact, also=["widen", *also])
+    return load_artifact(artifact, **{name: value for name, value in keywords.items() if name not in also})
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -59,7 +59,7 @@ def run_rank(
     axis: Sequence[str],
     timeout: float,
     output: Path | None,
-    chosen: Mapping[str, Any],
+    keywords: Mapping[str, Any],
     as_json: bool,
 ) -> None:
     """Run a model as a rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
@@ -77,7 +77,7 @@ def run_rank(
     from treadle.runtime.distributed.ranks import join
     from treadle.sharding.rank_models import compile_rank
 
-    options = CompileOptions.of("rank", chosen)
+    options = CompileOptions.of("rank", keywords)
     with join(timeout) as ranks:
         if is_artifact(model):
             raise UsageError(
@@ -90,7 +90,7 @@ def run_rank(
             recipe=recipe,
             axes=parse_axes(axis),
             agree={"inputs": " ".join(values)},
-            **{"inputs": input_names(values), **chosen},
+            **{"inputs": input_names(values), **keywords},
         )
         arrays = parse_inputs(values, {p.name: p.type.rank for p in made.inputs})
         known = {name: np.asarray(a) for name, a in arrays.items()}

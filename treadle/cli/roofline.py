@@ -9,7 +9,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Chosen, ModelName, Sizes, load_chosen
+from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
 
 
 @command("roofline", takes=["compile"], defaults={"backend": "tvm"})
@@ -21,7 +21,7 @@ def show_roofline(
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs.")] = 9,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
@@ -35,12 +35,16 @@ def show_roofline(
     from treadle.progress import working
 
     asked = parse_sizes(sizes)
-    if "memory" in chosen:
-        chosen["sizes"] = asked
+    if "memory" in keywords:
+        keywords["sizes"] = asked
     with working(f"compiling {model}", shown=not as_json):
-        made = load_chosen(model, chosen, also=("seed",)) if is_artifact(model) else treadle.compile(model, **chosen)
+        made = (
+            load_with_options(model, keywords, also=("seed",))
+            if is_artifact(model)
+            else treadle.compile(model, **keywords)
+        )
     with working(f"running {model}", shown=not as_json):
-        found = measure_roofline(made, choose_sizes(made.graph, asked), rounds=rounds, seed=chosen.get("seed", 0))
+        found = measure_roofline(made, choose_sizes(made.graph, asked), rounds=rounds, seed=keywords.get("seed", 0))
     if svg is not None:
         write_drawing(svg, draw_roofline(found))
     if as_json:

@@ -11,7 +11,7 @@ import typer
 
 import treadle
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Axis, Chosen, Mesh, ModelName, Patience, Recipe, load_chosen
+from treadle.cli.options import AsJson, Axis, Mesh, ModelName, OptionKeywords, Patience, Recipe, load_with_options
 from treadle.ir.errors import UsageError
 
 
@@ -35,14 +35,14 @@ def run_model(
     axis: Axis = None,
     timeout: Patience = 60.0,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Run a model on arrays, alone or as one of several ranks."""
     from treadle.cli.rank_runs import refuse_without_mesh, run_rank
 
     if mesh is not None:
-        if chosen.get("outputs") is not None:
+        if keywords.get("outputs") is not None:
             raise UsageError("--outputs cannot be combined with --mesh", hint="--mesh without --outputs")
         run_rank(
             model,
@@ -52,7 +52,7 @@ def run_model(
             axis=axis or [],
             timeout=timeout,
             output=output,
-            chosen=chosen,
+            keywords=keywords,
             as_json=as_json,
         )
         return
@@ -70,9 +70,9 @@ def run_model(
     assigned = values or []
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            made = load_chosen(model, chosen)
+            made = load_with_options(model, keywords)
         else:
-            made = treadle.compile(model, **{"inputs": input_names(assigned), **chosen})
+            made = treadle.compile(model, **{"inputs": input_names(assigned), **keywords})
     arrays = parse_inputs(assigned, {p.name: p.type.rank for p in made.inputs})
     with working(f"running {made.name}", shown=not as_json):
         started = time.perf_counter()

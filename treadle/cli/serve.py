@@ -11,7 +11,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_model
-from treadle.cli.options import Chosen
+from treadle.cli.options import OptionKeywords
 
 
 @command("serve", takes=["generate"])
@@ -53,7 +53,7 @@ def serve_models(
         ),
     ] = None,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server is ready.")] = False,
 ) -> None:
     """Serve completions, chat and embeddings to OpenAI clients until interrupted."""
@@ -72,7 +72,7 @@ def serve_models(
     served = []
     for model in models:
         with working(f"compiling {model}", shown=not as_json):
-            served.append(opening.open(model, **chosen))
+            served.append(opening.open(model, **keywords))
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, Axis, Chosen, Device, ModelName, Recipe
+from treadle.cli.options import AsJson, Axis, Device, ModelName, OptionKeywords, Recipe
 from treadle.ir.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def shard_command(
         ),
     ] = None,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Split a model over a mesh; print the placement of every value, every collective, and the reasons.
@@ -54,7 +54,7 @@ def shard_command(
     from treadle.sharding.sharded_models import ShardedModel, load_sharded, sharded
 
     made: ShardedModel | None = None
-    options = CompileOptions.of("shard", chosen)
+    options = CompileOptions.of("shard", keywords)
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     if is_artifact(model):
@@ -73,7 +73,7 @@ def shard_command(
             "recipe": recipe,
             "axes": parse_axes(axis or ()),
             "device": "h100" if device is None else device,
-            **chosen,
+            **keywords,
         }
         with working(f"planning {model}", shown=not as_json):
             if output is None:

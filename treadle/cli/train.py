@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from treadle.cli.application import command, print_json, saying
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.training.training_settings import TrainingSettings
 
 INTERRUPTED = 130
@@ -65,7 +65,7 @@ def train_model(
     ] = None,
     *,
     settings: TrainingSettings,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Train a language model on texts, and save it in its original format.
@@ -79,7 +79,7 @@ def train_model(
     from treadle.training.run_settings import change_lines
     from treadle.training.text_training import TextTraining
 
-    options = CompileOptions.of("train", chosen, backend="torch")
+    options = CompileOptions.of("train", keywords, backend="torch")
     with working(f"reading {model}", shown=not as_json):
         run = TextTraining.open(
             model,

@@ -8,7 +8,7 @@ import typer
 
 from treadle.cli.application import command, print_json
 from treadle.cli.completing import complete_backend
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 
 
 @command("verify", takes=["verify"], judges=lambda options: True)
@@ -28,7 +28,7 @@ def verify_backends(
         typer.Option(metavar="B=1,S=16", help="Sizes to run at. By default a few small ones. Repeatable."),
     ] = None,
     *,
-    chosen: Chosen,
+    keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
     """Compare every backend with the float64 reference of a model, whole and op by op. Exit code 1 if one is wrong."""
@@ -43,7 +43,7 @@ def verify_backends(
             backends=backend,
             sizes=None if sizes is None else [parse_sizes(each) for each in sizes],
             emit=lambda line: None if as_json else tell(fitted(line, fit_prose)),
-            **chosen,
+            **keywords,
         )
     if as_json:
         print_json(report.as_dict())

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
 from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, FusionVerdict, filled, grouped, judge
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls, count_run_ops
 from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
@@ -27,6 +25,7 @@ from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sites.fusion_sites import KINDS
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,7 @@ def _fused_ops() -> Iterator[str]:
     return reversed(dict.fromkeys(reversed(ops)))
 
 
-def explain_fusion(
-    model: Model | Graph | str | Path, *, expect: Mapping[str, int] | None = None, **options: Any
-) -> Explanation:
+def explain_fusion(model: AnyModel, *, expect: Mapping[str, int] | None = None, **options: Any) -> Explanation:
     """Optimize the model that MODEL names, and report the outcome of every candidate site.
 
     model    as in `treadle.compile`

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
@@ -25,6 +23,7 @@ from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized
 from treadle.program.budgets import budget_of
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import human
 
 
@@ -103,7 +102,7 @@ def _cells(weight: WeightLayout) -> tuple[str, ...]:
     return weight.name, weight.type, weight.layout, "" if weight.bytes is None else human(weight.bytes, "B")
 
 
-def explain_layouts(model: Model | Graph | str | Path, **options: Any) -> Layouts:
+def explain_layouts(model: AnyModel, **options: Any) -> Layouts:
     """Describe how a backend reads every weight of the model that MODEL names; options as in `treadle.compile`.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
@@ -113,7 +112,7 @@ def explain_layouts(model: Model | Graph | str | Path, **options: Any) -> Layout
     return layouts_of(name, chosen.backend, lowered.graph)
 
 
-def lowered_for(model: Model | Graph | str | Path, options: CompileOptions) -> tuple[str, Optimized]:
+def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[str, Optimized]:
     """Return the model's name, and its optimized graph after the backend's passes, which meet a memory budget.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
@@ -128,7 +127,7 @@ def lowered_for(model: Model | Graph | str | Path, options: CompileOptions) -> t
     return name, chosen.lower(optimized, options.where, budget=budget, donate=options.donate)
 
 
-def optimized_for(model: Model | Graph | str | Path, options: CompileOptions) -> tuple[str, Graph]:
+def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]:
     """Return the name and the optimized graph of a model or an artifact, which is already configured and optimized.
 
     Raises as `compile` does; UsageError for options that would change an artifact's graph.

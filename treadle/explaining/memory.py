@@ -19,7 +19,6 @@ from treadle.explaining.layouts import lowered_for
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import shown_path
 from treadle.files.strict_json import read_json_object
-from treadle.frontends.declarations import Model
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
@@ -30,6 +29,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 from treadle.passes.memory.storage_plan import aligned as columns
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import human, sizes_text
 
 
@@ -157,7 +157,7 @@ class MemoryReport:
         return "\n".join(lines)
 
 
-def explain_memory(model: Model | Graph | str | Path, **options: Any) -> MemoryReport:
+def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
     """Describe the memory of a run of the model that MODEL names; options as in `treadle.compile`.
 
     `sizes` are those of the run, 1 for a batch and 128 for other axes by default; with `memory`, the run is the one

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from treadle.artifacts import is_artifact
-from treadle.frontends.declarations import Model
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Graph
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
 from treadle.program.options import CompileOptions
 from treadle.program.precision import QUANTIZED
+from treadle.program.source import AnyModel
 
 
-def explain_quantization(model: Model | Graph | str | Path, **options: Any) -> QuantizationPlan:
+def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
     """Return the checked plan of `compile(model, quantize=...)`; by default, quantize is "int8-weights".
 
     Weights that a file stores in blocks are listed as they are. Raises as `compile` does; UsageError for an artifact,

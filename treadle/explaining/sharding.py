@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from treadle.explaining.sharding_changes import Change, changes_of
-from treadle.frontends.declarations import Model
-from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import MACHINES, Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted, human, sizes_text
 from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
 from treadle.sharding.plans import shard_model
@@ -185,7 +183,7 @@ def _table(rows: Sequence[tuple[str, ...]], indent: str = "  ") -> list[str]:
 
 
 def explain_sharding(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     *,
     mesh: Mesh | str,
     recipe: str | None = None,

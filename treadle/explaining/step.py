@@ -8,11 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.explaining.layouts import optimized_for
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.following import follow
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
@@ -21,6 +19,7 @@ from treadle.ir.types import Type
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted, human
 
 
@@ -125,7 +124,7 @@ def _grows(state: StateFacts) -> str:
     return f"{each}, {human(state.bytes, 'B')} of all {state.count}" if state.count > 1 else each
 
 
-def explain_step(model: Model | Graph | str | Path, **options: Any) -> StepExplained:
+def explain_step(model: AnyModel, **options: Any) -> StepExplained:
     """Derive the step of the model that MODEL names, and describe it; options as in `treadle.compile`, and `cache`.
 
     Raises as `compile` does; PassError for no step.

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from treadle.backends.made_weights import Recipe, recipes_of
 from treadle.explaining.layouts import lowered_for, passed_weights
-from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, StoragePlan, ValuePlace, aligned
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted
 
 
@@ -129,7 +128,7 @@ class StorageReport:
         return "\n".join(lines)
 
 
-def explain_storage(model: Model | Graph | str | Path, **options: Any) -> StorageReport:
+def explain_storage(model: AnyModel, **options: Any) -> StorageReport:
     """Describe the storage of every value and weight of the model that MODEL names; options as in `treadle.compile`.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage.

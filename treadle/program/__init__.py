@@ -1,1 +1,1 @@
-"""A program: a model with the options that it is compiled with."""
+"""The path from MODEL and its options to a program."""

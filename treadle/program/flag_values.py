@@ -26,16 +26,16 @@ def outputs_of(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip())
 
 
-def parse_config(assignments: Iterable[str], taken: Collection[str]) -> dict[str, Any]:
+def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[str, Any]:
     """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
 
-    taken  names that are options of compilation
+    reserved  names that are options of compilation
 
     Raises UsageError, with the name as its `option`, for such a name.
     """
     config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
-        if name in taken:
+        if name in reserved:
             raise UsageError(f"--set {name}= is no option of a model", option=name)
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     return config

@@ -18,6 +18,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from treadle.files.nearest_names import NearestNames
@@ -28,15 +29,11 @@ from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
 
-    from treadle.frontends.declarations import Model
-    from treadle.frontends.torch_export.model import TorchModel
-    from treadle.ir.graph import Graph
     from treadle.passes.framework.manager import Optimized, Pass
-    from treadle.resolving import Resolved
+    from treadle.program.resolved import Resolved
+    from treadle.program.source import AnyModel, ModelSource
 
     Array = np.ndarray[Any, Any]
 
@@ -112,10 +109,11 @@ class ReadingOptions:
 class WeightOptions:
     """The values of weights."""
 
-    weights: Mapping[str, Array] | None = _option(
+    weights: Mapping[str, Array] | str | Path | None = _option(  # noqa: RUF009
         None,
-        "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's. If there are none, "
-        "initial values are drawn from `seed`. Arrays are not copied, so the caller must not modify them afterwards",
+        "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a declaration, "
+        "the folder or .safetensors file that holds them. If there are none, initial values are drawn from `seed`. "
+        "Arrays are not copied, so the caller must not modify them afterwards",
         but={"load", "artifact", "task", "inspect", "export", "bench", *_EXPLAIN},
     )
     seed: int = _option(
@@ -129,7 +127,7 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class ComputingOptions:
-    """What is computed, and in which precision."""
+    """The passes, and the precision of the computation."""
 
     passes: Sequence[Pass] | str | None = _option(
         None,
@@ -238,21 +236,21 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, entry: str, given: Mapping[str, Any], **defaults: Any) -> Self:
-        """Return the options among the keywords that an entry function got; the others become `config`.
+    def of(cls, entry: str, keywords: Mapping[str, Any], **defaults: Any) -> Self:
+        """Return the options among the keywords of an entry function; the others become `config`.
 
-        given     `config` is the model's configuration as a mapping, for names that are options, too
+        keywords     `config` is the model's configuration as a mapping, for names that are options, too
         defaults  defaults of this function that differ from the options' own
 
         Raises UsageError for an option that the function does not take, and for an unknown target.
         """
         known = declared_options()
-        for name in given:
-            if name in known and entry not in known[name].takers and known[name].is_set(given[name]):
+        for name in keywords:
+            if name in known and entry not in known[name].takers and known[name].is_set(keywords[name]):
                 raise not_taken(entry, name)
-        chosen = {name: value for name, value in given.items() if name in known and value is not None}
-        config = {name: value for name, value in given.items() if name not in known and name != "config"}
-        config.update(given.get("config") or {})
+        chosen = {name: value for name, value in keywords.items() if name in known and value is not None}
+        config = {name: value for name, value in keywords.items() if name not in known and name != "config"}
+        config.update(keywords.get("config") or {})
         made = cls(**{**defaults, **chosen}, entry=entry, config=config)
         made.where  # noqa: B018  an unknown target is refused here
         return made
@@ -293,24 +291,35 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         pipeline = passes if passes is not None else DEFAULT if self.passes is None else checked_passes(self.passes)
         return computing_in(self.dtype, left_out(pipeline, self.without), self.widen, self.quantize)
 
-    def resolve(self, model: Model | Graph | TorchModel | str | Path, *, deferred: bool = False) -> Resolved:
-        """Read and trace the model that MODEL names, see `treadle.resolving.resolve`, whose errors it raises.
+    @property
+    def arrays(self) -> Mapping[str, Array] | None:
+        """The weights that are given as arrays."""
+        return self.weights if isinstance(self.weights, Mapping) else None
+
+    def open(self, model: AnyModel) -> ModelSource:
+        """Find the model that MODEL names: see `ModelSource.open`, whose errors it raises."""
+        from treadle.program.source import ModelSource
+
+        stored = self.weights if isinstance(self.weights, str | Path) else None
+        return ModelSource.open(model, weights=stored, limits=self.limits)
+
+    def resolve(self, model: AnyModel, *, deferred: bool = False, **config: Any) -> Resolved:
+        """Read and trace the model that MODEL names: see `ModelSource.resolve`, whose errors it raises.
 
         deferred  True if weights of a file are converted only when a part of them is read
+        config    configuration in addition to these options' own
         """
-        from treadle.resolving import resolve
-
         _, widen = self.precision()
-        reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "limits": self.limits}
+        reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         try:
-            return resolve(model, widen=widen, deferred=deferred, config=self.config, **reading)
+            return self.open(model).resolve(widen=widen, config={**self.config, **config}, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise
 
     def optimized(
         self,
-        model: Model | Graph | TorchModel | str | Path,
+        model: AnyModel,
         passes: Sequence[Pass] | None = None,
         *,
         deferred: bool = False,
@@ -412,3 +421,9 @@ def with_options(function: Callable[..., Any], entry: str) -> inspect.Signature:
     ]
     config = inspect.Parameter("config", inspect.Parameter.VAR_KEYWORD, annotation="Any")
     return signature.replace(parameters=[*own, *named, config])
+
+
+def describe_options(function: Callable[..., Any], entry: str) -> None:
+    """Give an entry function its full signature, and replace OPTIONS in its docstring by its options."""
+    function.__signature__ = with_options(function, entry)  # type: ignore[attr-defined]
+    function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("OPTIONS", documented(entry))

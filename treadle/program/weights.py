@@ -12,7 +12,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
-from treadle.resolving import Resolved
+from treadle.program.resolved import Resolved
 
 Array = np.ndarray[Any, Any]
 

@@ -12,6 +12,7 @@ from treadle.continuation import TextWriter
 from treadle.embedding import Embedded, SentenceEmbedder
 from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
+from treadle.program.options import CompileOptions
 from treadle.runtime.scheduler import Scheduler
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
@@ -132,11 +133,13 @@ class Opening:
             name, place = model.rstrip("/").rpartition("/")[2], model
         if not name:
             raise UsageError("a model needs a name to be served under", received=model, hint="NAME=MODEL")
+        chosen = CompileOptions.of("generate", options)
+        source = chosen.open(place)
         try:
-            writer = TextWriter.open(place, **options)
+            writer = TextWriter.open(source, **options)
         except TreadleError as writes_not:
             try:
-                embedder = SentenceEmbedder.open(place, **{n: v for n, v in options.items() if n != "cache"})
+                embedder = SentenceEmbedder.open(source, **chosen.but(cache=None).keywords())
             except TreadleError:
                 raise writes_not from None
             return ServedEmbedder(name, embedder, queue=self.queue)

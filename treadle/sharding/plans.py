@@ -7,10 +7,8 @@ of ranks pass through the rest of the pipeline.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from treadle.frontends.declarations import Model
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
@@ -24,10 +22,11 @@ from treadle.passes.sharding.recipes import shard
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.precision import computing_in
+from treadle.program.source import AnyModel
 
 
 def shard_model(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     mesh: Mesh | str,
     *,
     recipe: str | None = None,

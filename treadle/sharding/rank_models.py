@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from treadle.backends.registry import find_backend
 from treadle.backends.signature import Signature
 from treadle.backends.staged import build
 from treadle.backends.states import States
-from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import stored_bytes
 from treadle.ir.errors import PassError, RankError, UsageError
 from treadle.ir.graph import Graph
@@ -41,6 +39,7 @@ from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weight
 from treadle.runtime.distributed.communicator import Communicator
 from treadle.runtime.distributed.ranks import Ranks, refuse_other_mesh
@@ -117,7 +116,7 @@ class RankModel:
         return made if self.ranks.rank == 0 else None
 
 
-def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
+def compile_rank(model: AnyModel, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
     """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
 
     options  the options of `RankPart.of`
@@ -130,7 +129,7 @@ def compile_rank(model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ran
 
 
 def open_rank_stepped(
-    model: Model | Graph | str | Path, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
+    model: AnyModel, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
 ) -> SteppedModel:
     """Compile the step of generation for this rank: sessions hold caches of this rank's heads, and return whole logits.
 
@@ -162,7 +161,7 @@ class RankPart:
     @classmethod
     def of(
         cls,
-        model: Model | Graph | str | Path,
+        model: AnyModel,
         mesh: Mesh | str,
         ranks: Ranks,
         *,
@@ -182,8 +181,9 @@ class RankPart:
         on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
         """
         chosen = CompileOptions.of("rank", options)
-        ranks.doing(f"planning {model if isinstance(model, str | Path) else model.name}")
-        resolved, optimized = chosen.optimized(model, RECOGNITION, deferred=True)
+        source = chosen.open(model)
+        ranks.doing(f"planning {source}")
+        resolved, optimized = chosen.optimized(source, RECOGNITION, deferred=True)
         plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
@@ -195,7 +195,7 @@ class RankPart:
             plan = with_whole_outputs(plan)
             check_sharding(plan)
         refuse_other_mesh(plan, ranks.size)
-        held = chosen.weights if chosen.weights is not None else resolved.weights
+        held = chosen.arrays if chosen.arrays is not None else resolved.weights
         where, seed, backend = chosen.where, chosen.seed, chosen.backend
         facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
         facts |= {"computing": f"dtype {chosen.dtype}", "weights": _weights_text(held, seed)}
@@ -203,6 +203,7 @@ class RankPart:
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")
         own, loaded = load_part(plan, ranks.rank, held, seed)
+        source.check()  # the weights were read long after their files were opened
         ranks.doing("compiling")
         program = rank_graph(plan, ranks.rank)
         given = {name: own[name] for name in program.parameters}

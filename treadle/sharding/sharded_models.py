@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from treadle.artifact_writing import write_artifact
 from treadle.artifacts import ArtifactLimits, open_artifact
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
-from treadle.frontends.declarations import Model
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
@@ -29,6 +27,7 @@ from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
 from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
 from treadle.sharding.plans import plan_graph, rank_graph
 
@@ -72,7 +71,7 @@ class ShardedModel:
 
 
 def sharded(
-    model: Model | Graph | str | Path,
+    model: AnyModel,
     mesh: Mesh | str,
     *,
     recipe: str | None = None,
@@ -87,7 +86,7 @@ def sharded(
     chosen = CompileOptions.of("shard", options)
     resolved, optimized = chosen.optimized(model, RECOGNITION)
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
-    bound, drawn = weights_of(resolved, optimized.graph, chosen.weights, chosen.seed)
+    bound, drawn = weights_of(resolved, optimized.graph, chosen.arrays, chosen.seed)
     for name, value in optimized.graph.parameters.items():
         if np.shape(bound[name]) != value.type.storage_type.static_shape:
             raise UsageError(

@@ -1,6 +1,6 @@
 """Answer a question by a span of a text (Devlin et al. 2019, section 4.2).
 
-    reader = QuestionAnswerer.open(ModelOptions("folder"))
+    reader = QuestionAnswerer.open(Program("folder"))
     (best,) = reader.answer([("Where did Ada live?", "Ada lived in London.")])[0]
     best.text, best.start, best.end
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from treadle.frontends.text import EncodedText
 from treadle.ir.errors import UsageError
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import Head, OpenedModel
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
@@ -53,9 +53,9 @@ class QuestionAnswerer:
     opened: OpenedModel
 
     @classmethod
-    def open(cls, options: ModelOptions) -> QuestionAnswerer:
+    def open(cls, program: Program) -> QuestionAnswerer:
         """Open a model. Raises as `OpenedModel.open` does, and UsageError if the head does not have two outputs."""
-        opened = OpenedModel.open(options, HEAD)
+        opened = OpenedModel.open(program, HEAD)
         (logits,) = (port for port in opened.model.outputs if port.name == "logits")
         if logits.type.shape[-1].constant != 2:
             raise UsageError("an answer has a start and an end", received=f"a head of {logits.type.shape[-1]} labels")

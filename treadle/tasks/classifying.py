@@ -1,6 +1,6 @@
 """Classify texts, or pairs of texts, by a head over the whole text: sentiment, topic, entailment.
 
-classifier = TextClassifier.open(ModelOptions("folder")) classifier.classify(["I like it.", ("A man sleeps.", "A man is
+classifier = TextClassifier.open(Program("folder")) classifier.classify(["I like it.", ("A man sleeps.", "A man is
 awake.")])
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treadle.ir.errors import UsageError
+from treadle.program.program import Program
 from treadle.tasks.opening import Head, OpenedModel, read_labels
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
 Text = str | tuple[str, str]
@@ -53,9 +53,9 @@ class TextClassifier:
     labels: tuple[str, ...]
 
     @classmethod
-    def open(cls, options: ModelOptions) -> TextClassifier:
+    def open(cls, program: Program) -> TextClassifier:
         """Open a model. Raises as `OpenedModel.open` does."""
-        opened = OpenedModel.open(options, HEAD)
+        opened = OpenedModel.open(program, HEAD)
         return cls(opened, read_labels(opened.config))
 
     def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:

@@ -1,6 +1,6 @@
 """Fill masks: predict the tokens behind a text's masks.
 
-filler = MaskFiller.open(ModelOptions("folder")) filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
+filler = MaskFiller.open(Program("folder")) filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 from treadle.frontends.text import EncodedText
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import Head, OpenedModel
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
@@ -62,9 +62,9 @@ class MaskFiller:
     mask: str
 
     @classmethod
-    def open(cls, options: ModelOptions) -> MaskFiller:
+    def open(cls, program: Program) -> MaskFiller:
         """Open a model. Raises as `OpenedModel.open` does, and CheckpointError if the vocabulary has no mask token."""
-        opened = OpenedModel.open(options, HEAD, ["logits[:, asked]"])
+        opened = OpenedModel.open(program, HEAD, ["logits[:, asked]"])
         mask = opened.tokenizer.mask
         if mask is None:
             raise CheckpointError(

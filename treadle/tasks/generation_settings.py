@@ -2,7 +2,7 @@
 
 settings = GenerationSettings.read(folder, config)
 settings.start, settings.end, settings.rules, settings.beams, settings.most
-asked = FolderRules.read(folder)
+asked = FolderRules.read(ModelSource.open(folder))
 asked.rules, asked.end, asked.options, asked.file
 """
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
+from treadle.program.source import ModelSource
 from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 
@@ -54,10 +54,12 @@ class FolderRules:
     file: str = _FILE
 
     @classmethod
-    def read(cls, folder: Path) -> FolderRules:
-        """Read a folder's files. Raises CheckpointError if an option is invalid."""
-        place = ModelFolder.find(folder)
-        config = place.read_settings(_CONFIG) if place.has(_CONFIG) else {}
+    def read(cls, source: ModelSource) -> FolderRules:
+        """Read a folder's files, or the end tokens in a file. Raises CheckpointError if an option is invalid."""
+        if source.kind == "gguf":
+            return cls(end=source.end_tokens)
+        place = source.folder
+        config = place.config if place.has(_CONFIG) else {}
         read = _Reader.of(place, config)
         rules = replace(read.rules(), first=None)
         asked = [name for name in _RULES if replace(read.without(name).rules(), first=None) != rules]

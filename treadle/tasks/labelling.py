@@ -1,20 +1,20 @@
 """Label images: predict which of the model's labels an image file shows.
 
-labeller = ImageLabeller.open(ModelOptions("folder")) labeller.label(["cat.jpg"])[0][0].label
+labeller = ImageLabeller.open(Program("folder")) labeller.label(["cat.jpg"])[0][0].label
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.images import DEFAULTS, ImageReader
 from treadle.tasks.opening import Head, checked_folder, read_labels
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import Scored, best_first, label_scores
 
 HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
@@ -31,18 +31,18 @@ class ImageLabeller:
     model: Compiled
     images: ImageReader
     labels: tuple[str, ...]
-    config: dict[str, object]
+    config: Mapping[str, object]
 
     @classmethod
-    def open(cls, options: ModelOptions) -> ImageLabeller:
+    def open(cls, program: Program) -> ImageLabeller:
         """Open a model. Raises UsageError if the folder has no such head, CheckpointError for a damaged file, and as
         `compile`.
         """
-        place, config = checked_folder(options, HEAD)
+        place, config = checked_folder(program, HEAD)
         kind = image_kind(config)
         if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
-            options = options.but(config={"height": sides[0], "width": sides[1], **options.chosen.config})
-        made = options.compile()
+            program = program.but(config={"height": sides[0], "width": sides[1], **program.options.config})
+        made = program.compile()
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)
 
@@ -70,7 +70,7 @@ def image_sides(model: Compiled) -> tuple[int, int]:
     return height, width
 
 
-def image_kind(config: dict[str, object]) -> str:
+def image_kind(config: Mapping[str, object]) -> str:
     """Return the kind of model whose defaults apply to a folder's preprocessing."""
     kind = str(config.get("model_type"))
     return kind if kind in DEFAULTS else "vit"

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
+from treadle.program.program import Program
 from treadle.tasks.option_hints import with_option_hints
-from treadle.tasks.options import ModelOptions
 
 if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
@@ -39,6 +40,28 @@ if TYPE_CHECKING:
     from treadle.tasks.transcribing import Transcriber
 
 
+T = TypeVar("T")
+
+
+class _TaskModel(Generic[T]):
+    """The model of a task, an attribute that is compiled when it is first read, and kept.
+
+    kind  its class in `treadle.tasks`: "classifying.TextClassifier"
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: LoadedModel, owner: type) -> T:
+        module, _, kind = self.kind.rpartition(".")
+        opened: T = getattr(import_module(f"treadle.tasks.{module}"), kind).open(model.program)
+        model.__dict__[self.name] = opened
+        return opened
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """The model that MODEL names, and its compile options; see the module.
@@ -47,7 +70,7 @@ class LoadedModel:
     needs is missing or damaged, and the errors of `treadle.compile`.
     """
 
-    options: ModelOptions
+    program: Program
 
     # -- texts -------------------------------------------------------------------------------------------------
 
@@ -193,7 +216,7 @@ class LoadedModel:
         from treadle.chatting.conversation import Conversation
         from treadle.continuation import need_for_text
 
-        need_for_text(self.options.model, chat=True)
+        need_for_text(self.program.source, chat=True)
         return Conversation.open(self.writer, system=system)
 
     # -- sound -------------------------------------------------------------------------------------------------
@@ -225,85 +248,32 @@ class LoadedModel:
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 
-    @cached_property
-    def classifier(self) -> TextClassifier:
-        """The model of `treadle.tasks.classifying`."""
-        from treadle.tasks.classifying import TextClassifier
-
-        return TextClassifier.open(self.options)
-
-    @cached_property
-    def answerer(self) -> QuestionAnswerer:
-        """The model of `treadle.tasks.answering`."""
-        from treadle.tasks.answering import QuestionAnswerer
-
-        return QuestionAnswerer.open(self.options)
-
-    @cached_property
-    def tagger(self) -> TokenTagger:
-        """The model of `treadle.tasks.tagging`."""
-        from treadle.tasks.tagging import TokenTagger
-
-        return TokenTagger.open(self.options)
-
-    @cached_property
-    def filler(self) -> MaskFiller:
-        """The model of `treadle.tasks.filling`."""
-        from treadle.tasks.filling import MaskFiller
-
-        return MaskFiller.open(self.options)
-
-    @cached_property
-    def labeller(self) -> ImageLabeller:
-        """The model of `treadle.tasks.labelling`."""
-        from treadle.tasks.labelling import ImageLabeller
-
-        return ImageLabeller.open(self.options)
-
-    @cached_property
-    def matcher(self) -> ImageMatcher:
-        """The model of `treadle.tasks.matching`."""
-        from treadle.tasks.matching import ImageMatcher
-
-        return ImageMatcher.open(self.options)
-
-    @cached_property
-    def transcriber(self) -> Transcriber:
-        """The model of `treadle.tasks.transcribing`."""
-        from treadle.tasks.transcribing import Transcriber
-
-        return Transcriber.open(self.options)
-
-    @cached_property
-    def rewriter(self) -> TextRewriter:
-        """The model of `treadle.tasks.rewriting`."""
-        from treadle.tasks.rewriting import TextRewriter
-
-        return TextRewriter.open(self.options)
+    classifier: ClassVar[_TaskModel[TextClassifier]] = _TaskModel("classifying.TextClassifier")
+    answerer: ClassVar[_TaskModel[QuestionAnswerer]] = _TaskModel("answering.QuestionAnswerer")
+    tagger: ClassVar[_TaskModel[TokenTagger]] = _TaskModel("tagging.TokenTagger")
+    filler: ClassVar[_TaskModel[MaskFiller]] = _TaskModel("filling.MaskFiller")
+    labeller: ClassVar[_TaskModel[ImageLabeller]] = _TaskModel("labelling.ImageLabeller")
+    matcher: ClassVar[_TaskModel[ImageMatcher]] = _TaskModel("matching.ImageMatcher")
+    transcriber: ClassVar[_TaskModel[Transcriber]] = _TaskModel("transcribing.Transcriber")
+    rewriter: ClassVar[_TaskModel[TextRewriter]] = _TaskModel("rewriting.TextRewriter")
+    meter: ClassVar[_TaskModel[PerplexityMeter]] = _TaskModel("perplexity.PerplexityMeter")
 
     @cached_property
     def embedder(self) -> SentenceEmbedder:
         """The model of `treadle.embedding`."""
         from treadle.embedding import SentenceEmbedder
 
-        return SentenceEmbedder.open(self.options.model, **self.options.but(cache=None).keywords())
-
-    @cached_property
-    def meter(self) -> PerplexityMeter:
-        """The model of `treadle.tasks.perplexity`."""
-        from treadle.tasks.perplexity import PerplexityMeter
-
-        return PerplexityMeter.open(self.options)
+        return SentenceEmbedder.open(self.program.source, **self.program.options.but(cache=None).keywords())
 
     @cached_property
     def writer(self) -> TextWriter:
         """The model of `treadle.continuation`."""
         from treadle.continuation import TextWriter
 
-        return TextWriter.open(self.options.model, **self.options.keywords())
+        return TextWriter.open(self.program.source, **self.program.options.keywords())
 
     def __repr__(self) -> str:
-        return f"<model {self.options.model} for tasks, on {self.options.chosen.backend}>"
+        return f"<model {self.program.model} for tasks, on {self.program.backend}>"
 
 
 def _many(given: object) -> bool:

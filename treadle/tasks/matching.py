@@ -1,7 +1,7 @@
 """Match images and texts: the probability of each text given an image, among all texts (Radford et al. 2021) or by
 itself (Zhai et al. 2023).
 
-matcher = ImageMatcher.open(ModelOptions("folder")) matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a
+matcher = ImageMatcher.open(Program("folder")) matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a
 dog"])[0].best.label
 """
 
@@ -17,11 +17,11 @@ from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.images import ImageReader
 from treadle.tasks.labelling import image_sides
 from treadle.tasks.opening import Head, checked_folder, token_positions
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import Scored, best_first, softmax
 
 Array = np.ndarray[Any, Any]
@@ -66,19 +66,19 @@ class ImageMatcher:
     apart: bool = False
 
     @classmethod
-    def open(cls, options: ModelOptions) -> ImageMatcher:
+    def open(cls, program: Program) -> ImageMatcher:
         """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
         `compile`.
         """
-        place, config = checked_folder(options, HEAD)
+        place, config = checked_folder(program, HEAD)
         kind = str(config.get("model_type"))
-        made = options.compile(["lengths"])
+        made = program.compile(["lengths"])
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         context = token_positions(made)
         if kind != "siglip":
-            return cls(made, reader, TextTokenizer.open(place.path, context=context))
+            return cls(made, reader, program.source.tokenizer(context=context))
         length = min(_SIGLIP_TOKENS, context or _SIGLIP_TOKENS)
-        tokenizer = TextTokenizer.open(place.path, max_tokens=length, context=context)
+        tokenizer = program.source.tokenizer(max_tokens=length, context=context)
         padding = tokenizer.id_of(tokenizer.special_names.get("pad_token", "</s>"))
         if padding is None:
             raise CheckpointError(

@@ -15,13 +15,12 @@ import numpy.typing as npt
 
 from treadle.compiled import Compiled
 from treadle.files.shown_names import printable
-from treadle.frontends.huggingface import ModelFolder, open_checkpoint
+from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.registry import family_of
-from treadle.resolving import find_folder
+from treadle.program.program import Program
 from treadle.tasks.batching import batches_by_length
-from treadle.tasks.options import ModelOptions
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,7 +56,7 @@ class OpenedModel:
     tokenizer: TextTokenizer
 
     @classmethod
-    def open(cls, options: ModelOptions, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
+    def open(cls, program: Program, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
         """Compile the model of a folder, or a fetched one.
 
         outputs   the outputs to compute; `logits[:, asked]` at the positions that `run` gets. None: all
@@ -65,14 +64,14 @@ class OpenedModel:
         Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and as
         `compile` does.
         """
-        folder, config = checked_folder(options, head)
+        _, config = checked_folder(program, head)
         declared = family_of(config).read(config).model
         optional = {given.name for given in declared.declared_inputs if given.optional}
         inputs = ["lengths"]
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
-        made = options.compile(inputs, outputs)
-        return cls(made.name, config, made, TextTokenizer.open(folder.path, context=token_positions(made)))
+        made = program.compile(inputs, outputs)
+        return cls(made.name, config, made, program.source.tokenizer(context=token_positions(made)))
 
     def run(
         self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None
@@ -103,24 +102,25 @@ class OpenedModel:
                 yield number, out[row, : counts[row]] if out.ndim == 3 else out[row]
 
 
-def checked_folder(options: ModelOptions, head: Head) -> tuple[ModelFolder, dict[str, Any]]:
+def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[str, Any]]:
     """Return the folder that MODEL names, and its config.json. Raises UsageError if its class lacks the head."""
-    place = find_folder(options.model)
-    if not place.is_dir():
+    source = program.source
+    if not source.place.is_dir():
         raise UsageError(
-            f"to {head.does} needs a folder with config.json", received=place.name, hint=f"a class {_named(head)}"
+            f"to {head.does} needs a folder with config.json",
+            received=source.place.name,
+            hint=f"a class {_named(head)}",
         )
-    checkpoint = open_checkpoint(place, options.chosen.limits)
-    config = checkpoint.config
+    config = source.config
     named = config.get("architectures")
     classes = [str(name) for name in named] if isinstance(named, list) else []
     if not any(name.endswith(head.ends) for name in classes):
         raise UsageError(
-            f"{printable(str(options.model))} has no head to {head.does}",
+            f"{printable(source.label)} has no head to {head.does}",
             received=", ".join(map(printable, classes)) or "config.json names no class",
             hint=f"a folder of a class {_named(head)}",
         )
-    return checkpoint.folder, config
+    return source.folder, config
 
 
 def _named(head: Head) -> str:

@@ -1,6 +1,6 @@
 """Perplexity of a causal language model on a text, with and without quantization.
 
-    meter = PerplexityMeter.open(ModelOptions.of("smollm2", backend="tvm", quantize="int8"))
+    meter = PerplexityMeter.open(Program("smollm2", backend="tvm", quantize="int8"))
     found = meter.measure(meter.tokens(text))
     found.perplexity, found.beside.perplexity, found.beside.divergence
 
@@ -24,15 +24,15 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.continuation import need_for_text, text_tokenizer
+from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import UsageError
 from treadle.ir.types import i64
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import token_positions
-from treadle.tasks.options import ModelOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -84,17 +84,18 @@ class PerplexityMeter:
     beside: Compiled | None
 
     @classmethod
-    def open(cls, options: ModelOptions, *, alone: bool = False) -> PerplexityMeter:
+    def open(cls, program: Program, *, alone: bool = False) -> PerplexityMeter:
         """Compile a model. If it has a lower precision, compile the original precision, too, unless it is `alone`.
 
         Raises UsageError if it has no logits of causal tokens, and the errors of `treadle.compile` and of reading its
         tokenizer.
         """
-        need_for_text(options.model)
-        tokenizer = text_tokenizer(options.model, options.chosen.limits)
-        made = _causal(options.compile(), options.model)
-        fewer = options.chosen.quantize is not None or options.chosen.dtype is not None
-        other = options.but(quantize=None, dtype=None).compile() if fewer and not alone else None
+        source = program.source
+        need_for_text(source)
+        tokenizer = source.tokenizer(cut=False)
+        made = _causal(program.compile(), source.label)
+        fewer = program.options.quantize is not None or program.options.dtype is not None
+        other = program.but(quantize=None, dtype=None).compile() if fewer and not alone else None
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:

@@ -1,6 +1,6 @@
 """Rewrite texts with an encoder and a decoder: translate and summarize (T5, BART, Marian).
 
-    rewriter = TextRewriter.open(ModelOptions("folder"))
+    rewriter = TextRewriter.open(Program("folder"))
     rewriter.rewrite(["translate English to German: The house is small."])[0].text
 
 The folder determines how tokens are chosen (`treadle.tasks.generation_settings`), and config.json's
@@ -16,6 +16,7 @@ from typing import Any
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.program import Program
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import generate
 from treadle.stepped import SteppedModel
@@ -23,7 +24,6 @@ from treadle.tasks.batching import batches_by_length
 from treadle.tasks.classifying import Progress
 from treadle.tasks.generation_settings import GenerationSettings
 from treadle.tasks.opening import Head, checked_folder
-from treadle.tasks.options import ModelOptions
 
 HEAD = Head("rewrite texts", ("ForConditionalGeneration", "WithLMHeadModel", "MTModel"))
 _ROWS = 8
@@ -57,12 +57,12 @@ class TextRewriter:
     config: Mapping[str, Any]
 
     @classmethod
-    def open(cls, options: ModelOptions) -> TextRewriter:
+    def open(cls, program: Program) -> TextRewriter:
         """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
         `compile`.
         """
-        place, config = checked_folder(options, HEAD)
-        made = options.stepped()
+        place, config = checked_folder(program, HEAD)
+        made = program.stepped()
         if made.derived.prologue != ("tokens",):
             raise UsageError(
                 f"{made.name} does not rewrite texts",
@@ -71,7 +71,7 @@ class TextRewriter:
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
-        return cls(made, TextTokenizer.open(place.path, context=context), place, config)
+        return cls(made, program.source.tokenizer(context=context), place, config)
 
     def translate(
         self,

@@ -1,6 +1,6 @@
 """Tag tokens: predict a label for each token, such as the kind of a name, and join runs of them to spans of the text.
 
-    tagger = TokenTagger.open(ModelOptions("folder"))
+    tagger = TokenTagger.open(Program("folder"))
     for span in tagger.tag(["Ada Lovelace lived in London."])[0]:
         print(span.label, span.text, span.start, span.end)
 
@@ -18,9 +18,9 @@ import numpy as np
 
 from treadle.frontends.text import EncodedText
 from treadle.ir.errors import UsageError
+from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import Head, OpenedModel, read_labels
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
@@ -67,9 +67,9 @@ class TokenTagger:
     labels: tuple[str, ...]
 
     @classmethod
-    def open(cls, options: ModelOptions) -> TokenTagger:
+    def open(cls, program: Program) -> TokenTagger:
         """Open a model. Raises as `OpenedModel.open` does."""
-        opened = OpenedModel.open(options, HEAD)
+        opened = OpenedModel.open(program, HEAD)
         return cls(opened, read_labels(opened.config))
 
     def tag(

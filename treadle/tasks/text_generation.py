@@ -26,22 +26,22 @@ from treadle.tasks.generation_settings import FolderRules
 class TextGeneration:
     """A run, opened; either `pieces` or `searched` is called once.
 
-    asked     the prompts as given
+    texts     the prompts as given
     prompts   the same, in the chat template if the settings request it
     rules     the folder's token rules with the settings' values
     guess     the guesser of speculative decoding
-    written   the continuation of each prompt so far
+    continuations  the continuation of each prompt so far
     """
 
     settings: DecodingSettings
     options: CompileOptions
     writer: TextWriter
-    asked: Sequence[str]
+    texts: Sequence[str]
     prompts: Sequence[str]
     rules: FolderRules
     guess: Guess | None = None
     tally: SpeculationTally | None = None
-    written: list[Written] = field(default_factory=list)
+    continuations: list[Written] = field(default_factory=list)
     pace: Pace = field(default_factory=lambda: Pace())
 
     @classmethod
@@ -106,7 +106,7 @@ class TextGeneration:
 
     def _recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
-            self.written[piece.row].add(piece)
+            self.continuations[piece.row].add(piece)
             self.pace.count()
             yield piece
 
@@ -131,21 +131,21 @@ class TextGeneration:
         if self.tally is not None:
             found["speculation"] = _tally_facts(self.tally)
         with_logprobs = self.settings.logprobs is not None
-        return {**found, "texts": [each.facts(self.writer, with_logprobs) for each in self.written]}
+        return {**found, "texts": [each.facts(self.writer, with_logprobs) for each in self.continuations]}
 
     def searched_facts(self, searched: Sequence[Sequence[FoundText]]) -> dict[str, Any]:
         """Return the report of `searched`, for JSON."""
         search = self.settings.search
         assert search is not None
-        pairs = zip(self.asked, searched, strict=True)
+        pairs = zip(self.texts, searched, strict=True)
         texts = [{"prompt": prompt, "found": list(map(asdict, found))} for prompt, found in pairs]
         return {**self._facts(), "beams": asdict(search), "texts": texts}
 
     def reasons(self) -> list[str]:
         """Return why each text ended, the settings of the folder that apply, the speed, and accepted guesses."""
         lines = []
-        for number, each in enumerate(self.written, 1):
-            which = f"text {number}: " if len(self.written) > 1 else ""
+        for number, each in enumerate(self.continuations, 1):
+            which = f"text {number}: " if len(self.continuations) > 1 else ""
             lines.append(which + each.reason(self.writer))
         if self.rules.options:
             lines.append(str(self.rules))

@@ -1,6 +1,6 @@
 """Transcribe the speech in a recording by Whisper.
 
-    transcriber = Transcriber.open(ModelOptions.of("whisper-tiny", backend="torch"))
+    transcriber = Transcriber.open(Program("whisper-tiny", backend="torch"))
     transcriber.transcribe("talk.wav").text
 
 A recording of more than 30 s is read in pieces. Each piece ends at the quietest moment of its last 5 s, so that no word
@@ -18,18 +18,16 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
-from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.resolving import find_folder
+from treadle.program.program import Program
 from treadle.runtime.generation import generate
 from treadle.runtime.token_rules import TokenRules
 from treadle.stepped import SteppedModel
 from treadle.tasks.classifying import Progress
 from treadle.tasks.generation_settings import GenerationSettings
 from treadle.tasks.opening import Head, checked_folder
-from treadle.tasks.options import ModelOptions
 from treadle.tasks.sound import read_sound
 from treadle.tasks.spectrogram import HOP, RATE, log_mel
 
@@ -83,23 +81,23 @@ class Transcriber:
     languages: Mapping[str, int]
 
     @classmethod
-    def open(cls, options: ModelOptions) -> Transcriber:
+    def open(cls, program: Program) -> Transcriber:
         """Open a model. Raises UsageError if MODEL is not a speech model, CheckpointError for a damaged file, and as
         `compile`.
         """
-        folder = find_folder(options.model)
-        if folder.is_dir() and find_ctranslate2(folder, options.chosen.limits) is not None:
-            place = ModelFolder.find(folder)
+        source = program.source
+        if source.kind == "ctranslate2":
+            place = source.folder
             rules = _converted_rules(place)
         else:
-            place, config = checked_folder(options, HEAD)
+            place, config = checked_folder(program, HEAD)
             found = GenerationSettings.read(place, config).rules
             rules = TokenRules(banned=found.banned, banned_first=found.banned_first)
-        made = options.stepped()
+        made = program.stepped()
         if made.derived.prologue != ("mel",):
             raise UsageError(f"{made.name} does not transcribe speech", hint="a Whisper folder")
         positions = made.derived.graph.parameters["encoder.positions.weight"].type.shape[0].constant
-        tokenizer = TextTokenizer.open(place.path, cut=False)
+        tokenizer = source.tokenizer(cut=False)
         if positions is None:
             raise CheckpointError("the model does not state the length of its recordings", within=place.shown)
         vocabulary = made.derived.graph.parameters["decoder.tokens.weight"].type.shape[0].constant or 0
@@ -199,7 +197,7 @@ def _converted_rules(place: ModelFolder) -> TokenRules:
     """Return rules for tokens that are forbidden, always or at the begin, from the config.json next to CTranslate2's
     model.bin.
     """
-    said = place.read_settings("config.json")
+    said = place.config
     found: dict[str, Any] = {}
     for name, theirs in (("banned", "suppress_ids"), ("banned_first", "suppress_ids_begin")):
         ids = said.get(theirs, [])

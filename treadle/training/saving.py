@@ -24,19 +24,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import replacing
 from treadle.frontends.binding import Source, alternatives, bind
-from treadle.frontends.ctranslate2_file import find_ctranslate2
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
-from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
-from treadle.resolving import Resolved
+from treadle.program.resolved import Resolved
+from treadle.program.source import ModelSource
 from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights
 
 Array = npt.NDArray[Any]
@@ -86,22 +85,11 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     folder is the model's own, is not a folder, cannot be written or is not empty, and CheckpointError as
     `open_checkpoint` does.
     """
-    if resolved.folder is None:
+    if resolved.source.kind in ("graph", "declaration"):
         config = {} if resolved.model is None else resolved.model.config
         return WeightsSaver(_checked_target(target, replace), resolved.name, config)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
-    return FolderSaver.open(resolved.folder, shapes, target, replace=replace)
-
-
-def save_folder(
-    source: PathLike, weights: Mapping[str, Array], target: PathLike, *, replace: bool = False
-) -> SavedModel:
-    """Write a folder like `source`, with these weights by parameter name.
-
-    Raises as `saver_for` does, and `Saver.save`.
-    """
-    shapes = {name: np.shape(array) for name, array in weights.items()}
-    return FolderSaver.open(source, shapes, target, replace=replace).save(weights)
+    return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
 
 @dataclass(frozen=True)
@@ -121,8 +109,8 @@ class WeightsSaver:
         path = self.target / WEIGHTS
         write_weights(path, weights)
         given = "".join(f", {name}={value!r}" for name, value in self.config.items())
-        made = f"treadle.compile({self.model!r}, weights=read_weights({os.fspath(path)!r}){given})"
-        return SavedModel(self.target, (path,), f"{made}, of treadle.training.weight_files")
+        made = f"treadle.compile({self.model!r}, weights={os.fspath(self.target)!r}{given})"
+        return SavedModel(self.target, (path,), made)
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,9 @@ class FolderSaver:
 
     @classmethod
     def open(
-        cls, source: PathLike, parameters: Mapping[str, Shape], target: PathLike, *, replace: bool = False
+        cls, source: ModelSource, parameters: Mapping[str, Shape], target: PathLike, *, replace: bool = False
     ) -> FolderSaver:
-        """Find the tensors of these parameters of a model in `source`. Raises as `saver_for` does."""
+        """Find the tensors of these parameters of an opened model. Raises as `saver_for` does."""
         checkpoint = _opened(source)
         family = family_of(checkpoint.config)
         table = family.read(checkpoint.config).table
@@ -184,7 +172,7 @@ class FolderSaver:
         write_tensors(written[0], self._tensors(weights), self._metadata())
         for name in self.settings:  # config.json last: without it the folder is not a model
             written.append(self.target / name)
-            _write(written[-1], read_regular(place.file(name), _FILE_BYTES, place.show(name)))
+            _write(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
 
@@ -220,23 +208,20 @@ class FolderSaver:
 
     def _metadata(self) -> dict[str, str]:
         """Return the metadata of the checkpoint's first file; other libraries expect the format in it."""
-        first = self.checkpoint.folder
-        file = SafetensorsFile.open(first.file(self.checkpoint.files[0]), self.checkpoint.limits)
-        return {"format": "pt", **file.metadata}
+        return {"format": "pt", **self.checkpoint.metadata}
 
 
-def _opened(source: PathLike) -> Checkpoint:
-    """Open the checkpoint of a folder. Raises UsageError for a model in another form."""
-    path = Path(source)
-    converted = path.is_dir() and find_ctranslate2(path) is not None
-    if converted or path.is_file():
+def _opened(source: ModelSource) -> Checkpoint:
+    """Return the checkpoint of a folder. Raises UsageError for a model in another form."""
+    path, converted = source.place, source.kind == "ctranslate2"
+    if source.kind != "safetensors":
         raise UsageError(
             "trained weights can only be saved in the layout of a folder with config.json and model.safetensors",
             received="a folder in CTranslate2's layout" if converted else path.name,
             within=shown_path(path.parent if path.is_file() else path),
             hint="the folder from which it was converted",
         )
-    return open_checkpoint(path)
+    return open_checkpoint(source.folder)
 
 
 def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treadle.continuation import need_for_text, text_tokenizer
+from treadle.continuation import need_for_text
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -25,7 +25,8 @@ from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
-from treadle.resolving import Resolved, find_folder, resolve
+from treadle.program.resolved import Resolved
+from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.documents import read_documents
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
@@ -95,19 +96,21 @@ class TextData:
                 "the held-out fraction of blocks must be 0 or more and below 1", received=f"{holdout:g}", hint="0.05"
             )
         graphs = [resolved.graph]
-        if teacher is not None:
-            graphs.append(resolve(teacher, widen=("bf16", "f16"), deferred=True).graph)
+        other = None if tokenizer is None else ModelSource.open(tokenizer)
+        taught_by = None if teacher is None else ModelSource.open(teacher)
+        if taught_by is not None:
+            graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
         length = _checked_length(graphs, length)
         _check_model(model, resolved.graph, objective)
-        opened = _tokenizer(model, resolved, tokenizer)
-        if teacher is not None and text_tokenizer(teacher).vocabulary() != opened.vocabulary():
+        opened = _tokenizer(model, resolved, other)
+        if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
             raise UsageError(
                 "a teacher must have the same vocabulary as the model that it teaches",
-                received=f"the vocabulary of {printable(teacher)} differs",
+                received=f"the vocabulary of {printable(taught_by.label)} differs",
             )
         asked = _objective(objective, opened, seed)
         documents = read_documents(files)
-        end = _end_of_text(tokenizer or model, opened) if objective == NEXT_TOKEN else None
+        end = _end_of_text(other or resolved.source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
         _check_vocabulary(
             resolved, opened, max(int(blocks.max()), asked.vocab - 1 if isinstance(asked, MaskedToken) else 0)
@@ -168,12 +171,12 @@ def _check_model(model: str, graph: Graph, objective: str) -> None:
         )
 
 
-def _tokenizer(model: str, resolved: Resolved, other: str | None) -> TextTokenizer:
+def _tokenizer(model: str, resolved: Resolved, other: ModelSource | None) -> TextTokenizer:
     """Return the tokenizer of a model, or of another one. Raises UsageError for a model without a folder and no other
     one.
     """
     need_packages(f"training {printable(model)} on texts", "tokenizers")
-    if other is None and resolved.folder is None:
+    if other is None and resolved.source.path is None:
         raise UsageError(
             f"{printable(model)} has no folder, and so no tokenizer",
             hint=Hint(
@@ -181,8 +184,9 @@ def _tokenizer(model: str, resolved: Resolved, other: str | None) -> TextTokeniz
                 "--tokenizer FOLDER, of a model with the intended vocabulary",
             ),
         )
-    need_for_text(other or model)
-    return text_tokenizer(other or model)
+    source = other or resolved.source
+    need_for_text(source)
+    return source.tokenizer(cut=False)
 
 
 def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
@@ -203,12 +207,11 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
     return MaskedToken(mask, len(tokenizer.vocabulary()), tuple(sorted(special)), seed)
 
 
-def _end_of_text(model: str, tokenizer: TextTokenizer) -> int | None:
+def _end_of_text(source: ModelSource, tokenizer: TextTokenizer) -> int | None:
     """Return the token that ends a text, from the folder's files; None if they do not name one."""
     named = tokenizer.special_names.get("eos_token")
     found = None if named is None else tokenizer.id_of(named)
-    place = find_folder(model)
-    return next(iter(FolderRules.read(place).end), None) if found is None and place.is_dir() else found
+    return next(iter(FolderRules.read(source).end), None) if found is None else found
 
 
 def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
-from treadle.resolving import BLOCKS, Resolved
+from treadle.program.resolved import Resolved
+from treadle.program.source import BLOCKS
 from treadle.training.run_report import RunReport, line_text
 from treadle.training.run_settings import changed_settings, collect_settings
 from treadle.training.saving import Saver, saver_for
@@ -103,7 +104,7 @@ class TextTraining:
 
         settings = self.settings
         self.trainer = Trainer(
-            self.model,
+            self.resolved.source,
             loss="cross-entropy",
             learning_rate=settings.schedule_of_rates(),
             optimizer=settings.optimizer_of_weights(),
@@ -127,7 +128,7 @@ class TextTraining:
             self.changed,
             settings.teacher is not None,
             self.options.config,
-            self.resolved.folder,
+            self.resolved.source.path,
         )
         if self.trainer.steps >= settings.steps:
             raise UsageError(

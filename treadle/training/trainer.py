@@ -27,8 +27,6 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile_model
 from treadle.explaining.memory import MemoryReport, explain_memory
 from treadle.files.contained_files import PathLike
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
@@ -49,8 +47,9 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT, RECOGNITION
 from treadle.program.options import CompileOptions, with_options
 from treadle.program.precision import computing_in
+from treadle.program.resolved import Resolved
+from treadle.program.source import BLOCKS, AnyModel
 from treadle.program.weights import weights_of
-from treadle.resolving import BLOCKS, Resolved
 from treadle.runtime.training.optimizers import AdamW, Optimizer, update_graph
 from treadle.runtime.training.schedules import Schedule, schedule_of
 from treadle.training.interrupts import deferring_signals
@@ -99,7 +98,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Model | Graph | TorchModel | str | Path,
+        model: AnyModel,
         *,
         loss: str = "cross-entropy",
         optimizer: Optimizer = AdamW(),  # noqa: B008  # it is frozen
@@ -170,7 +169,7 @@ class Trainer:
         if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
             self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=gradient_checkpointing)
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
-        held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.weights, asked.seed)
+        held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
         passes, _ = computing_in(asked.dtype, DEFAULT, (), computed=True)
         self._options = CompileOptions(backend=backend, target=where, passes=passes)

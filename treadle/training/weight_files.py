@@ -21,7 +21,6 @@ import numpy as np
 
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
-from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.ir.errors import UsageError
 from treadle.ir.types import dtype_of
 
@@ -71,21 +70,12 @@ def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mappin
 
 
 def write_weights(path: Path, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
-    """Write weights by parameter name, as `read_weights` reads them. Raises UsageError as `write_tensors` does."""
+    """Write weights by parameter name, for `compile(..., weights=path)`. Raises UsageError as `write_tensors` does."""
     tensors = [
         WrittenTensor(name, str(dtype_of(array)), array.shape, array.nbytes, partial(_little, array))
         for name, array in weights.items()
     ]
     write_tensors(path, tensors, {"format": "pt"} if metadata is None else metadata)
-
-
-def read_weights(path: str | Path) -> dict[str, Array]:
-    """Return the weights in a file that training wrote for a model without a folder, for `treadle.compile`.
-
-    Raises CheckpointError if the file is missing or damaged.
-    """
-    file = SafetensorsFile.open(path)
-    return {name: file.array(name) for name in file}
 
 
 def _little(array: Array) -> Array:

@@ -11,12 +11,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import Top, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("answer")
 def answer_questions(
-    options: ModelOptions,
+    program: Program,
     question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.", show_default=False)],
     texts: Annotated[
         list[str] | None,
@@ -36,17 +36,15 @@ def answer_questions(
     given = (
         list(texts)
         if texts and file is None
-        else ["\n".join(read_sentences(texts or [], file, f"answer {options.model}"))]
+        else ["\n".join(read_sentences(texts or [], file, f"answer {program.model}"))]
     )
-    with working(f"compiling {options.model}", shown=not as_json):
-        answerer = QuestionAnswerer.open(options)
+    with working(f"compiling {program.model}", shown=not as_json):
+        answerer = QuestionAnswerer.open(program)
     with counting("reading", len(given), shown=not as_json) as progress:
         found = answerer.answer([(question, text) for text in given], top=top, longest=longest, progress=progress)
     if as_json:
         records = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json(
-            {"model": answerer.opened.name, "backend": options.chosen.backend, "question": question, "texts": records}
-        )
+        print_json({"model": answerer.opened.name, "backend": program.backend, "question": question, "texts": records})
         return
     for each in found:
         for answer in each:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from treadle.cli.application import command
-from treadle.cli.options import AsJson, Chosen, ModelName
+from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.ir.errors import UsageError
 
 if TYPE_CHECKING:
     from treadle.runtime.beams import Beams
-    from treadle.tasks.options import ModelOptions
     from treadle.tasks.scoring import Scored
 
 File = Annotated[
@@ -47,36 +46,30 @@ LengthPenalty = Annotated[float, typer.Option(metavar="X", help="With --beams: v
 def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the task command of this name.
 
-    The command has MODEL and the compile options, which the function gets as one argument, `options`. The function's
+    The command has MODEL and the compile options, which the function gets as one argument, `program`. The function's
     other parameters come between MODEL and these, except `as_json`, which comes last.
 
     takes  the entry function whose options the command has
     """
 
     def made(function: Callable[..., None]) -> Callable[..., None]:
-        def asked(model: ModelName, *, chosen: Chosen, as_json: AsJson = False, **given: Any) -> None:
-            function(options=model_options(model, takes, chosen), as_json=as_json, **given)
+        def asked(model: ModelName, *, keywords: OptionKeywords, as_json: AsJson = False, **given: Any) -> None:
+            from treadle.program.program import Program
 
-        model, chosen, as_json, _ = inspect.signature(asked).parameters.values()
+            function(program=Program.of(model, takes, **keywords), as_json=as_json, **given)
+
+        model, keywords, as_json, _ = inspect.signature(asked).parameters.values()
         own = [
             p.replace(annotation=eval(p.annotation, function.__globals__))
             for p in inspect.signature(function).parameters.values()
-            if p.name not in ("options", "as_json")
+            if p.name not in ("program", "as_json")
         ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, chosen, as_json)]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (model, *own, keywords, as_json)]
         asked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         asked.__doc__, asked.__name__ = function.__doc__, function.__name__
         return command(name, takes=[takes])(asked)
 
     return made
-
-
-def model_options(model: str, entry: str, chosen: Mapping[str, Any]) -> ModelOptions:
-    """Return a command's options in the form in which a task opens its model."""
-    from treadle.program.options import CompileOptions
-    from treadle.tasks.options import ModelOptions
-
-    return ModelOptions(model, CompileOptions.of(entry, chosen))
 
 
 def beams_of(count: int | None, length_penalty: float) -> Beams | None:

@@ -12,14 +12,14 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 _NEW, _BYE = "/new", "/bye"
 
 
 @task_command("chat", takes="generate")
 def talk_with_model(
-    options: ModelOptions,
+    program: Program,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     most: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of a reply.", min=1)
@@ -62,9 +62,9 @@ def talk_with_model(
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
     FolderRules().but(repetition_penalty=repetition_penalty)  # a wrong value is refused before compiling
-    need_for_text(options.model, chat=True)
-    with working(f"compiling {options.model}", shown=not as_json):
-        writer = LoadedModel(options).writer
+    need_for_text(program.model, chat=True)
+    with working(f"compiling {program.model}", shown=not as_json):
+        writer = LoadedModel(program).writer
         talk = Conversation.open(writer, system=system, capacity=context)
     asked = writer.asked.but(repetition_penalty=repetition_penalty)
     if asked.options and not as_json:
@@ -79,7 +79,7 @@ def talk_with_model(
         if not as_json:
             print(flush=True)
     if as_json:
-        facts = {"model": writer.model.name, "backend": options.chosen.backend, "from_folder": asked.as_dict()}
+        facts = {"model": writer.model.name, "backend": program.backend, "from_folder": asked.as_dict()}
         print_json({**facts, "messages": list(map(dict, talk.messages))})
 
 

@@ -10,12 +10,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import File, Top, scored_facts, scored_text, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("classify")
 def classify_texts(
-    options: ModelOptions,
+    program: Program,
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="TEXTS", help="Texts to classify. By default the lines of --file or of standard input."),
@@ -35,12 +35,12 @@ def classify_texts(
     from treadle.progress import counting, working
     from treadle.tasks.classifying import Text, TextClassifier
 
-    given = read_sentences(texts or [], file, f"classify {options.model}")
+    given = read_sentences(texts or [], file, f"classify {program.model}")
     if pair and len(pair) != len(given):
         raise UsageError(f"{len(pair)} second texts for {len(given)} texts", hint="--pair for each text")
     asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]
-    with working(f"compiling {options.model}", shown=not as_json):
-        classifier = TextClassifier.open(options)
+    with working(f"compiling {program.model}", shown=not as_json):
+        classifier = TextClassifier.open(program)
     with counting("classifying", len(asked), shown=not as_json) as progress:
         found = classifier.classify(asked, progress=progress)
     if as_json:
@@ -54,7 +54,7 @@ def classify_texts(
             }
             for number, each in enumerate(given)
         ]
-        print_json({"model": classifier.opened.name, "backend": options.chosen.backend, "texts": records})
+        print_json({"model": classifier.opened.name, "backend": program.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

@@ -11,12 +11,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import File, Top, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("fill")
 def fill_masks(
-    options: ModelOptions,
+    program: Program,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -38,9 +38,9 @@ def fill_masks(
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
 
-    given = read_sentences(texts or [], file, f"fill {options.model}")
-    with working(f"compiling {options.model}", shown=not as_json):
-        filler = MaskFiller.open(options)
+    given = read_sentences(texts or [], file, f"fill {program.model}")
+    with working(f"compiling {program.model}", shown=not as_json):
+        filler = MaskFiller.open(program)
     with counting("filling", len(given), shown=not as_json) as progress:
         found = filler.fill(given, top=top, among=among or None, progress=progress)
     if as_json:
@@ -48,9 +48,7 @@ def fill_masks(
             {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
             for text, each in zip(given, found, strict=True)
         ]
-        print_json(
-            {"model": filler.opened.name, "backend": options.chosen.backend, "mask": filler.mask, "texts": records}
-        )
+        print_json({"model": filler.opened.name, "backend": program.backend, "mask": filler.mask, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -10,12 +10,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import scored_facts, scored_text, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("match")
 def match_images(
-    options: ModelOptions,
+    program: Program,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES", help="Image files.", show_default=False)],
     texts: Annotated[
         list[str], typer.Option("--text", metavar="TEXT", help="Candidate text. Repeatable.", show_default=False)
@@ -27,8 +27,8 @@ def match_images(
     from treadle.progress import counting, working
     from treadle.tasks.matching import ImageMatcher
 
-    with working(f"compiling {options.model}", shown=not as_json):
-        matcher = ImageMatcher.open(options)
+    with working(f"compiling {program.model}", shown=not as_json):
+        matcher = ImageMatcher.open(program)
     with counting("matching", len(images), shown=not as_json) as progress:
         found = matcher.match(images, texts, progress=progress)
     if as_json:
@@ -36,7 +36,7 @@ def match_images(
             {"image": path, "texts": scored_facts(each.scores), "similarities": list(each.similarities)}
             for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": matcher.model.name, "backend": options.chosen.backend, "texts": texts, "images": records})
+        print_json({"model": matcher.model.name, "backend": program.backend, "texts": texts, "images": records})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each.scores)}")

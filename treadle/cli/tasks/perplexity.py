@@ -11,13 +11,13 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
     from treadle.tasks.perplexity import Perplexity
 
 
 @task_command("perplexity")
 def measure_text(
-    options: ModelOptions,
+    program: Program,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Text file; - is standard input.", show_default=False)],
     window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of tokens in a window.")] = 512,
     most: Annotated[
@@ -42,14 +42,14 @@ def measure_text(
     from treadle.tasks.perplexity import PerplexityMeter, windows
 
     text = read_text(file)
-    with working(f"compiling {options.model}", shown=not as_json):
-        meter = PerplexityMeter.open(options, alone=alone)
+    with working(f"compiling {program.model}", shown=not as_json):
+        meter = PerplexityMeter.open(program, alone=alone)
     ids = meter.tokens(text, most)
     total = len(list(windows(len(ids), window)))
     with counting("reading", total, shown=not as_json) as progress:
         found = meter.measure(ids, window=window, progress=progress)
     if as_json:
-        print_json({"model": meter.model.name, "backend": options.chosen.backend, "window": window, **asdict(found)})
+        print_json({"model": meter.model.name, "backend": program.backend, "window": window, **asdict(found)})
         return
     for line in perplexity_lines(found, window):
         print(line)

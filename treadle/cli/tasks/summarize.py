@@ -11,12 +11,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import BeamCount, File, LengthPenalty, Most, beams_of, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("summarize")
 def summarize_texts(
-    options: ModelOptions,
+    program: Program,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -35,15 +35,15 @@ def summarize_texts(
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 
-    given = read_sentences(texts or [], file, f"summarize {options.model}")
+    given = read_sentences(texts or [], file, f"summarize {program.model}")
     search = beams_of(beams, length_penalty)
-    with working(f"compiling {options.model}", shown=not as_json):
-        rewriter = TextRewriter.open(options)
+    with working(f"compiling {program.model}", shown=not as_json):
+        rewriter = TextRewriter.open(program)
     with counting("summarizing", len(given), shown=not as_json) as progress:
         found = rewriter.summarize(given, most=most, beams=search, progress=progress)
     if as_json:
         records = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": options.chosen.backend, "texts": records})
+        print_json({"model": rewriter.model.name, "backend": program.backend, "texts": records})
         return
     for each in found:
         print(each.text)

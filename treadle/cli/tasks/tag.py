@@ -11,12 +11,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import File, task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("tag")
 def tag_texts(
-    options: ModelOptions,
+    program: Program,
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="TEXTS", help="Texts to tag. By default the lines of --file or of standard input."),
@@ -34,14 +34,14 @@ def tag_texts(
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger
 
-    given = read_sentences(texts or [], file, f"tag {options.model}")
-    with working(f"compiling {options.model}", shown=not as_json):
-        tagger = TokenTagger.open(options)
+    given = read_sentences(texts or [], file, f"tag {program.model}")
+    with working(f"compiling {program.model}", shown=not as_json):
+        tagger = TokenTagger.open(program)
     with counting("tagging", len(given), shown=not as_json) as progress:
         found = tagger.tag(given, grouping=grouping, progress=progress)
     if as_json:
         records = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": tagger.opened.name, "backend": options.chosen.backend, "texts": records})
+        print_json({"model": tagger.opened.name, "backend": program.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -11,12 +11,12 @@ from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
-    from treadle.tasks.options import ModelOptions
+    from treadle.program.program import Program
 
 
 @task_command("transcribe")
 def transcribe_recordings(
-    options: ModelOptions,
+    program: Program,
     recordings: Annotated[list[str], typer.Argument(metavar="FILES", help="WAV files.", show_default=False)],
     language: Annotated[
         str | None,
@@ -31,8 +31,8 @@ def transcribe_recordings(
     from treadle.progress import counting, working
     from treadle.tasks.transcribing import Transcriber
 
-    with working(f"compiling {options.model}", shown=not as_json):
-        transcriber = Transcriber.open(options)
+    with working(f"compiling {program.model}", shown=not as_json):
+        transcriber = Transcriber.open(program)
     found = []
     with counting("transcribing", len(recordings), shown=not as_json) as progress:
         for path in recordings:
@@ -43,7 +43,7 @@ def transcribe_recordings(
             {"recording": path, "text": each.text, "passages": list(map(asdict, each.passages))}
             for path, each in zip(recordings, found, strict=True)
         ]
-        print_json({"model": transcriber.model.name, "backend": options.chosen.backend, "recordings": records})
+        print_json({"model": transcriber.model.name, "backend": program.backend, "recordings": records})
         return
     for each in found:
         print(each.text)

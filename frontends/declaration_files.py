@@ -1,0 +1,43 @@
+"""A declaration in a user's Python file, which is imported: `file.py:function`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from treadle.frontends.declarations import Model
+from treadle.ir.errors import FrontendError, TreadleError, UsageError
+from treadle.ir.source_lines import raising_line
+
+
+def load_declaration(path: Path, function: str) -> Model:
+    """Import a user's file and return a model that it declares.
+
+    Raises UsageError if there is no such file or model, FrontendError if the file cannot be imported.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+    name = f"treadle_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except TreadleError:
+        raise
+    except SyntaxError as error:
+        at = f"{Path(error.filename or path).name}:{error.lineno}"
+        raise FrontendError(f"{path.name} is not Python: {error.msg}", source=at) from error
+    except Exception as error:
+        at = str(raising_line(error) or path.name)
+        raise FrontendError(f"{path.name} cannot be imported: {type(error).__name__}: {error}", source=at) from error
+    models = {n: v for n, v in vars(module).items() if isinstance(v, Model)}
+    if function not in models:
+        raise UsageError(
+            f"{path.name} declares no model {function!r}",
+            hint="one of " + ", ".join(models) if models else "decorate it with @t.model",
+        )
+    return models[function]

@@ -1,0 +1,145 @@
+"""A model as each form of checkpoint holds it: its configured declaration, graph, and tensors of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, bind
+from treadle.frontends.ctranslate2_file import CTranslate2File
+from treadle.frontends.declarations import Model
+from treadle.frontends.deferred_arrays import DeferredArray
+from treadle.frontends.gguf_file import GGUFFile
+from treadle.frontends.huggingface import Checkpoint
+from treadle.ir.graph import Graph
+from treadle.ir.transforms.chosen_outputs import choose_outputs
+from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.widening import widen_graph
+from treadle.ir.types import DType
+from treadle.models.family import Family, ReadConfig
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The choices of a caller that apply when a checkpoint is read.
+
+    inputs       optional inputs of the declaration to include
+    config       configuration that overrides the declaration's or the checkpoint's
+    keep_blocks  True if weights that a GGUF file stores in blocks stay in blocks
+    deferred     True if weights are converted only when a part of them is read
+    """
+
+    inputs: Sequence[str] | None
+    config: Mapping[str, Any]
+    keep_blocks: bool
+    deferred: bool
+
+
+@dataclass(frozen=True)
+class ReadModel:
+    """A traced model with its weights.
+
+    weights  None if there is no checkpoint: weights get initial values
+    unused   tensors of the checkpoint that the model does not use
+    unread   keys of config.json that the family does not know (`ReadConfig.unread`)
+    blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
+    learned  the weights that training changes by default; None: all
+    """
+
+    name: str
+    graph: Graph
+    model: Model | None = None
+    weights: Mapping[str, Array] | None = None
+    unused: tuple[str, ...] = ()
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    padding: Mapping[str, int] = field(default_factory=dict)
+    learned: tuple[str, ...] | None = None
+
+    def giving(self, outputs: Sequence[str] | None) -> ReadModel:
+        """Return the model with these outputs only; None: all."""
+        return self if outputs is None else replace(self, graph=choose_outputs(self.graph, outputs))
+
+    def widened(self, narrow: frozenset[DType]) -> ReadModel:
+        """Return the model with values of narrow dtypes, including weights, in f32."""
+        if not narrow:
+            return self
+        held = {name for name, value in self.graph.parameters.items() if value.type.dtype in narrow}
+        weights = self.weights
+        if weights is not None and held:
+            weights = {name: _as_f32(array) if name in held else array for name, array in weights.items()}
+        return replace(self, graph=widen_graph(self.graph, narrow), weights=weights)
+
+
+def read_declaration(name: str, model: Model, weights: Checkpoint | None, reading: Reading) -> ReadModel:
+    """Trace a declaration. The tensors of its weights, if there are any, have the parameters' names.
+
+    Raises UsageError for an unknown option, CheckpointError for a tensor that is missing or does not fit.
+    """
+    declared = model.configure(inputs=reading.inputs, **reading.config)
+    if weights is None:
+        return ReadModel(name, declared.graph(), declared)
+    graph, binding = _bound(declared, {}, weights, reading)
+    return ReadModel(name, graph, declared, binding.arrays, binding.unused)
+
+
+def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, reading: Reading) -> ReadModel:
+    """Read a folder with safetensors; `read` is its configuration. Raises as `read_declaration` does."""
+    declared = read.model.configure(inputs=reading.inputs, **reading.config)
+    graph, binding = _bound(declared, read.table, checkpoint, reading, family.prefixes)
+    learned = tuple(name for name in graph.parameters if name not in family.buffers)
+    padding = family.padding(checkpoint.config)
+    return ReadModel(
+        family.name, graph, declared, binding.arrays, binding.unused, {}, read.unread, padding=padding, learned=learned
+    )
+
+
+def read_ctranslate2(file: CTranslate2File, reading: Reading) -> ReadModel:
+    """Read a folder in CTranslate2's layout. Raises as `read_declaration` does, and CheckpointError for a model that is
+    not supported.
+    """
+    from treadle.models.whisper import ctranslate2_table, from_ctranslate2  # the only family that uses it so far
+
+    model = from_ctranslate2(file)
+    declared = model.configure(inputs=reading.inputs, **reading.config)
+    table = ctranslate2_table(model.config["dim"])
+    graph, binding = _bound(declared, table, file, replace(reading, deferred=False))
+    unused = tuple(name for name in binding.unused if file.record(name).shape)  # one without dimensions is an option
+    return ReadModel(declared.name, graph, declared, binding.arrays, unused)
+
+
+def read_gguf_weights(file: GGUFFile, model: Model, table: Table, reading: Reading) -> ReadModel:
+    """Read a GGUF file, whose configuration is `model`. Raises as `read_declaration` does."""
+    declared = model.configure(inputs=reading.inputs, **reading.config)
+    graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
+    graph = encode_parameters(graph, binding.encodings)
+    blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
+    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
+    return ReadModel(declared.name, graph, declared, binding.arrays, unused, blocks)
+
+
+def _bound(
+    declared: Model,
+    table: Table,
+    store: TensorStore,
+    reading: Reading,
+    prefixes: Sequence[str] = ("",),
+    blocks: BlockStore | None = None,
+) -> tuple[Graph, Binding]:
+    """Return a declaration's graph, and the tensors of its parameters."""
+    graph = declared.graph()
+    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
+    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=reading.deferred)
+
+
+def _as_f32(array: Any) -> Any:
+    """Return a weight in float32; bf16 weights are float32 already."""
+    if isinstance(array, DeferredArray):
+        return array.then(lambda part: np.asarray(part, np.float32), np.dtype(np.float32))
+    return np.asarray(array, np.float32)

@@ -1,0 +1,70 @@
+"""Find the file or the folder that MODEL names."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from pathlib import Path
+
+from treadle.fetch import fetched_model
+from treadle.ir.errors import Hint, UsageError
+from treadle.models.registry import family_names
+from treadle.wheels.pinned_models import PINNED
+
+GGUF_SUFFIX = ".gguf"
+ONNX_SUFFIX = ".onnx"
+
+
+def is_fetched(name: str) -> bool:
+    """Return True if MODEL is the name of a model to fetch, not a path."""
+    return name in PINNED and not Path(name).exists()
+
+
+def find_place(name: str) -> Path:
+    """Return the folder or file of a checkpoint: a path, or a fetched model's name. Raises UsageError if there is
+    none.
+    """
+    if Path(name).exists():
+        if name.endswith(".py"):
+            raise UsageError(
+                "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
+            )
+        if name.endswith(".treadle"):
+            hint = Hint(f"treadle.load_artifact({name!r})", f"treadle run {name}")
+            raise UsageError("an artifact is compiled already", received=name, hint=hint)
+        return Path(name)
+    if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ".treadle"):
+        raise UsageError(f"there is no file {name}")
+    if name not in PINNED:
+        known = [*family_names(), *PINNED]
+        near = difflib.get_close_matches(name, known, n=1)
+        raise UsageError(
+            f"there is no model {name!r}",
+            hint=(f"{near[0]}? " if near else "")
+            + f"file.py:function, a folder with config.json and model.safetensors, or one of {', '.join(known)}",
+        )
+    folder = fetched_model(name)
+    if folder is None:
+        raise UsageError(
+            f"{name} has not been fetched yet", hint=Hint(f"t.fetch_model({name!r})", f"treadle fetch {name}")
+        )
+    if not folder.is_dir() and folder.suffix not in (GGUF_SUFFIX, ONNX_SUFFIX):
+        raise UsageError(
+            f"{name} is in a format that Treadle cannot read", received=folder.name, within=str(folder.parent)
+        )
+    return folder
+
+
+def refuse_object(model: object) -> UsageError:
+    """Return the error for an object that is not a model: another library's object, or an undecorated function."""
+    torch, onnx = (sys.modules.get(name) for name in ("torch", "onnx"))
+    hint = "decorate the function with @t.model" if inspect.isfunction(model) else None
+    if torch is not None and isinstance(model, torch.nn.Module):
+        hint = (
+            "t.compile(t.from_torch(module, example_inputs)), where example_inputs is a tuple of the arguments of its "
+            "forward, such as (tokens,)"
+        )
+    if onnx is not None and isinstance(model, onnx.ModelProto):
+        hint = 'onnx.save(model, "model.onnx"), and t.compile("model.onnx")'
+    return UsageError("a model must be a declaration, a graph, a name or a path", received=f"{model!r}"[:80], hint=hint)
