@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingChoices:
     """The choices of a caller that apply when a checkpoint is read.
 
     inputs       optional inputs of the declaration to include
@@ -77,7 +77,7 @@ class ReadModel:
         return replace(self, graph=widen_graph(self.graph, narrow), weights=weights)
 
 
-def read_declaration(name: str, model: Model, weights: Checkpoint | None, reading: Reading) -> ReadModel:
+def read_declaration(name: str, model: Model, weights: Checkpoint | None, reading: ReadingChoices) -> ReadModel:
     """Trace a declaration. The tensors of its weights, if there are any, have the parameters' names.
 
     Raises UsageError for an unknown option, CheckpointError for a tensor that is missing or does not fit.
@@ -89,7 +89,7 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, readin
     return ReadModel(name, graph, declared, binding.arrays, binding.unused)
 
 
-def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, reading: Reading) -> ReadModel:
+def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, reading: ReadingChoices) -> ReadModel:
     """Read a folder with safetensors; `read` is its configuration. Raises as `read_declaration` does."""
     declared = read.model.configure(inputs=reading.inputs, **reading.config)
     graph, binding = _bound(declared, read.table, checkpoint, reading, family.prefixes)
@@ -100,7 +100,7 @@ def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, re
     )
 
 
-def read_ctranslate2(file: CTranslate2File, reading: Reading) -> ReadModel:
+def read_ctranslate2(file: CTranslate2File, reading: ReadingChoices) -> ReadModel:
     """Read a folder in CTranslate2's layout. Raises as `read_declaration` does, and CheckpointError for a model that is
     not supported.
     """
@@ -114,7 +114,7 @@ def read_ctranslate2(file: CTranslate2File, reading: Reading) -> ReadModel:
     return ReadModel(declared.name, graph, declared, binding.arrays, unused)
 
 
-def read_gguf_weights(file: GGUFFile, model: Model, table: Table, reading: Reading) -> ReadModel:
+def read_gguf_weights(file: GGUFFile, model: Model, table: Table, reading: ReadingChoices) -> ReadModel:
     """Read a GGUF file, whose configuration is `model`. Raises as `read_declaration` does."""
     declared = model.configure(inputs=reading.inputs, **reading.config)
     graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
@@ -128,7 +128,7 @@ def _bound(
     declared: Model,
     table: Table,
     store: TensorStore,
-    reading: Reading,
+    reading: ReadingChoices,
     prefixes: Sequence[str] = ("",),
     blocks: BlockStore | None = None,
 ) -> tuple[Graph, Binding]:

@@ -5,6 +5,9 @@ fully masked rows.
 
 A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. If autograd
 returns NaN, any finite number and NaN are right; `unknown` lists these places.
+
+Some ONNX files have another gradient than their function: they hold float32 numbers, they are also the files of another
+function, or they compute something else. Then autograd differentiates the file's function.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +25,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import treadle
+from tests.numeric_gradients import gradients
 from tests.torch_modules import Rule, leaves
 from treadle.frontends.onnx_import.importer import import_onnx
-from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
-from treadle.ir.interpreter import interpret
-from treadle.ir.transforms.differentiate import backward
-from treadle.ir.transforms.inline import inline_calls
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
 
@@ -64,14 +64,16 @@ class EdgeCase:
 
     rule     the function, of one tensor for each array; it returns a tensor or several
     at       arrays: floats are differentiated, others only read
-    to_onnx  True if its ONNX file has the same meaning at ties as the function
     within   tolerance in float64, relative to each number or to 1
+    file     the function of its ONNX file, if that has another gradient
+    why      the difference: the content of the file
     """
 
     rule: Callable[..., Any]
     at: tuple[Array, ...]
-    to_onnx: bool = True
     within: float = 1e-9
+    file: Callable[..., Any] | None = None
+    why: str = ""
 
 
 def _drawn(*shape: int, seed: int = 0) -> Array:
@@ -81,10 +83,10 @@ def _drawn(*shape: int, seed: int = 0) -> Array:
 CASES: dict[str, EdgeCase] = {}
 
 
-def _each(rules: Mapping[str, Callable[..., Any]], *at: Array, to_onnx: bool = True) -> None:
+def _each(rules: Mapping[str, Callable[..., Any]], *at: Array) -> None:
     for name, rule in rules.items():
         assert name not in CASES, name
-        CASES[name] = EdgeCase(rule, at, to_onnx)
+        CASES[name] = EdgeCase(rule, at)
 
 
 _each(
@@ -117,7 +119,10 @@ _each(
         "remainder": lambda x: torch.remainder(x, 4.5),
         "detached": lambda x: x * x.detach() + torch.sigmoid(x).detach(),
         "softmin of one": lambda x: F.softmin(x[:, None], -1) + x[:, None],
-        "clamp": lambda x: (x.clamp(-0.5, 3), x.clamp(min=0), x.clamp(max=6), x.clamp(-3, 3), x.clamp_min(1)),
+        "clamp, inside": lambda x: x.clamp(-3, 3),
+        "clamp, min": lambda x: x.clamp(min=0),
+        "clamp, max": lambda x: x.clamp(max=6),
+        "clamp_min": lambda x: x.clamp_min(1),
         "clamp, between": lambda x: x.clamp(-0.5, 3.0),
         "clamp, tensors": lambda x: (
             x.clamp(-x.abs() / 2, x.abs() / 2),
@@ -133,9 +138,8 @@ _each(
         "hardtanh, wide": lambda x: F.hardtanh(x, -3, 6),
     },
     POINTS,
-    to_onnx=False,  # also the form of clamp, which passes the gradient at its bounds
 )
-CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), to_onnx=False, within=1e-7)  # PyTorch has 1/6 in float32
+CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), within=1e-7)  # PyTorch has 1/6 in float32
 _each(
     {
         **{name: getattr(torch, name) for name in ("log", "sqrt", "rsqrt", "reciprocal", "log1p")},
@@ -218,15 +222,6 @@ _each(
     },
     ROWS,
 )
-_NO_ONNX = (
-    *("extremes with places", "softmax by max"),  # also the form of amax, which shares
-    *("clamp, both", "margin ranking"),  # Max and Min are also the form of torch.maximum, which shares
-    *("clamp", "clamp, tensors"),  # the exporter writes files that lack values
-    "detached",  # which the exporter drops
-    *("logsigmoid", "bce with logits", "logaddexp", "sinc"),  # written as formulas that overflow or are 0/0
-)
-for _name in _NO_ONNX:
-    CASES[_name] = replace(CASES[_name], to_onnx=False)
 _each(
     {
         "softmax, empty rows": lambda x: torch.softmax(x, 1),
@@ -244,7 +239,7 @@ def _attended(scores: Any, v: Any) -> Any:
     return torch.softmax(scores, -1) @ v
 
 
-_LOWEST = {"lowest": None, "-1e9": -1e9, "-1e4": -1e4, "-inf": -INF}
+_LOWEST = {"lowest": None, "lowest of f32": float(np.finfo(np.float32).min), "-1e9": -1e9, "-1e4": -1e4, "-inf": -INF}
 
 
 def _masked(how: str, lowest: float | None) -> Callable[..., Any]:
@@ -295,6 +290,86 @@ _each(
 )
 
 
+def _float32(number: float) -> float:
+    return float(np.float32(number))
+
+
+def _selu(x: Any) -> Any:
+    alpha, gamma = _float32(1.6732632), _float32(1.050701)
+    return gamma * torch.where(x > 0, x, alpha * torch.expm1(x.clamp(max=0)))
+
+
+def _cosine(x: Any, y: Any) -> Any:
+    return F.cosine_similarity(x, y, eps=_float32(1e-8))
+
+
+def _between(x: Any, low: Any, high: Any) -> Any:
+    return torch.minimum(torch.maximum(x, low), high)
+
+
+def _added(q: Any, k: Any, v: Any, kept: Any, lowest: float) -> Any:
+    return _attended(q @ k.mT / 3**0.5 + torch.where(kept, 0.0, torch.tensor(lowest, dtype=q.dtype)), v)
+
+
+def _lowest(x: Any) -> float:
+    with np.errstate(over="ignore"):
+        return _float32(torch.finfo(x.dtype).min)
+
+
+_TINY = {"eps": _float32(1e-12)}
+_FILES: dict[str, dict[str, Callable[..., Any]]] = {
+    "float32 numbers": {
+        "selu": _selu,
+        "hardswish": lambda x: x * torch.where((x > -3) & (x < 3), x * _float32(1 / 6) + 0.5, (x >= 3).to(x.dtype)),
+        "sinc": lambda x: torch.sinc(x * (_float32(np.pi) / np.pi)),
+        "lerp": lambda x, y: torch.lerp(x, y, _float32(0.3)),
+        "normalize": lambda x: (F.normalize(x, **_TINY), F.normalize(x, dim=0, **_TINY), F.normalize(x, 1.0, **_TINY)),
+        "cosine": lambda x: _cosine(x[:3], x[3:]),
+        "cosine with zeros": lambda x: _cosine(x, x[:1]),
+        "layer_norm": lambda x: F.layer_norm(x, (6,), eps=_float32(1e-5)),
+        "rms_norm": lambda x: F.rms_norm(x, (6,), eps=_float32(1e-6)),
+        "group_norm": lambda x: F.group_norm(x, 2, eps=_float32(1e-5)),
+        "instance_norm": lambda x: F.instance_norm(x[None], eps=_float32(1e-5)),
+    },
+    "Clip, as for clamp, which passes the gradient at its bounds": {
+        "relu6": lambda x: x.clamp(0, 6),
+        "hardtanh": lambda x: x.clamp(-1, 1),
+        "hardtanh, wide": lambda x: x.clamp(-3, 6),
+    },
+    "Max and Min, as for torch.maximum, which shares the gradient of equal numbers": {
+        "clamp, tensors": lambda x: (
+            _between(x, -x.abs() / 2, x.abs() / 2),
+            _between(x, x, x),
+            _between(x, x.abs(), -x.abs()),
+        ),
+        "clamp, both": lambda x, y: (torch.maximum(x, y), torch.minimum(x, y), _between(x, y, y + 1)),
+    },
+    "ReduceMax, as for amax, which shares the gradient of equal numbers": {
+        "extremes with places": lambda x: (x.amax(1), x.amin(0), x.amax(0, keepdim=True)),
+    },
+    "exponentials, which overflow in float32": {
+        "logaddexp": lambda x, y: torch.log(torch.exp(x) + torch.exp(y)),
+    },
+    "no detach": {"detached": lambda x: x * x + torch.sigmoid(x)},
+    "the lowest number added for a boolean mask, so an empty row is the mean of the values, not 0": {
+        "sdpa, masked": lambda q, k, v, kept: _added(q, k, v, kept, torch.finfo(q.dtype).min)
+    },
+    "a plain softmax, in which an empty row is NaN, not 0": {
+        "sdpa, added -inf": lambda q, k, v, kept: _added(q, k, v, kept, -INF)
+    },
+    "-inf in place of float64's lowest number, so an empty row is NaN": {
+        "sdpa, added": lambda q, k, v, kept: _added(q, k, v, kept, _lowest(q)),
+        **{
+            f"attention, {how} lowest": lambda q, k, v, kept, how=how: _masked(how, _lowest(q))(q, k, v, kept)
+            for how in ("filled", "where", "added", "added by a product")
+        },
+    },
+}
+for _why, _rules in _FILES.items():
+    for _name, _rule in _rules.items():
+        CASES[_name] = replace(CASES[_name], file=_rule, why=_why)
+
+
 def judged(
     case: EdgeCase,
     *,
@@ -307,7 +382,7 @@ def judged(
     """Return the errors of a case's gradients: one line for each array with a wrong gradient.
 
     recognized  after the passes that a trainer runs before it differentiates; else the graph as imported
-    onnx        through a file of torch's exporter, whose numbers are float32
+    onnx        through a file of torch's exporter
     certify     with certificates of these passes
     unknown     gets a line for each array in whose gradient autograd has NaN
     """
@@ -316,30 +391,31 @@ def judged(
     if recognized:
         graph = PassManager(RECOGNITION, certify=certify, differentiated=True).run(graph).graph
     floats = [i for i, a in enumerate(case.at) if a.dtype != bool]
+    given = {n: x.detach().numpy() for n, x in zip(names, held, strict=True) if n is not None}
+    rule = case.file if onnx and case.file else case.rule
     for i in floats:
         held[i].requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the others lose the logarithm of a sum next to a mask of -1e30
-        outputs = [y for y in leaves(case.rule(*held)) if y.dtype.is_floating_point]
+        outputs = [y for y in leaves(rule(*held)) if y.dtype.is_floating_point]
     seeds = [_drawn(*y.shape, seed=n).astype(y.detach().numpy().dtype) for n, y in enumerate(outputs)]
     kept = [(y, s) for y, s in zip(outputs, seeds, strict=True) if y.requires_grad]
     if kept:
         torch.autograd.backward([y for y, _ in kept], [torch.tensor(s) for _, s in kept])
-    given = {n: x.detach().numpy() for n, x in zip(names, held, strict=True) if n is not None}
     with np.errstate(all="ignore"):
-        found = gradients(graph, given, weights, seeds)
+        found = gradients(graph, given, weights, seeds, float64=onnx and float64)
     wrong = []
     for i in floats:
         x = held[i]
         wanted = np.zeros_like(case.at[i]) if x.grad is None else x.grad.numpy()
         got = found.get(names[i] or "", np.zeros_like(wanted))
-        bad = ~near(got, wanted, 1e-4 if not float64 else 1e-7 if onnx else case.within)
+        bad = ~near(got, wanted, 1e-4 if not float64 else case.within)
         if unknown is not None and np.isnan(wanted).any():
             rest = got[np.isnan(wanted)]
             unknown.append(f"operand {i}: {int(np.isnan(wanted).sum())} NaN, of ours {int(np.isnan(rest).sum())}")
         if bad.any():
             at = [tuple(map(int, place)) for place in np.argwhere(bad)[:3]]
-            report = [f"at {float(case.at[i][p]):g}: {float(got[p]):.9g}, autograd {float(wanted[p]):.9g}" for p in at]
-            wrong.append(f"operand {i}: {int(bad.sum())} of {bad.size} differ; " + "; ".join(report))
+            places = [f"at {float(case.at[i][p]):g}: {float(got[p]):.9g}, autograd {float(wanted[p]):.9g}" for p in at]
+            wrong.append(f"operand {i}: {int(bad.sum())} of {bad.size} differ; " + "; ".join(places))
     return wrong
 
 
@@ -368,23 +444,3 @@ def _imported(rule: Callable[..., Any], held: list[Any], onnx: bool) -> Imported
     names = [x.name for x in program.model.graph.inputs]
     found = import_onnx(program.model_proto)
     return found.graph, found.weights, names
-
-
-def gradients(
-    graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array], seeds: Sequence[Array]
-) -> dict[str, Array]:
-    """Return the gradients of the sum of seeds times float outputs by the float inputs."""
-    b = Builder(inline_calls(graph))
-    main, nodes = b.graph.main, list(b.graph.main.nodes)
-    outputs = [v for v in main.outputs.values() if v.type.dtype.is_float]
-    given: dict[Any, Any] = {}
-    for value, array in zip(outputs, seeds, strict=True):
-        seed = b.constant(array.astype(value.type.dtype.numpy))
-        given[value] = given[value] + seed if value in given else seed
-    counting = {v for v in main.inputs if v.type.dtype.is_float}
-    for node in nodes:
-        if not counting.isdisjoint(node.inputs):
-            counting.update(v for v in node.results if v.type.dtype.is_float)
-    found = backward(b, nodes, given, counting=counting)
-    main.outputs = {v.name: found[v].value for v in main.inputs if v in found}
-    return interpret(b.graph, inputs, weights)

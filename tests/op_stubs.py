@@ -55,13 +55,13 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.graph import Graph
+from treadle.files.contained_files import PathLike
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.training.optimizers import Optimizer
 from treadle.runtime.training.schedules import Schedule
+from treadle.tasks.loaded import LoadedModel
 from treadle.training.trainer import Trainer as _Trainer
 
 Array = np.ndarray[Any, Any]
@@ -92,6 +92,7 @@ def stubs() -> dict[str, str]:
 
 def _entry_functions() -> str:
     from treadle.entry_functions import compile
+    from treadle.loading import load
     from treadle.training.trainer import Trainer
 
     trainer = inspect.signature(Trainer.__init__)
@@ -100,11 +101,8 @@ def _entry_functions() -> str:
     made = _spelled(
         "__init__", trainer.replace(parameters=own), indent="    ", doc=inspect.getdoc(Trainer.__init__) or ""
     )
-    return (
-        ENTRIES
-        + _spelled("compile", inspect.signature(compile), doc=compile.__doc__ or "")
-        + f"\nclass Trainer(_Trainer):\n{made}"
-    )
+    functions = [_spelled(f.__name__, inspect.signature(f), doc=f.__doc__ or "") for f in (compile, load)]
+    return ENTRIES + "\n".join(functions) + f"\nclass Trainer(_Trainer):\n{made}"
 
 
 def _ops() -> list[type[Op]]:

@@ -110,7 +110,7 @@ USES: dict[str, Callable[[Path], object]] = {
     "generate quantized": lambda place: words(place, quantize="int8-weights"),
     "chat tasks": two_tasks,
     "perplexity": perplexity,
-    "serve": lambda place: Opening("numpy", t.Target("cpu"), rows=1, capacity=8).open(str(place)),
+    "serve": lambda place: Opening(rows=1, capacity=8).open(str(place)),
     "train": train,
 }
 
@@ -152,7 +152,7 @@ def test_an_encoder_opens_each_file_once(use: str, bert: Path) -> None:
     uses: dict[str, Callable[[], object]] = {
         "classify": lambda: t.load(embedded).classify("the cat"),
         "embed": lambda: SentenceEmbedder.open(embedded).embed(["the cat"]),
-        "serve": lambda: Opening("numpy", t.Target("cpu")).open(str(embedded)),
+        "serve": lambda: Opening().open(str(embedded)),
     }
     with opened_in(embedded) as counts:
         uses[use]()

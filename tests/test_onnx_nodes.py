@@ -20,13 +20,15 @@ from onnx.reference import ReferenceEvaluator
 
 from tests.fuzz.onnx_nodes.cases import attributes, cases, drawn
 from tests.fuzz.onnx_nodes.drawing import DRAWN
-from tests.fuzz.onnx_nodes.judging import outcome
+from tests.fuzz.onnx_nodes.judging import gradient_outcome, outcome
+from tests.numeric_gradients import gradients
 from tests.onnx_models import Array, answers, assert_as_runtime, model, prepared, same_as_runtime
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
 from treadle.frontends.onnx_import.importer import import_onnx
 from treadle.frontends.onnx_import.operators import OPERATORS, Made, OnnxSite
 from treadle.frontends.onnx_import.specification import schema_of
 from treadle.ir.errors import FrontendError, Hint, TreadleError
+from treadle.ir.interpreter import interpret
 
 RNG = np.random.default_rng(0)
 
@@ -97,6 +99,45 @@ def test_drawn_nodes_give_what_onnx_runtime_gives(backend: str, count: int) -> N
         assert found.verdict != "wrong", f"{case}\n{found.why}"
         verdicts[found.verdict] += 1
     assert verdicts["same"] > 0.9 * count
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_gradients_of_drawn_nodes_equal_difference_quotients(edges: bool) -> None:
+    judged: Counter[str] = Counter()
+    for name, seed in itertools.product(DRAWN, range(2)):
+        case = drawn(name, seed)
+        found = gradient_outcome(case, seed, edges=edges)
+        assert found.verdict != "wrong", f"{case}\n{found.why}"
+        judged[found.verdict] += 1
+    assert judged["same"] > 100, judged
+
+
+EPS = float(np.float32(1e-5))
+
+
+@pytest.mark.parametrize(
+    ("body", "x", "wanted"),
+    [
+        ("y = GlobalLpPool<p = 3>(x)", [0, 0], [0, 0]),
+        ("y = LpPool<p = 3, kernel_shape = [2]>(x)", [0, 0], [0, 0]),
+        ("s = ReduceSumSquare<keepdims = 0>(x) y = Sqrt(s)", [0, 0], [0, 0]),
+        ("c = CastLike(one, x) y = Max(x, c)", [1, 2], [1, 1]),
+        ("c = CastLike(one, x) y = Min(c, x)", [1, 2], [1, 0]),
+        ("s = Sigmoid(x) y = Log(s)", [-800, 0], [1, 0.5]),
+        ("p = Softmax(x) n = IsNaN(p) z = CastLike(zero, x) y = Where(n, z, p)", [-np.inf, -np.inf], [0, 0]),
+        ("z = CastLike(zero, x) e = Equal(x, z) r = Sin(x) q = Div(r, x) y = Where(e, z, q)", [0, 0], [0, 0]),
+        ("y = Selu(x)", [1, 2], [np.float32(1.050701)] * 2),
+        ("g = CastLike(weight, x) y = LayerNormalization(x, g)", [0, 0], [-0.5 * EPS**-0.5, 0.5 * EPS**-0.5]),
+    ],
+)
+def test_the_gradient_of_a_node_at_an_edge(body: str, x: list[float], wanted: list[float]) -> None:
+    numbers = {"one": "float = 1.0", "zero": "float = 0.0", "weight": "floats = [1.0, 2.0]"}
+    constants = " ".join(f"{name} = Constant<value_{held}>()" for name, held in numbers.items())
+    graph, weights, _ = import_onnx(model("(double[1,1,2] x) => (double y)", f"{constants} {body}", opset=22))
+    inputs = {"x": np.array(x, np.float64).reshape(1, 1, 2)}
+    seeds = [np.ones(y.shape) for y in interpret(graph, inputs, weights).values()]
+    found = gradients(graph, inputs, weights, seeds)["x"].reshape(-1)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
 
 
 def test_a_wrong_number_and_a_crash_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

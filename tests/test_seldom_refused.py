@@ -84,7 +84,7 @@ from treadle.passes.framework.rewriting import SiteRewrite
 from treadle.program import places
 from treadle.program.given_texts import read_sentences
 from treadle.program.program import Program
-from treadle.program.source import ModelSource, _Onnx
+from treadle.program.source import _Onnx
 from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
@@ -249,7 +249,7 @@ def begun(session: Any) -> None:
     session.verify(row, [3, 4])
 
 
-quiet: Any = SimpleNamespace(doing=lambda activity: None)
+quiet: Any = SimpleNamespace(doing=lambda told: None)
 """A rank that reports its activity to no other."""
 
 opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(mask=None))
@@ -287,11 +287,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "an import": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py:f"), FrontendError, "m.py cannot be imported"),
     "a step without weights": (lambda _: open_stepped("gpt2"), UsageError, "gpt2 has no weights"),
     "an option of artifacts": (lambda p: load(p, memory=5), UsageError, "load does not take memory"),
-    "an option of models": (
-        lambda p: load(bare(p, ("m.treadle",)) / "m.treadle", dtype="bf16"),
-        UsageError,
-        "an artifact is one compiled function",
-    ),
+    "an artifact for tasks": (lambda p: load(bare(p, ("m.treadle",)) / "m.treadle"), UsageError, "an artifact is one"),
+    "a graph for tasks": (lambda p: load(bare(p, ("m.onnx",)) / "m.onnx"), UsageError, "a model for tasks is"),
     "generate": (lambda _: DecodingSettings(beams=2, draft="m", seed=1), UsageError, "a beam search does not"),
     "arrays and a file": (lambda p: write_npy(bare(p, ("f",)) / "f", {}), UsageError, "the arrays cannot be written"),
     "a file alone": (lambda p: resolve(f"{bare(p, ('m.py',))}/m.py"), UsageError, "a model in a Python file is named"),
@@ -547,21 +544,19 @@ def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("backend", "asks", "expected"),
+    ("backend", "asks", "told"),
     [
         (nobody, explain_layouts, "backend odd has no passes of its own to explain"),
         (Plain(), explain_storage, "backend odd does not plan storage"),
         (Plain(), explain_memory, "backend odd does not plan storage"),
     ],
 )
-def test_a_backend_that_cannot_is_named(
-    backend: Any, asks: Any, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (layouts, memory):
         monkeypatch.setattr(module, "find_backend", lambda name: backend)
     with pytest.raises(TreadleError) as caught:
         asks("gpt2", backend="odd", **SMALL)
-    assert caught.value.what == expected
+    assert caught.value.what == told
     assert caught.value.hint == "numpy, torch or tvm"
 
 
@@ -573,7 +568,7 @@ NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, the cod
 
 @pytest.mark.parametrize("package", NEEDED)
 def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, asks, expected = NEEDED[package]
+    module, asks, told = NEEDED[package]
     monkeypatch.setattr("treadle.cli.serve.find_spec", lambda name: None if name == package else name)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises((TreadleError, SystemExit)) as caught:
@@ -581,7 +576,7 @@ def test_a_package_that_is_not_there_is_named(package: str, monkeypatch: pytest.
     error: Any = caught.value
     while not isinstance(error, TreadleError):
         error = error.__context__
-    assert error.what == expected
+    assert error.what == told
     assert "pip install 'treadle[" in str(error.hint)
 
 
@@ -625,11 +620,9 @@ def test_a_model_that_is_no_whisper(
     (tmp_path / "config.json").write_text("{}")
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
-    options: Any = SimpleNamespace(
-        source=ModelSource.open(tmp_path), stepped=lambda: SimpleNamespace(name="m", derived=derived)
-    )
+    source = SimpleNamespace(kind="folder", tokenizer=lambda cut: nobody)
+    options: Any = SimpleNamespace(source=source, stepped=lambda: SimpleNamespace(name="m", derived=derived))
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
-    monkeypatch.setattr(TextTokenizer, "open", lambda *_, **__: nobody)
     with pytest.raises((UsageError, CheckpointError)) as caught:
         transcribing.Transcriber.open(options)
     assert caught.value.what == what

@@ -47,12 +47,12 @@ if TYPE_CHECKING:
     from treadle.compiled import Compiled as Compiled
     from treadle.entry_functions import Trainer as Trainer
     from treadle.entry_functions import compile as compile
+    from treadle.entry_functions import load as load
     from treadle.fetch import fetch_model as fetch_model
     from treadle.frontends.torch_export.importer import from_torch as from_torch
     from treadle.ir.analysis.following import follow as follow
     from treadle.ir.graph import Graph as Graph
     from treadle.ir.target import Target as Target
-    from treadle.loading import load as load
     from treadle.program.source import ModelSource as ModelSource
     from treadle.runtime.beams import Beams as Beams
     from treadle.runtime.sampling import Sampling as Sampling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from treadle.compiling import compile_model
@@ -38,9 +39,10 @@ def compile(model: AnyModel, **options: Any) -> Compiled:
 describe_options(compile, "compile")
 
 
-def __getattr__(name: str) -> Any:
-    if name != "Trainer":
-        raise AttributeError(name)
-    from treadle.training.trainer import Trainer
+_ELSEWHERE = {"Trainer": "treadle.training.trainer", "load": "treadle.loading"}
 
-    return Trainer
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(name)
+    return getattr(import_module(_ELSEWHERE[name]), name)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
-from treadle.frontends.declarations import Model
-from treadle.frontends.torch_export.model import TorchModel
-from treadle.ir.graph import Graph
+from treadle.files.contained_files import PathLike
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
+from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.training.optimizers import Optimizer
 from treadle.runtime.training.schedules import Schedule
+from treadle.tasks.loaded import LoadedModel
 from treadle.training.trainer import Trainer as _Trainer
 
 Array = np.ndarray[Any, Any]
@@ -87,6 +87,47 @@ def compile(
     for a damaged file or one that does not fit, PassError if a pass fails, BackendError for a backend that is not
     available or rejects the graph, or if no plan fits `memory`. All are TreadleError, as are errors in a model's own
     lines (GraphError, RuleError, SizeError).
+    """
+
+def load(
+    model: PathLike | ModelSource,
+    *,
+    widen: str | Iterable[str] = (),
+    limits: Mapping[str, int] | None = None,
+    passes: Sequence[Pass] | str | None = None,
+    without: Sequence[str] = (),
+    certify: bool | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    cache: str | None = None,
+    **config: Any,
+) -> LoadedModel:
+    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
+    answers, translates, ...
+
+    widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
+              GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
+              (docs/quantization.md)
+    limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
+              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
+    certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
+    dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
+              (docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared
+    quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
+              bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
+              quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
+              (docs/quantization.md). None: as stored
+    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    target    what to compile for: "cpu", or `Target("cpu", threads=4)`
+    cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
+              computes
+
+    A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
+    an option of artifacts.
     """
 
 class Trainer(_Trainer):

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from treadle.backends.python.emission import Program
+from treadle.backends.python.emission import EmittedProgram
 from treadle.backends.python.workspace import Workspace
 from treadle.ir.errors import BackendError
 from treadle.ir.storage.views import Storage, StorageKind, View
@@ -49,7 +49,11 @@ class PythonArena:
     """
 
     def __init__(
-        self, plan: StoragePlan, program: Program, arrays: ArenaArrays, poison: Callable[[Any], None] | None = None
+        self,
+        plan: StoragePlan,
+        program: EmittedProgram,
+        arrays: ArenaArrays,
+        poison: Callable[[Any], None] | None = None,
     ) -> None:
         self.plan, self.program, self.arrays, self.poison = plan, program, arrays, poison
         self.frames, _ = parts_of(frames_of(plan))

@@ -43,7 +43,7 @@ _BUILTINS = frozenset(dir(builtins))
 
 
 @dataclass(frozen=True)
-class Program:
+class EmittedProgram:
     """An emitted module and the objects that its text refers to.
 
     text        the module; an entry, such as `main`, takes its inputs in order, then `weights`, then `states` by name
@@ -75,7 +75,7 @@ class Program:
 
 def emit(
     graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = (), poison: bool = False
-) -> Program:
+) -> EmittedProgram:
     """Write a graph as a Python module, with lines at its head on prepared weights.
 
     plan    the graph's storage plan, with offsets and lifetimes
@@ -141,12 +141,12 @@ class _ProgramWriter:
         self.frames: dict[str, dict[str, int]] = {}
         self.workspaces: dict[str, dict[str, int]] = {}
 
-    def program(self) -> Program:
+    def program(self) -> EmittedProgram:
         bodies = [FunctionWriter(self, function).write() for function in self.functions]
         lines: list[tuple[str, Node | None]] = [(line, None) for line in self._header()]
         for body in bodies:
             lines += [("", None), ("", None), *body.rendered()]
-        return Program(
+        return EmittedProgram(
             text="\n".join(line for line, _ in lines) + "\n",
             entries={entry.name: self.function_names[entry.name] for entry in self.graph.later_entries},
             constants=tuple(self.constants),

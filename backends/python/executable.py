@@ -17,7 +17,7 @@ from treadle.backends.made_weights import Recipe
 from treadle.backends.outside_axis import NoRoom, OutsideAxis
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.arena import PythonArena
-from treadle.backends.python.emission import Program
+from treadle.backends.python.emission import EmittedProgram
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.signature import Signature
 from treadle.backends.states import StateKinds, States
@@ -83,7 +83,7 @@ class PythonExecutable(EntryExecutable):
     def __init__(
         self,
         graph: Graph,
-        program: Program,
+        program: EmittedProgram,
         weights: Mapping[str, Any],
         namespace: Mapping[str, Any],
         arrays: Arrays,
@@ -114,7 +114,7 @@ class _Module:
     def __init__(
         self,
         name: str,
-        program: Program,
+        program: EmittedProgram,
         weights: Mapping[str, Any],
         namespace: Mapping[str, Any],
         arrays: Arrays,

@@ -221,8 +221,11 @@ class OnnxSite:
         return default if found is None else int(found.i)
 
     def float(self, name: str, default: Any = None) -> Any:
+        """Return a float attribute; the default is a float32 as well."""
         found = self._attribute(name, 1)
-        return default if found is None else float(found.f)
+        if found is None:
+            return None if default is None else float(np.float32(default))
+        return float(found.f)
 
     def text(self, name: str, default: str = "") -> str:
         found = self._attribute(name, 3)

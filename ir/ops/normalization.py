@@ -22,8 +22,9 @@ from treadle.ir.types import Type, f32
 class Softmax(Composite):
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. 16-bit floats are computed in
-    f32, and the result is rounded.
+    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. Such a row has gradient 0, so
+    that the gradient is finite if a `where` replaces the row. 16-bit floats are computed in f32, and the result is
+    rounded.
     """
 
     x = Operand()
@@ -48,7 +49,7 @@ class Softmax(Composite):
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (y,) = grads, outputs
-        return [_through_softmax(b, g, y, self.axis)]
+        return [_through_softmax(b, g, b.where(b.equal(y, y), y, b.constant(0.0, y.dtype)), self.axis)]
 
     samples = [S("f32[2,3,5]"), S("f32[4,3]", axis=0), S("f32[2,3,4]", axis=1)]
     errors = [

@@ -31,7 +31,7 @@ _TOKEN = re.compile(r"\s*(?:([A-Za-z_][\w.-]*)|(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?
 _LONGEST = 100_000
 
 
-def pass_text(each: Pass) -> str:
+def spell_pass(each: Pass) -> str:
     """Return a pass as text. Raises ValueError for a pass without a text form: an option is a function, or the pass is
     not of `treadle.passes`.
     """
@@ -41,8 +41,8 @@ def pass_text(each: Pass) -> str:
 
 
 def pipeline_text(passes: Sequence[Pass]) -> str:
-    """Return a pipeline as text. Raises ValueError as `pass_text` does."""
-    return ", ".join(map(pass_text, passes))
+    """Return a pipeline as text. Raises ValueError as `spell_pass` does."""
+    return ", ".join(map(spell_pass, passes))
 
 
 def parse_pipeline(text: str) -> Pipeline:

@@ -309,10 +309,13 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         deferred  True if weights of a file are converted only when a part of them is read
         config    configuration in addition to these options' own
         """
+        from treadle.program.source import ModelSource
+
         _, widen = self.precision()
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         try:
-            return self.open(model).resolve(widen=widen, config={**self.config, **config}, **reading)
+            source = model if isinstance(model, ModelSource) else self.open(model)
+            return source.resolve(widen=widen, config={**self.config, **config}, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise

@@ -39,7 +39,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import (
-    Reading,
+    ReadingChoices,
     ReadModel,
     read_checkpoint,
     read_ctranslate2,
@@ -150,7 +150,7 @@ class ModelSource:
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
-        found = self._read(Reading(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
+        found = self._read(ReadingChoices(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
             found = replace(found, name=self.label)
@@ -167,7 +167,7 @@ class ModelSource:
         """
         raise NotImplementedError
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         raise NotImplementedError
 
     # -- the files next to the weights -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class _Given(ModelSource):
         super().__init__(model.name, None)
         self.model = model
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         if reading.config or reading.inputs:
             received = ", ".join([*reading.config, *(reading.inputs or ())])
             raise UsageError("a graph takes no configuration", received=received)
@@ -257,7 +257,7 @@ class _Declared(ModelSource):
     def folder(self) -> ModelFolder:
         return self.checkpoint.folder
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         weights = None if self.path is None else self.checkpoint
         return read_declaration(self.name, self.model, weights, reading)
 
@@ -286,7 +286,7 @@ class _Folder(ModelSource):
         if self.converted is None:
             self.meaning  # noqa: B018
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         if self.converted is not None:
             return read_ctranslate2(self.converted, reading)
         return read_checkpoint(open_checkpoint(self.folder), *self.meaning, reading)
@@ -324,7 +324,7 @@ class _GGUF(ModelSource):
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         return read_gguf_weights(self.file, *self.meaning, reading)
 
 
@@ -349,7 +349,7 @@ class _Onnx(ModelSource):
         static = {name: value for name, value in config.items() if name in known}
         return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
 
-    def _read(self, reading: Reading) -> ReadModel:
+    def _read(self, reading: ReadingChoices) -> ReadModel:
         from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
 
         values = self._values(reading.config)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import reduce
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.recipes.activations import chosen
 from treadle.frontends.recipes.quotients import remainder_like_dividend, truncated_quotient
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.types import f32, f64, i64
@@ -125,12 +126,18 @@ def _folding(name: str, latest: int, combine: Callable[[OnnxSite, Expr, Expr], E
 
 
 def _extremum(name: str) -> Callable[[OnnxSite, Expr, Expr], Expr]:
+    """Return the rule of two operands. With a constant it is a clamp, whose bound passes the gradient,
+    as in PyTorch, which exports clamp(min=0) as Max. Equal numbers of other operands share it.
+    """
+
     def combine(site: OnnxSite, x: Expr, y: Expr) -> Expr:
         b = site.b
         if _is_uint64(site):
             flip = b.constant(_SIGN_BIT, i64)
             return b.apply(name, x + flip, y + flip) + flip  # type: ignore[no-any-return]
-        return b.apply(name, x, y)  # type: ignore[no-any-return]
+        constants = [v.value.literal is not None for v in (x, y)]
+        ties = "even" if constants[0] == constants[1] else "y" if constants[0] else "x"
+        return b.apply(name, x, y, ties=ties)  # type: ignore[no-any-return]
 
     return combine
 
@@ -185,7 +192,7 @@ def _not(site: OnnxSite) -> Made:
 
 @operator("Where", latest=16, moves=(1, 2))
 def _where(site: OnnxSite) -> Made:
-    return site.b.where(site.x(0), site.x(1), site.x(2))
+    return chosen(site.b, site.x(0), site.x(1), site.x(2))
 
 
 @operator("Clip", latest=13, first=6)

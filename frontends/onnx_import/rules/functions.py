@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.recipes.activations import exponential_unit
+from treadle.frontends.recipes.activations import exponential_unit, is_sum_of_squares, root
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.ops.elementwise import Sigmoid
 from treadle.ir.types import i64
 
 _Rule = Callable[[Builder, Expr], Expr]
@@ -19,9 +20,8 @@ def _function(name: str, latest: int, rule: _Rule, first: int = 6) -> None:
         return rule(site.b, site.x(0))
 
 
-_function("Sqrt", 13, lambda b, x: b.sqrt(x))
+_function("Sqrt", 13, lambda b, x: root(b, x) if is_sum_of_squares(x.value) else b.sqrt(x))
 _function("Exp", 13, lambda b, x: b.exp(x))
-_function("Log", 13, lambda b, x: b.log(x))
 _function("Erf", 13, lambda b, x: b.erf(x))
 _function("Tanh", 13, lambda b, x: b.tanh(x))
 _function("Sigmoid", 13, lambda b, x: b.sigmoid(x))
@@ -35,6 +35,14 @@ _function("Ceil", 13, lambda b, x: -b.floor(-x))
 _function("Round", 22, lambda b, x: b.round(x))
 _function("IsNaN", 20, lambda b, x: b.not_equal(x, x))
 _function("Neg", 13, lambda b, x: -x)
+
+
+@operator("Log", latest=13, first=6)
+def _log(site: OnnxSite) -> Made:
+    """log(sigmoid(x)) is -softplus(-x), as in logsigmoid: 1 / sigmoid(x), the logarithm's derivative, overflows."""
+    b, x = site.b, site.x(0)
+    node = x.value.node
+    return -b.softplus(-Expr(b, node.inputs[0])) if node is not None and isinstance(node.op, Sigmoid) else b.log(x)
 
 
 @operator("Relu", latest=14, first=6)

@@ -87,8 +87,7 @@ def _norm(site: OnnxSite, total: Callable[[Expr], Expr]) -> Expr:
         site.malformed(f"p is {p}")
     if p == 1:
         return total(b.abs(x))
-    made: Expr = root(b, total(x * x)) if p == 2 else b.pow(total(b.pow(b.abs(x), float(p))), 1.0 / p)
-    return made
+    return root(b, total(x * x if p == 2 else b.pow(b.abs(x), float(p))), p)
 
 
 # -- global pools --------------------------------------------------------------------------------------------------

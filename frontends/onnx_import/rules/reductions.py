@@ -150,7 +150,7 @@ def _layer_norm(site: OnnxSite) -> Made:
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     extra = any(site.wanted[1:])
-    if extra or stash != 1 or not _fits_last_axis(site, axis) or x.dtype.name not in ("f32", "f16"):
+    if extra or stash != 1 or not _fits_last_axis(site, axis) or x.dtype.name == "bf16":
         site.decompose()
     return [site.b.layer_norm(x, site.x(1), site.maybe(2), eps=eps), None, None]
 
@@ -160,7 +160,7 @@ def _rms_norm(site: OnnxSite) -> Made:
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     same = site.element(0) == site.element(1)
-    if stash != 1 or not same or not _fits_last_axis(site, axis) or x.dtype.name not in ("f32", "f16"):
+    if stash != 1 or not same or not _fits_last_axis(site, axis) or x.dtype.name == "bf16":
         site.decompose()
     return site.b.rms_norm(x, site.x(1), eps=eps)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import TensorProto, numpy_helper
 
 from tests.fuzz.onnx_nodes.drawing import Case
+from tests.numeric_gradients import at_edges, compared
 from treadle.backends.registry import find_backend
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.importer import import_onnx
@@ -137,3 +140,49 @@ def _one_way(case: Case, backend: str, dims: dict[str, int] | None, wanted: list
         return Outcome("left")
     apart = difference(got, wanted, case.rounding)
     return Outcome("same") if apart is None else Outcome("wrong", apart + without)
+
+
+def gradient_outcome(case: Case, seed: int, *, edges: bool) -> Outcome:
+    """Compare the gradients of a case, in float64, with difference quotients: at its inputs, or at zeros, equal numbers
+    and large numbers.
+
+    The verdict is left for a node without a gradient: without float inputs, or with results that are not finite.
+    """
+    inputs = at_edges(case.inputs, seed) if edges else case.inputs
+    if not any(x.dtype.kind == "f" for x in inputs.values()):
+        return Outcome("left", "no float inputs")
+    try:
+        made = _in_float64(case)
+        given = {name: carried(kind, inputs[name]) for name, kind in made.notes.inputs.items()}
+        report = compared(made.graph, given, made.weights, seed)
+        if report is None:  # the logarithm of a negative number, for example
+            given = {name: np.abs(x) if x.dtype.kind == "f" else x for name, x in given.items()}
+            report = compared(made.graph, given, made.weights, seed)
+    except FrontendError as error:
+        return Outcome("refused", error.what)
+    if report is None:
+        return Outcome("left", "results that are not finite floats")
+    return Outcome("wrong" if report.errors else "same", "\n    ".join(report.errors))
+
+
+def _in_float64(case: Case) -> Imported:
+    """Import a case as a graph of float64, or of float32 if its operator has no double."""
+    with contextlib.suppress(FrontendError):
+        return imported(replace(case, proto=in_float64(case.proto)), case.sizes)
+    return imported(case, case.sizes)
+
+
+def in_float64(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model whose floats of 16 and 32 bits are doubles; attributes that are numbers stay float32."""
+    made = onnx.ModelProto.FromString(proto.SerializeToString())
+    graph, floats = made.graph, (TensorProto.FLOAT, TensorProto.FLOAT16)
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type in floats:
+            value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    tensors = [*graph.initializer, *(a.t for node in graph.node for a in node.attribute if a.HasField("t"))]
+    for tensor in tensors:
+        if tensor.data_type in floats:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    for attribute in (a for node in graph.node for a in node.attribute if a.name == "to" and a.i in floats):
+        attribute.i = TensorProto.DOUBLE
+    return made
