@@ -344,7 +344,7 @@ def test_a_signature_has_the_options(function: Any, entry: str) -> None:
 
 
 def test_an_option_is_declared_once() -> None:
-    """Apart from a stub and from the function that implements it."""
+    """Apart from the stubs, which are generated."""
     lines = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in (ROOT / "treadle").rglob("*.py*")
