@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target
+from treadle.program.options import CompileOptions
 from treadle.serving import models, running
 from treadle.serving.application import Limits
 from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedder, ServedWriter
@@ -199,6 +200,7 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     """The model is opened for generation, or, if it generates nothing, for embeddings."""
     given: list[Any] = []
     held = writer()
+    monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
     monkeypatch.setattr(models.TextWriter, "open", lambda *words, **how: given.append((words, how)) or held)
     monkeypatch.setattr(models.SentenceEmbedder, "open", lambda *words, **how: given.append((words, how)) or "e")
     opening = Opening()
@@ -218,7 +220,7 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     embeds = Opening(queue=5).open(model, cache="bf16", **options)
     assert isinstance(embeds, ServedEmbedder)
     assert (embeds.name, embeds.queue, embeds.embedder) == (name, 5, "e")
-    assert given[1:] == [((place,), options)]
+    assert given[1:] == [((place,), {"target": Target("cpu"), "config": {"layers": 1}})]
 
     def embeds_not(*words: Any, **how: Any) -> None:
         raise UsageError("it embeds nothing")
