@@ -34,13 +34,14 @@ from treadle.ir.collector_pause import collection_paused
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.models.registry import family_names
-from treadle.option_values import parse_config
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.memory.frame_placement import place_frames
 from treadle.passes.memory.frames import Frame, parts_of
 from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.pipelines import DEFAULT
+from treadle.program.flag_values import parse_config
+from treadle.program.options import declared_options
 from treadle.resolving import resolve
 
 SIZES = ((1, 16), (1, 128), (8, 384))
@@ -117,7 +118,7 @@ def main() -> int:
     assert isinstance(backend, StagedBackend)
     rows: list[dict[str, Any]] = []
     for name in given.families or family_names():
-        rows += rows_of(name, parse_config(given.set, ()), backend, given.runs)
+        rows += rows_of(name, parse_config(given.set, declared_options()), backend, given.runs)
         if not given.json:
             print(*map(line, rows[-len(SIZES) :]), sep="\n", flush=True)
     if given.json:

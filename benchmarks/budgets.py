@@ -35,8 +35,9 @@ from treadle.compiled import Compiled
 from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
-from treadle.option_values import parse_config
 from treadle.passes.memory.frame_placement import ALIGNMENT
+from treadle.program.flag_values import parse_config
+from treadle.program.options import declared_options
 
 MODELS = {"bert": {"B": 8, "S": 512}, "gpt2": {"B": 1, "S": 1024}, "vit": {"B": 16}}
 ONE = Target("cpu", 1)
@@ -52,7 +53,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=7, help="pairs of runs that are timed")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     given = parser.parse_args()
-    config, rows = parse_config(given.set, (), t.compile), []
+    config, rows = parse_config(given.set, declared_options()), []
     for name in given.models:
         sizes = MODELS[name]
         free = t.compile(name, backend="tvm", target=ONE, **config)

@@ -94,13 +94,15 @@ def measure(options: argparse.Namespace, name: str, against: Any) -> dict[str, A
     """Return one row, as from `treadle bench --json`."""
     from treadle.benching.benchmark import bench_model
     from treadle.benching.workload import Workload
+    from treadle.program.flag_values import parse_config
 
     row, way = ROWS[name], WAYS[options.dtype]
     with tempfile.TemporaryDirectory() as place:
         model, config = row.family, row.config
         if name in FOLDERS and any(peer.startswith("ctranslate2") for peer in against):
             model, config = write_folder(name, place), ()
-        workload = Workload(model, options.backend, options.threads, config=config, **way)
+        chosen = {**way, "backend": options.backend, "config": parse_config(config, ())}
+        workload = Workload(model, options.threads, chosen)
         made = bench_model(workload, against, sizes=row.sizes, rounds=options.rounds, python=options.python)
     return {"row": name, **made.as_dict()}
 

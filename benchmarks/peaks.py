@@ -42,11 +42,11 @@ sys.path.insert(0, str(ROOT))
 
 SIZES = ((1, 16), (1, 128), (8, 384))
 """Sizes of a leading axis and of all others, within their bounds."""
-SETTINGS = {
-    "clip": ['text={"layers": 2}', 'vision={"layers": 2}'],
-    "llama": ["layers=2", "dim=2048", "hidden=5632", "heads=32"],
-    **{name: ["encoder_layers=2", "decoder_layers=2"] for name in ("bart", "marian")},
-    **{name: ["layers=2", "decoder_layers=2"] for name in ("t5", "whisper")},
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clip": {"text": {"layers": 2}, "vision": {"layers": 2}},
+    "llama": {"layers": 2, "dim": 2048, "hidden": 5632, "heads": 32},
+    **{name: {"encoder_layers": 2, "decoder_layers": 2} for name in ("bart", "marian")},
+    **{name: {"layers": 2, "decoder_layers": 2} for name in ("t5", "whisper")},
 }
 """Options in addition to a family's defaults; llama's widths are those of a model of 1.1 billion weights."""
 OTHERS = ("torch", "onnxruntime", "tvm")
@@ -117,8 +117,8 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     from treadle.passes.memory.frame_placement import place_frames
     from treadle.passes.pipelines import DEFAULT
 
-    config = SETTINGS.get(name, ["layers=2"])
-    declared, weights = opened(Workload(name, config=config))
+    config = SETTINGS.get(name, {"layers": 2})
+    declared, weights = opened(Workload(name, chosen={"config": config}))
     graph = PassManager(DEFAULT).run(declared).graph
     target = Target("cpu", threads=1)
     lowered = TvmBackend().lower(graph, target)
@@ -211,7 +211,7 @@ def torch_peaks(spec: Mapping[str, Any]) -> list[int | str]:
     from treadle.ir.target import Target
 
     torch.set_num_threads(1)
-    graph, weights = opened(Workload(spec["model"], config=spec["config"]))
+    graph, weights = opened(Workload(spec["model"], chosen={"config": spec["config"]}))
     exe, _ = build(PlainTorch(), graph, Target("cpu", threads=1), weights)
     assert isinstance(exe, PythonExecutable)
     found: list[int | str] = []

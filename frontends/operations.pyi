@@ -863,8 +863,9 @@ def slice(
 def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. 16-bit floats are computed in
-    f32, and the result is rounded.
+    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. Such a row has gradient 0, so
+    that the gradient is finite if a `where` replaces the row. 16-bit floats are computed in f32, and the result is
+    rounded.
     """
 
 def softplus(x: TensorLike, /, *, name: str | None = None) -> Tensor:

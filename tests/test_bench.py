@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,18 +17,20 @@ import treadle
 from treadle.backends.registry import find_backend
 from treadle.benching.benchmark import bench_model, difference
 from treadle.benching.report import report_lines
-from treadle.benching.serving import Unfit, open_eager, open_llama, save_arrays
+from treadle.benching.serving import Unfit, compiled, open_eager, open_llama, save_arrays
 from treadle.benching.sides import PEERS, Side
 from treadle.benching.workload import Workload
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.reporting.tables import console
 
-SMALL = ("layers=1", "dim=32", "heads=2", "hidden=64", "vocab=100")
+CONFIG = {"layers": 1, "dim": 32, "heads": 2, "hidden": 64, "vocab": 100}
+NUMPY = {"backend": "numpy"}
+SMALL = Workload("bert", chosen={**NUMPY, "config": CONFIG})
 
 
 def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
     peers = [n for n in ("eager", "onnxruntime") if n != "eager" or find_backend("torch").available() is None]
-    found = bench_model(Workload("bert", "numpy", config=SMALL), peers, sizes={"B": 2, "S": 9}, rounds=3)
+    found = bench_model(SMALL, peers, sizes={"B": 2, "S": 9}, rounds=3)
     assert not found.missing
     assert [row.side for row in found.rows] == ["treadle", *peers]
     ours, *theirs = found.rows
@@ -61,17 +64,14 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {bare} "$@"\n')
     python.chmod(0o755)
-    found = bench_model(
-        Workload("bert", "numpy", config=SMALL), ["openvino"], sizes={"S": 4}, rounds=1, python=str(python)
-    )
+    found = bench_model(SMALL, ["openvino"], sizes={"S": 4}, rounds=1, python=str(python))
     assert found.missing == {"openvino": "openvino is not installed"}
     assert "openvino is missing: openvino is not installed (pip install openvino)" in map(str, report_lines(found))
 
 
 def test_a_side_that_fails_or_ends_says_so(tmp_path: Path) -> None:
-    side = Side(
-        {"side": "treadle", "model": "none", "backend": "numpy", "threads": 1, "inputs": str(tmp_path / "none.npz")}
-    )
+    spec = Workload("none", chosen=NUMPY).as_dict()
+    side = Side({**spec, "side": "treadle", "inputs": str(tmp_path / "none.npz")})
     assert "FileNotFoundError" in side.answer["missing"]
     with pytest.raises(UsageError, match="ended while it ran"):
         side.run()
@@ -210,7 +210,7 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    workload = Workload(str(folder), "numpy")
+    workload = Workload(str(folder), chosen=NUMPY)
     peers = ["ctranslate2-int8", "llama.cpp"]
     found = bench_model(workload, peers, sizes={"B": 2, "S": 3}, rounds=1, python=str(python))
     assert [row.side for row in found.rows] == ["treadle", "ctranslate2-int8"]
@@ -219,7 +219,7 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     assert capfd.readouterr() == ("", "")
     reason = found.missing["llama.cpp"]
     assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, and this model is not one")
-    declared = bench_model(Workload("bert", "numpy", config=SMALL), peers[:1], sizes={"S": 3}, python=str(python))
+    declared = bench_model(SMALL, peers[:1], sizes={"S": 3}, python=str(python))
     assert declared.missing == {
         "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, and this model is not one"
     }
@@ -271,7 +271,7 @@ def test_an_unknown_peer_is_refused() -> None:
 
 def test_the_command() -> None:
     words = [sys.executable, "-m", "treadle", "bench", "bert", "--backend", "numpy", "--against", "onnxruntime"]
-    options = [word for setting in SMALL for word in ("--set", setting)]
+    options = [word for name, value in CONFIG.items() for word in ("--set", f"{name}={value}")]
     done = subprocess.run(
         [*words, *options, "--sizes", "S=5", "--rounds", "1", "--json"], capture_output=True, text=True, check=True
     )
@@ -282,9 +282,9 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("workload", "python", "what"),
     [
-        (Workload("bert", "tvmm"), sys.executable, "there is no backend 'tvmm'"),
-        (Workload("bert", dtype="f16"), sys.executable, "unknown computation dtype 'f16'"),
-        (Workload("bert", quantize="int5"), sys.executable, "unknown quantization scheme 'int5'"),
+        (Workload("bert", chosen={"backend": "tvmm"}), sys.executable, "there is no backend 'tvmm'"),
+        (Workload("bert", chosen={"dtype": "f16"}), sys.executable, "unknown computation dtype 'f16'"),
+        (Workload("bert", chosen={"quantize": "int5"}), sys.executable, "unknown quantization scheme 'int5'"),
         (Workload("bert"), "/no/python", "there is no such Python"),
     ],
 )
@@ -296,7 +296,7 @@ def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, p
 
 def test_rounded_weights_are_told_and_differ() -> None:
     sizes = {"B": 1, "S": 5}
-    found = bench_model(Workload("bert", "numpy", config=SMALL, quantize="int4"), [], sizes=sizes, rounds=1)
+    found = bench_model(replace(SMALL, chosen={**SMALL.chosen, "quantize": "int4"}), [], sizes=sizes, rounds=1)
     assert found.rows[0].note == "the numpy backend, weights in int4"
     assert found.as_dict()["quantize"] == "int4"
 
@@ -305,7 +305,15 @@ def test_an_artifact_with_blocks_is_given_to_peers_as_it_is(tmp_path: Path) -> N
     pytest.importorskip("torch")
     small = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96}
     treadle.compile("gpt2", quantize="int4", **small).save(tmp_path / "model.treadle")
-    workload = Workload(str(tmp_path / "model.treadle"), "numpy")
+    workload = Workload(str(tmp_path / "model.treadle"), chosen=NUMPY)
     found = bench_model(workload, ["eager"], sizes={"B": 1, "S": 5}, rounds=1)
     assert not found.missing
     assert found.rows[1].difference is not None and found.rows[1].difference < 1e-4
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_an_artifact_runs_on_the_backend_of_the_benchmark(backend: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    place = str(tmp_path / "model.treadle")
+    treadle.compile("gpt2", backend="torch", layers=1, dim=64, heads=4, vocab=96).save(place)
+    assert compiled(Workload(place, 1, {"backend": backend}).as_dict()).backend == backend

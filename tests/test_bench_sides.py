@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from treadle.benching.workload import Workload, files_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph
+from treadle.program.options import CompileOptions
 
 GRAPH = parse_graph("graph g { symbols B main(x: f32[B, 4]) -> (y: f32[B, 4]) { y = relu(x) return y = y } }")
 
@@ -78,9 +80,8 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     _Side.seconds = {"treadle": iter(ours), "eager": iter(theirs), "onnxruntime": iter(theirs[::-1])}
     lines: list[str] = []
     names = ["eager", "openvino", "onnxruntime", "eager"]
-    workload = Workload(
-        "m", "numpy", threads=2, config=("a=1",), limit=("b=2",), widen=("f16",), seed=5, quantize="int8"
-    )
+    chosen = {"backend": "numpy", "config": {"a": 1}, "limits": {"b": 2}, "seed": 5, "quantize": "int8"}
+    workload = Workload("m", 2, {**chosen, "widen": ("f16",)})
     found = bench_model(workload, names, sizes={"B": 3}, rounds=5, python="other", emit=lines.append)
     assert found.rows[:2] == [
         BenchRow("treadle", "a treadle", 2.0, 1.0, (1.0, 1.0), None, 0.5, 7),
@@ -96,10 +97,8 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     assert all(each.closed for each in sides)
     assert {tuple(each.counts) for each in sides} == {(), (1,) * 6}
     spec = sides[0].spec
-    wanted = {"folder": None, "gguf": None, "model": "m", "backend": "numpy", "threads": 2, "chosen": None}
-    wanted |= {"config": ["a=1"], "limit": ["b=2"], "dtype": None, "quantize": "int8", "widen": ["f16"], "seed": 5}
-    wanted |= {"sizes": {"B": 3}}
-    assert wanted.items() <= spec.items()
+    assert {"folder": None, "gguf": None, "model": "m", "threads": 2, "sizes": {"B": 3}}.items() <= spec.items()
+    assert Workload.from_dict(json.loads(json.dumps(spec))).options == replace(workload.options, widen=["f16"])
     assert (spec["onnx"], spec["renamed"]) == ("m.onnx", {"x": "x_0"})
 
 
@@ -127,7 +126,9 @@ def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
     found = bench_model(Workload("m"), [])
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
     assert "onnx" not in sides[0].spec, "the specification is unused"
-    assert Workload("m") == Workload("m", "tvm", 1, None, (), (), None, (), 0, None)
+    assert Workload("m") == Workload("m", 1, {}) and Workload("m").options == CompileOptions(
+        backend="tvm", entry="bench"
+    )
 
 
 @pytest.mark.parametrize("side", ["limits", "treadle"])
@@ -265,7 +266,7 @@ def test_the_machines_limits_are_of_the_best_run(monkeypatch: pytest.MonkeyPatch
     clocks.clear()
     monkeypatch.setattr(limits, "best", serving.best)
     numpy = {"rates": {"f32": 2 * 1536**3 / 0.5}, "read": (1 << 28) / 0.5, "least": None}
-    assert limits.machine_limits({"backend": "torch"}) == numpy
+    assert limits.machine_limits(Workload("m", 1, {"backend": "torch"}).as_dict()) == numpy
     assert serving.measured_read(0) == (1 << 20) / 0.5
     assert clocks == [serving.time.perf_counter] * 3
 
@@ -276,7 +277,7 @@ def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPat
     ours = SimpleNamespace(graph=SimpleNamespace(states=()))
     monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or ours)
     monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
-    spec = {"backend": "tvm", "sizes": {"B": 2}, "seed": 7}
+    spec = {**Workload("m", 1, {"seed": 7}).as_dict(), "sizes": {"B": 2}}
     assert limits.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
     assert given == [spec, ((ours, {"B": 2}), {"seed": 7})]
     ours.graph.states = ("keys",)
@@ -286,8 +287,8 @@ def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPat
 
 def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line is on standard output, and nothing else is."""
-    for backend, error in (("numpy", ""), ("tvm", "KeyError: 'model'")):
-        spec = {"backend": backend, "threads": 1, "sizes": {}, "seed": 0}
+    for backend, error in (("numpy", ""), ("tvm", "UsageError: there is no file none.onnx")):
+        spec = {**Workload("none.onnx", 1, {"backend": backend}).as_dict(), "sizes": {}}
         done = subprocess.run(
             [sys.executable, str(Path(limits.__file__)), json.dumps(spec)], capture_output=True, text=True, check=True
         )

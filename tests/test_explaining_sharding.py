@@ -80,9 +80,9 @@ def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     [
         (("sharding",), "sharding needs a mesh"),
         (("sharding", "--mesh", "tp=2"), "nothing says how to split"),
-        (("sharding", "--mesh", "tp=2", "--against", "x"), "--donate and --against apply to memory only"),
+        (("sharding", "--mesh", "tp=2", "--against", "x"), "--against applies to memory only"),
         (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device apply to sharding only"),
-        (("fusion", "--sizes", "B=2"), "--sizes and --svg apply to memory and sharding only"),
+        (("fusion", "--sizes", "B=2"), "explain fusion does not take sizes"),
         (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over a mesh axis dp"),
     ],
 )

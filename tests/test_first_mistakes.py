@@ -535,7 +535,7 @@ def named(tokens: t.i64["B S"], lengths: t.i64["B"] | None = None, *, layers: in
     ("use", "tried"),
     [
         (lambda: compile(named, layer=3), "did you mean layers?"),
-        (lambda: compile(named, sed=3), "did you mean seed=?"),
+        (lambda: compile(named, sed=3), "did you mean seed=, an option of compile?"),
         (lambda: compile(named, inputs=("length",)), "did you mean lengths?"),
         (lambda: compile(named, backend="nunpy"), "numpy"),
         (lambda: compile(named, weights={"wte.weigth": np.ones(1), "h.0.ln.biass": np.ones(1)}), None),

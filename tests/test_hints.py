@@ -28,7 +28,14 @@ THEIRS = {"export", "pip", "ensurepip", "pretrained"}  # names of other librarie
 
 
 ON_THE_COMMAND_LINE = " | on the command line: "
-FOR_COMMANDS = ("treadle/cli/", "treadle/option_values.py", "treadle/explaining/fusion.py")  # reached only by commands
+FOR_COMMANDS = (  # reached only by commands
+    "treadle/cli/",
+    "treadle/program/flag_values.py",
+    "treadle/program/given_texts.py",
+    "treadle/explaining/fusion.py",
+    "treadle/training/text_training.py",
+    "treadle/training/training_settings.py",
+)
 
 
 def shown(node: ast.AST) -> str:

@@ -15,6 +15,7 @@ pytest.importorskip("uvicorn")
 
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target
+from treadle.program.options import CompileOptions
 from treadle.serving import models, running
 from treadle.serving.application import Limits
 from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedder, ServedWriter
@@ -199,27 +200,27 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     """The model is opened for generation, or, if it generates nothing, for embeddings."""
     given: list[Any] = []
     held = writer()
+    monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
     monkeypatch.setattr(models.TextWriter, "open", lambda *words, **how: given.append((words, how)) or held)
     monkeypatch.setattr(models.SentenceEmbedder, "open", lambda *words, **how: given.append((words, how)) or "e")
-    target = Target("cpu")
-    opening = Opening("numpy", target)
-    assert opening == Opening("numpy", target, 16, 2048, 256, None, None)
+    opening = Opening()
+    assert opening == Opening(16, 2048, 256, None)
     assert (ROWS, CAPACITY, QUEUE) == (16, 2048, 256)
-    served = Opening("numpy", target, 2, 30, 4, "bf16", resumes=True).open(model, layers=1)
+    options = {"backend": "numpy", "target": Target("cpu"), "layers": 1}
+    served = Opening(2, 30, 4, resumes=True).open(model, cache="bf16", **options)
     assert isinstance(served, ServedWriter)
     assert (served.name, served.scheduler.queue) == (name, 4)
     assert held.sessions == [{"rows": 2, "capacity": 30, "resumes": True}]
-    options = {"backend": "numpy", "target": target, "layers": 1}
     assert given == [((place,), {"cache": "bf16", **options})]
 
     def writes_not(*words: Any, **how: Any) -> None:
         raise UsageError("it writes nothing")
 
     monkeypatch.setattr(models.TextWriter, "open", writes_not)
-    embeds = Opening("numpy", target, queue=5).open(model, layers=1)
+    embeds = Opening(queue=5).open(model, cache="bf16", **options)
     assert isinstance(embeds, ServedEmbedder)
     assert (embeds.name, embeds.queue, embeds.embedder) == (name, 5, "e")
-    assert given[1:] == [((place,), options)]
+    assert given[1:] == [((place,), {"target": Target("cpu"), "config": {"layers": 1}})]
 
     def embeds_not(*words: Any, **how: Any) -> None:
         raise UsageError("it embeds nothing")
@@ -232,5 +233,5 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
 @pytest.mark.parametrize("model", ["=a", "/", ""])
 def test_a_model_has_a_name(model: str) -> None:
     with pytest.raises(UsageError, match="a model needs a name to be served under") as error:
-        Opening("numpy", Target("cpu")).open(model)
+        Opening().open(model)
     assert (error.value.received, error.value.hint) == (model, "NAME=MODEL")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import sys
 from collections.abc import Callable
@@ -13,22 +12,15 @@ import numpy as np
 import pytest
 
 import treadle.frontends.language as t
-from treadle import option_values
 from treadle.ir.builder import Builder
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
-from treadle.option_values import (
-    choose_sizes,
-    input_names,
-    parse_bytes,
-    parse_config,
-    parse_inputs,
-    parse_limits,
-    parse_sizes,
-    read_sentences,
-)
-from treadle.resolving import resolve
+from treadle.program import given_texts
+from treadle.program.budgets import choose_sizes, parse_bytes
+from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
+from treadle.program.given_texts import read_sentences
+from treadle.program.options import declared_options
 
 
 def refusal(call: Callable[[], Any]) -> UsageError:
@@ -55,12 +47,11 @@ def refusal(call: Callable[[], Any]) -> UsageError:
 )
 def test_a_value_is_json_or_a_word_or_else_a_text(assignment: str, value: object) -> None:
     name = assignment.partition("=")[0].strip()
-    assert parse_config([assignment]) == {name: value}
+    assert parse_config([assignment], ()) == {name: value}
 
 
-def test_limits_become_an_argument_where_there_are_any() -> None:
-    assert parse_config(["layers=2"], ["nodes=7", "work=10"]) == {"layers": 2, "limits": {"nodes": 7, "work": 10}}
-    assert "limits" not in parse_config(["layers=2"])
+def test_limits_are_positive_integers() -> None:
+    assert parse_limits(["nodes=7", "work=10"]) == {"nodes": 7, "work": 10}
     assert parse_limits([]) is None
     for value in ("0", "-1", "1.5", "x", "1" * 19):
         error = refusal(lambda: parse_limits([f"nodes={value}"]))  # noqa: B023
@@ -68,22 +59,16 @@ def test_limits_become_an_argument_where_there_are_any() -> None:
     assert parse_limits([f"nodes={'9' * 18}"]) == {"nodes": 10**18 - 1}
 
 
-def test_an_argument_of_what_gets_the_configuration_is_no_option_of_a_model() -> None:
-    """Every parameter of `resolve`, and of the functions before it."""
-
-    def shard(model: str, *, recipe: str, **config: object) -> None: ...
-
-    for name in inspect.signature(resolve).parameters:
-        if name != "config":
-            error = refusal(lambda: parse_config([f"{name}=x"]))  # noqa: B023
-            assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
-    assert parse_config(["recipe=dp"]) == {"recipe": "dp"}
-    assert refusal(lambda: parse_config(["recipe=dp"], (), shard)).option == "recipe"
+def test_an_option_of_compilation_is_no_option_of_a_model() -> None:
+    for name in declared_options():
+        error = refusal(lambda: parse_config([f"{name}=x"], declared_options()))  # noqa: B023
+        assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
+    assert parse_config(["recipe=dp"], declared_options()) == {"recipe": "dp"}
 
 
 def test_an_unknown_word_names_no_line_of_a_file() -> None:
     with pytest.raises(FrontendError, match="the DSL has no 'relo'") as caught:
-        parse_config(["act=t.relo"])
+        parse_config(["act=t.relo"], ())
     assert caught.value.source is None
 
 
@@ -223,7 +208,7 @@ def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_what_are_no_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(option_values, "_TEXT_BYTES", 10)
+    monkeypatch.setattr(given_texts, "_TEXT_BYTES", 10)
     monkeypatch.setattr(sys, "stdin", Input(data))
     error = refusal(lambda: read_sentences([], None))
     assert (error.what, error.received, error.within) == (what, received, "standard input")

@@ -236,7 +236,7 @@ def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.stdout == f"{MADE}\nwrote {tmp_path / 'r.svg'}\n"
     assert (tmp_path / "r.svg").read_text() == draw_roofline(MADE)
     how = {"backend": "tvm", "target": Target("cpu", 1), "dtype": "bf16", "quantize": "int8", "widen": ("f16",)}
-    asked = {"model": "bert", "inputs": ("lengths",), "layers": 2, "seed": 4, "rounds": 3, "sizes": SIZES}
+    asked = {"model": "bert", "inputs": ("lengths",), "config": {"layers": 2}, "seed": 4, "rounds": 3, "sizes": SIZES}
     assert given == {**how, **asked}
     refused = CliRunner().invoke(app, ["roofline", "m.treadle", "--quantize", "int8"])
     assert refused.exit_code == 2

@@ -84,7 +84,7 @@ from treadle.passes.framework.rewriting import SiteRewrite
 from treadle.program import places
 from treadle.program.given_texts import read_sentences
 from treadle.program.program import Program
-from treadle.program.source import ModelSource, _Onnx
+from treadle.program.source import _Onnx
 from treadle.resolving import resolve
 from treadle.runtime.beams import Beams
 from treadle.runtime.speculation import DraftModel, PromptLookup, speculate
@@ -620,11 +620,9 @@ def test_a_model_that_is_no_whisper(
     (tmp_path / "config.json").write_text("{}")
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
-    options: Any = SimpleNamespace(
-        source=ModelSource.open(tmp_path), stepped=lambda: SimpleNamespace(name="m", derived=derived)
-    )
+    source = SimpleNamespace(kind="folder", tokenizer=lambda cut: nobody)
+    options: Any = SimpleNamespace(source=source, stepped=lambda: SimpleNamespace(name="m", derived=derived))
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
-    monkeypatch.setattr(TextTokenizer, "open", lambda *_, **__: nobody)
     with pytest.raises((UsageError, CheckpointError)) as caught:
         transcribing.Transcriber.open(options)
     assert caught.value.what == what

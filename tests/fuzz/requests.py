@@ -25,7 +25,6 @@ import transformers
 
 from tests.fuzz.campaign import Tally, options_of, scrambled
 from tests.task_models import byte_level
-from treadle.ir.target import Target
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import Opening, Served
 
@@ -59,7 +58,7 @@ def serve_tiny(place: Path) -> list[Served]:
     for name, model in (("tiny", transformers.GPT2LMHeadModel(writes)), ("vectors", transformers.BertModel(embeds))):
         model.eval().save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
-    opening = Opening("numpy", Target("cpu"), rows=4, capacity=64, queue=64, resumes=True)
+    opening = Opening(rows=4, capacity=64, queue=64, resumes=True)
     return [opening.open(str(place / name)) for name in ("tiny", "vectors")]
 
 

@@ -33,12 +33,15 @@ def machine_limits(spec: Spec) -> dict[str, Any]:
     """Return operations per second of each dtype, bytes per second of a plain read, and the least seconds of our
     kernels, if there are kernels; without kernels the operations are NumPy's in float32.
     """
-    if spec["backend"] == "tvm":
+    from treadle.benching.workload import Workload
+
+    options = Workload.from_dict(spec).options
+    if options.backend == "tvm":
         from treadle.benching.roofline import measure_roofline
 
         exe = compiled(spec)
         if not exe.graph.states:  # a graph with states has no roofline
-            found = measure_roofline(exe, spec["sizes"], seed=spec["seed"])
+            found = measure_roofline(exe, spec["sizes"], seed=options.seed)
             return {"rates": dict(found.rates), "read": found.read, "least": found.least}
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))

@@ -132,7 +132,8 @@ def compiled(spec: Spec) -> Any:
     alone = options.backend == "numpy"  # it takes its threads from the environment
     options = options.but(target=Target("cpu", None if alone else spec["threads"]))
     if is_artifact(spec["model"]):
-        return load_artifact(spec["model"], **{name: v for name, v in options.keywords().items() if name != "seed"})
+        how = {name: value for name, value in options.keywords().items() if name != "seed"}
+        return load_artifact(spec["model"], **{**how, "backend": options.backend})
     return compile_model(spec["model"], options)
 
 

@@ -68,7 +68,7 @@ def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
     """Return the graph as declared, and its weights."""
     chosen = workload.options
     if is_artifact(workload.model):
-        chosen.refuse_for_artifact(workload.model, also=("seed",))
+        chosen.refuse_for_artifact(workload.model, also=("seed", "widen"))
         held = open_artifact(workload.model, limits=chosen.limits)
         return quantized_alike(held.optimized.source, held.optimized.graph), held.weights
     resolved = chosen.but(dtype=None).resolve(workload.model)

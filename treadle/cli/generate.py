@@ -48,12 +48,13 @@ def continue_texts(
             else:
                 _print_searched(run, searched)
             return
+        pieces = run.pieces()  # a refused prompt is not echoed
         stream = len(prompts) == 1 and not as_json
         if stream and not settings.chat:
             print(prompts[0], end="", flush=True)
         try:
             with working(doing, shown=not as_json and not stream):
-                for piece in run.pieces():
+                for piece in pieces:
                     if stream:
                         print(piece.text, end="", flush=True)
         finally:

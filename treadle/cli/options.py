@@ -147,7 +147,7 @@ def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Itera
     """
     from treadle.artifacts import load_artifact
 
-    CompileOptions.of("compile", keywords).refuse_for_artifact(artifact, also=[*also])
+    CompileOptions.of("compile", keywords).refuse_for_artifact(artifact, also=["widen", *also])
     return load_artifact(artifact, **{name: value for name, value in keywords.items() if name not in also})
 
 
@@ -163,7 +163,7 @@ def _annotation(option: Option) -> Any:
         return Annotated[bool, typer.Option(f"--{flag.name}", **shown)]
     shown |= {"metavar": flag.metavar, "autocompletion": _COMPLETIONS.get(flag.complete)}
     shown |= {"min": flag.least, "max": flag.most}
-    kind: Any = list[str] if flag.many else _KINDS.get(option.type.partition(" ")[0], str)
+    kind: Any = list[str] if flag.many else _KINDS.get(option.type.removesuffix(" | None"), str)
     return Annotated[kind | None, typer.Option(f"--{flag.name}", **shown)]
 
 

@@ -34,6 +34,9 @@ def show_roofline(
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
 
+    asked = parse_sizes(sizes)
+    if "memory" in keywords:
+        keywords["sizes"] = asked
     with working(f"compiling {model}", shown=not as_json):
         made = (
             load_with_options(model, keywords, also=("seed",))
@@ -41,9 +44,7 @@ def show_roofline(
             else treadle.compile(model, **keywords)
         )
     with working(f"running {model}", shown=not as_json):
-        found = measure_roofline(
-            made, choose_sizes(made.graph, parse_sizes(sizes)), rounds=rounds, seed=keywords.get("seed", 0)
-        )
+        found = measure_roofline(made, choose_sizes(made.graph, asked), rounds=rounds, seed=keywords.get("seed", 0))
     if svg is not None:
         write_drawing(svg, draw_roofline(found))
     if as_json:

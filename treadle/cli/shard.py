@@ -58,7 +58,8 @@ def shard_command(
     if output is not None and not is_artifact(output):
         raise UsageError(f"an artifact's name must end in {SUFFIX}", received=str(output), hint=f"{output}{SUFFIX}")
     if is_artifact(model):
-        split = {"mesh": mesh, "recipe": recipe, "axis": axis, "device": device, "output": output}
+        split: dict[str, Any] = {"mesh": mesh, "recipe": recipe, "axis": axis, "device": device, "output": output}
+        split["sizes"] = options.sizes
         given = [f"--{name}" for name, value in split.items() if value]
         if given:
             raise UsageError("the file of a sharded model has its plan, and does not accept " + " or ".join(given))

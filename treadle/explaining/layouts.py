@@ -121,7 +121,7 @@ def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[str, Optimize
     if not isinstance(chosen, StagedBackend):
         raise UsageError(f"backend {options.backend} has no passes of its own to explain", hint="numpy, torch or tvm")
     name, optimized = optimized_for(model, options)
-    budget = None if options.memory is None else budget_of(options.memory, options.sizes, optimized)
+    budget = budget_of(options.memory, options.sizes, optimized)
     if budget is not None:
         optimized = bounded(optimized, budget.sizes)
     return name, chosen.lower(optimized, options.where, budget=budget, donate=options.donate)

@@ -167,7 +167,7 @@ def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
     """
     options = {**options, "sizes": options.get("sizes") or None}
     chosen = CompileOptions.of("explain memory", options)
-    name, lowered = lowered_for(model, chosen)
+    name, lowered = lowered_for(model, chosen if chosen.memory is not None else chosen.but(sizes=None))
     backend = find_backend(chosen.backend)
     if lowered.plan is None or not isinstance(backend, StagedBackend):
         raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")

@@ -17,6 +17,7 @@ from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes
+from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.reporting.counts import counted, human, sizes_text
 from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
@@ -194,6 +195,7 @@ def explain_sharding(
 
     Raises as `shard_model` does.
     """
+    CompileOptions.of("explain sharding", options)
     plan = shard_model(model, mesh, recipe=recipe, axes=axes, device=device, **options)
     return report_of(plan, dict(axes or {}))
 

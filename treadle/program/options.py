@@ -95,7 +95,7 @@ class ReadingOptions:
         "(docs/quantization.md)",
         "Compute bf16 or f16 values in f32; blocks: decode the blocks of a GGUF file when loading.",
         Flag("widen", "bf16", flag_values.names_of),
-        but={"train"},
+        but={"artifact", "train"},
     )
     limits: Mapping[str, int] | None = _option(
         None,
@@ -188,7 +188,7 @@ class RunningOptions:
         'what to compile for: "cpu", or `Target("cpu", threads=4)`',
         "cpu or cuda.",
         Flag("target", "NAME", complete="target"),
-        but={"export", "shard", *_EXPLAIN.difference(_LOWERED)},
+        but={"bench", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     memory: int | str | None = _option(
         None,
@@ -315,7 +315,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
-            return source.resolve(widen=widen, **reading, **{**self.config, **config})
+            return source.resolve(widen=widen, config={**self.config, **config}, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise
@@ -394,7 +394,7 @@ def not_taken(entry: str, name: str) -> UsageError:
     return UsageError(f"{command} does not take {name}", hint=f"leave it out; it applies to {', '.join(takers)}")
 
 
-_COMMANDS = {"rank": "a rank", "session": "generation", "task": "a task"}
+_COMMANDS = {"artifact": "an artifact", "rank": "a rank", "session": "generation", "task": "a task"}
 """Names of entry functions in errors, where they differ."""
 
 

@@ -26,23 +26,23 @@ Widen = str | Iterable[str]
 
 
 def computing_in(
-    dtype: str | None, passes: Sequence[Pass], widen: Widen, quantize: str | None = None, *, computed: bool = False
+    dtype: str | None, passes: Sequence[Pass], widen: Widen, scheme: str | None = None, *, computed: bool = False
 ) -> tuple[tuple[Pass, ...], Widen]:
     """Return the passes, and the dtypes to widen, that compute a model in `dtype` with quantized weights.
 
     dtype     None: as declared. "f32": bf16 and f16 values become f32. "bf16": the same, and then products with weights
               and attention have bf16 operands and f32 sums
-    quantize  a scheme of `QUANTIZED`, or None
+    scheme    one of `QUANTIZED`, or None: weights are not quantized
     computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
               computed matrices
 
     Raises UsageError for another name.
     """
-    if quantize is not None:
-        if quantize not in QUANTIZED:
+    if scheme is not None:
+        if scheme not in QUANTIZED:
             hint = "quantize " + " or ".join(QUANTIZED)
-            raise UsageError(f"unknown quantization scheme {str(quantize)[:40]!r}", hint=hint)
-        passes = (*passes, QuantizeWeights(quantize))
+            raise UsageError(f"unknown quantization scheme {str(scheme)[:40]!r}", hint=hint)
+        passes = (*passes, QuantizeWeights(scheme))
     if dtype is None:
         return tuple(passes), widen
     if dtype not in COMPUTED:

@@ -86,9 +86,12 @@ class TextGeneration:
         )
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the tokens of all continuations as soon as they are known, and record them."""
+        """Return the tokens of all continuations as soon as they are known, and record them.
+
+        Raises UsageError at once, before the first token, for a prompt that is refused.
+        """
         settings = self.settings
-        for piece in self.writer.continued(
+        pieces = self.writer.continued(
             self.prompts,
             most=settings.most,
             sampling=settings.sampling,
@@ -98,7 +101,11 @@ class TextGeneration:
             guess=self.guess,
             tally=self.tally,
             special=not settings.chat,
-        ):
+        )
+        return self._recorded(pieces)
+
+    def _recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
             self.continuations[piece.row].add(piece)
             self.pace.count()
             yield piece
