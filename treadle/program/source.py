@@ -132,7 +132,8 @@ class ModelSource:
         outputs: Sequence[str] | None = None,
         widen: str | Iterable[str] = (),
         deferred: bool = False,
-        **config: Any,
+        config: Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> Resolved:
         """Trace the model, and bind its weights. It may be called several times, with other choices.
 
@@ -141,12 +142,13 @@ class ModelSource:
         widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
                  weights that a GGUF file stores in blocks are decoded to f32 when they are read
         deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
-        config   configuration that overrides the declaration's or the checkpoint's
+        config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
         StaticArgumentNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
         """
         names = [widen] if isinstance(widen, str) else list(widen)
+        config = {**more, **(config or {})}
         found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # in place of its family's name
