@@ -26,28 +26,28 @@ class FileState:
     """A file as it was when it was opened.
 
     path    its absolute name; links are followed at each check, so that another target is another state
-    shown   its name in errors
-    device, inode, size, written   of `os.stat`: the size in bytes, the time of the last write in ns
+    label   its name in errors
+    device, inode, size, modified   of `os.stat`: the size in bytes, the time of the last change in ns
     """
 
     path: str
-    shown: str
+    label: str
     device: int
     inode: int
     size: int
-    written: int
+    modified: int
 
     @classmethod
-    def of(cls, path: PathLike, shown: str, found: os.stat_result) -> FileState:
+    def of(cls, path: PathLike, label: str, status: os.stat_result) -> FileState:
         """Return the state that a call of `os.stat` or `os.fstat` found."""
-        return cls(os.path.abspath(path), shown, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(os.path.abspath(path), label, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check(self, *, exists: bool = False) -> None:
         """Raise CheckpointError if the path now names another file, or one that was written since; with `exists`, also
         if it names none. A file that is mapped keeps its bytes when it is removed.
         """
         try:
-            now = FileState.of(self.path, self.shown, os.stat(self.path))
+            now = FileState.of(self.path, self.label, os.stat(self.path))
         except OSError:
             now = None
         if now == self or (now is None and not exists):
@@ -61,7 +61,7 @@ class FileState:
         raise CheckpointError(
             "the file has changed since it was opened",
             received=received,
-            within=self.shown,
+            within=self.label,
             hint="open the model again, when its files are complete",
         )
 
@@ -69,16 +69,16 @@ class FileState:
 class RegularFile(io.BufferedReader):
     """A regular file that is open for reading, with its state."""
 
-    def __init__(self, descriptor: int, path: PathLike, shown: str, found: os.stat_result) -> None:
+    def __init__(self, descriptor: int, path: PathLike, label: str, status: os.stat_result) -> None:
         super().__init__(io.FileIO(descriptor, "rb"))
-        self.state = FileState.of(path, shown, found)
+        self.state = FileState.of(path, label, status)
 
 
-def open_regular(path: PathLike, shown: str | None = None, named: PathLike | None = None) -> RegularFile:
+def open_regular(path: PathLike, shown: str | None = None, alias: PathLike | None = None) -> RegularFile:
     """Open a regular file for reading in binary mode.
 
     shown   the file's name in errors
-    named   the name of which `path` is the canonical form, for `FileState`; None: `path`
+    alias   the name of which `path` is the canonical form, for `FileState`; None: `path`
 
     Raises CheckpointError if the file does not exist, cannot be read, or is a folder, a pipe or a device.
     """
@@ -95,7 +95,7 @@ def open_regular(path: PathLike, shown: str | None = None, named: PathLike | Non
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise CheckpointError("not a regular file", received="a folder, a pipe or a device", within=shown)
-    return RegularFile(descriptor, named or path, shown, found)
+    return RegularFile(descriptor, alias or path, shown, found)
 
 
 def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: str | None = None) -> bytes:
@@ -108,18 +108,18 @@ def read_regular(path: PathLike, limit: int, shown: str | None = None, setting: 
         return read_whole(file, limit, shown, setting)
 
 
-def read_whole(file: BinaryIO, limit: int, shown: str, setting: str | None = None) -> bytes:
+def read_whole(file: BinaryIO, limit: int, label: str, setting: str | None = None) -> bytes:
     """Return all bytes of an open file. Raises CheckpointError as `read_regular` does."""
     try:
         data = file.read(limit + 1)
         size = max(len(data), os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise _unopened(shown, error) from None
+        raise _unopened(label, error) from None
     if size > limit:
         raise CheckpointError(
             "the file is longer than the limit",
             received=f"{size} bytes, limit {limit}",
-            within=shown,
+            within=label,
             hint=limit_hint(setting, size) if setting else None,
         )
     return data

@@ -150,7 +150,7 @@ class _Reader:
 
     def __init__(self, data: mmap.mmap, file: FileState) -> None:
         self.data = data
-        self.file, self.shown = file, file.shown
+        self.file, self.shown = file, file.label
         self.at = 0
         self.began = 0
         self.field = "header"
@@ -217,7 +217,7 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
 
 
 def _map(file: RegularFile) -> mmap.mmap:
-    shown = file.state.shown
+    shown = file.state.label
     try:
         size = os.fstat(file.fileno()).st_size
         if size:

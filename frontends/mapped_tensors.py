@@ -64,7 +64,7 @@ class MappedTensors(Generic[Record]):
     called = "tensor"
 
     def __init__(self, file: FileState, records: Mapping[str, Record], data: mmap.mmap) -> None:
-        self.file, self.path = file, file.shown
+        self.file, self.path = file, file.label
         self._records = dict(records)
         self._data = data
 

@@ -135,9 +135,9 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
     def read(cls, file: RegularFile, limits: CheckpointLimits) -> SafetensorsFile:
         """Map an open file, which may be closed afterwards. Raises CheckpointError as `open` does."""
         try:
-            return _open(file, file.state.shown, limits)
+            return _open(file, file.state.label, limits)
         except (OSError, ValueError, OverflowError) as error:
-            raise CheckpointError("the file cannot be read", received=str(error), within=file.state.shown) from None
+            raise CheckpointError("the file cannot be read", received=str(error), within=file.state.label) from None
 
     def __getitem__(self, name: str) -> TensorRecord:
         """Return a tensor's entry in the file. Raises CheckpointError, with the nearest names, if there is none."""

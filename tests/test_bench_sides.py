@@ -241,7 +241,7 @@ def test_a_sides_process_answers(threads: int, tmp_path: Path, monkeypatch: pyte
         (ValueError("a\n  b" + "c" * 400), "ValueError: a b" + "c" * 385),
     ],
 )
-def test_why_a_side_is_missing_is_told_on_a_line(
+def test_the_reason_for_a_missing_side_is_printed(
     error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opens(spec: Any) -> Any:

@@ -103,7 +103,7 @@ def test_a_model_is_at_fault_where_nothing_is_left_or_a_weight_is_none(
         ),
     ],
 )
-def test_what_is_told_of_a_backend(report: BackendReport, passed: bool | None, expected: str) -> None:
+def test_the_lines_of_a_backend(report: BackendReport, passed: bool | None, expected: str) -> None:
     first, *rest = ReportLayout(["a"]).backend(report)
     assert report.passed is passed
     assert first.startswith(f"  a         {expected}")

@@ -44,21 +44,21 @@ def main() -> int:
         ways = [False, True] if not options.no_onnx else [False]
         for onnx, float64, recognized in itertools.product(ways, (True, False), (False, True)):
             unknown: list[str] = []
-            told = f"{name}, f{64 if float64 else 32}{', onnx' * onnx}{', recognized' * recognized}"
+            text = f"{name}, f{64 if float64 else 32}{', onnx' * onnx}{', recognized' * recognized}"
             try:
                 given = {"float64": float64, "recognized": recognized, "onnx": onnx, "certify": options.certify}
                 found = judged(case, **given, unknown=unknown)
             except torch.onnx.OnnxExporterError as error:
-                print(f"{told}: no file: {str(error).splitlines()[0]}", flush=True)
+                print(f"{text}: no file: {str(error).splitlines()[0]}", flush=True)
                 continue
             except (TreadleError, RuntimeError) as error:
                 found = [f"{type(error).__name__}: {error}"]
             judgements += 1
             wrong += bool(found)
             for line in found:
-                print(f"{told}: {line}", flush=True)
+                print(f"{text}: {line}", flush=True)
             for line in unknown if not (onnx or recognized) else ():
-                print(f"{told}: autograd gives NaN by {line}", flush=True)
+                print(f"{text}: autograd gives NaN by {line}", flush=True)
         if case.file and not options.no_onnx:
             print(f"{name}: its ONNX file has {case.why}", flush=True)
     for seed in range(options.seed, options.seed + options.programs):
