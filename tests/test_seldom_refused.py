@@ -262,7 +262,7 @@ opened.model = SimpleNamespace(
 decoder: Any = SimpleNamespace(stepped=lambda: SimpleNamespace(name="m", derived=SimpleNamespace(prologue=())))
 """Options of a model whose rows begin empty."""
 
-stand_in: Any = None
+fake: Any = None
 """A placeholder for a model that is unused, because the call is refused first."""
 
 
@@ -297,9 +297,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a text's name": (lambda p: write_sections(p / "a", {HALF: b""}, {}, {}), UsageError, "a name cannot be"),
     "a value's name": (lambda p: write_sections(p / "a", {}, {}, {"name": HALF}), UsageError, "a name cannot be"),
     "another file": (lambda p: load_declaration(bare(p, ("m",)) / "m", "f"), UsageError, ""),
-    "a narrow value": (lambda _: Specializing._chosen(stand_in, NARROW, 1), BackendError, "bf16 cannot determine"),
+    "a narrow value": (lambda _: Specializing._chosen(fake, NARROW, 1), BackendError, "bf16 cannot determine"),
     "another vocabulary": (lambda _: writing("a").draft_for(writing("b")), UsageError, "a draft model must"),
-    "terms": (lambda _: _holders(SimpleNamespace(devices=stand_in), "y", TERMS), RankError, "an output is left"),  # type: ignore[arg-type]
+    "terms": (lambda _: _holders(SimpleNamespace(devices=fake), "y", TERMS), RankError, "an output is left"),  # type: ignore[arg-type]
     "a graph's words": (lambda _: resolve(Graph("g"), inputs=["x"], dim=4), UsageError, "a graph takes no"),
     "limits by class": (
         lambda p: load(p, limits=ArtifactLimits()), UsageError, "limits of a model must be a mapping by name"
@@ -308,20 +308,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda p: write_sections(p / "m.treadle", {"\udc80": b""}, {}, {}), UsageError, "a name cannot be written"
     ),
     # tasks
-    "nothing to classify": (lambda _: TextClassifier(stand_in, ()).classify([]), UsageError, "there is no text to"),
-    "nothing to fill": (lambda _: MaskFiller(stand_in, "[MASK]").fill([]), UsageError, "there is no text to fill"),
-    "no token": (lambda _: MaskFiller(stand_in, "[MASK]").fill(["a"], top=0), UsageError, "top must be 1 or more"),
-    "nothing to tag": (lambda _: TokenTagger(stand_in, ()).tag([]), UsageError, "there is no text to tag"),
-    "a grouping": (lambda _: TokenTagger(stand_in, ()).tag(["a"], grouping="all"), UsageError, "there is no grouping"),
-    "no question": (lambda _: QuestionAnswerer(stand_in).answer([("", "a")]), UsageError, "a question needs a text"),
-    "no answer": (lambda _: QuestionAnswerer(stand_in).answer([("a", "b")], top=0), UsageError, "top and longest must"),
+    "nothing to classify": (lambda _: TextClassifier(fake, ()).classify([]), UsageError, "there is no text to"),
+    "nothing to fill": (lambda _: MaskFiller(fake, "[MASK]").fill([]), UsageError, "there is no text to fill"),
+    "no token": (lambda _: MaskFiller(fake, "[MASK]").fill(["a"], top=0), UsageError, "top must be 1 or more"),
+    "nothing to tag": (lambda _: TokenTagger(fake, ()).tag([]), UsageError, "there is no text to tag"),
+    "a grouping": (lambda _: TokenTagger(fake, ()).tag(["a"], grouping="all"), UsageError, "there is no grouping"),
+    "no question": (lambda _: QuestionAnswerer(fake).answer([("", "a")]), UsageError, "a question needs a text"),
+    "no answer": (lambda _: QuestionAnswerer(fake).answer([("a", "b")], top=0), UsageError, "top and longest must"),
     "an answer of nothing": (
-        lambda _: QuestionAnswerer(stand_in).answer([("a", "b")], longest=0), UsageError, "top and longest must"
+        lambda _: QuestionAnswerer(fake).answer([("a", "b")], longest=0), UsageError, "top and longest must"
     ),
-    "no picture": (lambda _: ImageLabeller(stand_in, stand_in, (), {}).label([]), UsageError, "there is no image to label"),
-    "no match": (lambda _: ImageMatcher(stand_in, stand_in, stand_in).match(["a"], []), UsageError, "matching needs an"),
-    "a vocabulary without a mask": (lambda _: MaskFiller.open(stand_in), CheckpointError, "the folder's vocabulary"),
-    "a head of three": (lambda _: QuestionAnswerer.open(stand_in), UsageError, "an answer has a start and an end"),
+    "no picture": (lambda _: ImageLabeller(fake, fake, (), {}).label([]), UsageError, "there is no image to label"),
+    "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
+    "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
+    "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "an answer has a start and an end"),
     "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
     "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three channels"),
     "ids that are none": (
@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         CheckpointError,
         "suppress_ids must be a list of ids",
     ),
-    "a short text": (lambda _: _most_tokens(0, stand_in, stand_in), UsageError, "a text has 1 token or more"),
+    "a short text": (lambda _: _most_tokens(0, fake, fake), UsageError, "a text has 1 token or more"),
     "a file with a head": (
         lambda p: checked_folder(Program.of(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
     ),
@@ -382,7 +382,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no reference": (lambda _: Nameless().reference(), GraphError, "op nameless has no reference"),
     "no axis rule": (lambda _: Nameless().axis_rule([]), GraphError, "op nameless has no axis rule"),
     "no dtype rule": (lambda _: Nameless().dtypes(), GraphError, "op nameless has no dtype rule"),
-    "no body": (lambda _: hollow.body(stand_in), GraphError, "composite op hollow has no body"),
+    "no body": (lambda _: hollow.body(fake), GraphError, "composite op hollow has no body"),
     "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: the types of its body differ"),
     "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow does not define `combined`"),
     "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow does not define `awaited`"),
@@ -546,7 +546,7 @@ def test_it_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("backend", "asks", "told"),
     [
-        (stand_in, explain_layouts, "backend odd has no passes of its own to explain"),
+        (fake, explain_layouts, "backend odd has no passes of its own to explain"),
         (Plain(), explain_storage, "backend odd does not plan storage"),
         (Plain(), explain_memory, "backend odd does not plan storage"),
     ],
@@ -562,7 +562,7 @@ def test_a_backend_that_cannot_is_named(backend: Any, asks: Any, told: str, monk
 
 NEEDED: dict[str, tuple[str, Callable[[], Any], str]] = {  # the module, the code that needs it, and the message
     "starlette": ("", lambda: app(["serve", "gpt2"]), "serving needs the package starlette"),
-    "pillow": ("PIL.Image", lambda: ImageReader.open(stand_in, "vit"), "reading images needs the package pillow"),
+    "pillow": ("PIL.Image", lambda: ImageReader.open(fake, "vit"), "reading images needs the package pillow"),
 }
 
 
@@ -601,7 +601,7 @@ def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_an_artifact_is_run_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.runtime.distributed.ranks.join", lambda timeout: nullcontext(stand_in))
+    monkeypatch.setattr("treadle.runtime.distributed.ranks.join", lambda timeout: nullcontext(fake))
     with pytest.raises(SystemExit) as ended:
         app(["run", "m.treadle", "--mesh", "tp=2"])
     assert ended.value.code == 2
@@ -620,7 +620,7 @@ def test_a_model_that_is_no_whisper(
     (tmp_path / "config.json").write_text("{}")
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
-    source = SimpleNamespace(kind="folder", tokenizer=lambda cut: stand_in)
+    source = SimpleNamespace(kind="folder", tokenizer=lambda cut: fake)
     options: Any = SimpleNamespace(source=source, stepped=lambda: SimpleNamespace(name="m", derived=derived))
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
     with pytest.raises((UsageError, CheckpointError)) as caught:
@@ -635,11 +635,11 @@ def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(max_tokens)
         return SimpleNamespace(id_of=lambda name: None, special_names={})
 
-    place, source = SimpleNamespace(path=stand_in), SimpleNamespace(tokenizer=tokenizer)
-    made = SimpleNamespace(compile=lambda inputs: stand_in, source=source)
+    place, source = SimpleNamespace(path=fake), SimpleNamespace(tokenizer=tokenizer)
+    made = SimpleNamespace(compile=lambda inputs: fake, source=source)
     monkeypatch.setattr(matching, "checked_folder", lambda options, head: (place, {"model_type": "siglip"}))
     monkeypatch.setattr(matching, "image_sides", lambda made: (8, 8))
-    monkeypatch.setattr(ImageReader, "open", lambda *_, **__: stand_in)
+    monkeypatch.setattr(ImageReader, "open", lambda *_, **__: fake)
     for context in (None, 63, 65):
         monkeypatch.setattr(matching, "token_positions", lambda made: context)  # noqa: B023
         with pytest.raises(CheckpointError, match="the folder's vocabulary has no padding token"):
