@@ -14,7 +14,7 @@ from typing import Any
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes, unavailable
-from treadle.backends.staged import StagedBackend, needed_plan
+from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
@@ -25,6 +25,7 @@ from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.encoded_rules import takes_blocks
+from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
@@ -83,6 +84,18 @@ class TvmBackend(StagedBackend):
         """Return the frame of each routine by its steps, including the workspace of single kernels."""
         program = lower(graph, plan, isa_of(target), RULES, target.cores())
         return {routine.name: routine.frame for routine in program.routines}
+
+    def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
+        """Return the kernels that each routine calls, by the names that the listing gives them."""
+        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        titles = unique_titles(kernels_of(program))
+        return tuple(
+            [
+                KernelUse(routine.name, step.node, titles[step.kernel], step.kernel.generic, step.note)
+                for routine in program.routines
+                for step in routine.walk()
+            ]
+        )
 
     def emit(
         self,

@@ -31,3 +31,9 @@ class Lineage:
         work = self.of(nodes)
         for node in created:
             self._given[node] = work | self._given.get(node, _NONE)
+
+    def restricted(self, nodes: Iterable[Node]) -> Lineage:
+        """Return the lineage of these nodes alone, which holds no removed node."""
+        made = Lineage()
+        made._given = {node: self._given[node] for node in nodes if node in self._given}
+        return made

@@ -1,0 +1,243 @@
+"""The nodes of two runs that correspond to each other.
+
+Nodes are matched by the first of these that applies:
+
+    lineage   both do the work of corresponding nodes of their declared graphs
+    exact     equal scope, op, attributes and operands
+    hash      equal op, attributes and types, as all nodes above them
+    scope     equal scope and op, in order
+    group     one node on one side, and all that is left in the same scope on the other, with results of one type
+
+A match may have several nodes on a side: a fusion, or a decomposition. Scopes are compared after
+`treadle.comparing.scope_alignment`: the nodes of a layer that one side lacks match nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from treadle.comparing.builds import Build
+from treadle.comparing.run_nodes import Run, RunNode, run_of
+from treadle.comparing.scope_alignment import ScopeAlignment
+from treadle.ir.hashing import op_key, type_key
+
+Side = Sequence[RunNode]
+_Ids = Sequence[frozenset[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeMatch:
+    """Nodes of a and nodes of b that correspond, and the criterion: lineage, exact, hash, scope or group."""
+
+    a: tuple[RunNode, ...]
+    b: tuple[RunNode, ...]
+    by: str
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """All matches of two runs, in the order of b.
+
+    removed  nodes of a without a match
+    added    nodes of b without a match
+    scopes   the alignment of their scopes
+    """
+
+    a: Run
+    b: Run
+    matches: tuple[NodeMatch, ...]
+    removed: tuple[RunNode, ...]
+    added: tuple[RunNode, ...]
+    scopes: ScopeAlignment
+
+    def flipped(self) -> Matching:
+        """Return the same matching with b as the first side."""
+        matches = tuple([NodeMatch(m.b, m.a, m.by) for m in self.matches])
+        return Matching(self.b, self.a, matches, self.added, self.removed, self.scopes.flipped())
+
+    @property
+    def is_related(self) -> bool:
+        """True if the runs have something in common: a node that reads a weight or a result and is matched by more than
+        its scope, or a quarter of the nodes of the smaller run.
+        """
+        strong = [m for m in self.matches if m.by in ("lineage", "exact", "hash")]
+        if any(read[0] in ("result", "parameter") for m in strong for node in m.b for read in node.reads):
+            return True
+        return 4 * sum(len(m.b) for m in self.matches) >= max(1, min(len(self.a.nodes), len(self.b.nodes)))
+
+
+def match_builds(a: Build, b: Build) -> tuple[Matching, Matching]:
+    """Match the declared graphs of two builds, and then, with their lineage, the graphs that are compared."""
+    sources = run_of(a.source), run_of(b.source)
+    scopes = ScopeAlignment.of(sources[0].nodes, sources[1].nodes)
+    declared = match_runs(*sources, scopes)
+    identities: list[dict[RunNode, int]] = [{}, {}]
+    for number, match in enumerate(declared.matches):
+        for known, nodes in zip(identities, (match.a, match.b), strict=True):
+            known.update(dict.fromkeys(nodes, number))
+    runs = run_of(a.graph), run_of(b.graph)
+    ids = [
+        _origins(build, run, source, known)
+        for build, run, source, known in zip((a, b), runs, sources, identities, strict=True)
+    ]
+    return declared, match_runs(*runs, scopes, (ids[0], ids[1]))
+
+
+def _origins(build: Build, run: Run, source: Run, known: Mapping[RunNode, int]) -> _Ids:
+    """Return for each node of a run the numbers of the declared nodes whose work it does."""
+    places = source.by_place()
+    found = []
+    for each in run.nodes:
+        origins = [places.get((each.path, node)) for node in build.origins(each.node)]
+        found.append(frozenset(known[node] for node in origins if node is not None and node in known))
+    return found
+
+
+def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | None = None) -> Matching:
+    """Match the nodes of two runs.
+
+    ids  for each node of both runs, numbers of work that it does; nodes that share a number correspond
+    """
+    matches: list[NodeMatch] = []
+    left = [dict.fromkeys(a.nodes), dict.fromkeys(b.nodes)]
+
+    def add(ours: Iterable[RunNode], theirs: Iterable[RunNode], by: str) -> None:
+        made = NodeMatch(tuple(ours), tuple(theirs), by)
+        matches.append(made)
+        for each in made.a:
+            del left[0][each]
+        for each in made.b:
+            del left[1][each]
+
+    if ids is not None:
+        for ours, theirs in _by_lineage(a, b, *ids):
+            add(ours, theirs, "lineage")
+    back = scopes.flipped()
+    alone = {each for each in a.nodes if back.in_a(each.scope) is None}
+    in_a = {each: scopes.in_a(each.scope) for each in b.nodes} | {each: each.scope for each in a.nodes}
+    alone.update(each for each in b.nodes if in_a[each] is None)
+    hashes = _Hashes()
+    keys: dict[str, Callable[[RunNode, Run], Hashable]] = {
+        "exact": lambda each, run: (in_a[each], op_key(each.node.op), _operands(each, run, in_a, scopes)),
+        "hash": hashes.of,
+        "scope": lambda each, run: (in_a[each], each.op),
+    }
+    for by, key in keys.items():
+        held = _grouped([each for each in left[0] if each not in alone], a, key)
+        for same, theirs in _grouped([each for each in left[1] if each not in alone], b, key).items():
+            for one, other in zip(held.get(same, ()), theirs, strict=False):
+                add((one,), (other,), by)
+    ours_by_scope = _grouped(left[0], a, lambda each, _: in_a[each])
+    for scope, theirs in _grouped(left[1], b, lambda each, _: in_a[each]).items():
+        ours = ours_by_scope.get(scope, [])
+        if scope and ours and 1 in (len(ours), len(theirs)) and _types(ours[-1]) == _types(theirs[-1]):
+            add(ours, theirs, "group")
+    ordered = sorted(matches, key=lambda match: match.b[0].number)
+    return Matching(a, b, tuple(ordered), tuple(left[0]), tuple(left[1]), scopes)
+
+
+def _grouped(
+    nodes: Iterable[RunNode], run: Run, key: Callable[[RunNode, Run], Hashable]
+) -> dict[Hashable, list[RunNode]]:
+    found: dict[Hashable, list[RunNode]] = {}
+    for each in nodes:
+        found.setdefault(key(each, run), []).append(each)
+    return found
+
+
+def _types(each: RunNode) -> tuple[str, ...]:
+    return tuple([type_key(v.type) for v in each.node.results])
+
+
+def _operands(
+    each: RunNode, run: Run, in_a: Mapping[RunNode, str | None], scopes: ScopeAlignment
+) -> tuple[Hashable, ...]:
+    """Describe operands by what is near: the scope and op of a producer, the name of a weight or an input."""
+    found: list[Hashable] = []
+    for kind, name, index in each.reads:
+        if kind == "result":
+            producer = run.nodes[int(name)]
+            found.append((in_a[producer], producer.op, index))
+        elif kind in ("parameter", "state"):
+            # a weight of b is compared under the name that it would have in a
+            found.append((kind, str(name) if in_a[each] == each.scope else scopes.in_a(str(name)), index))
+        else:
+            found.append((kind, name, index))
+    return tuple(found)
+
+
+class _Hashes:
+    """Structural hashes of nodes: op, attributes, types, and the same of all nodes above; weights count by type."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[RunNode, int] = {}
+
+    def of(self, each: RunNode, run: Run) -> int:
+        """Return a number that is equal for nodes of equal structure, also in different runs."""
+        if each not in self._known:
+            for node in run.nodes:  # producers come first
+                self._known[node] = self._number(node, run)
+        return self._known[each]
+
+    def _number(self, each: RunNode, run: Run) -> int:
+        reads: list[Hashable] = []
+        for (kind, name, index), value in zip(each.reads, each.node.operands, strict=True):
+            if kind == "result":
+                reads.append((self._known[run.nodes[int(name)]], index))
+            elif kind in ("parameter", "state") and value is not None:
+                reads.append((kind, type_key(value.type)))
+            else:
+                reads.append((kind, name))
+        key = (op_key(each.node.op), tuple(reads), _types(each))
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+def _by_lineage(
+    a: Run, b: Run, ours: _Ids, theirs: _Ids
+) -> list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]:
+    """Return groups of nodes that share work: every node joins the node of the other side with which it shares most.
+
+    Work that many nodes share, such as a mask that all layers read, counts little.
+    """
+    holders = [_holders(ours), _holders(theirs)]
+
+    def nearest(ids: frozenset[int], other: Mapping[int, list[int]]) -> int | None:
+        shared: dict[int, float] = {}
+        for identity in sorted(ids):
+            weight = 1 / (len(holders[0].get(identity, ())) * len(holders[1].get(identity, ())) or 1)
+            for number in other.get(identity, ()):
+                shared[number] = shared.get(number, 0.0) + weight
+        return max(shared, key=lambda number: (shared[number], -number)) if shared else None
+
+    joined: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def root(of: tuple[int, int]) -> tuple[int, int]:
+        while joined.get(of, of) != of:
+            of = joined[of]
+        return of
+
+    chosen: set[int] = set()
+    for number, ids in enumerate(theirs):
+        found = nearest(ids, holders[0])
+        if found is not None:
+            chosen.add(found)
+            joined[root((1, number))] = root((0, found))
+    for number, ids in enumerate(ours):
+        found = None if number in chosen else nearest(ids, holders[1])
+        if found is not None:
+            joined[root((0, number))] = root((1, found))
+    groups: dict[tuple[int, int], tuple[list[RunNode], list[RunNode]]] = {}
+    for side, run in enumerate((a, b)):
+        for each in run.nodes:
+            groups.setdefault(root((side, each.number)), ([], []))[side].append(each)
+    return [(tuple(one), tuple(other)) for one, other in groups.values() if one and other]
+
+
+def _holders(ids: _Ids) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for number, each in enumerate(ids):
+        for identity in each:
+            found.setdefault(identity, []).append(number)
+    return found

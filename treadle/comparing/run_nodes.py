@@ -1,0 +1,109 @@
+"""The nodes of one run of a graph, calls followed: each has the path of calls that leads to it and its whole scope.
+
+A repeated block is one function, but two builds may outline different blocks. In a run, a node of layer 3 is a node of
+layer 3 in both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from treadle.ir.errors import GraphError
+from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hashing import literal_key
+
+MOST_NODES = 200_000
+
+Read = tuple[str, str | int, int]
+"""The origin of an operand: its kind, its name (for a result the number of its node), and the index of the result."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunNode:
+    """A node as a run executes it.
+
+    number    its position in the run
+    path      the scopes of the calls that lead to it, each with the number of earlier calls of the same scope
+    function  the name of its function, and `index`, its position there
+    scope     the scopes of the calls and its own, joined by dots
+    reads     the origin of each operand
+    """
+
+    number: int
+    path: tuple[str, ...]
+    function: str
+    index: int
+    node: Node
+    scope: str
+    reads: tuple[Read, ...]
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        return self.node.op.name
+
+    @property
+    def line(self) -> str:
+        """The user's line, or empty."""
+        return str(self.node.source or "")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """All nodes of one run of a graph, entries in their order."""
+
+    nodes: tuple[RunNode, ...]
+
+    def by_place(self) -> Mapping[tuple[tuple[str, ...], Node], RunNode]:
+        """Return each node by its path of calls and the node of the graph."""
+        return {(each.path, each.node): each for each in self.nodes}
+
+
+def run_of(graph: Graph) -> Run:
+    """Follow the calls of every entry. Raises GraphError for more than 200,000 nodes."""
+    found: list[RunNode] = []
+    for entry in graph.entries:
+        arguments: dict[Value, Read] = {v: (v.kind, v.name, 0) for v in entry.inputs}
+        arguments |= {v: ("parameter", name, 0) for name, v in entry.parameters.items()}
+        arguments |= {v: ("state", name, 0) for name, v in entry.states.items()}
+        _follow(graph, entry, (), "", arguments, found)
+    return Run(tuple(found))
+
+
+def _follow(
+    graph: Graph,
+    function: Function,
+    path: tuple[str, ...],
+    scope: str,
+    known: dict[Value, Read],
+    found: list[RunNode],
+) -> None:
+    """Append the nodes of a call of a function, whose arguments are `known`, and its results to `known`."""
+    calls: Counter[str] = Counter()
+    for index, node in enumerate(function.nodes):
+        reads = tuple([_origin(value, known) for value in node.operands])
+        inside = ".".join(filter(None, (scope, node.scope)))
+        callee = graph.callee(node)
+        if callee is None:
+            if len(found) >= MOST_NODES:
+                raise GraphError(f"a run of {graph.name} has too many nodes", hint=f"at most {MOST_NODES:,}")
+            made = RunNode(len(found), path, function.name, index, node, inside, reads)
+            found.append(made)
+            known.update({v: ("result", made.number, v.index) for v in node.results})
+            continue
+        key = f"{node.scope or callee.name}#{calls[node.scope]}"
+        calls[node.scope] += 1
+        inner = dict(zip(callee.arguments, reads, strict=True))
+        _follow(graph, callee, (*path, key), inside, inner, found)
+        known.update(zip(node.results, [_origin(v, inner) for v in callee.results], strict=True))
+
+
+def _origin(value: Value | None, known: Mapping[Value, Read]) -> Read:
+    if value is None:
+        return ("absent", "", 0)
+    found = known.get(value)
+    if found is not None:
+        return found
+    return ("constant", "" if value.literal is None else literal_key(value.literal), 0)

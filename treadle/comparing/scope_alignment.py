@@ -1,0 +1,103 @@
+"""The layers of two builds that correspond, if one has more of them.
+
+    a:  h.0  h.1  h.2            h.0  h.1  -    h.2
+    b:  h.0  h.1  h.2  h.3       h.0  h.1  h.2  h.3         if h.2 of b is unlike h.2 of a
+
+A stack is a scope whose parts are numbers. Its layers are aligned as lines of a text are: equal layers in equal order.
+Other scopes correspond if their names are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from functools import cached_property
+
+from treadle.comparing.run_nodes import RunNode
+from treadle.ir.hashing import op_key
+
+
+@dataclass(frozen=True, eq=False)
+class ScopeTree:
+    """A scope: the ops in it, and the scopes in it by name, in order."""
+
+    ops: list[str] = field(default_factory=list)
+    parts: dict[str, ScopeTree] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, nodes: Iterable[RunNode]) -> ScopeTree:
+        """Return the scope that contains all nodes."""
+        root = cls()
+        for each in nodes:
+            tree = root
+            for part in parts_of(each.scope):
+                tree = tree.parts.setdefault(part, cls())
+            tree.ops.append(op_key(each.node.op))
+        return root
+
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for scopes with equal ops in equal order; the numbers of layers do not count."""
+        inner = [("#" if name.isdigit() else name, tree.signature) for name, tree in self.parts.items()]
+        return (tuple(self.ops), tuple(inner))
+
+    @property
+    def layers(self) -> list[str]:
+        """The parts that are numbers, in order."""
+        return [name for name in self.parts if name.isdigit()]
+
+
+@dataclass(frozen=True, eq=False)
+class ScopeAlignment:
+    """For each scope of b, the corresponding scope of a; None for a layer that a does not have."""
+
+    _known: Mapping[tuple[str, ...], tuple[str, ...] | None]
+    _back: Mapping[tuple[str, ...], tuple[str, ...] | None]
+
+    @classmethod
+    def of(cls, a: Iterable[RunNode], b: Iterable[RunNode]) -> ScopeAlignment:
+        """Align the scopes of two runs."""
+        pairs = list(_aligned(ScopeTree.of(a), ScopeTree.of(b), (), ()))
+        known = {theirs: ours for ours, theirs in pairs if theirs is not None}
+        return cls(known, {ours: theirs for ours, theirs in pairs if ours is not None})
+
+    def flipped(self) -> ScopeAlignment:
+        """Return the same alignment with b as the first side."""
+        return ScopeAlignment(self._back, self._known)
+
+    def in_a(self, scope: str) -> str | None:
+        """Return the scope of a that corresponds to a scope of b, or the scope of an equal name that a may have. None
+        for a scope in a layer that a does not have.
+        """
+        parts = parts_of(scope)
+        for length in range(len(parts), -1, -1):
+            head = parts[:length]
+            if head in self._known:
+                found = self._known[head]
+                return None if found is None else ".".join((*found, *parts[length:]))
+        return scope
+
+
+def parts_of(scope: str) -> tuple[str, ...]:
+    """Return the parts of a scope: `h`, `0`, `attn`; none for the empty scope."""
+    return tuple(scope.split(".")) if scope else ()
+
+
+def _aligned(
+    a: ScopeTree, b: ScopeTree, at: tuple[str, ...], within: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]:
+    """Yield the scopes of a below `at` with the corresponding ones of b below `within`, None for a layer without one."""
+    yield at, within
+    for name, tree in b.parts.items():
+        if name in a.parts and not name.isdigit():
+            yield from _aligned(a.parts[name], tree, (*at, name), (*within, name))
+    ours, theirs = a.layers, b.layers
+    numbers: dict[tuple[object, ...], int] = {}
+    keys = [[numbers.setdefault(t.parts[n].signature, len(numbers)) for n in t.layers] for t in (a, b)]
+    for _, first, end, start, stop in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
+        pairs = min(end - first, stop - start)
+        for one, other in zip(ours[first : first + pairs], theirs[start : start + pairs], strict=True):
+            yield from _aligned(a.parts[one], b.parts[other], (*at, one), (*within, other))
+        yield from (((*at, one), None) for one in ours[first + pairs : end])
+        yield from ((None, (*within, other)) for other in theirs[start + pairs : stop])
