@@ -50,9 +50,7 @@ def diff_builds(
         str | None,
         typer.Argument(metavar="B", help="The model of the second build, by default the same.", show_default=False),
     ] = None,
-    a: Annotated[
-        str | None, typer.Option("--a", metavar="OPTIONS", help="Further options of the first build.")
-    ] = None,
+    a: Annotated[str | None, typer.Option("--a", metavar="OPTIONS", help="Further options of the first build.")] = None,
     b: Annotated[
         str | None,
         typer.Option("--b", metavar="OPTIONS", help="Further options of the second build: '--quantize int8'."),

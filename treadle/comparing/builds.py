@@ -93,7 +93,6 @@ class Build:
             return None
         return chosen.kernel_uses(self.lowered.graph, self.target, self.lowered.plan)
 
-
     @cached_property
     def encoding_reasons(self) -> Mapping[str, str]:
         """For each weight, the reason why it is quantized, or is not; empty if nothing was to be quantized."""
@@ -125,8 +124,8 @@ def open_build(
     model  as in `treadle.compile`; text may end in `@PASS`, the last pass to run
     name   the build's name in reports; by default the model's name with these options
 
-    The other arguments are those of `treadle.compile`. Raises as `compile` does; UsageError for an unknown pass, and for
-    options that an artifact does not accept.
+    The other arguments are those of `treadle.compile`. Raises as `compile` does; UsageError for an unknown pass, and
+    for options that an artifact does not accept.
     """
     where = target if isinstance(target, Target) else Target(target)
     chosen = find_backend(backend)
@@ -169,9 +168,9 @@ def open_build(
             lowered = chosen.lower(optimized.graph, where, verified=True)
     if name is None:
         options = {"inputs": inputs, "outputs": outputs, "dtype": dtype, "quantize": quantize, "widen": widen, **config}
-        told = ", ".join(f"{option}={value}" for option, value in options.items() if value)
+        shown = ", ".join(f"{option}={value}" for option, value in options.items() if value)
         name = f"{known}@{stage}" * bool(stage) or known
-        name += f"({told})" * bool(told)
+        name += f"({shown})" * bool(shown)
     return Build(name, optimized, backend, where, lowered, stage, quantize, not is_artifact(model), of_backend)
 
 
@@ -182,15 +181,17 @@ def split_pass(model: Model | Graph | str | Path) -> tuple[Model | Graph | str |
     name, _, stage = model.rpartition("@")
     if not name or not stage:
         raise UsageError(
-            "a build is MODEL or MODEL@PASS", received=printable(model), hint="gpt2@fuse-gelu, the graph after that pass"
+            "a build is MODEL or MODEL@PASS",
+            received=printable(model),
+            hint="gpt2@fuse-gelu",
         )
     return name, stage
 
 
-def _refuse_unknown_pass(model: object, stage: str, known: Sequence[str]) -> None:
-    if stage and stage not in known:
-        near = NearestNames(known).of(stage, 2)
-        hint = f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(dict.fromkeys(known))
+def _refuse_unknown_pass(model: object, stage: str, passes: Sequence[str]) -> None:
+    if stage and stage not in passes:
+        near = NearestNames(passes).of(stage, 2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(dict.fromkeys(passes))
         raise UsageError(f"no pass {printable(stage)} is run", received=printable(f"{model}@{stage}"), hint=hint)
 
 

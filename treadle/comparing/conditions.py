@@ -89,9 +89,9 @@ class Outcome:
         return f"{self.condition.text}: {'HOLDS' if self.holds else 'does not hold'}, {values} {change}".rstrip()
 
 
-def check_conditions(conditions: tuple[Condition, ...], found: Comparison) -> tuple[Outcome, ...]:
+def check_conditions(conditions: tuple[Condition, ...], comparison: Comparison) -> tuple[Outcome, ...]:
     """Evaluate conditions. Raises UsageError as `Condition.holds` does."""
-    quantities = [found.quantity(each.quantity) for each in conditions]
+    quantities = [comparison.quantity(each.quantity) for each in conditions]
     return tuple([Outcome(c, q, c.holds(q)) for c, q in zip(conditions, quantities, strict=True)])
 
 
@@ -143,7 +143,8 @@ class _Parser:
             self.at = start
             near = NearestNames([*QUANTITIES, *OPS]).of(name, 3, 0.5)
             known = f"one of {', '.join(QUANTITIES)}, or an op"
-            self._fail(f"unknown quantity {printable(name)}", hint=f"did you mean {' or '.join(near)}?" if near else known)
+            hint = f"did you mean {' or '.join(near)}?" if near else known
+            self._fail(f"unknown quantity {printable(name)}", hint)
 
     def _scale(self, name: str, unit: str, place: int) -> int:
         if unit == "x" and name in _COUNTS:

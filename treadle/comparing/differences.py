@@ -23,7 +23,7 @@ from treadle.comparing.node_changes import NodeChange, NodeGroup, node_changes, 
 from treadle.comparing.weight_changes import WeightChange, weight_bits, weight_changes
 from treadle.explaining.fusion import count_within
 from treadle.explaining.memory import Alive, MemoryReport
-from treadle.files.shown_names import printable
+from treadle.files.shown_names import on_one_line, printable
 from treadle.ir.analysis.cost import graph_cost, parameter_bytes
 from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.errors import UsageError
@@ -52,6 +52,7 @@ QUANTITIES: Mapping[str, str] = {
 
 _UNITS = {"peak": "B", "flops": "FLOPs", "bytes": "B", "weights": "B"}
 _ALIVE = 5
+_LONGEST = 2_000
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Comparison:
         return any(parts) or not all(each.is_equal for each in self.quantities.values())
 
     def quantity(self, name: str) -> Quantity:
-        """Return a quantity by its name, or the number of ops of this name in a run, alone or within larger fused ops."""
+        """Return a quantity by its name, or the number of ops of this name in a run, alone or in larger fused ops."""
         if name in self.quantities:
             return self.quantities[name]
         counts = [self.ops.get(name, (0, 0))[side] + self.within[side].get(name, 0) for side in (0, 1)]
@@ -183,7 +184,7 @@ class Comparison:
             yield {"a": [list(each) for each in ours], "b": [list(each) for each in theirs], "by": by, "count": count}
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(_shown(line) for line in self._lines())
 
     def _lines(self) -> Iterator[str]:
         at = f" at {sizes_text(self.sizes)}" if self.sizes else ""
@@ -211,8 +212,8 @@ class Comparison:
             layers = [each for each in groups if each.is_layer]
             if groups:
                 rest = sum(sum(each.ops.values()) for each in groups if not each.is_layer)
-                told = [counted(len(layers), "layer")] * bool(layers) + [counted(rest, "op")] * bool(rest)
-                yield from ("", f"{' and '.join(told)} {title}", *(f"  {each}" for each in groups))
+                parts = [counted(len(layers), "layer")] * bool(layers) + [counted(rest, "op")] * bool(rest)
+                yield from ("", f"{' and '.join(parts)} {title}", *(f"  {each}" for each in groups))
         yield from _section("changed", [str(each) for each in self.changes])
         for title, fusions in (("lost in b", self.lost), ("lacking in a, with the reason there", self.gained)):
             if fusions:
@@ -222,8 +223,16 @@ class Comparison:
                     yield from each.text()
         yield from _section("weights", [str(each) for each in self.weights])
         yield from _section("element by element in b only", [str(each) for each in self.slow])
-        alive = [f"{each.name} of {each.function}: {each.bytes:,} bytes, {each.why}  {each.line}" for each in self.grown]
+        alive = [
+            f"{each.name} of {each.function}: {each.bytes:,} bytes, {each.why}  {each.line}" for each in self.grown
+        ]
         yield from _section("alive at the peak of b only", alive)
+
+
+def _shown(line: str) -> str:
+    """Return a line that may quote names from a file: escaped, and truncated if it is very long."""
+    text = on_one_line(line[:_LONGEST])
+    return text if len(line) <= _LONGEST else f"{text}... ({len(line):,} characters)"
 
 
 def _section(title: str, lines: list[str]) -> Iterator[str]:
@@ -250,7 +259,8 @@ def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Co
     at = [{name: chosen[name] for name in each.graph.symbols} for each in (a, b)]
     declared, matching = match_builds(a, b)
     changes = node_changes(matching)
-    lost, gained = lost_fusions(a, b, declared), lost_fusions(b, a, declared.flipped())
+    lost = lost_fusions(a, b, declared, matching)
+    gained = lost_fusions(b, a, declared.flipped(), matching.flipped())
     weights = weight_changes(a, b, declared.scopes)
     memory = [each.memory(known) for each, known in zip((a, b), at, strict=True)]
     kernels = [kernel_counts(each) for each in (a, b)]
@@ -309,16 +319,16 @@ def _grown(before: MemoryReport | None, after: MemoryReport | None) -> tuple[Ali
     return tuple(new[:_ALIVE])
 
 
-def _common_sizes(a: Graph, b: Graph, asked: Mapping[str, int]) -> dict[str, int]:
+def _common_sizes(a: Graph, b: Graph, wanted: Mapping[str, int]) -> dict[str, int]:
     """Return sizes for the symbols of both graphs; by default the smaller default of two for a common symbol."""
-    unknown = [name for name in asked if name not in a.symbols and name not in b.symbols]
+    unknown = [name for name in wanted if name not in a.symbols and name not in b.symbols]
     if unknown:
         known = ", ".join({**a.symbols, **b.symbols})
         raise UsageError(
             f"neither model has a symbolic axis {', '.join(map(printable, unknown))}",
             hint=f"one of {known}" if known else "all of their sizes are fixed",
         )
-    first, second = (choose_sizes(g, {n: s for n, s in asked.items() if n in g.symbols}) for g in (a, b))
+    first, second = (choose_sizes(g, {n: s for n, s in wanted.items() if n in g.symbols}) for g in (a, b))
     sizes = {n: min(first.get(n, second.get(n, 0)), second.get(n, first.get(n, 0))) for n in {**first, **second}}
     for graph in (a, b):
         choose_sizes(graph, {n: s for n, s in sizes.items() if n in graph.symbols})  # within the bounds of both

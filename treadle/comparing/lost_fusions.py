@@ -7,15 +7,16 @@ anchor, or else in the corresponding scope.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from treadle.comparing.builds import Build
-from treadle.comparing.matching import Matching
 from treadle.comparing.folded_names import few_names
+from treadle.comparing.matching import Matching, NodeMatch
 from treadle.comparing.run_nodes import RunNode
 from treadle.explaining.fusion_verdicts import ALREADY, FUSED, MISSED, UNFUSED, FusionVerdict, judge
+from treadle.passes.sites.fusion_sites import KINDS
 
 _UNRECORDED = "an artifact does not record why"
 
@@ -55,10 +56,11 @@ class LostFusion:
         return lines + [f"    {label:<7}  {text}" for label, text in facts.items() if text]
 
 
-def lost_fusions(a: Build, b: Build, declared: Matching) -> tuple[LostFusion, ...]:
+def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> tuple[LostFusion, ...]:
     """Return the fusions of a that b lacks, the most frequent first; equal ones of several layers are one.
 
     declared  the matching of the declared graphs, a first
+    matching  the matching of the compared graphs, a first
     """
     ours, theirs = _sites(a, declared.a.nodes), _sites(b, declared.b.nodes)
     in_a = {node: match.a for match in declared.matches for node in match.b}
@@ -72,7 +74,9 @@ def lost_fusions(a: Build, b: Build, declared: Matching) -> tuple[LostFusion, ..
         for key in (*keys, (verdict.kind, declared.scopes.in_a(node.scope))):
             open_sites.setdefault(key, []).append((node, verdict))
     groups: dict[tuple[object, ...], list[RunNode]] = {}
+    ops = {each.op for each in matching.a.nodes}  # an artifact does not record which op a pass created
     counted: set[tuple[RunNode, str]] = set()
+    explained: set[tuple[str, str]] = set()
     for node, verdict in ours:
         if verdict.status not in (FUSED, ALREADY) or (verdict.kind, node) in settled:
             continue
@@ -81,12 +85,44 @@ def lost_fusions(a: Build, b: Build, declared: Matching) -> tuple[LostFusion, ..
         if at is None:
             continue
         counted.add((at[0], verdict.kind))
+        explained.add((verdict.kind, node.scope))
         why = at[1]
         if why.status == MISSED and not b.recorded:
             why = replace(why, reason=_UNRECORDED)
-        groups.setdefault((verdict.kind, verdict.op, replace(why, places=(), at="")), []).append(at[0])
+        op = verdict.op if a.recorded else next((op for op in KINDS[verdict.kind][1] if op in ops), verdict.op)
+        groups.setdefault((verdict.kind, op, replace(why, places=(), at="")), []).append(at[0])
+    kinds = {kind for kind, _ in explained}
+    for match in matching.matches:
+        for kind, op in _fused_only_in_a(match):
+            if kind not in kinds:  # b has no such site
+                why = FusionVerdict(kind, MISSED, reason=_broken_form(match, matching))
+                groups.setdefault((kind, op, why), []).append(match.b[0])
     lost = [_fusion(key, nodes) for key, nodes in groups.items()]
     return tuple(sorted(lost, key=lambda each: -len(each.scopes)))
+
+
+def _fused_only_in_a(match: NodeMatch) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the fused op of each node of a that corresponds to nodes of b without an op of that kind."""
+    theirs = {each.op for each in match.b}
+    kinds = {op: (kind, ops) for kind, (_, ops) in KINDS.items() for op in ops}
+    for each in match.a:
+        kind, ops = kinds.get(each.op, ("", ()))
+        if kind and theirs.isdisjoint(ops) and len(match.b) >= len(match.a):
+            yield kind, each.op
+
+
+def _broken_form(match: NodeMatch, matching: Matching) -> str:
+    """Describe the nodes of b that stand in place of a fused op, and the added nodes next to them."""
+    ops = ", ".join(each.op for each in match.b)
+    own = {each.number for each in match.b}
+    read = {int(name) for each in match.b for kind, name, _ in each.reads if kind == "result"}
+    near = [
+        each.op
+        for each in matching.added
+        if each.number in read or any(kind == "result" and name in own for kind, name, _ in each.reads)
+    ]
+    beside = f"; {', '.join(dict.fromkeys(near))} is next to them in one build only" if near else ""
+    return f"{ops} are not one of its forms{beside}"
 
 
 def _fusion(key: tuple[Any, ...], nodes: Iterable[RunNode]) -> LostFusion:

@@ -103,16 +103,16 @@ def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | 
     left = [dict.fromkeys(a.nodes), dict.fromkeys(b.nodes)]
 
     def add(ours: Iterable[RunNode], theirs: Iterable[RunNode], by: str) -> None:
-        made = NodeMatch(tuple(ours), tuple(theirs), by)
-        matches.append(made)
-        for each in made.a:
+        match = NodeMatch(tuple(ours), tuple(theirs), by)
+        matches.append(match)
+        for each in match.a:
             del left[0][each]
-        for each in made.b:
+        for each in match.b:
             del left[1][each]
 
     if ids is not None:
-        for ours, theirs in _by_lineage(a, b, *ids):
-            add(ours, theirs, "lineage")
+        for group in _by_lineage(a, b, *ids):
+            add(*group, "lineage")
     back = scopes.flipped()
     alone = {each for each in a.nodes if back.in_a(each.scope) is None}
     in_a = {each: scopes.in_a(each.scope) for each in b.nodes} | {each: each.scope for each in a.nodes}
@@ -131,7 +131,12 @@ def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | 
     ours_by_scope = _grouped(left[0], a, lambda each, _: in_a[each])
     for scope, theirs in _grouped(left[1], b, lambda each, _: in_a[each]).items():
         ours = ours_by_scope.get(scope, [])
-        if scope and ours and 1 in (len(ours), len(theirs)) and _types(ours[-1]) == _types(theirs[-1]):
+        if (
+            scope not in ("", None)
+            and ours
+            and 1 in (len(ours), len(theirs))
+            and _types(ours[-1]) == _types(theirs[-1])
+        ):
             add(ours, theirs, "group")
     ordered = sorted(matches, key=lambda match: match.b[0].number)
     return Matching(a, b, tuple(ordered), tuple(left[0]), tuple(left[1]), scopes)
@@ -194,50 +199,74 @@ class _Hashes:
         return self._numbers.setdefault(key, len(self._numbers))
 
 
-def _by_lineage(
-    a: Run, b: Run, ours: _Ids, theirs: _Ids
-) -> list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]:
-    """Return groups of nodes that share work: every node joins the node of the other side with which it shares most.
+_Works = Mapping[int, frozenset[int]]
+_Groups = list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]
+
+
+def _by_lineage(a: Run, b: Run, ours: _Ids, theirs: _Ids) -> _Groups:
+    """Return groups of nodes that share work: equal ops that do exactly the same work in pairs, and every other node
+    with the node of the other side with which it shares most.
+    """
+    alike: list[dict[Hashable, list[RunNode]]] = [{}, {}]
+    for side, (run, ids) in enumerate(((a, ours), (b, theirs))):
+        for each, work in zip(run.nodes, ids, strict=True):
+            if work:
+                alike[side].setdefault((work, each.op), []).append(each)
+    pairs: _Groups = []
+    for key, nodes in alike[1].items():
+        found = alike[0].get(key, [])
+        if len(found) == len(nodes):
+            pairs += [((one,), (other,)) for one, other in zip(found, nodes, strict=True)]
+    done = [{one.number for (one,), _ in pairs}, {other.number for _, (other,) in pairs}]
+    left = [
+        {number: work for number, work in enumerate(ids) if work and number not in done[side]}
+        for side, ids in enumerate((ours, theirs))
+    ]
+    groups: dict[tuple[int, int], tuple[list[RunNode], list[RunNode]]] = {}
+    roots = _joined(*left)
+    for side, run in enumerate((a, b)):
+        for number in left[side]:
+            groups.setdefault(roots[side, number], ([], []))[side].append(run.nodes[number])
+    return pairs + [(tuple(one), tuple(other)) for one, other in groups.values() if one and other]
+
+
+def _joined(
+    ours: Mapping[int, frozenset[int]], theirs: Mapping[int, frozenset[int]]
+) -> dict[tuple[int, int], tuple[int, int]]:
+    """Join every node with the nearest one of the other side. Return a representative for each node of both sides.
 
     Work that many nodes share, such as a mask that all layers read, counts little.
     """
-    holders = [_holders(ours), _holders(theirs)]
+    sides = ours, theirs
+    holders: list[dict[int, list[int]]] = [{}, {}]
+    for side, works in enumerate(sides):
+        for number, work in works.items():
+            for identity in work:
+                holders[side].setdefault(identity, []).append(number)
 
-    def nearest(ids: frozenset[int], other: Mapping[int, list[int]]) -> int | None:
+    def nearest(side: int, number: int) -> int | None:
         shared: dict[int, float] = {}
-        for identity in sorted(ids):
-            weight = 1 / (len(holders[0].get(identity, ())) * len(holders[1].get(identity, ())) or 1)
-            for number in other.get(identity, ()):
-                shared[number] = shared.get(number, 0.0) + weight
-        return max(shared, key=lambda number: (shared[number], -number)) if shared else None
+        for identity in sorted(sides[side][number]):
+            others = holders[1 - side].get(identity, [])
+            for other in others:
+                shared[other] = shared.get(other, 0.0) + 1 / (len(others) * len(holders[side][identity]))
+        sizes = {other: len(sides[1 - side][other] | sides[side][number]) for other in shared}
+        return max(shared, key=lambda other: (shared[other], -sizes[other], -other)) if shared else None
 
-    joined: dict[tuple[int, int], tuple[int, int]] = {}
+    parents: dict[tuple[int, int], tuple[int, int]] = {}
 
     def root(of: tuple[int, int]) -> tuple[int, int]:
-        while joined.get(of, of) != of:
-            of = joined[of]
+        while of in parents:
+            of = parents[of]
         return of
 
     chosen: set[int] = set()
-    for number, ids in enumerate(theirs):
-        found = nearest(ids, holders[0])
-        if found is not None:
-            chosen.add(found)
-            joined[root((1, number))] = root((0, found))
-    for number, ids in enumerate(ours):
-        found = None if number in chosen else nearest(ids, holders[1])
-        if found is not None:
-            joined[root((0, number))] = root((1, found))
-    groups: dict[tuple[int, int], tuple[list[RunNode], list[RunNode]]] = {}
-    for side, run in enumerate((a, b)):
-        for each in run.nodes:
-            groups.setdefault(root((side, each.number)), ([], []))[side].append(each)
-    return [(tuple(one), tuple(other)) for one, other in groups.values() if one and other]
-
-
-def _holders(ids: _Ids) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for number, each in enumerate(ids):
-        for identity in each:
-            found.setdefault(identity, []).append(number)
-    return found
+    for side in (1, 0):
+        for number in sides[side]:
+            found = None if side == 0 and number in chosen else nearest(side, number)
+            if found is not None:
+                chosen.update([found] * side)
+                one, other = root((side, number)), root((1 - side, found))
+                if one != other:
+                    parents[one] = other
+    return {(side, number): root((side, number)) for side in (0, 1) for number in sides[side]}

@@ -42,13 +42,13 @@ class NodeGroup:
         return {**whole, "ops": dict(self.ops), "scopes": list(self.scopes), "lines": list(self.lines)}
 
     def __str__(self) -> str:
-        told = ", ".join(f"{count} {op}" for op, count in self.ops.items())
+        ops = ", ".join(f"{count} {op}" for op, count in self.ops.items())
         lines = ", ".join(self.lines)
         if self.scope:
             (name,) = fold_names([self.scope])
             kind = "layer" if self.is_layer else "scope"
-            return f"{kind} {name}, {counted(sum(self.ops.values()), 'op')}: {told}  {lines}".rstrip()
-        return f"{told}  {lines}  {few_names(self.scopes)}".rstrip()
+            return f"{kind} {name}, {counted(sum(self.ops.values()), 'op')}: {ops}  {lines}".rstrip()
+        return f"{ops}  {lines}  {few_names(self.scopes)}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ def _lines(nodes: Iterable[RunNode]) -> tuple[str, ...]:
 
 def node_changes(matching: Matching) -> tuple[NodeChange, ...]:
     """Return the differences between matched nodes, in the order of b; equal ones of several layers are one."""
-    homes = [
-        {node.number: at for at, match in enumerate(matching.matches) for node in nodes(match)}
-        for nodes in (lambda match: match.a, lambda match: match.b)
-    ]
+    numbered = list(enumerate(matching.matches))
+    homes = (
+        {node.number: at for at, match in numbered for node in match.a},
+        {node.number: at for at, match in numbered for node in match.b},
+    )
     groups: dict[tuple[str, str], list[NodeMatch]] = {}
     for match in matching.matches:
         for kind, what in _differences(match, matching, homes[0], homes[1]):

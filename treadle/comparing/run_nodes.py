@@ -77,33 +77,33 @@ def _follow(
     function: Function,
     path: tuple[str, ...],
     scope: str,
-    known: dict[Value, Read],
-    found: list[RunNode],
+    origins: dict[Value, Read],
+    nodes: list[RunNode],
 ) -> None:
-    """Append the nodes of a call of a function, whose arguments are `known`, and its results to `known`."""
+    """Append the nodes of a call of a function, whose arguments are `origins`, and its results to `origins`."""
     calls: Counter[str] = Counter()
     for index, node in enumerate(function.nodes):
-        reads = tuple([_origin(value, known) for value in node.operands])
+        reads = tuple([_origin(value, origins) for value in node.operands])
         inside = ".".join(filter(None, (scope, node.scope)))
         callee = graph.callee(node)
         if callee is None:
-            if len(found) >= MOST_NODES:
+            if len(nodes) >= MOST_NODES:
                 raise GraphError(f"a run of {graph.name} has too many nodes", hint=f"at most {MOST_NODES:,}")
-            made = RunNode(len(found), path, function.name, index, node, inside, reads)
-            found.append(made)
-            known.update({v: ("result", made.number, v.index) for v in node.results})
+            made = RunNode(len(nodes), path, function.name, index, node, inside, reads)
+            nodes.append(made)
+            origins.update({v: ("result", made.number, v.index) for v in node.results})
             continue
         key = f"{node.scope or callee.name}#{calls[node.scope]}"
         calls[node.scope] += 1
         inner = dict(zip(callee.arguments, reads, strict=True))
-        _follow(graph, callee, (*path, key), inside, inner, found)
-        known.update(zip(node.results, [_origin(v, inner) for v in callee.results], strict=True))
+        _follow(graph, callee, (*path, key), inside, inner, nodes)
+        origins.update(zip(node.results, [_origin(v, inner) for v in callee.results], strict=True))
 
 
-def _origin(value: Value | None, known: Mapping[Value, Read]) -> Read:
+def _origin(value: Value | None, origins: Mapping[Value, Read]) -> Read:
     if value is None:
         return ("absent", "", 0)
-    found = known.get(value)
+    found = origins.get(value)
     if found is not None:
         return found
     return ("constant", "" if value.literal is None else literal_key(value.literal), 0)

@@ -1,17 +1,16 @@
 """The layers of two builds that correspond, if one has more of them.
 
-    a:  h.0  h.1  h.2            h.0  h.1  -    h.2
-    b:  h.0  h.1  h.2  h.3       h.0  h.1  h.2  h.3         if h.2 of b is unlike h.2 of a
+    a:  h.0  h.1       h.2
+    b:  h.0  h.1  h.2  h.3         if h.2 of b is unlike h.2 of a
 
-A stack is a scope whose parts are numbers. Its layers are aligned as lines of a text are: equal layers in equal order.
-Other scopes correspond if their names are equal.
+A stack is a scope whose parts are numbers. Every layer of the shorter stack has a partner, in equal order, so that most
+partners are equal. Other scopes correspond if their names are equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from functools import cached_property
 
 from treadle.comparing.run_nodes import RunNode
@@ -87,17 +86,45 @@ def parts_of(scope: str) -> tuple[str, ...]:
 def _aligned(
     a: ScopeTree, b: ScopeTree, at: tuple[str, ...], within: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]:
-    """Yield the scopes of a below `at` with the corresponding ones of b below `within`, None for a layer without one."""
+    """Yield the scopes of a below `at` and the corresponding ones of b below `within`; None for a missing layer."""
     yield at, within
     for name, tree in b.parts.items():
         if name in a.parts and not name.isdigit():
             yield from _aligned(a.parts[name], tree, (*at, name), (*within, name))
-    ours, theirs = a.layers, b.layers
-    numbers: dict[tuple[object, ...], int] = {}
-    keys = [[numbers.setdefault(t.parts[n].signature, len(numbers)) for n in t.layers] for t in (a, b)]
-    for _, first, end, start, stop in SequenceMatcher(None, *keys, autojunk=False).get_opcodes():
-        pairs = min(end - first, stop - start)
-        for one, other in zip(ours[first : first + pairs], theirs[start : start + pairs], strict=True):
+    for one, other in _aligned_layers(a, b):
+        if one is None or other is None:
+            yield None if one is None else (*at, one), None if other is None else (*within, other)
+        else:
             yield from _aligned(a.parts[one], b.parts[other], (*at, one), (*within, other))
-        yield from (((*at, one), None) for one in ours[first + pairs : end])
-        yield from ((None, (*within, other)) for other in theirs[start + pairs : stop])
+
+
+def _aligned_layers(a: ScopeTree, b: ScopeTree) -> Iterator[tuple[str | None, str | None]]:
+    """Yield pairs of layers in order, as many as the shorter stack has, so that most pairs are equal; of several such
+    ways, the layers without a partner are the last ones.
+    """
+    is_flipped = len(a.layers) > len(b.layers)
+    short, long = (b, a) if is_flipped else (a, b)
+    spare = len(long.layers) - len(short.layers)
+    ours, theirs = ([tree.parts[name].signature for name in tree.layers] for tree in (short, long))
+    # best[at][skipped]: the most equal pairs of ours[at:] with theirs[at + skipped:]
+    best = [[0] * (spare + 1) for _ in range(len(ours) + 1)]
+    for at in range(len(ours) - 1, -1, -1):
+        for skipped in range(spare, -1, -1):
+            paired = best[at + 1][skipped] + (ours[at] == theirs[at + skipped])
+            best[at][skipped] = max(paired, best[at][skipped + 1] if skipped < spare else 0)
+    skipped = 0
+    for at, name in enumerate(short.layers):
+        while (
+            skipped < spare
+            and best[at][skipped] == best[at][skipped + 1]
+            and best[at][skipped] > (best[at + 1][skipped] + (ours[at] == theirs[at + skipped]))
+        ):
+            yield _pair(None, long.layers[at + skipped], is_flipped)
+            skipped += 1
+        yield _pair(name, long.layers[at + skipped], is_flipped)
+    for name in long.layers[len(ours) + skipped :]:
+        yield _pair(None, name, is_flipped)
+
+
+def _pair(short: str | None, long: str | None, is_flipped: bool) -> tuple[str | None, str | None]:
+    return (long, short) if is_flipped else (short, long)

@@ -37,8 +37,8 @@ class WeightChange:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the change as JSON."""
-        told = {"names": list(self.names), "a": self.a or None, "b": self.b or None}
-        return {**told, "bits": [float(each) for each in self.bits], "bytes": list(self.bytes), "reason": self.reason}
+        facts = {"names": list(self.names), "a": self.a or None, "b": self.b or None}
+        return {**facts, "bits": [float(each) for each in self.bits], "bytes": list(self.bytes), "reason": self.reason}
 
     def __str__(self) -> str:
         names = few_names(self.names)
@@ -60,11 +60,11 @@ def weight_changes(a: Build, b: Build, scopes: ScopeAlignment) -> tuple[WeightCh
         pairs.append((name, None if before is None else ours.get(before), type))
     pairs += [(name, type, None) for name, type in ours.items() if name not in seen]
     groups: dict[tuple[object, ...], list[tuple[str, Type | None, Type | None]]] = {}
-    for name, before, after in pairs:
-        if before is None or after is None or _facts(before) != _facts(after):
-            reason = "" if before is None or after is None else b.encoding_reasons.get(name, "")
-            key = (_text(before), _text(after), _bits(before), _bits(after), reason)
-            groups.setdefault(key, []).append((name, before, after))
+    for name, old, new in pairs:
+        if old is None or new is None or _facts(old) != _facts(new):
+            reason = "" if old is None or new is None else b.encoding_reasons.get(name, "")
+            key = (_text(old), _text(new), _bits(old), _bits(new), reason)
+            groups.setdefault(key, []).append((name, old, new))
     changes = [_change(of, str(key[-1])) for key, of in groups.items()]
     return tuple(sorted(changes, key=lambda each: not each.is_wider))
 
@@ -99,4 +99,3 @@ def _text(type: Type | None) -> str:
 def _bits(type: Type | None) -> Fraction:
     elements = 0 if type is None else type.elements.evaluate({})
     return Fraction(8 * type.bytes_at({}), elements) if type is not None and elements else Fraction(0)
-
