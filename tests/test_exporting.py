@@ -26,7 +26,16 @@ from treadle.option_values import choose_sizes
 from treadle.passes.stepping.derivation import derive_step
 
 SCHEMA = Path(__file__).resolve().parent.parent / "docs/graph.schema.json"
-HOSTILE = ("</script>", 'a" ]; evil [label="', "back\\slash\\", "a\0b", "\u202egnp", "x" * 1_000_000, "\ud800", "&lt;b\n")
+HOSTILE = (
+    "</script>",
+    'a" ]; evil [label="',
+    "back\\slash\\",
+    "a\0b",
+    "\u202egnp",
+    "x" * 1_000_000,
+    "\ud800",
+    "&lt;b\n",
+)
 
 
 @pytest.fixture
@@ -234,7 +243,7 @@ def test_hostile_names_stay_inside_strings(hostile: str, tmp_path: Path) -> None
 
 
 def test_entities_and_backslashes_are_text() -> None:
-    assert dot_string("a&lt;b\\n\"c\"") == '"a&amp;lt;b\\\\n\\"c\\""'
+    assert dot_string('a&lt;b\\n"c"') == '"a&amp;lt;b\\\\n\\"c\\""'
 
 
 # -- Model Explorer ------------------------------------------------------------------------------------------------
@@ -253,9 +262,8 @@ FIELDS = {
 
 def check_graphs(record: Any) -> list[Any]:
     """Check the form of a file of Model Explorer, and that edges join nodes of the same graph. Return its graphs."""
-    (collection,) = record["graphCollections"]
-    assert set(collection) == {"label", "graphs", "graphSorting"}
-    for graph in collection["graphs"]:
+    assert set(record) == {"label", "graphs", "graphSorting"}  # the application reads a file with the first two
+    for graph in record["graphs"]:
         assert set(graph) == {"id", "nodes"}
         ids = [node["id"] for node in graph["nodes"]]
         assert len(set(ids)) == len(ids)
@@ -268,8 +276,8 @@ def check_graphs(record: Any) -> list[Any]:
             for edge in node["incomingEdges"]:
                 assert set(edge) == {"sourceNodeId", "sourceNodeOutputId", "targetNodeInputId"}
                 assert edge["sourceNodeOutputId"] in outputs[edge["sourceNodeId"]]
-    assert len({graph["id"] for graph in collection["graphs"]}) == len(collection["graphs"])
-    return list(collection["graphs"])
+    assert len({graph["id"] for graph in record["graphs"]}) == len(record["graphs"])
+    return list(record["graphs"])
 
 
 def explored(build: Build) -> list[Any]:
@@ -284,7 +292,7 @@ def test_every_stage_of_the_zoo_is_a_graph(name: str) -> None:
     assert [g["id"].partition(" ")[2] for g in graphs] == [stage for stage, _ in stages]
     assert graphs[0]["id"] == "0 declared" and graphs[-1]["id"].endswith("plan-storage")
     for made, (_, graph) in zip(graphs, stages, strict=True):
-        ours = [each for each in run_of(graph).nodes]
+        ours = run_of(graph).nodes
         assert [n["label"] for n in made["nodes"] if not n["id"].startswith("v")] == [each.op for each in ours]
 
 
@@ -293,7 +301,11 @@ def test_layers_are_namespaces_and_facts_are_attributes() -> None:
     attention = [n for n in graph["nodes"] if n["label"] == "attention"]
     assert [n["namespace"] for n in attention] == ["h/0/attn", "h/1/attn", "h/2/attn"]
     facts = {p["key"]: p["value"] for p in attention[0]["attrs"]}
-    assert facts["terms"] == "[causal, window(4)]" and facts["scope"] == "h.0.attn" and int(facts["FLOPs"].replace(",", ""))
+    assert (
+        facts["terms"] == "[causal, window(4)]"
+        and facts["scope"] == "h.0.attn"
+        and int(facts["FLOPs"].replace(",", ""))
+    )
     weights = [n for n in graph["nodes"] if n["namespace"] == "h/1/mlp/up"]
     assert {n["label"] for n in weights} >= {"weight", "bias"}
 
@@ -306,15 +318,14 @@ def test_hostile_names_are_short_printable_text(hostile: str) -> None:
 
 
 def test_the_adapter_loads_our_json() -> None:
-    """By the functions with which Model Explorer turns an adapter's answer into its own graphs."""
+    """The dataclasses and checks with which Model Explorer turns an adapter's answer into its own graphs."""
     pytest.importorskip("ai_edge_model_explorer_adapter")
     builder = pytest.importorskip("model_explorer.graph_builder")
     dacite = pytest.importorskip("dacite")
     build = open_build(decoder)
     record = model_explorer_record(build, choose_sizes(build.graph, {}))
-    (collection,) = record["graphCollections"]
-    loaded = dacite.from_dict(builder.GraphCollection, collection, dacite.Config(strict=True))
-    assert [len(g.nodes) for g in loaded.graphs] == [len(g["nodes"]) for g in collection["graphs"]]
+    loaded = dacite.from_dict(builder.GraphCollection, record, dacite.Config(strict=True))
+    assert [len(g.nodes) for g in loaded.graphs] == [len(g["nodes"]) for g in record["graphs"]]
 
 
 def test_times_are_node_data() -> None:
@@ -325,7 +336,9 @@ def test_times_are_node_data() -> None:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("to", "file"), [("dot", "a.dot"), ("dot", "a.gv"), ("model-explorer", "a.json"), ("json", "a.json")])
+@pytest.mark.parametrize(
+    ("to", "file"), [("dot", "a.dot"), ("dot", "a.gv"), ("model-explorer", "a.json"), ("json", "a.json")]
+)
 def test_a_file_of_each_format(treadle_command: Treadle, to: str, file: str, tmp_path: Path) -> None:
     said = treadle_command("export", SMALL, "--to", to, "-o", file, "--json")
     assert said.code == 0, said.err

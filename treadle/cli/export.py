@@ -49,7 +49,9 @@ def export_model(
     times: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.json", help="model-explorer: measure each kernel on tvm, and write node data.", show_default=False
+            metavar="FILE.json",
+            help="model-explorer: measure each kernel on tvm, and write node data.",
+            show_default=False,
         ),
     ] = None,
     config: Config = None,
@@ -108,7 +110,11 @@ def _export_graph(
     from treadle.reporting.counts import counted, human
 
     chosen = parse_config(config or (), limit or (), open_build)
-    options: dict[str, Any] = {"inputs": names_of(inputs), "outputs": outputs_of(outputs), "widen": names_of(widen) or ()}
+    options: dict[str, Any] = {
+        "inputs": names_of(inputs),
+        "outputs": outputs_of(outputs),
+        "widen": names_of(widen) or (),
+    }
     with working(f"exporting {model}", shown=not as_json):
         build = open_build(model, backend=backend, name=model, **options, **chosen)
         at = choose_sizes(build.graph, parse_sizes(sizes))
@@ -122,7 +128,7 @@ def _export_graph(
             text = json.dumps(record, allow_nan=False)
         files = [(output, text)]
         if times is not None:
-            last = record["graphCollections"][0]["graphs"][-1]["id"]
+            last = record["graphs"][-1]["id"]
             measured = _measured(model, at, seed, {**options, **chosen})
             files.append((times, json.dumps(node_data(last, measured), indent=1, allow_nan=False)))
         for path, content in files:

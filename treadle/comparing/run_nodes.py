@@ -64,11 +64,14 @@ class Run:
 def run_of(graph: Graph) -> Run:
     """Follow the calls of every entry. Raises GraphError for more than 200,000 nodes."""
     found: list[RunNode] = []
+    derived: dict[str, Read] = {}
     for entry in graph.entries:
         arguments: dict[Value, Read] = {v: (v.kind, v.name, 0) for v in entry.inputs}
-        arguments |= {v: ("parameter", name, 0) for name, v in entry.parameters.items()}
+        arguments |= {v: derived.get(name, ("parameter", name, 0)) for name, v in entry.parameters.items()}
         arguments |= {v: ("state", name, 0) for name, v in entry.states.items()}
         _follow(graph, entry, (), "", arguments, found)
+        if entry is graph.bind:
+            derived = {name: _origin(v, arguments) for name, v in entry.outputs.items()}
     return Run(tuple(found))
 
 

@@ -2,7 +2,7 @@
 
     model-explorer gpt2.json
 
-A file has one collection with a graph for each pass that changed something. Scopes are namespaces, and calls are
+A file is one collection, with a graph for each pass that changed something. Scopes are namespaces, and calls are
 followed, so every layer has its own nodes. Facts are attributes. The format is that of `graph_builder.py` in the
 package ai-edge-model-explorer. `node_data` is a file of numbers by node, which the application shows as colors.
 """
@@ -30,7 +30,7 @@ def model_explorer_record(build: Build, sizes: Mapping[str, int]) -> dict[str, A
         {"id": f"{number} {stage}", "nodes": _nodes(graph, NodeFacts(graph, sizes, build))}
         for number, (stage, graph) in enumerate(stages_of(build))
     ]
-    return {"graphCollections": [{"label": _text(build.name), "graphs": graphs, "graphSorting": "name_asc"}]}
+    return {"label": _text(build.name), "graphs": graphs, "graphSorting": "name_asc"}
 
 
 def node_data(graph_id: str, values: Mapping[int, float]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _nodes(graph: Graph, facts: NodeFacts) -> list[dict[str, Any]]:
     sources: dict[Read, str] = {}
     for entry in graph.entries:
         values = {("input", v.name, 0): v for v in entry.inputs}
-        values |= {("parameter", name, 0): v for name, v in entry.parameters.items()}
+        values |= {("parameter", n, 0): v for n, v in entry.parameters.items() if n not in graph.derived_weights}
         values |= {("state", name, 0): v for name, v in entry.states.items()}
         for read, value in values.items():
             if read not in sources:
