@@ -12,7 +12,7 @@ from typing import Any
 
 import treadle as t
 from treadle.comparing.builds import open_build
-from treadle.comparing.differences import Comparison, compare
+from treadle.comparing.differences import BuildComparison, compare
 from treadle.frontends.declarations import Model
 from treadle.passes.fusion.attention.fuse_attention import FuseAttention
 from treadle.passes.pipelines import DEFAULT
@@ -185,19 +185,19 @@ class Planted:
 
     name: str
     model: Model
-    found: Callable[[Comparison], bool]
+    found: Callable[[BuildComparison], bool]
     a: Mapping[str, Any] = field(default_factory=dict)
     b: Mapping[str, Any] = field(default_factory=lambda: {"bad": True})
     needs: str = ""
 
-    def compared(self) -> Comparison:
+    def compared(self) -> BuildComparison:
         return compare(open_build(self.model, **self.a), open_build(self.model, **self.b))
 
 
-def lost(kind: str, count: int, reason: str = "") -> Callable[[Comparison], bool]:
+def lost(kind: str, count: int, reason: str = "") -> Callable[[BuildComparison], bool]:
     """Expect this number of lost fusions of a kind, with this text in the reason or the edge."""
 
-    def found(c: Comparison) -> bool:
+    def found(c: BuildComparison) -> bool:
         held = [each for each in c.lost if each.kind == kind]
         told = all(reason in f"{each.verdict.edge}: {each.reason}" and each.reason for each in held)
         return sum(len(each.scopes) for each in held) == count and told
@@ -205,32 +205,32 @@ def lost(kind: str, count: int, reason: str = "") -> Callable[[Comparison], bool
     return found
 
 
-def changed(what: str, count: int = 1) -> Callable[[Comparison], bool]:
+def changed(what: str, count: int = 1) -> Callable[[BuildComparison], bool]:
     """Expect this change at this number of nodes."""
     return lambda c: sum(len(each.scopes) for each in c.changes if what in each.what) == count
 
 
-def grew(name: str, least: float = 1.0) -> Callable[[Comparison], bool]:
+def grew(name: str, least: float = 1.0) -> Callable[[BuildComparison], bool]:
     """Expect a quantity that is more than `least` times as large."""
 
-    def found(c: Comparison) -> bool:
+    def found(c: BuildComparison) -> bool:
         q = c.quantity(name)
         return q.a is not None and q.b is not None and q.b > q.a * least
 
     return found
 
 
-def wider(weight: str, reason: str = "") -> Callable[[Comparison], bool]:
+def wider(weight: str, reason: str = "") -> Callable[[BuildComparison], bool]:
     """Expect a weight that takes more bits, with this text in the reason."""
     return lambda c: any(weight in each.names and each.is_wider and reason in each.reason for each in c.weights)
 
 
-def slow(op: str, count: int) -> Callable[[Comparison], bool]:
+def slow(op: str, count: int) -> Callable[[BuildComparison], bool]:
     """Expect this number of ops of this name that run element by element."""
     return lambda c: sum(len(each.scopes) for each in c.slow if each.op == op and each.before) == count
 
 
-def both(*checks: Callable[[Comparison], bool]) -> Callable[[Comparison], bool]:
+def both(*checks: Callable[[BuildComparison], bool]) -> Callable[[BuildComparison], bool]:
     return lambda c: all(check(c) for check in checks)
 
 

@@ -16,8 +16,8 @@ from tests.planted_regressions import decoder
 from tests.test_models import ZOO
 from treadle.comparing.builds import Build, open_build
 from treadle.comparing.run_nodes import run_of
+from treadle.exporting.dot_language import dot_string, graphviz_text
 from treadle.exporting.graph_records import graph_record
-from treadle.exporting.graphviz_text import dot_string, graphviz_text
 from treadle.exporting.model_explorer_graphs import model_explorer_record, node_data
 from treadle.exporting.node_facts import NodeFacts, stages_of
 from treadle.ir.builder import Builder

@@ -101,8 +101,8 @@ def _export_graph(
     as_json: bool,
 ) -> None:
     from treadle.comparing.builds import open_build
+    from treadle.exporting.dot_language import graphviz_text
     from treadle.exporting.graph_records import graph_record
-    from treadle.exporting.graphviz_text import graphviz_text
     from treadle.exporting.model_explorer_graphs import model_explorer_record, node_data
     from treadle.exporting.node_facts import NodeFacts
     from treadle.option_values import choose_sizes, parse_config, parse_sizes

@@ -10,7 +10,7 @@ pass. Weights are neither drawn nor read; the weights of an artifact are not che
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Build:
     stage      the requested pass; empty: the whole pipeline
     scheme     the scheme by which weights were quantized, or None
     recorded   False for an artifact, whose log does not name the nodes that a pass replaced
+    is_backend_stage  True if the requested pass is one of the backend's
     """
 
     name: str
@@ -57,7 +58,7 @@ class Build:
     stage: str = ""
     scheme: str | None = None
     recorded: bool = True
-    _is_of_backend: bool = field(default=False, repr=False)
+    is_backend_stage: bool = False
 
     @property
     def source(self) -> Graph:
@@ -67,13 +68,13 @@ class Build:
     @property
     def graph(self) -> Graph:
         """The graph that is compared: the optimized one, or the graph after the requested pass."""
-        if self._is_of_backend and self.lowered is not None:
+        if self.is_backend_stage and self.lowered is not None:
             return self.lowered.graph
         return self.optimized.graph
 
     def origins(self, node: Node) -> frozenset[Node]:
         """Return the nodes of `source` whose work a node of `graph` does; empty where no pass recorded it."""
-        if self._is_of_backend and self.lowered is not None:
+        if self.is_backend_stage and self.lowered is not None:
             return self.optimized.lineage.of(self.lowered.lineage.of((node,)))
         return self.optimized.lineage.of((node,))
 

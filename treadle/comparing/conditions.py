@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from treadle.comparing.differences import QUANTITIES, Comparison, Quantity
+from treadle.comparing.differences import QUANTITIES, BuildComparison, Quantity
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import GraphError, UsageError
@@ -47,7 +47,7 @@ _UNIT = re.compile(r"[A-Za-z]*")
 
 
 @dataclass(frozen=True)
-class Condition:
+class DiffCondition:
     """A condition on a quantity of build b.
 
     text        the condition as written
@@ -72,10 +72,10 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConditionOutcome:
     """A condition, the quantity that it is about, and `holds`: True if it holds."""
 
-    condition: Condition
+    condition: DiffCondition
     quantity: Quantity
     holds: bool
 
@@ -89,13 +89,15 @@ class Outcome:
         return f"{self.condition.text}: {'HOLDS' if self.holds else 'does not hold'}, {values} {change}".rstrip()
 
 
-def check_conditions(conditions: tuple[Condition, ...], comparison: Comparison) -> tuple[Outcome, ...]:
-    """Evaluate conditions. Raises UsageError as `Condition.holds` does."""
+def check_conditions(
+    conditions: tuple[DiffCondition, ...], comparison: BuildComparison
+) -> tuple[ConditionOutcome, ...]:
+    """Evaluate conditions. Raises UsageError as `DiffCondition.holds` does."""
     quantities = [comparison.quantity(each.quantity) for each in conditions]
-    return tuple([Outcome(c, q, c.holds(q)) for c, q in zip(conditions, quantities, strict=True)])
+    return tuple([ConditionOutcome(c, q, c.holds(q)) for c, q in zip(conditions, quantities, strict=True)])
 
 
-def parse_conditions(text: str) -> tuple[Condition, ...]:
+def parse_conditions(text: str) -> tuple[DiffCondition, ...]:
     """Parse conditions, separated by commas. Raises UsageError with the position of a mistake."""
     return _Parser(text).conditions()
 
@@ -106,7 +108,7 @@ class _Parser:
         if len(text) > _LONGEST:
             raise UsageError("the conditions are too long", received=f"{len(text):,} characters")
 
-    def conditions(self) -> tuple[Condition, ...]:
+    def conditions(self) -> tuple[DiffCondition, ...]:
         found = [self._condition()]
         while self._take(re.compile(",")):
             found.append(self._condition())
@@ -114,7 +116,7 @@ class _Parser:
             self._fail('expected "," or the end')
         return tuple(found)
 
-    def _condition(self) -> Condition:
+    def _condition(self) -> DiffCondition:
         self._skip()
         start = self.at
         name = self._take(_WORD)
@@ -132,7 +134,7 @@ class _Parser:
         unit = self._take(_UNIT, spaced=False)
         scale = self._scale(name, unit, place)
         end = self.at
-        return Condition(self.text[start:end], name, comparison, Fraction(number) * scale, unit == "x")
+        return DiffCondition(self.text[start:end], name, comparison, Fraction(number) * scale, unit == "x")
 
     def _check_quantity(self, name: str, start: int) -> None:
         if name in QUANTITIES:

@@ -10,17 +10,18 @@ Everything is derived from the graphs, the pass log and the storage plan: no wei
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from treadle.comparing.builds import Build
-from treadle.comparing.kernel_changes import SlowKernel, kernel_counts, slow_kernels
-from treadle.comparing.lost_fusions import LostFusion, lost_fusions
+from treadle.comparing.changed_kernels import SlowKernel, kernel_counts, slow_kernels
+from treadle.comparing.changed_nodes import NodeChange, NodeGroup, node_changes, node_groups
+from treadle.comparing.changed_weights import WeightChange, weight_bits, weight_changes
+from treadle.comparing.fusion_losses import LostFusion, lost_fusions
 from treadle.comparing.matching import Matching, match_builds
-from treadle.comparing.node_changes import NodeChange, NodeGroup, node_changes, node_groups
-from treadle.comparing.weight_changes import WeightChange, weight_bits, weight_changes
+from treadle.comparing.run_nodes import RunNode
 from treadle.explaining.fusion import count_within
 from treadle.explaining.memory import Alive, MemoryReport
 from treadle.files.shown_names import on_one_line, printable
@@ -103,7 +104,7 @@ def _text(name: str, value: Number | None) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class BuildComparison:
     """The differences between build a and build b.
 
     sizes       the sizes of symbolic axes at which quantities are evaluated
@@ -153,7 +154,7 @@ class Comparison:
         return Quantity(name, *counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON. A node is its function, its position there, its op and its scope."""
+        """Return the comparison as JSON. Nodes in `matches` and `unmatched` are their function and position there."""
         sides = {side: _side_facts(build) for side, build in (("a", self.a), ("b", self.b))}
         return {
             **sides,
@@ -171,6 +172,7 @@ class Comparison:
             "element_by_element": [each.as_dict() for each in self.slow],
             "alive_at_peak": [each.as_dict() for each in self.grown],
             "matches": list(self._match_facts()),
+            "unmatched": {"a": _places(self.matching.removed), "b": _places(self.matching.added)},
         }
 
     def _match_facts(self) -> Iterator[dict[str, Any]]:
@@ -240,6 +242,11 @@ def _section(title: str, lines: list[str]) -> Iterator[str]:
         yield from ("", title, *(f"  {line}".rstrip() for line in lines))
 
 
+def _places(nodes: Iterable[RunNode]) -> list[list[str | int]]:
+    """Return the distinct nodes of a graph, each as its function and its position there."""
+    return [list(place) for place in dict.fromkeys((each.function, each.index) for each in nodes)]
+
+
 def _side_facts(build: Build) -> dict[str, Any]:
     return {
         "name": build.name,
@@ -250,7 +257,7 @@ def _side_facts(build: Build) -> dict[str, Any]:
     }
 
 
-def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Comparison:
+def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> BuildComparison:
     """Compare two builds at the given sizes of symbolic axes, by default 1 for a batch and 128 for others.
 
     Raises UsageError for a size of an axis that neither has, or outside its bounds.
@@ -287,7 +294,7 @@ def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Co
         name: Quantity(name, None, differences[name]) if name in differences else Quantity(name, *pairs[name])
         for name in QUANTITIES
     }
-    return Comparison(
+    return BuildComparison(
         a,
         b,
         chosen,

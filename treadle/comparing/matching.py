@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.comparing.builds import Build
-from treadle.comparing.run_nodes import Run, RunNode, run_of
+from treadle.comparing.run_nodes import GraphRun, RunNode, run_of
 from treadle.comparing.scope_alignment import ScopeAlignment
 from treadle.ir.hashing import op_key, type_key
 
@@ -44,8 +44,8 @@ class Matching:
     scopes   the alignment of their scopes
     """
 
-    a: Run
-    b: Run
+    a: GraphRun
+    b: GraphRun
     matches: tuple[NodeMatch, ...]
     removed: tuple[RunNode, ...]
     added: tuple[RunNode, ...]
@@ -84,7 +84,7 @@ def match_builds(a: Build, b: Build) -> tuple[Matching, Matching]:
     return declared, match_runs(*runs, scopes, (ids[0], ids[1]))
 
 
-def _origins(build: Build, run: Run, source: Run, known: Mapping[RunNode, int]) -> _Ids:
+def _origins(build: Build, run: GraphRun, source: GraphRun, known: Mapping[RunNode, int]) -> _Ids:
     """Return for each node of a run the numbers of the declared nodes whose work it does."""
     places = source.by_place()
     found = []
@@ -94,7 +94,7 @@ def _origins(build: Build, run: Run, source: Run, known: Mapping[RunNode, int]) 
     return found
 
 
-def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | None = None) -> Matching:
+def match_runs(a: GraphRun, b: GraphRun, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | None = None) -> Matching:
     """Match the nodes of two runs.
 
     ids  for each node of both runs, numbers of work that it does; nodes that share a number correspond
@@ -118,7 +118,7 @@ def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | 
     in_a = {each: scopes.in_a(each.scope) for each in b.nodes} | {each: each.scope for each in a.nodes}
     alone.update(each for each in b.nodes if in_a[each] is None)
     hashes = _Hashes()
-    keys: dict[str, Callable[[RunNode, Run], Hashable]] = {
+    keys: dict[str, Callable[[RunNode, GraphRun], Hashable]] = {
         "exact": lambda each, run: (in_a[each], op_key(each.node.op), _operands(each, run, in_a, scopes)),
         "hash": hashes.of,
         "scope": lambda each, run: (in_a[each], each.op),
@@ -143,7 +143,7 @@ def match_runs(a: Run, b: Run, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | 
 
 
 def _grouped(
-    nodes: Iterable[RunNode], run: Run, key: Callable[[RunNode, Run], Hashable]
+    nodes: Iterable[RunNode], run: GraphRun, key: Callable[[RunNode, GraphRun], Hashable]
 ) -> dict[Hashable, list[RunNode]]:
     found: dict[Hashable, list[RunNode]] = {}
     for each in nodes:
@@ -156,7 +156,7 @@ def _types(each: RunNode) -> tuple[str, ...]:
 
 
 def _operands(
-    each: RunNode, run: Run, in_a: Mapping[RunNode, str | None], scopes: ScopeAlignment
+    each: RunNode, run: GraphRun, in_a: Mapping[RunNode, str | None], scopes: ScopeAlignment
 ) -> tuple[Hashable, ...]:
     """Describe operands by what is near: the scope and op of a producer, the name of a weight or an input."""
     found: list[Hashable] = []
@@ -179,14 +179,14 @@ class _Hashes:
         self._numbers: dict[Hashable, int] = {}
         self._known: dict[RunNode, int] = {}
 
-    def of(self, each: RunNode, run: Run) -> int:
+    def of(self, each: RunNode, run: GraphRun) -> int:
         """Return a number that is equal for nodes of equal structure, also in different runs."""
         if each not in self._known:
             for node in run.nodes:  # producers come first
                 self._known[node] = self._number(node, run)
         return self._known[each]
 
-    def _number(self, each: RunNode, run: Run) -> int:
+    def _number(self, each: RunNode, run: GraphRun) -> int:
         reads: list[Hashable] = []
         for (kind, name, index), value in zip(each.reads, each.node.operands, strict=True):
             if kind == "result":
@@ -203,7 +203,7 @@ _Works = Mapping[int, frozenset[int]]
 _Groups = list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]
 
 
-def _by_lineage(a: Run, b: Run, ours: _Ids, theirs: _Ids) -> _Groups:
+def _by_lineage(a: GraphRun, b: GraphRun, ours: _Ids, theirs: _Ids) -> _Groups:
     """Return groups of nodes that share work: equal ops that do exactly the same work in pairs, and every other node
     with the node of the other side with which it shares most.
     """

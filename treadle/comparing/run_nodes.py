@@ -51,7 +51,7 @@ class RunNode:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class GraphRun:
     """All nodes of one run of a graph, entries in their order."""
 
     nodes: tuple[RunNode, ...]
@@ -61,7 +61,7 @@ class Run:
         return {(each.path, each.node): each for each in self.nodes}
 
 
-def run_of(graph: Graph) -> Run:
+def run_of(graph: Graph) -> GraphRun:
     """Follow the calls of every entry. Raises GraphError for more than 200,000 nodes."""
     found: list[RunNode] = []
     derived: dict[str, Read] = {}
@@ -72,7 +72,7 @@ def run_of(graph: Graph) -> Run:
         _follow(graph, entry, (), "", arguments, found)
         if entry is graph.bind:
             derived = {name: _origin(v, arguments) for name, v in entry.outputs.items()}
-    return Run(tuple(found))
+    return GraphRun(tuple(found))
 
 
 def _follow(
