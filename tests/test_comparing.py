@@ -10,18 +10,22 @@ import pytest
 
 from tests.command_line import SMALL, Treadle, commands_in, refused
 from tests.planted_regressions import PLANTED, Planted, decoder, spelled_attention
+from tests.random_programs import random_program
 from tests.test_models import ZOO
 from treadle.comparing.builds import open_build
 from treadle.comparing.conditions import check_conditions, parse_conditions
 from treadle.comparing.differences import QUANTITIES, compare
 from treadle.comparing.folded_names import fold_names
-from treadle.comparing.matching import match_builds
+from treadle.comparing.matching import Matching, match_builds
 from treadle.compiling import compile
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.op_registry import OPS
+from treadle.passes.cleanup.decompose import Decompose
+from treadle.passes.framework.manager import PassManager
 
+FAMILIES = [name for name in ZOO if " " not in name]
 HOSTILE = ("</script>", '"\\"', "a\0b", "\u202egnp", "x" * 1_000_000, "\ud800", "\x1b[31m")
 
 
@@ -66,12 +70,22 @@ def test_reasons_name_what_prevents_a_fusion() -> None:
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_equal_builds_of_the_zoo_do_not_differ(name: str) -> None:
     graph = ZOO[name][0].graph()
     found = compare(open_build(graph), open_build(graph))
     assert not found.differs, str(found)
     assert all(len(m.a) == len(m.b) == 1 and m.a[0].number == m.b[0].number for m in found.matching.matches)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs_are_matched_with_themselves_and_decomposed(seed: int) -> None:
+    graph = random_program(seed)
+    assert not compare(open_build(graph), open_build(graph)).differs
+    decomposed = PassManager([Decompose()]).run(graph).graph
+    found = compare(open_build(graph), open_build(decomposed))
+    assert str(found)
+    check_complete(found.matching)
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
@@ -110,12 +124,17 @@ def test_without_lineage_a_fusion_is_one_match(tmp_path: Path) -> None:
     assert not same.differs, str(same)
 
 
+def check_complete(matching: Matching) -> None:
+    """Check that every node of both sides is in one match, or is listed as added or removed."""
+    for side, run, alone in (("a", matching.a, matching.removed), ("b", matching.b, matching.added)):
+        listed = Counter(node for m in matching.matches for node in getattr(m, side)) + Counter(alone)
+        assert listed == Counter(run.nodes)
+
+
 def test_every_node_is_matched_or_listed() -> None:
     for a, b in (("gpt2", "gpt2@fuse-linear"), ("gpt2", "bert"), ("llama@legalize", "llama")):
         _, matching = match_builds(*(open_build(each, layers=2) for each in (a, b)))
-        for side, run, alone in (("a", matching.a, matching.removed), ("b", matching.b, matching.added)):
-            listed = Counter(node for m in matching.matches for node in getattr(m, side)) + Counter(alone)
-            assert listed == Counter(run.nodes)
+        check_complete(matching)
 
 
 def test_a_pass_of_the_backend_is_a_build() -> None:

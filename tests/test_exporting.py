@@ -26,6 +26,7 @@ from treadle.option_values import choose_sizes
 from treadle.passes.stepping.derivation import derive_step
 
 SCHEMA = Path(__file__).resolve().parent.parent / "docs/graph.schema.json"
+FAMILIES = [name for name in ZOO if " " not in name]
 HOSTILE = (
     "</script>",
     'a" ]; evil [label="',
@@ -73,7 +74,7 @@ def checked(record: Any) -> Any:
     return record
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_schema_validates_every_model_of_the_zoo(name: str) -> None:
     checked(record_of(open_build(ZOO[name][0].graph())))
 
@@ -206,7 +207,7 @@ def drawn(graph: Graph, folder: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_graphviz_text_of_the_zoo_parses(name: str, tmp_path: Path) -> None:
     drawn(ZOO[name][0].graph(), tmp_path)
 
@@ -284,7 +285,7 @@ def explored(build: Build) -> list[Any]:
     return check_graphs(json.loads(json.dumps(model_explorer_record(build, choose_sizes(build.graph, {})))))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_of_the_zoo_is_a_graph(name: str) -> None:
     build = open_build(ZOO[name][0].graph())
     graphs = explored(build)
