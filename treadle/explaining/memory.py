@@ -194,7 +194,7 @@ def memory_of(
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
 ) -> MemoryReport:
-    """Describe the memory of a run of a lowered graph, whose storage is planned, at these sizes."""
+    """Describe the memory of a run of a lowered graph at sizes for all of its symbols."""
     unit = ALIGNMENT if plan.strided else 1
     entry = graph.main.name
     live = live_at(frames, entry, sizes, unit)
