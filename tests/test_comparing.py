@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import SMALL, Treadle, commands_in, refused
-from tests.planted_regressions import PLANTED, Planted, decoder, spelled_attention
+from tests.planted_regressions import PLANTED, Planted, decoder, kept_gelu, spelled_attention
 from tests.random_programs import random_program
 from tests.test_models import ZOO
 from treadle.comparing.builds import open_build
@@ -18,6 +18,7 @@ from treadle.comparing.differences import QUANTITIES, compare
 from treadle.comparing.folded_names import fold_names
 from treadle.comparing.matching import Matching, match_builds
 from treadle.compiling import compile
+from treadle.explaining.fusion import explain_fusion
 from treadle.ir.builder import Builder
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph
@@ -135,6 +136,20 @@ def test_every_node_is_matched_or_listed() -> None:
     for a, b in (("gpt2", "gpt2@fuse-linear"), ("gpt2", "bert"), ("llama@legalize", "llama")):
         _, matching = match_builds(*(open_build(each, layers=2) for each in (a, b)))
         check_complete(matching)
+
+
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4-int8"])
+def test_quantization_keeps_the_lineage(scheme: str) -> None:
+    """So that a site that no rule fused is not reported as removed, and every op has a partner."""
+    found = compare(open_build(decoder), open_build(decoder, quantize=scheme))
+    assert {m.by for m in found.matching.matches} == {"lineage"}
+    assert found.removed == () and found.lost == ()
+    assert {op for group in found.added for op in group.ops} <= {"decode", "encode"}
+    explained = explain_fusion(spelled_attention, quantize=scheme, passes=())
+    missed = {v.reason for block in explained.blocks for v in block.verdicts if v.kind == "attention"}
+    assert missed == {"the pipeline has no fuse-attention"}
+    partly = explain_fusion(kept_gelu, quantize="int8-weights", bad=True)
+    assert not any("other passes removed it" in v.reason for block in partly.blocks for v in block.verdicts)
 
 
 def test_a_pass_of_the_backend_is_a_build() -> None:

@@ -377,6 +377,33 @@ def test_measured_times_belong_to_nodes_of_the_last_graph(treadle_command: Tread
     assert {n["namespace"].split("/")[1] for n in timed if n["namespace"].startswith("h/")} == {"0", "1"}
 
 
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_onnx_file(treadle_command: Treadle, tmp_path: Path, hostile: str) -> None:
+    """Its names are text in every format, and in a diff; a name that is too long for the importer is refused."""
+    onnx = pytest.importorskip("onnx")
+    name = hostile.replace("\ud800", "?")  # protobuf has no such text
+    x = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 3])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 3])
+    nodes = [
+        onnx.helper.make_node("Relu", [name], [f"r{name}"], name=name, doc_string=name),
+        onnx.helper.make_node("Exp", [f"r{name}"], ["y"], name=f"{name}/{name}"),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, name, [x], [y]))
+    (tmp_path / "hostile.onnx").write_bytes(model.SerializeToString())
+    for words in (("diff", "hostile.onnx", SMALL), ("diff", "hostile.onnx")):
+        said = treadle_command(*words)
+        assert said.code in (0, 2)
+        assert all(c.isprintable() for line in (said.out + said.err).split("\n") for c in line)
+        assert len(said.out + said.err) < 20_000
+    for to, file in (("dot", "a.dot"), ("json", "a.json"), ("model-explorer", "b.json")):
+        said = treadle_command("export", "hostile.onnx", "--to", to, "-o", file)
+        assert said.code in (0, 2) and len(said.out + said.err) < 20_000
+        if said.code == 0 and to == "dot":
+            assert len(parsed((tmp_path / file).read_text(encoding="utf-8"))[0]) == 4
+        elif said.code == 0:
+            assert json.loads((tmp_path / file).read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

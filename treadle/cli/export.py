@@ -105,6 +105,7 @@ def _export_graph(
     from treadle.exporting.graph_records import graph_record
     from treadle.exporting.model_explorer_graphs import model_explorer_record, node_data
     from treadle.exporting.node_facts import NodeFacts
+    from treadle.files.shown_names import printable
     from treadle.option_values import choose_sizes, parse_config, parse_sizes
     from treadle.progress import working
     from treadle.reporting.counts import counted, human
@@ -139,7 +140,7 @@ def _export_graph(
         return
     for path, _ in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
-    print(f"{counted(nodes, 'node')} of {build.graph.name}")
+    print(f"{counted(nodes, 'node')} of {printable(build.graph.name)}")
 
 
 def _measured(model: str, sizes: dict[str, int], seed: int, options: dict[str, Any]) -> dict[int, float]:
@@ -172,6 +173,7 @@ def _export_onnx(
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx
     from treadle.compiling import initial_weights
+    from treadle.files.shown_names import printable
     from treadle.option_values import parse_config, parse_limits
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
@@ -203,7 +205,7 @@ def _export_onnx(
         return
     for name, inside in (*made.inputs.items(), *made.outputs.items()):
         if name != inside:
-            print(f"{name} is called {inside} in the file")
+            print(f"{printable(name)} is called {printable(inside)} in the file")
     for path in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
     counts = sorted(made.operators.items(), key=lambda each: -each[1])

@@ -84,8 +84,9 @@ class Quantity:
         """The name, both values, and the change."""
         change = ""
         if self.a is not None and self.b is not None and self.a != self.b:
-            small = self.name not in _UNITS and self.name != "bits"
-            change = f"{self.b - self.a:+,}" if small or not self.a else f"{float(Fraction(self.b) / self.a):.4g}x"
+            ratio = f"{float(Fraction(self.b) / self.a):.4g}x" if self.a else "1x"
+            is_count = self.name not in _UNITS and self.name != "bits"
+            change = f"{self.b - self.a:+,}" if is_count or ratio == "1x" else ratio
         return self.name, _text(self.name, self.a), _text(self.name, self.b), change
 
 
