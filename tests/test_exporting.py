@@ -327,6 +327,9 @@ def test_the_adapter_loads_our_json() -> None:
     record = model_explorer_record(build, choose_sizes(build.graph, {}))
     loaded = dacite.from_dict(builder.GraphCollection, record, dacite.Config(strict=True))
     assert [len(g.nodes) for g in loaded.graphs] == [len(g["nodes"]) for g in record["graphs"]]
+    data = pytest.importorskip("model_explorer.node_data_builder")
+    (times,) = node_data("3 last", {7: 0.5}).values()
+    assert dacite.from_dict(data.GraphNodeData, times, dacite.Config(strict=True)).results["7"].value == 0.5
 
 
 def test_times_are_node_data() -> None:

@@ -33,11 +33,11 @@ def model_explorer_record(build: Build, sizes: Mapping[str, int]) -> dict[str, A
     return {"label": _text(build.name), "graphs": graphs, "graphSorting": "name_asc"}
 
 
-def node_data(graph_id: str, values: Mapping[int, float]) -> dict[str, Any]:
-    """Return numbers by the number of a node in a run, for one graph of a file."""
+def node_data(graph_id: str, values: Mapping[int, float], name: str = "milliseconds") -> dict[str, Any]:
+    """Return numbers by the number of a node in a run, for one graph of a file; `name` is displayed above them."""
     results = {str(number): {"value": value} for number, value in sorted(values.items())}
     gradient = [{"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#d62728"}]
-    return {graph_id: {"results": results, "gradient": gradient}}
+    return {graph_id: {"name": name, "results": results, "gradient": gradient}}
 
 
 def _nodes(graph: Graph, facts: NodeFacts) -> list[dict[str, Any]]:
