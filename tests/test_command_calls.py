@@ -124,6 +124,13 @@ CASES: list[tuple[str, str, str]] = [  # the command line, the replaced name, an
         "treadle.explaining.sharding.explain_sharding",
         "sharding",
     ),
+    (f"diff {M} --json", "treadle.comparing.builds.open_build", "open_build"),
+    (
+        f"diff {M} other.py:m --a=--quantize=int8 --fail-if peak>1 --backend torch --inputs y --outputs y[:,0] "
+        f"--widen bf16 {HOW}",
+        "treadle.comparing.builds.open_build",
+        "open_build",
+    ),
     (f"run {M} --json", "treadle.compile", "compile"),
     (f"run {M} --input y=1 --outputs y[0] --widen bf16 --seed 5 {HOW} {WHERE}", "treadle.compile", "compile"),
     (f"run {M} --json", "treadle.compile", "compile()"),
@@ -176,6 +183,12 @@ CASES: list[tuple[str, str, str]] = [  # the command line, the replaced name, an
         f"export {M} -o m.onnx --opset 22 --external-above 5",
         "treadle.backends.onnx.exporter.export_onnx",
         "export_onnx",
+    ),
+    (
+        f"export {M} --to json -o m.json --backend torch --inputs y --outputs y[:,0] --widen bf16 --set n=2 "
+        "--limit nodes=7",
+        "treadle.comparing.builds.open_build",
+        "open_build",
     ),
     (f"bench {M} --json", "treadle.benching.benchmark.bench_model", "bench_model"),
     (
