@@ -153,8 +153,11 @@ def test_quantization_keeps_the_lineage(scheme: str) -> None:
 
 
 def test_a_pass_of_the_backend_is_a_build() -> None:
+    lowered = compare(open_build("gpt2", layers=2), open_build("gpt2@legalize", layers=2))
+    assert lowered.lost == () and any(c.what.startswith("projections -> ") for c in lowered.changes)
     found = compare(open_build("gpt2@legalize", layers=2), open_build("gpt2@hoist-weights", layers=2))
     assert found.quantity("peak").b is None
+    assert not compare(found.b, open_build("gpt2@plan-storage", layers=2)).differs  # its peak is known
     with pytest.raises(UsageError, match="peak is not known"):
         check_conditions(parse_conditions("peak>1x"), found)
 

@@ -151,10 +151,10 @@ def open_build(
                 hint="the model that it was compiled from",
             )
     else:
-        pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
+        pipeline, narrow = computing_in(dtype, checked_passes(passes), widen, quantize)
         ran = (*[each.name for each in pipeline],)
         _refuse_unknown_pass(model, stage, (*ran, *[each.name for each in own]))
-        resolved = resolve(model, inputs=inputs, outputs=outputs, widen=widen, **config)
+        resolved = resolve(model, inputs=inputs, outputs=outputs, widen=narrow, **config)
         optimized = PassManager(_until(pipeline, stage), target=where).run(resolved.graph)
         known = resolved.name
     of_backend = bool(stage) and stage not in ran

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from treadle.comparing.differences import QUANTITIES, BuildComparison, Quantity
+from treadle.comparing.differences import COUNTS, QUANTITIES, BuildComparison, Quantity
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import GraphError, UsageError
@@ -37,8 +37,6 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 _POWERS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _OF_BYTES = ("peak", "bytes", "weights")
-_COUNTS = ("added", "removed", "changed", "lost", "widened")
-"""Counts of differences, which have no value in a."""
 
 _LONGEST = 10_000
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -149,7 +147,7 @@ class _Parser:
             self._fail(f"unknown quantity {printable(name)}", hint)
 
     def _scale(self, name: str, unit: str, place: int) -> int:
-        if unit == "x" and name in _COUNTS:
+        if unit == "x" and name in COUNTS:
             self.at = place
             self._fail(f"{name} counts differences between a and b, so it has no ratio", hint=f"{name}>0")
         if unit in ("", "x"):

@@ -51,6 +51,9 @@ QUANTITIES: Mapping[str, str] = {
 }
 """The quantities of a comparison, by name. A count of differences has no value in a."""
 
+COUNTS = ("added", "removed", "changed", "lost", "widened")
+"""The quantities that count differences."""
+
 _UNITS = {"peak": "B", "flops": "FLOPs", "bytes": "B", "weights": "B"}
 _ALIVE = 5
 _LONGEST = 2_000
@@ -71,8 +74,10 @@ class Quantity:
 
     @property
     def is_equal(self) -> bool:
-        """True if b does not differ from a: a count of differences is 0."""
-        return not self.b if self.a is None else self.a == self.b
+        """True if b does not differ from a: a count of differences is 0. An unknown value does not count."""
+        if self.name in COUNTS:
+            return not self.b
+        return None in (self.a, self.b) or self.a == self.b
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON, and their ratio if there is one."""

@@ -92,7 +92,7 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
         op = verdict.op if a.recorded else next((op for op in KINDS[verdict.kind][1] if op in ops), verdict.op)
         groups.setdefault((verdict.kind, op, replace(why, places=(), at="")), []).append(at[0])
     kinds = {kind for kind, _ in explained}
-    for match in matching.matches:
+    for match in () if b.is_backend_stage else matching.matches:  # a backend replaces fused ops that it lacks
         for kind, op in _fused_only_in_a(match):
             if kind not in kinds:  # b has no such site
                 why = FusionVerdict(kind, MISSED, reason=_broken_form(match, matching))
