@@ -39,7 +39,7 @@ class KernelUse:
 
     function            the function's name
     node                a node of the lowered graph; None if the kernel computes none
-    kernel              the kernel's name; equal names mean equal code
+    kernel              the kernel's name, such as `matmul_48_gelu`
     element_by_element  True if it is correct for every case, but slow
     why                 the reason why no faster kernel computes the node; may be empty
     """

@@ -231,6 +231,15 @@ def test_conditions_compare_the_second_build(text: str, holds: bool) -> None:
     assert ("HOLDS" in str(outcome)) is holds
 
 
+def test_kernels_are_counted() -> None:
+    pytest.importorskip("tvm")
+    found = compare(*(open_build(decoder, backend="tvm", layers=n) for n in (1, 2)))
+    more = {name: b - a for name, (a, b) in found.kernels.items() if a != b}
+    q = found.quantity("kernels")
+    assert q.a is not None and q.b is not None and sum(more.values()) == q.b - q.a > 0
+    assert all(f"{count:+d} {name}" in str(found) for name, count in more.items())
+
+
 def test_ratios_are_exact() -> None:
     """1.1 in binary is more than 1.1: a ratio of exactly 11/10 is not more than 1.1x."""
     from treadle.comparing.differences import Quantity

@@ -25,7 +25,6 @@ from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.encoded_rules import takes_blocks
-from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
@@ -86,12 +85,11 @@ class TvmBackend(StagedBackend):
         return {routine.name: routine.frame for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
-        """Return the kernels that each routine calls, by the names that the listing gives them."""
+        """Return the kernels that each routine calls."""
         program = lower(graph, plan, isa_of(target), RULES, target.cores())
-        titles = unique_titles(kernels_of(program))
         return tuple(
             [
-                KernelUse(routine.name, step.node, titles[step.kernel], step.kernel.generic, step.note)
+                KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
                 for routine in program.routines
                 for step in routine.walk()
             ]

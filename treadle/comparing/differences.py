@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from treadle.comparing.builds import Build
-from treadle.comparing.changed_kernels import SlowKernel, kernel_counts, slow_kernels
+from treadle.comparing.changed_kernels import KernelCounts, SlowKernel, kernel_counts, slow_kernels
 from treadle.comparing.changed_nodes import NodeChange, NodeGroup, node_changes, node_groups
 from treadle.comparing.changed_weights import WeightChange, weight_bits, weight_changes
 from treadle.comparing.fusion_losses import LostFusion, lost_fusions
@@ -116,6 +116,7 @@ class BuildComparison:
     sizes       the sizes of symbolic axes at which quantities are evaluated
     quantities  each of `QUANTITIES`
     ops         for each op of a run, its number in a and in b; `within` counts those inside larger fused ops
+    kernels     for each kernel of a run, its number of calls in a and in b; empty if the kernels of one are a library's
     matching    the nodes of the compared graphs that correspond, and those without a match
     added       the nodes that only b has, in groups, and `removed`, those that only a has
     changes     differences between matched nodes
@@ -131,6 +132,7 @@ class BuildComparison:
     quantities: Mapping[str, Quantity]
     ops: Mapping[str, tuple[int, int]]
     within: tuple[Mapping[str, int], Mapping[str, int]]
+    kernels: Mapping[str, tuple[int, int]]
     matching: Matching
     added: tuple[NodeGroup, ...]
     removed: tuple[NodeGroup, ...]
@@ -150,7 +152,11 @@ class BuildComparison:
     def differs(self) -> bool:
         """True if anything differs."""
         parts = (self.added, self.removed, self.changes, self.lost, self.gained, self.weights, self.slow)
-        return any(parts) or not all(each.is_equal for each in self.quantities.values())
+        return (
+            any(parts)
+            or any(a != b for a, b in self.kernels.values())
+            or not all(each.is_equal for each in self.quantities.values())
+        )
 
     def quantity(self, name: str) -> Quantity:
         """Return a quantity by its name, or the number of ops of this name in a run, alone or in larger fused ops."""
@@ -169,6 +175,7 @@ class BuildComparison:
             "differs": self.differs,
             "quantities": {name: each.as_dict() for name, each in self.quantities.items()},
             "ops": {op: {"a": a, "b": b} for op, (a, b) in self.ops.items() if a != b},
+            "kernels": {name: {"a": a, "b": b} for name, (a, b) in self.kernels.items() if a != b},
             "added": [each.as_dict() for each in self.added],
             "removed": [each.as_dict() for each in self.removed],
             "changes": [each.as_dict() for each in self.changes],
@@ -213,9 +220,10 @@ class BuildComparison:
             cells = f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}"
             about = f"   {QUANTITIES[row[0]]}" if row[0] else f"   {at.strip()}"
             yield f"  {cells:<{sum(widths) + 16}}{about}".rstrip()
-        counts = [f"{b - a:+d} {op}" for op, (a, b) in self.ops.items() if a != b]
-        if counts:
-            yield from ("", f"ops {', '.join(counts)}")
+        counts = {"ops": self.ops, "kernels": self.kernels}
+        deltas = {what: [f"{b - a:+d} {n}" for n, (a, b) in of.items() if a != b] for what, of in counts.items()}
+        if any(deltas.values()):
+            yield from ("", *(f"{what} {', '.join(each)}" for what, each in deltas.items() if each))
         for title, groups in (("added", self.added), ("removed", self.removed)):
             layers = [each for each in groups if each.is_layer]
             if groups:
@@ -307,6 +315,7 @@ def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Bu
         quantities,
         {op: (counts[0][op], counts[1][op]) for op in {**counts[0], **counts[1]}},
         (_within(a.graph), _within(b.graph)),
+        _kernel_pairs(*kernels),
         matching,
         node_groups(matching.added, matching.b.nodes, declared.scopes.in_a),
         node_groups(matching.removed, matching.a.nodes, declared.scopes.flipped().in_a),
@@ -317,6 +326,12 @@ def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> Bu
         slow_kernels(a, b, declared.scopes),
         _grown(*memory),
     )
+
+
+def _kernel_pairs(a: KernelCounts | None, b: KernelCounts | None) -> dict[str, tuple[int, int]]:
+    if a is None or b is None:
+        return {}
+    return {n: (a.kernels.get(n, 0), b.kernels.get(n, 0)) for n in {**a.kernels, **b.kernels}}
 
 
 def _within(graph: Graph) -> Mapping[str, int]:
