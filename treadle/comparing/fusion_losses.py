@@ -16,6 +16,8 @@ from treadle.comparing.folded_names import few_names
 from treadle.comparing.matching import Matching, NodeMatch
 from treadle.comparing.run_nodes import RunNode
 from treadle.explaining.fusion_verdicts import ALREADY, FUSED, MISSED, UNFUSED, FusionVerdict, judge
+from treadle.ir.composites import body_of
+from treadle.ir.operation import Composite
 from treadle.passes.sites.fusion_sites import KINDS
 
 _UNRECORDED = "an artifact does not record why"
@@ -102,8 +104,14 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
 
 
 def _fused_only_in_a(match: NodeMatch) -> Iterator[tuple[str, str]]:
-    """Yield the kind and the fused op of each node of a that corresponds to nodes of b without an op of that kind."""
+    """Yield the kind and the fused op of each node of a that corresponds to nodes of b without an op of that kind,
+    alone or inside a larger fused op.
+    """
     theirs = {each.op for each in match.b}
+    for each in match.b:
+        if isinstance(each.node.op, Composite):
+            types = [None if v is None else v.type for v in each.node.operands]
+            theirs.update(inner.op.name for inner in body_of(each.node.op, types).nodes)
     kinds = {op: (kind, ops) for kind, (_, ops) in KINDS.items() for op in ops}
     for each in match.a:
         kind, ops = kinds.get(each.op, ("", ()))
@@ -122,7 +130,7 @@ def _broken_form(match: NodeMatch, matching: Matching) -> str:
         if each.number in read or any(kind == "result" and name in own for kind, name, _ in each.reads)
     ]
     beside = f"; {', '.join(dict.fromkeys(near))} is next to them in one build only" if near else ""
-    return f"{ops} are not one of its forms{beside}"
+    return f"the ops there have none of its forms: {ops}{beside}"
 
 
 def _fusion(key: tuple[Any, ...], nodes: Iterable[RunNode]) -> LostFusion:

@@ -6,6 +6,7 @@ Nodes are matched by the first of these that applies:
     exact     equal scope, op, attributes and operands
     hash      equal op, attributes and types, as all nodes above them
     scope     equal scope and op, in order
+    layer     equal op in the same layer of a stack, in order, if both sides have the same number left
     group     one node on one side, and all that is left in the same scope on the other, with results of one type
 
 A match may have several nodes on a side: a fusion, or a decomposition. Scopes are compared after
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from treadle.comparing.builds import Build
 from treadle.comparing.run_nodes import GraphRun, RunNode, run_of
-from treadle.comparing.scope_alignment import ScopeAlignment
+from treadle.comparing.scope_alignment import ScopeAlignment, parts_of
 from treadle.ir.hashing import op_key, type_key
 
 Side = Sequence[RunNode]
@@ -28,7 +29,7 @@ _Ids = Sequence[frozenset[int]]
 
 @dataclass(frozen=True, eq=False)
 class NodeMatch:
-    """Nodes of a and nodes of b that correspond, and the criterion: lineage, exact, hash, scope or group."""
+    """Nodes of a and nodes of b that correspond, and the criterion: lineage, exact, hash, scope, layer or group."""
 
     a: tuple[RunNode, ...]
     b: tuple[RunNode, ...]
@@ -128,6 +129,12 @@ def match_runs(a: GraphRun, b: GraphRun, scopes: ScopeAlignment, ids: tuple[_Ids
         for same, theirs in _grouped([each for each in left[1] if each not in alone], b, key).items():
             for one, other in zip(held.get(same, ()), theirs, strict=False):
                 add((one,), (other,), by)
+    ours_by_layer = _grouped([each for each in left[0] if each not in alone], a, lambda e, _: _layer(e, in_a))
+    for layer, theirs in _grouped([e for e in left[1] if e not in alone], b, lambda e, _: _layer(e, in_a)).items():
+        ours = ours_by_layer.get(layer, [])
+        if layer is not None and len(ours) == len(theirs):
+            for one, other in zip(ours, theirs, strict=True):
+                add((one,), (other,), "layer")
     ours_by_scope = _grouped(left[0], a, lambda each, _: in_a[each])
     for scope, theirs in _grouped(left[1], b, lambda each, _: in_a[each]).items():
         ours = ours_by_scope.get(scope, [])
@@ -149,6 +156,13 @@ def _grouped(
     for each in nodes:
         found.setdefault(key(each, run), []).append(each)
     return found
+
+
+def _layer(each: RunNode, in_a: Mapping[RunNode, str | None]) -> tuple[tuple[str, ...], str] | None:
+    """Return the scope of the layer that a node is in, as a names it, and its op; None outside of all layers."""
+    parts = parts_of(in_a[each] or "")
+    at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else (parts[: at + 1], each.op)
 
 
 def _types(each: RunNode) -> tuple[str, ...]:
