@@ -27,7 +27,7 @@ from treadle.passes.cleanup.decompose import Decompose
 from treadle.passes.framework.manager import PassManager
 
 FAMILIES = [name for name in ZOO if " " not in name]
-HOSTILE = ("</script>", '"\\"', "a\0b", "\u202egnp", "x" * 1_000_000, "\ud800", "\x1b[31m")
+HOSTILE = ("</script>", '"\\"', "a\0b", "\u202egnp", "x" * 1_000_000, "a." * 300_000, "\ud800", "\x1b[31m")
 
 
 @pytest.fixture
@@ -110,6 +110,13 @@ def test_a_layer_is_one_added_layer_wherever_it_is(at: int) -> None:
     back = compare(found.b, found.a)
     assert [(g.scope, g.is_layer) for g in back.removed] == [(f"h.{at}", True)]
     assert back.added == () and back.changes == ()
+
+
+def test_very_long_stacks_are_paired_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best pairing takes time in the product of the lengths, so it has a limit."""
+    monkeypatch.setattr("treadle.comparing.scope_alignment._MOST_PAIRS", 0)
+    found = compare(open_build(decoder, layers=2, relu_at=0), open_build(decoder, layers=4, relu_at=0))
+    assert [g.scope for g in found.added if g.is_layer] == ["h.2", "h.3"]
 
 
 def test_without_lineage_a_fusion_is_one_match(tmp_path: Path) -> None:

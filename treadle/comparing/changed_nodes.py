@@ -9,8 +9,7 @@ from typing import Any
 
 from treadle.comparing.folded_names import few_names, fold_names
 from treadle.comparing.matching import Matching, NodeMatch
-from treadle.comparing.run_nodes import Read, RunNode
-from treadle.comparing.scope_alignment import parts_of
+from treadle.comparing.run_nodes import Read, RunNode, parts_of
 from treadle.ir.graph import Node
 from treadle.ir.hashing import attribute_key, op_key, type_key
 from treadle.ir.text.attributes import attribute_fields, attribute_text

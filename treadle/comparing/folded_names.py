@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from treadle.comparing.run_nodes import parts_of
 from treadle.files.shown_names import printable
 
 _SHOWN = 4
@@ -15,7 +16,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
     """
     groups: dict[tuple[str, str] | str, list[int]] = {}
     for name in dict.fromkeys(filter(None, names)):
-        parts = name.split(".")
+        parts = parts_of(name)
         at = next((i for i, part in enumerate(parts) if part.isascii() and part.isdigit() and len(part) < 10), None)
         if at is None:
             groups.setdefault(name, [])

@@ -19,8 +19,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.comparing.builds import Build
-from treadle.comparing.run_nodes import GraphRun, RunNode, run_of
-from treadle.comparing.scope_alignment import ScopeAlignment, parts_of
+from treadle.comparing.run_nodes import GraphRun, RunNode, parts_of, run_of
+from treadle.comparing.scope_alignment import ScopeAlignment
 from treadle.ir.hashing import op_key, type_key
 
 Side = Sequence[RunNode]

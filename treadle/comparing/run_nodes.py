@@ -15,6 +15,7 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.hashing import literal_key
 
 MOST_NODES = 200_000
+_MOST_PARTS = 32
 
 Read = tuple[str, str | int, int]
 """The origin of an operand: its kind, its name (for a result the number of its node), and the index of the result."""
@@ -48,6 +49,13 @@ class RunNode:
     def line(self) -> str:
         """The user's line, or empty."""
         return str(self.node.source or "")
+
+
+def parts_of(scope: str) -> tuple[str, ...]:
+    """Return the parts of a scope: `h`, `0`, `attn`; none for the empty scope. Dots beyond the 32nd do not separate,
+    since a name in a file may consist of dots.
+    """
+    return tuple(scope.split(".", _MOST_PARTS)) if scope else ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 
-from treadle.comparing.run_nodes import RunNode
+from treadle.comparing.run_nodes import RunNode, parts_of
 from treadle.ir.hashing import op_key
+
+_MOST_PAIRS = 5_000_000  # pairs of layers that are compared; beyond it, layers are paired in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +81,6 @@ class ScopeAlignment:
         return scope
 
 
-def parts_of(scope: str) -> tuple[str, ...]:
-    """Return the parts of a scope: `h`, `0`, `attn`; none for the empty scope."""
-    return tuple(scope.split(".")) if scope else ()
-
-
 def _aligned(
     a: ScopeTree, b: ScopeTree, at: tuple[str, ...], within: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]:
@@ -105,6 +103,9 @@ def _aligned_layers(a: ScopeTree, b: ScopeTree) -> Iterator[tuple[str | None, st
     is_flipped = len(a.layers) > len(b.layers)
     short, long = (b, a) if is_flipped else (a, b)
     spare = len(long.layers) - len(short.layers)
+    if spare * len(short.layers) > _MOST_PAIRS:
+        yield from (_pair(name, other, is_flipped) for name, other in zip_longest(short.layers, long.layers))
+        return
     ours, theirs = ([tree.parts[name].signature for name in tree.layers] for tree in (short, long))
     # best[at][skipped]: the most equal pairs of ours[at:] with theirs[at + skipped:]
     best = [[0] * (spare + 1) for _ in range(len(ours) + 1)]

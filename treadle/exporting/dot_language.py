@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from treadle.comparing.run_nodes import parts_of
 from treadle.exporting.node_facts import NodeFacts
 from treadle.files.shown_names import printable
 from treadle.ir.analysis.run_counts import count_calls
@@ -28,7 +29,7 @@ class _Scope:
     def within(self, scope: str) -> _Scope:
         """Return the scope of this name below this one."""
         found = self
-        for part in scope.split(".") if scope else ():
+        for part in parts_of(scope):
             found = found.parts.setdefault(part, _Scope())
         return found
 

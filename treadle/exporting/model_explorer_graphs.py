@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.comparing.builds import Build
-from treadle.comparing.run_nodes import Read, RunNode, run_of
+from treadle.comparing.run_nodes import Read, RunNode, parts_of, run_of
 from treadle.exporting.node_facts import NodeFacts, stages_of
 from treadle.files.shown_names import printable
 from treadle.ir.graph import Graph, Value
@@ -119,7 +119,7 @@ def _node(each: RunNode, sources: Mapping[Read, str], facts: NodeFacts) -> dict[
 
 def _namespace(scope: str) -> str:
     """Return a scope as a path; a slash in a name would open a further level."""
-    return "/".join(_text(part).replace("/", "|") for part in scope.split(".") if part)
+    return "/".join(_text(part).replace("/", "|") for part in parts_of(scope) if part)
 
 
 def _pairs(facts: Mapping[str, str]) -> _Attributes:
