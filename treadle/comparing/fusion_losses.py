@@ -78,7 +78,6 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
     groups: dict[tuple[object, ...], list[RunNode]] = {}
     ops = {each.op for each in matching.a.nodes}  # an artifact does not record which op a pass created
     counted: set[tuple[RunNode, str]] = set()
-    explained: set[tuple[str, str]] = set()
     for node, verdict in ours:
         if verdict.status not in (FUSED, ALREADY) or (verdict.kind, node) in settled:
             continue
@@ -87,13 +86,12 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
         if at is None:
             continue
         counted.add((at[0], verdict.kind))
-        explained.add((verdict.kind, node.scope))
         why = at[1]
         if why.status == MISSED and not b.recorded:
             why = replace(why, reason=_UNRECORDED)
         op = verdict.op if a.recorded else next((op for op in KINDS[verdict.kind][1] if op in ops), verdict.op)
         groups.setdefault((verdict.kind, op, replace(why, places=(), at="")), []).append(at[0])
-    kinds = {kind for kind, _ in explained}
+    kinds = {kind for kind, *_ in groups}
     for match in () if b.is_backend_stage else matching.matches:  # a backend replaces fused ops that it lacks
         for kind, op in _fused_only_in_a(match):
             if kind not in kinds:  # b has no such site
