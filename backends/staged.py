@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from treadle.backends.donation import check_names
@@ -31,6 +31,24 @@ from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """A kernel that a function calls, and the node that it computes last.
+
+    function            the function's name
+    node                a node of the lowered graph; None if the kernel computes none
+    kernel              the kernel's name, such as `matmul_48_gelu`
+    element_by_element  True if it is correct for every case, but slow
+    why                 the reason why no faster kernel computes the node; may be empty
+    """
+
+    function: str
+    node: Node | None
+    kernel: str
+    element_by_element: bool
+    why: str
 
 
 class StagedBackend(ABC):
@@ -88,6 +106,13 @@ class StagedBackend(ABC):
         By default these follow from the plan; a backend adds the workspaces of its kernels.
         """
         return frames_of(plan)
+
+    def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...] | None:
+        """Return the kernels that the functions of a lowered graph call, callees first, without compiling them.
+
+        None, the default, means that the kernels are a library's.
+        """
+        return None
 
     def lower(
         self,

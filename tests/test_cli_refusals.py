@@ -83,6 +83,7 @@ CALLS = {
     "inspect": "",
     "compile": "",
     "explain": "sharding --mesh tp=1",
+    "diff": "",
     "run": "--input tokens=1",
     "verify": "",
     "shard": "--mesh tp=1",

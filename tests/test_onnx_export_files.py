@@ -66,6 +66,10 @@ def test_names_axes_scopes_and_lines(tmp_path: Path) -> None:
     norm = next(n for n in model.graph.node if n.op_type == "LayerNormalization" and n.name.startswith("h.1."))
     assert (norm.name, norm.output[0]) == ("h.1.ln.LayerNormalization", "h.1.ln.ln")
     assert norm.doc_string.startswith("tests/backend_checks.py:")
+    assert {p.key: p.value for p in norm.metadata_props} == {
+        "treadle.scope": "h.1.ln",
+        "treadle.line": norm.doc_string,
+    }
     assert len({n.name for n in model.graph.node}) == len(model.graph.node)
 
 
@@ -180,6 +184,27 @@ def test_names_that_the_file_cannot_have(tmp_path: Path) -> None:
     answered = run(session(made.path), {"x": x, "?": 3 * x, "value": 5 * x})
     np.testing.assert_array_equal(answered["x_2"], 8 * x - x * x)
     np.testing.assert_array_equal(answered["value_2"], x)
+
+
+@pytest.mark.parametrize("opset", range(13, NEWEST + 1))
+def test_scopes_and_lines_pass_the_checker_at_every_opset(opset: int, tmp_path: Path) -> None:
+    graph, weights = block_model()
+    made, model = exported(graph, tmp_path, weights, opset=opset)
+    onnx.checker.check_model(str(made.path), full_check=True)
+    scopes = {p.value for n in model.graph.node for p in n.metadata_props if p.key == "treadle.scope"}
+    assert all(any(scope.startswith(layer) for scope in scopes) for layer in ("h.0.ln", "h.1.ln"))
+
+
+@pytest.mark.parametrize("hostile", ["</script>", 'a"b', "a\0b", "\u202egnp", "x" * 1_000_000, "\ud800"], ids=range(6))
+def test_hostile_scopes_are_text_of_the_file(hostile: str, tmp_path: Path) -> None:
+    def build(b: Builder) -> Expr:
+        with b.scoped(hostile):
+            return -b.input("x", "f32[2]")
+
+    made, model = exported(graph_of(build), tmp_path)
+    onnx.checker.check_model(str(made.path), full_check=True)
+    (node,) = model.graph.node
+    assert {p.key: p.value for p in node.metadata_props}["treadle.scope"] == hostile.replace("\ud800", "?")
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

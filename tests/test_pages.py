@@ -76,6 +76,10 @@ PAGES: dict[str, tuple[str, ...]] = {
         "--svg",
         "sharding.svg",
     ),
+    "diff": ("diff", SMALL, "--b", "--set layers=3 --set act=t.relu", *SIZES, "--fail-if", "attention<3, peak>9x"),
+    "diff.json": ("diff", SMALL, "--a", "--set layers=1", "--quantize", "int4", *SIZES, "--json"),
+    "diff_fusions": ("diff", f"{SMALL}@merge-projections", f"{SMALL}@fuse-gelu", *SIZES),
+    "dot": ("export", SMALL, "--to", "dot", "-o", "small.dot"),
     "quantization": ("explain", SMALL, "quantization", "--quantize", "int8"),
     "quantization.json": ("explain", SMALL, "quantization", "--quantize", "int4", "--json"),
     "shard": ("shard", SMALL, "--mesh", "tp=2", "--axis", "heads=tp", *SIZES),
@@ -113,6 +117,8 @@ def test_a_page(
     assert ended.value.code in (0, None), said.err
     if page.endswith(".svg"):
         text = Path(page).read_text(encoding="utf-8")
+    elif page == "dot":
+        text = Path("small.dot").read_text(encoding="utf-8")
     elif page.endswith(".json"):
         text = pformat(shortly(json.loads(said.out)), width=118, sort_dicts=False, underscore_numbers=True)
     else:

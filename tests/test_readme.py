@@ -35,6 +35,7 @@ PAGES = (
             "dsl",
             "architecture",
             "cli",
+            "comparing",
             "generation",
             "kernels",
             "memory",

@@ -329,8 +329,11 @@ def _node_proto(node: OnnxNode) -> Any:
         input=["" if t is None else t.name for t in node.inputs],
         output=[t.name for t in node.outputs],
     )
-    if node.doc:
-        made.doc_string = node.doc
+    if node.line:
+        made.doc_string = node.line
+    for key, value in (("treadle.scope", node.scope), ("treadle.line", node.line)):
+        if value:
+            made.metadata_props.add(key=key, value=value)
     made.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in node.attributes.items())
     return made
 

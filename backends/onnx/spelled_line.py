@@ -24,14 +24,19 @@ class Tensor:
 
 @dataclass(eq=False)
 class OnnxNode:
-    """An operator applied to tensors; None stands for an optional input that is left out."""
+    """An operator applied to tensors; None stands for an optional input that is left out.
+
+    line   the user's line; empty if unknown
+    scope  the scope in the model; empty outside of all scopes
+    """
 
     op_type: str
     name: str
     inputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
     attributes: Mapping[str, Any]
-    doc: str
+    line: str = ""
+    scope: str = ""
 
 
 @dataclass(frozen=True)

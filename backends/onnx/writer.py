@@ -164,15 +164,16 @@ class OnnxWriter:
         if found is None:
             name = self.name(f"{self._scope}.{op_type}".lstrip("."))
             outputs = tuple(Tensor(name if i == 0 else self.name(f"{name}.{i}"), d) for i, d in enumerate(dtypes))
-            doc = _source_text(self._writing[0].source) if self._writing else ""
-            found = self._written[key] = OnnxNode(op_type, name, inputs, outputs, dict(fixed), doc)
+            line = _line_text(self._writing[0].source) if self._writing else ""
+            scope = plain(self._scope)
+            found = self._written[key] = OnnxNode(op_type, name, inputs, outputs, dict(fixed), line, scope)
             self.nodes.append(found)
         return found
 
     def handed_on(self, x: Tensor, name: str) -> Tensor:
         """Return x under another name, which is already reserved for it."""
         made = Tensor(name, x.dtype)
-        self.nodes.append(OnnxNode("Identity", self.name(f"{name}.Identity"), (x,), (made,), {}, ""))
+        self.nodes.append(OnnxNode("Identity", self.name(f"{name}.Identity"), (x,), (made,), {}))
         return made
 
     # -- constants -------------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ class OnnxWriter:
         return self.add("Gather", self.add("Shape", tensor), self.integers(position), axis=0)
 
 
-def _source_text(source: SourceLine | None) -> str:
+def _line_text(source: SourceLine | None) -> str:
     """Return `gpt2.py:41`, never an absolute path: a file must not contain the place where it was exported."""
     if source is None:
         return ""

@@ -14,7 +14,7 @@ from typing import Any
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes, unavailable
-from treadle.backends.staged import StagedBackend, needed_plan
+from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
@@ -83,6 +83,17 @@ class TvmBackend(StagedBackend):
         """Return the frame of each routine by its steps, including the workspace of single kernels."""
         program = lower(graph, plan, isa_of(target), RULES, target.cores())
         return {routine.name: routine.frame for routine in program.routines}
+
+    def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
+        """Return the kernels that each routine calls."""
+        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        return tuple(
+            [
+                KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
+                for routine in program.routines
+                for step in routine.walk()
+            ]
+        )
 
     def emit(
         self,

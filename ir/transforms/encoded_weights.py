@@ -10,7 +10,7 @@ w: the `encode` of the other operand multiplies with it, and any other consumer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,17 @@ from treadle.ir.types import Type
 Encodings = Mapping[str, Encoding]
 
 
-def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
+def encode_parameters(
+    graph: Graph,
+    encodings: Encodings,
+    balances: Sequence[Balance] = (),
+    copied: Callable[[Node, Node], None] = lambda node, copy: None,
+) -> Graph:
     """Return a copy of a graph in which these parameters are encoded; its results change only by the rounding of these
     parameters.
 
     balances  smoothed products, all of whose weights are encoded: their vectors become parameters
+    copied    called with each node of the graph and its copy, with several copies if a function becomes several
 
     Every function that reads such a parameter decodes it once, at its start. Raises GraphError for a parameter that
     does not exist, is already encoded, or does not fit its encoding.
@@ -49,7 +55,8 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
     for name in encodings:
         if copy.parameters[name].type.encoding is not None:
             raise GraphError(f"parameter {name} is encoded already", received=str(copy.parameters[name].type))
-    work = _Encoding(copy)
+    origins = {new: old for (_, old), (_, new) in zip(graph.walk(), copy.walk(), strict=True)}
+    work = _Encoding(copy, lambda node, again: copied(origins[node], again))
     for entry in copy.entries:
         beside: dict[str, Value] = {}
         for balance in balances:
@@ -57,6 +64,8 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
             if read:
                 vector = _vector(entry, balance.vector, read, encodings[read[0].name])
                 beside |= dict.fromkeys([v.name for v in read], vector)
+        for node in entry.nodes:
+            copied(origins[node], node)
         work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters}, beside)
     copy.functions = work.functions
     return copy
@@ -160,8 +169,8 @@ def _number(value: Value) -> Value:
 class _Encoding:
     """Functions of a graph with some of their parameters encoded, one for each set of encodings."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, copied: Callable[[Node, Node], None]) -> None:
+        self.graph, self.copied = graph, copied
         self.functions: dict[str, Function] = {}
         """Callees first."""
         self._made: dict[tuple[object, ...], Function] = {}
@@ -203,7 +212,10 @@ class _Encoding:
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
             first = all(known != name for known, *_ in self._made)
-            made = clone_function(self.graph.functions[name], name if first else free_name(name, taken))
+            whole = self.graph.functions[name]
+            made = clone_function(whole, name if first else free_name(name, taken))
+            for node, copy in zip(whole.nodes, made.nodes, strict=True):
+                self.copied(node, copy)
             self._made[key] = made
             beside: dict[str, Value] = {}
             for names in balanced:

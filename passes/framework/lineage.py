@@ -22,6 +22,12 @@ class Lineage:
             pairs = zip(original.walk(), working.walk(), strict=True)  # a clone has the nodes in the same order
             self._given.update({copy: frozenset((node,)) for (_, node), (_, copy) in pairs})
 
+    def restricted(self, nodes: Iterable[Node]) -> Lineage:
+        """Return the lineage of these nodes alone, which holds no removed node."""
+        made = Lineage()
+        made._given = {node: self._given[node] for node in nodes if node in self._given}
+        return made
+
     def of(self, nodes: Iterable[Node]) -> frozenset[Node]:
         """Return the nodes of the original graph whose work these nodes do."""
         return _NONE.union(*[self._given.get(node, _NONE) for node in nodes])

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import ClassVar
 
 from treadle.ir.collector_pause import collection_paused
@@ -107,7 +107,7 @@ class BrokenPassError(PassError):
 class Optimized:
     """The result of a pipeline: the source graph, the optimized graph, and the log with every stage.
 
-    covered  the nodes of the source whose work is done by some node of the result, where passes recorded it
+    lineage  for each node of the result, the nodes of the source whose work it does, where passes recorded it
     lowered  the result after a backend's own passes; None if the backend has none
     plan     where each value of the result is stored, if a pass planned it
     """
@@ -115,9 +115,14 @@ class Optimized:
     source: Graph
     graph: Graph
     log: PassLog = field(repr=False)  # displayed as a table
-    covered: frozenset[Node] = field(default=frozenset(), repr=False, compare=False)
+    lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
     plan: StoragePlan | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def covered(self) -> frozenset[Node]:
+        """The nodes of the source whose work is done by some node of the result."""
+        return self.lineage.of(node for _, node in self.graph.walk())
 
     @property
     def stages(self) -> PassLog:
@@ -244,7 +249,8 @@ class PassManager:
             print(log, file=sys.stderr)
         if debug >= 3:
             print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
-        return Optimized(graph, working, log, lineage.of(node for _, node in working.walk()), plan=plan)
+        kept = lineage.restricted(node for _, node in working.walk())
+        return Optimized(graph, working, log, kept, plan=plan)
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:

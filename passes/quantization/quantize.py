@@ -52,7 +52,10 @@ class QuantizeWeights(Pass):
             _refuse_blocks(plan)
             return 0
         encode_activations(graph, plan.activations)
-        graph.functions = encode_parameters(graph, plan.encodings, plan.balances).functions
+        encoded = encode_parameters(
+            graph, plan.encodings, plan.balances, lambda node, copy: log.lineage.stand([copy], [node])
+        )
+        graph.functions = encoded.functions
         check_encoded_products(graph, plan.balances)
         log.touched = None
         return len(plan.encodings) or len(rounded)

@@ -1,39 +1,152 @@
-"""`treadle export`: write a model as ONNX."""
+"""`treadle export`: write a model as ONNX, or its graph for Graphviz, Model Explorer or a program that reads JSON."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, ModelName, OptionKeywords
+from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
 from treadle.ir.errors import UsageError
+
+_SUFFIXES = {"onnx": (".onnx",), "dot": (".dot", ".gv"), "model-explorer": (".json",), "json": (".json",)}
+"""The formats, and the suffixes of their files."""
+
+_OPSET, _EXTERNAL_ABOVE = 23, 2**20
 
 
 @command("export", takes=["export"])
-def export_to_onnx(
+def export_model(
     model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.onnx", help="ONNX file to write.")],
-    opset: Annotated[int, typer.Option("--opset", metavar="N", help="ONNX operator set version.")] = 23,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="onnx, dot (Graphviz), model-explorer or json.")
+    ] = "onnx",
+    opset: Annotated[int, typer.Option("--opset", metavar="N", help="onnx: operator set version.")] = _OPSET,
     external_above: Annotated[
-        int, typer.Option(metavar="BYTES", help="Store larger weights in FILE.onnx.data.", min=0)
-    ] = 2**20,
+        int, typer.Option(metavar="BYTES", help="onnx: store larger weights in FILE.onnx.data.", min=0)
+    ] = _EXTERNAL_ABOVE,
+    sizes: Sizes = None,
+    times: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="model-explorer: measure each kernel on tvm, and write node data.",
+            show_default=False,
+        ),
+    ] = None,
     *,
     keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model's optimized graph and its weights as ONNX."""
-    from treadle.artifacts import is_artifact, open_artifact
-    from treadle.backends.onnx.exporter import export_onnx
-    from treadle.program.options import CompileOptions
-    from treadle.program.weights import initial_weights
+    """Write a model's optimized graph and its weights as ONNX, or its graph for other tools.
+
+    Except for onnx, MODEL@PASS is the graph after a pass.
+    """
+    if to not in _SUFFIXES:
+        raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
+    if output.suffix not in _SUFFIXES[to]:
+        name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
+        suffixes = " or ".join(_SUFFIXES[to])
+        raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=f"{output}{_SUFFIXES[to][0]}")
+    if to == "onnx":
+        if "backend" in keywords or sizes is not None or times is not None:
+            raise UsageError("--backend, --sizes and --times apply to other formats than onnx", hint="--to json")
+        _export_onnx(model, output, opset, external_above, keywords, as_json)
+        return
+    if (opset, external_above) != (_OPSET, _EXTERNAL_ABOVE):
+        raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}")
+    if times is not None and (to != "model-explorer" or keywords.get("backend") != "tvm"):
+        raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
+    _export_graph(model, output, to, sizes, times, keywords, as_json)
+
+
+def _export_graph(
+    model: str,
+    output: Path,
+    to: str,
+    sizes: str | None,
+    times: Path | None,
+    keywords: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from treadle.comparing.builds import open_build
+    from treadle.exporting.dot_language import graphviz_text
+    from treadle.exporting.graph_records import graph_record
+    from treadle.exporting.model_explorer_graphs import model_explorer_record, node_data
+    from treadle.exporting.node_facts import NodeFacts
+    from treadle.files.shown_names import printable
+    from treadle.program.budgets import choose_sizes
+    from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
     from treadle.reporting.counts import counted, human
 
-    if output.suffix != ".onnx":
-        raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
+    with working(f"exporting {model}", shown=not as_json):
+        build = open_build(model, name=model, **keywords)
+        at = choose_sizes(build.graph, parse_sizes(sizes))
+        facts = NodeFacts(build.graph, at, build)
+        if to == "dot":
+            text = graphviz_text(build.graph, facts)
+        elif to == "json":
+            text = json.dumps(graph_record(build.graph, facts, build.stage or "optimized"), indent=1, allow_nan=False)
+        else:
+            record = model_explorer_record(build, at)
+            text = json.dumps(record, allow_nan=False)
+        files = [(output, text)]
+        if times is not None:
+            last = record["graphs"][-1]["id"]
+            measured = _measured(model, at, keywords)
+            files.append((times, json.dumps(node_data(last, measured), indent=1, allow_nan=False)))
+        for path, content in files:
+            _write(path, content)
+    nodes = sum(len(function.nodes) for function in build.graph.functions.values())
+    if as_json:
+        print_json({"model": build.graph.name, "format": to, "files": [str(path) for path, _ in files], "nodes": nodes})
+        return
+    for path, _ in files:
+        print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    print(f"{counted(nodes, 'node')} of {printable(build.graph.name)}")
+
+
+def _measured(model: str, sizes: dict[str, int], keywords: dict[str, Any]) -> dict[int, float]:
+    import treadle
+    from treadle.artifacts import is_artifact
+    from treadle.comparing.builds import split_pass
+    from treadle.exporting.kernel_times import node_times
+
+    if split_pass(model)[1]:
+        raise UsageError("--times measures whole models, not the graph after a pass", received=model)
+    seed = keywords.get("seed", 0)
+    if is_artifact(model):
+        return node_times(load_with_options(model, keywords, also=("seed",)), sizes, seed=seed)
+    return node_times(treadle.compile(model, **keywords), sizes, seed=seed)
+
+
+def _write(path: Path, text: str) -> None:
+    from treadle.files.whole_files import replacing
+
+    try:
+        with replacing(path) as file:
+            file.write(text.encode("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        why = getattr(error, "strerror", None) or error
+        raise UsageError("the file cannot be written", received=f"{path}: {why}", hint="another path") from error
+
+
+def _export_onnx(
+    model: str, output: Path, opset: int, external_above: int, keywords: dict[str, Any], as_json: bool
+) -> None:
+    from treadle.artifacts import is_artifact, open_artifact
+    from treadle.backends.onnx.exporter import export_onnx
+    from treadle.files.shown_names import printable
+    from treadle.program.options import CompileOptions
+    from treadle.program.weights import weights_of
+    from treadle.progress import working
+    from treadle.reporting.counts import counted, human
+
     options = CompileOptions.of("export", keywords)
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
@@ -43,7 +156,7 @@ def export_to_onnx(
         else:
             resolved, optimized = options.optimized(model)
             graph = optimized.graph
-            weights = initial_weights(graph, options.seed) if resolved.weights is None else resolved.weights
+            weights, _ = weights_of(resolved, graph, None, options.seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:
@@ -52,9 +165,9 @@ def export_to_onnx(
         return
     for name, inside in (*made.inputs.items(), *made.outputs.items()):
         if name != inside:
-            print(f"{name} is called {inside} in the file")
+            print(f"{printable(name)} is called {printable(inside)} in the file")
     for path in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
     counts = sorted(made.operators.items(), key=lambda each: -each[1])
-    operators = ", ".join(f"{count} {name}" for name, count in counts)
-    print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {operators}")
+    told = ", ".join(f"{count} {name}" for name, count in counts)
+    print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {told}")

@@ -141,11 +141,11 @@ def explain_fusion(model: AnyModel, *, expect: Mapping[str, int] | None = None, 
     for site, verdict in judge(optimized):
         verdicts[site.function].append(verdict)
     blocks = tuple(Block(name, calls[name], grouped(found)) for name, found in verdicts.items())
-    counts, within = count_run_ops(optimized.graph), _count_within(optimized.graph)
+    counts, within = count_run_ops(optimized.graph), count_within(optimized.graph)
     return Explanation(resolved.name, blocks, counts, within, dict(expect or {}), optimized)
 
 
-def _count_within(graph: Graph) -> dict[str, dict[str, int]]:
+def count_within(graph: Graph) -> dict[str, dict[str, int]]:
     """Return the number of fused ops that are parts of larger ones in a run, by their name and the larger one's."""
     ops, calls = set(_fused_ops()), count_calls(graph)
     found: dict[str, dict[str, int]] = {}

@@ -173,10 +173,10 @@ def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
         raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
     frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
     sizes = choose_sizes(lowered.graph, chosen.sizes or {})
-    return _report(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
+    return memory_of(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
 
 
-def _report(
+def memory_of(
     model: str,
     backend: str,
     graph: Graph,
@@ -184,6 +184,7 @@ def _report(
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
 ) -> MemoryReport:
+    """Describe the memory of a run of a lowered graph at sizes for all of its symbols."""
     unit = ALIGNMENT if plan.strided else 1
     entry = graph.main.name
     live = live_at(frames, entry, sizes, unit)

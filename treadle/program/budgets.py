@@ -17,7 +17,7 @@ DEFAULT_SIZE = 128
 """Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""
 
 
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+BYTE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_bytes(memory: int | str | None) -> int | None:
@@ -30,13 +30,13 @@ def parse_bytes(memory: int | str | None) -> int | None:
     else:
         text = memory if isinstance(memory, str) else ""
         match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([A-Za-z]*)\s*", text)
-        unit = None if match is None else _UNITS.get(match[2] or "B")
+        unit = None if match is None else BYTE_UNITS.get(match[2] or "B")
         found = 0 if match is None or unit is None else int(float(match[1]) * unit)
         if match is not None and unit is None:
-            near = next((u for u in _UNITS if u.lower() == match[2].lower()), "MB")
+            near = next((u for u in BYTE_UNITS if u.lower() == match[2].lower()), "MB")
             asked = f"{match[1]}{near}"
     if found < 1:
-        units = ", ".join(_UNITS)
+        units = ", ".join(BYTE_UNITS)
         raise UsageError(
             "memory must be a number of bytes",
             received=printable(repr(memory))[:80],

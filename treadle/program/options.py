@@ -157,7 +157,7 @@ class ComputingOptions:
         '(docs/decisions/0013-products-in-bf16.md). "f32": everything is f32. None: as the model is declared',
         "Compute products with weights in bf16 or f32.",
         Flag("dtype", "bf16"),
-        but={"artifact", "export"},
+        but={"artifact"},
     )
     quantize: str | None = _option(
         None,
@@ -168,7 +168,7 @@ class ComputingOptions:
         "Quantize the weights of products: int8-weights or int4; with int8 or int4-int8 the activations too. int8 also "
         "applies to a GGUF file's own blocks.",
         Flag("quantize", "SCHEME"),
-        but={"artifact", "train", "export"},
+        but={"artifact", "train"},
     )
 
 
@@ -181,14 +181,14 @@ class RunningOptions:
         '"numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`',
         "numpy, torch, tvm, or another installed backend.",
         Flag("backend", "NAME", complete="backend"),
-        but={"verify", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
+        but={"verify", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     target: str | Target = _option(  # noqa: RUF009
         "cpu",
         'what to compile for: "cpu", or `Target("cpu", threads=4)`',
         "cpu or cuda.",
         Flag("target", "NAME", complete="target"),
-        but={"bench", "export", "shard", *_EXPLAIN.difference(_LOWERED)},
+        but={"bench", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
     memory: int | str | None = _option(
         None,

@@ -1,0 +1,111 @@
+"""`treadle diff`: the differences between two builds of a model, and conditions on them for CI."""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, flags_of, keywords_of
+from treadle.ir.errors import UsageError
+
+
+def _side_command() -> typer.Typer:
+    """Return a command with the options of one side, as `--a` and `--b` contain them."""
+    flags = flags_of(["inspect"], {"backend": None}, ())
+
+    def side(**given: Any) -> dict[str, Any]:
+        return keywords_of(given, {})
+
+    side.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    side.__annotations__ = {each.name: each.annotation for each in flags}
+    made = typer.Typer(add_completion=False)
+    made.command(add_help_option=False)(side)
+    return made
+
+
+@command("diff", takes=["inspect"], judges=lambda options: bool(options["fail_if"]))
+def diff_builds(
+    model: ModelName,
+    other: Annotated[
+        str | None,
+        typer.Argument(metavar="B", help="The model of the second build, by default the same.", show_default=False),
+    ] = None,
+    a: Annotated[str | None, typer.Option("--a", metavar="OPTIONS", help="Further options of the first build.")] = None,
+    b: Annotated[
+        str | None,
+        typer.Option("--b", metavar="OPTIONS", help="Further options of the second build: '--quantize int8'."),
+    ] = None,
+    fail_if: Annotated[
+        str | None,
+        typer.Option(metavar="CONDITIONS", help="Exit with 1 if one of these conditions holds.", show_default=False),
+    ] = None,
+    sizes: Sizes = None,
+    *,
+    keywords: OptionKeywords,
+    as_json: AsJson = False,
+) -> None:
+    """Print the differences between two builds: ops, layers, fusions, memory, FLOPs, bytes, weights and kernels.
+
+    MODEL@PASS is a build up to a pass, such as gpt2@fuse-gelu. Options apply to both builds, those in --a and --b to
+    one of them.
+
+    CONDITIONS is CONDITION, CONDITION, ... A condition is QUANTITY SIGN NUMBER, such as 'attention<12, peak>1.05x,
+    flops>1.01x'.
+
+    SIGN is <, <=, >, >=, = or !=.
+
+    NUMBER is 12 or 1.5, followed by x for that multiple of the value in the first build, by k, M, G or T, or for bytes
+    by B, kB, MB, GB, KiB, MiB or GiB.
+
+    QUANTITY is the name of an op (its number in a run of the second build, alone or inside larger fused ops), or one of
+    ops, added, removed, changed, lost (fusions), peak, flops, bytes, weights, bits, widened (weights that take more
+    bits), kernels, generic (kernels that run element by element).
+    """
+    from treadle.comparing.builds import open_build
+    from treadle.comparing.conditions import check_conditions, parse_conditions
+    from treadle.comparing.differences import compare
+    from treadle.fitting import fit_prose, fitted
+    from treadle.program.flag_values import parse_sizes
+    from treadle.progress import working
+
+    conditions = parse_conditions(fail_if) if fail_if is not None else ()
+    asked = parse_sizes(sizes) or None
+    builds = []
+    for side, name, text in (("--a", model, a), ("--b", model if other is None else other, b)):
+        own = parse_side(side, text)
+        for each in ("config", "limits"):
+            if each in own and each in keywords:  # the later value of a name counts
+                own[each] = {**keywords[each], **own[each]}
+        shown = " ".join(filter(None, (name, text)))
+        with working(f"building {shown}", shown=not as_json):
+            made = open_build(name, name=shown, **{**keywords, **own})
+        builds.append(made)
+    found = compare(*builds, sizes=asked)
+    outcomes = check_conditions(conditions, found)
+    if as_json:
+        print_json(found.as_dict() | {"conditions": [each.as_dict() for each in outcomes]})
+    else:
+        lines = [str(found), *([""] if outcomes else []), *map(str, outcomes)]
+        print(fitted("\n".join(lines), fit_prose))
+    if any(each.holds for each in outcomes):
+        raise typer.Exit(1)
+
+
+def parse_side(side: str, text: str | None) -> dict[str, Any]:
+    """Return the options in the text of `--a` or `--b` that are set. Raises UsageError for any other option."""
+    if text is None:
+        return {}
+    try:
+        words = shlex.split(text)
+        values: dict[str, Any] = typer.main.get_command(_side_command()).main(words, side, standalone_mode=False)
+    except ValueError as error:
+        raise UsageError(f"{side} must be options: {error}", received=text, hint=f'{side} "--quantize int8"') from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # an error of typer's own, as those of options are
+            raise
+        raise UsageError(f"{side}: {error.format_message()}", received=text, hint="treadle diff --help") from None
+    return values

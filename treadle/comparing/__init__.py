@@ -1,0 +1,1 @@
+"""The comparison of two builds: what changed, what became slower or larger, and conditions on it."""
