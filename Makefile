@@ -12,6 +12,8 @@ BENCH ?= $(sort $(wildcard benchmarks/*.py))
 
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
+INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable
+DEMO := torch,text,chat,gguf,tvm
 FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings config_keys
 FOLDERS := backends files frontends ir models passes runtime
 
@@ -23,7 +25,7 @@ FOLDERS := backends files frontends ir models passes runtime
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
 
-demo: .venv/ready-torch,text,chat,gguf,tvm ## see a model declared, compiled, inspected and run on real weights
+demo: .venv/ready-$(DEMO) ## see a model declared, compiled, inspected and run on real weights
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
 
 test: .venv/ready-test ## run all tests
@@ -54,7 +56,20 @@ clean: ## remove caches and build output; .venv stays
 .venv/ready-%: pyproject.toml $(VENV_PYTHON)
 	@echo "installing treadle[$*] into .venv (the first time takes some minutes)"
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(VENV_PYTHON) -m ensurepip
-	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(INSTALL) '.[$*]' 2>.venv/pip-errors || { \
+	  if grep -q 'NewConnectionError\|NameResolutionError\|ConnectTimeoutError\|ProxyError' .venv/pip-errors; then \
+	    echo "the package index cannot be reached, so treadle[$*] is not installed" >&2; \
+	    echo "  received  pip's messages, in .venv/pip-errors" >&2; \
+	    echo "  try       the network, or pip's own settings ($(VENV_PYTHON) -m pip config list)" >&2; \
+	    exit 1; \
+	  fi; \
+	  if [ '$*' = '$(DEMO)' ] && grep -q 'No matching distribution\|ResolutionImpossible' .venv/pip-errors; then \
+	    echo "torch or TVM has no wheel for this platform; installing the demo without both"; \
+	    exec $(INSTALL) '.[text,chat,gguf]'; \
+	  fi; \
+	  cat .venv/pip-errors >&2; \
+	  exit 1; \
+	}
 	@touch $@
 
 $(VENV_PYTHON):

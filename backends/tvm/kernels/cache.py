@@ -90,7 +90,7 @@ class KernelCache:
         if self.compiled and self.folder is not None and isinstance(self._folder, str):
             usual = _usual_folder(self.isa)
             if self.folder != usual:
-                made.append(f"kernels are stored in {self.folder}, since {usual} belongs to another user")
+                made.append(f"kernels are stored in {self.folder}, since {usual} is not private to this user")
         return made
 
     def entries(self, kernels: Iterable[Kernel]) -> Mapping[Kernel, Entry]:
