@@ -15,6 +15,7 @@ from treadle.cli.options import (
     Limit,
     ModelName,
     OptionalInputs,
+    Quantize,
     Seed,
     Widen,
     names_of,
@@ -34,6 +35,7 @@ def export_to_onnx(
     ] = 2**20,
     config: Config = None,
     limit: Limit = None,
+    quantize: Quantize = None,
     widen: Widen = None,
     inputs: OptionalInputs = None,
     outputs: GivenOutputs = None,
@@ -43,7 +45,8 @@ def export_to_onnx(
     """Write a model's optimized graph and its weights as ONNX."""
     from treadle.artifacts import is_artifact, open_artifact
     from treadle.backends.onnx.exporter import export_onnx
-    from treadle.compiling import initial_weights
+    from treadle.compiling import weights_of
+    from treadle.computing import computing_in
     from treadle.option_values import parse_config, parse_limits
     from treadle.passes.framework.manager import PassManager
     from treadle.passes.pipelines import DEFAULT
@@ -55,16 +58,17 @@ def export_to_onnx(
         raise UsageError("an ONNX model's name must end in .onnx", received=str(output), hint=f"{output}.onnx")
     with working(f"exporting {model}", shown=not as_json):
         if is_artifact(model):
-            refuse_for_artifact(config=config, inputs=inputs, outputs=outputs, widen=widen)
+            refuse_for_artifact(config=config, inputs=inputs, outputs=outputs, quantize=quantize, widen=widen)
             held = open_artifact(model, limits=parse_limits(limit or ()))
             graph, weights = held.optimized.graph, held.weights
         else:
             chosen = parse_config(config or (), limit or ())
+            passes, widened = computing_in(None, DEFAULT, names_of(widen) or (), quantize)
             resolved = resolve(
-                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=names_of(widen) or (), **chosen
+                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=widened, **chosen
             )
-            graph = PassManager(DEFAULT).run(resolved.graph).graph
-            weights = initial_weights(graph, seed) if resolved.weights is None else resolved.weights
+            graph = PassManager(passes).run(resolved.graph).graph
+            weights, _ = weights_of(resolved, graph, None, seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:
