@@ -196,9 +196,7 @@ def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind(kernels: 
     root = str(Path(__file__).resolve().parents[1])
     command = [sys.executable, "-W", "ignore", "-c", FORK, root, kernels]
     own = {"TREADLE_CACHE": str(tmp_path)} if kernels == "in memory" else {}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | own
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | own)
     try:
         assert process.communicate(timeout=120)[0] == "0 True\n"
     finally:

@@ -302,7 +302,7 @@ def _outputs(main: Function) -> list[tuple[str, Any]]:
 
 
 def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
-    """Return exactly the graph's weights, with its types. A float32 weight that is read in bf16 only may be stored so."""
+    """Return exactly the graph's weights, with its types. A float32 weight that is only read in bf16 may be in bf16."""
     records = file.weights
     for name in [*graph.parameters, *records]:
         if name not in records or name not in graph.parameters:

@@ -1,7 +1,7 @@
 """Small models on emulated CPUs, by qemu-user, compared with this machine's numbers.
 
     python -m tests.portability.emulated Haswell Nehalem            CPUs of x86-64
-    python -m tests.portability.emulated aarch64 --root FOLDER      Linux on arm64, in a folder that `arm64_root.sh` made
+    python -m tests.portability.emulated aarch64 --root FOLDER      Linux on arm64; `arm64_root.sh` makes the folder
 
 The emulated CPU's instruction set comes from CPUID; /proc/cpuinfo lists this machine's features. On x86-64 the numbers
 must equal those of the same instruction set on this machine, bitwise; on arm64, those of the NumPy backend up to

@@ -64,9 +64,7 @@ def export_to_onnx(
         else:
             chosen = parse_config(config or (), limit or ())
             passes, widened = computing_in(None, DEFAULT, names_of(widen) or (), quantize)
-            resolved = resolve(
-                model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=widened, **chosen
-            )
+            resolved = resolve(model, inputs=names_of(inputs), outputs=outputs_of(outputs), widen=widened, **chosen)
             graph = PassManager(passes).run(resolved.graph).graph
             weights, _ = weights_of(resolved, graph, None, seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)

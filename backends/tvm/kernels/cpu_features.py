@@ -36,7 +36,7 @@ _BITS: Mapping[tuple[int, int], Mapping[tuple[int, int], str]] = {
     },
     (7, 1): {(0, 5): "avx512_bf16"},
 }
-"""Features, as Linux names them, by leaf and subleaf of CPUID: the register (eax, ebx, ecx, edx) and the bit of each."""
+"""Features, as Linux names them, by leaf and subleaf of CPUID: their register (eax, ebx, ecx, edx) and bit."""
 
 _OSXSAVE = 2, 27  # register and bit of leaf 1: XGETBV exists
 _YMM, _ZMM, _TILES = 0b110, 0b1110_0110, 0b11 << 17  # bits of XCR0: registers that the system saves
@@ -93,7 +93,7 @@ def read_cpuinfo() -> frozenset[str] | None:
         return None
     lines = (line.partition(":") for line in text.splitlines())
     listed = next((value.split() for name, _, value in lines if name.strip() == "flags"), None)
-    known = {flag for flags in _BITS.values() for flag in flags.values()}
+    known = frozenset(flag for flags in _BITS.values() for flag in flags.values())
     return None if listed is None else known & frozenset(listed)
 
 

@@ -144,7 +144,7 @@ def _chosen(name: str) -> Isa:
             f"{CHOICE} names no instruction set of this machine", received=name, hint="one of " + ", ".join(ours)
         )
     isa = ISAS[name]
-    if not runs_here(isa) or (lacking := sorted(isa.needs - cpu_flags())) and executes(lacking) is False:
+    if not runs_here(isa) or ((lacking := sorted(isa.needs - cpu_flags())) and executes(lacking) is False):
         raise BackendError(
             f"{CHOICE} names an instruction set that this machine lacks",
             received=f"{name}, which needs {', '.join(sorted(isa.needs - cpu_flags())) or 'permission of the system'}",

@@ -21,7 +21,7 @@ function for parallel loops. Its result is the address of the function that kern
 the same signature.
 """
 
-# TVM checks that a result is empty before it calls a function that it loaded into memory, so the type index is set to 0.
+# TVM checks the result before it calls a function that it loaded into memory, so its type index is set to 0 (empty).
 #
 # The switch is shared by all threads of a process. If two programs run at once and change each other's switch, a loop
 # may use the pool or the calling thread contrary to its record; results do not depend on it.
