@@ -77,7 +77,7 @@ class KernelCache:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Where shared objects are stored; None: in memory only."""
+        """The folder of shared objects; None: kernels are in memory only."""
         return _default_folder(self.isa) if isinstance(self._folder, str) else self._folder
 
     @property
