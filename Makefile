@@ -15,12 +15,14 @@ VENV_PYTHON := .venv/bin/python
 INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable
 DEMO := torch,text,chat,gguf,tvm
 FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings config_keys
+BOUNDED := tiny cli from_torch torch_operators torch_arena gguf templates serving memory_placement kernel_cache session \
+  trainer safetensors onnx_import onnx_export_files image_tasks sentencepiece
 FOLDERS := backends files frontends ir models passes runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden bench fuzz dev clean .typecheck
+.PHONY: help demo test lint golden bench fuzz bounds dev clean .typecheck
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -45,6 +47,13 @@ bench: .venv/ready-test ## run the benchmarks
 
 fuzz: .venv/ready-test ## draw random graphs and damaged files, thousands of each
 	@for name in $(FUZZ); do echo "== $$name"; $(VENV_PYTHON) -m tests.fuzz.$$name $(ARGS) || exit 1; done
+
+bounds: $(VENV_PYTHON) ## install the lowest versions that pyproject.toml allows, in build/bounds, and run some tests
+	@rm -rf build/bounds && $(VENV_PYTHON) -m venv build/bounds
+	@build/bounds/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@build/bounds/bin/python -m uv pip install --quiet --python build/bounds/bin/python --resolution lowest-direct \
+	  --editable '.[bounds]'
+	@PYTHONDONTWRITEBYTECODE= build/bounds/bin/python -m pytest -n auto --maxprocesses 4 $(BOUNDED:%=tests/test_%.py) $(ARGS)
 
 dev: .venv/ready-dev .typecheck ## make the environment for working on Treadle (editors find it in .venv)
 
