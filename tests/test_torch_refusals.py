@@ -401,7 +401,9 @@ def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.hint == "pip install torch"
 
 
-@pytest.mark.parametrize(("version", "fits"), [("2.6.0+cu124", False), ("2.11.1", False), ("2.12.0", True), ("3.0", True)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.6.0+cu124", False), ("2.11.1", False), ("2.12.0", True), ("3.0", True)]
+)
 def test_a_pytorch_that_is_too_old_is_named(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     if fits:

@@ -73,8 +73,8 @@ def from_torch(
     dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ keeps a dimension,
              or {"input_ids": {1: "S"}}; without it all sizes are the example's
 
-    Raises UsageError for a PyTorch older than OLDEST, and for an example or names that do not fit; FrontendError (with the operator, the node and the
-    module's line) for unsupported operators.
+    Raises UsageError for a PyTorch older than OLDEST, and for an example or names that do not fit; FrontendError (with
+    the operator, the node and the module's line) for unsupported operators.
     """
     try:
         import torch
