@@ -12,18 +12,22 @@ BENCH ?= $(sort $(wildcard benchmarks/*.py))
 
 CANDIDATES := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 VENV_PYTHON := .venv/bin/python
+INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable
+DEMO := torch,text,chat,gguf,tvm
 FUZZ ?= graphs artifacts gguf_files safetensors_files onnx_nodes shardings config_keys
+BOUNDED := tiny cli from_torch torch_operators torch_arena gguf templates serving memory_placement kernel_cache session \
+  trainer safetensors onnx_import onnx_export_files image_tasks sentencepiece
 FOLDERS := backends files frontends ir models passes runtime
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden bench fuzz dev clean .typecheck
+.PHONY: help demo test lint golden bench fuzz bounds dev clean .typecheck
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
 
-demo: .venv/ready-torch,text,chat,gguf,tvm ## see a model declared, compiled, inspected and run on real weights
+demo: .venv/ready-$(DEMO) ## see a model declared, compiled, inspected and run on real weights
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
 
 test: .venv/ready-test ## run all tests
@@ -44,6 +48,13 @@ bench: .venv/ready-test ## run the benchmarks
 fuzz: .venv/ready-test ## draw random graphs and damaged files, thousands of each
 	@for name in $(FUZZ); do echo "== $$name"; $(VENV_PYTHON) -m tests.fuzz.$$name $(ARGS) || exit 1; done
 
+bounds: $(VENV_PYTHON) ## install the lowest versions that pyproject.toml allows, in build/bounds, and run some tests
+	@rm -rf build/bounds && $(VENV_PYTHON) -m venv build/bounds
+	@build/bounds/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@build/bounds/bin/python -m uv pip install --quiet --python build/bounds/bin/python --resolution lowest-direct \
+	  --editable '.[bounds]'
+	@PYTHONDONTWRITEBYTECODE= build/bounds/bin/python -m pytest -n auto --maxprocesses 4 $(BOUNDED:%=tests/test_%.py) $(ARGS)
+
 dev: .venv/ready-dev .typecheck ## make the environment for working on Treadle (editors find it in .venv)
 
 clean: ## remove caches and build output; .venv stays
@@ -54,7 +65,20 @@ clean: ## remove caches and build output; .venv stays
 .venv/ready-%: pyproject.toml $(VENV_PYTHON)
 	@echo "installing treadle[$*] into .venv (the first time takes some minutes)"
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || $(VENV_PYTHON) -m ensurepip
-	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@$(INSTALL) '.[$*]' 2>.venv/pip-errors || { \
+	  if grep -q 'NewConnectionError\|NameResolutionError\|ConnectTimeoutError\|ProxyError' .venv/pip-errors; then \
+	    echo "the package index cannot be reached, so treadle[$*] is not installed" >&2; \
+	    echo "  received  pip's messages, in .venv/pip-errors" >&2; \
+	    echo "  try       the network, or pip's own settings ($(VENV_PYTHON) -m pip config list)" >&2; \
+	    exit 1; \
+	  fi; \
+	  if [ '$*' = '$(DEMO)' ] && grep -q 'No matching distribution\|ResolutionImpossible' .venv/pip-errors; then \
+	    echo "torch or TVM has no wheel for this platform; installing the demo without both"; \
+	    exec $(INSTALL) '.[text,chat,gguf]'; \
+	  fi; \
+	  cat .venv/pip-errors >&2; \
+	  exit 1; \
+	}
 	@touch $@
 
 $(VENV_PYTHON):

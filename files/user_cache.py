@@ -37,6 +37,42 @@ def cache_folder() -> Path:
         ) from error
 
 
+def private_folder(*parts: str) -> Path | None:
+    """Return a folder of the cache that this user can read and no other user can write; create it if it is missing.
+
+    If `cache/parts` belongs to another user, or to root alone, the user's own folder is `cache/user-UID/parts`, or
+    `cache-UID/parts` in the same place as the cache. None if there is none of these and none can be created.
+    """
+    try:
+        base = cache_folder()
+    except UsageError:
+        return None
+    bases = [base]
+    if os.name == "posix":
+        bases += [base / f"user-{os.geteuid()}", base.with_name(f"{base.name}-{os.geteuid()}")]
+    return next((folder for folder in (each.joinpath(*parts) for each in bases) if make_private(folder)), None)
+
+
+def make_private(folder: Path) -> bool:
+    """Create a folder and its missing parents for this user alone. Return False if it exists or ends up otherwise.
+
+    Nothing is created in a folder that another user can replace: root would leave folders in the user's own cache.
+    """
+    try:
+        missing = []
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        if missing and not _is_safe(folder, sticky=True):
+            return False
+        for each in reversed(missing):
+            each.mkdir(mode=0o700, exist_ok=True)
+            folder = each
+    except (OSError, RuntimeError):
+        return False
+    return is_private(folder) and os.access(folder, os.R_OK | os.X_OK)
+
+
 def is_private(folder: Path) -> bool:
     """Return True if no other user can write into a folder or replace it; False if it does not exist.
 
@@ -44,6 +80,11 @@ def is_private(folder: Path) -> bool:
     only the user is in does not count, and in a sticky folder, such as /tmp, users cannot replace each other's files.
     The contents of any other folder may come from anyone, and must not be executed.
     """
+    return os.name != "posix" or _is_safe(folder, sticky=False)
+
+
+def _is_safe(folder: Path, *, sticky: bool) -> bool:
+    """Return True as `is_private` does; a sticky folder counts as private itself if `sticky` is True."""
     if os.name != "posix":
         return True
     try:
@@ -52,12 +93,28 @@ def is_private(folder: Path) -> bool:
     except (OSError, RuntimeError):
         return False
     for each, about in found:
-        by_group = about.st_mode & stat.S_IWGRP and about.st_gid not in (0, os.getegid())
+        by_group = about.st_mode & stat.S_IWGRP and not _is_own_group(about.st_gid)
         shared = by_group or about.st_mode & stat.S_IWOTH
-        sticky = about.st_mode & stat.S_ISVTX and each != real
-        if about.st_uid not in (0, os.geteuid()) or (shared and not sticky):
+        is_sticky = about.st_mode & stat.S_ISVTX and (sticky or each != real)
+        if about.st_uid not in (0, os.geteuid()) or (shared and not is_sticky):
             return False
     return True
+
+
+def _is_own_group(number: int) -> bool:
+    """Return True for root's group, and for the group of the user's name, in which no one else is."""
+    if number == 0 or sys.platform == "win32":
+        return True
+    import grp
+    import pwd
+
+    if number != os.getegid():
+        return False
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(number)
+    except KeyError:  # in a container, users may have no names
+        return number == os.geteuid()
+    return group.gr_name == user and set(group.gr_mem) <= {user}
 
 
 UNUSED = 60 * 24 * 3600

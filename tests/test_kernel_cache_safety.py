@@ -170,10 +170,13 @@ sys.modules["torch"] = None  # which TVM imports where it can, for seconds
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 from treadle.backends.registry import find_backend
+from treadle.backends.tvm.kernels import linking
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 
+if sys.argv[2] == "in memory":
+    linking._linkers = lambda: ()
 b = Builder(Graph("forked"))
 b.outputs(y=b.tanh(b.input("x", "f32[N]")))
 program = find_backend("tvm").compile(b.graph, Target("cpu"), {})
@@ -188,10 +191,12 @@ print(os.waitpid(child, 0)[1], (program(x=x)["y"] == expected).all())
 
 
 @posix
-def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind() -> None:
+@pytest.mark.parametrize("kernels", ["from files", "in memory"])
+def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind(kernels: str, tmp_path: Path) -> None:
     root = str(Path(__file__).resolve().parents[1])
-    command = [sys.executable, "-W", "ignore", "-c", FORK, root]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-W", "ignore", "-c", FORK, root, kernels]
+    own = {"TREADLE_CACHE": str(tmp_path)} if kernels == "in memory" else {}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | own)
     try:
         assert process.communicate(timeout=120)[0] == "0 True\n"
     finally:

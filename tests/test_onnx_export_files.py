@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import treadle
 import treadle.ir.ops
@@ -27,8 +28,9 @@ from treadle.backends.onnx.exporter import (
 )
 from treadle.backends.onnx.schemas import CODES, NARROW
 from treadle.backends.onnx.spelling import SPELLINGS, in_ops
+from treadle.cli import app
 from treadle.ir.builder import Builder, Expr
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS, op
@@ -379,3 +381,34 @@ def test_the_passes_that_lead_to_operators_are_recorded(tmp_path: Path) -> None:
     (record,) = made.log
     assert record.name == "legalize" and record.op_changes["layer_norm"] < 0
     assert {event.op for event in record.matches} >= {"layer_norm"}
+
+
+# -- quantized models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-int8"])
+def test_rounded_activations_are_refused_with_op_types_and_line(scheme: str, tmp_path: Path) -> None:
+    exe = treadle.compile("gpt2", layers=1, dim=64, heads=4, vocab=40, context=32, quantize=scheme)
+    exe.save(tmp_path / "model.treadle")
+    for held in (exe, treadle.load(tmp_path / "model.treadle")):
+        with pytest.raises(BackendError, match="encode: rounds computed values") as caught:
+            export_onnx(held.graph, held.weights, tmp_path / "model.onnx")
+        assert (caught.value.received or "").startswith("encode(f32[B, S, 64]")
+        assert "models/gpt2.py" in (caught.value.source or "")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_command_quantizes_weights(tmp_path: Path) -> None:
+    files = {}
+    for scheme in (None, "int4"):
+        path = tmp_path / f"{scheme}.onnx"
+        options = ["--set", "layers=1", "--set", "dim=64", "--set", "heads=4", "--set", "vocab=40"]
+        quantize = ["--quantize", scheme] if scheme else []
+        command = ["export", "gpt2", *options, *quantize, "-o", str(path), "--external-above", "0"]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        exe = treadle.compile("gpt2", layers=1, dim=64, heads=4, vocab=40, quantize=scheme)
+        made = export_onnx(exe.graph, exe.weights, tmp_path / "other.onnx", external_above=0)
+        files[scheme] = path.with_name(f"{path.name}.data").read_bytes()
+        assert made.data is not None and files[scheme] == made.data.read_bytes()
+    assert files[None] != files["int4"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -398,3 +399,17 @@ def test_without_torch_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(treadle.UsageError, match="from_torch needs PyTorch") as caught:
         treadle.from_torch(None, ())
     assert caught.value.hint == "pip install torch"
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.6.0+cu124", False), ("2.11.1", False), ("2.12.0", True), ("3.0", True)]
+)
+def test_a_pytorch_that_is_too_old_is_named(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    if fits:
+        treadle.from_torch(torch.nn.Linear(2, 2), (torch.randn(1, 2),))
+        return
+    with pytest.raises(treadle.UsageError, match=r"from_torch needs PyTorch 2\.12 or newer") as caught:
+        treadle.from_torch(torch.nn.Linear(2, 2), (torch.randn(1, 2),))
+    assert (caught.value.received, caught.value.hint) == (f"torch {version}", "pip install 'torch>=2.12'")
+    assert "torch>=2.12;" in (Path(__file__).parents[1] / "pyproject.toml").read_text()

@@ -113,7 +113,7 @@ def test_a_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(panel_memory, "_read_part", shorter)
     np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
-    assert file.stat().st_size == right.nbytes
+    assert file.stat().st_size == panel_memory._HEADER.size + right.nbytes
 
 
 def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +157,35 @@ def test_a_file_of_another_length_is_packed_again(tmp_path: Path) -> None:
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-64])
     np.testing.assert_array_equal(packed(graph, weights, tmp_path / "cache"), right)
+
+
+@pytest.mark.parametrize("at", [0, 20, 36, -1], ids=["format", "name", "size", "longer"])
+def test_a_file_whose_header_does_not_fit_is_packed_again(at: int, tmp_path: Path) -> None:
+    graph, cache = linear_graph(), tmp_path / "cache"
+    weights = mapped_weights(tmp_path)
+    right = packed(graph, weights, cache).copy()
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    damaged = bytearray(whole if at >= 0 else whole + bytes(1))
+    damaged[at] ^= 1
+    file.write_bytes(damaged)
+    np.testing.assert_array_equal(packed(graph, weights, cache), right)
+    assert file.read_bytes() == whole
+
+
+def test_the_bytes_of_a_file_are_checked_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, cache = linear_graph(), tmp_path / "cache"
+    weights = mapped_weights(tmp_path)
+    right = packed(graph, weights, cache).copy()
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-64] + bytes(64))
+    assert not np.array_equal(packed(graph, weights, cache), right)
+    monkeypatch.setenv(panel_memory.CHECK, "1")
+    np.testing.assert_array_equal(packed(graph, weights, cache), right)
+    assert file.read_bytes() == whole
+    monkeypatch.setattr(weight_packing, "_fill", None)  # would be called to pack
+    np.testing.assert_array_equal(packed(graph, weights, cache), right)
 
 
 def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:

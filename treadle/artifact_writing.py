@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.artifact_file import write_sections
 from treadle.files.contained_files import PathLike
+from treadle.ir.analysis.narrow_reads import read_only_in
 from treadle.ir.text.printer import print_graph
+from treadle.ir.types import bf16, f32
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_record
@@ -60,7 +62,9 @@ def write_artifact(
     texts["log"] = _json(log.as_dict())
     if plan is not None:
         texts["sharding"] = _json(plan_record(plan))
-    sections = {n: (value.type.storage_type.dtype, weights[n]) for n, value in graph.parameters.items()}
+    narrow = read_only_in(bf16, graph)
+    dtypes = {n: value.type.storage_type.dtype for n, value in graph.parameters.items()}
+    sections = {n: (bf16 if dtype is f32 and n in narrow else dtype, weights[n]) for n, dtype in dtypes.items()}
     metadata = {
         "name": name,
         "backend": backend,

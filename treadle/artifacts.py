@@ -31,6 +31,7 @@ from treadle.files.limits import MORE, check_limits, limit_hint, limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.strict_json import JsonReader, read_json_object
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
+from treadle.ir.analysis.narrow_reads import read_only_in
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import CheckpointError, PassError, TreadleError
 from treadle.ir.graph import Function, Graph
@@ -39,7 +40,7 @@ from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.scanner import TextLimits
 from treadle.ir.transforms.encoded_weights import given_parameters
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
-from treadle.ir.types import DType
+from treadle.ir.types import DType, bf16, f32
 from treadle.ir.verifier import verify
 from treadle.models.registry import family_names
 from treadle.passes.certificates.certificate import Certificate
@@ -305,15 +306,17 @@ def _outputs(main: Function) -> list[tuple[str, Any]]:
 
 
 def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
-    """Return exactly the graph's weights, with its types."""
+    """Return exactly the graph's weights, with its types. A float32 weight that is only read in bf16 may be in bf16."""
     records = file.weights
     for name in [*graph.parameters, *records]:
         if name not in records or name not in graph.parameters:
             what = "a weight that the graph does not take" if name in records else "a weight is missing"
             file.fail(what, f"section weight/{printable(name)}")
+    narrow = read_only_in(bf16, graph)
     for name, value in graph.parameters.items():
         record, wanted = records[name], value.type.storage_type
-        if record.dtype != wanted.dtype.name or record.shape != wanted.static_shape:
+        is_narrow = record.dtype == bf16.name and wanted.dtype is f32 and name in narrow
+        if not (is_narrow or record.dtype == wanted.dtype.name) or record.shape != wanted.static_shape:
             file.fail(f"the weight must be {wanted}", f"section weight/{printable(name)}", received=str(record))
     return {name: file.weight(name) for name in graph.parameters}
 

@@ -21,12 +21,13 @@ from treadle.backends.made_weights import as_numpy_weight
 from treadle.backends.onnx.schemas import CODES
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
-from treadle.backends.onnx.writer import OnnxWriter
+from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.whole_files import replacing
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal
+from treadle.ir.ops.blocks import Encode
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.inline import inline_calls
@@ -44,6 +45,7 @@ EXTERNAL_ABOVE = 2**20
 ALIGNMENT = 4096
 """Alignment of external weights: a page, so that readers can map them."""
 
+_WEIGHTS_ALONE = Hint("quantize='int8-weights' or 'int4'", "--quantize int8-weights or int4")
 _LARGEST_MESSAGE = 2**31 - 1
 
 
@@ -130,6 +132,9 @@ def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mappin
     for name, type in encoded.items():
         if name in weights:
             refuse_misfit(name, type, weights[name])
+    for _, node in graph.walk():
+        if isinstance(node.op, Encode):
+            raise refusal(node, "rounds computed values to blocks, which have no form in ONNX", _WEIGHTS_ALONE)
     return decode_parameters(graph), decode_weights(graph, weights)
 
 

@@ -30,6 +30,20 @@ from treadle.passes.lowering.legalize import Keeps
 NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items()}
 
 
+def refusal(node: Node, what: str, hint: str | None = None, *, within: Node | None = None) -> BackendError:
+    """Return the error that a node has no form.
+
+    within  the node of the user's that it is a part of, if that is another one
+    """
+    outer, types = within or node, ", ".join(str(v.type) for v in node.inputs)
+    return BackendError(
+        f"{node.op.name}: {what}",
+        received=f"{node.op.name}({types})",
+        source=describe_source(outer.source, outer.scope),
+        hint=hint,
+    )
+
+
 class OnnxWriter:
     """Collects the nodes and constants of one ONNX graph.
 
@@ -71,14 +85,7 @@ class OnnxWriter:
         """Return the error that the node being written has no form."""
         if not self._writing:
             return BackendError(what, hint=hint)
-        outer, node = self._writing[0], self._writing[-1]
-        types = ", ".join(str(v.type) for v in node.inputs)
-        return BackendError(
-            f"{node.op.name}: {what}",
-            received=f"{node.op.name}({types})",
-            source=describe_source(outer.source, outer.scope),
-            hint=hint,
-        )
+        return refusal(self._writing[-1], what, hint, within=self._writing[0])
 
     # -- functions of ours -----------------------------------------------------------------------------------
 

@@ -123,6 +123,5 @@ class TvmBackend(StagedBackend):
         notes = tuple(notes_on(made))
         executable = KernelExecutable(declared, program, cache, packed, threads, found, notes, plan, calls)
         refused = refused_here(isa)
-        if refused is not None:
-            executable.notes = (refused, *executable.notes)
+        executable.notes = (*([refused] if refused else []), *cache.notes, *executable.notes)
         return executable

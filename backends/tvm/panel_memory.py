@@ -4,8 +4,12 @@ A product of few rows takes as long as reading its weight takes, so the placemen
 one array that starts at a large page. NumPy requests large pages for arrays of megabytes, but if each weight had its
 own array, both ends of each array would be in small pages, which take a fifth longer to read. Each panel starts at a
 multiple of a cache line; otherwise every vector would span two lines. The file is in the user's cache and is named
-after its content. It is read into such an array instead of being mapped, because the system would map it mostly in
+after its weights. It is read into such an array instead of being mapped, because the system would map it mostly in
 small pages.
+
+A file starts with a header: the format, its own name, the number of bytes, and their hash. A file whose header does not
+fit is packed again. With TREADLE_CHECK_PANELS=1 the bytes are compared with the hash too, which takes longer than
+reading them.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +30,8 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
+from treadle.files.user_cache import forget_unused, is_private, make_private, mark_used, private_folder
 from treadle.files.whole_files import replacing, sweep
-from treadle.ir.errors import UsageError
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
 
@@ -36,7 +40,11 @@ Kind = tuple[tuple[int, ...], np.dtype[Any]]
 
 LARGE_PAGE = 2 << 20
 SMALLEST = 1 << 20  # smallest size of panels in bytes that is cached in a file
-_FORMAT = "treadle panels 4"
+CHECK = "TREADLE_CHECK_PANELS"
+"""The environment variable that makes every load compare a file's bytes with the hash in its header."""
+
+_FORMAT = "treadle panels 5"
+_HEADER = struct.Struct("<16s 16s Q 32s")  # the format, the file's name as bytes, the number of bytes, their SHA-256
 _PART = 64 << 20  # bytes that a thread reads in one task
 _FILES = re.compile(r"[0-9a-f]{32}\.panels")
 
@@ -125,9 +133,7 @@ def _nbytes(kind: Kind) -> int:
 
 def _path(content: Callable[[], Sequence[str]], folder: Path | None) -> Path | None:
     """Return a path named after a hash of the content: the bytes, shape, dtype and layout of every matrix."""
-    try:
-        folder = cache_folder() / "panels" if folder is None else folder
-    except UsageError:
+    if folder is None and (folder := private_folder("panels")) is None:
         return None
     digest = hashlib.sha256(_FORMAT.encode())
     for each in content():
@@ -135,22 +141,32 @@ def _path(content: Callable[[], Sequence[str]], folder: Path | None) -> Path | N
     return folder / f"{digest.hexdigest()[:32]}.panels"
 
 
-def _read(path: Path, size: int, pool: ThreadPoolExecutor) -> Array | None:
-    """Return the file's bytes if it exists and has the expected size. Files are written completely or not at all.
+def _header(path: Path, size: int, digest: bytes) -> bytes:
+    return _HEADER.pack(_FORMAT.encode(), bytes.fromhex(path.stem), size, digest)
 
-    Only a private folder is read: another user who can write the file could change the results.
+
+def _read(path: Path, size: int, pool: ThreadPoolExecutor) -> Array | None:
+    """Return the panels of a file; None if it does not exist, or its header or its size does not fit.
+
+    Files are written completely or not at all. Only a private folder is read: another user who can write the file could
+    change the results.
     """
     try:
         if not is_private(path.parent):
             return None
         with path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != size:
+            header = file.read(_HEADER.size)
+            digest = header[-hashlib.sha256().digest_size :]
+            if header != _header(path, size, digest) or os.fstat(file.fileno()).st_size != _HEADER.size + size:
                 return None
             data = _room(size)
             parts = [data[at : at + _PART] for at in range(0, size, _PART)]
-            if not all(pool.map(lambda at, part: _read_part(path, at, part), range(0, size, _PART), parts)):
+            starts = range(_HEADER.size, _HEADER.size + size, _PART)
+            if not all(pool.map(lambda at, part: _read_part(path, at, part), starts, parts)):
                 return None
     except OSError:
+        return None
+    if os.environ.get(CHECK, "0") not in ("", "0") and hashlib.sha256(data.data).digest() != digest:
         return None
     mark_used(path)
     return data
@@ -173,13 +189,13 @@ def _write(path: Path, data: Array) -> None:
     """Write panels to a file in a background thread, if the folder is writable."""
 
     def write() -> None:
+        if not make_private(path.parent):
+            return
         with suppress(OSError):  # on failure they are packed again by the next process
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not is_private(path.parent):
-                return
             sweep(path.parent)
             forget_unused(path.parent, _FILES)
             with replacing(path) as file:
+                file.write(_header(path, data.nbytes, hashlib.sha256(data.data).digest()))
                 file.write(data.data)
 
     writer = threading.Thread(target=write, name=f"write {path.name}")

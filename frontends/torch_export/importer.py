@@ -12,6 +12,7 @@ names.
 from __future__ import annotations
 
 import operator as python_operator
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,12 @@ _NO_EFFECT = {
 """Checks. Checks of sizes are guards as well, which the graph's bounds enforce."""
 
 
+OLDEST = (2, 12)
+"""The oldest version of PyTorch whose torch.export is supported: older ones export other operators, and guard sizes
+that need no guard.
+"""
+
+
 def from_torch(
     module: torch.nn.Module, example: tuple[Any, ...] | Mapping[str, Any], *, dynamic: Dynamic | None = None
 ) -> TorchModel:
@@ -66,13 +73,20 @@ def from_torch(
     dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ keeps a dimension,
              or {"input_ids": {1: "S"}}; without it all sizes are the example's
 
-    Raises UsageError for an example or names that do not fit, FrontendError (with the operator, the node and the
-    module's line) for unsupported operators.
+    Raises UsageError for a PyTorch older than OLDEST, and for an example or names that do not fit; FrontendError (with
+    the operator, the node and the module's line) for unsupported operators.
     """
     try:
-        import torch  # noqa: F401
+        import torch
     except ImportError:
         raise UsageError("from_torch needs PyTorch", hint="pip install torch") from None
+    if _version(torch.__version__) < OLDEST:
+        wanted = ".".join(map(str, OLDEST))
+        raise UsageError(
+            f"from_torch needs PyTorch {wanted} or newer",
+            received=f"torch {torch.__version__}",
+            hint=f"pip install 'torch>={wanted}'",
+        )
     arguments = (
         named_arguments(module, example) if hasattr(module, "forward") and isinstance(example, tuple | Mapping) else {}
     )
@@ -87,6 +101,11 @@ def from_torch(
             "the program that torch.export returns for the module cannot be read",
             received=f"{type(error).__name__}: {error}"[:300],
         ) from error
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version: (2, 13) for `2.13.0+cpu`."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
 def _imported(name: str, program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]) -> TorchModel:

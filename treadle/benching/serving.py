@@ -9,6 +9,7 @@ Only Treadle's sides and PyTorch's need Treadle: any Python with another tool ca
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -72,7 +73,12 @@ def timed(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
+    """Return the peak resident memory of this process in bytes."""
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 9)(72)  # PROCESS_MEMORY_COUNTERS of a 64-bit process, with its size
+        process = ctypes.c_void_p(ctypes.windll.kernel32.GetCurrentProcess())
+        ctypes.windll.kernel32.K32GetProcessMemoryInfo(process, counters, 72)
+        return int(counters[1])
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

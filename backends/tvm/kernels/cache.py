@@ -8,8 +8,9 @@ version and the source of the generators, so it identifies the code completely. 
 processes are killed at any moment, or several processes fill the cache at once, a file is either correct or compiled
 again.
 
-If the machine has no linker, or no writable folder that is private to the user, kernels are kept in memory only. Files
-in a folder that others can write are never executed.
+If the machine has no linker, a linker that fails, or no folder that is private to the user, kernels are kept in memory
+only, and every process compiles them: `notes` has the reason. Files in a folder that others can write are never
+executed.
 """
 
 from __future__ import annotations
@@ -19,24 +20,23 @@ import hashlib
 import importlib.resources
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels import tvm_runtime
+from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.runner import LAUNCH, POOL, Runner
-from treadle.files.user_cache import cache_folder, forget_unused, is_private, mark_used
+from treadle.backends.tvm.kernels.runner import CONNECT, Runner
+from treadle.files.user_cache import cache_folder, forget_unused, is_private, make_private, mark_used, private_folder
 from treadle.files.whole_files import replacing, sweep
 from treadle.ir.errors import BackendError, UsageError
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter
 
 _SYMBOL = "kernel"
-_LINKERS = (("ld", "-shared"), ("ld.lld", "-shared"), ("cc", "-shared", "-nostdlib"), ("clang", "-shared", "-nostdlib"))
 _OPTIONS = {"tirx.disable_storage_rewrite": True}  # the pass merges register tiles, which then spill
 _ELSEWHERE = (
     ("treadle.backends", "bfloat16.py"),
@@ -59,9 +58,7 @@ Entry = tuple[int, int]
 
 _loaded: dict[tuple[str, str], Entry] = {}
 _alive: list[Any] = []  # owners of the addresses
-_launchers: dict[
-    str, int
-] = {}  # by instruction set, the runner's function that loaded kernels call for a parallel loop
+_launchers: dict[str, int] = {}  # the runner's function for parallel loops, by instruction set
 _lock = threading.Lock()
 
 
@@ -75,7 +72,26 @@ class KernelCache:
     def __init__(self, isa: Isa, folder: Path | str | None = "") -> None:
         self.isa = isa
         self.compiled = 0
-        self.folder = _default_folder(isa) if isinstance(folder, str) else folder
+        self._folder = folder
+        self._unstored: Counter[str] = Counter()  # numbers of kernels that no file has, by the reason
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The folder of shared objects; None: kernels are in memory only."""
+        return _default_folder(self.isa) if isinstance(self._folder, str) else self._folder
+
+    @property
+    def notes(self) -> list[str]:
+        """Descriptions of kernels that this object compiled and could not store in the usual place."""
+        made = [
+            f"{count} kernel{'s are' if count > 1 else ' is'} kept in memory, so every process compiles them: {reason}"
+            for reason, count in self._unstored.items()
+        ]
+        if self.compiled and self.folder is not None and isinstance(self._folder, str):
+            usual = _usual_folder(self.isa)
+            if self.folder != usual:
+                made.append(f"kernels are stored in {self.folder}, since {usual} is not private to this user")
+        return made
 
     def entries(self, kernels: Iterable[Kernel]) -> Mapping[Kernel, Entry]:
         """Return the entry of each kernel: from memory, from a file, or compiled now.
@@ -116,7 +132,7 @@ class KernelCache:
     def _found(self, kernel: Kernel) -> bool:
         """Load a kernel's file if it exists, is complete, and was written by this user."""
         path = self.path(kernel)
-        if path is None or not path.is_file() or not is_private(path.parent):
+        if path is None or not is_private(path.parent):
             return False
         try:
             data = path.read_bytes()
@@ -130,77 +146,90 @@ class KernelCache:
         """Load a shared object. Return False on failure, for example from a disk mounted noexec."""
         try:
             library = ctypes.CDLL(str(path))
-            entry = getattr(library, f"__tvm_ffi_{_SYMBOL}")
+            entry = _address(library, _SYMBOL)
+            if isinstance(kernel, Runner):
+                self._connect(_address(library, CONNECT), 0)
         except (OSError, AttributeError):
             return False
-        if isinstance(kernel, Runner):
-            _variable(library, POOL).value = tvm_runtime.launcher()
-            _launchers[self.isa.name] = ctypes.cast(getattr(library, LAUNCH), ctypes.c_void_p).value or 0
         if hasattr(library, "__TVMBackendParallelLaunch"):
-            launch = _launchers.get(self.isa.name) or tvm_runtime.launcher()
-            _variable(library, "__TVMBackendParallelLaunch").value = launch
+            launch = _launchers[self.isa.name]
+            ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch").value = launch
         _alive.append(library)
-        _loaded[self._key(kernel)] = ctypes.cast(entry, ctypes.c_void_p).value or 0, 0
+        _loaded[self._key(kernel)] = entry, 0
         return True
+
+    def _connect(self, address: int, handle: int) -> None:
+        """Connect the runner with TVM's pool, and the kernels that are loaded after it with the runner."""
+        _launchers[self.isa.name] = tvm_runtime.call(address, handle, tvm_runtime.launcher())
 
     # -- compiling -------------------------------------------------------------------------------------------
 
     def _compile(self, kernels: list[Kernel]) -> None:
         self.compiled += len(kernels)
-        linker = _linker()
-        if linker is None:
-            for kernel in kernels:
-                self._compile_in_memory(kernel)
-            return
         if self.folder is not None:
             sweep(self.folder)
-        with tempfile.TemporaryDirectory(prefix="treadle-") as scratch:
-            with ThreadPoolExecutor(max_workers=min(len(kernels), os.cpu_count() or 1)) as pool:
-                made = list(pool.map(lambda k: self._shared_object(k, linker, Path(scratch)), kernels))
-            for kernel, (data, built) in zip(kernels, made, strict=True):
-                kept = self._kept(kernel, data)
-                if not (kept is not None and self._load(kernel, kept)) and not self._load(kernel, built):
-                    self._compile_in_memory(kernel)
+        with (
+            tempfile.TemporaryDirectory(prefix="treadle-") as scratch,
+            ThreadPoolExecutor(max_workers=min(len(kernels), os.cpu_count() or 1)) as pool,
+        ):
+            for kernel, (module, built) in zip(
+                kernels, pool.map(lambda k: self._built(k, Path(scratch)), kernels), strict=True
+            ):
+                stored = None if built is None else self._stored(kernel, built.read_bytes())
+                if stored is not None and self._load(kernel, stored):
+                    continue
+                self._unstored[self._why_unstored(built, stored)] += 1
+                if built is None or not self._load(kernel, built):
+                    self._load_from_memory(kernel, module)
 
-    def _shared_object(self, kernel: Kernel, linker: tuple[str, ...], scratch: Path) -> tuple[bytes, Path]:
-        stem = scratch / hashlib.sha256(kernel.key.encode()).hexdigest()[:16]
+    def _built(self, kernel: Kernel, scratch: Path) -> tuple[Any, Path | None]:
+        """Return a kernel's module, and its shared object in a folder; None if it cannot be linked."""
         module = compile_module(kernel, self.isa)
-        module.write_to_file(str(stem.with_suffix(".o")), "o")
-        built = stem.with_suffix(".so")
-        done = subprocess.run(
-            [*linker, "-o", str(built), str(stem.with_suffix(".o"))], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise BackendError(f"kernel {kernel.title} does not link", received=done.stderr.strip()[:500])
-        return built.read_bytes(), built
+        stem = scratch / hashlib.sha256(f"{type(kernel).__module__}.{kernel.key}".encode()).hexdigest()[:16]
+        compiled, library = stem.with_suffix(".o"), stem.with_suffix(".so")
+        module.write_to_file(str(compiled), "o")
+        return module, library if linking.link(compiled, library) else None
 
-    def _kept(self, kernel: Kernel, data: bytes) -> Path | None:
+    def _stored(self, kernel: Kernel, data: bytes) -> Path | None:
         """Write the kernel's file and return its path. None if the folder is not writable, or others can write it."""
         path = self.path(kernel)
-        if path is None:
+        if path is None or not make_private(path.parent):
             return None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not is_private(path.parent):
-                return None
             with replacing(path) as file:
                 file.write(data + hashlib.sha256(data).digest())
         except OSError:
             return None
         return path
 
-    def _compile_in_memory(self, kernel: Kernel) -> None:
-        """Compile without a linker: the entry is the address and handle of the function object from TVM's loader."""
-        compiled = _executable(kernel, self.isa).jit() if kernel.llvm is None else compile_module(kernel, self.isa)
-        function = compiled[_SYMBOL]
-        _alive.append(function)
-        handle = int(function.__chandle__())
-        safe_call = ctypes.c_void_p.from_address(handle + _OBJECT_HEADER).value or 0
-        _loaded[self._key(kernel)] = safe_call, handle
+    def _why_unstored(self, built: Path | None, stored: Path | None) -> str:
+        if built is None:
+            return linking.why_not()
+        if stored is not None:
+            return f"the system loads no library from {stored.parent}"
+        if self.folder is None:
+            return "there is no cache folder of this user's: TREADLE_CACHE can name one"
+        return f"{self.folder} cannot be written, or others can write it"
+
+    def _load_from_memory(self, kernel: Kernel, module: Any) -> None:
+        """Load a compiled module with TVM's loader: entries are the addresses and handles of its function objects."""
+        launch = tvm_runtime.launcher() if isinstance(kernel, Runner) else _launchers[self.isa.name]
+        with tvm_runtime.loops_through(launch):
+            function = module[_SYMBOL]
+        if isinstance(kernel, Runner):
+            self._connect(*_entry(module[CONNECT]))
+        _loaded[self._key(kernel)] = _entry(function)
 
 
-def _variable(library: ctypes.CDLL, name: str) -> ctypes.c_void_p:
-    return ctypes.c_void_p.in_dll(library, name)
+def _address(library: ctypes.CDLL, name: str) -> int:
+    return ctypes.cast(getattr(library, f"__tvm_ffi_{name}"), ctypes.c_void_p).value or 0
+
+
+def _entry(function: Any) -> Entry:
+    """Return the entry of a function object of TVM's, which is kept alive."""
+    _alive.append(function)
+    handle = int(function.__chandle__())
+    return ctypes.c_void_p.from_address(handle + _OBJECT_HEADER).value or 0, handle
 
 
 def compile_module(kernel: Kernel, isa: Isa) -> Any:
@@ -257,24 +286,27 @@ def _executable(kernel: Kernel, isa: Isa) -> Any:
         raise BackendError(f"kernel {kernel.title} does not compile for {isa}", received=str(error)[-2000:]) from error
 
 
-@cache
-def _linker() -> tuple[str, ...] | None:
-    for name, *options in _LINKERS:
-        found = shutil.which(name)
-        if found is not None:
-            return (found, *options)
-    return None
+def _usual_folder(isa: Isa) -> Path:
+    """Return the folder in the user's cache for an instruction set and version. Raises UsageError without a cache."""
+    return cache_folder().joinpath(*_parts(isa))
+
+
+def _parts(isa: Isa) -> tuple[str, str]:
+    return "kernels", f"{isa.name}-{_version(isa)}"
 
 
 def _default_folder(isa: Isa) -> Path | None:
     try:
-        folder = cache_folder() / "kernels" / f"{isa.name}-{_version(isa)}"
+        is_new = not _usual_folder(isa).is_dir()
     except UsageError:
         return None
-    if folder.is_dir():
+    except OSError:
+        is_new = False
+    folder = private_folder(*_parts(isa))
+    if folder is not None:
+        if is_new:  # a new version: older ones may be unused
+            forget_unused(folder.parent, _VERSIONS)
         mark_used(folder)
-    else:  # a new version: older ones may be unused
-        forget_unused(folder.parent, _VERSIONS)
     return folder
 
 

@@ -6,12 +6,14 @@ A generator queries the `Isa` for lanes, registers and features. No other part o
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
+from treadle.backends.tvm.kernels.cpu_features import cpu_flags, executes
+from treadle.backends.tvm.kernels.platforms import this_platform
 from treadle.ir.errors import BackendError
 from treadle.ir.target import Target
 
@@ -21,12 +23,12 @@ class Isa:
     """An instruction set.
 
     name        as targets name it, the x86-64 psABI's level or the architecture
-    machine     the name of machines that run it in `platform.machine()`
+    machine     the name of machines that run it, as `Platform.machine`
     vector      bytes of a vector register
     registers   number of vector registers
     fused       True if a * b + c is one instruction, rounded once
     needs       the CPU flags, as Linux names them, that a machine must have
-    llvm        the options of the code generator: mcpu, mattr, and mtriple for another machine
+    llvm        the options of the code generator: mcpu, mattr, and mtriple where TVM's default does not fit
     ahead       prefetch distance in bytes of data streamed from memory; 0: hardware prefetches by itself
     """
 
@@ -38,7 +40,6 @@ class Isa:
     needs: frozenset[str]
     mcpu: str
     mattr: tuple[str, ...] = ()
-    mtriple: str | None = None
     ahead: int = 0
 
     def lanes(self, width: int = 4) -> int:
@@ -66,8 +67,9 @@ class Isa:
         made: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}
         if self.mattr:
             made["mattr"] = list(self.mattr)
-        if self.mtriple:
-            made["mtriple"] = self.mtriple
+        triple = this_platform().triple(self.machine)
+        if triple:
+            made["mtriple"] = triple
         return made
 
     def __str__(self) -> str:
@@ -91,7 +93,7 @@ ISAS: Mapping[str, Isa] = {
         Isa("x86-64-v3", "x86_64", 32, 16, True, _AVX2, "x86-64-v3"),
         Isa("x86-64-v2", "x86_64", 16, 16, False, frozenset({"sse4_2", "popcnt"}), "x86-64-v2"),
         Isa("x86-64", "x86_64", 16, 16, False, frozenset(), "x86-64"),
-        Isa("arm64", "aarch64", 16, 32, True, frozenset(), "generic", ("+neon",), "aarch64-unknown-linux-gnu"),
+        Isa("arm64", "aarch64", 16, 32, True, frozenset(), "generic", ("+neon",)),
     )
 }
 """Every instruction set for which kernels are generated, the most capable one of a machine first."""
@@ -113,23 +115,49 @@ def isa_of(target: Target) -> Isa:
     return host_isa()
 
 
+CHOICE = "TREADLE_ISA"
+"""The environment variable that names the instruction set of the target `cpu`, in place of the best one."""
+
+
 @cache
 def host_isa() -> Isa:
-    """Return the best instruction set of this machine. Raises BackendError if none of ours runs on it."""
+    """Return the best instruction set of this machine, or the one that `TREADLE_ISA` names.
+
+    Raises BackendError if none of ours runs on it, and if `TREADLE_ISA` names no instruction set, or one that this
+    machine lacks.
+    """
+    if chosen := os.environ.get(CHOICE):
+        return _chosen(chosen)
     for isa in ISAS.values():
         if runs_here(isa):
             return isa
     raise BackendError(
-        f"the tvm backend has no kernels for {platform.machine()}",
+        f"the tvm backend has no kernels for {this_platform().machine}",
         hint="backend numpy or torch, or a target to generate code for: " + ", ".join(ISAS),
     )
 
 
+def _chosen(name: str) -> Isa:
+    ours = [isa.name for isa in ISAS.values() if isa.machine == this_platform().machine]
+    if name not in ours:
+        raise BackendError(
+            f"{CHOICE} names no instruction set of this machine", received=name, hint="one of " + ", ".join(ours)
+        )
+    isa = ISAS[name]
+    if not runs_here(isa) or ((lacking := sorted(isa.needs - cpu_flags())) and executes(lacking) is False):
+        raise BackendError(
+            f"{CHOICE} names an instruction set that this machine lacks",
+            received=f"{name}, which needs {', '.join(sorted(isa.needs - cpu_flags())) or 'permission of the system'}",
+            hint="one of " + ", ".join(each for each in ours if ISAS[each].needs <= cpu_flags()),
+        )
+    return isa
+
+
 def runs_here(isa: Isa) -> bool:
     """Return True if this machine has an instruction set's features and this process may use them."""
-    machine = platform.machine().lower()
-    known = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-    return isa.machine == known and isa.needs <= cpu_flags() and (not isa.multiplies_tiles or may_use_tiles())
+    if isa.machine != this_platform().machine or (isa.multiplies_tiles and not may_use_tiles()):
+        return False
+    return isa.needs <= cpu_flags() or isa.name == os.environ.get(CHOICE)
 
 
 _ARCH_PRCTL, _REQUEST, _TILE_DATA = 158, 0x1023, 18  # Linux: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
@@ -150,20 +178,6 @@ def may_use_tiles() -> bool:
 def refused_here(isa: Isa) -> str | None:
     """Return a message about a feature that the machine has but this process may not use, or None."""
     best = next(iter(ISAS.values()))
-    if isa is not best and best.needs <= cpu_flags() and not runs_here(best):
+    if isa is not best and CHOICE not in os.environ and best.needs <= cpu_flags() and not runs_here(best):
         return f"this process may not use the machine's matrix unit, so {best} is used instead of {isa}"
     return None
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """Return this machine's features, as Linux names them; empty if they cannot be read."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()

@@ -15,21 +15,23 @@ RECORD = 5
 their number, and 1 if it runs on the calling thread alone.
 """
 
-LAUNCH = "treadle_launch"
-"""The function that kernels call for a parallel loop, in place of TVM's; it has the same signature."""
+CONNECT = "connect"
+"""A function of the runner's module, which connects it with TVM's thread pool. Its argument is the address of TVM's
+function for parallel loops. Its result is the address of the function that kernels call in place of that one; both have
+the same signature.
+"""
 
-POOL = "treadle_pool_launch"
-"""A variable: the address of TVM's function for parallel loops."""
-
+# TVM checks the result before it calls a function that it loaded into memory, so its type index is set to 0 (empty).
+#
 # The switch is shared by all threads of a process. If two programs run at once and change each other's switch, a loop
 # may use the pool or the calling thread contrary to its record; results do not depend on it.
 _TEXT = f"""
 %record = type {{ ptr, ptr, ptr, i64, i64 }}
 %argument = type {{ i32, i32, i64 }}
-@treadle_alone = dllexport global i64 0
-@{POOL} = dllexport global ptr null
+@treadle_alone = internal global i64 0
+@treadle_pool_launch = internal global ptr null
 
-define dllexport i32 @{LAUNCH}(ptr %body, ptr %data, i32 %tasks) {{
+define internal i32 @treadle_launch(ptr %body, ptr %data, i32 %tasks) {{
 entry:
   %group = alloca {{ ptr, i32 }}
   %alone = load i64, ptr @treadle_alone
@@ -42,9 +44,20 @@ serial:
   %done = call i32 %body(i32 0, ptr %group, ptr %data)
   ret i32 %done
 parallel:
-  %pool = load ptr, ptr @{POOL}
+  %pool = load ptr, ptr @treadle_pool_launch
   %shared = call i32 %pool(ptr %body, ptr %data, i32 %tasks)
   ret i32 %shared
+}}
+
+define dllexport i32 @__tvm_ffi_{CONNECT}(ptr %unused, ptr %given, i32 %given_count, ptr %returned) {{
+entry:
+  %pool_at = getelementptr %argument, ptr %given, i64 0, i32 2
+  %pool = load ptr, ptr %pool_at
+  store ptr %pool, ptr @treadle_pool_launch
+  %launch_at = getelementptr %argument, ptr %returned, i64 0, i32 2
+  store ptr @treadle_launch, ptr %launch_at
+  store i32 1, ptr %returned
+  ret i32 0
 }}
 
 define dllexport i32 @__tvm_ffi_kernel(ptr %unused, ptr %given, i32 %given_count, ptr %returned) {{
@@ -74,6 +87,7 @@ body:
   %alone = load i64, ptr %alone_at
   store i64 %alone, ptr @treadle_alone
   %short = trunc i64 %number to i32
+  store i32 0, ptr %result
   %code = call i32 %function(ptr %self, ptr %arguments, i32 %short, ptr %result)
   %next = add i64 %i, 1
   %good = icmp eq i32 %code, 0

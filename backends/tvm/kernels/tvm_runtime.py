@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from treadle.backends.tvm.kernels.platforms import add_folders, this_platform
 from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numbers
 from treadle.ir.errors import BackendError
 
@@ -29,7 +30,7 @@ _INT = 1  # the type index of an integer in an argument of the interface
 def missing() -> str | None:
     """Return None if TVM is installed, else the reason why it cannot be used."""
     if importlib.util.find_spec("tvm") is None or importlib.util.find_spec("tvm_ffi") is None:
-        return "TVM is not installed: pip install 'treadle[tvm]'"
+        return this_platform().lacks_wheel() or "TVM is not installed: pip install 'treadle[tvm]'"
     return None
 
 
@@ -43,6 +44,26 @@ def version() -> str:
 def launcher() -> int:
     """Return the address of the function that runs a parallel loop on TVM's thread pool."""
     return ctypes.cast(_libraries()[1].TVMBackendParallelLaunch, ctypes.c_void_p).value or 0
+
+
+@contextmanager
+def loops_through(launch: int) -> Iterator[None]:
+    """A context in which kernels that TVM loads into memory get this function's address for parallel loops."""
+    register, name = _libraries()[0].TVMFFIEnvModRegisterContextSymbol, b"__TVMBackendParallelLaunch"
+    register(name, ctypes.c_void_p(launch))
+    try:
+        yield
+    finally:
+        register(name, ctypes.c_void_p(launcher()))
+
+
+def call(address: int, handle: int, number: int) -> int:
+    """Call compiled code, by its address and first argument, on an integer. Return its result, an integer."""
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, ctypes.c_int32, ctypes.c_void_p)
+    argument, result = _Any(_INT, 0, number), _Any()
+    if prototype(address)(handle, ctypes.addressof(argument), 1, ctypes.addressof(result)):
+        raise BackendError("a function of a kernel's module failed", received=str(number))
+    return int(result.value)
 
 
 def set_threads(count: int) -> None:
@@ -119,14 +140,20 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.submodule_search_locations:
             raise BackendError("the tvm backend is not available", received=missing())
-        folders[name] = Path(next(iter(spec.submodule_search_locations))) / "lib"
+        folders[name] = Path(next(iter(spec.submodule_search_locations)))
+    add_folders(*(folder / "lib" for folder in folders.values()))
+    add_folders(*(folder.with_name(f"apache_{name}.libs") for name, folder in folders.items()))
+    platform = this_platform()
     try:
-        interface = ctypes.CDLL(str(folders["tvm_ffi"] / "libtvm_ffi.so"), mode=ctypes.RTLD_GLOBAL)
-        return interface, ctypes.CDLL(str(folders["tvm"] / "libtvm_runtime.so"), mode=ctypes.RTLD_GLOBAL)
+        interface, runtime = (
+            ctypes.CDLL(str(folders[package] / "lib" / platform.library(name)), mode=ctypes.RTLD_GLOBAL)
+            for package, name in (("tvm_ffi", "tvm_ffi"), ("tvm", "tvm_runtime"))
+        )
     except OSError as error:
-        raise BackendError(
-            "TVM's runtime cannot be loaded", received=str(error), hint="pip install --force-reinstall 'treadle[tvm]'"
-        ) from error
+        hint = "backend numpy or torch" if platform.lacks_wheel() else "pip install --force-reinstall 'treadle[tvm]'"
+        received = "\n".join(filter(None, (str(error), platform.lacks_wheel())))
+        raise BackendError("TVM's runtime cannot be loaded", received=received, hint=hint) from error
+    return interface, runtime
 
 
 @cache
