@@ -3,8 +3,8 @@ fully masked rows.
 
     judged(CASES["elu"], float64=True)   -> the list of errors; empty if all gradients equal autograd's
 
-A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. If autograd
-returns NaN, any finite number and NaN are right; `unknown` lists these places.
+A gradient must equal autograd's to 1e-9 in float64 (1e-4 in float32), relative to its own size or to 1. Where autograd
+returns NaN, both NaN and any finite number are accepted; `unknown` lists these places.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ INF = np.inf
 POINTS = np.array(
     [0, -0.0, 1e-9, -1e-9, 0.3, -0.3, 0.5, -0.5, 1, -1, 2, -2, 3, -3, 6, -6, 17, -17, 20, -20, 21, -21, 90, -90.0]
 )
-"""One number each: zeros, the bends of activations, and numbers beyond which formulas overflow or lose all digits."""
+"""Single numbers: zeros, the bends of activations, and numbers beyond which formulas overflow or lose all digits."""
 POSITIVE = np.array([1e-9, 0.3, 0.5, 1, 2, 3, 6, 17, 20, 90])
 ROWS = np.array(
     [
@@ -51,19 +51,19 @@ ROWS = np.array(
 )
 """Rows of zeros, of equal numbers, of ties for the largest, of large numbers, of pairs, and of different numbers."""
 EMPTY = np.where(np.arange(6)[:, None] == 3, -INF, np.clip(ROWS, -20, 20))
-"""Rows, one of them -inf throughout."""
+"""Rows of numbers; one row is -inf throughout."""
 GRID = np.array([-90, -20, -3, -1, -0.5, 0, 0.5, 1, 3, 20, 90])
 X, Y = np.repeat(GRID, len(GRID)), np.tile(GRID, len(GRID))
 KEPT = np.array([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
-"""The keys that each of 4 queries sees; the second sees none."""
+"""A mask of the keys that each of 4 queries sees; the second query sees none."""
 
 
 @dataclass(frozen=True)
 class EdgeCase:
     """A function of tensors, and the points at which it is differentiated.
 
-    rule     the function, of one tensor for each array; it returns a tensor or several
-    at       arrays: floats are differentiated, others only read
+    rule     the function; it takes one tensor for each array and returns one or more tensors
+    at       arrays of arguments; the gradient is taken by float arrays
     to_onnx  True if its ONNX file has the same meaning at ties as the function
     within   tolerance in float64, relative to each number or to 1
     """
@@ -133,9 +133,9 @@ _each(
         "hardtanh, wide": lambda x: F.hardtanh(x, -3, 6),
     },
     POINTS,
-    to_onnx=False,  # also the form of clamp, which passes the gradient at its bounds
+    to_onnx=False,  # clamp has the same form, and passes the gradient at its bounds
 )
-CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), to_onnx=False, within=1e-7)  # PyTorch has 1/6 in float32
+CASES["hardsigmoid"] = EdgeCase(F.hardsigmoid, (POINTS,), to_onnx=False, within=1e-7)  # PyTorch computes 1/6 in float32
 _each(
     {
         **{name: getattr(torch, name) for name in ("log", "sqrt", "rsqrt", "reciprocal", "log1p")},
@@ -219,10 +219,10 @@ _each(
     ROWS,
 )
 _NO_ONNX = (
-    *("extremes with places", "softmax by max"),  # also the form of amax, which shares
-    *("clamp, both", "margin ranking"),  # Max and Min are also the form of torch.maximum, which shares
-    *("clamp", "clamp, tensors"),  # the exporter writes files that lack values
-    "detached",  # which the exporter drops
+    *("extremes with places", "softmax by max"),  # amax has the same form, and shares the gradient among ties
+    *("clamp, both", "margin ranking"),  # torch.maximum is also exported as Max, and shares the gradient among ties
+    *("clamp", "clamp, tensors"),  # the exporter writes files that lack values of the function
+    "detached",  # the exporter drops detach
     *("logsigmoid", "bce with logits", "logaddexp", "sinc"),  # written as formulas that overflow or are 0/0
 )
 for _name in _NO_ONNX:
@@ -308,8 +308,8 @@ def judged(
 
     recognized  after the passes that a trainer runs before it differentiates; else the graph as imported
     onnx        through a file of torch's exporter, whose numbers are float32
-    certify     with certificates of these passes
-    unknown     gets a line for each array in whose gradient autograd has NaN
+    certify     if true, check the certificates of these passes
+    unknown     a list that receives a line for each array whose gradient by autograd contains NaN
     """
     held = [torch.tensor(a if a.dtype == bool or float64 else a.astype(np.float32)) for a in case.at]
     graph, weights, names = _imported(case.rule, held, onnx)
@@ -318,7 +318,7 @@ def judged(
     floats = [i for i, a in enumerate(case.at) if a.dtype != bool]
     for i in floats:
         held[i].requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):  # the others lose the logarithm of a sum next to a mask of -1e30
+    with sdpa_kernel(SDPBackend.MATH):  # other backends lose the logarithm of a sum next to a mask of -1e30
         outputs = [y for y in leaves(case.rule(*held)) if y.dtype.is_floating_point]
     seeds = [_drawn(*y.shape, seed=n).astype(y.detach().numpy().dtype) for n, y in enumerate(outputs)]
     kept = [(y, s) for y, s in zip(outputs, seeds, strict=True) if y.requires_grad]
@@ -373,7 +373,7 @@ def _imported(rule: Callable[..., Any], held: list[Any], onnx: bool) -> Imported
 def gradients(
     graph: Graph, inputs: Mapping[str, Array], weights: Mapping[str, Array], seeds: Sequence[Array]
 ) -> dict[str, Array]:
-    """Return the gradients of the sum of seeds times float outputs by the float inputs."""
+    """Return the gradients by the float inputs of sum(seed * output) over the float outputs."""
     b = Builder(inline_calls(graph))
     main, nodes = b.graph.main, list(b.graph.main.nodes)
     outputs = [v for v in main.outputs.values() if v.type.dtype.is_float]

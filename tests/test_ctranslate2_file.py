@@ -1,4 +1,4 @@
-"""The reader of CTranslate2's model.bin: its results, and for a damaged file, our error with the offset of the byte."""
+"""The reader of CTranslate2's model.bin: its results, and the errors for damaged files, which give the byte offset."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_every_prefix_is_refused(tmp_path: Path) -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """Two thousand files with some bytes changed, removed or inserted: each is read, or refused with an offset."""
+    """Two thousand files with some bytes changed, removed or inserted. Each is read, or refused with a byte offset."""
     rng = np.random.default_rng(0)
     refusals = []
     for _ in range(2000):
