@@ -1,12 +1,12 @@
-"""Text as token ids: the vocabulary of a model's folder, run by the tokenizers library.
+"""Text as token ids: the tokenizer of a model's folder, run by the tokenizers library.
 
     tokenizer = TextTokenizer.open(folder)
     batch = tokenizer.batch(["a cat", "a longer sentence"])
     batch.ids        # i64[2, S], padded to the longest
     batch.lengths    # i64[2], number of ids of each row without padding
 
-Source: the format of Hugging Face tokenizers, https://huggingface.co/docs/tokenizers. The file holds data only. The
-project's own padding replaces the file's.
+Source: the format of Hugging Face tokenizers, https://huggingface.co/docs/tokenizers. The file holds only data. The
+project's own padding replaces the file's padding.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, Usag
 
 _FILE, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
-"""Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
+"""Vocabulary files in the forms that preceded tokenizer.json; transformers converts them to tokenizer.json."""
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
-_UNLIMITED = 1 << 31  # files say 10^30 for no limit
+_UNLIMITED = 1 << 31  # files give 10^30 for no limit
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 class TokenBatch:
     """Texts as ids.
 
-    ids      i64[B, S], each row padded at its end to the longest
+    ids      i64[B, S], each row padded at its end to the longest row
     lengths  i64[B], number of ids of each row without padding, special tokens included
     cut      bool[B], True if a text was longer than the limit and was truncated
     """
@@ -57,11 +57,11 @@ class TokenBatch:
 class EncodedText:
     """A text, or a pair of texts, as ids; every field has an entry for each id.
 
-    ids      of the vocabulary
-    types    0 for tokens of the first text, 1 for the second, as the model was trained
+    ids      the tokens' ids
+    types    token types, as the model was trained: 0 for the first text, 1 for the second
     offsets  character range of each token in its text: start, end (exclusive)
     parts    the text of each token, 0 or 1; None for a special token
-    words    the number of its word in its text; None for a special token
+    words    the number of the token's word in its text; None for a special token
     cut      True if the text was truncated or, with windows, if more windows follow
     """
 
@@ -74,7 +74,7 @@ class EncodedText:
 
     @classmethod
     def of(cls, encoding: Any) -> EncodedText:
-        """Build from the library's encoding."""
+        """Convert the library's encoding."""
         return cls(
             tuple(encoding.ids),
             tuple(encoding.type_ids),
@@ -100,8 +100,8 @@ class TextTokenizer:
     ) -> None:
         """Wrap `tokenizer`, a `tokenizers.Tokenizer` without padding; texts are truncated to `max_tokens` ids.
 
-        special      the names of special tokens by their roles, such as mask_token, as far as the folder lists them
-        input_names  the model's inputs besides ids, by Hugging Face's names: attention_mask if it takes padding
+        special      the names of the special tokens that the folder lists, by their roles, such as mask_token
+        input_names  the model's inputs besides ids, under Hugging Face's names: attention_mask if it takes padding
         """
         self._tokenizer = tokenizer
         self.special_names = special
@@ -118,15 +118,16 @@ class TextTokenizer:
         cut: bool = True,
         limit_bytes: int = _FILE_BYTES,
     ) -> TextTokenizer:
-        """Read tokenizer.json of a model's folder, or of its place in a hub cache; else one of the older forms.
+        """Read tokenizer.json of a model's folder, which may be in a hub cache; if there is none, read one of the older
+        forms.
 
         max_tokens   maximum length of texts, special tokens included; by default the value in tokenizer_config.json
                      (model_max_length), else in tokenizer.json (truncation)
-        context      number of the model's positions: texts are truncated to it, whatever the files say
-        cut          False keeps texts whole, whatever their length
-        limit_bytes  the longest file that is read
+        context      the model's number of positions: texts are truncated to it, whatever the files say
+        cut          if False, texts are not truncated, whatever their length
+        limit_bytes  maximum size of a file
 
-        Raises CheckpointError if the file is missing, leads out of the folder, is too long or damaged, and
+        Raises CheckpointError if the file is missing, is a link out of the folder, is too long or damaged, and
         FrontendError if the tokenizers library is not installed.
         """
         try:
@@ -155,7 +156,7 @@ class TextTokenizer:
         return cls(made, most, read_special_tokens(settings), names)
 
     def batch(self, texts: Sequence[str]) -> TokenBatch:
-        """Return texts as one padded array. Raises UsageError if there are none, and for a text that is not valid
+        """Return texts as one padded array. Raises UsageError if there is no text, and for a text that is not valid
         Unicode.
         """
         if not texts:
@@ -176,8 +177,9 @@ class TextTokenizer:
         """Return each text, or pair, as ids with offsets. A text that is too long is truncated; of a pair, the longer
         text.
 
-        windows  (most, step): instead, the second text of a pair is split into windows, so that each, with the first
-                 text and special tokens, has at most `most` ids, and overlaps the next by `step`; all are returned
+        windows  (most, step): split the second text of a pair into windows instead of truncating it. Each window, with
+                 the first text and special tokens, has at most `most` ids, and overlaps the next window by `step`
+                 ids; all windows are returned
         special  True if special tokens are added
 
         Raises UsageError for a text that is not valid Unicode, and if windows leave no room for the second text.
@@ -210,8 +212,8 @@ class TextTokenizer:
         return [[EncodedText.of(e), *map(EncodedText.of, e.overflowing)] for e in encoded]
 
     def ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the ids of each text, as `encode` does, without the offsets, which take far more memory than the ids
-        do.
+        """Return the ids of each text, as `encode` does. There are no offsets, which would take far more memory than
+        the ids.
 
         Raises UsageError for a text that is not valid Unicode.
         """
@@ -226,7 +228,7 @@ class TextTokenizer:
         return [e.ids for e in encoded]
 
     def id_of(self, name: str) -> int | None:
-        """Return the id of a token by its name in the vocabulary; None if there is none."""
+        """Return the id of a token, given by its name in the vocabulary; None if there is no such token."""
         found = self._tokenizer.token_to_id(name)
         return None if found is None else int(found)
 
@@ -252,7 +254,7 @@ class TextTokenizer:
         return getattr(self._tokenizer.model, "continuing_subword_prefix", None) or None
 
     def join(self, names: Sequence[str]) -> str:
-        """Return token names as text."""
+        """Return the text that a list of token names stands for."""
         decoder = self._tokenizer.decoder
         return str(decoder.decode(list(names))) if decoder is not None else " ".join(names)
 
@@ -283,9 +285,10 @@ class TextTokenizer:
 
 @dataclass
 class _Vocabulary:
-    """A folder's tokenizer as the library parsed it, for the first caller of `take`; the others get a copy.
+    """A folder's tokenizer, parsed by the library. The first caller of `take` gets the object itself, later callers a
+    copy.
 
-    truncation  as the file says it; the library's object takes on that of the first caller
+    truncation  the file's truncation; the library's object may have another one, set by the first caller
     """
 
     tokenizer: Any
@@ -324,7 +327,7 @@ class _Vocabulary:
         return cls(made, made.truncation)
 
     def take(self) -> tuple[Any, Mapping[str, Any] | None]:
-        """Return a tokenizer that the caller may change, and the file's truncation."""
+        """Return a tokenizer that the caller may change, and the truncation that the file declares."""
         made = copy.deepcopy(self.tokenizer) if self.taken else self.tokenizer
         self.taken = True
         return made, self.truncation
@@ -332,13 +335,13 @@ class _Vocabulary:
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
     """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
-    tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or damaged.
+    tokenizer_config.json. The template is not run. Raises CheckpointError if the file is too long or damaged.
     """
     place = ModelFolder.find(folder)
     if place.has(_TEMPLATE):
         return place.read(_TEMPLATE, _FILE_BYTES, "limit_bytes=").decode("utf-8", "replace")
     template = read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several templates, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
     return template if isinstance(template, str) else None
 
@@ -355,13 +358,17 @@ def _refuse_surrogates(text: str) -> None:
 
 
 def _longest_input(settings: Mapping[str, Any]) -> int | None:
-    """Return `model_max_length` of tokenizer_config.json: the maximum number of tokens of the model."""
+    """Return `model_max_length` of tokenizer_config.json, the model's maximum number of tokens; None if there is
+    none.
+    """
     length = settings.get("model_max_length")
     return int(length) if isinstance(length, int | float) and 0 < length < _UNLIMITED else None
 
 
 def _guarded(action: Callable[[], T], what: str, shown: str) -> T:
-    """Return the library's result; raise its failures, some of which a hostile file can cause, as CheckpointError."""
+    """Return the result of a call of the library. Its failures, some of which a hostile file can cause, become
+    CheckpointError.
+    """
     try:
         return action()
     except TreadleError:

@@ -291,11 +291,11 @@ def test_missing_names_are_told_apart_where_they_differ(tmp_path: Path) -> None:
         (Source("w", cols=(2, 7)), (4, 5), "f32", "has no part [:, 2:7]"),
         (Source("b", cols=(0, 1)), (6,), "f32", "has no part [:, 0:1]"),
         (Source("b", transpose=True), (6,), "f32", "has no part .T"),
-        (Source("w"), (4, 6), "i64", "which does not convert"),
-        (Source("n"), (2,), "f32", "which does not convert"),
-        (Source("n"), (2,), "i32", "which does not convert"),
-        (Source("n"), (2,), "bool", "which does not convert"),
-        (Source("w"), (4, 6), "f99", "which does not convert"),
+        (Source("w"), (4, 6), "i64", "which cannot be converted"),
+        (Source("n"), (2,), "f32", "which cannot be converted"),
+        (Source("n"), (2,), "i32", "which cannot be converted"),
+        (Source("n"), (2,), "bool", "which cannot be converted"),
+        (Source("w"), (4, 6), "f99", "which cannot be converted"),
     ],
 )
 def test_misfits(tmp_path: Path, source: Source, shape: Sequence[int], dtype: str, words: str) -> None:

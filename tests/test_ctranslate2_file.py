@@ -80,7 +80,7 @@ ONE = np.zeros((2, 3), "<f4")
     [
         (b"", "the file is empty", "byte 0"),
         (b"\x06\0", "the file ends within a record", "byte 0, version"),
-        (model(version=5), "this version of the format is not read", "byte 0, version"),
+        (model(version=5), "this version of the format is not supported", "byte 0, version"),
         (model(variable("a", ONE), variable("a", ONE)), "a variable appears twice", "byte 86, a, data"),
         (model(variable("a", ONE, number=6)), "the dtype is not known", "byte 39, a, dtype"),
         (model(variable("a", ONE, number=4)), "a variable's bytes do not equal dtype x shape", "byte 40, a, bytes"),
@@ -97,7 +97,7 @@ ONE = np.zeros((2, 3), "<f4")
         (model(variable("a", ONE), aliases={"b": "c"}), "an alias must be a new name", "byte 78, aliased name"),
         (model(variable("a", ONE), aliases={"a": "a"}), "an alias must be a new name", "byte 78, aliased name"),
         (model()[:-8] + b"\xff" * 4, "the file declares more variables than the limit", "byte 22, count of variables"),
-        (text("x").ljust(64, b"\xff"), "this version of the format is not read", "byte 0, version"),
+        (text("x").ljust(64, b"\xff"), "this version of the format is not supported", "byte 0, version"),
     ],
 )  # fmt: skip
 def test_refuses(tmp_path: Path, data: bytes, what: str, place: str) -> None:

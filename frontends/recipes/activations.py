@@ -1,6 +1,7 @@
-"""Activations of both importers, in forms whose gradients are finite wherever their values are.
+"""Activations for both importers, in forms whose gradients are finite wherever their values are finite.
 
-A gradient of `where` multiplies the unselected branch by 0. So that branch must not overflow: 0 * inf is NaN.
+The gradient of `where` multiplies the gradient of the unselected branch by 0. So that branch must not overflow, because
+0 * inf is NaN.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from treadle.ir.builder import Builder, Expr
 def exponential_unit(b: Builder, x: Expr, alpha: float, *, scale: float = 1.0, inner: float = 1.0) -> Expr:
     """scale x above 0, scale alpha (e^(inner x) - 1) elsewhere, for floats of any width
 
-    elu (Clevert et al. 2016), selu (Klambauer et al. 2017) and celu (Barron 2017) are cases of it. At 0 the gradient is
-    the exponential's, as in PyTorch.
+    elu (Clevert et al. 2016), selu (Klambauer et al. 2017) and celu (Barron 2017) are special cases. At 0 the gradient
+    is that of the exponential, as in PyTorch.
     """
     positive = x > 0.0
     below = b.where(positive, b.constant(0.0, x.dtype), x)
@@ -22,7 +23,9 @@ def exponential_unit(b: Builder, x: Expr, alpha: float, *, scale: float = 1.0, i
 
 
 def root(b: Builder, total: Expr) -> Expr:
-    """The square root of a sum of squares: a norm, a deviation. If it is 0 the gradient is 0, as in PyTorch."""
+    """The square root of a sum of squares, such as a norm or a deviation. If the root is 0, its gradient is 0, as in
+    PyTorch.
+    """
     nothing = b.equal(total, 0.0)
     zero, one = b.constant(0.0, total.dtype), b.constant(1.0, total.dtype)
     made: Expr = b.where(nothing, zero, b.sqrt(b.where(nothing, one, total)))
