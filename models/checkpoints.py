@@ -1,4 +1,4 @@
-"""A model as each form of checkpoint holds it: its configured declaration, graph, and tensors of its weights."""
+"""Models as checkpoints hold them: the configured declaration, its graph, and the tensors of its weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Reading:
-    """The choices of a caller that apply when a checkpoint is read.
+    """The caller's choices about how a checkpoint is read.
 
     inputs       optional inputs of the declaration to include
     config       configuration that overrides the declaration's or the checkpoint's
-    keep_blocks  True if weights that a GGUF file stores in blocks stay in blocks
+    keep_blocks  True if weights that a GGUF file stores in blocks are not decoded
     deferred     True if weights are converted only when a part of them is read
     """
 
@@ -48,8 +48,8 @@ class ReadModel:
     unused   tensors of the checkpoint that the model does not use
     unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
-    padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
-    learned  the weights that training changes by default; None: all
+    padding  the row of each embedding table that gets no gradient when it is looked up, by the table's name
+    learned  names of the weights that training changes by default; None: all
     """
 
     name: str
@@ -63,11 +63,11 @@ class ReadModel:
     learned: tuple[str, ...] | None = None
 
     def giving(self, outputs: Sequence[str] | None) -> ReadModel:
-        """Return the model with these outputs only; None: all."""
+        """Return the model with only these outputs; None: with all."""
         return self if outputs is None else replace(self, graph=choose_outputs(self.graph, outputs))
 
     def widened(self, narrow: frozenset[DType]) -> ReadModel:
-        """Return the model with values of narrow dtypes, including weights, in f32."""
+        """Return the model with all values and weights of narrow dtypes widened to f32."""
         if not narrow:
             return self
         held = {name for name, value in self.graph.parameters.items() if value.type.dtype in narrow}
@@ -78,7 +78,7 @@ class ReadModel:
 
 
 def read_declaration(name: str, model: Model, weights: Checkpoint | None, reading: Reading) -> ReadModel:
-    """Trace a declaration. The tensors of its weights, if there are any, have the parameters' names.
+    """Trace a declaration. If there is a file of weights, its tensors have the names of the parameters.
 
     Raises UsageError for an unknown option, CheckpointError for a tensor that is missing or does not fit.
     """
@@ -110,7 +110,8 @@ def read_ctranslate2(file: CTranslate2File, reading: Reading) -> ReadModel:
     declared = model.configure(inputs=reading.inputs, **reading.config)
     table = ctranslate2_table(model.config["dim"])
     graph, binding = _bound(declared, table, file, replace(reading, deferred=False))
-    unused = tuple(name for name in binding.unused if file.record(name).shape)  # one without dimensions is an option
+    # a tensor without dimensions is an option
+    unused = tuple(name for name in binding.unused if file.record(name).shape)
     return ReadModel(declared.name, graph, declared, binding.arrays, unused)
 
 
@@ -120,7 +121,8 @@ def read_gguf_weights(file: GGUFFile, model: Model, table: Table, reading: Readi
     graph, binding = _bound(declared, table, file, reading, blocks=file if reading.keep_blocks else None)
     graph = encode_parameters(graph, binding.encodings)
     blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
-    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
+    # this tensor is part of the configuration
+    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")
     return ReadModel(declared.name, graph, declared, binding.arrays, unused, blocks)
 
 
@@ -132,7 +134,7 @@ def _bound(
     prefixes: Sequence[str] = ("",),
     blocks: BlockStore | None = None,
 ) -> tuple[Graph, Binding]:
-    """Return a declaration's graph, and the tensors of its parameters."""
+    """Return a declaration's graph, and the arrays of its parameters."""
     graph = declared.graph()
     wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
     return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=reading.deferred)
