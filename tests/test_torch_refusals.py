@@ -305,7 +305,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "truths and places": (
         lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]),
         (X,),
-        "and another index are not supported",
+        "together with another index is not supported",
     ),
     "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "training mode is not supported"),
     "batch_norm": (nn.BatchNorm1d(4), (X,), "training mode is not supported"),
