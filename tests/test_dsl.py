@@ -118,7 +118,7 @@ def annotated(
     *,
     factor: float = 2.0,
 ) -> t.Tensor:
-    """Declare a model with types in the form that type checkers read."""
+    """Types in the form in which type checkers read them."""
     return x * factor if y is None else x + y
 
 
