@@ -143,8 +143,8 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
 
 
 def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
-    """Both blocks multiply one norm with `one.w`. The second block is called twice, and its other call multiplies
-    another operand with `one.w`.
+    """Calls of `second` use `one.w` and `two.w`. In main, another product reads `two.w` with an operand that is not
+    smoothed.
     """
     blocks = "".join(
         f"""

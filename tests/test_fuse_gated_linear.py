@@ -228,7 +228,9 @@ def test_a_gate_is_found_where_it_is_spelled_out_or_of_two_values() -> None:
 
 
 def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
-    """The activation is fused with its product, or both products are merged, neither of which the fused gate has."""
+    """If a gate is refused, the report names what is fused instead: the activation with its product, or both
+    products. The report of a fused gate has neither.
+    """
 
     def report(*lines: str) -> dict[str, str]:
         verdicts = explain_fusion(parse_graph(gated(*lines, weights=ALONG[:2]))).blocks[-1].verdicts

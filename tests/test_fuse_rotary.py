@@ -99,7 +99,7 @@ def _in_two_halves(b: Builder) -> Expr:
 
 
 def angles_again(b: Builder) -> Expr:
-    """Another computation of the same angles, in which they come last in the graph."""
+    """Return the angles that the graph already has: the operand of its last cosine."""
     node = next(n for n in reversed(b.function.nodes) if n.op.name == "cos")
     return b.expr(node.inputs[0])
 
@@ -160,7 +160,7 @@ def _angles_by_einsum(b: Builder) -> Expr:
 
 
 def _moved(b: Builder) -> Expr:
-    """Heads before positions, by a rearrange of a normalized value"""
+    """A rearrange of an input moves heads before positions, as after a normalization of heads"""
     x = b.input("x", f"f32[B, S, 4, {2 * HALF}]")
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"))
 
@@ -325,7 +325,7 @@ def _no_sign(b: Builder) -> Expr:
 
 
 def _mixed(b: Builder) -> Expr:
-    """Halves of x, but angles each twice in a row"""
+    """x is rotated in halves, but with angles repeated as for neighboring pairs"""
     return turned(b, heads(b), repeated(b, angles(b)))
 
 

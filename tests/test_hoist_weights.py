@@ -220,7 +220,7 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     b = Builder(graph)
     b.source = SourceLine("model.py", 7)
     x, w = b.input("x", f32[1000]), b.parameter("w", f32[1, 1000])
-    large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
+    large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB each; the limit is 1 MB
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
     lowered = PassManager((HoistWeights(),)).run(graph)
     assert len(lowered.graph.derived_weights) == 2  # one of the large values, and the small value

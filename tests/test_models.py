@@ -367,8 +367,8 @@ def test_an_encoder_by_itself_has_the_sizes_that_it_has_in_the_whole() -> None:
 
 
 def test_the_transformer_has_the_papers_size() -> None:
-    """About 65 million parameters (table 3, base): 12 attention blocks, 6 feed-forward networks with two products, and
-    five norms for each pair of layers.
+    """About 65 million parameters (table 3, base). Each of six pairs of an encoder and a decoder layer has 12
+    matrices of attention, two feed-forward networks and five norms.
     """
     sizes = [math.prod(value.type.static_shape or ()) for value in transformer.graph().parameters.values()]
     assert sum(sizes) == 37000 * 512 + 6 * (12 * 512**2 + 2 * (2 * 512 * 2048 + 2048 + 512) + 5 * 2 * 512)

@@ -38,8 +38,8 @@ def compiled(backend: str, graph: Graph, weights: dict[str, Any] | None = None) 
 
 
 def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str]]:
-    """Return the largest difference between the ranks' parts and the whole model's outputs, and the kinds of arrays
-    that were exchanged.
+    """Return the largest difference between the ranks' parts and the whole model's outputs, and the types of the
+    exchanged values.
     """
     graph = recognized(family)
     drawn, inputs, wanted = numbers(family)

@@ -107,7 +107,7 @@ def a_mask_by_positions(count: int) -> bool:
 
 
 def a_mask_beneath_moves(count: int) -> bool:
-    """j <= i, with `count` rearranges above the comparison"""
+    """A mask j <= i that `count` expands follow"""
     b = Builder(Graph("g"))
     kept = chain(triangle(b), lambda y: b.expand(y, shape=("S", "S")), count)
     return fused(b, scaled(b, lambda x: b.where(kept, x, LOW))) == ["causal"]
@@ -173,7 +173,7 @@ def an_epilogue_beneath_moves(count: int) -> bool:
 
 
 def a_turn_by_tables_of_many_makings(count: int) -> bool:
-    """A cosine that feeds `count` ops, and a sine"""
+    """A cosine and a sine, each followed by `count` ops"""
     b = Builder(Graph("g"))
     angles = b.input("a", "f32[S, 8]")
     cos, sin = (chain(wave(angles), lambda y: b.expand(y, shape=("S", 8)), count) for wave in (b.cos, b.sin))
@@ -233,7 +233,7 @@ def test_nodes_and_inputs_of_a_chain() -> None:
     [("f32", (2.0**-10, -(2.0**-10), 2.0**10, -(2.0**10))), ("f16", (2.0**-10, 1.0)), ("bf16", (2.0**-10, -1.0))],
 )
 def test_scales_that_come_first(dtype: str, numbers: tuple[float, ...]) -> None:
-    """Logits are scaled first; a scale slightly further from 1 is applied last."""
+    """Scales of logits that are applied before the product; a scale slightly further from 1 stays after the product."""
 
     def comes_first(number: float) -> bool:
         b = Builder(Graph("g"))
@@ -284,6 +284,6 @@ def test_an_index_of_nothing_is_not_negative() -> None:
 
 
 def test_bytes_that_are_made_of_weights() -> None:
-    """The limits are eight times the weights' own bytes, and a megabyte."""
+    """The limit is eight times the bytes of the weights, plus a megabyte."""
     assert what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4)
     assert not what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4 + 2)

@@ -84,8 +84,8 @@ class Whole:
         }
 
         def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-            """Check that results are as near to float64 as the whole model's results on this backend, or as roundings
-            in the model's ops permit.
+            """Check results in float64: their error may be 3e-6 of the scale, or four times the larger of the whole
+            model's error on this backend and the effect of roundings.
 
             Some models amplify roundings.
             """

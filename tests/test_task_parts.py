@@ -170,8 +170,8 @@ def scored(*best: int) -> Any:
 
 
 def test_tokens_that_continue_a_word() -> None:
-    """With a word-piece prefix, a token continues a word according to its name's length. Otherwise it does if there is
-    no space before it or at its start.
+    """With a word-piece prefix, a token continues a word if its name is longer than its text. Otherwise it does if
+    there is no space before it or at its start.
     """
     text = "ab c-d"
     asked = EncodedText((1, 2, 99, 3), (0,) * 4, ((0, 2), (3, 4), (4, 5), (5, 6)), (0, 0, 0, 0), (0, 1, 1, 1), False)

@@ -249,7 +249,9 @@ STATEMENTS = {
 
 
 def test_what_statements_count_as_work() -> None:
-    """Tokens, nodes, ops on new types and skipped text count. A limit that is sufficient once is sufficient always."""
+    """Tokens, nodes, ops on new types and skipped text count as work. The counts are fixed, so that a limit that is
+    sufficient stays sufficient in later versions.
+    """
     text = "graph g {{ main(x: f32[2]) -> (y: f32[2]) {{ {} return y = x }} }}"
     empty = least_work(text.format(""))
     assert {each: least_work(text.format(each)) - empty for each in STATEMENTS} == STATEMENTS

@@ -180,7 +180,7 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
 
 
 def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
-    """The collectives are of one kind, over the same axes, so they are awaited in the order in which they started."""
+    """Collectives of one kind, over the same axes, must be awaited in the order in which they started."""
     starts = [
         find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
     ]

@@ -387,8 +387,8 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
 
 
 def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
-    """Three cache lines are prefetched: of a tile's rows, of a residual, and of the result that replaces it; in other
-    cases none.
+    """For each row of a tile, three cache lines of the residual are prefetched, and three of the result that
+    replaces it. Without a residual, none are.
     """
     added = Chain(("f32", "f32"), (Instruction("add", (1, 0), "f32"),))
     isa = ISAS["x86-64-v4-bf16"]
