@@ -77,9 +77,7 @@ def statuses(explanation: Explanation, *kinds: str) -> Counter[str]:
 @pytest.mark.parametrize("case", ROTARY_FORMS, ids=[case.name for case in ROTARY_FORMS])
 @pytest.mark.parametrize("name", [named_apart, tidied])
 def test_a_turn_that_became_rotary_is_told_as_that(case: Case, name: Callable[[Graph], Graph]) -> None:
-    """Also for a rotation whose root comes after its sum: a concat with dimensions that are not rotated, or of the
-    pairs.
-    """
+    """Some rotations end in a concat after the sum: with dimensions that are not rotated, or of the pairs."""
     assert set(statuses(explained(name(tidied(graph_of(case.build)))), "rotary")) == {"fused"}
 
 
