@@ -170,7 +170,7 @@ def test_a_branch_on_data_is_called_one(rule: Any) -> None:
 @pytest.mark.parametrize("rule", [lambda x: x * (x.shape[0] / 2), lambda x: x + 1.5 * x.shape[0]])
 def test_a_fraction_that_sizes_give_is_called_that_and_is_a_number_where_they_are_fixed(rule: Any) -> None:
     module, x = Applied(rule), torch.randn(3, 8)
-    with pytest.raises(treadle.TreadleError, match="on sizes by other operations than integer arithmetic") as caught:
+    with pytest.raises(treadle.TreadleError, match="on sizes other than by integer arithmetic") as caught:
         treadle.from_torch(module, (x,), dynamic={"x": "B S"})
     assert "leave its dimensions out of dynamic=" in str(caught.value)
     assert_equal(treadle.from_torch(module, (x,), dynamic={"x": "_ S"}), module, (torch.randn(3, 5),))

@@ -121,7 +121,7 @@ class TorchSite:
             return made.cast(dtype)
         if found is None:
             self.refuse(
-                "a number that depends on data, or on sizes by other operations than integer arithmetic",
+                "a number that depends on data, or on sizes other than by integer arithmetic, is not supported",
                 "leave its dimensions out of dynamic=, or keep a number from data a tensor",
             )
         if dtype.kind == "bool":

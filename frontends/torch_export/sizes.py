@@ -138,7 +138,7 @@ class Symbols:
                 return one
         text = ", ".join(map(str, parts))
         raise UnknownSize(
-            f"which of the sizes is the {'largest' if largest else 'smallest'} differs between calls, and bounds "
+            f"the {'largest' if largest else 'smallest'} of several sizes differs between calls, and bounds "
             "of single dimensions cannot decide it",
             received=text,
             hint="leave all but one of these dimensions out of dynamic=, or give them one name if they are equal",

@@ -97,7 +97,7 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
         for axis, symbol in dims.items():
             size = int(tensor.shape[axis])
             if sizes.setdefault(symbol, size) != size:
-                raise UsageError(f"{symbol} is {sizes[symbol]} and {size} in the example", received=name)
+                raise UsageError(f"{symbol} has the sizes {sizes[symbol]} and {size} in the example", received=name)
         found[name] = dims
     return found
 
@@ -274,5 +274,5 @@ def name_symbols(
             symbols.names.setdefault(symbol.name, f"{name}_{symbol.name}")
         made = symbols.size(size)
         if sizes.setdefault(name, made) != made:
-            raise FrontendError(f"{name} would be both {sizes[name]} and {made}", hint="two names in dynamic=")
+            raise FrontendError(f"{name} would be both {sizes[name]} and {made}", hint="use two names in dynamic=")
     return symbols, sizes
