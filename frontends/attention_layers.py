@@ -18,12 +18,12 @@ from treadle.ir.sizing.sizes import Size, SizeLike
 from treadle.ir.source_lines import user_line
 
 Normalize = Callable[[Tensor, str], Tensor]
-"""A norm of queries or keys [B, heads, S, d]; the second argument is the name for its weight."""
+"""A function that normalizes queries or keys [B, heads, S, d]; its second argument is the name of its weight."""
 
 
 @layer
 def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d]; the new axis is labelled"""
+    """[B, S, heads * d] -> [B, heads, S, d]; the new axis has the label "heads"."""
     positive(heads=heads)
     return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
 
@@ -76,8 +76,8 @@ def multi_head_attention(
 
     x [B, S, D] is projected to queries, context [B, T, C] to keys and values. Declares q, k, v and out under `name`.
     All four have biases if `projection_bias`; `key_bias` and `output_bias` override it for k and out. `rotate` is
-    applied to the queries and keys [B, heads, S, d]. `normalize` is applied before it, with the names "q_norm" and
-    "k_norm" for the two weights.
+    applied to the queries and keys [B, heads, S, d]. `normalize` is applied to both before `rotate`, with the weight
+    names "q_norm" and "k_norm".
     """
     b = trace()
     width = x.shape[-1]
@@ -92,7 +92,8 @@ def multi_head_attention(
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     label, inner = "heads" if groups == heads else "kv_heads", per_head * groups
     key_bias = projection_bias if key_bias is None else key_bias
-    # Look up the source line once for all nodes, which is faster, unless a function of the user adds nodes in between.
+    # Look up the source line once for all nodes, which is faster. If a function of the user adds nodes in between, they
+    # need their own lines.
     with b.scoped(name, None if rotate or normalize else user_line()):
         q = split_heads(linear(x, per_head * heads, bias=projection_bias, name="q"), heads, name="q_heads")
         k = split_heads(linear(context, inner, bias=key_bias, name="k"), groups, label=label, name="k_heads")

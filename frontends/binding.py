@@ -1,6 +1,6 @@
 """Binding: find the checkpoint tensor, or the part of a tensor, for each parameter of a model.
 
-A table maps parameter names to the checkpoint's, both as patterns in which `{i}` stands for a number:
+A table maps parameter names to tensor names of the checkpoint. Both are patterns in which `{i}` stands for a number:
 
     "wte.weight":             "embeddings.weight"                             another name
     "h.{i}.attn.q.weight":    Source("h.{i}.attn.c_attn.weight", transpose=True, rows=(0, 768))
@@ -37,7 +37,7 @@ Array = npt.NDArray[Any]
 
 
 class TensorStore(NamedTensors, Protocol):
-    """A store of tensors by name: a `Checkpoint`, a `SafetensorsFile`."""
+    """A store of tensors by name, such as a `Checkpoint` or a `SafetensorsFile`."""
 
     def record(self, name: str, /) -> TensorRecord:
         """Return the dtype and shape of a tensor."""
@@ -50,7 +50,7 @@ class TensorStore(NamedTensors, Protocol):
 
 
 class BlockStore(TensorStore, Protocol):
-    """A store that holds some tensors in blocks: a `GGUFFile`."""
+    """A store that holds some tensors in blocks, such as a `GGUFFile`."""
 
     def held(self, name: str, /) -> npt.NDArray[np.uint8]:
         """Return a tensor's blocks, read-only."""
@@ -58,13 +58,13 @@ class BlockStore(TensorStore, Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint tensor, or a part of it, as a parameter: first transposed, then sliced.
+    """The tensor, or the part of a tensor, that a parameter reads. The tensor is first transposed, then sliced.
 
     transpose   the stored matrix [m, n] is read as [n, m] (GPT-2 stores its weights input by output)
-    rows        [start, stop) of the first axis, after the transpose
-    cols        [start, stop) of the second axis, after the transpose
-    groups      number of equal parts of the first axis; `rows` are taken from each of them (GPT-NeoX stores the query,
-                key and value rows of each head consecutively)
+    rows        [start, stop) of the first axis, after the transpose; None: all
+    cols        [start, stop) of the second axis, after the transpose; None: all
+    groups      number of equal parts of the first axis; `rows` are taken from each part (GPT-NeoX stores the query, key
+                and value rows of each head consecutively)
     of          required length of the first axis, or of each group; None: any length that contains `rows`
     """
 
@@ -76,9 +76,9 @@ class Source:
     of: int | None = None
 
     def shape(self, stored: Shape) -> Shape | None:
-        """Return the shape of this part of a tensor with a stored shape.
+        """Return the shape of this part, for a tensor with the stored shape.
 
-        None if it has a different number of axes, if a length differs from `of`, or if a slice is out of range.
+        Returns None if the number of axes is wrong, if a length differs from `of`, or if a slice is out of range.
         """
         if self.transpose:
             if len(stored) != 2:
@@ -120,7 +120,7 @@ class Source:
 
     @property
     def whole_rows(self) -> bool:
-        """True if it consists of whole stored rows, such as rows of blocks."""
+        """True if the part consists of whole stored rows, so that rows in blocks can be taken."""
         return not self.transpose and self.cols is None
 
     @property
@@ -140,7 +140,7 @@ class Source:
 
 
 class Tied(tuple[str, ...]):
-    """Names of one tensor. A file may store it under several of them, all with the same values."""
+    """Names of one tensor. A file may store the tensor under several of these names, with equal values."""
 
     __slots__ = ()
 
@@ -169,10 +169,10 @@ class Binding:
 
     arrays      each parameter's array, read-only; a view of the file if the dtypes agree. With `deferred`, arrays of
                 other dtypes are `DeferredArray`
-    sources     the source of each array, with the file's name for it
-    converted   the parameters whose dtype is not the file's: (the file's, theirs)
-    unused      the file's tensors that no parameter took, in the file's order
-    encodings   the parameters whose arrays hold blocks, as the file does
+    sources     the source of each array, with the tensor's name in the file
+    converted   (dtype in the file, dtype of the parameter), for parameters whose dtype differs from the file's
+    unused      the file's tensors that no parameter reads, in the file's order
+    encodings   the encoding of each parameter whose array holds blocks, as the file does
     """
 
     arrays: dict[str, Any]
@@ -192,23 +192,23 @@ def bind(
     blocks: BlockStore | None = None,
     deferred: bool = False,
 ) -> Binding:
-    """Find every parameter in a checkpoint.
+    """Find the array of every parameter in a checkpoint.
 
     parameters   name -> (shape, dtype): the model's parameters
     table        parameter name or pattern -> Source, checkpoint name, several of them in order of preference, or `Tied`
                  names; an exact name takes precedence over a pattern; among patterns, the first match counts
     prefixes     prefixes of the table's names in the file, in order of preference: ("", "bert.")
     ignore       patterns of the file's names (after a prefix) that `unused` leaves out, such as stored masks
-    blocks       the checkpoint, if matrices that it holds in blocks of an encoding stay encoded: they, and rows of
-                 them, are not decoded
-    deferred     True if a tensor is converted only when a part of it is taken, provided that NumPy has the file's dtype
+    blocks       the checkpoint, if its matrices in blocks of an encoding, and rows of these matrices, stay encoded;
+                 else None
+    deferred     True if a tensor is converted only when a part of it is read, provided that NumPy has the file's dtype
 
     A floating-point tensor is converted to the parameter's dtype, an integer tensor if every value of its dtype fits. A
     bf16 parameter is held as float32, since NumPy has no bf16.
 
     Raises one CheckpointError that lists all missing tensors (with the nearest names in the file) and all tensors whose
-    shape or dtype does not fit (with both); no tensor is read before all are checked. Raises CheckpointError if
-    tied tensors differ, and if a conversion would turn a finite value infinite.
+    shape or dtype does not fit (with the file's and the parameter's). All are checked before any tensor is read. Raises
+    CheckpointError if tied tensors differ, and if a conversion would turn a finite value infinite.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
@@ -267,7 +267,9 @@ def bind(
 def alternatives(
     parameters: Iterable[str], table: Table, checkpoint: TensorStore, *, prefixes: Sequence[str] = ("",)
 ) -> dict[str, tuple[Source, ...]]:
-    """Return each parameter's possible sources in a file of this table, in order of preference, present or not."""
+    """Return each parameter's possible sources in a file of this table, in order of preference, whether or not the file
+    has them.
+    """
     lookup = _Lookup(table, prefixes, checkpoint)
     return {name: tuple(lookup.named(lookup.wanted(name))) for name in parameters}
 
@@ -304,7 +306,7 @@ class _Lookup:
         return _Wanted(parameter, {}, (Source(parameter),))
 
     def find(self, wanted: _Wanted) -> Source | None:
-        """Return the alternative that the file has, with its prefix; its name is still a pattern."""
+        """Return the first alternative that the file has, with its prefix; its name is still a pattern."""
         for found in self._prefixed(wanted):
             if wanted.filled(found).name in self._checkpoint:
                 return found
@@ -317,7 +319,7 @@ class _Lookup:
         return [source.name for source in self.named(wanted) if source.name in self._checkpoint]
 
     def named(self, wanted: _Wanted) -> Iterator[Source]:
-        """Yield every alternative with every prefix, under the name that a file has for it."""
+        """Yield every alternative with every prefix. Patterns are filled with the parameter's numbers."""
         return map(wanted.filled, self._prefixed(wanted))
 
     def _prefixed(self, wanted: _Wanted) -> Iterator[Source]:
@@ -347,14 +349,16 @@ def _check_tied(names: Sequence[str], checkpoint: TensorStore) -> None:
 
 
 def _misfit(name: str, shape: Shape, dtype: str, source: Source, record: TensorRecord) -> str | None:
-    """Return one line about a tensor that does not fit the parameter, its names as patterns; None if it fits."""
+    """Return one line about a tensor that does not fit the parameter, with names as patterns, or None if the tensor
+    fits.
+    """
     given = source.shape(record.shape)
     mismatch = f"{printable(name)} needs {dtype}{_text(shape)}; {printable(source.name)} is {record}"
     if given is None:
         return f"{mismatch} and has no part {source.part}"
     if given != shape:
         return mismatch + (f", and {source} is {record.dtype}{_text(given)}" if source.part else "")
-    return None if _convertible(record.dtype, dtype) else f"{mismatch}, which does not convert"
+    return None if _convertible(record.dtype, dtype) else f"{mismatch}, which cannot be converted"
 
 
 def _text(shape: Shape) -> str:
@@ -378,7 +382,9 @@ _INTEGERS = {f"{kind}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for
 
 
 def _deferred(name: str, held: str, needed: str, source: Source, checkpoint: TensorStore) -> DeferredArray:
-    """Return a tensor that is converted when a part of it is taken; `_convert` documents its refusals."""
+    """Return an array that converts a tensor when a part of it is read. It raises the errors that `_convert`
+    documents.
+    """
     dtype = DTYPES[needed].numpy or np.dtype(np.float32)
     is_bf16 = held == "bf16"
     stored = source.view(checkpoint.bits(source.name) if is_bf16 else checkpoint.array(source.name))

@@ -1,4 +1,4 @@
-"""Errors of binding for a checkpoint that does not fit the model; lines that differ only in numbers are merged.
+"""Errors for a checkpoint that does not fit the model. Lines that differ only in numbers are merged.
 
 layer.{i}.mlp.up.weight <- h.{i}.mlp.up.weight; nearest: h.{i}.mlp.fc.weight; i = 0..11
 """
@@ -16,11 +16,11 @@ from treadle.frontends.name_patterns import filled, unfilled
 from treadle.ir.errors import CheckpointError
 
 _NUMBER = re.compile(r"(?<![0-9A-Za-z_])(?:0|[1-9][0-9]{0,8})(?![0-9A-Za-z_])")  # a separate part of a name
-_SEARCHES = 100  # limit of nearest-name searches for missing names
-_UNUSED_LINES = 40  # lines of an error
+_SEARCHES = 100  # maximum number of searches for nearest names
+_UNUSED_LINES = 40  # maximum number of lines of an error
 
 FoldedLine = tuple[str, Mapping[str, str]]
-"""A line of an error as a pattern, and its numbers: lines that differ only in the numbers are folded."""
+"""A line of an error as a pattern, and the numbers in it: lines that differ only in the numbers are merged."""
 
 
 class NamedTensors(Protocol):
@@ -40,7 +40,7 @@ class NamedTensors(Protocol):
 class MissingTensor:
     """A parameter that has no tensor in the checkpoint.
 
-    pattern   the table pattern that it matched, with the numbers
+    pattern   the table pattern that the parameter matched, and the matched numbers
     names     possible names in the file, also patterns
     """
 
@@ -59,7 +59,7 @@ def mismatch(
     """Return the error for a checkpoint that lacks tensors, or holds tensors that do not fit.
 
     needed   number of tensors that the model needs
-    unused   the file's tensors that no parameter took
+    unused   the file's tensors that no parameter reads
     """
     counts = []
     lines = [checkpoint.label]
@@ -85,7 +85,7 @@ def mismatch(
 def _missing_lines(
     missing: Sequence[MissingTensor], unused: Sequence[str], checkpoint: NamedTensors
 ) -> list[FoldedLine]:
-    """Return the possible names of each missing parameter in the file, and the nearest name that it has."""
+    """Return, for each missing parameter, its possible names in the file and the nearest name that the file has."""
     # An unused tensor is more likely the intended tensor than a tensor that is bound.
     free, held = NearestNames(unused), NearestNames(checkpoint.names())
     found_for: dict[str, list[str]] = {}  # pattern -> nearest names found so far, as patterns
@@ -108,7 +108,7 @@ def _missing_lines(
 
 
 def _fold_lines(lines: Sequence[FoldedLine]) -> list[str]:
-    """Return lines; equal lines are merged into one that ends in the numbers for which it holds."""
+    """Return lines in which equal patterns are merged: each line ends in the numbers for which it applies."""
     groups: dict[str, list[Mapping[str, str]]] = {}
     for line, numbers in lines:
         groups.setdefault(line, []).append(numbers)
@@ -119,7 +119,7 @@ def _fold_lines(lines: Sequence[FoldedLine]) -> list[str]:
 
 
 def _ranges(many: list[Mapping[str, str]]) -> str:
-    """Return `i = 0..3, 7` for one placeholder; each set of numbers for several."""
+    """Return `i = 0..3, 7` for one placeholder; for several placeholders, return each combination of numbers."""
     if len(many[0]) != 1:
         return "; ".join(", ".join(f"{k} = {v}" for k, v in numbers.items()) for numbers in many)
     (placeholder,) = many[0]

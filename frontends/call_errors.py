@@ -1,4 +1,4 @@
-"""Errors for unknown names and wrong calls of layers, with the DSL's names and the layer's options."""
+"""Errors for unknown names and wrong calls of layers. Hints give the DSL's names and the layer's options."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ _CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argu
 
 
 class UnknownNameError(FrontendError, AttributeError):
-    """The DSL has no layer, op or type of that name. Also an AttributeError, so that `hasattr` returns False."""
+    """The DSL has no layer, op or type of that name. The class is also an AttributeError, so that `hasattr` returns
+    False.
+    """
 
 
 def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
-    """Return the error for a name that the DSL lacks, with the DSL's name for another library's, or a similar name."""
+    """Return the error for a name that the DSL lacks. The hint gives the DSL's word for another library's name, or
+    similar names.
+    """
     near = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(name.lower(), known, n=3)
     guess = "did you mean " + " or ".join(f"t.{n}" for n in near) + "?" if near else "dir(treadle) lists its names"
     return UnknownNameError(
@@ -33,7 +37,7 @@ def unknown_word(name: str, known: Iterable[str]) -> UnknownNameError:
 
 
 def nearest_op(name: str) -> str | None:
-    """Return the op with the most similar name, if one is near."""
+    """Return the op with the most similar name, or None if no name is similar."""
     return next(iter(difflib.get_close_matches(name.strip(), OPS, n=1)), None)
 
 
@@ -55,8 +59,8 @@ def call_hint(error: BaseException) -> str | None:
 
 
 def _called(name: str, error: BaseException) -> object:
-    """Return the object that a bare name refers to on the line that raised an error; None if the name is undefined, or
-    is not bare there: `t.mlp(`.
+    """Return the object that a bare name refers to on the line that raised an error. Return None if the name is
+    undefined, or has a module before it there: `t.mlp(`.
     """
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -1,18 +1,19 @@
 """One model.bin of CTranslate2, memory-mapped; every record is checked before any array is returned.
 
 Source: `Model::load` in CTranslate2's src/models/model.cc, which is the format's only description. All numbers are
-little-endian; a text is u16 n, then n bytes that end in NUL.
+little-endian. A string is a u16 length n, then n bytes that end in NUL.
 
-    u32 version, text specification, u32 revision
-    u32 count, of variables:  text name, u8 rank, u32 dimension * rank, u8 dtype, u32 bytes, the bytes themselves
-    u32 count, of aliases:    text alias, text name
+    u32 version, string specification, u32 revision
+    u32 number of variables; each:  string name, u8 rank, u32 dimension * rank, u8 dtype, u32 size, size bytes
+    u32 number of aliases; each:    string alias, string name
 
 This project has its own reader because the library offers none: it loads a file only into its own engine, and it trusts
 the file's sizes. The supported version is 6, which its converters write (CURRENT_BINARY_VERSION in
 specs/model_spec.py).
 
-Refused, with the byte: an unknown version or dtype, an invalid text, a name that appears twice, bytes that do not equal
-dtype x shape, an alias of an unknown name, and anything that reaches past the file's end or stops before it.
+The reader refuses these files and reports the byte offset: an unknown version or dtype, an invalid string, a name that
+appears twice, a size that does not equal dtype x shape, an alias of an unknown name, and records that end after or
+before the end of the file.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ _PICKLES = (b"PK", b"\x80")
 _VERSION = 6
 _DAMAGED = "fetch the file again: it is damaged, or not a model.bin of CTranslate2"
 _DTYPES = (("f32", 4), ("i8", 1), ("i16", 2), ("i32", 4), ("f16", 2), ("bf16", 2))
-"""Names of the format's dtypes and bytes of an element, by the dtype's number."""
+"""Names of the format's dtypes and bytes of an element, indexed by the dtype's number."""
 _NUMPY = {"f32": "<f4", "i8": "i1", "i16": "<i2", "i32": "<i4", "f16": "<f2"}
-_LONGEST = 512  # bytes of a text
+_LONGEST = 512  # bytes of a string
 _LARGEST = 2**60  # elements
 
 
@@ -54,7 +55,7 @@ def find_ctranslate2(
     """Open the model.bin of a folder in CTranslate2's layout; return None if the folder has another layout.
 
     Safetensors in the same folder take precedence. A PyTorch pickle named model.bin is not a CTranslate2 file. Raises
-    CheckpointError if it is damaged, or leads out of the folder.
+    CheckpointError if the file is damaged, or is a link out of the folder.
     """
     place = ModelFolder.find(folder, limits)
     if not place.has(_NAME) or any(place.has(f"model{suffix}") for suffix in _WEIGHTS):
@@ -67,7 +68,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
     """The variables of one file: a mapping from names, in the file's order, to records and arrays.
 
     specification   the model's kind, as the file declares it: "WhisperSpec"
-    revision        revision of that specification
+    revision        number of the specification's revision
     aliases         other names of variables, read-only; `record` and `array` accept them, `names` leaves them out
     """
 
@@ -79,7 +80,9 @@ class CTranslate2File(MappedTensors[TensorRecord]):
     def __init__(self, reader: _Reader, limits: CheckpointLimits) -> None:
         version = reader.number("version", "I")
         if version != _VERSION:
-            reader.fail("this version of the format is not read", f"version {version}", f"version {_VERSION} is read")
+            reader.fail(
+                "this version of the format is not supported", f"version {version}", f"version {_VERSION} is supported"
+            )
         self.specification = reader.text("specification")
         self.revision = reader.number("revision", "I")
         records: dict[str, TensorRecord] = {}
@@ -106,7 +109,7 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         """Map the file and check its records; the variables' bytes are not read.
 
         `shown` is the file's name in errors, by default the path. Raises CheckpointError if the file does not exist, is
-        not regular, breaks the format, or is past a limit.
+        not a regular file, breaks the format, or exceeds a limit.
         """
         shown = shown or shown_path(path)
         with open_regular(path, shown) as file:
@@ -128,7 +131,8 @@ class CTranslate2File(MappedTensors[TensorRecord]):
 
     def array(self, name: str, /) -> npt.NDArray[Any]:
         """Return a variable as a read-only array, a view of the mapped file. Two kinds are copied: bf16, which NumPy
-        lacks, is widened to float32, and data whose offset is not a multiple of its element size, which is common here.
+        lacks and which is widened to float32; and data whose offset is not a multiple of its element size, which is
+        common in this format.
 
         Raises CheckpointError if there is no such variable, or if the file has changed since it was opened.
         """
@@ -146,7 +150,9 @@ class CTranslate2File(MappedTensors[TensorRecord]):
 
 
 class _Reader:
-    """A cursor that reads numbers and texts from the file's bytes. Errors name the byte where the last value began."""
+    """A cursor that reads numbers and strings from the file's bytes. Errors give the byte at which the last value
+    began.
+    """
 
     def __init__(self, data: mmap.mmap, file: FileState) -> None:
         self.data = data
@@ -160,7 +166,7 @@ class _Reader:
         raise CheckpointError(what, received=received, within=place, hint=hint)
 
     def take(self, size: int, field: str) -> int:
-        """Skip `size` bytes; return their offset."""
+        """Skip `size` bytes; return the offset of the first of them."""
         self.began, self.field = self.at, field
         if size > len(self.data) - self.at:
             self.fail("the file ends within a record", f"{len(self.data) - self.at} bytes where {size} should be")
@@ -202,7 +208,7 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
     if rank > limits.rank:
         reader.fail("a variable has more dimensions than the limit", f"rank {rank}, limit {limits.rank}")
     shape = tuple(reader.number(f"{shown}, dimension {i}", "I") for i in range(rank))
-    if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy counts this way even if one of the sizes is 0
+    if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy multiplies sizes in this way even if one of them is 0
         reader.fail("a variable's shape is larger than any array", str(shape))
     number = reader.number(f"{shown}, dtype", "B")
     if number >= len(_DTYPES):

@@ -1,4 +1,4 @@
-"""A declaration in a user's Python file, which is imported: `file.py:function`."""
+"""Model declarations in a user's Python file: `file.py:function`. The file is imported."""
 
 from __future__ import annotations
 

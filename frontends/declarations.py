@@ -1,4 +1,4 @@
-"""Models: declared as functions, configured, called in other models, and traced when a graph is requested."""
+"""Model declarations: functions that are configured, called in other models, and traced when a graph is requested."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ else:
 class Model(Generic[P, R]):
     """A model declaration with its configuration; `@t.model` returns it.
 
-    function  the traced function, whose signature calls have inside other models
+    function  the traced function; calls of the model inside other models have its signature
     config    configuration values that differ from the declaration's defaults
     optional_inputs  names of the optional inputs that are present
     """
@@ -61,7 +61,7 @@ class Model(Generic[P, R]):
 
     @property
     def description(self) -> str:
-        """The first line of the docstring."""
+        """The first line of the declaration's docstring."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
@@ -163,7 +163,7 @@ class Model(Generic[P, R]):
         except TreadleError as error:
             error.source = error.source or self._line_of(error, tracing)
             raise
-        except Exception as error:  # errors of the model's own code: a misspelt attribute, a wrong argument
+        except Exception as error:  # the model's own code may raise anything: a misspelt attribute, a wrong argument
             raise FrontendError(
                 f"model {self.name} cannot be traced: {type(error).__name__}: {error}",
                 source=self._line_of(error, tracing),
@@ -217,7 +217,7 @@ class Model(Generic[P, R]):
         function: Callable[..., R] = inner.function
         return function(*inputs, **named, **absent, **inner._configuration())
 
-    # A model is immutable. Pickle stores it by its module and name, as it stores a function.
+    # A model is immutable. Pickle stores a model as it stores a function: by module and name.
 
     def __copy__(self) -> Self:
         return self
@@ -226,7 +226,7 @@ class Model(Generic[P, R]):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Raise FrontendError for a model that its module does not hold under its name."""
+        """Return what pickle stores. Raises FrontendError if the module does not hold the model under its name."""
         module, path = self.function.__module__, self.function.__qualname__
         try:
             declared = _declared(module, path)
@@ -265,7 +265,7 @@ def _declared(module: str, path: str) -> Any:
 
 
 def _pickled(module: str, path: str, config: Mapping[str, Any], given: tuple[str, ...]) -> Model:
-    """Return the model that a pickle names."""
+    """Return the model that a pickle refers to."""
     import_module(module)
     return Model(_declared(module, path).function, config, given)
 

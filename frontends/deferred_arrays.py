@@ -1,4 +1,6 @@
-"""Arrays of a mapped file that are converted when a part is taken, so that a part costs only its own bytes."""
+"""Arrays of a mapped file that are converted when a part is read, so that reading a part costs only the bytes of that
+part.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ Array = np.ndarray[Any, Any]
 class DeferredArray:
     """A weight as a file stores it, and the conversion that is applied to any part of it, element by element.
 
-    stored   a view of the file, of the weight's shape
+    stored   a view of the file, with the weight's shape
     convert  converts stored elements, of any shape, to `dtype`
     """
 
@@ -39,7 +41,7 @@ class DeferredArray:
         return np.asarray(self[...], dtype)
 
     def then(self, convert: Callable[[Array], Array], dtype: np.dtype[Any]) -> DeferredArray:
-        """Return the same array with one more conversion."""
+        """Return the same array with one further conversion after this one."""
         return DeferredArray(self.stored, lambda part: convert(self.convert(part)), dtype)
 
 

@@ -7,7 +7,7 @@
             x += t.mlp(t.layer_norm(x, name="ln"), 4 * dim, name="mlp")
         return t.unembed(x, tied="wte")
 
-Positional arguments are inputs and declare their types; `t.i64["B S"]` alone is enough if no type checker reads it
+Positional arguments are inputs and declare their types; `t.i64["B S"]` alone is enough if no type checker is used
 (docs/decisions/0009-types-that-checkers-read.md). Keyword-only arguments are the configuration. An axis that is named
 as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python: there
 is no parser of Python source, and a graph's only control flow is the calls of repeated blocks.
@@ -74,8 +74,8 @@ def trace() -> Trace:
 def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int]:
     """Repeat a block under the scopes h.0, h.1, ...: `for i in t.stack("h", 12):`
 
-    Repetitions with the same structure become one function of the graph. If `shared`, all of them use the one scope h,
-    and so have the same parameters.
+    Repetitions with the same structure become one function of the graph. If `shared`, all repetitions use the single
+    scope h, and so have the same parameters.
     """
     tracing = trace()
     source = user_line()
@@ -148,8 +148,8 @@ def declare(
             source=describe_source(line, tracing.scope),
             hint="one of " + ", ".join(_INITS) + ", or an Init",
         )
-    # Other values are compared by their text: equality ignores a label, and a value that is not a size may have no
-    # hash.
+    # Other values are compared by their text, because equality ignores a label, and a value that is not a size may have
+    # no hash.
     wanted = _type_of_a_weight(dtype.name, *[d if type(d) is int or type(d) is Size else str(d) for d in shape])
     if wanted is None:
         text = _weight_text(dtype.name, shape)
@@ -163,7 +163,9 @@ def declare(
 
 
 def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str:
-    """Return the hint for two parameters with one name: from two stacks of one name, a Python loop, or two layers."""
+    """Return the hint for two parameters with one name. They may come from two stacks of one name, a Python loop, or
+    two layers.
+    """
     stacks = [r for r in tracing.regions if f"{tracing.scope}.".startswith(f"{r.scope}.")]
     again = f"t.shared_parameter({full!r}) uses it again"
     if stacks:
@@ -181,9 +183,9 @@ def _apart(tracing: Trace, full: str, name: str, line: SourceLine | None) -> str
     return f'name="{layer}_2" for one of the two, or with t.scope("second"): around it; {again}'
 
 
-@lru_cache(maxsize=4096)  # layers repeat
+@lru_cache(maxsize=4096)  # layers repeat the same shapes
 def _type_of_a_weight(dtype: str, *shape: SizeLike) -> Type | None:
-    """Return the type, or None if its shape holds a symbol or a negative size. Raises as `parse_type` does."""
+    """Return the type, or None if its shape contains a symbol or a negative size. Raises as `parse_type` does."""
     type = parse_type(_weight_text(dtype, shape))
     sizes = type.static_shape
     return None if sizes is None or min(sizes, default=0) < 0 else type
@@ -245,9 +247,10 @@ def constant(value: Any, dtype: DType | None = None) -> Tensor:
 
 
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
-    """Promise that a symbolic axis stays within bounds; calls outside them are refused.
+    """Promise that a symbolic axis stays within bounds; calls with other sizes are refused.
 
-    Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1 or if no size is left.
+    Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1, or if the bounds allow no
+    size.
     """
     graph = trace().graph
     if symbol not in graph.symbols:

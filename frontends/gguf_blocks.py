@@ -1,6 +1,6 @@
-"""Tensors of a GGUF file in blocks: their description in the file, and their decoded values.
+"""Tensors that a GGUF file stores in blocks: their entries in the file, and their decoded values.
 
-Block types that are encodings (`treadle.ir.encodings`) are decoded by these; the others by the gguf library.
+Encodings (`treadle.ir.encodings`) decode their own block types; the gguf library decodes the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import FORMS, Encoding
 from treadle.ir.errors import CheckpointError, FrontendError
 
-_DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library's temporaries take a few times as much
+_DEQUANTISED_AT_ONCE = 1 << 20  # bytes of blocks; the library needs a few times as much temporary memory
 PLAIN: Mapping[str, str] = {
     "f32": "<f4", "f16": "<f2", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8"
 }  # fmt: skip
@@ -29,15 +29,17 @@ class GGUFTensor(TensorRecord):
     """One tensor's entry in the file.
 
     dtype         dtype of `array`: f32 for every block type that is dequantized
-    blocks        the type in the file: "q4_1", "q8_0", "f16", ...
-    begin, end    byte range of its blocks, counted from the file's start
+    blocks        the tensor's type in the file: "q4_1", "q8_0", "f16", ...
+    begin, end    byte range of the tensor's blocks, counted from the file's start
     """
 
     blocks: str = "f32"
 
     @property
     def encoding(self) -> Encoding | None:
-        """The encoding of its blocks, which run along the last axis; None for plain numbers and rarer block types."""
+        """The encoding of the tensor's blocks, which run along the last axis; None for plain numbers and for rarer
+        block types.
+        """
         return Encoding(self.blocks) if self.blocks in FORMS else None
 
     def __str__(self) -> str:

@@ -5,15 +5,15 @@ Source: the GGUF format, https://github.com/ggml-org/ggml/blob/master/docs/gguf.
     "GGUF", version u32, tensors u64, keys u64
     keys      times:   key string, type u32, value
     tensors   times:   name string, rank u32, sizes u64[rank] (innermost first), block type u32, offset u64
-    padding to general.alignment (default 32), then the tensors' blocks, each at a multiple of it
+    padding to general.alignment (default 32), then each tensor's blocks, at a multiple of the alignment
 
     string    length u64, then bytes in UTF-8
     array     type u32, count u64, then the values
 
-The project has its own, strict reader: it compares every count, length and size with the number of bytes left before it
-uses them, so that the work is in proportion to the file. The `gguf` library provides the block size of each type, and
-decodes the rarer types; its own reader neither checks lengths nor bounds its work. Arrays of arrays are refused, as in
-llama.cpp.
+The project has its own, strict reader. It compares every count, length and size with the number of remaining bytes
+before it uses them, so that the work is proportional to the file's size. The `gguf` library provides the block size of
+each type, and decodes the rarer types; its own reader neither checks lengths nor bounds its work. Arrays of arrays are
+refused, as in llama.cpp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from treadle.ir.errors import CheckpointError
 
 
 class GGUFFile(MappedTensors[GGUFTensor]):
-    """The metadata and tensors of one file. It needs no closing; a file that changes while it is mapped is refused."""
+    """The metadata and tensors of one file. It need not be closed. If the file changes while it is mapped, reads are
+    refused.
+    """
 
     def __init__(
         self, file: FileState, data: mmap.mmap, values: Mapping[str, HeaderValue], tensors: Mapping[str, GGUFTensor]
@@ -49,8 +51,8 @@ class GGUFFile(MappedTensors[GGUFTensor]):
     def open(cls, path: PathLike, limits: GGUFLimits | Mapping[str, int] | None = None) -> GGUFFile:
         """Map the file and check everything before the tensors' blocks; no block is read.
 
-        Raises CheckpointError, with the byte and the field, if the file does not exist, is not regular, breaks the
-        format, or is past a limit; FrontendError if the gguf library is not installed.
+        Raises CheckpointError, with the byte and the field, if the file does not exist, is not a regular file, breaks
+        the format, or exceeds a limit; FrontendError if the gguf library is not installed.
         """
         shown = shown_path(path)
         with open_regular(path, shown) as file:
@@ -68,7 +70,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
 
     @property
     def architecture(self) -> str:
-        """general.architecture: "llama", ... Raises CheckpointError if it is missing."""
+        """The value of general.architecture: "llama", ... Raises CheckpointError if it is missing."""
         return self.text("general.architecture")
 
     def has(self, key: str) -> bool:
@@ -116,7 +118,9 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         return bool(self._number(value))
 
     def texts(self, key: str) -> list[str]:
-        """Return an array of strings. Raises CheckpointError if it is missing, is something else, or is not UTF-8."""
+        """Return an array of strings. Raises CheckpointError if the key is missing, or if its value is not an array of
+        strings in UTF-8.
+        """
         value = self._present(key)
         if value.starts is None:
             self.fail(key, "must be an array of strings")
@@ -166,10 +170,10 @@ class GGUFFile(MappedTensors[GGUFTensor]):
     # -- tensors -----------------------------------------------------------------------------------------------
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor as a read-only array of its shape: a view of the file if it holds plain numbers, else
+        """Return a tensor as a read-only array of its shape. Plain numbers are a view of the file; blocks are
         dequantized to float32.
 
-        Raises CheckpointError if there is no such tensor, or its blocks are of a type that cannot be dequantized.
+        Raises CheckpointError if there is no such tensor, or if its block type cannot be dequantized.
         """
         record, raw = self.record(name), self.raw(name)
         if record.blocks in PLAIN:

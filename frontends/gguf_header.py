@@ -26,16 +26,16 @@ SCALARS: Mapping[int, tuple[str, str]] = {
     0: ("u8", "<B"), 1: ("i8", "<b"), 2: ("u16", "<H"), 3: ("i16", "<h"), 4: ("u32", "<I"), 5: ("i32", "<i"),
     6: ("f32", "<f"), 7: ("bool", "<?"), 10: ("u64", "<Q"), 11: ("i64", "<q"), 12: ("f64", "<d"),
 }  # fmt: skip
-"""The format's numbers of scalar types, our names, and their `struct` formats. 8 is a string, 9 an array."""
+"""Our name and the `struct` format of each scalar type, by the format's number. 8 is a string, 9 an array."""
 
 STRING, ARRAY, BOOL = 8, 9, 7
 
 
 @dataclass(frozen=True)
 class GGUFLimits:
-    """Limits of a file's sizes; a file past one is refused. Every field may be set higher.
+    """Limits of a file's sizes; a file that exceeds a limit is refused. Every field may be set higher.
 
-    header_bytes   everything before the tensors' blocks
+    header_bytes   bytes before the tensors' blocks
     keys, tensors  entries of the two tables
     strings        strings in arrays, all together (a vocabulary and its merges)
     text_bytes     length of one string
@@ -50,9 +50,9 @@ class GGUFLimits:
 
 @dataclass(frozen=True, slots=True)
 class HeaderValue:
-    """A metadata value, decoded on access: its offset and, for an array, its items.
+    """A metadata value, decoded on access: the offset of the value and, for an array, of its items.
 
-    kind     the format's number of its type; for an array, of its items' type
+    kind     the format's number of the value's type; for an array, of the items' type
     count    None for a scalar
     starts   offset of each string of an array, its length included
     """
@@ -64,7 +64,7 @@ class HeaderValue:
 
 
 class HeaderReader:
-    """A cursor over the header. `place` names the item that is being read, for errors."""
+    """A cursor over the header. `place` names the item that is being read; errors report it."""
 
     def __init__(self, data: mmap.mmap, shown: str, limits: GGUFLimits) -> None:
         self.data = data
@@ -78,12 +78,12 @@ class HeaderReader:
     def fail(
         self, what: str, received: str | None = None, hint: str | None = DAMAGED, at: int | None = None
     ) -> NoReturn:
-        """Raise CheckpointError at a byte, by default the cursor's."""
+        """Raise CheckpointError for a byte, by default the byte at the cursor."""
         place = f"byte {self.at if at is None else at}, {self.place}"
         raise CheckpointError(what, received=received, within=f"{self.shown}: {place}", hint=hint)
 
     def take(self, count: int) -> int:
-        """Skip `count` bytes; return their offset."""
+        """Skip `count` bytes; return the offset of the first of them."""
         at = self.at
         if count > self.end - at:
             self.fail("the file ends too early", f"{count} bytes are needed, and {self.end - at} are left")
@@ -93,7 +93,7 @@ class HeaderReader:
         return at
 
     def past(self, limit: str, what: str) -> NoReturn:
-        """Raise the error for a value past a limit."""
+        """Raise the error for a value that exceeds a limit."""
         most = getattr(self.limits, limit)
         self.fail(f"{what} than the limit", f"limit {most}", limit_hint(limit, MORE * most))
 
@@ -134,9 +134,9 @@ class HeaderReader:
         if version not in _VERSIONS:
             swapped = version & 0xFFFF == 0 and version
             self.fail(
-                "the file is of a version that is not read",
+                "this version of the format is not supported",
                 "a big-endian file" if swapped else f"version {version}",
-                "versions 2 and 3, little-endian, are read; convert the file again with a current llama.cpp",
+                "versions 2 and 3, little-endian, are supported; convert the file again with a current llama.cpp",
                 at=len(MAGIC),
             )
         self.place = "number of tensors"
@@ -182,7 +182,7 @@ class HeaderReader:
     def read_array(self) -> HeaderValue:
         kind = self.kind()
         if kind == ARRAY:
-            self.fail("an array holds arrays", hint="arrays of numbers and of strings are read", at=self.at - 4)
+            self.fail("an array holds arrays", hint="arrays of numbers and of strings are supported", at=self.at - 4)
         at = self.at
         count = self.u64()
         start = self.at
@@ -215,7 +215,7 @@ class HeaderReader:
             self.take(at - self.at)
             return starts
         self.at = at
-        self.skip_string()  # which reports the error
+        self.skip_string()  # reports the error
         self.fail("the file ends too early")
 
     # -- tensors -----------------------------------------------------------------------------------------------
@@ -232,8 +232,8 @@ class HeaderReader:
         return int(number)
 
     def read_tensors(self, count: int, alignment: int) -> dict[str, GGUFTensor]:
-        """Read the table. Each tensor's blocks must begin where the previous tensor's blocks end, as llama.cpp
-        requires.
+        """Read the table of tensors. Each tensor's blocks must begin where the previous tensor's blocks end, as
+        llama.cpp requires.
         """
         gguf = import_gguf()
         kinds = {int(k): (k.name.lower(), *gguf.GGML_QUANT_SIZES[k]) for k in gguf.GGML_QUANT_SIZES}
@@ -270,7 +270,7 @@ class HeaderReader:
     def placed(
         self, entries: Mapping[str, tuple[str, tuple[int, ...], int, int, int]], base: int
     ) -> dict[str, GGUFTensor]:
-        """Return the tensors with their offsets in the file, whose blocks begin at `base`."""
+        """Return the tensors with their offsets in the file; `base` is the offset of the first block."""
         tensors = {}
         for name, (blocks, shape, offset, nbytes, at) in entries.items():
             begin = base + offset

@@ -55,7 +55,7 @@ _CONFIG = "config.json"
 _CACHED = "models--"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TRAINED = "weights.safetensors"  # of training, for a declaration
+_TRAINED = "weights.safetensors"  # written by training for a model of a declaration
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _REVISION_BYTES = 256
 _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES = 4 << 20, 32, 200_000
@@ -67,14 +67,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder with a model's files, and the folder that bounds what may be read: the one opener of these files.
+    """The folder with a model's files, and the folder outside of which no file is read. All files of a model are opened
+    through this class.
 
     path    the folder with config.json, links followed
-    root    nothing outside is read: `path` itself, or the `models--org--name` around a cached snapshot
+    root    no file outside this folder is read: `path` itself, or the `models--org--name` of a cached snapshot
     shown   the folder's name in errors, as the user wrote it
     limits  limits on config.json and on weights
 
-    The parsed form of a file is kept, so that it is opened once. Files that change between two reads are refused.
+    The parsed form of a file is kept, so that each file is opened once. Files that change between two reads are
+    refused.
     """
 
     path: Path
@@ -91,7 +93,7 @@ class ModelFolder:
         """Return the model folder for a path: the path itself, or the revision of a hub cache's `models--org--name`. A
         model folder is returned as it is.
 
-        Raises CheckpointError if it is not a folder, or if the cache names no revision.
+        Raises CheckpointError if the path is not a folder, or if the cache has no current revision.
         """
         if isinstance(folder, ModelFolder):
             return folder
@@ -108,7 +110,7 @@ class ModelFolder:
             revision = _revision(path, shown)
             shown = os.path.join(shown, "snapshots", revision)
             return cls(contained(path / "snapshots" / revision, path, shown), path, shown, known)
-        # The path as named comes first: a snapshot that is itself a link out of its cache is refused.
+        # The path as given is tried first: a snapshot that is itself a link out of its cache is refused.
         for lies in (named, path):
             for above in lies.parents:
                 if above.name == "snapshots" and above.parent.name.startswith(_CACHED):
@@ -117,11 +119,11 @@ class ModelFolder:
         return cls(path, path, shown, known)
 
     def has(self, name: str) -> bool:
-        """Return True if there is an entry of this name, including a dangling link."""
+        """Return True if the folder has an entry of this name. A dangling link counts."""
         return os.path.lexists(self.path / name)
 
     def show(self, name: str) -> str:
-        """Return a file's name for errors."""
+        """Return a file's name as errors show it."""
         return os.path.join(self.shown, printable(name))
 
     def file(self, name: str) -> Path:
@@ -141,7 +143,7 @@ class ModelFolder:
     def open(self, name: str) -> RegularFile:
         """Open a file that is named relative to the folder.
 
-        Raises CheckpointError as `file` does, if it is not a regular file, and as `check` does.
+        Raises CheckpointError as `file` and `check` do, and if it is not a regular file.
         """
         opened = open_regular(self.file(name), self.show(name), self.path / name)
         self._states.setdefault(name, opened.state)
@@ -158,14 +160,14 @@ class ModelFolder:
             state.check(exists=exist)
 
     def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
-        """Return the bytes of a file, at most `limit`; `setting` is the limit's name. Raises CheckpointError as `open`
-        does, and for a longer file.
+        """Return the bytes of a file, at most `limit`; `setting` is the limit's name for the error. Raises
+        CheckpointError as `open` does, and for a longer file.
         """
         with self.open(name) as file:
             return read_whole(file, limit, self.show(name), setting)
 
     def once(self, key: object, parse: Callable[[], T]) -> T:
-        """Return the result of `parse`, which is called for the first request of this key only."""
+        """Return the result of `parse`, which is called only for the first request of this key."""
         if key not in self._parsed:
             self._parsed[key] = parse()
         found: T = self._parsed[key]
@@ -173,8 +175,8 @@ class ModelFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json, not to be changed. Raises CheckpointError as `open` does, if it is not one JSON object, and past
-        `limits`.
+        """The content of config.json, not to be changed. Raises CheckpointError as `open` does, if the file is not one
+        JSON object, and if it exceeds `limits`.
         """
         known = self.limits
         return self.once(_CONFIG, lambda: self._object(_CONFIG, known.config_bytes, known.nesting, known.values))
@@ -182,8 +184,8 @@ class ModelFolder:
     def read_settings(self, name: str) -> dict[str, Any]:
         """Return the JSON object of a settings file, such as generation_config.json, not to be changed.
 
-        Raises CheckpointError as `open` does, if the file is not one JSON object, and past 4 MiB, 200,000 values or 32
-        levels.
+        Raises CheckpointError as `open` does, if the file is not one JSON object, and if it exceeds 4 MiB, 200,000
+        values or 32 levels.
         """
         return self.once(name, lambda: self._object(name, _SETTINGS_BYTES, _SETTINGS_NESTING, _SETTINGS_VALUES))
 
@@ -212,7 +214,7 @@ class Checkpoint:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json, not to be changed."""
+        """The content of config.json, not to be changed."""
         return self.folder.config
 
     @property
@@ -254,7 +256,7 @@ class Checkpoint:
         return self._holder(name)[name]
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor as a read-only array, a view of its file where possible: see `SafetensorsFile.array`.
+        """Return a tensor as a read-only array, a view of its file if possible: see `SafetensorsFile.array`.
 
         Raises CheckpointError as `record` does, and if NumPy cannot hold the dtype.
         """
@@ -366,7 +368,7 @@ def open_checkpoint(
     mapped when first requested. No file outside the folder is read, no code is run, and no pickle is loaded.
 
     Raises CheckpointError if config.json or the weights are missing or damaged, if the weights are pickles, if a path
-    or a link leads out of the folder, or past a limit.
+    or a link leads out of the folder, or if a limit is exceeded.
     """
     place = ModelFolder.find(folder, limits)
     return place.once(Checkpoint, lambda: _open_checkpoint(place))
@@ -397,7 +399,9 @@ def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | 
 
 
 def _revision(path: Path, shown: str) -> str:
-    """Return the current revision of a hub cache's `models--org--name`: refs/main, else its only snapshot."""
+    """Return the current revision of a hub cache's `models--org--name`: the content of refs/main, else the name of its
+    only snapshot.
+    """
     ref = path / "refs" / "main"
     if os.path.lexists(ref):
         ref_shown = os.path.join(shown, "refs", "main")
@@ -418,7 +422,9 @@ def _revision(path: Path, shown: str) -> str:
 
 
 def _entries(folder: Path) -> list[str]:
-    """Return the names in a folder, sorted, up to the number that an error needs; empty if it is not readable."""
+    """Return the names in a folder, sorted, up to the number that an error needs; an empty list if the folder is not
+    readable.
+    """
     try:
         with os.scandir(folder) as found:
             return sorted(entry.name for entry in itertools.islice(found, _ENTRIES))

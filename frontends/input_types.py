@@ -1,6 +1,6 @@
-"""A model's inputs, as its function's parameters declare them.
+"""The inputs of a model, read from its function's parameters.
 
-    tokens: Annotated[t.Tensor, t.i64["B S"]]                      a tensor to type checkers
+    tokens: Annotated[t.Tensor, t.i64["B S"]]                      type checkers see a tensor
     tokens: t.i64["B S"]                                           the short form
     lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         optional
 
@@ -29,7 +29,7 @@ class DeclaredInput:
 
 
 def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> DeclaredInput:
-    """Return an input; symbols with the names of sizes are replaced by them.
+    """Return an input. Symbols with the names of the configuration's sizes are replaced by these sizes.
 
     Raises FrontendError for an input without a type, with a default, or with a negative size.
     """

@@ -6,7 +6,7 @@ Models, stacks, scopes and parameters; the layers; attention's masks and biases;
 under its own name (`t.einsum`, `t.rearrange`, `t.softmax`, ...), so that anything can be written by hand. If a layer
 has an op's name (`t.layer_norm`), the op itself is `t.ops.layer_norm`.
 
-A name that is imported `as` itself is public; a name that begins with _ is not. (An `__all__` could not hold the ops.)
+A name that is imported `as` itself is public; a name that begins with _ is not. (An `__all__` could not list the ops.)
 """
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING

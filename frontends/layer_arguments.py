@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class _Wrong(Exception):
-    """An argument that does not fit: the required kind, and what to try."""
+    """An argument that does not match its annotation: the required kind, and the hint."""
 
     def __init__(self, wanted: str, hint: str | None = None) -> None:
         super().__init__(wanted)
@@ -103,7 +103,7 @@ def _integer(name: str, value: Any) -> int:
         return value
     if not isinstance(value, bool):
         try:
-            return operator.index(value)  # raises a clear error for a size with symbols
+            return operator.index(value)  # raises a clear error for a size that contains symbols
         except TypeError:
             pass
     try:
@@ -180,7 +180,7 @@ _FITTING: dict[Callable[[str, Any], Any], frozenset[type]] = {
     _function: frozenset({FunctionType}),
     _dtype: frozenset({DType}),
 }
-"""The types that a check returns unchanged."""
+"""For each check, the types of arguments that it returns unchanged."""
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "Tensor": _tensor,

@@ -44,9 +44,9 @@ def embed(
 ) -> Tensor:
     """Rows of a table [count, dim] at ids [...] -> [..., dim]. `tied` names another embedding whose table is used.
 
-    The table, and so the output, has dtype `dtype`.
+    The table and the output have dtype `dtype`.
 
-    If ids are `positions` of a symbolic axis, or these plus a constant, the table bounds that axis: S + constant <=
+    If ids are `positions` of a symbolic axis, or positions plus a constant, the table bounds that axis: S + constant <=
     count.
     """
     b = trace()
@@ -84,7 +84,8 @@ def sinusoidal_positions(
     b = trace()
     j, half = b.iota(size=dim), (dim + 1) // 2
     i, is_cosine = (b.floor_divide(j, 2), b.mod(j, 2)) if interleaved else (b.mod(j, half), b.floor_divide(j, half))
-    # In float64: a float32 angle near 1000 is off by 3e-5. So a cosine can be a sine a quarter turn later.
+    # Computed in float64, because a float32 angle near 1000 is off by 3e-5. So a cosine can be computed as a sine a
+    # quarter turn later.
     p, i, is_cosine = (b.cast(x, to=f64) for x in (b.rearrange(positions, pattern="... -> ... 1"), i, is_cosine))
     angles = p * b.exp(i * (-2.0 * math.log(base) / dim)) + is_cosine * (math.pi / 2)
     return b.cast(b.sin(angles), to=dtype, name="sinusoids")
@@ -169,13 +170,13 @@ def convolution(
 
 
 def _weight(b: Trace, x: Tensor, name: str, *shape: SizeLike | Dim, init: str = "normal") -> Tensor:
-    """Declare a weight of x's dtype, or of f32 if x is not floating-point."""
+    """Declare a weight with the dtype of x, or with f32 if x is not floating-point."""
     dtype = x.value.type.dtype
     return declare(b, name, shape, init, dtype if dtype.kind == "float" else f32, b.source)
 
 
 def _first_position(ids: Value) -> int | None:
-    """Return the first of ids that are `positions`, possibly plus constants; None for others."""
+    """Return the first position if ids are `positions`, possibly plus constants; None for other ids."""
     node = ids.node
     if node is not None and node.op.name == "positions":
         return 0
@@ -189,14 +190,14 @@ def _first_position(ids: Value) -> int | None:
 
 
 def positive(**counts: int) -> None:
-    """Raise FrontendError, with the name, for a count below 1."""
+    """Raise FrontendError, with the argument's name, for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise FrontendError(f"{name} must be 1 or more", received=f"{name}={count}", source=trace().place())
 
 
 def _channels(x: Tensor, axes: int) -> Size:
-    """Return the channels of x [B, C, *spatial], for a kernel over `axes` spatial axes."""
+    """Return the number of channels of x [B, C, *spatial], for a kernel over `axes` spatial axes."""
     spatial = x.rank - 2
     if spatial < 1 or axes != spatial:
         fitting = f"kernel=({', '.join(['3'] * spatial)}{',' * (spatial == 1)})" if spatial > 0 else ""

@@ -1,4 +1,4 @@
-"""The tensors of one memory-mapped file of any format: a mapping from names, in the file's order, to records and
+"""The tensors of a memory-mapped file of any format: a mapping from names, in the file's order, to records and
 bytes.
 """
 
@@ -35,7 +35,9 @@ class TensorRecord:
 
     @property
     def encoding(self) -> Encoding | None:
-        """The encoding of its blocks along the last axis; None for plain numbers and for other kinds of blocks."""
+        """The encoding of the tensor's blocks along the last axis; None for plain numbers and for block types without
+        an encoding.
+        """
         return None
 
     @property
@@ -53,9 +55,9 @@ Record = TypeVar("Record", bound=TensorRecord)
 class MappedTensors(Generic[Record]):
     """The common base of the readers of all formats.
 
-    It needs no closing: arrays keep the mapping alive, and the last of them releases it. The file must not be changed
-    while it is mapped. A truncated file is noticed before each array is created; if the file is truncated later, the
-    operating system ends a process that reads the array (as for every memory-mapped file).
+    A mapping need not be closed: its arrays keep it alive, and the last one releases it. The file must not be changed
+    while it is mapped. Before each array is created, the file's size is checked. If the file is truncated later, the
+    operating system ends a process that reads the array, as for every memory-mapped file.
 
     path     the file's name in errors
     called   the format's word for a tensor
@@ -100,7 +102,7 @@ class MappedTensors(Generic[Record]):
         return record
 
     def raw(self, name: str, /) -> npt.NDArray[np.uint8]:
-        """Return a tensor's bytes as stored in the file, u8[nbytes]: a read-only view for any dtype.
+        """Return a tensor's bytes as stored in the file, u8[nbytes]: a read-only view, whatever the tensor's dtype.
 
         Raises CheckpointError if there is no such tensor, or if the file has changed since it was opened.
         """
@@ -109,7 +111,9 @@ class MappedTensors(Generic[Record]):
         return np.frombuffer(self._data, np.uint8, record.nbytes, record.begin)
 
     def bits(self, name: str, /) -> npt.NDArray[np.uint16]:
-        """Return the bits of a bf16 tensor, u16 of its shape, read-only: a view of the file if its offset is even."""
+        """Return the bits of a bf16 tensor, u16 of its shape, read-only. The array is a view of the file if its offset
+        is even.
+        """
         record, raw = self.record(name), self.raw(name)
         bits = (raw if record.begin % 2 == 0 else raw.copy()).view("<u2").reshape(record.shape)
         bits.flags.writeable = False

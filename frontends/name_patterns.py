@@ -9,12 +9,12 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 def has_placeholder(name: str) -> bool:
-    """Return True if a name is a pattern."""
+    """Return True if a name contains a placeholder."""
     return _PLACEHOLDER.search(name) is not None
 
 
 def compiled_pattern(pattern: str) -> re.Pattern[str]:
-    """Return `h.{i}.x.{i}` as a regular expression: `{i}` is a number, the same at each occurrence."""
+    """Return the regular expression of a pattern: in `h.{i}.x.{i}`, `{i}` is a number, the same at each occurrence."""
     parts: list[str] = []
     seen: set[str] = set()
     at = 0
@@ -33,7 +33,7 @@ def filled(pattern: str, numbers: Mapping[str, str]) -> str:
 
 
 def unfilled(name: str, numbers: Mapping[str, str]) -> str:
-    """Return a file's name as a pattern: its first parts that equal the numbers become their placeholders."""
+    """Return a file's name as a pattern: the first parts that equal the numbers are replaced by placeholders."""
     for placeholder, number in numbers.items():
         name = re.sub(rf"(?<![0-9]){number}(?![0-9])", f"{{{placeholder}}}", name, count=1)
     return name

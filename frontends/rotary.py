@@ -1,10 +1,10 @@
-"""Frequencies of rotary positions: how fast each pair of a head's dimensions turns, and how scaling slows it.
+"""Frequencies of rotary positions, in radians per position for each pair of a head's dimensions, and their scalings.
 
     frequencies = t.rotary_frequencies(64, base=10000.0)                       # constants: base ** (-2 i / dims)
     frequencies = t.rotary_frequencies(64, scaling=Dynamic(2.0, 2048), length=t.size_of(tokens, 1))
     q = t.rotary(q, t.positions(tokens), frequencies)
 
-docs/decisions/0003-rotary-frequencies.md explains why they are an operand of the op.
+docs/decisions/0003-rotary-frequencies.md explains why frequencies are an operand of the op.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from treadle.ir.types import f32
 
 Frequencies = npt.NDArray[np.float64]
 
-_MOST_DIMS = 1 << 16  # known heads have up to 576; a config.json may hold any number
+_MOST_DIMS = 1 << 16  # known heads have up to 576 dimensions; a config.json may hold any number
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Dynamic:
     """A base that grows with the sequence's length past the context: Hugging Face's "dynamic" (NTK)
 
     base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The graph computes
-    the frequencies from the length, so that every call has its own; a model with them cannot be run a step at a time.
+    the frequencies from the length, so each call has its own frequencies. Such a model has no step.
     """
 
     factor: float
@@ -89,9 +89,9 @@ class Dynamic:
 class Yarn:
     """frequency / factor for pairs that turn rarely within the context; others are kept   (Peng et al. 2023)
 
-    Pair i of dims / 2 is kept below the i that turns `fast` times in the context, divided past the i that turns `slow`
-    times, and interpolated linearly in between. `truncate` rounds both i outwards. Scores are multiplied by temperature
-    ** 2, so that attention stays as sharp among more keys.
+    Pairs that turn more than `fast` times in the context are kept. Pairs that turn less than `slow` times are divided.
+    Between these two pairs, the scaling is interpolated linearly in the pair's index i. `truncate` rounds both indices
+    outwards. Scores are multiplied by temperature ** 2, so that attention stays as sharp with more keys.
     """
 
     factor: float
@@ -123,8 +123,8 @@ class Yarn:
 class LongRope:
     """frequency i / short[i], or, if a sequence is longer than the context, frequency i / long[i] (Ding et al. 2024)
 
-    Scores are multiplied by temperature ** 2, as by `Yarn`. Every call chooses by its length, so such a model cannot be
-    run a step at a time: keys of a text that grows past the context would have to be rotated again. If the sequence is
+    Scores are multiplied by temperature ** 2, as by `Yarn`. Every call chooses by its length, so such a model has no
+    step: the cached keys of a text that grows past the context would have to be rotated again. If the sequence is
     bounded by the context, the frequencies are constants, and the model has a step.
     """
 
@@ -143,7 +143,7 @@ def rotary_frequencies(
     """Frequencies f32[dims / 2] in radians per position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
 
     length is the sequence's length, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of
-    dims, for a base that is not positive, and for these two scalings without a length.
+    dims, for a base that is not positive, and if one of these two scalings has no length.
     """
     if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:
         raise _misfit(
@@ -168,7 +168,7 @@ def rotary_frequencies(
 
 
 def _chosen(frequencies: Frequencies, scaling: LongRope, length: SizeLike | None) -> Tensor:
-    """Return the frequencies for short sequences or for long sequences."""
+    """Return the short frequencies, or the long ones if the sequence is longer than the context."""
     b = trace()
     if length is None:
         raise _misfit("longrope scaling needs the sequence's length", f"length {length}")

@@ -8,8 +8,8 @@ Source: the safetensors format, https://github.com/huggingface/safetensors#forma
                  "__metadata__": {"text": "text", ...}}
     the rest  the tensors' bytes, little-endian, row-major; begin and end count from here
 
-Refused, with the byte or the field: a key that appears twice, an unknown dtype or field, a size that does not equal
-dtype x shape, ranges that overlap, that leave bytes unclaimed, or that reach past the end of the file.
+The reader refuses these files and reports the byte or the field: a key that appears twice, an unknown dtype or field, a
+size that does not equal dtype x shape, and ranges that overlap, leave gaps, or reach past the end of the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LENGTH_BYTES = 8
 _LARGEST = 2**63 - 1
 _DAMAGED = "fetch the file again: it is damaged, or of another format than its name indicates"
 
-# Bits of each dtype that the format knows. Our name of a dtype is the format's in lower case.
+# Bits of each dtype that the format knows. Our name of a dtype is the format's name in lower case.
 _BITS: Mapping[str, int] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -56,7 +56,7 @@ _NUMPY: Mapping[str, np.dtype[Any]] = {
     )
 }  # fmt: skip
 
-# Formats that are often stored under the name of a safetensors file, by their first bytes.
+# Formats that are often stored under the name of a safetensors file: the first bytes, the format, the hint.
 _WHERE_TRUSTED = "if you trust it, convert it to safetensors"
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "fetch the file that it stands for: git lfs pull"),
@@ -74,7 +74,7 @@ safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items
 
 @dataclass(frozen=True)
 class CheckpointLimits:
-    """Limits of a checkpoint's sizes; a checkpoint past one is refused. Every field may be set higher.
+    """Limits of a checkpoint's sizes; a checkpoint that exceeds a limit is refused. Every field may be set higher.
 
     header_bytes    length of a safetensors header, and of the index of a sharded checkpoint
     tensors         tensors in one file, and in one index
@@ -83,7 +83,7 @@ class CheckpointLimits:
     values          values in config.json, and in the metadata of a file or of an index
     nesting         nesting depth of JSON objects and arrays (at most 100)
 
-    Raises UsageError for a limit that is not a positive integer, or is past the supported maximum.
+    Raises UsageError for a limit that is not a positive integer, or exceeds the supported maximum.
     """
 
     header_bytes: int = 32 * 2**20
@@ -121,10 +121,10 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
     def open(
         cls, path: PathLike, limits: CheckpointLimits | Mapping[str, int] | None = None, *, shown: str | None = None
     ) -> SafetensorsFile:
-        """Map the file and check its header. Reads only the header; for the tensors, only sizes are checked.
+        """Map the file and check its header. No tensor is read; only the sizes of tensors are checked.
 
         `shown` is the file's name in errors, by default the path. Raises CheckpointError if the file does not exist, is
-        not regular, is a pickle by its name, breaks the format, or is past a limit.
+        not a regular file, has the name of a pickle, breaks the format, or exceeds a limit.
         """
         shown = shown or shown_path(path)
         refuse_pickle(PurePath(path).name, shown)
@@ -146,8 +146,8 @@ class SafetensorsFile(MappedTensors[TensorRecord]):
     def array(self, name: str) -> npt.NDArray[Any]:
         """Return a tensor as a read-only array of its shape, without a copy: a view of the mapped file.
 
-        Two kinds are copied: bf16, which NumPy lacks, is widened to float32 (exact; `raw` returns its bits), and data
-        whose offset is not a multiple of its element size.
+        Two kinds are copied: bf16, which NumPy lacks and which is widened to float32 (exact; `raw` returns the stored
+        bytes); and data whose offset is not a multiple of its element size.
 
         Raises CheckpointError if there is no such tensor, if NumPy has no dtype for it (narrow floats), if a bool is
         neither 0 nor 1, or if the file has changed since it was opened.
@@ -206,7 +206,7 @@ def _open(file: RegularFile, shown: str, limits: CheckpointLimits) -> Safetensor
     start = file.read(64)
 
     def fail(what: str, received: str, place: str, hint: str) -> NoReturn:
-        if any(start[4:8]):  # as a length, past 4 GiB: so these are not a length
+        if any(start[4:8]):  # these bytes would make a length of more than 4 GiB, so they are not a length
             for magic, nature, remedy in _FOREIGN:
                 if start.startswith(magic):
                     received, hint = f"{received}; the first bytes match {nature}", remedy
@@ -316,7 +316,8 @@ def _read_dtype(reader: JsonReader) -> str:
 
 def _read_shape(reader: JsonReader, rank: int) -> tuple[int, ...]:
     dims: list[int] = []
-    # Upper bound of the bytes, with sizes of 0 counted as 1: NumPy cannot address an array past 2^63.
+    # Upper bound of the number of bytes, with sizes of 0 counted as 1: NumPy cannot address an array of 2^63 bytes or
+    # more.
     span = 8
     for count in reader.items("an array of sizes"):
         if count == rank:

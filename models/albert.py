@@ -100,7 +100,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names, in which the one layer is the first of the first group."""
+    """Return the table of Hugging Face's names, where the one shared layer is the first layer of the first group."""
     layer, word = "encoder.albert_layer_groups.0.albert_layers.0", "embeddings.word_embeddings.weight"
     head = choose_architecture(config, ARCHITECTURES)
     table: dict[str, Entry] = {

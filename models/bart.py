@@ -82,7 +82,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_sizes(config: Config) -> dict[str, Any]:
-    """Return the options that BART's and Marian's configurations share."""
+    """Return the options that the configurations of BART and Marian share."""
     return {
         "vocab": read_int(config, "vocab_size"),
         "dim": read_int(config, "d_model"),
@@ -98,7 +98,9 @@ def read_sizes(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. Its position tables begin with two unused rows, fairseq's padding."""
+    """Return the table of Hugging Face's names. Two unused rows at the start of the position tables are left out
+    (fairseq's padding).
+    """
     end = 2 + read_int(config, "max_position_embeddings")
     table = name_blocks() | {"shared.weight": SHARED, "logits_bias": "final_logits_bias"}
     for stack in ("encoder", "decoder"):
@@ -134,7 +136,7 @@ ALIASES = {
     "hidden_size": "d_model",
     "num_hidden_layers": "encoder_layers",
 }
-"""Other names of BART's, Marian's and Whisper's keys."""
+"""Other names of keys in the configurations of BART, Marian and Whisper."""
 
 UNUSED = {
     "add_bias_logits": "the bias is a tensor of the file",
@@ -143,7 +145,7 @@ UNUSED = {
         ("student_encoder_layers", "student_decoder_layers", "replacing_rate"), "records how the model was distilled"
     ),
 }
-"""Irrelevant keys of BART and Marian."""
+"""Keys of BART and Marian that change no output, each with the reason."""
 
 FAMILY = Family(
     "bart", bart, ("bart",), from_config, checkpoint,

@@ -1,6 +1,6 @@
 """BERT: a bidirectional encoder with the norm after each part (Devlin et al. 2019).
 
-One declaration with a choice of heads: in the paper, too, tasks differ only in the last layer (figures 1 and 4).
+The heads are options of a single declaration: in the paper, too, tasks differ only in the last layer (figures 1 and 4).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARCHITECTURES = {
     "BertForPreTraining": "pretraining",
 }
 """The head of each of Hugging Face's classes. The start and the end of an answer are two labels of a token. In multiple
-choice each row is a question with one of its choices, and has one label, its score.
+choice, each row is a question with one of its choices, and has a single label: the score.
 """
 
 
@@ -98,8 +98,8 @@ def embed_tokens(
 ) -> t.Tensor:
     """Return the normalized sum of embeddings of tokens, positions and token types: [B, S, dim].
 
-    token_types  None: all of the first type
-    types        0: tokens have none
+    token_types  None: all tokens are of the first type
+    types        number of token types; 0: tokens have no types
     """
     x = t.embed(tokens, vocab, dim, name="word")
     x += t.embed(t.positions(tokens), context, dim, name="position")
@@ -130,12 +130,12 @@ def pool(x: t.Tensor, *, act: Activation = t.tanh) -> t.Tensor:
 
 
 def follows(x: t.Tensor) -> t.Tensor:
-    """Return logits [B, 2] that a row's second sentence follows its first, or does not."""
+    """Return two logits [B, 2]: the second sentence of a row follows the first, or it does not."""
     return t.linear(pool(x), 2, name="next_sentence")
 
 
 def unmask(x: t.Tensor, dim: int, *, act: Activation, eps: float) -> t.Tensor:
-    """Return logits [B, S, vocab] of the masked tokens, by the embedding table, whose width is dim."""
+    """Return logits [B, S, vocab] for masked tokens, from the embedding table, whose width is dim."""
     with t.scope("masked_lm"):
         x = t.layer_norm(act(t.linear(x, dim, name="transform")), eps=eps, name="norm")
         return t.unembed(x, tied="embeddings.word", bias=True)
@@ -156,7 +156,9 @@ def from_config(config: Config) -> t.Model:
 
 
 def require_encoder(config: Config) -> None:
-    """Refuse options that make a decoder of BERT or similar models, and positions that are not added to the tokens."""
+    """Refuse options that turn BERT or a similar model into a decoder, and position embeddings that are not added to
+    the tokens.
+    """
     require(config, position_embedding_type="absolute")
     require(config, is_decoder=False, add_cross_attention=False, is_causal=False)
 
@@ -188,7 +190,9 @@ def checkpoint(config: Config) -> Table:
 
 
 def name_encoder() -> dict[str, Entry]:
-    """Return Hugging Face's names. Checkpoints from before 2019 call a norm's weight gamma and its bias beta."""
+    """Return Hugging Face's names of the encoder's weights. Checkpoints from before 2019 call a norm's weight gamma and
+    its bias beta.
+    """
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.word.weight": "embeddings.word_embeddings.weight",

@@ -93,7 +93,7 @@ def clip_vision(
 
 
 def _project(outputs: dict[str, t.Tensor], name: str, width: int | None) -> dict[str, t.Tensor]:
-    """Return the outputs with their pooled states projected, if there is a width."""
+    """Return the outputs; if there is a width, the pooled states are projected to it."""
     if width is None:
         return outputs
     return {"hidden": outputs["hidden"], name: t.linear(outputs["pooled"], width, bias=False, name="projection")}
@@ -214,8 +214,8 @@ def read_part(config: Config, name: str) -> Config:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. A separate encoder has them with or without its prefix in the whole
-    model.
+    """Return the table of Hugging Face's names. The names of a separate encoder may have the prefix that it has in the
+    whole model.
     """
     if config.get("model_type") == "clip":
         whole: dict[str, Entry] = {"logit_scale": "logit_scale"}
@@ -227,7 +227,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def _encoder_table(prefix: str, projection: str) -> dict[str, Entry]:
-    """Return the names of one encoder; `projection` is `text` or `visual`."""
+    """Return the table for one encoder; `projection` is `text` or `visual`."""
     layer = f"{prefix}encoder.layers.{{i}}"
     positions = f"{prefix}embeddings.position_embedding.weight"
     table: dict[str, Entry] = {

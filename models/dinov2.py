@@ -103,8 +103,8 @@ def bicubic(size: int, to: int) -> npt.NDArray[np.float32]:
     """Return the matrix [to, size] that resizes a row by cubic convolution with a = -0.75, its ends repeated (Keys
     1981).
 
-    As torch.nn.functional.interpolate(mode="bicubic", align_corners=False): positions are pixel centers, and there is
-    no smoothing before a row is made smaller.
+    The same as torch.nn.functional.interpolate(mode="bicubic", align_corners=False): positions are pixel centers, and a
+    row is not smoothed before it is made smaller.
     """
     a = -0.75
     at = (np.arange(to) + 0.5) * (size / to) - 0.5
@@ -150,12 +150,14 @@ def from_config(config: Config) -> t.Model:
 
 
 def gated_width(hidden: int) -> int:
-    """Return the width of a gated network that replaces one of `hidden`: two thirds, up to the next multiple of 8."""
+    """Return the width of a gated network in place of a network of width `hidden`: two thirds of it, rounded up to a
+    multiple of 8.
+    """
     return (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. A gated network's first two matrices are one."""
+    """Return the table of Hugging Face's names. The first two matrices of a gated network are stored as one."""
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {
         "embeddings.class": "embeddings.cls_token",

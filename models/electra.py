@@ -93,7 +93,7 @@ def from_config(config: Config) -> t.Model:
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
-    if config.get("architectures") == ["ElectraForMultipleChoice"]:  # the only class whose pooling is configured
+    if config.get("architectures") == ["ElectraForMultipleChoice"]:  # no other class has configured pooling
         require(config, summary_type="first", summary_use_proj=True, summary_activation="gelu")
     return electra.configure(
         **read_encoder(config, "gelu", vocab=30522, dim=256, heads=4, layers=12, hidden=1024),
@@ -105,7 +105,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. In multiple choice, the pooling layer is called a summary."""
+    """Return the table of Hugging Face's names. In multiple choice, the pooling layer is called `summary`."""
     block, word = "encoder.layer.{i}", "embeddings.word_embeddings.weight"
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {

@@ -1,4 +1,4 @@
-"""The interface of a model family: its declaration, and how a checkpoint's config and names map to it.
+"""The interface of a model family: its declaration, and functions that map a checkpoint's config and names to it.
 
 The functions below read a config.json from an untrusted source: each raises CheckpointError, with the option's name,
 for an unsupported value.
@@ -24,7 +24,7 @@ OTHER_WAYS = """\
 or an ONNX file of the model: torch.onnx.export(module, example, "model.onnx", dynamo=True) writes one, and
 treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it
 or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
-"""Other ways to import a model that no family of the zoo reads: the end of a hint."""
+"""The end of a hint: other ways to import a model that no family of the zoo supports."""
 
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 10_000  # tracing time is proportional to their number
@@ -32,11 +32,11 @@ _MOST_LAYERS = 10_000  # tracing time is proportional to their number
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """The meaning of a config.json.
+    """The configuration that a config.json describes.
 
     model   the family's declaration, configured
     table   the table of checkpoint names
-    unread  keys that nothing read and that are not known to be irrelevant, with dots: "rope_parameters.factor"
+    unread  keys that were not read and are not known to be irrelevant; nested keys have dots: "rope_parameters.factor"
     """
 
     model: Model
@@ -75,8 +75,8 @@ class Family:
     def read(self, config: Config) -> ReadConfig:
         """Read a config.json.
 
-        Raises CheckpointError, with the key, for an option that the family does not support, and for a key that has two
-        names there with different values.
+        Raises CheckpointError, with the key, for an option that the family does not support, and if a key is present
+        under two names with different values.
         """
         recorded = RecordedConfig(config, self.aliases.get(str(config.get("model_type"))))
         require(recorded, quantization_config=None, per_layer_config=None)
@@ -87,7 +87,9 @@ class Family:
 
 
 def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config], Mapping[str, int]]:
-    """Return the `padding` of a family whose nn.Embedding takes `pad_token_id`, with its config class's default."""
+    """Return the `padding` function of a family whose nn.Embedding takes `pad_token_id`. `default` is the default in
+    its config class.
+    """
 
     def rows(config: Config) -> Mapping[str, int]:
         row = config.get("pad_token_id", default)
@@ -97,7 +99,9 @@ def padding_rows(*tables: str, default: int | None = None) -> Callable[[Config],
 
 
 def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, Entry]:
-    """Return a table's entries for the weight and the bias of modules: our names, and the file's possible names."""
+    """Return a table's entries for the weight and the bias of modules, from our names to the possible names in the
+    file.
+    """
     table: dict[str, Entry] = {}
     for ours, theirs in modules.items():
         names = (theirs,) if isinstance(theirs, str) else theirs
@@ -107,14 +111,16 @@ def weights_and_biases(modules: Mapping[str, str | Sequence[str]]) -> dict[str, 
 
 
 def require(config: Config, **expected: Any) -> None:
-    """Check options that a declaration assumes; a missing option is accepted. Names the first wrong option."""
+    """Check that options have the values that a declaration assumes. A missing option is accepted. The error names the
+    first wrong option.
+    """
     for name, value in expected.items():
         if config.get(name, value) != value:
             raise _unsupported(name, config[name], [value])
 
 
 def require_head_dim(config: Config, head_dim: int) -> None:
-    """Check `head_dim`, if a file has it, for a class whose heads split the width."""
+    """Check `head_dim`, if a config has it, for a class whose head size is always dim / heads."""
     if config.get("head_dim") is not None:
         require(config, head_dim=head_dim)
 
@@ -128,7 +134,9 @@ def choose(config: Config, name: str, options: Mapping[str, Any], default: str |
 
 
 def choose_architecture(config: Config, options: Mapping[str, Any]) -> Any:
-    """Return the value for the class that saved the weights; the first of the options if none is named."""
+    """Return the value for the class that saved the weights; if the config names no class, the value of the first
+    option.
+    """
     named = config.get("architectures")
     if named is None:
         return next(iter(options.values()))
@@ -150,7 +158,7 @@ def read_int(config: Config, name: str, default: int | None = None, *, least: in
 
 
 def read_layers(config: Config, name: str, default: int | None = None) -> int:
-    """Return a number of layers: a positive integer, limited since each of them is traced."""
+    """Return a number of layers: a positive integer, which is limited because each layer is traced."""
     return read_int(config, name, default, most=_MOST_LAYERS)
 
 
@@ -174,10 +182,12 @@ SUMMARIES = dict.fromkeys(
     ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"),
     "configures the head of a class for multiple choice that the family does not read",
 )
-"""Irrelevant keys of GPT-2, GPT-J and ELECTRA; ELECTRA reads some of them for multiple choice."""
+"""Irrelevant keys of GPT-2, GPT-J and ELECTRA. (ELECTRA reads some of them for multiple choice.)"""
 
 _OWN_LABELS = {"ForMultipleChoice": 1, "ForNextSentencePrediction": 2}
-"""Endings of classes with a fixed number of labels: a row is a choice; a sentence follows or not."""
+"""Number of labels by the ending of the class name, for classes in which it is fixed: a row is a choice; a sentence
+follows or not.
+"""
 
 
 def count_labels(config: Config) -> int:
@@ -187,7 +197,7 @@ def count_labels(config: Config) -> int:
         labels = dict.fromkeys(range(read_int(config, "num_labels", 2)))
     if not isinstance(labels, Mapping) or not labels:
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(labels))
-    (named,) = config.get("architectures") or [""]  # which choose_architecture has checked
+    (named,) = config.get("architectures") or [""]  # choose_architecture has checked that there is at most one
     return next((count for end, count in _OWN_LABELS.items() if named.endswith(end)), len(labels))
 
 

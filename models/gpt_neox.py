@@ -1,8 +1,8 @@
 """The GPT-NeoX family: a decoder with parallel attention and feed-forward networks (Black et al. 2022).
 
-x + attention(norm(x)) + mlp(norm(x)), with rotary positions and layer norms. One declaration covers models that differ
-by an option: GPT-J's single norm and pairs of neighbours (Wang & Komatsuzaki 2021), Phi-1, 1.5 and 2 (Gunasekar et al.
-2023), Falcon's shared keys and values (Almazrouei et al. 2023).
+A layer computes x + attention(norm(x)) + mlp(norm(x)), with rotary positions and layer norms. One declaration covers
+models that differ by an option: GPT-J's single norm and pairs of neighbours (Wang & Komatsuzaki 2021), Phi-1, 1.5 and 2
+(Gunasekar et al. 2023), Falcon's shared keys and values (Almazrouei et al. 2023).
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def read_phi(config: Config) -> dict[str, Any]:
 
 
 def read_falcon(config: Config) -> dict[str, Any]:
-    """Falcon-40B's kind shares keys and values among groups of heads, Falcon-7B's shares one pair among all."""
+    """Falcon-40B shares keys and values among groups of heads; Falcon-7B shares a single pair among all heads."""
     dim, heads = read_int(config, "hidden_size"), read_int(config, "num_attention_heads")
     grouped = read_flag(config, "new_decoder_architecture", False)
     require(config, alibi=False)  # Hugging Face rounds its biases to bf16
@@ -200,7 +200,7 @@ KINDS: Mapping[str, tuple[str, Any]] = {
     "phi": ("PhiForCausalLM", read_phi),
     "falcon": ("FalconForCausalLM", read_falcon),
 }
-"""The supported values of `model_type`, each with Hugging Face's class and the reader of its config."""
+"""The supported values of `model_type`. For each: Hugging Face's class, and the function that reads its config."""
 
 
 def read_kind(config: Config) -> str:
@@ -292,9 +292,10 @@ def checkpoint(config: Config) -> Table:
 
 
 def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """Return the rows of queries, keys and values in a group of rows of their one tensor, and the number of groups.
+    """Return the number of rows of queries, keys and values in each group of rows of their common tensor, and the
+    number of groups.
 
-    A group holds the queries of the heads that share a key and a value, followed by these two.
+    A group holds the queries of the heads that share a key and a value, followed by that key and that value.
     """
     size = options["dim"] // options["heads"]
     groups = options.get("kv_heads") or options["heads"]
@@ -302,7 +303,7 @@ def joined(options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
 
 
 def padding(config: Config) -> Mapping[str, int]:
-    """Return the padding row of Phi's table, if its config names one; the other models have none."""
+    """Return the padding row of Phi's embedding table, if its config names one; the other models have none."""
     return padding_rows("embed.weight")(config) if read_kind(config) == "phi" else {}
 
 

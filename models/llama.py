@@ -21,10 +21,10 @@ from treadle.models.family import Config, Family, choose_architecture, padding_r
 from treadle.models.reading.llama_config import ARCHITECTURES, IRRELEVANT, read_kind, read_options
 
 NORM_PLACES = ("before", "after", "both")
-"""The position of the norm of a layer's part: before it, after it (before the residual sum), or both."""
+"""The position of the norm of a part of a layer: before the part, after it (before the residual sum), or both."""
 
 QK_NORMS = ("heads", "whole")
-"""The normalized axes of queries and keys: each head, or all heads together."""
+"""The axes over which queries and keys are normalized: each head, or all heads together."""
 
 
 @t.model
@@ -156,7 +156,7 @@ def llama(
 
 
 def warmed(x: t.Tensor, dims: int, temperature: float) -> t.Tensor:
-    """Return x [B, H, S, d] with its first `dims` dimensions, which are rotated, multiplied by the temperature."""
+    """Return x [B, H, S, d] with its first `dims` dimensions, those that are rotated, multiplied by the temperature."""
     if temperature == 1.0:
         return x
     return x * t.constant([temperature] * dims + [1.0] * ((x.shape[-1].constant or dims) - dims))
@@ -225,7 +225,7 @@ def joined(options: Mapping[str, Any], layer: str) -> dict[str, Source]:
 
 
 def padding(config: Config) -> Mapping[str, int]:
-    """Return the row of padding, for which model types have their own defaults."""
+    """Return the padding row of the embedding table. Model types have different defaults for it."""
     kind = str(config.get("model_type"))
     default = 32000 if kind == "phi3" else 0 if kind.startswith("gemma") else None
     return padding_rows("embed.weight", default=default)(config)

@@ -1,7 +1,7 @@
 """Marian: the Transformer of 2017 for machine translation, with swish and a bias of logits.
 
-Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; the sines of its positions come before
-the cosines.
+Junczys-Dowmunt et al. 2018, "Marian: Fast Neural Machine Translation in C++"; in its position encoding, all sines come
+before all cosines.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. Files from before version 5 also store the sinusoids, which stay
-    unused.
+    """Return the table of Hugging Face's names. Files from before version 5 also store the sinusoids, which are not
+    read.
     """
     return name_blocks() | {
         "shared.weight": SHARED,

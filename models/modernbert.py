@@ -139,7 +139,8 @@ def mean(x: t.Tensor, tokens: t.Tensor, lengths: t.Tensor | None) -> t.Tensor:
 def from_config(config: Config) -> t.Model:
     """Read a Hugging Face ModernBertConfig; its `architectures` choose the head."""
     require(config, is_causal=False)
-    require(config, position_embedding_type="absolute")  # the library's value, which has no meaning for this model
+    # the default of the library, which has no meaning for this model
+    require(config, position_embedding_type="absolute")
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
         require(config, tie_word_embeddings=True)
@@ -197,8 +198,8 @@ def read_bases(config: Config) -> list[float]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names, which store q, k and v in one matrix, and the gate with the gated
-    matrix.
+    """Return the table of Hugging Face's names. Files store q, k and v in one matrix, and the gate in one matrix with
+    the gated part.
     """
     dim, hidden = read_int(config, "hidden_size", 768), read_int(config, "intermediate_size", 1152)
     layer, word = "layers.{i}", "embeddings.tok_embeddings.weight"

@@ -31,7 +31,7 @@ ARCHITECTURES = {
 
 _BUCKETS, _MAX_DISTANCE = 32, 128
 _FIRST = 2
-"""The row of the position table for the first token: the rows before it are for padding, as in RoBERTa."""
+"""The row of the position table for the first token. The rows before it are for padding, as in RoBERTa."""
 
 
 @t.model

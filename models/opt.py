@@ -86,7 +86,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names; two rows of its position table are unused."""
+    """Return the table of Hugging Face's names; two rows of the position table are unused."""
     layer = "layers.{i}"
     modules = {
         "project_in": "project_in",

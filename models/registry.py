@@ -45,7 +45,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "vit": ("vit", "deit"),
     "whisper": ("whisper",),
 }
-"""Each family's module and its `model_type` values; stored here, so that a look-up imports no other family."""
+"""Each family's module and its `model_type` values. They are stored here so that a look-up imports no other family."""
 
 
 def family_names() -> list[str]:
@@ -80,7 +80,7 @@ def family_of(config: Config) -> Family:
 
 
 def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
-    """Return the model in a GGUF file, configured, and the table of its tensors' names.
+    """Return the configured model of a GGUF file, and the table of tensor names.
 
     Raises CheckpointError, with the key, if no family reads it.
     """

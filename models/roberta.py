@@ -67,7 +67,7 @@ def from_config(config: Config) -> t.Model:
     base.require_encoder(config)
     head = choose_architecture(config, ARCHITECTURES)
     if head == "masked_lm":
-        require(config, tie_word_embeddings=True, hidden_act="gelu")  # the head's own activation is always gelu
+        require(config, tie_word_embeddings=True, hidden_act="gelu")  # the activation of the head is always gelu
     first, end = _positions(config)
     return roberta.configure(
         **base.read_encoder(config, "gelu"),
@@ -78,7 +78,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of BERT's names, except for the heads; unused position rows are left out."""
+    """Return the table of BERT's names, with other names for the heads; unused position rows are left out."""
     word, positions = "embeddings.word_embeddings.weight", _positions(config)
     masked_lm = choose_architecture(config, ARCHITECTURES) == "masked_lm"
     table: dict[str, Entry] = {
@@ -99,7 +99,7 @@ def checkpoint(config: Config) -> Table:
 def _positions(config: Config) -> tuple[int, int]:
     """Return the rows of the position table that tokens use.
 
-    Padding uses the row of its own token's number, and the first token the row after it (fairseq's convention).
+    The padding token's id is the row for padding, and the first token uses the row after it (fairseq's convention).
     """
     first = read_int(config, "pad_token_id", 1, least=0) + 1
     return first, read_int(config, "max_position_embeddings", least=first + 1)

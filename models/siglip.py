@@ -1,6 +1,6 @@
 """SigLIP: CLIP, trained to classify each pair of text and image independently (Zhai et al. 2023).
 
-Its text encoder is bidirectional, and attention with one learned query pools an image.
+Its text encoder is bidirectional. An image is pooled by attention with one learned query.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _read_encoder(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. A separate encoder has them with or without its prefix in the whole
-    model.
+    """Return the table of Hugging Face's names. The names of a separate encoder may have the prefix that it has in the
+    whole model.
     """
     kind = config.get("model_type")
     if kind == "siglip" and choose_architecture(config, ARCHITECTURES["siglip"]) is None:
@@ -221,7 +221,7 @@ def checkpoint(config: Config) -> Table:
 
 
 def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
-    """Return the names of one encoder; the pooling head stores q, k and v in one matrix, as torch does."""
+    """Return the table for one encoder. The pooling head stores q, k and v in one matrix, as in PyTorch."""
     layer, pooler = f"{prefix}encoder.layers.{{i}}", f"{prefix}head"
     dim, positions = read_int(config, "hidden_size", 768), f"{prefix}embeddings.position_embedding.weight"
     table: dict[str, Entry] = {

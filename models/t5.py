@@ -1,6 +1,6 @@
-"""T5: an encoder and a decoder whose only positions are a bias of attention by distance (Raffel et al. 2020).
+"""T5: an encoder and a decoder whose only position information is an attention bias by distance (Raffel et al. 2020).
 
-Also its version 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, and an untied output.
+The declaration also covers T5 1.1 and mT5 (Xue et al. 2021): a gated feed-forward network, and an untied output.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_feed_forward(config: Config) -> dict[str, Any]:
-    """Return the options `act` and `gated`. Files repeat the halves of `feed_forward_proj`, and the repeated values
-    count.
+    """Return the options `act` and `gated`. Files may repeat the two halves of `feed_forward_proj` as separate keys;
+    the separate keys take precedence.
     """
     usual = "gated-gelu" if config.get("model_type") == "mt5" else "relu"
     act, gated = choose(config, "feed_forward_proj", FEED_FORWARD, usual)
@@ -164,8 +164,8 @@ def read_feed_forward(config: Config) -> dict[str, Any]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names. The first block of a stack holds the distance bias that all its blocks
-    share.
+    """Return the table of Hugging Face's names. The first block of a stack stores the distance bias that all blocks of
+    the stack share.
     """
     table: dict[str, Entry] = {
         "shared.weight": Tied(("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")),
@@ -191,10 +191,10 @@ def checkpoint(config: Config) -> Table:
 
 
 def _may_lack_output(config: Config) -> bool:
-    """Return True if the file may lack lm_head, which the embeddings then replace.
+    """Return True if the file may lack lm_head, so that the embedding table is used instead.
 
-    Hugging Face 5 declares every model tied; if the matrix is separate, the file has it nevertheless, and
-    `scale_decoder_outputs` still records how the model was trained.
+    transformers 5 declares every model tied. If the matrix is separate, the file stores it nevertheless, and
+    `scale_decoder_outputs` records how the model was trained.
     """
     return read_flag(config, "tie_word_embeddings", True)
 

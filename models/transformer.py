@@ -72,7 +72,7 @@ def transformer(
 def from_config(config: Config) -> t.Model:
     """Read a config.json that has `"model_type": "transformer"` and the declaration's own options.
 
-    Hugging Face has no class of this model: such a folder comes from the user, with the weights under our names.
+    Hugging Face has no class for this model. Such a folder is written by the user, and its weights have our names.
     """
     require(config, architectures=None)
     base = transformer.defaults

@@ -1,5 +1,5 @@
-"""ViT: an image as a sequence of its patches (Dosovitskiy et al. 2021), and DeiT, with a token that learns from a
-teacher (Touvron et al. 2021).
+"""ViT: an encoder of the sequence of an image's patches (Dosovitskiy et al. 2021); and DeiT, which adds a token that
+learns from a teacher (Touvron et al. 2021).
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def vit(
 
 
 def embed_patches(pixels: t.Tensor, dim: int, patch: int, *, bias: bool = True) -> t.Tensor:
-    """Images [B, C, H, W] as sequences [B, H/patch * W/patch, dim], row by row of patches.
+    """Return images [B, C, H, W] as sequences [B, H/patch * W/patch, dim] of patches, row by row.
 
-    Each patch, flattened, is projected by one matrix: a convolution whose windows do not overlap.
+    Each patch is flattened and projected by one matrix: a convolution whose windows do not overlap.
     """
     x = t.convolution(pixels, dim, (patch, patch), strides=(patch, patch), bias=bias, name="patch")
     return t.rearrange(x, pattern="b d h w -> b (h w) d")
@@ -143,7 +143,8 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_image(config: Config, patch: int = 16) -> tuple[int, int, int]:
-    """Return an image's height and width and the side of a patch; each size is one number or [height, width].
+    """Return an image's height and width, and the side of a patch. In the config, each size is one number or [height,
+    width].
 
     Raises CheckpointError for patches that are not square, or are higher or wider than the image.
     """
@@ -163,8 +164,8 @@ def read_image(config: Config, patch: int = 16) -> tuple[int, int, int]:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return Hugging Face's names. DeiT's classifiers are `cls_classifier` and `distillation_classifier` if it has
-    both.
+    """Return the table of Hugging Face's names. If DeiT has two classifiers, they are `cls_classifier` and
+    `distillation_classifier`.
     """
     block = "encoder.layer.{i}"
     table: dict[str, Entry] = {

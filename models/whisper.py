@@ -1,7 +1,7 @@
 """Whisper: speech to text, a Transformer whose encoder reads a log-mel spectrogram (Radford et al. 2023).
 
 Its figure 1: two convolutions, the second of which halves the frames, sinusoidal positions and an encoder; a decoder
-with learned positions that attends to it. Norms come before each part, and after the last.
+with learned positions that attends to the encoder's output. Norms come before each part, and after the last part.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def whisper_encoder(
     """
     t.bound("F", upper=2 * context)
     with t.scope("encoder"):
-        # The positions are sinusoids, stored as weights. Convolutions are always followed by gelu, the paper's
-        # activation.
+        # The positions are sinusoids, stored as weights. Convolutions are followed by gelu whatever the config says, as
+        # in the paper.
         x = t.gelu(t.convolution(mel, dim, (3,), padding=(1,), name="conv1"))
         x = t.gelu(t.convolution(x, dim, (3,), padding=(1,), strides=(2,), name="conv2"))
         x = t.rearrange(x, pattern="b d s -> b s d")
@@ -120,7 +120,7 @@ def from_config(config: Config) -> t.Model:
 
 
 def checkpoint(config: Config) -> Table:
-    """Return the table of Hugging Face's names: BART's for the layers."""
+    """Return the table of Hugging Face's names. Layers have BART's names."""
     table: dict[str, Entry] = {
         **name_blocks(),
         "decoder.tokens.weight": Tied(("decoder.embed_tokens.weight", "proj_out.weight")),
@@ -147,7 +147,7 @@ FAMILY = Family(
 
 # -- CTranslate2 -----------------------------------------------------------------------------------------------
 
-_GELU = 3  # in CTranslate2's list of activations
+_GELU = 3  # the number of gelu in CTranslate2's list of activations
 
 
 def from_ctranslate2(file: CTranslate2File) -> t.Model:
@@ -188,10 +188,11 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
 
 
 def ctranslate2_table(dim: int) -> Table:
-    """Return the table of CTranslate2's names. It stores q, k and v of self-attention in one matrix, of cross-
-    attention in two.
+    """Return the table of CTranslate2's names. Files store q, k and v of self-attention in one matrix, those of
+    cross-attention in two.
 
-    Its biases of keys, which are zero, stay unread: a term that is added to all keys alike does not change attention.
+    The biases of keys, which are zero, are not read. A number that is added to all scores of a query does not change
+    attention.
     """
     modules = {
         "{stack}.norm": "{stack}/layer_norm",

@@ -1,11 +1,11 @@
-"""Record NumPy's allocations of array data: the bytes of each allocation, seen by a handler installed in NumPy (NEP
-49).
+"""Record NumPy's allocations of array data, with the bytes of each. A handler is installed in NumPy (NEP 49).
 
     with array_allocations() as made:
         run()
     made                                  [(64, "kernels.py:take"), ...]
 
-`tracemalloc` counts the same bytes together with the bytes of Python objects. Here no array is too small to be seen.
+`tracemalloc` counts the same bytes together with the bytes of Python objects. This handler sees even the smallest
+array.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _free(context: Any, pointer: Any, size: int) -> None:
 
 
 _HANDLER = _Handler(b"noting", 1, None, _Allocate(_malloc), _Zeros(_calloc), _Again(_realloc), _Free(_free))
-"""Never freed: arrays that it allocated are freed by it."""
+"""Never deleted, because NumPy frees the arrays that this handler allocated through it."""
 
 
 def _set_handler(capsule: Any) -> Any:

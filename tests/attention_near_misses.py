@@ -1,4 +1,4 @@
-"""Programs that look like attention but are not, or are attention with another term than one might expect."""
+"""Programs that look like attention but are not, or that are attention with other terms than they seem to have."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from treadle.ir.builder import Builder, Expr
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program that looks like attention, the reason that it is not, and the terms of any other fused attention."""
+    """A program that looks like attention: the reason that it is not, and the terms of any other attention that is
+    fused.
+    """
 
     name: str
     build: Build
@@ -78,13 +80,13 @@ def _data_divisor(b: Builder) -> Expr:
 
 
 def _roles_swapped(b: Builder) -> Expr:
-    """q and k swapped: the softmax is over the queries of the product with values."""
+    """q and k are swapped: the softmax is over the queries, which the product with the values sums."""
     q, k, v = q_k_v(b)
     return b.einsum(b.softmax(k @ swapped(b, q) * SCALE), v, equation="b h t s, b h t e -> b h s e")
 
 
 def _feature_product(b: Builder) -> Expr:
-    """q^T k: the product is over the sequence, the scores are of features"""
+    """q^T k: the product sums over the sequence, so the scores are between features."""
     q, k, v = q_k_v(b)
     p = b.softmax(b.einsum(q, k, equation="b h s d, b h s f -> b h d f") * SCALE)
     return b.einsum(p, v, equation="b h d f, b h s d -> b h s f")
@@ -98,7 +100,7 @@ def _no_sum(b: Builder) -> Expr:
 
 
 def _values_transposed(b: Builder) -> Expr:
-    """Sums over the queries' axis instead of the keys'"""
+    """The last product sums over the queries' axis instead of the keys' axis."""
     q, k, v = q_k_v(b)
     p = b.softmax(q @ swapped(b, k) * SCALE)
     return b.einsum(p, v, equation="b h s t, b h s e -> b h t e")
@@ -159,7 +161,7 @@ def _weights_as_keys(b: Builder) -> Expr:
 
 
 def _additive_attention(b: Builder) -> Expr:
-    """Bahdanau's: no product of queries and keys"""
+    """Bahdanau's attention: there is no product of queries and keys"""
     q, k, v = (b.input(n, f"f32[B, S, {SIZE}]") for n in "qkv")
     hidden = b.tanh(b.rearrange(q, pattern="b s d -> b s 1 d") + b.rearrange(k, pattern="b t d -> b 1 t d"))
     return b.softmax(b.reduce_sum(hidden, axes=(3,), keep=False)) @ v
@@ -178,17 +180,17 @@ def _narrowed_scores(b: Builder) -> Expr:
 
 
 def _a_mask_of_two(b: Builder) -> Expr:
-    """-1e9 filled in, and added: a row without keys also holds scores next to that number"""
+    """-1e9 is filled in, and -1e9 is added: in a row without keys, some scores remain near that number"""
     return scaled(b, lambda x: b.where(rows(b), x + addend(b, lengths_reach(b), -1e9), -1e9))
 
 
 def _there_and_back(b: Builder) -> Expr:
-    """Float32's least number, doubled and halved: -inf, although a bias of it would be finite"""
+    """Float32's lowest number as a bias, doubled and halved: the result is -inf, although the bias itself is finite"""
     return scaled(b, lambda x: b.where(rows(b), x, LOW) * 2.0 * 0.5)
 
 
 def _of_three(b: Builder) -> Expr:
-    """Queries, keys and weights of their features in one product"""
+    """Three factors in one product: queries, keys and a weight for each feature"""
     q, k, v = q_k_v(b)
     x = b.einsum(q, k, b.input("w", f"f32[{SIZE}]"), equation="b h s d, b h t d, d -> b h s t")
     return b.softmax(x) @ v
@@ -224,7 +226,7 @@ def many_casts(b: Builder, count: int) -> Expr:
 
 
 def _quantized(b: Builder, x: Expr) -> Expr:
-    """The form that quantizers emit: steps of an integer dtype, and back"""
+    """The form that quantizers emit: rounding to an integer dtype, and back to floats"""
     steps = b.minimum(b.maximum(b.round(x / 0.25) + 3.0, -128.0), 127.0)
     back: Expr = (b.cast(b.cast(steps, to="i8"), to="f32") - 3.0) * 0.25
     return back
@@ -291,7 +293,7 @@ NEAR_MISSES = [
     NearMiss("two caps", lambda b: scaled(b, lambda x: b.tanh(b.tanh(x / 30.0) * 20.0)), "a second soft-cap"),
     NearMiss("many addends", lambda b: many_addends(b, 48), "the chain before the softmax is too long"),
     NearMiss("many casts", lambda b: many_casts(b, 48), "the chain after the softmax is too long"),
-    # fused, but with another term than it looks like
+    # fused, but with other terms than it seems to have
     NearMiss(
         "triangle one off", lambda b: masked(b, lambda: triangle(b, off=1)), "keeps keys up to 1 after", "mask(s t)"
     ),

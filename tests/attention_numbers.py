@@ -1,4 +1,6 @@
-"""Numbers that a graph computes on drawn inputs, some with rows without keys, and an identity of its outputs."""
+"""Numbers that a graph computes on drawn inputs, some of which have rows without keys; and a comparison of outputs as
+expressions.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +57,9 @@ def assert_equal_everywhere(before: Graph, after: Graph, tolerance: float) -> bo
 
 
 def computed(graph: Graph) -> dict[str, dict[str, str]]:
-    """Return the expression of each output of each function: ops, attributes and constants, but neither the order of
-    nodes nor the names that rearranges give to axes. Terms of attention count in any order, each with its operands.
+    """Return the expression of each output of each function. Expressions include ops, attributes and constants, but
+    neither the order of nodes nor the names that rearranges give to axes. Terms of attention are compared in any order,
+    each with its operands.
     """
     return {name: _outputs(function) for name, function in graph.functions.items()}
 

@@ -26,7 +26,7 @@ LOW = float(np.finfo(np.float32).min)
 
 @dataclass(frozen=True)
 class Form:
-    """One form of attention, and the terms and attributes of the op that it stands for."""
+    """A form of attention, and the terms and attributes of the attention op that it is equal to."""
 
     name: str
     build: Build
@@ -46,7 +46,7 @@ def graph_of(build: Build) -> Graph:
 
 
 def q_k_v(b: Builder, keys: str = "S", heads: int = HEADS) -> tuple[Expr, Expr, Expr]:
-    """[b, h, s, d], [b, g, t, d] twice"""
+    """Return q [b, h, s, d], and k and v [b, g, t, d]."""
     q = b.input("q", f"f32[B, {HEADS}, S, {SIZE}]")
     k, v = (b.input(name, f"f32[B, {heads}, {keys}, {SIZE}]") for name in "kv")
     return q, k, v
@@ -80,7 +80,9 @@ def triangle(b: Builder, keys: str = "S", off: int = 0) -> Expr:
 def masked(
     b: Builder, keep: Callable[[], Expr], fill: float = -math.inf, keys: str = "S", over: float | None = None
 ) -> Expr:
-    """Mask with a number; unless `over` is None, mask the keys of a row with that second number."""
+    """Return attention whose scores are replaced by `fill` where `keep` is false; unless `over` is None, masked keys
+    of a row also get the second number `over`.
+    """
 
     def change(x: Expr) -> Expr:
         made: Expr = b.where(keep(), x, fill)
@@ -143,7 +145,7 @@ def _transposed_scores(b: Builder) -> Expr:
 
 
 def _rows_and_heads_joined(b: Builder) -> Expr:
-    """Three dimensions, as in batched products; the mask sees four."""
+    """Scores of three dimensions, as in batched products; the mask has four."""
     q, k, v = q_k_v(b, "T")
     mask = rows(b, "T")
     q, k, v = (b.rearrange(x, pattern="b h s d -> (b h) s d") for x in (q, k, v))
@@ -153,7 +155,7 @@ def _rows_and_heads_joined(b: Builder) -> Expr:
 
 
 def _two_dimensions(b: Builder) -> Expr:
-    """Neither rows nor heads."""
+    """Queries and keys of two dimensions, without batch and head axes."""
     q, k, v = (b.input(n, f"f32[{s}, {SIZE}]") for n, s in (("q", "S"), ("k", "T"), ("v", "T")))
     return b.softmax(q @ swapped(b, k) * SCALE) @ v
 
@@ -186,7 +188,7 @@ def _windows_of_scores(b: Builder) -> Expr:
 
 
 def _masked_windows(b: Builder) -> Expr:
-    """Windows as rows and columns of an image, which the mask has as one axis"""
+    """Windows are rows and columns of an image, but one axis of the mask."""
     q, k, v = (
         b.rearrange(b.input(n, f"f32[B, 2, 2, {HEADS}, S, {SIZE}]"), pattern="b i j h s d -> (b i j) h s d")
         for n in "qkv"
@@ -219,7 +221,7 @@ def _repeated_heads(groups: int) -> Build:
 
 
 def _repeated_keys_alone(b: Builder) -> Expr:
-    """Values have their own copy of all heads."""
+    """Keys are repeated for groups of heads; values have all heads."""
     q, k, _ = q_k_v(b, "T", 2)
     v = b.input("w", f"f32[B, {HEADS}, T, {SIZE}]")
     return b.softmax(q @ swapped(b, _repeated(b, k, 2)) * SCALE) @ v
@@ -504,7 +506,7 @@ FILLS = [
         "bias(b s t)",
     ),
 ]
-"""A row in which every key is masked is an average over the keys that hold the greatest number."""
+"""In a row whose keys are all masked, the result is the average over the keys with the greatest fill value."""
 
 
 def _lower(b: Builder, size: int | str = "S") -> Expr:
@@ -521,7 +523,7 @@ def _past(b: Builder, number: float = 1.0) -> Expr:
 
 
 def _cut(b: Builder) -> Expr:
-    """nanoGPT's: torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64)[:, :, :S, :S] == 0"""
+    """nanoGPT's mask: torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64)[:, :, :S, :S] == 0"""
     table = b.rearrange(_lower(b, 64), pattern="s t -> 1 1 s t")
     return b.equal(b.slice(b.slice(table, axis=2, stop="S"), axis=3, stop="S"), 0.0)
 
@@ -559,7 +561,7 @@ def _lower_window(b: Builder, size: int) -> Expr:
 
 
 def _t5(b: Builder, far: int = 8, buckets: int = 6) -> Expr:
-    """A table by distance, clipped"""
+    """T5's bias: a table indexed by the clipped distance"""
     i, j = places(b)
     row = b.minimum(b.maximum(j - i, -far), far) + far
     table = b.gather(b.parameter("table", f"f32[{buckets}, {HEADS}]"), b.constant(_buckets(buckets, far)), axis=0)
@@ -571,7 +573,7 @@ def _buckets(buckets: int, far: int) -> Array:
 
 
 def _t5_by_logarithms(b: Builder, rows: int, far: int, bidirectional: bool) -> Expr:
-    """The form of Hugging Face: distances one by one, then by their logarithm"""
+    """Hugging Face's form of T5's bias: short distances one by one, longer ones by their logarithm"""
     i, j = places(b)
     offset = j - i
     count = rows // 2 if bidirectional else rows
@@ -593,14 +595,14 @@ def _alibi(b: Builder) -> Expr:
 
 
 def _of_later_keys(b: Builder) -> Expr:
-    """A table looked up by whether the key comes later, plus a constant: a distance, but without T5's buckets"""
+    """A table indexed by "key comes later", plus a constant: a function of the distance, but not T5's buckets"""
     i, j = places(b)
     table = b.parameter("table", f"f32[32, {HEADS}]")
     return b.rearrange(b.embedding(table, b.cast(j > i, to="i64") + 16), pattern="s t h -> 1 h s t")
 
 
 def _by_place(b: Builder) -> Expr:
-    """A table looked up by i + j, which is not a distance"""
+    """A table indexed by i + j, which is not a distance"""
     i, j = places(b)
     table = b.parameter("table", f"f32[32, {HEADS}]")
     return b.rearrange(b.embedding(table, b.minimum(i + j, 31)), pattern="s t h -> 1 h s t")
@@ -655,7 +657,7 @@ BIASES = [
 
 
 def _positive(b: Builder) -> Expr:
-    """0 or 1 as floats, whose logarithm masks"""
+    """Masks by the logarithm of floats that are 0 or 1"""
     return b.cast(rows(b), to="f32")
 
 

@@ -53,7 +53,9 @@ def message(call: Callable[[], Any]) -> str:
 
 
 def block_model(layers: int = 2) -> tuple[Graph, dict[str, Any]]:
-    """x = h(x) with separate weights for each layer: enough of a transformer to see every kind of line."""
+    """Return x = h(x) with separate weights for each layer: enough of a transformer for every kind of line in the
+    output.
+    """
     graph = Graph("tiny")
     h = Function("h")
     graph.add_function(h)

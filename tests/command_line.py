@@ -106,7 +106,9 @@ def commands_in(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def refused(said: Result, *parts: str) -> None:
-    """Check for exit code 2, empty standard output, an error in the house's form on standard error, no traceback."""
+    """Check for exit code 2, empty standard output, and an error in the house's form on standard error, without a
+    traceback.
+    """
     assert said.code == 2
     assert said.out == ""
     assert "Traceback" not in said.err

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 
 # Set before NumPy and PyTorch are imported, because they read the variables once. Tests run in parallel on small
-# arrays, so more threads would only wait for each other. A test about threads sets its own number.
+# arrays, so more threads would only compete for the cores. A test about threads sets its own number.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM's pool sleep at once
@@ -66,7 +66,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compare the texts that a test meets in `pytest.raises` and in logs of passes with tests/golden/errors/ and
+    """Compare the texts of errors caught by `pytest.raises` and of pass logs with tests/golden/errors/ and
     refusals/.
     """
     config = request.config
@@ -86,8 +86,8 @@ def _texts_read_as_they_did(request: pytest.FixtureRequest, tmp_path_factory: py
 
 @pytest.fixture
 def quickly_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the steps of a run mostly in program order: the search for a better order is half of the time that a small
-    trainer takes to build.
+    """Limit the search for a better order of steps, which takes half of the time that a small trainer takes to build.
+    Steps stay mostly in program order.
     """
     from treadle.passes.memory import order
 

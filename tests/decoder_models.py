@@ -1,4 +1,4 @@
-"""Small Hugging Face decoders, one or more for each decoder-only family: their settings take every option in turn."""
+"""Small Hugging Face decoders, one or more for each decoder-only family. Together their settings cover every option."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""torch.distributed among threads of this process, each a rank: the functions that `treadle.runtime.distributed` calls.
+"""A replacement of torch.distributed whose ranks are threads of this process. It has the functions that
+`treadle.runtime.distributed` calls.
 
     world = World(3); world.install(monkeypatch)
     found = world.run(lambda rank: ...)         # the results of each rank's call
 
-The result of an asynchronous call is available after the wait, and not before.
+The result of an asynchronous call is available only after the wait.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class World:
 
     called  the names of all calls, by rank
     groups  the groups that were created, and their timeouts
-    sent    for each tensor that was sent, whether its end was waited for
+    sent    for each tensor that was sent, True if the sender waited for the end of the transfer
     """
 
     def __init__(self, size: int) -> None:
@@ -58,7 +59,7 @@ class World:
         patch.setattr(dist, "P2POp", lambda call, tensor, peer: (call, tensor, peer))
 
     def run(self, call: Callable[[int], Any]) -> list[Any]:
-        """Return the result of each rank's call. Raises the error of a rank."""
+        """Run the function once for each rank; return the results. Raises the error of a rank."""
         found: list[Any] = [None] * self.size
 
         def run(rank: int) -> None:

@@ -24,8 +24,8 @@ from treadle.files.errors import TreadleError
 from treadle.files.user_cache import cache_folder
 
 raises_freely = pytest.raises
-"""The same without a comparison, for texts that number in the thousands (by op, dtype and backend) or depend on the
-time.
+"""`pytest.raises` without a comparison, for texts that number in the thousands (by op, dtype and backend) or that
+depend on the time.
 """
 
 _ROOT = str(FOLDER.parents[1])
@@ -42,7 +42,7 @@ _LINES = 16
 def text_of(error: BaseException, folder: str, cache: str) -> str:
     """Return an error's text in a form that is the same everywhere: without folders, lines, numbers and foreign texts.
 
-    Tests check numbers themselves, because the cases of a test differ by them.
+    Numbers stay, because the cases of a test differ by them.
 
     folder  the parent of the tests' own folders
     cache   the user's cache, which holds fetched models
@@ -52,7 +52,7 @@ def text_of(error: BaseException, folder: str, cache: str) -> str:
     if other is not None and not type(other).__module__.startswith("treadle"):
         for line in filter(lambda line: len(line) > 7, map(str.strip, str(other).splitlines())):
             text = text.replace(line, f"({type(other).__name__})")
-    text = text.replace(sys.executable, "PYTHON")  # which may be below the root
+    text = text.replace(sys.executable, "PYTHON")  # may be below the root
     text = re.sub(rf"{re.escape(folder)}/[^/\s:,'\")]*", "TMP", text).replace(_ROOT, "ROOT").replace(cache, "CACHE")
     return shortened(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
@@ -75,9 +75,8 @@ def _ours(caught: BaseException | None) -> TreadleError | None:
 
 
 class KnownTexts:
-    """The golden texts of all modules. Two processes cannot write the files: an update runs in one.
-
-    kind   the kind of texts: "errors", also the folder below tests/golden/
+    """The golden texts of all modules. Two processes cannot write the files, so an update must run in a single
+    process.
     """
 
     def __init__(self, golden: Golden, kind: str) -> None:
@@ -105,8 +104,8 @@ class KnownTexts:
         return self.known[module]
 
     def write(self, whole: bool) -> None:
-        """Write the texts of each module that was run: replace the file after a whole run, else merge with the known
-        texts.
+        """Write the texts of each module that was run: replace the file after a run of the whole module, else merge
+        with the known texts.
         """
         for module, texts in self.met.items():
             kept = texts if whole else texts | self._read(module)
@@ -123,7 +122,7 @@ class ErrorTexts(KnownTexts):
         self.printed: list[TreadleError] = []
 
     def listening(self, telling: Callable[[TreadleError], Any]) -> Callable[[TreadleError], Any]:
-        """Return a wrapper of the function that reports an error on the command line, because the exit itself is only a
+        """Return a wrapper of the function that reports an error on the command line. The exit alone only has a
         code.
         """
 

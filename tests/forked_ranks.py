@@ -1,11 +1,11 @@
-"""Ranks for tests, forked from one process that has loaded PyTorch and Treadle: otherwise each would take seconds to
-start.
+"""Ranks for tests, forked from one process that has loaded PyTorch and Treadle. Starting each rank separately would
+take seconds.
 
     with ForkedRanks() as ranks:
         job = ranks.launch(2, "run", "gpt2", "--mesh", "tp=2")  # as `treadle launch -n 2 -- run gpt2 --mesh tp=2`
         code = job.ended()
 
-Everything else is as usual: `treadle launch` is a process, each rank is one of its children, and both end as usual.
+Everything else is as without the fork: `treadle launch` is a process, and each rank is one of its children.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ForkedRanks:
         self.folder.cleanup()
 
     def ask(self, **request: Any) -> Any:
-        """Return the answer of the process."""
+        """Send a request to the forking process; return its answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -150,7 +150,7 @@ class _Forked:
 
 
 def _run(words: Sequence[str]) -> None:
-    """Run the command that Python would run for these words, and end the process with its exit code."""
+    """Run the command or file named by these Python arguments, and end the process with its exit code."""
     code: Any = 1
     try:
         if words[0] == "-m":
@@ -175,7 +175,7 @@ def _run(words: Sequence[str]) -> None:
 
 
 def _set_coverage_context() -> None:
-    """If coverage runs, set its context to the test of this process: `tests.line_map`."""
+    """If coverage runs, set its context to the test that started this process (`tests.line_map`)."""
     if "coverage" in sys.modules and CONTEXT in os.environ:
         from coverage import Coverage
 
@@ -185,7 +185,7 @@ def _set_coverage_context() -> None:
 
 
 def _launched(request: Mapping[str, Any]) -> int:
-    """Fork a `treadle launch`; return its process."""
+    """Fork a `treadle launch`; return its process id."""
     process = os.fork()
     if process:
         return process

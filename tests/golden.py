@@ -1,6 +1,6 @@
-"""Golden files: the text that a test expects is in a file, so that a change in it is read as a diff.
+"""Golden files: the expected texts of tests are stored in files, so that a change in a text appears as a diff.
 
-`make golden` (pytest --update-golden, or TREADLE_UPDATE_GOLDEN=1) writes the present texts; then read the diff.
+`make golden` (pytest --update-golden, or TREADLE_UPDATE_GOLDEN=1) writes the current texts; then read the diff.
 """
 
 from __future__ import annotations

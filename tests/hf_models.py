@@ -49,7 +49,7 @@ _DISTILBERT = {
 _ROBERTA = {
     **_BERT,
     "vocab_size": VOCAB + 1,
-    "pad_token_id": VOCAB,  # never drawn: Hugging Face numbers positions by the non-padding tokens
+    "pad_token_id": VOCAB,  # never drawn, because Hugging Face numbers positions by the non-padding tokens
     "max_position_embeddings": VOCAB + 1 + 24,
 }
 _ALBERT = {**_BERT, "embedding_size": 10, "num_hidden_layers": 4}
@@ -154,12 +154,12 @@ _LLAMA3 = {
 class Tiny:
     """A Hugging Face class with its configuration.
 
-    given     configuration of ours that the folder does not contain
+    given     configuration that our model needs and the folder does not contain
     separate  True if lm_head is a separate matrix, although transformers 5 ties every T5
-    first     the first token that tests draw: their model may take a smaller one for padding, whatever the lengths
-    padding   the token after a row's end, by which their model finds it; None: any token
-    windowed  True if padding may see no token at all, so that its outputs are not compared
-    renamed   True if it differs from another model only in its head's size and in the names of its file
+    first     the smallest token that tests draw: Hugging Face's model may read a smaller one as padding
+    padding   the token after a row's end, by which Hugging Face's model finds the end; None: any token
+    windowed  True if a padding position may see no token at all; its outputs are not compared
+    renamed   True if the model differs from another one only in its head's size and in the names of its weights
     """
 
     architecture: str
@@ -172,7 +172,7 @@ class Tiny:
     renamed: bool = False
 
     def build(self) -> PreTrainedModel:
-        """Return the model in float32, in evaluation mode, with the same weights each time."""
+        """Return the model in float32, in evaluation mode. Its weights are the same each time."""
         cls = getattr(transformers, self.architecture)
         model: PreTrainedModel = cls(cls.config_class(**self.config)).eval()
         if self.separate:
@@ -356,7 +356,7 @@ def answer(model: PreTrainedModel, inputs: Mapping[str, Array]) -> dict[str, Arr
         places = np.arange(inputs["tokens"].shape[1])
         given["attention_mask"] = torch.from_numpy((places < inputs["lengths"][:, None]).astype(np.int64))
     choices = type(model).__name__.endswith("ForMultipleChoice")
-    if choices:  # our rows are the choices of one question
+    if choices:  # our rows are the choices of a single question
         given = {name: x[None] for name, x in given.items()}
     with torch.no_grad():
         out = model(**given)

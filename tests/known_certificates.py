@@ -1,4 +1,5 @@
-"""Certificates of rewrites that were tried before, by the text of their claim, in the user's cache next to the kernels.
+"""A store of certificates of rewrites that were tried before, in the user's cache next to the kernels. Its keys are the
+texts of the claims.
 
 A certificate is a function of the two sides of a claim, which its key holds as text, of the seed, and of the code that
 evaluates them: the ops' meanings, the interpreter, and the certificates' own code. So the name of a store is a hash of
@@ -6,10 +7,10 @@ that code's sources and of NumPy's version: if any of it changes, everything is 
 models change, their claims have another text and are tried. The processes of a run share the store.
 
 Some certificates are not stored, because a test may change the meaning that the sources define: claims with a test's
-own ops, terms or references, everything that is tried while a test has emptied the memory of certificates, and the
-tests of certificates.
+own ops, terms or references, claims that are tried after a test has emptied the memory of certificates, and claims in
+the tests of certificates.
 
-With TREADLE_CACHE set to an empty folder every rewrite is tried.
+If TREADLE_CACHE is an empty folder, every rewrite is tried.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 EVALUATES = ("ir", "passes/certificates")
 """Folders whose code decides the verdict on a claim."""
 UNUSED = 7 * 24 * 3600
-"""Seconds after which the unused store of other sources is deleted."""
+"""Seconds after which the unused store of other sources is deleted. One week."""
 
 
 def version() -> str:
@@ -68,7 +69,7 @@ class Store:
 
     @property
     def _file(self) -> sqlite3.Connection:
-        """This thread's connection to the file: no other thread, and no forked process, may use the same."""
+        """Return this thread's connection to the file. Another thread or a forked process must open its own."""
         owner = os.getpid(), threading.get_ident()
         if owner not in self._files:
             file = sqlite3.connect(self.path, timeout=30, isolation_level=None)
@@ -104,7 +105,7 @@ def read(text: str) -> Found:
 
 
 def is_ours(sides: tuple[Graph, Graph]) -> bool:
-    """Return True if every op, including the ops nested in it, and its meaning come from the hashed sources."""
+    """Return True if an op, all ops nested in it, and their meanings are defined in the hashed sources."""
     return all(_are_ours(node.op) for side in sides for _, node in side.walk())
 
 

@@ -13,11 +13,11 @@ from treadle.passes.sharding.rank_programs import rank_program
 from treadle.runtime.sharding_lab import run_lab
 
 NEAR = 1e-11
-"""The sum of some hundred float64 numbers near 1, in another order."""
+"""Tolerance for a sum of some hundred float64 numbers near 1, added in another order."""
 
 
 def apart(family: str, plan: ShardingPlan, programs: list[Graph] | None = None) -> float:
-    """Return the difference between the lab and the whole model."""
+    """Return the largest difference between the outputs in the lab and those of the whole model."""
     weights, inputs, wanted = numbers(family)
     found = run_lab(plan, inputs, weights, programs=programs).outputs
     return max(float(np.max(np.abs(found[n] - w) / max(1.0, np.max(np.abs(w))))) for n, w in wanted.items())

@@ -1,11 +1,12 @@
-"""A map from lines to the tests that run them: `tests.mutations` reads it to run only a mutation's closest tests.
+"""A map from source lines to the tests that run them. `tests.mutations` uses it to run only the closest tests of a
+mutation.
 
 A pytest plugin. Each test is a context of coverage. Lines that a fixture of a wider scope runs count for its whole
 module, lines of an import for no test, and lines of a process that a test starts for that test. A kernel is emitted
-once, by the first test that needs it: it is a context, too, and its lines count for all tests that use it. Of a test
-with n cases about 3 √n are mapped, since the union of their lines hardly grows after that. A line of the log gives the
-duration of each test. Sources are stored, because lines may move later. Test modules that have changed since can be
-mapped again by themselves.
+once, by the first test that needs it. So each kernel is a context, too, and its lines count for all tests that use it.
+Of a test with n cases, about 3 √n cases are mapped, since the union of their lines hardly grows after that. A line of
+the log gives the duration of each test. Sources are stored, because lines may move later. Test modules that have
+changed since can be mapped again by themselves.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ OF_ALL = (
     "tests/test_signatures.py::test_data_that_is_not_plain_and_frozen",
     "tests/test_pages.py::test_commands_and_their_options",
 )
-"""Tests that look at the declarations of every module, most of which no test runs."""
+"""Tests that inspect the declarations of every module. Most tests run none of these lines."""
 
 CONTEXT = "TREADLE_LINE_MAP_CONTEXT"
-"""The running test, for the processes that it starts."""
+"""Environment variable with the running test, for the processes that the test starts."""
 
 _place = os.environ.get("TREADLE_LINE_MAP")
 _coverage = coverage.Coverage.current()  # started in each process that finds `_settings`, before it imports anything
@@ -59,7 +60,7 @@ disable_warnings = no-data-collected, module-not-measured, module-not-imported, 
 
 
 def set_context(context: str) -> None:
-    """Attribute the lines of this process, a fork, to that test from now on."""
+    """Attribute the lines of this process, which is a fork, to that test from now on."""
     own = coverage.Coverage.current()
     if own is not None and context:
         own.switch_context(context)
@@ -101,7 +102,9 @@ def _kernel(cache: Any, kernel: Any) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep every k-th case of a test with many; k is prime, so that its period does not leave out a parameter."""
+    """Keep every k-th case of a test with many cases. k is prime, so that no parameter's values are left out
+    periodically.
+    """
     sizes = Counter(_function(item.nodeid) for item in items)
     seen: Counter[str] = Counter()
     kept = []
@@ -153,7 +156,7 @@ def _step(cases: int) -> int:
 
 
 class LineMap:
-    """The map in a folder: a layer of all test modules, then layers of modules that were mapped again, one by one."""
+    """The map in a folder: a layer for all test modules, then layers for modules that were mapped again."""
 
     def __init__(self, folder: Path) -> None:
         self._layers = [_Layer(each) for each in sorted(folder.glob("layer-*"))]
@@ -176,7 +179,7 @@ class LineMap:
         settings.write_text(_SETTINGS.format(folder=layer, sources=sources, context=CONTEXT))
         environment = os.environ | {"TREADLE_LINE_MAP": str(layer), "TREADLE_CERTIFY": "0"}
         environment["COVERAGE_PROCESS_START"] = str(settings)
-        environment["TREADLE_CACHE"] = str(layer / "cache")  # which holds no kernel yet
+        environment["TREADLE_CACHE"] = str(layer / "cache")  # holds no kernel yet
         words = [sys.executable, "-m", "pytest", "-p", "tests.line_map", "-n", str(jobs), "--dist", "worksteal", "-q"]
         left_out = [f"--ignore=tests/{name}.py" for name in ("test_fuzz", "test_packaging", "test_type_checkers")]
         subprocess.run([*words, *left_out, *modules], cwd=ROOT, env=environment, check=False)
@@ -184,16 +187,16 @@ class LineMap:
 
     def seconds(self, name: str) -> float:
         known = [layer.seconds[name] for layer in self._layers if layer.knows(name)]
-        return known[-1] if known else 5.0  # a name for many cases: a guess
+        return known[-1] if known else 5.0  # a name that stands for many cases: a guess
 
     def closest(self, file: str, line: int, most: float) -> list[str]:
-        """Return the tests that run a line, first those that are quick and run few other lines; at most `most` seconds
-        of them.
+        """Return the tests that run a line, up to a total of `most` seconds. Tests that are quick and run few other
+        lines come first.
 
-        A line that only imports run has the tests of its function, of its class, or of its file. A file that no mapped
-        test runs has the test modules that name it. A line outside every function's body also has the tests that look
-        at all modules. Last come the beginnings of the names of cases that were not mapped, and the test modules that
-        import the file.
+        For a line that runs only during imports, the tests of its function, its class or its file are returned. For a
+        file that no mapped test runs, the test modules that name it are returned. For a line outside of functions, the
+        tests that inspect all modules are added. Last come prefixes of the names of cases that were not mapped, and the
+        test modules that import the file.
         """
         source = (ROOT / file).read_text()
         by_line = [layer.by_line(file, source) for layer in self._layers]
@@ -232,7 +235,7 @@ class _Layer:
     def gather(folder: Path) -> None:
         """Merge the files that the processes wrote.
 
-        tests.json has the root, the lines and seconds of each test, the tests of each kernel, and the sources.
+        tests.json holds the root, the lines and seconds of each test, the tests of each kernel, and the sources.
         """
         whole = coverage.Coverage(data_file=str(folder / "coverage"), config_file=False, messages=False)
         whole.combine([str(folder)], keep=True)
@@ -257,7 +260,7 @@ class _Layer:
         (folder / "tests.json").write_text(json.dumps(message))
 
     def knows(self, name: str) -> bool:
-        """Return True if a test has passed in it, and no later layer has mapped its module."""
+        """Return True if a test has passed in this layer, and no later layer has mapped its module."""
         return name in self.seconds and _module(name) in self.modules
 
     def by_line(self, file: str, source: str) -> dict[int, set[str]]:
@@ -272,12 +275,12 @@ class _Layer:
 
 
 def _test(context: str) -> str:
-    """Return the test of a process whose lines are separate from the parent's other processes."""
+    """Return the test that started a process. Its lines are separate from the parent's other processes."""
     return re.split(r"\|(?=tests/)", context)[-1]
 
 
 def _lines_before(old: str, new: str) -> dict[int, int]:
-    """Map the lines of a file to the lines of an older state; a new line is not in the map."""
+    """Map the lines of a file to the lines of an older version; new lines are not in the map."""
     matcher = difflib.SequenceMatcher(None, old.splitlines(), new.splitlines(), autojunk=False)
     return {b + n + 1: a + n + 1 for a, b, size in matcher.get_matching_blocks() for n in range(size)}
 
@@ -298,13 +301,13 @@ def _end(node: ast.stmt) -> int:
 
 
 def _is_outside(source: str, line: int) -> bool:
-    """Return True if a line is in no function's body: a default, a class's field, a constant."""
+    """Return True if a line is outside of every function's body: a default, a class's field, a constant."""
     functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return not any(n.body[0].lineno <= line <= _end(n) for n in functions)
 
 
 def _cases_of_op(source: str, line: int) -> list[str]:
-    """Return the op suite's cases of the op whose class contains the line, or the common beginnings of their names."""
+    """Return the op suite's cases of the op whose class contains the line, or the common prefixes of their names."""
     classes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef) and n.lineno <= line <= _end(n)]
     names = [
         each.args[0].value
@@ -323,12 +326,12 @@ def _cases_of_op(source: str, line: int) -> list[str]:
 
 @cache
 def _texts() -> dict[str, str]:
-    """The test modules."""
+    """Return the texts of the test modules."""
     return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
 
 
 def _importing(file: str) -> list[str]:
-    """Return the test modules that import something that a file of the package defines."""
+    """Return the test modules that import a name that this file of the package defines."""
     module = ".".join(
         ("treadle", *(part for part in Path(file).with_suffix("").parts if part not in ("treadle", "__init__")))
     )
@@ -338,7 +341,9 @@ def _importing(file: str) -> list[str]:
 
 
 def _named_by(file: str) -> list[str]:
-    """Return the test modules that contain the module's name, or else the test modules that start the command."""
+    """Return the test modules that contain the module's name; if there are none, the test modules that start the
+    command.
+    """
     texts = _texts()
     named = [name for name, text in texts.items() if re.search(rf"\b{Path(file).stem}\b", text)]
     return named or [name for name, text in texts.items() if "subprocess" in text and "treadle.cli" in text]

@@ -1,4 +1,4 @@
-"""Many cases in one test: every case is run, and the test fails with all failures.
+"""Many cases in one test. Every case runs, and the test reports all failures together.
 
     with every_case() as case:
         for op in ops:
@@ -18,9 +18,9 @@ import pytest
 
 @contextmanager
 def every_case() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
-    """Collect the errors raised in cases, and raise them together at the end under the cases' names.
+    """Collect the errors raised in cases, and raise all of them at the end with the names of their cases.
 
-    Running no case is a failure. A skip ends the test as usual.
+    A test without any case fails. A skip ends the test as usual.
     """
     tried: list[str] = []
     failed: dict[str, BaseException] = {}

@@ -1,7 +1,7 @@
 """Random attention programs with masks, biases and fully masked rows, and their gradients.
 
 graph, inputs = drawn_program(3)
-gradients_of(graph, inputs)          # by every float input, of a sum of the result with fixed factors
+gradients_of(graph, inputs)          # of sum(result * fixed factors), by every float input
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
 
 
 def gradients_of(graph: Graph, inputs: dict[str, Array]) -> dict[str, Array]:
-    """Return the gradient in float64 by every float input."""
+    """Return the gradient in float64 with respect to every float input."""
     b = Builder(inline_calls(graph))
     main, nodes = b.graph.main, list(b.graph.main.nodes)
     (y,) = main.outputs.values()

@@ -1,4 +1,4 @@
-"""Mutation operators and their random choice: the operators of cosmic-ray, and three of our own."""
+"""Mutation operators and their random choice: the operators of cosmic-ray, and three others."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class DropKeyword(DropReturned):
 
     def mutate(self, node: Any, index: int) -> Any:
         at = node.children.index(self._keywords(node)[index])
-        first = 0 if node.children[at - 1] == "," else 1  # also removes the comma before it, else the one after it
+        # also removes the comma before the argument, or else the one after it
+        first = 0 if node.children[at - 1] == "," else 1
         after = first and node.children[at + 1] == ","
         del node.children[at - (not first) : at + 1 + after]
         return node
@@ -110,7 +111,7 @@ class Mutation:
     outcome  noticed | timeout | survived | unreached (no test is known to run the line)
     by       the test that noticed
     tests    number of tests that were run
-    same     the reason why the program is equivalent, if someone judged that
+    same     the reason why the mutated program is equivalent, if it was judged equivalent
     """
 
     name: str
@@ -126,7 +127,8 @@ class Mutation:
 
 
 def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tuple[Mutation, str]]:
-    """Draw mutations with the texts of their mutated files: a file weighted by length, a line, a kind, an occurrence.
+    """Yield random mutations, each with the text of the mutated file. A file is drawn weighted by its length, then a
+    line, a kind and an occurrence.
 
     under  folders or files to draw from
     """
@@ -152,7 +154,9 @@ def draw(count: int, seed: int, under: Sequence[str] = FOLDERS) -> Iterator[tupl
 
 
 def _sites(source: str) -> Iterator[tuple[int, str, Operator, int]]:
-    """Yield line, kind, operator and occurrence of every mutation outside of annotations and of data for tests."""
+    """Yield line, kind, operator and occurrence of every possible mutation, except in annotations and in data for
+    tests.
+    """
     nodes = list(ast_nodes(get_ast(source)))
     for kind, operators in KINDS.items():
         for operator in operators:
@@ -184,7 +188,7 @@ def _is_idle(node: Any) -> bool:
 
 
 def _is_of_tests(name: str) -> bool:
-    """Return True if this name is data that tests read, such as `samples` of an op, or `_SAMPLES` of several."""
+    """Return True if this name holds data for tests, such as `samples` of an op, or `_SAMPLES` of several."""
     return name.strip().strip("_").lower() in ("samples", "errors", "all")
 
 

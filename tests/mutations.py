@@ -1,13 +1,13 @@
 """Mutation testing on the command line: a copy of the tree is mutated in one place at a time, and the tests should
 notice.
 
-    python -m tests.mutations map                            which test runs which line: once, longer than the suite
+    python -m tests.mutations map                            record which test runs which line (longer than the suite)
     python -m tests.mutations run --count 200 --seed 1       draw 200 and run the tests that could notice each
     python -m tests.mutations run --under passes/memory --count 40 tests/test_memory_order.py ...
                                                              draw from there, and run these tests: no map is needed
     python -m tests.mutations judge 1/17 "why it is the same program"
-    python -m tests.mutations control                        run the tests that noticed again, without any mutation
-    python -m tests.mutations show                           the figures, and the mutations that no test noticed
+    python -m tests.mutations control                        run the tests that noticed on the unmutated tree
+    python -m tests.mutations show                           print the figures, and the mutations that no test noticed
 
 docs/testing.md explains the outcomes.
 """
@@ -44,8 +44,8 @@ FIRST = 20  # tests that are run before all others
 class Chosen:
     """A pytest plugin that selects the named tests, in the named order, and records the first failure.
 
-    A name that ends in `[` or `[op-`, or a module's name, stands for all tests that begin with it. They run after the
-    others, and none starts later than `most` seconds after the first of them.
+    A name that ends in `[` or `[op-`, or a module's name, selects all tests that begin with it. These tests run after
+    the others, and none starts later than `most` seconds after the first of them.
     """
 
     def __init__(self, names: list[str], most: float) -> None:
@@ -100,7 +100,7 @@ def run(mutation: Mutation, text: str, place: Path, most: float, modules: Sequen
     try:
         for part in filter(None, (names[:FIRST], names[FIRST:])):
             took = sum(map(known.seconds, part)) if known else 0
-            limit = 60 + 10 * (most + took)  # long, because the machine may be busy
+            limit = 60 + 10 * (most + took)  # long, since the machine may be busy
             outcome, by, more = _outcome(tree, mutation, part, most, limit)
             ran += more
             if outcome != "survived":
@@ -206,7 +206,9 @@ def _is_known(mutation: Mutation, known: dict[str, Mutation]) -> bool:
 
 
 def control(place: Path) -> None:
-    """Run the tests that noticed on the unmutated tree: a test that fails there has noticed nothing."""
+    """Run the tests that noticed mutations on the unmutated tree. A test that fails there did not notice the
+    mutation.
+    """
     names = sorted({mutation.by for mutation in read(place / "results.jsonl").values() if "::" in mutation.by})
     tree = _copy_of_tree(place)
     subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *names], cwd=tree, check=False)

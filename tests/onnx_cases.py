@@ -1,7 +1,7 @@
-"""ONNX's own node tests: the list of cases, how a case is imported and run, and how its results are compared.
+"""ONNX's own node tests: the list of cases, and functions that import a case, run it and compare its results.
 
-Every case is imported once and run on each backend. If the importer needs an input to be static, the input is passed as
-a static argument with the case's value for it.
+Every case is imported once and run on each backend. If the importer needs an input to be static, the case's value of
+that input is passed as a static argument.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def write_list() -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a case: "passes", "refused" (at import, by name) or "wrong"; and the reason."""
+    """The outcome of a case: "passes", "refused" (with a named error at import) or "wrong"; and the reason."""
 
     outcome: str
     why: str = ""
@@ -137,16 +137,16 @@ def _array(x: Any) -> Any:
 
 
 _SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Spacing of 16-bit floats just above 1, relative to the number."""
+"""Distance from 1 to the next larger number, for 16-bit floats."""
 
 
 def difference(found: Array, expected: Any, rtol: float, atol: float) -> str | None:
     """Describe the difference between a result and the expected value, or return None.
 
-    Types that NumPy lacks are compared with exact float32.
+    Values of types that NumPy lacks are compared in float32, which holds them exactly.
 
     Expected values in 16 bits were rounded after each step of ONNX's own computation. A result that was rounded at
-    other steps, or once, may differ by two units of that type.
+    other steps, or only once, may differ by two units in the last place of that type.
     """
     expected = np.asarray(expected)
     rtol = max(rtol, 2 * _SPACING.get(expected.dtype.name, 0))

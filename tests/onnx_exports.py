@@ -2,7 +2,7 @@
 
     export("bert", folder, dynamo=True, attention="sdpa")        -> folder/bert.onnx
 
-Batch and sequence axes are dynamic: B, S, and T for a decoder's. Images have a dynamic batch alone.
+Batch and sequence axes are dynamic: B, S, and T for the decoder's sequence. For images, only the batch axis is dynamic.
 """
 
 from __future__ import annotations

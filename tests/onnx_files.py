@@ -21,7 +21,7 @@ ort = pytest.importorskip("onnxruntime")
 
 
 def session(path: Path) -> Any:
-    """Open a file in ONNX Runtime after the checker has passed it, shapes and dtypes included."""
+    """Open a file in ONNX Runtime, after ONNX's checker has accepted it, shapes and dtypes included."""
     onnx.checker.check_model(str(path), full_check=True)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -52,7 +52,9 @@ def answers(
 
 
 def runtime(proto: onnx.ModelProto | str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a model in ONNX Runtime without optimizations, so that fused operators run as they are written."""
+    """Run a model in ONNX Runtime without optimizations, so that fused operators run in the form in which they are
+    written.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -1,6 +1,7 @@
-"""One op on one sample: its graph, the graph of its gradient, and the numbers to compare them with.
+"""One op on one sample: its graph, the graph of its gradient, and the numbers that both are compared with.
 
-The op suites run every registered op through this on every registered backend, including those of other packages.
+The op suites use these functions to run every registered op on every registered backend, including the ops and backends
+of other packages.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Runner = Callable[[Graph, Mapping[str, Array]], Mapping[str, Array]]
 
 BACKENDS = tuple(backend_names())
 RUNNERS = ("interpreter", *BACKENDS)
-"""The runners of the suites: the reference itself, and each backend."""
+"""The runners of the suites: the interpreter, whose results are the reference, and each backend."""
 
 TESTED = sorted(name for name in OPS if OPS[name].is_word)
-"""The ops that have samples; the meaning of a call is the function that it calls."""
+"""The ops that have samples. A call is left out, since its meaning is the function that it calls."""
 
 EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
-"""The spacing of each float dtype's numbers just above 1."""
+"""For each float dtype, the distance from 1 to the next larger number."""
 
 
 def prepared(name: str, graph: Graph) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
@@ -105,7 +106,7 @@ class Case:
         return self.evaluate(self.operands)
 
     def evaluate(self, operands: Sequence[Array | None]) -> tuple[Array, ...]:
-        """Return the results of the op's reference on other operands of the same types."""
+        """Return the results of the op's reference on these operands, whose types equal the case's."""
         with np.errstate(all="ignore"):
             made = self.op.reference(*operands)
         return tuple(np.asarray(a) for a in (made if isinstance(made, tuple) else (made,)))
@@ -131,7 +132,7 @@ class Case:
         return b.graph
 
     def gradient_graph(self, seeded: Sequence[int]) -> Graph:
-        """Return the gradient's graph.
+        """Return the graph of the op's gradient.
 
         Inputs are the operands and `seed0`, ...; outputs are the gradients of the operands, under their names.
         """
@@ -180,9 +181,9 @@ class Case:
 
 
 def seedings(case: Case) -> list[list[int]]:
-    """Return the sets of results to seed with a gradient: all that can have one, and each alone.
+    """Return sets of results to seed with a gradient: all results that can have one, and each of them alone.
 
-    The last case matters because the others may be unused.
+    Single results matter because the other results of an op may be unused.
     """
     together = [n for n, type in enumerate(case.op.infer(case.types)) if type.dtype.is_float]
     return [together, *([n] for n in together if len(together) > 1)]
@@ -204,7 +205,7 @@ def refusal(backend: str, graph: Graph) -> str | None:
 
 
 def held(x: Array, dtype: DType) -> Array:
-    """Return the nearest values of a dtype, in NumPy's representation: bf16 values in float32."""
+    """Return the array rounded to a dtype, in NumPy's representation: bf16 values in float32."""
     return np.asarray(OPS["cast"](to=dtype).reference(x))  # type: ignore[call-arg]
 
 

@@ -1,4 +1,4 @@
-"""The stubs of ops, which type checkers and editors read in place of modules that look up ops by name."""
+"""The stubs of ops. Type checkers and editors read them instead of modules that look up ops by name."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class OpTerms:
 
 
 def stubs() -> dict[str, str]:
-    """Return each stub's text, by its path in the tree."""
+    """Return the text of each stub, by its path in the tree."""
     return {
         "ir/op_methods.pyi": METHODS + _methods(BUILDER),
         "passes/framework/op_terms.pyi": TERMS + _methods(PATTERN),

@@ -1,4 +1,4 @@
-"""Record the files that are opened while a block of code runs, by Python's audit events."""
+"""A record of the files that are opened while a block of code runs, from Python's audit events."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def _record(event: str, given: tuple[object, ...]) -> None:
                 counts[path.relative_to(below).as_posix()] += 1
 
 
-sys.addaudithook(_record)  # it cannot be removed
+sys.addaudithook(_record)  # an audit hook cannot be removed
 
 
 @contextmanager
 def opened_in(folder: Path) -> Iterator[Counter[str]]:
-    """Count how often each file in this folder, or this file, is opened, by its path in it; links are followed."""
+    """Count how often each file in this folder is opened; `folder` may also be a file. Keys are paths relative to it;
+    links are followed.
+    """
     entry = (Path(os.path.realpath(folder)), Counter[str]())
     _RECORDS.append(entry)
     try:

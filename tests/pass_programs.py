@@ -1,4 +1,4 @@
-"""Programs for the tests of passes: text, numbers, and decomposed functions that passes should recognise."""
+"""Programs for the tests of passes: texts, numbers, and decomposed functions that passes should recognise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw(type: Type, rng: np.random.Generator) -> Any:
 
 
 def numbers(graph: Graph) -> dict[str, Any]:
-    """Return the graph's outputs in float64, on inputs and weights that depend on their names alone."""
+    """Return the graph's outputs in float64, for inputs and weights that are determined by their names."""
 
     def drawn(name: str, value: Value) -> Any:
         return draw(value.type, np.random.default_rng(crc32(repr(name).encode())))
@@ -55,7 +55,7 @@ def assert_same_numbers(before: Graph, after: Graph) -> None:
     """Assert that results are equal within float32's rounding.
 
     The arithmetic is in float64, but a constant such as sqrt(1/2) was written into the graph in float32, while the op
-    that replaces it computes it exactly. Such constants are few, and nothing cancels.
+    that replaces it computes it exactly. There are few such constants, and no cancellation.
     """
     wanted, got = numbers(before), numbers(after)
     assert got.keys() == wanted.keys()

@@ -1,7 +1,7 @@
 """A check that texts and names keep to plain English: counts by folder, which may only fall.
 
     python -m tests.plain_english                # compare with the allowed counts; exit status 1 if one is exceeded
-    python -m tests.plain_english --list words   # print every place that one kind of count consists of
+    python -m tests.plain_english --list words   # print every place that counts as one kind
     python -m tests.plain_english --lower        # lower the allowed counts to this tree's counts
 
 Seven kinds are counted, each in every folder:
@@ -11,12 +11,12 @@ Seven kinds are counted, each in every folder:
     messages      private words in strings of the product: errors, hints, help texts, output
     public        private words in docstrings of public names of the product
     elsewhere     private words in all other docstrings, in comments, in strings of tests and in docs/decisions
-    identifiers   private words as parts of identifiers, each definition counted once
+    identifiers   private words as parts of identifiers, each definition is counted once
     participles   bare participles as parameters, fields and public names
 
 The private words and the words that replace them are in `PRIVATE_WORDS`. Words with an honest second use (term, order,
 place, cut, lie) are not counted. The allowed counts are in tests/plain_english.json. A docstring that begins with
-"Whether" is an error whatever the counts are.
+"Whether" is always an error.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _texts_of(node: ast.AST) -> Iterator[ast.Constant]:
 
 
 def _owners(node: ast.AST, public: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """Yield every node that may have a docstring, and True if it and all that it is nested in are public names."""
+    """Yield every node that may have a docstring, with True if the node and all enclosing definitions are public."""
     yield node, public
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         public = False

@@ -15,7 +15,7 @@ from treadle.passes.framework.rewrite import Match, Rewrite
 
 
 def certified(graph: Graph | str, *passes: Pass) -> Optimized:
-    """Run passes on a graph, or on a graph's text, with certificates enabled, and return the result."""
+    """Run passes on a graph, or on the text of a graph, with certificates enabled, and return the result."""
     return PassManager(passes, certify=True).run(parse_graph(graph) if isinstance(graph, str) else graph)
 
 
@@ -29,7 +29,7 @@ def rolled_back(optimized: Optimized) -> list[str]:
 
 @dataclass(frozen=True)
 class Planted(Rewrite):
-    """A rewrite from a test's own pattern and replacement."""
+    """A rewrite with a pattern and a replacement that a test gives."""
 
     find: Any = None
     put: Any = None

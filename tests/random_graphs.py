@@ -1,4 +1,4 @@
-"""Random well-typed graphs, for tests that hold for any graph: the same seed yields the same graph.
+"""Random well-typed graphs, for tests that apply to any graph. The same seed yields the same graph.
 
 Every registered op takes part through its own samples; those in `RECIPES` also on symbolic sizes. Names, scopes, source
 lines and constants are sometimes as strange as the IR allows.
@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def weight(b: Builder, r: Random, *sizes: Any) -> Expr:
-    """Return a parameter of these sizes: a new one, or one of the same type and name."""
+    """Return a parameter with these sizes: a new one, or an existing one with the same type and name."""
     name = odd(r, f"h.{r.randrange(4)}.{r.choice(('ln.weight', 'attn.w', 'w'))}", 0.1)
     init = r.choice((None, Init("ones"), Init("normal", 0.02), Init("uniform", 1e-9)))
     type = f32[tuple(sizes)]
@@ -152,7 +152,7 @@ def fill(graph: Graph, function: Function, r: Random, count: int) -> None:
 
 
 def call(b: Builder, r: Random, pool: list[Expr], block: Function) -> list[Expr]:
-    """Add a call with weights under one prefix, or any others of their types."""
+    """Add a call. Its weights are under one common prefix, or any other weights of the same types."""
     prefix = r.choice(("", f"h.{r.randrange(3)}.", "shared weights."))
     arguments = [operand(b, r, pool, v.type) for v in block.inputs]
     for name, formal in block.parameters.items():
@@ -175,7 +175,7 @@ def from_sample(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
 
 
 def from_recipe(b: Builder, r: Random, pool: list[Expr]) -> list[Expr]:
-    """Add an op of the table on some value; do nothing if it does not fit."""
+    """Add an op of RECIPES on some value; do nothing if the op does not fit."""
     name = r.choice([name for name in RECIPES if name in OPS])
     try:
         with np.errstate(invalid="ignore"):  # nan as an integer

@@ -1,7 +1,8 @@
 """Random programs in which passes find something to do: functions decomposed as models write them, and near misses of
 them.
 
-Values are about one, so that the effect of a rewrite shows; the dtype is float64 or any other float dtype.
+Values have magnitudes of about one, so that the effect of a rewrite is visible; the dtype is float64 or any other float
+dtype.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from treadle.ir.types import DType, f64
 
 WIDTH = 6
 FILLS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
-"""Numbers by which models mask; a narrow dtype takes those that it can represent."""
+"""Numbers by which models mask; in a narrow dtype, only the numbers that it can represent."""
 
 Step = Callable[[Builder, Random, Expr], Expr]
 """A function from a value [B, S, 6] of a float dtype to another such value."""
 
 
 def random_program(seed: int, dtype: DType = f64) -> Graph:
-    """Return a chain of steps, in every third program after a block that is called twice. A seed yields one program."""
+    """Return a chain of steps; in every third program, a block that is called twice comes first. A seed yields one
+    program.
+    """
     r = Random(seed)
     graph = Graph("random")
     main = Builder(graph)
@@ -42,7 +45,9 @@ def random_program(seed: int, dtype: DType = f64) -> Graph:
 
 
 def chain(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add steps one after the other; some values are used again later, and must still be unchanged there."""
+    """Add steps, each on the result of the preceding one. Some values are used again later, and must still be unchanged
+    there.
+    """
     made = [x]
     for _ in range(r.randint(3, 6)):
         made.append(r.choice(STEPS)(b, r, r.choice(made[-2:])))
@@ -90,7 +95,7 @@ def rms_norm(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled(b: Builder, r: Random, x: Expr, square: Expr) -> Expr:
-    """Add x / sqrt(square + eps), sometimes with a weight and a bias."""
+    """Add x / sqrt(square + eps), sometimes times a weight and plus a bias."""
     shifted = square + r.choice((1e-5, 1e-3))
     y = one_of(
         r,
@@ -133,7 +138,7 @@ def attention(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def attended(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add the same as one op, with a causal mask, with a sliced table of the longest context, or with neither."""
+    """Add attention as one op, with a causal mask, with a sliced table for the longest context, or without a mask."""
     heads = b.rearrange(x, pattern="b s (h=2 d) -> b h s d")
     longest = r.choice((64, "S"))
     j = b.iota(size=longest)
@@ -171,7 +176,9 @@ def linear(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def feed_forward(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add a product that is activated or gated: by a product of the same value, of another, or by its own half."""
+    """Add a product that is activated, or gated by a product of the same value, by a product of another value, or by
+    its own other half.
+    """
     activate = r.choice((b.gelu, b.relu, b.silu, b.sigmoid, b.tanh))
 
     def product(x: Expr, width: int = WIDTH) -> Expr:
@@ -204,7 +211,9 @@ def embedded(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def projected(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add products of one value by two or three weights, with or without biases; some are read elsewhere too."""
+    """Add products of one value with two or three weights, with or without biases; some products have other uses
+    too.
+    """
     parts = []
     for _ in range(r.choice((2, 3))):
         w = parameter(b, x.dtype, WIDTH, WIDTH)
@@ -216,7 +225,7 @@ def projected(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def scaled_product(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add a product, wider or narrower than its operand, or a norm, and one number that scales it."""
+    """Add a product that is wider or narrower than its operand, or a norm, and scale it by one number."""
     by, width = r.choice((0.125, -0.3, 2.0)), r.choice((2, 2 * WIDTH))
     weight, bias = parameter(b, x.dtype, WIDTH), parameter(b, x.dtype, WIDTH)
     normed = one_of(r, lambda: x, lambda: b.rms_norm(x, weight), lambda: b.layer_norm(x, weight, bias))

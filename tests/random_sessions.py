@@ -1,10 +1,11 @@
-"""Random sessions: rows that open, grow, fork, resume, slide and close, over drawn models and caches.
+"""Random sessions with random models and caches: rows open, grow, fork, resume, slide and close.
 
     played = play(seed, "numpy", sessions=4)      # raises AssertionError if logits differ from the whole text's
 
-A session's logits are compared with the logits of one run of the same compiled model over the whole text. They may
-differ by the effect of roundings on this model's logits at that token (`treadle.runtime.roundings`), and no more:
-roundings of every op, of keys and values if caches are in 16 bits, and of rounded activations of weights in blocks.
+A session's logits are compared with the logits of one run of the same compiled model over the whole text. The
+difference may not exceed the effect of roundings on this model's logits at that token (`treadle.runtime.roundings`):
+roundings of every op, of keys and values if caches are in 16 bits, and of activations that are rounded for weights in
+blocks.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Array = np.ndarray[Any, Any]
 CONTEXT = 320
 MEMORY = 9
 RINGS = (1, 4, 16, 128)
-"""Divisors of the capacities of rings; 128 outside of tests, so that few rows are long enough to wrap."""
+"""The capacity of a ring is a multiple of one of these numbers; outside of tests it is 128, with which few rows are
+long enough to wrap.
+"""
 DRAWS, THOROUGH = 2, 24
 ROUNDING = ("int8", "int4-int8")
 SCHEMES = ("int8-weights", "int4", *ROUNDING)
@@ -55,7 +58,7 @@ class Chosen:
 
 @dataclass
 class Text:
-    """An open row: its slot, its known tokens, and the index of its other inputs."""
+    """An open row: its slot, its known tokens, and the index of its other inputs in the session."""
 
     row: int
     tokens: list[int]
@@ -64,14 +67,14 @@ class Text:
 
 @dataclass
 class Played:
-    """The record of a model's sessions.
+    """The record of all sessions of a model.
 
     chosen      the model's options
-    sessions    the sizes of each
+    sessions    the sizes of each session
     events      the number of moves of each kind
     checked     the number of compared logits
-    overflowed  the number of logits not compared: a value of their whole text is infinite or NaN, or overflows in f16
-    sharp       the number of compared logits for which a tenth of the largest logit would have exceeded the tolerance
+    overflowed  the number of logits not compared: a value of the whole text is infinite or NaN, or overflows in f16
+    sharp       the number of compared logits whose tolerance is below a tenth of the largest logit
     worst       the largest difference, as a fraction of the tolerance
     """
 
@@ -85,7 +88,7 @@ class Played:
 
 
 def drawn_choice(rng: np.random.Generator, backend: str, seed: int) -> Chosen:
-    """Draw options: of ten models one has shared blocks and quantization, two only shared blocks, and two only
+    """Draw options. Of ten models, one has shared blocks and quantization, two have only shared blocks, and two only
     quantization.
     """
     shared, quantized = seed % 10 in (0, 1, 2), seed % 10 in (0, 3, 4)
@@ -107,7 +110,7 @@ def drawn_sizes(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Played:
-    """Draw a model and sessions over it, make `moves` moves in each, and compare all logits.
+    """Draw a model and sessions with it, make `moves` moves in each session, and compare all logits.
 
     Raises AssertionError if logits differ by more than roundings explain, or are not finite although the whole text's
     are.
@@ -131,7 +134,7 @@ def play(seed: int, backend: str, *, sessions: int = 1, moves: int = 24) -> Play
 
 
 class _Game:
-    """The sessions of a model, played one after the other."""
+    """The sessions of a model, run one after the other."""
 
     session: Session
     rows: list[Text]
@@ -169,7 +172,7 @@ class _Game:
     # -- moves ---------------------------------------------------------------------------------------------------
 
     def move(self) -> None:
-        """Make one of the possible moves."""
+        """Make a random move out of those that are possible."""
         possible: list[tuple[Callable[[], None], float]] = []
         if self.session.free:
             possible += [(self._open, 2 if self.rows else 9), (self._resume, 6 if self.closed else 0)]
@@ -188,8 +191,8 @@ class _Game:
         return [int(token) for token in self.rng.integers(0, VOCABULARY, count)]
 
     def _room(self, text: Text, most: int) -> int:
-        """Return the number of tokens that a row can take, up to `most`; a row that slides takes half of its capacity
-        at once.
+        """Return the number of tokens that can be appended to a row, at most `most`. A sliding row takes at most half
+        of its capacity at once.
         """
         if self.session.full == "slide":
             return min(most, self.session.capacity // 2)
@@ -217,7 +220,7 @@ class _Game:
         self._grown(text, new, self.session.prefill({text.row: new})[text.row])
 
     def _resume(self) -> None:
-        """Resume a closed text: the whole of it, or its beginning, with other tokens after it."""
+        """Resume a closed text: all its tokens, or a prefix of them, followed by other tokens."""
         enough = [tokens for tokens in self.closed if len(tokens) > LEAST] or self.closed
         before = enough[int(self.rng.integers(len(enough)))]
         kept = before if self.rng.random() < 0.5 else before[: int(self.rng.integers(1, len(before) + 1))]
@@ -282,7 +285,8 @@ class _Game:
 
     def _compare(self, brought: Mapping[str, Array], seen: Sequence[tuple[tuple[int, ...], Array]]) -> None:
         texts: list[tuple[int, ...]] = []
-        for tokens in sorted({tokens for tokens, _ in seen}):  # a text that another one continues is a part of it
+        # a text that is a prefix of another needs no run of its own
+        for tokens in sorted({tokens for tokens, _ in seen}):
             if texts and tokens[: len(texts[-1])] == texts[-1]:
                 texts.pop()
             texts.append(tokens)
@@ -298,8 +302,8 @@ class _Game:
         for tokens, logits in seen:
             n = next(n for n, text in enumerate(texts) if text[: len(tokens)] == tokens)
             wanted, at = whole[n, len(tokens) - 1], len(tokens) - 1
-            # A value of the whole text that overflows affects earlier tokens, as 0 times infinity; a value of f16 does
-            # so sooner.
+            # A value that overflows in the run over the whole text affects earlier tokens, as 0 times infinity; f16
+            # overflows sooner.
             if not np.isfinite(whole[n]).all() or not np.isfinite(moved.by[n, at]).all():
                 self.played.overflowed += 1
                 continue
@@ -329,10 +333,11 @@ class _Game:
         return Moved(np.maximum(plain.by, more.by), more.undecided)
 
     def _coarsely(self, rng: np.random.Generator) -> Callable[..., list[Array]]:
-        """Round keys and values as the cache does, and move a fiftieth of the numbers rounded to blocks to a neighbour.
+        """Round keys and values as the cache does. Of the numbers rounded to blocks, move a fiftieth to a neighbouring
+        step.
 
-        Numbers rounded to blocks are equal in both runs except for roundings of f32, by which a few of them fall on the
-        other side of the middle between two neighbours.
+        Numbers rounded to blocks are equal in both runs, except that roundings of f32 move a few numbers across the
+        middle between two steps.
         """
         cache = self.played.chosen.cache
         spacing = spacing_of(DTYPES[cache]) if cache else 0.0
@@ -363,5 +368,5 @@ class _Game:
 
 
 def backends() -> list[str]:
-    """Return our installed backends."""
+    """Return our backends that are installed."""
     return [name for name in ("numpy", "torch", "tvm") if find_backend(name).available() is None]

@@ -1,4 +1,4 @@
-"""Random graphs, meshes and axes to split, and their results in the lab: for tests that hold for any sharding.
+"""Random graphs, meshes and axes to split, and their results in the lab, for tests that apply to any sharding.
 
 The same seed yields the same case. Some sizes are divisible by the mesh and others are not.
 """
@@ -35,7 +35,7 @@ Write = Callable[[Builder, Random, Expr], Expr | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, how it is split, and numbers for it."""
+    """A graph, the axes to split, and numbers for its inputs and weights."""
 
     graph: Graph
     mesh: str
@@ -47,7 +47,7 @@ class Case:
     def plan(self) -> ShardingPlan:
         """Return the plan after its checker has accepted it.
 
-        An axis that is too short for any part of a mesh axis stays whole.
+        An axis that is shorter than the mesh axis is not split.
         """
         axes = dict(self.axes)
         while True:
@@ -122,7 +122,7 @@ def transposed(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def split_and_merged(b: Builder, r: Random, x: Expr) -> Expr | None:
-    """[..., (h d)] -> [..., (d h)] or back to [..., (h d)] in two ops"""
+    """Add two ops: [..., (h d)] -> [..., (d h)], or back to [..., (h d)]."""
     width = x.shape[-1].constant
     if width is None or width % 4:
         return None
@@ -134,7 +134,7 @@ def split_and_merged(b: Builder, r: Random, x: Expr) -> Expr | None:
 
 
 def sloped(b: Builder, r: Random, x: Expr) -> Expr | None:
-    """y = a number for each head of four, which other nodes may share, times the head's part of x"""
+    """Add x times a number for each of four heads; the numbers may be shared with other nodes."""
     width = x.shape[-1].constant
     if width is None or width % 4:
         return None
@@ -185,7 +185,7 @@ def expanded(b: Builder, r: Random, x: Expr) -> Expr:
 
 
 def twice(b: Builder, r: Random, x: Expr) -> Expr:
-    """Add two products whose partial sums may be added before they are combined."""
+    """Add two products whose partial sums may be added before they are reduced."""
     n = r.choice(WIDTHS)
     return b.linear(x, weight(b, n, x.shape[-1])) + b.linear(b.gelu(x), weight(b, n, x.shape[-1]), weight(b, n))
 
@@ -222,12 +222,12 @@ def random_case(seed: int, most: int = 7) -> Case:
     graph = random_graph(r, most)
     mesh = r.choice(MESHES)
     axes = random_axes(r, graph, mesh)
-    recipe = "fsdp" if "dp=" in mesh and r.random() < 0.5 else None  # weights in parts, gathered for use
+    recipe = "fsdp" if "dp=" in mesh and r.random() < 0.5 else None  # weights are sharded, and gathered for use
     return Case(graph, mesh, axes, recipe, *numbers_for(graph, seed))
 
 
 def random_pipeline(seed: int, most: int = 9) -> Case:
-    """Return a case with pipeline stages for a seed: the first one drawn whose micro-batches do not communicate."""
+    """Return a case with pipeline stages for a seed: the first drawn case whose micro-batches do not communicate."""
     r = Random(seed)
     while True:
         graph = random_graph(r, most)
@@ -270,7 +270,7 @@ def random_graph(r: Random, most: int) -> Graph:
 
 
 def scalar(b: Builder, r: Random, x: Expr) -> Expr:
-    """Return a value of rank 0: a reduction of x or of a weight, or an input, a weight or a constant of its own."""
+    """Add a value of rank 0: a reduction of x or of a weight, or a separate input, weight or constant."""
     made = [weight(b), constant(b, r), *[b.expr(v) for v in b.function.inputs[1:]]]
     if r.random() < 0.3:
         return r.choice(made)
@@ -305,7 +305,9 @@ def in_a_block(b: Builder, r: Random, x: Expr, width: int) -> Expr:
 
 
 def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
-    """Choose one to four dimensions of inputs and weights, each with one or two axes of the mesh; none over stages."""
+    """Choose one to four dimensions of inputs and weights to split, each over one or two axes of the mesh, never over
+    the axis of stages.
+    """
     dims = [f"{v.name}[{d}]" for v in graph.main.arguments for d in range(v.type.rank)]
     sizes = [axis.split("=") for axis in mesh.split(",") if axis.partition("=")[0] not in ("pp", "micro")]
     names = [name for name, _ in sizes] + [f"{name}:(1)2" for name, size in sizes if size in ("4", "8")]
@@ -324,7 +326,7 @@ def random_axes(r: Random, graph: Graph, mesh: str) -> dict[str, str]:
 def difference(case: Case, plan: ShardingPlan, *, merged: bool = False) -> float:
     """Return the largest difference between the lab's outputs and the unsplit graph's, relative to the largest element.
 
-    merged  run the programs after the rest of the pipeline
+    merged  if true, run the remaining passes on the ranks' programs first
     """
     wanted = interpret(case.graph, case.inputs, case.weights, float64=True)
     programs = [rank_graph(plan, rank) for rank in range(plan.devices.ranks)] if merged else None

@@ -1,4 +1,4 @@
-"""Random causal models from which a step can be derived, with mixtures of all layers."""
+"""Random causal models from which a step function can be derived. They mix all layers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _declared(body: Callable[..., t.Tensor], has_source: bool, has_picture: bool
 
 
 def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int, context: int) -> t.Tensor:
-    """Return embedded tokens, with some encoding of their positions."""
+    """Return embedded tokens with an encoding of their positions."""
     x = t.embed(tokens, VOCABULARY, dim, name="wte")
     match rng.integers(5):
         case 0:
@@ -100,7 +100,7 @@ def _begun(rng: np.random.Generator, tokens: t.Tensor, dim: int, context: int) -
 
 
 def _encoded(source: t.Tensor, dim: int) -> t.Tensor:
-    """Return a source text that all later layers may read."""
+    """Return an encoded source text, which all later layers may read."""
     x = t.embed(source, VOCABULARY, dim, name="source")
     for _ in t.stack("encoder", 2):
         x = x + t.self_attention(t.rms_norm(x, name="norm"), 1, name="attn")

@@ -1,12 +1,12 @@
 """Jobs of ranks in tests, as a script under `treadle launch` or torchrun: `rank_jobs.py JOB ARGUMENTS...`.
 
-models MESH BACKENDS FOLDER  run small models of all kinds in all forms and in several ways; rank 0 writes the results,
-                             and every rank writes its counts; two ranks gather weights ahead, and pass keys on while
-                             they compute; all ranks continue texts over tp
+models MESH BACKENDS FOLDER  run small models of all kinds and forms in several ways; rank 0 writes the results,
+                             and every rank writes its counts; with two ranks, weights are gathered early, and keys
+                             are passed on during computation; all ranks continue texts over tp
 turns MODE                   run one model repeatedly, after each rank has written its process id; finally rank 1 does
                              MODE: "killed" (from outside), "raises", "stops", "sleeps", "leaves"; "lingers": all
                              ranks leave, write their process ids, and do not end
-differ WHAT FOLDER           rank 1 has another plan than rank 0, another version, other weights or inputs, or lacks
+differ WHAT FOLDER           rank 1 has another plan, version, weights or inputs than rank 0, or lacks
                              a part of the checkpoint in FOLDER
 """
 
@@ -91,7 +91,9 @@ def models(ranks: Ranks, mesh: str, backends: str, folder: str) -> None:
 
 
 def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Yield backend, kind, recipe, form and mesh of each model to run; the first backend runs all that it can."""
+    """Yield backend, kind, recipe, form and mesh of each model to run; the first backend runs every case that it
+    supports.
+    """
     first, *others = backends
     stored = "megatron-fsdp" if "dp" in mesh else "sequence"
     for kind in KINDS:
@@ -110,12 +112,14 @@ def cases(mesh: str, backends: list[str]) -> Iterator[tuple[str, str, str, str, 
 
 
 def able(backend: str, form: str) -> str:
-    """Return the backend, or one that supports bf16."""
+    """Return the backend, or a backend that supports bf16 if the case needs bf16."""
     return "torch" if (backend, form) == ("numpy", "bf16") else backend
 
 
 def runs_ahead(ranks: Ranks, kind: str, recipe: str, mesh: str, backend: str) -> dict[str, Any]:
-    """Run a model that starts collectives early, and report their order; then run it without early starts."""
+    """Run a model that starts collectives early, and report the order of its collectives; then run it without early
+    starts.
+    """
     chosen = {**small_options(kind), "layers": 3 if recipe == "fsdp" else 1}
     made = compile_rank(kind, mesh, ranks, recipe=recipe, backend=backend, **chosen)
     given = inputs_of(made, uneven=True)
@@ -185,12 +189,12 @@ def generates(ranks: Ranks, folder: str) -> None:
 
 
 def cached(session: Session) -> int:
-    """Return the bytes of keys and values, without lengths."""
+    """Return the size in bytes of the cached keys and values, without the lengths."""
     return sum(state.nbytes for state in session.states.values() if "int" not in str(state.dtype))
 
 
 def after_the_encoder(planned: list[PlannedCollective]) -> list[PlannedCollective]:
-    """Return the collectives that every step repeats."""
+    """Return the collectives that run in every step, not only in the encoder."""
     first = max((at + 1 for at, each in enumerate(planned) if each.scope.startswith("encoder")), default=0)
     return planned[first:]
 

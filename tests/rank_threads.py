@@ -1,6 +1,4 @@
-"""The programs of ranks in threads of this process: each on a backend, with collectives that communicate through a
-room.
-"""
+"""The programs of ranks in threads of this process. Each runs on a backend; collectives communicate through a room."""
 
 from __future__ import annotations
 
@@ -29,8 +27,8 @@ class ThreadRoom(Room):
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
         tensor = type(part).__module__ == "torch"
         self.kinds.add(type(part).__name__)
-        held = part.float() if str(part.dtype) == "torch.bfloat16" else part  # which NumPy lacks
-        brought = np.array(held.numpy() if tensor else held)  # a rank may continue and overwrite its own
+        held = part.float() if str(part.dtype) == "torch.bfloat16" else part  # NumPy lacks bf16
+        brought = np.array(held.numpy() if tensor else held)  # a rank may go on and overwrite its array
         found = np.array(super().exchange(rank, op, brought))
         if tensor:
             import torch

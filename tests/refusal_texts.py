@@ -25,14 +25,14 @@ MODULES = {f"test_{name}" for name in (*_FUSION, *(f"fuse_{each}" for each in _F
 
 
 def refusals(golden: Golden) -> KnownTexts:
-    """Return the texts of all modules."""
+    """Return the golden refusals of all modules."""
     return KnownTexts(golden, "refusals")
 
 
 def text_of(event: Event) -> str:
     """Return `rule at op: reason; matched: ...` with the hint below it.
 
-    The texts of failed certificates are returned without numbers.
+    In the text of a failed certificate, numbers are left out.
     """
     hint = f"\n  try  {event.hint}" if event.hint else ""
     text = f"{event.rule} at {event.op}: {event.description}{hint}"
@@ -40,7 +40,7 @@ def text_of(event: Event) -> str:
 
 
 def comparing(run: Callable[..., Optimized], texts: KnownTexts) -> Callable[..., Optimized]:
-    """A `PassManager.run` that compares its log."""
+    """Return a `PassManager.run` that compares its log with the golden texts."""
 
     def compared(*given: Any, **more: Any) -> Optimized:
         optimized = run(*given, **more)

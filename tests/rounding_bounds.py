@@ -1,7 +1,7 @@
 """Bounds on the rounding error of a graph's outputs: a running error analysis (Wilkinson 1963) of its ops.
 
-Every value is carried with a bound on its error, element by element. No op is named here; the facts about ops are in
-their classes.
+Every value has a bound on its error, element by element. This module names no op; the facts about ops are in their
+classes.
 
 composite    its body is analysed, so that cancellation and rounding inside it count
 elementwise  the incoming error: how far the result moves if each operand moves by its bound, either way. Then the op's
@@ -10,7 +10,7 @@ elementwise  the incoming error: how far the result moves if each operand moves 
 sum          the incoming error, through the op itself, which is linear: f(|x| + bound) - f(|x|). Then n roundings of
              the sum of the terms' magnitudes, in the op's accumulation dtype (`Op.sums_in`); n is the op on ones. The
              result is rounded once, as above
-movement     the incoming error, moved
+movement     the incoming error, moved in the same way
 
 A backend that rounds fewer times, for example because it fuses ops, is within the bounds as well. Exact numbers are
 computed in f64, so their own roundings count if the dtype is f64.
@@ -35,10 +35,13 @@ from treadle.ir.types import DType, bf16, f16, f32, f64
 Array = np.ndarray[Any, Any]
 
 LEAST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-24, "bf16": 2.0**-126}
-"""Smaller numbers are spaced evenly (f16), or may be flushed to 0 (the other dtypes: CPUs are configured to do so)."""
+"""Smallest normal numbers. Smaller numbers are spaced evenly (f16), or may be flushed to 0 (the other dtypes, if the
+CPU is configured so).
+"""
 
 FUNCTION = 2
-"""Maximal error, in spacings, of a library's elementwise function: glibc, SLEEF and NumPy promise 1 to 2."""
+"""Maximal error of a library's elementwise function, in spacings of the result. glibc, SLEEF and NumPy promise 1 to 2.
+"""
 
 
 class Bounded:
@@ -71,7 +74,7 @@ def bounded(
 
 
 def _unless_too_large(found: Bounded, dtype: DType) -> Bounded:
-    """Return the same, without a bound if a number may exceed the dtype's largest and become inf."""
+    """Return `result`, but without a bound where a number may exceed the dtype's largest number and become inf."""
     if not found.is_float:
         return found
     largest = float(np.finfo(dtype.numpy).max) if dtype.numpy is not None else float(np.finfo(np.float32).max)
@@ -170,7 +173,7 @@ class _Analysis:
     def _own(
         self, node: Node, number: int, operands: Sequence[Bounded | None], y: Array, plain: Sequence[Array]
     ) -> Array | float:
-        """Return the op's own error: in its sums, and from rounding its result."""
+        """Return the rounding error of the op itself: in its sums, and in its result."""
         op, dtype = node.op, node.results[number].type.dtype
         given = [v.type.dtype for v in node.inputs]
         if op.flops == 0 and (dtype in given or not given):  # a cast to a coarser dtype rounds, a movement does not
@@ -215,7 +218,7 @@ def _apply(op: Op, operands: Sequence[Array | None]) -> list[Array]:
 
 
 def _apply_to_sizes(op: Op, operands: Sequence[Bounded | None], exact: Sequence[Array]) -> Sequence[Array]:
-    """Apply the op to magnitudes, which equal the exact numbers if none is negative."""
+    """Apply the op to the operands' magnitudes. If no number is negative, these equal the exact numbers."""
     if not any(x is not None and x.is_float and np.any(x.exact < 0) for x in operands):
         return exact
     return _apply(op, [None if x is None else np.abs(x.exact) if x.is_float else x.exact for x in operands])

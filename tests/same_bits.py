@@ -6,10 +6,10 @@
 
 The other commit's files are unpacked into a temporary folder, and both trees run the same program: compile each model
 of `tests/test_models.py` with drawn weights, call it at small sizes, and hash its outputs. The models are those that
-both trees have. With `--real`, the fetched models (`treadle fetch NAME`) replace the zoo's, with their own weights.
-With `--graphs`, the given number of random graphs (tests/fuzz/graphs.py) are drawn here and read by both trees; a graph
-that a backend refuses in both trees is not a difference. The exit status is 1 if any output differs. A refactoring is
-complete when this prints no difference.
+both trees have. With `--real`, the fetched models (`treadle fetch NAME`) and their weights replace the zoo's models.
+With `--graphs`, the given number of random graphs (tests/fuzz/graphs.py) are drawn by this tree and read by both trees;
+a graph that a backend refuses in both trees is not a difference. The exit status is 1 if any output differs. A
+refactoring is complete when this prints no difference.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("numpy", "torch", "tvm")
 VOCABULARY = 300
-"""Token ids are smaller; every fetched model has more tokens."""
+"""Token ids are smaller than this; every fetched model has at least so large a vocabulary."""
 
 
 def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
     """Return a hash of the outputs by model and backend, for the imported tree.
 
-    real    paths of models by name, in place of the zoo
-    graphs  a folder of graphs with their arrays, in place of both
+    real    paths of models by name, used instead of the zoo
+    graphs  a folder of graphs with their arrays, used instead of models
     """
     from treadle.backends.registry import find_backend
 
@@ -60,7 +60,7 @@ def digests(real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[
 
 
 def _graphs(backend: str, folder: Path) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """Yield the same for the graphs in a folder; a refusal counts as an output."""
+    """Yield the name and the outputs of each graph in a folder; a refusal counts as an output."""
     import treadle
     from treadle.ir.text.parser import parse_graph
 
@@ -100,7 +100,9 @@ def _zoo(backend: str) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
 
 
 def _real(backend: str, paths: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Mapping[str, Any]]]]:
-    """Yield the same for the models at these paths. Their inputs are drawn here, identically for both trees."""
+    """Yield the name and the outputs of the models at these paths. Inputs are drawn here, identically for both
+    trees.
+    """
     import treadle
 
     for name, path in paths.items():
@@ -114,7 +116,7 @@ def _real(backend: str, paths: Mapping[str, str]) -> Iterator[tuple[str, Iterato
 
 
 def _drawing() -> Any:
-    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit defines it elsewhere
+    moved = (Path.cwd() / "ir" / "analysis").is_dir()  # an older commit defines it in another module
     return import_module("treadle.ir.analysis.drawn_inputs" if moved else "treadle.ir.drawn_inputs")
 
 
@@ -151,7 +153,7 @@ def fetched(folder: Path) -> dict[str, str]:
 
 
 def digests_of(tree: Path, real: Mapping[str, str] | None, graphs: Path | None = None) -> dict[str, str]:
-    """Return the digests of another tree, computed in a process of its own."""
+    """Return the digests of another tree, computed in a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--digests"]
     if real is not None:
         command += ["--paths", json.dumps(real)]

@@ -20,7 +20,9 @@ FAMILIES = family_names()
 Array = np.ndarray[Any, Any]
 
 _SMALL = {"layers": 2, "dim": 32, "heads": 8, "vocab": 37, "hidden": 40, "context": 16, "kv_heads": 4, "head_dim": 4}
-"""Options by the end of their name. No mesh divides 37, and some meshes have more ranks than there are key heads."""
+"""Small options, by the last part of their name. No mesh divides 37, and some meshes have more ranks than there are key
+heads.
+"""
 
 
 def small_options(family: str) -> dict[str, Any]:
@@ -56,13 +58,13 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
 
 @cache
 def recognized(family: str) -> Graph:
-    """Return the graph to split."""
+    """Return the graph to split, after recognition."""
     return PassManager(RECOGNITION).run(find_family(family).model.configure(**small_options(family)).graph()).graph
 
 
 @cache
 def numbers(family: str) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Return weights (none of them zero or one throughout), inputs, and the whole model's float64 outputs."""
+    """Return weights (none of them all zeros or all ones), inputs, and the whole model's outputs in float64."""
     graph = recognized(family)
     rng = np.random.default_rng(0)
     weights = {n: a + 0.05 * rng.standard_normal(a.shape) for n, a in initial_weights(graph).items()}

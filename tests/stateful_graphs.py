@@ -49,7 +49,7 @@ BLOCKS = """graph blocks {
   }
 }
 """
-"""A block with a cache that `prefill` calls twice, and a `step` with a counter next to one of the caches."""
+"""A block with a cache, called twice by `prefill`; `step` also updates a counter next to one of the caches."""
 
 
 def blocks() -> Graph:
@@ -73,7 +73,7 @@ SUMS = """graph sums {
   }
 }
 """
-"""A sum that continues from call to call."""
+"""A sum that is continued from call to call."""
 
 PRODUCT = """graph product {
   symbols B, S, R, C
@@ -98,7 +98,7 @@ PRODUCT = """graph product {
   }
 }
 """
-"""Products of queries with all keys of a cache, whose axis of positions is an inner one."""
+"""Products of queries with all keys of a cache; the cache's axis of positions is an inner axis."""
 
 OLD = """graph old {
   symbols B, R
@@ -135,7 +135,9 @@ OLD = """graph old {
   }
 }
 """
-"""Reads of a state before its update that are used after it: alone, in a product, in a block; and a view of it."""
+"""Reads of a state before its update whose results are used after the update: alone, in a product and in a block; and a
+view of the state.
+"""
 
 
 def product(dtype: str = "f32", *, ring: bool = False) -> Graph:
@@ -143,7 +145,7 @@ def product(dtype: str = "f32", *, ring: bool = False) -> Graph:
 
 
 def counter() -> Graph:
-    """A graph whose `main` counts up in the slots of its row argument."""
+    """Return a graph whose `main` increments the slots named by its row argument."""
     b = Builder(Graph("counter"))
     rows = b.input("rows", "i64[B]")
     count = b.state("count", "i64[R, 1]")

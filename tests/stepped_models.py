@@ -1,7 +1,7 @@
-"""Models that step: causal and encoder-decoder families of the zoo, and models with the other features that steps
-support.
+"""Models from which a step is derived: causal and encoder-decoder families of the zoo, and models with the other
+features that steps support.
 
-Also models without a step, each with the expected reason.
+There are also models without a step, each with the expected reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Picture = Annotated[t.Tensor, t.f32["B 6"]]
 
 @t.model
 def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """ALiBi: biases by distance, and a soft-cap."""
+    """ALiBi: biases by distance, with a soft-cap."""
     x = t.embed(tokens, vocab, dim, name="wte")
     for _ in t.stack("h", 2):
         y = t.self_attention(
@@ -37,7 +37,7 @@ def alibi(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> 
 
 @t.model
 def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -> t.Tensor:
-    """Window attention next to full attention, as in Gemma 2 and 3; one of them has T5's distances."""
+    """Window attention next to full attention, as in Gemma 2 and 3; one of the layers has T5's distance bias."""
     x = t.embed(tokens, vocab, dim, name="wte")
     table = t.parameter("distance", 8, heads)
     for _ in t.stack("h", 2):
@@ -50,7 +50,7 @@ def windows(tokens: Tokens, *, vocab: int = 11, dim: int = 12, heads: int = 3) -
 
 @t.model
 def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int = 11, dim: int = 12) -> t.Tensor:
-    """Several texts in a row, and padding that is passed once for a row."""
+    """Several texts in a row, and a padding mask that is passed once for a row."""
     x = t.embed(tokens, vocab, dim, name="wte") + t.embed(segments, 4, dim, name="segment")
     x = x + t.self_attention(x, 3, mask=t.causal & t.segments(segments) & t.padding(lengths), name="attn")
     return t.linear(x, vocab, name="head")
@@ -58,7 +58,7 @@ def packed(tokens: Tokens, segments: Segments, lengths: Lengths, *, vocab: int =
 
 @t.model
 def counted(tokens: Tokens, *, vocab: int = 11, dim: int = 12, context: int = 24) -> t.Tensor:
-    """Positions computed by ops: a count that indexes a table, one that turns into sines, one that decays."""
+    """Positions computed by ops: one count indexes a table, one becomes sines, one becomes a decay."""
     count = t.iota(size=tokens.shape[1])
     angles = t.rearrange(t.cast(count, to="f32"), pattern="s -> s 1") * t.constant([1.0, 0.5, 0.1])
     waves = t.concat(t.sin(angles), t.cos(angles), axis=-1)
@@ -164,7 +164,7 @@ def repeated(
 def states_by_other_names(
     tokens: Tokens, source: Annotated[t.Tensor, t.i64["B M"]], M_length: Lengths, *, vocab: int = 11, dim: int = 12
 ) -> t.Tensor:
-    """Weights and an input with the names that a step uses for its states."""
+    """Weights and an input that have the names that a step uses for its states."""
     x = t.embed(tokens, vocab, dim, name="wte")
     x = x * t.rearrange(t.cast(M_length, to="f32"), pattern="b -> b 1 1")
     for _ in t.stack("h", 2):
@@ -358,7 +358,7 @@ REFUSED: dict[str, tuple[Model, str, str]] = {
     "a sum from the end": (turned_round, "cumsum", "t.cumsum("),
     "a number that is the length": (by_length, "size", "t.size("),
 }
-"""Models without a step: the op that prevents it, and the fragment of the message that is checked."""
+"""Models without a step: the op that prevents it, and the tested fragment of the message."""
 
 AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     "a sum of ones": (summed_ones, "cumsum carries along values that are the same in all rows", "f32[S]", "t.cumsum("),

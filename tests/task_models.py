@@ -54,7 +54,7 @@ PIECES = ["##s", "##ing", "##ed", "##er", "##ly", "un", "happy", "play", "walk",
 
 
 def texts(count: int, seed: int = 0, longest: int = 14) -> list[str]:
-    """Draw sentences: known words, words of pieces, unknown words, accents and marks."""
+    """Draw sentences of known words, words that are split into pieces, unknown words, accents and punctuation."""
     draw = np.random.default_rng(seed)
     made = []
     for _ in range(count):

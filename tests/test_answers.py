@@ -1,4 +1,6 @@
-"""The server's answers, in one process: bodies of answers, and responses to requests that end in other ways."""
+"""The server's answers, tested in one process: bodies of answers, and responses to requests that are cancelled,
+refused or timed out.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ TOKENS = [
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
-    """Whole, and in chunks; the logarithm of probability 0 is a number that JSON can express."""
+    """Bodies sent as a whole and in chunks. The logarithm of probability 0 becomes a number that JSON can express."""
     lines: list[str] = []
     for likely in (None, 2):
         form = AnswerForm("m", chat, likely, lambda id: WORDS[id], made=5, name="n")
@@ -104,7 +106,7 @@ class Writer(ServedWriter):
 
 
 class Asked:
-    """An application that is called without a socket: status, headers and body of each answer."""
+    """An application that is called without a socket; it records status, headers and body of each answer."""
 
     def __init__(self, *served: Any, limits: Limits | None = None, key: str | None = None) -> None:
         self.server = Server(served, limits=limits, key=key)
@@ -153,7 +155,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
     ],
 )  # fmt: skip
 def test_texts_that_are_given_up(stream: bool, ends: Any, status: int, expected: tuple[str, ...]) -> None:
-    """The answer comes at once with its own status; in a stream that has begun, it is the last event."""
+    """The answer comes immediately and has its own status; in a stream that has begun, it is the last event."""
 
     def submit(orders: Sequence[tuple[TextOrder, Any]]) -> None:
         if isinstance(ends, Exception) and status != 500:
@@ -327,7 +329,9 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
 
 @pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
 def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its texts end at the model's own end tokens, at the caller's strings, and when the request's time is over."""
+    """The texts of a request end at the model's own end tokens, at the caller's strings, and when the request's time is
+    over.
+    """
     orders: list[TextOrder] = []
 
     def submit(given: Sequence[tuple[TextOrder, Any]]) -> None:

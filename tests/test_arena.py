@@ -43,7 +43,9 @@ def test_memory_is_used_again() -> None:
 
 
 def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> list[Lifetime]:
-    """A rectangle of steps and memory divided into buffers that fill it: the best plan takes `high - low` units."""
+    """Return buffers that divide a rectangle of steps and memory and fill it; the best plan takes `high - low`
+    units.
+    """
     length, height = end - first, high - low
     if max(length, height) == 1 or rng.random() < 0.08:
         return [Lifetime(f"{first} to {end} at {low}", first, end, height * ALIGNMENT)]
@@ -56,7 +58,9 @@ def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_plan_is_near_the_best_one(seed: int) -> None:
-    """A plan is within a tenth of the known minimum. Placed in the given order, most of these take more."""
+    """A plan is within a tenth of the known minimum. Most of these cases take more if buffers are placed in the given
+    order.
+    """
     rng = np.random.default_rng(seed)
     lives = cut(rng, 0, 64, 0, 64)
     rng.shuffle(lives)  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def test_weights_are_mapped_and_aligned(tmp_path: Path) -> None:
 
 
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
-    """bf16 too, which NumPy lacks: its arrays are float32 on both sides."""
+    """All dtypes, including bf16: NumPy lacks it, so its arrays are float32 on both sides."""
     pytest.importorskip("torch")
     b = Builder(Graph("dtypes"))
     arrays: dict[str, Any] = {
@@ -110,7 +110,9 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
 
 
 def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> None:
-    """A near miss, and a refusal that names ops; files written before these were fields have both in the reason."""
+    """A near miss, and a refusal that names ops. In files written before these facts were fields, the reason contains
+    both.
+    """
     b = Builder(Graph("near"))
     x = b.input("x", "f32[B, S, 8]")
     scores = b.minimum(b.matmul(x, b.rearrange(x, pattern="b s d -> b d s")), 3.0)
@@ -139,7 +141,7 @@ def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> No
 
 
 def test_the_bytes_of_a_file_are_those_of_its_version(tmp_path: Path) -> None:
-    """Other bytes mean another version of the format."""
+    """If the bytes differ, the version of the format must change."""
     texts = {"graph": b"the graph", "declared": b"", "log": b"{}" * 40}
     weights = {
         "w": (f32, np.arange(6, dtype=np.float32).reshape(2, 3).T), "b": (bf16, np.array([1.5, -2], np.float32)),
@@ -212,7 +214,7 @@ def test_a_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not those that were written") as caught:
         load_artifact(path)
     assert "section weight/" in str(caught.value)
-    load_artifact(path, check=False)  # a log message says that nothing is checked
+    load_artifact(path, check=False)  # a log message says that hashes are not checked
     data[int.from_bytes(data[:8], "little") + 20] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not those that were written"):
@@ -275,7 +277,7 @@ def seeded(seed: str) -> Any:
 
 
 def everywhere(name: str, old: str, new: str) -> Any:
-    """Change a name of a graph wherever it occurs."""
+    """Rename something wherever a graph mentions it."""
     return lambda parts: put(parts, name, parts.sections[name][2].replace(old.encode(), new.encode()))
 
 
@@ -444,7 +446,7 @@ def test_foreign_and_truncated_files(tmp_path: Path) -> None:
 
 
 def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is deeper than Python's stack. The real limit is lowered here, because writing a graph of that
+    """The graph is nested deeper than Python's stack. The real limit is lowered here, because writing a graph of that
     size takes long.
     """
     limits = ArtifactLimits().graph
@@ -469,7 +471,7 @@ def test_limits_hold_and_can_be_raised(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_text_of_a_file_never_becomes_code() -> None:
-    """Names and scopes are quoted in the emitted code; none of them can end a comment or a string there."""
+    """Names and scopes are quoted in the emitted code; no name can end a comment or a string there."""
     attack = "\\n    import builtins; builtins.treadle_ran = 1 #"
     text = f"""graph "g{attack}" {{
       symbols S

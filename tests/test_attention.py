@@ -61,7 +61,7 @@ def draw(*shapes: tuple[int, ...], seed: int = 0) -> list[Array]:
 
 
 def grouped_inputs(queries: int = 7, keys: int = 7) -> list[Array]:
-    """Six query heads on two key/value heads, e != d."""
+    """Return inputs with six query heads, two key/value heads, and e != d."""
     return draw((2, 6, queries, 5), (2, 2, keys, 5), (2, 2, keys, 4))
 
 
@@ -75,7 +75,7 @@ def torch_attention(q: Array, k: Array, v: Array, **options: Any) -> Array:
 
 
 def gradients(op: Attention, operands: list[Array], seed: Array, through_body: bool = False) -> list[Array | None]:
-    """Return the gradients of sum(seed * op(operands)) in every operand, as the op builds them."""
+    """Return the gradients of sum(seed * op(operands)) by every operand, as the op builds them."""
     b = Builder(Graph("gradients"))
     inputs = [b.input(f"x{n}", Type(_dtype(x), _dtype(x)[x.shape].dims)) for n, x in enumerate(operands)]
     g = b.input("g", f64[seed.shape])
@@ -149,7 +149,7 @@ MASKS: dict[str, tuple[tuple[Term, ...], list[Array], Seen]] = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_what_they_say(name: str) -> None:
-    """Masks agree with a loop over rows, queries and the keys that each query may see."""
+    """Masks equal a loop over rows, queries and the keys that each query may see."""
     terms, operands, sees = MASKS[name]
     q, k, v = draw((2, 1, 5, 3), (2, 1, 6, 3), (2, 1, 6, 3))
     wanted = np.zeros((2, 1, 5, 3))
@@ -220,7 +220,9 @@ def test_the_body_of_symbolic_sizes() -> None:
 
 
 def masked_rows() -> tuple[Attention, list[Array]]:
-    """Row 0 sees nothing at all; the last queries of row 1 are past the window of its two keys."""
+    """Return attention and inputs in which row 0 sees no key, and the last queries of row 1 are past the window of its
+    two keys.
+    """
     op = Attention(terms=(Causal(), Window(2), Padding(), Alibi()), softcap=4.0)
     return op, [*grouped_inputs(), np.array([0, 2]), *draw((6,), seed=5)]
 
@@ -246,7 +248,7 @@ def test_a_query_that_sees_nothing_has_gradient_zero(through_body: bool) -> None
     assert g_q is not None
     assert g_slopes is not None
     assert np.array_equal(g_q[1, :, 3:], np.zeros_like(g_q[1, :, 3:]))
-    assert np.all(g_q[1, :, 1] != 0)  # the only query that sees two keys
+    assert np.all(g_q[1, :, 1] != 0)  # no other query sees two keys
     assert np.all(g_slopes != 0)
 
 
@@ -270,7 +272,7 @@ def test_a_bias_of_minus_infinity_masks() -> None:
 
 @pytest.mark.parametrize("sample", [case for case in cases() if "to" not in case.values[0].attributes])
 def test_gradients_are_finite_differences(sample: Sample) -> None:
-    """Central differences of step 1e-5 are off by about 1e-10 from the third derivative and 1e-11 from rounding."""
+    """Central differences with step 1e-5 are off by about 1e-10 (third derivative) and 1e-11 (rounding)."""
     op = Attention(**sample.attributes)
     operands = [x for x in sample.draw(1) if x is not None]
     (seed,) = draw(op.reference(*operands).shape, seed=2)
@@ -364,7 +366,7 @@ def test_live_pairs_of_endless_text_are_counted_at_once() -> None:
 
 
 def test_flops_count_live_pairs() -> None:
-    """Each pair costs two products of 2 d and 2 e, and five operations in between; the soft-cap adds three, a bias
+    """Each pair costs 2 d and 2 e operations for the two products, and five in between; the soft-cap adds three, a bias
     one.
     """
     types = [parse_type(t) for t in ("f32[B,4,S,8]", "f32[B,2,S,8]", "f32[B,2,S,6]")]
@@ -399,7 +401,8 @@ def test_terms_print_and_parse_back(text: str) -> None:
 
 def test_every_term_is_written_above() -> None:
     def kinds(cls: type[Term]) -> set[type[Term]]:
-        below = [kind for kind in cls.__subclasses__() if kind.__module__.startswith("treadle.")]  # tests declare more
+        # tests declare further kinds
+        below = [kind for kind in cls.__subclasses__() if kind.__module__.startswith("treadle.")]
         return {cls} if not below else set().union(*map(kinds, below))
 
     assert {type(term) for term in TEXTS.values()} == kinds(Term)
@@ -515,7 +518,7 @@ def test_masks_and_biases_do_not_mix() -> None:
 
 
 def test_masks_are_combined_by_their_signs_alone() -> None:
-    """`a and b` is b in Python: a mask that is silently lost would let a model look ahead."""
+    """In Python, `a and b` returns b, so a mask could be lost without an error, and a model could look ahead."""
     for careless in (lambda: causal and window(3), lambda: not causal, lambda: bool(Biases())):
         with pytest.raises(GraphError, match="have no truth value"):
             careless()

@@ -1,6 +1,6 @@
-"""Masks and biases in any order, by numbers of every size: a fused attention computes the same numbers.
+"""Masks and biases in any order, with numbers of every size: the fused attention must compute the same numbers.
 
-The comparison is in float64, and on NumPy in the graph's own dtype, in which twice float32's least number is -inf.
+The comparison is in float64, and on NumPy in the graph's own dtype, in which twice float32's lowest number is -inf.
 Drawn numbers add up without rounding (tests/fuzz/attention_chains.py), so differences come only from the softmax and
 the product with values.
 """
@@ -20,11 +20,11 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 ROOM = {"f16": 2.0**-7, "f32": 2.0**-18, "f64": 2.0**-40}
-"""Tolerance for values up to 1, by the narrowest dtype: some spacings."""
+"""Tolerance for values up to 1, by the narrowest dtype: a few spacings."""
 
 
 def fused(drawn: DrawnAttention) -> bool:
-    """Return True if the attention was fused; then check that its numbers are unchanged."""
+    """Return True if the attention was fused; in that case, check that its numbers are unchanged."""
     optimized = PassManager(DEFAULT, certify=False).run(drawn.graph)
     if not any(node.op.name.startswith("attention") for _, node in optimized.graph.walk()):
         return False
@@ -47,19 +47,21 @@ def fused(drawn: DrawnAttention) -> bool:
 
 @pytest.mark.parametrize("part", range(4))
 def test_drawn_chains_keep_their_numbers(part: int) -> None:
-    """Most chains are fused. The others fill in a number such as -1e9 next to masks that are added."""
+    """Most chains are fused. The remaining chains fill in a number such as -1e9 next to masks that are added."""
     assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
 
 
 def test_what_is_multiplied_after_a_cast_is_not_multiplied_before_it() -> None:
-    """A mask by the least number of f16, twice in f32, is not -inf, so a masked row is an average."""
+    """A mask with f16's lowest number, added twice in f32, is not -inf. So a masked row is an average."""
     drawn = draw_attention(1006973)
     assert drawn.text.endswith("in f32, times 2, plain") and not fused(drawn)
 
 
 @pytest.mark.parametrize("added", [True, False])
 def test_one_mask_that_overflows_by_itself_loses_a_row(added: bool) -> None:
-    """Next to another mask that overflows the sum too, a row without keys is NaN, since twice the least is -inf."""
+    """Next to another mask whose sum overflows too, a row without keys is NaN, since twice the lowest number is
+    -inf.
+    """
     b = Builder(Graph("twice"))
     q, k, v = (b.input(name, "f32[B, 2, S, 4]") for name in "qkv")
     lengths = b.rearrange(b.input("lengths", "i64[B]"), pattern="b -> b 1 1 1")

@@ -1,6 +1,4 @@
-"""Masks in the forms of PyTorch's users and Hugging Face's models become terms, whichever exporter and ops express
-them.
-"""
+"""Masks as PyTorch's users and Hugging Face's models write them become terms, with every exporter and form of ops."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from treadle.passes.pipelines import DEFAULT
 
 F: Any = torch.nn.functional
 TOLERANCE = 2e-5
-"""For numbers near 1: sums of some dozens of float32, in another order."""
+"""Tolerance for numbers near 1: sums of some dozens of float32, added in another order."""
 
 
 def terms(graph: Graph) -> list[str]:
@@ -196,7 +194,7 @@ def images(batch: int) -> dict[str, Any]:
 
 
 WINDOWED = ["bias(h s t)", "bias(h s t), bias(b s t)"]
-"""Windows that are not shifted, and shifted ones, which do not see across the image's edges."""
+"""Terms of windows: windows that are not shifted, and shifted windows, which do not extend across the image's edges."""
 
 
 @pytest.mark.parametrize(("attention", "batch"), [("eager", "B"), ("sdpa", "B"), ("eager", 2)])

@@ -1,6 +1,6 @@
-"""Attention in parts: the merged parts of any split of the keys equal attention, and so do their gradients.
+"""Attention in parts: for any split of the keys, the merged parts and their gradients equal those of attention.
 
-All in float64 by the ops' meanings, so the split changes only the order of some sums.
+Everything is computed in float64 by the ops' references, so the split changes only the order of some sums.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPLITS = [(T,), (5, 7), (1, 4, 7), (3, 3, 3, 3), (1,) * T]
 
 
 def inputs(terms: tuple[Term, ...]) -> tuple[list[str], list[np.ndarray[Any, Any]]]:
-    """Types and values of q, k, v and the terms' operands; one row has length 0."""
+    """Return types and values of q, k, v and the terms' operands; one row has length 0."""
     rng, sizes = np.random.default_rng(0), {"b": B, "h": H, "s": S, "t": T}
     types = [f"f64[{B},{H},{S},{D}]", f"f64[{B},{G},{T},{D}]", f"f64[{B},{G},{T},{E}]"]
     values = [rng.standard_normal((B, n, s, d)) for n, s, d in ((H, S, D), (G, T, D), (G, T, E))]
@@ -68,7 +68,7 @@ def split(b: Builder, x: Expr, axes: str, start: int, stop: int) -> Expr:
 def in_parts(
     b: Builder, terms: tuple[Term, ...], sizes: tuple[int, ...], q: Expr, k: Expr, v: Expr, *given: Expr
 ) -> Any:
-    """Return the merged parts, merged three at a time, so that a merged part is merged again."""
+    """Compute attention in parts and merge three parts at a time, so that merged parts are merged again."""
     parts, at = [], 0
     taken = [operand.axes for term in terms for operand in term.operands]
     for size in sizes:

@@ -1,8 +1,8 @@
 """Attention that also returns its probabilities: the op, programs that become it or do not, and ONNX in both
 directions.
 
-Float32 through a few layers on two implementations rounds at 2^-24 an operation, over sums of tens of terms: 2e-5 is
-far above that and far below any mistake.
+Two implementations of a few layers in float32 round each operation to 2^-24, in sums of tens of terms. The tolerance of
+2e-5 is far above that, and far below the effect of a mistake.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def names(graph: Graph) -> list[str]:
 
 
 def test_probabilities_are_what_the_values_are_weighted_by() -> None:
-    """Probabilities of a row without keys are zeros; of every other row they sum to 1."""
+    """Probabilities of a row without keys are zeros; in every other row they sum to 1."""
     q, k, v = (RNG.standard_normal(shape) for shape in ((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 7)))
     keep = RNG.random((2, 4, 3, 6)) < 0.5
     keep[1, 2, 0] = False
@@ -104,7 +104,7 @@ def test_it_costs_what_attention_does_and_writes_the_probabilities() -> None:
 
 
 def test_no_step_of_a_generation_gives_a_whole_row_of_probabilities() -> None:
-    """The returned keys' axis covers the whole sequence, but a step knows only its own part."""
+    """The keys' axis of the returned probabilities covers the whole sequence, but a step computes only a part of it."""
 
     def graph(op: str) -> Graph:
         b = Builder(Graph("g"))
@@ -214,13 +214,13 @@ def test_both_results_are_certified() -> None:
 
 
 def test_wrong_probabilities_alone_are_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the second result would not equal the probabilities, the softmax comes back; the first result stays fused."""
+    """If the second result would differ from the probabilities, the softmax is kept; the first result stays fused."""
     right = AttentionWithProbabilities.reference
     monkeypatch.setattr(
         AttentionWithProbabilities, "reference", lambda *given: (right(*given)[0], right(*given)[1] * 1.5)
     )
     gives, lines, _ = FORMS["as they are"]
-    monkeypatch.setattr(certificates, "_known", {})  # certificates of other tests
+    monkeypatch.setattr(certificates, "_known", {})  # forget the certificates of other tests
     text = program(TAKES, gives, *SCORES, *lines)
     optimized = PassManager([FuseAttention()], certify=True).run(parse_graph(text))
     report = [e for e in optimized.log[0].refusals if "rolled back" in e.reason]
@@ -395,7 +395,7 @@ def test_onnx_gives_both_results(number: int, opset: int, tmp_path: Path) -> Non
     case = Case.of(NAME, number)
     path = tmp_path / "p.onnx"
     made = exported(case.forward_graph(), opset, path)
-    starts_later = case.op.attributes["start"] != 0  # which the operator cannot express
+    starts_later = case.op.attributes["start"] != 0  # the operator cannot express a start
     assert made.operators.get("Attention", 0) == (opset >= 23 and not starts_later)
     got = runtime(str(path), case.inputs)
     for n, wanted in enumerate(case.widened.results):
@@ -412,7 +412,7 @@ def test_onnx_gives_both_results(number: int, opset: int, tmp_path: Path) -> Non
 
 
 def bert() -> Any:
-    """A BERT of two layers that returns its last states and the attention of each layer."""
+    """Return a BERT of two layers that returns its last hidden states and the attention probabilities of each layer."""
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import TINY
@@ -511,7 +511,7 @@ def test_bert_with_its_attentions_through_onnx(dynamo: bool, tmp_path: Path) -> 
 
 
 def exported_again(exe: Any, path: Path) -> Path:
-    """Return the optimized graph as a file whose attention is the operator."""
+    """Export the optimized graph to ONNX, with attention as ONNX's Attention operator. Return the path."""
     from treadle.backends.onnx.exporter import export_onnx
 
     made = export_onnx(exe.graph, exe.weights, path, opset=23)

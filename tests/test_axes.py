@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "axis-rules.md"
 
 
 def apply(rule: str, *operands: str | None) -> Application:
-    """A rule applied to f32 operands of these dimensions."""
+    """Apply a rule to f32 operands of these dimensions."""
     types = [None if dims is None else parse_type(f"f32[{dims}]") for dims in operands]
     return parse_rule(rule).apply(types)
 
@@ -46,7 +46,7 @@ def roles(rule: str) -> dict[str, str]:
         ("s, [t<=s] -> s", {"s": "s is mapped", "t": "t is whole up to s"}),
         ("s, [t <= s] -> s", {"s": "s is mapped", "t": "t is whole up to s"}),
         ("... >n -> ... >n", {"n": "n is scanned"}),
-        ("... >n -> ... n", {"n": "n is scanned"}),  # one mark is enough
+        ("... >n -> ... n", {"n": "n is scanned"}),  # one operand that is scanned is enough
         ("n, >n -> n", {"n": "n is scanned"}),
         ("@v d, i -> i d", {"v": "v is indexed", "d": "d is mapped", "i": "i is mapped"}),
         ("-> ^n=S", {"n": "n is generated"}),
@@ -84,7 +84,7 @@ def test_the_rules_of_the_page_are_read() -> None:
         ("b s (heads=12 d) -> b heads s d", ["B, S, 768"], ["B, heads=12, S, 64"]),
         ("b s (d heads=12) -> b heads s d", ["B, S, 768"], ["B, heads=12, S, 64"]),
         ("b heads s d -> b s (heads d)", ["B, heads=12, S, 64"], ["B, S, (heads=12 64)"]),
-        ("b s (h d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),  # it keeps its factors
+        ("b s (h d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),  # the dimension keeps its factors
         ("b s (h=12 d) -> b h s d", ["B, S, (heads=12 64)"], ["B, heads=12, S, 64"]),
         ("b s (h=6 d) -> b h s d", ["B, S, (heads=12 64)"], ["B, 6, S, 128"]),
         ("(a b=3) -> b a", ["6*S"], ["3, 2*S"]),
@@ -112,7 +112,7 @@ def test_results(rule: str, operands: list[str], results: list[str]) -> None:
 
 
 def test_a_known_factor_elsewhere_settles_a_product() -> None:
-    """Single factors are bound first, then products in whatever order they can be solved."""
+    """Single factors are bound first, then products, in whatever order they can be solved."""
     assert shapes("(a b), (b c), c -> a b c", "6", "10", "5") == ["3, 2, 5"]
     application = apply("b (g r) s, b g t -> b (g r) s", "2, 12, S", "2, 4, T")
     assert application.dims["r"].size == 3
@@ -275,7 +275,7 @@ def test_malformed_rules(rule: str, said: str, column: int | None) -> None:
 
 
 def test_long_rules_take_no_long_time() -> None:
-    """A pattern's text may come from a file: no step of reading it may double with every character."""
+    """The text of a pattern may come from a file, so the time to read it must not double with every character."""
     with pytest.raises(RuleError):
         parse_rule("a=" + "(" * 5000 + "1" + ")" * 5000 + " -> a")
     with pytest.raises(RuleError):

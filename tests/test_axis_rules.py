@@ -1,11 +1,10 @@
-"""The rules are tested, not trusted: every promise of an op's axis rule is checked on every sample, on the reference
-and on every backend, in float64.
+"""Every promise of an op's axis rule is checked on every sample, with the reference and on every backend, in float64.
 
 mapped     taking some positions of the axis, or permuting it, commutes with the op
 reduced    the op on two halves, combined by the monoid, is the op on the whole
 scanned    a prefix of the result is the result on a prefix
 limited    the same holds for attention's [t<=s], if both axes are truncated
-indexed    rows that no index names do not matter
+indexed    rows that no index names have no effect
 linear     f(a x + b y) = a f(x) + b f(y) in each group of operands, the others fixed
 """
 
@@ -99,12 +98,14 @@ class Case:
 
 @lru_cache(maxsize=64)
 def prepared(run: str, op: Op, types: tuple[Type | None, ...]) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    """Return the op prepared by a runner: samples and promises often have the same shapes."""
+    """Return the op prepared by a runner; reused between samples and promises with the same shapes."""
     return op_checks.prepared(run, op_checks.Case(op, types, (None,) * len(types)).forward_graph())
 
 
 def promise(made: Callable[[Case], Any]) -> Callable[[Callable[[Case], None]], Any]:
-    """Run a check on every op that makes the promise, on each sample on which it makes the promise, in each runner."""
+    """Return a decorator that runs a check on every op that makes the promise, on each of its samples and in each
+    runner.
+    """
     samples = {name: [n for n in range(len(OPS[name].samples)) if made(Case(name, n))] for name in TESTED}
 
     def tested(check: Callable[[Case], None]) -> Any:
@@ -170,8 +171,8 @@ def test_reduced_axes_split_and_combine(case: Case) -> None:
 
 
 def once(case: Case, factor: str, name: str, array: Array | None) -> Array | None:
-    """Return zeros for an operand that is added once (a bias): it lacks the factor, and is linear with one that holds
-    it.
+    """Return zeros for an operand that is added once (a bias): it lacks the factor, and is linear together with an
+    operand that has it.
     """
     names = case.op.operand_names(len(case.operands))
     holds = {
@@ -182,7 +183,7 @@ def once(case: Case, factor: str, name: str, array: Array | None) -> Array | Non
 
 
 def cuts(case: Case) -> list[tuple[str, ...]]:
-    """Return axes whose suffix may be truncated together: a scanned axis, or a query and a key axis under [t<=s]."""
+    """Return axes whose ends may be truncated together: a scanned axis, or a query and a key axis under [t<=s]."""
     whole = ((f, case.application.factors[f].limit) for f in case.factors(Role.WHOLE))
     return [*((f,) for f in case.factors(Role.SCANNED)), *((f, limit) for f, limit in whole if limit is not None)]
 
@@ -254,7 +255,9 @@ def ops_of_samples(says: Callable[[Op, Sequence[int | None]], bool]) -> set[str]
 
 
 def test_contractions_follow_from_the_rules() -> None:
-    """Attention is not a contraction: it is linear only in its values. Nor are conv, which reads windows, and gates."""
+    """Attention is not a contraction, since it is linear only in its values. Neither are conv, which reads windows, and
+    gates.
+    """
     assert ops_of_samples(Op.is_contraction) == {"matmul", "linear", "einsum"}
     assert not OPS["einsum"](equation="i, j -> i j").is_contraction([1, 1])
     assert not OPS["einsum"](equation="i j -> i").is_contraction([2])

@@ -26,7 +26,7 @@ def sizes(shape: Sequence[int | str]) -> list[Size]:
 
 
 def ordered_factorizations(number: int) -> Iterator[tuple[int, ...]]:
-    """Yield every sequence of numbers from 2 on with this product."""
+    """Yield every sequence of numbers from 2 on whose product is this number."""
     if number == 1:
         yield ()
     for first in range(2, number + 1):
@@ -35,7 +35,7 @@ def ordered_factorizations(number: int) -> Iterator[tuple[int, ...]]:
 
 
 def ends(shape: Sequence[int]) -> set[int]:
-    """Return the ends of all axes, counted in elements of the outermost kind: the products of leading axes."""
+    """Return the ends of all axes as products of leading axes."""
     return {math.prod(shape[:n]) for n in range(len(shape) + 1)}
 
 
@@ -60,7 +60,9 @@ def most_runs(before: Shape, after: Shape) -> int:
 
 
 def holds(pieces: Pieces, before: Sequence[Size], after: Sequence[Size]) -> bool:
-    """Return True if the axes of either shape are all pieces, in order, and each is the product of its pieces."""
+    """Return True if the axes of both shapes consist of all pieces, in order, and each axis is the product of its
+    pieces.
+    """
     return ONE not in pieces.sizes and all(
         [p for axis in axes for p in axis] == list(range(len(pieces.sizes)))
         and [product(pieces.sizes[p] for p in axis) for axis in axes] == list(shape)
@@ -69,7 +71,7 @@ def holds(pieces: Pieces, before: Sequence[Size], after: Sequence[Size]) -> bool
 
 
 def grouped(atoms: Sequence[str], cuts: Sequence[int]) -> list[Size]:
-    """A shape whose axes are products of neighboring atoms."""
+    """Return a shape whose axes are products of neighboring atoms."""
     bounds = [0, *sorted(cut % (len(atoms) + 1) for cut in cuts), len(atoms)]
     return [product(sizes(atoms[a:b])) for a, b in pairwise(bounds)]
 

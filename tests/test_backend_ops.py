@@ -1,4 +1,6 @@
-"""Backend behavior beyond the op suite: meanings that libraries leave open, emitted code, ops without a form."""
+"""Backend behavior beyond the op suite: results that libraries leave undefined, emitted code, and ops that a backend
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def assert_attends(backend: str, graph: Graph, given: Mapping[str, Any]) -> Mapp
         return {}
     inputs = {v.name: held(given[v.name], v.type.dtype) for v in graph.main.inputs}
     found = compiled(backend, graph)(**inputs)
-    # Scores and probabilities may be rounded to the dtype: scores near 4 to 2 spacings, times e^2 for values of 2.
+    # Scores and probabilities may be rounded to the dtype: scores near 4 by up to 2 spacings, multiplied by e^2 for
+    # values of 2.
     tolerance = 32 * max(EPSILON[v.type.dtype.name] for v in graph.main.inputs if v.type.dtype.is_float)
     for name, wanted in interpret(graph, inputs, float64=True).items():
         np.testing.assert_allclose(np.asarray(found[name], np.float64), wanted, rtol=0, atol=tolerance, err_msg=name)
@@ -105,7 +108,7 @@ def test_a_query_that_sees_no_key_gets_zeros(
 @pytest.mark.parametrize("scale", [-0.5, 0.0, -0.0])
 @pytest.mark.parametrize("case", ["causal", "causal, all of one shape", *MASKED])
 def test_a_mask_stays_one_whatever_the_scale(case: str, scale: float, op: str, dtype: str, backend: str) -> None:
-    """PyTorch scales the mask of its `is_causal` as well."""
+    """PyTorch applies the scale also to the mask of its `is_causal`."""
     terms, given, _ = MASKED[case] if case in MASKED else ((Causal(),), attention_inputs(5, 5), ())
     if case == "causal, all of one shape":  # PyTorch uses another kernel here
         given |= {name: np.repeat(given["k"], 2, axis=1) for name in ("k", "v")}
@@ -123,7 +126,7 @@ def test_a_mask_stays_one_whatever_the_scale(case: str, scale: float, op: str, d
 def test_no_row_without_keys_reaches_a_product_in_torch(
     case: str, softcap: float | None, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PyTorch's product of bfloat16 may spread a row's NaN to other rows, on some CPUs and at some sizes."""
+    """PyTorch's product in bfloat16 may spread NaN from one row to others, on some CPUs and at some sizes."""
     import torch
 
     from treadle.backends.torch import kernels as torch_kernels
@@ -149,7 +152,7 @@ def test_no_row_without_keys_reaches_a_product_in_torch(
 
 @each_backend
 def test_attention_in_small_ops_may_have_a_negative_scale(backend: str) -> None:
-    """The passes turn it into one causal attention."""
+    """The passes turn these ops into a single causal attention."""
 
     def build(b: Builder) -> Expr:
         q, k, v = (b.input(n, "f32[1,2,5,8]") for n in "qkv")
@@ -286,7 +289,7 @@ def test_where_takes_a_constant_condition(condition: bool, backend: str) -> None
 @each_backend
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_normalization_of_f16_squares_in_f32(name: str, backend: str) -> None:
-    """800 squared is more than f16 holds. The result may be off only by f16's own spacing."""
+    """The square of 800 overflows f16. The result may differ only by f16's own spacing."""
     graph = graph_of(lambda b: b.apply(name, b.input("x", "f16[4]")))
     x = np.array([400, -400, 800, -800], np.float16)
     expected = np.array([1, -1, 2, -2]) / np.sqrt(2.5)
@@ -299,8 +302,8 @@ NUMBERS = [
     *(0.1, -1 / 3, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 65519.0, 1e-7, -0.0, float("inf")),
     *(1 + 2.0**-11, 1 + 2.0**-11 + 2.0**-30, -1 - 3 * 2.0**-11 + 2.0**-30, 65520 - 2.0**-20, 2.0**-25 + 2.0**-60),
 ]
-"""Among them are ties of bf16, which go to the even neighbor, numbers that f16 holds as subnormals, and numbers so
-near to ties of f16 that rounding to float32 yields the tie.
+"""The numbers include ties of bf16, which round to the even neighbor, numbers that are subnormal in f16, and numbers so
+near to ties of f16 that rounding them to float32 yields the tie.
 """
 
 
@@ -311,9 +314,10 @@ def test_a_cast_rounds_as_its_reference_does(source: str, to: str, backend: str)
     if refusal(backend, graph):
         assert "NumPy has no bf16" in message(lambda: compiled(backend, graph))
         return
-    with np.errstate(over="ignore"):  # bf16 holds more than f16 does
+    with np.errstate(over="ignore"):  # bf16 has larger numbers than f16
         x = held(np.array(NUMBERS), DTYPES[source])
-        between = x.astype(np.float32) if (source, to, backend) == ("f64", "f16", "torch") else x  # as in PyTorch
+        # PyTorch converts through float32
+        between = x.astype(np.float32) if (source, to, backend) == ("f64", "f16", "torch") else x
         expected = held(between, DTYPES[to])
     np.testing.assert_array_equal(compiled(backend, graph)(x=x).y, expected, strict=True)
 
@@ -363,7 +367,7 @@ def test_torch_refuses_a_primitive_that_it_cannot_spell() -> None:
     finally:
         OPS.pop("triple", None)
     assert "triple has no form in PyTorch" in message(lambda: compiled("torch", graph))
-    exe = compiled("numpy", graph)  # runs by its reference
+    exe = compiled("numpy", graph)  # runs by the op's reference
     assert "reference.triple(x)" in exe.source
     assert exe(x=np.ones(2, np.float32)).y.tolist() == [3, 3]
 

@@ -1,4 +1,4 @@
-"""The search for backends: by name, by entry point, for a target; and torch is imported only when it is used."""
+"""The search for backends by name, by entry point and for a target. PyTorch is imported only when it is used."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_op_that_is_left_without_a_form_is_named(backend: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op stays without a form only if passes leave one: the backend's own passes decompose it."""
+    """An op that a backend lacks remains only if passes leave it: the backend's own passes decompose such ops."""
     found = find_backend(backend)
     *_, plan = found.pipeline(CPU)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(found), "pipeline", lambda *_: (plan,))
@@ -128,7 +128,7 @@ def test_memory_that_is_not_there_is_told_in_gib() -> None:
 
 
 class Recorded:
-    """A third-party backend."""
+    """A third-party backend that records its calls."""
 
     name = "mine"
 
@@ -197,7 +197,7 @@ def test_without_torch_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The three cases: TVM is not installed, only a folder of its name exists, or its libraries are missing."""
+    """The three cases are: TVM is not installed, only a folder of its name exists, or its libraries are missing."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'treadle[tvm]'" in str(find_backend("tvm").available())
     report = message(lambda: compiled("tvm", block_model()[0]))

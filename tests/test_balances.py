@@ -1,4 +1,4 @@
-"""Smoothed products: which norms feed which weights, the vector between them, and the meaning of a smoothed graph."""
+"""Smoothed products: the norms that feed weights, the vector between them, and the results of a smoothed graph."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def declared() -> Graph:
 
 @pytest.fixture(scope="module")
 def weights(declared: Graph) -> dict[str, Array]:
-    """Channels of very different sizes, and one that is always 0."""
+    """Return weights whose channels have very different sizes, and one channel that is always 0."""
     rng = np.random.default_rng(3)
     made = {}
     for name, value in declared.parameters.items():
@@ -143,8 +143,8 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
 
 
 def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
-    """Both blocks multiply one norm with `one.w`. The second block, in another call, multiplies another operand with it
-    too.
+    """Calls of `second` use `one.w` and `two.w`. In main, another product reads `two.w` with an operand that is not
+    smoothed.
     """
     blocks = "".join(
         f"""
@@ -208,7 +208,7 @@ def test_the_vector_and_the_blocks_are_computed_of_the_weights(rounded: Graph, w
 def test_a_balanced_graph_means_what_the_declared_one_does(
     declared: Graph, rounded: Graph, weights: dict[str, Array]
 ) -> None:
-    """Numbers are near to the decoded blocks' meaning, and nearer to the declared model than without smoothing."""
+    """The numbers are near the results with decoded blocks, and nearer to the declared model than without smoothing."""
     held, x = encode_weights(rounded, weights), np.random.default_rng(5).standard_normal((40, 16)).astype(np.float32)
     inputs = {"x": x, "i": np.arange(40) % 32}
     wanted = interpret(declared, inputs, weights)
@@ -239,7 +239,7 @@ def test_a_model_takes_its_weights_without_vectors_and_gives_them_all(name: str)
     assert set(balances_of(made.graph)) == set(plan.balances)
     first = plan.balances[0]
     assert len(first.weights) == 3
-    assert [w for w in first.weights if ".v." in w] == list(first.by)  # and not queries and keys
+    assert [w for w in first.weights if ".v." in w] == list(first.by)  # but not queries and keys
     assert set(made.weights) - set(plain.weights) == {b.vector for b in balances_of(made.graph)}
 
 
@@ -257,7 +257,9 @@ NAMED = """graph g {
 
 
 def test_what_decodes_weights_says_where_it_is_from(golden: Golden) -> None:
-    """Scopes and lines, too: numbers times a vector have the weight's scope, and the line of its first reader."""
+    """Decoded weights have scopes and lines, too. Numbers times a vector have the weight's scope, and the line of its
+    first reader.
+    """
     graph = parse_graph(NAMED)
     encodings = {name: Encoding("int8_rows", axis=axis) for name, axis in (("h.w", -1), ("h.m", 0), ("plain.w", -1))}
     balance = Balance("h.balance", "g", None, ("h.w", "h.m"), ("h.w", "h.m"))
@@ -306,7 +308,9 @@ def test_the_query_of_a_token_that_alone_is_read_is_balanced_by_itself() -> None
 
 
 def test_a_vector_is_the_root_of_what_channels_come_to_over_what_weights_have(declared: Graph) -> None:
-    """s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max |w[n, k]|), over the counted weights; 1 for a channel of zeros."""
+    """s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max |w[n, k]|), with the maximum over the weights that count; 1 for a
+    channel of zeros.
+    """
     balance = Balance("v", "n.weight", "n.bias", ("tied.weight", "twice.weight"), ("twice.weight",))
     weights = {name: np.ones(declared.parameters[name].type.static_shape, np.float32) for name in balance.read}
     weights["n.weight"][:3], weights["n.bias"][:3] = (-4, 1, 0), (4, -5, 0)

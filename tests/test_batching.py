@@ -1,4 +1,4 @@
-"""Batches by length: the cheapest division, every row once, from long to short."""
+"""Batches by length: the division is the cheapest, each row is in one batch, and rows are sorted from long to short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beam search, token for token as in Hugging Face's `generate(num_beams=...)`, and against all possible texts."""
+"""Beam search, compared with Hugging Face's `generate(num_beams=...)` token for token, and with all possible texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ TINY = {"vocab": 5, "dim": 16, "heads": 2, "layers": 2, "context": 16}
 
 
 def test_with_all_beams_it_finds_the_best_of_all_texts() -> None:
-    """125 beams of 5 tokens drop nothing in 3 steps: the results are the best of all 125 texts, and of their ends."""
+    """With 125 beams and 5 tokens, no text is dropped in 3 steps. So the results are the best of all 125 texts and of
+    all texts that ended earlier.
+    """
     model = t.compile("gpt2", seed=6, **TINY)
     session = model.session(rows=125)
     (found,) = beam_search(session, [[1, 2]], most=3, beams=Beams(125, length_penalty=0.0, best=4, early="never"))
@@ -98,12 +100,14 @@ CASES: list[tuple[Beams, dict[str, Any], dict[str, Any]]] = [
 
 
 Texts = list[tuple[list[int], float]]
-"""The tokens after the first, and scores, best first."""
+"""The tokens after the first, and the score of each text, the best text first."""
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Callable[..., Texts]]]:
-    """Return a model's folder and Hugging Face's result for a source and a case, computed once for all backends."""
+    """Return a function of a model's name: its folder, and a function that returns Hugging Face's result for a source
+    and a case. Results are computed once for all backends.
+    """
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save

@@ -28,7 +28,9 @@ def draw(*shape: int) -> Array:
 
 
 def gpt2(layers: int = 3, dim: int = 4) -> dict[str, Array]:
-    """A checkpoint in GPT-2's form: weights stored input by output, queries, keys and values in one."""
+    """Return a checkpoint in GPT-2's form: weights are stored as [in, out], with queries, keys and values in one
+    tensor.
+    """
     held = {"wte.weight": draw(10, dim), "ln_f.weight": draw(dim), "ln_f.bias": draw(dim)}
     for i in range(layers):
         held[f"h.{i}.attn.c_attn.weight"] = draw(dim, 3 * dim)
@@ -130,8 +132,8 @@ def test_alternative_names(tmp_path: Path, weight: str, bias: str) -> None:
 
 
 def test_patterns(tmp_path: Path) -> None:
-    """Patterns with several numbers, with one that occurs twice, an exact name before a pattern, the first of two
-    patterns.
+    """Patterns with several numbers, and with a number that occurs twice; an exact name is tried before a pattern, and
+    the first of two patterns wins.
     """
     held = {name: np.full(1, at, np.float32) for at, name in enumerate(["b.2.e.7", "c.4", "special", "first.5"])}
     table = {
@@ -173,7 +175,7 @@ def test_slices(tmp_path: Path, source: Source, wanted: Any) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_rows_of_each_group(tmp_path: Path, groups: int) -> None:
-    """The second and third row of each group, and two columns; also of a matrix that is stored transposed."""
+    """The second and third row of each group, and two columns; also for a matrix that is stored transposed."""
     held = {"w": draw(12, 6)}
     own = [row for row in range(12) if row % (12 // groups) in (1, 2)]
     part = held["w"][own][:, 1:3]
@@ -289,11 +291,11 @@ def test_missing_names_are_told_apart_where_they_differ(tmp_path: Path) -> None:
         (Source("w", cols=(2, 7)), (4, 5), "f32", "has no part [:, 2:7]"),
         (Source("b", cols=(0, 1)), (6,), "f32", "has no part [:, 0:1]"),
         (Source("b", transpose=True), (6,), "f32", "has no part .T"),
-        (Source("w"), (4, 6), "i64", "which does not convert"),
-        (Source("n"), (2,), "f32", "which does not convert"),
-        (Source("n"), (2,), "i32", "which does not convert"),
-        (Source("n"), (2,), "bool", "which does not convert"),
-        (Source("w"), (4, 6), "f99", "which does not convert"),
+        (Source("w"), (4, 6), "i64", "which cannot be converted"),
+        (Source("n"), (2,), "f32", "which cannot be converted"),
+        (Source("n"), (2,), "i32", "which cannot be converted"),
+        (Source("n"), (2,), "bool", "which cannot be converted"),
+        (Source("w"), (4, 6), "f99", "which cannot be converted"),
     ],
 )
 def test_misfits(tmp_path: Path, source: Source, shape: Sequence[int], dtype: str, words: str) -> None:
@@ -310,7 +312,7 @@ def test_a_value_that_would_become_infinite(tmp_path: Path) -> None:
 
 
 def test_nothing_of_a_tensor_is_read_before_all_fit(tmp_path: Path) -> None:
-    """If another tensor is missing, the error is not about a damaged bool."""
+    """If another tensor is missing, the error is about that tensor, not about a damaged bool."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(header_and_data({"m": {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}}, b"\x07"))
     file = SafetensorsFile.open(path)

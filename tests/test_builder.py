@@ -24,13 +24,13 @@ HERE = f"tests/{Path(__file__).name}"
 
 
 def start() -> tuple[Builder, Expr, Expr, Expr]:
-    """A builder with a float, an integer and a boolean input of [B, 4]."""
+    """Return a builder, and a float, an integer and a boolean input of [B, 4]."""
     b = Builder(Graph("example"))
     return b, b.input("x", "f32[B, 4]"), b.input("i", "i64[B, 4]"), b.input("m", "bool[B, 4]")
 
 
 def line(offset: int = 0) -> int:
-    """Return the number of the caller's line, or of a line `offset` lines below it."""
+    """Return the line number of the caller, or of a line `offset` lines below."""
     frame = inspect.currentframe()
     assert frame is not None
     assert frame.f_back is not None
@@ -64,7 +64,9 @@ def test_a_helper_of_the_users_is_the_users() -> None:
 
 
 def test_lines_of_the_library_are_nobodys() -> None:
-    """contextlib is between a `with` and its function, functools and others are between a call and its function."""
+    """contextlib's frames are between a `with` and its function; frames of functools and others are between a call and
+    its function.
+    """
     b, x, _, _ = start()
     stack = contextlib.ExitStack()
     stack.callback(lambda: b.gelu(x))
@@ -252,7 +254,7 @@ def test_a_number_beside_integers() -> None:
 
 
 def test_numbers_that_no_operand_ties() -> None:
-    """A condition or a table does not decide the dtype of values or of indices."""
+    """A condition or an indexed table does not decide the dtype of values or of indices."""
     b, x, _, m = start()
     assert b.where(m, 1.0, 0.0).dtype is f32
     assert b.where(m, 1.0, -2.5).dtype is f32

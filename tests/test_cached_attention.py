@@ -1,4 +1,6 @@
-"""Attention over a cache: for rows of any length in any slot, the results equal attention over their whole sequence."""
+"""Attention over a cache. For rows of any length in any slot, the results equal attention over the whole sequence of
+each row.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ Array = np.ndarray[Any, Any]
 HEADS, GROUPS, D, E = 6, 2, 8, 5
 BACKENDS = ("interpreter", "numpy", "torch", "tvm")
 
-# Terms, and the capacity of a ring that holds everything that they see of a chunk of 3; None: no ring.
+# Terms, and the capacity of a ring that holds all keys that a chunk of 3 queries sees; None: no ring.
 DECODERS: dict[str, tuple[tuple[Term, ...], int | None]] = {
     "causal": ((Causal(),), None),
     "window": ((Causal(), Window(5)), None),
@@ -59,7 +61,7 @@ def operand_types(terms: tuple[Term, ...], keys: str) -> list[str]:
 
 
 def cached_graph(terms: tuple[Term, ...], **options: Any) -> Graph:
-    """Symbolic in everything that a session changes: rows, queries, slots and capacity."""
+    """Return a graph with symbolic sizes for everything that a session changes: rows, queries, slots and capacity."""
     b = Builder(Graph("cached"))
     given = [
         b.input("q", f"f32[B,{HEADS},S,{D}]"),
@@ -94,14 +96,14 @@ class Text:
         self.y = Attention(terms=terms).reference(*wide)
 
     def write(self, k: Array, v: Array, slot: int, past: int) -> None:
-        """Write the keys and values before `past` into a slot, in order; a ring keeps the last ones."""
+        """Write the keys and values before position `past` into a slot, in order; a ring keeps only the last ones."""
         for x, cache in ((self.k, k), (self.v, v)):
             at = np.arange(max(0, past - cache.shape[2]), past)
             cache[slot][:, at % cache.shape[2]] = x[0][:, at]
 
 
 def learned(rng: np.random.Generator, terms: tuple[Term, ...]) -> list[Array]:
-    """Operands of terms that depend on neither row nor position: slopes and tables."""
+    """Return operands of terms that depend on neither row nor position: slopes and tables."""
     shapes = [[HEADS if a == "h" else 8 for a in o.axes.split()] for term in terms for o in term.operands]
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
@@ -109,7 +111,9 @@ def learned(rng: np.random.Generator, terms: tuple[Term, ...]) -> list[Array]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", DECODERS)
 def test_chunks_over_a_cache_make_the_whole_sequence(name: str, backend: str) -> None:
-    """Rows of different lengths in different slots, chunk after chunk; everything that is not written is NaN."""
+    """Rows of different lengths in different slots are computed chunk after chunk; everything that is not written is
+    NaN.
+    """
     terms, ring = DECODERS[name]
     rng = np.random.default_rng(1)
     run = runner(backend, cached_graph(terms, ring=ring is not None))
@@ -142,8 +146,8 @@ CROSS: list[tuple[Term, ...]] = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5}, {"scale": -0.75}])
 def test_each_row_is_attention_at_its_positions(options: Mapping[str, Any], backend: str) -> None:
-    """The result equals attention over a sequence that is long enough for each row's queries to be at the same
-    positions. Operands with an axis of keys have an element for each key, by its index.
+    """The result equals attention over a sequence in which each row's queries are at the same positions. Operands with
+    an axis of keys have an element for each key, by its index.
     """
     rng = np.random.default_rng(2)
     for terms in CROSS:
@@ -182,7 +186,7 @@ def _with(terms: tuple[Term, ...], given: list[Array]) -> list[tuple[Array, Any]
 
 
 def _before(x: Array, axes: str, b: int, past: int) -> Array:
-    """Return an operand of one row, with queries inserted before the row's own."""
+    """Return the operand of one row, with `past` queries inserted before the row's own queries."""
     for at, axis in enumerate(axes.split()):
         if axis == "b":
             x = np.take(x, [b], axis=at)
@@ -192,9 +196,9 @@ def _before(x: Array, axes: str, b: int, past: int) -> Array:
 
 
 def test_a_ring_keeps_the_last_positions() -> None:
-    """Slot by slot, the position of the key: a ring of 4 that was written up to position 6."""
+    """The positions of the keys in each slot of a ring of 4 that was written up to position 6."""
     k = np.zeros((1, 1, 4, 1))
-    v = np.arange(4.0).reshape(1, 1, 4, 1)  # a key's value is its slot
+    v = np.arange(4.0).reshape(1, 1, 4, 1)  # the value of a key is the number of its slot
     bias = np.full(4, -np.inf)
     op = CachedAttention(terms=(Causal(), Alibi(), TensorBias("t")), scale=1.0, ring=True)
     q, rows, start = np.zeros((1, 1, 1, 1)), np.array([0]), np.array([6])
@@ -260,7 +264,7 @@ def test_terms_that_show_what_is_not_written_are_refused() -> None:
     with pytest.raises(RuleError, match="needs causal or padding") as caught:
         CachedAttention(terms=(Window(4),)).infer(types)
     assert "terms=(causal, ...)" in (caught.value.hint or "")
-    assert CachedAttention(terms=(Window(1),)).infer(types)[0] == types[0]  # only its own position: causal
+    assert CachedAttention(terms=(Window(1),)).infer(types)[0] == types[0]  # only its own position: equal to causal
 
 
 def test_the_cost_is_a_bound() -> None:

@@ -1,4 +1,4 @@
-"""Counterexamples that count against a rewrite: only inputs that its function allows, at sizes that its numbers fit."""
+"""Counterexamples that count against a rewrite: only inputs that the function allows, at sizes that fit its numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from treadle.passes.framework.rewrite import Match, Rewrite
 class RowsFirst(Rewrite):
     """where(key, x, where(row, 2, 3)) --> where(row, where(key, x, 2), 3)
 
-    Right if `row` is true for every row with a key. Both sides read both masks.
+    The rewrite is right if `row` is true for every row with a key. Both sides read both masks.
     """
 
     def pattern(self, p: Any, key: Any, row: Any, x: Any) -> Any:
@@ -69,7 +69,7 @@ def test_what_is_known_of_a_mask_holds_however_large_the_rest_is(tied: bool) -> 
 
 
 def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
-    """Both masks come from a call, and the region does not extend into calls, so it is unknown whether they are
+    """Both masks come from a call, and the claim's region does not extend into calls. So it is unknown if the masks are
     related.
     """
     graph, masks = Graph("g"), Function("masks")
@@ -89,7 +89,7 @@ def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
 
 @pytest.mark.parametrize("product", [True, False], ids=["of-a-product", "of-an-input"])
 def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
-    """softmax(x) + (x - x) is softmax(x) if all numbers are finite; a mask from outside may be infinite."""
+    """softmax(x) + (x - x) equals softmax(x) if all numbers are finite, but a mask that is an input may be infinite."""
 
     def spelled(b: Builder, m: Match) -> Any:
         e = b.exp(m.x - b.reduce_max(m.x, axes=(-1,), keep=True))
@@ -108,7 +108,9 @@ def test_a_product_is_any_number_but_no_mask(product: bool) -> None:
 
 
 def both_scaled(n: int, off: float) -> Certificate | Counterexample | None:
-    """Return the result for the claim that scales of q and k equal attention's own, 1/sqrt(n), or `off` times that."""
+    """Return the result for the claim that scales of q and k together equal attention's own scale 1/sqrt(n), or `off`
+    times that scale.
+    """
     b = Builder(Graph("g"))
     q, k, v = (b.input(name, f"f32[B, 2, S, {n}]") for name in "qkv")
     keys = b.rearrange(k, pattern="b h s d -> b h d s")
@@ -149,7 +151,9 @@ def test_what_fails_only_at_sizes_for_which_its_numbers_may_not_be_is_a_note() -
 
 
 def test_sizes_that_are_refused_excuse_nothing() -> None:
-    """A table of 40 positions, made small, is too short for all sizes but one key, for which any softmax is 1."""
+    """A table of 40 positions, made smaller, is too short for every number of keys but one, and any softmax over one
+    key is 1.
+    """
     b = Builder(Graph("g"))
     x, table = b.input("x", "f32[B, S]"), b.input("table", "f32[40]")
     b.graph.bound("S", Bounds(1, 40))
@@ -171,7 +175,7 @@ def region_of(size: int, number: float) -> Region:
 @pytest.mark.parametrize(("size", "of"), [(64, 64), (65, 64)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_powers_of_quarters_up_to_two_are_tied_to_their_size(size: int, of: int, sign: int) -> None:
-    """The number may belong to the size, or to the size minus one, the divisor of a variance."""
+    """The number may depend on the size, or on the size minus one, which is the divisor of a variance."""
     assert not [s for k in range(1, 9) for s in shrinkings_of(region_of(size, of ** (sign * k / 4)))]
     for number in (of ** (sign * 9 / 4), of ** (sign / 3), of ** (sign / 4) * (1 + 2.0**-19)):
         assert [size in s for s in shrinkings_of(region_of(size, number))] == [True]

@@ -1,4 +1,6 @@
-"""Certificates: the changes of a rewrite or a pass are tried before and after, at small sizes, and reported."""
+"""Certificates: the graphs before and after a rewrite or a pass are compared at small sizes, and differences are
+reported.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def test_a_certificate_names_the_rule_the_cases_and_the_error() -> None:
     (found,) = certificates(optimized)
     assert (found.rule, found.seed, found.cases) == ("gelu-erf", 0, 7)
     assert [dict(sizes).keys() for sizes in found.sizes] == [{"B", "S"}] * 3
-    # sqrt(1/2) in float32 is off by at most half a spacing, and numbers up to 30 multiply that in erf
+    # sqrt(1/2) in float32 is off by at most half a spacing, and is multiplied by numbers up to 30 in erf
     assert 0 < found.error < 30 * 2.0**-23
     assert found.error <= found.tolerance < 1e-4
     assert str(found) in optimized.log.certified()
@@ -140,7 +142,7 @@ def test_merging_equal_nodes_needs_no_numbers() -> None:
 
 
 def test_functions_that_take_less_are_what_they_were() -> None:
-    """Dead code elimination drops a function's unread result and input, and with it an operand of every call."""
+    """Dead code elimination removes an unused result and input of a function, and an operand of every call."""
     graph, block = Graph("g"), Function("block")
     b = Builder(graph, block)
     x, unread = b.input("x", "f32[B, 8]"), b.input("unread", "f32[B, 8]")
@@ -173,7 +175,7 @@ def test_large_axes_are_made_small_and_products_stay_products() -> None:
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("count", range(1, 9))
 def test_small_sizes_are_apart_and_even_where_the_large_ones_are(odd: bool, count: int) -> None:
-    """If there are more large sizes than small sizes to replace them, the last ones stay."""
+    """If there are more large sizes than small sizes to replace them, the last large ones stay."""
     primes = (53, 59, 61, 67, 71, 73, 79, 83)[:count]
     sizes = [p if odd else 2 * p for p in primes]
     b = Builder(Graph("g"))
@@ -188,11 +190,11 @@ def test_small_sizes_are_apart_and_even_where_the_large_ones_are(odd: bool, coun
 
 
 def test_a_rewrite_that_depends_on_a_size_is_tried_at_that_size() -> None:
-    """sum(x) / 96 is the mean for 96 numbers, and for no fewer."""
+    """sum(x) / 96 is the mean only for 96 numbers."""
     rule = Planted(lambda p, x, y: p.reduce_sum(x, axes=(-1,)) / 96.0, lambda b, m: b.reduce_mean(m.x, axes=(-1,)))
     text = program("x: f32[B, 96]", "y: f32[B]", "a = reduce_sum(x, axes=[-1])", "c = div(a, 96.0)", "return y = c")
     (found,) = certificates(certified(text, rule))
-    assert found.note == ""  # not "large axes made small"
+    assert found.note == ""  # large axes were not made small
     wrong = certified(text.replace("f32[B, 96]", "f32[B, 95]"), rule)
     assert not wrong.log[0].matches and len(rolled_back(wrong)) == 1
 
@@ -208,7 +210,7 @@ def test_the_other_axes_are_made_small_all_the_same() -> None:
 
 
 def test_a_claim_does_not_grow_with_what_was_rewritten_before_it() -> None:
-    """Each layer reads a result of the rewrite of the layer below."""
+    """Each layer reads a result of the rewrite in the preceding layer."""
     graph = Graph("g")
     b = Builder(graph)
     x = b.input("x", "f32[B]")
@@ -217,7 +219,7 @@ def test_a_claim_does_not_grow_with_what_was_rewritten_before_it() -> None:
     b.outputs(y=x)
     optimized = certified(graph, ForgetsOneOp())
     assert [n.op.name for n in optimized.graph.main.nodes].count("neg") == 0
-    assert len(certificates(optimized)) == 1  # the same for all thirty
+    assert len(certificates(optimized)) == 1  # all thirty layers share it
 
 
 def test_what_is_too_large_to_run_is_said_to_be() -> None:
@@ -237,7 +239,7 @@ def test_what_fails_when_it_is_small_and_is_too_large_else_is_undone() -> None:
 
 
 def test_masks_that_are_added_are_tried_with_rows_masked() -> None:
-    """A rule that forgets an additive mask of 0 and -1e9 is wrong only if the mask is."""
+    """A rule that drops an additive mask of 0 and -1e9 gives wrong results only if a row is masked."""
     b = Builder(Graph("g"))
     q, k, v = q_k_v(b)
     mask = b.input("mask", "f32[B, 1, 1, S]")
@@ -281,7 +283,7 @@ def test_a_rewrite_that_is_slower_on_the_target_is_refused() -> None:
 
 
 def test_a_case_in_which_roundings_decide_is_no_evidence() -> None:
-    """sin(1e16 x + 1e16) changes with the rounding of 1e16, so it is undecidable whether adding 2 changes it."""
+    """sin(1e16 x + 1e16) changes with the rounding of 1e16. So the certificate cannot decide if adding 2 changes it."""
     text = program("x: f32[B, S]", "y: f32[B, S]", "a = mul(x, 1e16)", "b = add(a, 1e16)", "c = sin(b)", "return y = c")
     rule = Planted(lambda p, x, y: p.sin(x * 1e16 + 1e16), lambda b, m: b.sin(m.x * 1e16 + 1e16 + 2.0))
     found = certified(text, rule)

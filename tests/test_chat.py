@@ -1,4 +1,4 @@
-"""Chat: templates rendered as in Hugging Face, limits on hostile templates, and conversations that continue."""
+"""Chat: templates render as in Hugging Face, hostile templates meet limits, and conversations continue."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_hostile_templates_come_to(template: str) -> None:
-    """The error names the cause and comes within the time limit, and the next conversation is rendered."""
+    """The error names the cause within the time limit, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
-    made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # the process has started
+    made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # start the process
     started = time.monotonic()
     with pytest.raises(CheckpointError, match="cannot be rendered") as refused:
         made.render(TALK)
     assert refused.value.received
-    assert time.monotonic() - started < 60  # far above 1.5 s: machines may be busy, but it ends
+    assert time.monotonic() - started < 60  # far above 1.5 s, since machines may be busy
     made.template = "{{ messages[1].content }}"
     made.seconds = 60.0
     assert made.render(TALK) == "the cat"
@@ -145,7 +145,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)
-    model.generation_config.repetition_penalty = 1.3  # replies, too, follow the folder's rules
+    model.generation_config.repetition_penalty = 1.3  # replies follow the folder's rules, too
     model.save_pretrained(place)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(place)
@@ -198,7 +198,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
 
 def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
-    fed: list[tuple[int, int]] = []  # tokens that the row held, and tokens that were read
+    fed: list[tuple[int, int]] = []  # tokens that the row held, and number of tokens that were read
     prefill = type(talk.session).prefill
 
     def counted(self: Any, tokens: Any) -> Any:

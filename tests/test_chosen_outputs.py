@@ -1,4 +1,4 @@
-"""Selected outputs, whole or in part: numbers equal NumPy's, unneeded values are not computed, and names that are not
+"""Selected outputs, whole or sliced: numbers equal NumPy's, unneeded values are not computed, and names that are not
 outputs are refused.
 """
 

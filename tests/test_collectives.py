@@ -1,4 +1,4 @@
-"""Collectives: results of the ranks' inputs, gradients, types and errors."""
+"""Collectives: results for the inputs of all ranks, gradients, types and errors."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ SENDS = {
 
 @pytest.mark.parametrize(("name", "attributes"), CASES)
 def test_what_a_rank_sends_is_that_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
-    """Rounds as shares of the payload, messages that a rank waits for, and the payload if 10 bytes become 40."""
+    """Payload of rounds in a ring, messages that a rank waits for, and the payload if 10 bytes become 40."""
     op: Any = find_op(name).make(over="tp", ways=4, **attributes)
     assert (op.rounds, op.messages, op.payload(10, 40)) == SENDS[name]
 

@@ -1,4 +1,4 @@
-"""The short form of tests/fuzz/combinations.py: a few schemes with budgets, and planted errors that it notices."""
+"""The short form of tests/fuzz/combinations.py: a few schemes with budgets, and planted errors that must be noticed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from treadle.backends.registry import find_backend
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_schemes_run_within_their_budgets(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scheme that rounds activations, at 9 rows, and at 1 row, for which parts are empty."""
+    """A scheme that rounds activations, at 9 rows, and at 1 row, for which some parts are empty."""
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
-    monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)  # the least that is found at once
+    monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)  # accept the first budget that is found
     small = [c for c in combinations((backend,)) if c.model in ("gpt2", "bert") and c.rows > 1]
     drawn = random.Random(BACKENDS.index(backend)).choice([c for c in small if c.scheme in ("int8", "int4-int8")])
     made = list(outcomes(drawn, bits=True))

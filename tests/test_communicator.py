@@ -1,4 +1,4 @@
-"""The communicator without a GPU: the tensors that torch.distributed gets are on the rank's device."""
+"""The communicator, tested without a GPU: torch.distributed gets tensors on the rank's device."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from treadle.runtime.distributed.ranks import Ranks
 from treadle.runtime.distributed.watching import Watch
 
 FAR = torch.device("meta")
-"""A stand-in for a GPU: its tensors have no data, and a copy to the CPU fails."""
+"""A device that stands in for a GPU: its tensors have no data, and a copy to the CPU fails."""
 
 
 class _Stays(TorchDispatchMode):
-    """Refuses operations that create a tensor on another device."""
+    """A mode that refuses operations that create a tensor on another device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -46,7 +46,9 @@ def plan_over(mesh: str) -> ShardingPlan:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record calls of torch.distributed, whose tensors must be on the GPU, and each wait for them."""
+    """Replace functions of torch.distributed by functions that require tensors on the GPU. Return a list that records
+    each wait.
+    """
     order: list[str] = []
 
     def called(name: str, **kinds: Any) -> Any:
@@ -152,7 +154,7 @@ def test_a_rank_takes_the_gpu_of_its_place_on_its_machine(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("local", "count"), [("0", 0), ("2", 2), ("", 3)])
 def test_a_rank_without_a_gpu_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch, local: str, count: int) -> None:
-    """Two ranks on one GPU would wait for each other in NCCL. Without LOCAL_RANK, one machine is assumed."""
+    """Two ranks on one GPU would deadlock in NCCL. Without LOCAL_RANK, a single machine is assumed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setenv("LOCAL_RANK", local)
@@ -174,7 +176,9 @@ def test_a_received_output_is_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def described_by_another(monkeypatch: pytest.MonkeyPatch, at: int) -> Communicator:
-    """The first of two ranks on the CPU, and the other rank sends a different number in one of four places."""
+    """Return the communicator of the first of two ranks on the CPU. The other rank sends a different number in one of
+    four places.
+    """
 
     def tell(own: list[int], *_: Any, **__: Any) -> list[list[int]]:
         return [own, [*own[:at], own[at] + 1, *own[at + 1 :]]]

@@ -78,6 +78,7 @@ def test_weights_are_for_looking_at() -> None:
     with pytest.raises(ValueError, match="read-only"):
         weights["head.bias"][0] = 5
     assert given["head.bias"].flags.writeable, "the caller's arrays are unchanged"
-    other = compile(example, weights={**made.weights, "head.bias": np.zeros(3, np.float32)})  # as the hint suggests
+    # the change that the hint suggests
+    other = compile(example, weights={**made.weights, "head.bias": np.zeros(3, np.float32)})
     x = np.ones((1, 4), np.float32)
     assert [each(x=x)["head"].tolist() for each in (made, other)] == [[[5.0] * 3], [[4.0] * 3]]

@@ -65,7 +65,7 @@ from tests.fuzz.config_keys import ABSENT, MODELS, Base, Case, bases, cases, fie
 from treadle.resolving import resolve
 
 DRAWN = 12
-"""Bases in the suite, with five cases each. `python -m tests.fuzz.config_keys` goes through all."""
+"""Number of bases in the suite, with five cases each. `python -m tests.fuzz.config_keys` runs all."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -86,7 +86,7 @@ def test_drawn_cases_are_equal_refused_or_reported(seed: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", bases())
 def test_every_field_of_transformers_is_known(name: str) -> None:
-    """A field of the library's config class is read, or listed as irrelevant with a reason."""
+    """Every field of the library's config class is read, or listed as irrelevant with a reason."""
     tiny = MODELS[name.removesuffix(" before")]
     architecture = tiny.architecture
     made = getattr(transformers, architecture).config_class(**tiny.config).to_dict()
@@ -104,7 +104,7 @@ def test_other_names_are_those_of_transformers() -> None:
         config_class = getattr(transformers, MODELS[name.removesuffix(" before")].architecture).config_class
         family = family_of({"model_type": config_class.model_type})
         ours = dict(family.aliases.get(config_class.model_type, {}))
-        ours.pop("n_embed", None)  # Falcon's class reads it by itself
+        ours.pop("n_embed", None)  # Falcon's class reads this key under its old name
         assert ours == config_class.attribute_map, name
 
 
@@ -188,7 +188,9 @@ def test_a_key_that_is_not_known_is_reported(tmp_path: Path) -> None:
     ],
 )
 def test_tied_tensors_must_agree(name: str, config: dict[str, Any], tied: str, output: str, tmp_path: Path) -> None:
-    """The library ties them if they agree, or if the file has only one of them. If they differ, it does not."""
+    """The library ties these tensors if they are equal, or if the file has only one of them. If they differ, it does
+    not.
+    """
     base = save(name, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**base.config, **config}))
     path = tmp_path / "model.safetensors"

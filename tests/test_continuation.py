@@ -1,4 +1,4 @@
-"""Text continued by a model and its tokenizer, as in Hugging Face; and the command line for it."""
+"""Text generation with a model and its tokenizer: the same text as Hugging Face's, and the command line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_greedy_continues_as_hugging_face_does(folder: Path, backend: str) -> No
 
 
 def said_by_file(folder: Path, place: Path, **said: Any) -> Path:
-    """The folder with another generation_config.json, in place."""
+    """Return the folder with another generation_config.json."""
     for file in folder.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
     (place / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, **said}))
@@ -263,7 +263,8 @@ def test_it_says_why_it_stopped(
     choose = Sampling.choose
 
     def chosen(self: Sampling, scores: object, *, row: int = 0, step: int = 0) -> int:
-        return 0 if ending == "end" and step == 2 else choose(self, scores, row=row, step=step) or 1  # 0 is the end
+        # 0 is the end token
+        return 0 if ending == "end" and step == 2 else choose(self, scores, row=row, step=step) or 1
 
     monkeypatch.setattr(Sampling, "choose", chosen)
     done = generated(str(folder), prompt, *words)
@@ -313,7 +314,8 @@ def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_pat
 def test_a_folder_with_an_older_vocabulary_says_how_to_make_tokenizer_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)  # as if its kind were unknown
+    # as if the kind of the tokenizer were unknown
+    monkeypatch.setattr("treadle.frontends.text.build_older_tokenizer", lambda *_: None)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "sat"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     transformers.BertConfig(vocab_size=len(words)).save_pretrained(tmp_path)

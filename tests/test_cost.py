@@ -1,4 +1,6 @@
-"""Costs: operations by the usual formulas, live pairs by counting, bytes, parameters of known models."""
+"""Costs: numbers of operations by the usual formulas, of live pairs by counting, of bytes, and of parameters of known
+models.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,9 @@ TERMS: dict[str, tuple[tuple[Term, ...], Callable[[int, int], bool]]] = {
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (3, 8), (8, 3), (1, 1)])
 def test_attention_costs_its_live_pairs(name: str, queries: int, keys: int) -> None:
-    """2 d + 2 e a pair for the two products, 5 in between (scale, maximum, difference, exponential, sum)."""
+    """Each pair costs 2 d + 2 e for the two products, and 5 in between (scale, maximum, difference, exponential,
+    sum).
+    """
     terms, sees = TERMS[name]
     live = sum(sees(i, j) for i in range(queries) for j in range(keys))
     given = ["i64[2]"] if Padding() in terms else []
@@ -171,14 +175,16 @@ def test_a_call_costs_its_function() -> None:
 
 
 def products(batch: int, length: int, *, dim: int, layers: int, vocab: int = 0, causal: bool = False) -> int:
-    """The number of operations of a transformer's products: 4 projections, 2 of a 4 x wider MLP, attention, logits."""
+    """Return the number of operations in a transformer's products: 4 projections, 2 of an MLP that is 4 times wider,
+    attention, logits.
+    """
     pairs = length * (length + 1) // 2 if causal else length * length
     weights = layers * (4 * dim * dim + 2 * 4 * dim * dim) + vocab * dim
     return batch * (2 * length * weights + layers * 4 * pairs * dim)
 
 
 def test_bert_base_is_22_gflop() -> None:
-    """BERT-base takes 22.3 GFLOP for 128 tokens: products, with the rest below one per cent."""
+    """BERT-base takes 22.3 GFLOP for 128 tokens. All ops except the products take less than one per cent of that."""
     graph = bert.graph()
     flops = graph_cost(graph, {"B": 1, "S": 128}).flops
     assert flops == pytest.approx(22.3e9, rel=0.01)

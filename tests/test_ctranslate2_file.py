@@ -1,4 +1,4 @@
-"""The reader of CTranslate2's model.bin: its results, and for a damaged file, our error with the offset of the byte."""
+"""The reader of CTranslate2's model.bin: its results, and the errors for damaged files, which give the byte offset."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ ONE = np.zeros((2, 3), "<f4")
     [
         (b"", "the file is empty", "byte 0"),
         (b"\x06\0", "the file ends within a record", "byte 0, version"),
-        (model(version=5), "this version of the format is not read", "byte 0, version"),
+        (model(version=5), "this version of the format is not supported", "byte 0, version"),
         (model(variable("a", ONE), variable("a", ONE)), "a variable appears twice", "byte 86, a, data"),
         (model(variable("a", ONE, number=6)), "the dtype is not known", "byte 39, a, dtype"),
         (model(variable("a", ONE, number=4)), "a variable's bytes do not equal dtype x shape", "byte 40, a, bytes"),
@@ -97,7 +97,7 @@ ONE = np.zeros((2, 3), "<f4")
         (model(variable("a", ONE), aliases={"b": "c"}), "an alias must be a new name", "byte 78, aliased name"),
         (model(variable("a", ONE), aliases={"a": "a"}), "an alias must be a new name", "byte 78, aliased name"),
         (model()[:-8] + b"\xff" * 4, "the file declares more variables than the limit", "byte 22, count of variables"),
-        (text("x").ljust(64, b"\xff"), "this version of the format is not read", "byte 0, version"),
+        (text("x").ljust(64, b"\xff"), "this version of the format is not supported", "byte 0, version"),
     ],
 )  # fmt: skip
 def test_refuses(tmp_path: Path, data: bytes, what: str, place: str) -> None:
@@ -124,7 +124,7 @@ def test_every_prefix_is_refused(tmp_path: Path) -> None:
 
 
 def test_mutations(tmp_path: Path) -> None:
-    """Two thousand files with some bytes changed, removed or inserted: each is read, or refused with an offset."""
+    """Two thousand files with some bytes changed, removed or inserted. Each is read, or refused with a byte offset."""
     rng = np.random.default_rng(0)
     refusals = []
     for _ in range(2000):

@@ -1,4 +1,6 @@
-"""Slices moved into calls: blocks that slice or index values themselves, nested blocks, and positions from a block."""
+"""Slices that move into calls: blocks that slice or index values themselves, nested blocks, and positions that a block
+computes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from treadle.passes.framework.manager import Optimized, PassManager
 
 PICKS = ["q = expand(i, shape=[B, 2, 8])", "y = take_along_axis(h, q, axis=1)"]
 ONE = "o = slice(z, axis=1, start=2, stop=3)"
-"""The part of a block's second result that main reads."""
+"""The slice of a block's second result that main reads."""
 
 
 def block(name: str, takes: str, gives: str, *lines: str) -> str:
@@ -24,7 +26,7 @@ def graph(*blocks: str) -> Graph:
 
 
 def cut(*blocks: str) -> Optimized:
-    """Run the pass; check that the numbers are the same for all drawn sizes, and that a second run finds nothing."""
+    """Run the pass. Check that the numbers are the same for all drawn sizes, and that a second run changes nothing."""
     done = PassManager([CutSooner()], certify=True).run(graph(*blocks))
     assert_same_numbers(done.source, done.graph)
     again = PassManager([CutSooner()]).run(done.graph)
@@ -59,7 +61,7 @@ def test_a_block_that_cuts_another_input_itself(name: str) -> None:
 
 
 def test_a_block_that_gives_the_positions_at_which_it_is_read() -> None:
-    """The positions are not known before the block runs."""
+    """The positions are known only after the block has run."""
     takes = "x: f32[B, 9, 8], j: i64[B, 2, 1]"
     inner = block(
         "block f", takes, "h: f32[B, 9, 8], i: i64[B, 2, 1]", "h = tanh(x)", "i = mul(j, 1)", "return h = h, i = i"

@@ -1,4 +1,4 @@
-"""A value that is sliced is sliced before it is computed, also inside calls; near misses stay; numbers are the same."""
+"""Slices move before the computation of the sliced value, also into calls; near misses stay; numbers are the same."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_positions_that_each_row_has_of_its_own() -> None:
 
 
 def test_positions_are_turned_to_where_rows_lie() -> None:
-    """A table that is added has the positions but not the rows, and stays whole."""
+    """An added table has the axis of positions but not the axis of rows, and is not sliced."""
     lines = ["h = tanh(x)", 'r = rearrange(h, pattern="b s (h d) -> b h s d", h=2)', "a = attention(r, r, r)"]
     lines = [line.replace(", h=2)", ")").replace("(h d)", "(h=2 d)") for line in lines]
     lines += ['m = rearrange(a, pattern="b h s d -> b s (h d)")', *TAKEN, "y = take_along_axis(m, f, axis=1)"]
@@ -268,7 +268,7 @@ def encoder(
 
 
 def calls(graph: Graph) -> list[tuple[str, str]]:
-    """Return the function that main calls, and the type of its result."""
+    """Return the functions that main calls, each with the type of its result."""
     return [(n.op.callee, str(n.result.type)) for n in graph.main.nodes if n.op.callee is not None]
 
 
@@ -298,7 +298,7 @@ def test_a_layer_that_is_shown_computes_all() -> None:
 
 
 def test_a_cut_inside_a_block_that_is_called_twice() -> None:
-    """The block's own slice, and its caller's slice, which moves into the block."""
+    """A slice in the block, and a slice in its caller, which moves into the block."""
     block = """
   block f(x: f32[B, 9, 8]) -> (y: f32[B, 4, 8]) {
     h = exp(x)
@@ -352,7 +352,7 @@ def test_classifiers_of_the_zoo(name: str, backend: str) -> None:
 
 
 def test_an_encoder_of_pytorchs() -> None:
-    """Its attention moves rows to [s b] and back, and slices pass through: else the slice would end there."""
+    """The attention of PyTorch's encoder moves rows to [s b] and back; the slice must pass through these ops."""
     torch = pytest.importorskip("torch")
 
     class First(torch.nn.Module):  # type: ignore[misc, name-defined]

@@ -1,8 +1,8 @@
-"""The compiler's decisions for small models of the zoo, as text: a decision that changes is a line in a diff.
+"""The compiler's decisions for small models of the zoo, as golden texts, so that a changed decision appears in a diff.
 
-For a model: the optimized graph, with the refusals of passes; then its kernels on one instruction set, with their
-specs, which decide their code. For steps, dtypes and encodings: the kernels on each instruction set. Nothing is
-compiled, so any machine prints the same.
+The text of a model contains the optimized graph, the refusals of passes, and the kernels on one instruction set with
+their specs, which decide their code. The texts of steps, dtypes and encodings contain the kernels on each instruction
+set. Nothing is compiled, so any machine prints the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def lowered(graph: Graph, isa: str) -> tuple[Optimized, KernelProgram]:
 
 
 def specs(program: KernelProgram) -> list[str]:
-    """Return a line for each distinct kernel: everything that decides its code, with the instructions of a chain
+    """Return a line for each distinct kernel with its spec, which decides its code. The instructions of a chain are
     shortened.
     """
     operands, attributes = r"operands=\(([^)]*)\)", r"attributes=\(((?:[^()]|\([^()]*\))*)\)"
@@ -80,7 +80,7 @@ def specs(program: KernelProgram) -> list[str]:
 
 
 def steps(program: KernelProgram) -> list[str]:
-    """Return a line for each step: its results, kernel and arguments, with the strides of views, and sizes."""
+    """Return a line for each step: results, kernel, arguments with the strides of views, and sizes."""
     titles = unique_titles(kernels_of(program))
     lines: list[str] = []
     for routine in program.routines:
@@ -115,7 +115,7 @@ COMPUTING: dict[str, tuple[str | None, str | None, str | None]] = {
     "int4, and the step with an f16 cache": (None, "int4", "f16"),
     "int4-int8": (None, "int4-int8", ""),
 }
-"""Settings of a model: its dtype, the quantization of its weights, and the dtype of caches; "": without a step."""
+"""Settings of a model: its dtype, the quantization of its weights, and the dtype of caches ("": without a step)."""
 
 
 @pytest.mark.parametrize("case", COMPUTING)
@@ -150,7 +150,7 @@ SPELLED = ("llama, windows beside full layers", "t5 gated", "vit distilled")
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("name", SPELLED)
 def test_what_is_spelled(name: str, backend: str, golden: Golden) -> None:
-    """The emitted Python code: which calls, and which values are written where."""
+    """The emitted Python code: the calls, and the memory that each value is written to."""
     if backend == "torch":
         pytest.importorskip("torch")
     layers = {option: 2 for option in ("layers", "decoder_layers") if option in ZOO[name][0].defaults}
@@ -181,7 +181,9 @@ def test_a_budget(golden: Golden) -> None:
 
 
 def test_ways_to_keep_to_a_budget(golden: Golden) -> None:
-    """All alternatives that are tried, the fastest first: estimated bytes and time, and values computed in parts."""
+    """All alternatives that are tried, the fastest first: estimated bytes and time, and the values computed in
+    parts.
+    """
     pytest.importorskip("tvm")
     sizes = {"B": 4, "S": 64}
     search, _ = search_of(TvmBackend(), bounded(optimized(LLAMA.graph()).graph, sizes), Target("x86-64-v4", 1), sizes)
@@ -209,7 +211,7 @@ def test_an_export(name: str, opset: int, golden: Golden, tmp_path: Path) -> Non
 
 
 def test_what_is_nearly_attention(golden: Golden) -> None:
-    """The report on each program that looks like attention but is not, or is attention with another term."""
+    """The report on each program that looks like attention but is not, or that is attention with other terms."""
     lines: list[str] = []
     for each in NEAR_MISSES:
         found = PassManager(DEFAULT, certify=False).run(graph_of(each.build))

@@ -1,4 +1,4 @@
-"""Decoders from users' Hugging Face folders: the same logits, whole and stepped, and refusals."""
+"""Decoders from Hugging Face folders: logits equal Hugging Face's, for whole texts and by steps; and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_equals_hugging_face_whole_and_stepped(saved: Saved, backend: str) -> None:
-    """Rows of two lengths are prefilled in chunks, and continue token by token, past every window."""
+    """Rows of two lengths are prefilled in chunks, and then continue token by token, beyond every window."""
     reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
@@ -90,7 +90,7 @@ def test_attention_is_found_in_each_layer(saved: Saved) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
 def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
-    """Short and long texts from one compilation; it has a step if no text is longer than the context."""
+    """One compilation serves short and long texts; it has a step only if no text is longer than the context."""
     if reason := find_backend(backend).available():
         pytest.skip(f"backend {backend}: {reason}")
     tiny = DECODERS["phi3-long"]
@@ -112,7 +112,7 @@ def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", sorted({each.architecture for each in DECODERS.values()}))
 def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(architecture: str) -> None:
-    """Files are written without keys that have the library's default."""
+    """Config files are written without the keys whose values equal the library's defaults."""
     config = getattr(transformers, architecture).config_class().to_dict() | {"architectures": [architecture]}
     family = family_of(config)
     whole = family.from_config(config)

@@ -1,4 +1,6 @@
-"""Derived steps: their entries, in float64, return the logits of the whole text, however it is split."""
+"""Derived steps: the entries, run in float64, return the same logits as a run over the whole text, however the text is
+split.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ ROWS, LENGTH = 3, 11
 
 
 def drawn_inputs(graph: Graph, axis: str, rng: np.random.Generator, rows: int = ROWS) -> dict[str, Array]:
-    """Inputs of a whole run: LENGTH tokens a row, and up to 6 positions of the other inputs."""
+    """Draw inputs of a run over whole texts: LENGTH tokens a row, and up to 6 positions of the other inputs."""
     sizes = dict.fromkeys(graph.symbols, 6) | {axis: LENGTH, "B": rows}
     made: dict[str, Array] = {}
     for value in graph.main.inputs:
@@ -63,14 +65,18 @@ def drawn_weights(graph: Graph, rng: np.random.Generator) -> dict[str, Array]:
 
 
 def state_sizes(derived: DerivedStep) -> dict[str, int]:
-    """Sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of other per-row inputs."""
+    """Return sizes of states: CAPACITY positions, chunks of CHUNK tokens, MEMORY positions of the other per-row
+    inputs.
+    """
     rings = {symbol: window + CHUNK for symbol, window in derived.windows.items()}
     sizes = {"R": SLOTS, "C": CAPACITY, **dict.fromkeys(derived.memories, MEMORY), **rings}
     return {s: size for s, size in sizes.items() if any(s in v.type.symbols for v in derived.graph.states.values())}
 
 
 class InFloat64:
-    """A derived graph run by the interpreter. States still contain values of earlier rows."""
+    """A derived graph, run in float64 by the interpreter. States are not cleared, so they contain values of earlier
+    rows.
+    """
 
     def __init__(self, derived: DerivedStep, weights: Mapping[str, Array], rng: np.random.Generator) -> None:
         self.graph, self.weights = derived.graph, weights
@@ -88,7 +94,7 @@ class InFloat64:
 
 
 class Schedule:
-    """Rows that are split into calls of drawn sizes, in drawn order, some of them at a time."""
+    """A random schedule: rows are split into calls of drawn sizes, in drawn order, with some rows in each call."""
 
     def __init__(self, derived: DerivedStep, inputs: Mapping[str, Array], rng: np.random.Generator) -> None:
         self.derived, self.inputs, self.rng = derived, inputs, rng
@@ -98,8 +104,8 @@ class Schedule:
         self.begun = np.zeros(rows, np.bool_)
 
     def run(self, call: Run, check: Callable[[str, Array, int, int, int], None]) -> None:
-        """Call entries until all tokens are processed. For each output, `check` gets the name, the array [n, ...] for
-        the tokens of one row, the row, and the first and the end of these tokens.
+        """Call entries until all tokens are processed. For each output, call `check` with the name, the array [n, ...]
+        for the tokens of one row, the row, and the first and the end position of these tokens.
         """
         names, rng = self.derived.tokens, self.rng
         while (self.done < LENGTH).any():
@@ -160,7 +166,7 @@ def test_steps_of_drawn_models_give_what_the_whole_gives(seed: int) -> None:
 
 
 def hold_to_the_whole(graph: Graph, rng: np.random.Generator, *, runs: int) -> None:
-    """Compare the entries of a graph's step, over drawn schedules, with the graph over all tokens."""
+    """Compare the entries of a graph's step, over drawn schedules, with a run of the graph over all tokens."""
     derived = derive_step(graph)
     weights = drawn_weights(graph, rng)
     inputs = drawn_inputs(graph, derived.axis, rng)

@@ -1,4 +1,4 @@
-"""Equal inputs produce equal bytes: printed texts, logs, emitted code and results, in every process and call."""
+"""Equal inputs produce equal bytes: printed texts, logs, emitted code and results, in every process and every call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def inputs(exe: t.Compiled) -> dict[str, np.ndarray]:
-    """Return a value for every input: the axes of 3 rows and 5 positions, the lengths of rows within them."""
+    """Return a value for every input, with 3 rows and 5 positions, and lengths up to 5."""
     rng = np.random.default_rng(0)
     shapes = {port.name: [3 if axis == "B" else 5 for axis in port.axes] for port in exe.inputs}
     return {name: rng.integers(0, 2, shape) for name, shape in shapes.items()}
@@ -79,7 +79,9 @@ def test_another_process_with_another_hash_seed_says_the_same() -> None:
 
 
 def save_every_model(folder: str) -> None:
-    """Save an artifact of each of the zoo's declarations, numbered in order, and on PyTorch of the first."""
+    """Save an artifact of each model declaration of the zoo, numbered in order, and an artifact of the first model on
+    PyTorch.
+    """
     for number, (model, _) in enumerate(ZOO.values()):
         t.compile(model).save(Path(folder) / f"{number}.treadle")
     if find_backend("torch").available() is None:

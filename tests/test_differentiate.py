@@ -1,4 +1,4 @@
-"""Differentiation of whole functions: small models against finite differences and against torch's autograd."""
+"""Differentiation of whole functions: small models, compared with finite differences and with PyTorch's autograd."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ SIZES = {"B": 2, "S": 5}
 
 
 def with_gradients(graph: Graph) -> Graph:
-    """The graph without calls, with inputs d.OUTPUT for the float outputs, and outputs d.NAME for the float arguments.
+    """Return the graph without calls, with inputs d.OUTPUT for the float outputs, and outputs d.NAME for the float
+    arguments.
 
     d.NAME is the gradient of the sum over outputs of output * d.OUTPUT. Arguments without a gradient have no output.
     """
@@ -49,7 +50,9 @@ def with_gradients(graph: Graph) -> Graph:
 
 
 def drawn(graph: Graph, seed: int = 0) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Inputs and weights in float64; integers from 1 to 4, which are rows of a table and lengths of up to S = 5."""
+    """Draw inputs and weights in float64; integers are from 1 to 4, and serve as rows of a table and as lengths of up
+    to S = 5.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(value: Value) -> Array:
@@ -105,7 +108,7 @@ def test_bert(head: str) -> None:
 
 @t.model
 def grouped(x: t.f32["B S 8"]):
-    """Rotary positions, grouped heads, a window, a soft-cap, a gated network, and norms without means."""
+    """A model with rotary positions, grouped heads, a window, a soft-cap, a gated network, and norms without means."""
     y = t.rms_norm(x, name="n1")
     y = t.multi_head_attention(
         y, y, 4, kv_heads=2, mask=t.causal & t.window(3), softcap=2.0, rotate=lambda v: v * 0.5 + t.sin(v), name="attn"
@@ -119,7 +122,9 @@ def test_parts_of_newer_models() -> None:
 
 @t.model
 def mixture(x: t.f32["B S 6"], mask: t.boolean["B S"]):
-    """Values with many uses: several results, a choice, a lookup, a split and a join, a convolution, scans."""
+    """A model whose values have many uses: several results, a choice, a lookup, a split and a join, a convolution,
+    scans.
+    """
     best, where = t.top_k(x, k=2)
     chosen = t.where(t.rearrange(mask, pattern="b s -> b s 1"), t.tanh(x), x * x)
     table = t.parameter("table", 6, 3)
@@ -135,7 +140,7 @@ def test_values_that_go_many_ways() -> None:
 
 
 def test_a_block_against_torch() -> None:
-    """The same mathematics written in torch, in float64 on both sides."""
+    """A block written in Treadle and in PyTorch, both in float64."""
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
     heads, dim = 2, 8
@@ -172,8 +177,8 @@ def test_a_block_against_torch() -> None:
 
     np.testing.assert_allclose(found["logits"], logits.detach().numpy(), rtol=1e-10, atol=1e-10)
     for name, tensor in w.items():
-        # Constants in gradients, such as GELU's 1/sqrt(2 pi), are float32: each is off by up to 2^-25 of itself. (The
-        # bias of keys shifts all scores of a query equally, so its gradient is 0 but for rounding.)
+        # Constants in gradients, such as GELU's 1/sqrt(2 pi), are float32, with a relative error of up to 2^-25. (The
+        # bias of keys shifts all scores of a query equally, so its gradient is 0 except for rounding.)
         wanted = tensor.grad.numpy()
         within = 2.0**-23 * max(abs(wanted).max(), 1.0)
         np.testing.assert_allclose(found[f"d.{name}"], wanted, rtol=0, atol=within, err_msg=name)
@@ -183,7 +188,9 @@ def test_a_block_against_torch() -> None:
 
 
 def gradient_of(make: Any, **arrays: Array) -> dict[str, Array]:
-    """Return the gradients of the sum of the value that `make` builds from inputs of these values."""
+    """Return the gradients of sum(value) by the inputs, where `make` builds the value from inputs with these
+    numbers.
+    """
     b = Builder(Graph("g"))
     inputs = {n: b.input(n, f"f64[{', '.join(map(str, a.shape))}]") for n, a in arrays.items()}
     result = make(b, *inputs.values())
@@ -231,7 +238,7 @@ def test_no_gradient_passes_what_is_constant_between_steps() -> None:
 
 
 def test_an_op_without_a_gradient_is_refused_with_the_users_line() -> None:
-    """The error occurs alone and within a body, but not if its gradient is not needed."""
+    """The error occurs in main and within a body, but not if the gradient is not needed."""
     try:
 
         @op("test_bare", axes="... -> ...", dtypes="f -> f")
@@ -287,7 +294,7 @@ def test_one_of_several_results() -> None:
 
 
 def test_a_given_gradient_and_one_that_is_found_add() -> None:
-    """y is an output, and is also read by another node."""
+    """y is an output, and another node reads y, too."""
     b = Builder(Graph("g"))
     x = b.input("x", "f64[3]")
     y = x * 2.0
@@ -318,11 +325,11 @@ def test_gradients_of_gradients() -> None:
 
 
 def test_a_value_that_is_two_results_at_once() -> None:
-    try:  # registered here, and not on import: the suites run every op that is registered when they are collected
+    try:  # registered here, not on import, because the suites run all ops that are registered when tests are collected
 
         @op("test_twins", axes="... -> ..., ...", dtypes="f -> f, f")
         class Twins(Composite):
-            """y, z = 2 x, 2 x: one value of the body is both results."""
+            """y, z = 2 x, 2 x: one value of the body is returned as both results."""
 
             x = Operand()
 

@@ -1,4 +1,4 @@
-"""Donated inputs: a run may write over the inputs that its caller donates, and over nothing else."""
+"""Donated inputs: a run may write over the inputs that its caller donates, and over no other input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 
 def residual(b: Builder) -> dict[str, Expr]:
-    """x is read by a norm, and finally by the addition."""
+    """x is read by a norm first, and by the addition at the end."""
     x, y = b.input("x", "f32[S, 8]"), b.input("y", "f32[S, 8]")
     return {"out": x + b.softmax(x * y)}
 
@@ -135,7 +135,7 @@ def test_a_donated_weight_is_refused(backend: str) -> None:
     assert_near(exe(x=w.copy())["y"], w * w)
 
 
-@example([(0, 9), (1, 1), (5, 1)])  # the last span meets the first, past another span
+@example([(0, 9), (1, 1), (5, 1)])  # the last span touches the first, with another span in between
 @given(st.lists(st.none() | st.tuples(st.integers(0, 12), st.integers(0, 5)), max_size=9))
 def test_spans_that_meet_are_found_as_by_asking_each_pair(drawn: list[tuple[int, int] | None]) -> None:
     spans = [None if each is None else (each[0], each[0] + each[1]) for each in drawn]
@@ -178,7 +178,9 @@ def test_compile_takes_it_and_a_chain_runs_in_one_array(backend: str) -> None:
     ],
 )
 def test_a_loop_of_calls_keeps_no_views_of_earlier_calls(backend: str, kind: str) -> None:
-    """The caller's own array comes back; a view of it would refer to the view of the call before, and so on."""
+    """The call returns the caller's own array. A view of that array would refer to the view of the preceding call, and
+    so on.
+    """
     exe = treadle.compile(graph_of(residual), backend=backend, donate=("x",))
     x, y = drawn(5, 8), drawn(5, 8, seed=1)
     if kind == "tensor":
@@ -190,7 +192,7 @@ def test_a_loop_of_calls_keeps_no_views_of_earlier_calls(backend: str, kind: str
 
 @needs_tvm
 def test_a_stream_through_blocks_lies_in_what_was_donated() -> None:
-    """Blocks that write over their argument write over the model's input."""
+    """Blocks that overwrite their argument overwrite the model's input."""
     graph = stacked(block)
     x = graph.main.inputs[0]
     shape = tuple(size.evaluate(dict.fromkeys(size.symbols, 3)) for size in x.type.shape)
@@ -218,7 +220,7 @@ def test_a_plan_that_writes_over_what_is_not_donated_is_refused(backend: str) ->
 
 @each_backend
 def test_who_reads_what_is_donated_comes_first(backend: str) -> None:
-    """In program order x is read after the step that could write over it; the readers are moved before that step."""
+    """In program order, x is read after the step that could overwrite x. Its readers are moved before that step."""
 
     def early(b: Builder) -> dict[str, Expr]:
         x = b.input("x", "f32[S, 64]")

@@ -1,4 +1,4 @@
-"""Inputs for the two sides of a certificate's claim: the cases, and the drawn numbers of each case."""
+"""Inputs for the two graphs of a certificate's claim: the cases, and the drawn numbers of each case."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from treadle.ir.graph import Graph
 from treadle.passes.certificates.drawn_cases import MASKED, cases_of, draw_inputs
 
 SIZES = {"R": 3000, "T": 40}
-THIRD = pytest.approx(1 / 3, abs=0.04)  # of 3000 rows; a thousandth of all seeds would be further off
+THIRD = pytest.approx(1 / 3, abs=0.04)  # the fraction of 3000 rows; only one seed in a thousand is further off
 
 
 def sides(*types: str, over: str = "exp") -> tuple[Graph, Graph]:
-    """Return a graph of an op on the sum of the inputs, as both sides."""
+    """Return two copies of a graph that applies an op to the sum of the inputs."""
     b = Builder(Graph("g"))
     x, *others = [b.input(name, type) for name, type in zip("xyz", types, strict=False)]
     for other in others:
@@ -71,7 +71,7 @@ def test_extreme_numbers_are_zero_level_or_wide(over: str, most: float) -> None:
     [("f32", [-1e9, -1e4, -1e30, -float(np.finfo(np.float32).max)]), ("f16", [-65504.0, -1e4, -65504.0, -65504.0])],
 )
 def test_what_is_added_before_an_exponential_masks_by_numbers(dtype: str, numbers: list[float]) -> None:
-    """All of a row, half of one, or none is masked."""
+    """All keys of a row, half of them, or none are masked."""
     pair = sides(f"{dtype}[R, T]", f"{dtype}[R, T]")
     for case, number in zip(MASKED, numbers, strict=True):
         found = drawn(pair, case) == number
@@ -109,7 +109,7 @@ def test_whole_numbers_go_past_every_size_and_mask_by_zero() -> None:
 
 
 def looked_up(rows: int, others: int) -> tuple[Graph, Graph]:
-    """Rows of two tables by the same indices"""
+    """Two tables indexed by the same indices"""
     made = []
     for count in (rows, others):
         b = Builder(Graph("g"))

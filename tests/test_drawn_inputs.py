@@ -1,4 +1,4 @@
-"""Drawn inputs for graphs: the sizes, and the arrays, to the number."""
+"""Drawn inputs for graphs: the sizes, and the exact numbers of the arrays."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_what_is_drawn() -> None:
     assert not any(np.array_equal(other[name], array) for name, array in drawn.items())
     assert [a.dtype.name for a in drawn.values()] == ["float32", "int64", "bool", "int8", "float32", "float16"]
     assert abs(drawn["x0"].mean()) < 0.1 and abs(drawn["x0"].std() - 1) < 0.1
-    assert abs(drawn["x2"].mean() - 0.75) < 0.04  # six standard deviations of the mean of that many numbers
+    assert abs(drawn["x2"].mean() - 0.75) < 0.04  # six standard deviations of a mean over this many numbers
     assert (drawn["x3"].min(), drawn["x3"].max()) == (1, 127)
     small = draw_inputs(graph, {"B": 5}, [0])["x1"]
     wide = np.concatenate([draw_inputs(graph, {"B": 5}, [n])["x1"] for n in range(40)])

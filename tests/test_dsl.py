@@ -1,4 +1,4 @@
-"""The DSL: legal declarations, the treatment of names and bounds, and the reports of mistakes."""
+"""The DSL: legal declarations, the treatment of names and bounds, and the errors for mistakes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FILE = Path(__file__).name
 
 
 def at(function: Callable[..., Any], text: str) -> str:
-    """Return the location of a function's line that holds a text, as errors name it."""
+    """Return the location of a function's line that contains a text, in the form that errors use."""
     lines, first = inspect.getsourcelines(function)
     (number,) = [n for n, each in enumerate(lines, first) if text in each]
     return f"tests/{FILE}:{number}"
@@ -397,7 +397,9 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("_") and name != "positive"])
 def test_a_misspelt_option_of_a_layer(name: str) -> None:
-    """Each option of each layer, with its second letter left out: the error names it, the layer and the line."""
+    """Each option of each layer is tried without its second letter. The error names the option, the layer and the
+    line.
+    """
     signature = inspect.signature(LAYERS[name])
     required = [p.name for p in signature.parameters.values() if p.default is p.empty and p.name != "name"]
     for option in (p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY):
@@ -415,7 +417,7 @@ def test_a_misspelt_option_of_a_layer(name: str) -> None:
 
 
 ATTENTION: dict[str, Any] = {
-    # an option of attention, and a value other than the default
+    # an option of attention, and a value that differs from the default
     "kv_heads": 2, "head_dim": 6, "mask": t.causal, "bias": t.tensor_bias(np.ones((4, 3, 3), np.float32), "h s t"),
     "scale": 0.5, "softcap": 3.0, "projection_bias": False, "key_bias": False, "output_bias": False,
     "normalize": lambda x, name: t.rms_norm(x, name=name), "rotate": lambda x: x * 2.0, "name": "cross",
@@ -477,7 +479,7 @@ def test_a_function_of_the_users_is_not_taken_for_a_layer() -> None:
     def mlp(x: t.Tensor) -> t.Tensor:
         return x
 
-    mlp.__qualname__ = "mlp"  # as at the top of a file
+    mlp.__qualname__ = "mlp"  # as for a function at the top of a file
 
     @t.model
     def model(x: t.f32["B 4"]):
@@ -688,7 +690,7 @@ def test_every_op_is_a_word() -> None:
 
 @pytest.mark.parametrize("module", [t, t.ops])
 def test_what_begins_with_an_underscore_is_no_word(module: Any) -> None:
-    """Python looks up such names in modules, and expects its own error."""
+    """Python looks up such names in modules, and expects AttributeError."""
     with pytest.raises(AttributeError) as caught:
         _ = module._no_such_word
     assert type(caught.value) is AttributeError

@@ -1,4 +1,4 @@
-"""Sentence embeddings compared with sentence-transformers, on small folders of its own and on MiniLM's real weights."""
+"""Sentence embeddings compared with sentence-transformers, on small random folders and on MiniLM's real weights."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.hf_models import VOCAB, save
 Array = np.ndarray[Any, Any]
 
 TOLERANCE = 1e-5
-"""Cosine distance. float32's spacing is 6e-8 below 1; six layers of sums in another order stay below 1e-6, and one
-token more or less, or another position, moves a sentence by 1e-2.
+"""Tolerance for the cosine distance. float32's spacing below 1 is 6e-8. Six layers of sums in another order change it
+by less than 1e-6; an additional or missing token, or another position, changes it by 1e-2.
 """
 
 BACKENDS = ("numpy", "torch", "tvm")
@@ -52,7 +52,7 @@ def theirs(folder: Path, sentences: list[str]) -> Array:
 
 
 def embedder(folder: Path | str, backend: str = "numpy") -> SentenceEmbedder:
-    """Return our embeddings; skip, with the reason, if the backend is not available."""
+    """Return our embedder; skip, with the reason, if the backend is not available."""
     reason = find_backend(backend).available()
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
@@ -321,7 +321,7 @@ SENTENCES = [
     "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "a, b; c: d - e / f",
     "The quick brown fox jumps over the lazy dog. " * 3,
-    "long " * 254,  # 256 with [CLS] and [SEP], the limit
+    "long " * 254,  # 256 tokens with [CLS] and [SEP], the limit
     "longer than the model reads " * 100,
     "<script>alert('x')</script> [MASK] [SEP]",
 ]
@@ -352,7 +352,9 @@ def test_minilm_embeds_as_sentence_transformers_does(wanted: Array, backend: str
 
 
 def test_minilm_in_8_bits_is_near(wanted: Array) -> None:
-    """With symmetric rows and no smoothing the mean is 0.0026 off (benchmarks/embeddings.py has 500 sentences)."""
+    """With symmetric rows and no smoothing, the mean distance is 0.0026 (benchmarks/embeddings.py has 500
+    sentences).
+    """
     if (reason := find_backend("tvm").available()) is not None:
         pytest.skip(f"backend tvm: {reason}")
     few = slice(0, 16)

@@ -1,5 +1,5 @@
-"""Encoded weights are weights to every pass: the same sites fuse, blocks are joined as blocks, and hoisting reports the
-weights that it decodes.
+"""Encoded weights in passes: the same sites fuse as with other weights, blocks are joined as blocks, and hoisting
+reports the weights that it decodes.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ MIXED = {"layer.1.attn.v.weight": "int8_rows"}
 
 
 def matrices(graph: Graph, text: str, others: Mapping[str, str] | None = None) -> dict[str, Encoding]:
-    """Return that encoding for each matrix, except for the matrices in `others`."""
+    """Return that encoding for each matrix that is not in `others`."""
     names = [name for name, value in graph.parameters.items() if value.type.rank == 2]
     return {name: parse_encoding((others or {}).get(name, text)) for name in names}
 
 
 def drawn_weights(graph: Graph) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Return weights of an encoded graph, and their decoded numbers."""
+    """Draw weights of an encoded graph; return them, and their decoded numbers."""
     held, meant = {}, {}
     for number, (name, value) in enumerate(graph.parameters.items()):
         rng, shape = np.random.default_rng(number), value.type.static_shape or ()
@@ -101,7 +101,7 @@ def test_layers_with_other_encodings_are_other_functions() -> None:
 
 
 def called_twice() -> Graph:
-    """y = h(h_2(h(x, a), b), c): two functions; the second has the name that a copy of the first would get."""
+    """Return y = h(h_2(h(x, a), b), c). The second function has the name that a copy of the first would get."""
     graph = Graph("named")
     for name, activation in (("h", "relu"), ("h_2", "tanh")):
         function = Function(name)
@@ -128,7 +128,7 @@ def test_a_copy_of_a_function_takes_no_other_functions_name() -> None:
 
 
 def test_what_is_encoded_is_told_by_the_graphs_names() -> None:
-    """Parameters are named as in the graph, not by the parameter names inside blocks."""
+    """Parameters are reported under the graph's names, not under the parameter names inside blocks."""
     once = encode_parameters(called_twice(), {"a": Encoding("q8_0")})
     with pytest.raises(GraphError, match="parameter a is encoded already"):
         encode_parameters(once, {"a": Encoding("int8_rows")})
@@ -279,7 +279,7 @@ def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     made = {name: str(value.type) for name, value in graph.derived_weights.items()}
     joined = [t for t in made.values() if "as q8_0" in t]
     assert sorted(joined) == ["f32[2, 64] as q8_0", "f32[4, 64] as q8_0", "f32[6, 64] as q8_0"]
-    # the table is gathered from, multiplied with and joined along its blocks: a single decoded copy
+    # the table is gathered from, multiplied with and joined along its blocks, with a single decoded copy
     assert made["t.decoded"] == "f32[64, 64]"
     assert sum(n.op.decodes for n in graph.main.nodes) == 3
     assert [n for n in notes if "decoded once" in n] == [
@@ -341,7 +341,9 @@ def test_states_in_blocks_are_refused(backend: str) -> None:
 
 
 def test_many_bits_out_of_few_are_not_too_many_to_hoist() -> None:
-    """Two and a half bits become 32, which is more than eight times the bytes in the file."""
+    """Two and a half bits become 32 bits. Decoded weights are more than eight times as large as in the file, and are
+    hoisted.
+    """
     graph = parse_graph("""graph g {
       symbols B
       parameters { w: f32[4096, 1024] as q2_k }
@@ -426,7 +428,7 @@ def test_onnx_is_written_with_numbers(tmp_path: Any) -> None:
 
 
 def test_numpy_moves_blocks_that_a_call_picks() -> None:
-    """As views if that is possible, else into the arena: sizes are sizes in bytes."""
+    """Blocks are moved as views if possible, otherwise as copies in the arena. Sizes are in bytes."""
     b = Builder(Graph("moved"))
     picked = b.gather(b.parameter("w", "f32[6, 64] as q8_0"), b.input("i", "i64[B, S]"), axis=0)
     turned, flat = (b.rearrange(picked, pattern=pattern) for pattern in ("b s d -> (s b) d", "b s d -> (b s) d"))
@@ -446,7 +448,7 @@ def test_numpy_moves_blocks_that_a_call_picks() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "tvm"])
 def test_blocks_of_a_constant_are_refused_where_nothing_decodes_them(backend: str) -> None:
-    """Constants are not hoisted, and these backends have no kernel that decodes."""
+    """Constants are not hoisted, and these backends lack a kernel that decodes."""
     if reason := find_backend(backend).available():
         pytest.skip(reason)
     type = parse_type("f32[2, 64] as q8_0")

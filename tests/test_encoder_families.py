@@ -1,4 +1,4 @@
-"""Details of RoBERTa, DistilBERT, ViT and CLIP besides their numbers: padding, patches, end tokens, refusals."""
+"""Details of RoBERTa, DistilBERT, ViT and CLIP besides their results: padding, patches, end tokens, refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 def test_roberta_with_padding_at_the_end(tmp_path: Path) -> None:
-    """Tokens are numbered from the row after the padding row, whatever follows a row's end."""
+    """Positions are numbered from the row after the padding row, whatever follows the end of a text."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     config = transformers.RobertaConfig(
@@ -63,7 +63,7 @@ def test_rows_of_roberta_and_distilbert_may_be_packed() -> None:
 
 
 def test_patches_are_flattened_and_projected() -> None:
-    """The paper's equation 1: [x1 E; x2 E; ...], with patches counted row by row."""
+    """Equation 1 of the ViT paper: [x1 E; x2 E; ...], with patches counted row by row."""
 
     @t.model
     def patches(pixels: t.f32["B 3 height width"], *, height=8, width=12):
@@ -102,7 +102,7 @@ def test_a_teacher_needs_its_token() -> None:
 
 @pytest.mark.parametrize(("end", "places"), [(None, (1, 4)), (7, (3, 0))])
 def test_a_text_is_its_end(end: int | None, places: tuple[int, int]) -> None:
-    """The end is the first token with the greatest number, or the first token whose number ends texts."""
+    """The end is the first token with the greatest id, or the first token whose id is an end token."""
     model = clip_text.configure(vocab=12, dim=8, heads=2, layers=1, hidden=8, end=end)
     graph = model.graph()
     rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def configured(config: Config) -> t.Model:
 
 
 def test_old_configurations_of_clip() -> None:
-    """They leave out defaults, use 2 as the end token, and may repeat everything under older names."""
+    """Old configurations leave out defaults, use 2 as the end token, and may repeat all keys under older names."""
     model = configured(CLIP)
     assert model.config["text"]["end"] is None
     assert model.config["text"]["dim"] == 64
@@ -143,7 +143,7 @@ def test_old_configurations_of_clip() -> None:
     [("electra", 3), ("mpnet", 3), ("modernbert", 5), ("dinov2-gated", 3), ("siglip", 6), ("camembert", 3)],
 )
 def test_attention_is_found_in_each_layer(name: str, count: int, tmp_path: Path) -> None:
-    """SigLIP's two and three layers, and the attention that pools its images."""
+    """SigLIP's two and three layers, and the attention that pools image features."""
     pytest.importorskip("transformers")
     from tests.hf_models import save
 

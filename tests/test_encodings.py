@@ -1,4 +1,6 @@
-"""Encodings: block forms against the gguf library and our error bounds; encoded types in text, keys and numbers."""
+"""Encodings: block forms compared with the gguf library and with our error bounds; encoded types in text, keys and
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ BLOCKS = 10_000
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00, 0xFFFF], np.uint16
 )
-"""Bits of zeros, subnormals, the largest numbers, infinities and NaNs of float16."""
+"""Bits of float16's zeros, subnormals, largest numbers, infinities and NaNs."""
 
 
 def drawn(encoding: Encoding, shape: tuple[int, ...], seed: int = 0) -> Array:
@@ -50,7 +52,8 @@ def test_a_gguf_form_decodes_to_the_bits_of_the_library(form: str) -> None:
     rng = np.random.default_rng(len(form))
     blocks = np.frombuffer(rng.bytes(BLOCKS * size), encoding.block.record(elements)).copy()
     for name in blocks.dtype.names or ():
-        if blocks[name].dtype == np.float16:  # half of the scales are special, and two of one block in all pairs
+        # half of the scales are special; a block's two scales form all pairs of special numbers
+        if blocks[name].dtype == np.float16:
             chosen = SPECIAL[rng.integers(0, len(SPECIAL), BLOCKS)].view(np.float16)
             blocks[name] = np.where(rng.random(BLOCKS) < 0.5, chosen, blocks[name])
     raw = blocks.view(np.uint8).reshape(BLOCKS, size)
@@ -63,8 +66,8 @@ def test_a_gguf_form_decodes_to_the_bits_of_the_library(form: str) -> None:
 
 @pytest.mark.parametrize("text", OURS)
 def test_an_encoded_number_is_near(text: str) -> None:
-    """The error is at most half a step of its row's, or group's, scale; decoded numbers are encoded to the same bits
-    again.
+    """The error is at most half a step of the row's or group's scale; encoding the decoded numbers returns the same
+    bits.
     """
     encoding = parse_encoding(text)
     values = np.random.default_rng(0).standard_normal((7, 256)).astype(np.float32)
@@ -73,9 +76,9 @@ def test_an_encoded_number_is_near(text: str) -> None:
     again = encoding.decode(held)
     blocks = np.abs(values).reshape(-1, encoding.elements(256))
     steps = {"int8_rows": 127.0, "int8_groups": 127.0, "uint8_rows": 255 / 2}.get(encoding.form, 8)
-    # a scale of 16 bits is off by 2^-11 of itself, 8 times at most
+    # a scale in 16 bits has a relative error of 2^-11, which counts up to 8 times
     bound = blocks.max(axis=-1, keepdims=True) / steps * (0.5 + (0 if steps > 8 else 8 * 2.0**-11)) * (1 + 1e-6)
-    # symmetric: in a group of 4 bits, the largest number of the other sign would need 8 steps, and 7 can be stored
+    # symmetric: in a group of 4 bits, the largest number of the other sign would need 8 steps, but only 7 can be stored
     clipped = 1.0 if steps == 8 else 0.0
     error = np.abs(again - values).reshape(blocks.shape)
     reach = values.reshape(blocks.shape) * np.sign(
@@ -143,13 +146,13 @@ def test_rows_at_the_ends_of_float32_are_encoded(scale: float, text: str) -> Non
 
 
 def test_a_row_with_a_zero_has_the_steps_that_its_numbers_take() -> None:
-    """255 steps from the least number, or 0, to the largest, or 0; the ends of a row are exact."""
+    """The row's range has 255 steps, from the lowest number or 0 to the largest number or 0; both ends are exact."""
     rows = parse_encoding("uint8_rows")
     values = np.float32([[0, 3, 255], [-255, -3, 0], [-55, 0, 200], [10, 11, 12.75], [-127.5, 127.5, 0]])
     again = rows.decode(rows.encode(values))
     np.testing.assert_array_equal(again[:3], values[:3])
     np.testing.assert_allclose(again[3], values[3], rtol=0, atol=12.75 / 255 / 2 * (1 + 1e-6))
-    np.testing.assert_array_equal(again[4], [-128, 127, 0])  # both ends are ties, and there is no 257th step
+    np.testing.assert_array_equal(again[4], [-128, 127, 0])  # both ends are ties, and a 257th step does not exist
 
 
 @pytest.mark.parametrize("text", ["int8_rows", "uint8_rows"])
@@ -172,7 +175,7 @@ def test_a_row_that_is_computed_and_not_finite_is_marked_as_a_whole(text: str) -
 
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_form_is_whole(name: str) -> None:
-    """A form is a record without padding, with samples that decode to finite numbers, deterministically."""
+    """A block form is a record without padding. Its samples decode to finite numbers, the same each time."""
     encoding = Encoding(name, 32 if FORMS[name].grouped else 0)  # type: ignore[attr-defined]
     record = encoding.block.record(encoding.elements(256))
     assert record.itemsize == sum(record[n].itemsize for n in record.names or ())
@@ -185,7 +188,9 @@ def test_a_form_is_whole(name: str) -> None:
 
 @pytest.mark.parametrize("text", [*GGUF, *OURS])
 def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoding, encoding and the search for a NaN or infinite scale; the last part is shorter, or a block is larger."""
+    """Decoding, encoding and the search for a NaN or infinite scale work in parts. The last part may be shorter, or a
+    block may be larger than a part.
+    """
     form = parse_encoding(text)
     held = drawn(form, (7, 512))
     whole = form.decode(held)
@@ -485,7 +490,7 @@ def test_an_encoded_constant_is_its_blocks() -> None:
 
 
 def test_ops_say_which_encodings_they_move() -> None:
-    """The op's rule decides: the blocked axis must be, unchanged, one axis of the result."""
+    """The op's axis rule decides: the blocked axis must be one unchanged axis of the result."""
     moving = {name for name, cls in OPS.items() if cls.moves_blocks}
     assert moving == {"all_gather", "append", "concat", "embedding", "gather", "rearrange", "relayout", "slice"}
     table, indices = parse_type("f32[5, 64] as q8_0"), parse_type("i64[3, 2]")

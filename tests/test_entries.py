@@ -1,4 +1,4 @@
-"""Entries: `bind` before `main` in the text, in the verifier, in identity, and in the meaning of a graph."""
+"""Entries: `bind` before `main` in the text, in the verifier, in graph identity, and in the results of a graph."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
     assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.derived_weights["h.0.w_2"].layout
     assert graph.main.parameters["first"].layout == panels(4)
     assert graph.main.parameters["twice"].layout is None
-    assert "a b" not in graph.main.parameters  # read by bind alone
+    assert "a b" not in graph.main.parameters  # only bind reads it
     assert graph.bind is not None
     assert [node.op.name for node in graph.bind.nodes] == ["call", "call", "exp", "mul", "add"]
 
@@ -111,7 +111,7 @@ def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
 
 
 def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
-    """`$h.0.*` stands for all results of a block, never for some of them."""
+    """`$h.0.*` stands for all results of a block, and is not used for some of them."""
     assert graph.bind is not None
     outputs = graph.bind.outputs
     graph.bind.outputs = {name.replace("odd name", "odder"): value for name, value in outputs.items()}
@@ -190,13 +190,13 @@ def two_names(graph: Graph) -> None:
 
 
 def name_of_a_weight(graph: Graph) -> None:
-    """Give a derived weight the name of the weight that bind reads."""
+    """Give a derived weight the name of the weight from which bind computes it."""
     graph.initial.pop("both")
     bind_of(graph).outputs["both"] = bind_of(graph).outputs.pop("bias")
 
 
 def call_bind(graph: Graph) -> None:
-    """Let `main` call `bind` with the weights that it has."""
+    """Let `main` call `bind` with the weights that `main` has."""
     op = Call.of(bind_of(graph))
     held = graph.main.parameters
     for name, value in bind_of(graph).parameters.items():
@@ -335,7 +335,7 @@ def test_what_an_entry_holds_and_does_not_read_is_the_same_graph(graph: Graph) -
 
 
 def test_a_graph_with_bind_is_another_than_the_one_without() -> None:
-    """The same functions; `bind` is an entry in one graph, and a block in the other."""
+    """The functions are the same, but `bind` is an entry in one graph, and a block in the other."""
     graphs = []
     for is_entry in (True, False):
         graph = Graph("g")
@@ -417,7 +417,7 @@ def test_made_parameters_are_made_first(graph: Graph) -> None:
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """Products request panels of four; a table is read in any layout."""
+    """Return layouts: products request panels of four; a table is read in any layout."""
     if position == 1 and node.op.name in ("linear", "matmul", "einsum"):
         return panels(4, transposed=node.op.name == "matmul")
     return Reads.ANY if position == 0 and node.op.name in ("gather", "embedding") else Reads.ROW_MAJOR
@@ -470,7 +470,7 @@ def weights_of(graph: Graph) -> dict[str, Any]:
 
 
 def drawn(value: Value, seed: int) -> Any:
-    """Values near 1, or small indices, at B = 2 and S = 4; bfloat16 as float32."""
+    """Draw values near 1, or small indices, at B = 2 and S = 4; bfloat16 is drawn as float32."""
     shape = value.type.evaluate({"B": 2, "S": 4})
     if not value.type.dtype.is_float:
         return np.random.default_rng(seed).integers(0, 2, shape).astype(value.type.dtype.numpy)
@@ -478,7 +478,7 @@ def drawn(value: Value, seed: int) -> Any:
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Compare bitwise: hoisting changes the time at which an op runs, not its operands."""
+    """Compare bitwise: hoisting changes when an op runs, but not its operands."""
     assert first.keys() == second.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name], err_msg=name)

@@ -1,7 +1,7 @@
 """Numeric limits: the last value that is accepted, and the first that is refused, with its error.
 
-Numbers are written here as documented, not by the names of the code's constants, and errors are compared whole: golden
-files of errors hold no numbers.
+Numbers are written here as documented, not by the names of the code's constants. Errors are compared as whole texts,
+because the golden files of errors hold no numbers.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def calls(count: int, nodes: int) -> Graph:
 
 
 def unfolded(most: int) -> Callable[[], object]:
-    """Two nodes, and fourteen times two from main."""
+    """Return a function that unfolds two nodes and fourteen calls of two nodes each."""
     return lambda: inline_calls(calls(14, 2), most_nodes=most)
 
 

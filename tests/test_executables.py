@@ -1,5 +1,5 @@
-"""Executables: one for every size, weights in place, results that belong to the caller, errors that name the user's
-line.
+"""Executables: one executable serves every size, weights are not copied, results belong to the caller, and errors name
+the user's line.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def test_comments_line_up_to_column_72() -> None:
 
 @needs_tvm
 def test_the_listing_of_kernels_reads_well(golden: Golden) -> None:
-    """For one instruction set, on any machine; without the kernels, whose text is TVM's."""
+    """The listing for one instruction set, which any machine can print. The kernels are left out, because their text is
+    TVM's.
+    """
     graph, weights = block_model()
     exe = find_backend("tvm").compile(graph, Target("x86-64-v3"), weights)
     golden("executables/tvm_listing.txt", exe.source.partition("@T.prim_func")[0])
@@ -114,7 +116,7 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
     (y,) = main.call(h, [main.concat(x, x, axis=0)])
     main.outputs(y=y)
     exe = compiled(backend, graph)
-    if backend != "tvm":  # its sizes are numbers by then
+    if backend != "tvm":  # TVM's sizes are numbers at this point
         assert "S=S" in exe.source
     x_value = np.arange(3, dtype=np.float32)
     np.testing.assert_array_equal(exe(x=x_value).y, np.tile(x_value, 2).reshape(3, 2) * 2)
@@ -183,7 +185,7 @@ def test_weights_that_no_scope_names_are_passed_one_by_one(backend: str) -> None
     main.outputs(y=x)
     weights = {n: np.full(v.type.static_shape, 0.5, np.float32) for n, v in graph.parameters.items()}
     exe = compiled(backend, graph, weights)
-    if backend != "tvm":  # its blocks take weights by position
+    if backend != "tvm":  # TVM's blocks take weights by position
         assert 'weights["shared.ln.weight"], weights["shared.ln.bias"]' in exe.source
     given = {"x": np.random.default_rng(0).standard_normal((1, 3, 8)).astype(np.float32)}
     assert_near(exe(**given).y, interpret(graph, given, weights, float64=True)["y"])
@@ -199,13 +201,13 @@ def test_memory_falls_as_the_program_runs(backend: str) -> None:
 
     exe = compiled(backend, graph_of(build))
     assert exe.source.count("    del ") == 11
-    if backend == "numpy":  # Python counts its memory
+    if backend == "numpy":  # Python's memory trace sees NumPy's arrays
         x = np.full(1 << 18, -1e3, np.float32)
         tracemalloc.start()
         exe(x=x)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 3 * x.nbytes  # one value, the next one, and little more; not twelve
+        assert peak < 3 * x.nbytes  # one value, the next value, and little more; not twelve values
 
 
 @each_backend
@@ -286,7 +288,9 @@ def test_bf16_holds_what_is_no_number(backend: str, given: str) -> None:
 
 @needs_torch
 def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest, ties to even, in blocks; the last block is shorter. A NaN stays NaN wherever it is."""
+    """Rounding is to nearest, ties to even, and works in blocks; the last block is shorter. A NaN stays NaN at every
+    place.
+    """
     import torch
 
     bits = np.random.default_rng(0).integers(0, 2**32, 45, dtype=np.uint32)
@@ -303,7 +307,7 @@ def test_bf16_is_rounded_in_blocks_as_torch_rounds(monkeypatch: pytest.MonkeyPat
 
 @each_backend
 def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The placements of the last sizes are remembered; a forgotten one is computed again."""
+    """The placements of the most recent sizes are remembered; a forgotten placement is computed again."""
     module = "treadle.backends.tvm.executable" if backend == "tvm" else "treadle.backends.python.arena"
     monkeypatch.setattr(import_module(module), "PLANS", 2)
     graph = graph_of(lambda b: b.softmax(b.exp(b.input("x", f32["B", 4])) @ np.eye(4, dtype=np.float32)))
@@ -324,7 +328,9 @@ def test_of_many_sizes_the_last_are_remembered(backend: str, monkeypatch: pytest
 @each_backend
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b", 'a"\nb\\', "{x} %s", ""])
 def test_any_name_is_harmless(name: str, backend: str) -> None:
-    """The name of a graph, a function, a value, a weight, a scope or a file; also one that ends C strings or lines."""
+    """Any text is allowed as the name of a graph, a function, a value, a weight, a scope or a file, also a text that
+    ends C strings or lines.
+    """
     graph = Graph(name)
     block = Function(f"{name}.block")
     graph.add_function(block)
@@ -346,7 +352,9 @@ def test_any_name_is_harmless(name: str, backend: str) -> None:
 
 @needs_torch
 def test_pytorch_has_the_targets_threads_while_a_call_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the call it has its own again, also if the call fails; without a number in the target nothing is set."""
+    """After a call, also after a failed one, PyTorch has its own number of threads again. If the target has no number,
+    nothing is set.
+    """
     import torch
 
     graph = graph_of(lambda b: b.gather(b.input("x", "f32[4]"), b.input("i", "i64[2]"), axis=0))
@@ -408,7 +416,7 @@ def test_pytorch_holds_groups_as_their_encoding_does(shape: tuple[int, ...]) -> 
 
 @needs_torch
 def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
-    """PyTorch's settings while a program runs on a GPU, tested here without one."""
+    """The settings of PyTorch while a program runs on a GPU; tested here without a GPU."""
     import torch
 
     from treadle.backends.torch.backend import _TorchArrays
@@ -422,7 +430,7 @@ def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
 
 
 def test_bf16_runs_on_torch() -> None:
-    """Its weights come from checkpoints as float32, since NumPy has no bf16; its results are converted the same way."""
+    """bf16 weights come from checkpoints as float32, since NumPy lacks bf16; results are converted in the same way."""
     torch = pytest.importorskip("torch")
     graph = graph_of(lambda b: b.input("x", "bf16[3]") * b.parameter("w", "bf16[3]"))
     exe = compiled("torch", graph, {"w": np.array([0.5, 1.0, 2.0], np.float32)})
@@ -435,7 +443,7 @@ def test_bf16_runs_on_torch() -> None:
 
 @each_backend
 def test_an_array_may_be_laid_out_backwards(backend: str) -> None:
-    """Also along an axis of one element, which NumPy calls contiguous whatever its stride."""
+    """Strides may also be negative along an axis of one element, which NumPy calls contiguous whatever its stride."""
     exe = compiled(backend, graph_of(lambda b: b.input("x", "f32[B, 3]") * 2.0))
     for rows in (1, 2):
         x = np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)[::-1]
@@ -571,7 +579,7 @@ def test_which_tensors_are_converted(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 def test_of_a_tensor_that_cannot_be_read_it_is_told_what_can(dtype: str, backend: str) -> None:
-    """The suggestions of the error work. PyTorch accepts more than NumPy."""
+    """The suggestions of the error work. PyTorch accepts more arrays than NumPy."""
     torch = pytest.importorskip("torch")
     exe = compiled(backend, graph_of(lambda b: b.input("x", f"{dtype}[2, 2]") + b.input("y", f"{dtype}[2, 2]")))
     right = torch.eye(2, dtype={"f32": torch.float32, "f16": torch.float16}[dtype])
@@ -635,7 +643,9 @@ def test_a_failing_node_names_its_line(backend: str) -> None:
 
 @each_backend
 def test_an_index_is_followed_to_the_input_that_it_was_made_of(backend: str) -> None:
-    """Through ops of one operand; a value computed from two, or from weights alone, is reported under its own name."""
+    """The index is followed through ops of one operand. A value computed from two values, or from weights alone, is
+    reported under its own name.
+    """
 
     def build(b: Builder) -> dict[str, Expr]:
         ids, table = b.input("ids", "i32[N]"), b.parameter("table", "f32[5, 3]")

@@ -1,4 +1,4 @@
-"""The exit code of a command, also if the reader of its output has closed the pipe."""
+"""The exit code of a command, also if the reader of its output closed the pipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def failing(x: t.f32["B 4"]):
 
 
 def left() -> TextIO:
-    """A pipe whose reader has closed it."""
+    """Return a pipe whose reader has closed it."""
     read, write = os.pipe()
     os.close(read)
     return open(write, "w", encoding="utf-8")
@@ -49,7 +49,7 @@ def code_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int | str | No
     return ended.value.code
 
 
-CODES: list[tuple[list[str], int, int]] = [  # the code, and the code with a closed pipe
+CODES: list[tuple[list[str], int, int]] = [  # the exit code, and the exit code with a closed pipe
     (["inspect", "m.py:small"], 0, 0),
     (["inspect", "m.py:small", "--json"], 0, 0),
     (["explain", "m.py:small", "fusion"], 0, 0),
@@ -115,7 +115,7 @@ def test_wrong_usage_is_one_object_of_json(
 
 def test_an_interrupt_while_the_command_line_is_loaded_ends_it_quietly() -> None:
     class Interrupted:
-        """A finder of modules that is interrupted during the import of the command line."""
+        """A module finder that raises KeyboardInterrupt during the import of the command line."""
 
         @staticmethod
         def find_spec(name: str, path: object = None, target: object = None) -> None:

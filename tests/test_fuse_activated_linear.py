@@ -1,4 +1,4 @@
-"""A product and its activation become one op; near misses stay, with a reason; numbers are the same."""
+"""A product and its activation become one op. Near misses stay, with a reason. Numbers are the same."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def test_a_product_that_is_used_elsewhere_stays(lines: list[str], weights: list[
     ("lines", "weights", "more"),
     [
         (["a = linear(x, $w, $b)", "y = exp(a)"], ALONG, ""),
-        (["m = matmul(x, z)", "y = relu(m)"], [], ", z: f32[B, 4, 8]"),  # the product of queries and keys
+        # z is not a weight: a product of queries and keys
+        (["m = matmul(x, z)", "y = relu(m)"], [], ", z: f32[B, 4, 8]"),
         (["m = matmul(x, $w)", "a = add(m, z)", "y = relu(a)"], ACROSS[:1], ", z: f32[B, S, 8]"),  # no bias
     ],
 )
@@ -116,7 +117,7 @@ def test_it_is_certified_and_a_body_becomes_the_op_again() -> None:
 
 
 def test_the_inner_axis_may_not_be_added_up_in_parts() -> None:
-    """A partial sum has no activation: the body is opened, and the answer is about its nodes."""
+    """A partial sum cannot be activated. So the body is followed, and the reported line is one of its nodes."""
     graph = parse_graph(activated(*FORMS["with-bias"][1]))
     fused = optimize(activated(FORMS["with-bias"][2]), FuseActivatedLinear()).graph
     for axis in ("w[0]", "w[1]"):
@@ -149,7 +150,9 @@ def test_an_export_comes_back_as_the_same_fused_ops(tmp_path: Path) -> None:
 
 
 def test_tvm_runs_the_kernels_that_it_runs_without_the_passes() -> None:
-    """The activation stays at the end of the product's kernel, and the gate at the end of the second's."""
+    """The activation stays at the end of the product's kernel, and the gate at the end of the second product's
+    kernel.
+    """
     pytest.importorskip("tvm")
     passes = [each for each in DEFAULT if each.name != "merge-projections"]  # joins products that are not a gate
     without = [each for each in passes if each.name not in ("fuse-gated-linear", "fuse-activated-linear")]

@@ -1,4 +1,4 @@
-"""Attention fusion: every form becomes the right op, near misses stay, with a reason, numbers are the same."""
+"""Attention fusion: every form becomes the right op. Near misses stay, with a reason. Numbers are the same."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ PASSES = (
     DeadCode(),
 )
 
-# A scale is two constants of float32, each half a spacing off, times scores of about 20; their difference is similar.
+# A scale consists of two float32 constants, each half a spacing off, and multiplies scores of about 20; the difference
+# is of that size.
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
 
 
@@ -122,7 +123,7 @@ def test_the_projections_form_is_left_with_what_it_needs() -> None:
     ],
 )
 def test_rows_without_keys_may_be_left_to_zeros(name: str, terms: str) -> None:
-    """Then every mask is a mask, and rows that see a key are unchanged."""
+    """If rows without keys may return zeros, every mask becomes a mask term; rows that see a key are unchanged."""
     before = graph_of(next(f for f in FORMS if f.name == name).build)
     passes = [*PASSES[:-2], FuseAttention(zero_empty_rows=True), DeadCode()]
     after = PassManager(passes, certify=False).run(before).graph
@@ -228,7 +229,7 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
 
 @pytest.mark.parametrize("build", [many_addends, many_casts])
 def test_the_longest_chain_is_looked_through(build: Callable[[Builder, int], Expr]) -> None:
-    """47 steps, and the product; with one more it is a near miss."""
+    """A chain of 47 steps and the product is fused; a chain with one more step is a near miss."""
     graph = graph_of(lambda b: build(b, 47))
     assert len(attentions(PassManager(PASSES, certify=False).run(graph).graph)) == 1
 
@@ -255,7 +256,9 @@ def test_a_softmax_beside_no_product_is_nobodys_attention() -> None:
 
 @pytest.mark.parametrize("change", ["right", "left"])
 def test_padding_on_either_side_is_what_it_is(change: str) -> None:
-    """j < n is padding at the end; j >= n, at the start, has no term by position and stays a tensor."""
+    """j < n is padding at the end. j >= n is padding at the start; no term expresses it by position, so it stays a
+    tensor.
+    """
 
     def keep(b: Builder) -> object:
         lengths = b.rearrange(b.input("lengths", "i64[B]"), pattern="b -> b 1 1 1")
@@ -270,7 +273,7 @@ def test_padding_on_either_side_is_what_it_is(change: str) -> None:
 
 
 def notes_on(masking: str) -> list[str]:
-    """Return the notes on a mask over j <= i and a mask of each row from outside, both filled in with a number."""
+    """Return the notes on a mask j <= i and an input mask of each row, both filled in with a number."""
     kept = ["outer = cast(rows, to=bool)", "keep = logical_and(causal, outer)"]
     text = BEFORE.replace("keep =", "causal =").replace("    masked", f"    {kept[0]}\n    {kept[1]}\n    masked")
     text = text.replace("v: f32[B, 4, S, 8]", "v: f32[B, 4, S, 8], rows: i64[B, 1, 1, S]").replace("-inf", masking)
@@ -304,8 +307,8 @@ def applied(sample: Sample) -> Graph:
     "sample", [s for s in Attention.samples if "to" not in s.attributes], ids=lambda sample: sample.text
 )
 def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
-    """With fixed sizes positions are folded to constants first, which must be recognised as well. If queries begin
-    later, terms become masks and biases. Weights that are rounded on their way stay separate.
+    """With fixed sizes, positions are first folded to constants, which must be recognised as well. If queries begin
+    later, terms become masks and biases. Probabilities that are rounded in between stay unfused.
     """
     graph = applied(sample)
     apart = PassManager([Decompose(("attention",))]).run(graph).graph
@@ -320,14 +323,14 @@ def test_decomposed_attention_is_fused_again(sample: Sample) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_decomposed_models_are_fused_again(name: str) -> None:
-    """Everything that the default pipeline fuses, not attention alone. (The tests of each form check numbers.)"""
+    """All ops that the default pipeline fuses, not only attention. The tests of each form check numbers."""
     graph = PassManager(DEFAULT).run(ZOO[name][0].graph()).graph
     assert attentions(graph)
     apart = PassManager([Decompose()], certify=True).run(graph)
     assert not {node.op.name for _, node in apart.graph.walk()}.intersection(FUSED)
     again = PassManager(DEFAULT, certify=True).run(apart.graph)
     assert not [e for record in (*apart.log, *again.log) for e in record.refusals if "rolled back" in e.reason]
-    if name != "gpt_neox":  # the common part of its two norms of one value is computed once
+    if name != "gpt_neox":  # both norms of one value share a part, which is computed once
         assert computed(again.graph) == computed(graph)
     assert [terms_of(op) for op in attentions(again.graph)] == [terms_of(op) for op in attentions(graph)]
 
@@ -343,7 +346,7 @@ def test_what_has_no_body_is_not_decomposed() -> None:
 
 
 def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:
-    """A float mask input may hold masking numbers, so a triangle next to it cannot be expressed by position."""
+    """A float mask input may hold the numbers that mask, so a triangle next to it cannot become a term by position."""
 
     def build(b: Builder) -> Expr:
         outside = b.input("outside", "f32[B, 1, 1, S]")
@@ -363,7 +366,7 @@ def test_an_input_mask_is_taken_for_no_more_than_it_is() -> None:
 
 
 def test_scale_is_the_default_only_where_it_is_that_number() -> None:
-    """The default is one over the root of 8 within the roundings of float32, and no further."""
+    """The default is 1/sqrt(8) within the roundings of float32."""
     for number, scale in (("0.35355338", None), ("0.35355341", None), ("0.3535", 0.3535), ("0.125", 0.125)):
         (op,) = attentions(optimize(BEFORE.replace("0.35355338", number), FuseAttention()).graph)
         assert op.scale == scale
@@ -377,7 +380,9 @@ def test_a_scale_that_overflows_is_refused() -> None:
 
 
 def test_what_a_fused_product_gives_is_no_mask() -> None:
-    """From finite numbers it computes finite ones, as the unfused product does; an input may be anything."""
+    """The fused product computes finite numbers from finite numbers, as the unfused product does; an input may be
+    infinite.
+    """
     b = Builder(Graph("g"))
     x, w = b.input("x", "f32[S, 8]"), b.parameter("w", "f32[4, 8]")
     assert hazards_of(x.value)

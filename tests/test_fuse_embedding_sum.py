@@ -1,4 +1,4 @@
-"""Sums of embeddings: one op however they are nested, near misses with reasons, the same numbers."""
+"""Sums of embeddings become one op, however they are nested. Near misses stay, with reasons. Numbers are the same."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_more_tables_than_it_takes() -> None:
 
 
 def test_bert_has_one_and_gpt2_too() -> None:
-    """The sum comes before its norm, which then has no residual."""
+    """The sum is fused before the norm that follows, and the norm then has no residual."""
     for model, tables in (("bert", 3), ("gpt2", 2)):
         graph = t.compile(model, layers=1, dim=16, heads=2, vocab=20).graph
         found = [node.op for _, node in graph.walk() if isinstance(node.op, EmbeddingSum)]

@@ -1,4 +1,4 @@
-"""Gated feed-forward networks become one op; near misses stay, with a reason; numbers are the same."""
+"""Gated feed-forward networks become one op. Near misses stay, with a reason. Numbers are the same."""
 
 from __future__ import annotations
 
@@ -159,13 +159,14 @@ def test_a_near_miss_is_refused_with_its_reason(name: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "weights"),
     [
-        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # both halves are of one product
-        ([X, "z = neg(x)", "v = linear(z, $u)", "y = mul(a, v)"], ALONG[:2]),  # two products, no activation
-        (["h = linear(x, $w)", "a = slice(h, axis=2, stop=8)", G, "y = mul(a, s)"], MERGED[:1]),  # the same half
+        (["a = linear(x, $g)", "v = relu(a)", "y = mul(v, a)"], ALONG[:1]),  # both factors come from one product
+        ([X, "z = neg(x)", "v = linear(z, $u)", "y = mul(a, v)"], ALONG[:2]),  # two products without an activation
+        # both factors are the same half
+        (["h = linear(x, $w)", "a = slice(h, axis=2, stop=8)", G, "y = mul(a, s)"], MERGED[:1]),
         (
             ["m = matmul(x, $g)", "a = add(m, $b)", G, "v = matmul(x, $u)", "y = mul(s, v)"],
             ["g: f32[4, 1]", "u: f32[4, 8]", "b: f32[8]"],
-        ),  # a bias that broadcasts the product
+        ),  # the bias broadcasts the product
     ],
 )
 def test_what_is_no_gate_is_left_alone(lines: list[str], weights: list[str]) -> None:
@@ -227,8 +228,8 @@ def test_a_gate_is_found_where_it_is_spelled_out_or_of_two_values() -> None:
 
 
 def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
-    """Its activation is fused with its own product, or both products with each other, which a fused gate does not
-    have.
+    """If a gate is refused, the report names what is fused instead: the activation with its product, or both
+    products. The report of a fused gate has neither.
     """
 
     def report(*lines: str) -> dict[str, str]:
@@ -260,7 +261,7 @@ def test_halves_of_one_product_keep_their_activation(activation: str) -> None:
 
 
 def test_parts_of_products_that_are_spelled_in_two_ways() -> None:
-    """The parts would be halves of one product; neither form is taken for the other."""
+    """The parts would be halves of one product. A slice in another form is not taken for the other half."""
     weights = ["w: f32[16, 4]", "m: f32[4, 16]"]
     lines = ["a = linear(x, $w)", "b = matmul(x, $m)", "g = slice(a, axis=2, stop=8)", "s = relu(g)"]
     text = gated(*lines, "u = slice(b, axis=2, start=8)", "y = mul(s, u)", weights=weights)

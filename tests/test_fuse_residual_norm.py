@@ -1,4 +1,6 @@
-"""Residual + norm: one op instead of a sum and its norm, near misses with reasons, the same numbers and kernels."""
+"""Residual + norm: a sum and its norm become one op. Near misses stay, with reasons. Numbers and kernels are the
+same.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from treadle.passes.pipelines import DEFAULT
 X = "f32[B, S, 8]"
 TAKES = f"x: {X}, r: {X}, w: f32[8], c: f32[8]"
 LARGE = 2.0**-18
-"""Tolerance for sums of a few dozen products in f32, in any order."""
+"""Tolerance for sums of a few dozen products in f32, added in any order."""
 
 CASES = {
     "layer norm": (
@@ -121,7 +123,7 @@ def test_a_second_norm_of_one_sum_is_told() -> None:
 
 
 def test_a_weight_that_is_a_sum_comes_with_the_norm_of_it() -> None:
-    """t is then part of the first norm's op, which comes after the place where the second op would have to be."""
+    """t becomes a result of the first norm's op, which comes after the place where the second op would have to be."""
     vectors = "x: f32[8], r: f32[8]"
     lines = ["t = add(x, r)", "u = exp(x)", "v = exp(r)", "s = add(u, v)", "z = tanh(s)"]
     norms = ["n = rms_norm(t)", "m = rms_norm(s, t)", "return y = z, n = n, m = m"]
@@ -158,7 +160,7 @@ def ops(graph: Graph) -> dict[str, int]:
     [("bert", "add_layer_norm", 2, 1), ("gpt2", "add_layer_norm", 1, 2), ("llama", "add_rms_norm", 1, 2)],
 )
 def test_blocks_of_models(model: str, op: str, count: int, norms: int) -> None:
-    """A block's first norm, and the last norm, read a sum of another function."""
+    """The first norm of a block, and the model's last norm, read a sum of another function."""
     found = ops(t.compile(model, **SMALL).graph)
     assert found[op] == count
     assert found[op.removeprefix("add_")] == norms
@@ -194,7 +196,7 @@ def test_explain_notes_a_second_norm_of_a_sum() -> None:
 @needs_tvm
 @pytest.mark.parametrize("model", ["bert", "gpt2", "llama"])
 def test_tvm_has_the_kernels_that_it_had(model: str) -> None:
-    """The sum stays at the end of the kernel of the product before it."""
+    """The sum stays at the end of the kernel of the preceding product."""
     without = [each for each in DEFAULT if each.name != "fuse-residual-norm"]
     sources = [t.compile(model, backend="tvm", passes=passes, **SMALL).source for passes in (without, DEFAULT)]
     before, after = (re.findall(r"^#? *\S*\[.*\] = (\w+)\(", s, re.M) for s in sources)

@@ -1,4 +1,4 @@
-"""Rotary fusion: each form becomes the op, near misses stay, with a reason, numbers are the same."""
+"""Rotary fusion: each form becomes the op. Near misses stay, with a reason. Numbers are the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def positions(b: Builder) -> Expr:
 
 
 def angles(b: Builder, at: Expr | None = None) -> Expr:
-    """[b, 1, s, f]"""
+    """Return angles [b, 1, s, f]."""
     at = b.rearrange(positions(b) if at is None else at, pattern="b s -> b 1 s 1")
     return at.cast("f32") * frequencies(b)
 
@@ -80,7 +80,7 @@ def interleaved(b: Builder, first: Expr, second: Expr) -> Expr:
 
 
 def repeated(b: Builder, x: Expr) -> Expr:
-    """Each element twice: the result of repeat_interleave"""
+    """Each element twice in a row, as repeat_interleave returns it"""
     wide = b.expand(b.rearrange(x, pattern="b o s f -> b o s f 1"), shape=(None, None, None, None, 2))
     return b.rearrange(wide, pattern="b o s f two -> b o s (f two)")
 
@@ -99,7 +99,7 @@ def _in_two_halves(b: Builder) -> Expr:
 
 
 def angles_again(b: Builder) -> Expr:
-    """The same angles: the last ones in the graph."""
+    """Return the angles that the graph already has: the operand of its last cosine."""
     node = next(n for n in reversed(b.function.nodes) if n.op.name == "cos")
     return b.expr(node.inputs[0])
 
@@ -160,7 +160,7 @@ def _angles_by_einsum(b: Builder) -> Expr:
 
 
 def _moved(b: Builder) -> Expr:
-    """Heads before positions, by a rearrange with no other known property: after a normalization of the heads"""
+    """A rearrange of an input moves heads before positions, as after a normalization of heads"""
     x = b.input("x", f"f32[B, S, 4, {2 * HALF}]")
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"))
 
@@ -183,16 +183,16 @@ def _moved_in_pairs(b: Builder) -> Expr:
     return interleaved(b, first * cos - second * sin, first * sin + second * cos)
 
 
-# In [b, s, h, d], as in Llama's own code and GPT-NeoX, which rotate heads before they move them.
+# Layout [b, s, h, d], as in Llama's own code and in GPT-NeoX, which rotate heads before they transpose them.
 
 
 def by_position(b: Builder, x: Expr) -> Expr:
-    """[b, s, 1, f]"""
+    """Return angles [b, s, 1, f]."""
     return b.rearrange(x, pattern="b 1 s f -> b s 1 f")
 
 
 def turned_pairs(b: Builder, x: Expr) -> Expr:
-    """[b, s, h, f, 2], of x [b, s, h, (f 2)]: pairs along a new axis, before they are joined"""
+    """Return pairs along a new axis, before they are joined: [b, s, h, f, 2] for x [b, s, h, (f 2)]."""
     apart = b.rearrange(x, pattern=f"b s h (f={HALF} two) -> b s h f two")
     first, second = (b.slice(apart, axis=4, start=i, stop=i + 1) for i in range(2))
     one, two = (b.rearrange(y, pattern="b s h f 1 -> b s h f") for y in (first, second))
@@ -212,14 +212,14 @@ def row_heads(b: Builder, size: int = 2 * HALF) -> Expr:
 
 
 def cut_heads(b: Builder, size: int = 2 * HALF, parts: int = 1) -> Expr:
-    """[b, s, h, parts d], of a product's result"""
+    """Return a product's result as [b, s, h, parts d]."""
     width = 4 * size * parts
     x = b.linear(b.input("x", "f32[B, S, 5]"), b.parameter("w", f"f32[{width}, 5]"))
     return b.rearrange(x, pattern="b s (h=4 d) -> b s h d")
 
 
 def _pairs_then(pattern: str) -> Build:
-    """The rearrange that joins pairs is merged with the one that follows"""
+    """The rearrange that joins pairs is merged with the following one"""
     return lambda b: b.rearrange(turned_pairs(b, row_heads(b)), pattern=pattern)
 
 
@@ -236,7 +236,7 @@ def _halves_of_a_product(b: Builder) -> Expr:
 
 
 def _halves_of_a_part(b: Builder) -> Expr:
-    """Keys of one product for queries, keys and values, head by head, as in GPT-NeoX"""
+    """Keys of one product that computes queries, keys and values head by head, as in GPT-NeoX"""
     whole = cut_heads(b, parts=3)
     return turned_halves(b, b.slice(whole, axis=3, start=2 * HALF, stop=4 * HALF))
 
@@ -304,7 +304,7 @@ def test_each_form_is_one_rotary(case: Case) -> None:
     assert not {"cos", "sin", "concat", "mul"}.intersection(ops)
     (op,) = [node.op for node in optimized.graph.main.nodes if isinstance(node.op, Rotary)]
     assert op.layout == case.said
-    # The arithmetic is the same, in another order: some roundings of float64, for angles up to 4.
+    # The arithmetic is the same in another order. The tolerance allows some roundings of float64, for angles up to 4.
     assert_equal_everywhere(before, optimized.graph, 64 * 2.0**-52)
 
 
@@ -325,7 +325,7 @@ def _no_sign(b: Builder) -> Expr:
 
 
 def _mixed(b: Builder) -> Expr:
-    """Half-split pairs, with each angle twice in a row"""
+    """x is rotated in halves, but with angles repeated as for neighboring pairs"""
     return turned(b, heads(b), repeated(b, angles(b)))
 
 

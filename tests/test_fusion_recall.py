@@ -1,6 +1,6 @@
-"""Attentions in Hugging Face's exports are found, with their masks, and the numbers equal the file's.
+"""Attentions in Hugging Face's exports are fused, with their masks, and the numbers equal those of the file.
 
-A part of the measurement of benchmarks/fusion.py: one export of each kind of attention, by both exporters.
+This is a part of the measurement of benchmarks/fusion.py: one export of each kind of attention, by both exporters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treadle.passes.sites.fusion_sites import find_sites
 PADDED = "mask(b t)"
 CAUSAL = "causal, mask(b t)"
 AVERAGING = "bias(b t)"
-"""Padding by a large negative number, which is an addend: a row without keys averages over all of them."""
+"""Padding by a large negative number that is added: a row without keys averages over all keys."""
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_every_attention_is_fused(text: str, expected: list[str], tmp_path: Path
 
 
 def test_the_measure_sees_what_is_missing(tmp_path: Path) -> None:
-    """Without the pass every site is open and unexplained; with other weights the numbers are far off."""
+    """Without the pass, every site stays unfused and unexplained. With other weights, the numbers differ greatly."""
     case = Case("distilbert", "script", "eager", 18)
     exported = export(case, tmp_path)
     found = import_onnx(exported.path)

@@ -22,7 +22,7 @@ def w_of(b: Builder, name: str = "w", type: str = "f32[8, 8]") -> Expr:
 
 
 def scores(b: Builder) -> Expr:
-    """x y^T"""
+    """Return x y^T."""
     return b.einsum(x_of(b), x_of(b, "y"), equation="b s d, b t d -> b s t")
 
 
@@ -40,7 +40,7 @@ def exponentials(b: Builder, guard: bool = False, shift: bool = True) -> Expr:
 def normalized(
     b: Builder, root: Callable[[Expr], Expr], square: Callable[[Expr], Expr] = lambda x: x * x, centered: bool = False
 ) -> Expr:
-    """x times, or divided by, a root of the mean of its square"""
+    """Return x times, or divided by, a root of the mean of its square."""
     x = x_of(b)
     x = x - b.reduce_mean(x, axes=(-1,), keep=True) if centered else x
     return root(b.reduce_mean(square(x), axes=(-1,), keep=True) + 1e-5) * x
@@ -52,7 +52,7 @@ def waves(b: Builder) -> tuple[Expr, Expr]:
 
 
 def turned(b: Builder, x: Expr, negate: bool = True) -> Expr:
-    """concat(-x2, x1)"""
+    """Return concat(-x2, x1)."""
     one, two = b.slice(x, axis=2, stop=4), b.slice(x, axis=2, start=4)
     return b.concat(-two if negate else two, one, axis=2)
 
@@ -68,13 +68,13 @@ def swapped(b: Builder, w: Expr) -> Expr:
 
 
 def gated(b: Builder, act: Callable[[Expr], Expr], other: str = "x") -> Expr:
-    """act(x w) * (y u)"""
+    """Return act(x w) * (y u)."""
     x = x_of(b)
     return act(b.linear(x, w_of(b))) * b.linear(x if other == "x" else x_of(b, other), w_of(b, "u"))
 
 
 def halves(b: Builder, second: int) -> Expr:
-    """silu of one half of a product, times the half that begins at `second`"""
+    """Return silu of one half of a product, times the half that begins at `second`."""
     y = b.linear(x_of(b), w_of(b))
     one, other = (b.slice(y, axis=2, start=at, stop=at + 4) for at in (0, second))
     return b.silu(one) * other
@@ -85,8 +85,8 @@ def looked_up(b: Builder, name: str) -> Expr:
 
 
 def projected(b: Builder, *, lies: tuple[str, str] = ("n k", "n k"), other: str = "x", finished: bool = False) -> Expr:
-    """Two products, joined by an op other than addition, so that nothing else is a site; `moved`: with a weight
-    transposed
+    """Return two products, joined by an op other than addition, so that no other site exists; `moved`: transpose one
+    weight.
     """
     made = []
     x = x_of(b)

@@ -1,4 +1,6 @@
-"""The report of `treadle explain` adds up: each site once, and fused exactly if a fused op was built from it."""
+"""The report of `treadle explain` is consistent: it counts each site once, as fused exactly if a fused op was built
+from it.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,23 @@ from treadle.passes.framework.pass_log import count_ops
 from treadle.passes.sites.fusion_sites import KINDS, find_sites
 
 SPELLED = ("attention", "rotary")
-"""Kinds whose rules build one op from one site."""
+"""Kinds whose rules build one op from a single site."""
 
 
 def named_apart(graph: Graph) -> Graph:
-    """Give each node a separate name and remove its line, as in an ONNX file."""
+    """Give each node a separate name and remove its source line, as in an ONNX file."""
     for number, (_, node) in enumerate(graph.walk()):
         node.scope, node.source = f"/{node.op.name}_{number}", None
     return graph
 
 
 def tidied(graph: Graph, *passes: Pass) -> Graph:
-    """Remove duplicates and unused values, so that a site is a site's worth of ops."""
+    """Remove duplicates and unused values, so that each site has its own ops."""
     return PassManager([*passes, CommonSubexpressions(), DeadCode()], certify=False).run(graph).graph
 
 
 def explained(graph: Graph) -> Explanation:
-    """Return the explanation, after checking that its numbers add up."""
+    """Return the explanation, after a check that its numbers add up."""
     explanation = explain_fusion(graph, certify=False)
     optimized = explanation.optimized
     judged = judge(optimized)
@@ -75,7 +77,7 @@ def statuses(explanation: Explanation, *kinds: str) -> Counter[str]:
 @pytest.mark.parametrize("case", ROTARY_FORMS, ids=[case.name for case in ROTARY_FORMS])
 @pytest.mark.parametrize("name", [named_apart, tidied])
 def test_a_turn_that_became_rotary_is_told_as_that(case: Case, name: Callable[[Graph], Graph]) -> None:
-    """Also a rotation whose root is beyond its sum: a join with dimensions that are not rotated, or of the pairs."""
+    """Some rotations end in a concat after the sum: with dimensions that are not rotated, or of the pairs."""
     assert set(statuses(explained(name(tidied(graph_of(case.build)))), "rotary")) == {"fused"}
 
 
@@ -93,7 +95,7 @@ def test_random_programs_add_up(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_models_of_the_zoo_add_up(name: str) -> None:
-    """As declared, and decomposed; the number of fused ops equals the number of declared ones."""
+    """Models as declared, and decomposed; the number of fused ops equals the number of declared ones."""
     declared = ZOO[name][0].graph()
     ops = count_ops(declared)
     explained(declared)
@@ -106,7 +108,7 @@ def test_models_of_the_zoo_add_up(name: str) -> None:
 
 
 def merged_gate(b: Builder) -> Expr:
-    """The form of Phi-3, with the activation decomposed."""
+    """Return a gate in Phi-3's form, with the activation decomposed."""
     x = b.input("x", "f32[B, S, 8]")
     y = b.linear(x, b.parameter("w", "f32[12, 8]"))
     gate, up = b.slice(y, axis=2, stop=6), b.slice(y, axis=2, start=6)
@@ -114,7 +116,7 @@ def merged_gate(b: Builder) -> Expr:
 
 
 def test_the_activation_of_a_gate_is_no_gate_itself() -> None:
-    """x sigmoid(x) of one half of a product is an activation; the product with the other half is the gate."""
+    """x sigmoid(x) of one half of a product is an activation. The product with the other half is the gate."""
     explanation = explained(named_apart(graph_of(merged_gate)))
     assert statuses(explanation, "gate") == {"fused": 1}
     assert statuses(explanation, "activation") == {"fused": 1}
@@ -122,7 +124,9 @@ def test_the_activation_of_a_gate_is_no_gate_itself() -> None:
 
 
 def test_what_a_scale_went_into_is_told_of_each() -> None:
-    """Each line of the text is a site with its own event, though all are on one line of the Python program."""
+    """Each line of the graph's text is a site with its own event, although all come from one line of the Python
+    program.
+    """
     b = Builder(Graph("g"))
     x, w = b.input("x", "f32[B, S, 8]"), b.parameter("w", "f32[8]")
     made = (b.rms_norm(x, w), b.matmul(x, b.parameter("m", "f32[8, 16]")), b.linear(x, b.parameter("n", "f32[16, 8]")))
@@ -139,7 +143,7 @@ def test_what_a_scale_went_into_is_told_of_each() -> None:
 @pytest.mark.parametrize("axes", ["[-1]", "[2]", "[1]", "[1, 2]"])
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_sum_before_a_norm_that_is_spelled_is_a_residual_site(axes: str, centered: bool) -> None:
-    """For the mean over the last axis alone, whichever end it is counted from: no other mean makes a norm of rows."""
+    """Only for the mean over the last axis, whichever end it is counted from; no other mean makes a norm of rows."""
     text = program(
         "x: f32[B, S, 8], r: f32[B, S, 8]",
         "y: f32[B, S, 8]",

@@ -1,4 +1,4 @@
-"""The short form of tests/fuzz: a few of the graphs that it draws, and a check that it notices planted errors."""
+"""The short form of tests/fuzz/graphs.py: a few of its graphs, and a check that planted errors are noticed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_a_seed_gives_one_case() -> None:
 
 
 def test_graphs_are_poisoned_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An array is filled once its storage is dead, so that a read of it would return NaN."""
+    """An array is filled with NaN once its storage is dead, so that a later read would return NaN."""
     filled: list[int] = []
-    monkeypatch.setenv("TREADLE_POISON", "0")  # restored after the test
+    monkeypatch.setenv("TREADLE_POISON", "0")  # restore the variable after the test
     monkeypatch.setattr(numpy_backend, "_poison", lambda *arrays: filled.append(len(arrays)))
     for options, happens in (([], False), (["--poison"], True)):
         monkeypatch.setattr("sys.argv", ["graphs", "--count", "2", "--backend", "numpy", *options])

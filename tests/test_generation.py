@@ -1,4 +1,4 @@
-"""Sampling, and generation by steps."""
+"""Sampling, and generation by steps of a model."""
 
 from __future__ import annotations
 

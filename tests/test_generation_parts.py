@@ -1,4 +1,6 @@
-"""Parts of generation without a model: selection of tokens, reasons for a row's end, slots, and calls of a session."""
+"""Parts of generation, tested without a model: selection of tokens, reasons for a row's end, slots, and calls of a
+session.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     ],
 )
 def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) -> None:
-    """The first of the reasons counts; `until` is still called for each token."""
+    """If several reasons apply, the first counts; `until` is still called for each token."""
     asked: list[tuple[int, int]] = []
 
     def until(number: int, token: int) -> bool:
@@ -177,7 +179,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 
 
 def held(full: str = "error", **more: Any) -> Any:
-    """A session that follows a test's script."""
+    """Return a session that follows a test's script."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
     return SimpleNamespace(**{**facts, **more})
 
@@ -235,7 +237,7 @@ def test_how_near_the_second_was() -> None:
 
 
 class _Draft:
-    """A draft's session: each next token is one more than the last."""
+    """A draft model's session: each next token is one more than the last."""
 
     capacity, chunk, free = 20, 8, 1
     derived = SimpleNamespace(carries=False, graph=SimpleNamespace(name="m"))
@@ -281,7 +283,7 @@ class _Draft:
 def test_a_draft_guesses_as_much_as_its_row_takes(
     count: int, given: int, most: int, length: int, guessed: list[int], read: bool
 ) -> None:
-    """New tokens are prefilled if there are too many to be read with each guess."""
+    """If there are too many new tokens to read them together with a proposal, they are prefilled first."""
     own: Any = _Draft(length)
     draft = DraftModel(own, count=count)
     draft.begin()
@@ -298,8 +300,8 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
 
 @pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
 def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
-    """Each continuation has a row: its beam's own for the first, a fork for another; a row that is not continued is
-    closed.
+    """Each continuation has a row: the first takes its beam's own row, the others take forks. A row that is not
+    continued is closed.
     """
     rows, closed = iter(range(1, 99)), list[int]()
     own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
@@ -578,7 +580,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
 
 
 def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
-    """Loads are read as the second token of each text is reported, and once all have ended."""
+    """Loads are read when the second token of each text is reported, and after all texts have ended."""
     _, own = opened(rows=2, chunk=4)
     made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
 

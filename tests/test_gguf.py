@@ -1,4 +1,6 @@
-"""GGUF files: small models written by the library equal Hugging Face's; damaged files are refused by field."""
+"""GGUF files: small models written by the library give Hugging Face's results; damaged files are refused with the
+field's name.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ HF_NAMES = {
 
 
 def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **options: Any) -> Any:
-    """Return Hugging Face's model with weights under GGUF's names."""
+    """Return Hugging Face's model, and weights under GGUF's names."""
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(vocabulary()), hidden_size=sizes.dim, intermediate_size=sizes.hidden,
         num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads,
@@ -59,7 +61,7 @@ def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **option
     state = {}
     for name, weight in weights.items():
         *block, ours, part = name.split(".")
-        if ours in ("attn_q", "attn_k") and kind == "Llama":  # llama.cpp's permute, undone
+        if ours in ("attn_q", "attn_k") and kind == "Llama":  # undo llama.cpp's permutation
             pairs = weight.reshape(-1, sizes.head_dim // 2, 2, *weight.shape[1:])
             weight = pairs.swapaxes(1, 2).reshape(weight.shape)
         place = f"model.layers.{block[1]}." if block else ""
@@ -70,7 +72,7 @@ def hugging_face(weights: Mapping[str, Array], sizes: Sizes, kind: str, **option
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """A complete file."""
+    """Return the path of a complete file."""
     path = tmp_path / "small.gguf"
     write_model(path, SIZES, tensors(SIZES), "Q4_1")
     return path
@@ -80,7 +82,9 @@ def small(tmp_path: Path) -> Path:
 
 
 def assert_same(path: Path, theirs: Any, runner: str) -> None:
-    """Compare in float64; if random blocks are ill-conditioned, allow twice the error of their model in float32."""
+    """Compare in float64. If random blocks are ill-conditioned, allow twice the error of Hugging Face's model in
+    float32.
+    """
     exact = copy.deepcopy(theirs).double()
     resolved = resolve(path)
     assert resolved.unused == ()
@@ -106,7 +110,7 @@ def test_llama_equals_hugging_face(tmp_path: Path, blocks: str, runner: str) -> 
 
 
 def test_qwen2_equals_hugging_face(tmp_path: Path) -> None:
-    """Its q, k and v have biases, and its rows are in Hugging Face's order."""
+    """q, k and v have biases, and rows are in Hugging Face's order."""
     sizes = Sizes(architecture="qwen2", base=1e6)
     weights = tensors(sizes)
     for i in range(sizes.layers):
@@ -120,7 +124,7 @@ def test_qwen2_equals_hugging_face(tmp_path: Path) -> None:
 
 
 def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
-    """Llama 3.1 and later: llama.cpp writes the factors of the frequencies as a separate tensor."""
+    """Llama 3.1 and later: llama.cpp writes the factors of the frequencies to a separate tensor."""
     scaling = {
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
@@ -128,7 +132,7 @@ def test_frequencies_in_a_tensor(tmp_path: Path) -> None:
     theirs = hugging_face(tensors(SIZES), SIZES, "Llama", rope_parameters=scaling)
     plain = 10000.0 ** (-np.arange(0, SIZES.head_dim, 2) / SIZES.head_dim)
     factors = (plain / theirs.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
-    assert np.unique(factors.round(3)).size == 3  # unchanged, in between, and slowed
+    assert np.unique(factors.round(3)).size == 3  # factors of unchanged, intermediate and slowed frequencies
     path = tmp_path / "model.gguf"
     write_model(path, SIZES, {**tensors(SIZES), "rope_freqs.weight": factors})
     assert_same(path, theirs, "torch")
@@ -182,7 +186,7 @@ def test_a_block_whose_scale_is_no_number_is_named(tmp_path: Path, form: str, fi
 
 
 def test_k_quants_of_several_kinds_in_one_file(tmp_path: Path) -> None:
-    """The mixture of llama.cpp: layers whose v is stored in more bits are separate functions."""
+    """llama.cpp's mixtures: layers whose v is stored in more bits are separate functions."""
     sizes = Sizes(layers=2, dim=256, hidden=512)
     rng = np.random.default_rng(1)
     kinds = {"blk.1.attn_v.weight": "q6_k", "blk.0.ffn_down.weight": "q5_k", "token_embd.weight": "q3_k"}
@@ -246,7 +250,7 @@ def test_text_is_cut_as_the_file_names_it(tmp_path: Path, pre: str, pieces: str)
         ("h e", b"h_e", "tokenizer.ggml.merges must hold two tokens each"),
         ("h e", b"h \x01", "the vocabulary is damaged"),
         ("smollm", b"smolll", "tokenizer.ggml.pre is not known"),
-        ("gpt2", b"gpt3", "tokenizer.ggml.model is a vocabulary that is not read yet"),
+        ("gpt2", b"gpt3", "tokenizer.ggml.model is a vocabulary that is not supported yet"),
         ("<|end|>", b"<|end|\xff", "a string of tokenizer.ggml.tokens is not UTF-8"),
         ("h", b"e", "tokenizer.ggml.tokens holds a token twice"),
     ],
@@ -270,7 +274,7 @@ def string(text: bytes) -> bytes:
 
 
 def header(*entries: bytes, keys: int | None = None, count: int = 0, version: int = 3) -> bytes:
-    """A file's start; the last `count` entries are tensors."""
+    """Return the start of a file; the last `count` entries are tensors."""
     keys = len(entries) - count if keys is None else keys
     return b"GGUF" + struct.pack("<IQQ", version, count, keys) + b"".join(entries)
 
@@ -289,8 +293,8 @@ ALIGNMENT = string(b"general.alignment") + struct.pack("<II", 4, 48)
         (b"", "not a GGUF file", "byte 0, magic"),
         (b"GGML" + bytes(40), "not a GGUF file", "byte 0, magic"),
         (b"GGUF\x03", "the file ends too early", "byte 4, version"),
-        (header(version=1), "of a version that is not read", "byte 4, version"),
-        (header(version=3 << 24), "of a version that is not read", "byte 4, version"),
+        (header(version=1), "this version of the format is not supported", "byte 4, version"),
+        (header(version=3 << 24), "this version of the format is not supported", "byte 4, version"),
         (header(keys=2**63), "more keys than the limit", "byte 16, number of keys"),
         (header(count=0, keys=5), "the file ends too early", "byte 24, key 0 of 5"),
         (header(KEY, KEY), "a key appears twice", "byte 41, key k"),
@@ -356,13 +360,13 @@ def test_metadata_that_does_not_fit(tmp_path: Path, key: str, value: Any, what: 
 
 
 def config_of(folder: Path, keys: Mapping[str, Any], architecture: str = "llama") -> Mapping[str, Any]:
-    """Return the configuration read from a complete file with other metadata; also for Gemma or Phi-3."""
+    """Return the configuration that is read from a complete file with other metadata; optionally for Gemma or Phi-3."""
     renamed = {f"{architecture}.{key}": value for key, value in keys.items()}
     return from_gguf(GGUFFile.open(written(folder, renamed, replace(SIZES, architecture=architecture)))).config
 
 
 def test_metadata_that_is_left_out(tmp_path: Path) -> None:
-    """A missing key has llama.cpp's default."""
+    """A missing key takes llama.cpp's default."""
     left_out = dict.fromkeys(("rope.freq_base", "rope.dimension_count", "attention.key_length"))
     plain = config_of(tmp_path, left_out)
     assert (plain["base"], plain["rotary_dims"], plain["head_dim"], plain["scaling"]) == (10000.0, 8, 8, None)
@@ -386,7 +390,9 @@ def test_metadata_that_is_left_out(tmp_path: Path) -> None:
 
 
 def test_layers_have_as_many_tensors_as_there_must_be(tmp_path: Path) -> None:
-    """Nine a layer, or six if some are joined: a file with fewer is refused before its layers are traced."""
+    """A layer has nine tensors, or six if some are joined. A file with fewer is refused before its layers are
+    traced.
+    """
     for joined, least in ((False, 9), (True, 6)):
         names = ["token_embd.weight", "blk.0.attn_qkv.weight" if joined else "blk.0.attn_q.weight"]
         for count, fits in ((2 * least, True), (2 * least - 1, False)):
@@ -436,7 +442,7 @@ def test_frequencies_that_change_with_the_length_are_refused(tmp_path: Path) -> 
 
 
 def written(folder: Path, keys: Mapping[str, Any], sizes: Sizes = SIZES) -> Path:
-    """Write a complete file with other metadata; None leaves a key out."""
+    """Write a complete file with other metadata and return its path; None leaves a key out."""
 
     class Writer(gguf.GGUFWriter):
         def write_header_to_file(self, path: Path | None = None) -> None:
@@ -565,8 +571,8 @@ def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: in
 
 
 def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:
-    """A string costs 8 bytes of a file, and 8 bytes of memory until it is read; then it costs 49 bytes and its
-    letters.
+    """A string takes at least 8 bytes of a file, and 8 bytes of memory until it is read. After that it takes 49 bytes
+    plus its letters.
     """
     count = 100_000
     path = tmp_path / "many.gguf"
@@ -615,6 +621,6 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_merges_are_of_the_vocabulary() -> None:
-    """The seeds of the fuzzer are valid: merged tokens are in the vocabulary."""
+    """The fuzzer's seeds are valid: merged tokens are in the vocabulary."""
     known = set(vocabulary())
     assert all(part in known for merge in MERGES for part in [*merge.split(" "), merge.replace(" ", "")])

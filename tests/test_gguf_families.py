@@ -1,4 +1,4 @@
-"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: files in llama.cpp's form have the logits of Hugging Face's models."""
+"""GGUF files of Qwen3, Gemma 2 and 3 and Phi-3: files in llama.cpp's form give the logits of Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NAMES = {
     "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-"""Hugging Face's modules, and llama.cpp's names of their tensors."""
+"""Hugging Face's module names, and llama.cpp's names of their tensors."""
 
 GEMMA = {
     "post_attention_layernorm": "post_attention_norm",
@@ -63,12 +63,12 @@ FILES: dict[str, tuple[str, dict[str, Any], dict[str, int | float]]] = {
     ),
     "phi3": ("phi3", {"rms_norm_eps": 1e-6}, {"attention.sliding_window": 5}),
 }
-"""A small decoder, its config besides the sizes, and its entries in the file's metadata."""
+"""For each file: a small decoder, its config besides the sizes, and its entries in the file's metadata."""
 
 
 def write(path: Path, name: str, *, head_dim: int = 8, layers: int = 6, form: str = "", **keys: int) -> Any:
-    """Write the file that llama.cpp would write, with matrices in drawn blocks of a form if one is given; return
-    Hugging Face's model, whose weights are the file's numbers.
+    """Write the file that llama.cpp would write. If `form` is given, matrices are random blocks of that form. Return
+    Hugging Face's model with the same weights.
     """
     family, options, own = FILES[name]
     config = {**DECODERS[family].config, **SIZES, **options, "head_dim": head_dim, "num_hidden_layers": layers}
@@ -118,7 +118,7 @@ def test_equals_hugging_face(tmp_path: Path, name: str, runner: str) -> None:
 
 @pytest.mark.parametrize("runner", ["numpy", "torch"])
 def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) -> None:
-    """Phi-3's query, key and value are one tensor, and so are its gate and up."""
+    """In Phi-3, query, key and value are one tensor, and so are gate and up."""
     theirs = write(tmp_path / "model.gguf", "phi3", form="q5_1")
     resolved = resolve(tmp_path / "model.gguf")
     assert resolved.weights is not None
@@ -133,7 +133,9 @@ def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) 
 
 
 def test_the_largest_gemma_scales_scores_by_another_width(tmp_path: Path) -> None:
-    """llama.cpp recognizes it by its number of layers: dim / heads is 8 there, and a head has 4 elements."""
+    """llama.cpp recognizes this model by its number of layers. Scores are scaled by dim / heads, which is 8 here,
+    although a head has 4 elements.
+    """
     for layers, scale in ((46, 8**-0.5), (6, 4**-0.5)):
         write(tmp_path / "model.gguf", "gemma2", head_dim=4, layers=layers)
         model = resolve(tmp_path / "model.gguf").model

@@ -1,4 +1,6 @@
-"""The glossary: one line per term, sorted, with a link to a module that exists; and links to headings of all pages."""
+"""The glossary: one line for each term, sorted, with a link to a module that exists. Also: links to headings of all
+pages.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ ROW = re.compile(r"\| (?P<term>[^|]+) \| (?P<meaning>[^|]+) \| \[(?P<name>[^]]+)
 
 
 def rows() -> list[re.Match[str]]:
-    """The rows of the glossary's table. Fails if a line of the table has another form."""
+    """Return the rows of the glossary's table. Fails if a line of the table has another form."""
     lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")][2:]
     matches = [ROW.fullmatch(line) for line in table]
@@ -34,7 +36,7 @@ def test_each_term_links_to_a_module() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub derives them."""
+    """Return the anchors of a page's headings, as GitHub derives them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -1,4 +1,6 @@
-"""Gradients of whole graphs: blocks as functions, saved or recomputed, against the same graph without calls."""
+"""Gradients of whole graphs, with blocks as functions and activations saved or recomputed, compared with the same graph
+without calls.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ def with_squares(graph: Graph) -> Graph:
 
 
 def flat_gradients(graph: Graph, loss: str) -> Graph:
-    """Return the graph without calls, with its weights as parameters, and the gradients of all of them."""
+    """Return the graph without calls, with its weights as parameters, and with the gradients of all weights."""
     flat = inline_calls(graph)
     b, main = Builder(flat), flat.main
     found = backward(b, list(main.nodes), {main.outputs[loss]: b.constant(1, main.outputs[loss].type.dtype)})
@@ -56,7 +58,7 @@ def drawn(graph: Graph, seed: int = 0) -> tuple[dict[str, Array], dict[str, Arra
     sizes = {symbol: max(bounds.lower, min(4, bounds.upper or 4)) for symbol, bounds in graph.symbols.items()}
     rng = np.random.default_rng(seed)
     weights = initial_weights(graph, seed)
-    # weights that begin as zeros or ones would have trivial gradients
+    # weights that begin as zeros or ones would hide errors in gradients
     return draw_inputs(graph, sizes, [seed]), {
         n: a + rng.standard_normal(a.shape).astype(a.dtype) / 8 for n, a in weights.items()
     }
@@ -74,7 +76,7 @@ def test_every_family_has_the_gradients_of_its_graph_without_calls(family: str) 
         verify(made)
         assert parse_graph(str(made)) == made
         assert not made.parameters
-        # a block's gradient is a function too, with the same number of nodes whatever the depth
+        # a block's gradient is a function, too; the number of nodes is the same at any depth
         assert sum(node.op.callee is not None for node in made.main.nodes) >= 2 * calls
         found = interpret(made, {**inputs, **weights}, {}, float64=True)
         assert set(found) == set(wanted)
@@ -94,7 +96,7 @@ def stacked(x: t.f32["B S 8"], *, layers: int = 4):
 def test_a_block_and_its_gradient_are_one_function_each_at_any_depth(layers: int) -> None:
     graph = with_squares(stacked.configure(layers=layers).graph())
     made = gradient_graph(graph, "squares", list(graph.parameters))
-    # the first block's input depends on no weight, so its own gradient is not needed
+    # the first block's input depends on no weight, so the gradient by that input is not needed
     assert [n for n in made.functions if n != "main"] == ["h", "h_gradient", "h_2", "h_2_gradient"]
     again = gradient_graph(graph, "squares", list(graph.parameters), recompute=True)
     assert [len(again.functions[n].outputs) for n in ("h", "h_2")] == [1, 1]
@@ -159,7 +161,7 @@ def crossed(x: t.f32["B 4"], *, layers: int = 3):
 
 @t.model
 def crossed_within(x: t.f32["B 4"], *, layers: int = 2):
-    """The same for blocks within blocks."""
+    """Nested blocks in which an output of the inner block is unused."""
     y = side = t.linear(x, 4, name="w")
     for _ in t.stack("g", 2):
         for _ in t.stack("h", layers):
@@ -170,7 +172,7 @@ def crossed_within(x: t.f32["B 4"], *, layers: int = 2):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("model", [crossed, crossed_within])
 def test_a_weight_whose_only_way_to_the_loss_is_an_unread_result_has_no_gradient(model: Any, recompute: bool) -> None:
-    """Zeros would be a gradient: weight decay would draw the weight to 0."""
+    """A gradient of zeros would still let weight decay change the weight."""
     graph = model.graph()
     made = gradient_graph(graph, "loss", list(graph.parameters), recompute=recompute)
     without = {name for name in graph.parameters if GRADIENT + name not in made.main.outputs}

@@ -1,4 +1,4 @@
-"""The graph's own parts, its conversion to networkx, and the interpreter's checks."""
+"""The graph's own methods, its conversion to networkx, and the interpreter's checks."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def test_counts_and_order_of_models(name: str) -> None:
 
 
 def test_dominators_are_the_residual_stream() -> None:
-    """Every path from the tokens to the logits goes through each layer's sums, and through no attention."""
+    """Every path from the tokens to the logits goes through the sums of each layer, and through no attention."""
     graph = GRAPHS["gpt2"]
     g = graph.to_networkx()
     (logits,) = (v for v, d in g.nodes(data=True) if d.get("kind") == "output")
     (tokens,) = (v for v, d in g.nodes(data=True) if d.get("kind") == "input")
-    # positions depend on the tokens' shape, so they are one path from the tokens as well
+    # positions are computed from the tokens' shape, so they are another path from the tokens
     dominators = nx.immediate_dominators(g, tokens)
     chain, at = [], dominators[logits]
     while at != tokens:
@@ -169,7 +169,9 @@ def test_calls_find_their_function() -> None:
 
 
 def test_a_value_that_is_used_and_not_defined_is_not_copied() -> None:
-    """It is read by a node, returned as an output, or a state's last value; the error shows the value."""
+    """The undefined value is read by a node, returned as an output, or the last value of a state. The error shows the
+    value.
+    """
     for use in ("node", "output", "state"):
         graph = diamond()
         first, *others = graph.main.nodes
@@ -242,7 +244,7 @@ def test_a_size_may_stand_before_the_symbols_that_tell_it() -> None:
 
 
 def test_precision_on_request() -> None:
-    """In float64 a cast to f16 rounds nothing; without it every result has its own dtype."""
+    """In float64, a cast to f16 does not round. By default, every result has its own dtype."""
 
     @t.model
     def model(x: t.f32["4"]):
@@ -260,7 +262,7 @@ def test_precision_on_request() -> None:
 
 
 def test_watching() -> None:
-    """The watcher sees every node of every call, with its results."""
+    """The watcher is called for every node of every call, with the results of the node."""
     graph = gpt2.configure(**SMALL).graph()
     seen: list[str] = []
     weights = {n: np.zeros(v.type.static_shape or (), np.float32) for n, v in graph.parameters.items()}

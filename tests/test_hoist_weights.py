@@ -1,4 +1,4 @@
-"""Hoisting: values computed from weights alone are computed once, in `bind`, and are the same."""
+"""Hoisting: values computed from weights alone are computed once, in `bind`, with unchanged results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 @pytest.fixture
 def merged() -> Graph:
-    """Two blocks; each multiplies by two weights joined and halved."""
+    """Return two blocks; each joins two weights, halves them and multiplies by them."""
     graph = Graph("merged")
     b = Builder(graph)
     x = b.input("x", f32["B", 4])
@@ -70,7 +70,7 @@ def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
 
 
 def test_a_line_on_a_prepared_weight_is_one_line_and_not_long() -> None:
-    """Written out, a value added to itself forty times over has 2^40 terms."""
+    """Written as a full expression, a value that is added to itself forty times in a row would have 2^40 terms."""
     graph = Graph("g")
     b = Builder(graph)
     w = b.parameter("w\nimport os", f32[4])
@@ -117,7 +117,9 @@ def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
-    """Also values computed from that value; not values of other weights, or with other attributes."""
+    """Equal values of the same weights are shared, and so are values computed from them; not values of other weights or
+    with other attributes.
+    """
     graph = Graph("tied")
     b = Builder(graph)
     x, w, v = b.input("x", f32["B", 4]), b.parameter("w", f32[4, 4]), b.parameter("v", f32[4, 4])
@@ -135,7 +137,7 @@ def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_with_the_same_weights_have_them_made_once(backend: str) -> None:
-    """All layers have the same weights, as in ALBERT."""
+    """All layers share the same weights, as in ALBERT."""
     graph = Graph("tied")
     block = Function("layer")
     graph.add_function(block)
@@ -218,10 +220,10 @@ def test_what_does_not_fit_leaves_room_for_what_does() -> None:
     b = Builder(graph)
     b.source = SourceLine("model.py", 7)
     x, w = b.input("x", f32[1000]), b.parameter("w", f32[1, 1000])
-    large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB of 1 MB each
+    large = [b.exp(b.expand(w * float(n), shape=(200, 1000))) for n in (2, 3)]  # 800 kB each; the limit is 1 MB
     b.outputs(y=x + large[0], z=x + large[1], small=x + w * 5.0)
     lowered = PassManager((HoistWeights(),)).run(graph)
-    assert len(lowered.graph.derived_weights) == 2  # one of the large values, and the small one
+    assert len(lowered.graph.derived_weights) == 2  # one of the large values, and the small value
     assert lowered.log[0].notes == ["exp stays in main: 800,000 bytes, model.py:7"]
 
 
@@ -231,7 +233,7 @@ def hoisted(graph: Graph) -> Graph:
 
 
 def nested(depth: int) -> Graph:
-    """Blocks, each calling the previous one twice, with weights that it computes."""
+    """Return nested blocks. Each calls the preceding block twice, with weights that it computes."""
     graph = Graph("nested")
     inner = None
     for level in range(depth):
@@ -317,8 +319,8 @@ def test_weights_in_bfloat16_are_joined_as_they_are() -> None:
 
 @pytest.mark.parametrize("size", [8, 32, 200])
 def test_each_prepared_weight_in_bfloat16_is_its_own(size: int) -> None:
-    """They are computed in float32, one after the other, perhaps at one address, by which a backend identifies
-    weights.
+    """The weights are computed in float32, one after the other, possibly at the same address. A backend identifies
+    weights by address.
     """
     torch = pytest.importorskip("torch")
     graph = Graph("g")
@@ -363,11 +365,11 @@ def test_panels_of_a_prepared_weight_come_from_the_file_of_the_first_time(
     x_array = np.ones((2, 512), np.float32)
     first = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
     panel_memory.finish_writing()
-    monkeypatch.setattr(weight_packing, "_fill", None)  # called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # must not be called
     second = find_backend("tvm").compile(graph, Target("cpu"), weights)(x=x_array)["y"]
     np.testing.assert_array_equal(first, second)
     swapped = {"a": weights["b"], "b": weights["a"]}
-    with pytest.raises(TypeError):  # other contents are other panels
+    with pytest.raises(TypeError):  # other contents need other panels
         find_backend("tvm").compile(graph, Target("cpu"), swapped)
 
 
@@ -417,7 +419,7 @@ def test_weights_that_nobody_reads_stay(merged: Graph, dead: bool) -> None:
 
 
 def test_dead_work_of_a_block_is_left_alone() -> None:
-    """Its work would become a block without results."""
+    """If the unused ops moved, a block without results would be left."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -431,7 +433,7 @@ def test_dead_work_of_a_block_is_left_alone() -> None:
 
 
 def test_what_only_moves_between_blocks_is_a_change() -> None:
-    """The block's weight is an input of main: values computed from it move to main, and nothing moves to bind."""
+    """The block's weight is an input of main. So values computed from it move to main, and nothing moves to bind."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -446,7 +448,7 @@ def test_what_only_moves_between_blocks_is_a_change() -> None:
 
 
 def test_numbers_of_equal_value_do_not_part_what_is_the_same() -> None:
-    """Each `w * 0.5` has a separate constant."""
+    """Each `w * 0.5` has its own constant."""
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])

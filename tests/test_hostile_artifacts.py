@@ -1,6 +1,6 @@
-"""Artifacts designed to be expensive to read are refused by a limit, or load; limits can be raised.
+"""Artifacts designed to be expensive to read are refused by a limit, or load. Limits can be raised.
 
-tests/fuzz/artifacts.py measures the time that each of them needs, which this module does not.
+tests/fuzz/artifacts.py also measures the time that each file takes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from treadle.models.whisper import whisper
 
 
 def computes_or_refuses(path: Path) -> None:
-    """Check a loaded file: its graphs verify, and it computes the results that its signature promises, or raises an
-    error of ours.
+    """Check a loaded file: its graphs verify, and it computes the results that its signature promises, or raises a
+    TreadleError.
     """
     made = load_artifact(path)
     verify(made.graph)
@@ -62,13 +62,13 @@ def test_is_refused_or_loads(name: str, tmp_path: Path) -> None:
 
 
 def test_refused_files_load_under_higher_limits(tmp_path: Path) -> None:
-    """A refused file is refused for its size alone."""
+    """A file that exceeds a limit is refused only for its size."""
     path = tmp_path / "x.treadle"
     for name in ("too many nodes", "no two nodes alike", "too many constants", "too many symbols", "too many sections"):
         path.unlink(missing_ok=True)
         path.write_bytes(hostile_file(SHAPES[name]))
         header = HeaderLimits(values=100_000)
-        if name == "too many sections":  # which the graph does not accept
+        if name == "too many sections":  # the graph does not accept this number
             with pytest.raises(CheckpointError, match="a weight that the graph does not take"):
                 open_artifact(path, limits=ArtifactLimits(header=header))
         else:
@@ -100,7 +100,7 @@ def test_models_of_the_zoo_need_a_seventh_of_every_limit(name: str) -> None:
 
 
 def test_deep_models_are_far_from_the_limits() -> None:
-    """48 layers as blocks, and Whisper's largest model with the nodes of every layer written out."""
+    """Models with 48 layers as blocks, and Whisper's largest model with the nodes of every layer written out."""
     half = replace(GRAPH_LIMITS, work=GRAPH_LIMITS.work // 2, nodes=GRAPH_LIMITS.nodes // 2)
     deep = gpt2.configure(dim=1600, heads=25, layers=48)
     large = whisper.configure(
@@ -113,7 +113,7 @@ def test_deep_models_are_far_from_the_limits() -> None:
 
 
 def test_an_export_of_three_thousand_nodes_loads() -> None:
-    """Without blocks, with only numeric sizes, and with each layer wider than the one before."""
+    """A file without blocks and with only numeric sizes, in which each layer is wider than the preceding one."""
     b = Builder(Graph("export"))
     x = b.input("x", "f32[1, 64, 16]")
     for i in range(150):

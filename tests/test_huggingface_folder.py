@@ -1,4 +1,4 @@
-"""Model folders: plain, sharded and in the hub's cache; nothing outside the folder is read."""
+"""Model folders: plain, sharded and in the hub's cache; no file outside the folder is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_model(folder: Path, weights: Mapping[str, npt.NDArray[Any]] | None = N
 
 
 def write_sharded(folder: Path, weight_map: object = None) -> Path:
-    """Four tensors in two shards, distributed in turn; `weight_map` replaces the true one."""
+    """Write four tensors to two shards alternately, and return the folder; `weight_map` replaces the true one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     names = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
@@ -48,7 +48,7 @@ def write_sharded(folder: Path, weight_map: object = None) -> Path:
 
 
 def write_cache(root: Path, source: Path, revision: str = REVISION) -> Path:
-    """A model folder in the form of huggingface_hub's cache: files are links to blobs."""
+    """Write a model folder in the form of huggingface_hub's cache, in which files are links to blobs."""
     blobs, snapshot = root / "blobs", root / "snapshots" / revision
     for folder in (blobs, snapshot, root / "refs"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def refusal(folder: Path, limits: CheckpointLimits | None = None) -> CheckpointError:
-    """Return the error of opening a folder and reading all of it."""
+    """Open a folder and read all tensors; return the error."""
 
     def read_all() -> None:
         checkpoint = open_checkpoint(folder, limits)
@@ -193,7 +193,7 @@ def test_a_model_that_transformers_saves(tmp_path: Path) -> None:
         state = model.state_dict()
         for name in checkpoint:
             np.testing.assert_array_equal(checkpoint.array(name), state[name].numpy())
-        assert set(state) - set(checkpoint) == {"lm_head.weight"}  # tied, and so not stored
+        assert set(state) - set(checkpoint) == {"lm_head.weight"}  # tied, and therefore not stored
 
 
 # -- missing files -----------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_damaged_config(tmp_path: Path, text: bytes, words: str) -> None:
 
 
 def test_config_values(tmp_path: Path) -> None:
-    """All of JSON, and the three words that Python's writer adds."""
+    """All values of JSON, and the three words (NaN, Infinity, -Infinity) that Python's writer adds."""
     folder = write_model(tmp_path / "m")
     wanted: dict[str, Any] = {
         "a": [1, -2.5, 1e-12, True, False, None, "\u00e9\n\U0001f642", {}, []],
@@ -309,7 +309,9 @@ def test_damaged_index(tmp_path: Path, index: bytes, words: str) -> None:
 @links
 @pytest.mark.parametrize("write", [write_model, write_sharded])
 def test_a_damaged_file_is_told_by_its_name(tmp_path: Path, write: Callable[[Path], Path]) -> None:
-    """Also in the hub's cache, where the file is a link to a file whose name is its hash."""
+    """The error gives the file's own name also in the hub's cache, where the file is a link to a blob named by its
+    hash.
+    """
     source = write(tmp_path / "m")
     for file in source.glob("*.safetensors"):
         file.write_bytes(b"damaged")

@@ -1,4 +1,6 @@
-"""Models of the zoo from Hugging Face folders: the same numbers, and errors for folders that do not fit."""
+"""Models of the zoo from Hugging Face folders: the results equal Hugging Face's, and folders that do not fit raise
+errors.
+"""
 
 from __future__ import annotations
 
@@ -33,10 +35,10 @@ Array = np.ndarray[Any, Any]
 Run = Callable[..., Mapping[str, Array]]
 
 TOLERANCE = 2e-5
-"""Tolerance for max|a - b| / max|b|, with float32 on one side or both. Its spacing is 1.2e-7; a sum of some tens of
-products, in another order each time, is a few spacings off, and a dozen sums follow each other. The tolerance is far
-above rounding, and far below the effect of a wrong norm eps, an approximate gelu or a distance bias that is one bucket
-off.
+"""Tolerance for max|a - b| / max|b|, with float32 on one side or both. float32's spacing is 1.2e-7. A sum of some tens
+of products in another order is a few spacings off, and a dozen such sums follow each other. The tolerance is far
+above rounding, and far below the effect of a wrong norm eps, an approximate gelu or a distance bias that is one
+bucket off.
 """
 
 
@@ -44,7 +46,9 @@ off.
 
 
 def prepare(runner: str, graph: Graph, weights: Mapping[str, Array]) -> Run:
-    """Return the graph as a function of its inputs: the reference in float64, or a backend's executable."""
+    """Return a function that runs the graph on its inputs: by the reference in float64, or by a backend's
+    executable.
+    """
     if runner == "interpreter":
         return lambda **inputs: interpret(graph, inputs, weights, float64=True)
     backend = find_backend(runner)
@@ -74,7 +78,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def draw(graph: Graph, sizes: Mapping[str, int], tiny: Tiny | None = None) -> dict[str, Array]:
-    """Draw inputs of a model of the zoo for these sizes of its symbols; in each batch one row has the full length."""
+    """Draw inputs of a model of the zoo for these sizes of its symbols; in each batch, one row has the full length."""
     first, padding = (0, None) if tiny is None else (tiny.first, tiny.padding)
     rng = np.random.default_rng(list(sizes.values()))
     batch, length = sizes["B"], sizes["S"]
@@ -101,7 +105,9 @@ SIZES = [
 
 
 def assert_close(ours: Mapping[str, Array], theirs: Mapping[str, Array], case: str, real: Array | None = None) -> None:
-    """Assert that each of our outputs equals theirs of the same name; for [B, S, ...] only where `real` is true."""
+    """Assert that each of our outputs equals Hugging Face's output of the same name; outputs [B, S, ...] are compared
+    only where `real` is true.
+    """
     assert ours
     assert ours.keys() <= theirs.keys()
     for name in ours:
@@ -122,7 +128,7 @@ EVERYWHERE = [(name, runner) for name in TINY if name != "biogpt" for runner in 
     indirect=["saved"],
 )
 def test_equals_hugging_face(saved: Saved, runner: str) -> None:
-    """One compilation serves every size and computes Hugging Face's outputs, whichever inputs are present."""
+    """One compilation serves every size and returns Hugging Face's outputs, for each combination of optional inputs."""
     model, tiny = saved.resolve().model, TINY[saved.name]
     assert model is not None
     optional = [i.name for i in model.declared_inputs if i.optional]
@@ -138,9 +144,9 @@ def test_equals_hugging_face(saved: Saved, runner: str) -> None:
 
 
 def test_takes_every_tensor(saved: Saved) -> None:
-    """The only unused tensors of a folder are the pooler, if no output needs it, and DINOv2's mask token.
+    """The only unused tensors of a folder are the pooler's, if no output needs it, and DINOv2's mask token.
 
-    Every key is known.
+    All keys of the config are known, too.
     """
     resolved = saved.resolve()
     assert resolved.unread == ()
@@ -153,7 +159,7 @@ def test_takes_every_tensor(saved: Saved) -> None:
 
 
 def test_the_family_of_the_documentation(tmp_path: Path) -> None:
-    """The file that docs/models.md shows reads BioGPT and returns the same outputs as Hugging Face."""
+    """The model file that docs/models.md shows reads BioGPT and returns the same outputs as Hugging Face."""
     text = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, Any] = {}
@@ -185,7 +191,7 @@ def test_old_names(tmp_path: Path) -> None:
 
 
 def test_separate_output(tmp_path: Path) -> None:
-    """T5 1.1 has an output matrix; if its config requires one, the embeddings are not used instead."""
+    """T5 1.1 has an output matrix. If its config requires the matrix, the embeddings are not used instead."""
     save("t5-gated", tmp_path)
     change_config(tmp_path, tie_word_embeddings=False)
     weights = resolve(tmp_path).weights
@@ -295,7 +301,7 @@ def test_heads_that_do_not_divide_the_width(folder: Path) -> None:
     assert caught.value.source.startswith("models/bert.py:")
 
 
-# Published models that the families follow: an architecture, and its differences from the library's defaults.
+# Published models that the families support: an architecture, and the differences from the library's defaults.
 _BASE: dict[str, tuple[str, dict[str, Any]]] = {
     "albert-base": ("AlbertModel", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
     "bart-base": ("BartForConditionalGeneration", {
@@ -330,7 +336,7 @@ _BASE: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper-tiny.en": ("WhisperForConditionalGeneration", {"vocab_size": 51864}),
 }  # fmt: skip
 
-# Their heads, besides the shared settings.
+# The heads of these models, besides the shared settings.
 _HEADS = {
     "albert-base": ["AlbertForSequenceClassification"],
     "bert-base": ["BertForSequenceClassification"],
@@ -356,7 +362,7 @@ def test_a_family_without_options_is_a_model_that_there_is(name: str) -> None:
 
 
 def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a config without each of its keys, and without each key of its nested parts."""
+    """Yield copies of a config, each without one key, or without one key of a nested part."""
     for key, value in config.items():
         rest = {k: v for k, v in config.items() if k != key}
         yield key, rest
@@ -368,7 +374,7 @@ def without_one_key(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, 
     "name", sorted({each.architecture: name for name, each in TINY.items() if name != "biogpt"}.values())
 )
 def test_a_key_that_a_config_leaves_out_has_hugging_faces_default(name: str) -> None:
-    """Files are written without keys that have the library's default."""
+    """Config files are written without the keys whose values equal the library's defaults."""
     architecture = TINY[name].architecture
     config = getattr(transformers, architecture).config_class().to_dict() | {"architectures": [architecture]}
     family = family_of(config)

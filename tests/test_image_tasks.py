@@ -1,4 +1,4 @@
-"""Tasks on image files: pixels, labels and matches equal the results of Hugging Face's pipelines over Pillow."""
+"""Tasks on image files: pixels, labels and matches equal the results of Hugging Face's pipelines with Pillow."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """50 drawn images: colors, grayscale, with transparency, with a palette, rotated by EXIF, small and wide."""
+    """Draw 50 images: in color, in grayscale, with transparency, with a palette, rotated by EXIF, small and wide;
+    return their paths.
+    """
     place, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     paths = []
     for number in range(50):
@@ -98,7 +100,7 @@ READINGS = [
     (
         "Dinov2",
         {"size": {"shortest_edge": 50}, "crop_size": {"height": 48, "width": 40}},
-    ),  # not the config's image_size
+    ),  # differs from the config's image_size
 ]
 
 
@@ -143,7 +145,7 @@ def assert_pixels(ours: Any, theirs: Any, images: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random CLIP, with its vocabulary in the two files that were used before tokenizer.json."""
+    """Return a random CLIP, with the two vocabulary files that were used before tokenizer.json."""
     place = tmp_path_factory.mktemp("clip")
     made = pytest.importorskip("tokenizers").CharBPETokenizer(suffix="</w>", lowercase=True)
     captions = ["a photo of a cat", "a drawing of the sky, blue", "two dogs 2 play in the park"] * 3
@@ -180,7 +182,9 @@ def test_matches_as_hugging_face(clip: Path, backend: str, images: list[str]) ->
 def test_matches_each_text_by_itself_as_hugging_face(
     names: list[str], backend: str, images: list[str], tmp_path: Path
 ) -> None:
-    """SigLIP: texts padded to 64 tokens, which attention sees if the folder specifies it, and a sigmoid for each."""
+    """SigLIP: texts are padded to 64 tokens, which attention sees if the folder says so, and a sigmoid is applied to
+    each text.
+    """
     vocabulary = {name: i for i, name in enumerate(["<unk>", "</s>", "a", "photo", "of", "cat", "dog", "sky"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -224,7 +228,7 @@ def test_the_commands(clip: Path, images: list[str], tmp_path: Path) -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file whose header declares this number of black and white pixels, without pixel data."""
+    """Return a file whose header declares this number of black and white pixels, but that has no pixel data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -243,7 +247,7 @@ def test_damaged_and_hostile_files(tmp_path: Path, images: list[str]) -> None:
         for at in draw.integers(0, max(1, len(data)), 8):
             data[at : at + 1] = bytes([int(draw.integers(256))])
         bad.write_bytes(bytes(data))
-        with contextlib.suppress(UsageError):  # any other error is our bug
+        with contextlib.suppress(UsageError):  # any other error is a bug
             model.label(str(bad))
     bad.write_bytes(png(60_000, 60_000))
     with pytest.raises(UsageError, match=r"more pixels than the limit|not an image that can be read"):

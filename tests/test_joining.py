@@ -1,4 +1,4 @@
-"""This process as one of several ranks, without the others: it joins them, starts, and leaves, with and without
+"""This process as one of several ranks, without the other ranks: joining, starting and leaving, with and without
 errors.
 """
 
@@ -26,7 +26,7 @@ PLACE = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "far", "MASTER_PORT": "7
 
 
 class _Watch:
-    """A watch that records its calls; `tells` is True if this rank reports to the user."""
+    """A watch that records its calls; `tells` is True if this rank prints messages to the user."""
 
     def __init__(self, tells: bool = True) -> None:
         self.tells, self.calls = tells, list[Any]()
@@ -68,7 +68,7 @@ class _Watch:
 
 
 class _Store(dict[str, Any]):
-    """A store in which a text is found when it is looked up for the second time."""
+    """A store in which a key is found at the second lookup."""
 
     def __init__(self, **held: Any) -> None:
         super().__init__(held)
@@ -84,7 +84,7 @@ class _Store(dict[str, Any]):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the recorded calls of torch.distributed."""
+    """Replace functions of torch.distributed; return the list of recorded calls."""
     made: list[Any] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: made.append((backend, how)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: made.append("destroy"))
@@ -238,7 +238,7 @@ def test_ranks_join_by_a_store(
     rank: int, host: str, timeout: float | None, start: float, expected: list[str],
     place: dict[str, str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """All others have at least a minute to arrive; rank 0 publishes its address."""
+    """The other ranks have at least a minute to arrive; rank 0 publishes its address."""
     watch, given, store = _Watch(), list[Any](), _Store(**{"treadle/watch": b"5 t"})
     monkeypatch.setenv("RANK", f"{rank}")
     monkeypatch.setenv("MASTER_ADDR", host)

@@ -1,4 +1,6 @@
-"""The kernel cache: kernels by content, correct whichever processes are killed, and however many fill it at once."""
+"""The kernel cache: kernels are looked up by content. The cache stays correct if processes are killed, or if many fill
+it at once.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ class Scale(Kernel):
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty the memory of kernels that the process has loaded."""
+    """Forget the kernels that the process has loaded."""
     monkeypatch.setattr(kernel_cache, "_loaded", {})
 
 
@@ -69,7 +71,7 @@ def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
 
 
 def test_a_version_is_that_of_every_module_of_the_generators() -> None:
-    """Modules in subfolders count too: code from an older module must not be found under the same key."""
+    """Modules in subfolders count too. Otherwise code emitted by an older module would be found under the same key."""
     kernels = ROOT / "backends" / "tvm" / "kernels"
     hashed = [path for path in map(str, kernel_cache._sources()) if "/tvm/kernels/" in path]
     assert sorted(hashed) == sorted(str(path) for path in kernels.rglob("*.py"))
@@ -84,7 +86,7 @@ def expected(factor: float, count: int = 5) -> np.ndarray:
 def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, kernel = KernelCache(host_isa(), tmp_path), Scale(3.0)
     np.testing.assert_array_equal(scaled(first, kernel), expected(3.0))
-    assert first.compiled == 2  # with the runner, which every process needs
+    assert first.compiled == 2  # one is the runner, which every process needs
     monkeypatch.setattr(kernel_cache, "_loaded", {})
     again = KernelCache(host_isa(), tmp_path)
     np.testing.assert_array_equal(scaled(again, kernel), expected(3.0))
@@ -108,7 +110,7 @@ def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path, monkeypat
         "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
         "text": b"not a shared object\n" * 100,
     }[damage]
-    path.unlink()  # the loaded one stays intact
+    path.unlink()  # the loaded kernel stays intact
     path.write_bytes(made)
     monkeypatch.setattr(kernel_cache, "_loaded", {})
     again = KernelCache(host_isa(), tmp_path)
@@ -133,7 +135,7 @@ print("done", flush=True)
 
 
 def filling(folder: Path, count: int) -> subprocess.Popen[str]:
-    """Start a process that compiles `count` kernels into a folder."""
+    """Start a process that compiles `count` kernels into a folder; return the process."""
     command = [sys.executable, "-c", FILL, str(ROOT), str(folder), str(count)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
 
@@ -145,7 +147,7 @@ def test_processes_that_fill_it_at_once(tmp_path: Path) -> None:
     outputs = [p.communicate(timeout=120)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
     assert all(text.endswith("done\n") for text in outputs)
-    assert len(list(folder.iterdir())) == 7  # with the runner, and nothing half-written
+    assert len(list(folder.iterdir())) == 7  # with the runner; no file is incomplete
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
@@ -158,7 +160,7 @@ def test_what_is_killed_at_any_moment_leaves_no_wrong_kernel(tmp_path: Path) -> 
         process = filling(folder, 500)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(float(rng.uniform(0.05, 1.0)))  # any moment
+        time.sleep(float(rng.uniform(0.05, 1.0)))  # kill it at any moment
         process.send_signal(signal.SIGKILL)
         process.communicate()
     kernels = [Scale(float(i)) for i in range(8)]
@@ -316,7 +318,9 @@ def test_a_pool_that_is_as_asked_or_lost_is_left_alone(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("said", "kept"), [(None, "1000"), ("7", "7")])
 def test_idle_threads_sleep_before_long(monkeypatch: pytest.MonkeyPatch, said: str | None, kept: str) -> None:
-    """Otherwise a process on a busy machine waits for minutes at its end for threads that yield their cores."""
+    """Otherwise a process on a busy machine waits for minutes at its end, because idle threads only yield their
+    cores.
+    """
     monkeypatch.setenv(tvm_runtime.SPINS, said or "")
     if said is None:
         monkeypatch.delenv(tvm_runtime.SPINS)
@@ -336,7 +340,7 @@ def _own_function() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh", "_own_function")
 def test_a_kernel_with_a_function_of_another_package_leaves_no_file(tmp_path: Path) -> None:
-    """Its key contains only the op's name: a file would still be run after the function has changed."""
+    """The kernel's key contains only the op's name. A stored file would still be run after the function has changed."""
     chain = Chain(("f64",), (Instruction("halved_sum", (0,), "f64"),))
     kernel, kept = Pointwise(chain, 1, "11"), Scale(7.0)
     cache = KernelCache(host_isa(), tmp_path)

@@ -1,5 +1,5 @@
-"""Safety of the kernel cache: no mix-up of nearly equal kernels, no running of foreign files, no waiting for lost
-threads.
+"""Safety of the kernel cache: nearly equal kernels are not mixed up, foreign files are not run, and lost threads are
+not waited for.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Fill(Kernel):
 
 
 def filled(kernel: Kernel, folder: Path) -> tuple[list[float], int]:
-    """Return the kernel's output in a process that has loaded nothing, and the number of kernels that had to be
+    """Run the kernel in a process that has loaded nothing. Return the output, and the number of kernels that had to be
     compiled.
     """
     kernel_cache._loaded.clear()
@@ -115,7 +115,7 @@ def test_code_that_others_may_have_written_is_not_run(mode: int, tmp_path: Path)
     before = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
     folder.chmod(mode)
     assert filled(Fill(2.0), folder) == ([2.0] * 3, 2)
-    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before  # and none is stored there
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == before  # and no file is stored there
 
 
 @posix
@@ -131,9 +131,9 @@ def test_whose_a_folder_is(tmp_path: Path) -> None:
     open_to_all.chmod(0o777)
     assert not is_private(open_to_all)
     (inside := open_to_all / "inside").mkdir(mode=0o700)
-    assert not is_private(inside)  # anyone may replace it
+    assert not is_private(inside)  # other users may replace it
     open_to_all.chmod(0o1777)
-    assert is_private(inside)  # in a sticky folder no one may
+    assert is_private(inside)  # in a sticky folder, other users may not replace it
     assert not is_private(open_to_all)
 
 

@@ -1,4 +1,4 @@
-"""Properties of kernel specs and instruction sets: names in listings, counts in explanations, limits."""
+"""Properties of kernel specs and instruction sets: names in listings, counts in explanations, limits of registers."""
 
 from __future__ import annotations
 
@@ -137,7 +137,9 @@ SPECS: list[tuple[Kernel, str, str]] = [
 
 
 def test_what_a_kernel_says_of_itself() -> None:
-    """The name in a listing, the numbers that it multiplies, True if it runs element by element, and operations."""
+    """The name in a listing, the numbers that the kernel multiplies, the element-by-element flag, and the number of
+    operations.
+    """
     for kernel, title, facts in SPECS:
         of = next((word for word in ("bf16", "int8") if word in facts), "f32")
         assert (kernel.title, kernel.multiplies) == (title, of)
@@ -165,7 +167,7 @@ def test_a_panel_leaves_the_fewest_empty_columns() -> None:
 
 
 def test_a_tile_of_sums_fits_into_the_registers() -> None:
-    """Next to a vector of each column of the panel, and one of the left side."""
+    """The registers hold the accumulators, a vector of each column of the panel, and one vector of the left side."""
     for isa in ISAS.values():
         for vectors in range(1, 5 if isa.registers >= 32 else 3):
             rows = tile_rows(vectors * isa.lanes(), isa)
@@ -184,7 +186,7 @@ def test_only_a_matrix_unit_reads_squares() -> None:
         assert pairs_for(isa, transposed=True).transposed and not pairs_for(isa).transposed
 
 
-INSTRUCTION_SETS = {  # of the psABI's levels and of arm64: bytes of a vector, vectors, a fused multiplication, machine
+INSTRUCTION_SETS = {  # of the psABI's levels and of arm64: bytes of a vector, vectors, fused multiply-add, machine
     "x86-64-amx": (64, 32, True, "x86_64"),
     "x86-64-v4-bf16": (64, 32, True, "x86_64"),
     "x86-64-v4": (64, 32, True, "x86_64"),
@@ -266,7 +268,7 @@ def test_a_chain_reads_eight_values_and_does_forty_eight_ops() -> None:
 
         return graph_of(build)
 
-    assert [steps(summed(count)) for count in (8, 9)] == [1, 8]  # else each op separately
+    assert [steps(summed(count)) for count in (8, 9)] == [1, 8]  # otherwise each op runs separately
     assert [steps(repeated(count)) for count in (48, 49)] == [1, 2]
 
 
@@ -275,7 +277,7 @@ def test_from_a_megabyte_on_the_memory_of_two_outputs_is_remembered() -> None:
     f4 = np.dtype(np.float32)
     assert outputs.array("y", (2**18 - 1,), f4).base is not None and outputs._given == {}
     place = outputs.array("y", (2**18,), f4).ctypes.data
-    assert outputs.array("y", (2**18,), f4).ctypes.data == place  # the first is unused
+    assert outputs.array("y", (2**18,), f4).ctypes.data == place  # the first output is unused
     held = [outputs.array("y", (2**18,), f4) for _ in range(4)]
     assert len(outputs._given["y"]) == 2 and len({array.ctypes.data for array in held}) == 4
     assert all(array.ctypes.data % 64 == 0 for array in held)
@@ -318,7 +320,7 @@ def stored_by(kernel: Kernel) -> set[int]:
 
 
 def test_a_step_writes_what_its_kernel_stores_to() -> None:
-    """Values derived from a buffer are forgotten when a step writes over it, and a listing separates reads from
+    """If a step writes over a buffer, values derived from the buffer are forgotten. A listing separates reads from
     writes.
     """
     looked_at: dict[tuple[type[Kernel], int, int], Kernel] = {}

@@ -1,4 +1,6 @@
-"""Certificates that were tried before are looked up by their claim; claims with a test's meanings are not stored."""
+"""Certificates that were tried before are looked up by their claim. Claims with a test's own meanings are not
+stored.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Launching ranks, with fake processes: the environment of each, and the time when the remaining ranks are ended."""
+"""Launching ranks, tested with fake processes: the environment of each process, and the time when remaining ranks are
+ended.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ from treadle.runtime.distributed.launching import launch_ranks
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are ended by signals")
 
 Plan = tuple[float, int, int | None]
-"""The time when a rank ends by itself, its exit code, and its exit code after a request to end; None: it continues."""
+"""The time when a rank ends by itself, its exit code, and its exit code after a request to end (None: it continues)."""
 
 
 class _Machine:
-    """A clock, and the processes that it started."""
+    """A clock, and the processes that were started on it."""
 
     def __init__(self) -> None:
         self.now, self.plans = 0.0, dict[int, Plan]()
@@ -112,8 +114,8 @@ def test_who_is_left_after_a_failure_is_ended(
     machine: _Machine,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They have 2.5 s to end by themselves, and another 0.2 s after a request to end. For a signal that was not ours,
-    the report names the signal.
+    """The remaining ranks have 2.5 s to end by themselves, and another 0.2 s after a request to end. If a rank was
+    ended by a signal that the launcher did not send, the report names the signal.
     """
     machine.plans = dict(enumerate(plans))
     assert launch_ranks(["a"], len(plans)) == code

@@ -119,7 +119,7 @@ def test_what_is_no_layout_is_refused(text: str, what: str) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("n", "k", "width"), [(1, 1, 4), (4, 3, 4), (5, 3, 4), (12, 7, 5), (3, 2, 16)])
 def test_sizes_are_those_of_packing_by_hand(n: int, k: int, width: int, transposed: bool) -> None:
-    """Rows in panels, the last panel padded."""
+    """Rows are packed in panels; the last panel is padded."""
     rows = [list(range(row * k, row * k + k)) for row in range(n)]
     rows += [[0] * k] * (-n % width)
     packed = np.array([[[row[j] for row in rows[at : at + width]] for j in range(k)] for at in range(0, n, width)])
@@ -180,17 +180,17 @@ WANTS = {"four": panels(4), "eight": panels(8), "any": Reads.ANY}
 
 
 def wants(node: Node, position: int) -> Layout | Reads:
-    """The layout that the scope of a product names."""
+    """Return the layout that the scope of a product names."""
     return WANTS.get(node.scope, Reads.ROW_MAJOR) if position == 1 else Reads.ROW_MAJOR
 
 
 def assigned(graph: Graph, alone: bool = False) -> Graph:
-    """Return a graph after the pass, which the manager verifies."""
+    """Return a graph after the pass; the pass manager verifies it."""
     return PassManager((AssignLayouts(wants, alone=alone),)).run(graph).graph
 
 
 def readers(*scopes: str) -> Graph:
-    """Products of x and one weight, each in a scope."""
+    """Return a graph with products of x and one weight, each in its own scope."""
     b = Builder(Graph("g"))
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[6, 4])
     products = {}
@@ -283,7 +283,7 @@ def test_what_is_computed_of_weights_is_laid_out_after_it_is_computed() -> None:
 
 
 def block_and_calls(*passed: Callable[[Builder], Expr]) -> Graph:
-    """A block that multiplies by a weight, called with the arguments for it."""
+    """Return a block that multiplies by a weight, and main, which calls it with these arguments."""
     graph = Graph("g")
     block = Function("h")
     graph.add_function(block)
@@ -355,7 +355,7 @@ def test_a_layout_that_changes_what_is_computed_is_found(monkeypatch: pytest.Mon
 
 
 def program() -> Graph:
-    """A block that is called twice, one op with two results, a constant, and two outputs."""
+    """Return a graph with a block that is called twice, one op with two results, a constant, and two outputs."""
     return parse_graph("""graph g {
       symbols B
       parameters {
@@ -404,14 +404,14 @@ def another_attribute(graph: Graph) -> None:
 
 
 def another_weight(graph: Graph) -> None:
-    """Derive the second call's weights from the weights of the first."""
+    """Derive the second call's weights from the weights of the first call."""
     assert graph.bind is not None
     first, second = (node for node in graph.bind.nodes if node.op.callee is not None)
     second.operands = first.operands
 
 
 def made_for_another_call(graph: Graph) -> None:
-    """Let each call read the values derived for the other."""
+    """Let each call read the values that were derived for the other call."""
     first, second = (node for node in graph.main.nodes if node.op.callee is not None)
     made = [node.operands[1:] for node in (second, first)]
     first.operands, second.operands = (first.operands[0], *made[0]), (second.operands[0], *made[1])
@@ -485,8 +485,9 @@ def test_order_and_dead_nodes_do_not_count() -> None:
 
 
 def test_what_is_too_large_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit counts nodes that calls enter, not nodes as written."""
-    monkeypatch.setattr(same_expressions, "MOST_NODES", 11)  # two calls of four nodes, and three of main
+    """The limit counts the nodes that run, once for each call, not the nodes in the text."""
+    # two calls of a block of four nodes, and three nodes of main
+    monkeypatch.setattr(same_expressions, "MOST_NODES", 11)
     assert check_same_expressions(program(), program())
     monkeypatch.setattr(same_expressions, "MOST_NODES", 10)
     assert not check_same_expressions(program(), program())

@@ -1,4 +1,4 @@
-"""Leftovers of the TVM backend: nodes that run element by element are named in the log; the zoo has none."""
+"""Leftovers of the TVM backend: nodes that run element by element are named in the log. The zoo's models have none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def counting(x: t.f32["B S 8"]):
 
 
 def test_it_is_told_with_its_cost_and_its_line() -> None:
-    """The running sum along the last axis; along another axis it is computed in vectors."""
+    """A running sum along the last axis is a leftover; along another axis it is computed in vectors."""
     exe = compile(counting, backend="tvm")
     (note,) = exe.executable.notes  # type: ignore[attr-defined]
     # 128 x 128 x 8 elements, each with one addition
@@ -86,6 +86,6 @@ def test_the_costliest_comes_first() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "whisper"])
 def test_the_zoo_has_none(family: str) -> None:
-    """After the default passes, at its own default sizes: weights are not drawn."""
+    """After the default passes, at the models' default sizes. Weights are not drawn."""
     graph = PassManager(DEFAULT).run(resolve(find_family(family).model).graph).graph
     assert notes(graph) == ()

@@ -1,4 +1,6 @@
-"""The Llama kind: rotary positions against Hugging Face's code, models that may be stepped, and refused options."""
+"""The Llama family: rotary positions compared with Hugging Face's code, models that have a step, and refused
+options.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ SMALL = {"vocab": 11, "dim": 12, "heads": 3, "kv_heads": 1, "head_dim": 6, "hidd
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("turned", [4, 10])
 def test_equals_hugging_face_in_part_and_whole(layout: str, turned: int) -> None:
-    """StableLM rotates halves of a part of each head, GLM neighbors; both in float64 here."""
+    """StableLM rotates halves of a part of each head, GLM rotates neighboring elements; both are in float64 here."""
     rng = np.random.default_rng(turned)
     x, positions = rng.standard_normal((2, 3, 5, 10)), rng.integers(0, 99, (2, 5))
     frequencies = 10000.0 ** (-np.arange(0, turned, 2) / turned)
@@ -51,7 +53,7 @@ def test_equals_hugging_face_in_part_and_whole(layout: str, turned: int) -> None
 
 
 def test_what_may_be_stepped() -> None:
-    """Positions continue from the past; frequencies that depend on the length of the sequence do not."""
+    """Positions can continue from past tokens; frequencies that depend on the length of the sequence cannot."""
     import treadle
 
     assert treadle.follow(llama.configure(**SMALL).graph(), "S").step()
@@ -110,7 +112,7 @@ BARE = {
 
 
 def read(options: dict[str, Any], **config: Any) -> dict[str, Any]:
-    """Return the options read from a config whose heads of 8 have these rotary positions."""
+    """Return the options that are read from a config with heads of 8 elements and these rotary positions."""
     config = {**BARE, **config, "rope_parameters": options}
     return dict(family_of(config).from_config(config).config)
 
@@ -208,7 +210,7 @@ def test_how_much_of_a_head_turns() -> None:
 
 
 def test_what_a_kind_has_where_its_config_is_silent() -> None:
-    """The defaults of Hugging Face's classes, for options that the graph does not show at once."""
+    """The defaults of Hugging Face's classes, for options whose effect is not visible in a small graph."""
     windows = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 30}
     assert read({}, model_type="qwen3", **windows)["full_layers"] == tuple(range(28))
     assert read({}, model_type="qwen3", **windows, max_window_layers=0)["full_layers"] == ()

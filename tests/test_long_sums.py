@@ -1,7 +1,8 @@
-"""Sums over long axes in 16 bits: an op declares the dtype of its sums; its reference and every backend follow it.
+"""Sums over long axes in 16 bits: an op declares the dtype of its sums, and its reference and every backend use that
+dtype.
 
-Cases are derived from the ops' own samples, by their rules: one factor of the axes is stretched. In f16 a running sum
-of numbers below 1 stops near 2048, in bf16 near 256.
+Cases are derived from the ops' own samples by their axis rules: one factor of the axes is stretched. In f16 a running
+sum of numbers below 1 stops near 2048, in bf16 near 256.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, Type
 
 LONG = 4099  # a prime: no vector, block or panel divides it
-MOST_ELEMENTS = 1 << 22  # of any value within an op: windows of 4099 over an axis of that length would take gigabytes
-MOST = 6  # cases of an op: late samples mostly have other terms of attention, which do not affect sums
+# of any value within an op: otherwise windows of 4099 over an axis of that length would take gigabytes
+MOST_ELEMENTS = 1 << 22
+MOST = 6  # cases of an op: later samples mostly have other terms of attention, which do not affect sums
 NARROW = ("f16", "bf16")
 SMOOTH = {"attention_parts": [0]}
-"""Results whose gradients are compared, because the other gradients jump: the gradient of a maximum goes to another
-element if rounding makes that one the largest, and no bound on rounding limits the difference.
+"""Results whose gradients are compared. The other gradients jump: the gradient of a maximum goes to another element if
+rounding makes that element the largest, and no bound on rounding limits the difference.
 """
 SUMMING = [name for name in TESTED if OPS[name].accumulates is not None]
 
@@ -46,8 +48,8 @@ def applied(case: Case) -> Application:
 
 
 def stretched(name: str, number: int, factor: str, dtype: str) -> Iterator[Case]:
-    """A sample with one factor of size LONG, and positive floats, if the op accepts it with its attributes or with
-    longer ones.
+    """Yield cases of a sample with one factor of size LONG and with positive floats, if the op accepts the operands
+    with its attributes, or with larger ones.
     """
     case = Case.of(name, number, dtype)
     application = applied(case)
@@ -143,16 +145,18 @@ class Long:
             assert_within(made[output], wanted, f"{self.what}, {output}")
 
 
-@lru_cache(maxsize=2)  # all runners come in sequence
+@lru_cache(maxsize=2)  # all runners of a case come in sequence
 def long_forms(name: str, dtype: str) -> list[Long]:
-    """Forward, along every axis that is summed."""
+    """Return the cases in the forward direction, along every axis that is summed."""
     cases = long_cases(name, dtype, Role.REDUCED, Role.WHOLE, Role.SCANNED)
     return [Long.of(what, case.forward_graph(), case.inputs) for what, case in islice(cases, MOST)]
 
 
 @lru_cache(maxsize=2)
 def long_gradients(name: str, dtype: str) -> list[Long]:
-    """Along any axis: for an axis that an op maps, the gradient of a weight or of a broadcast operand is a sum."""
+    """Return the cases of gradients, along any axis. Along an axis that an op maps, the gradient of a weight or of a
+    broadcast operand is a sum.
+    """
     found = []
     for what, case in islice(long_cases(name, dtype, *Role), MOST):
         for seeded in [SMOOTH[name]] if name in SMOOTH else seedings(case)[:1]:
@@ -167,8 +171,8 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
 
 
 def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
-    """Return True if elements of one operand are summed: by a node of the body, or by the op, if it turns ones into
-    more.
+    """Return True if elements of one operand are summed: by a node of the body, or by the op, which then returns more
+    than ones for operands of ones.
     """
     if isinstance(op, Composite):
         return any(
@@ -186,7 +190,7 @@ def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
                 try:
                     with np.errstate(all="ignore"):
                         made = op.reference(*operands)
-                except GraphError:  # the op refuses to write twice at one position, so it sums nothing
+                except GraphError:  # the op refuses to write twice to one position, so it sums nothing
                     continue
                 if any(np.any(np.asarray(y) > 1) for y in (made if isinstance(made, tuple) else (made,))):
                     return True
@@ -194,7 +198,7 @@ def adds_up(op: Op, types: tuple[Type | None, ...]) -> bool:
 
 
 def start(type: Type, value: float) -> Array:
-    """Return an array of one number; for integers, which may be indices, zeros."""
+    """Return an array filled with one number; for integers, which may be indices, with zeros."""
     shape: Any = type.evaluate({})
     return np.full(shape, value if type.dtype.is_float else 0, type.dtype.numpy or np.float32)
 
@@ -234,7 +238,7 @@ def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> Non
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_sum_that_is_held_in_its_own_dtype_is_caught(dtype: str) -> None:
-    """The bounds are narrower than the error that the test plants."""
+    """The planted error exceeds the bounds."""
     _, case = next(long_cases("reduce_sum", dtype, Role.REDUCED))
     (x,) = case.operands
     assert x is not None

@@ -1,4 +1,4 @@
-"""Joins of more parts than there are letters: the rule names all parts, and every path through the compiler handles
+"""Joins of more parts than there are letters: the rule names all parts, and every stage of the compiler handles
 them.
 """
 

@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def of_files() -> int:
-    """Return the bytes of mapped files that are in this process's memory."""
+    """Return the number of bytes of mapped files that are in this process's memory."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssFile"))
 

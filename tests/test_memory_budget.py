@@ -1,4 +1,6 @@
-"""Runs within a memory budget: the same results, smaller sizes that fit as well, and the error if nothing fits."""
+"""Runs within a memory budget: results are the same, smaller sizes fit as well, and an error is raised if nothing
+fits.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,12 @@ def peak_of(family: str) -> int:
 
 @cache
 def within(family: str, memory: int) -> Compiled:
-    """A model within a budget, shared by all tests because the search takes a second."""
+    """Return a model compiled within a budget; all tests share it, because the search takes a second."""
     return t.compile(family, backend="tvm", target=ALONE, memory=memory, sizes=CASES[family], **SMALL)
 
 
 def arena(exe: Compiled, **sizes: int) -> int:
-    """Return the arena of a run at some sizes, as the backend places it."""
+    """Return the size of the arena of a run at these sizes, as the backend plans it."""
     backend, lowered = find_backend("tvm"), exe.optimized.lowered
     assert isinstance(backend, StagedBackend) and lowered is not None and lowered.plan is not None
     frames = backend.frames(lowered.graph, exe.target, lowered.plan)
@@ -67,7 +69,9 @@ def test_a_run_that_needs_nothing_fits_at_once() -> None:
 
 
 def test_what_was_made_is_held_against_the_budget() -> None:
-    """The executable is checked against the budget, because passes that run again may change the predicted graph."""
+    """The executable itself is checked against the budget, because passes that run afterwards may change the predicted
+    graph.
+    """
     exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])
@@ -90,7 +94,7 @@ def test_a_run_keeps_to_its_budget_with_the_same_bits(family: str, share: float)
         assert all(np.array_equal(wanted[name], made[name]) for name in wanted)
     assert kept.executable.machine.plans  # type: ignore[attr-defined]
     placed = [plan.arena for plan in kept.executable.machine.plans.values()]  # type: ignore[attr-defined]
-    assert max(placed) == kept.memory.peak  # the plan that was searched is the one that runs
+    assert max(placed) == kept.memory.peak  # the plan that was searched is the plan that runs
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -106,7 +110,7 @@ def test_what_is_larger_than_the_budgets_sizes_is_refused() -> None:
     kept = within("bert", peak_of("bert"))
     with pytest.raises(BackendError, match="B"):
         kept(tokens=tokens(B=9, S=24))
-    assert kept(tokens=tokens(B=2, S=24))  # and it works again
+    assert kept(tokens=tokens(B=2, S=24))  # the executable still works
 
 
 def test_less_memory_never_takes_less_time_nor_more_memory_more() -> None:
@@ -198,7 +202,7 @@ def test_a_file_holds_no_budget_and_load_takes_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "tvm"])
 def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Path) -> None:
-    """The error does not blame the file."""
+    """The error does not blame the model file."""
     path = tmp_path / "small.treadle"
     t.compile("gpt2", backend="numpy", **SMALL).save(path)
     with pytest.raises(BackendError) as refused:
@@ -208,7 +212,9 @@ def test_sizes_that_no_memory_holds_are_told_as_such(backend: str, tmp_path: Pat
 
 
 def test_of_too_many_ways_those_are_tried_that_none_beats_in_time_and_memory() -> None:
-    """The first, the last, some between them, and others if there is room; in the original order."""
+    """The first alternative, the last, some between them, and others up to the limit are tried, in their original
+    order.
+    """
     variant = Variant(Graph("any"))
     needs = [90, 95, 80, 85, 70, 60, 65, 50, 55, 40]
     found = [Candidate(variant, (), n, float(at)) for at, n in enumerate(needs)]
@@ -223,10 +229,10 @@ def test_of_too_many_ways_those_are_tried_that_none_beats_in_time_and_memory() -
 
 
 def test_the_least_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are all ways to partition the graph tried: the number is limited."""
+    """The search for the smallest budget, and the number of partitions of the graph that are tried, are limited."""
     monkeypatch.setattr(fitted_pipeline, "SECONDS", 0.0)
     monkeypatch.setattr(fitting, "MOST_TRIED", 5)
-    searched = within.__wrapped__  # so that no other test finds it
+    searched = within.__wrapped__  # so that no other test gets this result
     with pytest.raises(BackendError, match="does not fit") as refused:
         searched("gpt2", 1000)
     text = str(refused.value.within)

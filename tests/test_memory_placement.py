@@ -1,4 +1,4 @@
-"""Placement of buffers in one arena: the smallest possible, proven against brute force; the checker; instance files."""
+"""Placement of buffers in one arena: the smallest arena, compared with brute force; the checker; instance files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lives_with(x: Lifetime, y: Lifetime) -> bool:
 def fits(lives: Sequence[Lifetime], capacity: int) -> bool:
     """Return True if buffers that fill most of the capacity fit, by brute force.
 
-    The lowest buffer is placed first, and each buffer on the ones below it.
+    The lowest buffer is placed first, and each further buffer directly above the buffers below it.
     """
 
     def rest(placed: list[tuple[int, Lifetime]], left: list[Lifetime], lowest: int) -> bool:
@@ -63,7 +63,7 @@ GAPS = [
     [(2, 5, 1), (2, 6, 2), (4, 5, 1), (4, 6, 1), (0, 2, 3), (0, 1, 2), (1, 4, 2), (5, 7, 2), (6, 7, 3)],
     [(2, 3, 1), (4, 5, 3), (2, 5, 1), (2, 4, 1), (0, 2, 3), (1, 3, 1), (3, 5, 2), (1, 4, 2), (0, 1, 3)],
 ]
-"""Instances without a placement whose size is the peak number of live bytes."""
+"""Instances in which no placement is as small as the peak number of live bytes."""
 
 
 def gap(number: int) -> list[Lifetime]:
@@ -71,7 +71,8 @@ def gap(number: int) -> list[Lifetime]:
 
 
 def smallest(lives: Sequence[Lifetime]) -> int:
-    """Return the smallest arena by brute force: for each order of the buffers, each buffer at the lowest free offset.
+    """Return the smallest arena by brute force: for each order of the buffers, place each buffer at the lowest free
+    offset.
 
     One of these orders is optimal: in an optimal placement with the least sum of offsets, sorted by offset, each buffer
     is as low as possible.
@@ -102,7 +103,7 @@ def columns(lives: Sequence[Lifetime]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def searched(lives: Sequence[Lifetime], capacity: int | None = None) -> exact.Outcome:
-    """Return the result of the search alone, started from all buffers side by side."""
+    """Return the result of the exact search alone, which begins with all buffers next to each other."""
     first, end, size = columns(lives)
     worst = exact.Outcome(np.cumsum(size) - size, int(size.sum()), int(live_bytes(first, end, size)[1].max()))
     found = exact.improve(first, end, size, worst, capacity, 20)
@@ -162,7 +163,7 @@ def test_a_larger_placement_is_sound(lives: list[Lifetime], alignment: int) -> N
 
 
 def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> list[Lifetime]:
-    """Cut a rectangle of steps and memory into buffers that fill it."""
+    """Divide a rectangle of steps and memory into buffers that fill it, and return them."""
     length, height = end - first, high - low
     if max(length, height) == 1 or rng.random() < 0.1:
         return [Lifetime(f"{first} to {end} at {low}", first, end, height)]
@@ -176,7 +177,7 @@ def cut(rng: np.random.Generator, first: int, end: int, low: int, high: int) -> 
 @needs_numba
 @pytest.mark.parametrize("seed", [4, 5, 6, 11])
 def test_the_search_puts_a_cut_rectangle_together_again(seed: int) -> None:
-    """No byte is free at any step, so a placement of this size is perfect."""
+    """No byte is free at any step, so a placement of this size is optimal."""
     rng = np.random.default_rng(seed)
     lives = cut(rng, 0, 24, 0, 48)
     rng.shuffle(lives)  # type: ignore[arg-type]
@@ -184,7 +185,7 @@ def test_the_search_puts_a_cut_rectangle_together_again(seed: int) -> None:
     assert check_placement(lives, [int(x) for x in found.offsets], capacity=48) == 48 == found.bound
 
 
-# The caller's request
+# The size that the caller asks for
 
 
 @settings(max_examples=60, deadline=None)
@@ -307,7 +308,7 @@ def test_buffers_share_a_section_exactly_if_they_live_together(lives: list[Lifet
 
 
 def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than four million pairs of a buffer and a section that it lives in."""
+    """The instance has one more than four million pairs of a buffer and a section in which it lives."""
     steps = np.arange(2000)
     first = np.concatenate([steps, np.zeros(2000, np.int64)])
     end = np.concatenate([steps + 1, np.full(1999, 2000), [1]])
@@ -336,9 +337,11 @@ def test_which_sizes_are_asked_for(
     report: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The bound first, then halfway to the best known size, and so on, until time is up: the clock is read 20 times.
+    """The bound is tried first, then the middle between bound and best known size, and so on until time is up. The
+    clock is read 20 times.
 
-    Below `proven` there is no placement, from `found` on there is one; between them a search ends without an answer.
+    For sizes below `proven` there is no placement, from `found` on there is one. Between them a search ends without an
+    answer.
     """
     clock, was = iter(range(100)), list[int]()
 

@@ -1,4 +1,4 @@
-"""Merged projections, scales folded into weights, and the inverse."""
+"""Merged projections, scales folded into weights, and the reverse of both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 def projections(*, transposed: bool = False, biases: str = "qkv", widths: tuple[int, int, int] = (6, 4, 4)) -> Graph:
-    """Return a program with q, k and v of one x, each used further, as in an attention; `biases` selects biases."""
+    """Return a program with q, k and v of one x, each used further as in attention; `biases` selects which have a
+    bias.
+    """
     graph = Graph("projections")
     b = Builder(graph)
     x = b.input("x", f32["B", "S", 8])
@@ -118,7 +120,7 @@ def test_a_weight_that_something_else_reads_is_refused() -> None:
     optimized = run(graph, MergeProjections())
     (refusal,) = optimized.log[0].refusals
     assert refusal.reason == "its weight is read by exp too, and would be stored twice"
-    assert ops(optimized.graph).count("projections") == 1  # of q and v
+    assert ops(optimized.graph).count("projections") == 1  # of q and v only
     assert ops(optimized.graph).count("linear") == 1
 
 

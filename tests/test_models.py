@@ -1,4 +1,4 @@
-"""The zoo's declarations: the shape of their graphs, and their errors for unknown options."""
+"""The zoo's model declarations: the structure of their graphs, and the errors for unknown options."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     "whisper": (small(whisper), {"encoder_layer": 4, "decoder_layer": 3}),
     "whisper_encoder": (small(whisper_encoder), {"encoder_layer": 4}),
 }
-"""Every declaration, with the functions of its graph except main and the number of calls of each."""
+"""Every declaration, with the number of calls of each function of its graph except main."""
 
 
 def test_every_family_is_here() -> None:
@@ -167,7 +167,7 @@ def test_every_family_is_here() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_are_functions(name: str) -> None:
-    """A stack is one function that is called once a block, at any depth: all blocks are equal."""
+    """A stack becomes one function, called once for each block, at any depth: all blocks are equal."""
     model, expected = ZOO[name]
     graph = model.graph()
     calls = [node.op.callee for node in graph.main.nodes if node.op.callee is not None]
@@ -193,7 +193,7 @@ def test_every_norm_has_the_eps_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 def test_rows_of_a_head_may_be_packed(head: str) -> None:
-    """The pooler's first token is an index into a row, not a slice of the batch."""
+    """The pooler's first token is selected by an index into a row, not by a slice of the batch."""
     verdict = follow(ZOO[f"bert {head}"][0].graph(), "S").pack()
     assert verdict, str(verdict)
 
@@ -247,7 +247,9 @@ def test_positions_bound_the_sequence() -> None:
 
 
 def test_a_model_inside_another() -> None:
-    """Its parameters are under the scope, and its tied weights are its own."""
+    """The parameters of the inner model are under its scope, and its tied weights are separate from the outer
+    model's.
+    """
     inner = small(gpt2)
 
     @t.model
@@ -365,7 +367,9 @@ def test_an_encoder_by_itself_has_the_sizes_that_it_has_in_the_whole() -> None:
 
 
 def test_the_transformer_has_the_papers_size() -> None:
-    """Some 65 million parameters (table 3, base): 12 attention blocks, two networks and five norms in 6 layers."""
+    """About 65 million parameters (table 3, base). Each of six pairs of an encoder and a decoder layer has 12
+    matrices of attention, two feed-forward networks and five norms.
+    """
     sizes = [math.prod(value.type.static_shape or ()) for value in transformer.graph().parameters.values()]
     assert sum(sizes) == 37000 * 512 + 6 * (12 * 512**2 + 2 * (2 * 512 * 2048 + 2048 + 512) + 5 * 2 * 512)
 

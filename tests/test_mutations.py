@@ -1,4 +1,4 @@
-"""Mutation testing itself: the drawn changes are mutations, and the reported outcomes are correct."""
+"""The mutation tester itself: the drawn changes are mutations, and the reported outcomes are correct."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_mistakes_are_drawn_from_where_one_asks() -> None:
 
 
 def _layer(folder: Path, tests: dict[str, int]) -> None:
-    """Write the coverage of a run in which each context, a module's tests, has run one line of ir/axes.py."""
+    """Write coverage data of a run in which each context, the tests of one module, has run one line of ir/axes.py."""
     folder.mkdir(parents=True)
     data = CoverageData(str(folder / "coverage.1"))
     for context, line in tests.items():

@@ -1,4 +1,4 @@
-"""Attention in bf16: the pass, the places where operands are rounded, and the kernel that multiplies pairs."""
+"""Attention in bf16: the pass, the operands that are rounded, and the kernel that multiplies pairs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ TERMS = [(), (Causal(),), (Window(9), Causal()), (Padding(),), (TensorBias("s t"
 def test_attention_of_pairs_is_near_the_meaning(
     heads: int, groups: int, s: int, t: int, d: int, e: int, terms: tuple[Term, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TREADLE_POISON", "1")  # reading unwritten memory would show
+    monkeypatch.setenv("TREADLE_POISON", "1")  # a read of unwritten memory would show
     inputs = {
         "q": numbers(2, heads, s, d),
         "k": numbers(2, groups, t, d, seed=1),
@@ -149,7 +149,7 @@ def test_pytorch_gives_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", [pytest.param("torch", marks=needs_torch), pytest.param("tvm", marks=needs_tvm)])
 def test_a_model_in_bf16_goes_on_token_by_token(backend: str) -> None:
-    """With a float32 cache, which holds the numbers before rounding."""
+    """The cache is float32, and holds the numbers before rounding."""
     model = llama.configure(layers=2, dim=64, heads=4, kv_heads=2, hidden=96, vocab=80)
     exe = treadle.compile(model, backend=backend, seed=0, dtype="bf16")
     tokens = np.random.default_rng(1).integers(0, 80, 24)

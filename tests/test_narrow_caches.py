@@ -1,4 +1,4 @@
-"""Caches of 16 bits: keys and values are rounded once, when they are appended; all other values stay the same."""
+"""Caches of 16 bits: keys and values are rounded once, when they are appended. All other values stay the same."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.runtime.session import Session
 Array = np.ndarray[Any, Any]
 SMALL = {"vocab": 50, "dim": 64, "heads": 4, "layers": 2, "context": 64}
 BACKENDS = [name for name in ("numpy", "torch", "tvm") if find_backend(name).available() is None]
-SPACING = {"bf16": 2.0**-8, "f16": 2.0**-11}  # the largest relative change by rounding
+SPACING = {"bf16": 2.0**-8, "f16": 2.0**-11}  # the largest relative change of a number by rounding
 CASES = [(backend, cache) for backend in BACKENDS for cache in SPACING if (backend, cache) != ("numpy", "bf16")]
 
 
@@ -30,7 +30,7 @@ def compiled(backend: str) -> Compiled:
 
 
 def logits(session: Session, texts: list[list[int]], first: list[int]) -> Array:
-    """Return the logits after each of the last 8 tokens of every text; the tokens before them are prefilled."""
+    """Return the logits after each of the last 8 tokens of every text. The tokens before them are prefilled."""
     rows = [session.open() for _ in texts]
     found = [[session.prefill({row: text[:n]})[row]] for row, text, n in zip(rows, texts, first, strict=True)]
     for at in range(8):
@@ -74,7 +74,9 @@ def test_bits_do_not_depend_on_chunks(cache: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_keys_and_values_alone_are_narrow(name: str) -> None:
-    """Caches of other values (segments, lengths, sums) keep their dtypes, and so do values stored by the prologue."""
+    """Caches of other values (segments, lengths, sums) keep their dtypes. Values that the prologue stores keep theirs,
+    too.
+    """
     wide, narrow = (derive_step(optimized(MODELS[name]), cache=cache).graph for cache in (None, "bf16"))
     assert wide.states.keys() == narrow.states.keys()
     changed = {n for n, value in narrow.states.items() if value.type != wide.states[n].type}

@@ -1,4 +1,4 @@
-"""Whole gradients in bf16, on every backend that supports it: every product of two matrices is in bf16."""
+"""Gradients of whole models in bf16, on every backend that supports it: every product of two matrices is in bf16."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def wanted(family: str) -> dict[str, Array]:
 
 
 def assert_within_rounding(got: dict[str, Array], family: str) -> None:
-    """Assert that each gradient as a whole is within rounding.
+    """Assert that the norm of each gradient's difference is within rounding.
 
-    Some ten products in a row round their factors by half of bf16's spacing at most.
+    About ten products in a row round their factors by at most half of bf16's spacing.
 
-    A gradient that is 0 except for cancelling terms, for example of a bias that softmax ignores, is measured relative
-    to the others.
+    A gradient that is 0 apart from rounding, such as the gradient of a bias that softmax ignores, is compared relative
+    to the other gradients.
     """
     expected = wanted(family)
     assert list(got) == list(expected)

@@ -174,7 +174,7 @@ def test_a_bias_has_the_dtype_of_the_sum() -> None:
 @with_bf16
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_a_model_is_near_its_float32_self_and_has_float32_results(backend: str, family: str) -> None:
-    """Each of some ten products in a row rounds its factors by half of bf16's spacing at most."""
+    """About ten products in a row round their factors by at most half of bf16's spacing each."""
     whole = treadle.compile(family, backend=backend, **SMALL)(tokens=TOKENS)
     exe = treadle.compile(family, backend=backend, dtype="bf16", **SMALL)
     for name, wanted in whole.items():
@@ -186,7 +186,7 @@ def test_a_model_is_near_its_float32_self_and_has_float32_results(backend: str, 
 
 @with_bf16
 def test_a_model_is_near_the_meaning_of_its_own_graph(backend: str) -> None:
-    """TVM sums as the reference does; PyTorch rounds the results of packed products once more."""
+    """TVM sums in the dtype that the reference uses; PyTorch rounds the results of packed products once more."""
     exe = treadle.compile("bert", backend=backend, dtype="bf16", **SMALL)
     wanted = interpret(exe.graph, {"tokens": TOKENS}, exe.weights)["hidden"]
     off = np.abs(exe(tokens=TOKENS)["hidden"] - wanted).max() / np.abs(wanted).max()
@@ -218,7 +218,7 @@ def test_another_dtype_is_refused() -> None:
 
 @needs_torch
 def test_a_bf16_model_computes_the_rest_in_float32() -> None:
-    """Its own weights, widened and rounded again, are bitwise identical."""
+    """The model's own weights, widened and rounded again, are bitwise identical."""
     exe = treadle.compile(llama, backend="torch", dtype="bf16", **{**SMALL, "heads": 4})
     dtypes = {v.type.dtype for _, node in exe.graph.walk() for v in node.results}
     assert dtypes <= {DTYPES["f32"], DTYPES["bf16"], DTYPES["i64"], DTYPES["bool"]}
@@ -304,7 +304,7 @@ EINSUMS: list[tuple[str, tuple[object, ...], tuple[object, ...], list[str]]] = [
 def test_an_einsum_is_the_product_that_it_is(
     equation: str, g: tuple[object, ...], x: tuple[object, ...], wanted: list[str]
 ) -> None:
-    """With the einsum's numbers on rounded factors."""
+    """Its numbers are those of the einsum on rounded factors."""
 
     def build(b: Builder) -> Expr:
         return b.einsum(b.input("g", f32[g]), b.input("x", f32[x]), equation=equation)
@@ -325,7 +325,7 @@ def test_an_einsum_is_the_product_that_it_is(
 
 
 def test_what_several_products_read_is_rounded_once() -> None:
-    """The gradients of a linear: g times the weight, and g times x."""
+    """The gradients of a linear are g times the weight, and g times x; g is rounded once."""
 
     def build(b: Builder) -> Expr:
         g, x, w = b.input("g", f32["M", 6]), b.input("x", f32["M", 4]), b.input("w", f32[6, 4])

@@ -24,7 +24,7 @@ LAYERS = [f"h.{i}.mlp.{part}.weight" for i in range(100) for part in ("up", "gat
     ],
 )
 def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, others: int) -> None:
-    """Rare parts are more informative than common ones, wherever in the file a name that contains them stands."""
+    """Rare parts of names count more than common ones, at any position of the name in the file."""
     names = [*LAYERS[:others], "decoder.embed_tokens", *LAYERS[others:], "x" * 201]
     assert NearestNames(names).of(wanted) == get_close_matches(wanted, names, 1, 0.6)
 

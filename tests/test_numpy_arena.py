@@ -1,4 +1,6 @@
-"""NumPy within the plan: a run allocates its outputs and scalars only, and touches the arena only as far as planned."""
+"""NumPy within the plan: a run allocates only its outputs and scalars, and writes to the arena only as far as
+planned.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
 NUMBER = 16
-"""Bytes of the array that NumPy makes for a scalar argument or result of a call."""
+"""Bytes of the array that NumPy allocates for a scalar argument or result."""
 
 
 def arena_of(exe: Any) -> Any:
@@ -56,7 +58,7 @@ def planned_bytes(plan: StoragePlan, sizes: dict[str, int]) -> int:
 
 
 def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
-    """Return the bytes and places of a run's array allocations, except for outputs and scalars."""
+    """Return the size in bytes and the place of each array that a run allocates, except for outputs and scalars."""
     with array_allocations() as made:
         outputs = exe(**given)
     left = Counter(array.nbytes for array in outputs.values())
@@ -71,7 +73,7 @@ def beside_outputs(exe: Any, given: dict[str, Any]) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
-    """No array is allocated in addition to outputs, and writes end where the plan does.
+    """A run allocates no array except its outputs, and writes to no byte beyond the planned arena.
 
     The arena is filled with two patterns: a written byte differs from at least one of them.
     """
@@ -91,7 +93,7 @@ def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
 
 
 def test_by_tracemalloc_a_run_takes_its_outputs() -> None:
-    """The first run also allocates the arena, as large as planned; Python's own objects are in addition to both."""
+    """The first run also allocates the arena, whose size is planned; Python's own objects come on top."""
     exe = treadle.compile("gpt2", backend="numpy", layers=2, dim=64, heads=4, vocab=4000, seed=1)
     given = {"tokens": np.ones((2, 64), np.int64)}
     taken = []
@@ -128,7 +130,7 @@ def test_attention_is_done_in_parts_that_the_plan_knows(monkeypatch: pytest.Monk
 
 
 def test_masks_and_biases_have_a_place() -> None:
-    """Masks and biases of every kind, in one attention."""
+    """One attention with masks and biases of every kind."""
     operands = {
         "lengths": "i64[B]",
         **{"query_segments": "i64[B, S]", "key_segments": "i64[B, T]", "mask": "bool[B, S, T]", "bias": "f32[S, T]"},
@@ -178,7 +180,9 @@ def test_what_has_gaps_is_activated_by_chunks(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
-    """Also at sizes at which it could be a view: results for the caller are never in the arena."""
+    """A view that strides cannot express is copied, also at sizes at which it could be a view. Results for the caller
+    are never in the arena.
+    """
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.exp(b.input("x", "f32[B, 3, S]"))
@@ -201,7 +205,7 @@ def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
 
 
 def test_what_is_foreign_is_told() -> None:
-    """Ops that run by their references, and float16: a library allocates the result, and the plan counts it."""
+    """For ops that run by their references, and for float16, a library allocates the result, and the plan counts it."""
 
     def build(b: Builder) -> Expr:
         x = b.softmax(b.input("x", "f16[S, 8]"), name="half")
@@ -278,7 +282,7 @@ def test_a_workspace_that_is_not_of_its_step_alone_is_refused(fault: Callable[[F
 
 
 def test_a_kernel_that_reads_a_workspace_of_another_computes_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poison mode fills a call's workspace after the call."""
+    """Poison mode fills the workspace of a call with NaN after the call."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     exe: Any = compiled("numpy", graph_of(normed))
     exe(x=np.ones((3, 4), np.float32))

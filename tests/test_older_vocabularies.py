@@ -1,4 +1,4 @@
-"""Vocabularies in vocab.txt, and in vocab.json with merges.txt: the ids of Hugging Face's tokenizers."""
+"""Vocabularies in vocab.txt, and in vocab.json with merges.txt, give the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MASK |= {"single_word": False, "special": True}
 
 
 def older(place: Path, kind: str, **settings: Any) -> None:
-    """Write the older files of a kind of tokenizer, with its config.json."""
+    """Write the older vocabulary files of a kind of tokenizer, with its config.json."""
     if kind in ("bert", "mpnet"):
         vocabulary = wordpiece().get_vocab()
         names = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -170,7 +170,7 @@ def test_damaged_names_of_tokens(file: str, content: str, what: str, tmp_path: P
 
 
 def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
-    """As RoBERTa was trained, and as its own tokenizer.json specifies."""
+    """RoBERTa was trained in this way, and its own tokenizer.json specifies it."""
     older(tmp_path, "roberta")
     tokenizer = TextTokenizer.open(tmp_path)
     ((spaced,), (joined,)) = tokenizer.encode(["the <mask>", "the<mask>"])

@@ -1,6 +1,6 @@
-"""Facts about ops are tested: each is compared with the references' results, on every sample of every op.
+"""Facts about ops are compared with the results of the ops' references, on every sample of every op.
 
-An op has a fact if and only if its samples show it, so that none is claimed wrongly and none is forgotten.
+An op must declare a fact if and only if its samples show it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cases(name: str) -> list[Case]:
 
 
 def evaluated(case: Case, operands: Given) -> tuple[Array, ...] | None:
-    """Return the op's results on other operands; None if it is not defined on these."""
+    """Return the op's results on other operands, or None if the op is not defined on them."""
     types = [None if x is None else DTYPES[_NAMES[x.dtype.name]][x.shape] for x in operands]
     on_these = Case(case.op, tuple(types), tuple(operands))
     try:
@@ -72,8 +72,8 @@ def present(operands: Given) -> list[Array]:
 def hands_elements_on(case: Case) -> bool:
     """Return True if changed elements appear changed in the results, wherever the results contain them.
 
-    An op that inspects its elements, as a maximum does, picks others if their order changes; an op that computes makes
-    new ones. Indices and conditions keep their values.
+    An op that compares its elements, as a maximum does, picks others if their order changes. An op that computes
+    returns new numbers. Indices and conditions keep their values.
     """
     (result, *_), rng = case.results, np.random.default_rng(0)
     names = case.op.operand_names(len(case.types))
@@ -86,7 +86,7 @@ def hands_elements_on(case: Case) -> bool:
     count = sum(x.size for x, yes in zip(case.operands, asked, strict=True) if yes and x is not None)
     if count == 0 or result.dtype.kind not in "fi":
         return False
-    values = np.arange(count) * 3 - count  # distinct, of both signs, none the double of another
+    values = np.arange(count) * 3 - count  # distinct numbers of both signs, none the double of another
     values = (values + 0.25 if result.dtype.kind == "f" else values).astype(result.dtype)
     given, drawn = {}, rng.permutation(values)
     for i, (x, yes) in enumerate(zip(case.operands, asked, strict=True)):
@@ -106,7 +106,7 @@ def changes_places(case: Case) -> bool:
 
 
 def works_on_each_element(case: Case) -> bool:
-    """Return True if permuted elements return permuted results."""
+    """Return True if permuted operands give permuted results."""
     (result, *_), rng = case.results, np.random.default_rng(0)
     operands = present(case.operands)
     if not operands or any(r.shape != result.shape for r in case.results):
@@ -122,7 +122,7 @@ def works_on_each_element(case: Case) -> bool:
 
 
 def reads_one_place(case: Case, position: int) -> bool:
-    """Return True if each element of this operand affects only the result's element at the same place."""
+    """Return True if each element of this operand affects only the element of the result at the same position."""
     (result, *others), x = case.results, case.operands[position]
     type, (made, *_) = case.types[position], case.op.infer(case.types)
     if others or x is None or type is None or (type.dtype, type.shape) != (made.dtype, made.shape):
@@ -160,7 +160,9 @@ def test_what_only_moves(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_commutes(name: str) -> None:
-    """The results commute; `ties` distinguishes the operands of a maximum by their gradients."""
+    """If operands are exchanged, the results are equal; `ties` distinguishes the operands of a maximum by their
+    gradients.
+    """
     even, other = [], []
     for case in cases(name):
         (even if getattr(case.op, "ties", "even") == "even" else other).append(case)
@@ -174,18 +176,18 @@ def test_what_is_elementwise(name: str) -> None:
     claimed = [case.op.is_elementwise(r) for case, r in zip(cases(name), ranks, strict=True)]
     found = [works_on_each_element(case) for case in cases(name)]
     assert all(claimed) == all(found)
-    assert all(f or not c for f, c in zip(found, claimed, strict=True))  # a sum over no axes is elementwise as well
+    assert all(f or not c for f, c in zip(found, claimed, strict=True))  # a sum over no axes is also elementwise
 
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_a_view(name: str) -> None:
-    """NumPy, too, returns views for some results of these ops, and never for results of others."""
+    """NumPy returns views for some results of these ops, and never for results of other ops."""
     shares = [np.shares_memory(r, x) for c in cases(name) for r in c.results for x in present(c.operands)]
     assert all(case.op.is_view for case in cases(name)) == any(shares)
 
 
 def lying(case: Case, position: int) -> View | None:
-    """Return an operand in a storage of its own, row-major."""
+    """Return the view of an operand in a separate row-major storage, or None if there is none."""
     type = case.types[position]
     if type is None:
         return None
@@ -202,7 +204,9 @@ def addresses(view: View) -> Array:
 
 
 def counted(case: Case, position: int) -> Array:
-    """Return a result in which one operand's elements are numbered from one million on, and all others are smaller."""
+    """Return a result for which one operand's elements are numbered from one million on, and all other elements are
+    smaller.
+    """
     shapes = [None if x is None else x.shape for x in case.operands]
     given = [None if s is None else np.zeros(s) for s in shapes]
     x = given[position]
@@ -213,7 +217,9 @@ def counted(case: Case, position: int) -> Array:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_where_the_result_of_a_view_lies(name: str) -> None:
-    """The origin of its elements; a view exists exactly if NumPy, too, finds one, except for other layouts."""
+    """Checks the addresses of the result's elements. Except for other layouts, a view exists exactly if NumPy finds
+    one.
+    """
     for case in cases(name):
         x = lying(case, 0) if case.types else None
         view = None if x is None else case.op.viewed(x, case.types)
@@ -239,7 +245,7 @@ def test_where_an_operand_lies_as_a_part_of_the_result(name: str) -> None:
                 found = True
                 numbers = (counted(case, position) - 1e6).ravel()
                 here = np.flatnonzero(numbers >= 0)
-                assert sorted(numbers[here]) == list(range(operand.size))  # each once
+                assert sorted(numbers[here]) == list(range(operand.size))  # each element once
                 assert np.array_equal(addresses(part).ravel()[numbers[here].astype(int)], here)
     assert found == (name in WRITTEN_IN_PLACE)
 
@@ -261,7 +267,7 @@ NOT_SEEN = {
     "concat": "of one part it is that part",
     "rms_norm": "a row by itself has the shape of the weight",
 }
-"""Dimensions in which an element is read only for its own place, although the rule does not declare it."""
+"""Dimensions along which an element affects only its own position, although the rule does not declare it."""
 
 
 @pytest.mark.parametrize("name", TESTED)
@@ -277,7 +283,9 @@ def test_what_may_be_written_over(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_linear(name: str) -> None:
-    """The op is not linear in an operand that no group names; test_axis_rules checks the groups."""
+    """Check that the op is nonlinear in every float operand that its `linear` groups omit. test_axis_rules checks the
+    groups.
+    """
     seen: dict[str, list[bool]] = {}
     for case in cases(name):
         linear = frozenset().union(*case.op.linear)
@@ -290,10 +298,11 @@ def test_what_is_linear(name: str) -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_reads_positions(name: str) -> None:
-    """If the op declares it, reordering elements along that axis does not reorder the results in the same way.
+    """If an op declares that it reads positions along an axis, a permutation of elements along the axis does not
+    permute the results in the same way.
 
-    test_axis_rules checks for each mapped axis that they do otherwise. Along a generated axis the results of equal
-    elements are equal, too, unless the op counts.
+    test_axis_rules checks the opposite for each mapped axis. Along a generated axis the results of equal elements are
+    equal, unless the op counts.
     """
     for number in range(len(OPS[name].samples)):
         case = RuleCase(name, number)
@@ -310,7 +319,7 @@ def test_what_reads_positions(name: str) -> None:
 
 
 def test_what_is_made_of_contractions() -> None:
-    """Contractions themselves, and composites whose body of primitives contains one."""
+    """The ops are contractions themselves, and composites whose body of primitives contains a contraction."""
     holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
     fused = {"activated_linear", "gated_linear", "projections", "conv"}
     fused |= {"attention", "attention_parts", "attention_with_probabilities", "cached_attention"}
@@ -322,13 +331,13 @@ def _values(case: Case) -> list[Value | None]:
 
 
 def test_attributes_are_given_by_name_alone() -> None:
-    """Attributes of a base class, too; operands are positional."""
+    """This also applies to attributes of a base class; operands are positional."""
     found = {(name, field.name) for name, op in OPS.items() for field in dataclasses.fields(op) if not field.kw_only}
     assert not found
 
 
 def test_a_call_has_no_facts() -> None:
-    """Its meaning is the meaning of its function, which the op does not have."""
+    """The meaning of a call is its function, which the op itself does not know."""
     call = Call.of(Function("f"))
     assert not (call.only_moves or call.is_view or call.commutes or call.reads_positions or call.is_elementwise([1]))
     assert not call.is_contraction([1, 1])
@@ -381,7 +390,7 @@ def _attributes(op: Op) -> str:
 
 
 def test_what_ops_say(golden: Golden) -> None:
-    """All in one table, in which every changed number, flag or rule shows."""
+    """One table with all facts, in which every changed number, flag or rule shows."""
     golden(
         "text_form/ops.txt",
         "\n".join(line for name in sorted(OPS) if name != "call" for line in [*_fact_lines(name), ""]),
@@ -403,15 +412,16 @@ SPELLERS = (
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
 )
-"""Files that list how ops are written elsewhere: tables of backends, Python's operators, words of other libraries."""
+"""Files that list how other systems express ops: tables of backends, Python's operators, words of other libraries."""
 
 NAMED = 69
 
 
 def test_op_names_outside_their_classes_become_fewer() -> None:
-    """A list of op names is a fact in the wrong place: it belongs in the class, or follows from the rule.
+    """A list of op names states a fact in the wrong place: the fact belongs in the ops' classes, or follows from their
+    rules.
 
-    A rule about one op uses `isinstance`, and a type checker then knows the op's attributes. NAMED may only decrease.
+    Code about a single op uses `isinstance`, so that a type checker knows the op's attributes. NAMED may only decrease.
     """
     found: dict[str, int] = {}
     for folder in ("files", "ir", "passes", "backends", "runtime", "treadle"):
@@ -425,6 +435,6 @@ def test_op_names_outside_their_classes_become_fewer() -> None:
 
 
 def _op_names(path: Path) -> int:
-    """Return the string literals of one file that are names of ops."""
+    """Return the number of string literals in one file that are names of ops."""
     tree = ast.parse(path.read_text("utf-8"))
     return sum(isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in OPS for n in ast.walk(tree))

@@ -1,4 +1,4 @@
-"""The meaning of ops in cases that random samples do not reach: ties, signs, special values, symbolic sizes."""
+"""The results of ops in cases that random samples do not cover: ties, signs, special values, symbolic sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reference(name: str, *operands: Any, **attributes: Any) -> Any:
 
 
 def gradients(build: Callable[..., Any], type: str, *operands: Any) -> list[Array]:
-    """Return the gradient of the sum of `build`'s result with respect to each of its operands, all of one type."""
+    """Return the gradients of the sum of `build`'s result by its operands, which all have one type."""
     b = Builder(Graph("gradients"))
     inputs = [b.input(f"x{n}", type) for n in range(len(operands))]
     result = build(b, *inputs)
@@ -45,7 +45,7 @@ def test_erf_is_right_to_the_last_bits_of_float64() -> None:
     tiny = rng.standard_normal(20_000) * 10.0 ** rng.uniform(-300, 0, 20_000)
     x = np.concatenate([rng.uniform(-7, 7, 100_000), tiny, [0.46875, 4.0, 6.0, 5e-324, np.inf, -np.inf]])
     exact = np.array([math.erf(v) for v in x])
-    # a rational function of two dozen operations, whose errors mostly cancel: four half spacings
+    # a rational function of two dozen operations, whose errors mostly cancel: four half spacings remain
     assert np.all(np.abs(erf(x) - exact) <= 2 * 2.0**-52 * np.abs(exact))
     assert np.isnan(erf(np.array(np.nan)))
     assert math.copysign(1.0, float(erf(np.array(-0.0)))) == -1.0
@@ -120,12 +120,12 @@ def test_a_mean_over_a_symbolic_axis_divides_by_its_size() -> None:
 
 
 BIG = np.array([400, -400, 800, -800], np.float16)
-"""The squares overflow in f16."""
+"""Numbers whose squares overflow in f16."""
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_normalization_of_f16_takes_its_means_in_f32(name: str) -> None:
-    """Reference, body and gradient differ from their f64 results by f16's own spacing at most."""
+    """Reference, body and gradient differ from their f64 results by at most f16's own spacing."""
     op = find_op(name)()
     assert isinstance(op, Composite)
     others = [None] * (len(op.operands) - 1)
@@ -173,7 +173,7 @@ def test_float64_interpretation_does_not_round_at_casts() -> None:
 
 
 def pool_forms(ceil: bool) -> list[tuple[int, int, int, int, int]]:
-    """Return axis size, kernel, stride, padding and dilation of every small pool that torch takes."""
+    """Return axis size, kernel, stride, padding and dilation of every small pooling that PyTorch accepts."""
     forms = [
         (n, k, stride, padding, dilation)
         for n in range(1, 9)

@@ -1,7 +1,8 @@
-"""Every registered op on every sample and dtype: reference against rules, body, gradient; backends against it.
+"""Every registered op on every sample and dtype: the reference is compared with rules, body and gradient, and the
+backends with the reference.
 
 An op without samples or without error samples fails. A test covers one op, or one op on one backend. It runs all
-samples, and in the last two tests all dtypes, and reports each failure.
+samples (the last two tests: in all dtypes) and reports each failure.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import DTYPES
 
-# A body may order its operations differently from the reference: thousands of float64's roundings.
+# A body may order its operations differently from the reference. This is thousands of float64's roundings.
 SAME = 1e-12
-# A central difference has an error of about the spacing to the power 2/3, times third derivatives, summed over terms.
+# A central difference has an error of about the spacing to the power 2/3, times third derivatives, summed over the
+# terms.
 DIFFERENCE = 1000 * EPSILON["f64"] ** (2 / 3)
 OWN = "own"  # a sample's dtypes
 # Ops whose gradient is not the derivative of their numbers, and the factor of the incoming gradient: casts to formats
-# that NumPy lacks, whose steps a difference sees, and ops that stop the gradient.
+# that NumPy lacks, whose rounding steps a difference would see, and ops that stop the gradient.
 FACTOR = {"round_to": 1.0, "stop_gradient": 0.0}
 
 
@@ -40,7 +42,9 @@ each_runner = pytest.mark.parametrize("run", RUNNERS)
 
 
 def dtypes_of(name: str, number: int) -> list[str | None]:
-    """Return None for the sample's own dtypes, and every other dtype for its floats, or its integers."""
+    """Return None, which stands for the sample's own dtypes, and every other dtype for its floats, or for its
+    integers.
+    """
     own = {t.dtype for t in OPS[name].samples[number].types if t is not None}
     other = [d.name for d in DTYPES.values() if d not in own and d.kind in {o.kind for o in own}]
     return [None, *(dtype for dtype in other if Case.of(name, number, dtype).takes_its_operands)]
@@ -61,7 +65,7 @@ def retyped(name: str) -> Iterator[tuple[str, Case]]:
 
 @dataclass(frozen=True)
 class Held:
-    """A graph on inputs, and the bounds of its outputs, which are the same for all runners."""
+    """A graph on inputs, with the bounds of its outputs, which are the same for all runners."""
 
     what: str
     graph: Graph
@@ -146,7 +150,7 @@ def test_the_gradient_equals_finite_differences(name: str) -> None:
 @each_runner
 @each_op
 def test_forward(name: str, run: str) -> None:
-    """Every sample, in every dtype."""
+    """Results of every sample, in every dtype."""
     with every_case() as each:
         for held in forwards(name):
             with each(held.what):
@@ -156,7 +160,7 @@ def test_forward(name: str, run: str) -> None:
 @each_runner
 @each_op
 def test_gradient(name: str, run: str) -> None:
-    """Every sample, in every dtype; on TVM, which compiles each, in the samples' own dtypes."""
+    """Gradients of every sample, in every dtype; on TVM, which must compile each, only in the samples' own dtypes."""
     with every_case() as each:
         for held in gradients(name):
             if run == "tvm" and f"-{OWN}-" not in held.what:
@@ -177,7 +181,7 @@ def hold(run: str, held: Held) -> None:
 
 
 def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Return a runner's results, which must have the inferred dtypes, whatever its library promotes to."""
+    """Return a runner's results. They must have the inferred dtypes, whatever dtype the library promotes to."""
     made = runner(run)(graph, inputs)
     for output, value in graph.main.outputs.items():
         assert made[output].dtype == (value.type.dtype.numpy or np.float32), output
@@ -185,7 +189,7 @@ def answer(run: str, graph: Graph, inputs: Mapping[str, Array]) -> Mapping[str, 
 
 
 def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
-    """Return True if the runner may refuse the graph; it must then refuse it with the reason."""
+    """Return True if the runner may refuse the graph; check that the runner then refuses it with that reason."""
     reason = refusal(run, graph)
     if reason is not None:
         with raises_freely(BackendError, match=reason):

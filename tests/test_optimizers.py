@@ -1,5 +1,5 @@
-"""Optimizers compared with torch.optim, step by step; new weights are stored where the old ones were; schedules at
-their edges.
+"""Optimizers compared with torch.optim, step by step. New weights overwrite the old ones in place. Schedules at their
+ends.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def types_of(shapes: Shapes) -> dict[str, Type]:
 
 
 def kept_by(graph: Graph) -> list[str]:
-    """Return the graph's state outputs: weights and moments."""
+    """Return the names of the outputs that are the new weights and moments."""
     return [name for name in graph.main.outputs if name != "norm"]
 
 
@@ -140,8 +140,8 @@ def assert_alike(
 ) -> None:
     """Assert equality within rounding.
 
-    Both sides round each operation to float32, in different orders: some 8 roundings of 2^-24 in a step until a
-    gradient is clipped, which count twice in its square.
+    Both sides round each operation to float32, in different orders. A step has about 8 roundings of 2^-24 until a
+    gradient is clipped; they count twice in the gradient's square.
 
     A moment is a sum of gradients, so its error is relative to its largest magnitude so far. A weight's error is
     relative to its largest magnitude so far, and to the largest change in a step.
@@ -162,14 +162,16 @@ def assert_alike(
 @each_optimizer
 @pytest.mark.parametrize("clip", [None, 2.0, 1e4])
 def test_it_steps_as_torch_does(optimizer: Optimizer, clip: float | None, backend: str) -> None:
-    """The norm of these gradients is about 13: a clip of 2 makes them shorter, one of 10,000 leaves them unchanged."""
+    """The norm of these gradients is about 13. Clipping to 2 makes them shorter; clipping to 10,000 leaves them
+    unchanged.
+    """
     weights, steps = drawn(SHAPES, 5)
     options: dict[str, Any] = {"rate": 0.01, "clip": clip, "share": 0.5}
     found = ours(optimizer, weights, steps, backend, **options)
     assert_alike(found, theirs(optimizer, weights, steps, **options), weights)
 
 
-# Backends compile each drawn case again, so few are drawn; shapes are small, because one compiled loop serves all
+# Backends compile each drawn case, so few cases are drawn. Shapes are small, because one compiled loop serves all
 # sizes.
 sizes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
 
@@ -223,7 +225,9 @@ ODD = {"none": 0.0, "an infinity": math.inf, "its negative": -math.inf, "no numb
 def test_what_is_not_finite_goes_where_it_does_in_torch(
     optimizer: Optimizer, kind: str, clip: float | None, backend: str
 ) -> None:
-    """One such element, and all zeros at the first step; then finite ones, on the resulting state."""
+    """One element that is not finite, and a first step of all zeros; then steps with finite gradients continue from the
+    resulting state.
+    """
     weights, steps = drawn({"a": (2, 3), "b": (4,)}, 4)
     for array in steps[0].values():
         array[...] = 0.0
@@ -253,7 +257,9 @@ def test_its_text_is_read_back_whatever_weights_are_called(optimizer: Optimizer)
 @each_backend
 @each_optimizer
 def test_new_values_lie_where_the_old_ones_did(optimizer: Optimizer, backend: str) -> None:
-    """All of them. A run needs memory for temporary values of one weight at a time, for any number of weights."""
+    """All new values are stored in place. A run needs memory for temporary values of only one weight at a time, for any
+    number of weights.
+    """
     peaks: list[int] = []
     for count in (2, 12):
         shapes = {f"h.{n}.w": (31 + n % 2, 64) for n in range(count)}
@@ -370,7 +376,7 @@ def test_rates_at_the_edges(kind: str) -> None:
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_fall_is_that_of_transformers(shape: Any, steps: int) -> None:
-    """Without a warmup: in transformers the first step has a rate of 0."""
+    """The schedule is compared without a warmup, since in transformers the first step of a warmup has a rate of 0."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)

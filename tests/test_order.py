@@ -1,4 +1,4 @@
-"""The order of steps: no other order needs less memory if it is called proven, and it never needs more than program
+"""The order of steps: if it is reported as proven, no other order needs less memory. It never needs more than program
 order.
 """
 
@@ -32,7 +32,7 @@ from treadle.passes.memory.plan_storage import PlanStorage, each_alone, over_not
 
 
 def peak_by_hand(problem: OrderProblem, order: Sequence[int]) -> int:
-    """Return the peak, computed from the lifetimes of buffers, which are looked up in the order."""
+    """Return the peak of an order, computed from the lifetimes of buffers."""
     at = {step: time for time, step in enumerate(order)}
     lives = [(min(at[s] for s in b.steps), max(at[s] for s in b.steps)) for b in problem.buffers]
     end, found = len(order), 0
@@ -98,7 +98,7 @@ def test_steps_that_gain_nothing_stay_in_program_order() -> None:
 
 
 def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
-    """Step 1 needs 100 bytes of workspace: it comes before 0, whose result lives until the end."""
+    """Step 1 needs 100 bytes of workspace. It must come before step 0, whose result lives until the end."""
     buffers = (Buffer(50, (0, 2)), Buffer(4, (1, 2)), Buffer(4, (2,), True))
     problem = OrderProblem(((), (), (0, 1)), buffers, (0, 100, 0), ((),) * 3)
     assert find_order(problem) == Order((1, 0, 2), 104, 104)
@@ -124,7 +124,9 @@ def test_the_search_goes_through_as_many_sets_as_it_may(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("count", "width"), [(3, 32), (125, 32), (126, 31), (2001, 1), (4001, 1)])
 def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly for up to two thousand sets, and then by a beam of 32 sets, or fewer for many steps."""
+    """The search is exact for up to two thousand sets of steps. Beyond that, a beam of 32 sets is used, or fewer for
+    many steps.
+    """
     given: list[int] = []
     program = tuple(range(count))
     monkeypatch.setattr(_Sets, "exact", lambda self, bound, peak, most: given.append(most) or (None, bound))
@@ -139,7 +141,7 @@ def test_how_long_is_searched(count: int, width: int, monkeypatch: pytest.Monkey
 def test_a_search_ends_soon_where_many_steps_may_follow(
     count: int, is_searched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each step stores a little, and needs more while it runs; so the one that needs least should come last."""
+    """Each step stores a little, and needs more while it runs. So the step that needs the least should come last."""
     looked: list[int] = []
     looking = _Sets.run
     monkeypatch.setattr(
@@ -194,7 +196,7 @@ def test_numbers_are_those_of_program_order(backend: str) -> None:
 
 
 def test_steps_with_one_order_are_told_from_others() -> None:
-    """Enumeration of the orders shows if there is a second one."""
+    """All orders are enumerated, which shows if there is a second one."""
     report = []
     for seed in range(24):
         function = next(iter(random_program(seed).functions.values()))
@@ -239,13 +241,13 @@ UPDATED_LATE = """graph updated {
 def test_who_reads_a_state_comes_before_its_update() -> None:
     main = parse_graph(UPDATED_LATE).main
     before = must_precede(main, each_alone(main))
-    assert before[3] == (0, 1)  # exp reads a view of the state's former value
+    assert before[3] == (0, 1)  # exp reads a view of the state's old value
     assert before[4] == (3,)
 
 
 @pytest.mark.parametrize("merged", [True, False])
 def test_what_lies_as_its_reader_wants_it_is_written_over_nothing(merged: bool) -> None:
-    """Its storage has the reader's layout, so an order of steps saves nothing there."""
+    """The storage has the reader's layout, so another order of steps saves no memory there."""
 
     def build(b: Builder) -> Expr:
         y = b.exp(b.tanh(b.input("x", "f32[S, 2, 4]")))

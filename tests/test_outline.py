@@ -1,4 +1,4 @@
-"""Outlining: the repetitions that share a function, and unchanged results."""
+"""Outlining: repetitions that become calls of one function, with unchanged results."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def spelled_out(model: t.Model) -> Graph:
 
 
 def calls(graph: Graph) -> dict[str, int]:
-    """Count the calls of each function, in all functions together."""
+    """Return the number of calls of each function, counted in all functions together."""
     return dict(Counter(node.op.callee for _, node in graph.walk() if node.op.callee is not None))
 
 
 def values_of(graph: Graph) -> dict[str, Any]:
-    """Return the outputs on drawn inputs and weights, in float64; equal names have equal numbers."""
+    """Return the outputs in float64 on drawn inputs and weights; inputs of equal names have equal numbers."""
 
     def drawn(name: str, shape: tuple[int, ...]) -> Any:
         return np.random.default_rng(list(name.encode())).standard_normal(shape)
@@ -44,7 +44,9 @@ def values_of(graph: Graph) -> dict[str, Any]:
 
 
 def check(model: t.Model, expected: dict[str, int]) -> Graph:
-    """Check that the graph verifies, has these numbers of calls, prints and parses, and keeps the traced results."""
+    """Check that the graph verifies, has these numbers of calls, prints and parses, and returns the results of the
+    traced graph.
+    """
     plain = values_of(spelled_out(model))
     graph = model.graph()
     verify(graph)
@@ -151,7 +153,7 @@ def test_shapes_that_grow() -> None:
 
 
 def test_weights_of_all_repetitions() -> None:
-    """As in ALBERT, declared before the loop: each call passes the same weights."""
+    """As in ALBERT, the weights are declared before the loop: each call passes the same weights."""
 
     @t.model
     def model(x: t.f32["B 4"]):
@@ -191,7 +193,9 @@ def test_a_weight_used_twice_is_not_two_weights() -> None:
 
 
 def test_a_weight_of_the_layer_before() -> None:
-    """If repetition i reads i - 1's weight, that weight's name differs in the block, so it gets its own function."""
+    """If repetition i reads a weight of repetition i - 1, the weight has another name in the block, so the repetition
+    gets a separate function.
+    """
 
     @t.model
     def model(x: t.f32["B 4"]):
@@ -216,7 +220,7 @@ def test_stacks_in_stacks() -> None:
     graph = check(model, {"body_stage_h": 2, "body_stage": 3})
     assert [n.scope for n in graph.functions["body_stage"].nodes] == ["h.0", "h.1", ""]
     assert list(graph.functions["body_stage"].parameters) == ["h.0.w", "h.1.w", "after"]
-    # the different repetition changes its stage as well
+    # the repetition that differs makes its stage differ as well
     check(model.configure(odd=(1, 0)), {"body_stage_h": 5 - 2, "body_stage_h_2": 1, "body_stage": 2, "body_stage_2": 1})
 
 
@@ -339,7 +343,7 @@ def test_a_repetition_that_makes_nothing_anyone_reads() -> None:
 
 @pytest.mark.parametrize("leave", ["break", "return", "raise"])
 def test_leaving_a_loop_early(leave: str) -> None:
-    """The part of the last repetition before the exit is a block of its own, and later ops are outside."""
+    """The part of the last repetition before the exit becomes a separate block, and later ops stay outside."""
 
     class Done(Exception):
         pass

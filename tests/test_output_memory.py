@@ -12,7 +12,7 @@ import treadle as t
 pytest.importorskip("tvm")
 
 ROWS = 1 << 11
-"""Rows of an output whose memory is reused: 2,048 x 256 numbers, 2 MiB."""
+"""Rows of an output that is large enough for its memory to be reused: 2,048 x 256 numbers, 2 MiB."""
 
 
 @t.model

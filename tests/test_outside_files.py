@@ -1,4 +1,4 @@
-"""Boundaries to the outside: files that are opened, read, written and removed, limits, names and errors."""
+"""Access to the file system: files that are opened, read, written and removed, limits, names and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="pipes, owners and links a
 
 @posix
 def test_only_a_regular_file_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a pipe without a writer does not block."""
+    """Opening a pipe that has no writer does not block."""
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     Path("folder").mkdir()
@@ -176,7 +176,7 @@ def test_two_months_are_kept_to_the_second(tmp_path: Path, monkeypatch: pytest.M
 
 @dataclass(frozen=True)
 class _Folder:
-    """A stand-in for a folder with an owner, a group and a mode, and for its parents."""
+    """A stand-in for a folder with an owner, a group and a mode, and for the folder's parents."""
 
     uid: int = 7
     gid: int = 8
@@ -202,7 +202,7 @@ class _Folder:
         (_Folder(), True),
         (_Folder(uid=0), True),
         (_Folder(uid=1), False),
-        (_Folder(mode=0o775), True),  # of the user's own group
+        (_Folder(mode=0o775), True),  # the user's own group
         (_Folder(mode=0o775, gid=0), True),
         (_Folder(mode=0o775, gid=1), False),
         (_Folder(gid=1), True),
@@ -281,9 +281,9 @@ def test_a_path_is_shown_as_long_as_a_system_takes_it() -> None:
 
 def test_a_name_that_is_near_is_near_by_three_fifths() -> None:
     names = NearestNames(["abcfg", "abxyz"])
-    assert names.of("abcde") == ["abcfg"]  # 6 of 10 characters
+    assert names.of("abcde") == ["abcfg"]  # 6 of 10 characters agree
     assert names.of("abcde", 2, 0.4) == ["abcfg", "abxyz"]
-    assert names.of("abcdeh") == []  # 6 of 11
+    assert names.of("abcdeh") == []  # 6 of 11 agree
 
 
 def test_an_error_reads_line_by_line() -> None:

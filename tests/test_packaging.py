@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "models": {"frontends", "ir", "files"},
     "treadle": {"models", "runtime", "backends", "passes", "frontends", "ir", "files"},
 }
-"""The layers, one for each top-level folder, and the lower layers that each may import."""
+"""The layers, one for each top-level folder, and the layers that each may import."""
 
 LAYERS = sorted(MAY_IMPORT)
 BESIDE = ["benchmarks", "examples", "tests"]
@@ -139,7 +139,7 @@ def packaged_files() -> set[str]:
 
 
 def test_type_checkers_see_every_file_of_the_packages(tmp_path: Path) -> None:
-    """`make .typecheck` creates links to all of them, so that `make lint` checks every file."""
+    """`make .typecheck` creates links to all files, so that `make lint` checks every file."""
     if shutil.which("make") is None:
         pytest.skip("needs make")
     for layer in LAYERS:
@@ -156,7 +156,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path
 
 
 def test_a_strict_editable_install_is_a_folder_that_type_checkers_can_follow(source: Path, tmp_path: Path) -> None:
-    """As README describes: a path that contains every module, with the code of the checkout."""
+    """As README describes, the installation is a path that contains every module, with the code of the checkout."""
     program = (
         "import sys\n"
         "from setuptools.build_meta import build_editable\n"
@@ -191,7 +191,7 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
 
 
 def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:
-    """With its root on the path, and without the import hooks of an editable install."""
+    """The checkout's root is on the path, and the import hooks of an editable install are absent."""
     program = (
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in f'{f.__module__} {f}'.lower()]\n"
@@ -256,7 +256,7 @@ def test_importers_share_recipes_and_nothing_else() -> None:
 
 
 def test_the_front_door_imports_in_one_order() -> None:
-    """No module of `treadle/` imports itself indirectly, inside functions either; imports for types are exempt."""
+    """No module of `treadle/` imports itself indirectly, also not inside functions; imports for types are exempt."""
     needs: dict[str, set[str]] = {}
     for path in python_files("treadle"):
         if path.name != "__init__.py":
@@ -292,7 +292,9 @@ def test_imports_are_absolute_and_by_the_full_name() -> None:
 
 
 def test_no_file_is_named_after_a_library() -> None:
-    """A folder may have such a name: `treadle.backends.torch` is named after its target, but no file is torch.py."""
+    """A folder may have a library's name: `treadle.backends.torch` is named after its target. But no file is named
+    torch.py.
+    """
     libraries = {
         name.partition(".")[0]
         for path in python_files(*LAYERS, *BESIDE)
@@ -305,9 +307,9 @@ def test_no_file_is_named_after_a_library() -> None:
 
 
 def test_no_two_things_have_one_name() -> None:
-    """Two public classes with one name are two things that a reader can only distinguish by their files.
+    """If two public classes have the same name, a reader can only distinguish them by their files.
 
-    A rewrite that builds an op, and a kernel that computes one, may have the op's name: all of them concern one thing.
+    A rewrite that builds an op, and a kernel that computes an op, may have the op's name.
     """
     places: dict[str, dict[str, str]] = {}
     double = []
@@ -332,7 +334,8 @@ def test_no_module_is_a_drawer() -> None:
 def test_no_module_shares_a_name_with_what_it_exports() -> None:
     """Otherwise `treadle.x.name` would be the module or the function, depending on the order of imports.
 
-    A family's file is named after the declaration in it (models/gpt2.py, gpt2): its package re-exports none of them.
+    A family's file is named after the declaration in it (models/gpt2.py, gpt2): so its package does not re-export the
+    declaration.
     """
     for path in python_files(*(layer for layer in LAYERS if layer != "models")):
         defined = {
@@ -381,12 +384,12 @@ CHANGING = {
     "treadle/training/run_report.py": {"RunReport"},
     "treadle/training/text_training.py": {"TextTraining"},
 }
-"""Dataclasses that change while something is built from them. All others are values: frozen, and therefore usable as
+"""Dataclasses that change while something is built from them. All others are values: they are frozen, and usable as
 keys.
 """
 
 BY_IDENTITY = {"Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
-"""The dataclasses of these that are compared by identity."""
+"""Members of CHANGING that are compared by identity."""
 
 
 def test_values_are_frozen() -> None:

@@ -1,5 +1,5 @@
-"""Each rank reads its part of a checkpoint: measured by the bytes it counts, and by the pages of the file that it
-touches.
+"""Each rank reads only its part of a checkpoint: checked by the bytes that the rank counts, and by the pages of the
+file that are loaded.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def planned(resolved: Resolved, recipe: str, mesh: str) -> ShardingPlan:
 
 
 def touched(path: Path) -> int:
-    """Return the bytes of a mapped file that are in this process's memory."""
+    """Return the number of bytes of a mapped file that are in this process's memory."""
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
@@ -112,7 +112,7 @@ def test_ranks_read_their_parts_and_count_them(tmp_path: Path, dtype: str, recip
 
 
 def test_a_rank_touches_its_part_of_the_file(tmp_path: Path) -> None:
-    """Systems map a file in runs of up to 2 MB, so its tables are large. Planning touches none of them."""
+    """Systems map a file in runs of up to 2 MB, so the test's tables are large. Planning loads none of their pages."""
     path = written(tmp_path, "bf16", vocab=32768)
     resolved = resolve(tmp_path, deferred=True)
     plan = planned(resolved, "megatron", "tp=4")
@@ -170,7 +170,7 @@ def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_pat
 
 
 def test_ranks_compare_the_shapes_and_the_ends_of_weights() -> None:
-    """Eight numbers at each end of each dimension, so the check reads little."""
+    """The check reads eight numbers at each end of each dimension, which is little."""
     held = np.arange(40.0)
     text = _weights_text({"w": held}, 0)
     for at, differs in ((0, True), (7, True), (8, False), (31, False), (32, True), (39, True)):

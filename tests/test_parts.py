@@ -79,7 +79,7 @@ BLOCKS = [("int8_rows", "uint8_rows"), ("int8_rows", "int8_rows"), ("int4_groups
 @pytest.mark.parametrize(("first", "last"), [(1, 1), (1, 2), (2, 2), (0, 3)])
 @pytest.mark.parametrize(("weight", "rows"), BLOCKS)
 def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, first: int, last: int) -> None:
-    """A region that produces them, one that reads them, and one that does both."""
+    """The regions produce rows in blocks, read them, or do both."""
     graph = Graph("blocks")
     b = Builder(graph)
     x = b.tanh(b.input("x", "f32[S, 64]"))
@@ -93,13 +93,15 @@ def test_rows_in_blocks_are_cut_and_joined_as_others(weight: str, rows: str, fir
     assert region is not None
     check_parts(graph, compute_in_parts(graph, region, 3))
     verify(graph)
-    for given, y in zip(few, wanted, strict=True):  # for one row two of the parts are empty
+    for given, y in zip(few, wanted, strict=True):  # for one row, two of the parts are empty
         np.testing.assert_array_equal(interpret(graph, given, weights)["y"], y)
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 def test_a_part_may_be_empty(backend: str) -> None:
-    """A symbolic axis may have this at small sizes: ops on their samples, in one part more than there are elements."""
+    """A part of a symbolic axis may be empty at small sizes. Ops run on their samples in one part more than there are
+    elements.
+    """
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     tried, failed = 0, []
@@ -108,7 +110,7 @@ def test_a_part_may_be_empty(backend: str) -> None:
         graph = case.forward_graph()
         regions = [find_region(graph, graph.main, graph.main.nodes, dim) for dim in range(4)]
         found = [r for r in regions if r is not None and "weight" not in {v.name for v in r.dims}]
-        if not found:  # a convolution with no channels has no form in PyTorch
+        if not found:  # PyTorch has no convolution without channels
             continue
         region = found[number % len(found)]
         try:
@@ -137,7 +139,9 @@ def test_the_axis_along_which_blocks_lie_is_not_cut() -> None:
 
 
 def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
-    """Runs of up to three nodes: the axis, its dimension in each value, and whether ops have a form on a part."""
+    """For runs of up to three nodes: the axis, its dimension in each value, and True if all ops are defined on a
+    part.
+    """
     shown = []
     for seed in range(3):
         program = random_program(seed)
@@ -158,7 +162,9 @@ def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
 
 
 def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
-    """Other ranks communicate exactly as often as their own programs say."""
+    """Collectives are neither computed in parts nor recomputed: other ranks communicate exactly as often as their own
+    programs say.
+    """
     b = Builder(Graph("met"))
     x = b.apply("all_reduce", b.input("x", "f32[B, 8]"), over="tp", ways=2)
     b.outputs(y=b.relu(x) + b.tanh(x))
@@ -255,15 +261,15 @@ AGAIN = """graph g {
     ("line", "again"),
     [
         ("n = exp(x)", True),
-        ("n = linear(x, $w)", True),  # of 96 rows: 16 operations per byte
-        ("n = linear(x, $v)", False),  # of 97 columns: more
+        ("n = linear(x, $w)", True),  # 96 rows: 16 operations per byte
+        ("n = linear(x, $v)", False),  # 97 columns: more operations per byte
         ("n = h(x)", False),
         ('n = rearrange(x, pattern="s d -> s d")', False),
         ("n, m = top_k(x, k=96)", False),
     ],
 )
 def test_what_is_cheap_is_computed_for_each_that_reads_it(line: str, again: bool) -> None:
-    """If its operands live anyway, here up to the end."""
+    """A cheap value is recomputed for each reader if its operands live anyway, here until the end."""
     graph = parse_graph(
         "graph g { parameters { w: f32[96, 96] v: f32[97, 96] }"
         " block h(x: f32[96, 96]) -> (y: f32[96, 96]) { y = exp(x) return y = y }"
@@ -287,7 +293,9 @@ def test_what_nobody_reads_later_is_not_kept_to_compute_again() -> None:
 
 
 def test_parts_say_where_they_are_from(golden: Golden) -> None:
-    """As text, with scopes and lines: the slices, the nodes that compute a part, and the nodes that join the parts."""
+    """The text, with scopes and lines, of the slices, of the nodes that compute a part, and of the nodes that join the
+    parts.
+    """
     graph = parse_graph(PARTED)
     region = find_region(graph, graph.main, graph.main.nodes[1:3], 0)
     assert region is not None
@@ -343,7 +351,7 @@ def first_part(graph: Graph, parted: Parted) -> Function:
 
 
 def change_slices(parted: Parted, part: int, **changes: int) -> None:
-    """Increase the named attributes of each slice of a part."""
+    """Increase the given attributes of each slice of a part."""
     for node in parted.parts[part].slices.values():
         node.op = replace(node.op, **{name: getattr(node.op, name) + more for name, more in changes.items()})  # type: ignore[type-var]
 

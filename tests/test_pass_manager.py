@@ -52,7 +52,7 @@ class Custom(Rewrite):
 
 def applied(spelled: Any, *lines: str, takes: str = "x: f32[B]", gives: str = "y: f32[B]") -> bool:
     """Return True if a pattern matches some node of a program."""
-    wrong = PassManager([Custom(spelled)], certify=False)  # certificates would reject all of them
+    wrong = PassManager([Custom(spelled)], certify=False)  # certificates would reject all of these rewrites
     return bool(wrong.run(parse_graph(program(takes, gives, *lines))).log[0].matches)
 
 
@@ -66,7 +66,7 @@ def test_a_wildcard_is_one_value_wherever_it_stands() -> None:
 
 
 def test_an_operand_and_an_attribute_are_never_one_wildcard() -> None:
-    """Even if both have the same number: `y` is a value, and an attribute is not a value."""
+    """They stay distinct even if both have the same number: `y` is a value, and an attribute is not a value."""
 
     def inner(p: Any, x: Any, y: Any) -> Any:
         return p.softmax(x + y, axis=y)
@@ -91,7 +91,9 @@ def test_operands_of_other_ops_do_not_change_places() -> None:
 
 @pytest.mark.parametrize("number", [0.1, 0.1000001])
 def test_constants_match_within_the_rounding_of_their_dtype(number: float) -> None:
-    """0.1 is not a float32, so its nearest one must match; a float32 that is 13 units away must not."""
+    """0.1 is not a float32, so the nearest float32 must match; a float32 that is 13 units in the last place away must
+    not.
+    """
     lines = (f"a = mul(x, {number})", "return y = a")
     assert applied(lambda p, x, y: x * 0.1, *lines) == (number == 0.1)
 
@@ -156,7 +158,7 @@ def test_a_pattern_counts_the_least_ops_that_it_has(spelled: Any, size: int, roo
 def test_check_sees_captures_and_refuses_with_the_users_line() -> None:
     @dataclass(frozen=True)
     class OnlyVectors(Rewrite):
-        """exp(neg(x)) --> relu(x) for vectors, a wrong rewrite that must be refused"""
+        """exp(neg(x)) --> relu(x) for vectors: a wrong rewrite, which must be refused"""
 
         def pattern(self, p: Any, x: Any) -> Any:
             return p.exp(p.named("inner", -x))
@@ -196,7 +198,7 @@ def test_a_replacement_stands_where_the_root_stood() -> None:
 
 
 def blocks() -> Graph:
-    """A block called twice, with an unused result, input and weight, and a function that is never called."""
+    """A block that is called twice, with an unused result, input and weight, and a function that is never called."""
     graph = Graph("g")
     forgotten, block = Function("forgotten"), Function("block")
     b = Builder(graph, forgotten)
@@ -238,7 +240,7 @@ def test_dead_code_crosses_functions() -> None:
         "removed function forgotten, which is never called",
         "removed unused weights: a.spare, b.spare",
     ]
-    # a function, a result of another with its node, two arguments, a node of main, and three weights
+    # a function, a result of another function with its node, two arguments, a node of main, and three weights
     assert optimized.log[0].changes == 9
     assert_same_numbers(optimized.source, graph)
 
@@ -342,7 +344,7 @@ def test_optimizing_twice_changes_nothing_more() -> None:
 
 @dataclass(frozen=True)
 class Breaking(Pass):
-    """Leave a use of a value that no node produces; or, if so configured, raise an error."""
+    """Leave a use of a value that no node produces; if configured so, raise an error instead."""
 
     stumble: bool = False
 
@@ -409,7 +411,7 @@ def test_any_graph_verifies_after_every_pass_and_keeps_its_signature(graph: Grap
 @given(random_graphs())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
-    """Without constant folding, which rounds to the graph's own dtypes and so differs from float64 by design."""
+    """Constant folding is left out: it rounds to the graph's own dtypes, and so differs from float64 by design."""
     optimized = PassManager([each for each in DEFAULT if not isinstance(each, FoldConstants)]).run(graph)
     try:
         wanted = numbers(graph)
@@ -417,7 +419,7 @@ def test_any_graph_that_can_be_run_keeps_its_numbers(graph: Graph) -> None:
         reject()
     got = numbers(optimized.graph)
     for name, array in wanted.items():
-        # The default tolerance of float32: each op and its decomposed form round their constants once.
+        # The default tolerance of float32, because each op and its decomposed form round their constants once.
         np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 

@@ -21,7 +21,7 @@ TOLERANCE = 1000 * 300 * 2.0**-52
 
 
 ASKED = ("y", "y[:, 0]", "y", "y[:, -1:]", "y[:, 1:3]")
-"""The requested parts of a program's output; some programs return it whole."""
+"""The requested parts of a program's output; "y" requests the whole output."""
 
 
 def optimized(seed: int) -> Optimized:
@@ -50,7 +50,7 @@ def rules() -> Iterator[str]:
 
 
 def test_the_programs_leave_no_rewrite_idle() -> None:
-    """Otherwise the test above would not cover a rewrite that never applied."""
+    """Otherwise the test above would say nothing about a rewrite that never applied."""
     logs = [optimized(seed).log for seed in range(PROGRAMS)]
     at_work = {event.rule for log in logs for record in log for event in record.matches}
     at_work |= {record.name for log in logs for record in log if record.changed}

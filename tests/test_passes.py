@@ -1,6 +1,4 @@
-"""Passes: each rewrite by a program before and after, its refusals with their reasons, and the same numbers
-throughout.
-"""
+"""Passes: each rewrite by a program before and after, its refusals with their reasons, and unchanged numbers."""
 
 from __future__ import annotations
 
@@ -43,12 +41,12 @@ class Case:
 def unary(
     name: str, each: Pass, before: Sequence[str], after: Sequence[str], x: str = "f32[B, S, 8]", y: str = ""
 ) -> Case:
-    """Return a case on one input x with one output y."""
+    """Return a case with one input x and one output y."""
     return Case(name, each, program(f"x: {x}", f"y: {y or x}", *before), program(f"x: {x}", f"y: {y or x}", *after))
 
 
 def swapped(lines: Sequence[str], old: str, new: str) -> list[str]:
-    """Return lines with one text in them replaced."""
+    """Return the lines with one text in them replaced by another."""
     assert any(old in line for line in lines)
     return [line.replace(old, new) for line in lines]
 
@@ -141,7 +139,7 @@ CANONICALIZED = [
             "return y = b",
         ],
         [
-            'r = rearrange(0.0, pattern="-> 1 1")',  # removed by dead-code
+            'r = rearrange(0.0, pattern="-> 1 1")',  # dead-code removes this node
             "z = expand(r, shape=[B, S, 8])",
             "h = expand(2.0, shape=[S, 8])",
             "b = minimum(x, 2.0)",
@@ -235,7 +233,8 @@ CANONICALIZED = [
             f"slice-of-positions-{name}",
             Canonicalize(),
             ["n = iota(size=64)", *(line.format("n", "m") for line in lines), f"c = slice(m, axis=0, {span})", *READ],
-            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), *after, *READ],  # dead-code has the rest
+            # dead-code removes the rest
+            ["n = iota(size=64)", *(line.format("n", "m") for line in lines), *after, *READ],
             x="f32[S]",
         )
         for name, span, lines, after in (
@@ -777,7 +776,7 @@ def test_near_miss_is_left_alone_and_says_why(case: Case) -> None:
 
 
 def test_an_index_of_many_sums_is_looked_at_once() -> None:
-    """Each sum reads the previous one twice: 2^60 paths, and numbers that overflow i64."""
+    """Each sum reads the preceding sum twice: there are 2^60 paths, and numbers that overflow i64."""
     for count, found in ((20, 1), (60, 0)):
         sums = [f"n{i + 1} = add(n{i}, n{i})" for i in range(count)]
         lines = [f"b = less(n{count}, 0)", f"n = where(b, x, n{count})", f"g = gather(x, n{count})", "y = add(n, g)"]
@@ -789,7 +788,7 @@ def test_an_index_of_many_sums_is_looked_at_once() -> None:
 
 
 def test_a_bf16_constant_is_one_only_if_it_is_one() -> None:
-    """bf16 has no number between 1 and 1.0078125."""
+    """bf16 has no number between 1 and 1.0078125, so a constant between them is not 1."""
     for number, nodes in ((1.0, 0), (1.0078125, 1)):
         before = program("x: bf16[2]", "y: bf16[2]", f"a = mul(x, {number}:bf16)", "return y = a")
         assert len(optimize(before, Canonicalize()).graph.main.nodes) == nodes

@@ -1,5 +1,5 @@
-"""Perplexity of a language model on a text: equal to Hugging Face's losses, window by window, and compared with low-bit
-weights.
+"""Perplexity of a language model on a text: equal to the loss of Hugging Face's model for each window, and compared
+with low-bit weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEXT = " ".join(texts(12, 3))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny GPT-2 of 40 positions with drawn weights, and a byte-level tokenizer."""
+    """Return the folder of a tiny GPT-2 with 40 positions and drawn weights, and a byte-level tokenizer."""
     place = tmp_path_factory.mktemp("gpt2")
     made = tokenizers.ByteLevelBPETokenizer()
     made.train_from_iterator(texts(100, 7), vocab_size=300)
@@ -52,7 +52,7 @@ def ids(folder: Path) -> list[int]:
 
 
 def losses(folder: Path, row: list[int]) -> np.ndarray:
-    """Return -ln p of each token but the first, with Hugging Face's logits."""
+    """Return -ln p of each token except the first, from Hugging Face's logits."""
     model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
         report = torch.log_softmax(model(torch.tensor([row])).logits[0].double(), -1)
@@ -71,7 +71,7 @@ def test_of_one_window_it_is_what_hugging_faces_losses_say(folder: Path, ids: li
 
 
 def test_of_several_each_token_is_counted_once(folder: Path, ids: list[int]) -> None:
-    """In the first window that contains it with at least half a window before it."""
+    """Each token counts in the first window that contains it with at least half a window before it."""
     model = t.load(folder)
     found = model.perplexity(TEXT, window=16, most=45)
     parts = [losses(folder, ids[:16])]
@@ -122,7 +122,9 @@ def test_fewer_bits_stand_beside_the_model_without_them(folder: Path, ids: list[
 
 
 def test_fewer_bits_of_a_files_own_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`--widen blocks` turns a GGUF file's blocks into numbers, which --quantize rounds; without it there are none."""
+    """`--widen blocks` turns a GGUF file's blocks into numbers, which --quantize rounds. Without it, there are no
+    numbers to round.
+    """
     pytest.importorskip("gguf")
     from tests.fuzz.gguf_files import Sizes, tensors, write_model
 
@@ -167,7 +169,7 @@ def test_what_has_no_perplexity(
 
 
 def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[int]) -> None:
-    """For a model of any number of tokens a window may have any length."""
+    """If the model takes any number of tokens, a window may have any length."""
     rows = SimpleNamespace(shape=[SimpleNamespace(as_symbol=None)])
 
     class Model:
@@ -186,7 +188,8 @@ def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[in
     with pytest.raises(UsageError, match=r"^a window has at least 2 tokens\n"):
         made.measure(range(2), window=1)
     steep: Any = Model(0.0)
-    steep.fill = np.array([1e30, *[0] * 7], np.float32)  # all but token 0 have a probability below float's resolution
+    # the probability of all tokens except token 0 is below float's resolution
+    steep.fill = np.array([1e30, *[0] * 7], np.float32)
     assert PerplexityMeter(steep, None, None).measure([0, 1]).perplexity == math.exp(700)  # type: ignore[arg-type]
     for wrong in (math.nan, math.inf):
         made = PerplexityMeter(Model(wrong), None, None)  # type: ignore[arg-type]

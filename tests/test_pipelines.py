@@ -1,5 +1,5 @@
-"""Pipelines: the division of layers into stages, the work of each stage's ranks, and its schedule. Also weights that
-are gathered ahead.
+"""Pipelines: the division of layers into stages, the programs of each stage's ranks, and its schedule. Also weights
+that are gathered early.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import device_needs, rank_graph, shard_model, try_in_lab
 
 NEAR = 1e-11
-"""Sums of some hundred float64 numbers near 1, in another order."""
+"""Tolerance for sums of some hundred float64 numbers near 1, in another order."""
 
 MEETING = ("clip", "siglip")
-"""Families whose rows communicate: images with texts."""
+"""Families whose rows depend on each other: each image is compared with each text."""
 
 SMALL: dict[str, Any] = {"layers": 8, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
 
@@ -93,7 +93,7 @@ def test_ranks_hold_the_weights_of_their_stage_alone() -> None:
 
 
 def sloped_blocks(count: int) -> Graph:
-    """Return inlined blocks whose heads read one constant, as ALiBi's do."""
+    """Return blocks without calls whose heads read one constant, as ALiBi's do."""
     b = Builder(Graph("sloped"))
     x, slopes = b.input("x", "f64[B, S, 8]"), b.constant(np.arange(1.0, 9.0))
     for n in range(count):
@@ -159,7 +159,7 @@ def test_values_of_rank_0_are_inputs_weights_constants_and_outputs(mesh: str, re
 
 
 def test_an_output_has_its_micro_batches_in_order() -> None:
-    """Splits of a micro-batch's positions are gathered before the micro-batches are concatenated."""
+    """The positions of a micro-batch are gathered before the micro-batches are concatenated."""
     b = Builder(Graph("split"))
     x = b.input("x", "f64[B, 8]")
     y = b.softmax(b.rms_norm(b.abs(x) + b.parameter("v", "f64[8]"), b.parameter("w", "f64[8]")), axis=1)
@@ -182,7 +182,7 @@ def test_an_output_has_its_micro_batches_in_order() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_cut_is_the_best_of_all_cuts(seed: int) -> None:
-    """The smallest slowest stage, and then the fewest transferred bytes."""
+    """The best division has the fastest slowest stage; among equals, the fewest transferred bytes."""
     r = Random(seed)
     count = r.randint(1, 5)
     seconds = [r.choice([0.0, 1.0, 2.0, 5.0, r.random()]) for _ in range(r.randint(count, 9))]
@@ -217,9 +217,9 @@ def test_a_heavy_end_has_a_stage_of_its_own() -> None:
 
 
 def test_what_follows_from_inputs_is_not_handed_on() -> None:
-    """BERT's mask, which all layers read, depends on inputs.
+    """BERT's mask, which all layers read, depends only on inputs, so each stage computes it.
 
-    T5's biases depend on weights and positions, and are the same for all micro-batches: they are sent once.
+    T5's biases depend on weights and positions, and are the same for all micro-batches. So they are sent once.
     """
     plan = shard(recognized("bert"), "pp=2,micro=3", recipe="gpipe")
     assert [value.name for value, _ in pipeline_of(plan).stages[1].receives] == ["mlp_norm"]
@@ -350,7 +350,7 @@ def test_a_wrong_pipeline_is_refused(change: Callable[[PlannedPipeline], Planned
 
 
 def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
-    """Plans of other recipes that are declared to be pipelines."""
+    """Plans of other recipes, declared as pipelines, must be refused."""
     made = pipeline_of(shard(recognized("gpt2"), "pp=2,micro=2", recipe="gpipe"))
     for axes, expected in (
         ({"heads": "pp"}, "are split over pp"),
@@ -368,7 +368,7 @@ def test_ranks_do_not_meet_over_stages_or_micro_batches() -> None:
 def test_predicted_seconds_hold_the_bubble() -> None:
     """If stages take equally long, ranks wait for (stages - 1) / (micro-batches + stages - 1) of the time.
 
-    Otherwise they wait longer.
+    If stages take different times, ranks wait longer.
     """
     shape: dict[str, Any] = {"layers": 6, "dim": 1024, "heads": 16, "vocab": 1000, "context": 1024}
     sizes = {"B": 16, "S": 1024}

@@ -1,4 +1,6 @@
-"""Meshes and placements: text that parses back, and parts that cover a value, each element once."""
+"""Meshes and placements: the text parses back to the same placement, and the parts of a value cover each element
+once.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,8 @@ def test_a_placement_reads_back(text: str) -> None:
     mesh = Mesh.of("tp=8,dp=2,ep=2")
     placed = parse_placement(text, mesh)
     assert parse_placement(placed.text(mesh), mesh) == placed
-    assert placed.text(mesh) == text or "dp" in placed.text(mesh)  # the axes of partial sums have their own order
+    # the axes of partial sums are printed in their own order
+    assert placed.text(mesh) == text or "dp" in placed.text(mesh)
 
 
 def test_text_that_is_no_placement_is_refused() -> None:
@@ -107,7 +110,7 @@ def test_text_that_is_no_placement_is_refused() -> None:
     with pytest.raises(ParseError, match="a dimension is split over nothing") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))
     assert error.value.hint == "- for a whole dimension"
-    with pytest.raises(ParseError, match="not a placement"):  # quickly: each digit is parsed in one way only
+    with pytest.raises(ParseError, match="not a placement"):  # quickly, because each digit is parsed in only one way
         parse_placement("[-] sum(" + "(1)" + "1" * 10 + "(1)1111111111" * 40 + "!", Mesh.of("tp=2"))
 
 
@@ -212,7 +215,7 @@ def test_without_the_last_axis_a_split_is_the_split_over_the_others(text: str, s
     ],
 )
 def test_a_group_that_reaches_beyond_its_node_has_the_slow_link(mesh: str, over: str, is_fast: bool) -> None:
-    """Eight devices: the distance between the group's ranks counts."""
+    """The group needs two of eight devices: the distance between its ranks decides about the link."""
     machine, laid = find_machine("h100"), Mesh.of(mesh)
     assert machine.link(laid, laid.parts_of(over)) == (machine.fast if is_fast else machine.slow)
 
@@ -275,7 +278,7 @@ def test_terms_lie_in_an_order_of_their_own() -> None:
 # -- costs -------------------------------------------------------------------------------------------------------------
 
 ROUND = Machine(flops=1.0, bandwidth=128.0, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
-"""For four ranks with an f32[8, 16], of 512 bytes."""
+"""A machine for round numbers: four ranks with an f32[8, 16] of 512 bytes."""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tests.plain_english import counts, findings_in_page, findings_in_source
 
 
 def kinds(source: str, file: str = "ir/planted.py") -> list[tuple[str, int]]:
-    """Return kind and line of all findings in a planted source, in order of lines."""
+    """Return kind and line of all findings in a planted source, in the order of lines."""
     return sorted(((f.kind, f.line) for f in findings_in_source(source, file)), key=lambda pair: (pair[1], pair[0]))
 
 

@@ -1,5 +1,5 @@
-"""Poison mode: dead memory is filled with NaN, which changes no result of a right plan and shows in the result of a
-wrong one.
+"""Poison mode: dead memory is filled with NaN. This changes no result of a right plan, and shows in the result of a
+wrong plan.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(graph: Graph, backend: str, given: dict[str, Array], poison: bool) -> di
         patch.setenv("TREADLE_POISON", "1" if poison else "0")
         executable = treadle.compile(graph, backend=backend, seed=1)
         executable(**given)
-        return bits(executable(**given))  # the second time, memory holds the first run's values
+        return bits(executable(**given))  # in the second run, memory holds the first run's values
 
 
 @each_backend
@@ -71,7 +71,7 @@ def test_a_kernel_that_reads_what_is_dead_computes_with_nan(monkeypatch: pytest.
 
 @python_backends
 def test_a_line_that_reads_what_is_dead_computes_with_nan(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The life of a storage ends before a view of it is read."""
+    """In this plan, a storage dies before a view of it is read."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     chosen, target = find_backend(backend), Target("cpu")
     assert isinstance(chosen, StagedBackend)
@@ -94,7 +94,7 @@ def test_a_line_that_reads_what_is_dead_computes_with_nan(backend: str, monkeypa
 
 @needs_torch
 def test_what_a_library_allocated_is_filled_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm, for which PyTorch has no form that writes into a destination."""
+    """The op is a norm: PyTorch cannot write its result into a given destination."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     backend, target = find_backend("torch"), Target("cpu")
     assert isinstance(backend, StagedBackend)
@@ -158,7 +158,7 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 @needs_tvm
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_no_kernel_allocates_for_itself(name: str) -> None:
-    """No kernel refers to the allocators of TVM or the C library: no memory is outside the plan."""
+    """No kernel refers to the allocators of TVM or of the C library, so no memory is outside the plan."""
     machine = treadle.compile(ZOO[name][0].graph(), backend="tvm", seed=1).executable.machine
     files = [machine.cache.path(kernel) for kernel in machine._entries]
     found = [file.read_bytes() for file in files if file is not None and file.is_file()]
@@ -174,11 +174,11 @@ def test_a_run_allocates_its_outputs_and_nothing_else() -> None:
     held = executable(**given)
     made = sum(np.asarray(array).nbytes for array in held.values())
     assert made <= _traced(lambda: executable(**given)) < made + 64_000
-    assert _traced(lambda: executable(**given)) < 64_000  # in the memory of an unreferenced result
+    assert _traced(lambda: executable(**given)) < 64_000  # the result is stored in the memory of an unreferenced one
 
 
 def _traced(run: Callable[[], Any]) -> int:
-    """Return the most bytes that a call has allocated at any time."""
+    """Return the peak number of bytes that a call has allocated."""
     tracemalloc.start()
     try:
         made = run()

@@ -90,7 +90,7 @@ def test_an_axis_that_is_followed(golden: Golden) -> None:
 
 
 def test_axes_that_are_followed_through_programs(golden: Golden) -> None:
-    """Programs of many ops in any order, with blocks."""
+    """Axes are followed through programs with blocks, and with many ops in any order."""
     shown = []
     for seed in range(10):
         for axis in ("B", "S"):

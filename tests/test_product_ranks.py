@@ -1,5 +1,5 @@
-"""Products of vectors, matrices and stacks of them, written in every way and with the ops that passes fuse into them,
-keep their numbers through the default pipeline.
+"""Products of vectors, matrices and stacks of matrices, written in every way, and with the ops that passes fuse into
+them. The default pipeline keeps their numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 
 LEAD = (2, 1, 3)
-"""The sizes of the axes before the last; a matrix uses the last of them alone."""
+"""The sizes of the axes before the last one; a matrix has only the last of these."""
 
 
 def weight(b: Builder, *shape: int) -> Expr:
@@ -45,7 +45,7 @@ def by_einsum(b: Builder, x: Expr) -> Expr:
 
 
 def joined(b: Builder, x: Expr, of_rows: Callable[[Expr], Expr]) -> Expr:
-    """Join the leading axes before a product, and split them after it."""
+    """Join the leading axes before a product, and split them again after it."""
     names = "abc"[: x.rank - 1]
     rows = b.rearrange(x, pattern=f"{' '.join(names)} k -> ({' '.join(names)}) k" if names else "k -> 1 k")
     sized = " ".join(f"{name}={size}" for name, size in zip(names, x.shape, strict=False))
@@ -66,7 +66,7 @@ def by_linear_of_rows(b: Builder, x: Expr) -> Expr:
 
 
 def on_the_left(b: Builder, x: Expr) -> Expr:
-    """Multiply the weight with x, as columns."""
+    """Multiply the weight by x, whose rows become columns."""
     if x.rank == 1:
         return matmul(b, weight(b, 4, 4), x)
     return b.rearrange(
@@ -128,7 +128,7 @@ def three_of_one(b: Builder, x: Expr, spell: Spelling) -> Expr:
 
 
 def attention(b: Builder, x: Expr, spell: Spelling) -> Expr:
-    """Attend with one head over the axis before the last, which a vector does not have."""
+    """Apply attention with one head over the second-last axis, which a vector lacks."""
     if x.rank == 1:
         return spell(b, x) * b.reduce_sum(spell(b, x) * spell(b, x), axes=(0,), keep=True)
     q, k, v = spell(b, x), spell(b, x), spell(b, x)

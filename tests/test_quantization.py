@@ -185,7 +185,7 @@ def test_every_matrix_of_a_model_is_planned(name: str, scheme: str) -> None:
 
 
 def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> None:
-    """Weights in blocks stay, and only the activations that they multiply are left to round."""
+    """Weights in blocks are not quantized again, so only the activations that they multiply could be rounded."""
     graph = parse_graph("""graph g {
       symbols M
       parameters { w: f32[8, 64] as q4_1 }
@@ -208,7 +208,7 @@ def test_a_scheme_that_would_round_nothing_of_a_model_in_blocks_is_refused() -> 
 
 
 def test_four_bits_beside_rounded_activations() -> None:
-    """Groups with groups, and rows with the 8-bit rows of logits."""
+    """4-bit groups with rounded groups of activations, and 8-bit rows of the logits' weight with rounded rows."""
     plan = plan_quantization(optimized("llama"), "int4-int8")
     check_quantization(plan, optimized("llama"))
     assert plan.encodings == plan_quantization(optimized("llama"), "int4").encodings

@@ -1,4 +1,4 @@
-"""Random sessions return the logits of whole texts: a few of the sessions of `tests/fuzz/steps.py --sessions`."""
+"""Random sessions return the logits of whole texts: a small sample of `tests/fuzz/steps.py --sessions`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A rank's program on a backend: the compiled code runs kernels between collectives, which the process itself
-executes.
-"""
+"""A rank's program on a backend: compiled code runs the kernels, and the process runs the collectives between them."""
 
 from __future__ import annotations
 
@@ -40,7 +38,9 @@ def compiled(backend: str, graph: Graph, weights: dict[str, Any] | None = None) 
 
 
 def apart(backend: str, family: str, plan: ShardingPlan) -> tuple[float, set[str]]:
-    """Return the largest difference between the ranks' parts and the whole model's outputs, and the room they used."""
+    """Return the largest difference between the ranks' parts and the whole model's outputs, and the types of the
+    exchanged values.
+    """
     graph = recognized(family)
     drawn, inputs, wanted = numbers(family)
     weights = {n: a.astype(np.float32) for n, a in drawn.items()}
@@ -85,7 +85,7 @@ SMALL: dict[str, Any] = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96, "conte
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantize", ["int8-weights", "int8", "int4", "int4-int8"])
 def test_blocks_that_ranks_gather_are_decoded_at_every_call(backend: str, quantize: str) -> None:
-    """Or refused before anything is compiled, if a backend decodes weights in blocks only once."""
+    """Backends that decode weights in blocks only once refuse this before anything is compiled."""
     plan = shard_model("gpt2", "tp=2,dp=2", recipe="megatron-fsdp", quantize=quantize, **SMALL)
     weights = encode_weights(plan.graph, initial_weights(plan.graph, 0))
     tokens = np.arange(64).reshape(8, 8)
@@ -115,7 +115,7 @@ def test_blocks_that_ranks_gather_are_decoded_at_every_call(backend: str, quanti
     [*product(BACKENDS, ["f32", "i64", "bool"]), ("torch", "bf16"), ("tvm", "bf16")],
 )
 def test_parts_of_any_dtype_and_of_uneven_sizes_meet(backend: str, dtype: str) -> None:
-    """An all-to-all of strided operands, whose sizes are expressions of a symbol."""
+    """An all-to-all of strided operands whose sizes are expressions of a symbol."""
     mesh, rows = Mesh.of("tp=2"), 5
     whole = (np.arange(rows * 3).reshape(rows, 3) % (2 if dtype == "bool" else 99)).astype(
         {"f32": np.float32, "bf16": np.float32, "i64": np.int64, "bool": bool}[dtype]
@@ -146,7 +146,7 @@ def test_a_program_that_runs_alone_is_told_so(backend: str) -> None:
 
 
 class Odd:
-    """A collective that returns or raises the value it was constructed with."""
+    """A collective that returns, or raises, a value that the test chooses."""
 
     def __init__(self, gives: Any) -> None:
         self.gives = gives
@@ -159,7 +159,7 @@ class Odd:
 
 @pytest.mark.parametrize("gives", [ValueError("odd"), np.ones((1, 4), np.float32)], ids=["raises", "another shape"])
 def test_a_meeting_that_fails_is_told_at_its_op(gives: Any) -> None:
-    """No exception passes through compiled code; the next call starts fresh."""
+    """No exception passes through compiled code. The next call starts afresh."""
     b = Builder(Graph("odd"))
     b.outputs(y=b.apply("all_reduce", b.input("x", "f32[B, 4]"), over="tp", ways=2) * 2.0)
     exe, x = compiled("tvm", b.graph), np.ones((2, 4), np.float32)

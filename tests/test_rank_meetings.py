@@ -1,4 +1,4 @@
-"""Limits of passes at collectives: each rank relies on the others to communicate equally often, in order."""
+"""Limits of passes at collectives: each rank relies on the others to run the same collectives in the same order."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_steps_keep_their_order() -> None:
 
 
 def test_weights_that_are_gathered_as_numbers_are_not_gathered_as_blocks() -> None:
-    """The plan states the number of moved bytes, and few backends decode at a call."""
+    """The plan states the number of communicated bytes, and few backends can decode during a call."""
     b = Builder(Graph("gathered"))
     w = b.apply("decode", b.parameter("w", parse_type("f32[4, 32] as q8_0")), of=parse_encoding("q8_0"))
     y = b.apply("all_gather", w, over="tp", ways=2, axis=0, size=8)
@@ -89,7 +89,9 @@ def test_weights_that_are_gathered_as_numbers_are_not_gathered_as_blocks() -> No
 
 
 def test_work_stays_between_what_begins_and_what_waits_for_it() -> None:
-    """Each step would need less memory in another place, but then a started collective would be awaited immediately."""
+    """Each step would need less memory elsewhere, but then a collective would be awaited immediately after its
+    start.
+    """
     b = Builder(Graph("between"))
     x = b.input("x", "f32[64]")
     given = b.tanh(x)

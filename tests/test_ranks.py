@@ -1,7 +1,7 @@
-"""Ranks as processes: they compute the same as the model, communicate as planned, and end together.
+"""Ranks as processes: they compute the same as the whole model, communicate as planned, and end together.
 
-Most are forked from a process that has loaded everything (tests/forked_ranks.py). tests/fuzz/killed_ranks.py kills any
-number of ranks.
+Most ranks are forked from a process that has loaded all libraries (tests/forked_ranks.py). tests/fuzz/killed_ranks.py
+repeats the killing of ranks any number of times.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from treadle.sharding.rank_models import RankModel
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked, and ended by signals")
 
 NEAR = {"f32": 1e-5, "int8": 1e-5, "bf16": 2e-2}
-"""Largest difference of outputs from the whole model's, relative to the largest element: sums in another order.
-Products of bf16 round the operands of their sums again, by 2^-8 each.
+"""Largest accepted difference from the whole model's outputs, relative to the largest element. Sums are in another
+order. Products of bf16 also round their operands, by 2^-8 each.
 """
 
 SOON = 60
@@ -72,7 +72,7 @@ def forked() -> Iterator[ForkedRanks]:
 
 @pytest.fixture(scope="module")
 def ran(forked: ForkedRanks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[Any]]:
-    """Return the file of a name that each rank of a mesh wrote, from one job for all tests."""
+    """Return a function that returns what each rank of a mesh wrote to the file of a name; one job for all tests."""
 
     @cache
     def folder_of(mesh: str) -> Path:
@@ -111,10 +111,10 @@ def test_ranks_compute_what_the_model_does_and_move_what_is_planned(
 def test_weights_of_a_layer_are_gathered_while_the_layer_before_computes(
     ran: Callable[[str, str], list[Any]],
 ) -> None:
-    """The gathers of the next layer start before a layer awaits its own.
+    """The gathers of the next layer start before a layer waits for its own.
 
-    With three layers, the gathers of the first two start before the first awaits, and the third's before the second
-    awaits. The gathered weights are bitwise identical.
+    With three layers, the gathers of the first two layers start before the first layer waits, and the third layer's
+    before the second layer waits. The gathered weights are bitwise identical.
     """
     for facts in ran("tp=2", "ahead-"):
         gather = facts["gather"]
@@ -135,7 +135,7 @@ def test_keys_pass_around_while_a_rank_computes_on_those_it_has(ran: Callable[[s
 def test_sessions_hold_the_caches_of_their_rank_and_continue_as_the_model_does(
     ran: Callable[[str, str], list[Any]], mesh: str
 ) -> None:
-    """Over tp=2, and over tp=4. A step's traffic is the plan's for one token."""
+    """Over tp=2 and over tp=4. The traffic of a step equals the plan's traffic for one token."""
     outputs = ran(mesh, "generated-")
     cases = {tuple(first["case"].split()[1:]) for first in outputs[0]}
     assert cases == {(kind, form) for kind in ("gpt2", "t5", "llama") for form in NEAR}
@@ -158,7 +158,7 @@ def test_the_command_line_runs_a_model_over_ranks(tmp_path: Path) -> None:
     output = json.loads(done.stdout)
     assert output["ranks"] == 2
     assert output["outputs"]["logits"]["shape"] == [1, 3, 37]
-    # Float32 [1, 3, 16], after the lookup, attention and the network.
+    # Float32 [1, 3, 16] after the lookup, after attention, and after the feed-forward network.
     assert output["collectives"] == [{"op": "all_reduce", "over": "tp", "times": 3, "bytes": 3 * 4 * 3 * 16}]
     assert (tmp_path / "logits.npy").exists()
 
@@ -196,7 +196,7 @@ def test_torchrun_starts_ranks() -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this process the only rank."""
+    """Configure this process as the only rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -315,7 +315,7 @@ def test_ranks_that_differ_end_with_one_error(forked: ForkedRanks, what: str) ->
 def test_a_checkpoint_that_lacks_a_part_ends_all_ranks(
     forked: ForkedRanks, tmp_path: Path, lacking: tuple[int, ...]
 ) -> None:
-    """On one of two machines, or on both."""
+    """The part is missing on one of two machines, or on both."""
     missing = "model.layers.0.mlp.up_proj.weight"
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
@@ -362,7 +362,7 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
     os.kill(processes[1], signal.SIGKILL)
     assert job.ended(SOON) == 2
     assert job.errors.count("rank 1 has died") == 1
-    assert re.search("received  (in all_reduce over tp|running|compiling)", job.errors)  # its last activity
+    assert re.search("received  (in all_reduce over tp|running|compiling)", job.errors)  # the rank's last activity
     assert job.codes == {0: 2, 1: -signal.SIGKILL, 2: 2}
     assert job.errors.splitlines()[-1] == "rank 1 was ended by SIGKILL"
     assert not any(map(is_left, processes.values()))
@@ -370,7 +370,7 @@ def test_a_rank_that_is_killed_ends_the_others(forked: ForkedRanks) -> None:
 
 @pytest.mark.parametrize(("mode", "expected"), [("sleeps", "rank 1: sleeping"), ("stops", "rank 1: ")])
 def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, mode: str, expected: str) -> None:
-    """Busy in its own code, or stopped entirely so that it receives nothing."""
+    """The rank is busy in its own code, or stopped entirely so that it receives no messages."""
     job = forked.launch(2, str(JOB), "turns", mode, TIMEOUT="3")
     processes = processes_of(job, 2)
     assert job.ended(SOON) == 2
@@ -381,7 +381,7 @@ def test_a_rank_that_hangs_ends_the_others_at_the_timeout(forked: ForkedRanks, m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_ranks_that_do_nothing_more_end_with_what_launched_them(forked: ForkedRanks) -> None:
-    """Ranks that have left the others and wait for threads of a library at their end, without threads of ours."""
+    """The ranks have left the others, and wait at their end for threads of a library."""
     job = forked.launch(2, str(JOB), "turns", "lingers")
     processes = processes_of(job, 2)
     os.kill(job.process, signal.SIGKILL)
@@ -498,7 +498,7 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
 
 @pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (35, "signal 35")])
 def test_a_signal_that_ended_a_rank_is_named(number: int, name: str) -> None:
-    """Also a signal without a name: a real-time one."""
+    """Also a signal that has no name: a real-time signal."""
     ends = ["sh", "-c", f"[ $RANK = 0 ] || kill -{number} $$"]
     with pytest.raises(RankError, match=f"^rank 1 was ended by {name}\n") as error:
         launch_ranks(ends, 2)

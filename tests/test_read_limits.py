@@ -1,4 +1,4 @@
-"""Limits on reading a file before it is refused: bytes, values in its JSON, and nesting depth."""
+"""Limits on the bytes that are read before a file is refused, on the values in its JSON, and on nesting depth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 class Read(BaseException):
-    """The arguments of read calls are recorded."""
+    """A file that records the arguments of its read calls."""
 
 
 READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = [
@@ -86,7 +86,7 @@ def test_what_may_be_read(
 
 
 def test_an_artifact_may_ask_for_what_its_page_says() -> None:
-    """docs/artifacts.md has the numbers, too."""
+    """The limits equal the numbers in docs/artifacts.md."""
     header = HeaderLimits(header_bytes=4 * MIB, tensors=10_000, values=10_000, rank=16)
     graph = TextLimits(
         characters=8 * MIB, functions=500, nodes=4_000, operands=20_000, parameters=5_000, literal_bytes=8 * MIB,

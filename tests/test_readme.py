@@ -1,7 +1,7 @@
 """Examples in README and docs: every `python` block runs, and prints the `text` block after it.
 
-Blocks of one page run in order, in one namespace. If a block raises an error of Treadle's, the `text` block after it
-is the error's text.
+Blocks of one page run in order, in one namespace. If a block raises a TreadleError, the `text` block after it is the
+text of the error.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the blocks in a language, each with the `text` block that directly follows it."""
+    """Yield the blocks in a language, each with the `text` block that directly follows it, or None."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
         if match[1] == language:
@@ -62,7 +62,7 @@ def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
 
 
 def run(code: str, namespace: dict[str, Any]) -> str:
-    """Return a block's output, or the text of the error that it ends with."""
+    """Return a block's output, or the text of the error that ends it."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
@@ -87,10 +87,10 @@ def _own_ops() -> Iterator[None]:
 @pytest.mark.usefixtures("_own_ops")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_and_print_what_is_shown(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where examples write files
+    monkeypatch.chdir(tmp_path)  # examples write files there
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = types.ModuleType("model")
-    monkeypatch.setitem(sys.modules, "model", module)  # where dataclasses look up the module
+    monkeypatch.setitem(sys.modules, "model", module)  # dataclasses look up the module there
     namespace = module.__dict__
     for code, expected in blocks(page, "python"):
         said = run(code, namespace)
@@ -109,7 +109,7 @@ def commands(page: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_shell_commands_take_the_options_that_are_shown(page: str) -> None:
-    """Each command line is parsed as typer would, without running it: a wrong name or option is refused."""
+    """Each command line is parsed by typer without being run; a wrong name or option fails."""
     import typer
 
     from treadle.cli import app
@@ -131,12 +131,12 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_the_pages_of_the_language_and_of_ops_have_all_its_words() -> None:
     import treadle.frontends.language as language
 
-    inside = {"size"}  # ops that tracing and differentiation add themselves
+    inside = {"size"}  # tracing and differentiation add these ops themselves
     page = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("docs/dsl.md", "docs/ops.md"))
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", re.sub(_BLOCK, "", page)))))
     ours = {
         name for name, op in OPS.items() if op.__module__.startswith("treadle.ir.") and op.is_word
-    }  # tests register some, too
+    }  # tests register further ops
     known = {*dir(language)} & {*vars(language), *ours} - inside - {
         "Factor",
         "Model",

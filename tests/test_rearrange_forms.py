@@ -1,4 +1,4 @@
-"""Forms of rearranges: compositions of two in a row, and pairs that stay two."""
+"""Forms of rearranges: two in a row that compose into one, and pairs that do not."""
 
 from __future__ import annotations
 
@@ -47,5 +47,6 @@ def test_a_form_keeps_names_and_given_sizes() -> None:
     assert form.pattern == "b s (heads=2 d) -> b heads s d"
     same = form_of("b s (h d=4) -> b s h d", Literal.of(np.zeros((2, 3, 8))).type)
     other = form_of("x y (g=2 z) -> x y g z", Literal.of(np.zeros((2, 3, 8))).type)
-    assert same == other and same.pattern != other.pattern  # for any names of axes and any written sizes
+    # the forms are equal for any names of axes and any written sizes
+    assert same == other and same.pattern != other.pattern
     assert form_of("a b -> b a", Literal.of(np.zeros((2, 3))).type).is_transposition

@@ -1,4 +1,6 @@
-"""Attention imported as one op: masks and biases become terms, near misses stay with a reason, results stay."""
+"""Attention imported as one op: masks and biases become terms. Near misses stay, with a reason. Results stay the
+same.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from treadle.passes.fusion.attention.refine_attention import RefineAttention
 from treadle.passes.fusion.attention.roles import Fused
 from treadle.passes.pipelines import DEFAULT
 
-# A scale is one constant of float32, half a spacing off, times scores of about 20.
+# A scale is one float32 constant, off by half a spacing, and multiplies scores of about 20.
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
 
 
@@ -67,7 +69,7 @@ def test_queries_that_begin_later_are_left_alone(start: int) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """Attention as one op, and its refined form: its terms, its heads of keys, its scale."""
+    """Attention as one op, and the expected refined form: terms, number of key heads, scale."""
 
     name: str
     build: Build
@@ -97,7 +99,7 @@ def added(axes: str, addend: Callable[[Builder], Expr]) -> Given:
 
 
 def rows(b: Builder, keys: str = "S") -> Expr:
-    """[b, 1, t]"""
+    """A mask of keys, [b, 1, t]"""
     return b.rearrange(b.input("mask", f"bool[B, {keys}]"), pattern="b t -> b 1 t")
 
 
@@ -112,7 +114,7 @@ def reach(b: Builder) -> Expr:
 
 
 def shifted(b: Builder, on_keys: int, on_queries: int) -> Expr:
-    """Causal, with a number of each row added to either position, the given number of times"""
+    """Causal, with one number for each row added to the positions of queries and keys, the given number of times"""
     n = b.rearrange(b.input("n", "i64[B]"), pattern="b -> b 1 1")
     i, j = places(b)
     for _ in range(on_keys):
@@ -123,7 +125,7 @@ def shifted(b: Builder, on_keys: int, on_queries: int) -> Expr:
 
 
 def by_ids(b: Builder) -> Expr:
-    """Causal, with a number of each token added to its position"""
+    """Causal, with one number for each token added to its position"""
     ids = b.input("ids", "i64[B, S]")
     i, j = places(b)
     return j + b.rearrange(ids, pattern="b t -> b 1 t") <= i + b.rearrange(ids, pattern="b s -> b s 1")
@@ -160,7 +162,7 @@ def later(b: Builder) -> Expr:
 
 
 def table(b: Builder, kept: Array) -> Expr:
-    """A term added to scores, as a constant sliced to the sequence: 0 where a key is visible, or drawn numbers"""
+    """An added constant, sliced to the sequence: 0 where a key is visible, or drawn numbers"""
     made = b.constant((np.where(kept, 0.0, -math.inf) if kept.dtype == np.bool_ else kept).astype(np.float32))
     for axis in range(kept.ndim):
         made = b.slice(made, axis=axis, stop="S")
@@ -175,7 +177,7 @@ def half(b: Builder) -> Expr:
 DISTANCES = np.arange(24) - np.arange(24)[:, None]
 BAND = abs(DISTANCES) < 3
 PATTERN = (DISTANCES % 3 == 0) | (DISTANCES == -1)
-"""A query sees itself, the previous key, and each third one."""
+"""A query sees itself, the preceding key, and each third key."""
 STORED = {
     "a pattern": ("s t", PATTERN),
     "two numbers": ("s t", np.where(BAND, 0.0, np.where(DISTANCES < 0, -math.inf, LOW))),
@@ -185,7 +187,7 @@ STORED = {
 
 
 def repeated(b: Builder, x: Expr, heads: int) -> Expr:
-    """[b, g, t, d] with each head repeated, copies next to each other"""
+    """Each head of [b, g, t, d] repeated, with the copies next to each other"""
     apart = b.expand(b.rearrange(x, pattern="b g t d -> b g 1 t d"), shape=(*x.shape[:2], HEADS // heads, *x.shape[2:]))
     return b.rearrange(apart, pattern="b g r t d -> b (g r) t d")
 
@@ -209,7 +211,7 @@ def scaled_on(on_q: float, on_k: float, *, scale: float | None = None) -> Build:
 
 
 def cast_and_scaled(b: Builder) -> Expr:
-    """Queries and keys in float16, exact in float32"""
+    """Queries and keys in float16, which float32 holds exactly"""
     q, k = (b.cast(b.input(n, f"f16[B, {HEADS}, S, {SIZE}]"), to="f32") for n in "qk")
     v = b.input("v", f"f32[B, {HEADS}, S, {SIZE}]")
     return b.attention(q * 0.5, k, v, scale=1.0)  # type: ignore[no-any-return]
@@ -396,7 +398,7 @@ def test_probabilities_that_are_asked_for_stay_a_result() -> None:
 
 
 def test_other_terms_keep_their_operands() -> None:
-    """In any order, and also if tensors before and after them become terms without operands."""
+    """In any order, and also if tensors before and after them become terms that take no operands."""
 
     def build(b: Builder) -> Expr:
         q, k, v = q_k_v(b)
@@ -418,7 +420,7 @@ def test_other_terms_keep_their_operands() -> None:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A program in which something is not recognized, the reason, and the resulting terms."""
+    """A program in which a form is not recognized: the reason, and the resulting terms."""
 
     name: str
     build: Build
@@ -514,7 +516,7 @@ def test_each_near_miss_says_why(miss: NearMiss) -> None:
 
 
 def test_a_cast_that_changes_lengths_is_kept() -> None:
-    """For lengths of 200 in signed eight bits."""
+    """Lengths of 200 overflow signed eight bits."""
 
     def reached(b: Builder) -> Expr:
         lengths = b.cast(b.cast(b.input("lengths", "u8[B]"), to="i8"), to="i64")
@@ -552,7 +554,7 @@ def test_keys_in_another_order_stay_repeated() -> None:
 
 
 def test_a_scale_that_no_cast_holds_stays_before_it() -> None:
-    """float32 to float16 rounds, so that the value after it is another number."""
+    """The cast from float32 to float16 rounds, so a scale after the cast would give another number."""
     text = BEFORE.replace("scaled = mul(q, 0.5)", "wide = mul(w, 0.5)\n    scaled = cast(wide, to=f16)")
     text = text.replace("f32", "f16").replace("padding: i64[B, S]", "padding: i64[B, S], w: f32[B, 4, S, 8]")
     node = attention_of(optimize(text, RefineAttention()).graph)
@@ -561,7 +563,7 @@ def test_a_scale_that_no_cast_holds_stays_before_it() -> None:
 
 
 def test_a_split_that_is_no_gain_is_not_made() -> None:
-    """Two masks of all axes in place of one would be read twice."""
+    """If one mask of all axes were split in two, both would be read."""
 
     def build(b: Builder) -> Expr:
         q, k, v = q_k_v(b)

@@ -1,4 +1,6 @@
-"""Sizes or numbers that an op does not support are refused with its name and line, in the same way by every backend."""
+"""An op refuses sizes or numbers that it does not support. The error names the op and its line, and is the same on
+every backend.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ REDUCTIONS: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
 
 
 def _behind_two(name: str) -> Graph:
-    """Return a graph that applies the op to an axis without its first two elements: an empty axis, if it has two."""
+    """Return a graph that applies the op to an axis without its first two elements; the axis is empty if it has two."""
 
     def build(b: Builder) -> Expr:
         rest = b.slice(b.input("x", "f32[B, S]"), axis=1, start=2)
@@ -189,7 +191,7 @@ def _repeated(b: Builder) -> Expr:
 def test_a_result_that_is_too_large_is_refused(backend: str, build: Callable[[Builder], Expr], name: str) -> None:
     exe = compiled(backend, graph_of(build))
     text = message(lambda: exe(x=np.ones(1, np.int8)))
-    if backend == "tvm":  # which plans the memory of all ops together
+    if backend == "tvm":  # TVM plans the memory of all ops together
         assert "there is not enough memory" in text
     else:
         assert text.startswith(f"{name}: ")
@@ -208,7 +210,7 @@ def test_sizes_past_64_bits_are_refused(backend: str) -> None:
 
 @needs_torch
 def test_of_what_a_library_says_the_first_line_is_told() -> None:
-    """PyTorch lists its own calls below."""
+    """PyTorch's message continues with a list of its own calls."""
     exe = compiled("torch", graph_of(lambda b: b.pad(b.input("x", "f32[N]"), axis=0, before=f"{10**17}*N")))
     text = message(lambda: exe(x=np.ones(128, np.float32)))
     assert [line[:10].strip() for line in text.splitlines()] == ["pad: faile", "received", "in", "from"]

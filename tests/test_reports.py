@@ -1,4 +1,4 @@
-"""The command line's output: numbers with prefixes, plurals, abbreviated arrays, tables as they are printed."""
+"""The command line's output: numbers with prefixes, plurals, abbreviated arrays, and printed tables."""
 
 from __future__ import annotations
 
@@ -77,12 +77,14 @@ def printed(*tables: Any) -> str:
 
 
 def rows_of(table: Any) -> list[list[str]]:
-    """Return the cells of each printed row, without the line below the head."""
+    """Return the cells of each printed row, without the line below the header."""
     return [row.split() for row in printed(table).splitlines() if "\u2500" not in row]
 
 
 def test_passes_as_a_table() -> None:
-    """A pass that changed something shows ops before and after, another is dim; zeros are empty cells."""
+    """For a pass that changed something, the numbers of ops before and after are shown; other passes are dimmed. Zeros
+    are empty cells.
+    """
     changed = SimpleNamespace(
         name="fuse", before=Counter(add=3, mul=1), after=Counter(add=2, fused=1), changed=True, seconds=0.00126,
         op_changes={"add": -1, "fused": 1}, refusals=[1, 2], near_misses=[1],
@@ -116,7 +118,7 @@ def test_outputs_as_a_table() -> None:
 
 
 def test_similarities_as_a_table() -> None:
-    """A long sentence is truncated, and near pairs are marked, except a sentence with itself."""
+    """A long sentence is truncated. Similar pairs are marked, but not a sentence with itself."""
     sentences = ["a" * 48, "b" * 49]
     table = similarity_table(sentences, np.array([[1, 0.51], [0.5, 1]]))
     assert rows_of(table) == [["1", "2"], ["1", "a" * 48, "1.00", "0.51"], ["2", "b" * 45 + "...", "0.50", "1.00"]]

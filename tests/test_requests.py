@@ -1,4 +1,4 @@
-"""The server's interpretation of a request's body, at its limits and one beyond them; test_serving sends requests over
+"""The server's interpretation of a request's body, at each limit and one beyond. test_serving sends requests over
 HTTP.
 """
 
@@ -134,7 +134,7 @@ def test_without_a_seed_one_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_texts_are_a_megabyte_long_at_most() -> None:
-    """If a field does not set another limit."""
+    """The limit holds for fields that set no other limit."""
     for length in (1 << 20, (1 << 20) + 1):
         fields = Fields({"text": "a" * length, "texts": ["a" * length], "flag": True})
         assert fields.truth("flag") and not fields.truth("gone") and fields.truth("gone", True)
@@ -149,7 +149,9 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
 
 
 def test_what_is_counted() -> None:
-    """Metrics by name, route, model and kind; the library's own lines, such as a counter's creation, are left out."""
+    """Metrics by name, route, model and kind. The library's own lines, such as a counter's creation time, are left
+    out.
+    """
     pytest.importorskip("prometheus_client")
     from treadle.serving.metrics import Metrics
 

@@ -1,4 +1,6 @@
-"""Texts with a common prefix: a slot is continued, with the logits of each text alone; prompts are forked."""
+"""Texts with a common prefix: the session continues a slot, and the logits equal those of each text alone. Prompts are
+forked.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def drawn(count: int, seed: int = 0, most: int = 50) -> list[int]:
 
 
 def read(session: Session, tokens: list[int]) -> tuple[int, int, Array]:
-    """Resume a text; return the row, the number of tokens it already held, and the logits after it."""
+    """Resume a text; return the row, the number of tokens that the row already held, and the logits after the text."""
     row = session.resume(tokens)
     held = session.length(row)
     assert session.tokens(row) == tuple(tokens[:held])
@@ -59,14 +61,14 @@ def test_the_longest_beginning_is_gone_on_from_and_the_others_stay(exe: Compiled
     near(session.step({first: 7})[first], alone(exe, [*system, *one, 7]))
     session.close(first, keep=True)
     session.close(second, keep=True)
-    third, held, logits = read(session, [*system, *one, 7, 8, 9])  # all of it: the slot itself
+    third, held, logits = read(session, [*system, *one, 7, 8, 9])  # all of the text: the slot itself is continued
     assert (third, held) == (first, 71)
     near(logits, alone(exe, [*system, *one, 7, 8, 9]))
-    fourth, held, logits = read(session, system + other[:10] + one[:5])  # a part, truncated in a copy
+    fourth, held, logits = read(session, system + other[:10] + one[:5])  # a prefix: the slot is copied and truncated
     assert fourth != second
     assert held == 50
     near(logits, alone(exe, system + other[:10] + one[:5]))
-    _, held, logits = read(session, system + other)  # all but the last, whose logits are requested
+    _, held, logits = read(session, system + other)  # all tokens except the last, whose logits are requested
     assert held == 69
     near(logits, alone(exe, system + other))
     assert session.prefix_length([*system[:15], 49, *one]) == 0, "15 tokens are too few"
@@ -108,7 +110,7 @@ def test_a_text_that_slid_is_held_from_what_it_still_knows(exe: Compiled) -> Non
 
 @pytest.mark.parametrize(("name", "cache"), [("gpt2", None), ("gpt2", "f16"), ("llama, windows", None)])
 def test_on_tvm_the_bits_are_those_of_the_text_alone(name: str, cache: str | None) -> None:
-    """Prefilled in other chunks, after steps and speculation, forked, and truncated."""
+    """The text is prefilled in other chunks, after steps and speculation, forked, and truncated."""
     if reason := find_backend("tvm").available():
         pytest.skip(reason)
     made = (
@@ -184,7 +186,7 @@ def test_where_it_would_change_bits_or_states_cannot_be_cut_back_it_is_not_done(
 
 
 class Counted:
-    """Count the tokens that a session prefills."""
+    """A session that counts the tokens that it prefills."""
 
     def __init__(self, session: Session) -> None:
         self.count, prefill = 0, session.prefill
@@ -245,7 +247,7 @@ def test_prompts_that_begin_alike_go_on_from_one_of_them(exe: Compiled) -> None:
     counted = Counted(session)
     assert report(session, prompts, most=5) == wanted
     assert counted.count == 48 + 8 + 8 + 12 + 0 + 1
-    few = exe.session(rows=2, resumes=True)  # texts that wait for a row reuse the contents of others
+    few = exe.session(rows=2, resumes=True)  # texts that wait for a row reuse the prefixes of others
     counted = Counted(few)
     assert report(few, prompts, most=5) == wanted
     assert counted.count < sum(map(len, prompts)) - 3 * 40

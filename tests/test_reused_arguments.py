@@ -1,4 +1,4 @@
-"""Arguments that die at a call: the callee overwrites them if it may, and the checker finds the cases where it may
+"""Arguments that die at a call. The callee overwrites them if it may, and the checker finds the cases in which it may
 not.
 """
 
@@ -24,13 +24,13 @@ HALVES = ({"stop": 4}, {"start": 4})
 
 
 def residual(b: Builder, x: Expr) -> Expr:
-    """x is read before the result is written."""
+    """x is read before the result is written, so the result may overwrite x."""
     y = b.add(x, b.tanh(x), name="y")
     return b.softmax(y, name="z")
 
 
 def stacked(body: Body, calls: int = 3, *, kept: bool = False, twice: bool = False) -> Graph:
-    """A block that is called on its own previous result."""
+    """Return a block that is called on its own preceding result."""
     graph = Graph("stacked")
     block = Function("block")
     graph.add_function(block)
@@ -62,12 +62,12 @@ def test_a_stream_through_blocks_is_one_buffer() -> None:
     assert len({place.storage for place in calls}) == 1
     assert len(made.plan.functions["main"].results) == 1
     peaks = peaks_of(frames_of(made.plan), made.graph.symbols)
-    assert [str(size) for size in peaks["main"]] == ["96*S"]  # the stream, and two values of the block: 32 bytes a row
+    assert [str(size) for size in peaks["main"]] == ["96*S"]  # the stream and two values of a block
 
 
 @pytest.mark.parametrize("encoded", ["argument", "result"])
 def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
-    """Elements of equal number and dtype, but of other bytes: f32[S, 8] in 8-bit rows."""
+    """Elements are equal in number and dtype, but differ in bytes: f32[S, 8], and the same in 8-bit rows."""
     graph = Graph("rows")
     block = Function("block")
     graph.add_function(block)
@@ -102,8 +102,10 @@ def test_what_is_read_after_the_call_is_kept() -> None:
         (lambda b, x: b.softmax(b.exp(x) + x, name="z"), True),  # exp and add come before softmax
         (lambda b, x: b.add(b.exp(x), b.softmax(x), name="z"), True),  # the last step reads values derived from x
         (lambda b, x: b.add(b.exp(x), x, name="z"), False),  # the last step reads x and writes the result
-        (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),  # by way of a view
-        (lambda b, x: b.concat(*[b.softmax(b.slice(x, axis=1, **half)) for half in HALVES]), False),  # part by part
+        # the last step reads a view of x
+        (lambda b, x: b.add(b.exp(x), b.rearrange(x, pattern="s d -> s d"), name="z"), False),
+        # the last step reads x part by part
+        (lambda b, x: b.concat(*[b.softmax(b.slice(x, axis=1, **half)) for half in HALVES]), False),
     ],
 )
 def test_a_callee_that_reads_late_does_not_write_over(body: Body, reused: bool) -> None:
@@ -115,8 +117,8 @@ def test_a_callee_that_reads_late_does_not_write_over(body: Body, reused: bool) 
 @pytest.mark.parametrize(
     ("order", "late", "reused"),
     [
-        ((0, 1), False, True),  # each call writes over the half that it reads
-        ((1, 0), False, False),  # over the other half, which is read later
+        ((0, 1), False, True),  # each call overwrites the half that it reads
+        ((1, 0), False, False),  # each call overwrites the other half, which is read later
         ((0, 0), False, False),  # the first half is read again
         ((0, 1), True, False),  # the callee itself reads late
     ],

@@ -1,4 +1,4 @@
-"""Translation and summarization: token for token equal to Hugging Face's `generate` on the same folder."""
+"""Translation and summarization: the same tokens as Hugging Face's `generate` returns for the same folder."""
 
 from __future__ import annotations
 

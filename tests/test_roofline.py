@@ -1,4 +1,6 @@
-"""`treadle roofline`: every kernel of a run, timed, its operations and bytes compared with the machine's limits."""
+"""`treadle roofline`: every kernel of a run is timed, and its operations and bytes are compared with the machine's
+limits.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def test_kernels_do_all_of_the_models_work_and_no_more() -> None:
     assert sum(row.calls * row.flops for row in found.rows) == graph_cost(lowered.graph, SIZES).flops
     assert found.rows == tuple(sorted(found.rows, key=lambda row: -row.total))
     products = [row for row in found.rows if row.what.startswith("linear")]
-    assert products and all(row.calls % 2 == 0 for row in products)  # of two layers
+    assert products and all(row.calls % 2 == 0 for row in products)  # there are two layers
     assert all(row.least > 0 and row.seconds > 0 and row.bytes > 0 for row in found.rows)
     assert found.least == sum(row.calls * row.least for row in found.rows)
     assert found.seconds == sum(row.calls * row.seconds for row in found.rows)
@@ -69,7 +71,7 @@ def test_a_bf16_product_is_held_to_the_rate_of_bf16() -> None:
 
 
 def test_rates_are_those_of_what_products_are_of_and_of_as_many_threads() -> None:
-    """Integers are compared with their own rate."""
+    """Products of integers are compared with the machine's rate for integers, on the same number of threads."""
     exe = treadle.compile("bert", backend="tvm", target=Target("cpu", 1), quantize="int8", dtype="bf16", **SMALL)
     found = measure_roofline(exe, SIZES, rounds=1)
     assert set(found.rates) == {"f32", "bf16", "int8"}
@@ -80,7 +82,7 @@ def test_rates_are_those_of_what_products_are_of_and_of_as_many_threads() -> Non
 
 
 def test_timed_calls_compute_what_a_run_computes() -> None:
-    """Call by call, in order, on the same memory."""
+    """The calls are timed one by one, in order, on the same memory, and compute the results of a run."""
     exe = treadle.compile("bert", backend="tvm", **SMALL)
     tokens = np.arange(18).reshape(2, 9)
     before = exe(tokens=tokens)
@@ -146,7 +148,9 @@ def test_a_kernel_in_two_places_is_counted_together() -> None:
 
 
 def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rate is the rate of the machine's unit on the same number of threads, or of a kernel that was faster."""
+    """A kernel's limit is the longer of its times for operations and for bytes. A rate is the rate of the machine's
+    unit on the same number of threads, or of a kernel that was faster.
+    """
 
     class Kernels:
         nbytes, threads = 1000, 2

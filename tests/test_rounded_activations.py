@@ -1,4 +1,6 @@
-"""Values that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and their consumers."""
+"""Activations that are rounded to 8-bit rows at every call: the plan, its checker, exact products, and the ops that
+read them.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
 
 @pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
 def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
-    """Products of numbers, of blocks that do not fit, along another axis, or of unsupported blocks."""
+    """Products of unquantized numbers, of blocks that do not fit, along another axis, or of unsupported blocks do not
+    prevent the rounding of others.
+    """
     b = Builder(Graph("g"))
     x = b.input("x", f32["M", 64])
     rows, groups = (b.decode(b.encode(x, to=to), of=to) for to in ("uint8_rows", "int8_groups(32)"))
@@ -235,7 +239,7 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
     record = np.ascontiguousarray(rows).view(GROUPS.block.record(32))
     meant = np.zeros((3, 5, 7))
     q, d, c = encoding.block.parts(held.reshape(-1).view(encoding.block.record(encoding.elements(512))))
-    p = q.astype(int).reshape(7, 32, 16)  # 16 elements always share their scales
+    p = q.astype(int).reshape(7, 32, 16)  # 16 adjacent elements always share their scales
     d, c = (np.repeat(each.reshape(7, -1), 32 * 7 // each.size, axis=1) for each in (d, c))
     for part in range(32):
         g = record["q"][..., part // 2, part % 2 * 16 : part % 2 * 16 + 16].astype(int)
@@ -252,7 +256,9 @@ def test_the_product_of_groups_is_one_of_whole_numbers_in_each(text: str) -> Non
 @pytest.mark.parametrize("backend", backend_names())
 @pytest.mark.parametrize("name", MODELS)
 def test_backends_multiply_whole_numbers(name: str, backend: str, rows: tuple[int, int]) -> None:
-    """Close to NumPy's integers: a value that differs by a bit before rounding may be rounded to the next step."""
+    """Results are close to NumPy's integer arithmetic: an activation that differs by a bit before rounding may be
+    rounded to the next step.
+    """
     if (reason := find_backend(backend).available()) is not None:
         pytest.skip(f"backend {backend}: {reason}")
     made = treadle.compile(MODELS[name], backend=backend, quantize="int8", seed=4)
@@ -314,7 +320,7 @@ def test_a_session_goes_on_as_the_whole_text_says() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_verify_allows_for_a_step_of_a_row_and_no_more(name: str) -> None:
-    """Rounding to 255 steps counts like a dtype with that spacing."""
+    """Rounding to 255 steps counts like rounding to a dtype with that spacing."""
     report = verify_model(MODELS[name], quantize="int8", backends=["numpy"])
     assert report.passed
     graph = treadle.compile(MODELS[name], quantize="int8", seed=4).graph

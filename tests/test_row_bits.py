@@ -1,4 +1,4 @@
-"""Bits of a row on the TVM backend, which depend on that row alone, and the rounding of products that ensures this."""
+"""On the TVM backend, the bits of a row depend only on that row. Products are rounded so that this holds."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_products_of_bytes_with_a_bias_have_the_same_bits_on_every_instruction_s
 
 @pytest.mark.parametrize("seed", [10, 41, 73, 105])
 def test_drawn_programs_have_bits_of_their_own_rows(seed: int) -> None:
-    """tests/fuzz/row_bits.py draws any number of them."""
+    """A small sample; tests/fuzz/row_bits.py draws any number of programs."""
     case = draw(seed, HERE)
     compared, wrong = differing(case, Random(seed), 5)
     assert compared >= 5 and wrong == [], case.title
@@ -97,16 +97,16 @@ NUMBERS = np.random.default_rng(0).uniform(1, 2, (3, 64)).astype(np.float32)
 
 
 def once(x: Array, y: Array, z: Array) -> Array:
-    """Return x * y + z, rounded once.
+    """Return x * y + z, rounded to float32 once.
 
-    A product of float32 numbers is exact in float64, and the double rounding of the sum is negligible.
+    A product of float32 numbers is exact in float64, and the additional rounding of the sum to float64 is negligible.
     """
     return (x.astype(np.float64) * y + z).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Sums(Kernel):
-    """y = a sum with a product, in one expression or in two, for `lanes` elements at a time"""
+    """y = a sum with a product, in one expression or in two, for `lanes` elements in a vector"""
 
     how: str
     lanes: int
@@ -158,7 +158,9 @@ KERNELS: list[Kernel] = [
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.title)
 def test_no_sum_has_a_product_left_to_fuse(kernel: Kernel) -> None:
-    """In the code from which LLVM selects instructions: each product is behind a fence, or already fused."""
+    """The test reads the code from which LLVM selects instructions: each product is followed by a fence, or already
+    fused.
+    """
     text = str(compile_module(kernel, host_isa()).inspect_source("ll"))
     fenced = 0
     for function in text.split("\ndefine "):

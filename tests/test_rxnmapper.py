@@ -1,4 +1,4 @@
-"""RXNMapper's ALBERT, with its real weights: it fills in the masked tokens of reactions (Schwaller et al. 2021)."""
+"""RXNMapper's ALBERT with its real weights: the model fills in masked tokens of reactions (Schwaller et al. 2021)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fetched() -> Path:
 
 @pytest.fixture(scope="module")
 def folder(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the model's folder with its pickle converted to safetensors, as a user who trusts it would."""
+    """Return the model's folder, with its pickle converted to safetensors as a user who trusts the file would do."""
     folder = tmp_path_factory.mktemp("rxnmapper")
     shutil.copy(fetched / "config.json", folder)
     tensors = torch.load(fetched / "pytorch_model.bin", weights_only=True, map_location="cpu")
@@ -58,7 +58,7 @@ def folder(fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mask_each(reaction: str, vocabulary: list[str]) -> tuple[Array, Array]:
-    """Return a reaction's ids, and a batch in which each row has another of them masked."""
+    """Return a reaction's ids, and a batch in which each row has another token masked."""
     words = TOKEN.findall(reaction)
     assert "".join(words) == reaction
     ids = np.array([vocabulary.index(word) for word in words])
@@ -80,8 +80,8 @@ def test_a_pickle_is_not_loaded(fetched: Path) -> None:
 def test_fills_in_masked_tokens(fetched: Path, folder: Path, backend: str) -> None:
     """Nine of ten tokens, masked one at a time, are recovered.
 
-    The products of a reaction follow from its reactants and vice versa, but not completely: a leaving halogen may have
-    been another one. So nine of ten; always guessing the commonest token would recover three.
+    The products of a reaction mostly determine its reactants, and vice versa. They do not always: the halogen of a
+    leaving group could be another one. Always guessing the most common token would recover three of ten.
     """
     vocabulary = (fetched / "vocab.txt").read_text().splitlines()
     resolved = resolve(folder)
@@ -110,7 +110,7 @@ def test_equals_hugging_face(fetched: Path, folder: Path) -> None:
 
 
 def test_one_layer_is_called_twelve_times(folder: Path) -> None:
-    """Each time with the same weights."""
+    """Each of the twelve calls passes the same weights."""
     resolved = resolve(folder)
     calls = [node for node in resolved.graph.main.nodes if node.op.callee is not None]
     weights = [[v for v in call.operands if v is not None and v.kind == "parameter"] for call in calls]

@@ -1,4 +1,6 @@
-"""The safetensors reader: every dtype compared with the format's own library, and every kind of damage to a file."""
+"""The safetensors reader: every dtype is compared with the format's own library, and every kind of damage to a file is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def refusal(path: Path, limits: CheckpointLimits | None = None) -> CheckpointErr
 
 
 def same(error: CheckpointError, path: Path, text: str) -> None:
-    """Check the whole text of an error, with FILE in place of the path."""
+    """Check the whole text of an error, in which FILE replaces the path."""
     assert str(error).replace(str(path), "FILE") == text.strip("\n")
 
 
@@ -94,7 +96,7 @@ def test_dtypes_as_torch_writes_them(path: Path, dtype: str, ours: str) -> None:
 
 
 def test_bf16_widens_every_bit_pattern(path: Path) -> None:
-    """Every bf16, infinities and NaN payloads among them, is the upper half of its float32."""
+    """Every bf16 number, infinities and NaN payloads included, is the upper half of a float32."""
     bits = np.arange(2**16, dtype="<u2")
     array = SafetensorsFile.open(write(path, {"w": entry("BF16", [2**16], 0, 2**17)}, bits.tobytes())).array("w")
     assert array.dtype == np.float32
@@ -112,7 +114,7 @@ def test_arrays_are_views_of_one_mapping(path: Path) -> None:
 
 
 def test_opening_does_not_read_the_tensors(tmp_path: Path) -> None:
-    """A sparse file of 64 GiB opens and its last element is read: only touched pages are loaded."""
+    """A sparse file of 64 GiB is opened, and its last element is read. Only touched pages are loaded."""
     path, size = tmp_path / "large.safetensors", 2**36
     header = header_and_data({"w": entry("F32", [size // 4], 0, size)}, b"")
     with open(path, "wb") as file:
@@ -186,7 +188,7 @@ def test_an_unknown_tensor_names_the_nearest(path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "bits"), [("F8_E5M2", 8), ("F8_E8M0", 8), ("F6_E2M3", 6), ("F6_E3M2", 6), ("F4", 4)])
 def test_each_narrow_float_has_its_width_and_is_refused_by_name(path: Path, dtype: str, bits: int) -> None:
-    """Four elements take half as many bytes as one element has bits; one byte more or less is damage."""
+    """Four elements of n bits take n / 2 bytes; a file with one byte more or less is damaged."""
     count = bits // 2
     file = SafetensorsFile.open(write(path, {"w": entry(dtype, [4], 0, count)}, bytes(count)))
     assert str(file["w"]) == f"{dtype.lower()}[4]"
@@ -288,7 +290,7 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 PAIR = {"a": entry("U8", [2], 0, 2), "b": entry("U8", [2], 2, 4)}
 ONE = json.dumps(PAIR["a"]).encode()
 RULES: list[tuple[str, object, bytes, str, str]] = [
-    # the damage, header, data, the error's words, its place
+    # the damage, header, data, words of the error, place of the error
     ("no object", [], b"", "must begin with '{'", "byte 8, header"),
     ("space first", b" {}", b"", "must begin with '{'", "byte 8, header"),
     ("zeros after", b"{}\x00", b"", "expected the end", "byte 10"),

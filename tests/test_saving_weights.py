@@ -1,4 +1,4 @@
-"""Trained weights in a folder like their source folder: read again here and by transformers."""
+"""Trained weights are saved to a folder like the folder they come from. We and transformers can read it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def saved(name: str, folder: Path, dtype: Any = None, shard: str = "50GB") -> Ti
 
 
 def changed(weights: Mapping[str, Any]) -> dict[str, Array]:
-    """Change weights as training would: each moved a little, each differently."""
+    """Change weights as training would: each by a small and different amount."""
     rng = np.random.default_rng(3)
     moved = {}
     for name, array in weights.items():
@@ -73,7 +73,7 @@ def inputs_of(tiny: Tiny, graph: Any) -> dict[str, Array]:
 
 @st.composite
 def parts(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
-    """Return a part of a stored tensor, and the tensor's shape."""
+    """Return the part of a stored tensor that a parameter reads, and the tensor's shape."""
     rank = draw(st.integers(1, 3))
     transpose = rank == 2 and draw(st.booleans())
     groups = draw(st.integers(1, 3))
@@ -102,7 +102,7 @@ def test_what_is_written_to_a_part_is_read_from_it_and_the_rest_stays(case: tupl
 
 
 def save_folder(source: Path, weights: Mapping[str, Array], target: Path, *, replace: bool = False) -> SavedModel:
-    """Write a folder like another one, with these weights."""
+    """Write a folder like a source folder, with these weights."""
     shapes = {name: np.shape(array) for name, array in weights.items()}
     return FolderSaver.open(ModelSource.open(source), shapes, target, replace=replace).save(weights)
 
@@ -112,9 +112,10 @@ def save_folder(source: Path, weights: Mapping[str, Array], target: Path, *, rep
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_was_saved_is_read_again(name: str, tmp_path: Path) -> None:
-    """Each parameter's new values are in their places, no tensor is lost, and no tensor without a parameter is changed.
+    """Each parameter's new values are stored at the parameter's place. No tensor is lost, and no tensor without a
+    parameter is changed.
 
-    No two parameters are the same part of a tensor, except if the second has its own name.
+    No two parameters have the same part of a tensor, unless the second is stored under another name.
     """
     tiny = saved(name, tmp_path / "from")
     resolved = resolve(tmp_path / "from", **tiny.given)
@@ -168,13 +169,14 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_values_are_rounded_to_the_dtype_of_the_checkpoint(dtype: str, tmp_path: Path) -> None:
-    """To nearest, ties to even, as PyTorch rounds; NaN and infinity stay."""
+    """Values are rounded to nearest, ties to even, as in PyTorch; NaN and infinity stay."""
     kind = {"f16": torch.float16, "bf16": torch.bfloat16}[dtype]
     saved("gpt2", tmp_path / "from", kind)
     resolved = resolve(tmp_path / "from", widen=dtype)
     assert resolved.weights is not None
     wanted = changed(resolved.weights)
-    wanted["wpe.weight"][0, :4] = np.nan, np.inf, -np.inf, 1 + 2**-9  # the last is halfway between two of bf16's
+    # the last number is halfway between two bf16 numbers
+    wanted["wpe.weight"][0, :4] = np.nan, np.inf, -np.inf, 1 + 2**-9
     wanted["wpe.weight"][1, :2] = 1 + 3 * 2**-9, 1 + 2**-12
     save_folder(tmp_path / "from", wanted, tmp_path / "to")
     again = resolve(tmp_path / "to", widen=dtype)
@@ -234,13 +236,15 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_stored_copy_follows_the_tensor_that_it_is_a_copy_of(tmp_path: Path) -> None:
-    """Older files hold the output's matrix in addition to the embedding; biases that are all zero are not copies."""
+    """Older files hold the output matrix in addition to the embedding. Biases that are all zero do not count as
+    copies.
+    """
     saved("bert-masked-lm", tmp_path / "from")
     path = tmp_path / "from" / "model.safetensors"
     tensors = load_file(path)
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
     tensors["cls.predictions.bias"] = np.zeros_like(tensors["cls.predictions.bias"])
-    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]  # which the table lists as a second name
+    tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"]  # the table lists it as a second name
     tensors["bert.pooler.dense.bias"] = np.zeros(24, np.float32)
     tensors["bert.encoder.layer.0.output.dense.bias"] = np.zeros(24, np.float32)
     save_file(tensors, path, {"format": "pt"})
@@ -336,7 +340,7 @@ def test_a_folder_that_holds_files_is_left_as_it_is_unless_it_is_asked_for(sourc
 
 
 def test_nothing_outside_is_written(source: Path, tmp_path: Path) -> None:
-    """A link to a file is replaced, not followed; a link to a folder is refused."""
+    """A link to a file is replaced, not followed. A link to a folder is refused."""
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "model.safetensors").symlink_to(tmp_path / "theirs")

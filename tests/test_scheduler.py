@@ -1,4 +1,4 @@
-"""A scheduler: many callers' texts in one session, each the same as alone."""
+"""The scheduler: texts of many callers run in one session, and each is the same as in a session of its own."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Heard:
             self._over.set()
 
     def wait(self) -> list[int]:
-        """Return the ids after the request has ended."""
+        """Wait until the request has ended; return the ids."""
         assert self._over.wait(SECONDS)
         return [token.id for token in self.tokens]
 
@@ -93,7 +93,9 @@ def test_each_text_is_the_one_alone(model: Compiled, scheduler: Scheduler) -> No
 
 
 def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
-    """Several texts of a prompt, prompts with a common prefix, the next turn of a chat: each is the same as alone."""
+    """Several texts of a prompt, prompts with a common prefix, and the next turn of a chat. Each text is the same as
+    alone.
+    """
     session = model.session(rows=6, capacity=CAPACITY, chunk=8, resumes=True)
     scheduler = Scheduler(session)
     system = tuple(range(20))
@@ -160,7 +162,7 @@ def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Sch
     def begin(report: Token | Ended) -> None:
         first[0](report)
         started.set()
-        assert cancelled.wait(SECONDS)  # so that none is done before
+        assert cancelled.wait(SECONDS)  # so that no request ends earlier
 
     tickets = scheduler.submit([(TextOrder((1, 2), long), begin if i == 0 else first[i]) for i in range(3)])
     waiting, next_one = Heard(), Heard()
@@ -301,7 +303,7 @@ def test_closing_drains_or_cuts_and_takes_no_more(model: Compiled, session: Sess
 
 
 def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, scheduler: Scheduler) -> None:
-    """Between two chunks of a prompt of 40 tokens, a running text continues."""
+    """A running text continues between two chunks of a prompt of 40 tokens."""
     order: list[str] = []
     short, long = Heard(), Heard()
 

@@ -1,4 +1,4 @@
-"""Search limits of passes: a match just within a limit is found, one just past it is not."""
+"""Search limits of passes: a match at the limit is found, a match just beyond the limit is not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def truths_beneath_products(count: int) -> bool:
 
 
 def rounded(count: int) -> Expr:
-    """round(x) cast to i8 and back, with `count` steps from the cast back to the rounding, both included"""
+    """Round x, cast it to i8 and back, with `count` steps from the cast back to the rounding, both included."""
     b = Builder(Graph("g"))
     kept = chain(b.round(b.input("x", "f32[S]")), lambda y: b.minimum(y, 127.0), count - 2)
     return b.cast(b.cast(kept, to="i8"), to="f32")
@@ -58,7 +58,7 @@ def a_round_trip_upwards(count: int) -> bool:
 
 
 def a_round_trip_downwards(count: int) -> bool:
-    """Search from the rounding down to the cast back, both included in the steps."""
+    """Search from the rounding down to the cast back, in steps that include both."""
     y = rounded(count - 1)
     nodes = y.builder.function.nodes
     readers = {v: [n for n in nodes if v in n.inputs] for n in nodes for v in (*n.inputs, *n.results)}
@@ -107,14 +107,14 @@ def a_mask_by_positions(count: int) -> bool:
 
 
 def a_mask_beneath_moves(count: int) -> bool:
-    """j <= i, moved `count` times"""
+    """A mask j <= i that `count` expands follow"""
     b = Builder(Graph("g"))
     kept = chain(triangle(b), lambda y: b.expand(y, shape=("S", "S")), count)
     return fused(b, scaled(b, lambda x: b.where(kept, x, LOW))) == ["causal"]
 
 
 def a_bias_by_distance(far: int) -> bool:
-    """T5's buckets, up to this distance"""
+    """T5's buckets, up to this largest distance"""
     b = Builder(Graph("g"))
     i, j = b.rearrange(b.iota(size="S"), pattern="s -> s 1"), b.iota(size="S")
     distance = -b.minimum(j - i, 0)
@@ -127,7 +127,7 @@ def a_bias_by_distance(far: int) -> bool:
 
 
 def a_turn_of_moved_tables(count: int) -> bool:
-    """With `count` ops from the sum to the angles' halves: a product, those between, a cosine or a sine, a concat"""
+    """`count` ops from the sum to the halves of angles: a product, the ops between, a cosine or a sine, a concat"""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, 2, S, 4]")
     half = b.rearrange(b.cast(b.input("p", "i64[S]"), to="f32"), pattern="s -> s 1") * b.parameter("f", "f32[2]")
@@ -144,7 +144,7 @@ def sites(b: Builder, y: Expr) -> set[str]:
 
 
 def attention_with_steps_between(count: int) -> bool:
-    """With `count` ops between the product and the softmax, and `count` ops after it"""
+    """`count` ops between the product and the softmax, and `count` ops after the softmax"""
     b = Builder(Graph("g"))
     q, k, v = (b.input(name, "f32[S, 4]") for name in "qkv")
     scores = chain(q @ b.rearrange(k, pattern="t d -> d t"), b.abs, count)
@@ -159,21 +159,21 @@ def a_norm_with_steps_before_its_root(count: int) -> bool:
 
 
 def an_activation_of_what_was_scaled(count: int) -> bool:
-    """With `count` ops between the gated value and its gate"""
+    """`count` ops between the gated value and the gate"""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, 8]")
     return "activation" in sites(b, x * b.sigmoid(chain(x, lambda y: y * 2.0, count)))
 
 
 def an_epilogue_beneath_moves(count: int) -> bool:
-    """An activation of a product that is moved `count` times"""
+    """An activation of a product, with `count` rearranges between them"""
     b = Builder(Graph("g"))
     y = b.linear(b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8, 8]"))
     return "epilogue" in sites(b, b.relu(chain(y, lambda y: b.expand(y, shape=("B", 8)), count)))
 
 
 def a_turn_by_tables_of_many_makings(count: int) -> bool:
-    """A cosine beneath `count` ops, and a sine"""
+    """A cosine and a sine, each followed by `count` ops"""
     b = Builder(Graph("g"))
     angles = b.input("a", "f32[S, 8]")
     cos, sin = (chain(wave(angles), lambda y: b.expand(y, shape=("S", 8)), count) for wave in (b.cos, b.sin))
@@ -192,7 +192,7 @@ def a_fold_that_grows(count: int) -> bool:
 
 
 def what_is_made_of_a_weight(count: int) -> bool:
-    """Derive `count` numbers from a weight of two"""
+    """Derive `count` numbers from a weight of two numbers"""
     b = Builder(Graph("g"))
     made = b.exp(b.expand(b.parameter("w", "f32[1, 2]"), shape=(count // 2, 2)))
     b.outputs(y=b.input("x", f32[count // 2, 2]) + made)
@@ -211,7 +211,7 @@ def what_leaves_a_block(count: int) -> bool:
 
 
 def steps_of(b: Builder) -> list[int]:
-    """Return the sizes of steps, in chains of three nodes and three inputs at most."""
+    """Return the sizes of steps in chains of at most three nodes and three inputs."""
     chains = Chains(lambda node: node.is_elementwise, lambda node: False, most_inputs=3, most_nodes=3)
     return [len(step.nodes) for step in chains(b.function)]
 
@@ -233,7 +233,7 @@ def test_nodes_and_inputs_of_a_chain() -> None:
     [("f32", (2.0**-10, -(2.0**-10), 2.0**10, -(2.0**10))), ("f16", (2.0**-10, 1.0)), ("bf16", (2.0**-10, -1.0))],
 )
 def test_scales_that_come_first(dtype: str, numbers: tuple[float, ...]) -> None:
-    """Scales of logits; a scale slightly further from 1 is applied last."""
+    """Scales of logits that are applied before the product; a scale slightly further from 1 stays after the product."""
 
     def comes_first(number: float) -> bool:
         b = Builder(Graph("g"))
@@ -284,6 +284,6 @@ def test_an_index_of_nothing_is_not_negative() -> None:
 
 
 def test_bytes_that_are_made_of_weights() -> None:
-    """Eight times their own bytes, and a megabyte."""
+    """The limit is eight times the bytes of the weights, plus a megabyte."""
     assert what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4)
     assert not what_is_made_of_a_weight((8 * 8 + (1 << 20)) // 4 + 2)

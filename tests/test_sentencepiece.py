@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies of folders without tokenizer.json: the ids of Hugging Face's tokenizers."""
+"""SentencePiece vocabularies of folders without tokenizer.json give the ids of Hugging Face's tokenizers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-"""Files by config.json's model_type: the file name, and its training options."""
+"""For each model_type of config.json: the name of the vocabulary file, and its training options."""
 
 ADDED = {
     "content": "<|end|>",
@@ -158,13 +158,13 @@ def test_ids_are_those_of_hugging_face(
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = TextTokenizer.open(tmp_path, cut=False)
     given = [*sentences(200), *HARD]
-    if kind == "siglip":  # its Python tokenizer puts no space after a special token
+    if kind == "siglip":  # Hugging Face's Python tokenizer puts no space after a special token
         given = [text.replace("</s>", "").replace("<unk>", "") for text in given]
     for text, (found,) in zip(given, ours.encode(given), strict=True):
         whole = theirs(text, return_offsets_mapping=theirs.is_fast)
         assert list(found.ids) == whole["input_ids"], text
         assert not theirs.is_fast or list(found.offsets) == whole["offset_mapping"], text
-        if kind != "siglip":  # if tokens are joined differently, too
+        if kind != "siglip":  # also if tokens are joined differently
             assert ours.text(found.ids) == theirs.decode(
                 found.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -201,7 +201,9 @@ def piece(text: str, score: float, kind: int = 1) -> bytes:
 
 
 def charmap(offset: int = 0, leaf: int = 0) -> bytes:
-    """Return a table of characters of one block, whose first unit leads to a child, and whose second is a leaf."""
+    """Return a table of characters with one block, whose first unit points to a child, and whose second unit is a
+    leaf.
+    """
     units = np.zeros(256, "<u4")
     units[:2] = offset << 10, 1 << 31 | leaf
     return struct.pack("<I", units.nbytes) + units.tobytes() + b"a\0"
@@ -219,7 +221,7 @@ SMALL = b"".join(
         varint(99 << 3 | 1) + bytes(8),
     ]
 )
-"""A vocabulary as bytes, with a field that is skipped."""
+"""A vocabulary as bytes, with a field that the reader skips."""
 
 
 def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
@@ -258,7 +260,7 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files(data: bytes, what: str, at: int | None, tmp_path: Path) -> None:
-    """Each is reported with the byte where the wrong field begins."""
+    """Each error gives the byte at which the damaged field begins."""
     folder(tmp_path, "t5", data)
     with pytest.raises(CheckpointError, match=what) as caught:
         TextTokenizer.open(tmp_path)
@@ -279,7 +281,7 @@ def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
-    """Overwritten bytes and truncated files cause a typed error, or yield another vocabulary."""
+    """Overwritten bytes and truncated files cause a typed error, or give another vocabulary."""
     draw = np.random.default_rng(0)
     refused = 0
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Sessions: rows that open, grow, fork, fill up and close, each with the logits of its own tokens alone."""
+"""Sessions: rows open, grow, fork, fill up and close. The logits of each row equal those of its own tokens alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def exe() -> Compiled:
 
 
 def whole(exe: Compiled, tokens: list[int]) -> Array:
-    """Return the logits after each of the tokens."""
+    """Return the logits after each of the tokens, from a run over the whole text."""
     found: Array = exe(tokens=np.array([tokens]))["logits"][0]
     return found
 
@@ -89,7 +89,7 @@ def test_other_tokens_than_were_verified_are_not_accepted(exe: Compiled) -> None
     with pytest.raises(UsageError, match="where none were verified"):
         session.accept(row, [4])
     session.verify(row, [4, 5])
-    session.step({row: 9})  # which overwrites them
+    session.step({row: 9})  # overwrites the tokens after it
     with pytest.raises(UsageError, match="where none were verified"):
         session.accept(row, [4])
     near(session.step({row: 8})[row], whole(exe, [1, 2, 3, 9, 8])[-1])
@@ -130,14 +130,14 @@ def test_numbers_may_be_those_of_numpy_and_rows_none(exe: Compiled) -> None:
 
 @t.model
 def summing(tokens: Tokens) -> t.Tensor:
-    """Sums are carried before an id that is too large for the second table is looked up."""
+    """A model that updates sums before it looks up an id that is too large for the second table."""
     x = t.cumsum(t.embed(tokens, 40, 12, name="wte"), axis=1)
     return t.linear(x + t.embed(tokens * 2, 40, 12, name="twice"), 40, name="logits")
 
 
 @t.model
 def caching(tokens: Tokens) -> t.Tensor:
-    """Keys and values are cached before an id that is too large for the second table is looked up."""
+    """A model that caches keys and values before it looks up an id that is too large for the second table."""
     x = t.embed(tokens, 40, 12, name="wte")
     x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
     return t.linear(x + t.embed(tokens * 2, 40, 12, name="twice"), 40, name="logits")
@@ -181,7 +181,7 @@ def test_a_row_that_is_broken_off_while_it_slides_keeps_its_text(exe: Compiled) 
 
 @t.model
 def tagged(tokens: Tokens) -> dict[str, t.Tensor]:
-    """Fewer classes than ids, and another output [B, S, width] before the logits."""
+    """A model with fewer classes than ids, and another output [B, S, width] before the logits."""
     x = t.embed(tokens, 40, 12, name="wte")
     x = x + t.self_attention(x, 3, mask=t.causal, name="attn")
     return {"hidden": x, "logits": t.linear(x, 5, name="head")}

@@ -1,4 +1,4 @@
-"""A sharding plan in an artifact: it is read back unchanged, ranks run from it, and a wrong one is refused."""
+"""A sharding plan in an artifact: it is read back unchanged, ranks run from it, and a wrong plan is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def again(record: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_plan_reads_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composites, "_MOST_BODIES", 1 << 30)  # if plans are equal, bodies are the same functions
+    monkeypatch.setattr(composites, "_MOST_BODIES", 1 << 30)  # if plans are equal, their bodies are the same functions
     graph = recognized(family)
     for recipe in [name for name, known in RECIPES.items() if not known.staged]:  # of those in tests/test_pipelines.py
         plan = shard(graph, "tp=2,cp=2,dp=2", recipe=recipe)
@@ -122,7 +122,7 @@ def block(record: dict[str, Any], op: str, nth: int = 0) -> dict[str, Any]:
 
 
 def set_in(*path: Any) -> Change:
-    """Set the last part of `path` in the object that the other parts lead to."""
+    """Set the last key of `path`, in the object that the keys before it lead to."""
     *way, key, value = path
 
     def change(record: dict[str, Any]) -> None:

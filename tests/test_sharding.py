@@ -1,5 +1,5 @@
-"""Sharding: every model split by every recipe computes the same, plans as text and numbers, any graph split in any
-way.
+"""Sharding: every model, split by every recipe, computes the same results. Plans as texts and numbers, and random
+graphs with random splits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CASES = [
     if all(f"{axis}=" in mesh for axis in known.needs)
     and (family == FAMILIES[0] or {name for name, _ in Mesh.of(mesh).axes} <= {*known.axes.values()})
 ]
-"""One family also on meshes with an axis that the recipe leaves idle."""
+"""Families, meshes and recipes; for one family also meshes with an axis that the recipe does not use."""
 
 
 # -- every model -------------------------------------------------------------------------------------------------------
@@ -63,12 +63,13 @@ def test_ranks_together_compute_what_the_model_does(family: str, mesh: str, reci
 def test_programs_go_through_the_rest_of_the_pipeline(family: str, mesh: str, recipe: str) -> None:
     plan = shard(recognized(family), mesh, recipe=recipe)
     programs = [rank_graph(plan, rank) for rank in range(plan.mesh.ranks)]
-    assert ("projections(" in str(programs[-1])) == (recipe != "fsdp")  # a weight gathered for use is not counted
+    # a weight that is gathered for use is not counted
+    assert ("projections(" in str(programs[-1])) == (recipe != "fsdp")
     assert apart(family, plan, programs) < NEAR
 
 
 def test_a_linear_graph_is_computed_exactly() -> None:
-    """Integers have no rounding, whatever the order of additions."""
+    """Sums of integers have no rounding, whatever the order of additions."""
     b = Builder(Graph("linear"))
     x = b.input("x", "f32[B, 12]")
     y = b.linear(x, b.parameter("up", "f32[18, 12]"), b.parameter("bias", "f32[18]"))
@@ -101,7 +102,9 @@ def test_a_plan_prints_with_reasons_bytes_and_lines() -> None:
 
 
 def test_predicted_bytes_are_those_of_what_ranks_bring() -> None:
-    """Equal parts: the plan's payload of each collective equals the ranks' traffic, in elements of float32."""
+    """The plan's payload of each collective equals the traffic that the ranks count, in elements of float32. Parts are
+    equal.
+    """
     weights, inputs, _ = numbers("gpt2")
     graph = recognized("gpt2")
     rows, tokens = inputs["tokens"][:8].shape
@@ -146,7 +149,7 @@ def test_a_device_holds_what_its_program_needs() -> None:
 
 
 def test_what_is_had_in_two_placements_moves_from_the_nearer_one() -> None:
-    """Weights in blocks move from the only placement that allows it."""
+    """Weights in blocks move from the only placement that permits it."""
     mesh, b = Mesh.of("tp=4"), Builder(Graph("g"))
     rows, columns, whole = (parse_placement(text, mesh) for text in ("[tp, -]", "[-, tp]", "[-, -]"))
     values = PlacedValues(Costs(mesh, find_machine("h100"), {"B": 8}), Wanted())
@@ -192,7 +195,7 @@ def test_an_axis_of_one_position_is_not_proposed_when_it_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_any_graph_split_in_any_way_computes_the_same(seed: int) -> None:
-    """tests/fuzz/shardings.py runs any number of them."""
+    """A small sample; tests/fuzz/shardings.py runs any number of cases."""
     case = random_pipeline(seed) if seed % 4 == 0 else random_case(seed)
     assert difference(case, case.plan(), merged=seed % 8 < 4) < 1e-10
 
@@ -234,7 +237,7 @@ def test_a_lab_takes_blocks_that_are_written_and_refuses_others() -> None:
     split = shard_model("gpt2", "tp=2", recipe="megatron", quantize="int4", layers=2, dim=64, heads=4, vocab=96)
     assert words(block_text(split, "h")) == ["all_reduce", "all_reduce"]
     declared = treadle.compile("gpt2", quantize="int8-weights", layers=2, dim=64, heads=4, vocab=96).graph
-    plan = shard_model(declared, "tp=2", recipe="megatron")  # a block is a whole row
+    plan = shard_model(declared, "tp=2", recipe="megatron")  # a row is a single block
     assert try_in_lab(plan).passed
     assert [note for note in plan.notes if "in blocks" in note] == [
         "heads: h.*.attn.out.weight is stored in blocks along dimension 1, which is replicated",

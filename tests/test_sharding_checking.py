@@ -1,4 +1,6 @@
-"""The checker of sharding plans: graphs of an op or two, placed by hand, and everything that it refuses."""
+"""The checker of sharding plans: graphs of one or two ops, with placements written by hand, and all errors that it
+reports.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from treadle.passes.sharding.recipes import shard
 
 MESH = Mesh.of("tp=4,dp=2")
 LARGER = Mesh.of("tp=4,dp=2,ep=2")
-"""A mesh with an axis that the mesh of the plans lacks."""
+"""A mesh with an axis that the plans' mesh lacks."""
 
 
 def placed(text: str) -> MeshPlacement:
@@ -40,9 +42,8 @@ def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
 def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
     """Return the plan of a small graph, with the placements that these texts describe.
 
-    takes  each input
-    nodes  operands -> result | factors that are split
-    gives  the output; None: the placement of the last node's result
+    takes  placement of each input nodes  placements of operands -> result | factors that are split gives  placement of
+    the output; None: the placement of the last node's result
     """
     b = Builder(Graph("small"))
     b.outputs(y=model(b))
@@ -185,7 +186,7 @@ def test_what_lies_otherwise_is_refused(name: str) -> None:
 
 
 def moved(plan: ShardingPlan, kind: StepKind, over: str, after: str, dim: int | None = None) -> ShardingPlan:
-    """Return the plan in which the last result is moved by one step before it is output."""
+    """Return the plan in which the last result is converted by one step before it is output."""
     last = plan.main.nodes[-1]
     step = PlacementStep(kind, MESH.parts_of(over), last.gives[0], placed(after), dim)
     because = ("said",) if step.sends else ()
@@ -264,7 +265,9 @@ def test_a_move_begins_where_the_value_lies() -> None:
 
 
 def test_a_body_that_was_forgotten_and_made_anew_is_the_same() -> None:
-    """The number of remembered bodies is limited: a long process forgets the bodies of a plan before it is checked."""
+    """The number of remembered bodies is limited. A long process may forget the bodies of a plan before the plan is
+    checked.
+    """
     plan = shard(recognized("gpt2"), "tp=2", recipe="megatron")
     assert any(node.body is not None for node in plan.functions[-1].nodes)
     composites._bodies.clear()

@@ -51,7 +51,7 @@ def test_megatron_gathers_no_logits() -> None:
     main = text[text.index("  main(") :]
     assert words(main) == ["all_reduce"]
     assert 'because="the split of vocab is summed"' in main
-    assert "logits: f32[B, S, 19]" in main  # 37 over 2
+    assert "logits: f32[B, S, 19]" in main  # 37 over 2 ranks
     assert plan.main.gives[0].text(plan.mesh) == "[-, -, tp]"
 
 
@@ -69,7 +69,7 @@ def test_sequence_gathers_and_scatters_the_bytes_that_megatron_reduces(family: s
 
 
 def test_context_passes_keys_around_and_gathers_nothing() -> None:
-    """Ring attention: rank 0 of 4 sees its own tokens alone, rank 3 sees all ranks' tokens."""
+    """Ring attention: rank 0 of 4 sees only its own tokens, rank 3 sees all ranks' tokens."""
     plan = shard(recognized("gpt2"), "cp=4", recipe="context", sizes={"B": 2, "S": 16})
     check_sharding(plan)
     made = plan.collectives()
@@ -78,7 +78,7 @@ def test_context_passes_keys_around_and_gathers_nothing() -> None:
     first, last = (block_text_of(plan, rank, "h") for rank in (0, 3))
     assert [text.count("= attention_parts(") for text in (first, last)] == [1, 4]
     for text, own in ((first, [1, 0, 0, 0]), (last, [1, 1, 1, 1])):
-        # a rank's keys are on the way to the next one while the rank computes on them
+        # a rank's keys are sent to the next rank while it computes on them
         around = [[*["start_pass"] * 2 * (step < 3), *["attention_parts"] * own[step]] for step in range(4)]
         wanted = [*around[0], *(name for each in around[1:] for name in ("pass_on", "pass_on", *each))]
         assert re.findall(r"= (start_pass|pass_on|attention_parts)\(", text) == wanted
@@ -228,7 +228,9 @@ def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
 
 
 def test_two_readers_of_a_weight_gather_it_once() -> None:
-    """The table of tokens, which the logits read too; its first reader is a composite that gathers it in its body."""
+    """The weight is the token table, which the logits read too. The first reader is a composite, whose body gathers the
+    table.
+    """
     plan = shard(recognized("gpt2"), "dp=2", recipe="fsdp")
     gathered = [c for c in plan.collectives() if "wte.weight is stored in parts" in c.because]
     assert [(c.op, c.scope) for c in gathered] == [("all_gather", "wte")]
@@ -237,7 +239,7 @@ def test_two_readers_of_a_weight_gather_it_once() -> None:
 
 @pytest.mark.parametrize(("family", "block"), [("t5", "decoder_block"), ("bart", "decoder_layer")])
 def test_what_all_layers_read_is_gathered_once_before_them(family: str, block: str) -> None:
-    """An encoder's states, which are split by tokens and which every decoder layer needs whole."""
+    """The value is an encoder's states, which are split by tokens; every decoder layer needs them whole."""
     plan = shard(recognized(family), "tp=2", recipe="sequence")
     check_sharding(plan)
     before = [c for c in plan.collectives() if c.because == f"{block} needs all of sequence"]
@@ -255,7 +257,7 @@ def test_a_bias_is_added_once() -> None:
 
 
 def test_terms_are_added_before_they_are_combined() -> None:
-    """Two products over a split axis are added: one all-reduce."""
+    """Two products over a split axis are added, so one all-reduce is enough."""
     b = Builder(Graph("parallel"))
     x = b.input("x", "f32[B, 16]")
     y = b.linear(x, b.parameter("w", "f32[8, 16]")) + b.linear(b.gelu(x), b.parameter("v", "f32[8, 16]"))
@@ -279,7 +281,7 @@ def test_a_softmax_over_a_split_axis_reduces_a_maximum_and_a_sum() -> None:
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
 def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> None:
-    """Its body holds eps in float32: 1e-3 is 1.000000047e-3 there, which differs in float64."""
+    """The norm's body holds eps in float32, where 1e-3 is 1.000000047e-3, which differs in float64."""
     b = Builder(Graph("norm"))
     y = b.linear(b.input("x", "f32[B, 64]"), b.parameter("w", "f32[256, 64]")) * 1e-2
     with b.scoped("norm"):
@@ -292,7 +294,7 @@ def test_a_norm_over_a_split_axis_has_the_eps_that_was_written(norm: str) -> Non
 
 
 def test_costs_decide_between_two_axes_that_want_one_mesh_axis() -> None:
-    """With many rows, a small weight is not split but the rows are; with few rows, the other way."""
+    """With many rows, the rows are split and a small weight is not; with few rows, the weight is split."""
     b = Builder(Graph("two"))
     x = b.input("x", "f32[B, 64]")
     w = b.parameter("w", "f32[64, 64]")
@@ -319,12 +321,12 @@ def test_weights_in_blocks_are_split_between_their_blocks(name: str, recipe: str
     parts = programs[0].parameters
     assert str(parts[f"{layer}.0.attn.q.weight"].type) == "f32[32, 64] as q8_0"
     down = plan.weights[f"{layer}.0.mlp.down.weight"].text(plan.mesh)
-    assert down == ("[-, tp]" if recipe == "megatron" else "[dp, -]")  # its columns are in blocks, which are not split
+    assert down == ("[-, tp]" if recipe == "megatron" else "[dp, -]")  # the columns are in blocks, which are not split
     assert not [note for note in plan.notes if "in blocks" in note]
 
 
 def test_parts_lie_between_blocks() -> None:
-    """96 columns in blocks of 32 over 2 ranks are 32 and 64, and so are the rows that produce their operand."""
+    """96 columns in blocks of 32 are split over 2 ranks as 32 and 64, and so are the rows that produce the operand."""
     b = Builder(Graph("blocks"))
     up, down = b.parameter("up", "f32[96, 64]"), b.parameter("down", "f32[64, 96]")
     b.outputs(y=b.linear(b.gelu(b.linear(b.input("x", "f32[B, 64]"), up)), down))
@@ -335,7 +337,7 @@ def test_parts_lie_between_blocks() -> None:
     assert [c.op for c in plan.collectives()] == ["all_reduce"]
     weights = encode_weights(graph, {n: np.random.default_rng(0).normal(size=s) for n, s in SHAPES.items()})
     parts = [rank_weights(plan, rank, weights)["down"].shape for rank in range(2)]
-    assert parts == [(64, 18), (64, 36)]  # bytes
+    assert parts == [(64, 18), (64, 36)]  # sizes in bytes
     assert try_in_lab(plan, weights=weights).passed
     cut = replace(plan, weights={**plan.weights, "down": parse_placement("[-, tp]", plan.mesh)})
     main = replace(plan.main, takes=(plan.main.takes[0], plan.main.takes[1], cut.weights["down"]))
@@ -356,7 +358,7 @@ def test_models_in_fewer_bits_are_split_as_others_are(options: dict[str, str], m
 
 
 def test_what_is_made_of_a_weight_stays_split_as_the_weight_and_is_gathered_in_fewer_bits() -> None:
-    """Weights in bf16 are cast in parts: megatron gathers none of them, and fsdp sends half the bytes."""
+    """Weights are split, and cast to bf16 in parts: megatron gathers none of them, and fsdp sends half the bytes."""
     small: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
     reduced = shard_model("gpt2", "tp=2", recipe="megatron", dtype="bf16", **small)
     assert words(block_text(reduced, "h")) == ["all_reduce", "all_reduce"]
@@ -378,7 +380,7 @@ SHAPES = {"up": (96, 64), "down": (64, 96)}
 
 
 def test_the_vocabulary_is_one_dimension_of_a_weight() -> None:
-    """Also of a square weight."""
+    """This also holds for a square weight."""
     b = Builder(Graph("square"))
     x = b.embedding(b.parameter("w", "f32[8, 8]"), b.input("tokens", "i64[B, S]"))
     b.outputs(y=b.linear(b.exp(x), b.parameter("u", "f32[8, 8]")))

@@ -1,4 +1,6 @@
-"""Parameters of functions with their defaults, and the classes of data that can be changed or compared."""
+"""Golden texts of the parameters of functions with their defaults, and of dataclasses that can be changed or
+compared.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def test_what_functions_take(golden: Golden) -> None:
     for path in sorted((ROOT / "treadle").rglob("*.py")):
         dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if "cli" in path.parts or path.name.startswith("__"):
-            continue  # whose options are documented on a page
+            continue  # a page documents their options
         module = imported(dotted)
         for name, value in sorted(vars(module).items()):
             if getattr(value, "__module__", "") == dotted and not name.startswith("_") and callable(value):
@@ -56,7 +58,9 @@ def signatures(name: str, value: Any) -> Iterator[str]:
 
 
 def test_data_that_is_not_plain_and_frozen(golden: Golden) -> None:
-    """Each class of data that can be changed or is compared by identity, and each field that is excluded somewhere."""
+    """Each dataclass that can be changed or is compared by identity, and each field that is excluded from a comparison
+    or a text.
+    """
     lines: list[str] = []
     for layer in LAYERS:
         for path in sorted((ROOT / layer).rglob("*.py")):

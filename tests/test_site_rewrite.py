@@ -1,4 +1,4 @@
-"""The engine of passes that find their own matches: the work that it does for each of them."""
+"""The engine of passes that find their own matches, and the work that it does for them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ class Nothing(Rewrite):
 
 @dataclass(frozen=True)
 class Half(Rewrite):
-    """A rewrite with a pattern alone."""
+    """A rewrite that has only a pattern."""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return p.neg(x)
@@ -186,7 +186,7 @@ class Siteless(SiteRewrite[Site]):
 
 @dataclass(frozen=True)
 class Unbuilt(Siteless):
-    """A rewrite with sites alone."""
+    """A rewrite that has only sites."""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         yield from (Site(node) for node in work.walk())

@@ -1,4 +1,4 @@
-"""Sizes: canonical forms, arithmetic checked by evaluation, bounds, text that reads back, hostile text."""
+"""Sizes: canonical forms, arithmetic checked by evaluation, bounds, texts that parse back, hostile texts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def positive_sizes() -> st.SearchStrategy[Size]:
 
 
 def sizes() -> st.SearchStrategy[Size]:
-    """Draw any sizes: negative coefficients, products and sums of nested quotients."""
+    """Draw arbitrary sizes: negative coefficients, products and sums of nested quotients."""
     atoms = st.sampled_from(SYMBOLS).map(Size.symbol) | st.integers(-7, 7).map(Size.of)
 
     def combined(inner: st.SearchStrategy[Size]) -> st.SearchStrategy[Size]:
@@ -122,7 +122,7 @@ def test_text(size: str, text: str) -> None:
 
 
 def test_an_integer_is_equal_to_its_size_and_hashes_alike() -> None:
-    """A set that contains one contains the other."""
+    """A set that contains the integer contains the size, and vice versa."""
     for number in (-3, 0, 1, 128):
         assert Size.of(number) == number
         assert number in {Size.of(number)}
@@ -244,12 +244,12 @@ def test_substitution_is_of_all_symbols_at_once() -> None:
 
 @given(sizes(), sizes(), values)
 def test_equal_forms_are_equal_at_all_values(a: Size, b: Size, at: Values) -> None:
-    """Two ways to the same polynomial, and an identity that must hold exactly: a + b - b is a."""
+    """Two ways to compute the same polynomial, and an identity that must hold exactly: a + b - b is a."""
     again = (a + b) - b
     assert again == a
     assert again.evaluate(at) == a.evaluate(at)
     assert a * b == b * a
-    if len(text := str(a * b)) <= MOST_TOKENS:  # a token has at least a character: longer text may be refused
+    if len(text := str(a * b)) <= MOST_TOKENS:  # a token has at least one character, so longer texts may be refused
         assert parse_size(text) == a * b
 
 
@@ -288,7 +288,7 @@ def test_what_is_not_linear_in_one_symbol(size: Size) -> None:
 
 @st.composite
 def bounded_values(draw: st.DrawFn) -> tuple[dict[str, Bounds], dict[str, int]]:
-    """Draw bounds for each symbol, with a value within them."""
+    """Draw bounds for each symbol, and a value within them."""
     bounds, at = {}, {}
     for name in SYMBOLS:
         low = draw(st.integers(1, 9))
@@ -323,7 +323,7 @@ def test_bounds_hold_every_value(size: Size, bounded: tuple[dict[str, Bounds], d
         ("B*S", Bounds(1, None)),
         ("0-B", Bounds(-(2**62), -1)),
         ("S//B", Bounds(0, 1024)),
-        ("S//(B-1)", Bounds(-(2**62), None)),  # divides by zero where B is 1
+        ("S//(B-1)", Bounds(-(2**62), None)),  # divides by zero if B is 1
         ("7", Bounds(7, 7)),
     ],
 )
@@ -370,7 +370,7 @@ def test_text_reads_back(size: Size) -> None:
         ("S + $", 5),
         ("S % 2", 3),
         ("1.5", 2),
-        ("S²", 2),  # a letter to Unicode, but not a name in generated code
+        ("S²", 2),  # Unicode calls it a letter, but it is not allowed in names of generated code
         ("é", 1),
         ("٣", 1),
     ],
@@ -418,7 +418,9 @@ def test_hostile_text_is_refused_in_a_few_lines(text: str) -> None:
 
 @pytest.mark.parametrize("scale", [1, 2], ids=["one quotient", "nested ones"])
 def test_quotients_of_quotients_read_back_wherever_they_stand(scale: int) -> None:
-    """As in a stack of convolutions: each halves the length, rounding up. Between them it may be doubled."""
+    """As in a stack of convolutions, each of which halves the length and rounds up. The length may be doubled in
+    between.
+    """
     size, length = S, 2**40 + 1
     for _ in range(12):
         size, length = (scale * size + 1) // 3, (scale * length + 1) // 3
@@ -453,7 +455,9 @@ def test_a_size_of_anything_else_is_refused(value: Any) -> None:
 
 
 def test_operators_beside_numbers_that_are_no_sizes() -> None:
-    """For a size that is a number, on either side; NumPy's integers become sizes with any size."""
+    """A size that is a number, on either side of the operator; NumPy's integers become sizes in operations with any
+    size.
+    """
     seven: Any = Size.of(7)
     for function in (operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod):
         for other in (2.5, -3.0, np.float32(1.5)):

@@ -1,6 +1,6 @@
-"""SmolLM2 from its GGUF file: greedy continuations equal Hugging Face's on the same weights.
+"""SmolLM2 from its GGUF file: greedy continuations equal Hugging Face's with the same weights.
 
-benchmarks/smollm2_greedy.py runs ten prompts by 32 tokens; this is its short form.
+This is the short form of benchmarks/smollm2_greedy.py, which continues ten prompts by 32 tokens.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def opened(request: pytest.FixtureRequest, path: Path) -> tuple[Compiled, Any]:
 
 @pytest.fixture(scope="module")
 def theirs(path: Path) -> list[Continuation]:
-    """Return Hugging Face's continuations of the prompts, on the weights of the same file."""
+    """Return Hugging Face's continuations of the prompts, with the weights of the same file."""
     import torch
 
     tokenizer = build_gguf_tokenizer(GGUFFile.open(path))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them wait for each other if tests run in parallel
+    torch.set_num_threads(1)  # more threads wait for each other if tests run in parallel
     try:
         model = hugging_face(resolve(path, widen="blocks").weights or {})
         return [continue_theirs(model, tokenizer.encode(text).ids, TOKENS) for text in PROMPTS[:3]]

@@ -1,4 +1,6 @@
-"""ONNX files whose inputs determine shapes: compiled for each value, derived incrementally, limited in number."""
+"""ONNX files in which inputs determine shapes. They are compiled for each value; the number of compiled graphs is
+limited.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ RUNS: list[str] = []
 
 @dataclass(frozen=True)
 class Counting(Pass):
-    """Record that a graph was compiled, with the types of its outputs."""
+    """A backend that records each compiled graph with the types of its outputs."""
 
     gate: ClassVar[threading.Event | None] = None
 
@@ -188,7 +190,7 @@ def weighted() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
-    """Also weights that follow an unreadable one that is not needed."""
+    """Weights are shared, also those that follow a weight that cannot be read and is not needed."""
     proto = weighted()
     whole = onnx.ModelProto.FromString(proto.SerializeToString())
     if damaged:
@@ -205,7 +207,7 @@ def test_weights_and_file_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_allclose(exe(x=x, k=k)["v"], wanted, rtol=0, atol=1e-5)
     first, second = (each.compiled.weights["w"] for each in exe.specializations)
     assert np.shares_memory(first, second)
-    assert source.file.proto.ByteSize() < first.nbytes  # the message does not repeat it
+    assert source.file.proto.ByteSize() < first.nbytes  # the message does not contain the weight again
 
 
 def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:
@@ -298,7 +300,7 @@ def test_a_value_of_another_shape_is_told_the_shape(tmp_path: Path) -> None:
 
 
 def test_configuration_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
-    """As for a file that is compiled immediately: the error does not wait for a call."""
+    """As for a file that is compiled immediately, the error does not wait for a call."""
     for wrong in ({"kk": 3}, {"threads": 2}, {"B": 2.5}):
         with pytest.raises(FrontendError, match=r"no axis and no input|must be an integer"):
             treadle.compile(saved(tmp_path, TOP), **wrong)
@@ -310,7 +312,8 @@ def test_a_long_value_determines_no_shape(tmp_path: Path) -> None:
     assert exe(x=ROWS, axes=[1])["y"].shape == (2, 1)
     with pytest.raises(BackendError, match="must have at most 4096 elements"):
         exe(x=ROWS, axes=np.ones(4097, np.int64))
-    with pytest.raises(TreadleError, match="axes") as caught:  # the op's own message, without the count
+    # the op's own message, without the number of compiled graphs
+    with pytest.raises(TreadleError, match="axes") as caught:
         exe(x=ROWS, axes=np.ones(4096, np.int64))
     assert "at most" not in str(caught.value)
 

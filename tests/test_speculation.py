@@ -1,4 +1,4 @@
-"""Speculation: the same text as generation without guesses, in fewer calls."""
+"""Speculation: the same text as generation without a draft model, in fewer calls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Third-party backends: one with a pipeline and a code generator, one that does everything in `compile`, and invalid
-ones.
+"""Third-party backends: a backend with a pipeline and a code generator, one that does everything in `compile`, and
+invalid ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from treadle.passes.pipelines import DEFAULT
 
 
 class Interpreted:
-    """An executable that interprets the graph after the passes, op by op, by the references."""
+    """An executable that runs the graph after the passes, op by op, with the ops' references."""
 
     def __init__(self, graph: Graph, weights: Mapping[str, Any]) -> None:
         self.graph, self.weights = graph, {name: weights[name] for name in graph.parameters}
@@ -46,7 +46,7 @@ class Interpreted:
 
 
 class Primitive(StagedBackend):
-    """A code generator for primitives alone."""
+    """A code generator that supports only primitives."""
 
     name = "primitive"
 
@@ -80,7 +80,7 @@ class Whole:
 
 
 class Noted(Whole):
-    """A backend that adds notes on its executables."""
+    """A backend that adds notes to its executables."""
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
         made = Interpreted(graph, weights)
@@ -89,7 +89,7 @@ class Noted(Whole):
 
 
 class Choosy(Primitive):
-    """A backend that is unavailable on every machine, or refuses an op."""
+    """A backend that is not available on any machine, or that refuses an op."""
 
     why: str | None = None
 
@@ -139,10 +139,10 @@ def third_parties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_a_pipeline_and_a_speller_run_every_model(name: str) -> None:
-    """Both compute in float32, in other orders: attention in parts, a norm in one step.
+    """Both backends compute in float32, in different orders: attention in parts, a norm in one step.
 
     A model of four layers has about 30 products in a row, of at most 60 terms each. Roundings of one sum behave like a
-    random walk, so that about 8 of them count; 30 times 8, with a safety factor of four, is 1000.
+    random walk, so about 8 of them count. 30 times 8, with a safety factor of four, is about 1000.
     """
     model, _ = ZOO[name]
     made, wanted = (t.compile(model, backend=backend, seed=3) for backend in ("primitive", "numpy"))

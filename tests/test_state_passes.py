@@ -1,4 +1,4 @@
-"""Graphs with states and several entries: identity, transforms, passes, meaning, cost."""
+"""Graphs with states and several entries: identity, transforms, passes, results, cost."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_differs_in_states_is_another_graph(name: str) -> None:
 
 
 def test_two_states_that_change_places_are_another_graph() -> None:
-    """The graphs differ only in the updates of each state."""
+    """The graphs differ only in which state each update goes to."""
     text = """graph g {
   states {
     a: i64[2, 1]
@@ -188,7 +188,7 @@ def test_passes_keep_what_stateful_graphs_mean() -> None:
 
 
 def test_equal_updates_are_not_one() -> None:
-    """A counter that is incremented twice is not incremented once."""
+    """A counter that is incremented twice must not be incremented once."""
     graph = blocks()
     made = optimized(graph, CommonSubexpressions())
     assert made == graph
@@ -207,7 +207,7 @@ def test_an_update_is_a_root_and_what_nobody_reads_goes() -> None:
     made = result.graph
     assert "removed unused states: more" in result.log[0].notes
     assert [n.op.name for n in made.functions["step"].nodes] == ["linear", "append", "gather", "add", "mul", "append"]
-    assert list(made.functions["h"].outputs) == ["y"]  # which the second call reads
+    assert list(made.functions["h"].outputs) == ["y"]  # the second call reads y
     assert [len(n.results) for n in made.functions["prefill"].nodes] == [2, 2]
     assert "scale" not in made.parameters
 
@@ -225,7 +225,7 @@ def test_a_block_s_update_stays_where_its_outputs_go() -> None:
 
 
 def test_entries_share_what_is_made_of_weights() -> None:
-    """Both entries and the block of one of them read the same exponentials; bind computes each once."""
+    """Both entries, and the block of one of them, read the same exponentials; bind computes each exponential once."""
     text = BLOCKS.replace("linear(x, $w)", "linear(x, double)").replace("linear(x, $h.0.w)", "linear(x, double)")
     text = text.replace("  {\n    linear", "  {\n    double = add($w, $w)\n    linear")
     text = text.replace("seen: i64[B, 1]) {\n", "seen: i64[B, 1]) {\n    double = add($h.0.w, $h.0.w)\n")
@@ -272,12 +272,12 @@ def test_expressions_of_all_entries_are_compared(name: str) -> None:
 
 
 class Reorder(Pass):
-    """x = read(%k); %k = append(%k, ...)   -->   %k = append(%k, ...); x = read(%k), of the former state"""
+    """x = read(%k); %k = append(%k, ...)   -->   %k = append(%k, ...); x = read(%k), with the old state"""
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         if function.name != "step":
             return 0
-        give(function.nodes[2], 0, function.states["h.0.mem.k"])  # which now reads the former state
+        give(function.nodes[2], 0, function.states["h.0.mem.k"])  # this now reads the old state
         return 1
 
 

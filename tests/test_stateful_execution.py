@@ -28,7 +28,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 SIZES = {"R": 3, "C": 9}
-# Sums of up to ten products in float32, in any order; for 16-bit states one more rounding of the appended values.
+# Tolerance for sums of up to ten products in float32, in any order; 16-bit states round the appended values once more.
 NEAR = {"f32": 1e-5, "f16": 4e-3, "bf16": 4e-2}
 
 
@@ -50,7 +50,7 @@ def sizes_for(graph: Graph) -> dict[str, int]:
 
 
 class Pair:
-    """A graph on a backend and in the interpreter, which run the same calls."""
+    """A graph on a backend and in the interpreter; both run the same calls."""
 
     def __init__(self, graph: Graph, backend: str, near: float = NEAR["f32"]) -> None:
         self.graph, self.near = graph, near
@@ -62,7 +62,7 @@ class Pair:
         }
 
     def call(self, entry: str, **inputs: Any) -> Mapping[str, Any]:
-        """Return the backend's outputs after checking that they and the states agree with the interpreter's."""
+        """Return the backend's outputs, after a check that outputs and states agree with the interpreter's."""
         held = {name: address_of(array) for name, array in self.states.items()}
         made = self.exe.entry(entry)(self.states, **inputs)
         outputs, self.meant = interpret_entry(self.graph, entry, inputs, self.weights, self.meant)
@@ -83,14 +83,14 @@ def address_of(array: Any) -> int:
 
 
 def as_numbers(array: Any) -> Array:
-    """Return a state's array as NumPy's; bf16 as float32."""
+    """Return a state's array as a NumPy array; bf16 as float32."""
     if hasattr(array, "detach"):
         return np.asarray(array.float() if str(array.dtype) == "torch.bfloat16" else array)
     return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else np.asarray(array)
 
 
 def drawn_calls(lengths: tuple[int, ...], width: int, seed: int = 0) -> Iterator[dict[str, Array]]:
-    """Draw calls of two of three rows in turn, each continuing at its own position."""
+    """Draw calls of two of three rows in turn. Each row continues at its own position."""
     rng = np.random.default_rng(seed)
     past = np.zeros(3, np.int64)
     for length in lengths:
@@ -113,7 +113,7 @@ def test_a_counter_counts_in_its_slots(backend: str) -> None:
 
 @each_backend
 def test_a_scan_goes_on(backend: str) -> None:
-    """Chunks of any length return the sums of the whole sequence."""
+    """Chunks of any length return the same sums as the whole sequence."""
     pair = Pair(parse_graph(SUMS), backend)
     rng = np.random.default_rng(3)
     whole = rng.standard_normal((2, 7, 4), np.float32)
@@ -190,7 +190,7 @@ def test_entries_share_what_is_made_of_weights(backend: str) -> None:
     for entry, length in (("prefill", 5), ("step", 1)):
         pair.call(entry, x=rng.standard_normal((2, length, 32), np.float32))
         x = rng.standard_normal((1, 1, 32), np.float32)
-        np.testing.assert_array_equal(pair.exe.entry(entry)(x=x)["y"].shape, (1, 1, 40))  # which needs no states
+        np.testing.assert_array_equal(pair.exe.entry(entry)(x=x)["y"].shape, (1, 1, 40))  # this entry needs no states
     if backend == "tvm":
         arrays = {id(array) for array in pair.exe.machine.weights.values()}
         assert len(pair.exe.machine.weights) == 2 and len(arrays) == 1
@@ -226,7 +226,7 @@ def test_two_states_of_one_executable_are_apart(backend: str) -> None:
 
 
 def test_what_waits_for_an_update_is_known() -> None:
-    """`twice` and `linear` may be computed until the update, even if they are read after it."""
+    """`twice` and `linear` may be computed until the update, even if their results are read after it."""
     graph = parse_graph(OLD)
     found = {node.results[0].name: at for node, at in deadlines(graph.main).items()}
     assert found == {"twice": 2, "linear": 2}
@@ -321,7 +321,7 @@ def test_a_row_without_room_loses_nothing_of_others(backend: str) -> None:
 def test_states_of_other_types_and_backends_are_refused() -> None:
     exe, other = compiled(product(), "numpy"), compiled(product("f16"), "numpy")
     call = {"x": X, "rows": ROWS, "start": START}
-    exe.entry("main")(compiled(product(ring=True), "numpy").new_states(**SIZES), **call)  # of the same types
+    exe.entry("main")(compiled(product(ring=True), "numpy").new_states(**SIZES), **call)  # states of the same types
     with pytest.raises(BackendError, match="these are not states of product for the numpy backend"):
         exe.entry("main")(other.new_states(**SIZES), **call)
     with pytest.raises(BackendError, match="these are not states of product for the numpy backend"):

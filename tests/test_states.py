@@ -1,4 +1,4 @@
-"""States and several entries: their text, identity, the rules of the verifier, and the invariants of passes."""
+"""States and several entries: text, identity, the verifier's rules, and the invariants of passes."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def update_twice(graph: Graph) -> None:
 
 
 def read_later(graph: Graph) -> None:
-    """A read of the former state, used after the update."""
+    """Read the old state after the update."""
     step = graph.functions["step"]
     give(node(graph, "step", "gather"), 0, step.states["h.0.mem.k"])
 
@@ -297,7 +297,7 @@ VIEWS = """graph g {
   }
 }
 """
-"""VIEW returns a state's former value; READ reads it before the update."""
+"""VIEW returns a state's old value; READ reads the state before the update."""
 
 SHOWN = {
     "a view": 'old = rearrange(%k, pattern="a b c -> a c b")',

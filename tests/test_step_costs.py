@@ -1,5 +1,5 @@
-"""Costs of steps that are computed in parts, compared with hand computation; and the runs of nodes for which parts are
-possible.
+"""Costs of steps that are computed in parts, compared with costs computed by hand; and the runs of nodes that can be
+computed in parts.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_a_step_costs_its_operations_and_what_it_reads_and_writes() -> None:
         "concat": (0, 0),  # of stored values
         "reduce_sum": (128, 512 + 32),
         "softmax": (5 * 256, 2 * 1024),
-        "gather": (0, 2 * 128 + 32),  # of the table only the written rows
+        "gather": (0, 2 * 128 + 32),  # only the written rows of the table
     }
 
 
@@ -86,11 +86,11 @@ def test_which_nodes_are_a_region() -> None:
         ([linear], 0, True),
         ([linear], 1, True),
         ([linear], 2, False),  # the weight would be sliced
-        ([linear], 3, False),  # there is none
-        ([linear, rearrange], 0, False),  # b is a part of it
+        ([linear], 3, False),  # there is no such axis
+        ([linear, rearrange], 0, False),  # b is a part of the axis
         ([exp], 0, False),  # b and s in one dimension
         ([exp], 1, True),
-        ([most], 0, True),  # s of its result
+        ([most], 0, True),  # s of the result
         ([most], 1, True),
     ):
         region = find_region(graph, graph.main, nodes, dim)

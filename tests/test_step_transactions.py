@@ -1,4 +1,4 @@
-"""Steps that fail or are interrupted: the state is the one before or after the step, and training continues."""
+"""Steps that fail or are interrupted: the state is that of before or after the step, and training continues."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stretched(x: t.f32["B 4"]):
 
 
 def settings_of(backend: str) -> list[Any]:
-    """Settings of the process that a run changes."""
+    """Return the settings of the process that a run changes."""
     if backend != "torch":
         return [np.geterr()]
     import torch
@@ -55,8 +55,9 @@ def settings_of(backend: str) -> list[Any]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_interrupted_anywhere_holds_no_lock(backend: str) -> None:
-    """Even if its traceback is kept, as in an interactive session: otherwise the next run would wait forever. The
-    library's settings are restored, too: otherwise PyTorch would compute no gradients in the rest of the process.
+    """The lock is released even if the traceback is kept, as in an interactive session. Otherwise the next run would
+    wait forever. The library's settings are restored, too. Otherwise PyTorch would compute no gradients in the rest
+    of the process.
     """
     target = Target("cpu") if backend == "numpy" else Target("cpu", threads=1)
     exe: Any = t.compile(stretched, backend=backend, target=target)
@@ -150,7 +151,7 @@ def test_zero_grad_drops_the_calls_since_the_last_update(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_arrays_of_earlier_updates_are_not_referenced(backend: str) -> None:
-    """Weights and moments stay the same arrays; chains of views would grow by one each step."""
+    """Weights and moments stay the same arrays. Chains of views would grow by one in each step."""
     trainer = Trainer("gpt2", backend=backend, **SMALL)
     before = {**trainer.state.weights, **trainer.state.moments}
     trainer.step(**batch_of(0))
@@ -167,7 +168,7 @@ class Late(Exception):
 
 @pytest.fixture
 def raising() -> Any:
-    """Install a handler by which SIGTERM raises Late, like a handler of a timeout or of a cluster's preemption."""
+    """Install a handler by which SIGTERM raises Late, as handlers for timeouts or for a cluster's preemption do."""
 
     def handler(number: int, frame: object) -> None:
         raise Late
@@ -208,7 +209,9 @@ def test_a_signal_is_deferred_past_an_error_of_the_block(raising: Any) -> None:
 def test_handlers_are_all_back_where_one_of_them_raises_meanwhile(
     raising: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT's is restored first; a Ctrl-C at that moment must not leave SIGTERM's handler deferred for good."""
+    """SIGINT's handler is restored first. A Ctrl-C at that moment must not prevent the restoration of SIGTERM's
+    handler.
+    """
     original, pressed = signal.signal, False
 
     def install(number: int, handler: Any) -> Any:

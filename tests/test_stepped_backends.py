@@ -1,5 +1,5 @@
-"""The entries of a derived step on every backend: the logits of the whole sequence, over drawn chunkings, joins and
-mixes.
+"""The entries of a derived step on every backend: the logits equal those of the whole sequence, for random chunks,
+joins and mixes of rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKENDS = ("numpy", "torch", "tvm")
 
 
 class OnBackend:
-    """A derived graph as a backend runs it. States keep the contents of earlier rows."""
+    """A derived graph on a backend. States keep the contents of earlier rows."""
 
     def __init__(self, derived: DerivedStep, backend: str, weights: Mapping[str, Array]) -> None:
         made = find_backend(backend).compile(derived.graph, Target("cpu"), weights)
@@ -54,7 +54,9 @@ class OnBackend:
 
 @dataclass(frozen=True)
 class Whole:
-    """A graph over all tokens: drawn weights and inputs, float64 outputs, and the effect of roundings on them."""
+    """A graph over all tokens: random weights and inputs, outputs in float64, and the effect of roundings on the
+    outputs.
+    """
 
     graph: Graph
     derived: DerivedStep
@@ -73,14 +75,17 @@ class Whole:
         return Whole(graph, derived, weights, inputs, outputs, moved_by_rounding(graph, inputs, weights, outputs))
 
     def hold(self, backend: str, rng: np.random.Generator, *, runs: int) -> None:
-        """Compare the entries of its step on a backend, over drawn schedules, with the graph over all tokens."""
+        """Compare the entries of the graph's step on a backend, over random schedules, with the graph over all
+        tokens.
+        """
         rounded = find_backend(backend).compile(self.graph, Target("cpu"), self.weights)(**self.inputs)
         off = {
             n: max(np.abs(np.asarray(rounded[n]) - x).max(), self.moved[n].by.max()) for n, x in self.outputs.items()
         }
 
         def check(output: str, found: Array, row: int, first: int, end: int) -> None:
-            """Check that results are as near as the whole model's, here or wherever its ops round.
+            """Check results in float64: their error may be 3e-6 of the scale, or four times the larger of the whole
+            model's error on this backend and the effect of roundings.
 
             Some models amplify roundings.
             """
@@ -95,7 +100,7 @@ class Whole:
 
 @lru_cache(maxsize=2)
 def whole(name: str) -> tuple[Whole, np.random.Generator]:
-    """Return a model's whole graph, for all backends, and the generator's state after it."""
+    """Return a model's graph over all tokens, for all backends, and the state of the generator after it was drawn."""
     rng = np.random.default_rng(5)
     return Whole.of(optimized(MODELS[name]), rng), rng
 
@@ -110,8 +115,8 @@ def test_steps_give_what_the_whole_gives(name: str, backend: str) -> None:
 
 
 SAME_BITS = [name for name in MODELS if name not in ("summed", "counted", "spread", "oddly_named", "repeated")]
-"""Models whose steps on the TVM backend have the bits of the whole: all but sums, which continue from a rounded sum,
-and arithmetic on positions, which are per row at a step and are computed in other chains.
+"""Models whose steps on the TVM backend are bitwise identical to the whole model. Excluded are sums, which continue
+from a rounded sum, and arithmetic on positions, which a step has per row and computes in other chains.
 """
 
 
@@ -135,16 +140,18 @@ def test_on_tvm_a_step_has_the_bits_of_the_whole(name: str) -> None:
 
 
 IN_BF16 = ["gpt2", "llama, windows", "windows", "captioned"]
-"""Models with attention to their own tokens alone. Inputs that are passed once for a row (a source text) are stored in
-bf16.
+"""Models whose attention is only to their own tokens. Inputs that are passed once for a row (a source text) would be
+stored in bf16.
 """
 
 
 @pytest.mark.parametrize("name", IN_BF16)
 def test_on_tvm_a_step_of_a_model_in_bf16_has_the_bits_of_the_whole_with_products_in_bf16(name: str) -> None:
-    """A step's attention takes queries, keys and values before rounding, the whole model's after it.
+    """The attention of a step reads queries, keys and values before rounding; the whole model's attention in bf16 reads
+    them rounded.
 
-    The step has the bits of the whole model without attention in bf16. The model with it agrees within rounding.
+    So the step is bitwise identical to the whole model without attention in bf16. The model with attention in bf16
+    agrees within rounding.
     """
     if reason := find_backend("tvm").available():
         pytest.skip(reason)

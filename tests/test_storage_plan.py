@@ -1,4 +1,4 @@
-"""Storage plans: the layout of values, and the independent checker, which finds every fault in a plan."""
+"""Storage plans: the layout of values, and the independent checker, which finds every planted error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def places_of(plan: FunctionPlan) -> dict[str, ValuePlace]:
 
 
 def joined_block() -> Graph:
-    """Return a block with heads, a concat and a residual, called twice; main outputs its result, and a slice of it."""
+    """Return a block with heads, a concat and a residual, which is called twice; main returns its result, and a slice
+    of it.
+    """
     graph = Graph("joined")
     block = Function("block")
     graph.add_function(block)
@@ -120,7 +122,7 @@ def test_a_concat_is_written_by_those_who_make_its_parts() -> None:
 
 
 def test_the_reader_says_in_which_order_a_value_is_written() -> None:
-    """Merged values are row-major, so heads are written separately; no strides could merge q's heads."""
+    """Merged values are row-major, so each head is written separately; no strides could merge q's heads."""
     places = places_of(planned(joined_block()).functions["block"])
     assert (places["soft"].form, places["merged"].form) == ("strides [8*S, 4, 8, 1]", "row-major")
     assert (places["soft"].how, places["merged"].how) == (How.OWN, How.VIEW)
@@ -132,7 +134,7 @@ def test_outputs_are_written_where_the_caller_has_them() -> None:
     main = main_of(planned(joined_block()))
     places = places_of(main)
     assert list(main.results) == ["y", "first", "again"] and main.copied == ("again",)
-    assert places["first"].how is How.INTO and places["first"].is_written  # the value it views, y, is an output itself
+    assert places["first"].how is How.INTO and places["first"].is_written  # y, which it views, is an output itself
     assert {place.how for name, place in places.items() if place.storage is main.results["y"]} == {How.INTO}
 
 
@@ -187,7 +189,7 @@ def test_a_pass_that_changes_the_graph_leaves_no_plan() -> None:
     legalize = Legalize(lambda op, types: False)
     assert PassManager((legalize, STRIDED)).run(graph).plan is not None
     assert PassManager((STRIDED, legalize)).run(graph).plan is None
-    assert PassManager((STRIDED, HoistWeights())).run(graph).plan is not None  # which changes nothing
+    assert PassManager((STRIDED, HoistWeights())).run(graph).plan is not None  # this pipeline changes nothing
 
 
 # -- every plan passes its checker, which runs after the pass ----------------------------------------------------------
@@ -224,7 +226,7 @@ def test_what_orders_share_changes_no_plan(seed: int) -> None:
 
 
 class Plant:
-    """A changed plan; functions and values are found by name."""
+    """A changed plan. Its methods find functions and values by name."""
 
     def __init__(self, graph: Graph, plan: PlanStorage = STRIDED) -> None:
         self.made: Optimized = PassManager((plan,)).run(graph)
@@ -251,7 +253,7 @@ class Plant:
         self.place(value, function, view=changed, storage=changed.storage)
 
     def over(self, value: str, other: str, function: str = "main", **changes: Any) -> None:
-        """Write a value where another one of its shape is stored."""
+        """Store a value at the place of another value of the same shape."""
         view = self.plan.functions[function].places[self.value(other, function)].view
         assert view is not None
         self.place(value, function, view=view, storage=view.storage, **changes)
@@ -267,7 +269,7 @@ class Plant:
         self.function(function, lives=tuple(lives))
 
     def smaller(self, storage: str, elements: str, function: str = "main") -> None:
-        """Give a storage fewer elements, everywhere."""
+        """Give a storage fewer elements, in every place that states their number."""
         plan = self.plan.functions[function]
         (old,) = [life.storage for life in plan.lives if life.storage.name == storage]
         new: Storage = replace(old, elements=Size.of(elements))
@@ -504,7 +506,7 @@ WIDE = [over_a_value_read_later, over_what_it_reads_elsewhere, one_storage_for_t
 
 @pytest.mark.parametrize("fault", WIDE, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_found_among_very_many_elements(fault: Callable[[Plant], None]) -> None:
-    """Only a sample of them is checked, and rows are cells."""
+    """Only a sample of the elements is checked, and rows are cells."""
     plant = Plant(graph_of(lambda b: chained(b, 4096)))
     check_storage(plant.made.graph, plant.plan)
     fault(plant)
@@ -631,7 +633,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
 
 
 def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that are together in all views are one cell: halves of 2 times 3 rows, at the drawn sizes."""
+    """Elements that are adjacent in all views form one cell: halves of 2 times 3 rows, at the drawn sizes."""
     plant = Plant(joined_block())
     assert check_storage(plant.made.graph, plant.plan) == []
     monkeypatch.setattr(write_checking, "MOST_CELLS", 12)
@@ -641,7 +643,7 @@ def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_that_is_defined_at_no_size_that_is_drawn() -> None:
-    """Small sizes are 257 at most, and the large one is 1009."""
+    """The drawn small sizes are at most 257, and the large size is 1009."""
 
     def cut(b: Builder) -> Expr:
         return b.exp(b.slice(b.input("x", "f32[S]"), axis=0, start=2000))

@@ -1,4 +1,4 @@
-"""Stored tensors that are triangles: their detection, and ops that rebuild the stored values exactly."""
+"""Stored tensors that are triangles: their detection, and the ops that rebuild the stored values exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON from untrusted sources: the accepted texts, and the reason and the byte of each refusal."""
+"""JSON from untrusted sources: accepted texts, and the reason and byte offset of each refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stubs of ops, their signatures, and their page agree with the ops' classes. `make golden` writes them."""
+"""The stubs of ops, their signatures and their page agree with the ops' classes. `make golden` writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks on the families that came after BERT: equal to Hugging Face's pipelines, on one backend each."""
+"""Tasks with model families newer than BERT: results equal Hugging Face's pipelines, on one backend each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder's settings for a task: the last accepted value, the first refused one, and the result without any."""
+"""A folder's settings for a task: the last accepted value, the first refused value, and the default."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_special_tokens_alone_are_config_jsons_where_there_is_the_other_file(tmp
     ],
 )  # fmt: skip
 def test_how_many_tokens_at_most(said: dict[str, Any], most: int | None, tmp_path: Path) -> None:
-    """The start's share of max_length does not count as new tokens."""
+    """The tokens that the text begins with are subtracted from max_length."""
     assert settings(tmp_path, said).most == most
 
 
@@ -75,7 +75,7 @@ def test_a_task_goes_before(tmp_path: Path) -> None:
     ],
 )
 def test_how_many_tokens_at_least(said: dict[str, Any], rules: TokenRules, tmp_path: Path) -> None:
-    """min_length counts the tokens given to the decoder, min_new_tokens does not."""
+    """min_length counts the tokens that the decoder begins with; min_new_tokens does not."""
     assert settings(tmp_path, said).rules == rules
 
 
@@ -217,7 +217,9 @@ def test_what_stands_where_a_folder_says_no_more(tmp_path: Path) -> None:
 
 
 def test_the_middle_of_an_image() -> None:
-    """Both ends are cropped, one more at the last; black is added at both ends, one more at the first."""
+    """Cropping removes pixels at both ends, one more at the end; padding adds black at both ends, one more at the
+    start.
+    """
     row = np.arange(1, 6)[None, None, :].repeat(3, axis=0)
     assert _middle(row, (1, 2))[0].tolist() == [[2, 3]]
     assert _middle(row, (1, 5))[0].tolist() == [[1, 2, 3, 4, 5]]

@@ -1,4 +1,4 @@
-"""Attention terms in backends: each kind is handled by a method of a visitor, other kinds by their bodies."""
+"""Attention terms in backends: a method of a visitor handles each kind; other kinds are handled by their bodies."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Calls(TermVisitor[str, str]):
 
 @dataclass(frozen=True, repr=False)
 class Stripes(MaskTerm):
-    """A kind without a case in any visitor."""
+    """A kind of term that no visitor handles."""
 
     step: int = 2
 
@@ -86,7 +86,7 @@ def test_each_kind_calls_its_own_method_with_its_operands() -> None:
 
 def test_a_visitor_that_lacks_a_kind_cannot_be_made() -> None:
     class Short(Calls):
-        alibi: ClassVar[Any] = TermVisitor.alibi  # which is abstract
+        alibi: ClassVar[Any] = TermVisitor.alibi  # alibi of the base class is abstract
 
     with pytest.raises(TypeError, match=r"Short.*alibi"):
         Short()
@@ -103,7 +103,7 @@ def test_a_kind_without_a_case_is_refused_and_is_not_standard() -> None:
 
 
 def test_what_is_derived_from_a_standard_kind_is_run_by_its_own_body() -> None:
-    """Visitors have only the base's case, which implements the base's meaning."""
+    """Visitors only handle the base kind, with the base's meaning, so the body of the derived kind must be used."""
 
     @dataclass(frozen=True, repr=False)
     class Before(Causal):
@@ -150,7 +150,9 @@ def given(term: Term) -> Iterator[np.ndarray[Any, Any]]:
 
 @pytest.mark.parametrize("text", KINDS)
 def test_kernels_of_both_python_backends_mean_what_the_term_means(text: str) -> None:
-    """NumPy's kernels call the reference; PyTorch's, implemented separately, are bitwise identical to it."""
+    """NumPy's kernels call the reference. PyTorch's kernels are implemented separately, and are bitwise identical to
+    the reference.
+    """
     torch = pytest.importorskip("torch")
     import treadle.backends.numpy.kernels as of_numpy
     import treadle.backends.torch.kernels as of_torch

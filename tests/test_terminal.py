@@ -1,4 +1,4 @@
-"""Output as a user sees it: on a terminal of 80 columns, and in a pipe."""
+"""Output as a user sees it, on a terminal of 80 columns and in a pipe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WIDTH = 80
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return a user's environment: without variables for the output's width, colours or buffering."""
+    """Return a user's environment, without variables that set the output's width, colours or buffering."""
     ours = ("COLUMNS", "TREADLE_CERTIFY", "TREADLE_DEBUG", "NO_COLOR", "FORCE_COLOR", "PYTHONUNBUFFERED")
     known = {k: v for k, v in os.environ.items() if k not in ours}
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
@@ -63,7 +63,7 @@ def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
 
 
 def seen(said: str) -> list[str]:
-    """Return the lines without colours, and without progress that was removed again."""
+    """Return the lines without colours, and without progress lines that were erased again."""
     left = re.sub(r"[^\n]*\n\x1b\[\?25h\r\x1b\[1A\x1b\[2K", "", said)
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", left).split("\n")
 
@@ -114,7 +114,8 @@ def test_scopes_and_lines_give_way_before_types() -> None:
     assert fit_code(line, 45) == 'x = add(a, "#  b")   # f32[B, S]  model.py:3'
     assert fit_code(line, 40) == 'x = add(a, "#  b")   # f32[B, S]'
     assert fit_code(line, 25) == 'x = add(a, "#  b")'
-    for width in (53, 44, 32):  # at its full width with this many columns; with one less, one column is dropped
+    # at its full width with this many columns; with one column less, one column of the table is dropped
+    for width in (53, 44, 32):
         assert len(fit_code(line, width)) == width
         assert len(fit_code(line, width - 1)) < width - 1
     lines = "a = f(x)   # f32[B]  m.py:1\nbbb = g(y)   # f32[B, S]  m.py:2  h.0\nc(z)   # here"
@@ -238,7 +239,7 @@ def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
 
 
 class Bar:
-    """A stand-in for rich's bar: its recorded updates."""
+    """A stand-in for rich's progress bar, which records its updates."""
 
     def __init__(self, *columns: Any) -> None:
         self.calls: list[Any] = [tuple(type(each).__name__ for each in columns)]
@@ -322,7 +323,7 @@ def test_compiling_says_so(tmp_path: Path) -> None:
         assert "ing m.py:m" not in on_terminal(*command, "--json", cwd=tmp_path)[1]
         assert piped(*command, cwd=tmp_path).stderr == ""
 
-    with ThreadPoolExecutor() as pool:  # each of them waits most of the time
+    with ThreadPoolExecutor() as pool:  # each call waits most of the time
         list(
             pool.map(
                 run_command, [["compile"], ["inspect"], ["run", "--input", "x=1,2"], ["verify", "--backend", "numpy"]]
@@ -394,7 +395,7 @@ def test_every_model_backend_and_target_is_completed() -> None:
 
 
 def test_paths_to_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders, which may lead to one, and files that are models; in addition to names."""
+    """Completion offers names, folders that may lead to a model, and files that are models."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt").mkdir()
     for name in ("gp[1].treadle", "gp.gguf", "gp.onnx", "gp.py", "gp.txt", "other.onnx"):
@@ -405,7 +406,7 @@ def test_paths_to_models_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_script_for_a_shell_can_be_shown() -> None:
-    command = f'"{sys.executable}" -m treadle --show-completion; true'  # bash stays above it, and finds it
+    command = f'"{sys.executable}" -m treadle --show-completion; true'  # bash finds its own function above
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, encoding="utf-8", check=True)
     assert "_TREADLE_COMPLETE=complete_bash" in done.stdout
 

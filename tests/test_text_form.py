@@ -1,4 +1,4 @@
-"""The IR's text: golden prints, reading back, equality and hashes, errors of the parser, hostile text."""
+"""The IR's text: golden prints, texts that parse back, equality and hashes, errors of the parser, hostile texts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def transformer(layers: int = 3) -> Graph:
-    """Return blocks with attention, called with weights of their own, and tied embeddings."""
+    """Return a graph with attention blocks, called with separate weights, and tied embeddings."""
     graph = Graph("tiny")
     graph.bound("B", Bounds())
     graph.bound("S", Bounds(1, 1024))
@@ -83,7 +83,7 @@ def transformer(layers: int = 3) -> Graph:
 
 
 class at:
-    """Add nodes from one source line and scope."""
+    """A context in which nodes get one source line and scope."""
 
     def __init__(self, b: Builder, file: str, line: int, scope: str) -> None:
         self.b, self.place = b, (scope, SourceLine(file, line))
@@ -289,7 +289,7 @@ def test_one_function_prints_alone() -> None:
 
 
 def test_a_constant_stands_in_place_up_to_16_elements_or_bytes() -> None:
-    odd = b"\x01\x00\xc0\x7f"  # a NaN with a payload, which numbers do not express
+    odd = b"\x01\x00\xc0\x7f"  # the bits of a NaN with a payload, which decimal numbers cannot express
     for literal, inside in (
         (Literal.of(np.arange(16), f32), "f32[16]{0.0, 1.0,"),
         (Literal.of(np.arange(17), f32), "f32[17]{@0}"),
@@ -589,7 +589,7 @@ def test_the_bytes_of_constants_are_limited() -> None:
 
 
 def least_work(text: str) -> int:
-    """Return the least limit under which a text is read."""
+    """Return the smallest limit of work under which a text can be read."""
 
     def reads(work: int) -> bool:
         try:
@@ -616,7 +616,7 @@ LONGER = {
 
 @pytest.mark.parametrize("kind", LONGER)
 def test_all_text_counts_as_work(kind: str) -> None:
-    """Each statement has three pieces or more, and each piece counts, even if nothing else follows."""
+    """Each statement has at least three tokens, and each token counts, even if nothing follows."""
     few, many = (least_work(f"graph g {{ {LONGER[kind](count)} }}") for count in (10, 200))
     assert many - few >= 3 * (200 - 10)
 
@@ -631,7 +631,9 @@ def test_doubling_functions_do_not_unfold_without_end() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_text_is_refused_or_verifies(seed: int) -> None:
-    """If the parser accepts a randomly edited text, the graph verifies and reads back; all errors are typed."""
+    """If the parser accepts a randomly edited text, the graph verifies and its text parses back. All errors are
+    typed.
+    """
     rng = random.Random(seed)
     texts = [print_graph(random_graph(s)) for s in range(seed * 20, seed * 20 + 20)]
     pieces = [re.findall(r"\w+|\s+|[^\w\s]", text) for text in texts]

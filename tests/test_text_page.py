@@ -1,4 +1,4 @@
-"""docs/text.md: its examples run, over small random folders with the names that it uses."""
+"""docs/text.md: its examples run with small random folders that have the names on the page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAGE = "docs/text.md"
 
 
 def make_pairs(place: Path) -> None:
-    """Write a random CLIP with a WordPiece vocabulary."""
+    """Write a folder with a random CLIP and a WordPiece vocabulary."""
     tokenizer = wordpiece()
     text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.sep_token_id, "max_position_embeddings": 40}
     sizes = {"hidden_size": 20, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 30}
@@ -46,7 +46,7 @@ def test_its_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for code, expected in blocks(PAGE, "python"):
         said = run(code, namespace)
         assert said, code
-        assert "\n  received  " not in said, said  # not one of our errors
+        assert "\n  received  " not in said, said  # no TreadleError was printed
         if expected is not None:
             assert said == expected, code
 

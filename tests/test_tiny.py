@@ -1,4 +1,6 @@
-"""Treadle on one screen, in under two seconds: declare a model, compile it, read it, run it, query it, break it."""
+"""The smallest complete example of Treadle, in under two seconds: declare a model, compile it, read it, run it, query
+it, break it.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def test_an_error_names_the_users_line() -> None:
 
 
 def line(text: str, after: int = 0) -> str:
-    """Return the place of the line of this file that begins with a text, as errors and logs name it."""
+    """Return the location of this file's line that begins with a text, in the form that errors and logs use."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     (number,) = [n for n, each in enumerate(lines, 1) if each.strip().startswith(text)]
     return f"test_tiny.py:{number + after}"

@@ -55,7 +55,7 @@ def test_rules_that_leave_nothing_and_values_out_of_range() -> None:
 
 
 def test_rules_are_those_of_hugging_face() -> None:
-    """All of them together, over drawn rows: the same scores to float32's last bits."""
+    """All rules together, over random rows: scores are equal to float32's last bits."""
     torch = pytest.importorskip("torch")
     made_by = pytest.importorskip("transformers.generation.logits_process")
     draw = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_rules_are_those_of_hugging_face() -> None:
 
 
 def test_sampling_matches_the_distribution_by_chi_square() -> None:
-    """10,000 draws, filtered in each way: the statistic stays under its value at one in ten thousand."""
+    """10,000 draws for each filter. The statistic stays below the value that is exceeded once in ten thousand times."""
     scipy = pytest.importorskip("scipy.stats")
     logits = np.random.default_rng(5).normal(size=50) * 2
     for sampling in (
@@ -105,7 +105,7 @@ def test_sampling_matches_the_distribution_by_chi_square() -> None:
         ids, expected = sampling.distribution(logits)
         drawn = np.bincount([sampling.choose(logits, step=i) for i in range(10_000)], minlength=50)
         assert drawn[ids].sum() == 10_000
-        rare = expected * 10_000 < 5  # too few, so they are merged
+        rare = expected * 10_000 < 5  # bins with too few draws are merged
         counts, wanted = drawn[ids], expected * 10_000
         counts = np.append(counts[~rare], counts[rare].sum())
         wanted = np.append(wanted[~rare], wanted[rare].sum())
@@ -145,7 +145,9 @@ def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, c
 
 
 def test_what_was_told_is_never_taken_back() -> None:
-    """For drawn texts, by character: the emitted text only grows, and ends where a stop string is complete."""
+    """For random texts, character by character: the emitted text only grows, and ends where a stop string is
+    complete.
+    """
     draw = np.random.default_rng(1)
     for _ in range(300):
         text = "".join(draw.choice(list("ab"), 12))

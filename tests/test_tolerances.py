@@ -1,4 +1,4 @@
-"""The tolerance that verification, certificates and the fuzzer share, and its reference quantity."""
+"""The tolerance that verification, certificates and the fuzzer share, and the quantity that it is relative to."""
 
 from __future__ import annotations
 

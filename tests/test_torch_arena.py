@@ -1,5 +1,5 @@
-"""PyTorch within the plan: placed values are in one arena, as large as planned; the other values are foreign, and
-listed.
+"""PyTorch within the plan: planned values are stored in one arena, as large as planned. All other values are allocated
+by PyTorch, and listed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def made(name: str) -> tuple[Any, PythonExecutable]:
 
 
 def allocations(run: Any) -> list[tuple[str, int]]:
-    """Return the bytes that each of PyTorch's operators allocated itself in a run, less the bytes that it freed."""
+    """Return the bytes that each of PyTorch's operators allocated itself in a run, minus the bytes that the operator
+    freed.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     return [(e.name, e.self_cpu_memory_usage) for e in profile.events() if e.self_cpu_memory_usage > 0]
@@ -51,7 +53,9 @@ def allocations(run: Any) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "whisper", "clip"])
 def test_the_arena_is_allocated_once_and_is_as_large_as_planned(name: str) -> None:
-    """According to PyTorch's own profiler, the first run allocates the plan's bytes in one piece, later ones none."""
+    """According to PyTorch's profiler, the first run allocates the planned bytes in one piece, and later runs allocate
+    none.
+    """
     exe, executable = made(name)
     sizes = small_sizes(exe.graph)[-1]
     given = draw_inputs(exe.graph, sizes, [0])
@@ -87,9 +91,9 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
 
 
 def test_what_is_foreign_is_what_the_plan_says() -> None:
-    """A run of one block allocates one array for each foreign value, of its size.
+    """A run of one block allocates one array for each value that is not planned, of the value's size.
 
-    Calls also need memory inside: a norm's means, attention's intermediate values, checks of indices.
+    PyTorch's operators also need memory inside: a norm's means, attention's intermediate values, checks of indices.
     """
     graph, weights = block_model(layers=1)
     lowered = TorchBackend().lower(graph, Target("cpu"))
@@ -120,7 +124,7 @@ def test_a_residual_stream_is_added_to_where_it_lies() -> None:
 
 
 def test_what_is_handed_out_is_the_callers_own() -> None:
-    """Results that would be in the arena are new tensors: the next run leaves them unchanged."""
+    """Results that would be stored in the arena are new tensors, so the next run leaves them unchanged."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.exp(b.input("x", "f32[S, 4]"))
@@ -173,7 +177,7 @@ def test_without_memory_for_the_arena_it_says_so_and_works_again(monkeypatch: py
 
 @pytest.mark.parametrize("name", TESTED)
 def test_what_is_no_view_lies_in_memory_of_its_own(name: str) -> None:
-    """Otherwise a plan in which the operand is dead would place the result in memory that is used again."""
+    """If the result were a view, a plan in which the operand is dead would store other values in the view's memory."""
     op = OPS[name]
     for number in range(len(op.samples)):
         case = Case.of(name, number)
@@ -213,7 +217,7 @@ def streamed(b: Builder) -> Expr:
     ],
 )
 def test_a_plan_that_writes_over_what_is_read_is_refused(value: str, other: str, said: str | None) -> None:
-    """`first` reads softmax alone, and `second` reads kept for the last time; every other plan is wrong."""
+    """`first` reads softmax only, and `second` is the last reader of kept. Every other plan is wrong."""
     lowered = TorchBackend().lower(graph_of(streamed), Target("cpu"))
     plan = lowered.plan
     assert plan is not None

@@ -1,7 +1,7 @@
-"""The graphs that `from_torch` builds, as text: one op in torch is one op here, and no copies are added.
+"""The graphs that `from_torch` builds, as text: one op in PyTorch is one op here, and no copies are added.
 
-Numbers do not show a mask that is read where it was expanded, a cast that changes nothing, or a reshape whose axes were
-lost; the text does. Lines of the modules are left out of the golden files, and have tests of their own.
+Unlike a comparison of numbers, the text shows a mask that is expanded, a cast that changes nothing, or a reshape whose
+axes were lost. Lines of the modules are left out of the golden files; other tests check them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ F: Any = torch.nn.functional
 
 
 def text(model: Any) -> str:
-    """Return a graph's text without the modules' lines."""
+    """Return a graph's text without the locations in the modules' code."""
     return re.sub(r"[ \t]+\S+\.py:\d+.*$", "", str(model.graph), flags=re.MULTILINE)
 
 
 class Casts(nn.Module):  # type: ignore[misc]
-    """Half precision for attention alone, with a mask that is expanded to all heads and queries."""
+    """Half precision for attention only, with a mask that is expanded to all heads and queries."""
 
     def forward(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         wide = mask[:, None, None, :].expand(-1, q.shape[1], q.shape[2], -1)
@@ -46,7 +46,7 @@ class Kept(nn.Module):  # type: ignore[misc]
 
 
 class Partly(nn.Module):  # type: ignore[misc]
-    """Masks of some of the axes: [s, t] of all batches and heads, [b, 1, s, t] and one of one row."""
+    """Masks of some axes: [s, t] for all batches and heads, [b, 1, s, t], and a mask of one row."""
 
     def forward(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
@@ -57,7 +57,7 @@ class Partly(nn.Module):  # type: ignore[misc]
 
 
 class Repeated(nn.Module):  # type: ignore[misc]
-    """Keys and values repeated for the heads of queries, as eager code of grouped attention does."""
+    """Keys and values that are repeated for the heads of queries, as eager code of grouped-query attention does."""
 
     def forward(self, q: Any, k: Any, v: Any, mask: Any) -> Any:
         def each(x: Any) -> Any:
@@ -69,7 +69,7 @@ class Repeated(nn.Module):  # type: ignore[misc]
 
 
 class Views(nn.Module):  # type: ignore[misc]
-    """Dimensions that are split, merged, and regrouped: each is one rearrange that names its axes."""
+    """Dimensions that are split, merged and regrouped: each becomes one rearrange that names its axes."""
 
     def forward(self, x: Any) -> Any:
         s, b, _ = x.shape
@@ -125,7 +125,7 @@ class Lines(nn.Module):  # type: ignore[misc]
 
 
 def test_layers_of_torch_have_the_line_of_the_users_forward() -> None:
-    """And not the line of torch's own code at which a linear calls F.linear."""
+    """The line is not in torch's own code, in which Linear calls F.linear."""
     lines = Path(__file__).read_text(encoding="utf-8").splitlines()
     model = treadle.from_torch(Lines(), (torch.randn(2, 4),))
     found = [(node.op.name, node.scope, node.source) for node in model.graph.main.nodes]
@@ -162,7 +162,7 @@ def test_a_refusal_within_a_layer_of_torch_names_the_users_line() -> None:
 
 
 class Halves(nn.Module):  # type: ignore[misc]
-    """One rounding an operation, so that every backend has torch's bits."""
+    """Each operation rounds once, so every backend is bitwise identical to PyTorch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ class Halves(nn.Module):  # type: ignore[misc]
 def test_bfloat16_tensors_go_into_each_backend_with_their_bits() -> None:
     torch.manual_seed(0)
     module, x = Halves(), torch.randn(3, 40).bfloat16()
-    x[0, :2] = torch.tensor([2.0**100, -(2.0**-100)])  # not representable in another 16-bit float
+    x[0, :2] = torch.tensor([2.0**100, -(2.0**-100)])  # other 16-bit float types cannot represent these
     module.weight.data[:2] = torch.tensor([0.0, 2.0**-99])
     model = treadle.from_torch(module, (x,), dynamic={"x": "B _"})
     assert str(next(iter(model.graph.main.outputs.values())).type) == "bf16[B, 40]"

@@ -1,4 +1,4 @@
-"""ATen operators imported by `from_torch` return torch's own numbers."""
+"""ATen operators imported by `from_torch` return PyTorch's own numbers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ OPERATORS: dict[str, Any] = {
     "products": lambda x: (x @ x.mT, torch.einsum("bij,bkj->bik", x, x), x[0] @ x[1, 0]),
     "sums": lambda x: (
         *(torch.baddbmm(x @ x.mT, x, x.mT), torch.addmm(x[0, :, 0], x[0], x[1].mT, alpha=0.5, beta=2)),
-        torch.addmm(torch.full((3,), torch.nan), x[0], x[1].mT, beta=0),  # unused rows may hold any values
+        torch.addmm(torch.full((3,), torch.nan), x[0], x[1].mT, beta=0),  # rows that are not read may hold any values
     ),
     "convolutions": lambda x: (
         F.conv1d(x, x[:, :, :3]),
@@ -164,7 +164,7 @@ OPERATORS: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 @pytest.mark.parametrize("group", OPERATORS)
 def test_operators(group: str) -> None:
-    """Values that differ by more than rounding, so that orders are visible."""
+    """Inputs differ by more than rounding, so that a wrong order shows."""
     values = torch.randperm(24, generator=torch.Generator().manual_seed(1)).float().reshape(2, 3, 4)
     x = (values - 11.3) / 5
     module = Applied(OPERATORS[group])
@@ -218,13 +218,15 @@ ACTIVATIONS: dict[str, Any] = {
 
 
 def test_activations_on_both_sides_of_each_bend() -> None:
-    """Steps of 0.5 from -30 to 30, and so at each bend: of relu6 at 6, hardswish at -3 and 3, softplus at 20."""
+    """Arguments from -30 to 30 in steps of 0.5 include each bend: of relu6 at 6, of hardswish at -3 and 3, of softplus
+    at 20.
+    """
     module, x = Applied(lambda x: {name: rule(x) for name, rule in ACTIVATIONS.items()}), torch.arange(-60, 61) / 2
     assert_equal(treadle.from_torch(module, (x,)), module, (x,))
 
 
 BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
-    # a rule, the shapes of q, k and v, and the resulting ops in addition to the attention
+    # a function, the shapes of q, k and v, and the ops that result in addition to attention
     "one head": (F.scaled_dot_product_attention, ((2, 4, 3, 8), (2, 1, 5, 8), (2, 1, 5, 6)), []),
     "one head, flagged": (
         lambda *x: F.scaled_dot_product_attention(*x, enable_gqa=True),
@@ -254,7 +256,7 @@ BROADCAST: dict[str, tuple[Any, tuple[tuple[int, ...], ...], list[str]]] = {
 
 @pytest.mark.parametrize("name", BROADCAST)
 def test_heads_and_batches_of_one_broadcast_as_in_torch(name: str) -> None:
-    """Fewer heads of keys and values are read in place, even if the module's code repeats them."""
+    """Fewer heads of keys and values are read without a copy, even if the module's code repeats them."""
     rule, shapes, ops = BROADCAST[name]
     torch.manual_seed(0)
     module, example = Rule(rule), tuple(torch.randn(s) for s in shapes)

@@ -1,4 +1,4 @@
-"""Weights in oneDNN's layout: the choice of packed weights, and unchanged results of products with them."""
+"""Weights in oneDNN's layout: which weights are packed, and that products with them give unchanged results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def graph_of(*, dtype: DType = f32) -> tuple[Builder, Expr]:
 
 
 def names(graph: Graph) -> dict[str, str]:
-    """Return the packed weights, with the axes of each layout."""
+    """Return the names of the packed weights, with the axes of each layout."""
     lowered = find_backend("torch").lower(graph, Target("cpu")).graph  # type: ignore[attr-defined]
     packed = {name: v.layout for name, v in lowered.main.parameters.items() if v.layout is not None}
     recipes = recipes_of(lowered)
@@ -103,7 +103,7 @@ def test_a_weight_that_something_else_reads_stays_as_it_is() -> None:
     assert names(b.graph) == {}
     b, x = graph_of()
     w = b.parameter("w", f32[K, K])
-    b.outputs(y=b.linear(x, w, None) + b.matmul(x, w))  # once in its own layout, once transposed
+    b.outputs(y=b.linear(x, w, None) + b.matmul(x, w))  # one in its own layout, one transposed
     assert names(b.graph) == {}
     b, x = graph_of()
     w = b.parameter("w", f32[N, K])
@@ -163,7 +163,7 @@ def close_to_its_meaning(graph: Graph, x: Array) -> None:
 
 
 def close(graph: Graph, inputs: dict[str, Array]) -> None:
-    """Compare on random weights, within the rounding of the graph's ops; a graph with calls is inlined first."""
+    """Compare on random weights, within the rounding of the graph's ops. A graph with calls is inlined first."""
     rng = np.random.default_rng(1)
     weights = {n: (rng.standard_normal(w.shape) / 4).astype(w.dtype) for n, w in initial_weights(graph).items()}
     made = find_backend("torch").compile(graph, Target("cpu"), weights)(**inputs)
@@ -172,7 +172,7 @@ def close(graph: Graph, inputs: dict[str, Array]) -> None:
 
 
 def test_a_bias_that_is_one_number_for_all_rows_is_read_as_such() -> None:
-    """oneDNN reads a bias as contiguous, and an expanded one has one element in memory."""
+    """oneDNN reads a bias as contiguous, but an expanded bias has a single element in memory."""
     b, x = graph_of()
     weight = b.parameter("w", f32[N, K])
     b.outputs(y=b.linear(x, weight, b.expand(b.constant(0.5, f32), shape=(N,))))

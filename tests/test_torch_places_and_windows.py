@@ -1,7 +1,8 @@
-"""ATen operators that write at indices, and that read windows, imported by `from_torch`: torch's numbers, or a refusal.
+"""ATen operators that write at indices or read windows, imported by `from_torch`: they return PyTorch's numbers, or are
+refused.
 
-Attributes and shapes are drawn; every rule is checked on static sizes, and with open axes on other sizes than the
-traced ones.
+Attributes and shapes are drawn. Every import rule is checked on static sizes, and with open axes on sizes other than
+the traced ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ F: Any = pytest.importorskip("torch.nn.functional")
 
 DRAWS = 4
 Drawn = tuple[Callable[..., Any], Callable[[int, int], tuple[Any, ...]], str]
-"""A rule, its arguments for two sizes B and S, and the dimensions of the first of them."""
+"""A function, its arguments for two sizes B and S, and the dimensions of the first argument."""
 
 
 def some(*shape: int) -> Any:
@@ -71,7 +72,7 @@ def _scatter_reduce(draw: random.Random) -> Drawn:
 
 
 def _best(draw: random.Random) -> Drawn:
-    """Weights of the k best, and zeros: the output of an expert router."""
+    """The output of an expert router: the weights of the k best experts, and zeros."""
     k = draw.randint(1, 3)
 
     def rule(x: Any) -> Any:
@@ -232,7 +233,7 @@ def test_drawn_attributes_and_open_axes(family: str, seed: int) -> None:
     if open_dims:
         dynamic = {"args_0": named}
         sizes = {word: int(given[0].shape[i]) for i, word in enumerate(named.split()) if word != "_"}
-        for k, x in enumerate(given[1:], start=1):  # equal sizes there are equal dimensions
+        for k, x in enumerate(given[1:], start=1):  # dimensions with equal sizes in that example are equal
             words = [next((w for w, n in sizes.items() if n == size), "_") for size in x.shape]
             words = ["_" if w in words[:i] else w for i, w in enumerate(words)]
             dynamic[f"args_{k}"] = " ".join(words)
@@ -254,7 +255,7 @@ def test_log1p_and_expm1_lose_nothing_near_zero_and_at_the_ends() -> None:
     for backend in ("numpy", "torch"):
         got = treadle.compile(model, backend=backend)(args_0=x.numpy())
         for ours, theirs in zip(got.values(), module(x), strict=True):
-            # A few roundings of 2^-24 each, relative to the value's own size.
+            # The tolerance is a few roundings of 2^-24 each, relative to the value's own size.
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=8 * 2.0**-24, atol=0)
 
 
@@ -269,7 +270,7 @@ def test_writes_have_the_bits_of_what_is_written() -> None:
 
 
 def test_the_best_are_written_without_a_comparison_of_all_with_all() -> None:
-    """top_k returns no index twice, so indices need not be compared."""
+    """top_k returns no index twice, so indices are not compared with each other."""
     rule = FAMILIES["the best"](random.Random(0))[0]
     model = treadle.from_torch(Rule(rule), (some(4, 6),))
     ops = [node.op.name for _, node in model.graph.walk()]
@@ -281,7 +282,7 @@ def test_the_best_are_written_without_a_comparison_of_all_with_all() -> None:
 
 
 CAST_PLACES: dict[str, tuple[Any, bool]] = {
-    # indices for a source's elements, as torch casts them, and whether they are known to be distinct
+    # indices for the elements of a source, as PyTorch casts them, and True if they are known to be distinct
     "a count": (lambda s: torch.arange(s.shape[0]).int().long(), True),
     "the best": (lambda s: s.topk(300)[1].int().long(), True),
     "of 16 bits": (lambda s: torch.arange(s.shape[0]).to(torch.int16).long(), False),
@@ -293,7 +294,7 @@ CAST_PLACES: dict[str, tuple[Any, bool]] = {
 
 @pytest.mark.parametrize("kind", CAST_PLACES)
 def test_places_that_a_cast_may_make_one_are_compared(kind: str) -> None:
-    """A cast of 300 indices to 8 bits makes the last 44 of them equal to the first: the last write counts."""
+    """A cast of 300 indices to 8 bits makes the last 44 equal to the first 44; the last write to an element counts."""
     places, apart = CAST_PLACES[kind]
     rule = Rule(lambda x, s: x.scatter(0, places(s), s))
     example = torch.zeros(300), torch.randperm(300, generator=torch.Generator().manual_seed(0)).float()
@@ -313,7 +314,7 @@ def test_constants_that_a_cast_makes_one_are_not_apart() -> None:
 
 
 STRIDED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, set[str]]] = {
-    # of a [4, 6]: sizes, strides and offset, and the ops for it
+    # sizes, strides and offset of a view of [4, 6], and the ops for it
     "as it is": ((4, 6), (6, 1), 0, {"rearrange"}),
     "turned": ((6, 4), (1, 6), 0, {"rearrange"}),
     "split": ((2, 3, 4), (12, 4, 1), 0, {"rearrange"}),

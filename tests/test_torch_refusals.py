@@ -1,4 +1,6 @@
-"""Modules that `from_torch` does not support are refused by name, with the module's own line and a hint that works."""
+"""Modules that `from_torch` does not support are refused. The error names the operator, the module's own line, and a
+hint that works.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ nn: Any = pytest.importorskip("torch.nn")
 F: Any = torch.nn.functional
 
 LINE = r"from +\S*torch_\w+\.py:\d+"
-"""A line of the module's code. For a function that a forward calls, torch keeps the line of the call."""
+"""Pattern of a line of the module's code. For a function that `forward` calls, torch.export records the line of the
+call.
+"""
 
 
 class DataBranch(nn.Module):  # type: ignore[misc]
@@ -115,7 +119,7 @@ def test_arguments_of_args_and_kwargs_have_open_dimensions() -> None:
     assert_equal(model, module, {"x": torch.randn(4, 1), "y": torch.randn(4, 1)})
     model = treadle.from_torch(module, named, dynamic={"y": "B S", "x": "B _"} | {"y": "B _"})
     assert [str(v.type) for v in model.graph.main.inputs] == ["f32[B, 3]", "f32[B, 3]"]
-    assert vars(module) == before  # the module's own forward is back
+    assert vars(module) == before  # the module's own forward is restored
     with pytest.raises(treadle.TreadleError, match="names 'z', which is not a tensor of the example") as caught:
         treadle.from_torch(module, named, dynamic={"z": "B S"})
     assert "x, y" in str(caught.value)
@@ -167,7 +171,7 @@ def test_a_branch_on_data_is_called_one(rule: Any) -> None:
 @pytest.mark.parametrize("rule", [lambda x: x * (x.shape[0] / 2), lambda x: x + 1.5 * x.shape[0]])
 def test_a_fraction_that_sizes_give_is_called_that_and_is_a_number_where_they_are_fixed(rule: Any) -> None:
     module, x = Applied(rule), torch.randn(3, 8)
-    with pytest.raises(treadle.TreadleError, match="on sizes by other operations than integer arithmetic") as caught:
+    with pytest.raises(treadle.TreadleError, match="on sizes other than by integer arithmetic") as caught:
         treadle.from_torch(module, (x,), dynamic={"x": "B S"})
     assert "leave its dimensions out of dynamic=" in str(caught.value)
     assert_equal(treadle.from_torch(module, (x,), dynamic={"x": "_ S"}), module, (torch.randn(3, 5),))
@@ -302,7 +306,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "truths and places": (
         lambda x: x.index_put((x[:, 0] > 0, PLACES[0]), X[0, 0]),
         (X,),
-        "and another index are not supported",
+        "together with another index is not supported",
     ),
     "training": (lambda x: F.batch_norm(x, None, None, training=True), (X,), "training mode is not supported"),
     "batch_norm": (nn.BatchNorm1d(4), (X,), "training mode is not supported"),
@@ -310,7 +314,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "dtype": (lambda x: x.to(torch.complex64).real, (X,), "dtype complex64 is not supported"),
     "subgraph": (lambda x: torch.cond(x.sum() > 2, torch.sin, torch.cos, (x,)), (X,), "a node of get_attr"),
 }
-"""Refusals of operators that are supported in other forms."""
+"""Refused forms of operators that are supported in other forms."""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -324,7 +328,7 @@ def test_a_form_of_an_operator_is_refused_by_name(form: str) -> None:
 
 
 OPEN: dict[str, tuple[Any, str]] = {
-    # of x [B, S, T] with open B, S and T
+    # functions of x [B, S, T] with open B, S and T
     "sort": (lambda x: x.sort(1)[0], "a symbolic axis is not supported"),
     "roll": (lambda x: x.roll(1, 1), "a symbolic axis is not supported"),
     "topk": (lambda x: x.topk(x.shape[1], 1)[0], "k must be a number, not S"),
@@ -361,7 +365,9 @@ def test_an_open_size_of_one_that_may_broadcast_is_refused(rule: Any, words: str
 
 
 def test_a_handler_that_makes_something_else_than_torch_found_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistake of ours in an operator is reported with the operator and the line, and returns no wrong number."""
+    """If our import of an operator has another type than PyTorch's result, an error with the operator and the line is
+    raised instead of a wrong number.
+    """
 
     def crashes(site: Any) -> Any:
         raise KeyError("none")

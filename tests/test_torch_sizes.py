@@ -18,7 +18,9 @@ nn: Any = pytest.importorskip("torch.nn")
 F: Any = torch.nn.functional
 
 LINE = r"from +\S*torch_\w+\.py:\d+"
-"""A line of the module's code. For a function that a forward calls, torch keeps the line of the call."""
+"""Pattern of a line of the module's code. For a function that `forward` calls, torch.export records the line of the
+call.
+"""
 
 
 class Sized(nn.Module):  # type: ignore[misc]
@@ -67,7 +69,7 @@ def test_a_branch_that_bounds_cannot_say_is_refused() -> None:
 
 
 BRANCHES: dict[str, tuple[Any, bool]] = {
-    # a condition on sizes N and M, which are 3 and 4 in the example, and whether it is the same for all of them
+    # a condition on sizes N and M, which are 3 and 4 in the example, and True if it has the same value for all sizes
     "sum": (lambda n, m: n + m > 1, True),
     "sum, at the edge": (lambda n, m: n + m >= 2, True),
     "sum, past it": (lambda n, m: n + m > 2, False),
@@ -95,7 +97,7 @@ def test_a_branch_on_two_sizes_is_taken_where_all_sizes_go_one_way(name: str) ->
 
 
 STRIDED: dict[str, tuple[list[Any], Any, dict[str, int]]] = {
-    # layers, a function after them, and the least size of each axis
+    # layers, a function that follows them, and the smallest size of each axis
     "no elements": ([nn.Conv2d(3, 3, 2, stride=3), nn.AvgPool2d(2, 2)], None, {"B": 1, "L": 5, "W": 5}),
     "turned": (
         [nn.Conv2d(3, 3, 2, stride=3), nn.AvgPool2d(3, 3)],
@@ -188,7 +190,7 @@ def test_the_bounds_that_a_branch_on_one_size_gives(name: str) -> None:
     ],
 )
 def test_a_comparison_that_holds_for_all_sizes(left: str, kind: str, right: int, holds: bool) -> None:
-    """For sizes of 1 and more."""
+    """All sizes are 1 or more."""
     sympy: Any = pytest.importorskip("sympy")
     symbols = Symbols()
     symbols.names = {"s0": "N", "s1": "M"}
@@ -232,7 +234,7 @@ def test_a_variance_of_fewer_than_its_correction_is_infinite() -> None:
 # -- slices ------------------------------------------------------------------------------------------------------------
 
 SLICES: dict[str, tuple[Any, int, tuple[int, int | None]]] = {
-    # the slice of an axis of S elements, S in the example, the bounds of S
+    # a slice of an axis of S elements, S in the example, and the bounds of S
     "head": (lambda x: x[:, :4], 8, (4, None)),
     "head at the edge": (lambda x: x[:, :4], 4, (4, None)),
     "head of a short one": (lambda x: x[:, :4], 3, (1, 4)),
@@ -253,7 +255,7 @@ SLICES: dict[str, tuple[Any, int, tuple[int, int | None]]] = {
 
 @pytest.mark.parametrize("name", SLICES)
 def test_a_slice_of_an_open_axis_is_taken_as_in_the_example(name: str) -> None:
-    """Other sizes, for which the slice would be another part, are refused at the call."""
+    """Sizes for which the slice would be another part are refused at the call."""
     rule, size, (lower, upper) = SLICES[name]
     model = treadle.from_torch(Applied(rule), (torch.randn(2, size),), dynamic={"x": "B S"})
     bounds = model.graph.symbols["S"]
@@ -277,7 +279,7 @@ def test_a_slice_up_to_another_size_is_held_at_the_call() -> None:
 
 def test_a_size_that_is_not_told_says_node_line_and_way_out() -> None:
     rule = Applied(lambda x: x[: min(*x.shape)])
-    with pytest.raises(treadle.TreadleError, match="which of the sizes is the smallest") as caught:
+    with pytest.raises(treadle.TreadleError, match="the smallest of several sizes differs") as caught:
         treadle.from_torch(rule, (torch.randn(2, 8),), dynamic={"x": "B S"})
     assert "node sym_min" in str(caught.value) or "node slice" in str(caught.value)
     assert re.search(LINE, str(caught.value))

@@ -1,4 +1,6 @@
-"""`treadle train`, with a trainer: models predict better, in two runs as in one, and transformers reads them."""
+"""`treadle train` with a trainer: trained models predict better, two runs equal one, and transformers reads the
+models.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ HOW = "--length 16 --batch 4 --learning-rate 0.01 --holdout 0.1 --json"
 
 
 def held_out(said: Any) -> tuple[float, float]:
-    """Return the perplexity before and after."""
+    """Return the perplexity on held-out texts before and after training."""
     assert said.code == 0, said.out + said.err
     found = said.json["held_out"]
     return found["before"]["perplexity"], found["after"]["perplexity"]
@@ -52,7 +54,9 @@ def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_comman
 
 
 def test_transformers_foretells_as_well_with_what_was_saved(treadle_command: Treadle) -> None:
-    """The mean loss over the held-out blocks, the last of the texts, equals the loss of its own model."""
+    """The mean loss over the held-out blocks, the last of the texts, equals the loss that transformers computes with
+    the saved model.
+    """
     before, after = held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 8 -o out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     ids = tokenizer(Path("texts.txt").read_text(encoding="utf-8"))["input_ids"]

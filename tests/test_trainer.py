@@ -1,4 +1,4 @@
-"""Training compared with PyTorch: the same losses, norms and weights after each step, on every backend and in every
+"""Training compared with PyTorch: losses, norms and weights are equal after each step, on every backend and in every
 mode.
 """
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
-    """Draw arrays for the inputs of a language model's trainer; a third of the targets do not count."""
+    """Draw arrays for the inputs of a language model's trainer; a third of the targets are ignored."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for port in trainer.inputs:
@@ -84,9 +84,10 @@ MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5",
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """From its folder, on one backend and by one optimizer after the other.
+    """The model is read from its folder. Backends and optimizers are tested one after the other.
 
-    eps is large because AdamW turns the rounding of a zero gradient into a full step, as in the biases of keys.
+    eps is large, because AdamW turns the rounding error of a zero gradient, such as that of the biases of keys, into a
+    full step.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -115,13 +116,13 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding tokens add no gradient to their row of the embedding table; logits tied to the table do."""
+    """Padding tokens add no gradient to their row of the embedding table; logits that are tied to the table do."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     model = save(name, tmp_path / "before")
-    if name == "llama":  # which by default has no such row
+    if name == "llama":  # Llama has no such row by default
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
@@ -181,7 +182,7 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
-    """Micro-batches count by the number of their positions, not equally."""
+    """Micro-batches are weighted by the number of their positions, not equally."""
     whole = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
     parts = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), gradient_accumulation_steps=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
@@ -372,7 +373,7 @@ def rooted(x: t.f32["B 4"]):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    """The loss itself is finite: a square root has no gradient at 0."""
+    """The loss is finite, but the gradient of a square root at 0 is not."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
     with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
@@ -404,7 +405,7 @@ def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> Non
 
 
 def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
-    """The cause is a weight of the checkpoint, or a value that the model computes."""
+    """The cause is a weight of the checkpoint, or a value that the model computes, not the learning rate."""
     x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer = Trainer(scored, loss="loss")
     trainer.state.weights["w.weight"][0, 2] = np.nan
@@ -422,7 +423,7 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
 
 @pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
 def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
-    """`restore` would refuse it."""
+    """`restore` would refuse a file with such a name."""
     with pytest.raises(UsageError, match="a state is not a pickle, as its name suggests") as caught:
         small().save_state(tmp_path / name)
     assert caught.value.hint == "run.state"
@@ -445,7 +446,9 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """`gate` is read by a comparison alone, `round` by floor, and `unread` by an output that is not a loss."""
+    """A model in which only a comparison reads `gate`, only floor reads `round`, and only an output that is not the
+    loss reads `unread`.
+    """
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):
         y = y + t.floor(t.linear(x, 4, name="round"))

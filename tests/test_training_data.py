@@ -1,4 +1,4 @@
-"""Texts prepared for a model: documents of files, the objective's inputs and targets, and errors for texts that do not
+"""Texts prepared for a model: documents of files, inputs and targets of the objective, and errors for texts that do not
 fit.
 """
 
@@ -146,7 +146,7 @@ def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) 
 
 
 def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
-    """48 positions, not the default of 128 tokens."""
+    """Blocks have 48 positions, as the model, not the default of 128 tokens."""
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
 

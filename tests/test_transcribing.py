@@ -1,4 +1,4 @@
-"""Speech: the spectrogram and the tokens of Hugging Face's Whisper, sound files, and the words of a recording."""
+"""Speech: spectrogram and tokens equal those of Hugging Face's Whisper; sound files; the words of a recording."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_the_spectrogram_is_that_of_hugging_face(seconds: float, bands: int) -> 
     whole = np.zeros(480_000)
     whole[: min(count, 480_000)] = samples[:480_000]
     np.testing.assert_allclose(found, extractor._np_extract_fbank_features(whole[None], "cpu")[0], atol=2e-6)
-    # With torch it computes in float32: a power 1e-8 of the loudest, the least that is distinguished, is then accurate
-    # to 1e-3 of itself, which is 1e-4 of the scale.
+    # With torch, the extractor computes in float32. A power of 1e-8 of the loudest, the smallest that is distinguished,
+    # then has a relative error of 1e-3, which is 1e-4 of the scale.
     with_torch = extractor(samples, sampling_rate=16_000, return_tensors="np").input_features[0]
     np.testing.assert_allclose(found, with_torch, atol=1e-4)
 
@@ -76,7 +76,9 @@ def test_samples_of_any_width(width: int, channels: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("given", [8_000, 11_025, 22_050, 44_100, 48_000])
 def test_another_rate_is_the_same_sound(given: int) -> None:
-    """Tones below the limit of both rates are as if recorded at the other rate; a tone above it is removed."""
+    """Tones below the frequency limit of both rates are as if recorded at the other rate. A tone above the limit is
+    removed.
+    """
     for hertz in (200.0, 1000.0, 3000.0):
         count = given // 2
         made = resample(np.sin(2 * np.pi * hertz * np.arange(count) / given), given, 16_000)
@@ -96,7 +98,7 @@ def test_damaged_sound_files(tmp_path: Path) -> None:
         for at in draw.integers(0, min(44, max(1, len(data))), 4):
             data[at : at + 1] = bytes([int(draw.integers(256))])
         bad.write_bytes(bytes(data))
-        with contextlib.suppress(UsageError):  # any other error is a bug of ours
+        with contextlib.suppress(UsageError):  # any other error is a bug
             assert np.isfinite(read_sound(bad, rate=16_000)).all()
     write_wav(bad, [])
     with pytest.raises(UsageError, match="the sound is empty"):
@@ -145,7 +147,9 @@ def test_long_recordings_are_cut_where_they_are_quiet() -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one-language", "several"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, bool]:
-    """Save a random Whisper of 60 frames, with its special tokens; return the model, and whether it is multilingual."""
+    """Save a random Whisper of 60 frames with its special tokens; return the folder, the model, and True if it is
+    multilingual.
+    """
     place, several = tmp_path_factory.mktemp("whisper"), bool(request.param)
     tokenizer = byte_level()
     names = ["<|endoftext|>", "<|startoftranscript|>"]

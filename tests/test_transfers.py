@@ -1,4 +1,6 @@
-"""Collectives between ranks that are threads: each rank gets the op's result, for uneven, strided and empty parts."""
+"""Collectives between ranks that are threads: each rank gets the op's result, for uneven, strided and empty parts of a
+value.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,7 @@ CASES: list[tuple[str, list[dict[str, Any]], list[tuple[int, ...]]]] = [
 def test_each_rank_gets_what_the_op_means(
     name: str, each: list[dict[str, Any]], shapes: list[tuple[int, ...]], dtype: Any, world: World
 ) -> None:
-    """At every call; the shapes of parts are exchanged once for all runs of the same sizes."""
+    """This holds at every call. The shapes of parts are exchanged once for all runs of the same sizes."""
     ops: list[Any] = [find_op(name).make(over="tp", ways=3, **attributes) for attributes in each]
     awaited = [op.awaited if isinstance(op, Starting) else op for op in ops]
     parts, met = drawn(shapes, dtype), joined(world, ("tp",), "tp=3")
@@ -140,7 +142,9 @@ def test_tensors_of_any_dtype_and_scalars_meet(world: World) -> None:
 
 
 def test_ranks_meet_in_the_groups_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Along one axis, and along both; a group of all ranks is torch.distributed's own."""
+    """Process groups along one mesh axis and along both. The group of all ranks is torch.distributed's default
+    group.
+    """
     world = World(4)
     world.install(monkeypatch)
     met = joined(world, ("dp", "dp tp", "tp"), "dp=2,tp=2")
@@ -176,7 +180,7 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
 
 
 def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
-    """Collectives of one kind, over the same axes."""
+    """Collectives of one kind, over the same axes, must be awaited in the order in which they started."""
     starts = [
         find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
     ]
@@ -216,7 +220,7 @@ def test_outputs_are_sent_and_received(world: World) -> None:
 
 
 def test_what_a_rank_waits_for_is_told() -> None:
-    """And an error of torch.distributed, represented by another one."""
+    """Also the message of an error of torch.distributed, for which another error stands in."""
     report: list[str] = []
 
     @contextmanager

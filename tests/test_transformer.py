@@ -1,4 +1,4 @@
-"""The Transformer of 2017, compared with the paper's equations written in torch's primitives."""
+"""The Transformer of 2017, compared with the paper's equations, written with PyTorch's primitives."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = {"vocab": 37, "dim": 24, "heads": 4, "layers": 2, "hidden": 40}
 
 
 class Paper:
-    """Sections 3.1 to 3.5, one method an equation, on weights under our names."""
+    """Sections 3.1 to 3.5, one method for each equation, with weights under our names."""
 
     def __init__(self, weights: Mapping[str, Array], heads: int, layers: int) -> None:
         self.w = {name: torch.from_numpy(x) for name, x in weights.items()}
@@ -93,7 +93,7 @@ class Paper:
 
 
 def draw_weights(graph: Graph) -> dict[str, Array]:
-    """Draw every weight at random, norms near one, so that two exchanged weights would show."""
+    """Draw every weight at random, norms near one, so that swapped weights would show."""
     rng = np.random.default_rng(0)
     return {
         name: (rng.normal(0.0, 0.2, value.type.static_shape) + ("norm.weight" in name)).astype(np.float32)
@@ -118,7 +118,9 @@ def test_equals_the_paper(runner: str, inputs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dim", [8, 7])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_sinusoidal_positions(dim: int, interleaved: bool) -> None:
-    """Compared with the formula in float64, at far positions, at which an angle in float32 would be 2e-3 off."""
+    """Positions are compared with the formula in float64, also far positions, where an angle in float32 would be off by
+    2e-3.
+    """
 
     @t.model
     def positions(p: t.i64["N"]):
@@ -136,7 +138,7 @@ def test_sinusoidal_positions(dim: int, interleaved: bool) -> None:
 
 
 def test_follow() -> None:
-    """A decoder's positions may be generated one by one, sinusoids too; an encoder's inputs may be packed."""
+    """A decoder's positions may be generated one by one, also with sinusoids; an encoder's inputs may be packed."""
     for model in (transformer.configure(**SMALL), bart, marian):
         graph = model.configure(inputs=("lengths",)).graph()
         step = follow(graph, "T").step()

@@ -1,7 +1,8 @@
-"""Attention on the TVM backend: one kernel for every term, compared with the reference in float64; and its bits.
+"""Attention on the TVM backend: one kernel for every term, compared with the reference in float64. Also: the bits of
+its results.
 
-A score is a sum of d products and a result one of t, in float32 with fused or separate roundings; relative to the
-greatest element 64 roundings suffice for all of them at the sizes here.
+A score is a sum of d products, and a result is a sum of t products, in float32 with fused or separate roundings. At the
+sizes here, a tolerance of 64 roundings relative to the greatest element suffices.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ SYMBOLS = {"b": "B", "h": "6", "s": "S", "t": "T"}
 
 
 def attention_graph(*terms: Term, heads: int = 6, groups: int = 2, d: int = 24, e: int = 20, **options: Any) -> Graph:
-    """Attention over B rows, S queries and T keys."""
+    """Return attention over B rows, S queries and T keys."""
 
     def build(b: Builder) -> Expr:
         sizes = SYMBOLS | {"h": str(heads)}
@@ -84,7 +85,9 @@ def attention_graph(*terms: Term, heads: int = 6, groups: int = 2, d: int = 24, 
 
 
 def drawn(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Array]:
-    """Draw inputs: floats normal, integers small, three of four booleans true; lengths go up to half as far again."""
+    """Draw inputs: normal floats, small integers, booleans that are true in three of four cases; lengths up to one and
+    a half times the axis.
+    """
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for value in graph.main.inputs:
@@ -124,7 +127,8 @@ OTHER: dict[str, Term] = {
     "alibi": Alibi(),
 }
 ALL = (Causal(), Window(100), *OTHER.values())
-SIZES = [(13, 150), (150, 13), (1, 40), (35, 129)]  # queries, keys: across blocks, parts of tiles and of vectors
+# numbers of queries and keys: across blocks, and parts of tiles and of vectors
+SIZES = [(13, 150), (150, 13), (1, 40), (35, 129)]
 
 
 TOGETHER: list[tuple[str, str | None]] = [(position, None) for position in POSITIONAL]
@@ -148,7 +152,7 @@ SPANNING: list[tuple[Term, ...]] = [
 
 @pytest.mark.parametrize("terms", SPANNING, ids=str)
 def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
-    """Also if a query sees no key of the first span, and wherever its largest score is."""
+    """This also holds if a query sees no key of the first span, and for any span that has the largest score."""
     graph = attention_graph(*terms, heads=2, groups=1, d=8)
     exe = compiled(graph)
     for queries, keys in [(3, SPAN), (3, SPAN + 1), (20, 3 * SPAN - 7), (2 * SPAN + 30, 2 * SPAN + 30)]:
@@ -157,7 +161,7 @@ def test_parts_of_several_spans_merge(terms: tuple[Term, ...]) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_terms_together(first: int) -> None:
-    """Every other term: these sets cover operands of all three kinds."""
+    """Each set has every other term; together the sets cover operands of all three kinds."""
     check(attention_graph(*list(OTHER.values())[first::2]), {"B": 2, "S": 37, "T": 41})
 
 
@@ -189,7 +193,7 @@ def test_any_number_of_queries() -> None:
 
 
 def test_views_are_read_and_written_in_place() -> None:
-    """Heads that are split from and merged into rows take no copy: the kernel is the only step."""
+    """Heads that are split from rows and merged into rows are not copied: the kernel is the only step."""
 
     def build(b: Builder) -> Expr:
         x, y = b.input("x", "f32[B,S,12]"), b.input("y", "f32[B,T,6]")
@@ -215,7 +219,7 @@ def test_elements_that_are_apart_are_copied_first() -> None:
 
     graph = graph_of(build)
     exe = compiled(graph)
-    assert kernels_of(exe).count("Pointwise") == 3  # queries, the bias, and the result
+    assert kernels_of(exe).count("Pointwise") == 3  # for the queries, the bias, and the result
     check(graph, {"B": 2, "S": 9, "T": 20}, exe=exe)
 
 
@@ -244,7 +248,9 @@ def test_a_query_that_sees_no_key_gets_zeros(case: str, softcap: float | None) -
 
 @pytest.mark.parametrize("name", "qk")
 def test_not_a_number_is_not_lost(name: str) -> None:
-    """It appears in every query that sees it. (A value's may appear in others as well, because 0 times NaN is NaN.)"""
+    """A NaN shows in every query that sees it. (A NaN among values may show in other queries as well, because 0 times
+    NaN is NaN.)
+    """
     graph = attention_graph(Causal())
     given = drawn(graph, B=1, S=40, T=40)
     given[name][0, :, 30] = np.nan
@@ -253,7 +259,9 @@ def test_not_a_number_is_not_lost(name: str) -> None:
 
 
 def test_large_scores_and_the_lowest_number_as_a_mask() -> None:
-    """Differences of scores of 10^4, and a finite bias of float32's lowest number: if all keys have it, all count."""
+    """Scores that differ by 10^4, and a finite bias of float32's lowest number: if all keys have this bias, all keys
+    count.
+    """
     graph = attention_graph(TensorBias("b t"))
     given = drawn(graph, B=2, S=4, T=30)
     given["q"] *= np.float32(1e4)
@@ -268,7 +276,7 @@ def test_large_scores_and_the_lowest_number_as_a_mask() -> None:
 
 @pytest.mark.parametrize("terms", [(Causal(),), (Window(5),), (Padding(),)], ids=str)
 def test_blocks_that_no_query_sees_are_not_read(terms: tuple[Term, ...]) -> None:
-    """NaN in them would reach the result: 0 times NaN is NaN."""
+    """If such blocks were read, their NaN would reach the result, because 0 times NaN is NaN."""
     graph = attention_graph(*terms)
     given = drawn(graph, B=2, S=BLOCK - 20, T=3 * BLOCK) | ({"x0": np.array([7, 90])} if terms == (Padding(),) else {})
     exe = compiled(graph)
@@ -318,7 +326,7 @@ def test_a_causal_query_does_not_depend_on_later_keys(target: str) -> None:
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_part_of_the_queries_has_the_bits_that_it_has_among_all(name: str) -> None:
-    """Positions start at that of the part's first query, for every term that the kernel has."""
+    """Positions begin at the position of the part's first query, for every term that the kernel supports."""
     terms = (Causal(), Window(100), OTHER[name])
     graph, part = attention_graph(*terms), attention_graph(*terms, start=7)
     exe = compiled(part)
@@ -382,7 +390,7 @@ class EveryOther(MaskTerm):
 
 
 def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
-    """Float64 and a term that no backend supports, a row that sees nothing, at several sizes from one compilation.
+    """Float64, and a term that no backend supports, with a row that sees no key, at several sizes with one compilation.
 
     The op suite also runs its samples in float64 and in 16 bits, and their gradients, by the body.
     """
@@ -426,7 +434,7 @@ def with_probabilities(*terms: Term, groups: int = 2, dtype: str = "f32") -> Gra
 
 
 def titles(graph: Graph) -> list[str]:
-    """Return the steps of a graph, without epilogues and the width of panels."""
+    """Return the titles of the steps of a graph, without epilogues and the width of panels."""
     return [step.kernel.title.split("_batch")[0] for step in steps_of(compiled(graph).program)]
 
 
@@ -441,9 +449,9 @@ EMPTYING: dict[str, Term] = {
 
 @pytest.mark.parametrize("case", EMPTYING)
 def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> None:
-    """After the steps that compute a mask, the number of steps is the same as if no row may be empty.
+    """Except for the steps that compute a mask, the number of steps is the same as without rows that may be empty.
 
-    The product scales, masks and adds biases.
+    The kernel of the product scales, masks and adds biases.
     """
     assert titles(with_probabilities(groups=4)) == ["pack", "matmul", "softmax_f32", "pack", "matmul"]
     made = titles(with_probabilities(EMPTYING[case], groups=4))
@@ -453,7 +461,7 @@ def test_probabilities_of_rows_that_may_be_empty_are_one_kernel(case: str) -> No
 
 
 def test_queries_of_heads_that_share_keys_are_laid_out_as_they_are_scaled() -> None:
-    """The queries of one key head are then rows of one product: no keys are copied, no mask."""
+    """The queries that share a key head are rows of one product. Neither keys nor masks are copied."""
     made = titles(with_probabilities(TensorBias("b t")))
     assert made == ["mul", "pack", "matmul", "masked_softmax_f32", "pack", "matmul", "copy"]  # the result's heads
 
@@ -464,7 +472,7 @@ def test_probabilities_in_float64_are_those_of_primitives() -> None:
 
 
 def test_queries_in_float16_are_scaled_before_the_product() -> None:
-    """Only the product overflows here: 8 times 100^2 is past float16, and 1/sqrt(8) of it is not."""
+    """Only the product would overflow here: 8 times 100^2 is beyond float16, but not after scaling by 1/sqrt(8)."""
     graph = with_probabilities(Padding(), groups=4, dtype="f16")
     exe = compiled(graph)
     given = {name: np.full((1, 3, 32), 100, np.float16) for name in "qkv"} | {"x0": np.array([2])}
@@ -540,7 +548,9 @@ def test_the_bias_by_distance_is_one_row_a_head() -> None:
 
 
 def test_what_the_next_head_reads_is_fetched_while_one_is_computed() -> None:
-    """A line of each of its queries, keys and values, and one of each written row; heads of 16 have no more."""
+    """A cache line of each of the head's queries, keys and values, and of each written row, is prefetched. Heads of 16
+    have one line.
+    """
     text = assembly(FlashAttention(16, 16, 1.0), ISAS["x86-64-v4"])
     assert text.count("prefetch") >= 4
     assert assembly(FlashAttention(32, 16, 1.0), ISAS["x86-64-v4"]).count("prefetch") > text.count("prefetch")

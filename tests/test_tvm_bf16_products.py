@@ -1,4 +1,6 @@
-"""bf16 products on the TVM backend: sizes, instruction sets, bits, fused neighbours, the option that allows them."""
+"""bf16 products on the TVM backend: sizes, instruction sets, bits, fused neighbours, and the option that allows
+them.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,7 @@ def exact(x: Array, w: Array) -> Array:
 
 
 def assert_sums(got: Any, expected: Array, terms: int) -> None:
-    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1, in any order."""
+    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1, added in any order."""
     bound = (terms + 16) * EPSILON["f32"] * max(1.0, float(np.max(np.abs(expected), initial=0)))
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=bound)
 
@@ -92,7 +94,7 @@ ROWS = (1, 2, 15, 16, 17, 32, 33, 48, 49, 64, 97, 128, 161, 300)
 @each_isa
 @pytest.mark.parametrize(("k", "n"), SIZES)
 def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
-    """From few rows to several groups of blocks; a row has the same bits as alone."""
+    """From few rows to several groups of blocks. A row computed alone has the same bits."""
     x, w = normal(max(ROWS), k), normal(n, k, seed=1)
     exe = compiled(linear_graph(k, n), {"w": w}, isa)
     every = exe(x=x)["y"]
@@ -103,7 +105,9 @@ def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
 
 @each_isa
 def test_whole_numbers_give_exact_sums(isa: str) -> None:
-    """Integers up to 256 are exact in bf16, and float32 holds their products' sums: no bit of a neighbour may leak."""
+    """Integers up to 256 are exact in bf16, and float32 holds the sums of their products exactly. So any bit from a
+    neighbour would show.
+    """
     rng = np.random.default_rng(0)
     x, w = (rng.integers(-255, 256, (rows, 64)).astype(np.float32) for rows in (17, 33))
     made = compiled(linear_graph(64, 33), {"w": w}, isa)(x=x)["y"]
@@ -118,7 +122,7 @@ def without_the_first_row(k: int, n: int) -> Graph:
 
 @each_isa
 def test_nothing_at_all(isa: str) -> None:
-    """No row, no column, or an empty sum, which is 0 and not the earlier contents."""
+    """No row, no column, or an empty sum, which must be 0 and not the earlier contents of the memory."""
     for k, n in ((40, 70), (40, 0), (0, 70), (0, 0)):
         graph = without_the_first_row(k, n)
         x, w = normal(41, k), normal(n, k, seed=1)
@@ -169,7 +173,7 @@ def gated_block(width: int) -> tuple[Graph, dict[str, Array]]:
     ],
 )
 def test_which_kernels_another_machine_has_for_a_block(isa: str, width: int, rows: str, product: str) -> None:
-    """On a matrix unit with whole panels, no separate step rounds the rows that the next product reads."""
+    """On a matrix unit with whole panels, rows for the next product are rounded without a separate step."""
     graph, weights = gated_block(width)
     made = [f"{product}_product{end}" for end in ("", "_silu_mul_cast", "_cast", "_add_add")]
     rounded_rows = [f"round_rows_{rows}"]
@@ -182,7 +186,9 @@ def test_which_kernels_another_machine_has_for_a_block(isa: str, width: int, row
 @each_isa
 @pytest.mark.parametrize("width", [40, 64])
 def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str, width: int) -> None:
-    """At a width of whole panels, the value between two products is stored in the layout that the second one reads."""
+    """If the width is a multiple of a panel, the value between two products is stored in the layout that the second
+    product reads.
+    """
 
     graph, weights = gated_block(width)
     x, exe = normal(3, 11, 24), compiled(graph, weights, isa)
@@ -219,7 +225,7 @@ def test_a_cast_that_others_read_too_is_made() -> None:
 
 
 def test_a_bf16_model_multiplies_pairs_too() -> None:
-    """Its results are bf16: sums are rounded at the end."""
+    """The results are bf16: sums are rounded at the end."""
     graph = graph_of(
         lambda b: b.linear(b.input("x", bf16["M", 40]), b.parameter("w", bf16[8, 40]), b.parameter("b", bf16[8]))
     )
@@ -252,7 +258,9 @@ def test_pairs_lie_where_the_layout_says(shape: tuple[int, int]) -> None:
 
 
 def test_the_code_has_the_instructions_that_it_is_for() -> None:
-    """Tile products, or products of pairs: 24 of them a step, between which no sum is spilled to the stack."""
+    """The loop has tile products or products of pairs: 24 of them in a step, between which no sum is spilled to the
+    stack.
+    """
     code = assembly(TileProduct(), ISAS["x86-64-amx"])
     assert "ldtilecfg" in code
     assert "tdpbf16ps" in code
@@ -269,7 +277,7 @@ def test_the_code_has_the_instructions_that_it_is_for() -> None:
 
 
 def by_tiles(x: Array, w: Array, kernel: Kernel, cache: KernelCache, held: Any = None) -> Array:
-    """Compute a product by the matrix unit's kernels, from rows that are rounded and laid out first."""
+    """Compute a product with the matrix unit's kernels, from rows that are rounded and laid out first."""
     (m, k), n = x.shape, len(w)
     a, c = in_tiles(m, k), np.full((m, n), np.nan, np.float32)
     bind(RoundRows("f32", "tiles"), [x, a], [m, k, k], cache=cache)()
@@ -283,7 +291,7 @@ def in_tiles(m: int, k: int) -> Array:
 
 @needs_avx512_bf16
 def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's use of tiles: odd sizes, several chunks of k and groups of blocks, empty operands."""
+    """Tests the kernel's use of tiles: odd sizes, several chunks of k and groups of blocks, empty operands."""
     cache = KernelCache(stand_in(monkeypatch), folder=None)
     for m, k, n in ((1, 1, 1), (33, 31, 40), (150, 330, 70), (3, 0, 5)):
         x, w = normal(m, k), normal(n, k, seed=1)
@@ -294,7 +302,7 @@ def test_sums_of_tiles_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_avx512_bf16
 def test_a_product_in_memory_is_stored_as_the_next_one_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded to bf16, in tiles: the same as rounding the rows of its sums."""
+    """Sums that are rounded to bf16 and stored in tiles equal rows that are rounded and laid out separately."""
     cache, (m, k, n) = KernelCache(stand_in(monkeypatch), folder=None), (45, 70, 64)
     x, w = normal(m, k), normal(n, k, seed=1)
     relu = Chain(("f32",), (Instruction("relu", (0,), "f32"),))
@@ -365,7 +373,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(isa: str, family: str) 
 
 
 def test_what_is_written_in_place_of_rounded_rows_is_rounded_anew() -> None:
-    """-x takes over the storage of x, whose rows are already rounded."""
+    """-x takes over the storage of x, whose rows are already rounded, so -x must be rounded again."""
 
     def made(b: Builder) -> Expr:
         x = b.abs(b.input("x", bf16["M", 64]))

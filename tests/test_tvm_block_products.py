@@ -1,4 +1,4 @@
-"""Products and lookups over weights in blocks on the TVM backend: forms, sizes, rows, instruction sets, bits."""
+"""Products and lookups with weights in blocks on the TVM backend: block forms, sizes, rows, instruction sets, bits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 READ = ("int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1")
-WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # read by linears alone, by words
+WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # only linears read these, word by word
 SIZES = [(32, 1), (32, 31), (64, 65), (128, 96), (320, 33), (1536, 17)]
 ROWS = (1, 2, 3, 6, 7, 8, 11, 12, 13, 24, 61)
 
@@ -78,7 +78,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def assert_sums(got: Any, x: Array, w: Array, *, cut: bool = False) -> None:
-    """Assert x w^T, with negative results clipped to 0 if `cut`, up to the rounding of a sum in any order."""
+    """Assert x w^T, with negative results set to 0 if `cut`, up to the rounding of a sum in any order."""
     wide = x.astype(np.float64) @ w.astype(np.float64).T
     wide = np.maximum(wide, 0) if cut else wide
     bound = (x.shape[-1] + 16) * EPSILON["f32"] * (np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T)
@@ -115,7 +115,7 @@ def test_products_of_every_size(text: str, isa: str) -> None:
 
 @pytest.mark.parametrize("text", [*READ, *WORDS])
 def test_bits_of_a_row_are_its_own(text: str) -> None:
-    """For any other rows, any number of rows, and any number of threads that share them."""
+    """Whatever the other rows are, for any number of rows, and for any number of threads that share them."""
     k = 512 if text.endswith("_k") else 192
     graph = linear_graph(k, 100, text, bias=True)
     weights = {"w": blocks_of(graph, "w"), "bias": normal(100)}
@@ -190,7 +190,9 @@ def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_the_mix_of_forms_that_files_hold_stays_in_blocks(rounds: bool) -> None:
-    """As llama.cpp mixes them: nothing is widened, a table of q6_k is stored once, activations rounded or not."""
+    """Forms as llama.cpp mixes them: no weight is widened, a table in q6_k is stored once, and activations may be
+    rounded.
+    """
     model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=2, hidden=512, tied=True).graph()
     forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
     forms |= {"embed.weight": Encoding("q6_k"), "layer.1.attn.v.weight": Encoding("q5_0")}
@@ -204,7 +206,7 @@ def test_the_mix_of_forms_that_files_hold_stays_in_blocks(rounds: bool) -> None:
     notes = [n for record in exe.log for n in record.notes]
     assert not [n for n in notes if "decoded once" in n or "not read in blocks" in n]
     held = sum(array.nbytes for array in exe.executable.machine.weights.values())  # type: ignore[attr-defined]
-    assert held < 1.02 * sum(w.nbytes for w in weights.values()) + 16 * 2 * 210  # the last panel is filled up
+    assert held < 1.02 * sum(w.nbytes for w in weights.values()) + 16 * 2 * 210  # the last panel is padded
     plain = treadle.compile(graph, backend="numpy", weights=weights, **({"quantize": "int8"} if rounds else {}))
     tokens = np.arange(10).reshape(2, 5)
     a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
@@ -226,7 +228,7 @@ def test_a_quantized_model_runs_on_blocks(scheme: str) -> None:
 
 
 def test_rows_at_several_distances() -> None:
-    """Dimensions that strides cannot join become a batch, or are copied: the same bits as from contiguous rows."""
+    """Dimensions that strides cannot join become a batch, or are copied, with the same bits as contiguous rows."""
     graph = parse_graph("""graph g {
       symbols A, B
       parameters { w: f32[40, 64] as q4_0 }

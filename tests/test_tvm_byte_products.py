@@ -1,4 +1,6 @@
-"""8-bit rows on the TVM backend: rounded to the bits of the reference, multiplied exactly, alone and with others."""
+"""8-bit rows on the TVM backend: rounding equals the reference bitwise, products are exact, alone and fused with other
+ops.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +64,14 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def parts(x: Array, encoding: Encoding = ROWS) -> tuple[Array, Array]:
-    """Return the integers, less their row's zero, and the scales that rows are rounded to."""
+    """Return the integers of rows, with each row's zero point subtracted, and the scales."""
     record = np.ascontiguousarray(encoding.encode(x, computed=True)).view(encoding.block.record(x.shape[-1]))[..., 0]
     numbers = record["q"].astype(np.int64)
     return numbers if encoding == ROWS else numbers - record["zero"][..., None], record["scale"]
 
 
 def exact(x: Array, w: Array, encoding: Encoding = STEPS) -> Array:
-    """Return sums of integers, rounded once, times the product of both scales: the exact bits."""
+    """Return sums of integers, rounded once, times the product of both scales: the bits that are expected."""
     (q, s), (p, t) = parts(x, encoding), parts(w)
     sums = q @ p.T
     made: Array = sums.astype(np.float32) * (s[..., None] * t)
@@ -101,7 +103,7 @@ def test_every_sum_is_exact_and_a_row_has_the_bits_that_it_has_alone(isa: str, k
 
 @each_isa
 def test_the_largest_sums_fit(isa: str) -> None:
-    """All numbers at the end of their range, of either sign: nothing saturates."""
+    """All numbers are at an end of their range, with either sign. No sum saturates."""
     k = 4096
     for sign in (1, -1):
         x, w = np.ones((3, k), np.float32), np.full((5, k), sign, np.float32)
@@ -112,7 +114,7 @@ def test_the_largest_sums_fit(isa: str) -> None:
 
 @each_isa
 def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) -> None:
-    """Ties, subnormal and huge numbers, zeros; and values that are not finite stay in their row."""
+    """Ties, subnormal and huge numbers, and zeros. Values that are not finite affect only their own row."""
     x = normal(40, 70)
     x[1] = 0
     x[2] *= 1e-39
@@ -124,9 +126,9 @@ def test_rows_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) ->
         -127.5,
         127.5,
         *np.arange(68) - 33.5,
-    ]  # 255 steps of 1 and two ties: rounded up, one of them is 256
+    ]  # 255 steps of 1 and two ties; rounding up would give 256 for one of them
     x[8], x[9], x[10] = np.abs(x[8]), -np.abs(x[9]), 3
-    x[11, :2] = -3e38, 3e38  # further apart than float32's range
+    x[11, :2] = -3e38, 3e38  # their difference is beyond float32's range
     x[7, 3], x[20, 69], x[39, 0] = np.inf, np.nan, -np.inf
     w = normal(33, 70, seed=1)
     got = compiled(linear_graph(70, 33), {"w": w}, isa)(x=x)["y"]
@@ -146,7 +148,7 @@ def test_threads_do_not_change_bits() -> None:
 
 @each_isa
 def test_nothing_at_all(isa: str) -> None:
-    """No row, and no column."""
+    """Operands without rows, and without columns."""
 
     def graph(n: int) -> Graph:
         def block(b: Builder) -> Expr:
@@ -176,7 +178,7 @@ def test_bias_activation_residual_and_gate_are_done_as_sums_are_stored(isa: str)
     exe = compiled(graph, weights, isa)
     held = {n: ROWS.encode(w) if graph.parameters[n].type.encoding else w for n, w in weights.items()}
     wanted = interpret(graph, {"x": x}, held)["y"]
-    # silu of our kernels differs in the last bit, by which a number may be rounded to the next of 127 steps.
+    # silu of our kernels differs in the last bit, so a number may be rounded to the next of 127 steps.
     np.testing.assert_allclose(exe(x=x)["y"], wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
     made = titles(exe)
     assert len(made) == 5, made  # two roundings, and three products that do everything else
@@ -262,7 +264,7 @@ def test_each_instruction_set_has_its_instructions(isa: str, word: str) -> None:
 
 @pytest.mark.skipif(not runs_here(ISAS["x86-64-v4-bf16"]), reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles are in memory here: the kernel's use of them, zeros of rows included."""
+    """Tiles are in memory here, so this tests the kernel's use of tiles, including the zero points of rows."""
     caches = (KernelCache(stand_in(monkeypatch), folder=None), KernelCache(ISAS["x86-64-v4-bf16"]))
     for m in (5, 45):
         _multiplies_alike(m, caches)
@@ -336,7 +338,7 @@ def test_rows_that_a_block_is_given_as_they_are_held(isa: str, encoding: Encodin
 @pytest.mark.parametrize("encoding", [ROWS, STEPS])
 @pytest.mark.parametrize("form", ["tiles", "quads", "wide"])
 def test_encoded_rows_are_copied_into_every_form(form: str, encoding: Encoding) -> None:
-    """Any bytes, with scales that their numbers alone do not have."""
+    """The rows have arbitrary bytes, with scales that do not follow from their numbers."""
     m, k, signed = 45, 200, encoding == ROWS
     rng = np.random.default_rng(0)
     held = rng.integers(0, 256, (m, encoding.bytes(k)), np.uint8)
@@ -359,7 +361,7 @@ def test_encoded_rows_are_copied_into_every_form(form: str, encoding: Encoding) 
 @each_isa
 @pytest.mark.parametrize("rows", ["rows", "held"])
 def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, rows: str) -> None:
-    """If kernels alone read them, and also if others read them as they are stored."""
+    """This holds if only kernels read the rounded rows, and also if other ops read them as they are stored."""
     graph = parse_graph(
         """graph g {
       symbols M
@@ -385,7 +387,9 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
 
 
 def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
-    """Three lines of each of a tile's rows, of a residual and of the result that replaces it; otherwise nothing."""
+    """For each row of a tile, three cache lines of the residual are prefetched, and three of the result that
+    replaces it. Without a residual, none are.
+    """
     added = Chain(("f32", "f32"), (Instruction("add", (1, 0), "f32"),))
     isa = ISAS["x86-64-v4-bf16"]
     of_rows, of_vectors = (assembly(QuadProduct(added, (how,), whole=True), isa) for how in ("mn", "n"))

@@ -1,4 +1,4 @@
-"""Attention over a cache on the TVM backend: the bits of attention over whole sequences, in any chunks and with any
+"""Attention over a cache on the TVM backend has the same bits as attention over whole sequences, for any chunks and any
 other rows.
 """
 
@@ -58,7 +58,7 @@ CASES = [(name, False) for name in TERMS] + [(name, True) for name in ("window",
 
 
 def operands(terms: tuple[Term, ...], keys: str, heads: int, queries: str) -> list[tuple[str, str]]:
-    """The axes of the terms' operands, and their types."""
+    """Return the axes of the terms' operands, and their types."""
     sizes = {"b": "B", "h": str(heads), "s": queries, "t": keys}
     dtypes = {"f": "f32", "i64": "i64", "bool": "bool"}
     taken = [o for term in terms for o in term.operands]
@@ -107,7 +107,7 @@ def call(exe: KernelExecutable, given: list[Array]) -> Array:
 
 
 class Texts:
-    """Sequences of one length, with the results of plain attention for each."""
+    """Sequences of one length, and the result of plain attention for each."""
 
     def __init__(
         self,
@@ -141,13 +141,13 @@ class Texts:
         self.y = call(whole, [self.q, self.k, self.v, *self.given])
 
     def step(self, rng: np.random.Generator, past: list[int], s: int, capacity: int) -> tuple[list[Array], Array]:
-        """Return operands of a step of rows at these positions, in slots full of NaN, and the expected result."""
+        """Return the operands of a step of rows at these positions, in slots full of NaN, and the expected result."""
         texts = rng.permutation(len(self.q))[: len(past)]
         slots = rng.permutation(SLOTS)[: len(past)]
         k, v = (np.full((SLOTS, x.shape[1], capacity, x.shape[3]), np.nan, np.float32) for x in (self.k, self.v))
         for x, cache_ in ((self.k, k), (self.v, v)):
             for text, slot, at in zip(texts, slots, past, strict=True):
-                # Without causal a query sees all keys of its row.
+                # Without causal, a query sees all keys of its row.
                 written = np.arange(max(0, at + s - capacity), at + s if self.is_causal else self.longest)
                 cache_[slot][:, written % capacity] = x[text][:, written]
         rows = [(text, slice(at, at + s)) for text, at in zip(texts, past, strict=True)]
@@ -177,7 +177,7 @@ def texts(name: str, heads: int, groups: int, target: str = "cpu", softcap: floa
 def steps(
     rng: np.random.Generator, s: int, count: int, times: int, longest: int = LONGEST, every: int = BLOCK
 ) -> list[list[int]]:
-    """Draw positions of rows: anywhere, and around the multiples of `every`, such as the starts of blocks."""
+    """Draw positions of rows, some of them near multiples of `every`, such as the starts of blocks."""
     edges = [x for n in range(0, longest, every) for x in (n - 1, n, n + 1) if 0 <= x <= longest - s]
     anywhere = rng.integers(0, longest - s + 1, (times, count))
     made: list[list[int]] = np.where(
@@ -249,7 +249,7 @@ def test_parts_of_spans_merge_as_in_the_whole(name: str, ring: bool, target: str
     + [("causal", False, target) for target in SMALL],
 )
 def test_16_bits_are_widened_as_they_are_read(name: str, ring: bool, target: str, queries: str, held: str) -> None:
-    """The bits of a float32 cache that holds the rounded numbers."""
+    """The results have the same bits as with a float32 cache that holds the rounded numbers."""
     terms, rng = TERMS[name], np.random.default_rng(9)
     if ring:
         terms = (*terms, Window(70))
@@ -303,7 +303,9 @@ def test_neither_threads_nor_company_change_bits(queries: str) -> None:
 
 @pytest.mark.parametrize("queries", ["1", "S"])
 def test_every_row_is_computed_whatever_the_others_cost(queries: str) -> None:
-    """Shares of costs omit no task: rows of any lengths, of length 0, and more rows than there are slots of memory."""
+    """No task is left out when work is shared by cost: for rows of any lengths, of length 0, and for more rows than
+    there are slots of memory.
+    """
     rng, terms = np.random.default_rng(4), (Padding(), Causal())
     exe = compiled(cached_graph(terms, 6, 2, queries))
     k, v = (rng.standard_normal((SLOTS, 2, LONGEST, n)).astype(np.float32) for n in (D, E))

@@ -1,6 +1,4 @@
-"""Products of two computed bf16 matrices on the TVM backend: layouts, bits, the results of casts, the casts that
-remain.
-"""
+"""Products of two computed bf16 matrices on the TVM backend: layouts, bits, fused casts, and the casts that remain."""
 
 from __future__ import annotations
 
@@ -69,7 +67,9 @@ SQUARES = [(1, 1), (16, 32), (17, 33), (48, 64), (50, 100), (100, 7), (3, 64), (
 @pytest.mark.parametrize("along", [True, False])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_sides_lie_as_bound_weights_and_rounded_rows_do(dtype: str, along: bool) -> None:
-    """From either order in memory, with gaps between; the padding of squares is 0, and not the earlier contents."""
+    """Matrices are read in either order of memory, with gaps. The padding of panels is 0, not the earlier contents of
+    the memory.
+    """
     cache = KernelCache(ISAS["x86-64-v4-bf16"], folder=None)
     for n, k in SQUARES:
         x = normal(n, k)
@@ -106,7 +106,7 @@ SIZES = [(1, 1, 1), (5, 31, 32), (16, 32, 31), (33, 65, 48), (49, 100, 17), (130
 
 Ways = dict[str, Callable[[Builder, Expr, Expr], Expr]]
 WAYS: Ways = {
-    # of x [m, k] and w [n, k]; w is bound if it is a weight
+    # functions of x [m, k] and w [n, k]; w is bound if it is a weight
     "rows": lambda b, x, w: b.linear(x, w, to=f32),
     "columns": lambda b, x, w: b.matmul(x, b.rearrange(w, pattern="n k -> k n"), to=f32),
     "bias": lambda b, x, w: b.relu(b.linear(x, w, to=f32) + 1.0),
@@ -114,7 +114,7 @@ WAYS: Ways = {
 
 
 def operand(b: Builder, name: str, rows: int, k: int, how: str, bound: bool = False) -> Expr:
-    """Return a matrix [rows, k] whose memory holds its transpose, or a wider matrix."""
+    """Return a matrix [rows, k] that is a view of its transpose, or of a wider matrix."""
     shape = {"plain": (rows, k), "transposed": (k, rows), "wide": (rows, k + 5)}[how]
     x = b.parameter(name, f32[shape]) if bound else b.input(name, f32[shape])
     if how == "wide":
@@ -149,7 +149,7 @@ def test_bits_are_those_of_the_product_with_a_bound_weight(isa: str, way: str, l
 
 @each_isa
 def test_sizes_that_a_call_tells(isa: str) -> None:
-    """The gradient of a weight, which sums over the number of rows; without rows it is 0."""
+    """The gradient of a weight sums over rows, whose number is known at the call. Without rows, it is 0."""
 
     def build(b: Builder) -> Expr:
         given = (b.input(name, f32["B", "S", size]) for name, size in (("g", 40), ("x", 24)))
@@ -190,7 +190,7 @@ def test_threads_do_not_change_bits() -> None:
 @needs_pairs
 @pytest.mark.parametrize(("left", "right"), [("plain", "plain"), ("transposed", "transposed"), ("transposed", "wide")])
 def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The matrix unit's kernels return the bits of a bound weight's product there, too."""
+    """The matrix unit's kernels, with tiles in memory, return the same bits as the product with a bound weight."""
     isa = stand_in(monkeypatch)
     monkeypatch.setattr(backend_module, "isa_of", lambda target: isa)
     for m, k, n in ((1, 1, 1), (33, 31, 40), (50, 70, 65)):
@@ -211,7 +211,7 @@ def test_tiles_of_both_sides_in_memory(left: str, right: str, monkeypatch: pytes
 
 
 def gradients(b: Builder) -> dict[str, Expr]:
-    """Return the gradients of a linear by x and by its weight: g is read in rows, and in columns."""
+    """Return the gradients of a linear by x and by its weight. The first reads rows of g, the second reads columns."""
     x, g, w = (
         narrow(b, b.input(n, f32[shape])) for n, shape in (("x", (2, 9, 24)), ("g", (2, 9, 40)), ("w", (40, 24)))
     )
@@ -231,7 +231,7 @@ SIDES = ["round_right_by_columns", "round_right_by_columns", "round_left_by_colu
     ],
 )
 def test_a_cast_that_products_alone_read_is_not_written(isa: str, wanted: list[str]) -> None:
-    """Each of its sides is laid out once, from the value before the cast."""
+    """The value before the cast is laid out once for each side that products read."""
     assert sorted(titles(compiled(gradients, isa))) == sorted(wanted)
 
 
@@ -251,7 +251,7 @@ def test_what_a_product_of_computed_matrices_makes_is_finished_as_it_is_stored()
 
 @each_isa
 def test_a_cast_that_others_read_too_is_made(isa: str) -> None:
-    """An output, another op, or a bound weight's product."""
+    """Other readers are an output, another op, or the product with a bound weight."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x, w = narrow(b, b.input("x", f32["M", 40])), narrow(b, b.input("w", f32[8, 40]))
@@ -266,7 +266,7 @@ def test_a_cast_that_others_read_too_is_made(isa: str) -> None:
 
 @needs_pairs
 def test_what_is_cast_from_may_be_written_over() -> None:
-    """Sides are laid out at the cast: -x then takes the memory of x, before the product reads its side."""
+    """Sides are laid out at the cast. So -x may take the memory of x before the product reads its side."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.exp(b.input("x", f32[64, 64]))

@@ -1,5 +1,5 @@
-"""Weights in blocks times groups of 8-bit numbers on the TVM backend: exact on integers, and a row's bits depend on it
-alone.
+"""Weights in blocks times groups of 8-bit numbers on the TVM backend: products are exact on integers, and the bits of a
+row depend only on that row.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def linear_graph(k: int, n: int, text: str) -> Graph:
 
 
 def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
-    """Draw blocks of a matrix, with scales of powers of two if they are to be integers."""
+    """Draw blocks of a matrix; if they must decode to integers, with scales that are powers of two."""
     encoding, rng = parse_encoding(text), np.random.default_rng([n, k])
     held = encoding.sample(rng, (n, k))
     if whole:
@@ -76,12 +76,12 @@ def drawn(text: str, n: int, k: int, *, whole: bool = False) -> Array:
             if records[name].dtype.kind == "f":
                 records[name] = rng.choice([1, 2, -1], records[name].shape)
             if records[name].dtype.kind == "i" and name == "scales":
-                records[name] %= 8  # as large as other forms' are, or sums exceed 2^24
+                records[name] %= 8  # as small as in the other forms, since sums must not exceed 2^24
     return held
 
 
 def whole_rows(m: int, k: int) -> Array:
-    """Draw rows that are integers in units of their scale: the largest of each group is 127 times a power of two."""
+    """Draw rows of integers, times a power of two for each group: the largest magnitude in each group is 127."""
     rng = np.random.default_rng([m, k])
     x = rng.integers(-127, 128, (m, k // 32, 32)).astype(np.float32)
     x[..., 7] = 127
@@ -114,7 +114,9 @@ EACH = (
 
 @pytest.mark.parametrize(("isa", "text"), EACH)
 def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
-    """With scales of powers of two nothing is rounded at all: kernels and integers are bitwise identical."""
+    """With scales that are powers of two, no operation rounds, so kernels and integer arithmetic are bitwise
+    identical.
+    """
     block = parse_encoding(text).elements(256)
     for k, n in ((max(block, 128), 1), (512, 31)) if isa == HERE[0] else ((max(block, 128), 31),):
         held, x = drawn(text, n, k, whole=True), whole_rows(max(ROWS), k)
@@ -129,7 +131,7 @@ def test_whole_numbers_are_multiplied_exactly(isa: str, text: str) -> None:
 
 @each_form
 def test_any_numbers_are_near_to_the_reference_and_a_row_has_bits_of_its_own(text: str) -> None:
-    """For any other rows, any number of rows, and any number of threads that share them."""
+    """Whatever the other rows are, for any number of rows, and for any number of threads that share them."""
     k, n = (512 if text in LARGE else 384), 100
     held, x = drawn(text, n, k), normal(max(ROWS), k)
     one, two = (compiled(linear_graph(k, n, text), {"w": held}, Target("cpu", threads)) for threads in (1, 2))
@@ -156,7 +158,7 @@ def test_instruction_sets_that_add_a_product_at_once_have_the_same_bits(text: st
 
 @each_isa
 def test_groups_of_any_scale_are_rounded_as_the_reference_rounds_them(isa: str) -> None:
-    """Ties, subnormal and huge numbers, zeros; and values that are not finite stay in their row."""
+    """Ties, subnormal and huge numbers, and zeros. Values that are not finite affect only their own row."""
     x = normal(20, 64)
     x[1] = 0
     x[2] *= 1e-39
@@ -212,7 +214,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(isa: str, text: str) -
 
 
 def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
-    """A bias and a gate are applied as sums are stored; the correction for a form's zero is separate for each form."""
+    """A bias and a gate are applied when sums are stored. Each form has its own correction for its zero point."""
     graph = parse_graph("""graph g {
       symbols M
       parameters { a: f32[40, 64] as q4_1
@@ -246,13 +248,13 @@ def test_one_value_is_rounded_for_weights_of_several_forms() -> None:
     np.testing.assert_array_equal(got["z"], GROUPS.decode(GROUPS.encode(x)))
     made = titles(exe)
     assert sum("quad_block_product" in t for t in made) == 4, made
-    assert sum(t.startswith("encode_groups") for t in made) == 3, made  # one by q4_0 and int4_groups
+    assert sum(t.startswith("encode_groups") for t in made) == 3, made  # q4_0 and int4_groups share one
 
 
 @each_isa
 @pytest.mark.parametrize("text", ["q4_0", "q4_1", "q3_k", "q5_k"])
 def test_a_block_multiplies_groups_with_the_bits_of_its_caller(isa: str, text: str) -> None:
-    """Groups that a block receives are encoded already: their scales are read, not computed again."""
+    """The groups that a block receives are already encoded: their scales are read, not computed again."""
     graph = parse_graph(f"""graph g {{
       symbols M
       parameters {{ w: f32[40, 512] as {text} }}
@@ -278,7 +280,7 @@ def test_a_block_multiplies_groups_with_the_bits_of_its_caller(isa: str, text: s
 @pytest.mark.parametrize(("zero", "parts"), [(8, 1), (0, 2)])
 @pytest.mark.parametrize("form", ["filled", "quads", "wide"])
 def test_encoded_groups_are_copied_into_every_form(form: str, zero: int, parts: int) -> None:
-    """Any numbers, with scales that they alone do not have."""
+    """The groups have arbitrary numbers, with scales that do not follow from the numbers."""
     m, k = 21, 96
     rows = rows_of_groups(form, Size.of(m)).evaluate({})
     q = np.random.default_rng(0).integers(-127, 128, (m, k // 32, 32), np.int8)
@@ -299,7 +301,7 @@ def test_encoded_groups_are_copied_into_every_form(form: str, zero: int, parts: 
 
 @pytest.mark.parametrize("text", ["q4_0", "q5_k", "q3_k", "q6_k"])
 def test_groups_that_a_block_is_given_and_weights_that_are_picked(text: str) -> None:
-    """Stored groups are read in place; a matrix that is not a weight is laid out at the call."""
+    """Stored groups are read without a copy; a matrix that is not a weight is laid out at the call."""
     graph = parse_graph(f"""graph g {{
       symbols M, N
       parameters {{ w: f32[50, 512] as {text} }}
@@ -360,10 +362,10 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
 
 @pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
-    """Tiles are in memory here: the kernel's use of them, in more than one chunk of k.
+    """Tiles are in memory here, so this tests the kernel's use of tiles, in more than one chunk of k.
 
-    In a process of its own, on the single thread for which these tiles are meant. (In a process that had run thousands
-    of kernels, one run of ten had NaN on a side, for an unknown reason.)
+    The test runs in a separate process, with the single thread that these tiles support. (In a process that had run
+    thousands of kernels, one run of ten had NaN in an operand, for an unknown reason.)
     """
     command = [
         sys.executable,
@@ -420,7 +422,7 @@ def test_a_model_in_blocks_multiplies_whole_numbers() -> None:
     assert exe.source.count(" = quad_block_product") >= 3
     plain = treadle.compile(graph, backend="numpy", weights=weights, quantize="int8")
     a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))
-    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # a value may round to the next step
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-2 * np.abs(b).max())  # an activation may round to the next step
     session = exe.session(rows=1, capacity=8)
     row = session.open()
     np.testing.assert_array_equal(session.prefill({row: [0, 1, 2]})[row], exe(tokens=[[0, 1, 2]])["logits"][0, -1])

@@ -1,6 +1,6 @@
-"""Every op on the TVM backend's lesser instruction sets, once: the op suite runs on the best one only.
+"""Every op once on the TVM backend's smaller instruction sets. The op suite runs only on the best one.
 
-Elementwise functions, for which every instruction set has code of its own, are in `test_tvm_pointwise`.
+`test_tvm_pointwise` tests elementwise functions, for which each instruction set has its own code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ LESSER = [n for n in ("x86-64-v3", "x86-64-v2") if runs_here(ISAS[n]) and host_i
 
 
 def sample_of(name: str) -> int:
-    """Return the op's last sample in f32, which is seldom its plainest; for an op without floats the last one."""
+    """Return the number of the op's last sample in f32, which is seldom the simplest; for an op without floats, of its
+    last sample.
+    """
     samples = OPS[name].samples
     single = [
         n for n, sample in enumerate(samples) if sample.types[:1] and sample.types[0] and sample.types[0].dtype is f32

@@ -1,4 +1,6 @@
-"""Whole models on the TVM backend: bits that depend on a row alone, any alignment, arrays in and out."""
+"""Whole models on the TVM backend: bits of a row that depend only on that row, memory of any alignment, arrays as
+inputs and outputs.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def test_a_rows_bits_do_not_depend_on_the_batch(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_rows_bits_do_not_depend_on_what_follows(family: str) -> None:
-    """A causal model computes the same bits for a prefix, whatever its length: chunked prefill relies on this."""
+    """A causal model computes the same bits for a prefix, whatever follows it. Chunked prefill relies on this."""
     exe = small(family)
     ids = drawn(2, 290)
     whole = only(exe(tokens=ids))
@@ -88,7 +90,7 @@ def test_every_instruction_set_gives_the_models_numbers(family: str, isa: str, m
 def test_another_machines_program_is_read_and_not_run() -> None:
     exe = small("gpt2", target="arm64")
     assert "for the tvm backend on arm64" in exe.source
-    title = re.findall(r"^def (matmul\w*)\(", exe.source, re.MULTILINE)[-1]  # as it is named there
+    title = re.findall(r"^def (matmul\w*)\(", exe.source, re.MULTILINE)[-1]  # the name in the listing
     assert "fmla" in exe.executable.assembly(title)  # type: ignore[attr-defined]
     with pytest.raises(BackendError, match="do not run on this machine"):
         exe(tokens=drawn(1, 3))
@@ -104,7 +106,7 @@ def test_inputs_and_weights_of_any_alignment() -> None:
 
 
 def misaligned(array: Array) -> Array:
-    """Return the same elements, one element past a multiple of 64 bytes."""
+    """Return a copy of the array, stored one element past a multiple of 64 bytes."""
     room = np.empty(array.nbytes + 128, np.uint8)
     start = -room.__array_interface__["data"][0] % 64 + array.itemsize
     made = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

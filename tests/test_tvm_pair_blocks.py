@@ -1,4 +1,4 @@
-"""Weights in blocks that products in bf16 unpack into pairs, without a matrix unit: forms, rows, bits, notes."""
+"""Weights in blocks that bf16 products unpack into pairs, on CPUs without a matrix unit: forms, rows, bits, notes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plain_graph(k: int, n: int) -> Graph:
 
 
 def finished_graph(k: int, n: int, text: str | None = None) -> Graph:
-    """Return a product with a bias, an activation and an added value, of a weight in blocks or an unquantized one."""
+    """Return a product with a bias, an activation and an added value; the weight is in blocks or unquantized."""
     held, weight = (f" as {text}", f"decode($w, of={text})") if text else ("", "cast($w, to=f32)")
     return parse_graph(f"""graph g {{
       symbols M
@@ -57,7 +57,9 @@ def finished_graph(k: int, n: int, text: str | None = None) -> Graph:
 
 
 def assert_bits(exe: KernelExecutable, like: KernelExecutable, **given: Array) -> None:
-    """Compare the last rows for every number of rows: unpacked in registers and in memory, also for partial rows."""
+    """Compare the bits of the last rows for every number of rows: with weights unpacked in registers and in memory, and
+    for partial rows.
+    """
     assert "_of_" in titles(exe)[-1] and "_of_" not in titles(like)[-1]
     wanted = np.asarray(like(**given)["y"])
     assert np.isfinite(wanted).all()
@@ -77,7 +79,7 @@ def assert_bits(exe: KernelExecutable, like: KernelExecutable, **given: Array) -
     ],
 )
 def test_which_kernels_read_blocks_as_pairs(text: str, of: str) -> None:
-    """And the plan includes the memory into which a panel is unpacked: one panel of 48 columns a thread."""
+    """The plan includes the memory into which a panel is unpacked: one panel of 48 columns for each thread."""
     graph = narrowed(linear_graph(256, 65, text))
     exe = compiled(graph, {"w": blocks_of(graph, "w", 64)}, Target(PAIRS, threads=2))
     assert titles(exe) == ["round_rows_pairs", f"pair_product_of_{of}"]
@@ -191,7 +193,9 @@ def test_a_model_is_near_to_that_in_float32_and_holds_blocks_alone(quantize: str
 
 @needs_pairs
 def test_the_mix_of_forms_that_files_hold_stays_in_blocks() -> None:
-    """K-quants, and other forms if rows are not whole blocks of them; a row's bits depend on it alone."""
+    """K-quants, and other forms if rows are not a multiple of a K-quant block. The bits of a row depend only on that
+    row.
+    """
     model = llama.configure(vocab=300, dim=256, heads=4, kv_heads=2, layers=1, hidden=512, tied=True).graph()
     forms = {n: Encoding("q4_k") for n, v in model.parameters.items() if v.type.rank == 2}
     graph = encode_parameters(model, forms | {"layer.0.attn.v.weight": Encoding("q5_0")})
@@ -202,7 +206,7 @@ def test_the_mix_of_forms_that_files_hold_stays_in_blocks() -> None:
     exe = treadle.compile(graph, backend="tvm", target=PAIRS, weights=weights, dtype="bf16")
     assert not [n for n in notes_of(exe) if "decoded once" in n or "not read in blocks" in n]
     held = sum(array.nbytes for array in exe.executable.machine.weights.values())
-    assert held < 1.02 * sum(w.nbytes for w in weights.values()) + 16 * 2 * 144  # the last panel is filled up
+    assert held < 1.02 * sum(w.nbytes for w in weights.values()) + 16 * 2 * 144  # the last panel is padded
     plain = treadle.compile(graph, backend="numpy", weights=weights)
     tokens = np.arange(22).reshape(2, 11)
     a, b = (np.asarray(each(tokens=tokens)["logits"], np.float64) for each in (exe, plain))

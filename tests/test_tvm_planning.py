@@ -1,4 +1,6 @@
-"""Plans: the words of a table that hold addresses from the start, and those that each call fills in."""
+"""Plans of the TVM backend: the argument words that hold addresses from the start, and those that each call fills
+in.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ WEIGHT = np.arange(15, dtype=np.float32).reshape(5, 3)
 
 @pytest.fixture
 def looked_up() -> KernelExecutable:
-    """Return rows of a table at indices, times a weight, twice: a local, a weight, a constant and a status."""
+    """Return rows of a table at indices, times a weight, twice: the plan has a local, a weight, a constant and a
+    status.
+    """
     b = Builder(Graph("looked_up"))
     rows = b.gather(b.input("table", "f32[T, 3]"), b.input("indices", "i64[N]"), axis=0)
     scaled = b.softmax(rows * b.constant(np.array([1.0, 2.0, 3.0], np.float32)))
@@ -80,7 +84,7 @@ def test_what_stays_is_an_address_in_the_plan(looked_up: KernelExecutable) -> No
 
 
 def test_each_plan_tells_of_its_own_indices(looked_up: KernelExecutable) -> None:
-    """Between calls at other sizes, which have their own plan and status."""
+    """Each plan has its own status, also between calls at other sizes."""
     for indices, rows in (([0, 4], 4), ([0, 4, 1], 5), ([9], 4), ([0, 7], 4)):
         outside = [i for i in indices if i >= rows]
         if outside:

@@ -1,4 +1,5 @@
-"""The TVM backend's elementwise functions beyond the op suite: accuracy, edges, bits, instruction sets old and new.
+"""The TVM backend's elementwise functions beyond the op suite: accuracy, extreme values, bits, and all instruction
+sets.
 
 All functions of a kind are compiled as one kernel (`Each`), so that more inputs cost no further compilations.
 """
@@ -41,17 +42,17 @@ Array = np.ndarray[Any, Any]
 
 pytestmark = [
     pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing())),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about the infinities and NaNs in the inputs
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's warnings about infinities and NaNs in the inputs
 ]
 
 OPERANDS = {"cast": 1, "where": 3, "round_to": 1}
 FLOATS, INTS = ("f64", "f32", "f16", "bf16"), ("i64", "i32", "i16", "i8", "u8")
 SPACING = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 LEAST = {"f64": 2.0**-1074, "f32": 2.0**-149, "f16": 2.0**-24, "bf16": 2.0**-133}
-"""The least number above 0 of each float dtype."""
+"""The smallest number above 0 of each float dtype."""
 
 ROUNDING = 2.0**-24
-"""The largest relative change by one rounding to float32."""
+"""The largest relative change of a number by one rounding to float32."""
 
 
 # -- running ops -----------------------------------------------------------------------------------------------
@@ -72,9 +73,9 @@ best_and_least = pytest.mark.parametrize("isa", [isa for isa in LEVELS if isa.na
 class Each(Kernel):
     """y_j[i] = chain_j(x_j0[i], x_j1[i], ...) for every chain j
 
-    alone   element by element; otherwise in vectors, as in `Pointwise`
+    alone   True for code that runs element by element; otherwise in vectors, as in `Pointwise`
 
-    Arguments: the operands and the result of one chain after another; for each chain the number of elements.
+    Arguments of the kernel: operands and result of one chain after another, then the number of elements of each chain.
     """
 
     chains: tuple[Chain, ...]
@@ -99,7 +100,7 @@ class Each(Kernel):
 
 
 def run(chains: Sequence[Chain], operands: Sequence[Sequence[Array]], isa: Isa, alone: bool = False) -> list[Array]:
-    """Run each chain on its own operands, arrays of one length, which are padded to whole vectors."""
+    """Run each chain on its own operands; arrays have one length and are padded to whole vectors."""
     kernel = Each(tuple(chains), alone)
     arrays: list[Array] = []
     counts = []
@@ -146,7 +147,7 @@ def stored(x: Array, dtype: str) -> Array:
 
 
 def held(x: Array, dtype: str) -> Array:
-    """Return the nearest numbers of a dtype."""
+    """Return the array rounded to a dtype."""
     with np.errstate(all="ignore"):
         return np.asarray(OPS["cast"](to=DTYPES[dtype]).reference(np.asarray(x)))  # type: ignore[call-arg]
 
@@ -166,7 +167,7 @@ EDGES = np.array([*_SPECIAL, *_ENDS, *_OF_EXP, *_TURNS], np.float32)
 
 
 def random_bits(count: int, seed: int = 0) -> Array:
-    """Draw float32 of every magnitude, infinities and NaNs among them."""
+    """Draw float32 numbers of every magnitude, including infinities and NaNs."""
     return np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32).view(np.float32)
 
 
@@ -218,9 +219,9 @@ def _sigmoid(x: Array) -> Array:
     return 1 / (1 + np.exp(-x))
 
 
-# name: the function in float64, the interval of a dense grid, its maximal error in units in the last place. tanh and
-# erf: the argument's square, three roundings that count in each of two polynomials, a product, a division; the square's
-# and the polynomials' partly cancel, and from 1/2 to 1 a rounding may be a whole unit.
+# name: the function in float64, the interval of a dense grid, the maximal error in units in the last place. tanh and
+# erf round the argument's square (which counts in each of two polynomials), the polynomials, a product and a division.
+# The errors of the square and of the polynomials partly cancel; from 1/2 to 1, a rounding may be a whole unit.
 EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "exp": (np.exp, -110, 95, 1.1),
     "log": (np.log, 0.2, 5, 1.1),
@@ -242,12 +243,12 @@ EXACT: Mapping[str, tuple[Callable[..., Array], float, float, float]] = {
     "sign": (np.sign, -9, 9, 0),
 }
 
-# name: the number from which on it is exactly 1
+# name: the smallest number whose result is exactly 1
 ONE = {"tanh": 9.02, "erf": 3.93}
 
-# name: the function, the exponent of e in it, the exponent's error in roundings of itself. quick_gelu: its constant,
-# off by 0.22 of a rounding, and one product. gelu_tanh: two constants, each about half of one, a square and, if it is
-# not fused, a product, a sum, a product.
+# name: the function, the exponent of e in it, and the exponent's error in its own roundings. quick_gelu: the constant,
+# off by 0.22 of a rounding, and one product. gelu_tanh: two constants, each off by about half a rounding, a square,
+# and, if not fused, a product, a sum and a product.
 EXPONENT: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array], float]] = {
     "sigmoid": (_sigmoid, lambda x: -x, 0),
     "silu": (lambda x: x * _sigmoid(x), lambda x: -x, 0),
@@ -261,14 +262,14 @@ EXPONENT: Mapping[str, tuple[Callable[[Array], Array], Callable[[Array], Array],
 
 
 def quietly(function: Callable[..., Array], *operands: Array) -> Array:
-    """Apply a function in float64."""
+    """Apply a function in float64, without NumPy's warnings."""
     with np.errstate(all="ignore"):
         return np.asarray(function(*(x.astype(np.float64) for x in operands)))
 
 
 @cache
 def on_singles(isa: Isa) -> dict[str, tuple[Array, Array]]:
-    """Return the inputs and the outputs of each function of one float32."""
+    """Return inputs and outputs of each function of a single float32."""
     grids = {name: singles(low, high) for name, (_, low, high, _) in EXACT.items()}
     grids |= {name: singles(-20, 20) for name in (*EXPONENT, "gelu")}
     made = run([chain(name, "f32") for name in grids], [[x] for x in grids.values()], isa)
@@ -276,7 +277,9 @@ def on_singles(isa: Isa) -> dict[str, tuple[Array, Array]]:
 
 
 def units_off(got: Array, expected: Array) -> float:
-    """Return the largest distance, in units in the last place; inf and NaN must be at the expected elements."""
+    """Return the largest distance in units in the last place; inf if infinities or NaNs are at other elements than
+    expected.
+    """
     with np.errstate(over="ignore"):
         nearest = expected.astype(np.float32)
     finite = np.isfinite(nearest)
@@ -306,7 +309,9 @@ def test_what_tends_to_one_is_one_from_some_number_on(name: str, isa: Isa) -> No
 @each_level
 @pytest.mark.parametrize("name", EXPONENT)
 def test_what_is_made_of_an_exponential_is_off_by_its_exponent(name: str, isa: Isa) -> None:
-    """x / (1 + e^u): five roundings (e^u has two, a sum, a division, the result's own), and |u| times u's own."""
+    """x / (1 + e^u) has five roundings (two in e^u, the sum, the division, the result), and |u| times the error of
+    u.
+    """
     function, exponent, roundings = EXPONENT[name]
     x, got = on_singles(isa)[name]
     kept = np.isfinite(x)  # x / (1 + e^-x) at -inf is inf / inf
@@ -314,14 +319,16 @@ def test_what_is_made_of_an_exponential_is_off_by_its_exponent(name: str, isa: I
     expected, u = quietly(function, x), np.abs(quietly(exponent, x))
     overflow = quietly(exponent, x) > 88.722
     bound = (5 + roundings * np.minimum(u, 89)) * ROUNDING * np.abs(expected) + 2.0**-149
-    # where e^u is inf in float32 the result is 0, which is within |x| 2^-126 of the exact one
+    # where e^u is inf in float32, the result is 0, which is within |x| 2^-126 of the exact result
     bound = np.where(overflow, np.maximum(np.abs(x.astype(np.float64)), 1) * 2.0**-126, bound)
     assert np.all(np.abs(got - expected) <= bound), x[np.abs(got - expected) > bound]
 
 
 @each_level
 def test_gelu_is_off_by_roundings_of_its_argument(isa: Isa) -> None:
-    """x (Phi(x) - 1/2) + x/2: of the quotient, at most 1/2, 7 roundings count half, its fit half; two terms, a sum."""
+    """x (Phi(x) - 1/2) + x/2: 7 roundings of the quotient, which is at most 1/2, count half; so does its approximation;
+    plus two terms and a sum.
+    """
     x, got = on_singles(isa)["gelu"]
     kept = np.isfinite(x)
     x, got = x[kept].astype(np.float64), got[kept].astype(np.float64)
@@ -385,7 +392,9 @@ def test_the_exponential_of_weights_that_are_rounded_is_right_to_what_they_keep(
 @best_and_least
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
-    """Integers and bools exactly: they wrap around, and divide rounding down. Floats to roundings of the dtype."""
+    """Integers and bools must be equal: they wrap around, and division rounds down. Floats must agree within roundings
+    of the dtype.
+    """
     names = taken_by(dtype)
     x, y = pairs(dtype, 997)
     operands = [operands_for(name, x, y) for name in names]
@@ -399,7 +408,8 @@ def test_every_op_is_as_numpy_has_it(dtype: str, isa: Isa) -> None:
             continue
         expected = held(expected, dtype)
         if name in ("floor_divide", "mod") and dtype in ("f32", "f64"):
-            expected = meaning(name, given)  # in its own dtype: a quotient's last digits decide how it is rounded down
+            # in its own dtype, because the last digits of a quotient decide the result of rounding down
+            expected = meaning(name, given)
         np.testing.assert_array_less(
             distances(got, expected), bounds(name, dtype, wide[0], expected), err_msg=f"{name} of {dtype}"
         )
@@ -414,7 +424,8 @@ def distances(got: Array, expected: Array) -> Array:
 
 
 def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
-    """Return the bounds of `distances`: one spacing where 16 bits are rounded once from f32, otherwise some, see above.
+    """Return the bounds of `distances`: one spacing if 16-bit results are rounded once from f32, otherwise several, as
+    computed above.
 
     If e^-x overflows, a nonzero result becomes 0; if gelu's digits cancel, its bound is relative to x.
     """
@@ -425,7 +436,7 @@ def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
     if name in EXPONENT:
         bound = bound + argument * (2.0**-126 if own == "f32" else 2.0**-1022) + 2.0**-126 * (own == "f32")
         bound = bound + 50 * 4.6 * SPACING[own] * size  # exponents up to 100
-    if name in ("gelu", "gelu_tanh"):  # in gelu_tanh's formula digits cancel as well: in the reference, and in f64
+    if name in ("gelu", "gelu_tanh"):  # in gelu_tanh's formula, digits cancel as well, in the reference and in f64
         bound = bound + 4 * SPACING[own if name == "gelu" else "f64"] * argument
     return np.asarray(bound)
 
@@ -433,7 +444,7 @@ def bounds(name: str, dtype: str, x: Array, expected: Array) -> Array:
 @best_and_least
 @pytest.mark.parametrize("to", DTYPES)
 def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
-    """From every dtype, on numbers that both represent; every f16 and bf16 is widened."""
+    """Casts from every dtype, on numbers that both dtypes represent; every f16 and bf16 number is widened."""
     operands = []
     for dtype in DTYPES:
         x = pairs(dtype, 500)[0]
@@ -451,7 +462,7 @@ def test_casts_are_as_the_reference_has_them(to: str, isa: Isa) -> None:
 
 @best_and_least
 def test_casts_call_nothing_of_a_compilers_library(isa: Isa, tmp_path: Path) -> None:
-    """For a missing instruction, LLVM calls a function such as __truncdfhf2, which not every process has."""
+    """For a missing instruction, LLVM calls a function such as __truncdfhf2, which does not exist in every process."""
     linker = shutil.which("ld")
     if linker is None:
         pytest.skip("ld is not installed")
@@ -462,7 +473,8 @@ def test_casts_call_nothing_of_a_compilers_library(isa: Isa, tmp_path: Path) -> 
         done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, text=True, check=False)
         called = set(re.findall(r"undefined (?:reference to|symbol:?) [`']?(\w+)", done.stderr))
         assert done.returncode == 0 or called, done.stderr
-        assert {name for name in called if not name.startswith("TVM")} <= {"memcpy", "memset"}  # of every process
+        # every process has these
+        assert {name for name in called if not name.startswith("TVM")} <= {"memcpy", "memset"}
 
 
 @best_and_least
@@ -475,7 +487,7 @@ def test_what_an_integer_cannot_hold_is_its_least_number(isa: Isa) -> None:
 
 @best_and_least
 def test_narrow_floats_are_rounded_to_nearest_even(isa: Isa) -> None:
-    """Numbers of the dtype, those halfway between two of them, and their neighbours in float32 and float64."""
+    """Inputs are numbers of the dtype, midpoints of two of them, and their neighbours in float32 and float64."""
     kinds = list(itertools.product(("f16", "bf16"), ("f32", "f64")))
     operands = []
     for to, dtype in kinds:
@@ -519,7 +531,7 @@ def test_an_element_has_the_same_bits_in_a_vector_and_alone(dtype: str) -> None:
 
 @each_level
 def test_lanes_of_another_width_have_the_same_bits(isa: Isa) -> None:
-    """A chain that ends in f64 uses half of the lanes that a chain in f32 uses."""
+    """A chain that ends in f64 uses half as many lanes as a chain in f32."""
     x = singles(-100, 100)
     names = ("exp", "tanh", "silu", "log", "sin", "gelu")
     single = [chain(name, "f32") for name in names]
@@ -533,7 +545,9 @@ def test_lanes_of_another_width_have_the_same_bits(isa: Isa) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "bool"])
 def test_an_elements_place_does_not_matter(dtype: str) -> None:
-    """In a whole vector, in an incomplete last one, past a task's last, by a stride, and next to a repeated operand."""
+    """The element is in a whole vector, in an incomplete last vector, at the end of a task, at a stride, or next to a
+    repeated operand.
+    """
     op = "logical_or" if dtype == "bool" else "sub"
     first = Instruction(op, (0, 1), dtype)
     what = Chain((dtype, dtype), (first,) if dtype == "bool" else (first, Instruction("silu", (2,), dtype)))
@@ -551,7 +565,7 @@ def test_an_elements_place_does_not_matter(dtype: str) -> None:
 @pytest.mark.parametrize("count", [1, 77, 2 * BLOCK + 77])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_an_operand_that_is_written_over_gives_the_same_bits(dtype: str, count: int) -> None:
-    """It has no pointer of its own: kernels assume that no two pointers lead to one place."""
+    """The operand has no separate pointer, because kernels assume that no two pointers refer to the same memory."""
     what = Chain((dtype, dtype), (Instruction("sub", (0, 1), dtype), Instruction("silu", (2,), dtype)))
     x, y = (stored(np.resize(a, count), dtype) for a in pairs(dtype, 999))
     apart = by_loop(what, "111", x, y)
@@ -563,7 +577,7 @@ def test_an_operand_that_is_written_over_gives_the_same_bits(dtype: str, count: 
 
 
 def by_loop(what: Chain, inner: str, x: Array, y: Array, x_stride: int = 1) -> Array:
-    """Return a chain of two operands by `Pointwise`, in one loop."""
+    """Return the result of a chain of two operands, computed by `Pointwise` in one loop."""
     count = len(x) // x_stride
     made = np.zeros(count, what.dtype.numpy or np.uint16)
     bind(Pointwise(what, 1, inner), [x, y, made], [count, x_stride, int(inner[1]), 1])()
@@ -579,7 +593,9 @@ def unstored(x: Array, dtype: str) -> Array:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_constants_are_what_they_are(dtype: str) -> None:
-    """x * 0 is not 0 if x is inf, x + 0 is not x if x is -0, and x == x is false if x is NaN."""
+    """Constants must not be folded away: x * 0 is not 0 if x is inf, x + 0 is not x if x is -0, and x == x is false if
+    x is NaN.
+    """
     x = np.array([1.0, -1.0, 0.0, -0.0, np.inf, -np.inf, np.nan])
     chains, expected = [], []
     for value in (0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45):
@@ -615,7 +631,7 @@ def test_narrow_integers_take_all_lanes() -> None:
 
 
 def calls(text: str) -> Iterable[str]:
-    """Yield the calls in code, except for the functions of TVM, those for an error's message, and the loop's body."""
+    """Yield the calls in code, except for TVM's functions, functions for an error's message, and the loop's body."""
     for line in text.splitlines():
         if line.split()[:1] in (["callq"], ["bl"], ["call"]) and not any(
             w in line for w in ("TVM", "tvm", "*", "kernel")
@@ -623,9 +639,10 @@ def calls(text: str) -> Iterable[str]:
             yield line.split()[1]
 
 
-@pytest.mark.parametrize("name", [name for name in ISAS if name != "x86-64"])  # which has no instruction that rounds
+# this instruction set has no instruction that rounds
+@pytest.mark.parametrize("name", [name for name in ISAS if name != "x86-64"])
 def test_vector_code_calls_nothing(name: str) -> None:
-    """No function of the math library, and none of a compiler's conversions."""
+    """The code calls no function of the math library, and no conversion function of a compiler."""
     names = ("exp", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid", "log", "erf", "pow")
     text = assembly(Each(tuple(chain(n, d) for n in names for d in ("f32", "f16"))), ISAS[name])
     assert not set(calls(text)) - {"memcpy"}
@@ -641,7 +658,7 @@ def test_there_is_code_for_arm() -> None:
 
 @pytest.mark.parametrize("op", ["mul", "logical_or"])
 def test_a_chain_whose_values_are_all_read_twice(op: str) -> None:
-    """If an expression were copied to each of its uses, compiling this would take 2^40 steps."""
+    """If an expression were copied to each of its uses, compilation would take 2^40 steps."""
     steps = [Instruction("mul", (i, i), "f32") for i in range(40)]
     if op == "logical_or":
         steps = [Instruction("less", (0, 0), "bool"), *(Instruction(op, (i, i), "bool") for i in range(1, 40))]

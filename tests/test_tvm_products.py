@@ -1,4 +1,4 @@
-"""Products on the TVM backend beyond the op suite: operands in any layout, chains after them, bits, code."""
+"""Products on the TVM backend beyond the op suite: operands in any layout, chains that follow, bits, emitted code."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def assert_sums(got: Any, expected: Array, terms: int) -> None:
-    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1 and of a short chain."""
+    """Assert equality up to the rounding of a sum of `terms` numbers of magnitude 1 and of a short chain after it."""
     bound = (terms + 16) * EPSILON["f32"] * max(1.0, float(np.max(np.abs(expected), initial=0)))
     assert got.shape == expected.shape
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=0, atol=bound)
 
 
 def titles(exe: KernelExecutable) -> list[str]:
-    """Return the steps of main."""
+    """Return the titles of main's steps."""
     return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
@@ -84,7 +84,7 @@ def test_einsum(equation: str, sizes: dict[str, int], symbolic: bool) -> None:
 
 
 def test_a_batch_of_matrices_broadcasts_without_copies() -> None:
-    """matmul's leading dimensions, in either operand; none of these needs a copy."""
+    """matmul broadcasts leading dimensions of either operand; none of these cases needs a copy."""
     for left, right in (
         ((2, 3, 4, 5), (5, 6)),
         ((4, 5), (2, 3, 5, 6)),
@@ -98,7 +98,7 @@ def test_a_batch_of_matrices_broadcasts_without_copies() -> None:
 
 
 def test_a_product_reads_and_writes_other_layouts_in_place() -> None:
-    """Heads are split and joined in views: neither operand nor result of attention's products is copied."""
+    """Heads are split and joined by views. Neither operands nor results of attention's products are copied."""
 
     def build(b: Builder) -> Expr:
         q, k, v = (b.rearrange(b.input(n, "f32[B, S, 32]"), pattern="b s (h=4 d) -> b h s d") for n in "qkv")
@@ -218,7 +218,7 @@ def test_which_steps_a_chain_takes() -> None:
 
 
 def test_a_vector_and_nothing_at_all() -> None:
-    """Operands without rows, and with no rows at all."""
+    """Operands that are vectors, and operands without rows."""
     vector = graph_of(lambda b: b.linear(b.input("x", "f32[20]"), b.input("w", W), b.input("b", "f32[50]")) * 3.0)
     x, w, bias = normal(20), normal(50, 20), normal(50)
     assert_sums(compiled(vector)(x=x, w=w, b=bias)["y"], (w.astype(np.float64) @ x + bias) * 3, 20)
@@ -254,7 +254,7 @@ def test_a_product_in_a_repeated_block() -> None:
 
 @pytest.mark.parametrize("columns", [5, 50, 96])
 def test_a_rows_bits_do_not_depend_on_other_rows(columns: int) -> None:
-    """For any number of rows, any position among them, and any assignment of rows to threads."""
+    """For any number of rows, any position of the row, and any assignment of rows to threads."""
     graph = graph_of(
         lambda b: (
             b.linear(b.input("x", "f32[B, 33]"), b.parameter("w", f"f32[{columns}, 33]")) * b.input("s", "f32[B, 1]")
@@ -308,7 +308,7 @@ def test_instruction_sets(name: str) -> None:
 
 
 def test_what_is_brought_into_the_cache_ahead_changes_no_bits() -> None:
-    """As on CPUs that prefetch too little by themselves: the first tile of a panel is separate there."""
+    """As on CPUs that prefetch too little by themselves: there, the first tile of a panel is computed separately."""
     plain = ISAS["x86-64-v3"]
     if not runs_here(plain):
         pytest.skip("no AVX2 here")

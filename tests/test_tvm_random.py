@@ -1,9 +1,9 @@
-"""Random programs on the TVM backend with values that share memory: views, results in place, blocks, outputs under many
-names.
+"""Random programs on the TVM backend with values that share memory: views, results in place, blocks, outputs under
+several names.
 
 Rearranges, slices and the like become views, elementwise ops are fused into the product before them, and results are
-written where they are read next. For any combination, the numbers equal the interpreter's, at any size, call after
-call.
+written where they are read next. For every combination, the numbers must equal the interpreter's, at any size and in
+each of several calls.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 PROGRAMS = 40
 SIZES = (3, 0, 1, 18)
-# Values stay below about 1, sums have at most some hundred terms, chains some ten ops. (16-bit values are rounded only
-# at the end of each op, because sums are accumulated in float32.)
+# Values stay below about 1, sums have at most some hundred terms, and chains some ten ops. (16-bit values are rounded
+# only at the end of each op, because sums are accumulated in float32.)
 TOLERANCE = 1000 * 2.0**-23
 
 
 def random_program(seed: int, dtype: DType = f32) -> Graph:
-    """Return a graph of views and products of one dtype; every second one calls blocks, with weights or values."""
+    """Return a graph of views and products in one dtype. Every second graph calls blocks, with weights or values as
+    arguments.
+    """
     r = Random(seed)
     graph = Graph("random")
     graph.symbols["S"] = Bounds(0)
@@ -51,13 +53,13 @@ def random_program(seed: int, dtype: DType = f32) -> Graph:
 
 
 def fill(b: Builder, r: Random, count: int, blocks: list[Function], dtype: DType) -> None:
-    """Add inputs, steps and outputs; an output may be an input, a weight, a constant or another output as well."""
+    """Add inputs, steps and outputs. An output may also be an input, a weight, a constant or another output."""
     pool = [b.input("x", dtype["S", 6]), b.input("y", dtype[2, "S", 3]), b.constant([[0.5, -0.25, 1.0]], dtype)]
     b.input("i", "i64[S]")
     while len(b.function.nodes) < count:
         try:
             made = call(b, r, pool, r.choice(blocks)) if blocks and r.random() < 0.2 else [step(b, r, pool)]
-        except TreadleError:  # which do not fit together
+        except TreadleError:  # operands that do not fit together
             continue
         pool += [x for x in made if x.dtype is dtype and 1 <= x.rank <= 4]
     chosen = [r.choice(pool[-5:]) for _ in range(r.randint(1, 3))] + [r.choice(pool), pool[-1]]
@@ -67,7 +69,7 @@ def fill(b: Builder, r: Random, count: int, blocks: list[Function], dtype: DType
 
 
 def call(b: Builder, r: Random, pool: list[Expr], block: Function) -> list[Expr]:
-    """Add a call on any values of the right types; its weights are parameters, shared by some calls, or values."""
+    """Add a call with any values of the right types; its weights are parameters, which calls may share, or values."""
     inputs = [fitting(b, r, pool, v.type) for v in block.inputs]
     weights = []
     for name, v in block.parameters.items():
@@ -92,7 +94,7 @@ def fitting(b: Builder, r: Random, pool: list[Expr], type: Type) -> Expr:
 
 
 def weight(b: Builder, r: Random, dtype: DType, *sizes: int) -> Expr:
-    """Return a parameter; now and then an existing one."""
+    """Return a parameter, sometimes an existing one."""
     return b.parameter(f"w{r.randrange(2)}_" + "_".join(map(str, sizes)), dtype[sizes])
 
 
@@ -135,7 +137,7 @@ def step(b: Builder, r: Random, pool: list[Expr]) -> Expr:
 
 
 def turned(b: Builder, r: Random, x: Expr) -> Expr:
-    """Reorder the dimensions; one may be split, two neighbours joined."""
+    """Reorder the dimensions; one may be split, and two neighbours joined."""
     names = ["a", "b", "c", "d"][: x.rank]
     before, parts = list(names), list(names)
     at = r.randrange(x.rank)
@@ -185,7 +187,7 @@ def check(seed: int, dtype: DType = f32, tolerance: float = TOLERANCE) -> None:
             with pytest.raises(TreadleError):
                 program(**inputs)
             continue
-        except ValueError:  # the maximum of no numbers, which NumPy refuses; a program may continue
+        except ValueError:  # NumPy refuses the maximum of no numbers; a program may continue
             assert size == 0
             with suppress(TreadleError):
                 program(**inputs)
@@ -205,7 +207,7 @@ def check(seed: int, dtype: DType = f32, tolerance: float = TOLERANCE) -> None:
 
 
 def test_a_weight_that_is_an_output_is_given_as_it_is() -> None:
-    """Products read it in panels; the output is not in panels."""
+    """Products read the weight in panels, but the output is in its original layout."""
     b = Builder(Graph("weights"))
     w, v = b.parameter("w", f32[7, 5]), b.parameter("v", f32[5, 7])
     x = b.input("x", "f32[S, 5]")
@@ -230,7 +232,7 @@ def test_a_long_run_of_elementwise_ops_is_several_kernels() -> None:
     np.testing.assert_allclose(program(x=given)["y"], wanted, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("size", [2**30, 2**40])  # beyond the address space
+@pytest.mark.parametrize("size", [2**30, 2**40])  # sizes beyond the address space
 def test_sizes_that_no_memory_holds_are_refused(size: int) -> None:
     b = Builder(Graph("outer"))
     b.outputs(y=b.matmul(b.input("x", "f32[A, 0]"), b.input("y", "f32[0, B]")))

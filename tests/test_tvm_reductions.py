@@ -1,4 +1,4 @@
-"""Kernels along rows on the TVM backend: norms, softmax, reductions, selection, rotary, beyond the op suite."""
+"""Kernels along rows on the TVM backend, beyond the op suite: norms, softmax, reductions, selection, rotary."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ HERE = [isa for isa in ISAS.values() if runs_here(isa) and isa.name != "x86-64"]
 """The instruction sets with vectors of different lengths that this machine runs."""
 
 LENGTHS = [1, 3, 4, 15, 16, 17, 63, 64, 65, 130, 333]
-"""Around one vector and around the vectors that are combined side by side, on every instruction set."""
+"""Row lengths around one vector, and around the number of vectors that are combined at a time, on every instruction
+set.
+"""
 
 each_isa = pytest.mark.parametrize("isa", HERE, ids=str)
 
@@ -48,7 +50,7 @@ def drawn(*shape: int, seed: int = 0) -> Array:
 
 
 def along_rows(kernel: Kernel, isa: Isa, x: Array, *extra: Array, y_row: int | None = None) -> Array:
-    """Run a kernel of rows on a matrix whose rows may have gaps between them; so may the result's."""
+    """Run a kernel of rows on a matrix; `gaps` between rows are possible in operand and result."""
     rows, d = x.shape
     y = np.full((rows, y_row or d), 7, np.float32)
     bind(kernel, [x, *extra, y], [1, rows, d, 0, x.strides[0] // 4, 0, y.shape[1]], isa)()
@@ -73,7 +75,7 @@ def test_normalization_of_rows_of_any_length(centered: bool, isa: Isa) -> None:
         whole = drawn(3, d + 5, seed=d) + 3
         x, weight, bias = whole[:, :d], drawn(d, seed=1), drawn(d, seed=2)
         expected = normalized(x, centered, weight, bias)
-        # Centering about 3 loses two of the elements' bits; the rest is a few roundings.
+        # Centering numbers near 3 loses two of their bits; the rest is a few roundings.
         bound = 32 * EPSILON["f32"] * np.abs(expected).max()
         got = along_rows(kernel, isa, x, weight, bias, y_row=d + 3)
         np.testing.assert_allclose(got, expected, rtol=0, atol=bound, err_msg=f"rows of {d}")
@@ -92,7 +94,9 @@ def test_softmax_of_rows_of_any_length(log: bool, isa: Isa) -> None:
 
 @each_isa
 def test_masked_softmax_of_rows_of_any_length(isa: Isa) -> None:
-    """An empty row between two others, one of them partly masked: zeros, and no bit of the others changes."""
+    """An empty row is between two others, one of which is partly masked. It returns zeros, and no bit of the others
+    changes.
+    """
     for d in LENGTHS:
         x = drawn(3, d + 5, seed=d)[:, :d] * 4
         x[1] = -np.inf
@@ -141,7 +145,7 @@ def test_softmax_of_infinities_and_nan(isa: Isa) -> None:
 
 @each_isa
 def test_not_a_number_among_masked_elements_is_not_lost(isa: Isa) -> None:
-    """The maximum of -inf and NaN may be -inf; the row must not count as empty."""
+    """The maximum of -inf and NaN may be computed as -inf. Such a row must not count as empty."""
     for at in (0, 20, 36):
         x = np.full((1, 37), -np.inf, np.float32)
         x[0, at] = np.nan
@@ -173,7 +177,7 @@ REDUCED: list[tuple[int, ...]] = [
 
 @pytest.mark.parametrize("op", ["sum", "max", "min", "mean"])
 def test_reductions_over_any_axes_of_views_of_any_strides(op: str) -> None:
-    """Sizes that are known only at the call; one operand row-major, the other with reversed axes in memory."""
+    """Sizes are known only at the call. One operand is row-major, the other has its axes reversed in memory."""
 
     def build(b: Builder) -> dict[str, Expr]:
         x = b.input("x", "f32[A,B,C,D]")
@@ -188,13 +192,13 @@ def test_reductions_over_any_axes_of_views_of_any_strides(op: str) -> None:
         x = drawn(*shape)
         expected, sizes = (interpret(graph, {"x": given}, float64=True) for given in (x, np.abs(x)))
         for name, got in exe(x=x).items():
-            # For partial sums, each rounded relative to its terms' size; an extremum is exact.
+            # Partial sums are each rounded relative to the size of their terms; an extremum is exact.
             bound = 8 * EPSILON["f32"] * sizes[name].max() if op in ("sum", "mean") else 0
             np.testing.assert_allclose(got, expected[name], rtol=0, atol=bound, err_msg=f"{name} of {shape}")
 
 
 def test_a_long_column_is_summed_in_parts() -> None:
-    """Summed sequentially, 2^20 times 0.1 is a per cent too large in float32."""
+    """If summed sequentially in float32, 2^20 times 0.1 would be one per cent too large."""
     x = np.full((2**20, 3), 0.1, np.float32)
     y = np.zeros(3, np.float32)
     bind(Reduce("sum", "f32", "columns"), [x, y], [1, 3, 1, len(x), 0, 1, 0, 3, 0, 1])()
@@ -322,7 +326,9 @@ def test_top_k_and_argmax_along_an_axis_that_lies_apart() -> None:
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 @pytest.mark.parametrize("pairs", [32, 12, 5])
 def test_rotary_of_far_positions_on_views_of_a_projection(pairs: int, layout: str) -> None:
-    """Angles are rounded to float32, as the op defines; up to 10^6 sine and cosine are right to the last bits."""
+    """Angles are rounded to float32, as the op defines. Sine and cosine of angles up to 10^6 are right to the last
+    bits.
+    """
 
     def build(b: Builder) -> Expr:
         x = b.rearrange(b.input("x", "f32[B,S,128]"), pattern="b s (h=2 d) -> b h s d")
@@ -347,7 +353,7 @@ def test_rotary_of_far_positions_on_views_of_a_projection(pairs: int, layout: st
 
 
 def titles(graph: Graph) -> list[str]:
-    """Return the kernels of a graph, step by step."""
+    """Return the titles of a graph's kernels, step by step."""
     lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
     assert lowered.plan is not None
     return [step.kernel.title for step in steps_of(lower(lowered.graph, lowered.plan, HERE[0], RULES))]

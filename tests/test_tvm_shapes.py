@@ -1,4 +1,4 @@
-"""Shapes and indexing on the TVM backend beyond the op suite: views in place of copies, order of sums, errors."""
+"""Shapes and indexing on the TVM backend beyond the op suite: views instead of copies, the order of sums, errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 
 
 def steps(exe: KernelExecutable) -> list[str]:
-    """Return the steps of main."""
+    """Return the titles of main's steps."""
     return [s.routine.name if isinstance(s, RoutineStep) else s.kernel.title for s in exe.program.main.steps]
 
 
@@ -103,7 +103,9 @@ def test_a_kernel_has_no_more_loops_than_strides_ask_for(build: Callable[[Builde
 
 @pytest.mark.parametrize("after", ["b h s d -> b h d s", "b h s d -> b s h d", "b h s d -> s (d b h)"])
 def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(after: str) -> None:
-    """No strides express b g r s d -> b (g r) s d of repeated heads: they are copied, so that the next op is a view."""
+    """No strides express b g r s d -> b (g r) s d for repeated heads. So the heads are copied, in a layout that makes
+    the next op a view.
+    """
 
     def build(b: Builder) -> Expr:
         x = b.rearrange(b.input("x", "f32[B, S, 12]"), pattern="b s (g=3 d) -> b g 1 s d")
@@ -121,7 +123,7 @@ def test_a_copy_of_repeated_heads_is_written_as_the_next_rearrange_reads_it(afte
 
 
 def test_parts_are_written_where_they_belong() -> None:
-    """concat writes each part once, into a result that a rearrange reads as a view."""
+    """concat writes each part once, into memory that a rearrange reads as a view."""
 
     def build(b: Builder) -> Expr:
         parts = [b.input("x", "f32[B, S, 4]"), b.input("y", "f32[B, 2, 4]"), b.input("z", "f32[B, T, 4]")]
@@ -150,7 +152,7 @@ def test_a_reshape_that_no_strides_say_is_one_copy(shape: tuple[int, ...]) -> No
 
 
 def test_reshapes_that_strides_can_say() -> None:
-    """Joined if neighbours allow it, split anywhere, with symbols as with numbers."""
+    """Dimensions are joined if their strides allow it, and split in any way, for symbols as for numbers."""
     b, s = Size.symbol("B"), Size.symbol("S")
 
     def view(shape: list[Any], strides: list[Any]) -> View:
@@ -181,13 +183,13 @@ REST: dict[str, tuple[Callable[[Builder, Expr], Expr], Callable[[int], tuple[int
         lambda n: (2, 2 * n, 3),
     ),
 }
-"""Forms of x[3, S, 4] without its first two of S, and the shape of each if n are left."""
+"""Ops on x[3, S, 4] without the first two elements of S, and the shape of each result if n elements are left."""
 
 
 @pytest.mark.parametrize("name", REST)
 @pytest.mark.parametrize("further", [False, True])
 def test_a_view_of_nothing_has_its_shape(name: str, further: bool) -> None:
-    """If the form is the result itself, and if another op reads it."""
+    """The view of no elements is an output, or another op reads it."""
     build, shape = REST[name]
 
     def whole(b: Builder) -> Expr:
@@ -247,7 +249,9 @@ def test_a_gather_of_strided_rows_and_into_strided_places() -> None:
     ],
 )
 def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, written: str, rows: bool) -> None:
-    """Whole rows if the last axes of both are contiguous; otherwise element by element, even if the rows' axis is."""
+    """Rows are copied as a whole if the last axes of both arrays are contiguous; otherwise element by element, even if
+    the axis of rows is contiguous.
+    """
 
     def build(b: Builder) -> Expr:
         x, ids = b.rearrange(b.input("x", "f32[5, 5]"), pattern=read), b.input("ids", "i64[5]")
@@ -267,7 +271,9 @@ def test_rows_that_lie_side_by_side_are_moved_as_rows(op: str, read: str, writte
 
 
 def test_colliding_updates_are_added_in_order() -> None:
-    """The same bits as one after another, for any number of threads, and along rows wider than a task's."""
+    """The bits equal those of sequential additions, for any number of threads, and along rows that are wider than a
+    task's.
+    """
     graph = graph_of(
         lambda b: b.index_add(b.input("x", "f32[5, 150]"), b.input("ids", "i64[T]"), b.input("u", "f32[T, 150]"))
     )
@@ -281,7 +287,7 @@ def test_colliding_updates_are_added_in_order() -> None:
 
 
 def test_updates_of_16_bits_are_rounded_once() -> None:
-    """256 ones added to 256 in bf16: each alone would be rounded away."""
+    """256 ones are added to 256 in bf16. If each addition were rounded, none would have an effect."""
     graph = graph_of(lambda b: b.index_add(b.input("x", "bf16[1]"), b.input("ids", "i64[T]"), b.input("u", "bf16[T]")))
     one = np.full(1, 256, np.float32)
     made = compiled(graph)(x=one, ids=np.zeros(256, np.int64), u=np.ones(256, np.float32))["y"]
@@ -294,7 +300,7 @@ BAD = [-1, 5, 2**62, -(2**63)]
 @pytest.mark.parametrize("index", BAD)
 @pytest.mark.parametrize("op", ["embedding", "gather", "take_along_axis", "index_add", "scatter_add"])
 def test_an_index_outside_is_an_error(op: str, index: int) -> None:
-    """The error names the op and the line. Nothing outside is read or written, and the next call is unaffected."""
+    """The error names the op and the line. No memory outside is read or written, and the next call is unaffected."""
 
     def build(b: Builder) -> Expr:
         x = b.input("x", "f32[5, 3]")
@@ -324,7 +330,7 @@ def test_an_index_outside_is_an_error(op: str, index: int) -> None:
 
 
 def test_an_index_outside_in_a_repeated_block() -> None:
-    """In any of the block's calls."""
+    """The index may be outside in any of the block's calls."""
     graph = Graph("blocks")
     h = Function("h")
     graph.add_function(h)
@@ -373,7 +379,7 @@ def test_padding_holds_what_the_dtype_holds() -> None:
 
 
 def _sums(b: Builder, x: Expr) -> Expr:
-    """Return the sums of two softmaxes that are not read again."""
+    """Return the sums of two softmaxes that have no other reader."""
     one, two = b.softmax(x, axis=-1), b.softmax(x * 2.0, axis=-1)
     return b.softmax(one * two + one, axis=-1)
 
@@ -395,6 +401,6 @@ def test_parts_of_a_concat_and_what_is_padded_are_written_in_place() -> None:
 
     graph = graph_of(build)
     exe, reference = compiled(graph), find_backend("numpy").compile(graph, Target("cpu"), {})
-    assert steps(exe) == ["exp", "tanh", "copy", "copy"]  # x, and the margin
+    assert steps(exe) == ["exp", "tanh", "copy", "copy"]  # for x, and for the margin
     x = normal(2, 5, 12)
     np.testing.assert_allclose(exe(x=x)["y"], reference(x=x)["y"], rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Weights in blocks that products in bf16 unpack into tiles of the matrix unit: forms, sizes, bits, printed notes."""
+"""Weights in blocks that bf16 products unpack into tiles of the matrix unit: forms, sizes, bits, printed notes."""
 
 from __future__ import annotations
 
@@ -60,9 +60,10 @@ def test_which_kernels_a_matrix_unit_has_for_blocks(text: str, of: str) -> None:
 @needs_tiles
 @pytest.mark.parametrize("text", READ)
 def test_sums_of_every_size(text: str) -> None:
-    """Sums of bf16 numbers.
+    """Sums are of weights that are decoded and rounded to bf16.
 
-    If our d q + c, rounded once, is between two of them, it may be rounded to the other one.
+    The kernel rounds d q + c once. If it is near the middle between two bf16 numbers, it may be rounded to the other
+    one.
     """
     for k, n in SIZES:
         for graph in (linear_graph(k, n, text), matmul_graph(k, n, text)):
@@ -83,7 +84,7 @@ def test_sums_of_every_size(text: str) -> None:
 @needs_tiles
 @pytest.mark.parametrize("text", READ)
 def test_bits_of_a_row_are_its_own(text: str) -> None:
-    """From one row to several groups of eight blocks, with any other rows, on one thread and two."""
+    """From one row to several groups of eight blocks, with any other rows, on one thread and on two."""
     graph = narrowed(linear_graph(352, 100, text, bias=True))
     weights = {"w": blocks_of(graph, "w"), "bias": normal(100)}
     x = normal(max(ROWS), 352)
@@ -105,7 +106,7 @@ def run(quantize: str, target: str, **options: Any) -> Array:
 
 
 def assert_near_and_in_blocks(quantize: str, target: str) -> None:
-    """Assert that a model in bf16 is close to the float32 model, and stores its matrices in blocks alone."""
+    """Assert that a model in bf16 is close to the float32 model, and stores its matrices only in blocks."""
     wide, narrow = run(quantize, target), run(quantize, target, dtype="bf16")
     assert 0 < np.abs(wide - narrow).max() < 0.03 * np.abs(wide).max()
     model = llama.configure(vocab=96, dim=64, heads=4, kv_heads=2, layers=2, hidden=128, tied=True)

@@ -1,5 +1,5 @@
-"""Type checkers and linters on models: no findings in the README's and docs/dsl.md's, except for the misspelt word
-there, and all mistakes of a model that has some.
+"""Type checkers and linters on models. The models in the README and in docs/dsl.md have no finding except for the
+misspelt word there; in a model with mistakes, all are found.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ Softmax(axs=0)  # wrong
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """Write a folder with the models of two pages, one with mistakes, and the package in a form for type checkers."""
+    """Write a folder with the models of two pages, a model with mistakes, and the package in a form for type checkers.
+    Return its path.
+    """
     for page, name in (("README.md", "readme.py"), ("docs/dsl.md", "language.py")):
         blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.M)
         (tmp_path / name).write_text("\n\n".join(blocks), encoding="utf-8")
@@ -149,7 +151,9 @@ def test_ruff(workplace: Path) -> None:
 
 
 def _returns(name: str, found: object) -> Iterator[tuple[str, str]]:
-    """Yield the annotation of each result of a public name and of its methods, of the overloads if there are any."""
+    """Yield the return annotation of each public function and of the methods of public classes; of all overloads if
+    there are any.
+    """
     members = inspect.getmembers_static(found) if inspect.isclass(found) else [("", found)]
     for member, value in members:
         each = getattr(value, "__func__", getattr(value, "fget", getattr(value, "func", value)))
@@ -160,7 +164,7 @@ def _returns(name: str, found: object) -> Iterator[tuple[str, str]]:
 
 
 def test_no_result_of_the_public_api_is_any() -> None:
-    """The results of the DSL's ops are in a stub. Elements of arrays and values of JSON may be anything."""
+    """The results of the DSL's ops are annotated in a stub. Elements of arrays and values of JSON may be Any."""
     stub = (ROOT / "frontends" / "operations.pyi").read_text(encoding="utf-8")
     in_stub = set(re.findall(r"^def (\w+)\(", stub, re.MULTILINE))
     assert "softmax" in in_stub and not re.search(r"-> .*\bAny\b", stub)

@@ -1,4 +1,4 @@
-"""Types: text with factors and labels that reads back, equality by sizes alone, dtypes, constants, malformed text."""
+"""Types: text with factors and labels that parses back, equality by sizes alone, dtypes, constants, malformed text."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_notations(text: str, shown: str) -> None:
         ("f32[((2 3) 4)]", SizeError, "not a size: '(2 3)'"),
         ("f32[()]", SizeError, "not a size: '()'"),
         ("f32[heads=]", SizeError, "not a size: ''"),
-        ("f32[S + 1]", SizeError, "not a size: '+'"),  # without a comma, spaces separate dimensions
+        ("f32[S + 1]", SizeError, "not a size: '+'"),  # if the comma is missing, spaces separate dimensions
         ("f32[1.5]", SizeError, "not a size: '1.5'"),
     ],
 )
@@ -242,7 +242,8 @@ def test_bf16_rounds_to_nearest_even() -> None:
     ties = (bits & 0xFFFF0000) | 0x8000
     special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 3.38e38, -3.38e38, 1e-45], np.float32).view(np.uint32)
     values = np.concatenate([bits, ties, special]).view(np.float32)
-    values = values[~(np.isfinite(values) & (abs(values) > 3.38e38))]  # bf16 ends at 3.39e38
+    # bf16 ends at 3.39e38, so these numbers are left out
+    values = values[~(np.isfinite(values) & (abs(values) > 3.38e38))]
     wanted = torch.from_numpy(values).to(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(Literal.of(values, bf16).array, wanted)
     assert Literal.of(1.0, bf16).scalar == 1.0
@@ -268,7 +269,7 @@ def test_initial_values() -> None:
 
     assert (drawn(Init("zeros")) == 0).all()
     assert (drawn(Init("ones")) == 1).all()
-    # of 20,000 draws the standard deviation is within 5 sigma = 5 / sqrt(2 * 20,000) = 2.5 % of the true one
+    # the standard deviation of 20,000 draws is within 5 sigma = 5 / sqrt(2 * 20,000) = 2.5 % of the true one
     assert drawn(Init("normal", 0.02)).std() == pytest.approx(0.02, rel=0.025)
     assert drawn(Init("normal")).std() == pytest.approx(1, rel=0.025)
     assert (drawn(Init("normal", 0.0)) == 0).all(), "a scale of zero is a scale"

@@ -1,4 +1,4 @@
-"""The machine's highest multiplication rate: the kernels that measure it, and the measured rates."""
+"""The machine's highest rate of multiplications: the kernels that measure it, and the measured rates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_multiplies_a_dtype(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", HERE, ids=str)
 def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
-    """The counted number of vectors, others in each step, and all of them in each task."""
+    """A step uses the counted number of vectors. Steps use different vectors, and a task uses all of them."""
     kernel = UnitRate(dtype, unit_of(dtype, isa))
     drawn = unit_rate._factors(kernel.unit, dtype)
     lines = drawn.reshape(-1, 64)[:, : isa.vector]
@@ -48,7 +48,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
         left = right = lines.view(np.float32).astype(np.float64)[..., None]
     elif kernel.unit == "pairs":
         left = right = widened(lines.view(np.uint16)).astype(np.float64).reshape(len(lines), -1, 2)
-    else:  # unsigned bytes, and signed ones
+    else:  # unsigned bytes, and signed bytes
         left, right = (lines.view(t).astype(np.float64).reshape(len(lines), -1, 4) for t in (np.uint8, np.int8))
     high = isa.registers // 4 if isa.fused else 2
     steps, wanted = 6, []
@@ -65,7 +65,7 @@ def test_a_step_multiplies_vectors_with_three(isa: Isa, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are in memory here."""
-    cache = KernelCache(stand_in(monkeypatch), folder=None)  # none is cached in a file
+    cache = KernelCache(stand_in(monkeypatch), folder=None)  # no kernel is cached in a file
     kernel = UnitRate(dtype, "tiles")
     drawn = unit_rate._factors("tiles", dtype).reshape(4, 16, 64)
     if dtype == "int8":
@@ -96,7 +96,7 @@ def test_a_step_of_a_matrix_unit_has_four_products(dtype: str, monkeypatch: pyte
     ],
 )
 def test_no_register_is_put_away_in_the_loop(isa: str, dtype: str, instruction: str, count: int) -> None:
-    """It contains all products of one or several steps, and nothing is stored on the stack."""
+    """The loop contains all products of one or several steps, and stores nothing on the stack."""
     text = assembly(UnitRate(dtype, unit_of(dtype, ISAS[isa])), ISAS[isa])
     loops = [part for part in re.split(r"\n\.L\w+:[^\n]*", text) if len(re.findall(instruction, part)) >= count]
     assert loops
@@ -126,7 +126,7 @@ def test_a_rate_is_of_the_best_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rates_of_this_machine() -> None:
-    """A pair of bf16 numbers takes the time of one float32 number, and so do four bytes."""
+    """A pair of bf16 products takes the time of one float32 product, and so do four products of bytes."""
     f32, bf16, int8 = (measure_unit(dtype, host_isa(), 1) for dtype in DTYPES)
     assert f32 > 1e9
     for rate, unit, times in ((bf16, unit_of("bf16", host_isa()), 2), (int8, unit_of("int8", host_isa()), 4)):
@@ -135,7 +135,9 @@ def test_rates_of_this_machine() -> None:
 
 
 def test_factors_are_drawn() -> None:
-    """Not zeros, on which a matrix unit is faster; bytes have both signs, and bf16 numbers are rounded."""
+    """The factors are not zeros, with which a matrix unit is faster. Bytes have both signs, and bf16 numbers are
+    rounded.
+    """
     for unit, dtype in (("tiles", "bf16"), ("pairs", "bf16"), ("quads", "int8"), ("tiles", "int8"), ("floats", "int8")):
         found = unit_rate._factors(unit, dtype)
         assert found.dtype == np.uint8 and found.shape == (4096,) and len(np.unique(found)) > 100

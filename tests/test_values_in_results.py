@@ -1,4 +1,4 @@
-"""Values that die before a result is written are stored in its memory: the arena is smaller, and results are
+"""Values that die before a result is written are stored in the result's memory. The arena is smaller, and results are
 unchanged.
 """
 
@@ -33,7 +33,9 @@ def storage(name: str, elements: int) -> Storage:
 
 
 def frame_of(result: int, *lives: tuple[int, int, int], first: int = 2) -> Frame:
-    """Return four steps, storages with their sizes and lifetimes, and a result that is written from `first` on."""
+    """Return a frame of four steps: storages with their sizes and lifetimes, and a result that is written from step
+    `first` on.
+    """
     own = tuple([Life(storage(f"s{n}", size), begin, end) for n, (size, begin, end) in enumerate(lives)])
     made = Storage("out", f32, Size.of(result), StorageKind.RESULT)
     return Frame("main", (None,) * 4, own, {}, (Life(made, first, 4),))

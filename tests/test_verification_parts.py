@@ -1,4 +1,4 @@
-"""Parts of verification: the tolerance, the report of a difference, the origin of NaN and infinite values."""
+"""Parts of verification: the tolerance, the report of a difference, and the origin of NaN and infinite values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_worse_of_two_is_further_past_its_tolerance() -> None:
     assert NEAR.worse(FAR) == FAR.worse(NEAR) == FAR
     half, tenth = Difference(1e-6, 2e-6), Difference(1e-3, 1e-2)
     assert half.worse(tenth) == tenth.worse(half) == half
-    exact = Difference(0.7, 0.0)  # of integers, a share of them
+    exact = Difference(0.7, 0.0)  # for integers, the fraction of them that differ
     assert exact.worse(Difference(0.3, 0.0)) == exact
     assert Difference().worse(Difference(0.0, 1.0)) == Difference(0.0, 1.0), "the one that is known later"
     assert str(half) == "1e-06 (at most 2e-06)"

@@ -1,4 +1,4 @@
-"""The verifier: one test for each invariant, broken by hand; and the text of its errors."""
+"""The verifier: one test for each invariant, which the test breaks; and the texts of errors."""
 
 from __future__ import annotations
 

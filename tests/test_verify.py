@@ -1,4 +1,4 @@
-"""Verification: a right backend passes on drawn inputs, and planted faults are found, named and located."""
+"""Verification: a right backend passes on drawn inputs. Planted errors are found, and their op and line are named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def toy(tokens: t.i64["B S"], *, layers=2):
 
 
 def line_of(text: str) -> str:
-    """Return the file and line in this file of the toy's text."""
+    """Return the location in this file of the line of the toy model with this text."""
     lines, first = inspect.getsourcelines(toy.function)
     at = next(number for number, line in enumerate(lines, first) if text in line)
     return f"{Path(__file__).name}:{at}"
@@ -56,7 +56,7 @@ def test_the_zoo_is_right(name: str) -> None:
     assert report.passed, str(report)
     assert "numpy" in [b.backend for b in ran]
     assert len(report.sizes) == 3
-    # Every tolerance is far below the difference of a wrong formula, and the measurement itself is not exact.
+    # Every tolerance is far below the difference that a wrong formula makes, and the measured difference is not 0.
     assert all(0 < b.difference.value < b.difference.tolerance < 1e-3 for b in ran)
     assert json.loads(json.dumps(report.as_dict()))["backends"][0]["first_fault"] is None
 
@@ -80,7 +80,7 @@ def test_an_artifact_is_verified(tmp_path: Path) -> None:
 
 
 def test_a_wrong_kernel_is_found_with_the_users_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Off by one part in ten thousand, in the second op of a block; softmax after it hides most of that."""
+    """The second op of a block is off by one part in ten thousand; the softmax that follows hides most of that."""
     monkeypatch.setitem(numpy_spelling.SPELLINGS, "gelu_tanh", "kernels.gelu_tanh({x}) * np.float32(1.0001)")
     report = verify_model(toy)
     wrong = next(b for b in report.backends if b.backend == "numpy")
@@ -125,7 +125,9 @@ def test_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_right_ops_put_together_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backend with an error only if a graph has more than one op: no op can be named, which the report states."""
+    """The backend is wrong only if a graph has more than one op. So no single op can be named, and the report states
+    this.
+    """
 
     class Careless(NumpyBackend):
         def compile(self, graph: Graph, target: Any, weights: Any) -> Any:
@@ -153,11 +155,11 @@ class ForgetTheResidual(Pass):
 
 
 def test_a_wrong_rewrite_is_told_from_a_wrong_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would undo it
+    monkeypatch.setenv("TREADLE_CERTIFY", "0")  # a certificate would undo the rewrite
     report = verify_model(toy, backends=["numpy"], passes=[ForgetTheResidual()])
     assert report.rewrites.exceeds
     assert not report.passed
-    assert report.backends[0].fault is None  # every op is right in the rewritten graph
+    assert report.backends[0].fault is None  # every op of the rewritten graph is computed correctly
 
 
 def test_a_refusal_is_not_a_fault() -> None:
@@ -192,7 +194,7 @@ def test_an_undecided_integer_may_differ() -> None:
 
 
 def test_masks_do_not_hide_the_rest() -> None:
-    """The least float32 in a result does not set the scale for the others; infinities must agree."""
+    """Float32's lowest number in a result does not decide the tolerance of the others; infinities must agree."""
     least = float(np.finfo(np.float32).min)
     expected = np.array([least, 1.0, -np.inf])
     eps, moved = f32.spacing, unmoved(expected)
@@ -205,7 +207,7 @@ def test_masks_do_not_hide_the_rest() -> None:
 
 
 def test_a_tolerance_is_made_of_the_reference_alone() -> None:
-    """8 (eps max|f| + growth moved), relative to max|f|, whatever the result is."""
+    """The tolerance is 8 (eps max|f| + growth moved), relative to max|f|, whatever the backend's result is."""
     expected = np.array([4.0, -1.0])
     moved = unmoved(expected, np.array([4.0, -1.5]))
     for wrong in (1.0, 1e3, 1e30):
@@ -225,7 +227,9 @@ def test_a_result_may_be_off_by_what_goes_into_one_number_of_it() -> None:
 
 
 def test_a_badly_conditioned_model_is_not_called_wrong() -> None:
-    """The mean of numbers that are nearly equal: float32 keeps few digits of the difference, on every backend."""
+    """The model subtracts the mean from numbers that are nearly equal: float32 keeps few digits of the difference, on
+    every backend.
+    """
 
     @t.model
     def offset(x: t.f32["B S 64"]):
@@ -297,7 +301,7 @@ def test_some_numbers_that_are_not_finite_are_told_and_the_rest_compared() -> No
     (found,) = report.not_finite
     assert (found.origin, found.kind, found.of) == ("log", "NaN", 400)
     assert 0 < found.count < 400
-    assert report.passed, str(report)  # a log of a negative drawn number is not a fault of the model
+    assert report.passed, str(report)  # the log of a negative drawn number is not an error of the model
 
 
 def test_lines_are_told_as_they_are_known() -> None:
@@ -351,7 +355,7 @@ def test_indices_are_found_through_what_moves_them() -> None:
 
 
 def test_positions_are_not_indices_of_what_they_count() -> None:
-    """Positions of tokens index a table of 40; the tokens themselves index one of 11."""
+    """Positions of tokens index a table of 40 rows; the tokens themselves index a table of 11 rows."""
     graph = ZOO["gpt2"][0].configure(context=40).graph()
     sizes = small_sizes(graph)
     assert all(s["S"] <= 40 for s in sizes)
@@ -379,7 +383,7 @@ def test_inputs_that_cannot_be_drawn() -> None:
 
 
 def test_sizes_that_fit_where_no_small_ones_do() -> None:
-    """The hint works to the letter: with sizes for every symbol."""
+    """The hint can be followed to the letter, with sizes for every symbol."""
     b = Builder(Graph("long"))
     x = b.input("x", "f32[S]")
     b.outputs(y=b.slice(x, axis=0, stop="S - 100"))

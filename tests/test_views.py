@@ -1,4 +1,4 @@
-"""Views by strides, compared with NumPy's: the places of elements, and that a view exists exactly if NumPy needs no
+"""Views by strides, compared with NumPy: the offsets of elements, and that a view exists exactly if NumPy needs no
 copy.
 """
 
@@ -23,14 +23,14 @@ def sizes(*numbers: int) -> tuple[Size, ...]:
 
 
 def whole(*shape: int) -> tuple[View, np.ndarray]:
-    """Return a storage as a view, and an array of each element's place in it."""
+    """Return a storage as a view, and an array with the offset of each element."""
     count = int(np.prod(shape))
     storage = Storage("x", f32, Size.of(count), StorageKind.LOCAL)
     return View.contiguous(storage, sizes(*shape)), np.arange(count).reshape(shape)
 
 
 def same(view: View | None, array: np.ndarray) -> bool:
-    """Return True if each element of a view has the place given by the array."""
+    """Return True if each element of a view has the offset that the array holds."""
     if view is None or tuple(n.evaluate({}) for n in view.shape) != array.shape:
         return False
     places = np.full(array.shape, view.offset.evaluate({}))

@@ -1,4 +1,4 @@
-"""The ranks' watch over each other, in one process: messages from strangers, the length of messages, and hanging
+"""The ranks' watch over each other, tested in one process: messages from strangers, the length of messages, and hanging
 ranks.
 """
 
@@ -42,7 +42,7 @@ def test_a_stranger_is_sent_away_and_the_ranks_go_on(said: bytes) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_of_a_long_failure_the_beginning_is_told(failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is printed by the failing rank, and by no other."""
+    """The failing rank prints the whole message; the other ranks print none."""
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
     first, second = ranks = Watch(0, 2, 30.0), Watch(1, 2, 30.0)
     second.connect("127.0.0.1", first.listen("127.0.0.1"))
@@ -99,7 +99,9 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
 def test_who_does_not_come_is_told_after_the_timeout(
     said: list[RankStatus], report: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ranks that have been behind for half the timeout of 4 s, or else all behind; never one that has left."""
+    """The error names the ranks that have been behind for half of the timeout of 4 s, or otherwise all ranks behind;
+    never a rank that has left.
+    """
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
     monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: NOW))
     watch = Watch(0, len(said) + 1, timeout=4.0)
@@ -111,7 +113,9 @@ def test_who_does_not_come_is_told_after_the_timeout(
 
 @pytest.fixture
 def ending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], float]:
-    """Run a function that ends the process, on a simulated clock; return the seconds until then."""
+    """Return a function that runs a call which ends the process, on a simulated clock, and returns the seconds until
+    then.
+    """
     clock = 0.0
 
     def sleep(seconds: float) -> None:
@@ -152,7 +156,7 @@ def test_the_watch_tells_once_where_the_main_thread_does_not_end(
     ending: Callable[[Callable[[], None]], float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """If the main thread is about to end, that thread prints the failure, and gets a moment more."""
+    """If the main thread is about to end, it prints the failure itself, and gets a little more time."""
     watch, closing = Watch(1, 2, 30.0), Watch(1, 2, 30.0)
     watch.failure = closing.failure = Failure("w", received, teller)
     closing._closing.set()
@@ -168,7 +172,7 @@ def test_a_process_whose_launcher_has_ended_ends(ending: Callable[[Callable[[], 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Stop the watch's clock at `now`; nothing ends this process."""
+    """Replace the watch's clock by one that stands at `now`; the process is not ended."""
     made = SimpleNamespace(now=NOW)
     monkeypatch.setattr(watching, "time", SimpleNamespace(monotonic=lambda: made.now))
     monkeypatch.setattr(Watch, "_end_process", lambda self: None)
@@ -226,7 +230,7 @@ def test_an_error_of_torch_that_no_rank_explains_is_told_by_its_first_line() -> 
 
 
 class _Spoken:
-    """A stand-in for a connection to a rank: its incoming and its sent messages."""
+    """A stand-in for a connection to a rank, with its incoming messages and the messages that were sent."""
 
     def __init__(self, *comes: list[dict[str, Any]] | None, rank: int | None = None) -> None:
         self.comes, self.rank = list(comes), rank
@@ -244,7 +248,7 @@ class _Spoken:
 
 
 def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
-    """A death is detected by the end of a connection without a good-bye or a reported failure."""
+    """A rank's death is detected if its connection ends without a good-bye or a reported failure."""
     watch = Watch(0, 5, 30.0)
     watch._token = "t"
     says = {"doing": "loading", "since": 2.0, "waiting": True}
@@ -398,7 +402,7 @@ def test_threads_of_the_watch_keep_no_process(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def line() -> Iterator[tuple[RankConnection, socket.socket]]:
-    """Return a connection, and its other end."""
+    """Yield a connection, and the socket at its other end."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = socket.create_connection(server.getsockname(), timeout=10)
         other, _ = server.accept()
@@ -407,7 +411,7 @@ def line() -> Iterator[tuple[RankConnection, socket.socket]]:
 
 
 def test_a_line_is_as_long_as_what_one_rank_says(line: tuple[RankConnection, socket.socket]) -> None:
-    """A failure is truncated to 2000 characters of up to 6 bytes, and so are received values."""
+    """A failure message is truncated to 2000 characters of up to 6 bytes each, and so are received values."""
     assert LONGEST == 65536 > 2 * 2000 * 6
     own, other = line
     assert own.received() == [], "nothing has come yet"
@@ -430,16 +434,18 @@ def test_a_line_brings_whole_messages(line: tuple[RankConnection, socket.socket]
     assert other.recv(99) == b'{"d": "e"}\n'
     other.close()
     assert own.received() is None
-    own.send({"d": "e"})  # without a receiver, which is not an error
+    own.send({"d": "e"})  # without a receiver, sending raises no error
     own.close()
     assert own.received() is None
 
 
 def test_what_is_said_last_is_heard_though_something_is_unread(line: tuple[RankConnection, socket.socket]) -> None:
-    """Even if the other side has not acknowledged earlier data, as it does not for tens of milliseconds."""
+    """The last message arrives even if the other side has not acknowledged earlier data, which can take tens of
+    milliseconds.
+    """
     own, socket_of_other = line
     other = RankConnection(socket_of_other, PERIOD)
-    for teller, hearer in [(own, other), (other, own)] * 5:  # from then on nothing is acknowledged immediately
+    for teller, hearer in [(own, other), (other, own)] * 5:  # after this, data is no longer acknowledged immediately
         teller.send({"doing": "loading"})
         assert hearer.received() == [{"doing": "loading"}]
     own.send({"doing": "a"})

@@ -1,4 +1,4 @@
-"""Weights for kernels: in panels, packed once into a file that later processes read."""
+"""Weights for kernels: they are laid out in panels, and packed once into a file that later processes read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_bytes_by_twos_lie_without_gaps(rows: int, bytes: int, transposed: bool)
 
 @needs_tvm
 def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
-    """For numbers of rows and depths that fill no panel and no step; memory around the matrix is not copied."""
+    """For numbers of rows and depths that are no multiple of a panel or a step. Memory around the matrix is not
+    copied.
+    """
     from treadle.backends.tvm.kernels.calling import bind
     from treadle.backends.tvm.kernels.matmul import Pack
     from treadle.backends.tvm.kernels.narrow.packing import PackBlocks, PackPairs, PackQuads
@@ -99,7 +101,7 @@ def test_blocks_that_are_laid_out_in_parts_lie_as_all_at_once(rows: int, monkeyp
 
 
 def test_a_file_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If it becomes shorter while it is read, the panels are packed again."""
+    """If the file becomes shorter during the read, the panels are packed again."""
     graph, weights = linear_graph(), mapped_weights(tmp_path)
     right = packed(graph, weights, tmp_path / "cache").copy()
     monkeypatch.setattr(panel_memory, "_PART", 200_000)
@@ -122,7 +124,7 @@ def test_weights_of_a_file_are_packed_once(tmp_path: Path, monkeypatch: pytest.M
     first = packed(graph, weights, tmp_path / "cache")
     np.testing.assert_array_equal(first, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
     (file,) = (tmp_path / "cache").iterdir()
-    monkeypatch.setattr(weight_packing, "_fill", None)  # would be called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # must not be called to pack
     monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
     second = packed(graph, weights, tmp_path / "cache")
     assert [f.name for f in (tmp_path / "cache").iterdir()] == [file.name]
@@ -136,7 +138,7 @@ def test_a_set_of_panels_lies_once_in_a_process(tmp_path: Path) -> None:
     first, second = (packed(graph, weights, tmp_path / "cache") for _ in range(2))
     assert np.shares_memory(first, second)
     del first, second
-    assert not panel_memory._held  # which keeps no reference
+    assert not panel_memory._held  # holds no reference
     third = packed(graph, weights, tmp_path / "cache")
     np.testing.assert_array_equal(third, pack(np.asarray(weights["w"]), panels(panel_width(SHAPE[0], ISA))))
 
@@ -197,7 +199,7 @@ def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
     note.write_text("not ours")
     for path in (old, note):
         os.utime(path, (0, 0))
-    packed(graph, mapped_weights(tmp_path), cache)  # used again
+    packed(graph, mapped_weights(tmp_path), cache)  # used again, so it must stay
     os.utime(note, (0, 0))
     packed(graph, mapped_weights(tmp_path, "second.bin", seed=1), cache)
     assert old.exists()
@@ -235,7 +237,7 @@ def test_a_turned_view_of_a_file_is_packed_once(tmp_path: Path, monkeypatch: pyt
     graph = linear_graph()
     first = packed(graph, turned, tmp_path / "cache")
     np.testing.assert_array_equal(first, pack(np.asarray(turned["w"]), panels(panel_width(SHAPE[0], ISA))))
-    monkeypatch.setattr(weight_packing, "_fill", None)  # would be called to pack
+    monkeypatch.setattr(weight_packing, "_fill", None)  # must not be called to pack
     monkeypatch.setattr(panel_memory, "_held", WeakValueDictionary())
     np.testing.assert_array_equal(packed(graph, turned, tmp_path / "cache"), first)
 
@@ -293,7 +295,7 @@ def packed(graph: Graph, weights: dict[str, Any], folder: Path) -> np.ndarray[An
 
 @needs_tvm
 def test_windows_that_do_not_overlap_read_a_weight_that_is_packed_once() -> None:
-    """A run has no copy of it, so it needs less memory."""
+    """A run makes no copy of the weight, so it needs less memory."""
     b, target = Builder(Graph("patches")), Target("cpu")
     weight = b.parameter("weight", "f32[64, 3, 16, 16]")
     b.outputs(y=b.exp(b.conv(b.input("x", "f32[B, 3, 32, 32]"), weight, None, strides=(16, 16))))

@@ -1,4 +1,6 @@
-"""Whisper from Hugging Face folders: the same numbers at every number of frames, and the properties of its axes."""
+"""Whisper from Hugging Face folders: results are equal at every number of frames, and its axes have the expected
+properties.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 def answer(model: Any, mel: Array, tokens: Array) -> dict[str, Array]:
-    """Return Hugging Face's logits. It takes one number of frames, so its positions are sliced to the given frames."""
+    """Return Hugging Face's logits. Its model takes a fixed number of frames, so its positions are sliced to the given
+    frames.
+    """
     encoder = model.model.encoder
     positions, frames = encoder.embed_positions, mel.shape[-1]
     encoder.embed_positions = torch.nn.Embedding.from_pretrained(positions.weight[: frames // 2])
@@ -100,7 +104,9 @@ def test_unknown_option(theirs: tuple[Path, Any], tmp_path: Path, options: dict[
 
 
 def test_follow() -> None:
-    """Text may be generated; the convolutions over the frames prevent stepping and packing these, with the line."""
+    """Text may be generated. The convolutions over the frames prevent stepping and packing along frames, which the
+    error reports with its line.
+    """
     graph = whisper.configure(layers=2, decoder_layers=2).graph()
     assert graph.symbols["F"].upper == 3000
     assert graph.symbols["T"].upper == 448

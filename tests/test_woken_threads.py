@@ -1,5 +1,5 @@
-"""The other threads of a run that follows a pause start on other cores than the calling one, and are unrestricted
-afterwards.
+"""The other threads of a run start on other cores than the calling thread if the run follows a pause. Afterwards they
+may run on any core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def number() -> Iterator[int]:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, set[int]]]:
-    """Record the cores set for threads, on a machine of three cores with the calling thread on the first."""
+    """Return a list that records the cores set for threads. The machine has three cores, and the calling thread is on
+    the first.
+    """
     said: list[tuple[int, set[int]]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda number: {0, 1, 2})
     monkeypatch.setattr(os, "sched_setaffinity", lambda number, cores: said.append((number, set(cores))))
@@ -121,7 +123,7 @@ def test_a_model_on_two_threads_runs_so(monkeypatch: pytest.MonkeyPatch) -> None
     x = np.ones((64, 256), np.float32)
     made: list[Any] = []
 
-    def run() -> None:  # in a thread with a pool of its own
+    def run() -> None:  # runs in a thread with its own thread pool
         for threads in (1, 2):
             model = t.compile(doubled, backend="tvm", target=t.Target("cpu", threads=threads))
             for _ in range(2):

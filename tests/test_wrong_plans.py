@@ -1,4 +1,4 @@
-"""Impossible plans and wrong plans: refused when they are built, found by the checker and by the lab."""
+"""Impossible plans are refused when they are built. Wrong plans are found by the checker and by the lab."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from treadle.runtime.sharding_lab import run_lab
 from treadle.sharding import shard_model, try_in_lab
 
 EXACT = 1e-7
-"""The least error of a wrong plan; numbers of weights are near 0.05."""
+"""Smallest error that a wrong plan must make; weights have magnitudes near 0.05."""
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_the_checker_and_the_lab_each_find_a_wrong_collective(name: str) -> None
             try:
                 far = apart("gpt2", bad)
             except TreadleError:
-                continue  # ranks that do not communicate, or parts that do not fit
+                continue  # ranks communicate differently, or parts do not fit
             assert far > EXACT
     assert found
 
@@ -101,7 +101,9 @@ def test_a_program_is_not_made_by_a_plan_that_does_not_fit(at: int, changed: str
 
 
 def test_factors_that_are_not_split_as_values_lie_are_refused() -> None:
-    """Programs of ranks are built from them: a look-up in a part of a table as if it were whole returns other rows."""
+    """Ranks' programs are built from these factors: if a part of a table were read as the whole, a lookup would return
+    other rows.
+    """
     plan = shard(recognized("gpt2"), "tp=2,dp=2", recipe="megatron")
     main = len(plan.functions) - 1
     split = [i for i, node in enumerate(plan.main.nodes) if node.shares]
@@ -197,7 +199,7 @@ def test_a_wrong_argument_has_a_way_out(mesh: Any, axes: Any, sizes: Any, what: 
 
 
 def test_plans_over_many_ranks_are_checked_without_a_look_at_each_rank() -> None:
-    """A mapped axis that is split alike everywhere is so for any number of ranks."""
+    """A mapped axis that is split in the same way everywhere is right for any number of ranks."""
     small: dict[str, Any] = {"layers": 1, "dim": 32, "heads": 8, "vocab": 37}
     plan = shard_model("gpt2", "tp=8,dp=16384", recipe="megatron-fsdp", **small)
     assert plan.mesh.ranks == 131_072

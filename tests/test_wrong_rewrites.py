@@ -1,4 +1,4 @@
-"""Wrong rewrites and wrong passes are undone if certificates are enabled, and the right ones stay."""
+"""Wrong rewrites and wrong passes are undone if certificates are enabled; right ones stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from treadle.passes.pipelines import DEFAULT
 
 
 def guarded(p: Any, x: Any) -> Any:
-    """Return a softmax that is zero for a row of only -inf."""
+    """Return a softmax that is zero for rows that contain only -inf."""
     peak = p.reduce_max(x, axes=(-1,), keep=True)
     weights = p.exp(x - p.where(peak > -math.inf, peak, 0))
     total = p.reduce_sum(weights, axes=(-1,), keep=True)
@@ -53,7 +53,7 @@ GUARDED = [
 
 @dataclass(frozen=True)
 class Wrong:
-    """A wrong rewrite, a program on which it is wrong, and a part of its certificate's text."""
+    """A wrong rewrite, a program on which its result is wrong, and a part of its certificate's text."""
 
     name: str
     find: Callable[..., Any]
@@ -138,7 +138,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_a_wrong_rewrite_is_undone_and_the_right_ones_stay(wrong: Wrong) -> None:
-    """The same set also contains a right rewrite."""
+    """The same set of rewrites also contains a right rewrite, which stays."""
 
     @dataclass(frozen=True)
     class Both(RewriteSet):
@@ -153,14 +153,14 @@ def test_a_wrong_rewrite_is_undone_and_the_right_ones_stay(wrong: Wrong) -> None
     (event,) = optimized.log[0].refusals
     assert event.rule == "planted"
     assert event.reason.startswith("rolled back, since its certificate failed: ") and wrong.said in event.reason
-    assert "seed 0)" in event.reason  # the case can be drawn again
+    assert "seed 0)" in event.reason  # the seed lets a user draw the case again
     assert [e.rule for e in optimized.log[0].matches] == ([] if boolean else ["mul-one"])
     unchecked = PassManager([Both()], certify=False).run(parse_graph(text))
     assert "planted" in [e.rule for e in unchecked.log[0].matches]
 
 
 def test_a_replacement_that_cannot_run_is_undone() -> None:
-    """It has the type of the value it replaces, but only for eight or more rows."""
+    """The replacement has the type of the value that it replaces, but it only runs for eight or more rows."""
 
     def put(b: Builder, m: Match) -> Any:
         return b.pad(b.slice(m.x, axis=0, start=8, stop="B"), axis=0, before=8, after=0, value=0.0) + m.x * 0.0
@@ -181,7 +181,7 @@ def attention(keep: Callable[[Builder], Any]) -> Graph:
 
 @dataclass(frozen=True)
 class BlindlyCausal(Rewrite):
-    """A rewrite that assumes the triangle for every mask."""
+    """A rewrite that treats every mask as causal."""
 
     def pattern(self, p: Any, q: Any, k: Any, v: Any, mask: Any, t: Any) -> Any:
         return p.softmax(p.where(mask, q @ p.rearrange(k, pattern=t) * 0.5, -math.inf)) @ v
@@ -193,7 +193,7 @@ class BlindlyCausal(Rewrite):
 
 
 def test_what_stands_above_a_match_counts_where_a_side_no_longer_reads_it() -> None:
-    """The mask is a free value at first; followed up to its positions, it is a triangle, or is off by one."""
+    """At first the mask is a free value. Followed up to its positions, it is a triangle, or is off by one."""
     right = certified(attention(lambda b: triangle(b)), BlindlyCausal())
     assert [e.rule for e in right.log[0].matches] == ["blindly-causal"]
     assert certificates(right)[0].cases >= 6
@@ -219,7 +219,7 @@ class SwapsDifferences(Pass):
 
 @dataclass(frozen=True)
 class SwapsSums(Pass):
-    """a + b --> b + a, in place, which is right"""
+    """a + b --> b + a, in place, which is a right rewrite"""
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         found = [n for n in function.nodes if n.op.name == "add"]
@@ -321,7 +321,9 @@ def test_a_right_pass_is_certified_and_stays() -> None:
 
 
 def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
-    """abs(-x) is abs(x), so a value that only abs reads may be dropped; if -x is added to something, it may not."""
+    """abs(-x) equals abs(x), so a negation that only abs reads may be dropped. A negation that is added to something
+    may not.
+    """
     optimized = certified(MIXED, ForgetsOneOp())
     assert sorted(n.op.name for n in optimized.graph.main.nodes) == ["abs", "abs", "add", "neg", "sub"]
     assert_same_numbers(optimized.source, optimized.graph)
@@ -331,7 +333,7 @@ def test_only_what_is_wrong_of_a_pass_is_undone() -> None:
 
 
 def test_a_pass_that_cannot_be_undone_in_part_is_undone_as_a_whole() -> None:
-    """It has dropped an argument that the former value may read."""
+    """The pass has dropped an argument that the old value may read."""
 
     @dataclass(frozen=True)
     class DropsAWeight(ForgetsOneOp):
@@ -366,7 +368,7 @@ def test_compilation_goes_on_without_the_pass_that_failed() -> None:
 
 
 def _two_masks(fill: float, dtype: str) -> Graph:
-    """softmax(where(rows, where(causal, q k, fill), fill)) v, with the rows' mask as an input"""
+    """Return softmax(where(rows, where(causal, q k, fill), fill)) v, with the mask of rows as an input."""
     b = Builder(Graph("g"))
     q, k, v = (x.cast(dtype) for x in q_k_v(b))
     scores = b.where(triangle(b), q @ swapped(b, k), b.constant(fill, q.dtype))
@@ -375,7 +377,9 @@ def _two_masks(fill: float, dtype: str) -> Graph:
 
 
 def _added_for_filled() -> Planted:
-    """A fill over a fill as two addends: a key that both mask is then lower than a key that one masks."""
+    """Replace a fill over a fill by two added masks: then a key that both masks exclude is lower than a key that one
+    mask excludes.
+    """
 
     def put(b: Builder, m: Match) -> Any:
         x = m.x + b.where(m.y, b.constant(0, m.x.dtype), b.constant(m.inner, m.x.dtype))
@@ -400,7 +404,9 @@ def test_a_fill_is_no_addend_where_another_fill_masks(fill: float, dtype: str) -
 
 
 def test_what_overflows_in_its_own_dtype_is_seen() -> None:
-    """Float32's lowest number for all keys of a row leaves an average, and twice that number in float64 as well."""
+    """A fully masked row: with float32's lowest number for all keys, the result is an average. Adding the number twice
+    overflows in float32, but not in float64.
+    """
     b = Builder(Graph("g"))
     x, row = b.input("x", "f32[B, S, S]"), b.input("row", "bool[B, S, 1]")
     b.outputs(y=b.softmax(b.where(row, x @ x, LOW)))

@@ -2,7 +2,7 @@
 
 `stand_in(monkeypatch)` returns an instruction set whose kernels keep their eight tiles in an array, and execute each
 instruction on them as in Intel's manual, with the configured rows and bytes of a tile. It tests the kernels' use of
-tiles, on one thread, and not the CPU.
+tiles on one thread; it does not test the CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class InMemory(Isa):
 
 
 class _Tiles:
-    """The variables for `tiles`, as LLVM's text."""
+    """Emit LLVM's text for the variables of `tiles`."""
 
     def __init__(self) -> None:
         self.shapes: Sequence[tuple[int, int]] = tiles.FULL
@@ -76,7 +76,7 @@ class _Tiles:
         _call(k, f"multiply_{'signed' if signed else 'unsigned'}_{sums}_{left}_{right}", "", body)
 
     def multiply(self, k: Any, sums: int, left: int, right: int) -> None:
-        """Add one pair after the other to each sum, in float32."""
+        """Add the products of one pair after the other to each sum, in float32."""
         body = _added("float", [*_pairs()], "%t1", (sums, left, right), tiles.ROWS, tiles.ROWS)
         _call(k, f"multiply_bf16_{sums}_{left}_{right}", "", body)
 
@@ -123,7 +123,7 @@ done:"""
 
 
 def _fours(signed: bool) -> Iterator[str]:
-    """Yield four products of bytes in 32 bits; the bytes of `right` are signed."""
+    """Yield the operations for four products of bytes in 32 bits; the bytes of `right` are signed."""
     for b in range(4):
         yield f"%u{b} = shl <16 x i32> %x, splat (i32 {24 - 8 * b})"
         yield f"%v{b} = {'ashr' if signed else 'lshr'} <16 x i32> %u{b}, splat (i32 24)"
@@ -134,7 +134,7 @@ def _fours(signed: bool) -> Iterator[str]:
 
 
 def _pairs() -> Iterator[str]:
-    """Yield two products of bf16 numbers, one after the other, in float32."""
+    """Yield the operations for two products of bf16 numbers, one after the other, in float32."""
     for b, upper in enumerate(("shl <16 x i32> {}, splat (i32 16)", "and <16 x i32> {}, splat (i32 -65536)")):
         yield f"%u{b} = {upper.format('%x')}"
         yield f"%w{b} = {upper.format('%y')}"
@@ -171,7 +171,7 @@ def _copies(tile: int, rows: int, length: int, way: str) -> str:
 
 
 def _call(k: Any, name: str, taken: str, body: str, *operands: Any) -> None:
-    """Emit a statement that calls a function of LLVM's text."""
+    """Emit a call of a function of LLVM's text."""
     held = f"@tiles_in_memory = internal thread_local global [{8 * _TILE} x i8] zeroinitializer, align 64"
     k.imported.setdefault("tiles", held)
     for declared in ("memset.p0.i64(ptr, i8, i64, i1)", "memcpy.p0.p0.i64(ptr, ptr, i64, i1)"):

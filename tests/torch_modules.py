@@ -1,7 +1,7 @@
-"""Modules for tests of `from_torch`, and a comparison of an import with torch's own numbers.
+"""Modules for tests of `from_torch`, and a comparison of an import with PyTorch's own numbers.
 
-Float32 through a few layers on two implementations: both round at 2^-24 an operation, over sums of tens of terms, so
-2e-5 of the largest output is far above rounding and far below any mistake.
+Two implementations of a few layers in float32 round each operation to 2^-24, in sums of tens of terms. So 2e-5 of the
+largest output is far above rounding, and far below the effect of a mistake.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def leaves(result: Any) -> list[Any]:
 
 
 def assert_equal(model: TorchModel, module: Any, *examples: Any) -> treadle.Compiled:
-    """Compare an imported module with itself in torch, on every backend. Returns it compiled."""
-    # For the same passes on the same graph, one certificate is enough.
+    """Compare an imported module with the module in PyTorch, on every backend. Return the compiled module."""
+    # One certificate is enough for the same passes on the same graph.
     executables = [
         treadle.compile(model, backend=name, certify=None if name == "numpy" else False) for name in BACKENDS
     ]
@@ -51,7 +51,7 @@ def assert_equal(model: TorchModel, module: Any, *examples: Any) -> treadle.Comp
 
 
 def drawn(module: Any) -> Any:
-    """Draw every weight again, norms and biases too, so that exchanged weights would show."""
+    """Draw every weight again, also norms and biases, so that swapped weights would show. Return the module."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in module.named_parameters():

@@ -20,11 +20,11 @@ Array = np.ndarray[Any, Any]
 CHANNELS = 3
 SYMBOLS = ("L", "W")
 NEAR = 1e-4
-"""float32; a chain has up to four layers, whose outputs are near 1."""
+"""Tolerance in float32; a chain has up to four layers, whose outputs are near 1."""
 
 
 def drawn_sizes(r: Random, rank: int) -> Iterator[tuple[int, ...]]:
-    """Draw shapes of inputs; the last ones are small."""
+    """Draw shapes of inputs; the last shapes are small."""
     for least, most in ((24, 60), (24, 60), (12, 40), (8, 20), (3, 12)):
         yield r.randint(1, 3), CHANNELS, *[r.randint(least, most) for _ in range(rank)]
 
@@ -65,7 +65,9 @@ def onnx_chain(seed: int) -> Any:
 
 
 def torch_chain(seed: int) -> tuple[Any, int]:
-    """Return a module of up to four convolutions and poolings and an end, and the number of axes they slide over."""
+    """Return a module of up to four convolutions and poolings with a last op, and the number of axes over which windows
+    slide.
+    """
     import torch
     from torch import nn
 
@@ -137,7 +139,7 @@ def torch_verdict(seed: int) -> str:
     try:
         run(example.numpy())
     except RuntimeError:
-        return "equal"  # smaller than any output
+        return "equal"  # inputs are too small for any output
     dynamic = {"x": {0: "B", **{n + 2: name for n, name in enumerate(SYMBOLS[:rank])}}}
     try:
         made = treadle.compile(treadle.from_torch(module, (example,), dynamic=dynamic))
@@ -147,7 +149,7 @@ def torch_verdict(seed: int) -> str:
 
 
 def _compared(made: Any, run: Any, r: Random, rank: int) -> str:
-    """Compare at several sizes, except sizes that the other side refuses or that are too small for us."""
+    """Compare at several sizes. Sizes that the other side refuses, or that are too small for us, are skipped."""
     for shape in drawn_sizes(r, rank):
         x = np.random.default_rng(shape).normal(size=shape).astype(np.float32)
         try:

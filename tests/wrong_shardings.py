@@ -1,4 +1,4 @@
-"""Plans that are wrong in one place, for tests of their checker and the lab."""
+"""Plans that are wrong in one place, for tests of the plan checker and of the lab."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ Change = Callable[[Move], Move | None]
 
 
 def without_terms(move: Move) -> Move | None:
-    """Partial sums are declared combined without a collective."""
+    """Omit the collective: partial sums are declared as reduced."""
     return _when(move, StepKind.ALL_REDUCE, lambda step: ())
 
 
 def along_another_axis(over: SubAxes) -> Change:
-    """Ranks communicate along another mesh axis."""
+    """Let ranks communicate along another mesh axis."""
     return lambda move: _when(move, StepKind.ALL_REDUCE, lambda step: (replace(step, over=over),))
 
 
 def by_another_monoid(move: Move) -> Move | None:
-    """The greatest partial result in place of the sum."""
+    """Combine partial results by their maximum instead of their sum."""
     if any(step.before.partial and step.before.monoid != "sum" for step in move.steps):
         return None
     return _when(move, StepKind.ALL_REDUCE, lambda step: (replace(step, before=replace(step.before, monoid="max")),))
 
 
 def added_everywhere(move: Move) -> Move | None:
-    """A bias that every rank adds."""
+    """Let every rank add a bias."""
     return _when(move, StepKind.KEEP_FIRST, lambda step: ())
 
 
 def not_gathered(move: Move) -> Move | None:
-    """A part is treated as the whole."""
+    """Treat a part as the whole value."""
     return _when(move, StepKind.ALL_GATHER, lambda step: ())
 
 
 def gathered_along_another_dimension(move: Move) -> Move | None:
-    """Parts of one dimension are concatenated along another."""
+    """Concatenate parts of one dimension along another dimension."""
     return _when(move, StepKind.ALL_GATHER, lambda step: (replace(step, dim=0 if step.dim else 1),))
 
 
 def scattered_without_a_sum(move: Move) -> Move | None:
-    """Each rank keeps its part of its own partial sum."""
+    """Let each rank keep its part of its own partial sum."""
     return _when(move, StepKind.REDUCE_SCATTER, lambda step: (replace(step, kind=StepKind.TAKE),))
 
 
 def _when(move: Move, kind: StepKind, by: Callable[[PlacementStep], tuple[PlacementStep, ...]]) -> Move | None:
-    """Return the move with steps in place of its first one of a kind; None if it has none."""
+    """Return the move in which `steps` replace the first step of a kind, or None if it has no such step."""
     at = next((i for i, step in enumerate(move.steps) if step.kind is kind), None)
     if at is None:
         return None
@@ -60,7 +60,7 @@ def _when(move: Move, kind: StepKind, by: Callable[[PlacementStep], tuple[Placem
 
 
 def wrong_plans(plan: ShardingPlan, change: Change) -> Iterator[ShardingPlan]:
-    """Yield the plan once for each move that a change applies to, with that move changed."""
+    """Yield wrong plans: for each move to which a change applies, the plan with that move changed."""
     count = 0
     while True:
         made = _Rebuilding(change, count).plan(plan)
@@ -71,7 +71,7 @@ def wrong_plans(plan: ShardingPlan, change: Change) -> Iterator[ShardingPlan]:
 
 
 class _Rebuilding:
-    """A copy of a plan in which the move of a given number is changed."""
+    """A copy of a plan in which one move, given by its number, is changed."""
 
     def __init__(self, change: Change, number: int) -> None:
         self.change, self.left, self.done = change, number, False

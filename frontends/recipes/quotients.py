@@ -6,7 +6,7 @@ from treadle.ir.builder import Builder, Expr
 
 
 def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
-    """x / y of signed integers, rounded towards zero."""
+    """Return x / y for signed integers, rounded toward zero."""
     quotient = x // y
     zero, one = b.constant(0, x.dtype), b.constant(1, x.dtype)
     rest = x - quotient * y
@@ -15,7 +15,9 @@ def truncated_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
 
 
 def remainder_like_dividend(b: Builder, x: Expr, y: Expr) -> Expr:
-    """The remainder of x / y, rounded toward zero; for floats, it has the sign of x, like C's fmod."""
+    """Return the remainder of x / y, where the quotient is rounded toward zero; for floats it has the sign of x, like
+    C's fmod.
+    """
     one = b.constant(1.0, x.dtype)
-    sign = b.where(x < 0.0, -one, one)  # |x| as x times its sign: the gradient is 1 at 0 as well
+    sign = b.where(x < 0.0, -one, one)  # |x| is computed as x times its sign, so that the gradient at 0 is 1 as well
     return sign * b.mod(x * sign, b.abs(y))

@@ -44,8 +44,8 @@ def _pattern(before: tuple[Size, ...], after: tuple[Size, ...]) -> str | None:
         if len(olds) == 1:
             names = [next(letters) for _ in news]
             sizes = [after[i] for i in news]
-            # Every factor but one has its size in the pattern: the size that is hardest to write is left out, or the
-            # last.
+            # All factors but one have their sizes in the pattern. The factor without a size is the one whose size is
+            # hardest to write, or the last one.
             free = max(range(len(news)), key=lambda k: (not _is_plain(sizes[k]), len(sizes[k].symbols), k))
             if any(not _is_plain(s) for k, s in enumerate(sizes) if k != free):
                 return None

@@ -2,8 +2,8 @@
 
 [1, 1, C, C] of 1 up to the diagonal and 0 past it   -->   where(j <= i, 1, 0)
 
-So the file's triangle depends on positions, like a triangle that the model computes: passes see that a slice of it of
-any length is causal, and it takes no memory.
+The formula depends on positions, like a triangle that the model computes. So passes see that a slice of any length is
+causal, and the triangle takes no memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from treadle.ir.types import DType
 
 
 class Triangle(NamedTuple):
-    """A tensor that is `inside` where j <= i + diagonal, in its last two axes, and `outside` elsewhere."""
+    """A tensor whose elements are `inside` if j <= i + diagonal, for its last two axes i and j, and `outside`
+    elsewhere.
+    """
 
     shape: tuple[int, ...]
     diagonal: int

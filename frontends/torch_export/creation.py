@@ -16,7 +16,7 @@ def _arange(site: TorchSite) -> Made:
     b, dtype, (count,) = site.b, site.dtype(), site.shape()
     start, step = site.given("start", 0), site.given("step", 1)
     if isinstance(start, float) or isinstance(step, float):
-        # Torch counts in float64.
+        # PyTorch counts in float64.
         places = b.iota(size=count, dtype=f64)
         return (places * site.real("step", 1.0) + site.real("start", 0.0)).cast(dtype)
     places = b.iota(size=count, dtype=dtype)
@@ -76,7 +76,7 @@ def _eye(site: TorchSite) -> Made:
 
 
 def _triangle(site: TorchSite, upper: bool) -> Expr:
-    """The elements on one side of a diagonal; the rest is zero."""
+    """Return the elements on one side of a diagonal; the others are zero."""
     b, x, diagonal = site.b, site.x("self"), site.integer("diagonal")
     rows = b.rearrange(b.iota(size=x.shape[-2]), pattern="n -> n 1")
     edge = rows + diagonal if diagonal else rows

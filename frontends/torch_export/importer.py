@@ -4,9 +4,8 @@
     exe = treadle.compile(model)
 
 torch.export runs the module once and records the ATen operators that it used. Operators that match IR ops stay whole
-(scaled_dot_product_attention, linear, layer_norm, rms_norm, gelu). Torch decomposes every unknown operator into its
-core operators; a core operator without a handler is refused. Sizes are symbols over the dimensions that `dynamic`
-names.
+(scaled_dot_product_attention, linear, layer_norm, rms_norm, gelu). PyTorch decomposes every unknown operator into core
+operators; a core operator without a handler is refused. Sizes are symbols over the dimensions that `dynamic` names.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 _IN_PLACE = 16
 """Maximum number of elements of a float buffer that becomes a constant of the graph; larger buffers are weights."""
 _IN_PLACE_WHOLE = 4096
-"""The same for integers and bools, which hold positions and masks."""
+"""The same limit for integers and bools, which hold positions and masks."""
 
 _NO_EFFECT = {
     "_assert_tensor_metadata.default",
@@ -54,7 +53,9 @@ _NO_EFFECT = {
     "sym_constrain_range.default",
     "sym_constrain_range_for_size.default",
 }
-"""Checks. Checks of sizes are guards as well, which the graph's bounds enforce."""
+"""Operators that check something and return nothing. Checks of sizes are also guards, which the graph's bounds
+enforce.
+"""
 
 
 OLDEST = (2, 12)
@@ -68,10 +69,10 @@ def from_torch(
 ) -> TorchModel:
     """Import a module.
 
-    example  arguments of its forward, a tuple or a dict by name: tensors, whose values do not matter, and other
-             arguments, which become part of the graph
+    example  arguments of the module's forward, as a tuple or a dict by name: tensors, whose values do not matter, and
+             other arguments, which become constants of the graph
     dynamic  the dimensions that vary, by argument: {"input_ids": "B S"}, where a number or _ keeps a dimension,
-             or {"input_ids": {1: "S"}}; without it all sizes are the example's
+             or {"input_ids": {1: "S"}}; without it, all sizes are fixed to the example's
 
     Raises UsageError for a PyTorch older than OLDEST, and for an example or names that do not fit; FrontendError (with
     the operator, the node and the module's line) for unsupported operators.
@@ -139,7 +140,7 @@ def _is_plain(program: torch.export.ExportedProgram) -> bool:
 
 
 def _kept() -> list[Any]:
-    """Return torch's own objects for the supported operators."""
+    """Return PyTorch's own objects for the supported operators."""
     import torch
 
     found = []
@@ -184,7 +185,7 @@ class TorchImporter:
         self.opaque: list[str] = []
 
     def at_least(self, name: str, lower: int) -> None:
-        """Raise the lower bound of a symbol."""
+        """Raise the lower bound of a symbol to at least this size."""
         self.bounds[name] = self.bounds.get(name, Bounds()).intersect(Bounds(lower))
 
     def run(self) -> TorchModel:
@@ -260,7 +261,7 @@ class TorchImporter:
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def _plain(self, argument: Any) -> Any:
-        """Convert a node's argument for handlers."""
+        """Convert a node's argument to the form that handlers take."""
         if hasattr(argument, "op") and hasattr(argument, "meta"):
             made = self.values[argument]
             if isinstance(made, UnknownSize):
@@ -304,7 +305,7 @@ class TorchImporter:
                 self.values[node] = self.symbols.size(val) if whole else None
             except (
                 UnknownSize
-            ) as error:  # which matters where the size is used; a size that only checks use is never needed
+            ) as error:  # this matters if the size is used; a size that only checks use is never needed
                 self.values[node] = error
             return
         handler = OPERATORS.get(name or "")
@@ -324,7 +325,7 @@ class TorchImporter:
         self.values[node] = results if isinstance(node.meta.get("val"), list | tuple) else results[0]
 
     def _check(self, site: TorchSite, position: int, made: Expr) -> None:
-        """Check a result against the dtype and the shape that torch found."""
+        """Check a result against the dtype and the shape that PyTorch found."""
         dtype, shape = site.dtype(position), site.shape(position)
         if made.dtype is not dtype:
             site.refuse(f"its result is {made.dtype} here, {dtype} in torch")
@@ -333,7 +334,7 @@ class TorchImporter:
             site.refuse(f"its result is [{ours}] here, [{theirs}] in torch")
 
     def _same(self, ours: tuple[Size, ...], theirs: tuple[Size, ...]) -> bool:
-        """Return True if two shapes agree for some sizes that are unlikely to agree by chance."""
+        """Return True if two shapes agree for some values of the symbols that are unlikely to agree by chance."""
         if len(ours) != len(theirs):
             return False
         names = sorted({s for size in (*ours, *theirs) for s in size.symbols})
@@ -381,7 +382,7 @@ class TorchImporter:
         paths: list[tuple[Any, Any]]
         try:
             paths = pytree.tree_flatten_with_path(pytree.tree_unflatten([0] * count, spec))[0] if count else []
-        except ValueError:  # a container that gives torch no names of its parts
+        except ValueError:  # a container that gives torch no names of its elements
             paths = [((i,), 0) for i in range(count)]
         names: list[str] = []
         for path, _ in paths:

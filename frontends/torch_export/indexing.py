@@ -1,7 +1,7 @@
 """ATen operators that read at positions in an index tensor: embedding, index, gather.
 
-Masks are often read at all positions of an axis, x[batch[:, None, None], key[None, None, :]] with counts from 0; such
-an index is a rearrange.
+Masks are often read at all positions of an axis: x[batch[:, None, None], key[None, None, :]], in which both indices
+count from 0. Such a read is a rearrange.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def is_count(value: Value, depth: int = 12) -> bool:
 
 
 def counted_axis(x: Expr, size: Size) -> int | None:
-    """Return the axis of x along which it counts 0, 1, ..., size - 1, if every other axis has size 1; None if there is
-    none.
+    """Return the axis of x along which its elements are 0, 1, ..., size - 1, if every other axis has size 1; None if
+    there is no such axis.
     """
     value, axes = x.value, [i for i, n in enumerate(x.shape) if n != ONE]
     if size == ONE:
@@ -71,7 +71,7 @@ def _is_zero(value: Value) -> bool:
 
 
 def from_start(b: Builder, indices: Expr, size: Size) -> Expr:
-    """Return indices with negative indices converted to positions from the start of their axis."""
+    """Return indices in which negative indices are replaced by positions from the start of the axis."""
     if is_count(indices.value):
         return indices
     wide = indices.cast(i64)
@@ -101,7 +101,7 @@ def _index_select(site: TorchSite) -> Made:
 
 @operator("gather.default")
 def _gather(site: TorchSite) -> Made:
-    """Elements along one axis; along the other axes, x may be longer than the indices."""
+    """Read elements along one axis; along the other axes, x may be longer than the indices."""
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
     if x.rank == 0:
         return expanded(b, reshaped(b, x, [ONE] * indices.rank)[0], indices.shape)
@@ -125,7 +125,7 @@ def _index(site: TorchSite) -> Made:
     axes = [k for k, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     together = axes == list(range(axes[0], axes[-1] + 1))
-    # The indexed axes first; afterwards the result's axes are moved back.
+    # Move the indexed axes to the front. After the gather, the result's axes are moved back.
     rest = [k for k in range(x.rank) if k not in axes]
     points = broadcast(site, [i.shape for i in given])
     counted = [counted_axis(i, x.shape[k]) for i, k in zip(given, axes, strict=True)]
@@ -157,7 +157,9 @@ def broadcast(site: TorchSite, shapes: Sequence[tuple[Size, ...]]) -> list[Size]
 
 
 def _laid(b: Builder, x: Expr, places: Sequence[int], points: int) -> Expr:
-    """x, whose first axes are read completely, each transposed to the axis of the points in which its index varies."""
+    """Return x, whose first axes are read at all positions. Each of these axes is moved to the axis along which its
+    index counts.
+    """
     names = axis_letters(x.rank)
     spread = [names[places.index(i)] if i in places else "1" for i in range(points)]
     return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join([*spread, *names[len(places) :]])}")
@@ -174,7 +176,9 @@ def rows_at(b: Builder, sizes: Sequence[Size], indices: Sequence[Expr]) -> Expr:
 
 
 def _at_points(b: Builder, x: Expr, indices: Sequence[Expr], points: Sequence[Size]) -> Expr:
-    """x[i, j, ...] for its first axes, as rows of x with these axes as one."""
+    """Return x[i, j, ...], which indexes the first axes of x: they are flattened to one axis, along which rows are
+    gathered.
+    """
     count = len(indices)
     rows = rows_at(b, x.shape[:count], indices)
     table, _ = reshaped(b, x, [product(x.shape[:count]), *x.shape[count:]])

@@ -21,7 +21,9 @@ _PACKAGES = re.compile(r"^.*[\\/](?:site|dist)-packages[\\/]")
 
 @lru_cache(maxsize=4096)
 def shown(path: str) -> str:
-    """Return a path for display: from a package's folder, or from the working directory, else only the file's name."""
+    """Return a path for display: relative to a package's folder or to the working directory, else only the file's
+    name.
+    """
     if _PACKAGES.match(path):
         return _PACKAGES.sub("", path).replace(os.sep, "/")
     here = os.getcwd() + os.sep
@@ -30,7 +32,9 @@ def shown(path: str) -> str:
 
 
 def source_in(text: str | None) -> SourceLine | None:
-    """Return the innermost line in a printed stack that is not torch's own; if all are torch's, the innermost."""
+    """Return the innermost line in a printed stack that is not PyTorch's own; if all lines are PyTorch's, the innermost
+    line.
+    """
     frames = [f for f in _FRAME.findall(text or "") if not f[0].startswith("<")]
     if not frames:
         return None
@@ -70,7 +74,9 @@ _CALL = re.compile(r"[\\/]torch[\\/]_ops\.py$")
 
 
 def within_operator(error: BaseException) -> bool:
-    """Return True if an exception arose while torch computed an operator's shape, not in the module's own code."""
+    """Return True if an exception was raised while PyTorch computed an operator's shape, not in the module's own
+    code.
+    """
     trace: TracebackType | None = error.__traceback__
     found = False
     while trace is not None:

@@ -23,9 +23,9 @@ class TorchModel:
     """An imported module.
 
     name       the module's class
-    graph      its computation
-    weights    its parameters and buffers by the graph's names: views of the module's own memory if NumPy has their
-               dtype; bfloat16 is converted to float32
+    graph      the module's computation
+    weights    the module's parameters and buffers by the graph's names: views of the module's own memory if NumPy has
+               their dtype; bfloat16 is converted to float32
     inputs     the graph's inputs, in the order of the module's arguments
     symbols    the size of each dimension named in `dynamic`
     operators  number of imported nodes of each operator
@@ -51,7 +51,7 @@ class TorchModel:
         return f"<imported {self.name}: ({takes}) -> ({gives}), {held}>"
 
     def arguments(self, example: tuple[Any, ...] | Mapping[str, Any]) -> dict[str, Array]:
-        """Return tensors in the module's form as arrays by name in the executable's form.
+        """Return arrays by input name, as the executable takes them, for tensors as the module takes them.
 
         Raises FrontendError for tensors that cannot be converted to arrays.
         """
@@ -62,7 +62,9 @@ class TorchModel:
 
 
 def named_tensors(values: Any) -> list[tuple[str, Any]]:
-    """Return the tensors in a tree of containers, by their key paths, as torch.export names them: ids, past_0."""
+    """Return the tensors in a tree of containers, with names from their key paths as torch.export forms them: ids,
+    past_0.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
@@ -79,7 +81,7 @@ def expect_dense(
 ) -> None:
     """Raise FrontendError for a tensor whose elements are not stored densely.
 
-    instead  a call that gives a meta tensor elements, for the hint
+    instead  for the hint: a call that allocates the elements of a meta tensor
     """
     import torch
 
@@ -96,7 +98,7 @@ def expect_dense(
 
 
 def array_of(name: str, tensor: Any) -> Array:
-    """Return a tensor's elements as an array; bfloat16, which NumPy lacks, as float32.
+    """Return a tensor's elements as an array; bfloat16, which NumPy lacks, is converted to float32.
 
     Raises FrontendError for tensors that cannot be converted.
     """

@@ -6,7 +6,7 @@
         return site.b.gelu_tanh(site.x("self")) if tanh else site.b.gelu(site.x("self"))
 
 Arguments have the names of the operator's schema. A handler's result is checked against the shape and the dtype that
-torch itself found for the node, so that a mistaken handler raises an error and never returns a wrong number.
+PyTorch itself found for the node, so that a wrong handler raises an error instead of returning wrong numbers.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def title(node: Any) -> str:
 class TorchSite:
     """One node during its import: its arguments by name, and the builder for its translation.
 
-    b       the builder
-    vals    torch's result values: fake tensors with shape and dtype
+    b       the builder of the graph
+    vals    the node's results in PyTorch: fake tensors with shape and dtype
     """
 
     def __init__(self, importer: TorchImporter, node: Any, arguments: Mapping[str, Any]) -> None:
@@ -105,7 +105,7 @@ class TorchSite:
         return list(self.given(name, []))
 
     def operand(self, name: str, dtype: DType) -> Expr:
-        """Return a tensor, a number or a size, in a dtype."""
+        """Return an argument that is a tensor, a number or a size as a tensor of this dtype."""
         return self.as_operand(self.given(name), dtype)
 
     def as_operand(self, found: Any, dtype: DType) -> Expr:
@@ -121,7 +121,7 @@ class TorchSite:
             return made.cast(dtype)
         if found is None:
             self.refuse(
-                "a number that depends on data, or on sizes by other operations than integer arithmetic",
+                "a number that depends on data, or on sizes other than by integer arithmetic, is not supported",
                 "leave its dimensions out of dynamic=, or keep a number from data a tensor",
             )
         if dtype.kind == "bool":
@@ -175,7 +175,7 @@ class TorchSite:
         return our_dtype(self.vals[output].dtype)
 
     def promoted(self, *names: str) -> DType:
-        """Return the dtype in which torch computes with two arguments."""
+        """Return the dtype to which PyTorch promotes two arguments."""
         import torch
 
         given = [self._val(name) for name in names]

@@ -189,7 +189,9 @@ def _clamp_max(site: TorchSite) -> Made:
 
 
 def _within(site: TorchSite, low: str | None, high: str | None, ties: str = "x") -> Expr:
-    """Clamp; if the bounds cross, the upper bound wins. `ties` is the operand that gets the gradient at a bound."""
+    """Return x clamped to bounds; if the bounds cross, the upper bound wins. `ties` is the operand that gets the
+    gradient at a bound.
+    """
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)
     if low is not None:
@@ -312,7 +314,7 @@ def _trunc(site: TorchSite) -> Made:
 
 
 def _wide(x: Expr) -> Expr:
-    """Convert 16-bit floats to float32, in which torch computes functions of them."""
+    """Convert 16-bit floats to float32, in which PyTorch computes functions of them."""
     return x.cast(f32) if x.dtype.bytes == 2 else x
 
 

@@ -61,7 +61,7 @@ def _einsum(site: TorchSite) -> Made:
 @operator("conv1d.default", "conv2d.default", "conv3d.default", "convolution.default")
 @operator("conv1d.padding", "conv2d.padding", "conv3d.padding")
 def _conv(site: TorchSite) -> Made:
-    """x [b, c, ...] or [c, ...]; padding "same" puts an odd zero at the end."""
+    """x [b, c, ...] or [c, ...]; padding "same" puts an odd zero at the end of an axis."""
     b, x, weight = site.b, site.x("input"), site.x("weight")
     spatial = weight.rank - 2
     if site.flag("transposed") or any(site.integers("output_padding")):
@@ -106,7 +106,7 @@ def _attention(site: TorchSite) -> Made:
     """q [b, h, s, d], k [b, g, t, d], v [b, g, t, e], or without the heads, or without both leading axes.
 
     A batch or head axis of size 1 broadcasts against a larger one, as in matrix products. One head of keys and values
-    for several query heads needs no copies; nor do heads that the module's code repeats.
+    for several query heads is not copied; heads that the module's code repeats are not copied either.
     """
     b, q, k, v = site.b, site.x("query"), site.x("key"), site.x("value")
     if site.real("dropout_p") != 0:
@@ -138,7 +138,7 @@ def _attention(site: TorchSite) -> Made:
 
 
 def _of_rank_four(b: Builder, x: Expr, rank: int) -> Expr:
-    """x [b, h, s, d] if the operands have rank 4; [b, s, d] has one head, and missing axes have size 1."""
+    """Return x as [b, h, s, d]: [b, s, d] has one head, and missing axes get size 1."""
     lead = [ONE] * (rank - x.rank) + list(x.shape[:-2])
     lead = lead if rank == 4 else [*lead, ONE] if rank == 3 else [ONE, ONE]
     return reshaped(b, x, [*lead, *x.shape[-2:]])[0]
@@ -155,7 +155,7 @@ def _shared(site: TorchSite, what: str, sizes: Sequence[Size]) -> Size:
 
 
 def _before_repeats(b: Builder, k: Expr, v: Expr) -> tuple[Expr, Expr]:
-    """Return keys and values with their heads before each was repeated for several query heads."""
+    """Return keys and values with their heads as they were before the module repeated them for several query heads."""
     fewer = [_before_repeat(b, x) for x in (k, v)]
     if fewer[0] is None or fewer[1] is None or fewer[0].shape[1] != fewer[1].shape[1]:
         return k, v
@@ -182,9 +182,10 @@ def _before_repeat(b: Builder, x: Expr) -> Expr | None:
 
 
 def _masked_by(site: TorchSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
-    """Return a mask [..., s, t] as a term: true where a query may see a key, or a bias that is added to the scores.
+    """Return a mask [..., s, t] as a term of attention. A boolean mask is true if a query may see a key; a float mask
+    is a bias.
 
-    An axis of size 1 that broadcasts is left out. An axis that `expand` added is ignored.
+    An axis of size 1 that broadcasts is left out. An axis that `expand` added is left out, too.
     """
     b = site.b
     if mask.rank > 4:

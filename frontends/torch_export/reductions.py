@@ -16,7 +16,7 @@ from treadle.ir.types import i64, u8
 
 
 def _axes(site: TorchSite) -> tuple[int, ...]:
-    """The axes in `dim`; all axes if it is empty."""
+    """Return the axes in `dim`; all axes if it is empty."""
     rank = site.x("self").rank
     if rank == 0:
         return ()
@@ -56,7 +56,7 @@ def _truth(ours: str) -> Callable[[TorchSite, Expr, tuple[int, ...], bool], Expr
 
 
 def _variance(site: TorchSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    """The mean squared distance from the mean, with the divisor n - correction instead of n."""
+    """Return the mean squared distance from the mean, with the divisor n - correction instead of n."""
     b = site.b
     correction = site.real("correction", 1.0) if site.given("unbiased", True) else 0.0
     centered = x - b.reduce_mean(x, axes=axes, keep=True)
@@ -94,7 +94,7 @@ def _std_mean(site: TorchSite) -> Made:
 
 @operator("logsumexp.default")
 def _log_sum_exp(site: TorchSite) -> Made:
-    """The maximum is subtracted first, so that nothing overflows."""
+    """The maximum is subtracted first, so that the exponentials do not overflow."""
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     largest = b.reduce_max(x, axes=axes, keep=True)
     finite = b.where(b.abs(largest) < math.inf, largest, b.constant(0.0, x.dtype))
@@ -142,7 +142,7 @@ def _safe_softmax(site: TorchSite) -> Made:
 
 
 def _last_axes(site: TorchSite) -> tuple[Expr, tuple[Size, ...], list[Expr | None]]:
-    """Return the operand with the normalized axes as one, its original shape, and the weights as vectors."""
+    """Return the operand with its normalized axes merged into one, its original shape, and the weights as vectors."""
     b, x = site.b, site.x("input")
     count = len(site.given("normalized_shape"))
     weights = [site.maybe(n) if n in site.arguments else None for n in ("weight", "bias")]
@@ -172,7 +172,7 @@ def _rms_norm(site: TorchSite) -> Made:
 @operator("batch_norm.default", "_native_batch_norm_legit_no_training.default")
 @operator("_native_batch_norm_legit_functional.default")
 def _batch_norm(site: TorchSite) -> Made:
-    """Batch norm at inference, with the running statistics."""
+    """Batch norm at inference, which uses the running statistics."""
     if site.flag("training") or site.maybe("running_mean") is None or site.maybe("running_var") is None:
         site.refuse("training mode is not supported", "module.eval()")
     y = _normalized(site)
@@ -180,7 +180,7 @@ def _batch_norm(site: TorchSite) -> Made:
 
 
 def _along_channels(site: TorchSite, name: str) -> Expr | None:
-    """A vector along the second axis of the input."""
+    """Return a vector shaped to broadcast along the second axis of the input."""
     held = site.maybe(name)
     ones = " ".join(["c", *["1"] * (site.x("input").rank - 2)])
     return None if held is None else site.b.rearrange(held, pattern=f"c -> {ones}")
@@ -202,7 +202,7 @@ def _normalized(site: TorchSite) -> Expr:
 
 @operator("instance_norm.default")
 def _instance_norm(site: TorchSite) -> Made:
-    """[b, c, ...], each channel of each row normalized over the axes after it, or with the running statistics."""
+    """[b, c, ...]: each channel of each row is normalized over the axes after it, or with the running statistics."""
     b, x = site.b, site.x("input")
     if not site.flag("use_input_stats"):
         return _normalized(site)
@@ -214,7 +214,7 @@ def _instance_norm(site: TorchSite) -> Made:
 
 @operator("group_norm.default")
 def _group_norm(site: TorchSite) -> Made:
-    """[b, (g c), ...], normalized over c and the axes after it."""
+    """[b, (g c), ...], normalized over c and the axes after c."""
     b, x, groups = site.b, site.x("input"), site.integer("num_groups")
     rest = product(x.shape[1:]) // groups
     rows, _ = reshaped(b, x, [x.shape[0], Size.of(groups), rest])
@@ -231,14 +231,16 @@ def _cumsum(site: TorchSite) -> Made:
 
 
 def reversed_order(b: Builder, x: Expr) -> Expr:
-    """Return numbers in the reverse order of x; for integers, -1 - x, which does not overflow."""
+    """Return numbers whose order is the reverse of the order of x: -x, and for integers -1 - x, which does not
+    overflow.
+    """
     if x.dtype.is_float:
         return -x
     return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
 
 
 def _flat(site: TorchSite) -> tuple[Expr, int, bool]:
-    """Return the operand, the axis, and True if the axis is kept; without a `dim` all axes are flattened."""
+    """Return the operand, the axis, and True if the axis is kept. Without a `dim`, all axes are flattened."""
     x, keep = site.x("self"), site.flag("keepdim")
     x = x.cast(u8) if x.dtype.kind == "bool" else x
     if site.given("dim") is None:

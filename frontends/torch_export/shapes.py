@@ -1,6 +1,6 @@
 """ATen operators that move elements: views, permutations, slices, joins, repetitions.
 
-A view's sizes are taken from torch's result, so -1 and inferred sizes need no solving here.
+A view's sizes are taken from PyTorch's result, so that -1 need not be resolved here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")
 def _squeeze(site: TorchSite) -> Made:
-    """Torch kept every symbolic dimension. It would have dropped a dimension of size 1, so the size must not be 1."""
+    """PyTorch dropped dimensions of size 1, but kept every symbolic dimension. So a symbolic size must not be 1."""
     x = site.x("self")
     asked = site.given("dim")
     axes = range(x.rank) if asked is None else [site.position(a, x.rank) for a in site.integers("dim")]
@@ -155,14 +155,15 @@ def expanded(b: Builder, x: Expr, shape: Sequence[Size]) -> Expr:
 
 
 _FAR = 2**40
-"""A position of this or more is the end of any axis."""
+"""A position of at least this number stands for the end of any axis."""
 
 
 def edge_of(site: TorchSite, edge: Size, size: Size) -> Size:
-    """Return a slice's start or stop as torch interprets it: from the end if it is negative, and clamped to the axis.
+    """Return a slice's start or stop as PyTorch interprets it: counted from the end if it is negative, and clamped to
+    the axis.
 
-    If it would be clamped for some sizes and not for others, the example's case is assumed: a call outside it is
-    refused, by the bounds of a symbol or by the slice itself.
+    If the position would be clamped for some sizes and not for others, the example's case is assumed. A call with sizes
+    of the other case is refused, by the bounds of a symbol or by the slice itself.
     """
     symbols = site.importer.symbols
     if edge.constant is not None and edge.constant >= _FAR:
@@ -224,7 +225,7 @@ def _select(site: TorchSite) -> Made:
 
 
 def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
-    """Return one position of an axis, which is dropped."""
+    """Return x at one position of an axis, without that axis."""
     picked = b.slice(x, axis=axis, start=at, stop=at + 1)
     return reshaped(b, picked, [s for i, s in enumerate(picked.shape) if i != axis])[0]
 
@@ -249,7 +250,7 @@ def _unbind(site: TorchSite) -> Made:
 
 @operator("cat.default", "concat.default", "concatenate.default")
 def _cat(site: TorchSite) -> Made:
-    """A part of shape [0] is ignored, for any rank of the others."""
+    """A part of shape [0] is ignored, whatever the rank of the other parts."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
     axis = site.axis("dim", rank)
@@ -289,7 +290,7 @@ def _select_scatter(site: TorchSite) -> Made:
 
 
 def replaced(b: Builder, x: Expr, part: Expr, axis: int, start: Size) -> Expr:
-    """Return x with `part` written from a position of an axis on."""
+    """Return x with `part` written to it along an axis, from a position on."""
     stop = start + part.shape[axis]
     parts = [part]
     if start != ZERO:
@@ -341,7 +342,7 @@ def _repeat_interleave(site: TorchSite) -> Made:
 
 
 def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Expr:
-    """Repeat an axis, as a whole or element by element."""
+    """Repeat an axis as a whole, or element by element."""
     before, place = x.shape, axis if whole else axis + 1
     if before[axis] == ONE:
         return expanded(b, x, [times if i == axis else n for i, n in enumerate(before)])
@@ -378,7 +379,7 @@ def _roll(site: TorchSite) -> Made:
 
 @operator("constant_pad_nd.default", "pad.default")
 def _pad(site: TorchSite) -> Made:
-    """Pairs start at the last axis; a negative number slices."""
+    """Pairs of pad widths start at the last axis; a negative width removes elements."""
     b, x = site.b, site.x("self")
     if site.given("mode", "constant") != "constant":
         site.refuse(f"mode {site.text('mode')}")

@@ -1,4 +1,4 @@
-"""Sizes of torch.export, which are SymPy expressions, as IR sizes; and the values for which an export is valid.
+"""Sizes of torch.export, which are SymPy expressions, as IR sizes; and the sizes for which an export is valid.
 
     s70                        S
     2*s70 + 1                  2*S + 1
@@ -6,8 +6,9 @@
     Mod(s70, 4)                S - 4*(S//4)
 
 An export is one path through the module's Python code. Its guards are the conditions on sizes that chose the path. A
-guard that bounds a symbol becomes a bound of the graph's symbol, so that a call outside is refused. A guard that cannot
-be expressed this way refuses the import: for other sizes the module would compute something else.
+guard that bounds a symbol becomes a bound of the graph's symbol, so that a call outside the bound is refused. If a
+guard cannot be expressed this way, the import is refused, because for other sizes the module would compute something
+else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from treadle.ir.sizing.size_bounds import INFINITY, Bounds, quotient_interval
 from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_TRIED = 1 << 19
-"""Maximum number of a symbol's values on which a guard is tried."""
+"""Maximum number of values of a symbol for which a guard is evaluated."""
 
 
 class UnknownSize(FrontendError):
@@ -44,12 +45,12 @@ def depends_on_data(received: str | None = None) -> UnknownSize:
 class Symbols:
     """Names for the symbols of one export.
 
-    names   our name for each of torch's symbols
-    env     torch's own record of them, or None if all sizes are numbers
+    names   our name for each of PyTorch's symbols
+    env     PyTorch's own ShapeEnv of the symbols, or None if all sizes are numbers
     bounds  known bounds of each of our symbols, which decide minima and maxima
-    expressions  torch's own symbols for sizes that are known here as expressions
-    least   differences of sizes that a call must keep nonnegative, in addition to the bounds
-    traced  number of guards after the module's own code had run; later guards come from decompositions
+    expressions  sizes for PyTorch's symbols that are known here as expressions
+    least   differences of sizes that must be nonnegative in every call, in addition to the bounds
+    traced  number of guards of the module's own code; later guards come from decompositions
     """
 
     def __init__(self) -> None:
@@ -97,15 +98,15 @@ class Symbols:
         )
 
     def explain(self, value: Any, size: Size) -> None:
-        """Record a size that torch could not express: for x[:, n - 3:], the length, since n - 3 may count from the
-        end.
+        """Record the size for a symbol that PyTorch could not express: for x[:, n - 3:], the length, since n - 3 may
+        count from the end.
         """
         expr = getattr(getattr(value, "node", None), "expr", None)
         if expr is not None and expr.is_Symbol and expr.name not in self.names:
             self.expressions.setdefault(expr.name, size)
 
     def named(self, expr: Any) -> str:
-        """Return one of torch's expressions with our names."""
+        """Return the text of an expression of PyTorch's, with our names."""
         text = str(expr)
         for theirs, ours in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(theirs, ours)
@@ -118,7 +119,9 @@ class Symbols:
         return (x - y).bounds(self.bounds).lower >= 0 or x - y in self.least
 
     def _extremum(self, parts: Sequence[Size], largest: bool) -> Size:
-        """Return the minimum or maximum of several sizes: for all calls, or as in the example."""
+        """Return the minimum or maximum of several sizes, if it is the same size in all calls, or else as in the
+        example.
+        """
 
         def conditions(one: Size) -> list[Size]:
             return [one - other if largest else other - one for other in parts]
@@ -126,8 +129,8 @@ class Symbols:
         for one in parts:
             if all(self.is_at_least(difference, ZERO) for difference in conditions(one)):
                 return one
-        # Sizes that bound a symbol from below come first: if the example is at the very edge, calls with larger sizes
-        # are valid.
+        # Sizes that bound a symbol from below come first: if the example is at the bound, calls with larger sizes stay
+        # valid.
         for one in sorted(parts, key=lambda one: any(_falls(difference) for difference in conditions(one))):
             if all(self._can_suppose(difference) for difference in conditions(one)):
                 for difference in conditions(one):
@@ -135,15 +138,15 @@ class Symbols:
                 return one
         text = ", ".join(map(str, parts))
         raise UnknownSize(
-            f"which of the sizes is the {'largest' if largest else 'smallest'} differs between calls, and bounds "
+            f"the {'largest' if largest else 'smallest'} of several sizes differs between calls, and bounds "
             "of single dimensions cannot decide it",
             received=text,
             hint="leave all but one of these dimensions out of dynamic=, or give them one name if they are equal",
         )
 
     def suppose(self, x: Size, y: Size) -> bool:
-        """Bound a symbol such that x >= y, as in the example. False if the example differs, or bounds cannot express
-        it.
+        """Bound a symbol so that x >= y, as in the example. Return False if x < y in the example, or if bounds cannot
+        express the condition.
         """
         if self.is_at_least(x, y):
             return True
@@ -160,7 +163,7 @@ class Symbols:
         return self.is_at_least(difference, ZERO) or (difference.as_linear is not None and self.hint(difference) >= 0)
 
     def demand(self, x: Size, y: Size) -> bool:
-        """Assume x >= y, which an op of the graph requires of a call. False if it does not hold in the example."""
+        """Assume x >= y, which an op of the graph requires. Return False if it does not hold in the example."""
         if self.hint(x) < self.hint(y):
             return False
         self.least.add(x - y)
@@ -182,7 +185,8 @@ def _falls(difference: Size) -> bool:
 def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
     """Return the bounds of each of our symbols, from the guards of an export; `symbols.bounds` holds them too.
 
-    Conditions on one symbol bound it; then conditions on several must hold for all values within the bounds.
+    Conditions on a single symbol become bounds. Conditions on several symbols must then hold for all values within the
+    bounds.
 
     Raises FrontendError, with the line of the condition, for a guard that bounds cannot express.
     """
@@ -200,7 +204,7 @@ def bounds_of(symbols: Symbols) -> dict[str, Bounds]:
         ours = {symbols.names.get(n) for n in free}
         if None in ours:
             if all(n in symbols.names or n.startswith(("u", "zuf")) for n in free):
-                continue  # a size that depends on data, whose operator is refused
+                continue  # the size depends on data; its operator is refused
             raise _unexpressed(guard, symbols, expr)
         if len(ours) == 1 and free:
             (name,) = ours
@@ -230,7 +234,9 @@ def _conditions(symbols: Symbols, env: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _all_of(expr: Any) -> Iterator[Any]:
-    """Yield the conditions whose conjunction is the expression: for `x*y != 0` they are `x != 0` and `y != 0`."""
+    """Yield the conditions whose conjunction is the expression: for `x*y != 0`, the conditions `x != 0` and `y !=
+    0`.
+    """
     kind = type(expr).__name__
     if kind == "And":
         for part in expr.args:
@@ -253,13 +259,13 @@ def _of_range(range: Any) -> Bounds:
 _SHAPE_RULES = re.compile(
     r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/|_export/non_strict_utils\.py)"
 )
-"""Files of the operators' own rules: the last one calls operators, and C++ operators have no lines of their own."""
+"""Files with the operators' own shape rules. The last one calls operators; C++ operators have no lines of their own."""
 
 
 def _is_of_one_op(guard: Any, late: bool) -> bool:
     """Return True if an operator's own shape rule took its general case, in which sizes differ or are not 1.
 
-    The operator's result does not depend on that. (The shape of squeeze does; its handler checks this itself.)
+    The operator's result does not depend on the case. (The shape of squeeze does; its handler checks the case itself.)
     """
     place = str(getattr(getattr(guard, "sloc", None), "framework_loc", "")).replace("\\", "/")
     general = type(guard.expr).__name__ == "Unequality"
@@ -269,8 +275,8 @@ def _is_of_one_op(guard: Any, late: bool) -> bool:
 def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: Any) -> Bounds:
     """Return the interval around the example's own size in which a condition on one symbol holds.
 
-    For linear terms, minima, maxima and divisions by numbers, a condition is constant past a point that the numbers in
-    it bound, or it repeats; so trying values is enough.
+    For linear terms, minima, maxima and divisions by numbers, a condition is constant or periodic beyond a point that
+    the numbers in it bound. So it is enough to try values.
     """
     numbers, divisors = [1], [1]
     for part in _parts(expr):
@@ -293,14 +299,14 @@ def _values(expr: Any, free: Sequence[str], env: Any, symbols: Symbols, guard: A
     if not held[hint]:
         raise _unexpressed(guard, symbols, expr)
     if bool(held[settled:].any()) != bool(held[settled:].all()):
-        raise _unexpressed(guard, symbols, expr)  # such as S % 2 == 0
+        raise _unexpressed(guard, symbols, expr)  # e.g. S % 2 == 0
     wrong = np.flatnonzero(~held)
     below, above = wrong[wrong < hint], wrong[wrong > hint]
     return Bounds(max(int(below[-1]) + 1 if below.size else 1, 1), int(above[0]) - 1 if above.size else None)
 
 
 def env_hint(env: Any, name: str) -> int:
-    """Return the example's size for a symbol of torch's."""
+    """Return the example's size for a symbol of PyTorch's."""
     known = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
     return next(int(value) for symbol, value in known.items() if symbol.name == name)
 
@@ -367,14 +373,14 @@ _HOLDS: Mapping[str, Callable[[float, float], bool]] = {
     "StrictLessThan": lambda low, high: high < 0,
     "LessThan": lambda low, high: high <= 0,
 }
-"""True if a comparison holds wherever left - right is from `low` to `high`."""
+"""For each comparison, a function that returns True if it holds whenever left - right is from `low` to `high`."""
 
 
 def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tuple[float, float]:
-    """Return the minimum and the maximum of an expression. Sound, but not always tight.
+    """Return a lower and an upper bound of an expression. The bounds are sound, but not always tight.
 
-    A sum of products is rewritten in the excess of each part over its minimum: from W >= 1 and L >= 1 follows that
-    9*W*L - 6*W - 6*L + 4, which is 9*w*l + 3*w + 3*l + 1 for W = w + 1 and L = l + 1, is 1 or more.
+    A sum of products is rewritten in terms of the excess of each part over its minimum. For example, let W = w + 1 and
+    L = l + 1 with w, l >= 0. Then 9*W*L - 6*W - 6*L + 4 is 9*w*l + 3*w + 3*l + 1, so it is at least 1.
     """
     kind = type(expr).__name__
     if kind in ("Min", "Max"):

@@ -1,7 +1,7 @@
-"""Running torch.export on a module, with symbolic dimensions as the caller names them.
+"""Running torch.export on a module, with symbolic dimensions that the caller names.
 
-Sizes of 0 and 1 are traced like any other: torch's own default assumes that no symbolic dimension is 1, and then its
-export may be wrong there.
+Symbolic dimensions may be 0 or 1. PyTorch's default assumes that they are not, and then its export may be wrong for
+these sizes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def named_arguments(module: Any, example: Example) -> dict[str, Any]:
 def _one_parameter_each(module: Any, names: Sequence[str]) -> Iterator[None]:
     """Give a module whose forward takes *args or **kwargs a parameter for each argument while it is traced.
 
-    torch.export takes dynamic shapes by parameter, and mistakes the arguments in a dict of them for more of these.
+    torch.export takes dynamic shapes by parameter. In a dict of the shapes of the arguments in *args or **kwargs, it
+    would read the arguments' names as names of parameters.
     """
     signature, own, forward = inspect.signature(module.forward), vars(module).get("forward"), module.forward
     gathering = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -96,7 +97,7 @@ def open_dimensions(arguments: Mapping[str, Any], dynamic: Mapping[str, Any] | N
         for axis, symbol in dims.items():
             size = int(tensor.shape[axis])
             if sizes.setdefault(symbol, size) != size:
-                raise UsageError(f"{symbol} is {sizes[symbol]} and {size} in the example", received=name)
+                raise UsageError(f"{symbol} has the sizes {sizes[symbol]} and {size} in the example", received=name)
         found[name] = dims
     return found
 
@@ -177,7 +178,7 @@ def _held(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _any_size() -> AbstractContextManager[Any]:
-    """Trace symbolic dimensions as possibly 0 or 1; a torch version without this option assumes 2 or more."""
+    """Trace symbolic dimensions as possibly 0 or 1. A version of PyTorch without this option assumes 2 or more."""
     from torch.fx.experimental import _config
 
     config: Any = _config
@@ -189,7 +190,7 @@ def _any_size() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Suppress torch's log of a failure: the error contains it."""
+    """Suppress PyTorch's log of a failure, because the error contains it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -223,7 +224,8 @@ def _refused(error: Exception) -> FrontendError:
 
 
 def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> torch.export.ExportedProgram:
-    """Return the program without writes into tensors, and with operators outside `kept` decomposed into core ATen's.
+    """Return the program without writes into tensors, in which operators outside `kept` are decomposed into core ATen
+    operators.
 
     Raises FrontendError.
     """
@@ -243,7 +245,7 @@ def decomposed(program: torch.export.ExportedProgram, kept: Collection[Any]) -> 
 def name_symbols(
     program: torch.export.ExportedProgram, opened: Mapping[str, dict[int, str]]
 ) -> tuple[Symbols, dict[str, Size]]:
-    """Return our names for torch's symbols, and the size for each name of `dynamic`.
+    """Return our names for PyTorch's symbols, and the size for each name of `dynamic`.
 
     Raises FrontendError for a dimension that the module fixes.
     """
@@ -272,5 +274,5 @@ def name_symbols(
             symbols.names.setdefault(symbol.name, f"{name}_{symbol.name}")
         made = symbols.size(size)
         if sizes.setdefault(name, made) != made:
-            raise FrontendError(f"{name} would be both {sizes[name]} and {made}", hint="two names in dynamic=")
+            raise FrontendError(f"{name} would be both {sizes[name]} and {made}", hint="use two names in dynamic=")
     return symbols, sizes

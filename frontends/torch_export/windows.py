@@ -44,7 +44,7 @@ def _after(
 def _max_pool(count: int, *names: str) -> None:
     @operator(*names)
     def _pooled(site: TorchSite) -> Made:
-        """Padding holds no element."""
+        """Padding does not count as an element of a window."""
         x = site.x("self")
         kernel, strides, dilations, pads = _windowing(site, count)
         after = _after(site, kernel, strides, dilations, pads)
@@ -59,8 +59,8 @@ _max_pool(2, "max_pool2d.default", "max_pool2d_with_indices.default")
 def _average_pool(count: int, name: str) -> None:
     @operator(name)
     def _pooled(site: TorchSite) -> Made:
-        """Zeros around x count unless `count_include_pad` is false; the padding of a last, partial window never
-        counts.
+        """Zeros around x count as elements unless `count_include_pad` is false; the padding of a last, partial window
+        never counts.
         """
         b, x = site.b, site.x("self")
         kernel, strides, _, pads = _windowing(site, count)
@@ -84,7 +84,9 @@ _average_pool(2, "avg_pool2d.default")
 def _adaptive(count: int, *names: str) -> None:
     @operator(*names)
     def _pooled(site: TorchSite) -> Made:
-        """The requested number of means: equal parts as means, others as a product with the weight of each element."""
+        """Compute the requested number of means. Equal parts are means; unequal parts are a product with the weight of
+        each element.
+        """
         b, x = site.b, site.x("self")
         for axis, wanted in enumerate(site.shape()[x.rank - count :], start=x.rank - count):
             size = x.shape[axis]
@@ -107,7 +109,7 @@ _adaptive(2, "adaptive_avg_pool2d.default", "_adaptive_avg_pool2d.default")
 
 
 def _meant(site: TorchSite, x: Expr, axis: int, size: int, count: int) -> Expr:
-    """The means of `count` parts of an axis, which overlap if they do not divide it."""
+    """Return the means of `count` parts of an axis; the parts overlap if `count` does not divide the size."""
     weights = np.zeros((count, size))
     for i in range(count):
         first, last = i * size // count, -(-(i + 1) * size // count)
@@ -123,7 +125,7 @@ def _meant(site: TorchSite, x: Expr, axis: int, size: int, count: int) -> Expr:
 
 @operator("unfold.default")
 def _unfold(site: TorchSite) -> Made:
-    """The windows of an axis, with the elements of each along a new last axis."""
+    """Return the windows of an axis, with the elements of each window along a new last axis."""
     x, size, step = site.x("self"), site.size("size"), site.integer("step")
     if x.rank == 0:
         site.refuse("a scalar is not supported", "x.reshape(1)")
@@ -132,7 +134,7 @@ def _unfold(site: TorchSite) -> Made:
 
 @operator("im2col.default")
 def _columns(site: TorchSite) -> Made:
-    """F.unfold: [b, c, n, m] to the windows as columns, [b, (c k l), (n m)]."""
+    """F.unfold: [b, c, n, m] -> [b, (c k l), (n m)], each window of k x l as a column."""
     b, x = site.b, site.x("self")
     kernel, dilations, pads, strides = (_each(site, n, 2, ()) for n in ("kernel_size", "dilation", "padding", "stride"))
     for i in range(2):
@@ -140,7 +142,8 @@ def _columns(site: TorchSite) -> Made:
         if pads[i]:
             x = b.pad(x, axis=axis, before=pads[i], after=pads[i])
     for i in range(2):
-        # The elements of an axis's windows become the last axis, so the next axis to split is the one before it.
+        # The elements of an axis's windows become the last axis. So the next axis to split is one position further from
+        # the end.
         x = b.windows(x, axis=x.rank - 2, size=kernel[i], stride=strides[i], dilation=dilations[i])
     return b.rearrange(x, pattern="... c n m k l -> ... (c k l) (n m)")
 
@@ -150,7 +153,7 @@ def _columns(site: TorchSite) -> Made:
 
 @operator("as_strided.default")
 def _as_strided(site: TorchSite) -> Made:
-    """The elements offset + i s0 + j s1 + ... of a contiguous tensor, as reshapes and windows."""
+    """Return the elements offset + i s0 + j s1 + ... of a contiguous tensor, by reshapes and windows."""
     b, x, shape = site.b, site.x("self"), site.shape()
     val = site.node.args[0].meta["val"]
     if not val.is_contiguous() or site.importer.symbols.size(val.storage_offset()) != ZERO:

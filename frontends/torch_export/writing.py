@@ -1,11 +1,12 @@
 """ATen operators that write at positions in an index tensor: scatter, scatter_add, index_put, index_add.
 
-A write that is not a sum becomes a read. For each position, it computes the number of the last element written there:
+A write that is not a sum becomes a read. For each position, the number of the last element written there is computed:
 
     at = where(index == n, 0 1 2 ... m-1, -1), its greatest along m          at = scatter_add(0, index, 1 2 ... m) - 1
     y  = where(at >= 0, source[at], x)                                       if no position is written twice
 
-so that it has torch's bits in any dtype. If positions repeat the last write wins, as in torch on one thread.
+So the result is bitwise identical to PyTorch's in any dtype. If positions repeat, the last write wins, as in PyTorch on
+one thread.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from treadle.ir.types import i64
 def _within(site: TorchSite, rule: Callable[[Expr, Expr, Expr | None], Expr]) -> Expr:
     """Apply `rule` to self, index and src, with the indices extended to self's size along the other axes.
 
-    If they are shorter, the rest of self is kept, and the rest of src is not read.
+    If the indices are shorter than self, the rest of self is unchanged, and the rest of src is not read.
     """
     b, x, indices, axis = site.b, site.x("self"), site.x("index"), site.axis("dim")
     source = site.maybe("src") if "src" in site.arguments else None
@@ -59,13 +60,13 @@ def _zeros(b: Builder, shape: Sequence[Size]) -> Expr:
 
 
 def _hits(b: Builder, x: Expr, indices: Expr, axis: int) -> Expr:
-    """The number of writes to each element of x."""
+    """Return the number of writes to each element of x."""
     ones = expanded(b, b.constant(1, i64), indices.shape)
     return b.scatter_add(_zeros(b, x.shape), indices, ones, axis=axis)
 
 
 def _laid(b: Builder, size: Size, axis: int, rank: int, first: int = 0) -> Expr:
-    """first, first + 1, ... along one axis of a tensor of some rank."""
+    """Return first, first + 1, ... along one axis of a tensor of this rank."""
     names = ["n" if i == axis else "1" for i in range(rank)]
     numbers = b.iota(size=size)
     return b.rearrange(numbers + first if first else numbers, pattern=f"n -> {' '.join(names)}")
@@ -84,9 +85,10 @@ def _last_writes(b: Builder, indices: Expr, size: Size, axis: int) -> Expr:
 
 
 def is_distinct(value: Value, axis: int) -> bool:
-    """Return True if the indices along an axis are known to be distinct: a single index, a count, constants, top_k.
+    """Return True if the indices along an axis are known to be distinct: a single index, an iota, distinct constants,
+    results of top_k.
 
-    A narrowing cast may make two indices equal. A cast to 32 bits does not for positions: no axis is that long.
+    A narrowing cast may make two indices equal. A cast of positions to 32 bits does not, because no axis is that long.
     """
     if value.type.shape[axis] == ONE:
         return True
@@ -153,7 +155,7 @@ def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
 
 @operator("scatter_reduce.two", "scatter.reduce")
 def _scatter_reduce(site: TorchSite) -> Made:
-    """Sums and means; without self, the written elements start at 0."""
+    """Sums and means. Without self, the written elements start at 0."""
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
     if kind not in ("sum", "add", "mean") or (kind == "mean" and not site.dtype().is_float):
@@ -192,7 +194,7 @@ def _index_add(site: TorchSite) -> Made:
 
 @operator("index_put.default", "_unsafe_index_put.default")
 def _index_put(site: TorchSite) -> Made:
-    """x[i, :, j] = values, which broadcast; with `accumulate` they are added, also where points repeat."""
+    """x[i, :, j] = values, which broadcast; with `accumulate` they are added, also if points repeat."""
     b, x, more = site.b, site.x("self"), site.flag("accumulate")
     values = site.x("values").cast(x.dtype)
     indices = list(site.given("indices"))
@@ -227,7 +229,7 @@ def _index_put(site: TorchSite) -> Made:
 
 
 def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[Size], points: Sequence[Size]) -> Expr:
-    """Do as `_last_writes` does, for rows. Points are distinct if an index counts along each of their axes."""
+    """Do the same as `_last_writes`, for rows. Points are distinct if the index of each axis is an iota."""
     size = product(sizes)
     counted = {
         c + len(points) - i.rank for i, n in zip(given, sizes, strict=True) if (c := counted_axis(i, n)) is not None
@@ -241,10 +243,10 @@ def _last_points(b: Builder, rows: Expr, given: Sequence[Expr], sizes: Sequence[
 
 
 def _at_truths(site: TorchSite, x: Expr, indices: Sequence[Expr | None], values: Expr, more: bool) -> Expr:
-    """x[..., mask] = values, if the values are the same wherever the mask holds."""
+    """x[..., mask] = values, if the values are the same for all elements that the mask selects."""
     b, given = site.b, [i for i in indices if i is not None]
     if len(given) > 1:
-        site.refuse("a mask and another index are not supported", "torch.where")
+        site.refuse("a mask together with another index is not supported", "torch.where")
     (mask,) = given
     first = next(k for k, i in enumerate(indices) if i is not None)
     behind = x.rank - first - mask.rank

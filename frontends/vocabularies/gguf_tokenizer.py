@@ -3,9 +3,9 @@
     tokenizer = gguf_text_tokenizer(GGUFFile.open(path))
     tokenizer.batch(["The capital of France is"]).ids
 
-    tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not read yet
+    tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not supported yet
     tokenizer.ggml.pre              pre-tokenizer, which splits text before merging: one of PRE_TOKENIZERS
-    tokenizer.ggml.tokens, merges   the vocabulary by its ids, and "left right", the first to apply first
+    tokenizer.ggml.tokens, merges   the tokens by id, and the merges "left right" in order of priority
     tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for the
@@ -36,7 +36,9 @@ PRE_TOKENIZERS = {
     "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST, False),
     "qwen2": (_WORDS + r"\p{N}" + _REST, False),
 }
-"""Pre-tokenizers by name: a regular expression (None: GPT-2's own), and True if digits are first split one by one."""
+"""Pre-tokenizers by name: a regular expression (None: GPT-2's own), and True if digits are first split into single
+ones.
+"""
 
 
 def build_gguf_tokenizer(file: GGUFFile) -> Any:
@@ -53,7 +55,9 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         ) from error
     kind, cut = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "default")
     if kind != "gpt2":
-        file.fail("tokenizer.ggml.model", "is a vocabulary that is not read yet", f"{printable(kind)}; supported: gpt2")
+        file.fail(
+            "tokenizer.ggml.model", "is a vocabulary that is not supported yet", f"{printable(kind)}; supported: gpt2"
+        )
     if cut not in PRE_TOKENIZERS:
         file.fail("tokenizer.ggml.pre", "is not known", f"{printable(cut)}; known: {', '.join(PRE_TOKENIZERS)}")
     tokens = file.texts(_TOKENS)
@@ -68,7 +72,7 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         merges.append((left, right))
 
     def build() -> Any:
-        # Llama 3's vocabulary contains whole words that no merge reaches.
+        # Llama 3's vocabulary contains whole words that no sequence of merges produces.
         model = tokenizers.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=cut == "llama-bpe")
         made = tokenizers.Tokenizer(model)
         made.pre_tokenizer = _pre_tokenizer(tokenizers, *PRE_TOKENIZERS[cut])
@@ -102,7 +106,9 @@ def gguf_text_tokenizer(file: GGUFFile, *, max_tokens: int | None = None) -> Tex
 
 
 def gguf_end_tokens(file: GGUFFile) -> tuple[int, ...]:
-    """Return the ids that stop generation: the end of the text, of the turn, of the message."""
+    """Return the ids that stop generation: the ends of the text, of the turn and of the message, if the file has
+    them.
+    """
     count = len(file.texts(_TOKENS))
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(_token_id(file, key, count) for key in keys if file.has(key)))
@@ -119,7 +125,7 @@ def _token_id(file: GGUFFile, key: str, count: int) -> int:
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> list[tuple[int, str]]:
-    """Return the tokens that are never split, with their types."""
+    """Return the tokens that are matched as a whole, with their types."""
     key = "tokenizer.ggml.token_type"
     if not file.has(key):
         return []
@@ -138,7 +144,9 @@ def _pre_tokenizer(tokenizers: Any, pattern: str | None, single_digits: bool) ->
 
 
 def _guarded(build: Callable[[], Any], file: GGUFFile) -> Any:
-    """Return the library's result for a vocabulary; raise its refusals, and panics of its Rust, as CheckpointError."""
+    """Return the result of a call of the library for a vocabulary. Its errors, and panics of its Rust code, become
+    CheckpointError.
+    """
     try:
         return build()
     except CheckpointError:

@@ -36,7 +36,7 @@ class _Parts:
     """The contents of a folder from which a tokenizer is built.
 
     special   the names of special tokens, by role
-    settings  tokenizer_config.json
+    settings  content of tokenizer_config.json
     """
 
     tokenizers: Any
@@ -48,8 +48,8 @@ class _Parts:
     def put_between(self, first: str, last: str, *, trims: bool = False, prefix: bool = False) -> Any:
         """Return the processor that puts a text between the special tokens of two roles.
 
-        trims   True if offsets leave out the space before a word
-        prefix  True if a space is put before the first word
+        trims   True if offsets exclude the space before a word
+        prefix  True if a space is added before the first word
         """
         begin, end = ((self.special[role], self.vocabulary[self.special[role]]) for role in (first, last))
         return self.tokenizers.processors.RobertaProcessing(end, begin, trim_offsets=trims, add_prefix_space=prefix)
@@ -59,10 +59,10 @@ class _Parts:
 class _Kind:
     """The construction of one kind of vocabulary.
 
-    build    builds the tokenizer
-    special  the names of special tokens in the vocabulary, unless the folder defines others
-    strips   by role, True if the space before the token belongs to it, as the model was trained, and the same for the
-             space after it
+    build    function that builds the tokenizer
+    special  default names of special tokens, used unless the folder defines others
+    strips   by role, a pair: True if the token includes the space before it, as the model was trained, and the same for
+             the space after it
     around   True if `add_bos_token` and `add_eos_token` put tokens around a text
     """
 
@@ -73,9 +73,10 @@ class _Kind:
 
 
 def build_older_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has no such files, or an unsupported kind.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`. Return None if the folder has no such files, or an
+    unsupported kind.
 
-    settings  tokenizer_config.json
+    settings  content of tokenizer_config.json
 
     Raises CheckpointError if a file is damaged or too long.
     """

@@ -28,7 +28,9 @@ _MOST_PIECES = 4_000_000
 
 @dataclass(frozen=True)
 class VocabularyPiece:
-    """A piece of text, its score (a log probability; for BPE, the negative number of its merge), and its kind."""
+    """A piece of text, its score (a log probability; for BPE, the negative number of the merge that forms it), and its
+    kind.
+    """
 
     text: str
     score: float
@@ -43,9 +45,10 @@ class SentencePieces:
     kind     UNIGRAM or BPE
     unknown  the number of the unknown piece
     charmap  normalization of characters, in the tokenizers library's format; empty: none
-    bytes    True if unknown characters are split into bytes, each a piece
-    prefix   True if a space is added before a text; single, True if several spaces become one, and spaces at the ends
-             are removed; escaped, True if spaces are replaced by their symbol in pieces
+    bytes    True if unknown characters are split into bytes, each of which is a piece
+    prefix   True if a space is added before a text
+    single   True if several spaces become one, and spaces at the ends are removed
+    escaped  True if pieces have a symbol in place of spaces
     """
 
     pieces: tuple[VocabularyPiece, ...]
@@ -61,7 +64,8 @@ class SentencePieces:
 def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
     """Read a file's bytes; `shown` is its name in errors.
 
-    Raises CheckpointError, with the offset, if they are not such a file, are truncated, or hold unsupported fields.
+    Raises CheckpointError, with the offset, if the bytes are not such a file, are truncated, or hold unsupported
+    fields.
     """
     pieces: list[VocabularyPiece] = []
     charmap = b""
@@ -93,10 +97,11 @@ def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
 
 
 def _check_charmap(charmap: bytes, at: int, shown: str) -> None:
-    """Check that a character table is valid, which the library does not.
+    """Check that a character table is valid. The library does not check this.
 
-    A length, a double array of that many bytes (Aoe 1989, as darts-clone stores it), and the texts that its leaves
-    point into, each with a zero at its end. A unit's children are in the block of 256 at its offset.
+    The table is a length, a double array of this number of bytes (Aoe 1989, as darts-clone stores it), and the strings
+    that its leaves refer to, each with a zero at its end. A unit's children are in the block of 256 units at the unit's
+    offset.
     """
     if not charmap:
         return
@@ -114,7 +119,7 @@ def _check_charmap(charmap: bytes, at: int, shown: str) -> None:
         or starts.max(initial=0) >= len(texts)
         or not inside.all()
     ):
-        raise _damaged("the table of characters is damaged", at, shown, "it points outside itself")
+        raise _damaged("the table of characters is damaged", at, shown, "an offset points outside the table")
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _fields(data: bytes, at: int, end: int, shown: str) -> Iterator[_Field]:
 
 
 def _varint(data: bytes, at: int, end: int, shown: str) -> tuple[int, int]:
-    """Return an integer of 7 bits a byte, the lowest first, and its end."""
+    """Return an integer stored as 7 bits per byte, lowest bits first, and the offset of its end."""
     value = 0
     for place in range(10):
         if at + place >= end:

@@ -1,7 +1,7 @@
 """Tokenizers of SentencePiece vocabularies, built for each kind of model as Hugging Face builds them.
 
     t5, albert, siglip             unigram, each with an extra normalization before the file's
-    xlm-roberta, camembert         unigram, whose numbers their first training shifted
+    xlm-roberta, camembert         unigram, with ids shifted by fairseq's special tokens
     llama, gemma                   BPE, with bytes for unknown characters
     if no class is named           as the file itself declares
 
@@ -29,9 +29,9 @@ class PieceVocabulary:
     """The inputs of a tokenizer's construction.
 
     library   the module tokenizers
-    file      contents of the folder's file, and shown, its name
+    file      content of the folder's file; shown, the name of the file
     special   the names of special tokens by their roles
-    settings  tokenizer_config.json
+    settings  content of tokenizer_config.json
     """
 
     library: Any
@@ -65,9 +65,9 @@ class PieceVocabulary:
 class PieceKind:
     """The construction of one kind of vocabulary.
 
-    build    builds the tokenizer without its special tokens, and returns additional special tokens
-    special  default names of special tokens, if the folder does not list others
-    model    required kind of the file: UNIGRAM or BPE; None: either
+    build    function that builds the tokenizer without its special tokens, and returns additional special tokens
+    special  default names of special tokens, used unless the folder lists others
+    model    required kind of the file: UNIGRAM or BPE; None: both are accepted
     strips   roles of tokens that include the space before them, or the spaces around them
     plain    True if the file's control pieces are not special tokens
     """
@@ -205,7 +205,7 @@ def _gemma(v: PieceVocabulary) -> tuple[Any, list[str]]:
 
 
 def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
-    """Build the tokenizer as the file declares, as the library that wrote it tokenizes."""
+    """Build the tokenizer that the file declares, with the tokenization of the library that wrote the file."""
     library, file, n = v.library, v.file, v.library.normalizers
     if file.kind == UNIGRAM:
         model = library.models.Unigram(v.scores(), unk_id=file.unknown, byte_fallback=file.bytes)
@@ -233,7 +233,7 @@ def _own(v: PieceVocabulary) -> tuple[Any, list[str]]:
         steps += [n.Replace(library.Regex(r"\A +| +\z"), ""), n.Replace(library.Regex(" {2,}"), " ")]
     if file.escaped:
         steps.append(n.Replace(" ", _SPACE))
-    if file.prefix and legacy:  # the library adds no prefix to a text that begins with the symbol of a space
+    if file.prefix and legacy:  # the library adds no prefix to a text that begins with the symbol for a space
         steps.append(n.Replace(library.Regex(rf"\A{_SPACE}"), 2 * _SPACE))
     made.normalizer = n.Sequence(steps)
     pre = library.pre_tokenizers
@@ -299,7 +299,7 @@ _KINDS: Mapping[str, PieceKind] = {
 }
 
 BY_CLASS = {**_KINDS, "llama": _LLAMA_KIND}
-"""Kinds by tokenizer_config.json's tokenizer_class, in lower case and without its ending."""
+"""Kinds by tokenizer_config.json's tokenizer_class, in lower case and without the endings Tokenizer and Fast."""
 
 BY_TYPE = {**_KINDS, **dict.fromkeys(("llama", "mistral", "phi3"), _OWN)}
 """Kinds by config.json's model_type."""

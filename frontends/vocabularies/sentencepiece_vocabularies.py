@@ -1,7 +1,7 @@
 """A folder's SentencePiece vocabulary as a tokenizer, with its special tokens and its added tokens.
 
     spiece.model                   T5, mT5, ALBERT, SigLIP: unigram
-    sentencepiece.bpe.model        XLM-R, CamemBERT: unigram, whose numbers their first training shifted
+    sentencepiece.bpe.model        XLM-R, CamemBERT: unigram, with ids shifted by fairseq's special tokens
     tokenizer.model                Llama, Mistral, Gemma: BPE, with bytes for unknown characters; if no class is named,
                                    as the file itself declares
 
@@ -24,9 +24,10 @@ FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any], limit_bytes: int) -> Any | None:
-    """Build the folder's vocabulary as a `tokenizers.Tokenizer`; None if it has none, or a kind that is not built here.
+    """Build the folder's vocabulary as a `tokenizers.Tokenizer`. Return None if the folder has none, or an unsupported
+    kind.
 
-    settings  tokenizer_config.json
+    settings  content of tokenizer_config.json
 
     Raises CheckpointError if the file is damaged or too long.
     """
@@ -55,6 +56,8 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
 
 
 def _kind(names: Sequence[str], has_class: bool) -> PieceKind | None:
-    """Return the kind for the names that a folder gives; a class takes precedence over a type."""
+    """Return the kind for the names that a folder gives. The name of a class takes precedence over the name of a
+    type.
+    """
     found = [BY_CLASS.get(name) if has_class and n == 0 else BY_TYPE.get(name) for n, name in enumerate(names)]
     return next((kind for kind in found if kind is not None), None)

@@ -19,7 +19,7 @@ from treadle.ir.errors import CheckpointError
 _SETTINGS, _NAMES, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FLAGS = ("lstrip", "rstrip", "normalized", "special", "single_word")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Roles in the order in which tokens that the vocabulary lacks get their numbers."""
+"""The roles of special tokens. Tokens that the vocabulary lacks get their ids in this order."""
 _FURTHER = ("extra_special_tokens", "additional_special_tokens")
 """Lists of special tokens without a role; the first list that is present is read."""
 
@@ -75,8 +75,10 @@ def add_named_tokens(
 
     library  the module tokenizers
     special  the names of special tokens by their roles
-    strips   by role, defaults: True if the space before the token belongs to it, and the same for the space after it
-    before   special tokens without a role that come before the tokens with a role; after: those that come next
+    strips   by role, a pair of defaults: True if the token includes the space before it, and the same for the space
+             after it
+    before   special tokens without a role that are added before the tokens with a role
+    after    special tokens without a role that are added after them
 
     Raises CheckpointError if a listed token has another number in the vocabulary.
     """
@@ -131,7 +133,9 @@ def _content(token: object) -> str | None:
 
 
 def _further(settings: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
-    """Return the special tokens without a role, with their flags; for an object, its values."""
+    """Return the special tokens without a role, with their flags. If the setting is an object, its values are the
+    tokens.
+    """
     given = next((settings[name] for name in _FURTHER if name in settings), None)
     listed = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list) else []
     found: dict[str, dict[str, bool]] = {}
@@ -160,7 +164,7 @@ def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 
 def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] | None) -> tuple[bool, bool]:
-    """Return True if the space before a special token belongs to it, and the same for the space after it."""
+    """Return True if a special token includes the space before it, and the same for the space after it."""
     given = settings.get(role)
     if isinstance(given, Mapping):
         return given.get("lstrip") is True, given.get("rstrip") is True

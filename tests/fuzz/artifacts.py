@@ -3,13 +3,13 @@
     python -m tests.fuzz.artifacts [--count 10000] [--seed 0] [--hostile]
 
 Half of the mutations know the format: they edit graphs, log, fields, weights and layout, and then correct the hashes
-and the seal, so that the reader gets past them. The other half flip, cut and copy bytes at random, and must be noticed
-unless the bytes are the same. A mutation fails the run if loading raises anything but our error, accepts bytes that
-were changed, runs text of the file as code, takes longer than a second, or needs more memory than twice the file plus
-64 MiB. Exit status 1 if any fails.
+and the seal, so that the reader gets past them. The other half flip, cut and copy bytes at random; the reader must
+refuse them unless the bytes are unchanged. A mutation fails the run if loading raises anything but our error, accepts
+bytes that were changed, runs text of the file as code, takes longer than a second, or needs more memory than twice the
+file plus 64 MiB. Exit status 1 if any fails.
 
-First come the files of tests/fuzz/hostile_artifacts.py, designed to cost time: they must have the outcome that is
-listed there, within a second of CPU time. --hostile runs these alone.
+First come the files of tests/fuzz/hostile_artifacts.py, designed to cost time: each must have its listed outcome within
+a second of CPU time. --hostile runs only these.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
 from treadle.models.gpt2 import gpt2
 
-if __name__ == "__main__":  # run as a file, which has only its own folder on the path
+if __name__ == "__main__":  # run as a file, when only its own folder is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.fuzz.campaign import Tally, options_of
 from tests.fuzz.hostile_artifacts import METADATA, SHAPES, Shape
@@ -91,7 +91,7 @@ class Parts:
 
 
 def hostile_file(shape: Shape) -> bytes:
-    """Return a file of this shape."""
+    """Return the bytes of the hostile file `shape`."""
     return Parts(dict(METADATA), shape.sections()).file()
 
 
@@ -108,7 +108,9 @@ def sealed(file: bytes) -> bytes:
 
 @cache
 def seeds() -> tuple[bytes, ...]:
-    """Return valid files: a model with a block and a log of refusals; one of odd names, dtypes and long constants."""
+    """Return valid files: a model with a block and a log of refusals, and a model with odd names, many dtypes and long
+    constants.
+    """
     b = Builder(Graph("odd"))
     x = b.input("x y", "f32[B, S, 8]")
     table = b.parameter("wéights.0", "f32[5, 8]")
@@ -144,7 +146,7 @@ def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes, bytes | None]
 
 
 def knowing(rng: random.Random, valid: bytes) -> tuple[str, bytes]:
-    """Damage a text, the log's values, fields, weights, or the header, and keep the hashes right."""
+    """Damage a graph's text, the log's values, fields, weights or the header, and correct the hashes."""
     parts = Parts.of(valid)
     names = list(parts.sections)
     weight = rng.choice([n for n in names if n.startswith("weight/")])
@@ -275,7 +277,7 @@ class Verdict:
 
 
 def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
-    """Write the file to `path` and load it. If `valid` is given, anything but its bytes must be refused."""
+    """Write the file to `path` and load it. If `valid` is given, any file with other bytes must be refused."""
     path.write_bytes(file)
     try:
         load_artifact(path)
@@ -294,10 +296,10 @@ def judge(file: bytes, path: Path, valid: bytes | None) -> Verdict:
 
 
 def time_hostile() -> list[str]:
-    """Load each hostile file, once for its time and once for its memory, and print both; return the failures."""
+    """Load each hostile file twice, to measure its time and its memory, and print both; return the failures."""
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        judge(seeds()[0], Path(folder) / "first.treadle", None)  # imports must not count for a file
+        judge(seeds()[0], Path(folder) / "first.treadle", None)  # the time of imports must not count for a file
         for number, (name, shape) in enumerate(SHAPES.items()):
             path, file = Path(folder) / f"{number}.treadle", hostile_file(shape)
             path.write_bytes(file)

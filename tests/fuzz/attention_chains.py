@@ -2,9 +2,9 @@
 
     drawn = draw_attention(seed)       # drawn.graph, drawn.inputs(float64), drawn.text
 
-With these numbers no order of additions matters: queries, keys and biases are multiples of 1/8, scales powers of two.
-So if every key of a row is masked, only the masks' own numbers remain, to the last digit, in f16 as in f32. The first
-row of every mask keeps no key, the second is padded on the left.
+Queries, keys and biases are multiples of 1/8 and scales are powers of two, so the order of additions does not change a
+sum. If every key of a row is masked, only the masks' numbers remain, exactly, in f16 and in f32. The first row of every
+mask keeps no key; the second is padded on the left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 ROWS, HEADS, QUERIES, SIZE = 3, 2, 4, 4
 NUMBERS = (-1e4, -1e9, -1e30, -3.4028234663852886e38, -math.inf)
-"""Numbers by which models mask, if a dtype holds them; f16 has its own least number."""
+"""Numbers by which models mask, if the dtype can hold them; f16 also uses its own lowest number."""
 
 
 @dataclass
@@ -41,7 +41,7 @@ class DrawnAttention:
 
 
 def draw_attention(seed: int) -> DrawnAttention:
-    """An attention with up to five steps between its two products."""
+    """Draw an attention with up to five steps between its two products."""
     return _Drawing(np.random.default_rng(seed)).run()
 
 
@@ -172,7 +172,9 @@ class _Drawing:
         return float(self.one(*(n for n in (*NUMBERS, least) if x.dtype.holds(n))))
 
     def added_number(self, x: Expr) -> float:
-        """Exclude numbers next to which f16 keeps a part of the scores."""
+        """Draw a number to add to scores. Numbers next to which f16 would keep some digits of the scores are
+        excluded.
+        """
         return float(self.one(-x.dtype.greatest, -math.inf)) if x.dtype is f16 else self.number(x)
 
     def condition(self) -> tuple[Expr, str]:

@@ -1,4 +1,4 @@
-"""Common parts of the fuzzers of damaged files: options, tally, closing lines."""
+"""Common parts of the fuzzers of damaged files: options, the tally of outcomes, and the final report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Tally:
             self.failures.append(f"{mutation}: {failure}")
 
     def close(self, options: argparse.Namespace, *notes: str) -> int:
-        """Print everything, with notes on measurements; return the command's exit status."""
+        """Print the outcomes, with notes on measurements; return the command's exit status."""
         print(f"{options.count} mutations, seed {options.seed}, {time.perf_counter() - self.started:.1f} s")
         for outcome, many in sorted(self.outcomes.items()):
             print(f"  {many:6d}  {outcome}")
@@ -51,7 +51,7 @@ class Tally:
 
 
 def scrambled(rng: random.Random, file: bytes, head: int, values: bytes) -> tuple[str, bytes]:
-    """Flip, set, remove, insert or copy bytes, or cut the end off; mostly in the first `head` bytes."""
+    """Flip, set, remove, insert or copy bytes, or cut off the end; mostly in the first `head` bytes."""
     edited = bytearray(file)
     kind = rng.choice(("flip", "set", "remove", "insert", "copy", "cut"))
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):

@@ -4,8 +4,8 @@
 
 Each combination runs at 1 row, or at 9 rows and at 1, with three budgets: the smallest, which the error for an
 impossible budget reports; the memory of a run without a budget; and the mean of both. Outputs are compared with the
-outputs of the same scheme without a budget. A combination runs, or is refused at compile time. Failures are a pass that
-breaks, a call that fails, and a refused budget within the range. The exit status is 1 if there is a failure.
+outputs of the same scheme without a budget. A combination must run, or be refused at compile time. A pass or a call
+that raises is a failure, and so is a refused budget within the range. The exit status is 1 if there is a failure.
 
     only     run only combinations whose name contains this text, such as "t5 int8"
     bits     compare outputs bitwise on TVM, whose kernels compute a row independently of the other rows
@@ -55,7 +55,8 @@ BUDGETS = ("least", "middle", "all")
 _NEAR = 2e-5
 """Tolerance relative to an output's largest magnitude, for sums in another order."""
 _NEAR_ROUNDED = 5e-3
-"""The same if activations are rounded: a number that differs by a bit may be rounded to the next of 255 steps."""
+"""The same tolerance if activations are rounded: a number that differs by one bit may round to the next of 255 steps.
+"""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 Small random models of every `model_type` of the zoo. The keys are the keys of the file, the fields and other names that
 transformers' config class knows, the names that its modeling code reads, and names that older versions wrote;
-`rope_parameters`, `text_config` and `vision_config` are changed inside, too. Each case must be equal, or refused with
-an error of ours, or its key must be reported as unread. Exit status 1 if one is silently wrong.
+`rope_parameters`, `text_config` and `vision_config` are changed inside, too. In each case the outputs must be equal, or
+the model refused with a TreadleError, or the key reported as unread. Exit status 1 if an output is silently wrong.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ Json = dict[str, Any]
 Place = tuple[str, ...]
 
 TOLERANCE = 2e-5
-"""Tolerance for max|a - b| / max|b|; float64 against their float32, see tests/test_huggingface_models.py."""
+"""Tolerance for max|a - b| / max|b|: ours is float64, transformers' is float32; see tests/test_huggingface_models.py.
+"""
 
 ABSENT = "(absent)"
 
@@ -159,7 +160,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A folder of a small model, in the form that transformers writes now, or wrote before version 5."""
+    """The folder of a small model, in the form that transformers writes now, or wrote before version 5."""
 
     name: str
     folder: Path
@@ -213,7 +214,9 @@ def as_before(config: Json) -> Json:
 
 
 def bases(every: bool = False) -> list[str]:
-    """Return a base for each `model_type`; with rotary positions, also a base in the form before version 5."""
+    """Return the bases: one for each `model_type`, and for models with rotary positions a second one in the form before
+    version 5.
+    """
     firsts: dict[type, str] = {}
     for name, tiny in MODELS.items():
         firsts.setdefault(getattr(transformers, tiny.architecture).config_class, name)
@@ -254,7 +257,7 @@ ROPES = ("rope_parameters", "rope_scaling", "full_attention", "sliding_attention
 
 
 def other_values(key: str, value: Any) -> list[Any]:
-    """Return values that differ from a key's value."""
+    """Return other values for a key with this value."""
     if key in LEGACY and value is None:
         return LEGACY[key]
     match value:
@@ -322,7 +325,9 @@ def part_fields(architecture: str, part: str) -> Mapping[str, Any]:
 
 
 def draw(graph: Graph, tiny: Tiny, padding: object) -> dict[str, Array]:
-    """Draw inputs for a graph, without the padding token: transformers looks for it, and our models take lengths."""
+    """Draw inputs for a graph, without the padding token: transformers finds padding by that token, while our models
+    take lengths.
+    """
     rng = np.random.default_rng(0)
     inputs: dict[str, Array] = {}
     for v in graph.main.inputs:
@@ -353,14 +358,14 @@ def theirs_of(folder: Path, tiny: Tiny, inputs: Mapping[str, Array]) -> dict[str
 class Verdict:
     """The outcome of a case.
 
-    equal     both return the same outputs
-    refused   ours refuses and theirs does not
-    both      both refuse
-    lenient   theirs refuses, and ours does not
-    unfit     theirs refuses weights that do not fit, and ours does not
-    reported  the outputs differ, and ours reports the key as unread
+    equal     both sides return the same outputs
+    refused   we refuse the folder, and transformers does not
+    both      both sides refuse it
+    lenient   transformers refuses it, and we do not
+    unfit     transformers refuses weights of another shape, and we do not
+    reported  the outputs differ, and we report the key as unread
     wrong     the outputs differ
-    error     ours raises an error that is not a TreadleError
+    error     we raise an error that is not a TreadleError
     """
 
     outcome: str
@@ -368,7 +373,7 @@ class Verdict:
 
 
 def verdict(base: Base, case: Case, folder: Path) -> Verdict:
-    """Return the verdict on one case, run on both sides; `folder` is written."""
+    """Run a case with Treadle and with transformers, and return the verdict; the model is written to `folder`."""
     folder.mkdir(exist_ok=True)
     shutil.copyfile(base.folder / "model.safetensors", folder / "model.safetensors")
     config = case.config(base.config)

@@ -35,8 +35,8 @@ from treadle.resolving import resolve
 
 Array = np.ndarray[Any, Any]
 
-# Limit on the calls (Python and C) that opening, dequantising and building the vocabulary may make: a base, and a
-# number for each byte.
+# Limit on the number of calls (Python and C) for opening, dequantising and building the vocabulary: a base, and a
+# number for each byte of the file.
 CALLS_BASE, CALLS_A_BYTE = 2_000, 1
 SECONDS = 1.0
 MEMORY = 64 << 20
@@ -49,7 +49,7 @@ SPECIAL = ("<|end|>", "<|start|>")
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, every byte, and the results of the merges."""
+    """Return the tokens of a vocabulary: special tokens, every byte, and the results of the merges."""
     return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(m.replace(" ", "") for m in MERGES)]
 
 
@@ -71,7 +71,7 @@ class Sizes:
 
 
 def tensors(sizes: Sizes) -> dict[str, Array]:
-    """Random weights under GGUF's names."""
+    """Draw random weights under GGUF's names."""
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (len(vocabulary()), sizes.dim), "output_norm": (sizes.dim,)}
     for i in range(sizes.layers):
@@ -136,7 +136,7 @@ def write_model(
 
 
 def seeds() -> list[bytes]:
-    """Valid files: a model in several block types, and one of another architecture."""
+    """Return valid files: a model in several block types, and a model of another architecture."""
     made = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
@@ -163,7 +163,7 @@ _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def fields(file: bytes) -> tuple[list[Field], list[tuple[int, int]]]:
-    """The fields of a valid file's header, and the bytes of each entry of its two tables."""
+    """Return the fields of a valid file's header, and the range of bytes of each entry of its two tables."""
     found = [Field("magic", 0, 4), Field("version", 4, 4), Field("tensors", 8, 8), Field("keys", 16, 8)]
     entries: list[tuple[int, int]] = []
     at = 24
@@ -191,7 +191,7 @@ def fields(file: bytes) -> tuple[list[Field], list[tuple[int, int]]]:
             for item in range(number("count", 8)):
                 if inner != 8:
                     number("item", _WIDTHS[inner])
-                elif item < 40:  # a few stand for all of a long array
+                elif item < 40:  # a few elements stand for a long array
                     string("item")
                 else:
                     at += 8 + int.from_bytes(file[at : at + 8], "little")
@@ -241,7 +241,7 @@ def by_structure(
         return before + moved.to_bytes(max(field.width, 1), "little") + after
 
     def renamed() -> bytes:
-        """Replace a text and correct its length."""
+        """Replace a string and correct its length."""
         length = struct.pack("<Q", len(text))
         return before[:-8] + length + text + after if field.kind in ("key", "string", "item", "name") else nudged()
 
@@ -283,9 +283,9 @@ class Verdict:
 
     outcome  "read", or the stage that refused it: "opening", "tensors", "vocabulary", "model"
     reason   the error's first line if it was refused
-    calls    Python and C calls that opening, dequantising and building the vocabulary made
-    seconds  duration of everything
-    failure  the error of our reader, or None
+    calls    number of Python and C calls while opening, dequantising and building the vocabulary
+    seconds  duration of all stages
+    failure  a description of our reader's failure, or None
     """
 
     outcome: str

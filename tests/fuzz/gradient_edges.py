@@ -1,5 +1,5 @@
-"""Compare gradients with autograd's at zeros, ties, large numbers and fully masked rows; and gradients of random
-masked programs after recognition with those before.
+"""Compare gradients with autograd's at zeros, ties, large numbers and fully masked rows. Compare gradients of random
+masked programs before and after recognition.
 
     python -m tests.fuzz.gradient_edges [--only NAME] [--programs 200] [--no-onnx] [--certify]
 

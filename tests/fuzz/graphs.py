@@ -1,4 +1,5 @@
-"""Fuzzing the passes and the backends: random graphs, optimized and run on every backend, must compute their meaning.
+"""Fuzzing the passes and the backends: a random graph, optimized and run on every backend, must return the results that
+its ops define.
 
     python -m tests.fuzz.graphs [--count 20000] [--seed 0] [--tvm-every 5] [--backend torch] [--poison]
 
@@ -7,12 +8,12 @@ The graphs are of two kinds: chains of functions in the forms that models use, w
 sometimes fully masked (tests/fuzz/attention_chains.py). They are in f64, f32, f16 and bf16; graphs in narrow dtypes
 sometimes have an axis of thousands.
 
-A result is right if it is near to the meaning of the declared graph in float64, or to its meaning in its own dtype,
-where twice float32's least number is -inf. The tolerance follows from the effect of roundings
-(`treadle.runtime.roundings`), row by row. A graph fails the run if a result is not right, or if anything is raised but
-a backend's refusal to compile it. Exit status 1 if any fails; a failure is printed with the seed that reproduces it.
-With `--poison`, storage that is dead according to the plan is NaN while a graph runs (`treadle.backends.poison`): a
-wrong plan then returns wrong numbers.
+A result is right if it is near the result of the declared graph in float64, or in the graph's own dtype, where twice
+float32's lowest number is -inf. The tolerance follows from the effect of roundings (`treadle.runtime.roundings`), row
+by row. A graph fails the run if a result is not right, or if any error other than a backend's refusal to compile it is
+raised. Exit status 1 if any fails; a failure is printed with the seed that reproduces it. With `--poison`, storage that
+is dead according to the plan is NaN while a graph runs (`treadle.backends.poison`): a wrong plan then returns wrong
+numbers.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _elements(graph: Graph, sizes: Mapping[str, int]) -> int:
 
 
 class Judge:
-    """The meaning of one case, and the comparison of results with it."""
+    """The exact results of one case, and the comparison of a backend's results with them."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -107,7 +108,7 @@ class Judge:
 
     def failure(self, results: Arrays) -> str | None:
         """Return the first error in the results, or None."""
-        for rounds in (_FEW, _MANY):  # two draws seldom flip a comparison that depends on rounding
+        for rounds in (_FEW, _MANY):  # two draws seldom flip a comparison that rounding decides
             wrong = {name for name, array in results.items() if not self._near(name, array, self.wide, rounds)}
             if not wrong:
                 return None
@@ -141,7 +142,7 @@ class Judge:
         return bool(np.all(same | (finite & near)))
 
     def _moved(self, rounds: int) -> Mapping[str, Moved]:
-        """Return the movement of outputs by rounding in either graph."""
+        """Return how far roundings in either graph may move the outputs."""
         if rounds in self.moves:
             return self.moves[rounds]
         found: dict[str, Moved] = {}

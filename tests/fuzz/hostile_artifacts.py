@@ -1,4 +1,4 @@
-"""Artifacts designed to be expensive to read: each is refused with our error, or loads, in bounded time.
+"""Artifacts designed to be expensive to read. Each must be refused with our error, or load, in bounded time.
 
 `SHAPES` maps their names to their shapes and outcomes: files that load are just within the limits of `ArtifactLimits`,
 the others are far beyond one of them. Their hashes and seals are correct, so nothing else stops them.
@@ -20,7 +20,7 @@ Section = tuple[str, list[int], bytes]
 class Shape:
     """One hostile file.
 
-    text     builds the graph's text; the file has it twice, as declared and as optimized
+    text     a function that returns the graph's text; the file holds this text twice, as declared and as optimized
     refusal  the expected text of the error, or None if the file loads
     weights  the names of its weights, f32[0] each
     passes   the pass log's passes
@@ -32,7 +32,7 @@ class Shape:
     passes: Sequence[Any] = field(default=(), repr=False)
 
     def sections(self) -> dict[str, Section]:
-        """The sections of the file: each section's dtype, shape and bytes."""
+        """Return the sections of the file: each section's dtype, shape and bytes."""
         text, log = self.text().encode(), json.dumps({"passes": self.passes}).encode()
         sections: dict[str, Section] = {name: ("U8", [len(text)], text) for name in ("graph", "declared")}
         sections["log"] = ("U8", [len(log)], log)
@@ -63,7 +63,7 @@ def graph(
     result: str = "x",
     after: str = "",
 ) -> str:
-    """Return a graph's text around statements."""
+    """Return a graph's text that contains these statements."""
     return (
         f"graph g {{\nsymbols {symbols}\nparameters {{\n{parameters}\n}}\n{blocks}\n"
         f"main({inputs}) -> (y: f32[B, 8]) {{\n{body}\nreturn y = {result}\n}}\n{after}}}\n"
@@ -79,7 +79,7 @@ def listed(count: int, item: Callable[[int], str], sign: str = ", ") -> str:
 
 
 def chain(count: int, op: str, note: str = "") -> str:
-    """Return statements in the form of `op`, each of them reading the previous result: `add({before}, x)`."""
+    """Return statements of the form `op`. Each reads the result of the preceding statement: `add({before}, x)`."""
     read = ("x", *(f"v{i}" for i in range(count)))
     body = lines(count, lambda i: f"v{i} = {op.format(before=read[i], i=i)}{note.format(i=i)}")
     return graph(body, result=read[-1])
@@ -94,12 +94,12 @@ def symbols(count: int) -> str:
 
 
 def sums(count: int, sign: str, terms: int = 2) -> str:
-    """`(s0+s1)*(s2+s3)*...`: sums, each with separate symbols."""
+    """Return a size expression `(s0+s1)*(s2+s3)*...`: a product of sums, each with separate symbols."""
     return listed(count, lambda k: "(" + listed(terms, lambda j: f"s{terms * k + j}", "+") + ")", sign)
 
 
 def calling(count: int) -> str:
-    """Blocks that each call the previous one twice: the last stands for 2^count ops."""
+    """Return blocks that each call the preceding block twice: the last one expands to 2^count ops."""
     callees = ("op neg", *(f"f{i}" for i in range(count)))
     return lines(count, lambda i: f"block f{i}({X}) -> (x: f32[B, 8]) {{ {_twice(callees[i])} return x = b }}")
 
@@ -234,7 +234,7 @@ SHAPES: Mapping[str, Shape] = {
             for n in range(150)
         ],
     ),
-    # A little under each limit at once.
+    # A file that is slightly below each limit.
     "everything": Shape(
         lambda: graph(lines(1_100, lambda i: f"v{i} = add(x, {_EIGHT.format(i=i)})"), parameters=_declared(_MANY)),
         None,

@@ -1,4 +1,5 @@
-"""SIGINTs at random bytecodes of `Trainer.step`: `python tests/fuzz/interrupted_steps.py [--count 1000] [--seed 0]`.
+"""Send SIGINT at random bytecodes of `Trainer.step`: `python tests/fuzz/interrupted_steps.py [--count 1000] [--seed
+0]`.
 
 An interrupted call must leave weights, moments and accumulated gradients bitwise as before it, or as after it. Training
 must then continue: a second trainer, which takes the same batches uninterrupted, must have the same state after each of
@@ -33,16 +34,16 @@ Array = np.ndarray[Any, Any]
 SMALL = {"layers": 1, "dim": 8, "heads": 2, "vocab": 11, "context": 6}
 ACCUMULATE = 2
 LONGEST = 120.0
-"""Seconds after which a call counts as a deadlock: the process prints its stacks and ends."""
+"""Seconds after which a call counts as a deadlock: the process then prints its stacks and ends."""
 _COMMITTING = ("treadle/training/", "contextlib.py")
 
 
 class Interrupted:
     """Run a call, and raise SIGINT at one of the points at which CPython calls signal handlers.
 
-    These points are the ends of calls, backward jumps and the beginnings of functions. An exception belongs to the
-    block of that bytecode. So handlers run when a profiler sees a C function return, or before the next bytecode if it
-    is in the same block. No handler runs between the end of a `with` block and its exit.
+    These points are the ends of calls, backward jumps and the beginnings of functions. An exception is raised in the
+    block of that bytecode. So here handlers run when a profiler sees a C function return, or before the next bytecode
+    if it is in the same block. No handler runs between the end of a `with` block and its exit.
 
     points      the number of such points
     committing  the points at which a step is committed
@@ -97,7 +98,7 @@ def handles_signals(code: CodeType, last: int, now: int) -> bool:
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
-    """Everything that later steps depend on, copied."""
+    """Return a copy of everything that later steps depend on."""
     state = trainer.state
     arrays = {"weight": state.weights, "moment": state.moments, "gradient": state.gradients}
     copies = {f"{kind} {name}": array.copy() for kind, group in arrays.items() for name, array in group.items()}
@@ -130,7 +131,7 @@ def interrupt_steps(backend: str, count: int, seed: int) -> collections.Counter[
     def batch() -> dict[str, Array]:
         return {name: rng.integers(0, SMALL["vocab"], (2, 5)) for name in ("tokens", "targets")}
 
-    for _ in range(ACCUMULATE):  # plans are made for the sizes of a batch
+    for _ in range(ACCUMULATE):  # plans are built for the sizes of a batch
         arrays = batch()
         trainer.step(**arrays)
         other.step(**arrays)
@@ -172,7 +173,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=available, action="append", help="by default each that is installed")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with SIGINT ignored
     for backend in options.backend or available:
         started = time.perf_counter()
         outcomes = interrupt_steps(backend, options.count, options.seed)

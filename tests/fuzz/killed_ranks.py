@@ -20,7 +20,7 @@ ROOT = JOB.parent.parent
 
 
 def started(ranks: int, mode: str = "killed", **environment: str) -> tuple[subprocess.Popen[str], dict[int, int]]:
-    """Return a running job, and the processes of its ranks."""
+    """Start a job; return it, and the process ids of its ranks."""
     command = [sys.executable, "-m", "treadle", "launch", "-n", str(ranks), "--", str(JOB), "turns", mode]
     own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=own)

@@ -4,9 +4,9 @@
 
 Valid bodies of completions, chats and embeddings are changed: members dropped, copied, renamed and given values of
 other types, numbers made extreme, texts long or odd. Then some have bytes flipped, cut or copied, and some come with
-other headers, methods and addresses. A request fails the run if it raises, or is answered with 5xx or with a body that
-is not the server's JSON. The run also fails if a row is left open, or if valid requests in between get answers that
-differ from the first ones. Exit status 1 if any fails.
+other headers, methods and addresses. A request fails the run if it raises, or if the answer is 5xx or a body that is
+not the server's JSON. The run also fails if a row of the cache stays occupied, or if valid requests in between get
+other answers than at first. Exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROUTES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT, "/v1/embe
 
 
 def serve_tiny(place: Path) -> list[Served]:
-    """Draw and open a tiny model that generates, and one that embeds."""
+    """Draw and open a tiny model that generates, and a tiny model that embeds."""
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def serve_tiny(place: Path) -> list[Served]:
 
 
 def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes, bytes]]]:
-    """Return the changes as text, and a method, an address, a body and headers."""
+    """Change a valid request. Return a description of the changes, and a method, an address, a body and headers."""
     path = rng.choice(list(ROUTES))
     body: dict[str, Any] = json.loads(json.dumps(ROUTES[path]))
     for name in rng.sample(list(MORE), rng.choice((0, 0, 1, 2, 4))):
@@ -97,7 +97,7 @@ def changed(rng: random.Random) -> tuple[str, str, str, bytes, list[tuple[bytes,
 
 
 async def asked(app: Any, method: str, path: str, data: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[int, bytes]:
-    """Return status and body of an application's answer."""
+    """Send a request to an application; return status and body of the answer."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
         "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": headers,
@@ -162,7 +162,7 @@ async def run(options: Any, served: list[Served], tally: Tally) -> None:
                 _, again = await asked(app, "POST", "/v1/completions", json.dumps(COMPLETION).encode(), plain)
                 if json.loads(again)["choices"] != wanted:
                     tally.add("a valid request between", "other answer", "", f"{again[:200]!r}")
-        for _ in range(100):  # the last request's row is released after its report
+        for _ in range(100):  # the last request's row is released after its answer
             load = served[0].scheduler.load()  # type: ignore[union-attr]
             if not load.running and not load.waiting:
                 break

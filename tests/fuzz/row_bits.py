@@ -1,12 +1,12 @@
-"""Draw programs with independent rows, and compare the bits of a row alone, or among some, with its bits among all.
+"""Draw programs with independent rows, and check that the bits of a row do not depend on the other rows.
 
     python -m tests.fuzz.row_bits [--count 400] [--seed 0]
 
-A program is compiled by the TVM backend for any number of rows M, called with 33 rows, and then with drawn numbers of
-them in drawn orders: each row must have the same bits as among the 33. The draw covers the kind of kernel (products
-with fused ops, in every format of weights; chains; norms, softmax and other reductions; attention; rotary positions;
-rows of tables; gradients), widths from 1 to 100, or as a format's blocks need them, and the instruction set. Exit
-status 1 if a row differs, or if anything is raised.
+A program is compiled by the TVM backend for any number of rows M, called with 33 rows, and then with drawn subsets of
+these rows in drawn orders. Each row must have the same bits as in the call with 33. The draw covers the kind of kernel
+(products with fused ops, in every format of weights; chains; norms, softmax and other reductions; attention; rotary
+positions; rows of tables; gradients), widths from 1 to 100, or as a format's blocks need them, and the instruction set.
+Exit status 1 if a row differs, or if anything is raised.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
     title    the drawn parts
     graph    its inputs and outputs have rows along their first axes
     weights  arrays of its parameters
-    inputs   arrays of ROWS rows
+    inputs   arrays with ROWS rows
     options  of `treadle.compile`
     """
 
@@ -69,7 +69,9 @@ class Case:
 
 
 class Drawn:
-    """A program while it is drawn: its graph, the weights that are in blocks, and the options of `treadle.compile`."""
+    """A program that is being drawn: its graph, the weights that are stored in blocks, and the options of
+    `treadle.compile`.
+    """
 
     def __init__(self, r: Random) -> None:
         self.r, self.graph = r, Graph("rows")
@@ -78,11 +80,11 @@ class Drawn:
         self.options: dict[str, Any] = {}
 
     def input(self, *shape: int, dtype: DType = f32) -> Expr:
-        """A value with rows."""
+        """Add an input with rows, and return it."""
         return self.b.input(f"x{len(self.graph.main.inputs)}", dtype["M", *shape])
 
     def weight(self, *shape: int, dtype: DType = f32) -> Expr:
-        """A value without rows."""
+        """Add a weight, which has no rows, and return it."""
         return self.b.parameter(f"w{len(self.graph.main.parameters)}", dtype[shape])
 
     def width(self) -> int:
@@ -94,7 +96,7 @@ UNARY = ("gelu", "gelu_tanh", "silu", "quick_gelu", "relu", "tanh", "sigmoid", "
 
 
 def followed(d: Drawn, y: Expr, most: int = 5) -> Expr:
-    """Return a value of rows after some elementwise ops, among them sums of products."""
+    """Add some elementwise ops to a value with rows, among them sums of products, and return the result."""
     for _ in range(d.r.randint(0, most)):
         y = _next(d, y)
     return y
@@ -125,7 +127,7 @@ def _next(d: Drawn, y: Expr) -> Expr:
 
 
 def product(d: Drawn) -> tuple[str, Expr]:
-    """A linear map, activated or gated, and following ops; sometimes a second one after it."""
+    """Add a linear map, activated or gated, and following ops; sometimes a second linear map after it."""
     r = d.r
     form = r.choice(FORMATS)
     blocks, _, computed = form.partition(" ")
@@ -145,7 +147,7 @@ def product(d: Drawn) -> tuple[str, Expr]:
 
 
 def linear(d: Drawn, x: Expr, n: int, blocks: str | None) -> Expr:
-    """One product with a matrix, in blocks if its rows fit them."""
+    """Add a product with a matrix, which is stored in blocks if its row length is a multiple of the block."""
     b, r, k = d.b, d.r, int(x.shape[-1])
     made = [d.weight(n, k)]
     kind = r.choice(("linear", "linear", "activated", "gated"))
@@ -162,13 +164,13 @@ def linear(d: Drawn, x: Expr, n: int, blocks: str | None) -> Expr:
 
 
 def chain(d: Drawn) -> tuple[str, Expr]:
-    """Elementwise ops alone."""
+    """Add elementwise ops only."""
     dtype = DTYPES[d.r.choice(("f32", "f32", "f64", "f16", "bf16"))]
     return f"chain in {dtype}", followed(d, d.input(d.width(), dtype=dtype), 8)
 
 
 def turned(d: Drawn) -> tuple[str, Expr]:
-    """A row as a column: a vector holds elements of several rows."""
+    """Add a transposition of rows to columns, so that a vector of the kernel holds elements of several rows."""
     b, r = d.b, d.r
     k = d.width()
     x = b.rearrange(followed(d, d.input(k)), pattern="m k -> k m")
@@ -187,7 +189,7 @@ def turned(d: Drawn) -> tuple[str, Expr]:
 
 
 def reduction(d: Drawn) -> tuple[str, Expr]:
-    """Norms, softmax and sums over the last axis, with elementwise ops around them."""
+    """Add norms, softmax and sums over the last axis, with elementwise ops around them."""
     b, r, n = d.b, d.r, d.width()
     dtype = DTYPES[r.choice(("f32", "f32", "f16", "bf16"))]
     kind = r.choice(("layer_norm", "rms_norm", "add_rms_norm", "softmax", "log_softmax", "sum", "mean", "cumsum"))
@@ -209,7 +211,7 @@ def reduction(d: Drawn) -> tuple[str, Expr]:
 
 
 def attention(d: Drawn) -> tuple[str, Expr]:
-    """A row is a query, or a sequence; the keys of queries are weights."""
+    """Add attention. A row is a query or a whole sequence; if it is a query, the keys are weights."""
     b, r = d.b, d.r
     heads, shared, e, t = r.choice((1, 2)), r.choice((1, 3)), r.choice((8, 16, 20, 32, 64)), r.randint(1, WIDEST)
     if r.random() < 0.3:
@@ -227,7 +229,7 @@ def attention(d: Drawn) -> tuple[str, Expr]:
 
 
 def rotary(d: Drawn) -> tuple[str, Expr]:
-    """Heads rotated by their positions."""
+    """Add heads that are rotated by their positions."""
     b, r = d.b, d.r
     s, width = r.randint(1, 5), r.choice((8, 16, 24, 32, 64))
     f = r.randint(1, width // 2)
@@ -236,7 +238,7 @@ def rotary(d: Drawn) -> tuple[str, Expr]:
 
 
 def lookup(d: Drawn) -> tuple[str, Expr]:
-    """Rows of a table, in blocks or not."""
+    """Add a lookup of rows in a table, which may be stored in blocks."""
     b, r = d.b, d.r
     form = r.choice((None, *SMALL_BLOCKS, *LARGE_BLOCKS))
     n = d.width() if form is None else max(32, parse_encoding(form).block.elements or 1) * r.choice((1, 2))
@@ -257,8 +259,8 @@ KINDS: tuple[Callable[[Drawn], tuple[str, Expr]], ...] = (
 
 
 def draw(seed: int, here: Sequence[str]) -> Case:
-    """Return the program of a seed, for one of these instruction sets. Half of the differentiable programs are
-    gradients.
+    """Return the program of a seed for one of these instruction sets. Half of the differentiable programs are replaced
+    by their gradients.
     """
     r = Random(seed)
     d = Drawn(r)
@@ -296,7 +298,9 @@ def _reached(values: Sequence[Value], nodes: Sequence[Node]) -> set[Value]:
 
 
 def differing(case: Case, r: Random, calls: int = 8) -> tuple[int, list[str]]:
-    """Return the number of compared rows, and the first row of every call whose bits depend on the other rows."""
+    """Return the number of compared rows, and a description of the first row of each call whose bits depend on the
+    other rows.
+    """
     exe = treadle.compile(case.graph, backend="tvm", weights=case.weights, **case.options)
     wanted = {name: np.array(array) for name, array in exe(**case.inputs).items()}
     counts = [1, *(r.randint(1, ROWS) for _ in range(calls - 1))]

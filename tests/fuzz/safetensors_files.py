@@ -187,8 +187,8 @@ class Verdict:
 
     outcome     "equal" or "refused"; "stricter" if refused although the library reads it
     reason      the error's first line if it was refused
-    calls       Python and C calls that our reader made
-    failure     the error of our reader, or None
+    calls       number of Python and C calls that our reader made
+    failure     a description of our reader's failure, or None
     """
 
     outcome: str
@@ -236,7 +236,7 @@ def judge(file: bytes, path: Path) -> Verdict:
 
 
 def read(file: SafetensorsFile, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    """A tensor's bytes, and its array unless it is a narrow float."""
+    """Return a tensor's bytes, and its array unless it is a narrow float."""
     narrow = file[name].dtype.startswith(("f8", "f6", "f4"))
     return file.raw(name), None if narrow else file.array(name)
 

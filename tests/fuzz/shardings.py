@@ -1,10 +1,10 @@
-"""Draw graphs, meshes and axes to split, and compare the combined results of all ranks with the whole graph.
+"""Draw graphs, meshes and axes to split, and compare the combined results of all ranks with the unsplit graph's.
 
     python -m tests.fuzz.shardings [--seed N] [--count 2000] [--planted N] [--pipelines]
 
-Every plan goes to its checker and to the lab; with --pipelines all are in stages (recipe gpipe). In the first N plans,
-each collective in turn gets one error: the checker must find all of these. Exit status 1 for a difference, or for a
-wrong plan that the checker accepts.
+Every plan is checked by the plan checker and run in the lab; with --pipelines all plans have pipeline stages (recipe
+gpipe). In the first N plans (--planted), one error is planted in each collective in turn; the checker must find each
+error. Exit status 1 if results differ, or if the checker accepts a wrong plan.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Draw causal models, derive their step, and compare it with the whole model on every backend.
+"""Draw causal models, derive their step function, and compare the step's results with the whole model's on every
+backend.
 
     python -m tests.fuzz.steps [--seed N] [--count 300] [--sessions] [--backends numpy,torch,tvm]
 
-The entries of each model's step run in float64 in the interpreter, and in float32 on each backend: rows of drawn
-lengths, in drawn chunks, in drawn order. With `--sessions`, four drawn sessions are played over each model instead, on
-one of the backends in turn (`tests/random_sessions.py`). The exit status is 1 if a result differs.
+Each model's step entries run in float64 in the interpreter, and in float32 on each backend, on rows of drawn lengths,
+in drawn chunks and order. With `--sessions`, four drawn sessions with each model run instead, on one of the backends in
+turn (`tests/random_sessions.py`). The exit status is 1 if a result differs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.test_stepped_backends import Whole
 from treadle.backends.registry import find_backend
 
 SESSIONS = 4
-"""Sessions of a model."""
+"""Number of sessions for each model."""
 
 
 def main() -> int:
@@ -41,7 +42,7 @@ def main() -> int:
 
 
 def hold_steps(seeds: Sequence[int], backends: Sequence[str]) -> int:
-    """Compare the entries of drawn models with the whole models; return the number of wrong models."""
+    """Compare the step entries of drawn models with the whole models; return the number of wrong models."""
     wrong = 0
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -58,7 +59,7 @@ def hold_steps(seeds: Sequence[int], backends: Sequence[str]) -> int:
 
 
 def play_sessions(seeds: Sequence[int], backends: Sequence[str]) -> int:
-    """Play sessions over drawn models; return the number of wrong models."""
+    """Run drawn sessions with drawn models; return the number of wrong models."""
     wrong = sessions = checked = sharp = overflowed = special = 0
     events: collections.Counter[str] = collections.Counter()
     for seed in seeds:

@@ -2,7 +2,7 @@
 
     python -m tests.fuzz.windows [--seed N] [--count 200]
 
-Each chain is run at several sizes of its axes. Refusals are counted by their text. Exit status 1 for another result.
+Each chain is run at several sizes of its axes. Refusals are counted by their text. Exit status 1 if a result differs.
 """
 
 from __future__ import annotations
