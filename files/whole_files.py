@@ -54,7 +54,9 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
 
 
 def check_writable(target: Path) -> None:
-    """Raise OSError if `replacing` cannot write the target. This is tested by creating and deleting a temporary file."""
+    """Raise OSError if `replacing` cannot write the target. This is tested by creating and deleting a
+    temporary file.
+    """
     with suppress(FileNotFoundError):
         os.lstat(target)
     staged, file = _open_staged(target)
@@ -95,7 +97,9 @@ def _sweep_dead(target: Path) -> None:
 
 
 def _lock(descriptor: int, *, otherwise: bool) -> bool:
-    """Lock a file. Return True if it was not locked before, or `otherwise` if the file system does not support locks."""
+    """Lock a file. Return True if it was not locked before, or `otherwise` if the file system does not
+    support locks.
+    """
     if sys.platform == "win32":
         return otherwise
     try:

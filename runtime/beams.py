@@ -34,8 +34,8 @@ class Beams:
     length_penalty  power of the length by which the sum of a finished text is divided; values above 0 favour long texts
     best            number of texts returned for each prompt, at most `count`
     early           condition that ends the search. True: `count` texts are finished. False: no beam that ended at its
-                    current length would rank above one of the best `count` finished texts. "never": no beam could do so at
-                    any length
+                    current length would rank above one of the best `count` finished texts. "never": no beam could do so
+                    at any length
 
     Raises UsageError for a value out of range.
     """

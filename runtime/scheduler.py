@@ -49,7 +49,8 @@ class Cut(Enum):
 class Ended:
     """The end of a request, passed to its receiver after all tokens.
 
-    why   None if the text ended (its last token has the reason); otherwise the reason for the cancellation, or the error
+    why   None if the text ended (its last token has the reason); otherwise the reason for the cancellation, or the
+          error
     """
 
     why: Cut | TreadleError | None = None

@@ -66,8 +66,8 @@ class Session:
 
         memory   maximum sizes by name (`{"S": 512}`), for a model whose prologue stores values of a size that rows
                  determine, such as a source text
-        resumes  None: True if the backend's bits do not depend on the split of a row's tokens into calls, so that a resumed
-                 row is bitwise identical to a row that was prefilled as a whole
+        resumes  None: True if the backend's bits do not depend on the split of a row's tokens into calls, so that a
+                 resumed row is bitwise identical to a row that was prefilled as a whole
 
         Raises UsageError for sizes that the model does not support, BackendError if there is not enough memory.
         """
@@ -181,8 +181,8 @@ class Session:
     def close(self, row: int, *, keep: bool = False) -> None:
         """Close a row and free its slot. Raises UsageError for a row that is not open.
 
-        keep  True: `resume` may continue from the row's text until the slot is reused; the least recently used slot is reused
-              first
+        keep  True: `resume` may continue from the row's text until the slot is reused; the least recently used slot is
+              reused first
         """
         self._open(row)
         self._slots.close(row, keep=keep and self.resumes)

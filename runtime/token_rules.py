@@ -26,8 +26,8 @@ Array = np.ndarray[Any, Any]
 class TokenRules:
     """Constraints on the next token.
 
-    repetition_penalty  positive logits of tokens that occur in the row or its prompt are divided by this value, negative
-                        ones multiplied (Keskar et al. 2019); 1: no penalty
+    repetition_penalty  positive logits of tokens that occur in the row or its prompt are divided by this value,
+                        negative ones multiplied (Keskar et al. 2019); 1: no penalty
     presence_penalty    is subtracted from the logits of generated tokens; the prompt's tokens do not count
     no_repeat_ngram     no n-gram of this length occurs twice, the prompt included; 0: no limit
     banned              token ids that never occur

@@ -184,7 +184,9 @@ class _OpChecker:
         self.compiled: dict[str, Executable] = {}
 
     def first_fault(self, run: _Reference) -> OpFault | None:
-        """Return the first node, in program order, whose error on this run's operands exceeds its tolerance, or None."""
+        """Return the first node, in program order, whose error on this run's operands exceeds its tolerance,
+        or None.
+        """
         main = self.flat.main
         values: dict[Value, Array] = {v: run.inputs[v.name] for v in main.inputs}
         values |= {v: self.weights[name] for name, v in main.parameters.items()}

@@ -1,10 +1,10 @@
-"""Write an ONNX graph: nodes on tensors; unsupported dtypes are widened, equal nodes are written once.
+"""The writer of an ONNX graph: nodes on tensors. Unsupported dtypes are widened, and equal nodes are written once.
 
     w = OnnxWriter(graph, opset=17)
     y = w.add("MatMul", x, w.add("Transpose", weight, perm=[1, 0]))
 
-An operator's types are read from its schema at the opset. If it does not support a dtype, it is applied in a wider one
-between two casts, which gives the same numbers: integers wrap around, and 16-bit floats are rounded once.
+The schema of an operator at the opset states its types. If an operator does not support a dtype, it is applied in a
+wider dtype between two casts. The results are the same: integers wrap around, and 16-bit floats are rounded once.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items
 
 
 class OnnxWriter:
-    """Collects the nodes and constants of one ONNX graph.
+    """The nodes and constants of one ONNX graph.
 
     opset      the version of the standard's operators
-    keeps      returns True for composites that `spell` emits themselves
-    spell      adds a node of ours, and returns its results
-    nodes      in order
+    keeps      returns True for composites that `spell` emits directly
+    spell      emits one of our nodes, and returns the tensors of its results
+    nodes      the ONNX nodes, in order
     constants  the tensor of each constant, by its content
-    types      our type of each tensor that is the result of a node of ours
+    types      our type of each tensor that is a result of one of our nodes
     """
 
     def __init__(self, graph: Graph, opset: int, keeps: Keeps, spell: Callable[[OnnxLine], list[Tensor]]) -> None:
@@ -46,14 +46,14 @@ class OnnxWriter:
         self.nodes: list[OnnxNode] = []
         self.constants: dict[Literal, Tensor] = {}
         self.symbols: dict[str, Tensor] = {}
-        """The size of each requested symbol, i64[1]."""
+        """The size of each symbol that was requested, as i64[1]."""
         self.sources: list[tuple[Tensor, tuple[Size, ...]]] = []
         """The arguments of the graph, whose dimensions determine the symbols."""
         self.types: dict[Tensor, Type] = {}
         self._names: set[str] = set()
         self._written: dict[tuple[Any, ...], OnnxNode] = {}
         self._writing: list[Node] = []
-        """The node of ours being written, and, innermost last, those that its code writes."""
+        """Our node that is being emitted, followed by the nodes that its code emits, innermost last."""
 
     # -- names -----------------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class OnnxWriter:
         return name
 
     def refusal(self, what: str, hint: str | None = None) -> BackendError:
-        """Return the error that the node being written has no form."""
+        """Return the error that the node being emitted cannot be expressed."""
         if not self._writing:
             return BackendError(what, hint=hint)
         outer, node = self._writing[0], self._writing[-1]
@@ -83,9 +83,10 @@ class OnnxWriter:
     # -- functions of ours -----------------------------------------------------------------------------------
 
     def write(self, function: Function, tensors: dict[Value, Tensor]) -> None:
-        """Write the nodes of a function without calls, of kept ops and primitives, whose arguments are `tensors`.
+        """Emit the nodes of a function without calls. Its ops are primitives and kept composites. `tensors` has the
+        arguments.
 
-        Adds its results to `tensors`. Raises BackendError for an op without a form.
+        The results are added to `tensors`. Raises BackendError for an op that ONNX cannot express.
         """
         for node in function.nodes:
             self._writing.append(node)
@@ -122,7 +123,8 @@ class OnnxWriter:
 
         dtype  the dtype of the results, if it does not follow from the operator's inputs (Cast)
 
-        Raises BackendError if the opset lacks the operator, or it supports no dtype that represents the inputs'.
+        Raises BackendError if the opset lacks the operator, or if the operator supports no dtype that represents the
+        inputs' dtypes.
         """
         schema = schema_of(op_type, self.opset)
         if schema is None:
@@ -157,7 +159,7 @@ class OnnxWriter:
     def _placed(
         self, op_type: str, inputs: tuple[Tensor | None, ...], dtypes: Sequence[DType], attributes: Mapping[str, Any]
     ) -> OnnxNode:
-        """Return the node of this content. All operators are functions, so an equal existing node is reused."""
+        """Return a node with this content. All operators are pure functions, so an equal existing node is reused."""
         fixed = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(attributes.items()))
         key = (op_type, inputs, fixed, tuple(dtypes))
         found = self._written.get(key)
@@ -170,7 +172,7 @@ class OnnxWriter:
         return found
 
     def handed_on(self, x: Tensor, name: str) -> Tensor:
-        """Return x under another name, which is already reserved for it."""
+        """Return x under another name, which was reserved for this tensor."""
         made = Tensor(name, x.dtype)
         self.nodes.append(OnnxNode("Identity", self.name(f"{name}.Identity"), (x,), (made,), {}, ""))
         return made
@@ -178,7 +180,7 @@ class OnnxWriter:
     # -- constants -------------------------------------------------------------------------------------------
 
     def literal(self, literal: Literal) -> Tensor:
-        """Return a constant; equal ones share a tensor."""
+        """Return the tensor of a constant; equal constants share a tensor."""
         found = self.constants.get(literal)
         if found is None:
             shown = f".{literal.scalar}" if literal.shape == () else ""
@@ -191,7 +193,7 @@ class OnnxWriter:
 
     def integers(self, *values: int) -> Tensor:
         """Return i64[n]: the axes, starts or sizes that an operator takes as an input. Raises BackendError for numbers
-        past i64.
+        out of the range of i64.
         """
         if any(not -(2**63) <= value < 2**63 for value in values):
             raise self.refusal(f"{max(values, key=abs)} is out of ONNX's range of integers")
@@ -200,7 +202,7 @@ class OnnxWriter:
     # -- sizes -----------------------------------------------------------------------------------------------
 
     def vector(self, sizes: Sequence[Size | int]) -> Tensor:
-        """Return the sizes as i64[n], a constant if none contains a symbol."""
+        """Return sizes as i64[n]. The result is a constant if no size contains a symbol."""
         pieces: list[Tensor] = []
         run: list[int] = []
         for size in map(Size.of, sizes):
@@ -221,7 +223,7 @@ class OnnxWriter:
         return self.cast(self.add("Squeeze", self._size(size), self.integers(0)), dtype)
 
     def counted(self, size: Size) -> Tensor:
-        """Return i64[size]: the numbers from 0."""
+        """Return i64[size]: 0, 1, ..., size - 1."""
         return self.add("Range", self.constant(0, i64), self.scalar(size), self.constant(1, i64))
 
     def may_be_empty(self, size: Size) -> bool:
@@ -250,8 +252,8 @@ class OnnxWriter:
         return total
 
     def _quotient(self, atom: Quotient) -> Tensor:
-        """Emit a floor division. ONNX divides towards zero, which is the floor if both are positive; else the
-        remainder is subtracted first.
+        """Emit a floor division. ONNX divides towards zero, which is the floor if both operands are positive. Otherwise
+        the remainder is subtracted first.
         """
         numerator, denominator = self._size(atom.numerator), self._size(atom.denominator)
         least = [s.bounds(self.graph.symbols).lower for s in (atom.numerator, atom.denominator)]
@@ -265,7 +267,9 @@ class OnnxWriter:
         return self.symbols[symbol]
 
     def _solved(self, symbol: str) -> Tensor:
-        """Return the size of a symbol from a dimension S of an argument, else from one of the form c*S + d."""
+        """Return the size of a symbol, from a dimension S of an argument if there is one, else from a dimension c*S +
+        d.
+        """
         for bare in (True, False):
             for tensor, shape in self.sources:
                 for position, size in enumerate(shape):
@@ -289,7 +293,9 @@ class OnnxWriter:
 
 
 def _source_text(source: SourceLine | None) -> str:
-    """Return `gpt2.py:41`, never an absolute path: a file must not contain the place where it was exported."""
+    """Return a source line as text: `gpt2.py:41`. It is never an absolute path, since a file must not contain the place
+    where it was exported.
+    """
     if source is None:
         return ""
     absolute = os.path.isabs(source.file) or re.match(r"[A-Za-z]:[\\/]", source.file)

@@ -189,7 +189,9 @@ class Watch:
             atexit.register(self._end_at_once)
 
     def _end_at_once(self) -> None:
-        """Exit the process. Rank 0 first waits a moment for the other ranks, so that their last messages are not lost."""
+        """Exit the process. Rank 0 first waits a moment for the other ranks, so that their last messages are
+        not lost.
+        """
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -214,7 +216,9 @@ class Watch:
         return f"{self._listener.getsockname()[1]} {self._token}"
 
     def connect(self, host: str, port_and_token: str) -> None:
-        """Another rank: connect to rank 0, with the string from `listen`. Raises RankError if rank 0 does not listen."""
+        """Another rank: connect to rank 0, with the string from `listen`. Raises RankError if rank 0 does not
+        listen.
+        """
         port, token = port_and_token.split()
         try:
             connection = socket.create_connection((host, int(port)), timeout=self.timeout)
