@@ -25,9 +25,9 @@ PathLike = str | os.PathLike[str]
 class FileState:
     """The state of a file when it was opened.
 
-    path    absolute name of the file; links are followed at each check, so that another target is another state
-    shown   name of the file in errors
-    device, inode, size, written   fields of `os.stat`: the size in bytes, the time of the last write in ns
+    path    its absolute name; links are followed at each check, so that another target is another state
+    shown   its name in errors
+    device, inode, size, written   of `os.stat`: the size in bytes, the time of the last write in ns
     """
 
     path: str
@@ -39,7 +39,7 @@ class FileState:
 
     @classmethod
     def of(cls, path: PathLike, shown: str, found: os.stat_result) -> FileState:
-        """Return the state from a result of `os.stat` or `os.fstat`."""
+        """Return the state that a call of `os.stat` or `os.fstat` found."""
         return cls(os.path.abspath(path), shown, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
     def check(self, *, exists: bool = False) -> None:
@@ -78,7 +78,7 @@ def open_regular(path: PathLike, shown: str | None = None, named: PathLike | Non
     """Open a regular file for reading in binary mode.
 
     shown   the file's name in errors
-    named   the original name, of which `path` is the canonical form, for `FileState`; None: `path`
+    named   the name of which `path` is the canonical form, for `FileState`; None: `path`
 
     Raises CheckpointError if the file does not exist, cannot be read, or is a folder, a pipe or a device.
     """

@@ -24,7 +24,7 @@ class Tensor:
 
 @dataclass(eq=False)
 class OnnxNode:
-    """An operator applied to tensors; None is an omitted optional input."""
+    """An operator applied to tensors; None stands for an optional input that is left out."""
 
     op_type: str
     name: str

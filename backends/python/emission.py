@@ -77,7 +77,7 @@ class Program:
 def emit(
     graph: Graph, dialect: Dialect, plan: StoragePlan, prepared: Sequence[str] = (), poison: bool = False
 ) -> Program:
-    """Generate a Python module from a graph.
+    """Write a graph as a Python module, with lines at its head on prepared weights.
 
     prepared  lines on derived weights, for the comment at the module's head
     plan      the graph's storage plan, with offsets and lifetimes
