@@ -1,1 +1,1 @@
-"""Backends: each lowers a graph to readable source, and runs it."""
+"""Backends: a backend lowers a graph to readable source code, and runs it."""

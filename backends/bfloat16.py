@@ -1,4 +1,6 @@
-"""Conversion of bf16 for NumPy, which lacks it: uint16 inside, float32 arrays or PyTorch tensors outside."""
+"""Conversion of bf16 for NumPy, which has no such dtype: uint16 bits inside kernels, float32 arrays or PyTorch tensors
+for callers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _NAN = 0x7FC0
 
 
 def bf16_taken(port: Port, value: Any) -> Array:
-    """Return the bits of a bf16 tensor, or of float32 numbers that bf16 represents exactly."""
+    """Return the bits of a bf16 tensor, or of float32 numbers that bf16 represents exactly. Raises BackendError for
+    others.
+    """
     if str(getattr(value, "dtype", "")) == "torch.bfloat16":
         import torch
 
@@ -31,7 +35,7 @@ def bf16_taken(port: Port, value: Any) -> Array:
 
 
 def bf16_given(bits: Array, tensor: bool) -> Any:
-    """Return bits as a float32 array, or as a bf16 tensor."""
+    """Return bits of bf16 as a float32 array, or as a bf16 tensor if `tensor`."""
     if not tensor:
         return widened(bits)
     import torch
@@ -40,8 +44,8 @@ def bf16_given(bits: Array, tensor: bool) -> Any:
 
 
 def rounded(wide: Array) -> Array:
-    """Round float32 numbers to bits of bf16, to nearest even; a NaN stays NaN. It works in blocks that fit into a
-    cache.
+    """Round float32 numbers to bits of bf16, to nearest even; a NaN stays NaN. Numbers are converted in blocks that fit
+    into a cache.
     """
     values = np.ascontiguousarray(wide, np.float32).reshape(-1)
     words = values.view(np.uint32)

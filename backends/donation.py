@@ -1,10 +1,10 @@
 """Donated inputs: arrays that a caller donates with a call, so that the run may overwrite them.
 
     exe = treadle.compile(model, donate=("x",))
-    x = exe(x=x)["y"]                 # y may be stored in x's memory; the old contents of x are undefined now
+    x = exe(x=x)["y"]                 # y may be stored in x's memory; the old contents of x are now undefined
 
-A donated array must be memory that the run can use as it is. Otherwise the run would overwrite a copy, or memory that
-was not donated, so such an array is refused before anything is written.
+The run must be able to use a donated array without a conversion. Otherwise it would overwrite a copy, or memory that
+was not donated. So any other array is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Span = tuple[int, int]
 
 
 def check_names(graph: Graph, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names without repetition. Raises BackendError for a name that is not an input of the last entry."""
+    """Return the names without duplicates. Raises BackendError for a name that is not an input of the last entry."""
     known = [value.name for value in graph.main.inputs]
     unknown = [name for name in names if name not in known]
     if isinstance(names, str) or unknown:
@@ -74,10 +74,10 @@ class Donated:
                 raise _refused(port, value, f"it shares memory with {whom}")
 
     def returned(self, arguments: Mapping[str, Any], outputs: Outputs) -> Outputs:
-        """Return the outputs; an output that is stored in a donated array is the caller's own array.
+        """Return the outputs. If an output is stored in a donated array, the result is the caller's own array.
 
-        A new view of it would refer to the old one, so a loop of calls would build a chain of views, longer by one with
-        each call.
+        A new view of the array would refer to the previous view. A loop of calls would then build a chain of views that
+        grows with each call.
         """
         donated = {span_of(arguments[name]): arguments[name] for name in self.names}
         for name, array in outputs.items() if donated else ():
@@ -118,7 +118,7 @@ def span_of(value: Any) -> Span | None:
 
 
 def meeting(spans: Sequence[Span | None]) -> set[int]:
-    """Return the positions of the spans that overlap with another one."""
+    """Return the positions of the spans that overlap with another span."""
     order = sorted((*span, at) for at, span in enumerate(spans) if span is not None and span[0] < span[1])
     found, reached, furthest = set[int](), -1, -1
     for begin, end, at in order:

@@ -1,4 +1,4 @@
-"""The common part of all our backends' executables: entries that are called by name, and states."""
+"""The common base of our backends' executables: entries that are called by name, and states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class EntryExecutable:
     exact_rows = False
 
     def __init__(self, graph: Graph, backend: str, allocate: Allocate) -> None:
-        """graph is the graph as declared; the subclass fills `called` with its entries by name."""
+        """Store the graph as declared. The subclass fills `called` with the entries by name."""
         self.name = graph.name
         self.state_kinds = StateKinds(graph, backend)
         self.called: dict[str, Entry] = {}
@@ -41,21 +41,23 @@ class EntryExecutable:
         return self.called[self.entries[-1]].outputs
 
     def entry(self, name: str) -> Entry:
-        """Return an entry. Raises BackendError if there is none of that name."""
+        """Return an entry. Raises BackendError if there is no entry of that name."""
         found = self.called.get(name)
         if found is None:
             raise BackendError(f"{self.name} has no entry {name!r}", hint="one of " + ", ".join(self.entries))
         return found
 
     def new_states(self, **sizes: int) -> States:
-        """Return states of zeros, for these sizes of the symbols in their types.
+        """Return states filled with zeros. `sizes` are the sizes of the symbols in their types.
 
         Raises BackendError for a size that is missing or wrong, or if there is not enough memory.
         """
         return self.state_kinds.new(sizes, self._allocate)
 
     def state_bytes(self, **sizes: int) -> int:
-        """Return the bytes of such states. Raises BackendError for a size that is missing or wrong."""
+        """Return the size in bytes of the states at these sizes. Raises BackendError for a size that is missing or
+        wrong.
+        """
         return self.state_kinds.nbytes(sizes)
 
     def __call__(self, /, **given: Any) -> Outputs:

@@ -1,4 +1,4 @@
-"""A backend's pipeline for a run that must fit into a memory budget."""
+"""The pipeline of a backend for a run that must fit into a memory budget."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from treadle.backends.staged import StagedBackend  # only for types: it imports this module
 
 _APART = Decompose((Projections.name,))
-"""Products of one value, computed one by one."""
+"""The pass that replaces merged products of one value by separate products."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A memory limit for a run, without weights, states, inputs and outputs, and the largest sizes it holds for."""
+    """A limit on the memory of a run, without weights, states, inputs and outputs. It holds up to the given sizes."""
 
     bytes: int
     sizes: Mapping[str, int]
@@ -41,14 +41,16 @@ class Budget:
 
 
 def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, budget: Budget) -> None:
-    """Raise BackendError if the lowered graph needs more memory than the budget, contrary to the prediction."""
+    """Raise BackendError if the lowered graph needs more memory than the budget, although the search predicted that it
+    fits.
+    """
     plan = lowered.plan
-    assert plan is not None  # pipeline_within refuses a backend without one
+    assert plan is not None  # pipeline_within refuses a backend that plans no storage
     frames = backend.frames(lowered.graph, target, plan)
     peak = reached(lowered.graph, plan, frames, budget.sizes).bytes
     if peak > budget.bytes:
         raise BackendError(
-            "a run needs more memory than was predicted when it was fitted into its budget",
+            "a run needs more memory than the search for a plan predicted",
             received=f"{peak:,} bytes, and the budget is {budget}",
             hint=Hint("certify=False: passes then do not change the graph that was fitted", "leave out --certify"),
         )
@@ -57,7 +59,8 @@ def check_budget(backend: StagedBackend, lowered: Optimized, target: Target, bud
 def pipeline_within(
     backend: StagedBackend, graph: Graph, target: Target, budget: Budget, donated: tuple[str, ...] = ()
 ) -> tuple[Graph, Sequence[Pass]]:
-    """Return the graph, its symbols bounded by the budget's sizes, and the passes after which it fits into the budget.
+    """Return the graph with its symbols bounded by the budget's sizes, and the passes after which a run fits into the
+    budget.
 
     donated  inputs of the last entry that callers donate
 
@@ -68,7 +71,7 @@ def pipeline_within(
         fit = search.fit(budget.bytes)
         if fit is None:
             raise _does_not_fit(search, graph, budget)
-    except OverflowError as error:  # of the 64-bit offsets
+    except OverflowError as error:  # the offsets exceed 64 bits
         where = ", ".join(f"{name}={size}" for name, size in budget.sizes.items())
         raise BackendError(
             "these sizes need more memory than is addressable", received=where, within=graph.name, hint="smaller sizes"
@@ -83,7 +86,7 @@ def search_of(
 ) -> tuple[Fitting, dict[Variant, Graph]]:
     """Return the search for a plan that fits a graph into a budget at some sizes, and the start graph of each variant.
 
-    Raises BackendError for a backend that does not plan memory, and a graph with states or several entries.
+    Raises BackendError if the backend does not plan memory, or if the graph has states or several entries.
     """
     *before, plan = backend.pipeline(target)
     if not isinstance(plan, PlanStorage):
@@ -115,7 +118,7 @@ def _does_not_fit(search: Fitting, graph: Graph, budget: Budget) -> BackendError
     if search.left_out:
         cut += f"; {search.left_out} ways were left out, since at most {len(search.candidates)} are tried"
     bound = min(search.bound, least)
-    # At smaller sizes an output may be too small for the values that share its memory at these.
+    # At smaller sizes, an output may be too small for the temporaries that it holds at these sizes.
     alone = f", {whole.here:,} at these sizes alone" if whole.here < whole.bytes else ""
     return BackendError(
         "a run does not fit into its memory limit",

@@ -3,8 +3,9 @@
     made = recipes_of(graph)            the recipe of each derived parameter, by name
     made["h.0.q_k_v_weight"].make(weights)
 
-`bind` calls blocks, without an order of parameters. This module takes it apart, so that each derived parameter can be
-computed by itself, in any order, from the weights that it needs, and stored in a file under a key that describes it.
+`bind` calls blocks, and computes parameters in no particular order. This module extracts a recipe for each derived
+parameter. So a parameter can be computed separately, in any order, from the weights that it needs, and stored in a file
+under a key that describes its computation.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from treadle.ir.types import bf16, f32
 
 Array = np.ndarray[Any, Any]
 
-_LONGEST_OPERAND = 160  # maximum characters of an operand in the line on a derived weight
+_LONGEST_OPERAND = 160  # maximum number of characters of an operand in a listing
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
     """The computation of one derived parameter.
 
-    result   its value in `bind`, row-major
+    result   the parameter's value in `bind`, row-major
     nodes    the nodes that compute it, in order
-    sources  the weights that these read, by name
-    layout   its final layout, None for row-major
+    sources  the weights that these nodes read, by name
+    layout   the parameter's final layout; None for row-major
     """
 
     result: Value
@@ -52,7 +53,7 @@ class Recipe:
     layout: Layout | None = None
 
     def make(self, weights: Mapping[str, Any]) -> Array:
-        """Return the parameter as a row-major NumPy array; bf16 as float32 numbers that bf16 represents.
+        """Return the parameter as a row-major NumPy array. A bf16 parameter is returned as float32.
 
         Raises BackendError if a node fails on these weights.
         """
@@ -78,8 +79,8 @@ class Recipe:
 
     @cached_property
     def key(self) -> str:
-        """Text that two recipes share exactly if they compute the same from the same weights, in the order of
-        `sources`.
+        """A text that is equal for two recipes exactly if they compute the same function of the weights in `sources`,
+        in this order.
         """
         ids: dict[Value, str] = {value: f"w{i}" for i, value in enumerate(self.sources.values())}
         digest = hashlib.sha256("".join(f"{value.type}\n" for value in self.sources.values()).encode())
@@ -107,23 +108,25 @@ class Recipe:
             read = [_operand(v, texts) for v in node.operands if v is not None]
             given = [f"{name}={attribute_text(value)}" for name, value in node.op.attributes.items()]
             text = f"{node.op.name}({', '.join(read + given)})"
-            # A value that is read twice would be written twice, and its operands too, until the text fills the memory.
+            # A value that is read twice would be written twice, and so would its operands, so the text could grow
+            # exponentially.
             short = text if len(text) <= _LONGEST_OPERAND else f"{node.op.name}(...)"
             texts |= dict.fromkeys(node.results, short)
         return text
 
 
 def is_decoded_once(node: Node) -> bool:
-    """Return True if a node decodes quantized weights, or joins or slices them: `bind` does that without a kernel.
+    """Return True if a node decodes quantized weights, or concatenates or slices them: `bind` does that without a
+    kernel.
 
-    It is False for constants, which are not hoisted.
+    Return False for constants, which are not hoisted.
     """
     encoded = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
     return encoded and all(map(is_made_of_weights, node.results)) and any(v.kind == "parameter" for v in _sources(node))
 
 
 def _sources(node: Node) -> set[Value]:
-    """Return the values that a node depends on and no node of its function produces."""
+    """Return the values that a node depends on and that no node of its function produces."""
     seen: set[Value] = set()
     waiting = list(node.inputs)
     while waiting:
@@ -148,7 +151,7 @@ def recipes_of(graph: Graph) -> dict[str, Recipe]:
 
 
 def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
-    """Yield a line for each derived parameter that is more than a weight in another layout."""
+    """Yield a line for each derived parameter, except weights that only have another layout."""
     for name, recipe in made.items():
         if recipe.nodes:
             yield on_one_line(f"{name} = {recipe}")
@@ -186,7 +189,7 @@ def _constant(value: Value) -> Array:
 
 
 def _only_rounds(node: Node) -> bool:
-    """Return True if a node is a cast from float32 to bf16, which is done as its result is stored."""
+    """Return True if a node is a cast from float32 to bf16. The cast happens when its result is stored."""
     return isinstance(node.op, Cast) and node.op.to is bf16 and node.inputs[0].type.dtype is f32
 
 

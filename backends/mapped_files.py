@@ -1,4 +1,4 @@
-"""Arrays in mapped files: detect them, and release their memory."""
+"""Arrays backed by files: detect them, and release their memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Array = np.ndarray[Any, Any]
 
 
 def is_mapped(array: Array) -> bool:
-    """Return True if an array is backed by a file: a mapped file, or immutable bytes that were read from one."""
+    """Return True if an array is backed by a memory-mapped file, or by immutable bytes that were read from a file."""
     return any(isinstance(base, np.memmap | mmap.mmap | bytes) for base in _bases(array))
 
 
 def give_back(array: Array) -> None:
-    """Let the system release the memory of a mapped file's pages; pages that are needed again are read again.
+    """Let the system release the memory of a memory-mapped file's pages. Pages that are needed again are read again.
 
     An array in other memory, or in a writable mapping, is unchanged.
     """

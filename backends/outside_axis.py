@@ -1,5 +1,5 @@
-"""Errors for data-dependent indices out of bounds: the same in all backends, with the input that contains the index and
-the bound. A kernel raises them; `located` adds the node.
+"""Errors for data-dependent indices that are out of bounds. They are the same in all backends, and name the input that
+contains the index, and the bound. A kernel raises the error; `located` adds the node.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from treadle.ir.graph import Node, Value
 
 
 class OutsideAxis(BackendError):
-    """An index is outside the axis that it indexes."""
+    """An index is out of the bounds of the axis."""
 
     def __init__(self, index: int, size: int) -> None:
         super().__init__(
@@ -20,7 +20,7 @@ class OutsideAxis(BackendError):
         self.index, self.size = index, size
 
     def located(self, node: Node | None, title: str) -> OutsideAxis:
-        """Return the same error with the node that read the index, and the origin of the index."""
+        """Return the same error with the node that read the index, and the input that the index comes from."""
         found = OutsideAxis(self.index, self.size)
         found.what = f"{node.op.name if node else title}: {self.what}"
         found.args = (found.what,)
@@ -32,7 +32,7 @@ class OutsideAxis(BackendError):
 
 
 class NoRoom(BackendError):
-    """A row continues beyond the capacity of the state that it is appended to."""
+    """Appended elements of a row do not fit into the capacity of the state."""
 
     def __init__(self, row: int, start: int, capacity: int) -> None:
         super().__init__(
@@ -51,7 +51,9 @@ class NoRoom(BackendError):
 
 
 def _indices(node: Node) -> list[Value]:
-    """Return the operands that hold indices: the one with that name, or the rows of a cache, else those of integers."""
+    """Return the operands of a node that hold indices: the operand `indices`, or the rows of a cache, else all integer
+    operands.
+    """
     named = dict(zip(node.op.operand_names(len(node.operands)), node.operands, strict=True))
     for name in ("indices", "rows"):
         if (value := named.get(name)) is not None:
@@ -60,7 +62,9 @@ def _indices(node: Node) -> list[Value]:
 
 
 def _origin(value: Value) -> str:
-    """Return the name of a value and, if it results from ops of one operand, of the input that it is computed from."""
+    """Return the name of a value. If the value results from ops of one operand, also name the input that it is computed
+    from.
+    """
     first = value
     while value.node is not None and value.node.op.callee is None and len(value.node.operands) == 1:
         operand = value.node.operands[0]

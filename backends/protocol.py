@@ -31,7 +31,7 @@ class Port:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Each dimension as text, outermost first: `("B", "S", "768")`."""
+        """The dimensions as strings, outermost first: `("B", "S", "768")`."""
         return tuple(str(dim) for dim in self.type.dims)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Port:
 
 
 class Outputs(dict[str, Any]):
-    """The results of a call: arrays by name, as `out["logits"]` or `out.logits`."""
+    """The results of a call: arrays by name, read as `out["logits"]` or `out.logits`."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -54,7 +54,7 @@ class Executable(Protocol):
     outputs  the outputs of a call, by name
     source   the generated code
 
-    It may also have `notes`, lines on slow parts and the reasons: `compile` adds them to the log.
+    An executable may also have `notes`: lines that name slow steps and the reasons. `compile` adds them to the log.
     """
 
     @property
@@ -70,7 +70,7 @@ class Executable(Protocol):
         """Run on arrays by name. Raises BackendError if they do not match `inputs`.
 
         An array of another dtype of the same kind is converted if no value can change (int32 for i64, float16 for f32).
-        So are Python numbers and lists, which carry no dtype, if every number fits.
+        Python numbers and lists, which have no dtype, are converted if every number is representable.
         """
         ...
 
@@ -89,21 +89,22 @@ class Entry(Protocol):
     def outputs(self) -> tuple[Port, ...]: ...
 
     def __call__(self, states: States | None = None, /, **arrays: Any) -> Outputs:
-        """Run on states, which it updates in place, and arrays by name. States are optional for a graph without any.
+        """Run on arrays by name and on states, which are updated in place. States are optional for a graph without
+        states.
 
         Raises BackendError if the arguments do not match. After a call that fails, the states are undefined, except
-        that rows which the failing node did not name are unchanged.
+        that rows that the failing node did not name are unchanged.
         """
         ...
 
 
 @runtime_checkable
 class StatefulExecutable(Protocol):
-    """The additional interface of an executable of a graph with states or several entries, which other executables
-    refuse.
+    """The additional interface of an executable of a graph with states or several entries. Other executables refuse
+    such graphs.
 
-    It may also have `exact_rows`: True if a row's results depend bitwise on that row alone, not on the other rows of a
-    call or on the split of its tokens into calls.
+    An executable may also have `exact_rows`: True if the bits of a row's results depend on that row alone, not on the
+    other rows of a call or on the split of the row's tokens into calls.
     """
 
     @property
@@ -112,32 +113,32 @@ class StatefulExecutable(Protocol):
         ...
 
     def entry(self, name: str) -> Entry:
-        """Return an entry. Raises BackendError if there is none of that name."""
+        """Return an entry. Raises BackendError if there is no entry of that name."""
         ...
 
     def new_states(self, **sizes: int) -> States:
-        """Return states of zeros, for these sizes of the symbols. Raises BackendError for a wrong size."""
+        """Return states filled with zeros, for these sizes of the symbols. Raises BackendError for a wrong size."""
         ...
 
     def state_bytes(self, **sizes: int) -> int:
-        """Return the bytes of such states."""
+        """Return the size in bytes of the states at these sizes."""
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """Runs graphs. Third parties register a backend under the entry point group `treadle.backends`."""
+    """A backend. Third parties register a backend under the entry point group `treadle.backends`."""
 
     @property
     def name(self) -> str: ...
 
     def available(self) -> str | None:
-        """Return None if the backend can be used here, else the reason why not."""
+        """Return None if the backend can be used here, else the reason."""
         ...
 
     def supports(self, node: Node) -> str | None:
-        """Return None if the backend can run this node, else the reason why not. It ignores the nodes of a called
-        function.
+        """Return None if the backend can run this node, else the reason. For a call, the nodes of the called function
+        are not checked.
         """
         ...
 

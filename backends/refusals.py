@@ -1,4 +1,4 @@
-"""The checks of a backend before it compiles: unsupported nodes, and weights that are missing or do not fit."""
+"""The checks of a backend before it compiles: unsupported nodes, and weights that are missing or have another type."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from treadle.ir.types import Type
 
 
 def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
-    """Raise BackendError for a weight of another shape or dtype; a bf16 weight may be a tensor, or float32 numbers."""
+    """Raise BackendError for a weight of another shape or dtype. A bf16 weight may be a tensor, or a float32 array."""
     dtype, shape = wanted.storage_type.dtype.numpy, wanted.storage_type.static_shape
     if dtype is not None and isinstance(value, np.ndarray) and value.dtype == dtype and value.shape == shape:
-        return  # the usual case, without the slow name of a dtype
+        return  # the usual case; computing a dtype's name would be slow
     array = value if hasattr(value, "detach") else np.asarray(value)
     found = str(array.dtype).removeprefix("torch.")
     known = ("bfloat16", "float32") if dtype is None else (dtype.name,)
@@ -26,19 +26,19 @@ def refuse_misfit(name: str, wanted: Type, value: Any) -> None:
 
 
 def layout_of(value: Any) -> str:
-    """Return the layout of a PyTorch tensor; `strided` for dense tensors and for arrays."""
+    """Return the layout of a PyTorch tensor: `strided` for dense tensors, and also for arrays."""
     return str(getattr(value, "layout", "strided")).removeprefix("torch.")
 
 
 def shown(array: Any) -> str:
-    """Return `float32[8, 8]`, and the layout of a tensor that is not dense."""
+    """Return a string such as `float32[8, 8]`, with the layout of a tensor that is not dense."""
     layout = layout_of(array)
     dense = "" if layout == "strided" else f", {layout}"
     return f"{str(array.dtype).removeprefix('torch.')}{list(array.shape)}{dense}"
 
 
 _LISTED = 20
-"""Maximum number of problems that an error lists; further ones are counted."""
+"""Maximum number of problems that an error lists; it states the number of further ones."""
 
 
 def _listed(lines: Sequence[str]) -> str:
@@ -47,7 +47,7 @@ def _listed(lines: Sequence[str]) -> str:
 
 
 def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str, Any]) -> None:
-    """Raise one BackendError that lists all missing weights of a graph of this name."""
+    """Raise one BackendError that lists all weights that are missing for the graph `title`."""
     missing = [f"{name}: {value.type}" for name, value in wanted.items() if name not in weights]
     if missing:
         raise BackendError(
@@ -64,19 +64,19 @@ def misfit(name: str, wanted: Type, received: str) -> BackendError:
 
 
 def out_of_memory(count: int, purpose: str) -> BackendError:
-    """Return the error for `count` bytes that could not be allocated."""
+    """Return the error for an allocation of `count` bytes that failed."""
     return BackendError("there is not enough memory", received=f"{count / 2**30:.3g} GiB for {purpose}")
 
 
 def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
-    """Return True if a shape matches a type, with any sizes for symbols."""
+    """Return True if a shape matches a type; symbolic dimensions match any size."""
     sizes = [size.constant for size in wanted.shape]
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
 
 
 def unavailable(name: str, missing: str) -> BackendError:
-    """Return the error for an unavailable backend, from the result of `Backend.available`: the reason, and how to
-    install it.
+    """Return the error for an unavailable backend. `missing` is the result of `Backend.available`: the reason, and the
+    command that installs the backend.
     """
     reason, _, remedy = missing.partition(": ")
     first = f"{remedy}, or " if remedy else ""
@@ -87,8 +87,8 @@ def unavailable(name: str, missing: str) -> BackendError:
 def refuse_nodes(
     graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
 ) -> None:
-    """Raise one BackendError that lists every unsupported node with its source; or for a state in a quantized encoding,
-    which no backend of ours supports.
+    """Raise one BackendError that lists every unsupported node with its source line. Also raise for states in a
+    quantized encoding, which none of our backends supports.
     """
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
         what = f"the {backend} backend does not support quantized states"

@@ -1,4 +1,4 @@
-"""Find backends by name: our own, and those that installed packages register as entry points.
+"""The registry of backends: our own backends, and backends that installed packages register as entry points.
 
     [project.entry-points."treadle.backends"]
     mine = "my_package.backend:MyBackend"
@@ -24,14 +24,17 @@ _OURS = {
 
 
 def backend_names() -> list[str]:
-    """Return the names of all registered backends, available or not: ours, then others' in alphabetical order."""
+    """Return the names of all registered backends, available or not: ours first, then the others in alphabetical
+    order.
+    """
     return [*_OURS, *sorted(_theirs())]
 
 
 def find_backend(name: str) -> Backend:
     """Import and return the backend of that name.
 
-    Raises BackendError if there is none (with the nearest names), or if a third party's cannot be loaded.
+    Raises BackendError if there is no such backend (with similar names), or if a third party's backend cannot be
+    loaded.
     """
     if name in _OURS:
         module, attribute = _OURS[name]

@@ -1,4 +1,4 @@
-"""Check a call: names, dtypes and shapes of the arguments, against the types of a graph's inputs."""
+"""The check of a call: names, dtypes and shapes of the arguments must match the types of a graph's inputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from treadle.ir.sizing.sizes import Size
 
 Array = np.ndarray[Any, Any]
 Convert = Callable[[Port, Any], Any]
-"""Converts an argument to an array of the port's dtype, of any shape. Raises BackendError."""
+"""A function that converts an argument to an array of the port's dtype, of any shape. Raises BackendError."""
 
 
-_REMEMBERED = 256  # number of sets of shapes that are remembered as valid
+_REMEMBERED = 256  # number of sets of shapes that are cached as valid
 
 
 class Signature:
-    """The inputs of an entry of a graph, by default the last. It is built once; `bind` checks each call.
+    """The inputs of an entry of a graph, by default the last entry. A signature is built once; `bind` checks each call.
 
-    The sizes of symbols that states determine are known before a call: they are passed as `known`.
+    States determine the sizes of some symbols before a call: these sizes are passed as `known`.
     """
 
     def __init__(self, graph: Graph, entry: Function | None = None) -> None:
@@ -50,15 +50,15 @@ class Signature:
     def bind_sized(
         self, given: Mapping[str, Any], convert: Convert, known: Mapping[str, int] | None = None
     ) -> tuple[list[Any], dict[str, int]]:
-        """Return the result of `bind`, and the sizes of the symbols. Raises BackendError as it does."""
+        """Return the result of `bind`, and the sizes of the symbols. Raises BackendError as `bind` does."""
         self.check_names(given)
         arrays = [convert(port, given[port.name]) for port in self.ports]
         return arrays, self.sizes([tuple(array.shape) for array in arrays], known)
 
     def sizes(self, shapes: Sequence[tuple[int, ...]], known: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Return the sizes of the symbols for these shapes of inputs. Raises BackendError if one does not fit."""
+        """Return the sizes of the symbols for these shapes of inputs. Raises BackendError if a shape does not match."""
         key = (*shapes, *sorted((known or {}).items()))
-        found = self._fitting.get(key)  # looked up once: another thread may clear them
+        found = self._fitting.get(key)  # read once, since another thread may clear the cache
         if found is None:
             named = {port.name: tuple(map(int, shape)) for port, shape in zip(self.ports, shapes, strict=True)}
             found = self._check_shapes(named, known or {})
@@ -122,7 +122,7 @@ class Signature:
         return sizes
 
     def refuse_undetermined(self, needed: Iterable[str]) -> None:
-        """Raise BackendError if a needed symbol is not determined by the dimensions of an input or a state."""
+        """Raise BackendError if no dimension of an input or a state determines a needed symbol."""
         determined, sizes = set(self.state_symbols), {s for port in self.ports for s in port.type.shape if s.symbols}
         known = -1
         while known < len(determined):  # a size such as S*T determines T if another input determines S
@@ -157,7 +157,9 @@ def _shown(shapes: Mapping[str, tuple[int, ...]], ports: tuple[Port, ...]) -> st
 
 
 def _sizes_that_may_be_negative(graph: Graph, entry: Function) -> list[tuple[Size, str, Node]]:
-    """Return sizes such as S - 4 that ops require or results have, each with a message and the first node with it."""
+    """Return the sizes, such as S - 4, that ops require or that results have and that may be negative. Each has a
+    message and the first node with this size.
+    """
     found: dict[Size, tuple[str, Node]] = {}
     for node in (node for function in graph.needed_by(entry) for node in function.nodes):
         demanded = [*node.op.demands([None if v is None else v.type for v in node.operands])]
@@ -172,7 +174,7 @@ def _sizes_that_may_be_negative(graph: Graph, entry: Function) -> list[tuple[Siz
 
 
 def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None = None) -> BackendError:
-    """Return the error for an input of another dtype; shape is the shape of an array."""
+    """Return the error for an input of another dtype. `shape` is the array's shape, if the input is an array."""
     received = found if shape is None else f"{found}[{', '.join(map(str, shape))}]"
     return BackendError(
         f"input {port.name} must be {port.dtype}, is {found}",
@@ -183,9 +185,9 @@ def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None 
 
 
 def as_numpy(port: Port, value: Any) -> Array:
-    """Convert an argument to a NumPy array of the port's dtype, which must be one of NumPy's.
+    """Convert an argument to a NumPy array of the port's dtype, which must be a dtype of NumPy.
 
-    An array of that dtype is used as it is. Another dtype of the same kind is converted if each of its values is
+    An array of that dtype is returned unchanged. Another dtype of the same kind is converted if each of its values is
     representable (int32 for i64, float16 for f32). Python numbers and lists have no dtype: integers are converted to
     any integer or float dtype that represents them exactly, floats are rounded to a float dtype. Raises BackendError
     for anything else.
@@ -217,7 +219,7 @@ def as_numpy(port: Port, value: Any) -> Array:
 
 
 def numpy_taken(port: Port, value: Any) -> Array:
-    """Convert a caller's argument by `as_numpy`; if NumPy cannot read it, the error says what to do."""
+    """Convert a caller's argument with `as_numpy`. If NumPy cannot read it, the error's hint says how to convert it."""
     try:
         return as_numpy(port, value)
     except (TypeError, RuntimeError) as error:  # a PyTorch tensor on a device, or one that needs a gradient
@@ -230,7 +232,9 @@ def numpy_taken(port: Port, value: Any) -> Array:
 
 
 def _readable(port: Port, value: Any) -> str:
-    """Return a hint that makes a PyTorch tensor readable by NumPy: dense, of a NumPy dtype, in CPU memory."""
+    """Return a hint that converts a PyTorch tensor to one that NumPy can read: dense, of a NumPy dtype, in
+    CPU memory.
+    """
     dense = "" if layout_of(value) == "strided" else ".to_dense()"
     lacking = str(getattr(value, "dtype", "")).startswith(("torch.bfloat16", "torch.float8"))
     return dense + (f".to(torch.{port.dtype.numpy})" if lacking else "") + ".detach().cpu()"

@@ -1,4 +1,5 @@
-"""Backends as pipelines: passes lower the optimized graph to the ops that the backend supports, then it emits code.
+"""Backends as pipelines: passes lower the optimized graph to ops that the backend supports, then the backend emits
+code.
 
     class Mine(StagedBackend):
         name = "mine"
@@ -7,8 +8,8 @@
         def pipeline(self, target): return (Legalize(self.keeps), HoistWeights(), PlanStorage())
         def emit(self, graph, target, weights, declared, plan): ...  # the lowered graph, as an `Executable`
 
-The passes run under the manager, as the portable ones do: each is recorded, verified, printed by `inspect --after`, and
-reported by `explain`. `emit` makes no decisions.
+The passes run under the pass manager, like the portable passes. Each is recorded, verified, printed by `inspect
+--after`, and reported by `explain`. `emit` makes no decisions.
 """
 
 from __future__ import annotations
@@ -57,21 +58,21 @@ class StagedBackend(ABC):
     name: ClassVar[str]
 
     def available(self) -> str | None:
-        """Return None if the backend can be used here, else the reason why not. By default it can."""
+        """Return None if the backend can be used here, else the reason. By default return None."""
         return None
 
     def supports(self, node: Node) -> str | None:
-        """Return None if the backend can run this node, else the reason why not. It ignores the nodes of a called
-        function.
+        """Return None if the backend can run this node, else the reason. For a call, the nodes of the called function
+        are not checked.
 
-        By default it can run every node.
+        By default return None.
         """
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError if the backend is not available, the target is not one of its own, or a node is refused.
+        """Raise BackendError if the backend is not available, does not support the target, or does not support a node.
 
-        By default it accepts every target.
+        By default every target is accepted.
         """
         reason = self.available()
         if reason is not None:
@@ -91,19 +92,19 @@ class StagedBackend(ABC):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Generate code for a lowered graph, with its weights by name.
+        """Generate code for a lowered graph, with its weights by name. Return the executable.
 
-        declared   the graph before the pipeline: its ops are those that the user knows, so that errors about a call
-                   use the user's terms (`treadle.backends.signature`)
-        plan       the storage and lifetime of each value; None if no `PlanStorage` ends the pipeline
+        declared   the graph before the pipeline: the user knows its ops, so errors of a call refer to it
+                   (`treadle.backends.signature`)
+        plan       the storage and lifetime of each value; None if the pipeline does not end with `PlanStorage`
 
-        Raises BackendError for a weight that is missing or does not fit.
+        Raises BackendError for a weight that is missing or has another type.
         """
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function of a lowered graph, callees first.
 
-        By default these follow from the plan; a backend adds the workspaces of its kernels.
+        By default, frames follow from the plan; a backend may add the workspaces of its kernels.
         """
         return frames_of(plan)
 
@@ -124,7 +125,7 @@ class StagedBackend(ABC):
         donate: Sequence[str] = (),
         verified: bool = False,
     ) -> Optimized:
-        """Lower an optimized graph by the pipeline, within a budget if there is one.
+        """Lower an optimized graph with the pipeline, within a budget if there is one. Return the result with its log.
 
         donate    inputs of the last entry that callers donate
         verified  True if a pass manager has verified the graph
@@ -148,7 +149,7 @@ class StagedBackend(ABC):
         return lowered
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
-        """Lower a graph, and generate code with its weights by name. Raises BackendError as `refuse` and `emit` do."""
+        """Lower a graph and generate code, with weights by name. Raises BackendError as `refuse` and `emit` do."""
         lowered = self.lower(graph, target)
         made = self.emit(lowered.graph, target, weights, graph, lowered.plan)
         _refuse_without_entries(made, graph, self.name)
@@ -156,7 +157,9 @@ class StagedBackend(ABC):
 
 
 def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> None:
-    """Refuse a graph with states or several entries, if a backend's executables do not support these."""
+    """Raise BackendError for a graph with states or several entries, if the backend's executables do not
+    support them.
+    """
     entries = [entry.name for entry in graph.later_entries]
     if (graph.states or len(entries) > 1) and not isinstance(made, StatefulExecutable):
         raise BackendError(
@@ -167,10 +170,10 @@ def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> Non
 
 
 def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:
-    """Return a storage plan that `emit` needs. Raises BackendError if the pipeline created none."""
+    """Return the storage plan that `emit` needs. Raises BackendError if the pipeline created no plan."""
     if plan is None:
         raise BackendError(
-            f"the {backend} backend emits a storage plan, and its pipeline created none",
+            f"the {backend} backend needs a storage plan, but its pipeline created none",
             hint="PlanStorage as the last pass of the pipeline",
         )
     return plan
@@ -187,14 +190,14 @@ def build(
     donate: Sequence[str] = (),
     verified: bool = False,
 ) -> tuple[Executable, Optimized]:
-    """Return an executable of an optimized graph, and the graph as the backend's passes lowered it.
+    """Return an executable of an optimized graph, and the graph after the backend's passes.
 
+    budget    a memory budget; the executable then accepts the budget's sizes and smaller ones
+    donate    names of inputs that callers donate
     verified  True if a pass manager has verified the graph
 
-    Within a budget it serves the budget's sizes and smaller ones. `donate` names inputs that callers donate.
-
-    The backend's notes on the result, lines on slow parts and the reasons, are the last record of the log. A backend
-    that does everything in `compile` has no passes. Raises BackendError as the backend does.
+    The last record of the log has the executable's notes: lines that name slow steps and the reasons. A backend that is
+    not a `StagedBackend` has no passes. Raises BackendError as the backend does.
     """
     if budget is not None:
         if not isinstance(backend, StagedBackend):

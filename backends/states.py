@@ -4,8 +4,8 @@
     states = exe.new_states(R=8, C=2048)          # zeros; `exe.state_bytes(R=8, C=2048)` returns their bytes in advance
     exe.entry("step")(states, tokens=..., rows=..., start=...)
 
-Symbols that only states determine (slots, capacity) get their sizes here, once. An executable may have any number of
-states at a time; a call works on those that are passed to it.
+Some symbols, such as the number of slots and the capacity, occur only in states. `new_states` sets their sizes. An
+executable may have any number of states at a time; a call works on the states that are passed to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.types import DType
 
 Allocate = Callable[[tuple[int, ...], DType], Any]
-"""Allocates an array of zeros in a backend's own memory."""
+"""A function that allocates an array of zeros in a backend's own memory."""
 
 
 class States(Mapping[str, Any]):
@@ -28,9 +28,9 @@ class States(Mapping[str, Any]):
 
     A state is a NumPy array, or a tensor in the torch backend. The tvm backend stores bf16 as uint16 bits.
 
-    kinds   the kinds of these states
+    kinds   the names and types of the states
     sizes   the sizes of the symbols in their types
-    nbytes  their total bytes
+    nbytes  the total size in bytes
     """
 
     def __init__(self, kinds: StateKinds, sizes: Mapping[str, int], arrays: Mapping[str, Any]) -> None:
@@ -111,7 +111,7 @@ class StateKinds:
                 )
 
     def check(self, states: States | None) -> States:
-        """Return the argument of a call, if it is states of these types. Raises BackendError for anything else."""
+        """Return `states` if its types match. Raises BackendError otherwise."""
         if states is None and self._none is not None:
             return self._none
         if not isinstance(states, States):

@@ -1,4 +1,4 @@
-"""Files of a model's folder: opened only if they are regular, read only if they are inside the folder.
+"""Files of a model's folder: only regular files inside the folder are opened.
 
 Loading a model reads nothing outside its folder. Every path is made canonical (all links resolved) before it is
 compared with the canonical folder, so that neither `..` nor a link leads out. A pipe or a device in place of a file is
@@ -23,7 +23,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class FileState:
-    """A file as it was when it was opened.
+    """The state of a file when it was opened.
 
     path    its absolute name; links are followed at each check, so that another target is another state
     label   its name in errors
@@ -43,8 +43,8 @@ class FileState:
         return cls(os.path.abspath(path), label, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check(self, *, exists: bool = False) -> None:
-        """Raise CheckpointError if the path now names another file, or one that was written since; with `exists`, also
-        if it names none. A file that is mapped keeps its bytes when it is removed.
+        """Raise CheckpointError if the path now names another file, or if the file was written since. With `exists`,
+        also raise if the file no longer exists. (A memory-mapped file keeps its bytes when it is removed.)
         """
         try:
             now = FileState.of(self.path, self.label, os.stat(self.path))
@@ -142,7 +142,7 @@ def canonical(path: PathLike, shown: str | None = None) -> Path:
 def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
     """Return the canonical form of `path`, which must be inside the canonical folder `root`.
 
-    Raises CheckpointError if the path, or a link on its way, leads out of the folder, or if there is no file.
+    Raises CheckpointError if the path, or a link in it, leads out of the folder, or if there is no such file.
     """
     shown = shown or shown_path(path)
     real = canonical(path, shown)

@@ -1,14 +1,14 @@
 """The form of errors, and the errors about input from outside. `treadle.ir.errors` has the whole family.
 
-An error states, in this order: what is wrong, what was received, where in the graph, which line of the user's, what to
-do.
+An error states, in this order: the problem, the received value, the place in the graph or file, the user's source line,
+and a suggestion.
 """
 
 from __future__ import annotations
 
 
 class Hint(str):
-    """A suggestion in Python; `command` is the same suggestion on the command line, if it reads differently there."""
+    """A suggestion in Python. `command` is the same suggestion for the command line, if it differs."""
 
     command: str
 
@@ -19,17 +19,17 @@ class Hint(str):
 
 
 class TreadleError(Exception):
-    """Base of all errors that Treadle raises on purpose.
+    """Base class of all errors that Treadle raises on purpose.
 
-    what      one line: what is wrong, without its context
+    what      the problem in one line, without its context
     received  the types, values or bytes that were received
-    within    the place in a graph (function, op, neighbours) or in a file (field, byte offset)
-    source    the user's own line and scope
-    hint      what to do about it
+    within    the place in a graph (function, op, neighbors) or in a file (field, byte offset)
+    source    the user's source line and scope
+    hint      a suggestion for solving the problem
     option    a name that was passed as an option of a model, but is not an option; the command line names the flag that
               was meant
 
-    is_reported  True if another process reports it to the user, so that this process prints nothing
+    is_reported  True if another process reports the error to the user, so that this process prints nothing
     """
 
     is_reported = False
@@ -72,8 +72,8 @@ class FrontendError(TreadleError):
 
 
 class CheckpointError(FrontendError):
-    """A checkpoint's files are damaged, hostile, or lack something that the model needs."""
+    """A checkpoint's files are damaged or hostile, or lack something that the model needs."""
 
 
 class UsageError(TreadleError):
-    """A command line or an argument asks for something that does not exist."""
+    """A command line or an argument is invalid."""

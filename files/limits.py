@@ -1,7 +1,8 @@
-"""Limits on the resources that a file may request: how they are set, and the hint when one is exceeded.
+"""Limits on the resources that a file may request: setting them, and the hint if a limit is exceeded.
 
-Each reader has a frozen dataclass of limits, whose fields are positive integers. Its `limits=` takes an instance, or a
-mapping of the fields that differ: `limits={"nodes": 400_000}`. So does `treadle.compile`, for any file that it reads.
+Each reader has a frozen dataclass of limits, whose fields are positive integers. The reader's argument `limits=` takes
+an instance, or a mapping of the fields that differ from the defaults: `limits={"nodes": 400_000}`. `treadle.compile`
+takes the same argument for any file that it reads.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from treadle.files.errors import Hint, UsageError
 L = TypeVar("L")
 
 MORE = 4
-"""Factor by which an error suggests to raise a limit if the required value is unknown."""
+"""If the required value of a limit is unknown, errors suggest raising the limit by this factor."""
 
 
 def limits_of(kind: type[L], given: L | Mapping[str, int] | None) -> L:
-    """Return a reader's limits, all of them. Raises UsageError for an unknown name, and for a value that is not a
-    limit.
+    """Return all limits of a reader. Raises UsageError for an unknown name, and for a value that is not a positive
+    integer.
     """
     if given is None:
         return kind()

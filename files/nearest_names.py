@@ -1,4 +1,4 @@
-"""The names in a file that are most similar to a missing one, in a time that a hostile file cannot increase."""
+"""The names in a file that are most similar to a missing name. The time is bounded, even for a hostile file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PARTS = re.compile(r"[A-Za-z]+|[0-9]+")
 
 
 class NearestNames:
-    """Answer queries about one set of names: an index by parts selects a small pool, and difflib ranks it."""
+    """An index of a set of names for finding similar names: parts of names select a small pool, which difflib ranks."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = [name for name in names if len(name) <= _LONGEST]

@@ -1,8 +1,8 @@
-"""Strict JSON: a pull reader that reports the byte offset of an error, and builds no more than requested.
+"""Strict JSON: a reader that parses only what the caller requests, and reports the byte offset of an error.
 
-Source: RFC 8259. Stricter than the standard library where files are untrusted: duplicate keys, lone surrogates, and
-integers beyond 64 bits are refused, and nesting is limited. A caller that knows the grammar to expect (a safetensors
-header) gets an error at the first byte that departs from it, before anything is built from the rest.
+Source: RFC 8259. The reader is stricter than the standard library, since files are untrusted: it refuses duplicate
+keys, lone surrogates, and integers beyond 64 bits, and limits nesting. If the caller knows the expected grammar (a
+safetensors header), the reader raises an error at the first byte that differs from it, before any later value is built.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INT64 = 2**63
 
 
 class JsonReader:
-    """Read one JSON text in `data` from front to back.
+    """A reader of one JSON text in `data`, from front to back.
 
     shown     the text's name in errors, such as `model.safetensors: header`
     nesting   maximum nesting depth of objects and arrays
@@ -39,7 +39,7 @@ class JsonReader:
     base      file offset of the text's first byte, added to the offsets in errors
     place     the part being read; set by the caller, printed in errors after the byte offset
 
-    Every method raises CheckpointError, with the byte offset in `within`, if the text does not match the request.
+    Every method raises CheckpointError, with the byte offset in `within`, if the text is not as requested.
     """
 
     def __init__(self, data: bytes, shown: str, *, nesting: int, values: int, base: int = 0) -> None:
@@ -66,7 +66,7 @@ class JsonReader:
         raise CheckpointError(what, received=received, within=within, hint=hint)
 
     def next_byte(self) -> bytes:
-        """Return the next byte that is not white space without consuming it; empty at the end."""
+        """Return the next byte that is not white space, without consuming it; b"" at the end."""
         data, at = self.data, self.position
         if data[at : at + 1] in (b" ", b"\n", b"\t", b"\r"):
             self.position = at = _SPACE.match(data, at).end()  # type: ignore[union-attr]

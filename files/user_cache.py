@@ -76,9 +76,9 @@ def make_private(folder: Path) -> bool:
 def is_private(folder: Path) -> bool:
     """Return True if no other user can write into a folder or replace it; False if it does not exist.
 
-    The folder and its parents must belong to the user or to root, and must not be writable by anyone else. A group that
-    only the user is in does not count, and in a sticky folder, such as /tmp, users cannot replace each other's files.
-    The contents of any other folder may come from anyone, and must not be executed.
+    The folder and its parents must belong to the user or to root, and must not be writable by anyone else. A group
+    whose only member is the user is allowed. A sticky folder such as /tmp is allowed too, since users cannot replace
+    each other's files in it. The contents of any other folder may come from anyone, and must not be executed.
     """
     return os.name != "posix" or _is_safe(folder, sticky=False)
 
@@ -128,7 +128,7 @@ def mark_used(path: Path) -> None:
 
 
 def forget_unused(folder: Path, names: re.Pattern[str]) -> None:
-    """Delete the files and folders of these names that were not used for UNUSED seconds."""
+    """Delete the files and folders in a folder whose names match and that were not used for UNUSED seconds."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             with suppress(OSError):

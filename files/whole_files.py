@@ -1,4 +1,6 @@
-"""Files that are written completely or not at all: to a temporary name in the same folder, synced, renamed."""
+"""Files that are written completely or not at all: written under a temporary name in the same folder, synced, and
+renamed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,10 @@ _OLDEST = 24 * 3600.0  # seconds; no write takes this long
 
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """Open a file that replaces the target when the block ends, and is deleted if the block fails.
+    """A context with an open file, which replaces the target when the block ends, and is deleted if the block fails.
 
-    Every reader of the target sees either the old bytes or the new ones. Files left by killed writers of the target are
-    deleted first. Raises OSError if the folder cannot be written.
+    Every reader of the target sees either the old bytes or the new ones. Temporary files of writers that were killed
+    are deleted first. Raises OSError if the folder cannot be written.
     """
     _sweep_dead(target)
     staged, file = _open_staged(target)
@@ -35,7 +37,7 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "posix":  # while it is locked; elsewhere an open file cannot be moved
+            if os.name == "posix":  # while the file is locked; other systems cannot move an open file
                 os.replace(staged, target)
         if os.name != "posix":
             os.replace(staged, target)
@@ -52,7 +54,9 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
 
 
 def check_writable(target: Path) -> None:
-    """Raise OSError if `replacing` cannot write the target. Its temporary file is made, and deleted."""
+    """Raise OSError if `replacing` cannot write the target. This is tested by creating and deleting a
+    temporary file.
+    """
     with suppress(FileNotFoundError):
         os.lstat(target)
     staged, file = _open_staged(target)
@@ -61,17 +65,19 @@ def check_writable(target: Path) -> None:
 
 
 def _open_staged(target: Path) -> tuple[Path, IO[bytes]]:
-    """Open a new file next to the target, locked while it is open, so that others know that its writer is alive."""
+    """Open a new temporary file next to the target. The file is locked while it is open, so that other processes know
+    that its writer is alive.
+    """
     while True:
         staged = target.with_name(f".{target.name[:64]}-{secrets.token_hex(6)}")
         file = staged.open("xb")
         if _lock(file.fileno(), otherwise=True) and os.fstat(file.fileno()).st_nlink:
             return staged, file
-        file.close()  # another writer took it for a leftover before it was locked
+        file.close()  # another process deleted the file as a leftover before it was locked
 
 
 def _sweep_dead(target: Path) -> None:
-    """Delete the staged files of a target that belong to this user and that no running writer has locked."""
+    """Delete the temporary files of a target that belong to this user and that no running writer has locked."""
     if sys.platform == "win32":
         return
     lead = f".{target.name[:64]}-"
@@ -91,7 +97,9 @@ def _sweep_dead(target: Path) -> None:
 
 
 def _lock(descriptor: int, *, otherwise: bool) -> bool:
-    """Lock a file if it is not locked; return `otherwise` if the file system does not support locks."""
+    """Lock a file. Return True if it was not locked before, or `otherwise` if the file system does not
+    support locks.
+    """
     if sys.platform == "win32":
         return otherwise
     try:
@@ -104,7 +112,7 @@ def _lock(descriptor: int, *, otherwise: bool) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Delete files that killed writers left in a folder at least a day ago."""
+    """Delete temporary files that killed writers left in a folder at least a day ago."""
     with suppress(OSError):
         for entry in os.scandir(folder):
             with suppress(OSError):

@@ -31,10 +31,11 @@ class Beams:
     """Options of a beam search.
 
     count           number of beams that continue at each step, each in a row
-    length_penalty  power of the length by which a finished text's sum is divided; values above 0 favour long texts
+    length_penalty  power of the length by which the sum of a finished text is divided; values above 0 favour long texts
     best            number of texts returned for each prompt, at most `count`
-    early           True: the search ends with the `count`-th finished text. False: it continues while a beam that ended
-                    now could rank above one of these. "never": it continues while a beam could at any length
+    early           condition that ends the search. True: `count` texts are finished. False: no beam that ended at its
+                    current length would rank above one of the best `count` finished texts. "never": no beam could do so
+                    at any length
 
     Raises UsageError for a value out of range.
     """
@@ -82,7 +83,7 @@ class _Beam:
 
 @dataclass(frozen=True)
 class _Task:
-    """The state that all searches of a call share."""
+    """The options and the session that all searches of a call share."""
 
     session: Session
     beams: Beams
@@ -100,15 +101,16 @@ def beam_search(
     stop: Sequence[int] = (),
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[list[Hypothesis]]:
-    """Return the best continuations of each prompt by up to `most` tokens, best first; prompts in their order.
+    """Return the best continuations of each prompt by up to `most` tokens, best first, in the order of the prompts.
 
-    Prompts are searched together if the session has rows for their beams; the others wait.
+    If the session has enough free rows, several prompts are searched together; the other prompts wait.
 
     rules    token rules, applied to log probabilities
     stop     token ids that end a text
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
-    Raises UsageError at once for a prompt that `generate` refuses, or a session with fewer free rows than beams.
+    Raises UsageError, before the search starts, for a prompt that `generate` refuses, or a session with fewer free rows
+    than beams.
     """
     task = _Task(session, beams or Beams(), rules or TokenRules(), frozenset(stop))
     rows, given = checked_prompts(session, prompts, inputs)
@@ -161,7 +163,7 @@ def _searched(
 
 
 class _Search:
-    """The search for one prompt: its beams, the logits after each beam, and the finished texts, best first."""
+    """The search for one prompt: the beams, the logits after each beam, and the finished texts, best first."""
 
     def __init__(self, task: _Task, prompt: list[int], most: int, row: int) -> None:
         self.task, self.prompt = task, prompt
@@ -173,8 +175,8 @@ class _Search:
         self.finished: list[Hypothesis] = []
 
     def advance(self) -> dict[int, int]:
-        """Take a step; return the next token of each row. Return no tokens if the search is over and all rows are
-        closed.
+        """Run one step of the search. Return the next token of each row, or no tokens if the search is over and all
+        rows are closed.
         """
         task, made = self.task, len(self.going[0].made) + 1
         running: list[tuple[_Beam, int, float]] = []
@@ -203,7 +205,8 @@ class _Search:
     def _candidates(self) -> list[tuple[_Beam, int, float]]:
         """Return the most likely continuations of all beams by one token, most likely first.
 
-        The list is long enough that `count` candidates remain even if every beam has each of the end tokens among them.
+        The list is long enough that `count` candidates remain even if every end token is among the candidates of every
+        beam.
         """
         end, count = tuple(self.task.stop), max(2, 1 + len(self.task.stop)) * self.task.beams.count
         totals = []
@@ -232,7 +235,7 @@ class _Search:
         del self.finished[self.task.beams.count :]
 
     def _is_over(self, best_total: float, made: int) -> bool:
-        """Return True if no beam should continue; the best beam has the sum `best_total`."""
+        """Return True if the search ends. `best_total` is the sum of the log probabilities of the best beam."""
         beams = self.task.beams
         if len(self.finished) < beams.count:
             return False
@@ -243,7 +246,9 @@ class _Search:
         return possible <= self.finished[-1].score
 
     def _go_on(self, running: list[tuple[_Beam, int, float]]) -> None:
-        """Assign each continuation a row: the first one of a beam keeps the beam's row, the others get copies of it."""
+        """Assign a row to each continuation. The first continuation of a beam keeps the beam's row; the others get
+        forks of it.
+        """
         session, kept = self.task.session, {beam.row for beam, _, _ in running}
         for beam in self.going:
             if beam.row not in kept:

@@ -1,4 +1,4 @@
-"""Generation: continue rows of a session token by token; prompts join as rows finish.
+"""Generation: continue rows of a session token by token. If a row ends, a waiting prompt takes its place.
 
 for token in generate(session, [[464, 3139], [15496]], most=32):
     print(token.row, token.id)
@@ -21,12 +21,12 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 
 Array = np.ndarray[Any, Any]
 Ending = Literal["end", "stop", "context", "count"]
-"""Reason for a row's end: a token that ends a text, a stop of the caller, a full context, or the requested token
-count.
+"""Reason for the end of a row: an end token of the model, a stop condition of the caller, a full context, or the
+requested number of tokens.
 """
 Until = Callable[[int, int], bool]
-"""A predicate that is True if a row ends with a token, given the prompt's number and the token's id. It is called once
-for each token, in order.
+"""A predicate of a prompt's number and a token id. It returns True if the token ends the row. It is called once for
+each token, in order.
 """
 
 _GREEDY = Sampling()
@@ -58,7 +58,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Choosing:
-    """The choice of a row's next token, and the conditions that end the row.
+    """The rules for choosing the next token of a row, and the conditions that end the row.
 
     most      maximum number of generated tokens
     sampling  sampling options; greedy if absent
@@ -86,7 +86,7 @@ class Choosing:
         return self.sampling.choose(scores, row=number, step=len(made))
 
     def token(self, logits: Array, number: int, made: Sequence[int], is_full: bool) -> Token:
-        """Return the last generated token with the reason for the row's end; `is_full` if the row has no room for
+        """Return the last generated token, with the reason if it ends the row. `is_full`: the row has no room for
         another token.
         """
         chosen = made[-1]
@@ -124,20 +124,21 @@ def generate(
     likely: int = 0,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
-    """Continue each prompt by up to `most` tokens, one step at a time; within a step, prompts are in order.
+    """Yield the tokens that continue each prompt, by up to `most` tokens. Each step yields one token per running
+    prompt, in the order of the prompts.
 
     A prompt ends after a token id in `stop` (which is returned too), after a token for which `until` is True, if its
     row is full, or after `most` tokens. If there are more prompts than free rows, the others wait; a prompt's tokens do
-    not depend on the other prompts. Equal prompts are prefilled once and forked. If the session resumes, a prompt that
-    begins like another one reuses its prefix.
+    not depend on the other prompts. Equal prompts are prefilled once and forked. If the session reuses prefixes, a
+    prompt that begins like another prompt reuses the common prefix.
 
     rules    token rules, applied to the logits after the row's earlier tokens
-    until    called for each token; True if its row ends with it
+    until    called for each token; True ends the row of the token
     likely   number of most likely tokens returned with each token
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
-    Raises UsageError at once, before the first token is requested, for an empty prompt, a prompt that leaves no room,
-    or a session without a free row.
+    Raises UsageError at the call, before the first token is requested, for an empty prompt, a prompt that leaves no
+    room, or a session without a free row.
     """
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
     rows, given = checked_prompts(session, prompts, inputs)
@@ -149,7 +150,9 @@ def generate(
 def checked_prompts(
     session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
 ) -> tuple[list[list[int]], Sequence[dict[str, Any]]]:
-    """Return the prompts and each prompt's further inputs. Raises UsageError for an empty or too long prompt."""
+    """Return the prompts as lists of integers, and the further inputs of each prompt. Raises UsageError for a prompt
+    that is empty or too long.
+    """
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
         if not ids:
@@ -197,9 +200,10 @@ def _generated(
 def _joined(
     session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
 ) -> list[_Running]:
-    """Open rows for as many waiting prompts as there are free rows. If one fails, all of them are closed.
+    """Open a row for each waiting prompt until no row is free. If an error occurs, all these rows are closed.
 
-    Prompts are prefilled together, except prompts that begin like another prompt and continue from its row.
+    The prompts are prefilled together. A prompt that begins like another prompt is prefilled later, from the common
+    prefix.
     """
     left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
     joined: dict[int, _Running] = {}
@@ -234,12 +238,12 @@ def _joined(
 def prompt_ahead(
     session: Session, prompt: Sequence[int], others: Mapping[int, Sequence[int]]
 ) -> tuple[int, int] | None:
-    """Return the prompt that `prompt` should wait for, and the number of tokens it then does not compute itself.
+    """Return the other prompt that `prompt` should wait for, and the number of tokens that it then need not compute.
 
     others  prompts that are about to be prefilled, by number
 
-    All tokens count if both prompts are equal. Returns None if none of the others shares more than the session already
-    holds.
+    If both prompts are equal, this is the number of all tokens. Returns None if no other prompt shares a longer prefix
+    than the session already holds.
     """
     found, most = None, session.prefix_length(prompt)
     for number, other in others.items():
@@ -250,12 +254,12 @@ def prompt_ahead(
 
 
 def _bring_the_same(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Return True if two prompts have the same further inputs: none, or one object."""
+    """Return True if two prompts have the same further inputs: both have none, or both have the same objects."""
     return inputs is others or not (inputs or others)
 
 
 def count_of(most: object) -> int:
-    """Return a token count. Raises UsageError for a value that is not a count."""
+    """Return `most` as an integer. Raises UsageError if it is not a number of tokens."""
     if isinstance(most, bool) or not isinstance(most, SupportsIndex) or (count := operator.index(most)) < 0:
         raise UsageError("most must be a number of tokens, 0 or more", received=repr(most))
     return count
@@ -267,5 +271,5 @@ def no_free_row() -> UsageError:
 
 
 def is_full(session: Session, row: int) -> bool:
-    """Return True if a row has no room for another token and does not slide."""
+    """Return True if a row has no room for another token, and its session does not slide full rows."""
     return session.full == "error" and session.length(row) + 1 > session.capacity

@@ -1,4 +1,4 @@
-"""Ports of a derived step: the token input, the vocabulary size, and the logits output."""
+"""The inputs and outputs of a derived decoding step: the token input, the vocabulary size, and the logits output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TokenPorts:
 def token_ports(derived: DerivedStep) -> TokenPorts:
     """Return the ports of a derived step.
 
-    Raises UsageError for a model without a token input, with further inputs along the sequence, or with logits that
+    Raises UsageError if the model has no token input, if it has other inputs along the sequence, or if the logits
     cannot be distinguished from other outputs.
     """
     function = derived.graph.functions["verify"]
@@ -58,14 +58,14 @@ def token_ports(derived: DerivedStep) -> TokenPorts:
 
 
 def _looked_up(function: Function, ids: set[Value]) -> list[int]:
-    """Return the sizes of the axes along which a function gathers with `ids` as they were passed."""
+    """Return the sizes of the table axes that a function indexes with the unchanged values `ids`."""
     same, sizes = set(ids), list[int]()
     for node in function.nodes:
         positions = [i for i, value in enumerate(node.operands) if value in same]
         if not positions or node.op.callee is not None:
             continue
         types = [None if v is None else v.type for v in node.operands]
-        if isinstance(node.op, Composite):  # which may index several tables with several kinds of ids
+        if isinstance(node.op, Composite):  # a composite may index several tables with different ids
             body = body_of(node.op, types)
             formals = dict(zip((i for i, v in enumerate(node.operands) if v is not None), body.inputs, strict=True))
             sizes += _looked_up(body, {formals[i] for i in positions})

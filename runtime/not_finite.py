@@ -16,7 +16,7 @@ _TESTS = (("NaN", np.isnan), ("infinite", np.isinf))
 
 
 class FiniteWatch:
-    """Observe a run of a graph without calls, and record the values that were NaN or infinite.
+    """A recorder of the values that are NaN or infinite in a run of a graph without calls.
 
     interpret(graph, inputs, weights, float64=True, watch=finite), then finite.found(outputs)
     """
@@ -45,7 +45,7 @@ class FiniteWatch:
         return self.held.get(value, frozenset())
 
     def found(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> list[NotFinite]:
-        """Return a report for each output that is not finite, outputs with NaN first."""
+        """Return a report for each output that is NaN or infinite; outputs with NaN come first."""
         events = []
         for name, value in self.graph.main.outputs.items():
             array = outputs[name]
@@ -56,7 +56,9 @@ class FiniteWatch:
         return events
 
     def _event(self, name: str, kind: str, count: int, of: int, value: Value, sizes: Mapping[str, int]) -> NotFinite:
-        """Trace back from an output, from each value to its first operand that already held the same kind of value."""
+        """Trace an output back to the first value with the same kind of number (NaN or infinite), and return the
+        report.
+        """
         while value.node is not None:
             above = next((v for v in value.node.inputs if kind in self._kinds(v)), None)
             if above is None:

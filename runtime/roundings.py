@@ -1,9 +1,9 @@
-"""The conditioning of a model, measured: the change of its outputs when every op rounds.
+"""The conditioning of a model, measured as the change of its outputs if every op rounds.
 
 Rounding is simulated in float64: the operands and results of every op change by one spacing of their dtypes, up or down
-at random; only constants stay exact. The resulting change of the outputs is a bound that no implementation of the model
-in these dtypes can be sure to stay within, whatever causes the loss: a mean subtracted from nearly equal numbers, a
-softmax over scores in the hundreds, a hundred layers.
+at random; only constants stay exact. No implementation of the model in these dtypes can be sure to differ by less than
+the resulting change of the outputs. Causes of a large change are, for example, a mean subtracted from nearly equal
+numbers, a softmax over scores in the hundreds, or a hundred layers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Moved:
-    """The change of a run's results: `by`, the maximum change of each float; `undecided`, True where other values
-    changed.
+    """The change of a result in perturbed runs. `by`: the maximum change of each float; `undecided`: True for elements
+    of other dtypes that changed.
     """
 
     by: Array
@@ -52,7 +52,7 @@ class Moved:
 def moved_by_rounding(
     graph: Graph, inputs: Arrays, weights: Arrays, expected: Arrays, rounds: int = ROUNDS
 ) -> dict[str, Moved]:
-    """Return the change of each output of a graph when every op rounds: the largest of a few random draws.
+    """Return the change of each output of a graph if every op rounds: the maximum over a few random draws.
 
     expected  the graph's own outputs in float64
     rounds    number of draws
@@ -78,7 +78,7 @@ def changed(array: Array, spacing: float, rng: np.random.Generator, least: float
 
 
 _NO_NUMBER = 1e-30
-"""Dtypes whose smallest numbers are below this one lose none of them."""
+"""If the smallest number of a dtype is below this value, underflow in the dtype is ignored."""
 
 
 def _rounding(rng: np.random.Generator) -> Callable[[Node, Operands, Callable[[Operands], list[Array]]], list[Array]]:

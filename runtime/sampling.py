@@ -25,7 +25,7 @@ Array = np.ndarray[Any, Any]
 class Sampling:
     """Options of sampling.
 
-    temperature  0 is greedy; 1 leaves the model's distribution unchanged
+    temperature  divisor of the logits; 0: greedy sampling; 1: the model's own distribution
     top_k        keep the k most likely tokens (0: all)
     top_p        keep the most likely tokens until their probabilities reach p (1: all)
     seed         seed of the random draws

@@ -1,19 +1,21 @@
-"""A scheduler: texts of many callers in one session. Rows join and leave between steps, in a separate thread.
+"""A scheduler: texts of many callers in one session. A separate thread runs the steps; between two steps, it opens and
+closes rows.
 
     scheduler = Scheduler(session)
     scheduler.start()
     (ticket,) = scheduler.submit([(TextOrder(prompt=(464, 3139), choosing=Choosing(most=32)), receive)])
     ...                                   receive(token) for each token, then receive(ended), on the scheduler's thread
-    ticket.cancel()                       the caller is gone: its row is free before the next step
+    ticket.cancel()                       the row of the request is free before the next step
     scheduler.close()
 
 Between two steps, the scheduler closes the rows of cancelled requests, assigns free rows to waiting requests, and
-prefills a piece of each new prompt, so that a long prompt delays the others by one piece at a time. The tokens of a
-request do not depend on other requests: a step's bits do not depend on which rows are in it (docs/generation.md).
+prefills one piece of each new prompt, so that a long prompt delays the other rows by one piece at a time. The tokens of
+a request do not depend on other requests: the bits of a row do not depend on the other rows of a step
+(docs/generation.md).
 
-A prompt's prefix is not recomputed if a slot holds it, from a running or a finished text (`Session.resume`). If the
-prefix is being prefilled for another prompt, a prompt waits and continues from there. One prompt requested for several
-texts is forked.
+If a slot holds a prefix of a prompt, from a running or a finished text, the prefix is not recomputed
+(`Session.resume`). If another prompt with the same prefix is being prefilled, a prompt waits and continues from that
+row. If several texts of a request have the same prompt, the prompt is prefilled once and its row is forked.
 """
 
 from __future__ import annotations
@@ -47,15 +49,16 @@ class Cut(Enum):
 class Ended:
     """The end of a request, passed to its receiver after all tokens.
 
-    why   None if the text ended, as its last token states; else the cancellation or the error
+    why   None if the text ended (its last token has the reason); otherwise the reason for the cancellation, or the
+          error
     """
 
     why: Cut | TreadleError | None = None
 
 
 Tell = Callable[[Token | Ended], None]
-"""A receiver of a request's tokens and of its end. It is called on the scheduler's thread and returns at once. If it
-raises, the request is cancelled.
+"""A receiver of the tokens and the end of a request. It is called on the scheduler's thread and must return at once.
+If it raises an exception, the request is cancelled.
 """
 
 
@@ -77,12 +80,12 @@ class TextOrder:
 
 @dataclass(frozen=True)
 class Load:
-    """The current load of a scheduler, and its totals.
+    """The current load of a scheduler, and totals since its start.
 
     running   open rows
     waiting   requests without a row
-    steps     steps so far
-    prefilled, reused, generated   tokens so far: computed prompt tokens, prompt tokens that a slot held, and new tokens
+    steps     number of steps
+    prefilled, reused, generated   prompt tokens computed, prompt tokens that a slot held, and new tokens
     """
 
     running: int = 0
@@ -114,14 +117,14 @@ class Ticket:
         self._has_ended = False
 
     def cancel(self) -> None:
-        """Cancel the request. Its receiver is called soon after; a finished request stays as it is. Safe on any
+        """Cancel the request. The receiver gets the end soon after. A finished request does not change. Safe on any
         thread.
         """
         self._is_cancelled.set()
 
     @property
     def cut(self) -> Cut | None:
-        """The reason to cancel the request now, or None."""
+        """The reason for cancelling the request now, or None."""
         if self._is_cancelled.is_set():
             return Cut.CANCELLED
         late = self.order.until is not None and time.monotonic() > self.order.until
@@ -135,13 +138,13 @@ class Ticket:
             self.cancel()
 
     def end(self, why: Cut | TreadleError | None = None) -> None:
-        """Pass the end to the receiver, once."""
+        """Pass the end of the request to the receiver, at most once."""
         if self._has_ended:
             return
         self._has_ended = True
         try:
             self._tell(Ended(why))
-        except Exception:  # the receiver that would be notified raised the error
+        except Exception:  # the receiver itself raised the error
             return
 
 
@@ -150,7 +153,7 @@ class _Row:
     """A request that has a row.
 
     left    tokens of its prompt that are not prefilled yet
-    ahead   the row whose prompt is prefilled first, as far as both agree: `shared` tokens
+    ahead   another row, whose prompt is prefilled first; both prompts share the first `shared` tokens
     logits  the logits after its last token, once the prompt is complete
     """
 
@@ -164,12 +167,12 @@ class _Row:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Token ids."""
+        """Token ids of the prompt."""
         return self.ticket.order.prompt
 
 
 class Scheduler:
-    """One session's rows, shared by any number of callers.
+    """A scheduler of one session's rows for any number of callers.
 
     queue   maximum number of requests that wait for a row
     piece   maximum number of prompt tokens prefilled between two steps
@@ -194,10 +197,11 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, orders: Sequence[tuple[TextOrder, Tell]]) -> list[Ticket]:
-        """Submit requests, which run in order of arrival as rows become free; either all or none are accepted.
+        """Submit requests, and return a ticket for each. Requests get rows in order of arrival. Either all or none are
+        accepted.
 
         Raises UsageError for an empty prompt, an id outside the vocabulary, a prompt longer than a row, and more
-        requests than the queue can hold; QueueFull if too many wait now; Closed.
+        requests than the queue can hold; QueueFull if too many requests are waiting; Closed after `close`.
         """
         for order, _ in orders:
             self.check(order.prompt)
@@ -298,8 +302,8 @@ class Scheduler:
             self._rows.append(self._begun(ticket, self._rows))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
-        """Return a row for a request. It resumes from a held prefix, or waits for a request in `before` with the same
-        beginning that is being prefilled.
+        """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`
+        whose prompt has the same beginning and is being prefilled.
         """
         prompt = ticket.order.prompt
         ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})
@@ -310,7 +314,7 @@ class Scheduler:
         return _Row(ticket, row, list(prompt[ticket.reused :]))
 
     def _go_on(self) -> None:
-        """Let rows that wait for another row's prompt continue from it, once it is prefilled or cancelled."""
+        """Continue the rows that wait for another row's prompt, if this prompt is prefilled or cancelled."""
         for n, each in enumerate(self._rows):
             ahead = each.ahead
             if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
@@ -367,7 +371,7 @@ class Scheduler:
             self._load = replace(load, generated=load.generated + chosen, steps=load.steps + bool(going))
 
     def _chosen(self, each: _Row) -> Token | None:
-        """Return the next token of a row; None if no token can be chosen, which ends this row only."""
+        """Return the next token of a row. If no token can be chosen, end this row and return None."""
         order, logits = each.ticket.order, each.logits
         assert logits is not None
         try:

@@ -2,14 +2,14 @@
 
     session = exe.session(rows=8, capacity=2048)
     row = session.open()
-    logits = session.prefill({row: [464, 3139, 286]})[row]       # of its last token
+    logits = session.prefill({row: [464, 3139, 286]})[row]       # after the last token
     logits = session.step({row: 4881})[row]
     session.close(row, keep=True)
     row = session.resume([464, 3139, 286, 4881, 318])            # holds the longest prefix that a slot has
 
-A session has slots, which rows take and leave. The rows of one call may have different lengths, and no row sees
-another. A session holds the states of the step that was derived from the model (`treadle.passes.stepping.derivation`),
-and shares weights and code with every other session of the model.
+A session has slots, which rows occupy from `open` to `close`. The rows of one call may have different lengths, and a
+row does not depend on other rows. A session holds the states of the decoding step that was derived from the model
+(`treadle.passes.stepping.derivation`). All sessions of a model share weights and code.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from treadle.runtime.slots import Ring, Row, Slots
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")
 Full = Literal["error", "slide"]
-"""The behavior of a row whose cache is full: raise an error, or forget the older half of its tokens."""
+"""The effect of appending to a full row: raise an error, or drop the older half of the row's tokens."""
 
 CHUNK = 256
-"""Number of tokens of a row that are prefilled at a time."""
-_WIDTH = 16  # chunk widths are multiples of this, so that few sizes need a plan
+"""Default maximum number of tokens of a row that one call prefills."""
+_WIDTH = 16  # chunk widths are multiples of this, so that few sizes occur
 _RING = 128  # ring capacities are multiples of this, as kernels read keys in blocks
 
 
 class Session:
-    """Rows that grow by steps; see the module.
+    """Rows of text with their caches; see the module.
 
     rows      number of slots
     capacity  number of positions of each slot
@@ -64,10 +64,10 @@ class Session:
     ) -> None:
         """Allocate the states.
 
-        memory   for a model whose prologue keeps a value of a size that rows bring, such as a source text: the
-                 maximum of this size, by its name (`{"S": 512}`)
-        resumes  None: True if a resumed row has the same bits as a row on its own, because the backend's bits do not
-                 depend on the split of a row's tokens into calls
+        memory   maximum sizes by name (`{"S": 512}`), for a model whose prologue stores values of a size that rows
+                 determine, such as a source text
+        resumes  None: True if the backend's bits do not depend on the split of a row's tokens into calls, so that a
+                 resumed row is bitwise identical to a row that was prefilled as a whole
 
         Raises UsageError for sizes that the model does not support, BackendError if there is not enough memory.
         """
@@ -133,7 +133,7 @@ class Session:
 
     @property
     def who_takes(self) -> str:
-        """The part that limits a row's number of tokens: the model, or the session."""
+        """The part that limits the number of tokens of a row: the model or the session, as text for messages."""
         return "the model" if self.capacity == self.derived.context else "a row of the session"
 
     @property
@@ -155,7 +155,7 @@ class Session:
         return tuple(self._open(row).tokens)
 
     def open(self, /, **inputs: Any) -> int:
-        """Take a free slot; return its row.
+        """Open a row in a free slot. Return the number of the row.
 
         inputs   the model's inputs for this row in addition to tokens, such as a source text, without the first
                  dimension
@@ -179,25 +179,27 @@ class Session:
         return row
 
     def close(self, row: int, *, keep: bool = False) -> None:
-        """Free a row's slot. Raises UsageError for a row that is not open.
+        """Close a row and free its slot. Raises UsageError for a row that is not open.
 
-        keep  `resume` may continue from its text until the slot is reused; the least recently used slot is reused first
+        keep  True: `resume` may continue from the row's text until the slot is reused; the least recently used slot is
+              reused first
         """
         self._open(row)
         self._slots.close(row, keep=keep and self.resumes)
 
     def fork(self, row: int) -> int:
-        """Open a row that continues from another row's current state, whose slot is copied. Raises UsageError as `open`
-        does.
+        """Open a row that continues from another row's current state. The other row's slot is copied. Raises
+        UsageError as `open` does.
         """
         self._whole(row)
         return self._slots.fork(row)
 
     def resume(self, tokens: Sequence[int], /, **inputs: Any) -> int:
-        """Take a slot for a text of these tokens; return its row, which holds the longest prefix that any slot has.
+        """Open a row for a text that begins with these tokens. The row holds the longest prefix of the tokens that any
+        slot has.
 
-        The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, no
-        prefix is held. Raises UsageError as `open` does; `inputs` are the same as for `open`.
+        The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, the
+        row holds no prefix. Raises UsageError as `open` does; `inputs` are the same as for `open`.
         """
         ids = _ids("a row", tokens)
         if not self.resumes or inputs:
@@ -205,13 +207,11 @@ class Session:
         return self._slots.resume(ids)
 
     def prefix_length(self, tokens: Sequence[int]) -> int:
-        """Return the number of tokens of a text that a row from `resume` would hold now."""
+        """Return the number of tokens that a row from `resume` would hold now."""
         return self._slots.held(list(tokens)) if self.resumes else 0
 
     def shared(self, tokens: Sequence[int], other: Sequence[int]) -> int:
-        """Return the number of tokens of a text that a row from `resume` would hold after another text has been
-        prefilled.
-        """
+        """Return the number of tokens that a row from `resume` would hold after another text has been prefilled."""
         return self._slots.worth(list(tokens), list(other)) if self.resumes else 0
 
     def _open(self, row: int) -> Row:
@@ -249,8 +249,8 @@ class Session:
         return made
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
-        """Append one token to each of these rows; return the logits [vocab] after it. Raises UsageError as `prefill`
-        does.
+        """Append one token to each of these rows. Return the logits [vocab] after each row's token. Raises UsageError
+        as `prefill` does.
         """
         ids = {row: self._checked(row, [token]) for row, token in _by_row(tokens)}
         if not ids:
@@ -283,9 +283,10 @@ class Session:
         return found
 
     def accept(self, row: int, tokens: Sequence[int]) -> None:
-        """Append a prefix of the tokens of the preceding `verify` call: the accepted ones, or none.
+        """Append the accepted tokens: a prefix, possibly empty, of the tokens of the preceding `verify` call.
 
-        Raises UsageError for a row that is not open, and for other tokens, whose keys and values the row does not hold.
+        Raises UsageError for a row that is not open, and for tokens that are not such a prefix, since the row does not
+        hold their keys and values.
         """
         state, ids = self._whole(row), _ids(f"row {row}", tokens)
         if ids != state.verified[: len(ids)]:
@@ -309,10 +310,10 @@ class Session:
         return ids
 
     def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **inputs: Array) -> Array:
-        """Call an entry on ids [b, s] and append each row's piece; return all logits.
+        """Call an entry on ids [b, s] and append each row's piece; return the logits of all rows.
 
-        If the call fails, rows keep their tokens. Caches may be written past a row's end. Running sums may have
-        advanced, and the rows that have them are lost.
+        If the call fails, rows keep their tokens. Caches may have been written behind the last token of a row, which
+        does no harm. Running sums may have advanced; rows with such sums are marked as lost.
         """
         rows = list(pieces)
         inputs["rows"], inputs["start"] = (
@@ -347,7 +348,7 @@ class Session:
                 self._slide(row)
 
     def _slide(self, row: int) -> None:
-        """Forget the older part of a row; the rest moves to positions from 0 on and is recomputed."""
+        """Drop the older part of a row. The other tokens move to the positions from 0 on and are recomputed."""
         state = self._rows[row]
         kept = state.tokens[-(self.capacity // 2) :]
         forgotten = len(state.tokens) - len(kept)
@@ -360,7 +361,7 @@ class Session:
             raise
 
     def _groups(self, pieces: Mapping[int, list[int]]) -> list[dict[int, list[int]]]:
-        """Split pieces into groups that are appended together: of one width for which every row has room."""
+        """Split pieces into groups that are appended in one call: pieces of one width for which every row has room."""
         groups: dict[int, dict[int, list[int]]] = {}
         for row, ids in pieces.items():
             width = _WIDTH * -(-len(ids) // _WIDTH)
@@ -396,7 +397,7 @@ def _positive(name: str, value: object) -> int:
 
 
 def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:
-    """Return the tokens of each row. Raises UsageError for anything but a mapping."""
+    """Return the items of a mapping from rows to tokens. Raises UsageError for other types."""
     if not isinstance(tokens, Mapping):
         raise UsageError("tokens must be a mapping by row", received=type(tokens).__name__, hint="{row: tokens}")
     return tokens.items()

@@ -1,8 +1,8 @@
 """The lab: the programs of all ranks of a sharded model, run in lockstep in one process with NumPy.
 
-No device is needed. Every rank runs its own program with the reference implementations of its ops. In a collective each
-rank receives the result that the collective's definition derives from all contributions. Ranks in mismatched
-collectives, and ranks that wait for others that never arrive, are reported by name and position.
+No devices are needed. Every rank runs its own program with the reference implementations of its ops. In a collective,
+each rank receives the result that the collective's definition computes from the values of all ranks. If ranks are in
+different collectives, or wait for ranks that never arrive, an error names the ranks and their collectives.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treadle.passes.sharding.rank_programs import rank_program, rank_weights, re
 Array = np.ndarray[Any, Any]
 
 MOST_RANKS = 256
-"""Maximum number of ranks: each is a thread and has its own program."""
+"""Maximum number of ranks: each rank is a thread with its own program."""
 
 
 def refuse_many_ranks(mesh: Mesh) -> None:
@@ -42,10 +42,10 @@ def refuse_many_ranks(mesh: Mesh) -> None:
 
 @dataclass(frozen=True)
 class LabResult:
-    """The result that the ranks computed together.
+    """The results of all ranks together.
 
     outputs      whole outputs, assembled from the parts of all ranks
-    collectives  for each collective its op and its group's number of elements, as seen by the group's first rank
+    collectives  for each collective, the op and the number of elements in its group, as seen by the group's first rank
     """
 
     outputs: dict[str, Array]
@@ -60,7 +60,7 @@ def run_lab(
     programs: Sequence[Graph] | None = None,
     float64: bool = True,
 ) -> LabResult:
-    """Run a plan on whole inputs and weights.
+    """Run a plan on whole inputs and weights. Return the whole outputs and the collectives.
 
     programs  programs of the ranks; by default the programs that `rank_program` returns
 
@@ -93,7 +93,7 @@ def run_lab(
             thread = threading.Thread(target=run, args=(rank,), name=f"rank {rank}")
             thread.start()
             threads.append(thread)
-    except RuntimeError as error:  # no threads are left: the running ranks would wait for the others
+    except RuntimeError as error:  # no threads are left: ranks that have started would wait forever
         room.fail(GraphError("the system cannot start more threads", received=f"{mesh.ranks} ranks: {error}"))
     for thread in threads:
         thread.join()
@@ -103,7 +103,7 @@ def run_lab(
 
 
 def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Assemble outputs. Raises GraphError if two ranks hold different numbers for one part."""
+    """Return the whole outputs. Raises GraphError if two ranks hold different values for one part."""
     outputs: dict[str, Array] = {}
     for (name, value), placed in zip(plan.graph.main.outputs.items(), plan.gives, strict=True):
         first = next(own[name] for own in found if name in own)
@@ -111,7 +111,7 @@ def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: 
         known = np.zeros(whole.shape, bool)
         for rank, own in enumerate(found):
             if name not in own:
-                continue  # it belongs to another stage
+                continue  # the output belongs to another stage
             part, seen = (taken_part(a, value.type.shape, placed, plan.devices, rank, sizes) for a in (whole, known))
             if part.shape != own[name].shape:
                 raise GraphError(f"rank {rank} returns {name} of {list(own[name].shape)}, not {list(part.shape)}")
@@ -123,7 +123,9 @@ def _assembled(plan: ShardingPlan, found: Sequence[Mapping[str, Array]], sizes: 
 
 
 class Room:
-    """The place where threads of ranks exchange data: the last rank of a group computes every rank's result."""
+    """The shared state through which threads of ranks exchange data. The last rank of a group that arrives computes the
+    results of all ranks.
+    """
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
@@ -137,7 +139,7 @@ class Room:
         self.collectives: list[tuple[Collective, int]] = []
 
     def exchange(self, rank: int, op: Collective, part: Any) -> Any:
-        """Return a rank's result, once all other ranks of its group have contributed."""
+        """Wait until all ranks of the group have passed their parts. Return this rank's result."""
         group = op.among(self.mesh.group(rank, self.mesh.parts_of(op.over)))
         with self.condition:
             number = self.counts[rank, group] = self.counts.get((rank, group), 0) + 1
@@ -188,7 +190,7 @@ class Room:
             self.condition.notify_all()
 
     def leave(self, rank: int) -> None:
-        """A rank takes part in no further collective."""
+        """Record that a rank takes part in no further collective."""
         with self.condition:
             self.left.add(rank)
             if self.waiting:
@@ -203,7 +205,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Door:
-    """One rank's access to the room; see `treadle.ir.placement.meeting.Meeting`."""
+    """One rank's connection to the `Room`; see `treadle.ir.placement.meeting.Meeting`."""
 
     room: Room
     rank: int
@@ -213,4 +215,4 @@ class Door:
         return self.room.exchange(self.rank, op, part)
 
     def begin(self, op: Starting, part: Any) -> None:
-        """Do nothing: ranks in lockstep start nothing before the exchange."""
+        """Do nothing: in lockstep, no communication starts before the exchange."""

@@ -1,7 +1,7 @@
 """Slots of a session: the rows that occupy them, and the texts that free slots still hold.
 
-The slot of a closed row keeps its contents until another row takes it. A new row whose tokens begin like such a text,
-or like a text that is still growing, continues from there.
+If a row is closed, its slot keeps the contents until another row takes the slot. A new row whose tokens begin like such
+a text, or like the text of an open row, continues from the common prefix.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ LEAST = 16
 class Row:
     """A text in a slot.
 
-    tokens     the tokens so far
-    forgotten  number of the oldest tokens that are no longer held
-    verified   tokens that `verify` wrote after them and that are not accepted yet
+    tokens     all tokens of the text
+    forgotten  number of the oldest tokens that the slot no longer holds
+    verified   tokens that `verify` wrote after `tokens` and that are not accepted yet
     is_lost    True if a failed call may have changed the states of these tokens
     written    number of written positions of the slot, including padding and rolled-back tokens
     """
@@ -36,20 +36,22 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Number of filled positions of its slot."""
+        """Number of filled positions of the row's slot."""
         return len(self.tokens) - self.forgotten
 
 
 @dataclass(frozen=True)
 class Ring:
-    """A cache with a fixed number of positions, of which a token sees the `reach` positions before it."""
+    """A ring buffer: a cache with a fixed number of positions, of which a token reads the `reach` positions before its
+    own.
+    """
 
     capacity: int
     reach: int
 
     def holds(self, row: Row, length: int) -> bool:
-        """Return True if everything that a token at this position sees is still held: each write replaces the position
-        one ring length earlier.
+        """Return True if the ring still holds all positions that a token at this position reads. Each write has
+        replaced the position one ring length earlier.
         """
         return row.written <= self.capacity or length - self.reach >= row.written - self.capacity
 
@@ -60,7 +62,7 @@ class Slots:
     rows    open rows by slot, in the order in which they were opened
     states  states in which every slot has a part
     rings   the caches in which old positions are overwritten
-    whole   True if only a whole text can be continued, since running sums cannot be rolled back
+    whole   True if a row can continue only from a whole text, since running sums cannot be rolled back
     """
 
     def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
@@ -75,7 +77,7 @@ class Slots:
         return len(self._empty) + len(self._kept)
 
     def take(self) -> int:
-        """Return a free slot: an empty one, else the least recently used one, whose text is forgotten.
+        """Return a free slot: an empty one if possible, else the least recently used one, whose text is then dropped.
 
         Raises UsageError if no slot is free.
         """
@@ -88,7 +90,7 @@ class Slots:
         return slot
 
     def give_back(self, slot: int) -> None:
-        """Return a slot that holds nothing to continue from."""
+        """Return a slot without a text to the empty slots."""
         self._empty.append(slot)
 
     def close(self, slot: int, *, keep: bool) -> None:
@@ -100,8 +102,8 @@ class Slots:
             self.give_back(slot)
 
     def held(self, tokens: list[int]) -> int:
-        """Return the length of the longest prefix of these tokens that a slot holds, without the last token, whose
-        logits are still needed.
+        """Return the length of the longest prefix of these tokens that a slot holds. The last token does not count,
+        since the logits after it must still be computed.
         """
         return self._longest(tokens)[1]
 
@@ -115,8 +117,8 @@ class Slots:
     def resume(self, tokens: list[int]) -> int:
         """Open a row with the longest prefix of these tokens that a slot holds; return its slot.
 
-        It takes over the slot of a closed row whose whole text it continues. Of other texts it copies the shared
-        prefix, so that they can be continued as well. Raises UsageError if no slot is free.
+        If the row continues the whole text of a closed row, it takes over that slot. Otherwise the common prefix is
+        copied, so that the other text can be continued as well. Raises UsageError if no slot is free.
         """
         source, length = self._longest(tokens)
         held = self._kept.pop(source, None) if length else None
@@ -133,7 +135,9 @@ class Slots:
         return slot
 
     def _copy(self, source: int, slot: int, length: int) -> None:
-        """Copy a slot's contents into another slot; of caches other than rings only the first `length` positions."""
+        """Copy a slot's contents into another slot: of rings all positions, of other caches only the first `length`
+        positions.
+        """
         for port in self.states.kinds.ports:
             sizes = [size.as_symbol for size in port.type.shape]
             part = [slice(None)] * len(sizes[1:])
@@ -143,7 +147,9 @@ class Slots:
             state[(slot, *part)] = state[(source, *part)]
 
     def _longest(self, tokens: list[int]) -> tuple[int, int]:
-        """Return the slot with the longest prefix of a text, and its length: 0 if none is long enough."""
+        """Return the slot that holds the longest prefix of a text, and the prefix's length (0 if no prefix is long
+        enough).
+        """
         found = slot = 0
         for each, row in (*self._kept.items(), *self.rows.items()):
             length = self.worth(tokens, row.tokens[row.forgotten :])

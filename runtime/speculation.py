@@ -5,10 +5,10 @@
         print(token.id)
     print(tally.accepted_length)
 
-A guessed token is accepted if the model would have chosen the same one (Leviathan et al. 2023). Each token is chosen
-from the model's own logits, by the same random draw as without guesses, so the text is the one that `generate` returns,
+A guessed token is accepted if the model would have chosen the same token (Leviathan et al. 2023). Each token is chosen
+from the model's own logits, by the same random draw as without guesses. So the text is the same as from `generate`,
 greedy or sampled. If a backend rounds differently for several tokens at once than for one, a choice between two nearly
-equal tokens may differ; `SpeculationTally.margin` reports the smallest such difference.
+equal tokens may differ; `SpeculationTally.margin` reports the smallest difference between the two best scores.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Guess(Protocol):
 
 @dataclass(frozen=True)
 class PromptLookup:
-    """Guess the tokens that followed an earlier occurrence of the last tokens (Saxena 2023): for texts that quote,
-    edit or repeat.
+    """Prompt lookup: guess the tokens that followed an earlier occurrence of the last tokens (Saxena 2023). Useful for
+    texts that quote, edit or repeat.
 
-    longest  maximum number of last tokens to search for; then fewer, down to 1
+    longest  maximum number of last tokens to search for; if there is no match, fewer are tried, down to 1
     count    number of tokens to guess
     """
 
@@ -76,10 +76,12 @@ class PromptLookup:
 
 
 class DraftModel:
-    """Guess the greedy tokens of a smaller model with the same vocabulary, in a row of its own session."""
+    """A draft model: propose tokens by greedy decoding with a smaller model that has the same vocabulary. It uses one
+    row of its own session.
+    """
 
     def __init__(self, session: Session, *, count: int = 4) -> None:
-        """Guess `count` tokens at a time.
+        """Create a draft model that guesses `count` tokens at a time.
 
         Raises UsageError for a session without a free row, or a model whose rows cannot be rolled back.
         """
@@ -99,7 +101,7 @@ class DraftModel:
         self._row = self.session.open()
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Return the tokens that the draft model chooses; fewer if its own row is full."""
+        """Return the tokens that the draft model chooses, or fewer tokens if the draft model's row is full."""
         row, session = self._row, self.session
         if row is None:
             raise UsageError("begin must be called before follow", hint="begin()")
@@ -128,11 +130,11 @@ class DraftModel:
 class SpeculationTally:
     """Counts of a speculative run.
 
-    calls     calls of the model after a text's prompt
+    calls     calls of the model after the prompts
     guessed   guessed tokens
-    accepted  guessed tokens that the model accepted, in texts that continued
+    accepted  guessed tokens that the model accepted, except in the last call of a text
     made      tokens of all texts
-    margin    smallest difference between the two best scores where the best one was chosen; else infinite
+    margin    smallest difference between the best and the second-best score over all greedy choices; infinite if none
     """
 
     calls: int = 0
@@ -163,10 +165,9 @@ def speculate(
 ) -> Iterator[Token]:
     """Yield the tokens that `generate` yields for the same arguments, prompt by prompt, with fewer calls of the model.
 
-    guess  source of guesses for the next tokens
-    tally  counts of the run, updated
+    guess  source of guesses for the next tokens tally  counts of the run, which this function updates
 
-    Raises UsageError at once as `generate` does, and for a model whose rows cannot be rolled back.
+    Raises UsageError at the call as `generate` does, and for a model whose rows cannot be rolled back.
     """
     if session.derived.carries:
         raise UsageError(
@@ -226,7 +227,7 @@ def _continued(
             if right == len(guessed) or chosen != guessed[right]:
                 break
             right += 1
-        if guessed:  # the row then holds all tokens but the last, as after a step
+        if guessed:  # as after a step, the row then holds all tokens but the last
             session.accept(row, [*head, *guessed[:right]])
         tally.accepted += right
         tally.calls += 1
@@ -238,6 +239,6 @@ def _continued(
 
 
 def _margin(logits: Array, chosen: int) -> float:
-    """Return the difference between the best and the second-best score if the best was chosen, else infinity."""
+    """Return the difference between the best and the second-best score, or infinity if another token was chosen."""
     second, best = np.partition(logits.astype(np.float64), -2)[-2:]
     return float(best - second) if logits[chosen] == best else float("inf")

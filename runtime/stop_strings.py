@@ -1,7 +1,8 @@
-"""Stop strings: a growing text ends at the first stop string, and a possible beginning of one is held back.
+"""Stop strings: a text ends at the first stop string. While a text grows, an end that may be the beginning of a stop
+string is held back.
 
 watch = StopStrings(["\\n\\n", "User:"])
-watch.split("Hello. Us")       # ("Hello. ", False): " Us" may be the beginning of a stop string
+watch.split("Hello. Us")       # ("Hello. ", False): "Us" may be the beginning of a stop string
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from treadle.ir.errors import UsageError
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text and are not part of it. Raises UsageError for an empty string."""
+    """Strings that end a text and are removed from it. Raises UsageError for an empty string."""
 
     strings: tuple[str, ...] = ()
 
@@ -25,10 +26,11 @@ class StopStrings:
         object.__setattr__(self, "strings", tuple(strings))
 
     def split(self, text: str) -> tuple[str, bool]:
-        """Return the part of the text that is certain, and True if a stop string ends the text there.
+        """Return the part of the text that can no longer become a stop string, and True if a stop string follows this
+        part.
 
-        The first complete stop string decides, or the longest if several are complete at once, so that the result does
-        not depend on the pieces in which a text arrives.
+        The text ends at the stop string that is complete first, or at the longest one if several are complete at once.
+        So the result does not depend on the pieces in which a text arrives.
         """
         places = [(at + len(stop), at) for stop in self.strings if (at := text.find(stop)) >= 0]
         if places:

@@ -1,10 +1,11 @@
-"""Token rules (logits processors): changes to the logits of a row, based on its tokens, before a token is chosen.
+"""Token rules (logits processors): changes to the logits of a row that depend on the row's tokens, before a token is
+chosen.
 
     rules = TokenRules(repetition_penalty=1.2, no_repeat_ngram=3)
     scores = rules.apply(logits, prompt=[464, 3139], generated=[286])
 
-Rules are applied in the order of the fields, which is the order of Hugging Face's logits processors, so that the
-settings of a folder's generation_config.json have the same meaning here.
+Rules are applied in the order of the fields, which is the order of Hugging Face's logits processors. So the settings of
+a folder's generation_config.json have the same meaning here.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Array = np.ndarray[Any, Any]
 class TokenRules:
     """Constraints on the next token.
 
-    repetition_penalty  logits of tokens that the row has, including the prompt's, are divided by this value if positive
-                        and multiplied if negative (Keskar et al. 2019); 1 changes nothing
+    repetition_penalty  positive logits of tokens that occur in the row or its prompt are divided by this value,
+                        negative ones multiplied (Keskar et al. 2019); 1: no penalty
     presence_penalty    is subtracted from the logits of generated tokens; the prompt's tokens do not count
     no_repeat_ngram     no n-gram of this length occurs twice, the prompt included; 0: no limit
     banned              token ids that never occur
@@ -35,7 +36,7 @@ class TokenRules:
     shortest            minimum number of tokens of a row, prompt included, before a token that ends a text
     first               id of the first token; None: any
     last                id of the last token, if the maximum number of tokens is reached; None: any
-    banned_first        ids that do not occur first or, if `first` is set, second
+    banned_first        ids excluded as the first token or, if `first` is set, as the second
 
     Raises UsageError for a value out of range.
     """
@@ -78,7 +79,7 @@ class TokenRules:
         end      token ids that end a text
         is_last  True if no token can follow this one
 
-        Raises UsageError if no token is left, and for an id outside the vocabulary.
+        Raises UsageError if the rules exclude every token, and for an id outside the vocabulary.
         """
         scores = logits.astype(np.float64)
         self._check_ids(len(scores))
@@ -125,7 +126,7 @@ class TokenRules:
 
 
 def log_probabilities(logits: Array) -> Array:
-    """Return the natural logarithms of softmax(logits) in float64; shape [vocab] to [vocab]."""
+    """Return log(softmax(logits)) in float64; logits and result are [vocab]."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
     found: Array = scores - np.log(np.exp(scores).sum())

@@ -1,4 +1,5 @@
-"""Verification: every backend on random inputs, compared with the float64 reference of the declared model.
+"""Verification: run every backend on random inputs, and compare the results with the float64 reference of the declared
+model.
 
     report = verify_backends(optimized, weights)
     print(report)                          # one line per backend, and the first op whose error exceeds its tolerance
@@ -9,18 +10,16 @@ There are three comparisons. Each has a tolerance that follows from the dtypes a
     whole      a backend's outputs against the declared graph in float64
     ops        each op alone, on operands of the reference rounded to its dtypes, against its own reference in float64
 
-Since an op alone gets correct operands, its error is its own: errors of earlier ops do not count again.
+In the third comparison, each op gets correct operands, so errors of earlier ops do not affect it.
 
 **Tolerances** are defined in `treadle.ir.analysis.tolerances`. For one op alone, its reference is evaluated once more
 with every operand changed by one spacing, with a random sign. In a model every op rounds, and later ops may amplify
 the error. So the whole graph is evaluated with the operands and results of every op changed
-(`treadle.runtime.roundings`).
-Integers and booleans must be equal, except where the changed operands give another value: there the reference itself is
-undecided.
+(`treadle.runtime.roundings`). Integers and booleans must be equal, except elements that differ in the changed
+evaluation: rounding errors alone may change them.
 
-**Inconclusive results.** If a change of the last bits changes half or more of a model's result, correct and incorrect
-outputs cannot be distinguished as a whole, and the report states this. If a result is NaN in the reference itself,
-equal
+**Inconclusive results.** If a change of the last bits changes a model's result by half of its size or more, correct and
+incorrect outputs cannot be distinguished, and the report states this. If a result is NaN in the reference itself, equal
 results prove nothing: the report names the op or the weight that the NaN comes from (`treadle.runtime.not_finite`).
 """
 
@@ -78,7 +77,7 @@ def verify_backends(
     weights  by name, in their dtypes (bf16 as float32)
     sizes    sizes to run at, by default a few small ones within the symbols' bounds
     seed     seed of the random inputs
-    emit     is called with each line of the report as soon as it is known
+    emit     is called with each line of the report as soon as the line is known
 
     Raises UsageError if no inputs can be drawn, GraphError if the reference itself refuses the sizes.
     """
@@ -178,14 +177,16 @@ def _verify_backend(
 
 
 class _OpChecker:
-    """Run each node of a graph without calls as a graph of its own. Equal nodes are compiled once."""
+    """A checker that runs each node of a graph without calls as a graph of its own. Equal nodes are compiled once."""
 
     def __init__(self, backend: Backend, flat: Graph, weights: Arrays, target: Target) -> None:
         self.backend, self.flat, self.weights, self.target = backend, flat, weights, target
         self.compiled: dict[str, Executable] = {}
 
     def first_fault(self, run: _Reference) -> OpFault | None:
-        """Return the first node, in program order, whose error on this run's operands exceeds its tolerance."""
+        """Return the first node, in program order, whose error on this run's operands exceeds its tolerance,
+        or None.
+        """
         main = self.flat.main
         values: dict[Value, Array] = {v: run.inputs[v.name] for v in main.inputs}
         values |= {v: self.weights[name] for name, v in main.parameters.items()}
@@ -196,7 +197,7 @@ class _OpChecker:
                 blocks = any(v.type.encoding is not None for v in (*node.inputs, *node.results))
                 found = (
                     None if blocks else self._fault(node, values, run.sizes)
-                )  # `bind` computes it with the reference
+                )  # the reference computes such nodes in `bind`
                 faults.extend([found] if found is not None else [])
                 values.update((v, held(a, v)) for v, a in zip(node.results, results, strict=True))
 
@@ -225,7 +226,7 @@ class _OpChecker:
 
 
 def _alone(node: Node, values: Mapping[Value, Array], sizes: Mapping[str, int]) -> tuple[Graph, dict[str, Array]]:
-    """Return a graph of one node at fixed sizes, with its operands as inputs, and the operands."""
+    """Return a graph of one node at fixed sizes, with the node's operands as inputs, and the arrays of the operands."""
     graph = Graph(node.op.name)
     inputs: dict[Value, Value] = {}
     for value in node.inputs:
@@ -260,7 +261,7 @@ def terms_of(node: Node) -> int:
 
 
 def compare(made: Any, expected: Array, moved: Moved, spacing: float, growth: float, type: Type) -> Difference:
-    """Return the distance of a result from the reference, and its tolerance; see the module's docstring.
+    """Return the difference between a result and the reference, and the tolerance; see the module's docstring.
 
     moved   the change of the reference when numbers change by one spacing
     growth  factor by which the error of one rounding may grow: sqrt(n) for a sum of n terms

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LOOSEST = 0.5
-"""Tolerance, relative to the largest element, above which a comparison is inconclusive."""
+"""If a tolerance, relative to the largest element, is above this value, the comparison is inconclusive."""
 
 _MARKS = {True: "ok", False: "WRONG", None: "-"}
 
@@ -22,7 +22,7 @@ class Difference:
 
     @property
     def exceeds(self) -> bool:
-        return not self.value <= self.tolerance  # a NaN exceeds
+        return not self.value <= self.tolerance  # True for a NaN, too
 
     @property
     def shows_nothing(self) -> bool:
@@ -30,7 +30,7 @@ class Difference:
         return not self.exceeds and self.tolerance > LOOSEST
 
     def worse(self, other: Difference) -> Difference:
-        """Return the difference that exceeds its tolerance by more, or is closer to it."""
+        """Return the difference that is larger relative to its tolerance."""
         return max(other, self, key=lambda d: (d.exceeds, d.value / d.tolerance if d.tolerance else d.value))
 
     def __str__(self) -> str:
@@ -65,14 +65,14 @@ class OpFault:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """An output that is NaN or infinite in the reference itself, and the origin of that.
+    """An output that is NaN or infinite in the reference itself, and the origin of the NaN or infinity.
 
     output         name of the output
     kind           "NaN" or "infinite"
     count, of      number of such elements, and of all elements
     origin         the op, the weight, the constant or the input; `scope` and `line`: its place in the user's model
     sizes          the sizes of the run
-    from_a_weight  True if it comes from a weight
+    from_a_weight  True if the origin is a weight
     """
 
     output: str
@@ -91,7 +91,7 @@ class NotFinite:
 
     @property
     def is_fatal(self) -> bool:
-        """True if the model itself is at fault: it has no finite output, or a weight is NaN."""
+        """True if the model cannot be verified: all numbers of the output are NaN or infinite, or a weight is NaN."""
         return self.is_all or (self.from_a_weight and self.kind == "NaN")
 
     def __str__(self) -> str:
@@ -112,8 +112,8 @@ def _placed(line: str, scope: str) -> str:
 class BackendReport:
     """The results of one backend.
 
-    refused     the reason if it was not run: it is not installed, or does not support the graph
-    difference  the largest one of its outputs, over all sizes
+    refused     the reason if the backend was not run: it is not installed, or does not support the graph
+    difference  the largest difference of an output, over all sizes
     failure     the error if a run failed
     fault       the first op whose error exceeds its tolerance
     """
@@ -126,7 +126,9 @@ class BackendReport:
 
     @property
     def passed(self) -> bool | None:
-        """True if all errors are within tolerance; None if the backend was not run, or if agreement proves nothing."""
+        """True if all errors are within tolerance; None if the backend was not run, or if the comparison is
+        inconclusive.
+        """
         if self.refused:
             return None
         if self.difference.exceeds or self.failure or self.fault:
@@ -160,7 +162,9 @@ class BackendReport:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The results of `treadle.runtime.verification.verify_backends`."""
+    """The results of `treadle.runtime.verification.verify_backends`. `str(report)` is the text that the command
+    prints.
+    """
 
     model: str
     target: str
@@ -202,7 +206,7 @@ class VerificationReport:
 
 
 class ReportLayout:
-    """The lines of a report, each of which can be printed before the next is known."""
+    """The lines of a report. Each line can be printed before the next one is known."""
 
     def __init__(self, backends: Sequence[str]) -> None:
         self.width = max(len(name) for name in ("rewrites", *backends))

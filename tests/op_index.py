@@ -12,13 +12,14 @@ from treadle.ir.wording.op_signatures import op_signature
 HEAD = """\
 # Ops
 
-Every op of the graph, a section for each file of `ir/ops/`. `make golden` writes this page from the ops' classes.
+All ops of the graph, in a section for each file of `ir/ops/`. `make golden` generates this page from the ops' classes.
 
-- An op is called as `t.NAME` in a model, as `b.NAME` on a builder, as `p.NAME` in a pattern. `help(t.NAME)` has its
-  whole text.
-- A name in italics is a composite: it has a body of simpler ops, which a backend without a form of its own runs.
-- The axis rule is read as docs/axis-rules.md says. "by attributes": it follows from the attributes or from the
-  operands' ranks.
+- An op is called as `t.NAME` in a model, as `b.NAME` on a builder, as `p.NAME` in a pattern. `help(t.NAME)` prints
+  the op's signature and its whole docstring.
+- A name in italics is a composite: it has a body of simpler ops, which runs on a backend that has no kernel for the
+  composite.
+- docs/axis-rules.md explains the notation of axis rules. "by attributes": the rule follows from the op's attributes, or
+  from the operands' ranks.
 """
 
 

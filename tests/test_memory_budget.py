@@ -76,7 +76,7 @@ def test_what_was_made_is_held_against_the_budget() -> None:
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])
     check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak, CASES["bert"]))
-    with pytest.raises(BackendError, match="more memory than was predicted"):
+    with pytest.raises(BackendError, match="more memory than the search for a plan predicted"):
         check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak - 1, CASES["bert"]))
 
 

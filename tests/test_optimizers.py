@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: Schedule(1.0, 0, 9, "linear", 1.5),
         "the end of a schedule must be between 0 and 1",
     ),
-    "an end of what is constant": (lambda: Schedule(1.0, end=0.5), "a constant schedule cannot have another end"),
+    "an end of what is constant": (lambda: Schedule(1.0, end=0.5), "end= does not apply to a constant schedule"),
     "before the first step": (lambda: Schedule(1.0)(0), "a step must be an integer of 1 or more"),
 }
 

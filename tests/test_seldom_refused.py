@@ -444,7 +444,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no plan": (
         lambda _: NumpyBackend().emit(read("relu(x)"), Target("cpu"), {}, read("relu(x)"), None),
         BackendError,
-        "the numpy backend emits a storage plan",
+        "the numpy backend needs a storage plan",
     ),
     "a budget of one that only compiles": (
         lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),

@@ -71,7 +71,7 @@ def write_artifact(
         "target": target,
         "passes": ", ".join(f"{r.name}{{{r.options}}}" if r.options else r.name for r in log),
         "seed": "" if seed is None else str(seed),
-        "options": _json(options).decode(),
+        "options": _json(dict(options)).decode(),
     }
     return write_sections(Path(path), texts, sections, metadata)
 

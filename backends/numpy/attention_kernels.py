@@ -1,4 +1,4 @@
-"""Attention in NumPy, with masks and biases as arrays that broadcast against its scores [b, h, s, t].
+"""Attention in NumPy, with masks and biases as arrays that broadcast against the scores [b, h, s, t].
 
 Masks called `hidden` are true where a query must not see a key; `masks` are true where it may.
 """
@@ -35,11 +35,11 @@ def attention(
     out: Array | None = None,
     work: Workspace = NOTHING,
 ) -> Array:
-    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see
+    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.attention`.
 
-    It works on some rows and queries at a time, so that the scores need bounded memory: as many as fit into
-    `work.scores`. A query without visible keys gets zeros.
+    Scores are computed for some rows and queries at a time, as many as fit into `work.scores`, so that they need
+    bounded memory. A query without visible keys gets zeros.
     """
     rows, heads, queries, _ = q.shape
     groups, keys = k.shape[1], k.shape[2]
@@ -61,7 +61,7 @@ def attention(
 
 
 def _some(work: Workspace, shape: tuple[int, ...]) -> Workspace:
-    """Return the parts of a workspace for this number of rows and queries."""
+    """Return the parts of a workspace for the number of rows and queries in `shape`."""
     if work.scores is None:
         return NOTHING
     held = ("scaled", "scores", "row", "blank")
@@ -78,7 +78,9 @@ def attention_with_probabilities(
     biases: Sequence[Array] = (),
     softcap: float | None = None,
 ) -> tuple[Array, Array]:
-    """Return the same, and the probabilities [b, h, s, t], which are also zeros for a query without visible keys."""
+    """Return the result of `attention`, and the probabilities [b, h, s, t], which are also zeros for a query without
+    visible keys.
+    """
     groups = k.shape[1]
     p = _probabilities(q, np.swapaxes(k, -1, -2), scale, masks, (), biases, softcap, NOTHING)
     out = _product(_grouped(p, groups), v[:, :, None])
@@ -115,7 +117,7 @@ def _probabilities(
 
 
 def _product(x: Array, y: Array, out: Array | None = None) -> Array:
-    """Return x @ y; float16 is summed in float32."""
+    """Return x @ y. float16 numbers are multiplied and added in float32."""
     if x.dtype != np.float16:
         return np.matmul(x, y, out=out)
     made: Array = (wide_array(x) @ wide_array(y)).astype(x.dtype, copy=False)
@@ -126,7 +128,7 @@ def _product(x: Array, y: Array, out: Array | None = None) -> Array:
 
 
 def _grouped(x: Array, groups: int) -> Array:
-    """Split heads into groups: [b, (g r), s, d] -> [b, g, r, s, d]."""
+    """Split heads into groups: return [b, g, r, s, d] for [b, (g r), s, d]."""
     return x.reshape(x.shape[0], groups, x.shape[1] // max(1, groups), *x.shape[2:])
 
 
@@ -137,7 +139,7 @@ def _part(x: Array, rows: slice, queries: slice) -> Array:
 
 
 def _safe_softmax(scores: Array, work: Workspace) -> Array:
-    """Compute softmax in place; a row that is -inf throughout becomes zeros."""
+    """Compute softmax in place. A row in which all scores are -inf becomes zeros."""
     row = np.max(scores, axis=-1, keepdims=True, initial=-np.inf, out=work.row)
     scores -= _or_else(np.greater(row, -np.inf, out=work.blank), row, 0.0)
     np.exp(scores, out=scores)
@@ -147,7 +149,7 @@ def _safe_softmax(scores: Array, work: Workspace) -> Array:
 
 
 def _or_else(holds: Array, row: Array, otherwise: float) -> Array:
-    """Return the row where a condition holds, else a number; the condition is overwritten."""
+    """Return `row` where the condition holds, else the number `otherwise`. The condition is overwritten."""
     np.copyto(row, otherwise, where=np.logical_not(holds, out=holds))
     return row
 
@@ -172,7 +174,9 @@ def counted(out: Array) -> Array:
 
 
 def term(text: str, queries: int, keys: int, *operands: Array) -> Array:
-    """Evaluate a mask or bias, written as `window(128)`, by its definition; it broadcasts against [b, h, s, t]."""
+    """Evaluate a mask or bias in its text form, such as `window(128)`, by its definition. The result broadcasts against
+    [b, h, s, t].
+    """
     return _read(text).reference(np.arange(queries)[:, None], np.arange(keys), *operands)
 
 
@@ -180,12 +184,12 @@ _read = lru_cache(maxsize=64)(parse_term)
 
 
 def laid_out(x: Array, axes: str) -> Array:
-    """Return an operand with some of the axes b, h, s, t as [b, h, s, t], with size 1 for missing axes."""
+    """Return an operand whose axes are some of b, h, s, t as an array [b, h, s, t], with size 1 for missing axes."""
     sizes = dict(zip(axes.split(), x.shape, strict=True))
     return x.reshape([sizes.get(axis, 1) for axis in AXES])
 
 
-# Each reads positions of queries i and keys j from its arguments, and writes to `out`.
+# Each function takes positions of queries i and keys j as arguments, and writes to `out`.
 
 
 def causal(queries: Array, keys: Array, out: Array) -> Array:
@@ -194,7 +198,9 @@ def causal(queries: Array, keys: Array, out: Array) -> Array:
 
 
 def window(queries: Array, keys: Array, size: int, later: Array, out: Array) -> Array:
-    """Hidden: j <= i - size or j >= i + size, written over i; `later` holds the second condition."""
+    """Hidden: j <= i - size or j >= i + size. The result is written over i; `later` is a workspace for the second
+    condition.
+    """
     bound = np.subtract(counted(queries), size, out=queries)[:, None]
     np.less_equal(counted(keys), bound, out=out)
     bound += 2 * size

@@ -1,4 +1,4 @@
-"""The NumPy backend: readable source on every machine. It is not optimized for speed, and needs only NumPy."""
+"""The NumPy backend: readable source that runs on every machine and needs only NumPy. It is not optimized for speed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _WITHOUT_BF16_CACHES = Hint('cache="f16", or backend="torch"', "--cache f16, or 
 
 
 class NumpyBackend(StagedBackend):
-    """Runs graphs in NumPy. It supports every op of the registry and every dtype except bf16, which NumPy lacks.
+    """The NumPy backend. It supports every op of the registry, and every dtype except bf16, which NumPy lacks.
 
     A call accepts NumPy arrays, and PyTorch tensors in CPU memory, and returns NumPy arrays.
     """
@@ -58,7 +58,7 @@ class NumpyBackend(StagedBackend):
         return None
 
     def supports(self, node: Node) -> str | None:
-        """Return None, or the reason why the node cannot be run."""
+        """Return None if the node can be run, else the reason."""
         lacking = {v.type.dtype.name for v in (*node.inputs, *node.results) if v.type.dtype.numpy is None}
         return f"NumPy has no {', '.join(sorted(lacking))}" if lacking else None
 
@@ -93,7 +93,7 @@ class NumpyBackend(StagedBackend):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Write the module. Raises BackendError for a missing weight."""
+        """Generate the module and return its executable. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
         poison = poisons()
         plan = needed_plan(plan, self.name)
@@ -135,14 +135,14 @@ def _read_only(array: Array) -> Array:
 
 
 def _poison(*arrays: Any) -> None:
-    """Fill arrays, and so all values in their memory, except read-only ones: scalars and broadcast arrays."""
+    """Fill arrays, and so all values in their memory. Read-only arrays (scalars and broadcast arrays) are unchanged."""
     for array in arrays:
         if isinstance(array, np.ndarray) and array.flags.writeable:
             array[...] = np.frombuffer(bytes([BYTE]) * array.itemsize, array.dtype)[0]
 
 
 class _NoWarnings(Settings):
-    """No warnings of NumPy's about overflows, divisions by zero and invalid values."""
+    """Settings without NumPy's warnings about overflows, divisions by zero and invalid values."""
 
     def __init__(self) -> None:
         self._before = np.geterr()
@@ -158,7 +158,7 @@ class _NumpyArrays:
     """NumPy arrays; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`.
 
     kept     True if the caller's arrays are read-only during the run
-    donated  inputs that are excepted, since the caller donated them
+    donated  names of donated inputs, which stay writable
     """
 
     def __init__(self, kept: bool, donated: frozenset[str]) -> None:

@@ -1,7 +1,8 @@
-"""NumPy code for ops that write their result to a planned destination, by `out=`.
+"""NumPy code for ops that write their result to a planned destination, with `out=`.
 
-Our own kernels have this argument in any case (`treadle.backends.numpy.spelling`); here are operators and methods. Ops
-that run by their reference, or that have float16 or several results, allocate their results.
+Calls of our own kernels always have this argument (`treadle.backends.numpy.spelling`); this module has the code for
+NumPy's operators and methods. Ops that run their reference, or that have float16 or several results, allocate their
+results.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _FUNCTIONS = {
     **{name: name for name in ("equal", "not_equal", "less", "less_equal", "greater", "greater_equal")},
     **{"logical_and": "bitwise_and", "logical_or": "bitwise_or", "logical_not": "invert"},
 }
-"""Ops by name, and NumPy functions that give the same numbers."""
+"""Names of ops, and NumPy functions that compute the same numbers."""
 
 _ELEMENTWISE: dict[str, Spelling] = {
     **{ours: _of_operands(theirs) for ours, theirs in _FUNCTIONS.items()},
@@ -56,7 +57,7 @@ def _copied(text: str, line: Line) -> str:
 
 
 def _rearranged(line: Line) -> str:
-    """Permute the axes, before those that form one dimension are joined: joining is a view."""
+    """Return code that permutes the axes. Axes that form one dimension are joined afterwards, which is a view."""
     return _copied(rearranged(line, "transpose", joined=False), line)
 
 
@@ -89,7 +90,7 @@ _KERNELS = (
     *("linear", "einsum", "embedding", "gather", "pad", "softmax", "log_softmax", "layer_norm", "rms_norm"),
     *("erf", "gelu", "gelu_tanh", "sigmoid", "silu", "quick_gelu", "rsqrt", "expm1", "log1p", "softplus"),
 )
-"""Ops whose only form is a kernel with a destination."""
+"""Ops whose only code is a kernel with a destination."""
 
 NUMPY = Dialect(
     name="numpy",
@@ -101,7 +102,7 @@ NUMPY = Dialect(
 )
 
 _MOVES = ("rearrange", "reshape", "concat", "pad", "cast")
-"""Ops without additions, which therefore get a destination in float16, too."""
+"""Ops without additions, which therefore have a destination in float16, too."""
 
 
 def is_placed(node: Node) -> bool:

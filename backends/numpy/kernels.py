@@ -1,7 +1,8 @@
-"""NumPy kernels that emitted source calls, where one expression is not enough or would be wasteful.
+"""NumPy kernels that emitted source calls, if one expression does not suffice or would be wasteful.
 
-Each returns results in the dtype of its operands, and sums in it: emitted source passes float16 as float32. Only
-attention accepts float16 itself, and rounds scores and probabilities as its body does. No kernel loops over elements.
+Each kernel returns results in the dtype of its operands, and adds in this dtype; emitted source converts float16 to
+float32 before a call. Only attention accepts float16 itself, and rounds scores and probabilities as its body does. No
+kernel loops over elements in Python.
 
     out    the destination of the result; None: a new array
     work   the workspace of a call, arrays by name (`treadle.backends.numpy.workspaces`); missing ones are allocated
@@ -87,8 +88,8 @@ def _gelu_tanh(x: Array, y: Array, work: Workspace) -> None:
 def _chunked(
     function: Callable[[Array, Array, Workspace], None], x: Array, out: Array | None, work: Workspace
 ) -> Array:
-    """Apply a function to x chunk by chunk; x, y and its workspace have the same length. `work.kept` holds a chunk of
-    an x with gaps.
+    """Apply a function to x chunk by chunk. Chunks of x, of the result and of the workspace have the same length. If x
+    has gaps, `work.kept` holds a copy of a chunk.
     """
     x = np.asarray(x)
     made = np.empty(x.shape, x.dtype) if out is None else out
@@ -98,7 +99,7 @@ def _chunked(
     if "kept" in parts:
         np.copyto(made, x)
     flat = to if "kept" in parts else x.reshape(-1)
-    for start in range(0, flat.size, max(1, chunk)):  # a chunk of no elements is one of none
+    for start in range(0, flat.size, max(1, chunk)):  # if there are no elements, there are no chunks
         here = flat[start : start + chunk]
         some = {name: part[: len(here)] for name, part in parts.items()}
         if "kept" in some:
@@ -109,7 +110,7 @@ def _chunked(
 
 
 def erf(x: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """Return the error function; in float32 within 3.2e-7."""
+    """Return erf(x); in float32 with an error of at most 3.2e-7."""
     return _chunked(_erf, x, out, work)
 
 
@@ -150,7 +151,7 @@ def rsqrt(x: Array, out: Array | None = None) -> Array:
 
 
 def _x_over(x: Array, y: Any) -> Array:
-    """x / (1 + e^y), over y"""
+    """x / (1 + e^y), written over y"""
     made: Array = np.asarray(y)
     np.exp(made, out=made)
     made += 1.0
@@ -230,7 +231,7 @@ def log_softmax(x: Array, axis: int, out: Array | None = None, work: Workspace =
 
 
 def mean(x: Array, axes: tuple[int, ...], keepdims: bool = False, out: Array | None = None) -> Array:
-    """Return the sum along axes, divided by the number of their elements."""
+    """Return the mean along the axes."""
     total: Any = np.sum(x, axis=axes, keepdims=keepdims, out=out)
     count = math.prod(x.shape[axis] for axis in axes)
     made: Array = np.divide(total, count, out=total if isinstance(total, np.ndarray) else None)
@@ -264,12 +265,14 @@ def rms_norm(x: Array, weight: Array | None, eps: float, out: Array | None = Non
 
 
 def take(x: Array, indices: Array, axis: int, out: Array | None = None) -> Array:
-    """Return slices of x along an axis. Raises OutsideAxis for an index out of bounds, also a negative one."""
+    """Return slices of x along an axis. Raises OutsideAxis for an index out of bounds; negative indices are out of
+    bounds.
+    """
     return np.take(x, within(indices, x.shape[axis]), axis=axis, out=out, mode="clip")
 
 
 def within(indices: Array, size: int) -> Array:
-    """Return the indices of an axis of this size. Raises OutsideAxis for an index out of bounds."""
+    """Return the indices unchanged. Raises OutsideAxis for an index out of the bounds of an axis of this size."""
     if np.size(indices) and (np.min(indices) < 0 or np.max(indices) >= size):
         given = np.asarray(indices)
         raise OutsideAxis(int(given[(given < 0) | (given >= size)].flat[0]), size)
@@ -277,7 +280,9 @@ def within(indices: Array, size: int) -> Array:
 
 
 def take_along_axis(x: Array, indices: Array, axis: int, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """Return x[..., indices[..., i, ...], ...]; with a workspace, x is row-major. Raises OutsideAxis."""
+    """Return x[..., indices[..., i, ...], ...]. With a workspace, x must be row-major. Raises OutsideAxis for an index
+    out of bounds.
+    """
     within(indices, x.shape[axis])
     if work.places is None:
         return np.take_along_axis(x, indices, axis)
@@ -292,7 +297,9 @@ def take_along_axis(x: Array, indices: Array, axis: int, out: Array | None = Non
 
 
 def append(state: Array, x: Array, rows: Array, start: Array, axis: int, *, ring: bool) -> Array:
-    """Write x into a state, from each row's start. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    """Write x into a state, from each row's start, and return the state. Raises OutsideAxis or NoRoom before anything
+    is written.
+    """
     capacity, count = state.shape[axis], x.shape[axis]
     slots = within(rows, state.shape[0])[:, None]
     lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
@@ -337,10 +344,11 @@ def linear(x: Array, weight: Array, bias: Array, out: Array | None = None) -> Ar
 
 
 class EinsumOrder:
-    """A product of two operands as a matrix product, [batch, rows, inner] by [batch, inner, columns]: letters of axes.
+    """The axes of an einsum of two operands as a matrix product [batch, rows, inner] by [batch, inner, columns]. An
+    axis is a letter.
 
-    made      the axes of matmul's output; the result is a permutation of it
-    operands  for each operand the axes in that order, and the positions that separate its dimensions
+    made      the axes of matmul's output; the einsum's result is a permutation of it
+    operands  for each operand, the axes in that order, and the positions that separate the three dimensions
     """
 
     def __init__(self, terms: Sequence[str], right: str) -> None:
@@ -353,7 +361,7 @@ class EinsumOrder:
 
 
 def einsum(equation: str, *operands: Array, out: Array | None = None, work: Workspace = NOTHING) -> Array:
-    """NumPy's einsum; a product of two operands is computed by matmul, which is BLAS.
+    """Return NumPy's einsum. A product of two operands is computed by matmul, which uses BLAS.
 
     With a workspace, every axis of an operand must also be in the other operand or in the result.
     """
@@ -387,6 +395,8 @@ def einsum(equation: str, *operands: Array, out: Array | None = None, work: Work
 
 
 def _summed(term: str, x: Array, kept: str) -> tuple[str, Array]:
-    """Sum an operand over the axes that are neither in the other operand nor in the result."""
+    """Return an operand summed over the axes that are neither in the other operand nor in the result, and its remaining
+    axes.
+    """
     axes = tuple(i for i, c in enumerate(term) if c not in kept)
     return "".join(c for c in term if c in kept), np.sum(x, axis=axes, dtype=x.dtype) if axes else x

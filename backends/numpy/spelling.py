@@ -1,6 +1,6 @@
-"""NumPy code for ops. An op without an entry is run by its reference, or, if it is a composite, by its body.
+"""NumPy code for ops. If an op has no entry, a composite is replaced by its body, and a primitive runs its reference.
 
-float16 is summed in float32, see `Op.accumulates`, and functions of several steps are computed in float32.
+float16 is added in float32, see `Op.accumulates`, and functions of several steps are computed in float32.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class _WideLine(Line):
 
 
 def _in_f32(spelling: Spelling) -> Callable[[Line], str]:
-    """Return an op's code with float16 computed in float32 and rounded once: for sums, and for functions of several
-    steps.
-    """
+    """Return code that computes float16 in float32 and rounds once, for sums and for functions of several steps."""
 
     def spelled(line: Line) -> str:
         dtypes = {r.type.dtype for r in line.node.results}
@@ -119,13 +117,13 @@ def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str
 
 
 def dtype_text(dtype: DType) -> str:
-    """Return `np.float32`."""
+    """Return a dtype as text: `np.float32`."""
     assert dtype.numpy is not None
     return "np.bool_" if dtype.name == "bool" else f"np.{dtype.numpy.name}"
 
 
 def _accumulating(line: Line) -> str:
-    """Return the dtype argument of a sum: by default NumPy adds small integers in int64."""
+    """Return the dtype argument of a sum as text. Without it, NumPy adds small integers in int64."""
     return f", dtype={dtype_text(line.result.dtype)}" if line.result.dtype.is_int else ""
 
 
@@ -135,7 +133,7 @@ def _cast(line: Line) -> str:
 
 
 def _factor(line: Line, name: str) -> str:
-    """Return an operand of a product, in the dtype in which products are summed, if the op names one."""
+    """Return an operand of a product as text, converted to the op's accumulation dtype, if it has one."""
     x = line.array(name)
     return x if line.op.to in (None, line.type(name).dtype) else f"{x}.astype({dtype_text(line.op.to)})"
 
@@ -247,7 +245,7 @@ def _attention(line: Line) -> str:
 
 
 def attention_call(line: Line) -> str:
-    """Return attention with masks and biases written to the workspace."""
+    """Return a call of attention whose masks and biases are written to the workspace."""
     work, numbers = line.work, count()
     assert work is not None
     return attention(line, lambda term, operands, *_: written_term(term, operands, work, next(numbers)), hidden=True)
@@ -260,7 +258,7 @@ def _cached_attention(line: Line) -> str:
 
 
 def _term(term: Term, operands: Sequence[str], queries: str, keys: str) -> str:
-    """Return a call of the term's definition: `kernels.term("window(128)", S, T)`."""
+    """Return a call that evaluates the term by its definition: `kernels.term("window(128)", S, T)`."""
     arguments = [f'"{term}"', queries, keys, *operands]
     return f"kernels.term({', '.join(arguments)})"
 
@@ -281,5 +279,5 @@ SPELLINGS |= {name: _in_f32(SPELLINGS[name]) for name in _SUMMING}
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
-    """Return True if an op has code of its own; otherwise a composite's body is used."""
+    """Return True if an op has its own code; otherwise a composite is replaced by its body."""
     return op.name in SPELLINGS and (not isinstance(op, Attending) or (op.has_standard_terms and not op.begins_later))

@@ -1,6 +1,7 @@
 """Workspaces of our NumPy kernels: arrays by name, which the storage plan places.
 
-A size is split into equal chunks of bounded length, so that a size expression can state the length of a chunk.
+Elementwise functions work in chunks. A size is split into equal chunks of at most a given length, so that a size
+expression can state the length of a chunk.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ Lies = Callable[[Value], View]
 
 
 def workspace(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """Return the arrays by name. `lies` returns a value's layout, given that all written arrays are row-major."""
+    """Return the workspace arrays of a node as types by name. `lies` returns the layout of a value; all written arrays
+    are row-major.
+    """
     needed = _NEEDED.get(node.op.name)
     return {} if needed is None else needed(node, lies)
 
 
 def _chunk(size: Size, most: int) -> Size:
-    """Return the size of the largest of equal parts of a size, none larger than `most`."""
+    """Split a size into equal parts of at most `most`, and return the size of the largest part."""
     return _part(size, size // most + 1)
 
 
@@ -35,7 +38,7 @@ def _part(size: Size, count: Size) -> Size:
 
 
 def _row(node: Node, axis: int) -> Type:
-    """Return one element along an axis of the first operand."""
+    """Return the type of one element along an axis of the first operand."""
     x = node.inputs[0].type
     shape = list(x.shape)
     shape[axis] = ONE
@@ -43,7 +46,9 @@ def _row(node: Node, axis: int) -> Type:
 
 
 def _chunks(*names: str) -> Callable[[Node, Lies], Mapping[str, Type]]:
-    """Return the workspace of an elementwise function: chunks, and one of the operand if that has gaps."""
+    """Return a function that returns the workspace of an elementwise function: chunks, and one chunk of the operand if
+    the operand has gaps.
+    """
 
     def needed(node: Node, lies: Lies) -> Mapping[str, Type]:
         x = node.inputs[0]
@@ -112,7 +117,7 @@ def _attention(node: Node, lies: Lies) -> Mapping[str, Type]:
 
 
 def is_product_of_two(node: Node) -> bool:
-    """Return True if an einsum is one matrix product, once axes are permuted and joined."""
+    """Return True if an einsum is one matrix product after its axes are permuted and joined."""
     terms, right = _letters(node)
     if len(terms) != 2 or any("." in term for term in (*terms, right)):
         return False
@@ -128,8 +133,8 @@ def _letters(node: Node) -> tuple[list[str], str]:
 
 
 def _einsum(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """Return copies of operands whose axes cannot be permuted and joined by strides, and of a product that must be
-    permuted.
+    """Return the workspace of an einsum: copies of operands whose axes cannot be permuted and joined by strides, and
+    of a product that must be permuted.
     """
     terms, right = _letters(node)
     order = kernels.EinsumOrder(terms, right)

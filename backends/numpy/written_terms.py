@@ -1,4 +1,4 @@
-"""NumPy code for attention's masks and biases that writes to workspace arrays, with true where a key is hidden.
+"""NumPy code for attention's masks and biases that writes to workspace arrays. Masks are true where a key is hidden.
 
 Example: `kernels.causal(memory.x_work.queries, memory.x_work.keys, memory.x_work.term_0)`.
 """
@@ -35,7 +35,7 @@ def needed_by_term(term: Term, operands: Sequence[Type], queries: Size, keys: Si
 
 
 class _Written(TermVisitor[str, str]):
-    """Terms as text; operands are texts."""
+    """Visitor that returns the code of a term; operands are expressions as text."""
 
     def __init__(self, work: str, number: int) -> None:
         self.work, self.out = work, f"{work}.term_{number}"
@@ -70,7 +70,7 @@ class _Written(TermVisitor[str, str]):
 
 
 class _Needed(TermVisitor[Type, Mapping[str, Type]]):
-    """Workspaces as types by name; operands are types."""
+    """Visitor that returns the workspace of a term as types by name; operands are types."""
 
     def __init__(self, queries: Size, keys: Size, number: int) -> None:
         self.grid, self.out, self.beside = (queries, keys), f"term_{number}", f"beside_{number}"

@@ -1,1 +1,1 @@
-"""ONNX export: any graph as a ModelProto at a chosen opset. `exporter.export_onnx` is the way in."""
+"""ONNX export: any graph as a ModelProto at a chosen opset. The public function is `exporter.export_onnx`."""

@@ -2,15 +2,16 @@
 
     attention(q, k, v, lengths, slopes, terms=(causal, padding, alibi))
       -->  Attention(q, k, v, mask, is_causal=1, scale=...)                   from opset 23 on
-      -->  MatMul(Softmax(MatMul(scale q, k') + mask), v)                     before, and for f64
+      -->  MatMul(Softmax(MatMul(scale q, k') + mask), v)                     before opset 23, and for f64
 
-attention_with_probabilities is the same with a second result: the operator's qk_matmul_output, or the Softmax's.
+attention_with_probabilities has a second result: the operator's qk_matmul_output, or the result of the Softmax.
 
-Attention has one mask, either bool (true where a key is visible) or a number that is added: masks and biases other than
-`causal` are computed from their bodies and joined into it. Causality is aligned as ours (key j <= query i, without past
-keys), the soft-cap comes before the mask, heads share keys in order, and a query without visible keys gets zeros: the
-standard specifies this since onnx 1.23, and ONNX Runtime implements it. Softmax gives NaN there, so its form ends with
-a Where, unless every query surely sees a key.
+The operator has one mask, either bool (true where a key is visible) or numbers that are added to the scores. All terms
+other than `causal` are computed from their bodies and combined into this mask. The operator agrees with our op in the
+following: causality compares key j <= query i, without past keys; the soft-cap comes before the mask; heads share keys
+in order; and a query without visible keys gets zeros. The standard specifies the zeros since onnx 1.23, and ONNX
+Runtime implements them. Softmax gives NaN for such a query, so the second form ends with a Where, unless every query
+provably sees a key.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type, boolean, f64, i32
 
 _SOURCE = SourceLine("attention", 0)
-_AFTER_SOFTMAX = 3  # the operator's fourth result is the Softmax's
+_AFTER_SOFTMAX = 3  # the mode in which the fourth result is the Softmax's
 
 
 def attention(line: OnnxLine) -> Sequence[Tensor]:
-    """Emit the operator if the opset has it; ONNX Runtime has no kernel for f64.
+    """Emit the Attention operator if the opset has it and the dtype is not f64, for which ONNX Runtime has no kernel.
+    Otherwise emit its body.
 
-    The probabilities are its fourth result; the second and third are keys and values, after past ones.
+    The operator's results are the output, keys and values (with past ones), and the probabilities.
     """
     if line.w.opset < 23 or line.q.dtype is f64:
         return _spelled_out(line)
@@ -53,20 +55,20 @@ def attention(line: OnnxLine) -> Sequence[Tensor]:
 
 
 def _scale(line: OnnxLine) -> float:
-    return float(line.op.scale_for(line.type("q").shape[-1].constant or 1))  # the op refuses a symbol without a scale
+    return float(line.op.scale_for(line.type("q").shape[-1].constant or 1))  # a symbolic width needs a scale
 
 
 # -- the mask ------------------------------------------------------------------------------------------------------
 
 
 def _mask(line: OnnxLine, terms: Sequence[Term], *, full: bool) -> tuple[Tensor, Type]:
-    """Return the terms as one mask: bool, or float if one of them is a bias.
+    """Return all terms as one mask: bool, or float if one of them is a bias.
 
-    It is [s, t], or [b or 1, h or 1, s, t]. If it is `full`, s and t do not broadcast, as ONNX Runtime requires.
+    The mask is [s, t], or [b or 1, h or 1, s, t]. If `full`, s and t have their full sizes, as ONNX Runtime requires.
     """
     b = _builder(line)
     q, k = line.type("q"), line.type("k")
-    grid = Grid(b, q.shape[1], q.shape[2], k.shape[2])  # each head is a group of its own
+    grid = Grid(b, q.shape[1], q.shape[2], k.shape[2])  # each head forms its own group
     given = iter([b.input(n, v.type) for n, v in zip(line.names[3:], line.node.inputs[3:], strict=True)])
     keep: Expr | None = None
     bias: Expr | None = None
@@ -79,7 +81,7 @@ def _mask(line: OnnxLine, terms: Sequence[Term], *, full: bool) -> tuple[Tensor,
     mask = keep if bias is None else bias
     if bias is not None and keep is not None:
         mask = b.where(keep, bias, b.constant(-math.inf, bias.dtype))
-    assert mask is not None  # there is a term
+    assert mask is not None  # there is at least one term
     shape = (*mask.shape[:-2], grid.queries, grid.keys)
     b.outputs(mask=b.expand(mask, shape=shape) if full and mask.shape != shape else mask)
     made_of = b.graph.main.outputs["mask"].type
@@ -95,14 +97,16 @@ def _builder(line: OnnxLine) -> Builder:
 
 
 def _laid_out(b: Builder, grid: Grid, term: Term, operands: Sequence[Expr]) -> Expr:
-    """Return a term against [b, h, s, t]. Its body is against [b, g, r, s, t], and may lack some leading axes."""
+    """Return a term that broadcasts against [b, h, s, t]. The term's body broadcasts against [b, g, r, s, t], and may
+    lack some leading axes.
+    """
     if isinstance(term, BooleanMask | TensorBias):
         laid: Expr = b.rearrange(
             operands[0], pattern=f"{term.axes} -> {' '.join(a if a in term.axes else '1' for a in AXES)}"
         )
         return laid
     made = term.body(grid, *operands)
-    if made.rank < 3:  # of positions alone: [s, t]
+    if made.rank < 3:  # the term depends only on positions: [s, t]
         return made
     names = ["b", "g", "r", "s", "t"][5 - made.rank :]
     laid = b.rearrange(made, pattern=f"{' '.join(names)} -> {'b' if 'b' in names else '1'} (g r) s t")
@@ -148,12 +152,14 @@ def _spelled_out(line: OnnxLine) -> list[Tensor]:
 
 
 def _grouping(mask: Expr, k: Expr) -> str:
-    """Return the rearrangement of a mask's heads into the groups of k; a mask for all heads is one for all groups."""
+    """Return the pattern that rearranges a mask's heads into the groups of k. A mask with one head applies to all
+    groups.
+    """
     return "b 1 s t -> b 1 1 s t" if mask.shape[1].constant == 1 else f"b (g={k.shape[1]} r) s t -> b g r s t"
 
 
 def _seen(b: Builder, mask: Expr) -> Expr:
-    """Return [b or 1, h or 1, s, 1], true if a query sees a key."""
+    """Return a condition [b or 1, h or 1, s, 1], true if a query sees at least one key."""
     least = 0 if mask.dtype is boolean else -math.inf
     numbers = mask.cast(i32) if mask.dtype is boolean else mask
     seen: Expr = b.reduce_max(numbers, axes=(-1,), keep=True) > least

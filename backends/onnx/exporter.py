@@ -3,8 +3,9 @@
     made = treadle.compile("gpt2")
     export_onnx(made.graph, made.weights, "gpt2.onnx", opset=17)
 
-Repeated blocks are inlined: functions of a model need opset 15, many readers do not support them, ONNX Runtime inlines
-them before it optimizes, and a node of a block could not carry its layer's scope. See docs/onnx-export.md for details.
+Repeated blocks are inlined. Model-local functions need opset 15, many readers do not support them, and ONNX Runtime
+inlines them before it optimizes. In addition, a node of a block could not have the scope of its layer. See
+docs/onnx-export.md for details.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from treadle.passes.lowering.legalize import Legalize
 Array = np.ndarray[Any, Any]
 
 OLDEST_OPSET, DEFAULT_OPSET, NEWEST_OPSET = 13, 23, 28
-"""The default is the first that has attention, rotary positions and RMS norm as operators."""
+"""The default is the first opset with operators for attention, rotary positions and RMS norm."""
 
 EXTERNAL_ABOVE = 2**20
 ALIGNMENT = 4096
-"""Alignment of external weights: a page, so that readers can map them."""
+"""Alignment of external weights in bytes: a page, so that readers can memory-map the weights."""
 
 _WEIGHTS_ALONE = Hint("quantize='int8-weights' or 'int4'", "--quantize int8-weights or int4")
 _LARGEST_MESSAGE = 2**31 - 1
@@ -53,13 +54,13 @@ _LARGEST_MESSAGE = 2**31 - 1
 class Exported:
     """The result of an export.
 
-    path            the model
+    path            the model file
     data            the external file with the large weights, or None if there are none
     opset           the version of the standard's operators
     operators       number of nodes of each operator
     external_bytes  bytes of the weights in `data`
-    inputs          the name in the file of each input, and `outputs`, of each output: its own, unless an input and an
-                    output share it, or it is not valid text
+    inputs          the name in the file of each input; `outputs`: of each output. A name changes only if an input and
+                    an output share it, or if it is not valid text
     log             the log of the passes that lowered the graph to operators
     """
 
@@ -88,12 +89,13 @@ def export_onnx(
     weights         arrays or tensors; bf16 arrays as float32, since NumPy has no bf16
     path            FILE.onnx; weights of more than `external_above` bytes are written to FILE.onnx.data next to it
     opset           13 to 28
-    external_above  bytes
+    external_above  a number of bytes
 
-    Quantized weights are written as their float32 values. Symbolic axes keep their names. Equal arguments give equal
-    bytes. The files are written atomically, and replace files of their names. Raises BackendError if the package onnx
-    is missing, the opset is not one of these, a weight is missing or does not fit, or an op or a dtype has no form at
-    the opset; UsageError if the file cannot be written; GraphError if the inlined blocks are too many.
+    Quantized weights are written as their float32 values. Symbolic axes keep their names. Equal arguments produce equal
+    bytes. The files are written atomically, and replace files of the same names. Raises BackendError if the package
+    onnx is missing, the opset is not supported, a weight is missing or has another type, or an op or a dtype cannot be
+    expressed at the opset; UsageError if the file cannot be written; GraphError if the graph with inlined blocks is too
+    large.
     """
     _refuse_opset(opset)
     _refuse_states(graph)
@@ -109,7 +111,7 @@ def export_onnx(
     _refuse_size(graph, proto.ByteSize(), external_above)
     try:
         _write(target, proto.SerializeToString(deterministic=True), data, outside, places)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character, or none
+    except (OSError, ValueError) as error:  # ValueError: the path is empty or has a null character
         why = getattr(error, "strerror", None) or error
         raise UsageError("the ONNX file cannot be written", received=f"{target}: {why}", hint="another path") from error
     return Exported(
@@ -125,7 +127,7 @@ def export_onnx(
 
 
 def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mapping[str, Any]]:
-    """Return a graph and its weights decoded, since ONNX has none of our encodings."""
+    """Return a graph and its weights with all quantized weights decoded, since ONNX has none of our encodings."""
     encoded = {name: v.type for name, v in graph.parameters.items() if v.type.encoding is not None}
     if not encoded and not any(node.op.decodes for _, node in graph.walk()):
         return graph, weights
@@ -139,7 +141,7 @@ def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mappin
 
 
 def _refuse_states(graph: Graph) -> None:
-    """Refuse a graph with states or several entries: an ONNX file is one function of its inputs."""
+    """Raise BackendError for a graph with states or several entries: an ONNX file is one function of its inputs."""
     entries = [entry.name for entry in graph.later_entries]
     if graph.states or len(entries) > 1:
         raise BackendError(
@@ -204,7 +206,7 @@ class _Held:
 
 
 def _weight(name: str, wanted: Type, value: Any) -> Array | bytes:
-    """Return the elements of a weight. Raises BackendError if it does not match its type."""
+    """Return the elements of a weight. Raises BackendError if the weight does not match its type."""
     refuse_misfit(name, wanted, value)
     array = as_numpy_weight(value)
     return Literal.of(array, bf16).data if wanted.dtype is bf16 else array
@@ -220,9 +222,11 @@ def _places(held: Sequence[_Held]) -> dict[Tensor, int]:
 
 
 def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places: Mapping[Tensor, int]) -> None:
-    """Write the model and the external file, both or none: both are complete before the first is renamed to its name.
+    """Write the model and the external file. Both are written completely before they are renamed, so that either both
+    or none exist.
 
-    The weights are renamed first, so that the model never exists without them. Raises OSError.
+    The weights are renamed first, so that the model never exists without them. Raises OSError if a file cannot be
+    written.
     """
     for path in (target, data):
         if path.is_dir():
@@ -241,7 +245,7 @@ def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places
 
 
 class _Model:
-    """The graph as ONNX nodes, and their protobuf message."""
+    """The ONNX nodes of a graph, and the protobuf message of the model."""
 
     def __init__(self, graph: Graph, opset: int) -> None:
         self.graph = graph
@@ -266,8 +270,8 @@ class _Model:
         return self._named_outputs(wanted)
 
     def _named_outputs(self, wanted: Mapping[str, str]) -> dict[str, Tensor]:
-        """Return the tensor of each output under the wanted name; a tensor that has a name already passes through an
-        Identity.
+        """Return the tensor of each output under the requested name. A tensor that already has another fixed name is
+        copied by an Identity.
         """
         free = {t for node in self.w.nodes for t in node.outputs}
         found = {}
@@ -311,7 +315,7 @@ class _Model:
         model = onnx.ModelProto(ir_version=onnx.helper.find_min_ir_version_for(imports), producer_name="treadle")
         model.opset_import.extend(imports)
         graph = model.graph
-        graph.name = plain(self.graph.name) or "graph"  # the standard requires one
+        graph.name = plain(self.graph.name) or "graph"  # the standard requires a name
         graph.node.extend(map(_node_proto, self.w.nodes))
         graph.initializer.extend(_tensor_proto(each, places.get(each.tensor), data) for each in held)
         graph.input.extend(_value_info(self.tensors[v].name, v.type) for v in self.main.inputs)

@@ -1,10 +1,10 @@
-"""Move elements in ONNX: reshapes with as little shape arithmetic as they need, and rearranges in as few nodes.
+"""ONNX code that moves elements: reshapes with little shape arithmetic, and rearranges with few nodes.
 
     b s (h d) -> b h s d      Reshape [0, 0, 12, 64], Transpose
     a b -> 1 a 1 b            Unsqueeze
     b h s d -> b s (h d)      Transpose, Reshape [0, 0, 768]
 
-A Reshape may copy a size from the same position (0) and infer one (-1). Other sizes are computed from the inputs'
+A Reshape may copy a size from the same position (0) and infer one size (-1). Other sizes are computed from the inputs'
 shapes.
 """
 
@@ -43,7 +43,9 @@ def reshaped(w: OnnxWriter, x: Tensor, have: Sequence[Size], want: Sequence[Size
 
 
 def _ones_beside(longer: Sequence[Size], shorter: Sequence[Size]) -> list[int] | None:
-    """Return the positions of ones in `longer` that `shorter` lacks, if there is no other difference."""
+    """Return the positions of the ones that `longer` has in addition to `shorter`, or None if the two differ
+    otherwise.
+    """
     ones, at = [], 0
     for place, size in enumerate(longer):
         if at < len(shorter) and shorter[at] == size:
@@ -56,7 +58,9 @@ def _ones_beside(longer: Sequence[Size], shorter: Sequence[Size]) -> list[int] |
 
 
 def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> list[int] | None:
-    """Return the sizes as numbers, with 0 for a copied and -1 for an inferred one; None if these do not suffice."""
+    """Return the sizes of a Reshape as numbers, with 0 for a copied and -1 for an inferred size; None if a size must be
+    computed.
+    """
     target: list[int | None] = []
     for place, size in enumerate(want):
         copied = place < len(have) and have[place] == size
@@ -74,7 +78,9 @@ def _short_target(w: OnnxWriter, have: Sequence[Size], want: Sequence[Size]) -> 
 
 
 def rearranged(line: OnnxLine) -> Tensor:
-    """Emit a rearrange: split dimensions that the permutation separates, permute, join, and add or drop ones."""
+    """Emit a rearrange: split dimensions whose factors the permutation separates, permute, join dimensions, and add or
+    drop ones.
+    """
     application = line.op.apply([line.type("x")])
     (operand,), (result,) = application.operands, application.results
     sizes = {name: dim.size for name, dim in application.dims.items()}
@@ -101,7 +107,7 @@ def rearranged(line: OnnxLine) -> Tensor:
 
 
 def _runs(dim: Sequence[str], place: dict[str, int]) -> list[list[str]]:
-    """Return a dimension's factors in runs that stay together."""
+    """Split the factors of a dimension into runs that stay together, and return the runs."""
     runs: list[list[str]] = []
     for name in dim:
         if runs and place[runs[-1][-1]] + 1 == place[name]:
@@ -112,8 +118,8 @@ def _runs(dim: Sequence[str], place: dict[str, int]) -> list[list[str]]:
 
 
 def _order(split: Sequence[list[str]], after: Sequence[list[str]], place: dict[str, int]) -> list[int]:
-    """Return the new position of each dimension: factors as in the result, ones at a one of the result, else at the
-    end.
+    """Return the new position of each dimension. Factors are in the order of the result. A one is at the position of a
+    one of the result, or else at the end.
     """
     ones = [at for at, run in enumerate(split) if not run]
     held = sorted((at for at, run in enumerate(split) if run), key=lambda at: place[split[at][0]])

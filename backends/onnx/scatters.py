@@ -1,7 +1,7 @@
-"""Read and write elements at positions, in ONNX: windows of an axis, sums at indices, entries of a cache.
+"""ONNX code that reads and writes elements at positions: windows of an axis, sums at indices, entries of a cache.
 
     windows                  Gather at the positions of every window
-    fold_windows, index_add  ScatterND that adds, the axis in front
+    fold_windows, index_add  ScatterND that adds, with the axis moved to the front
     scatter_add              ScatterElements that adds
     append                   ScatterND at pairs of a slot and a position
 
@@ -19,7 +19,7 @@ from treadle.ir.types import i64
 
 
 def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
-    """Return i64[count, size]: the position on its axis of each element of each window."""
+    """Return i64[count, size]: the position on the axis of each element of each window."""
     w, stride, dilation = line.w, line.op.stride, line.op.dilation
     if count.constant is not None and size.constant is not None:
         grid = np.arange(count.constant)[:, None] * stride + np.arange(size.constant) * dilation
@@ -29,7 +29,7 @@ def _window_positions(line: OnnxLine, count: Size, size: Size) -> Tensor:
 
 
 def windows(line: OnnxLine) -> Tensor:
-    """Emit the windows of an axis, the elements of each along a new last axis."""
+    """Emit the windows of an axis. The elements of a window are along a new last axis."""
     rank = line.type("x").rank
     axis = place(line.op.axis, rank)
     made = line.w.add("Gather", line.x, _window_positions(line, line.result.shape[axis], line.op.size), axis=axis)
@@ -38,7 +38,7 @@ def windows(line: OnnxLine) -> Tensor:
 
 
 def fold_windows(line: OnnxLine) -> Tensor:
-    """Emit the sum of windows at their original positions."""
+    """Emit the sum of windows, each added at its original positions."""
     x, rank = line.type("x"), line.type("x").rank
     axis = place(line.op.axis, rank - 1)
     positions = _window_positions(line, x.shape[axis], x.shape[-1])
@@ -76,7 +76,7 @@ def _moved_back(line: OnnxLine, made: Tensor, axis: int, rank: int) -> Tensor:
 
 
 def append(line: OnnxLine) -> Tensor:
-    """Emit a copy of a value that is not a state, with new elements at pairs of a slot and a position."""
+    """Emit a copy of a cache (which is not a state in ONNX), with new elements at pairs of a slot and a position."""
     w, rank = line.w, line.type("state").rank
     axis = place(line.op.axis, rank)
     order = [0, axis, *(at for at in range(1, rank) if at != axis)]

@@ -1,4 +1,4 @@
-"""The types of ONNX's operators: element types, their numbers, and the schemas of the onnx package."""
+"""The types of ONNX's operators: element types, their codes, and the schemas of the onnx package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CODES: Mapping[str, tuple[int, str]] = {
     "f64": (11, "double"),
     "bf16": (16, "bfloat16"),
 }
-"""ONNX's number and name of each dtype."""
+"""ONNX's code and name of each dtype."""
 
 NARROW: Mapping[str, tuple[int, DType]] = {
     f"f{name.removeprefix('float')}": (code, DType(f"f{name.removeprefix('float')}", "float", 1))
@@ -32,7 +32,7 @@ NARROW: Mapping[str, tuple[int, DType]] = {
         "float4e2m1": 23,
     }.items()
 }
-"""ONNX's numbers of float formats that are not dtypes of ours; a cast to one and back rounds."""
+"""ONNX's code and our dtype of float formats that only `round_to` uses; a cast to such a format and back rounds."""
 
 NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
 
@@ -58,16 +58,17 @@ NO_KERNEL: Mapping[str, frozenset[DType]] = {
     "ScatterND": frozenset({i8, u8, f16, bf16}),
     "ScatterElements": frozenset({f16, bf16}),
 }
-"""Dtypes that the standard has and ONNX Runtime's CPU kernels lack: these are widened, too.
+"""Dtypes that an operator has in the standard, but not in ONNX Runtime's CPU kernels. They are widened, too.
 
-bf16 is not widened, except for sums by index: other devices compute in it, and casts around every node would be slow.
+bf16 is not widened, except for sums at indices: other devices compute in bf16, and casts around every node would be
+slow.
 """
 
 
 @dataclass(frozen=True)
 class OperatorSchema:
-    """The types of an operator's inputs and outputs at an opset: type variables or dtypes, in order; the last input may
-    repeat.
+    """The types of an operator's inputs and outputs at an opset: type variables or dtypes, in order. The last input
+    may be variadic.
     """
 
     inputs: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""One node of ours for the ONNX code generator: its operands are tensors of the file."""
+"""One of our nodes for the ONNX code generator; its operands are tensors of the file."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class OnnxNode:
 
 @dataclass(frozen=True)
 class OnnxLine:
-    """A node of ours to be emitted: `line.x` is the tensor of its operand x.
+    """One of our nodes to be emitted: `line.x` is the tensor of the operand x.
 
-    w         the writer; `line.add` is the writer's
-    node, op  ours
+    w         the writer; `line.add` is the method of the writer
+    node, op  our node, and its op
     """
 
     w: OnnxWriter
@@ -58,7 +58,7 @@ class OnnxLine:
         object.__setattr__(self, "names", self.node.op.operand_names(len(self.node.operands)))
 
     def __getattr__(self, name: str) -> Any:
-        """Return an operand that is present, or one of the writer's methods."""
+        """Return an operand that is present, or a method of the writer."""
         if name in self.__dict__.get("names", ()):
             found = self.tensors[self.names.index(name)]
             assert found is not None, name
@@ -70,7 +70,9 @@ class OnnxLine:
         return self.w.add
 
     def expanded(self, graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Write the main function of a graph on these tensors in the node's place. Return its outputs."""
+        """Emit the main function of a graph, applied to these tensors, in place of the node. Return the outputs by
+        name.
+        """
         main = legalized(graph, self.w.keeps).main
         held = dict(zip(main.inputs, tensors, strict=True))
         self.w.write(main, held)
@@ -98,5 +100,5 @@ class OnnxLine:
 
 
 def plain(text: str) -> str:
-    """Return valid text for a file: a name may have any source, and half a surrogate pair is not a character."""
+    """Return a name as valid text for a file. A name may contain any characters, even half a surrogate pair."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""ONNX code for ops: the name of an operator, or a function that adds a few.
+"""ONNX code for ops: the name of an operator, or a function that adds several nodes.
 
 `FORMS` contains composites with an operator in the standard: the first opset, and conditions for the exact meaning. All
-other composites are replaced by their bodies; a primitive without code has no form in ONNX, and is refused.
+other composites are replaced by their bodies. A primitive without code cannot be exported.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
 
 Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]
-"""An operator's name, which is applied to the operands that are present; or a function that returns the results'
-tensors.
+"""The name of an operator, which is applied to the operands that are present; or a function that returns the tensors of
+the results.
 """
 
 
 def in_ops(make: Callable[..., Expr]) -> Spelling:
-    """Express a primitive on floats by simpler ops of ours: `in_ops(lambda b, x: x / (b.abs(x) + 1.0))`.
+    """Express a primitive on floats by other ops of ours: `in_ops(lambda b, x: x / (b.abs(x) + 1.0))`.
 
-    16 bits are computed in f32 and rounded at the end, as in our backends.
+    16-bit dtypes are computed in f32 and rounded at the end, as in our backends.
     """
 
     def spelled(line: OnnxLine) -> Tensor:
@@ -50,7 +50,7 @@ def in_ops(make: Callable[..., Expr]) -> Spelling:
 
 
 def _log1p(b: Builder, x: Expr) -> Expr:
-    """ln(1 + x), near 0 with the digits of x that 1 + x loses: ln(u) x / (u - 1) with u = 1 + x        (Kahan)"""
+    """ln(1 + x), accurate near 0, where 1 + x loses digits of x: ln(u) x / (u - 1) with u = 1 + x        (Kahan)"""
     u = x + 1.0
     kept = u - 1.0
     near = b.where(b.equal(kept, 0.0), x, b.log(u) * (x / kept))
@@ -145,15 +145,17 @@ SPELLINGS: dict[str, Spelling] = {
 
 @dataclass(frozen=True)
 class Form:
-    """The condition for emitting a composite itself: the first opset, and `fits`, a test of the op and its types."""
+    """The condition for emitting the operator of a composite: the first opset, and `fits`, a test of the op and its
+    types.
+    """
 
     since: int = 13
     fits: Callable[[Any, Sequence[Type | None]], bool] = lambda op, types: True
 
 
 def _of_known_width(op: Any, types: Sequence[Type | None]) -> bool:
-    """Return True for normalizations that the operator can compute: in f32 (f64 needs its own), with a weight, ones by
-    default.
+    """Return True if the operator can compute a normalization: not f64, and if the weight is absent, a width that is
+    known, for a weight of ones.
     """
     x = types[0]
     assert x is not None
@@ -161,12 +163,12 @@ def _of_known_width(op: Any, types: Sequence[Type | None]) -> bool:
 
 
 def _not_f64(op: Any, types: Sequence[Type | None]) -> bool:
-    """Return False for f64: ONNX Runtime has no kernel, or the operator's own function rounds its numbers to f32."""
+    """Return False for f64: ONNX Runtime has no kernel, or the operator's definition rounds to f32."""
     return types[0] is not None and types[0].dtype is not f64
 
 
 def _from_the_first(op: Any, types: Sequence[Type | None]) -> bool:
-    """Return True if queries are counted from 0, and there is one dtype, as the operator requires."""
+    """Return True if queries are counted from 0 and all dtypes are equal, as the operator requires."""
     return not op.begins_later and getattr(op, "to", None) is None
 
 
@@ -185,11 +187,13 @@ FORMS: dict[str, Form] = {
     "rms_norm": Form(23, _of_known_width),
     "rotary": Form(23, _not_f64),
 }
-"""Swish, of opset 24, is missing: ONNX Runtime supports it at that opset, but at no later one."""
+"""Swish, of opset 24, is missing: ONNX Runtime supports it at that opset, but not at later ones."""
 
 
 def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
-    """Return a function that is True for a composite with an operator at this opset; otherwise its body is emitted."""
+    """Return a predicate that is True for a composite with an operator at this opset. Other composites are replaced by
+    their bodies.
+    """
 
     def kept(op: Op, types: Sequence[Type | None]) -> bool:
         form = FORMS.get(op.name)
@@ -199,10 +203,12 @@ def keeps(opset: int) -> Callable[[Op, Sequence[Type | None]], bool]:
 
 
 def spell(line: OnnxLine) -> list[Tensor]:
-    """Add a node of ours. Return the tensors of its results. Raises BackendError if it has no form."""
+    """Emit the ONNX nodes of one of our nodes. Return the tensors of its results. Raises BackendError if ONNX cannot
+    express the op.
+    """
     spelling = SPELLINGS.get(line.op.name)
     if spelling is None:
-        raise line.w.refusal("has no form in ONNX")
+        raise line.w.refusal("cannot be expressed in ONNX")
     made = line.add(spelling, *line.present) if isinstance(spelling, str) else spelling(line)
     return [made] if isinstance(made, Tensor) else list(made)
 
@@ -220,8 +226,8 @@ def _spells(name: str) -> Callable[[Callable[[OnnxLine], Any]], Callable[[OnnxLi
 
 @_spells("mod")
 def _mod(line: OnnxLine) -> Tensor:
-    """Emit mod. For integers ONNX's has the sign of y, as ours. For floats it is C's, with the sign of x: y is added
-    then.
+    """Emit mod. For integers, ONNX's result has the sign of y, as ours. For floats, it has the sign of x, as in C, so
+    y is added if the signs differ.
     """
     if not line.x.dtype.is_float:
         return _tensor(line.add("Mod", line.x, line.y))
@@ -230,7 +236,9 @@ def _mod(line: OnnxLine) -> Tensor:
 
 
 def _float_rest(line: OnnxLine) -> tuple[Tensor, Tensor]:
-    """Return C's remainder, and a condition: it is not 0 and its sign differs from the sign of y."""
+    """Return the remainder as in C, and a condition that is true if the remainder is not 0 and its sign differs from
+    the sign of y.
+    """
     zero = line.w.constant(0.0, line.x.dtype)
     rest = line.add("Mod", line.x, line.y, fmod=1)
     signs_differ = line.add("Xor", line.add("Less", rest, zero), line.add("Less", line.y, zero))
@@ -239,8 +247,8 @@ def _float_rest(line: OnnxLine) -> tuple[Tensor, Tensor]:
 
 @_spells("floor_divide")
 def _floor_divide(line: OnnxLine) -> Tensor:
-    """Emit NumPy's floor division: (x - rest) / y is an integer up to rounding, minus one where y was added to the
-    remainder.
+    """Emit NumPy's floor division: (x - rest) / y, which is an integer up to rounding, minus one where y was added to
+    the remainder.
     """
     quotient = line.add("Div", line.x, line.y)
     if line.x.dtype is u8:
@@ -265,7 +273,9 @@ def _tensor(made: Any) -> Tensor:
 
 @_spells("round_to")
 def _round_to(line: OnnxLine) -> Tensor:
-    """Emit a cast to the format and back. A cast to bf16 does not saturate; no f16 number is too large for it."""
+    """Emit a cast to the format and back. A cast to bf16 does not saturate, since no f16 number is too large
+    for bf16.
+    """
     w, x = line.w, line.x
     if line.op.format == "bf16":
         if line.op.saturate and x.dtype is not f16:
@@ -281,14 +291,14 @@ def _round_to(line: OnnxLine) -> Tensor:
 
 
 def _factor(line: OnnxLine, name: str) -> Tensor:
-    """Return an operand of a product, in the dtype in which products are summed, if the op names one."""
+    """Return an operand of a product, converted to the op's accumulation dtype, if it has one."""
     x: Tensor = getattr(line, name)
     return x if line.op.to is None else line.w.cast(x, line.op.to)
 
 
 @_spells("linear")
 def _linear(line: OnnxLine) -> Tensor:
-    """Emit Gemm, which transposes the weight itself but accepts only matrices, or else a MatMul."""
+    """Emit Gemm, which transposes the weight itself, if the operand is a matrix. Otherwise emit a MatMul."""
     bias = [line.bias] if line.has("bias") else []
     x, weight = _factor(line, "x"), _factor(line, "weight")
     if line.type("x").rank == 2:
@@ -299,8 +309,8 @@ def _linear(line: OnnxLine) -> Tensor:
 
 @_spells("einsum")
 def _einsum(line: OnnxLine) -> Tensor:
-    """Emit Einsum. Every axis gets a letter, including those of `...`; an operand loses its ones for axes that it
-    lacks.
+    """Emit Einsum. Every axis gets a letter, also axes of `...`. Dimensions of size 1 that broadcast are removed from
+    an operand.
     """
     application = line.op.apply([v.type for v in line.node.inputs])
     terms, operands = [], []
@@ -335,12 +345,12 @@ def _conv(line: OnnxLine) -> Tensor:
 
 
 def _wide(line: OnnxLine, x: Tensor) -> Tensor:
-    """Return x, in f32 if it has 16 bits, as our backends compute it."""
+    """Return x. 16-bit dtypes are converted to f32, in which our backends compute them."""
     return line.w.cast(x, f32) if x.dtype in (f16, bf16) else x
 
 
 def _reduced(line: OnnxLine, op_type: str, x: Tensor) -> Tensor:
-    """Emit a reduction. Sums take their axes as an input at all our opsets, the others from opset 18."""
+    """Emit a reduction. The axes are an input: for sums at all our opsets, for other reductions from opset 18 on."""
     axes = [place(axis, line.type("x").rank) for axis in line.op.axes]
     if not axes:
         return x
@@ -418,7 +428,7 @@ def _slice(line: OnnxLine) -> Tensor:
 
 
 def _from_end(edge: Size) -> bool:
-    """Return True if an edge counts from the end, as in ONNX, whatever the axis's size."""
+    """Return True if an edge counts from the end, as in ONNX, for any size of the axis."""
     return edge.constant is not None and edge.constant < 0
 
 
@@ -433,5 +443,7 @@ def _pad(line: OnnxLine) -> Tensor:
 
 
 def _filling(line: OnnxLine, value: float, dtype: DType) -> Tensor:
-    """Return the constant that fills a tensor of this dtype; the op ensured that the dtype represents it."""
+    """Return the constant with which a tensor of this dtype is filled. The op has checked that the dtype represents
+    it.
+    """
     return line.w.constant(value if dtype.is_float else bool(value) if dtype is boolean else int(value), dtype)

@@ -1,1 +1,3 @@
-"""The common part of the backends that emit Python: emission, code for axes and attention, the executable."""
+"""The common part of the backends that emit Python: code generation, code for axes and attention, and the
+executable.
+"""

@@ -4,7 +4,7 @@
     memory.h_1    the memory of the call that returns h_1
     memory.x_1_work   the workspace of the call that returns x_1: `memory.x_1_work.scores`
 
-Results that a library allocates are outside: they are allocated when the line runs, and foreign to the plan.
+Results that a library allocates are not in the arena. They are allocated when the line runs (foreign memory).
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class ArenaArrays(Protocol):
         ...
 
     def laid(self, arena: Any, offset: int, shape: tuple[int, ...], dtype: DType) -> Any:
-        """Return the row-major array at a byte offset of another one."""
+        """Return a row-major array in the memory of `arena`, at a byte offset."""
         ...
 
 
 class PythonArena:
-    """One array for all entries of a module, as large as the largest run so far, and its views for each set of sizes.
+    """The memory of all entries of a module: one array as large as the largest run so far, and its views for each set
+    of sizes.
 
     array   the memory; None before the first run
-    nbytes  its size: the size of the largest plan so far
+    nbytes  size of the largest plan so far, in bytes
     poison  fills an array with NaN; it is applied to all memory before a run; None: not applied
     """
 
@@ -65,14 +66,14 @@ class PythonArena:
     def exclusive(self, entry: str) -> AbstractContextManager[object]:
         """Return the lock under which an entry uses `memory` and runs.
 
-        It is entered in the frame of the call, not in a generator. A generator would hold it as long as the traceback
-        of a KeyboardInterrupt exists, as in an interactive session, and the next run would wait forever.
+        The caller must enter the lock in its own frame, not in a generator. A generator would hold the lock as long as
+        the traceback of a KeyboardInterrupt exists, as in an interactive session, and the next run would wait forever.
         """
         return self._lock if self.program.has_memory(entry) else nullcontext()
 
     def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[SimpleNamespace, ...]:
-        """Return the argument `memory` of an entry's function at these sizes, if it has one, valid until the lock is
-        released.
+        """Return the argument `memory` of an entry's function at these sizes, in a tuple, which is empty if the
+        function has no such argument. The argument is valid until the lock is released.
 
         Raises BackendError if there is not enough memory.
         """
@@ -80,7 +81,7 @@ class PythonArena:
             return ()
         try:
             memory = self._memory(entry, sizes)
-        except OverflowError as error:  # of 64 bits
+        except OverflowError as error:  # the offsets exceed 64 bits
             received = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError("these sizes need more memory than is addressable", received=received) from error
         if self.poison is not None:
@@ -95,7 +96,7 @@ class PythonArena:
         needed = self._called_by(entry)
         placed = place_frames({name: frame for name, frame in self.frames.items() if name in needed}, sizes)
         if self.array is None or placed[entry].size > self.nbytes:
-            self._memories.clear()  # they are views of the old one
+            self._memories.clear()  # they are views of the old array
             self.array, self.nbytes = None, 0
             self.array, self.nbytes = self.arrays.allocated(placed[entry].size), placed[entry].size
         made = _Laying(self, placed, sizes).memory(entry, 0, ())
@@ -105,8 +106,8 @@ class PythonArena:
         return made
 
     def _called_by(self, entry: str) -> set[str]:
-        """Return the functions that an entry runs, including itself. Another entry's may have sizes that it does not
-        know.
+        """Return the functions that an entry runs, including itself. Functions of other entries may have sizes that are
+        unknown in this entry.
         """
         found, waiting = {entry}, [entry]
         while waiting:
@@ -117,14 +118,16 @@ class PythonArena:
 
 
 class _Laying:
-    """Creates the arrays of one set of sizes; calls with equal offsets of frames and results share them."""
+    """A builder of the arrays of one set of sizes. Calls with equal offsets of frames and results share arrays."""
 
     def __init__(self, arena: PythonArena, placed: Mapping[str, PlacedFrame], sizes: Mapping[str, int]) -> None:
         self.arena, self.placed, self.sizes = arena, placed, sizes
         self._known: dict[tuple[str, int, tuple[int | None, ...]], SimpleNamespace] = {}
 
     def memory(self, name: str, base: int, given: Sequence[int | None]) -> SimpleNamespace:
-        """Return the memory of a function whose frame begins at `base`, with the caller's offsets of its outputs."""
+        """Return the memory of a function whose frame begins at `base`. `given` are the caller's offsets of its
+        outputs.
+        """
         key = name, base, tuple(given)
         if key not in self._known:
             plan, program = self.arena.plan.functions[name], self.arena.program

@@ -1,10 +1,10 @@
-"""Code for attention in both Python backends: one kernel call, with an expression inside for each mask and bias.
+"""Code for attention in NumPy and PyTorch: one kernel call, with an expression as argument for each mask and bias.
 
     kernels.attention(q, k, v, scale=0.125, masks=[kernels.causal(S, T), kernels.padding(lengths, T)])
     out, p = kernels.attention_with_probabilities(q, k, v, scale=0.125)
 
-Every mask and bias is an array that broadcasts against [b, h, s, t]. Both kernel modules define the two functions; the
-backend generates the code of a term.
+Every mask and bias is an array that broadcasts against [b, h, s, t]. The kernel modules of both backends define these
+two functions; each backend generates the code of a term.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from treadle.backends.python.spelled_line import Line, float_text
 from treadle.ir.attention.attention_terms import BiasTerm, Term
 
 TermSpelling = Callable[[Term, Sequence[str], str, str], str]
-"""Returns a term as an expression, from the term, its operands, and the numbers of queries and keys."""
+"""A function that returns a term as an expression, from the term, its operands, and the numbers of queries and keys."""
 
 
 def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *, hidden: bool = False) -> str:
-    """Return the kernel call.
+    """Return the kernel call as text.
 
-    factors  queries, keys and values as expressions, if they are not just the operands
-    hidden   masks are true where a query must not see a key
+    factors  queries, keys and values as expressions; if empty, the operands
+    hidden   True if masks are true where a query must not see a key
     """
     masks, biases = _terms_of(line, spelling)
     arguments = [*(factors or (line.q, line.k, line.v)), f"scale={float_text(scale_of(line))}"]
@@ -34,11 +34,11 @@ def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *
 
 
 def scale_of(line: Line) -> float:
-    """Return the factor of the products."""
+    """Return the factor of the scores."""
     if line.op.scale is not None:
         return float(line.op.scale)
     width = line.type("q").shape[-1].constant
-    assert width is not None  # the op refuses it
+    assert width is not None  # the op refuses a symbolic width without a scale
     return 1 / math.sqrt(width)
 
 

@@ -1,4 +1,4 @@
-"""Code that NumPy and PyTorch share: reshapes and permutations, einsum's letters, slices, axes."""
+"""Code that NumPy and PyTorch share: reshapes and permutations, letters of einsum, slices, axes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from treadle.ir.axes import AxisDim
 
 
 def rearranged(line: Line, permute: str, joined: bool = True) -> str:
-    """Return `x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`, with only the steps that are needed. permute is the
-    method.
+    """Return code such as `x.reshape(B, S, 12, 64).transpose(0, 2, 1, 3)`, with only the steps that are needed.
 
-    joined  True if axes that are one dimension of the result are joined
+    permute  the name of the method that permutes axes
+    joined   True if axes that are one dimension of the result are joined
 
-    Sizes are those of the stored array: quantized blocks are moved as bytes.
+    Sizes are sizes of the stored array: quantized blocks are moved as bytes.
     """
     application = line.op.apply([line.type("x").storage_type])
     (operand,), (result,) = application.operands, application.results
@@ -36,7 +36,7 @@ def _merges(dims: Sequence[AxisDim]) -> bool:
 
 
 def einsum_letters(equation: str) -> str:
-    """Convert `b heads s d, b heads t d -> b heads s t` to letters: `bhsd,bhtd->bhst`."""
+    """Return an equation such as `b heads s d, b heads t d -> b heads s t` with letters: `bhsd,bhtd->bhst`."""
     letters: dict[str, str] = {}
 
     def letter(name: str) -> str:
@@ -51,7 +51,7 @@ def einsum_letters(equation: str) -> str:
 
 
 def sliced(line: Line) -> str:
-    """Return `x[:, 1:4]`."""
+    """Return the code of a slice: `x[:, 1:4]`."""
     x = line.type("x")
     axis = line.op.axis % x.rank
     start, stop = line.op.span(x.shape[axis])
@@ -67,5 +67,5 @@ def axes_of(line: Line) -> str:
 
 
 def keeping(line: Line, word: str) -> str:
-    """Return `, keepdims=True` if a reduction keeps its axes."""
+    """Return the argument `, keepdims=True` if a reduction keeps its axes; `word` is the argument's name."""
     return f", {word}=True" if line.op.keep else ""

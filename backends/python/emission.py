@@ -1,4 +1,5 @@
-"""Emission: a graph as the text of a Python module, one Python function per graph function and one line per node.
+"""Code generation: a graph as the text of a Python module, one Python function per graph function and one line per
+node.
 
     def h(
         x,  # f32[B, S, 768]
@@ -10,12 +11,12 @@
         ...
         x_1 = torch.add(x, attn, out=memory.x_1)                        # f32[B, S, 768]
 
-The dialect determines the expression of a node: it is a table from op names to Python expressions. Everything else is
-done here: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their weights and
-states, and `del` of values that no later line reads, so that memory is released as the program runs. A state is one
-array under one name in all its versions: ops that update it write in place. Values in the storage plan are written to
-`memory.x_1` (`treadle.backends.python.arena`), a call's workspace is `memory.x_1_work`, and a call of a block gets the
-memory of its callee.
+The dialect determines the expression of a node: it is a table from op names to Python expressions. This module does
+everything else: names, sizes as expressions of symbols that are read from shapes, calls of blocks with their weights
+and states, and `del` of values that no later line reads, so that memory is released as the program runs. A state is one
+array under one name: ops that update the state write to the array in place. Values in the storage plan are written to
+`memory.x_1` (`treadle.backends.python.arena`), the workspace of a call is `memory.x_1_work`, and a call of a block gets
+the memory of its callee.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class EmittedProgram:
 
     text        the module; an entry, such as `main`, takes its inputs in order, then `weights`, then `states` by name
                 if it has any
-    entries     the entries by name, and the names of their functions in the text
+    entries     by entry name, the name of its function in the text
     constants   the values of `constants[i]`
     bundles     for each `weights["scope.*"]`, the names of the weights in it, in the callee's order
     references  for each `reference.name(...)`, the node whose NumPy reference it is
@@ -78,10 +79,11 @@ def emit(
 ) -> EmittedProgram:
     """Write a graph as a Python module, with lines at its head on prepared weights.
 
-    plan    the graph's storage plan, with offsets and lifetimes
-    poison  call `poison` on the memory of a storage when its life ends (`treadle.backends.poison`)
+    prepared  lines on derived weights, for the comment at the module's head
+    plan      the graph's storage plan, with offsets and lifetimes
+    poison    True: call `poison` on the memory of a storage when its lifetime ends (`treadle.backends.poison`)
 
-    Raises BackendError if a needed symbol is not an input's dimension.
+    Raises BackendError if no dimension of an input determines a needed symbol.
     """
     return _ProgramWriter(graph, dialect, plan, prepared, poison).program()
 
@@ -91,7 +93,7 @@ class _Names:
 
     def __init__(self, taken: Iterable[str]) -> None:
         self.taken = set(taken)
-        self._counts: dict[str, int] = {}  # the numbers below are used
+        self._counts: dict[str, int] = {}  # for each name, the numbers below this one are used
 
     def new(self, hint: str) -> str:
         base = re.sub(r"\W+", "_", hint, flags=re.ASCII).strip("_") or "value"
@@ -108,7 +110,7 @@ class _Names:
 
 @dataclass
 class _Text:
-    """A function's lines; each may have a comment and a node."""
+    """The lines of a function; each may have a comment and a node."""
 
     lines: list[tuple[str, str, Node | None]] = field(default_factory=list)
 
@@ -240,7 +242,7 @@ class FunctionWriter:
         workspaces = self.program.workspaces[self.function.name] = {}
         poisoned = _owners_dead_after(plan) if self.program.poison else {}
         dead = {at: list(values) for at, values in plan.dead_after().items()}
-        for at, owners in poisoned.items():  # they keep their names until their storage dies
+        for at, owners in poisoned.items():  # these values keep their names until their storage dies
             dead = {n: [v for v in values if v not in owners] for n, values in dead.items()}
             dead[at] = [*dead.get(at, ()), *owners]
         for at, step in enumerate(plan.steps):
@@ -294,7 +296,9 @@ class FunctionWriter:
     def _destination(
         self, plan: FunctionPlan, made: Sequence[Value], names: Sequence[str], destinations: dict[str, Value]
     ) -> str | None:
-        """Return the destination of a node's result, as text; None if it allocates its result, or returns a view."""
+        """Return the destination of a node's result as text; None if the node allocates its result, or
+        returns a view.
+        """
         for value, name in zip(made, names, strict=True):
             place = plan.places[value]
             if isinstance(place.of, Value) and place.how is How.OVER:
@@ -334,9 +338,10 @@ class FunctionWriter:
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:
-        """Return `*weights["h.0.*"]`, if the call passes the weights under its scope, in the callee's order.
+        """Return `*weights["h.0.*"]` as an argument, if the call passes exactly the weights under its scope, in the
+        callee's order; else None.
 
-        Another callee under the same scope, with other weights, has a bundle of its own.
+        Another callee under the same scope, with other weights, has its own bundle.
         """
         weights = node.inputs[len(callee.inputs) : len(callee.inputs) + len(callee.parameters)]
         names = tuple(f"{node.scope}.{name}" for name in callee.parameters)
@@ -349,7 +354,7 @@ class FunctionWriter:
         return [f'*weights["{_escaped(key)}"]']
 
     def _bindings(self) -> list[str]:
-        """Return lines that read the needed symbols from the arguments' shapes; the caller passes the others."""
+        """Return lines that read the needed symbols from the arguments' shapes. The caller passes all other symbols."""
         wanted = sorted(self.used)
         lines = []
         for value in self.function.arguments:
@@ -379,7 +384,9 @@ class FunctionWriter:
         return lines
 
     def _solved(self, symbol: str) -> str | None:
-        """Return a symbol read from a dimension c*S + d, or None if there is no such dimension."""
+        """Return an expression that computes a symbol from a dimension c*S + d, or None if there is no such
+        dimension.
+        """
         for value in self.function.arguments:
             for position, size in enumerate(value.type.shape):
                 if size.as_linear is not None and size.as_linear[0] == symbol:
@@ -390,7 +397,7 @@ class FunctionWriter:
 
 
 def _owners_dead_after(plan: FunctionPlan) -> dict[int, list[Value]]:
-    """Return by step the values that own a storage of the function which dies there."""
+    """Return, by step, the values that own a storage of the function and die at this step."""
     last = {life.storage: life.last for life in plan.lives if life.storage.kind.is_own}
     dead: dict[int, list[Value]] = {}
     for value, place in plan.places.items():
@@ -404,8 +411,8 @@ def _aligned(text: _Text) -> list[tuple[str, str, Node | None]]:
 
 
 def _escaped(name: str) -> str:
-    """Return the inside of a string literal in double quotes. Names may come from a file, and must not end the literal
-    early.
+    """Return a name as the content of a string literal in double quotes. Names may come from a file, and must not end
+    the literal early.
     """
     plain = name.isprintable()
     text = name.replace("\\", "\\\\") if plain else name.encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""Executables of emitted Python: weights loaded, the module executed once, each call checked and run."""
+"""Executables of emitted Python modules: load the weights, execute the module once, then check and run each call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class Settings(ABC):
-    """A library's settings for the time of a `with` block, after which those of before are restored."""
+    """A context in which a library has other settings. At its end, the previous settings are restored."""
 
     @abstractmethod
     def __enter__(self) -> None: ...
@@ -40,10 +40,10 @@ class Settings(ABC):
 
     @abstractmethod
     def restore(self) -> None:
-        """Restore the settings of before. A second call does nothing.
+        """Restore the previous settings. A second call does nothing.
 
-        A block that Ctrl-C interrupts while it is entered or left needs this call in a `finally` around it: otherwise
-        the process would keep these settings.
+        Ctrl-C may interrupt entering or leaving the context. So call this method in a `finally` around it: otherwise
+        the process would keep the other settings.
         """
 
 
@@ -59,7 +59,7 @@ class Arrays(Protocol):
         ...
 
     def storage(self, array: Any) -> int:
-        """Return a number that two arrays share exactly if they share memory."""
+        """Return a number that is equal for two arrays exactly if they share memory."""
         ...
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -67,8 +67,8 @@ class Arrays(Protocol):
         ...
 
     def give(self, array: Any, given: Collection[type], shared: bool) -> Any:
-        """Return a result for the caller, of the kind of the arguments, given by their types; a copy if its memory is
-        shared.
+        """Return a result for the caller, as the kind of array of the arguments, whose types are `given`. If the
+        memory is `shared`, return a copy.
         """
         ...
 
@@ -76,8 +76,8 @@ class Arrays(Protocol):
 class PythonExecutable(EntryExecutable):
     """A graph compiled to Python source. See `treadle.backends.protocol.Executable`.
 
-    Results belong to the caller: a result in the memory of an input, a weight, a state, a constant or another result is
-    copied before it is returned.
+    Results belong to the caller: if a result is stored in the memory of an input, a weight, a state, a constant or
+    another result, it is copied before it is returned.
     """
 
     def __init__(
@@ -91,19 +91,20 @@ class PythonExecutable(EntryExecutable):
         arena: PythonArena | None = None,
         plan: StoragePlan | None = None,
     ) -> None:
-        """weights are the backend's own arrays; namespace holds the names that the text uses in addition to its
-        imports.
+        """Execute the module.
 
-        arena  the destinations of planned values; None if no value is planned
-        plan   determines the donated inputs; None: there are none
+        weights    the parameters by name, as arrays of the backend
+        namespace  the names that the text uses in addition to its imports
+        arena      the destinations of planned values; None if no value is planned
+        plan       determines the donated inputs; None: no input is donated
         """
         super().__init__(graph, backend, arrays.zeros)
         self.source = program.text
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
-        """The last entry in the text: its arguments are the inputs in order, as the backend's arrays, then `weights`,
-        and `memory` if values are planned.
+        """The function of the last entry. Its arguments are the inputs in order, as arrays of the backend, then
+        `weights`, and `memory` if values are planned.
         """
         self.weights, self.arena = module.weights, arena
 
@@ -131,22 +132,24 @@ class _Module:
         weakref.finalize(self, linecache.cache.pop, self.file, None)
 
     def exclusive(self, entry: str) -> AbstractContextManager[object]:
-        """Return the lock under which an entry runs, if it has a parameter `memory`."""
+        """Return the lock under which an entry runs, if the entry has a parameter `memory`; else a context without
+        effect.
+        """
         return nullcontext() if self.arena is None else self.arena.exclusive(entry)
 
     def memory(self, entry: str, sizes: Mapping[str, int]) -> tuple[Any, ...]:
-        """Return an entry's argument `memory`, if it has that parameter."""
+        """Return the argument `memory` of an entry in a tuple, which is empty if the entry has no such parameter."""
         return () if self.arena is None else self.arena.memory(entry, sizes)
 
     def explained(self, error: Exception) -> TreadleError:
-        """Return the error of a node, with its line of the emitted source and of the user's."""
+        """Return the error with the node that caused it, its line of the emitted source, and the user's source line."""
         line, trace = 0, error.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code.co_filename == self.file:
                 line = trace.tb_lineno
             trace = trace.tb_next
         node = self.program.nodes.get(line)
-        if isinstance(error, RankError):  # it concerns all ranks, and no line
+        if isinstance(error, RankError):  # the error concerns all ranks, not one line
             return error
         if isinstance(error, (OutsideAxis, NoRoom)):
             return error.located(node, self.name)
@@ -204,7 +207,7 @@ class _PythonEntry:
             memory = arrays.storage(array)
             try:
                 outputs[name] = arrays.give(array, types, memory in taken)
-            except Exception as error:  # no memory for the copy
+            except Exception as error:  # there is no memory for the copy
                 raise self._not_given(name, error) from error
             taken.add(memory)
         return self._donated.returned(given, outputs)
@@ -224,16 +227,18 @@ class _PythonEntry:
 
 
 def _said(error: Exception) -> str:
-    """Return a library's message, without the C++ calls that PyTorch appends."""
+    """Return the message of a library's error, without the C++ stack that PyTorch appends."""
     first, _, _ = str(error).partition("\n")
     return f"{type(error).__name__}: {first}"
 
 
-_numbers = count()  # so that executables of one text do not share the lines that tracebacks show
+_numbers = count()  # tracebacks show lines by file name, so each module needs its own
 
 
 def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Execute a module's text under a unique file name for tracebacks. Return that name, and the module's names."""
+    """Execute a module's text under a unique file name for tracebacks. Return that file name, and the module's
+    namespace.
+    """
     file = f"<treadle {on_one_line(name)} {hashlib.sha256(text.encode()).hexdigest()[:8]} {next(_numbers)}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
     scope: dict[str, Any] = dict(namespace)
@@ -244,9 +249,10 @@ def _load(name: str, text: str, namespace: Mapping[str, Any]) -> tuple[str, Mapp
 def collect_weights(
     graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any], take: Callable[[str, Type, Any], Any]
 ) -> dict[str, Any]:
-    """Return every parameter that entries read as a backend's array, row-major, including those that `bind` derives.
+    """Return every parameter that entries read, including parameters that `bind` derives, as row-major arrays of the
+    backend.
 
-    Raises one BackendError that lists all that are missing.
+    Raises one BackendError that lists all missing weights.
     """
     refuse_missing(graph.name, graph.parameters, weights)
     given = {}  # kept until all are converted: a backend may identify a weight by its address, which must stay unique

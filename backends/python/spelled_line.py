@@ -1,4 +1,4 @@
-"""One line of a Python module for the code generator: a node, whose operands are texts."""
+"""One line of a Python module for the code generator: a node, whose operands are expressions as text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Dialect:
     copied       a template of an array's copy, such as `{}.copy()`
     otherwise    the code of any other primitive op, which does not change its operands
     into         op name -> an expression that writes the result to the array `{out}` and returns it, for ops in the
-                 storage plan; if `{out}` is None, in a new one. `{out_args}` is both it and the workspace as
+                 storage plan; if `{out}` is None, to a new array. `{out_args}` is both destination and workspace as
                  arguments; a template with it is in `spellings` if it is also valid without these arguments
     """
 
@@ -42,7 +42,7 @@ class Dialect:
 
     @property
     def names(self) -> frozenset[str]:
-        """Return the names that emitted text refers to: those of the imports, and the tables."""
+        """Return the names that emitted text refers to: the names of the imports and of the tables."""
         return frozenset(line.split()[-1] for line in self.imports) | {
             "constants",
             "reference",
@@ -61,14 +61,14 @@ class Dialect:
 
 
 class Line:
-    """A node to be emitted: `line.x` is the text of the op's operand x.
+    """A node to be emitted: `line.x` is the expression of the operand x, as text.
 
-    A scalar constant becomes a number, but only next to an operand of the same dtype, so that it cannot change the
-    result's dtype.
+    A scalar constant is written as a number only if another operand has the same dtype, so that the number cannot
+    change the result's dtype.
 
     out              the planned destination of the result, as text; None if a library allocates the result
     work             the planned workspace of the call, as text; None: there is none
-    has_destination  True if the call gets either, or must copy a possible view
+    has_destination  True if the call has a destination or a workspace, or if a result that may be a view must be copied
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Line:
 
     @property
     def out_args(self) -> str:
-        """The further arguments of a call: `, out=memory.x, work=memory.x_work`."""
+        """The destination and the workspace as arguments of a call: `, out=memory.x, work=memory.x_work`."""
         arguments = (("out", self.out), ("work", self.work))
         return "".join(f", {name}={text}" for name, text in arguments if text is not None)
 
@@ -114,7 +114,9 @@ class Line:
         return self._read(value)
 
     def _read(self, value: Value) -> str:
-        """Return a value as an array; a copy if the node changes it, and it is not a state."""
+        """Return a value as the text of an array. It is a copy if the node changes the value and the value is not a
+        state.
+        """
         text = self._writer.read(value)
         return self._copied[value].format(text) if value in self._copied else text
 
@@ -157,9 +159,9 @@ class Line:
         return as_tuple([self.size(s) for s in sizes])
 
     def by_reference(self, **spelled: str) -> str:
-        """Return a call of the op's NumPy reference, with the sizes that its attributes need.
+        """Return a call of the op's NumPy reference, with the sizes that the op's attributes need.
 
-        spelled  operands by name, as expressions that replace their usual text
+        spelled  expressions by operand name, which replace the usual text of these operands
         """
         symbols = sorted({s for v in self.node.op.attributes.values() for s in symbols_of(v)})
         sizes = [f"{s}={self.size(Size.symbol(s))}" for s in symbols]
@@ -172,10 +174,10 @@ Spelling = str | Callable[[Line], str]
 
 
 def number(literal: Literal) -> str:
-    """Return a scalar constant as a Python number, with no more digits than its dtype needs."""
+    """Return a scalar constant as a Python number, with only as many digits as its dtype needs."""
     scalar = literal.array[()]
-    # float16 may be computed in float32, where its shortest digits would be another number. The shortest digits of the
-    # largest float32 exceed it, which a library may refuse.
+    # float16 may be computed in float32, where the shortest digits of the float16 would be another number. The shortest
+    # digits of the largest float32 exceed it, and a library may refuse them.
     short = literal.dtype.name == "f32" and abs(float(str(scalar))) <= float(np.finfo(np.float32).max)
     return _as_python(str(scalar) if short else repr(scalar.item()))
 
@@ -190,7 +192,7 @@ def _as_python(text: str) -> str:
 
 
 def as_tuple(items: Sequence[str]) -> str:
-    """Return Python text of a tuple, or of a tuple's pattern."""
+    """Return a tuple of expressions, or a pattern of several names, as Python text."""
     return f"({items[0]},)" if len(items) == 1 else f"({', '.join(items)})"
 
 

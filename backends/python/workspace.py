@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 
 class Workspace(SimpleNamespace):
-    """Arrays by name, such as `work.scores`; every other name is None: the kernel allocates such an array itself."""
+    """Workspace arrays by name, such as `work.scores`. Every other attribute is None: the kernel then allocates the
+    array.
+    """
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -1,4 +1,4 @@
-"""The PyTorch backend: runs on every device that PyTorch supports. Imports torch only when it is used."""
+"""The PyTorch backend, for every device that PyTorch supports. torch is imported only when the backend is used."""
 
 from __future__ import annotations
 
@@ -51,23 +51,23 @@ _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precis
 
 
 class TorchBackend(StagedBackend):
-    """Runs graphs in PyTorch, on the CPU or a GPU, under inference mode.
+    """The PyTorch backend. It runs graphs on the CPU or a GPU, in inference mode.
 
-    A call accepts NumPy arrays or tensors, which are moved to the target's device. If an argument is a tensor, it
-    returns tensors on that device, else NumPy arrays. A bf16 result becomes a float32 array, since NumPy has no bf16,
-    and a bf16 input may be a float32 array whose values bf16 represents.
+    A call accepts NumPy arrays or tensors, which are moved to the target's device. If an argument is a tensor, the call
+    returns tensors on that device, else NumPy arrays. A bf16 result becomes a float32 array, since NumPy has no bf16. A
+    bf16 input may be a float32 array whose values bf16 represents.
     """
 
     name = "torch"
 
     def available(self) -> str | None:
-        """Return None, or a message that PyTorch is not installed."""
+        """Return None if PyTorch is installed, else a message."""
         if importlib.util.find_spec("torch") is None:
             return "PyTorch is not installed: pip install 'treadle[torch]'"
         return None
 
     def supports(self, node: Node) -> str | None:
-        """Return None, or the reason why the node cannot be run."""
+        """Return None if the node can be run, else the reason."""
         if node.op.callee is not None or is_decoded_once(node):
             return None
         given = [v.type.encoding for v in (*node.inputs, *node.results)]
@@ -76,11 +76,13 @@ class TorchBackend(StagedBackend):
         for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
             if op.name not in SPELLINGS and not op.meets_ranks:
                 inside = "" if op is node.op else f", which is in the body of {node.op.name}"
-                return f"{op.name} has no form in PyTorch{inside}"
+                return f"PyTorch cannot express {op.name}{inside}"
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError without PyTorch or the target's device, or for a refused node."""
+        """Raise BackendError if PyTorch is not installed, if the target's device is missing, or if a node is not
+        supported.
+        """
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
@@ -125,8 +127,8 @@ class TorchBackend(StagedBackend):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Write the module. On the CPU, weights in their original layout share memory with the arrays or the mapped
-        file. Raises BackendError for a missing weight.
+        """Generate the module and return its executable. On the CPU, weights in their original layout share memory with
+        the caller's arrays or the mapped file. Raises BackendError for a missing weight.
         """
         import torch
 
@@ -147,19 +149,19 @@ class TorchBackend(StagedBackend):
 
 
 class PlainTorch(TorchBackend):
-    """The same without packed layouts: the cost of a model that is written with PyTorch's own functions."""
+    """The PyTorch backend without packed layouts, for measuring a model that uses PyTorch's own functions."""
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         return (Legalize(keeps), HoistWeights(), PlanStorage())
 
 
 def _fill(array: torch.Tensor) -> None:
-    """Fill a tensor: with NaN, -1 or true."""
+    """Fill a tensor with NaN, -1 or true."""
     array.fill_(math.nan if array.is_floating_point() else -1 if array.dtype.is_signed else BYTE)
 
 
 def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> None:
-    """Fill a tensor, and all of its memory if a library call allocated it; weights and constants are unchanged."""
+    """Fill a tensor, and all of its memory if a library call allocated it. Weights and constants are unchanged."""
     memory = array.untyped_storage()
     if arena.array is not None and memory.data_ptr() == arena.array.data_ptr():
         _fill(array)
@@ -168,7 +170,7 @@ def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> No
 
 
 class _Met:
-    """A collective, called with tensors."""
+    """A collective as a function of tensors."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
@@ -179,8 +181,8 @@ class _Met:
 
 
 class _TorchSettings(Settings):
-    """Inference mode, with the target's number of threads. On a GPU, 16-bit sums are accumulated in float32, too, where
-    PyTorch would let cuBLAS reduce in 16 bits.
+    """Inference mode, with the target's number of threads. On a GPU, 16-bit products are accumulated in float32; by
+    default, PyTorch would let cuBLAS accumulate in 16 bits.
     """
 
     def __init__(self, device: torch.device, threads: int | None) -> None:
@@ -289,7 +291,9 @@ class _TorchArrays:
     # -- weights and constants -------------------------------------------------------------------------------
 
     def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """Return an array as a tensor on the device; on the CPU it shares memory if PyTorch can address it."""
+        """Return an array as a tensor on the device. On the CPU, it shares memory with the array if PyTorch supports
+        the strides.
+        """
         tileable = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         if not (tileable and array.flags.aligned and array.dtype.isnative):
             # ascontiguousarray would leave a negative stride along an axis of one element
@@ -304,7 +308,7 @@ class _TorchArrays:
         return self.lifted(literal.array).to(self._dtype(literal.dtype))
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
-        """Return a weight as a tensor; arrays that are one weight under several names become one tensor."""
+        """Return a weight as a tensor. If one array is passed under several names, it becomes one tensor."""
         wanted, declared = wanted.storage_type, wanted
         if not isinstance(value, self.torch.Tensor):
             array = np.asarray(value)
@@ -318,7 +322,7 @@ class _TorchArrays:
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
                 raise misfit(name, declared, shown(array))
             if key not in self._weights:
-                # A bf16 weight comes from a checkpoint as float32.
+                # A checkpoint's bf16 weight is passed as float32.
                 self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
             return self._weights[key]
         dense = layout_of(value) == "strided"
@@ -328,7 +332,7 @@ class _TorchArrays:
 
 
 def _widens(held: DType, wanted: DType) -> bool:
-    """Return True if every value of one dtype is representable in another of its kind."""
+    """Return True if every value of dtype `held` is representable in dtype `wanted` of the same kind."""
     if held.kind != wanted.kind:
         return False
     if held.numpy is None or wanted.numpy is None:

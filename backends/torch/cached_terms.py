@@ -1,4 +1,4 @@
-"""Masks and biases of attention for rows of a cache: for queries from a position on, and the keys that they may see."""
+"""Masks and biases of attention over a cache, for queries from a given position on, and the keys that they may see."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
 
     live   the positions of the keys that the rows may see
     rows   the indices of these rows in the operands
-    keys   the slots' keys that are read: the live ones, or a whole ring if the live ones wrap around
+    keys   the positions in the slot that are read: the live keys, or the whole ring if the live keys wrap around
     i, j   the positions of the queries [s, 1] and of these keys [t]
     """
 
@@ -45,7 +45,9 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
             self.j = newest - (newest - torch.arange(capacity, device=device)) % capacity
 
     def masks(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Return all masks, without position masks that hide no live key, such as causal for a single query."""
+        """Return the masks of all terms, except masks of positions that hide no live key, such as causal for a single
+        query.
+        """
         made = [(self.j >= self.live.start)[None]] if self.wraps and len(self.live) < len(self.j) else []
         for term, operands in zip(terms, given, strict=True):
             if not isinstance(term, BiasTerm) and not self._keeps_all(term):
@@ -53,12 +55,12 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
         return made
 
     def biases(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Return all biases."""
+        """Return the biases of all terms."""
         return [t.accept(self, *x) for t, x in zip(terms, given, strict=True) if isinstance(t, BiasTerm)]
 
     def _keeps_all(self, term: Term) -> bool:
         if not isinstance(term, Causal | Window):
-            return isinstance(term, Padding)  # its lengths end the live keys
+            return isinstance(term, Padding)  # the lengths already bound the live keys
         low, high = term.reach
         oldest, newest = self.live.start - (self.start + self.queries - 1), self.live.stop - 1 - self.start
         return (low is None or low <= oldest) and (high is None or newest <= high)
@@ -92,7 +94,7 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
         return slopes[:, None, None] * (self.j - self.i).to(slopes.dtype)
 
     def _laid_out(self, x: Tensor, axes: str) -> Tensor:
-        """Return an operand with these axes, for these rows and keys, with size 1 for missing axes."""
+        """Return an operand as a tensor with all axes, for these rows and keys, with size 1 for missing axes."""
         held = axes.split()
         parts = {"b": self.rows, "t": self.keys}
         x = x[tuple(parts.get(axis, slice(None)) for axis in held)]

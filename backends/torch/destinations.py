@@ -1,8 +1,8 @@
-"""PyTorch code for ops that write their result to a planned destination, by `out=`.
+"""PyTorch code for ops that write their result to a planned destination, with `out=`.
 
-Only ops for which this is free are included. Others allocate: ops without `out=` (oneDNN's products with packed
-weights, attention, norms, convolutions), ops that compute elsewhere and copy, and ops that would take a slower path
-(linear would add its bias afterwards).
+Only ops for which this takes no extra time are included. All others allocate their results: ops without `out=`
+(oneDNN's products with packed weights, attention, norms, convolutions), ops that compute elsewhere and copy, and ops
+that would take a slower path (linear would add its bias afterwards).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from treadle.passes.memory.storage_plan import Step
 
 
 def _binary(function: str) -> Callable[[Line], str]:
-    """Return code for a binary function. PyTorch accepts a number only as the second operand."""
+    """Return code for a binary function. PyTorch accepts a Python number only as the second operand."""
     return lambda line: f"torch.{function}({line.array('x')}, {line.y}, out={line.out})"
 
 
@@ -70,7 +70,7 @@ DESTINATIONS: dict[str, Spelling] = {
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("sum", "sum"), ("mean", "mean"))},
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("max", "amax"), ("min", "amin"))},
 }
-"""Op names, and expressions that write to `{out}`."""
+"""Names of ops, and expressions that write to `{out}`."""
 
 
 def is_placed(node: Node) -> bool:

@@ -1,7 +1,7 @@
-"""8-bit numbers in PyTorch, in rows or groups: encode, decode and multiply, bitwise identical to
+"""Quantization to 8 bits in PyTorch, in rows or groups: encode, decode and multiply. Results are bitwise identical to
 `treadle.ir.encodings.rounded_forms`.
 
-A row, or a group, is stored in bytes: a float32 scale, in `uint8_rows` a zero point, then the numbers.
+A row or a group is stored as bytes: a float32 scale, a zero point (only in `uint8_rows`), then the numbers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 from treadle.ir.encodings.rounded_forms import SMALLEST_ROW, SMALLEST_STEP
 
 _SCALE = 4
-"""Bytes of a row's scale."""
+"""Number of bytes of a row's scale."""
 
 
 def encode_int8_rows(x: Tensor) -> Tensor:
-    """Encode f32[..., k] as u8[..., 4 + k]. A row with a NaN or infinity gets the scale NaN."""
+    """Encode f32[..., k] as u8[..., 4 + k]. If a row contains NaN or infinity, its scale is NaN."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     finite = largest.isfinite()
     used = finite & (largest >= float(SMALLEST_ROW))
@@ -38,7 +38,7 @@ def decode_groups(held: Tensor, group: int) -> Tensor:
 
 
 def encode_uint8_rows(x: Tensor) -> Tensor:
-    """Encode f32[..., k] as u8[..., 5 + k]. A row with a NaN or infinity gets the scale NaN."""
+    """Encode f32[..., k] as u8[..., 5 + k]. If a row contains NaN or infinity, its scale is NaN."""
     least, largest = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
     finite = least.isfinite() & largest.isfinite()
     step = largest / 255 - least / 255
@@ -61,9 +61,9 @@ def decode_uint8_rows(held: Tensor) -> Tensor:
 
 
 def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply rows by rows, summed exactly; see the op.
+    """Multiply quantized rows by the rows of a quantized weight, with exact integer sums; see the op.
 
-    PyTorch multiplies only signed bytes: 128 is subtracted from unsigned numbers and from their zero points.
+    PyTorch multiplies only signed bytes, so 128 is subtracted from unsigned numbers and from their zero points.
     """
     p, t = weight[..., _SCALE:].view(torch.int8), _scale(weight)[:, 0]
     signed = x.shape[-1] == weight.shape[-1]
@@ -81,9 +81,9 @@ def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _scale(held: Tensor) -> Tensor:
-    """The scales of rows, f32[..., 1].
+    """Return the scales of rows, f32[..., 1].
 
-    Always a copy: PyTorch views bytes as floats if all strides and the offset are multiples of 4. `contiguous` copies
-    no single row.
+    The result is always a copy: PyTorch views bytes as floats only if all strides and the offset are multiples of 4,
+    and `contiguous` does not copy a single row.
     """
     return held[..., :_SCALE].clone(memory_format=torch.contiguous_format).view(torch.float32)

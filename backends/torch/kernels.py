@@ -1,4 +1,4 @@
-"""PyTorch kernels that emitted source calls, where one expression is not enough."""
+"""PyTorch kernels that emitted source calls, if one expression does not suffice."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from treadle.ir.ops.rounding import FORMATS
 
 
 def round_to(x: Tensor, format: str, *, saturate: bool) -> Tensor:
-    """Round to the nearest numbers of a narrower float format, in the dtype of x; see `treadle.ir.ops.rounding`."""
+    """Round to the nearest numbers of a narrower float format. The result has the dtype of x; see
+    `treadle.ir.ops.rounding`.
+    """
     known = FORMATS[format]
     wide = x.double()
     finite = torch.where(wide.isfinite(), wide, 0.0)
@@ -51,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
     """Multiply x by the transpose of a weight that `treadle.backends.torch.packing` packed, with oneDNN's fused
     activation.
     """
-    row = None if bias is None else bias.contiguous()  # oneDNN reads it as contiguous, whatever its strides are
+    row = None if bias is None else bias.contiguous()  # oneDNN ignores the bias's strides
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, row, activation, [], algorithm)
     return y
 
@@ -60,8 +62,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
 
 
 def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
-    """Return running sums of the elements up to each one (before it, if exclusive), or from it on (after it) if
-    reverse.
+    """Return running sums: of the elements up to each one, or from each one on if `reverse`. If `exclusive`, the
+    element itself is not included.
     """
     terms = x.flip(axis) if reverse else x
     sums = torch.cumsum(terms, axis, dtype=x.dtype)
@@ -71,9 +73,10 @@ def cumsum(x: Tensor, axis: int, *, exclusive: bool, reverse: bool) -> Tensor:
 
 
 def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
-    """Return the k greatest elements, greatest first, and their positions; for equal ones the first position.
+    """Return the k greatest elements, greatest first, and their positions. Among equal elements, the first position
+    comes first.
 
-    torch.topk may choose any of equal ones, so all are sorted.
+    torch.topk may choose any of several equal elements, so all elements are sorted.
     """
     values, indices = torch.sort(x, dim=axis, descending=True, stable=True)
     return values.narrow(axis, 0, k), indices.narrow(axis, 0, k)
@@ -86,7 +89,7 @@ def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def _within(indices: Tensor, size: int) -> Tensor:
-    """Return the indices of an axis of this size. Raises OutsideAxis for an index out of bounds."""
+    """Return the indices unchanged. Raises OutsideAxis for an index out of the bounds of an axis of this size."""
     outside = (indices < 0) | (indices >= size)
     if bool(outside.any()):
         raise OutsideAxis(int(indices[outside][0]), size)
@@ -129,7 +132,9 @@ def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Te
 
 
 def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
-    """Write x into a state, from each row's start. Raises OutsideAxis or NoRoom, and then writes nothing."""
+    """Write x into a state, from each row's start, and return the state. Raises OutsideAxis or NoRoom before anything
+    is written.
+    """
     capacity, count = state.shape[axis], x.shape[axis]
     slots = _within(rows, state.shape[0])[:, None]
     lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
@@ -142,12 +147,16 @@ def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, 
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in the dtype of sums: float32 for 16 bits. PyTorch rounds after every in-place addition."""
+    """Return x in the dtype of sums, which is float32 for 16-bit dtypes: PyTorch rounds after every in-place
+    addition.
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) -> Tensor:
-    """Add windows, whose elements are along the last axis, at their original positions."""
+    """Return the sum of windows, each added at its original positions. The elements of a window are along the last
+    axis.
+    """
     axis %= x.dim() - 1
     shape = [*x.shape[:-1]]
     shape[axis] = size
@@ -164,8 +173,8 @@ def fold_windows(x: Tensor, axis: int, size: int, stride: int, dilation: int) ->
 
 
 def rotary(x: Tensor, positions: Tensor, frequencies: Tensor, layout: str) -> Tensor:
-    """Rotate pairs of dimensions of x [b, h, s, d] by positions [b, s] times frequencies [f]; the rest of d is
-    unchanged.
+    """Rotate pairs of dimensions of x [b, h, s, d] by positions [b, s] times frequencies [f]. Dimensions after the
+    rotated ones are unchanged.
     """
     angles = (positions[:, None, :, None] * frequencies).to(frequencies.dtype)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -189,17 +198,17 @@ def attention(
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]; see
+    """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.attention`.
 
-    Masks and biases broadcast against [b, h, s, t]. A query without visible keys gets zeros, which PyTorch does not
-    guarantee.
+    Masks and biases broadcast against [b, h, s, t]. A query without visible keys gets zeros, which PyTorch's own
+    function does not guarantee.
     """
     mask = _joined(masks, biases)
     if softcap is not None:
         return _weighted(_probabilities(q, k, scale, softcap, mask), v)
     empty = _empty_rows(mask)
-    if mask is not None and empty is not None:  # a row of NaN would reach others through a product in bfloat16
+    if mask is not None and empty is not None:  # a row of NaN would spread to other rows in a bfloat16 product
         mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out if empty is None else out.masked_fill(empty, 0.0)
@@ -215,7 +224,9 @@ def attention_with_probabilities(
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the same, and the probabilities [b, h, s, t], which are also zeros for a query without visible keys."""
+    """Return the result of `attention`, and the probabilities [b, h, s, t], which are also zeros for a query without
+    visible keys.
+    """
     p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
     return _weighted(p, v), p
 
@@ -232,14 +243,14 @@ def cached_attention(
     softcap: float | None = None,
     ring: bool = False,
 ) -> Tensor:
-    """Compute attention of q [b, h, s, d], k [R, g, C, d], v [R, g, C, e] -> [b, h, s, e]; see
+    """Compute attention of q [b, h, s, d], k [R, g, C, d], v [R, g, C, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.cached_attention`.
 
-    terms  in their text form; their operands follow start in that order
+    terms  in their text form; their operands follow `start` in that order
 
-    It reads views of the live part of each slot, cast to q's dtype if it differs. Rows in consecutive slots with the
-    same position are computed together. Raises OutsideAxis for a row outside the slots. On a GPU it waits for rows,
-    start and lengths.
+    The live part of each slot is read as a view, and cast to q's dtype if it differs. Rows in consecutive slots with
+    the same position are computed together. Raises OutsideAxis for a row outside the slots. On a GPU, the call waits
+    until rows, start and lengths have been computed.
     """
     read, rest = _read(tuple(terms)), iter(operands)
     given = [[next(rest) for _ in term.operands] for term in read]
@@ -268,7 +279,7 @@ def _read(terms: tuple[str, ...]) -> tuple[Term, ...]:
 
 
 def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
-    """Return masks and biases as one tensor: bool, or float if there is a bias."""
+    """Return masks and biases as one tensor: bool, or float if there is a bias; None if there are neither."""
     mask: Tensor | None = None
     for keep in masks:
         mask = keep if mask is None else mask & keep
@@ -281,8 +292,8 @@ def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
 
 
 def _empty_rows(mask: Tensor | None) -> Tensor | None:
-    """Return [..., s, 1], true for queries without visible keys; None if there are none. On a GPU the check would wait
-    for all pending work, so there the result is never None for a mask.
+    """Return a condition [..., s, 1], true for queries without visible keys, or None if there are no such queries. On a
+    GPU, the check would wait for all pending work, so the condition is always returned if there is a mask.
     """
     if mask is None:
         return None
@@ -310,7 +321,7 @@ def _weighted(p: Tensor, v: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """Split heads into groups: [b, (g r), s, d] -> [b, g, r, s, d]."""
+    """Split heads into groups: return [b, g, r, s, d] for [b, (g r), s, d]."""
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
@@ -336,7 +347,7 @@ def segments(of_queries: Tensor, of_keys: Tensor) -> Tensor:
 
 
 def laid_out(x: Tensor, axes: str) -> Tensor:
-    """Return a tensor of some of the axes b, h, s and t with all four, with size 1 for missing axes."""
+    """Return a tensor whose axes are some of b, h, s and t as a tensor [b, h, s, t], with size 1 for missing axes."""
     sizes = dict(zip(axes.split(), x.shape, strict=True))
     return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
 
@@ -359,10 +370,12 @@ def alibi(slopes: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def _offsets(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Every j - i, ascending; without queries, those of one."""
+    """Return all values of j - i, in ascending order. If there are no queries, return the values for one query."""
     return torch.arange(1 - max(1, queries), keys, device=device)
 
 
 def _by_offset(values: Tensor, queries: int, keys: int) -> Tensor:
-    """[h, s + t - 1], a value for each j - i, as [1, h, s, t]: row i is the window that starts at s - 1 - i."""
+    """Return values [h, s + t - 1], one for each j - i, as a view [1, h, s, t]: row i is the window that starts at s -
+    1 - i.
+    """
     return values.unfold(-1, keys, 1).flip(1)[None, :, :queries]

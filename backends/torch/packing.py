@@ -2,12 +2,12 @@
 
     y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "none")
 
-A weight that only products read is packed by `bind`, and its products become calls of `torch_kernels.linear`, which
-applies an activation before it stores. torch.compile makes the same call for a frozen model. On other CPUs, and if
-another op reads the weight too, `F.linear` reads it unpacked.
+A weight that only products read is packed by `bind`. Its products become calls of `torch_kernels.linear`, which applies
+an activation before it stores the result. torch.compile makes the same call for a frozen model. On other CPUs, and if
+another op reads the weight too, `F.linear` reads the weight unpacked.
 
-For bf16 operands oneDNN sums the products in float32 and adds a float32 bias, but stores bf16. So a product with a
-float32 result is rounded once more here than its op specifies.
+For bf16 operands, oneDNN accumulates in float32 and adds a float32 bias, but stores bf16. So a product with a float32
+result is rounded once more here than its op specifies.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ ACTIVATIONS = {
     "tanh": '"tanh", ""',
     "sigmoid": '"sigmoid", ""',
 }
-"""Activations that oneDNN fuses into a product: its name, and its algorithm. (Its relu turns NaN into 0.)"""
+"""Activations that oneDNN fuses into a product, each with oneDNN's name and algorithm. (oneDNN's relu turns NaN into
+0.)
+"""
 
 SMALLEST = 1024
-"""Least number of elements of a weight that is packed."""
+"""Minimum number of elements of a weight that is packed."""
 
 
 def can_pack() -> bool:
@@ -100,7 +102,9 @@ def _packed_or(otherwise: str | Callable[[Line], str]) -> Callable[[Line], str]:
 
 
 def _relayout(line: Line) -> str:
-    """Pack a weight at the call, if some call of its block passes a value that does not depend on weights alone."""
+    """Return code that packs a weight during the call. It is used if a call of the block passes a value that depends on
+    inputs.
+    """
     x = line.array("x")
     return (
         f"torch.ops.mkldnn._reorder_linear_weight({x}.t().contiguous())"
@@ -112,4 +116,4 @@ def _relayout(line: Line) -> str:
 _SPELLED = {name: _packed_or(SPELLINGS[name]) for name in ("linear", "matmul", "activated_linear")}
 
 PACKED = replace(TORCH, spellings=ChainMap({**_SPELLED, "relayout": _relayout}, SPELLINGS), into=DESTINATIONS)
-"""PyTorch's dialect with oneDNN's call for products with packed weights."""
+"""PyTorch's dialect with oneDNN's function for products with packed weights."""

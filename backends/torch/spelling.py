@@ -1,4 +1,4 @@
-"""PyTorch code for ops. Without an entry, a composite is run by its body, a primitive is refused."""
+"""PyTorch code for ops. If an op has no entry, a composite is replaced by its body, and a primitive is refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ class _WideLine(Line):
 
 
 def rounded_once(template: str) -> Spelling:
-    """Return code for a primitive of several steps: 16 bits are computed in float32, and rounded at the end."""
+    """Return code for a primitive that takes several operations: 16-bit dtypes are computed in float32, and rounded at
+    the end.
+    """
 
     def spelled(line: Line) -> str:
         dtype = line.result.dtype
@@ -76,7 +78,7 @@ SPELLINGS: dict[str, Spelling] = {
     "expm1": "torch.expm1({x})",
     "log1p": "torch.log1p({x})",
     "sqrt": "torch.sqrt({x})",
-    "rsqrt": rounded_once("torch.rsqrt({x})"),  # it takes two steps on a CPU
+    "rsqrt": rounded_once("torch.rsqrt({x})"),  # PyTorch takes two steps on a CPU
     "reciprocal": "torch.reciprocal({x})",
     "tanh": "torch.tanh({x})",
     "erf": "torch.erf({x})",
@@ -91,7 +93,7 @@ SPELLINGS: dict[str, Spelling] = {
     "gelu_tanh": 'F.gelu({x}, approximate="tanh")',
     "silu": "F.silu({x})",
     "quick_gelu": "{x} * torch.sigmoid(1.702 * {x})",
-    "softplus": "F.softplus({x}, threshold=40)",  # from there on it is x in float64 as well
+    "softplus": "F.softplus({x}, threshold=40)",  # above 40, softplus(x) is x in float64, too
     # logic
     "equal": "{x} == {y}",
     "not_equal": "{x} != {y}",
@@ -127,19 +129,19 @@ def _spells(name: str) -> Callable[[Callable[[Line], str]], Callable[[Line], str
 
 
 def dtype_text(dtype: DType) -> str:
-    """Return `torch.float32`."""
+    """Return a dtype as text: `torch.float32`."""
     return f"torch.{DTYPES[dtype.name]}"
 
 
 @_spells("cast")
 def _cast(line: Line) -> str:
-    again = ", copy=True" if line.op.to is line.type("x").dtype else ""  # otherwise it is the same tensor
+    again = ", copy=True" if line.op.to is line.type("x").dtype else ""  # otherwise PyTorch returns the same tensor
     return f"{line.array('x')}.to({dtype_text(line.op.to)}{again})"
 
 
 @_spells("sign")
 def _sign(line: Line) -> str:
-    """Return the sign; PyTorch's own is 0 for NaN."""
+    """Return code for the sign. PyTorch's own function returns 0 for NaN."""
     x = line.array("x")
     return f"torch.where({x} == {x}, torch.sign({x}), {x})" if line.result.dtype.is_float else f"torch.sign({x})"
 
@@ -156,8 +158,8 @@ def _in_blocks(does: str, x: str, encoding: Encoding) -> str:
 
 
 def _product(line: Line, weight: str, between: str) -> str:
-    """Return x and a weight with `between` between them, in the dtype in which products are summed if the op names
-    one.
+    """Return the text of x, `between`, and a weight. Both are converted to the op's accumulation dtype, if it
+    has one.
     """
     factors = [line.array(name) for name in ("x", weight)]
     if line.op.to not in (None, line.type("x").dtype):
@@ -181,7 +183,7 @@ def _activated_linear(line: Line) -> str:
 
 
 def activated(activation: str, x: str) -> str:
-    """Apply the activation of this name to an expression."""
+    """Return code that applies the activation of this name to an expression."""
     return f"kernels.quick_gelu({x})" if activation == "quick_gelu" else str(SPELLINGS[activation]).format(x=x)
 
 
@@ -197,8 +199,8 @@ def _einsum(line: Line) -> str:
 
 
 def _is_summed_once(line: Line) -> bool:
-    """Return True if PyTorch computes an einsum in one step and rounds once: one operand, or one product of two
-    matrices.
+    """Return True if PyTorch computes an einsum in one step and rounds once: it has one operand, or is one product of
+    two matrices.
     """
     applied = line.op.apply([line.type(name) for name in line.names])
     held = [{f for dim in dims for f in dim.factors} for dims in applied.operands if dims is not None]
@@ -294,7 +296,9 @@ def _scatter_add(line: Line) -> str:
 
 
 def index_text(line: Line, name: str, also: str = "i64") -> str:
-    """Return indices in a dtype that PyTorch accepts for indexing: i64, and in some functions another."""
+    """Return indices as text, in a dtype that PyTorch accepts: i64, or the dtype `also`, which some functions
+    accept.
+    """
     text = line.array(name)
     return text if line.type(name).dtype.name in ("i64", also) else f"{text}.long()"
 
@@ -356,7 +360,9 @@ def _log_softmax(line: Line) -> str:
 
 
 def _in_f32(line: Line, call: str) -> str:
-    """Return a call whose `%s` makes it compute 16 bits in float32, where PyTorch would otherwise round twice."""
+    """Return a call that computes 16-bit dtypes in float32, by a dtype argument in place of `%s`. PyTorch would
+    otherwise round twice.
+    """
     dtype = line.result.dtype
     if line.op.sums_in(dtype) is dtype:
         return call % ""
@@ -383,9 +389,11 @@ def _rms_norm(line: Line) -> str:
 
 @_spells("attention")
 def _attention(line: Line) -> str:
-    """Return PyTorch's own call if it means the same: no term, or causal alone with a visible key for every query.
+    """Return a call of PyTorch's own function if it computes the same: without terms, or with only causal and a visible
+    key for every query. Otherwise return a call of our kernel.
 
-    With `is_causal` PyTorch also scales the -inf of its mask, which stays -inf only for a positive scale.
+    With `is_causal`, PyTorch also multiplies the -inf of its mask by the scale, which stays -inf only for a positive
+    scale.
     """
     scale, to = scale_of(line), line.op.to
     own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
@@ -415,7 +423,9 @@ def _cached_attention(line: Line) -> str:
 
 
 def _met(line: Line) -> str:
-    """Return a call of a collective by its reference: the caller of the program runs it with tensors."""
+    """Return a call of a collective as its reference; at run time, the reference is a function of tensors that
+    communicates.
+    """
     if not line.op.meets_ranks:
         raise BackendError(f"the torch backend has no code for op {line.op.name!r}")
     return line.by_reference()
@@ -435,7 +445,7 @@ TORCH = Dialect(
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
-    """Return True if an op has code of its own; otherwise a composite's body is used."""
+    """Return True if an op has its own code; otherwise a composite is replaced by its body."""
     if isinstance(op, Attending) and not (op.has_standard_terms and not op.begins_later):
         return False
     if isinstance(op, Conv):

@@ -24,7 +24,7 @@ def spelled_term(term: Term, operands: Sequence[str], queries: str, keys: str) -
 
 
 class _Spelled(TermVisitor[str, str]):
-    """Terms as text; a tensor that depends only on sizes gets its device as an argument."""
+    """Visitor that returns the code of a term. If a tensor depends only on sizes, its device is an argument."""
 
     def __init__(self, queries: str, keys: str) -> None:
         self.keys, self.grid = keys, f"{queries}, {keys}"

@@ -1,1 +1,1 @@
-"""The TVM backend: lowering to our own kernels, weights packed in panels, one arena."""
+"""The TVM backend: it lowers graphs to its own kernels, with weights packed in panels and temporaries in one arena."""

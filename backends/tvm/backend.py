@@ -45,16 +45,18 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 
 class TvmBackend(StagedBackend):
-    """Runs graphs on the CPU with our own kernels. A call takes NumPy arrays or tensors and returns the same kind."""
+    """The TVM backend. It runs graphs on the CPU with our own kernels. A call takes NumPy arrays or tensors and returns
+    the same kind.
+    """
 
     name = "tvm"
 
     def available(self) -> str | None:
-        """Return None, or a message that TVM is not installed."""
+        """Return None if TVM is installed, else a message."""
         return tvm_runtime.missing()
 
     def supports(self, node: Node) -> str | None:
-        """Return None, or the reason why the node cannot run."""
+        """Return None if the node can be run, else the reason."""
         if node.op.callee is not None or is_decoded_once(node):
             return None
         types: list[Type | None] = [None if v is None else v.type for v in node.operands]
@@ -65,7 +67,7 @@ class TvmBackend(StagedBackend):
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError if TVM is not installed, the target is unsupported, or a node is refused."""
+        """Raise BackendError if TVM is not installed, the target is unsupported, or a node is unsupported."""
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
@@ -73,14 +75,16 @@ class TvmBackend(StagedBackend):
         refuse_nodes(graph, self.name, self.supports)
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        """Return the passes: legalize, choose weight layouts, move work on weights into `bind`, plan storage."""
+        """Return the passes: legalize, choose weight layouts, move computations on weights into `bind`, plan
+        storage.
+        """
         isa = isa_of(target)
         layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
         products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(takes_blocks), RoundSooner())
         return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
-        """Return the frame of each routine by its steps, including the workspace of single kernels."""
+        """Return the frame of each function by its steps, including the workspaces of single kernels."""
         program = lower(graph, plan, isa_of(target), RULES, target.cores())
         return {routine.name: routine.frame for routine in program.routines}
 
@@ -103,9 +107,9 @@ class TvmBackend(StagedBackend):
         declared: Graph,
         plan: StoragePlan | None,
     ) -> Executable:
-        """Write the program, compile or load its kernels, and pack its weights.
+        """Generate the program, compile or load its kernels, and pack its weights.
 
-        The executable for another machine's target can be read (`source`, `assembly`) but not called. Raises
+        If the target is another machine, the executable can be inspected (`source`, `assembly`) but not called. Raises
         BackendError if a weight is missing.
         """
         isa = isa_of(target)

@@ -1,7 +1,7 @@
-"""Executables of kernels: packed weights, offsets for each set of sizes, and one table of calls a run.
+"""Executables of kernels: packed weights, a memory plan for each set of sizes, and one table of kernel calls per run.
 
-The first call with new sizes makes a plan (`treadle.backends.tvm.planning`). Later calls write the addresses of inputs
-and outputs into its table and run it.
+The first call with new sizes makes a plan (`treadle.backends.tvm.planning`). Later calls with these sizes write the
+addresses of inputs and outputs into the plan's table and run it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 Array = np.ndarray[Any, Any]
 
-PLANS = 32  # sets of sizes whose plans are cached
+PLANS = 32  # number of sets of sizes whose plans are cached
 
 
 class KernelExecutable(EntryExecutable):
@@ -60,7 +60,7 @@ class KernelExecutable(EntryExecutable):
     notes     the steps that run element by element because no fast kernel covers them
     """
 
-    exact_rows = True  # every kernel generator guarantees it
+    exact_rows = True  # the kernel generators guarantee this
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class KernelExecutable(EntryExecutable):
         entries   addresses of the compiled kernels and the runner; empty if this machine cannot run them
         prepared  descriptions of the values computed from weights by `bind`, one line each
         plan      lists the donated inputs; None means that no input is donated
-        host      the calls that this process executes itself between kernels
+        host      the steps that this process executes itself between kernels (collectives)
         """
         super().__init__(graph, "tvm", _zeros)
         self._prepared = prepared
@@ -108,7 +108,9 @@ class KernelExecutable(EntryExecutable):
         return self.machine.nbytes
 
     def assembly(self, title: str) -> str:
-        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is none."""
+        """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is no such
+        kernel.
+        """
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
@@ -116,7 +118,7 @@ class KernelExecutable(EntryExecutable):
 
 
 class _KernelEntry:
-    """An entry as a routine. See `treadle.backends.protocol.Entry`."""
+    """An entry as a routine of kernel calls. See `treadle.backends.protocol.Entry`."""
 
     def __init__(
         self, machine: _Machine, kinds: StateKinds, graph: Graph, plan: StoragePlan | None, function: Function
@@ -158,7 +160,8 @@ class _KernelEntry:
 
 
 class _Machine:
-    """Runs entries of a program: its weights, a plan for each set of sizes, and the arena shared by all plans.
+    """The state for running the entries of a program: its weights, a plan for each set of sizes, and the arena that all
+    plans share.
 
     One call runs at a time.
     """
@@ -197,7 +200,7 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> dict[str, Array]:
-        """Run an entry on inputs and states (updated in place). Return new arrays of these dtypes for the caller."""
+        """Run an entry on inputs and states, which are updated in place. Return new arrays of the dtypes `outputs`."""
         with self._lock:
             runner, plan, table, made = self._ready(entry, sizes, given, states, outputs)
             with tvm_runtime.at_work():
@@ -236,7 +239,9 @@ class _Machine:
         states: States,
         outputs: Mapping[str, np.dtype[Any]],
     ) -> tuple[_TableRunner, Plan, Array, dict[str, Array]]:
-        """Return the table runner, an entry's plan, its table with all addresses filled in, and output arrays."""
+        """Return the table runner, an entry's plan, the plan's table with all addresses filled in, and the output
+        arrays.
+        """
         if self._runner is None:
             self.cache.refuse_other_machine()
         assert self._runner is not None
@@ -277,7 +282,7 @@ class _Machine:
             plan.put(Input(name), address(array))
         for name, array in made.items():
             plan.put(Output(name), address(array))
-        if plan.states is None or plan.states() is not states:  # states stay at their addresses
+        if plan.states is None or plan.states() is not states:  # addresses of states do not change
             for name, array in states.items():
                 plan.put(State(name), address(array))
             plan.states = weakref.ref(states)
@@ -289,7 +294,7 @@ class _Machine:
         return table
 
     def _check(self, plan: Plan, failed: int) -> None:
-        """Raise BackendError if a call failed (`failed` is its number) or a kernel reported an error."""
+        """Raise BackendError if a kernel call failed (`failed` is its number) or a kernel reported an error."""
         if failed >= 0:
             plan.status[:] = 0  # discard the reports of earlier kernels
             step = plan.steps[failed]
@@ -310,7 +315,7 @@ class _Machine:
 
 
 def _outside(plan: Plan) -> BackendError:
-    """Return the error of the first kernel that reported a value out of range. Clears the status words."""
+    """Return the error of the first kernel that reported a value out of range. The status words are cleared."""
     first = int(np.flatnonzero(plan.status[:, 0])[0])
     what, index, size, row = plan.status[first].tolist()
     plan.status[:] = 0
@@ -320,7 +325,9 @@ def _outside(plan: Plan) -> BackendError:
 
 
 class _TableRunner:
-    """Runs a table's calls in compiled code. Returns -1 or the number of the failed call. One table runs at a time."""
+    """Compiled code that runs the calls of a table. It returns -1, or the number of the call that failed. One table
+    runs at a time.
+    """
 
     def __init__(self, code: Entry) -> None:
         self._call = function_of(code)
@@ -337,25 +344,29 @@ class _TableRunner:
 
 
 def _zeros(shape: tuple[int, ...], dtype: DType) -> Array:
-    """Return a new state of zeros that starts at a cache line, so that each vector of its rows is within one line."""
+    """Return a new array of zeros for a state. It starts at a cache line, so that each vector of a row is within one
+    line.
+    """
     kind = stored(dtype)
     size = math.prod(shape) * kind.itemsize
     return placed(np.zeros(size + ALIGNMENT, np.uint8), shape, kind)
 
 
 def stored(dtype: DType) -> np.dtype[Any]:
-    """Return the NumPy dtype of an element as stored; uint16 for bf16."""
+    """Return the NumPy dtype in which elements of a dtype are stored: uint16 for bf16."""
     return dtype.numpy or np.dtype(np.uint16)
 
 
 def take(port: Port, value: Any) -> Array:
-    """Return a caller's value as a row-major array of the port's dtype; an array that already is one is not copied."""
+    """Return a caller's value as a row-major array of the port's dtype. An array that is already in this form is not
+    copied.
+    """
     array = numpy_taken(port, value) if port.dtype.numpy is not None else bf16_taken(port, value)
     return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def give(port: Port, array: Array, tensors: bool) -> Any:
-    """Return a result to the caller: a tensor if the caller passed tensors, else an array."""
+    """Return a result for the caller: a tensor if the caller passed tensors, else an array."""
     if port.dtype.numpy is None:
         return bf16_given(array, tensors)
     if tensors:

@@ -1,7 +1,7 @@
-"""Host calls: the collectives in a table of kernel calls, which this process executes itself.
+"""Host calls: the collectives in a table of kernel calls. The Python process executes them itself.
 
-A record of the table names a function by its address. For a collective it is a Python function with a C signature. It
-receives its arguments in the form that kernels do, and works on the memory that they point to.
+A record of the table holds the address of a function. For a collective, this is a Python function with a C signature.
+It receives its arguments in the same form as kernels do, and works on the memory that they point to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 class HostCall:
     """A collective that is called like a kernel. One call runs at a time.
 
-    entry  the address and the handle by which it is called
+    entry  the address and the handle that the table stores for the call
     """
 
     def __init__(self, kernel: Meet) -> None:
@@ -37,7 +37,7 @@ class HostCall:
         return ctypes.cast(self._function, ctypes.c_void_p).value or 0, 0
 
     def _called(self, handle: int, arguments: int, count: int, result: int) -> int:
-        """Run the collective. Return 0, or -1 if it failed: exceptions cannot cross the C caller."""
+        """Run the collective. Return 0, or -1 if it failed, since exceptions cannot pass through the C caller."""
         try:
             self._meet([w for _, w in _words(arguments, count)])
         except BaseException as error:
@@ -56,7 +56,7 @@ class HostCall:
         to[...] = made
 
     def raise_failure(self, source: str | None) -> None:
-        """Raise the error of the last failed call, located at the user's line."""
+        """Raise the error of the last failed call, with the user's source line."""
         error, self._failure = self._failure, None
         if isinstance(error, TreadleError) or (error is not None and not isinstance(error, Exception)):
             raise error

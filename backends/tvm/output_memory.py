@@ -1,8 +1,8 @@
-"""Memory of outputs: the memory of earlier calls' outputs is reused once no array refers to it.
+"""Memory of outputs. If no array refers to the memory of an earlier call's output, a later call reuses it.
 
 The operating system clears the memory that it provides, which takes about as long as a kernel takes to write it. For
-GPT-2's logits over 512 tokens (103 MB) this is several hundredths of a run. A caller often holds a result until the
-next one is available, so the memory of the last two calls' outputs is cached.
+GPT-2's logits over 512 tokens (103 MB), this is several hundredths of a run. A caller often holds a result until the
+next result is available, so the memory of the last two calls' outputs is cached.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from treadle.passes.memory.frame_placement import ALIGNMENT
 
 Array = np.ndarray[Any, Any]
 
-LEAST = 1 << 20  # smallest cached output in bytes; the allocator reuses smaller blocks itself
-KEPT = 2  # calls whose output memory is cached
+LEAST = 1 << 20  # bytes of the smallest cached output; the allocator reuses smaller blocks itself
+KEPT = 2  # number of calls whose output memory is cached
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class _Given:
 
 
 class OutputMemory:
-    """Allocates the memory of outputs, call by call."""
+    """The allocator of the memory of outputs."""
 
     def __init__(self) -> None:
         self._given: dict[str, list[_Given]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, aligned: bool = False) -> Array:
-        """Return memory for an output. A large output, or one with `aligned`, starts at a cache line.
+        """Return an array for an output. If it is large, or if `aligned`, it starts at a cache line.
 
         Raises BackendError if there is not enough memory.
         """

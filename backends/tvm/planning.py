@@ -1,8 +1,9 @@
-"""Planning: a kernel program at one set of sizes, as a table of calls that lacks only a few addresses.
+"""Planning: a kernel program at one set of sizes becomes a table of kernel calls, which lacks only a few addresses.
 
 Sizes and strides become numbers, local values get offsets in one arena, and every kernel call becomes a record. A
-pointer is in a memory space (`treadle.backends.tvm.spaces`): a pointer into a space that stays becomes an address now;
-a pointer into a space that moves becomes an offset, to which each call adds the start of the space.
+pointer is in a memory space (`treadle.backends.tvm.spaces`). If the space is fixed, the pointer becomes an address when
+the plan is made. If the space moves between calls, the pointer becomes an offset, to which each call adds the start
+address of the space.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
 
 Array = np.ndarray[Any, Any]
 
-# Rough throughput of a core, and the seconds to wake a thread pool and wait for it.
+# rough throughput of a core, and the seconds for waking a thread pool and waiting for it
 _BYTES_A_SECOND, _FLOPS_A_SECOND, _WAKING = 20e9, 50e9, 10e-6
 _STATUS_WORDS = 4  # in i64; see `program.STATUS`
 
 
 @dataclass
 class Relocation:
-    """Argument words of a plan that hold addresses in one space, with their offsets in bytes."""
+    """The argument words of a plan that hold addresses in one memory space, and the byte offset of each address."""
 
     at: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -53,15 +54,15 @@ class Plan:
     """The program at one set of sizes.
 
     table      one record for each kernel call; see `treadle.backends.tvm.kernels.runner`
-    words      all arguments, 16 bytes each: a type index and a value
+    words      all arguments, 16 bytes each: a type code and a value
     moves      for each space that moves between calls, the words that hold addresses in it, and their offsets
     arena      bytes of the arena for local values
-    least      lower bound on the arena of any placement of the local values
+    least      lower bound on the arena for any placement of the local values
     shapes     shapes of the outputs by name
     steps      the step of each record
     status     four words for each record with indices, in order; see `program.STATUS`
     tellers    the steps of these records
-    freed      (records, where, bytes): after this number of records these bytes are unused
+    freed      (records, where, bytes): after this number of records, these bytes are unused
     host       the output whose memory holds local values that die before the output is written, or None
     """
 
@@ -79,7 +80,7 @@ class Plan:
     states: weakref.ref[States] | None = None
     """The states of the last call, whose addresses are in the table."""
     begins: dict[Moving, int] = field(default_factory=dict)
-    """The start address of each space in the last call."""
+    """The start address of each moving space in the last call."""
 
     def put(self, space: Moving, begin: int) -> None:
         """Write the addresses of all words in this space, which starts at `begin`."""
@@ -90,10 +91,10 @@ class Plan:
 
 
 class Planner:
-    """Builds the plan of an entry for one set of sizes: replaces the symbols by numbers.
+    """A builder of the plan of an entry for one set of sizes.
 
     entries  addresses of the compiled kernels
-    held     returns the array of a weight or a constant
+    held     a function that returns the array of a weight or a constant
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class Planner:
         )
 
     def _worth_threads(self, step: KernelStep) -> bool:
-        """Return True if a step takes longer than waking threads, estimated from its bytes and operations."""
+        """Return True if a step takes longer on one thread than waking threads, estimated from its bytes and
+        operations.
+        """
         if step not in self._known_worth:
             touched = sum(product(v.shape).evaluate(self.sizes) * v.dtype.bytes for v in step.views)
             flops = step.kernel.flops([s.evaluate(self.sizes) for s in step.sizes])
@@ -159,7 +162,7 @@ class Planner:
         return {}
 
     def _expand(self, routine: Routine, places: Mapping[Storage, Pointer], base: Pointer) -> None:
-        """Add the calls of a routine with arguments and results at these places; its frame starts at `base`."""
+        """Add the calls of a routine whose arguments and results are at these places. Its frame starts at `base`."""
         frame, dying = self.frames[routine.name], self._dying(routine)
         for number, (step, views, sizes) in enumerate(self._numbers(routine)):
             pointers = [self._place(storage, at, places, frame, base) for storage, at in views]
@@ -198,7 +201,9 @@ class Planner:
         return {}
 
     def _value(self, pointer: Pointer, step: KernelStep) -> int:
-        """Return the value of the next word: an address, or the offset in its space until the address is known."""
+        """Return the value of the next argument word: an address, or an offset in a space whose address is not known
+        yet.
+        """
         space, offset = pointer
         match space:
             case Held():
@@ -213,7 +218,9 @@ class Planner:
         return offset
 
     def _numbers(self, routine: Routine) -> list[tuple[KernelStep | RoutineStep, list[tuple[Storage, int]], list[int]]]:
-        """Return a routine's steps with numbers for sizes; computed once for all calls of the routine."""
+        """Return a routine's steps with numbers in place of sizes. They are computed once for all calls of the
+        routine.
+        """
         if routine.name not in self._known:
             self._known[routine.name] = [
                 (
@@ -245,7 +252,7 @@ class Planner:
                 space, begin = places[storage]
                 return Pointer(space, begin + at)
             case StorageKind.ARGUMENT | StorageKind.RESULT | StorageKind.STATE | StorageKind.CONSTANT:
-                # arguments of an entry that have no place are weights
+                # an argument of an entry that has no place is a weight
                 return Pointer(Held(address(self.held(storage))), at)
             case _:
                 assert_never(storage.kind)

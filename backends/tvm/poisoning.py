@@ -1,4 +1,4 @@
-"""Poison mode on TVM: the arena is filled before a run, and each dead value is overwritten after its last reader."""
+"""Poison mode on TVM: the arena is filled with NaN before a run, and each value is overwritten after its last use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Array = np.ndarray[Any, Any]
 
 
 def run_poisoned(plan: Plan, table: Array, arena: Array, made: Mapping[str, Array], run: Callable[[Array], int]) -> int:
-    """Run a plan's table in parts. Return -1, or the number of the call that failed.
+    """Run a plan's table in parts, filling dead memory in between. Return -1, or the number of the call that failed.
 
     made  the outputs; an output's memory may hold other values before the output is written
-    run   runs consecutive calls and returns -1 or the number of the failed call
+    run   runs consecutive calls, and returns -1 or the number of the call that failed
     """
     begin = aligned(address(arena), ALIGNMENT) - address(arena)
     arena[:] = BYTE

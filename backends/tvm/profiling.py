@@ -3,8 +3,8 @@
     for each in time_calls(exe, {"tokens": ids}, rounds=9):
         print(each.step.kernel.title, each.seconds)
 
-Each measured run goes through its whole table, so every call works on its usual values. The overhead between two calls
-(about 2 microseconds of Python and a cold start of the call's threads) does not occur in an ordinary run.
+Each measured run executes the whole table, so every call works on its usual values. Each call has an overhead that does
+not occur in an ordinary run: about 2 microseconds of Python, and a cold start of the call's threads.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Memory spaces: the memory that a pointer of a plan points into, and its offset there.
+"""Memory spaces: each pointer of a plan is an offset in one of these spaces.
 
 Arena     the executable's own memory, for local values; it moves if a plan needs more
 Input     an array that the caller passes, a different one in each call
 Output    an array that a call allocates
 State     an array of the states that a call updates
-Status    words in which kernels report an index out of range; allocated with the plan, and stay
-Held      an array that the executable holds, a weight or a constant; it stays
+Status    words in which kernels report an index out of range; allocated with the plan, and fixed
+Held      an array that the executable holds, a weight or a constant; fixed
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Held:
 
 
 Moving = Arena | Input | Output | State
-"""The spaces whose address is known when a call begins."""
+"""The spaces whose addresses are known only when a call begins."""
 
 Space = Moving | Status | Held
 
@@ -59,5 +59,5 @@ class Pointer(NamedTuple):
     offset: int = 0
 
     def after(self, count: int) -> Pointer:
-        """Return the pointer `count` bytes further on."""
+        """Return the pointer `count` bytes after this one."""
         return Pointer(self.space, self.offset + count)

@@ -1,9 +1,9 @@
 """Weights in the layouts that kernels read: unchanged, in panels, or in panels of bf16 pairs.
 
-A parameter that is read unchanged stays where it is, even in a mapped file. A parameter that is read in panels is
-packed. If the weights come from a file, their panels are written to a file in the user's cache, named after a hash of
-the weights and their layouts. The next process reads that file and packs nothing. Weights that are in memory
-(initialized, or being trained) are packed in memory.
+A parameter that is read unchanged is not copied, even if it is in a memory-mapped file. A parameter that is read in
+panels is packed. If the weights come from a file, their panels are written to a file in the user's cache, named after a
+hash of the weights and their layouts. Later processes read that file and pack nothing. If weights are in memory
+(initialized, or being trained), their panels are not cached in a file.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
 Array = np.ndarray[Any, Any]
 
 _PANELS_AT_ONCE = 64
-"""Panels of blocks that are packed at a time; the temporaries are several times as large."""
+"""Number of panels of blocks that are packed at a time; the temporaries are several times as large."""
 
 
 def wants(isa: Isa) -> Wants:
-    """Return how kernels read operands that depend on weights alone: products want panels, or pairs for bf16.
+    """Return a function that returns the layout in which kernels read an operand that depends on weights alone: panels
+    in products, or pairs for bf16.
 
-    A float32 table of an embedding is read in panels as well if a product reads it in panels.
+    If a product also reads a float32 embedding table in panels, the lookup reads it in panels.
     """
 
     def read(node: Node, position: int) -> Layout | Reads:
@@ -54,7 +55,7 @@ def wants(isa: Isa) -> Wants:
         if in_blocks(node, position):
             return Reads.ROW_MAJOR
         shape = value.type.static_shape
-        wide = node.op.attributes.get("to") is f64  # computed element by element
+        wide = node.op.attributes.get("to") is f64  # a float64 result is computed element by element
         if shape is None or len(shape) != 2 or wide:
             return Reads.ROW_MAJOR
         if value.type.dtype is bf16 and isinstance(node.op, (Linear, MatMul)) and position == 1:
@@ -75,9 +76,10 @@ def wants(isa: Isa) -> Wants:
 
 
 def wants_blocks(isa: Isa) -> WantsBlocks:
-    """Return the panels in which kernels of an instruction set read blocks: in products, and in row lookups.
+    """Return a function that returns the panels in which kernels of an instruction set read blocks, in products and in
+    row lookups.
 
-    If a product reads the table's rows as well, the lookup reads them in the layout of the product.
+    If a product also reads the table's rows, the lookup reads them in the layout of the product.
     """
 
     def read(node: Node, position: int, beside: Layout | None) -> Layout | str:
@@ -138,7 +140,7 @@ def pack_weights(
     held = _Weights(graph, made, weights)
     found = {name: held.row_major(name) for name, value in graph.entry_parameters.items() if value.layout is None}
     packed = [name for name, value in graph.entry_parameters.items() if value.layout is not None]
-    first: dict[Any, str] = {}  # parameters with equal identity share an array
+    first: dict[Any, str] = {}  # parameters with equal identities share an array
     same = {name: first.setdefault(held.identity(name), name) for name in packed}
     from_file = [name for name in first.values() if held.is_mapped(name)]
     computed = [name for name in first.values() if name not in set(from_file)]
@@ -149,7 +151,7 @@ def pack_weights(
 
 
 class _Weights:
-    """The parameters that entries read. Derived weights of `bind` are computed when they are requested, row-major."""
+    """The parameters that entries read, row-major. Derived weights of `bind` are computed when they are requested."""
 
     def __init__(self, graph: Graph, made: Mapping[str, Recipe], weights: Mapping[str, Any]) -> None:
         refuse_missing(graph.name, graph.parameters, weights)
@@ -161,7 +163,7 @@ class _Weights:
         self._weights = weights
 
     def array(self, name: str) -> Array:
-        """Return the array as it was passed, with its strides, or compute a derived weight."""
+        """Return a weight as it was passed, with its strides, or compute a derived weight."""
         recipe = self.made.get(name)
         if recipe is None:
             return self.given[name]
@@ -196,11 +198,13 @@ class _Weights:
         return all(is_mapped(self.given[source]) for source in self._sources(name))
 
     def identity(self, name: str) -> tuple[object, ...]:
-        """Return a key that two parameters share exactly if they have the same sources, recipe and layout."""
+        """Return a key that is equal for two parameters exactly if they have the same sources, recipe and layout."""
         return (*self._sources(name), self._key(name), self.layout(name))
 
     def contents(self, names: Iterable[str], pool: ThreadPoolExecutor) -> list[str]:
-        """Return for each name a line that identifies its elements and layout, by hashes of its sources."""
+        """Return, for each name, a line that identifies the parameter's elements and layout by hashes of its
+        sources.
+        """
         sources = list(dict.fromkeys(source for name in names for source in self._sources(name)))
         hashes = dict(zip(sources, pool.map(_hashed, [self.given[n] for n in sources]), strict=True))
 
@@ -227,7 +231,9 @@ class _Weights:
 
 
 def _hashed(array: Array) -> str:
-    """Return a hash of an array's elements, shape and dtype. A transposed array is read in memory order."""
+    """Return a hash of an array's elements, shape and dtype. The elements of a transposed array are hashed in memory
+    order.
+    """
     lies = array if array.flags.c_contiguous or not array.flags.f_contiguous else array.T
     turned = "" if lies is array else " transposed"
     data = np.ascontiguousarray(lies).reshape(-1).view(np.uint8).data
@@ -266,7 +272,7 @@ def _fill(made: Array, array: Array, layout: Layout) -> None:
 
 
 def _fill_pairs(made: Array, rows: Array) -> None:
-    """Fill a panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], from these rows [at most width, k]."""
+    """Fill a panel, [steps, groups, 16, 16, 2] or flat [pairs, width, 2], from rows [at most width, k]."""
     flat, pair = made.ndim == 3, np.dtype(f"u{2 * made.itemsize}")
     padded = (made.shape[1], 2 * made.shape[0]) if flat else (made.shape[1] * PAIR_SQUARE, made.shape[0] * PAIR_STEP)
     if rows.shape != padded:
@@ -282,7 +288,7 @@ def _fill_pairs(made: Array, rows: Array) -> None:
 
 
 def _fill_quads(made: Array, held: Array, layout: Layout) -> None:
-    """Fill a panel [bytes] from these encoded rows [at most width, 4 + k]."""
+    """Fill a panel [bytes] from encoded rows [at most width, 4 + k]."""
     width, head = layout.width, QUAD_HEAD * layout.width
     groups, side = (1, width) if layout.flat else (width // PAIR_SQUARE, PAIR_SQUARE)
     squares = made[head:].reshape(-1, groups, PAIR_SQUARE, side, 4)
@@ -322,7 +328,9 @@ def _fill_blocks(made: Array, held: Array, layout: Layout) -> None:
 
 
 def _interleaved(lines: Array, side: int) -> Array:
-    """Return u8[panels, blocks, bytes * width] of [panels, width, blocks, bytes]: rows interleaved by `side` bytes."""
+    """Return u8[panels, blocks, bytes * width] from lines [panels, width, blocks, bytes]: the lines of a panel are
+    interleaved, `side` bytes at a time.
+    """
     panels, width, count, bytes = lines.shape
     words = np.ascontiguousarray(lines).view(f"<u{side}")
     turned = np.ascontiguousarray(words.transpose(0, 2, 3, 1))

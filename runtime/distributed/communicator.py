@@ -4,9 +4,10 @@
     with communicator.running("B=2, S=16"):      # the collectives of the rank's program run here
         outputs = executable(**inputs)
 
-Parts need not be equal, and a rank's program knows only its own part. When a run with new sizes first reaches a
-collective, the ranks of the group exchange the kind of the collective and the sizes of their parts; later runs with
-these sizes reuse them. A rank in another collective, or with another dtype, is reported at that exchange.
+The parts of ranks may have different sizes, and a rank's program knows only its own part. When a run with new sizes
+first reaches a collective, the ranks of the group exchange the kind of the collective and the sizes of their parts;
+later runs with these sizes reuse this information. If ranks are in different collectives, or have different dtypes,
+this exchange raises an error.
 
 A rank that sends a value (`hand_on`) continues immediately. A rank that starts an asynchronous gather or pass
 (`start_gather`, `start_pass`) continues until it needs the result. Tensors stay on their device.
@@ -68,9 +69,9 @@ class Communicator:
     """A rank's collectives; see `treadle.ir.placement.meeting.Meeting`. torch.distributed must be initialized.
 
     device   device of this rank's tensors
-    timeout  seconds after which torch.distributed gives up
+    timeout  timeout of torch.distributed in seconds
     waiting  a context in which a rank waits for others, given a description of the wait
-    failed   returns the exception to raise in place of an error of torch.distributed
+    failed   a function that returns the exception to raise in place of an error of torch.distributed
     traffic  by collective and the mesh axes that it spans
     """
 
@@ -122,8 +123,8 @@ class Communicator:
 
     @contextmanager
     def running(self, what: Hashable) -> Iterator[None]:
-        """A run of the rank's program, identified by its entry, its sizes, and everything else that determines part
-        sizes.
+        """A context for one run of the rank's program. `what` identifies the entry, the sizes, and everything else that
+        determines part sizes.
         """
         self._run, self._number = what, 0
         self._begun.clear()
@@ -138,7 +139,9 @@ class Communicator:
 
     @contextmanager
     def _waiting(self, activity: str) -> Iterator[None]:
-        """Wait for other ranks, with a description. Raises the replacement for an error of torch.distributed."""
+        """A context in which this rank waits for others, with a description. An error of torch.distributed is replaced
+        by the error of the rank that caused it.
+        """
         with self.waiting(activity):
             try:
                 yield
@@ -146,8 +149,8 @@ class Communicator:
                 raise self.failed(error, activity) from error
 
     def _settle(self) -> None:
-        """Synchronize with a GPU, on which collectives are only enqueued, so that the watch knows which rank this one
-        waits for.
+        """Wait until a GPU has finished its collectives, which are only enqueued, so that the watch knows which rank
+        this one waits for.
         """
         if self.device.type != "cpu":
             import torch
@@ -181,7 +184,7 @@ class Communicator:
         self._begun.setdefault((awaited.name, op.over), deque()).append(begun)
 
     def send(self, part: Any, to: int, activity: str) -> None:
-        """Send a part, such as an output, to a rank that receives it; `activity` describes it in errors."""
+        """Send a part, such as an output, to a rank. `activity` describes the call in errors."""
         import torch.distributed as dist
 
         raw = as_bytes(as_tensor(part).contiguous())
@@ -191,7 +194,7 @@ class Communicator:
             self._settle()
 
     def received(self, like: Array, source: int, activity: str) -> Array:
-        """Return an array that a rank sends, with the shape and dtype of `like`."""
+        """Return the array that a rank sends. It has the shape and dtype of `like`."""
         import torch
         import torch.distributed as dist
 
@@ -216,7 +219,7 @@ class Communicator:
         raise GraphError(f"{op.name} over {op.over} among {op.ways} ranks is not a collective of the plan")
 
     def _hand_on(self, given: torch.Tensor, group: RankGroup) -> torch.Tensor:
-        """Send and continue, or receive, in program order; the ranks of a line wait for the preceding ranks."""
+        """Send a value and continue, or receive one. Calls are in program order; a receiver waits for the sender."""
         import torch
         import torch.distributed as dist
 

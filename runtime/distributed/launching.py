@@ -1,8 +1,8 @@
 """Launching: start several processes on one machine, each a rank, and end them together.
 
 Each process has the variables that torchrun would set: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT. Ranks
-detect each other's end by themselves (`treadle.runtime.distributed.watching`); a rank that has not ended soon after the
-first failure is killed here. If this process itself is killed, the ranks detect that too.
+detect that another rank has ended (`treadle.runtime.distributed.watching`), and end themselves. If a rank has not ended
+soon after the first failure, this module kills it. If this process itself is killed, the ranks detect that, too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed.ranks import LAUNCHER
 
 PATIENCE = 2.5
-"""Seconds that ranks have to end by themselves after a failure: one second more than a hanging rank needs."""
+"""Seconds that ranks have to end by themselves after a failure. A rank that hangs is killed by its own watch one second
+earlier.
+"""
 
 _PAUSE = 0.02
 
 
 def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, str] | None = None) -> int:
-    """Run a command in `count` processes, as ranks 0 to count - 1; return the largest exit code.
+    """Run a command in `count` processes, as ranks 0 to count - 1. Return the largest exit code.
 
-    If other ranks have reported a rank's death, standard error names the signal that ended it.
+    If a signal ended a rank and other ranks reported the rank's death, standard error names the signal.
 
     environment  variables in addition to the variables of this process
 
@@ -69,7 +71,9 @@ def launch_ranks(command: Sequence[str], count: int, environment: Mapping[str, s
 
 @contextmanager
 def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
-    """Terminate, then kill, ranks that are left when the block ends for any reason; stopped processes too."""
+    """A context that ends the ranks that are left when the block ends for any reason: it terminates them, then kills
+    them. Stopped processes are ended too.
+    """
 
     def asked(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -93,20 +97,23 @@ def _ended_with_us(ranks: Sequence[subprocess.Popen[Any]]) -> Iterator[None]:
 
 
 def _meeting_point(count: int) -> dict[str, str]:
-    """Return the address of the ranks' rendezvous: a free port of this machine."""
+    """Return the variables with the address at which ranks connect: a free port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     return {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _alone_on_a_core(count: int) -> dict[str, str]:
-    """Return variables for a rank that has one core: idle threads of TVM's pool sleep at once."""
+    """Return variables for ranks that have only one core each: idle threads of TVM's pool sleep immediately instead of
+    spinning.
+    """
     name, cores = "TVM_THREAD_POOL_SPIN_COUNT", os.cpu_count() or 1
     return {name: "0"} if name not in os.environ and cores < 2 * count else {}
 
 
 def _bind(process: int, rank: int, count: int) -> None:
-    """Assign a rank its share of the cores of this process, at least one, where the system supports it.
+    """Assign a rank its share of this process's cores, at least one core. Do nothing if the system does not support
+    this.
 
     Libraries then start one thread per assigned core. More threads than cores would wait for each other.
     """

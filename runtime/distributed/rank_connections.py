@@ -1,8 +1,8 @@
 """Connections between two ranks that exchange JSON objects, one per line. A send never blocks for long.
 
-Data is sent immediately: TCP would hold back a short text until an earlier one is acknowledged, which may take tens of
-milliseconds. Closing a connection with unread data then discards the data that was held back, and so does the end of
-the process. `end` lets the other side read everything first.
+Nagle's algorithm is disabled, so data is sent immediately. Otherwise TCP would hold back a short text until an earlier
+one is acknowledged, which may take tens of milliseconds. Closing a connection, or ending the process, would then
+discard the data that is held back. `end` waits until the other side has read everything.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RankConnection:
         return found if all(isinstance(each, dict) for each in found) else None
 
     def end(self, within: float) -> None:
-        """Send nothing more, and close the connection when the other side has closed it, after it has read everything.
+        """Stop sending, and close the connection after the other side has read everything and closed it.
 
         within  seconds after which the connection is closed in any case
         """
@@ -68,6 +68,6 @@ class RankConnection:
         self.close()
 
     def close(self) -> None:
-        """Close the connection at once, whatever is in flight."""
+        """Close the connection immediately. Data in flight may be lost."""
         with suppress(OSError):
             self.socket.close()

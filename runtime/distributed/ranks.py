@@ -1,4 +1,4 @@
-"""Ranks: this process as one of the processes that run a sharded model together, whatever started it.
+"""Ranks: this process as one of the processes that run a sharded model together.
 
     with join(timeout=60) as ranks:                 # from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT
         plan = ...                                  # every rank computes it
@@ -6,8 +6,8 @@
         ranks.start(plan)
         ...
 
-torchrun sets these variables, and so do `treadle launch` and many schedulers. A rank that ends with an error reports it
-to the others on exit (`treadle.runtime.distributed.watching`).
+torchrun, `treadle launch` and many schedulers set these variables. If a rank ends with an error, it reports the error
+to the other ranks on exit (`treadle.runtime.distributed.watching`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 LAUNCHER = "TREADLE_LAUNCHER"
-"""The process that started this one and whose end ends this one."""
+"""Environment variable with the id of the launcher's process. If the launcher ends, this process ends, too."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HINT = Hint(
@@ -43,8 +43,10 @@ _HINT = Hint(
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PAUSE = 0.01  # between two polls for messages of other ranks
-_STARTING = 60.0  # seconds within which processes that were started together have connected
-_SLACK = 30.0  # extra seconds that torch.distributed waits after the watch, which knows the missing rank
+_STARTING = 60.0  # seconds within which the processes must connect at the start
+_SLACK = (
+    30.0  # extra seconds of torch.distributed's timeout: the watch, which knows the missing rank, must report first
+)
 
 
 class Ranks:
@@ -62,11 +64,15 @@ class Ranks:
         self._agreed = 0
 
     def doing(self, activity: str) -> None:
-        """Record the current activity, for errors of other ranks. Raises RankError if another rank has failed."""
+        """Record the current activity, which errors of other ranks report. Raises RankError if another rank has
+        failed.
+        """
         self.watch.doing(activity)
 
     def agree(self, facts: Mapping[str, str]) -> None:
-        """Compare facts with all ranks. Raises UsageError, the same on every rank, for the first fact that differs."""
+        """Compare facts with all ranks. If a fact differs, every rank raises the same UsageError, for the first such
+        fact.
+        """
         self._agreed += 1
         keys = [f"treadle/facts/{self._agreed}/{rank}" for rank in range(self.size)]
         with self.watch.waiting(f"comparing {', '.join(facts)}"):
@@ -85,7 +91,7 @@ class Ranks:
                     )
 
     def _read(self, key: str) -> str:
-        """Return the value of a key, once a rank has stored it. Raises RankError if a rank fails before that."""
+        """Wait until a rank has stored a key, and return the value. Raises RankError if a rank fails before that."""
         try:
             while not self.store.check([key]):
                 self.watch.check()
@@ -132,7 +138,7 @@ class Ranks:
                 raise self.watch.explained(error, f"starting {backend}") from error
 
     def _own_device(self, kind: str) -> torch.device:
-        """Return the device of this rank's tensors. A GPU becomes the current one, which backends use."""
+        """Return the device of this rank's tensors. Make a GPU the current device, which backends use."""
         import torch
 
         if kind != "cuda":
@@ -150,12 +156,14 @@ class Ranks:
         return torch.device("cuda", local)
 
     def leave(self) -> None:
-        """End normally; rank 0 waits until all other ranks have ended. Raises RankError if a rank fails before that."""
+        """End this rank normally. Rank 0 waits until all other ranks have ended. Raises RankError if a rank fails
+        before that.
+        """
         self.watch.leave()
         self._stop()
 
     def close(self) -> None:
-        """End after an error."""
+        """End this rank after an error."""
         self.watch.close()
         self._started = False  # torch.distributed would wait for the others
 
@@ -189,7 +197,7 @@ def is_rank() -> bool:
 
 
 def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
-    """Raise UsageError for a plan with another number of ranks than there are."""
+    """Raise UsageError if the mesh of a plan does not have `size` ranks."""
     mesh = plan.devices
     if mesh.ranks != size:
         raise UsageError(
@@ -201,7 +209,8 @@ def refuse_other_mesh(plan: ShardingPlan, size: int) -> None:
 def join(timeout: float = 60.0) -> Ranks:
     """Join the other ranks, as specified by environment variables.
 
-    timeout  seconds that a rank waits for others later; `join` itself waits at least a minute while processes start
+    timeout  seconds that a rank waits for others in later calls; `join` itself waits at least a minute while processes
+             start
 
     Raises UsageError if this process was not started as a rank, or without PyTorch; RankError if other ranks do not
     connect in time.
@@ -238,7 +247,9 @@ def join(timeout: float = 60.0) -> Ranks:
 
 
 def _environment() -> tuple[int, int, str]:
-    """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError."""
+    """Return this rank, the number of ranks, and the address of rank 0. Raises UsageError if a variable is missing or
+    invalid.
+    """
     missing = [name for name in _NEEDED if not os.environ.get(name)]
     if missing:
         raise UsageError("this process was not started as a rank", received=f"no {', '.join(missing)}", hint=_HINT)
@@ -252,7 +263,7 @@ def _environment() -> tuple[int, int, str]:
 
 
 def _orphaned() -> Any:
-    """Return a function that is True if the launcher on this machine, whose end should end this process, has ended."""
+    """Return a function that returns True if the launcher was on this machine and has ended."""
     launcher = os.environ.get(LAUNCHER, "")
     if launcher.isdecimal():
         _end_with_parent()
@@ -264,9 +275,9 @@ def _orphaned() -> Any:
 
 
 def _end_with_parent() -> None:
-    """Ask the system to kill this process when its parent ends, where supported (prctl of Linux).
+    """Request that the system kills this process when its parent ends, if supported (prctl of Linux).
 
-    This also works at the end of the process, when no Python thread runs and the process waits for a library's threads.
+    This also works while the process ends, when no Python thread runs and the process waits for a library's threads.
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):

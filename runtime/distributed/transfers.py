@@ -1,8 +1,8 @@
-"""Transfers: each collective as calls of torch.distributed, on tensors where they are stored.
+"""Transfers: each collective as calls of torch.distributed, without copies between devices.
 
 torch.distributed sends whole contiguous tensors. Parts are copied into that form here, and shorter parts are padded.
-The `descriptions` that ranks exchange are rows of WORDS numbers: the kind of the collective, a dtype, the length
-of the part that the rank receives, and the length of the part that it sends.
+The `descriptions` that ranks exchange are rows of WORDS numbers: the kind of the collective, a dtype, the length of the
+part that the rank receives, and the length of the part that it sends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RankGroup:
     """The ranks that communicate along parts of mesh axes.
 
     ranks   in the order of their parts
-    at      this rank's index among them
+    at      index of this rank in `ranks`
     handle  group of torch.distributed; None for all ranks, and for the two ranks of a line
     """
 
@@ -53,9 +53,9 @@ class RankGroup:
 class Begun:
     """A collective in progress.
 
-    op      the op that waits for it
-    wait    blocks until it is done
-    finish  returns its result once it is done
+    op      the op that waits for the collective
+    wait    blocks until the collective is done
+    finish  returns the result once the collective is done
     sent    buffers that must stay alive until then
     """
 
@@ -66,7 +66,7 @@ class Begun:
 
 
 def meet(op: Collective, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return this rank's result of a collective for its part."""
+    """Run a collective. Return this rank's result for its part `given`."""
     if isinstance(op, Awaited):
         begun = begin(op, given, group, descriptions)
         begun.wait()
@@ -76,15 +76,17 @@ def meet(op: Collective, given: torch.Tensor, group: RankGroup, descriptions: Se
 
 
 def begin(op: Awaited, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> Begun:
-    """Start sending the part without waiting for the others' parts. The part must stay unchanged until the collective
-    ends.
+    """Start a collective without waiting for the parts of other ranks. The part must not change until the collective is
+    done.
     """
     begun: Begun = _BEGINNINGS[type(op)](op, given, group, descriptions)
     return begun
 
 
 def tell(own: Sequence[int], group: RankGroup, device: torch.device, *, pair: bool = False) -> list[list[int]]:
-    """Exchange WORDS numbers with all ranks of a group, or with the other rank of a pair; return all rows, in order."""
+    """Exchange WORDS numbers with all ranks of a group, or with the other rank of a pair. Return the rows of all these
+    ranks, in order.
+    """
     import torch
 
     mine = torch.tensor(own, dtype=torch.int64, device=device)
@@ -143,7 +145,7 @@ def _begin_gather(op: AllGather, given: torch.Tensor, group: RankGroup, descript
 
 
 def _begin_pass(op: PassOn, given: torch.Tensor, group: RankGroup, descriptions: Sequence[Sequence[int]]) -> Begun:
-    """Send to one rank and receive from another at once, so that no rank waits for another rank's send."""
+    """Send to one rank and receive from another at the same time, so that no rank waits for another rank's send."""
     axis, count = place(op.axis, given.dim()), len(group.ranks)
     to, source = (group.at + op.steps) % count, (group.at - op.steps) % count
     shape = [descriptions[source][3] if d == axis else n for d, n in enumerate(given.shape)]
@@ -207,8 +209,8 @@ def _gather(to: torch.Tensor, mine: torch.Tensor, group: RankGroup, *, begin: bo
 
 
 def _exchange(made: torch.Tensor, given: torch.Tensor, source: int, to: int, group: RankGroup) -> list[Any]:
-    """Start to receive from one rank of the group while another rank receives our part; return the handles to wait
-    for.
+    """Start to receive from rank `source` of the group into `made`, and to send `given` to rank `to`. Return the
+    handles to wait for.
     """
     import torch.distributed as dist
 
@@ -229,7 +231,7 @@ def _wait(works: Sequence[Any]) -> None:
 
 
 def as_tensor(part: Any) -> torch.Tensor:
-    """Return a part as a tensor over the same memory, on any device."""
+    """Return a part as a tensor over the same memory, on the part's device."""
     import torch
 
     given = part if isinstance(part, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(part))
@@ -237,7 +239,7 @@ def as_tensor(part: Any) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the memory of a contiguous tensor of any dtype as bytes, for data that is only moved."""
+    """Return the memory of a contiguous tensor of any dtype as bytes. Collectives that only move data use this."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8)

@@ -1,16 +1,16 @@
-"""The watch: ranks detect that another rank has died, failed or hangs, and all end with the same error.
+"""The watch: ranks detect that another rank has died, failed or hangs, and all ranks end with the same error.
 
-Every rank has one connection to rank 0. The system closes it when the process at the other end dies, whatever killed
-it, so a death is known at once and never inferred from silence. Several times a second a rank reports its activity and,
-if it waits for others, for how long. Rank 0 informs all ranks of a failure:
+Every rank has one connection to rank 0. If the process at one end dies for any reason, the operating system closes the
+connection, so a death is known immediately and is never inferred from silence. Several times a second, a rank reports
+its activity and, if it waits for others, the duration of the wait. Rank 0 informs all ranks of a failure:
 
     a connection ends             its rank has died, during its last reported activity
     a rank reports a failure      the rank's own error
     a rank waits too long         the rank that does not arrive hangs, during its last reported activity
 
-Then the main thread raises `RankError` as soon as it can: at its next collective, or when torch.distributed gives up.
-If the main thread is blocked in a collective that never completes, the process is killed. One rank reports to the user:
-the rank that failed; for a death rank 0, or rank 1 if rank 0 died.
+Then the main thread raises `RankError` as soon as it can: at its next collective, or when torch.distributed raises an
+error. If the main thread is blocked in a collective that never completes, the process is killed. Only one rank reports
+the error to the user: the rank that failed. If a rank died, rank 0 reports it; if rank 0 died, rank 1 does.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _PARTING = 5 * PERIOD
 """Maximum seconds that a leaving rank waits for rank 0 to receive its last message."""
 
 FAILED = 2
-"""Exit code of an error."""
+"""Exit code of a process that ends because of a failure."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure, and the rank that reports it to the user."""
+    """A failure, and the number of the rank that reports it to the user."""
 
     what: str
     received: str
@@ -73,11 +73,11 @@ class RankStatus:
         return self.since + time.monotonic() - self.heard
 
     def silent_for(self) -> float:
-        """Seconds since the report."""
+        """Seconds since the report arrived."""
         return time.monotonic() - self.heard
 
     def message(self) -> dict[str, Any]:
-        """The report as it is sent."""
+        """The report as a JSON object."""
         return {"doing": self.doing, "since": self.since, "waiting": self.waiting}
 
     def __str__(self) -> str:
@@ -87,11 +87,11 @@ class RankStatus:
 
 
 class Watch:
-    """One rank's side of the watch; rank 0 is the other side for all other ranks.
+    """One rank's part of the watch. Rank 0 is connected to all other ranks.
 
-    rank, size  of this process
+    rank, size  this process's rank, and the number of ranks
     timeout     seconds that a rank may wait for others
-    is_orphan   True if the process that started this one has ended, so that this one should end too
+    is_orphan   a function that returns True if the process that started this one has ended
     """
 
     def __init__(self, rank: int, size: int, timeout: float, is_orphan: Callable[[], bool] = lambda: False) -> None:
@@ -119,7 +119,9 @@ class Watch:
 
     @contextmanager
     def waiting(self, activity: str) -> Iterator[None]:
-        """Report a wait for other ranks. Raises RankError if a rank has failed."""
+        """A context in which this rank waits for other ranks; the wait is reported. Raises RankError if a rank has
+        failed.
+        """
         self.check()
         before = self._now[0]
         self._now = activity, True, time.monotonic()
@@ -139,8 +141,8 @@ class Watch:
         return RankError(self.failure.what, received=self.failure.received or None)
 
     def explained(self, error: Exception, activity: str) -> Exception:
-        """Return the exception that replaces an error of torch.distributed: the error of the rank that caused it, once
-        known.
+        """Return the exception to raise in place of an error of torch.distributed: if known, the error of the rank that
+        caused it.
         """
         if self._failed.wait(GRACE):
             return self.error()
@@ -158,15 +160,17 @@ class Watch:
         return (self.failure is None or self.failure.teller == self.rank) and self._first_to_tell()
 
     def _first_to_tell(self) -> bool:
-        """Return True if no code of this process has reported to the user yet."""
+        """Return True at the first call in this process, so that only one error is reported to the user."""
         with self._lock:
             first, self._has_reported = not self._has_reported, True
         return first
 
     def leave(self) -> None:
-        """End the watch. Rank 0 waits for the others, so that all stay watched. Raises RankError if a rank fails."""
+        """End the watch. Rank 0 waits until the other ranks have ended, so that all are watched until then. Raises
+        RankError if a rank fails.
+        """
         if self.rank:
-            self._left.add(self.rank)  # before it is sent: rank 0 may end as soon as it arrives
+            self._left.add(self.rank)  # set before the message is sent: rank 0 may end as soon as the message arrives
             self._say({"bye": True})
         else:
             with self.waiting("waiting for other ranks to end"):
@@ -176,7 +180,7 @@ class Watch:
         self._end()
 
     def close(self) -> None:
-        """Let the main thread end the process after a failure that it has reported or is about to report.
+        """End the watch after a failure that was or will be reported: the main thread ends the process.
 
         The process then skips PyTorch's cleanup, which may wait for other ranks.
         """
@@ -185,7 +189,9 @@ class Watch:
             atexit.register(self._end_at_once)
 
     def _end_at_once(self) -> None:
-        """Keep rank 0 alive until the others have ended, or for a moment, since their last messages might be lost."""
+        """Exit the process. Rank 0 first waits a moment for the other ranks, so that their last messages are
+        not lost.
+        """
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -201,14 +207,18 @@ class Watch:
     # -- starting ----------------------------------------------------------------------------------------------
 
     def listen(self, host: str) -> str:
-        """Rank 0: accept connections of other ranks from now on. Returns the text that they need to `connect`."""
+        """Rank 0: accept connections of other ranks from now on. Returns the port and a token, which other ranks pass
+        to `connect`.
+        """
         self._listener = socket.create_server((host, 0), backlog=self.size)
         self._token = secrets.token_hex(16)
         self._start(self._serve)
         return f"{self._listener.getsockname()[1]} {self._token}"
 
     def connect(self, host: str, port_and_token: str) -> None:
-        """Another rank: connect to rank 0, given the text from `listen`. Raises RankError if rank 0 does not listen."""
+        """Another rank: connect to rank 0, with the string from `listen`. Raises RankError if rank 0 does not
+        listen.
+        """
         port, token = port_and_token.split()
         try:
             connection = socket.create_connection((host, int(port)), timeout=self.timeout)
@@ -268,7 +278,7 @@ class Watch:
                 self._left.add(connection.rank)
         if messages is not None:
             return True
-        connection.close()  # a rank that has left waits for this
+        connection.close()  # the rank that has left waits for this
         if connection.rank is not None:
             self._gone.add(connection.rank)
             if connection.rank not in self._left:
@@ -318,7 +328,7 @@ class Watch:
         connection.end(_PARTING)
 
     def _look_for_silence(self, own: RankStatus) -> None:
-        """Fail if this rank waits too long and rank 0, which would name the missing rank, is silent."""
+        """Record a failure if this rank waits too long and rank 0, which would name the missing rank, is silent."""
         silent = self._said[0].silent_for()
         if own.waiting and own.since > self.timeout and silent > self.timeout / 2:
             self._fail(Failure("rank 0 does not arrive", f"silent for {silent:.1f} s", 1))
@@ -359,7 +369,7 @@ class Watch:
             if self.failure is not None:
                 return
             self.failure = failure
-        if self.rank == 0:  # failed ranks too: if several failed, one of them learns that it has to report
+        if self.rank == 0:  # also to failed ranks: if several failed, one of them learns that it has to report
             self._tell(asdict(failure))
         self._failed.set()
         threading.Thread(target=self._end_process, name="treadle end", daemon=True).start()

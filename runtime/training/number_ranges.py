@@ -8,7 +8,7 @@ from treadle.ir.errors import UsageError
 
 
 def check_number(name: str, value: object, *, positive: bool = False, below: float | None = None, hint: str) -> None:
-    """Raise UsageError for anything but a finite number of 0 or more within the given limits.
+    """Raise UsageError if a value is not a finite number of 0 or more within the given limits.
 
     positive  True if 0 is refused too
     below     an upper bound, exclusive
@@ -22,6 +22,6 @@ def check_number(name: str, value: object, *, positive: bool = False, below: flo
 
 
 def check_count(name: str, value: object, *, least: int = 1, hint: str) -> None:
-    """Raise UsageError for anything but an integer of `least` or more."""
+    """Raise UsageError if a value is not an integer of `least` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{name} must be an integer of {least} or more", received=repr(value), hint=hint)

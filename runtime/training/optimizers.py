@@ -4,12 +4,12 @@
     exe = treadle.compile(graph, donate=("w", "mean.w", "square.w"))
     new = exe(w=w, **{"gradient.w": g, "mean.w": m, "square.w": s}, rate=1e-3, share=1.0, **AdamW().scalars(step))
 
-For each weight NAME the graph takes `NAME`, `gradient.NAME` and the optimizer's moments, such as `mean.NAME`, and
+For each weight NAME, the graph takes `NAME`, `gradient.NAME` and the optimizer's moments, such as `mean.NAME`, and
 returns the new weight and moments under the same names. Gradients are first multiplied by `share`: 1/4 if they are sums
-over 4 micro-batches. `norm` is the norm of all gradients together after that; with `clip` they are then scaled to at
-most this norm.
+over 4 micro-batches. The output `norm` is the norm of all gradients together after this multiplication. With `clip`,
+the gradients are then scaled to at most this norm.
 
-The caller computes everything that depends only on the step number: `optimizer.scalars(step)`. So one compiled graph
+The caller computes the scalars that depend only on the step number: `optimizer.scalars(step)`. So one compiled graph
 serves all steps.
 """
 
@@ -30,13 +30,13 @@ from treadle.ir.types import Type, f32
 from treadle.runtime.training.number_ranges import check_count, check_number
 
 _CLIP_EPS = 1e-6
-"""Added to the norm in the denominator of clipping, as in torch.nn.utils.clip_grad_norm_."""
+"""Number added to the norm in the denominator of clipping, as in torch.nn.utils.clip_grad_norm_."""
 
 
 class Optimizer(Protocol):
     """A rule that updates weights from their gradients.
 
-    moments  the moments of each weight: of the weight's type, zeros at first
+    moments  names of the moments of each weight; moments have the weight's type and are zeros at first
     needs    scalar inputs in addition to `rate`, the learning rate
     """
 
@@ -51,7 +51,7 @@ class Optimizer(Protocol):
         ...
 
     def factors(self, b: Builder, scale: Expr, rate: Expr, *needs: Expr) -> Mapping[str, Expr]:
-        """Return the scalars that the updates of all weights share; gradients are to be multiplied by `scale`."""
+        """Return the scalars that the updates of all weights share. `scale` is the factor of all gradients."""
         ...
 
     def update(
@@ -105,7 +105,7 @@ class AdamW:
     ) -> tuple[Expr, ...]:
         mean, square = moments
         mean = _between(mean, gradient * by["scale"], self.beta1)
-        scaled = gradient * by["root_scale"]  # its square neither overflows nor underflows earlier than necessary
+        scaled = gradient * by["root_scale"]  # avoids overflow and underflow of the square
         square = square * self.beta2 + scaled * scaled
         kept = weight * by["kept"] if decays and self.weight_decay else weight
         return kept - mean * by["rate"] / (b.sqrt(square) * by["root_correction"] + self.eps), mean, square
@@ -136,11 +136,11 @@ class SGD:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """`velocity` if there is momentum."""
+        """Names of the moments: `velocity` if momentum is not 0."""
         return ("velocity",) if self.momentum else ()
 
     def scalars(self, step: int) -> dict[str, float]:
-        """Return no scalars: all steps are alike."""
+        """Return no scalars: the update does not depend on the step."""
         check_count("a step", step, hint="1 for the first one")
         return {}
 
@@ -162,15 +162,15 @@ class SGD:
 def update_graph(
     optimizer: Optimizer, weights: Mapping[str, Type], *, clip: float | None, decayed: Collection[str]
 ) -> Graph:
-    """Return one optimizer step of all weights as a graph; the module's docstring lists its inputs and outputs.
+    """Return one optimizer step of all weights as a graph; the module's docstring lists the inputs and outputs.
 
-    weights  their types by name, all f32
+    weights  types of the weights by name, all f32
     clip     maximum norm of all gradients together; None disables clipping
     decayed  names of the weights with weight decay
 
     The graph has no calls, since backends do not overwrite donated inputs through calls. Raises UsageError for an empty
-    set of weights, weights other than f32, names that give two inputs one name, a clip that is not above 0, and unknown
-    names in `decayed`.
+    set of weights, weights other than f32, two inputs of the same name, a clip that is not above 0, and unknown names
+    in `decayed`.
     """
     _check_weights(optimizer, weights, decayed)
     if clip is not None:
@@ -225,13 +225,15 @@ def _check_weights(optimizer: Optimizer, weights: Mapping[str, Type], decayed: C
 
 
 def _sum(b: Builder, x: Expr) -> Expr:
-    """Return the sum of all elements: first of each row, then of these sums, since one long sum in f32 loses
-    precision.
+    """Return the sum of all elements. Each row is summed first, then these sums are added, since one long sum in f32
+    loses precision.
     """
     rows = b.reduce_sum(x, axes=(-1,)) if x.rank else x
     return b.reduce_sum(rows, axes=tuple(range(rows.rank))) if rows.rank else rows
 
 
 def _between(start: Expr, end: Expr, share: float) -> Expr:
-    """Return share * start + (1 - share) * end, rounded as torch.lerp: exact for a share of 0 and for equal ends."""
+    """Return share * start + (1 - share) * end, rounded like torch.lerp. The result is exact for a share of 0 and for
+    equal ends.
+    """
     return start + (end - start) * (1 - share) if share > 0.5 else end - (end - start) * share

@@ -18,14 +18,15 @@ SHAPES = ("constant", "cosine", "linear")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A linear warmup from peak / warmup at step 1 to the peak at step `warmup`, followed by a shape.
+    """A learning rate schedule: a linear warmup from peak / warmup at step 1 to the peak at step `warmup`, then a
+    shape.
 
     peak    maximum learning rate
     warmup  number of steps until the peak; 0 starts at the peak, as does 1
-    steps   number of steps of the run: a falling shape reaches its end at the step after them, where it stays, so that
-            every step trains, as in PyTorch's and transformers' schedules
+    steps   number of steps of the run. A decaying shape reaches its end at the step after the run, as in PyTorch's and
+            transformers' schedules, so that no step has a learning rate of 0
     shape   "constant", "linear", or "cosine" (Loshchilov & Hutter 2017, without restarts)
-    end     final learning rate of a falling shape, as a fraction of the peak
+    end     final learning rate of a decaying shape, as a fraction of the peak
 
     Raises UsageError for a value out of range, and for values that contradict each other.
     """
@@ -51,7 +52,7 @@ class Schedule:
             )
         if self.shape == "constant" and self.end:
             raise UsageError(
-                "a constant schedule cannot have another end",
+                "end= does not apply to a constant schedule",
                 received=f"end={self.end!r}",
                 hint='shape="cosine" or "linear"',
             )
@@ -82,5 +83,5 @@ class Schedule:
 
 
 def schedule_of(value: Schedule | float) -> Schedule:
-    """Return a schedule unchanged, or a constant one for a number. Raises UsageError for anything else."""
+    """Return a schedule unchanged, or a constant schedule for a number. Raises UsageError for other values."""
     return value if isinstance(value, Schedule) else Schedule(value)

@@ -1,1 +1,1 @@
-"""Kernels of the TVM backend: generators, frozen specs that emit loops. See docs/kernels.md."""
+"""Kernels of the TVM backend: frozen specs that generate loops. See docs/kernels.md."""

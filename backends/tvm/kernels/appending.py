@@ -1,9 +1,9 @@
-"""Writing into the slots of a cache, each row at its own positions.
+"""Appending to the slots of a cache, each row at its own positions.
 
     y[rows[b], p, start[b] + i, d] = x[b, p, i, d]           `Append`
 
-A row whose slot or positions are out of range writes nothing; the kernel reports it in its status words
-(`lowering.program.STATUS`).
+If a row's slot or positions are out of range, nothing is written for the row, and the kernel reports it in its status
+words (`lowering.program.STATUS`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Append(Kernel):
-    """y[rows[b], p, start[b] + i, d] = x[b, p, i, d], in a ring at start[b] + i modulo its capacity
+    """y[rows[b], p, start[b] + i, d] = x[b, p, i, d], in a ring at start[b] + i modulo the capacity
 
     bytes  bytes of an element
     rows   True if x and y are contiguous along d
     ring   True if positions count modulo the capacity
 
-    Arguments: x, rows, start, y, the status words; the sizes b, p, s and d of x, then the slots and the capacity of y;
-    then strides: x's of b, p, s and d, the strides of rows and start, y's of slots, p, positions and d. With `rows` no
-    strides of d are passed.
+    Arguments: x, rows, start, y, the status words; the sizes b, p, s and d of x; the numbers of slots and positions of
+    y; the strides of x over b, p, s and d; the strides of rows and start; the strides of y over slots, p, positions and
+    d. If `rows`, the strides over d are not passed.
     """
 
     bytes: int
@@ -76,6 +76,6 @@ class Append(Kernel):
 
 
 def _tell(k: Emitter, status: Any, what: int, index: Expr, size: Expr, row: Expr) -> None:
-    """Write the status words. The first one is written last because it marks the others as valid."""
+    """Write the status words. The first word is written last, since it marks the others as valid."""
     for word, value in (1, index), (2, size), (3, row), (0, k.index(what)):
         k.store(status, [word], value)

@@ -16,7 +16,7 @@ from treadle.ir.errors import BackendError
 Array = np.ndarray[Any, Any]
 
 POINTER, INTEGER = 4, 1
-"""Type indices of arguments in TVM's interface; each argument is a type index and eight bytes."""
+"""Type codes of arguments in TVM's calling convention; each argument is a type code and eight bytes."""
 
 PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p)
 
@@ -27,7 +27,8 @@ def address(array: Array) -> int:
 
 
 def function_of(entry: Entry) -> Callable[[int, int, int], int]:
-    """Return compiled code as a function of the arguments' address, their number, and the result's address; 0: success.
+    """Return compiled code as a function of the arguments' address, their number, and the result's address. It returns
+    0 on success.
 
     Arguments are not checked.
     """
@@ -42,7 +43,8 @@ def bind(
     isa: Isa | None = None,
     cache: KernelCache | None = None,
 ) -> Callable[[], None]:
-    """Bind a kernel to arrays, in the order of its pointers, and sizes. Return a function without arguments.
+    """Bind a kernel to arrays, in the order of its pointers, and to sizes. Return a function without arguments that
+    runs it.
 
     The arrays must be as large as the sizes imply; this is not checked. The function keeps them alive.
     """

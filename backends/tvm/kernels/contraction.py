@@ -1,4 +1,4 @@
-"""Sums of products in any dtype, element by element, for sums that are not matrix products in float32."""
+"""Sums of products in any dtype, element by element, for sums that the matrix product kernels do not support."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Contraction(Kernel):
     """y[o...] = sum over r... of the product of the operands at [o..., r...]
 
-    dtype     dtype of y; accumulated in float32, for float32 and float64 in float64, for integers in int64
+    dtype     dtype of y. Sums are accumulated in float32; for float32 and float64 in float64; for integers in int64
     operands  dtypes of the operands by name
     kept      number of dimensions o of y
     summed    number of dimensions r
@@ -39,7 +39,7 @@ class Contraction(Kernel):
         strides = [[k.size(f"{p.name}_{i}") for i in range(len(sizes))] for p in pointers[:-1]]
         strides.append([k.size(f"y_{i}") for i in range(self.kept)])
         views = [k.view(p, sizes[: len(s)], s) for p, s in zip(pointers, strides, strict=True)]
-        with ExitStack() as outer:  # a flat index would be divided by every size; LLVM takes minutes for that
+        with ExitStack() as outer:  # nested loops: LLVM would take minutes to divide a flat index by every size
             at = [
                 outer.enter_context((k.loop if i else k.parallel)(size, f"o{i}"))
                 for i, size in enumerate(sizes[: self.kept])

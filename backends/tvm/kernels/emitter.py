@@ -1,7 +1,8 @@
 """The emitter, with which kernel generators write loops. Only this module, `cache` and `fused_products` import TVM.
 
-It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so `+ - * < &` and the like work on them. The layer
-adds methods for operations that TVM expresses verbosely, or not as kernels need them. Index arithmetic is in int64.
+It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so operators such as `+ - * < &` work on them. The
+layer adds methods for operations that are verbose in TVM, or that kernels need in another form. Index arithmetic is in
+int64.
 
 The layer handles these properties of TVM and LLVM:
 - buffers are declared with an alignment of 4 bytes, or the element's own if smaller, so that any pointer may be passed
@@ -53,13 +54,13 @@ def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
     made = ib.get()
     if not emitter.imported:
         return made
-    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # it must precede every reference to it
+    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # must precede every reference to the text
     body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, made.body)
     return tirx.PrimFunc(made.params, body, made.ret_type, made.attrs)
 
 
 class Emitter:
-    """Emits one kernel for one instruction set."""
+    """An emitter of one kernel for one instruction set."""
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
@@ -68,12 +69,12 @@ class Emitter:
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> Expr:
-        """Return the next pointer of the call."""
+        """Declare the next pointer argument of the kernel."""
         handle = T.arg(f"{name}_ptr", T.handle(_stored(dtype)))
         return _Pointer(name, handle, dtype)
 
     def size(self, name: str) -> Expr:
-        """Return the next size of the call, an int64."""
+        """Declare the next size argument of the kernel, an int64."""
         return T.arg(name, T.int64())
 
     def view(self, pointer: Any, shape: Sequence[Expr], strides: Sequence[Expr] | None = None) -> Any:
@@ -94,7 +95,9 @@ class Emitter:
 
     @contextmanager
     def parallel(self, count: Expr, name: str = "p") -> Iterator[Expr]:
-        """A loop whose iterations are shared by the threads; the outermost loop, at most one in a kernel."""
+        """A loop whose iterations are divided among threads. It must be the outermost loop, and there is at most one
+        in a kernel.
+        """
         with T.parallel(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
@@ -106,7 +109,7 @@ class Emitter:
 
     @contextmanager
     def unroll(self, count: int, name: str = "u") -> Iterator[Expr]:
-        """A loop that the code generator unrolls: for indices into registers."""
+        """A loop that the code generator unrolls, so that indices into registers are constants."""
         with T.unroll(_index(0), _index(count)) as i:
             yield self.name(name, i)
 
@@ -117,7 +120,7 @@ class Emitter:
             yield
 
     def name(self, name: str, value: Expr) -> Expr:
-        """Give a variable a name in the printed source."""
+        """Name a variable in the printed source."""
         IRBuilder.name(name, value)
         return value
 
@@ -128,20 +131,22 @@ class Emitter:
         return bound
 
     def opaque(self, value: Expr, name: str = "t") -> Expr:
-        """Bind an index that the code generator does not analyze; nested divisions would take it minutes."""
+        """Bind an index to a variable that the code generator does not analyze. Analyzing nested divisions would take
+        it minutes.
+        """
         return self.kept(_index(value), i64, 1, name)
 
     def kept(self, value: Expr, dtype: DType, lanes: int = 1, name: str = "t") -> Expr:
         """Compute a value once and store it in memory, so that the code generator does not analyze its expression.
 
         The code generator expands a value of `let` at every use, with all variables in it. If each of n values is used
-        twice by the next, that takes 2^n expansions. LLVM turns the memory into a register.
+        twice by the next one, this takes 2^n expansions. LLVM turns the memory into a register.
         """
         place = self.registers(lanes, dtype, f"{name}_cell")
         self.store(place, [0], value, lanes)
         if dtype is not boolean:
             return self.let(self.load(place, [0], lanes), name)
-        byte = _View(place.buffer, u8, place.name)  # TVM cannot bound a comparison with the byte in its own form
+        byte = _View(place.buffer, u8, place.name)  # TVM cannot analyze a comparison with a byte in the byte's own type
         return self.let(compare(self, "ne", self.load(byte, [0], lanes), self.number(0, u8, lanes), u8, lanes), name)
 
     # -- memory ----------------------------------------------------------------------------------------------
@@ -187,11 +192,11 @@ class Emitter:
         return _filled(made, lanes)
 
     def index(self, value: Expr) -> Expr:
-        """Return an int64 index."""
+        """Return a value as an int64 index."""
         return _index(value)
 
     def splat(self, value: Expr, lanes: int) -> Expr:
-        """Return a scalar in every lane."""
+        """Return a vector with a scalar in every lane."""
         return _filled(value, lanes)
 
     def lane_indices(self, first: Expr, lanes: int) -> Expr:
@@ -204,7 +209,7 @@ class Emitter:
         return tirx.Cast(tvm_dtype(dtype, lanes), value) if made is None else made
 
     def select(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-        """Select by lane. Both sides are computed, so both must be safe."""
+        """Select lane by lane. Both sides are computed, so both must be safe to compute."""
         return tirx.Select(condition, then, otherwise)
 
     def either(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
@@ -220,11 +225,11 @@ class Emitter:
         return tirx.Or(x, y)
 
     def equal(self, x: Expr, y: Expr) -> Expr:
-        """Compare by lane, immediately as an expression; `x == y` is evaluated only at its use."""
+        """Compare lane by lane. Return an expression, whereas `x == y` in TVM is evaluated only at its use."""
         return tirx.EQ(x, y)
 
     def is_nan(self, x: Expr) -> Expr:
-        """Test for NaN by lane, in float32 or float64. `x != x` would be folded away."""
+        """Test for NaN lane by lane, in float32 or float64. `x != x` would be folded away."""
         return tirx.isnan(x)
 
     def least(self, x: Expr, y: Expr) -> Expr:
@@ -269,7 +274,7 @@ class Emitter:
         return tirx.call_pure_extern(tvm_dtype(dtype), name + suffix, *operands)
 
     def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
-        """Return the vector of these lanes of the concatenated vectors."""
+        """Return a vector of the given lanes of the concatenated vectors."""
         return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
 
     # -- LLVM ------------------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ class Emitter:
     def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
         """Call a function that is defined by LLVM text, which is inlined. `result` is TVM's dtype.
 
-        Only for operations that TVM cannot express and every instruction set has: the text is the same for all.
+        Use this only for operations that TVM cannot express. The text is the same for every instruction set.
         """
         if name not in self.imported:
             self.imported[name] = text()
@@ -289,7 +294,7 @@ class Emitter:
         declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
         called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
         """
-        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may declare each once
+        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may have each only once
         kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
         taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))
         body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {called}\n  ret i32 0\n}}"

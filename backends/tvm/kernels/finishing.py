@@ -1,4 +1,4 @@
-"""Epilogue of a product: a chain of elementwise ops applied to its sums before they are stored."""
+"""The epilogue of a product: a chain of elementwise ops that is applied to the sums before they are stored."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 64
-"""Bytes of a cache line."""
+"""Number of bytes in a cache line."""
 Shape = tuple[list["Expr"], "list[Expr] | None"]
-"""Sizes and strides of a view; None: row-major."""
+"""Sizes and strides of a view. Strides of None mean row-major."""
 
 
 @dataclass(frozen=True)
 class Finishing:
     """c = chain(sums, x0, x1, ...)
 
-    chain   the first input is the sum; None: the sum is stored unchanged
+    chain   a chain whose first input is the sum; None: the sum is stored unchanged
     extras  the form of each further input of the chain: `n` a vector over n, `m` one number for each row, `mn` a matrix
             like c, `1` one number
     whole   True if a full vector of columns is inside the matrix at every call
@@ -36,21 +36,23 @@ class Finishing:
 
     @property
     def dtype(self) -> DType:
-        """The dtype of c."""
+        """Dtype of the chain's result."""
         return self.chain.dtype if self.chain else f32
 
     @property
     def title(self) -> str:
-        """The suffix of a kernel's name."""
+        """Suffix of a kernel's name."""
         return f"_{self.chain.title}" if self.chain else ""
 
     def pointers(self, k: Emitter, stored: DType | None = None) -> list[Any]:
-        """Declare the pointers of x0, x1, ... and c; c has the dtype `stored` if it differs from the chain's."""
+        """Declare the pointers of x0, x1, ... and c. c has the dtype `stored`, or by default the chain's dtype."""
         dtypes = [DTYPES[name] for name in self.chain.inputs[1:]] if self.chain else []
         return [*(k.pointer(f"x{i}", d) for i, d in enumerate(dtypes)), k.pointer("c", stored or self.dtype)]
 
     def strides(self, k: Emitter) -> dict[str, Expr]:
-        """Declare the row strides of inputs with rows, by the pointer's name; c's comes last."""
+        """Declare the row strides of inputs with rows, and last the row stride of c. Return them by the pointer's
+        name.
+        """
         made = {f"x{i}": k.size(f"x{i}_stride") for i, how in enumerate(self.extras) if "m" in how}
         return made | {"c": k.size("c_stride")}
 
@@ -67,8 +69,8 @@ class Finishing:
     ) -> None:
         """Prefetch the cache lines that the epilogue of a tile reads and writes, from row `at` on.
 
-        Each row of a matrix like c has a few such lines, which hardware does not predict. Without such an input this
-        has no benefit.
+        Each row of a matrix like c has a few such lines, which the hardware prefetcher does not predict. If no input is
+        such a matrix, prefetching has no benefit.
         """
         names = [f"x{number}" for number, how in enumerate(self.extras) if how == "mn"]
         for name in [*names, "c"] if names else []:
@@ -86,7 +88,9 @@ class Finishing:
         columns: Expr,
         lanes: int,
     ) -> None:
-        """Finish a vector of sums in row `at` from `column` on, and store its lanes inside the matrix."""
+        """Apply the epilogue to a vector of sums in row `at` from `column` on, and store the lanes that are inside the
+        matrix.
+        """
 
         def all_lanes() -> None:
             k.store(views["c"], [*at, column], self.finished(k, views, at, column, value, lanes), lanes)
@@ -104,7 +108,9 @@ class Finishing:
     def finished(
         self, k: Emitter, views: Mapping[str, Any], at: Sequence[Expr], column: Expr, value: Expr, lanes: int
     ) -> Expr:
-        """Return the chain's value for a vector in row `at` from `column` on, all of it inside the matrix."""
+        """Return the chain's value for a vector in row `at` from `column` on. The whole vector must be inside the
+        matrix.
+        """
         if self.chain is None:
             return value
         extras = [self._extra(k, views, i, at, column, lanes) for i in range(len(self.extras))]
@@ -128,7 +134,9 @@ class Finishing:
         count: Expr,
         lanes: int,
     ) -> None:
-        """Finish and store `count` lanes of a vector; extras are read through copies padded with zeros."""
+        """Apply the epilogue and store `count` lanes of a vector. Extras are read through copies that are padded with
+        zeros.
+        """
         extras = []
         for number, how in enumerate(self.extras):
             if "n" not in how:
@@ -151,9 +159,9 @@ class Finishing:
 
 
 class FinishedProduct(Kernel):
-    """Base of kernels of products [m, k] by [n, k] with an epilogue.
+    """Base class of kernels of products [m, k] by [n, k] with an epilogue.
 
-    epilogue, extras, whole  fields of each of them: see `Finishing`
+    epilogue, extras, whole  fields of each subclass: see `Finishing`
     """
 
     epilogue: Chain | None
@@ -162,7 +170,7 @@ class FinishedProduct(Kernel):
 
     @property
     def finishing(self) -> Finishing:
-        """The epilogue of the sums."""
+        """Epilogue of the sums."""
         return Finishing(self.epilogue, self.extras, self.whole)
 
     def flops(self, sizes: Sequence[int]) -> int:

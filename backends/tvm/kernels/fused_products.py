@@ -1,4 +1,4 @@
-"""Explicit choice between one rounding and two for a product that is added, made in the emitted code.
+"""Rounding of products that are added: the emitted code states if there is one rounding or two.
 
     x * y + z       one expression: rounded once, by one instruction if the instruction set has it
     p = k.let(x * y);  p + z            two values: the product is rounded, and then the sum
@@ -6,7 +6,7 @@
 By default, LLVM fuses a product with a sum if both are in one basic block and nothing else reads the product. This
 differs between two tilings of one kernel, or between full vectors and the tail of a row, and changes the last bit of an
 element. Therefore the first form is emitted as `llvm.fmuladd`, and every other product is wrapped in
-`llvm.arithmetic.fence`, which blocks fusion. The fence itself is not an instruction.
+`llvm.arithmetic.fence`, which blocks fusion. The fence generates no instruction.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tvm.target.codegen import llvm_lookup_intrinsic_id
 Expr = Any
 
 FUSED = "llvm.fmuladd"
-"""LLVM's function that computes x * y + z."""
+"""Name of LLVM's intrinsic that computes x * y + z."""
 ROUNDED = "llvm.arithmetic.fence"
-"""LLVM's function that returns x and keeps its product from being fused."""
+"""Name of LLVM's intrinsic that returns x and prevents that its product is fused."""
 
 _PAIRS: tuple[type, ...] = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
 _PAIRS += (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or)
@@ -38,27 +38,27 @@ _OPERANDS: Mapping[type, Callable[[Any], Sequence[Expr]]] = {
     tirx.Shuffle: lambda x: x.vectors,
     Call: lambda x: x.args,
 }
-"""The operands of an expression, by its kind; other kinds contain no products."""
+"""Functions that return the operands of an expression, by the kind of expression. Other kinds contain no products."""
 _AGAIN: Mapping[type, Callable[[Any, Sequence[Expr]], Expr]] = {
     tirx.Cast: lambda x, operands: tirx.Cast(x.ty, *operands),
     tirx.Broadcast: lambda x, operands: tirx.Broadcast(*operands, x.lanes),
     tirx.Shuffle: lambda x, operands: tirx.Shuffle(operands, x.indices),
     Call: lambda x, operands: Call(x.op, operands, x.attrs, x.ty_args, ret_ty=x.ty),
 }
-"""Rebuilds an expression with other operands, for kinds with further attributes."""
+"""Functions that rebuild an expression with other operands, for kinds with further attributes."""
 
 
 def with_fused_products(value: Expr) -> Expr:
     """Return the expression with every product of floats either fused with its sum or rounded separately.
 
-    In a sum of two products the first one is fused.
+    In a sum of two products, the first product is fused.
     """
     made = _decided(value)
     return value if made is None else made
 
 
 def _decided(x: Expr) -> Expr | None:
-    """Return the rewritten expression, or None if it contains no product of floats."""
+    """Return the expression rewritten in this way, or None if it contains no product of floats."""
     kind = type(x)
     if kind not in _OPERANDS:
         return None

@@ -3,9 +3,9 @@
     y[p, i, d] = x[p, indices[p, i, d], d]           `Take`
     y[p, indices[p, i, d], d] += x[p, i, d]          `ScatterAdd`
 
-p stands for the axes before the indexed axis, d for those after it. If all elements of a row share one index, `rows`
-moves whole rows. An index outside its axis reads and writes nothing; the kernel reports it in its status words
-(`lowering.program.STATUS`).
+p stands for the axes before the indexed axis, d for the axes after it. If all elements of a row share one index, whole
+rows are moved (`rows`). For an index outside the axis, nothing is read or written, and the kernel reports the index in
+its status words (`lowering.program.STATUS`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOVED = {1: DTYPES["u8"], 2: DTYPES["i16"], 4: DTYPES["i32"], 8: i64}
-"""The dtype in which elements are moved, by their size in bytes."""
+"""Dtypes in which elements are moved, by the size of an element in bytes."""
 
 COLUMNS = 64  # columns of a row that a thread updates at a time
 
@@ -32,13 +32,13 @@ class Take(Kernel):
 
     bytes       bytes of an element
     indices     dtype of the indices by name
-    rows        True if each row of d shares an index, and is contiguous in x and y
+    rows        True if all elements of a row (along d) share an index, and rows are contiguous in x and y
     width       width of x's panels; 0: x is not in panels. Only with `rows`, and without p
     transposed  True if the panels hold x's columns instead of its rows. See `treadle.ir.layouts`
 
-    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of x's indexed axis; then
-    strides: x's of p, v and d, the strides of the indices of p, i and d, y's of p, i and d. With `rows` only x's of p
-    and v, the stride of the indices of i, y's of p and i.
+    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of x's indexed axis; the
+    strides of x over p, v and d; the strides of the indices over p, i and d; the strides of y over p, i and d. With
+    `rows`, only the strides of x over p and v, of the indices over i, and of y over p and i.
     """
 
     bytes: int
@@ -107,9 +107,9 @@ class ScatterAdd(Kernel):
     indices  dtype of the indices by name
     rows     as in `Take`
 
-    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of y's indexed axis; then
-    strides: x's of p, i and d, the strides of the indices of p, i and d, y's of p, v and d. With `rows` only x's of p
-    and i, the stride of the indices of i, y's of p and v.
+    Arguments: x, indices, y, the status words; the sizes p, v, d, i, where v is the size of y's indexed axis; the
+    strides of x over p, i and d; the strides of the indices over p, i and d; the strides of y over p, v and d. With
+    `rows`, only the strides of x over p and i, of the indices over i, and of y over p and v.
     """
 
     dtype: str
@@ -159,7 +159,9 @@ class ScatterAdd(Kernel):
 
 
 def checked(k: Emitter, status: Any, index: Expr, size: Expr, inside: Callable[[], None]) -> None:
-    """Run `inside` if the index is inside an axis of that size; otherwise report it in the status words."""
+    """Emit `inside` under the condition that the index is inside an axis of that size. Otherwise the index is reported
+    in the status words.
+    """
     with k.when(k.both(index >= k.index(0), index < size)):
         inside()
     with k.when(k.any_of(index < k.index(0), index >= size)):

@@ -1,4 +1,4 @@
-"""Kernels: frozen specs that write their loops, and steps that apply them to views.
+"""Kernels: frozen specs that write their loops.
 
     @dataclass(frozen=True)
     class Scale(Kernel):
@@ -14,8 +14,8 @@
 
 A spec's fields determine its code completely. Two equal specs on one instruction set are one kernel, which is compiled
 once and cached by content (`treadle.backends.tvm.kernels.cache`). Specs are equal if they have the same `key`, so 0.0
-and -0.0 differ, and so do 1 and True. Values that may differ from call to call (pointers, sizes, strides) are passed:
-first every pointer, then every size, in the order in which `emit` declares them.
+and -0.0 differ, and so do 1 and True. Values that may differ from call to call (pointers, sizes, strides) are
+arguments: first every pointer, then every size, in the order in which `emit` declares them.
 """
 
 from __future__ import annotations
@@ -32,36 +32,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Base of all kernel specs. A spec is a frozen dataclass of numbers, strings, dtypes, and tuples of them."""
+    """Base class of all kernel specs. A spec is a frozen dataclass of numbers, strings, dtypes, and tuples of them."""
 
     def __init_subclass__(cls) -> None:
-        # Set before `dataclass` sees the class, which then keeps them.
+        # Set before `dataclass` processes the class, so that `dataclass` does not replace them.
         cls.__eq__ = _same  # type: ignore[method-assign, assignment]
         cls.__hash__ = _hash  # type: ignore[method-assign, assignment]
 
     @property
     def title(self) -> str:
-        """A short readable identifier: `matmul_768x3072_gelu`."""
+        """Short readable name, such as `matmul_768x3072_gelu`."""
         return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
 
     @property
     def llvm(self) -> str | None:
-        """The kernel as an LLVM module with a function `__tvm_ffi_kernel`; None: `emit` writes it."""
+        """Text of an LLVM module with a function `__tvm_ffi_kernel`; None if `emit` writes the kernel."""
         return None
 
     @property
     def generic(self) -> bool:
-        """True if it computes element by element: correct for every case, and reported in the log as slow."""
+        """True if the kernel computes element by element. Such a kernel supports every case, and the log reports it as
+        slow.
+        """
         return False
 
     @property
     def on_host(self) -> bool:
-        """True if a Python function of this process computes it, so that no code is compiled."""
+        """True if a Python function of this process computes the kernel, so that no code is compiled."""
         return False
 
     @property
     def multiplies(self) -> str:
-        """The kind of its products: f32, bf16 or int8. Each has its own peak rate."""
+        """Kind of the kernel's products: f32, bf16 or int8. Each kind has its own peak rate."""
         return "f32"
 
     def emit(self, k: Emitter) -> None:
@@ -69,12 +71,14 @@ class Kernel:
         raise NotImplementedError
 
     def flops(self, sizes: Sequence[int]) -> int:
-        """Return the approximate number of operations of a call with these sizes; 0: its bytes determine its time."""
+        """Return the approximate number of operations of a call with these sizes. 0 means that memory traffic
+        determines the time.
+        """
         return 0
 
     @cached_property
     def key(self) -> str:
-        """Everything that determines the code, as text."""
+        """Text that contains everything that determines the code."""
         return f"{type(self).__name__}({', '.join(f'{f.name}={_text(getattr(self, f.name))}' for f in fields(self))})"
 
 

@@ -1,11 +1,11 @@
-"""Matrix products with a packed right side, and an epilogue for each element before it is stored.
+"""Matrix products with a packed right operand, and an epilogue for each element before it is stored.
 
     c[b, m, n] = epilogue(sum_k a[b, m, k] * w[b, n // width, k, n % width], ...)
 
-The tile of rows x panel stays in registers throughout k; w is read one full vector at a time and a is broadcast. Every
-row sums over k in the same order, so a row's bits depend neither on the number of rows nor on its index. The first tile
-of a panel loads it into the cache for the other tiles. If hardware does not prefetch far enough (`Isa.ahead`), this
-tile prefetches the following data.
+The accumulators of a tile (some rows by one panel) stay in registers during the loop over k; w is read one full vector
+at a time and a is broadcast. Every row sums over k in the same order, so a row's bits depend neither on the number of
+rows nor on its index. The first tile of a panel loads the panel into the CPU cache for the other tiles. If the hardware
+does not prefetch far enough (`Isa.ahead`), this tile prefetches the following data.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 
-PANELS = 32  # with fewer panels, rows are split as well
-CHUNK = 16  # tiles of a task in that case
+PANELS = 32  # if there are fewer panels, rows are divided among tasks as well
+CHUNK = 16  # number of tiles in a task in that case
 
 
 def panel_width(columns: int | None, isa: Isa) -> int:
-    """Return the columns of a panel: one to four vectors, the largest number that leaves the fewest empty columns.
+    """Return the number of columns of a panel: one to four vectors, as many as leave the fewest empty columns.
 
-    None: the number of columns is not known before the call.
+    columns  None: the number of columns is not known before the call
     """
     lanes = isa.lanes()
     choices = (3, 4, 2, 1) if isa.registers >= 32 else (2, 1)
@@ -41,7 +41,9 @@ def panel_width(columns: int | None, isa: Isa) -> int:
 
 
 def tile_rows(width: int, isa: Isa) -> int:
-    """Return the rows of a tile: all that fit in registers next to a vector of each column of a panel and of a."""
+    """Return the number of rows of a tile: as many as fit into registers, next to the vectors of one row of a panel
+    and one element of a.
+    """
     vectors = width // isa.lanes()
     return {4: 6, 3: 8, 2: 12, 1: 12}[vectors] if isa.registers >= 32 else {2: 6, 1: 12}[vectors]
 
@@ -57,8 +59,8 @@ class Matmul(Kernel):
     batch    True if there are two batch dimensions, over which all arguments may have strides
     whole    True if n is a multiple of the width at every call
 
-    Arguments: a, w, the extras, c; m, k, n; a's stride of rows, the strides of rows of `m` and `mn` extras and of c;
-    with batch: the two sizes, then for each pointer its two strides.
+    Arguments: a, w, the extras, c; m, k, n; the row strides of a, of `m` and `mn` extras, and of c; with batch: the two
+    sizes, then two strides for each pointer.
     """
 
     width: int
@@ -69,7 +71,7 @@ class Matmul(Kernel):
 
     @property
     def held(self) -> DType:
-        """The dtype of the elements in w's panels."""
+        """Dtype of the elements in w's panels."""
         return f32
 
     def held_rows(self, k: Emitter, depth: Expr) -> Expr:
@@ -78,7 +80,7 @@ class Matmul(Kernel):
 
     @property
     def finishing(self) -> Finishing:
-        """The epilogue of the sums."""
+        """Epilogue of the sums."""
         return Finishing(self.epilogue, self.extras, self.whole)
 
     @property
@@ -126,7 +128,9 @@ class Matmul(Kernel):
             self._panel(k, views, panel, first, rows_here, depth, columns, at)
 
     def _chunks(self, k: Emitter, m: Expr, panels: Expr) -> tuple[Expr, Expr]:
-        """Return the rows of a task and the number of tasks for each panel: one task, unless there are few panels."""
+        """Return the number of rows of a task, and the number of tasks for each panel. It is one task, unless there are
+        few panels.
+        """
         few = tile_rows(self.width, k.isa) * CHUNK
         chunk = k.let(k.either(panels >= PANELS, m, k.index(few)), "chunk")
         return chunk, k.let(k.either(panels >= PANELS, k.index(1), k.floor_divide(m + (few - 1), few)), "chunks")
@@ -148,18 +152,18 @@ class Matmul(Kernel):
         columns: Expr,
         batch: Sequence[Expr] = (),
     ) -> None:
-        """Emit m rows of one panel: full tiles, then tiles of the remaining rows."""
+        """Emit the product of m rows and one panel: full tiles, then tiles of the remaining rows."""
         rows = tile_rows(self.width, k.isa)
         blocks = k.let(k.floor_divide(m, rows), "blocks")
         rest = k.let(k.floor_mod(m, rows), "rest")
-        fetched = 0  # tiles that load the panel
+        fetched = 0  # number of tiles that load the panel first
         if k.isa.ahead and not self.batch:
             fetched = k.let(k.least(blocks, k.index(1)), "fetched")
             with k.when(blocks >= k.index(1)):
                 self._tile(k, views, panel, start, rows, depth, columns, batch, brings=True)
         with k.loop(blocks - fetched, "block") as block:
             self._tile(k, views, panel, k.let(start + (block + fetched) * rows, "first"), rows, depth, columns, batch)
-        for count in (8, 4, 2, 1):  # few variants; the order of a row's sum is the same in all
+        for count in (8, 4, 2, 1):  # only a few variants; each row is summed in the same order in all
             if count < rows:
                 with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
                     before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
@@ -179,7 +183,7 @@ class Matmul(Kernel):
         *,
         brings: bool = False,
     ) -> None:
-        """Emit `rows` rows of a panel. `brings`: they are the first to read it."""
+        """Emit the product of `rows` rows and a panel. `brings`: these rows are the first to read the panel."""
         lanes = k.isa.lanes()
         ahead = k.isa.ahead // (self.width * f32.bytes) if brings else 0
         vectors = self.width // lanes
@@ -225,7 +229,7 @@ class Matmul(Kernel):
 
 @dataclass(frozen=True)
 class Pack(Kernel):
-    """w[b, n // width, k, n % width] = x[b, n, k], for a right side that is computed. Padded with zeros.
+    """w[b, n // width, k, n % width] = x[b, n, k], for a right operand that is computed. Padded with zeros.
 
     width    width of a panel
     near     True if x is contiguous along n, and is copied as vectors

@@ -1,4 +1,4 @@
-"""Kernels of collectives: a host call between two kernels, which communicates with other ranks."""
+"""Kernels of collectives: host calls between two kernels, which communicate with other ranks."""
 
 from __future__ import annotations
 

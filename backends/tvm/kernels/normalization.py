@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 class Normalize(Kernel):
     """y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias over the last axis
 
-    centered      True if the mean is subtracted, as in layer norm; RMS norm uses 0 in its place
-    weight, bias  True if there is one
-    dtype         dtype of all of them, by name: f32, f16 or bf16. Computed in f32
+    centered      True if the mean is subtracted, as in layer norm; in RMS norm the mean is replaced by 0
+    weight, bias  True if the operand is present
+    dtype         dtype of all operands and of y, by name: f32, f16 or bf16. Computed in f32
 
-    The mean is known before a square is summed, which avoids cancellation. A row is read three times, from the
-    first-level cache.
+    The mean is computed before the squares are summed, which avoids cancellation. A row is read three times, from the
+    L1 cache.
 
-    Arguments: x, weight, bias, y; the sizes of x's three dimensions; x's strides over the first two, y's. x and y are
-    contiguous along the last.
+    Arguments: x, weight, bias, y; the sizes of x's three dimensions; the strides of x and then of y over the first two.
+    x and y are contiguous along the last dimension.
     """
 
     centered: bool

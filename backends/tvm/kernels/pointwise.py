@@ -1,8 +1,9 @@
-"""Pointwise chains: any number of elementwise ops as one kernel, each element read once and written once.
+"""Elementwise chains: any number of elementwise ops as one kernel. Each element is read once and written once.
 
     y = tanh(x + b) * s     -->     one loop; x and y contiguous, b and s with stride 0 where they repeat
 
-A `Chain` is a small program in SSA form; it also is the epilogue of a product (`treadle.backends.tvm.kernels.matmul`).
+A `Chain` is a small program in SSA form. It is also used as the epilogue of a product
+(`treadle.backends.tvm.kernels.matmul`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from treadle.ir.types import DTYPES, DType
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-BLOCK = 4096  # elements of a flat array in one task
+BLOCK = 4096  # number of elements of a flat array in one task
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One op of a chain. Operands are numbered: the chain's inputs first, then the results of earlier instructions.
+    """One op of a chain. Operands are numbers: first come the chain's inputs, then the results of earlier instructions.
 
-    attributes  as (name, value) pairs; `constant` has one, its value
-    dtype       the result's dtype by name
+    attributes  (name, value) pairs; `constant` has one, its value
+    dtype       dtype of the result, by name
     """
 
     op: str
@@ -37,18 +38,20 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Chain:
-    """A program over elements: the dtypes of the inputs by name, and the instructions. Its value is the last result."""
+    """A program over elements: the dtypes of the inputs by name, and the instructions. The result of the last
+    instruction is the chain's result.
+    """
 
     inputs: tuple[str, ...]
     instructions: tuple[Instruction, ...]
 
     @property
     def dtype(self) -> DType:
-        """The result's dtype."""
+        """Dtype of the result."""
         return DTYPES[self.instructions[-1].dtype if self.instructions else self.inputs[0]]
 
     def emit(self, k: Emitter, values: Sequence[Expr], lanes: int) -> Expr:
-        """Emit the chain on these inputs, which are vectors of `lanes` lanes; return its value."""
+        """Emit the chain on these inputs, which are vectors of `lanes` lanes. Return the result."""
         held = list(values)
         dtypes = [DTYPES[name] for name in self.inputs]
         for step in self.instructions:
@@ -62,17 +65,17 @@ class Chain:
 
     @property
     def width(self) -> int:
-        """Bytes of the widest element in the computation: a vector register of such elements is one step."""
+        """Number of bytes of the widest element in the computation. A vector register of such elements is one step."""
         computed = [DTYPES[step.dtype] for step in self.instructions]
         read = [DTYPES[name] for name in self.inputs]
         widths = [vector_math.working(d).bytes if self.instructions else d.bytes for d in (*read, *computed)]
         if any(step.op in vector_math.DIVISIONS for step in self.instructions):
-            widths.append(4)  # computed lane by lane: more lanes gain nothing
+            widths.append(4)  # computed lane by lane, so more lanes are not faster
         return max(widths)
 
     @property
     def title(self) -> str:
-        """The ops of the chain, for a kernel's name."""
+        """Names of the chain's ops, for a kernel's name."""
         return "_".join(step.op for step in self.instructions if step.op != "constant") or "copy"
 
 
@@ -82,9 +85,9 @@ class Pointwise(Kernel):
 
     chain    the computation
     rank     number of loops, the last one innermost
-    inner    the movement of each operand, and then of y, along the last loop: `1` contiguous, `0` constant, `s` with a
+    inner    for each operand, and then y, the movement along the last loop: `1` contiguous, `0` constant, `s` with a
              stride
-    over     the operand stored in y's memory, which y overwrites; None: no operand is
+    over     number of the operand that y overwrites in memory; None: no operand
 
     Arguments: the operands, y; the loops' sizes; for each operand, then y, one stride for each loop (also for the
     last). Kernels assume that no two pointers refer to the same memory, so an operand that y overwrites is read through
@@ -132,7 +135,7 @@ class Pointwise(Kernel):
             self._nest(k, views, sizes, [*outer, i])
 
     def _run(self, k: Emitter, views: Sequence[Any], outer: list[Expr], first: Expr, count: Expr) -> None:
-        """Emit `count` elements from `first` on along the last loop."""
+        """Emit the computation of `count` elements along the last loop, from `first` on."""
         if "s" in self.inner:
             with k.loop(count, "i") as i:
                 self._point(k, views, [*outer, first + i])

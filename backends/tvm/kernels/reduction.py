@@ -1,8 +1,8 @@
-"""Reductions over axes, cumulative sums, and the building blocks of all kernels along rows.
+"""Reductions over axes, cumulative sums, and the building blocks of all kernels that process rows.
 
-A row is read in full vectors. Its tail goes through the same vector code, from a padded copy (`Span`). A row is folded
-into a fixed number of partial results that depend only on its length (`Accumulator`), so its bits depend neither on the
-other rows nor on its index.
+A row is read in full vectors. Its tail is computed by the same vector code, from a padded copy (`Span`). A row is
+folded into a fixed number of partial results that depend only on its length (`Accumulator`), so its bits depend neither
+on the other rows nor on its index.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from treadle.ir.types import DTYPES, DType
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-PARTIAL = 4  # partial results of a row, in vectors: an addition takes four cycles, and each cycle starts two
+PARTIAL = 4  # vectors of partial results of a row: an addition takes four cycles, and two start in each cycle
 STRIP = 4  # vectors of columns that are reduced at a time
-RUN = 64  # elements of a column in one partial sum: reduces the rounding error
+RUN = 64  # elements of a column per partial sum, which reduces the rounding error
 
 
 def lanes_of(k: Emitter, dtype: DType) -> int:
-    """Return the number of lanes that the kernels here use to compute in a dtype."""
+    """Return the number of lanes in which the kernels of this module compute a dtype."""
     return k.isa.lanes(max(4, dtype.bytes))
 
 
@@ -33,7 +33,7 @@ def lanes_of(k: Emitter, dtype: DType) -> int:
 
 
 class Span:
-    """n contiguous elements as vectors: full ones, and a tail."""
+    """n contiguous elements as vectors: full vectors, and a tail."""
 
     def __init__(self, k: Emitter, size: Expr, lanes: int) -> None:
         self.k, self.size, self.lanes = k, size, lanes
@@ -41,7 +41,7 @@ class Span:
         self.rest = k.let(size - self.vectors * lanes, "rest")
 
     def read(self, view: Any, outer: Sequence[Expr], v: Expr, dtype: DType) -> Expr:
-        """Load full vector v of a row, in the dtype of the computation."""
+        """Load full vector number v of a row, and convert it to the dtype of the computation."""
         return converted(self.k, self.k.load(view, [*outer, v * self.lanes], self.lanes), view.dtype, dtype, self.lanes)
 
     def tail(self, view: Any, outer: Sequence[Expr], dtype: DType, padded: Any = None) -> Any:
@@ -55,13 +55,13 @@ class Span:
         return padded
 
     def inside(self, value: Expr, fill: float, dtype: DType) -> Expr:
-        """Return the last vector with its padding replaced by another number."""
+        """Return the last vector, in which the padding is replaced by `fill`."""
         k, lanes = self.k, self.lanes
         kept = k.lane_indices(0, lanes) < k.splat(self.rest, lanes)
         return k.select(kept, value, k.number(fill, dtype, lanes))
 
     def write(self, view: Any, outer: Sequence[Expr], v: Expr, value: Expr, dtype: DType) -> None:
-        """Store full vector v of a row."""
+        """Store full vector number v of a row."""
         self.k.store(
             view, [*outer, v * self.lanes], converted(self.k, value, dtype, view.dtype, self.lanes), self.lanes
         )
@@ -76,14 +76,14 @@ class Span:
             k.store(view, [*outer, first + r], k.load(made, [r]))
 
     def has_tail(self) -> Any:
-        """A block that runs only if there is a tail."""
+        """A block that runs only if n is not a multiple of the vector length."""
         return self.k.when(self.rest > self.k.index(0))
 
 
 class Accumulator:
-    """A row folded by an operation into PARTIAL vectors, which are combined in a fixed order at the end.
+    """The result of folding a row by an operation into PARTIAL vectors, which are combined in a fixed order at the end.
 
-    combine  an associative operation on two vectors, or two numbers, with their lanes
+    combine  an associative operation on two vectors, or on two scalars, and the number of lanes
     start    the neutral element of the operation
     """
 
@@ -96,7 +96,9 @@ class Accumulator:
             k.store(self.tile, [j * span.lanes], k.number(start, dtype, span.lanes), span.lanes)
 
     def take(self, term: Callable[[Expr], Expr], tail: Callable[[], Expr]) -> None:
-        """Fold in a row: `term(v)` is its full vector v, `tail()` the last one, padded with `start`."""
+        """Fold a row into the partial results: `term(v)` is the row's full vector number v, `tail()` its last vector,
+        padded with `start`.
+        """
         k, span = self.k, self.span
         blocks = k.let(k.floor_divide(span.vectors, PARTIAL), "blocks")
         with k.loop(blocks, "block") as block, k.unroll(PARTIAL, "j") as j:
@@ -111,7 +113,7 @@ class Accumulator:
         k.store(self.tile, [at], self.combine(k.load(self.tile, [at], lanes), value, lanes), lanes)
 
     def total(self) -> Expr:
-        """Return the total as one number."""
+        """Return the combined result as a scalar."""
         k, lanes = self.k, self.span.lanes
         parts = [k.load(self.tile, [j * lanes], lanes) for j in range(PARTIAL)]
         while len(parts) > 1:
@@ -121,7 +123,7 @@ class Accumulator:
 
 
 def folded_lanes(k: Emitter, x: Expr, lanes: int, dtype: DType, combine: Callable[[Expr, Expr, int], Expr]) -> Expr:
-    """Fold the lanes of a vector into one number, by halves."""
+    """Fold the lanes of a vector into a scalar, by halves."""
     while lanes > 1:
         pair = k.registers(lanes, dtype, "lanes")
         k.store(pair, [0], x, lanes)
@@ -139,13 +141,15 @@ def converted(k: Emitter, value: Expr, held: DType, wanted: DType, lanes: int = 
 
 
 def combiner(k: Emitter, op: str, dtype: DType) -> Callable[[Expr, Expr, int], Expr]:
-    """Return `sum` (also for `mean`, which divides later), `max` or `min` of two values; a NaN gives NaN."""
+    """Return the operation `sum` (also for `mean`, which divides later), `max` or `min`. If an operand is NaN, the
+    result is NaN.
+    """
 
     def add(x: Expr, y: Expr, lanes: int) -> Expr:
         return x + y if dtype.is_float else integer_function(k, "add", dtype, lanes, x, y)
 
     def extremum(x: Expr, y: Expr, lanes: int) -> Expr:
-        taken = y > x if op == "max" else y < x  # false if x is NaN, so that x remains
+        taken = y > x if op == "max" else y < x  # false if x is NaN, so that the result is x
         return k.select(k.any_of(taken, k.is_nan(y)) if dtype.is_float else taken, y, x)
 
     return add if op in ("sum", "mean") else extremum
@@ -169,7 +173,8 @@ def neutral(op: str, dtype: DType) -> float:
 class Reduce(Kernel):
     """y[i0, i1] = op over j0, j1 of x[i0, i1, j0, j1]
 
-    op       sum, mean, max or min; a sum wraps around in its own dtype, a sum of 16-bit floats is accumulated in f32
+    op       sum, mean, max or min; integer sums wrap around in their own dtype, sums of 16-bit floats are accumulated
+             in f32
     dtype    dtype of x and y, by name
     along    `rows` if x is contiguous along j1, `columns` if x and y are contiguous along i1
 
@@ -286,11 +291,11 @@ class RunningSum(Kernel):
     """y[i, j, c] = sum of x[i, j', c] over j' <= j
 
     dtype      dtype of x and y, by name; 16-bit floats are summed in f32
-    exclusive  sum over j' < j instead
-    reverse    sum from the end
+    exclusive  True: sum over j' < j instead
+    reverse    True: sum from the end
     vector     True if x and y are contiguous along c, which then is computed in vectors
 
-    Arguments: x, y; the sizes of i, j, c; x's three strides, y's.
+    Arguments: x, y; the sizes of i, j, c; the three strides of x; the three strides of y.
     """
 
     dtype: str

@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of a head's dimensions rotated by position times frequency."""
+"""Rotary positions: rotation of pairs of a head's dimensions by position times frequency."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Rotary(Kernel):
 
     An angle is computed once for all heads.
 
-    Arguments: x, positions, frequencies, y; the sizes b, h, s, d, f; x's strides over b, h, s, the positions' two, y's
-    three.
+    Arguments: x, positions, frequencies, y; the sizes b, h, s, d, f; x's strides over b, h, s; the positions' two
+    strides; y's three strides.
     """
 
     interleaved: bool

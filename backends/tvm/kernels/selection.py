@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def _greater(k: Emitter, x: Expr, y: Expr, dtype: DType, lanes: int = 1) -> Expr:
-    """Return true in each lane where x is greater than y; NaN counts as greater than every number."""
+    """Return a condition that is true in each lane in which x is greater than y. NaN counts as greater than every
+    number.
+    """
     if not dtype.is_float:
         return x > y
     number = y <= k.number(float("inf"), dtype, lanes)  # y is not NaN
@@ -24,7 +26,9 @@ def _greater(k: Emitter, x: Expr, y: Expr, dtype: DType, lanes: int = 1) -> Expr
 
 
 def _precedes(k: Emitter, x: Expr, i: Expr, y: Expr, j: Expr, dtype: DType, lanes: int = 1) -> Expr:
-    """Return an expression that is true if x at i comes before y at j: greater values first, equal ones by index."""
+    """Return a condition that is true if x at index i comes before y at index j. Greater values come first, and equal
+    values are ordered by index.
+    """
     equal = k.equal(x, y)
     if dtype.is_float:
         equal = k.any_of(equal, k.both(k.is_nan(x), k.is_nan(y)))
@@ -32,7 +36,7 @@ def _precedes(k: Emitter, x: Expr, i: Expr, y: Expr, j: Expr, dtype: DType, lane
 
 
 def _views(k: Emitter, dtype: DType, vector: bool, results: Sequence[tuple[str, DType]], count: int | None) -> Any:
-    """Return the operand [m0, m1, n] and the results [m0, m1] or [m0, m1, count], with the three sizes."""
+    """Return views of the operand [m0, m1, n] and of the results [m0, m1] or [m0, m1, count], and the three sizes."""
     pointers = [k.pointer("x", dtype), *(k.pointer(*result) for result in results)]
     shape = [k.size(name) for name in ("m0", "m1", "n")]
     inner = shape[:2] if count is None else [*shape[:2], k.index(count)]
@@ -53,7 +57,7 @@ class ArgMax(Kernel):
     dtype   dtype of x, by name
     vector  True if x is contiguous along the last dimension, which then is read in vectors
 
-    Arguments: x, y; x's three sizes; x's three strides, y's two.
+    Arguments: x, y; x's three sizes; x's three strides; y's two strides.
     """
 
     dtype: str
@@ -87,9 +91,11 @@ class ArgMax(Kernel):
         return k.load(place, [0])
 
     def _vectors(self, k: Emitter, x: Any, at: list[Expr], n: Expr, dtype: DType) -> Expr:
-        """Keep in each lane its greatest element and the number of its vector; compare the lanes at the end.
+        """Find the greatest element of each lane and the number of its vector, then compare the lanes. Return the
+        position.
 
-        A lane without elements has the lowest number in vector 0; among such lanes, element 0 wins, which is correct.
+        A lane without elements has the lowest number, in vector 0. If all lanes have only this number, element 0 wins,
+        which is correct.
         """
         lanes = lanes_of(k, dtype)
         span = Span(k, n, lanes)
@@ -114,8 +120,8 @@ class ArgMax(Kernel):
         with span.has_tail():
             take(0, span.inside(k.load(span.tail(x, at, dtype), [0], lanes), least, dtype), span.vectors)
         for j in range(1, PARTIAL):
-            # Loaded from memory each time: TVM's analysis follows nested selects through variables, in exponential
-            # time.
+            # These values are loaded from memory each time: TVM's analysis follows nested selects through variables, in
+            # exponential time.
             (x1, i1), (x0, i0) = (
                 (k.let(k.load(best, [n * lanes], lanes)), k.let(k.load(place, [n * lanes], lanes))) for n in (j, 0)
             )
@@ -148,10 +154,11 @@ class TopK(Kernel):
     dtype   dtype of x and the values, by name
     vector  True if x is contiguous along the last dimension, which then is read in vectors
 
-    The results hold a heap whose root is the last of the k in order. Elements are compared with the root, several
-    vectors at a time, and few replace it. At the end the heap is sorted in place by removing its root repeatedly.
+    The results hold a heap whose root is the last of the k in order. The elements of x are compared with the root,
+    several vectors at a time; only few replace it. At the end, the heap is sorted in place by removing its root
+    repeatedly.
 
-    Arguments: x, values, indices; x's three sizes; the three strides of each.
+    Arguments: x, values, indices; x's three sizes; the three strides of each array.
     """
 
     k: int
@@ -202,7 +209,9 @@ class TopK(Kernel):
 
 
 class _Heap:
-    """A heap in a row of the results: each element comes after its children in order, so that the root is last."""
+    """A heap in a row of the results. In the order of results, each element comes after its children, so the root is
+    last.
+    """
 
     def __init__(self, k: Emitter, values: Any, indices: Any, at: list[Expr], dtype: DType, size: int) -> None:
         self.k, self.values, self.indices, self.at, self.dtype, self.size = k, values, indices, at, dtype, size
@@ -236,7 +245,7 @@ class _Heap:
             self._sink(k.index(0), value, j, k.index(self.size))
 
     def sort(self) -> None:
-        """Sort the heap by moving the root behind the rest repeatedly."""
+        """Sort the heap by repeatedly moving the root behind the remaining heap."""
         k = self.k
         if self.size == 1:
             return
@@ -247,9 +256,9 @@ class _Heap:
             self._sink(k.index(0), value, index, last)
 
     def _sink(self, place: Expr, value: Expr, index: Expr, size: Expr) -> None:
-        """Insert an element on the way down from `place`, which is free; elements that it passes move up.
+        """Insert an element into the heap below `place`, which is free. Elements that it passes move up.
 
-        The loop runs once for each level of the heap; below the element's place it changes nothing.
+        The loop runs once for each level of the heap; below the element's final place it changes nothing.
         """
         k = self.k
         hole, child = k.registers(1, i64, "hole"), k.registers(1, i64, "child")

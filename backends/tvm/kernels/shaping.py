@@ -1,4 +1,4 @@
-"""Shape operations that are not views: enumerated integers, and windows added at their positions."""
+"""Shape operations that are not views: enumeration of integers, and sums of windows at their positions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class FoldWindows(Kernel):
 
     Every element of y sums the window elements at its position, in the order of e.
 
-    Arguments: x, y; the sizes p, n, d, i, e, where n is the size of y's axis; stride, dilation; x's strides of p, i, d
-    and e, y's of p, n and d.
+    Arguments: x, y; the sizes p, n, d, i, e, where n is the size of y's axis; stride, dilation; x's strides over p, i,
+    d and e; y's strides over p, n and d.
     """
 
     dtype: str

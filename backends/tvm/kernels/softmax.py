@@ -20,10 +20,10 @@ class Softmax(Kernel):
 
     log    True for the logarithm
     dtype  dtype of x and y, by name: f32, f16 or bf16. Computed in f32
-    zeros  True if a row of only -inf becomes zeros instead of NaN; not for the logarithm
+    zeros  True if a row in which all elements are -inf becomes zeros instead of NaN; not for the logarithm
 
-    Arguments: x, y; the sizes of the three dimensions; x's strides over the first two, y's. Both are contiguous along
-    the last.
+    Arguments: x, y; the sizes of the three dimensions; the strides of x and then of y over the first two. Both are
+    contiguous along the last dimension.
     """
 
     log: bool
@@ -56,7 +56,7 @@ class Softmax(Kernel):
         def ending() -> Expr:
             return span.inside(k.load(tail, [0], lanes), float("-inf"), f32)
 
-        # The maximum may miss a NaN; the sum contains it in any case.
+        # The maximum may ignore a NaN, but the sum includes it.
         found = Accumulator(k, span, f32, lambda a, b, _: k.greatest(a, b), float("-inf"))
         found.take(read, ending)
         peak = k.let(found.total(), "peak")
@@ -67,7 +67,8 @@ class Softmax(Kernel):
         def weight(value: Expr) -> Expr:
             return k.let(exp_nonpositive(k, k.let(value - most), lanes))
 
-        # A 16-bit weight is not stored in between: rounding it twice would exceed the result's own spacing.
+        # A 16-bit result is not stored between the passes: it would be rounded twice, with a larger error than its
+        # spacing.
         keeps = not self.log and x.dtype is f32
 
         def term(v: Expr) -> Expr:

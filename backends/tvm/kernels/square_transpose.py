@@ -1,4 +1,4 @@
-"""Transpose of a square of vectors in registers, used to pack keys, or any matrix by its columns."""
+"""Transpose of a square of vectors in registers. It is used to pack keys, or any matrix by its columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def transposed(k: Emitter, rows: Sequence[Expr]) -> list[Expr]:
-    """Transpose a square with one vector for each lane: swap its halves, then the halves of each half, ..."""
+    """Transpose a square with one vector for each lane: swap its halves, then the halves of each half, and so on."""
     lanes = len(rows)
     held = [k.let(row, "row") for row in rows]
     size = lanes // 2

@@ -1,9 +1,9 @@
 """Peak rate of multiplications on this machine, measured on operands in registers.
 
-    measure_unit("int8", host_isa(), threads=1)      # operations a second
+    measure_unit("int8", host_isa(), threads=1)      # operations per second
 
-A kernel also loads, stores and branches, so it takes at least its operations divided by this rate: the horizontal lines
-of a roofline. The memory bandwidth gives the sloped line.
+A kernel also loads, stores and branches, so it takes at least its operations divided by this rate. This is the
+horizontal line of a roofline. The memory bandwidth determines the sloped line.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ from treadle.ir.types import DTYPES, DType, f32, u8
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-_TIMES = 1 << 20  # steps of a call
+_TIMES = 1 << 20  # number of steps in a call
 _SECONDS = 0.2
 _LINE = 64  # bytes of a vector, and of a row of a tile
-_RIGHTS = 3  # right factors, which stay in registers
-_TURNS = 4  # groups of left factors, one for each step
+_RIGHTS = 3  # number of right factors, which stay in registers
+_TURNS = 4  # number of groups of left factors, one for each step
 _SQUARE = tiles.ROWS * tiles.ROW_BYTES
 
 
 def unit_of(dtype: str, isa: Isa) -> str:
-    """Return the unit that multiplies numbers of a dtype: `tiles`, `pairs` or `quads`, else `floats` after widening."""
+    """Return the unit that multiplies numbers of a dtype: `tiles`, `pairs` or `quads`, or `floats` if numbers are
+    widened.
+    """
     if dtype != "f32" and isa.multiplies_tiles:
         return "tiles"
     if dtype == "bf16" and isa.multiplies_pairs:
@@ -62,7 +64,7 @@ class UnitRate(Kernel):
         return self.of
 
     def step_flops(self, isa: Isa) -> int:
-        """Return the operations of a step."""
+        """Return the number of operations of a step."""
         if self.unit == "tiles":
             return 4 * 2 * tiles.ROWS * tiles.ROWS * tiles.ROW_BYTES // (2 if self.of == "bf16" else 1)
         terms = {"floats": 1, "pairs": 2, "quads": 4}[self.unit]
@@ -90,7 +92,7 @@ class UnitRate(Kernel):
             k.store(acc, [r * lanes], k.number(0, dtype, lanes), lanes)
         rights = [vector(k.index(j)) for j in range(_RIGHTS)]
         with k.loop(steps, "step") as step:
-            # Different factors at each step: LLVM would compute a repeated product once.
+            # Each step uses different factors, since LLVM would compute a repeated product only once.
             first = k.let((step & k.index(_TURNS - 1)) * (count // _RIGHTS) + _RIGHTS, "first")
             for i in range(count // _RIGHTS):
                 left = vector(first + i)
@@ -127,9 +129,9 @@ class UnitRate(Kernel):
 
 
 def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
-    """Return the operations a second of the unit that multiplies numbers of a dtype, on this number of threads.
+    """Return the operations per second of the unit that multiplies numbers of a dtype, on this number of threads.
 
-    With one thread CPU time is measured, else wall-clock time; the result is the best of several calls.
+    With one thread, CPU time is measured, else wall-clock time; the result is the best of several calls.
     """
     kernel = UnitRate(dtype, unit_of(dtype, isa))
     factors = _factors(kernel.unit, dtype)
@@ -145,12 +147,14 @@ def measure_unit(dtype: str, isa: Isa, threads: int) -> float:
 
 
 def _sums(isa: Isa) -> int:
-    """Return the number of sums: enough to hide an addition's latency, few enough to leave registers for factors."""
+    """Return the number of sums: enough to hide an addition's latency, but few enough to leave registers for
+    factors.
+    """
     return _RIGHTS * (isa.registers // 4 if isa.fused else 2)
 
 
 def _factors(unit: str, dtype: str) -> Array:
-    """Return random numbers (a matrix unit is faster on zeros). Floats are small, so that sums stay finite."""
+    """Return random numbers, since AMX is faster on zeros. Floats are small, so that sums stay finite."""
     drawn = np.random.default_rng(0).uniform(-1, 1, 4 * _SQUARE)
     if dtype == "int8" and unit != "floats":
         return (drawn * 127).astype(np.int8).view(np.uint8)

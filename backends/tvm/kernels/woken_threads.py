@@ -1,9 +1,9 @@
-"""Placement of threads that wake up for a run: on other cores than the calling thread.
+"""Placement of threads that are woken for a run: on other cores than the calling thread.
 
-Linux in a virtual machine treats an idle core as taken away by the host, and wakes a thread on the core of the
-thread that wakes it. For about 4 ms both share a core, which is half of a small model's run. Therefore, during a run
-after a pause, the other threads may use each of their cores except the calling thread's. The system chooses among them,
-because other processes may be busy there.
+In a virtual machine, Linux considers an idle core as taken away by the host, and wakes a thread on the core of the
+thread that wakes it. For about 4 ms, both threads share a core, which is half of a small model's run. Therefore, during
+the first run after a pause, each other thread may use any of its cores except the calling thread's. The system chooses
+among them, since other processes may use some of them.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ASLEEP = 0.01
-"""Seconds after which threads are assumed to be asleep: after a shorter pause Linux still uses idle cores."""
+"""Length of a pause in seconds after which threads are assumed to sleep. After a shorter pause, Linux still uses idle
+cores.
+"""
 
 
 def thread_numbers() -> set[int]:
-    """Return Linux's numbers of this process's threads; empty on other systems."""
+    """Return Linux's ids of this process's threads; an empty set on other systems."""
     folder = Path("/proc/self/task")
     return {int(each.name) for each in folder.iterdir()} if sys.platform == "linux" and folder.exists() else set()
 
 
 class WokenThreads:
-    """Threads that work for one calling thread, which wakes them."""
+    """The threads that work for one calling thread, which wakes them."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         self.numbers = tuple(numbers)
@@ -35,7 +37,7 @@ class WokenThreads:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """A context for a run: threads that have slept start on other cores than the calling thread."""
+        """A context for a run: threads that have slept start on other cores than the calling thread's."""
         slept = bool(self.numbers) and time.monotonic() - self._rested > ASLEEP
         before = self._spread() if slept else {}
         try:
@@ -47,11 +49,13 @@ class WokenThreads:
             self._rested = time.monotonic()
 
     def _spread(self) -> dict[int, set[int]]:
-        """Exclude the calling thread's core for threads that have others; return their previous cores."""
+        """Exclude the calling thread's core for threads that may use other cores. Return the previous cores of these
+        threads.
+        """
         found: dict[int, set[int]] = {}
         here = _core()
         for number in self.numbers:
-            with suppress(OSError):  # the thread ended, or a sandbox forbids it
+            with suppress(OSError):  # the thread has ended, or a sandbox forbids the call
                 cores = os.sched_getaffinity(number)
                 if others := cores - {here}:
                     os.sched_setaffinity(number, others)

@@ -1,9 +1,9 @@
-"""Lowering rules of attention: one kernel for all its masks and biases, on views of queries, keys and values.
+"""Lowering rules of attention: one kernel with all its masks and biases, on views of queries, keys and values.
 
-Masks by position become the range of distances that a query sees. The range is passed as sizes of the kernel, so causal
-masks, windows and no mask share one kernel. Padding becomes a limit on the keys; every other mask or bias becomes a
-term of the kernel. Attention over a cache has its own kernel with the same arguments; its keys and values are the
-cache.
+Masks of positions become the range of distances between query and key that are visible. The range is passed as sizes of
+the kernel, so causal masks, windows and no mask share one kernel. Padding becomes a limit on the keys; every other mask
+or bias becomes a term of the kernel. Attention over a cache has its own kernel with the same arguments; its keys and
+values are the cache.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
-WIDEST = 512  # largest head size: a block of keys and a block of values stay in the second-level cache
-ROWS = 256  # approximate rows of a task (queries times the heads that share keys)
+WIDEST = 512  # largest head size for which a block of keys and a block of values stay in the L2 cache
+ROWS = 256  # approximate number of rows of a task (queries times the heads that share keys)
 _FAR = 2**40  # larger than any distance between a query and a key
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:
-    """Return True if operands are float32, widths are known and not too large, and the kernel has every term.
+    """Return True if the kernel can compute the op: operands are float32, widths are known and not too large, and the
+    kernel has every term.
 
     The keys and values of a cache may have 16 bits. In a ring, consecutive keys are not contiguous where the ring wraps
     around, so terms with an element for each key are not read as vectors.
@@ -110,7 +111,7 @@ def _attention(w: RoutineWriter, node: Node) -> None:
         kernel = FlashAttention(*spec)
     part = Scratch.of(d, e, w.isa, packs=not at_once, pairs=multiplies_pairs(d, q.dtype.name, w.isa))
     rows = shared * most
-    # With one query a row, each span of a row's keys has its own memory for its partial result.
+    # With one query per row, each span of a row's keys has its own memory for its partial result.
     parts = t // SPAN + (2 if ring else 1)
     slots = SLOTS if cached else w.slots
     held = b * g * parts if at_once else Size.of(slots)
@@ -136,14 +137,15 @@ def _attention(w: RoutineWriter, node: Node) -> None:
 
 
 def _heads_a_step(w: RoutineWriter, s: Size, shared: Size, d: int, e: int) -> int:
-    """Return the number of heads that share keys if the kernel for one query a row applies, else 0."""
+    """Return the number of heads that share keys if the kernel for one query per row can be used, else 0."""
     lanes = w.isa.lanes()
     heads = shared.constant or 0
     return heads if s == ONE and d % lanes == e % lanes == 0 and heads <= steps_at_once(w.isa) else 0
 
 
 def _queries_a_task(shared: int | None) -> int:
-    """Return the queries of each head in a task, enough that packing the keys is cheap compared with the products.
+    """Return the number of queries of each head in a task. It is large enough that packing the keys takes little time
+    compared with the products.
 
     shared: the number of heads that share keys, if it is known.
     """
@@ -151,7 +153,7 @@ def _queries_a_task(shared: int | None) -> int:
 
 
 class _KernelTerms(TermVisitor[View, None]):
-    """The kernel's arguments for the visited terms. Masks by position add none; `reach_of` covers them.
+    """Visitor that collects the kernel's arguments for terms. Masks of positions add none; `reach_of` handles them.
 
     first    the position of the first query, 0 for a cache, whose kernel reads positions
     lengths  number of valid keys of each row, a view for each padding
@@ -225,7 +227,7 @@ def _is_side_by_side(view: View) -> bool:
 
 
 def _side_by_side(w: RoutineWriter, view: View) -> View:
-    """Return a view whose last dimension is contiguous, or a copy."""
+    """Return the view if its last dimension is contiguous, or a copy."""
     return view if _is_side_by_side(view) else w.copied(view)
 
 

@@ -31,13 +31,15 @@ def _append(w: RoutineWriter, node: Node) -> None:
 
 
 def _quarters(view: View, axis: int) -> View | None:
-    """Merge a view into four dimensions: the first, those before `axis`, `axis`, the rest; None if impossible."""
+    """Merge the dimensions of a view into four: the first, those before `axis`, `axis`, the rest. Return None if the
+    strides do not allow this.
+    """
     after = view.merged(axis + 1, view.rank - axis - 1)
     return after.merged(1, axis - 1) if after is not None else None
 
 
 def _quarters_of(w: RoutineWriter, view: View, axis: int) -> View:
-    """Return the same view, of a copy if necessary."""
+    """Return a view of these four dimensions, of a copy if necessary."""
     found = _quarters(view, axis)
     if found is None:
         found = _quarters(w.copied(view), axis)

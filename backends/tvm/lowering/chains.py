@@ -1,4 +1,4 @@
-"""Chains: the groups of elementwise nodes that one kernel computes, and the kernel's program for each."""
+"""Chains: the groups of elementwise nodes that one kernel computes, and the program of each chain."""
 
 from __future__ import annotations
 
@@ -20,41 +20,45 @@ _PRODUCTS = (Linear, MatMul, Einsum, EncodedLinear)
 
 
 def _is_finished(node: Node) -> bool:
-    """Return True if a node's kernel takes a chain: a product of two or more operands in float32."""
+    """Return True if a node's kernel has an epilogue: a product of two or more operands in float32."""
     return isinstance(node.op, _PRODUCTS) and len(node.inputs) > 1 and node.result.type.dtype is f32
 
 
 CHAINS = Chains(
     lambda node: is_pointwise(node.op.name),
     _is_finished,
-    most_inputs=8,  # each takes a register in the loop
+    most_inputs=8,  # each input takes a register in the loop
     most_nodes=48,  # the time to compile a chain grows with the square of its length, or faster
 )
 
 
 def writes_part(step: Step, view: View) -> bool:
-    """Return True if a step can write a part of another value in place. A product needs equally spaced rows."""
+    """Return True if a step can write its result directly into a part of another value. For a product, rows must be
+    equally spaced.
+    """
     product = isinstance(step.root.op, _PRODUCTS) or step.product is not None
     return not product or view.merged(0, view.rank - 1) is not None
 
 
 def written_over(step: Step) -> list[Value]:
-    """Return the operands of the result's type, which a chain may overwrite; none if the chain ends a product."""
+    """Return the operands of the result's type, which a chain may overwrite. The list is empty if the chain is the
+    epilogue of a product.
+    """
     is_chain = step.product is None and is_pointwise(step.root.op.name)
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
 
 
 PLAN = PlanStorage(strided=True, grouped=CHAINS, parts=writes_part, over=written_over, in_results=True)
-"""The storage planning that kernels support."""
+"""Options of storage planning that the kernels support."""
 
 
 def inputs_of(step: Step) -> list[Value]:
-    """Return the inputs of a step's chain: the product, and values from outside other than scalar constants."""
+    """Return the inputs of a step's chain: the product, and values from outside the step, except scalar constants."""
     return [v for v in Step(step.chain).inputs if not is_number(v)]
 
 
 def chain_of(step: Step, inputs: Sequence[Value]) -> Chain:
-    """Return a step's chain over these inputs."""
+    """Return the chain of a step over these inputs."""
     places: dict[Value, int] = {v: i for i, v in enumerate(inputs)}
     made: list[Instruction] = []
 

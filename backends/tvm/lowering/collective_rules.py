@@ -1,4 +1,4 @@
-"""Lowering rules of collectives: one host call each, on contiguous elements."""
+"""Lowering rules of collectives: each becomes one host call on contiguous elements."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Lowering rules of 8-bit rows and groups: activations quantized at every call, and products of them.
+"""Lowering rules of 8-bit rows and groups: activations that are quantized at every call, and their products.
 
-A value that only products read is stored only in the form that their kernel reads. Other consumers read the encoded
-rows themselves.
+If only products read a quantized value, it is stored only in the form that their kernel reads. Other consumers read
+encoded rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _encode(w: RoutineWriter, node: Node) -> None:
 
 
 def form_of(op: EncodedLinear) -> WordForm | None:
-    """Return the form in which an integer product unpacks its right side, or None if the right side has 8-bit rows."""
+    """Return the form in which an integer product unpacks its right operand, or None if the right operand has 8-bit
+    rows.
+    """
     return None if op.of == ROWS else word_form(op.of)
 
 
@@ -70,9 +72,10 @@ def _owed(form: WordForm | None) -> tuple[int, int]:
 
 
 def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -> tuple[View, View]:
-    """Return a product's left side and its scales as kernels read them, copied from an encoded value if necessary.
+    """Return a product's left operand and its scales in the form that kernels read. They are copied from an encoded
+    value if necessary.
 
-    The copy has the integers and scales of the encoded value. Numbers decoded and encoded again could have others.
+    The copy has the integers and scales of the encoded value. Decoding and encoding again could change them.
     """
     if (value, _owed(form)) in w.encoded:
         return w.encoded[value, _owed(form)]
@@ -81,7 +84,9 @@ def rows_of(w: RoutineWriter, node: Node, value: Value, form: WordForm | None) -
 
 
 def laid_out(w: RoutineWriter, value: Value, form: WordForm | None) -> View:
-    """Return the right side of an integer product as kernels read it. Only weights are packed beforehand."""
+    """Return the right operand of an integer product in the layout that kernels read. Only weights are packed in
+    advance.
+    """
     view, layout = w.view(value), quads_for(w.isa) if form is None else form.layout
     if value.layout == layout:
         return view
@@ -102,13 +107,14 @@ def _as_read(
     *,
     again: bool = False,
 ) -> tuple[View, View]:
-    """Quantize rows [m, k], times `by`, into the form that the instruction set's product reads.
+    """Add the step that quantizes rows [m, k], times `by`, into the form that the instruction set's product reads.
+    Return the rows and their scales.
 
     With `again`, x holds m encoded rows of k numbers each, which are only copied into this form.
     """
     m = x.shape[0]
     if of is not None:
-        assert by is None  # see `_encodes`
+        assert by is None  # `_encodes` excludes this case
         form = form_of_groups(w.isa)
         rows = rows_of_groups(form, m)
         made = w.scratch(rows_dtype(form), (rows * k,), f"{name}_{form}")
@@ -149,7 +155,7 @@ def _is_signed(value: Value) -> bool:
 
 
 def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
-    """Return a view as rows [m, k] of contiguous elements, or a copy of it, together with m and k."""
+    """Return a view as rows [m, k] of contiguous elements, or a copy, and the sizes m and k."""
     rows = x.merged(0, x.rank - 1)
     if rows is None or (rows.strides[1] != ONE and rows.shape[1] != ONE):
         rows = w.copied(x).merged(0, x.rank - 1)
@@ -159,7 +165,7 @@ def _rows(w: RoutineWriter, x: View) -> tuple[View, Size, Size]:
 
 
 def _encodes(op: Op, types: Sequence[Type | None]) -> bool:
-    """Return True if a kernel encodes these operands. Groups cannot be multiplied by a vector first."""
+    """Return True if a kernel encodes these operands. Groups cannot be multiplied by a vector before encoding."""
     if op.attributes["to"] == GROUPS and len(types) > 1 and types[1] is not None:
         return False
     return op.attributes["to"] in (ROWS, STEPS, GROUPS) and all(t is None or t.dtype is f32 for t in types)
@@ -170,7 +176,7 @@ def _decodes(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def multiplies(op: Op, types: Sequence[Type | None]) -> bool:
-    """Return True if kernels compute an integer product: 32 bits must hold the sums of rows."""
+    """Return True if kernels compute an integer product: the sums of rows must fit into 32 bits."""
     assert isinstance(op, EncodedLinear)
     if op.of != ROWS:
         return takes_blocks(op.of)

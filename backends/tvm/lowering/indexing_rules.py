@@ -1,6 +1,7 @@
 """Lowering rules of indexing: gather and take_along_axis, their transposes, iota and positions.
 
-For any rank, kernels see three dimensions: the axes before the indexed axis, that axis, and the axes after it.
+Kernels have three dimensions for operands of any rank: the axes before the indexed axis, that axis, and the axes after
+it.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ def _take_along_axis(w: RoutineWriter, node: Node) -> None:
 
 
 def _take(w: RoutineWriter, node: Node, x: View, picked: View, to: View, shared: bool = False) -> None:
-    """Add the step; all views have three dimensions. `shared`: every row has the same indices."""
+    """Add the step that gathers; all views have three dimensions. `shared`: all elements of a row have the
+    same index.
+    """
     rows = shared and _side_by_side(x) and _side_by_side(to)
     p, i, d = to.shape
     strides = (x.strides, picked.strides, to.strides)
@@ -116,7 +119,9 @@ def _scatter_add(w: RoutineWriter, node: Node) -> None:
 
 
 def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, shared: bool = False) -> None:
-    """Copy the target and add the updates to it. Sums of 16-bit values are in float32, rounded once at the end."""
+    """Add steps that copy the target and add the updates to the copy. 16-bit values are summed in float32, and rounded
+    once at the end.
+    """
     target = node.inputs[0]
     dtype = target.type.dtype
     held = working(dtype)
@@ -144,7 +149,7 @@ def _add(w: RoutineWriter, node: Node, axis: int, picked: View, added: View, sha
 
 
 def cast(from_: DType, to: DType) -> Chain:
-    """Return a chain that converts to another dtype."""
+    """Return a chain that converts from one dtype to another."""
     return Chain((from_.name,), (Instruction("cast", (0,), to.name),))
 
 
@@ -157,7 +162,7 @@ def _iota(w: RoutineWriter, node: Node) -> None:
 
 
 def _positions(w: RoutineWriter, node: Node) -> None:
-    """Lower positions as one row that is written once if the plan repeats it."""
+    """Lower positions. If the plan repeats one row, only this row is written."""
     to = w.view(node.result)
     outer = tuple(range(to.rank - 1))
     repeats = all(to.strides[axis] == ZERO for axis in outer)
@@ -176,14 +181,16 @@ def _axis(node: Node) -> int:
 
 
 def thirds(view: View, axis: int, count: int = 1) -> View | None:
-    """Merge a view into three dimensions: before `axis`, `count` from `axis` on, the rest; None if impossible."""
+    """Merge the dimensions of a view into three: those before `axis`, `count` dimensions from `axis` on, the rest.
+    Return None if the strides do not allow this.
+    """
     after = view.merged(axis + count, view.rank - axis - count)
     middle = after.merged(axis, count) if after is not None else None
     return middle.merged(0, axis) if middle is not None else None
 
 
 def _thirds_of(w: RoutineWriter, view: View, axis: int, count: int = 1) -> View:
-    """Return the same view, of a copy if necessary."""
+    """Return a view of these three dimensions, of a copy if necessary."""
     found = thirds(view, axis, count)
     if found is None:
         found = thirds(w.copied(view), axis, count)
@@ -194,7 +201,9 @@ def _thirds_of(w: RoutineWriter, view: View, axis: int, count: int = 1) -> View:
 def _write(
     w: RoutineWriter, value: Value, axis: int, count: int, emit: Callable[[View], None], rows: bool = False
 ) -> None:
-    """Write a result through a view of three dimensions; if its storage has no such view, write to memory and copy."""
+    """Emit a result through a view of three dimensions. If the result's storage has no such view, write to new memory
+    and copy.
+    """
     to = w.view(value)
     direct = thirds(to, axis, count)
     if direct is not None and not (rows and not _side_by_side(direct)):
@@ -217,7 +226,7 @@ def _flat(w: RoutineWriter, view: View) -> View:
 
 
 def _shared(picked: View) -> View:
-    """Return the indices i, repeated for every p and d."""
+    """Return the indices as a view in which they are repeated for every p and d."""
     return View(picked.storage, (ONE, picked.shape[0], ONE), (ZERO, picked.strides[0], ZERO), picked.offset)
 
 

@@ -1,4 +1,4 @@
-"""Leftovers: steps that run element by element because no fast kernel covers them, with cost and source line."""
+"""Leftovers: steps that run element by element because no fast kernel supports them, with cost and source line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from treadle.ir.analysis.cost import node_cost
 from treadle.ir.builder import describe_source
 from treadle.ir.sizing.size_bounds import Bounds
 
-SIZE = 128  # size of every symbol in a reported cost
+SIZE = 128  # size of every symbol for which the cost is reported
 
 
 def find_leftovers(program: KernelProgram, symbols: Mapping[str, Bounds]) -> tuple[str, ...]:
-    """Return one line for each such step, the most expensive first.
+    """Return one line for each such step, in order of decreasing cost.
 
     An example is `cumsum runs element by element, 1.2 MFLOPs at S=128    model.py:41`.
     """

@@ -14,7 +14,7 @@ from treadle.ir.storage.views import Storage, StorageKind
 
 
 def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence[str] = ()) -> str:
-    """Return the listing of a program: notes on prepared weights, then routines, then kernels."""
+    """Return the listing of a program: notes on derived weights, then routines, then kernels."""
     kernels = kernels_of(program)
     titles = unique_titles(kernels)
     parts = [f"# {on_one_line(name)}, for the tvm backend on {isa}: {len(kernels)} kernels.\n"]
@@ -49,12 +49,12 @@ def _routine(routine: Routine, titles: dict[Kernel, str]) -> str:
     }
     lines += [_step(step, titles, read) for step in routine.steps]
     lines.append((f"    return {', '.join(b.name for b in routine.results)}", ""))
-    # the texts hold names of the user's
+    # the texts contain names from the user's model
     return "\n".join(commented([(on_one_line(code), on_one_line(note)) for code, note in lines]))
 
 
 def _step(step: KernelStep | RoutineStep, titles: dict[Kernel, str], read: set[Storage]) -> tuple[str, str]:
-    """Return the line of a step and its comment. Workspace that only the kernel itself uses is not named."""
+    """Return the line of a step and its comment. Workspaces that only the kernel itself uses are not listed."""
     if isinstance(step, RoutineStep):
         made = ", ".join(v.storage.name for v in step.results)
         given = ", ".join(v.storage.name for v in step.arguments)

@@ -1,4 +1,5 @@
-"""A product of two terms as one step: assigns each letter to rows, columns, sums or batch, and adds the needed copies.
+"""A product of two terms as one step. Each letter is assigned to rows, columns, the sum or the batch, and needed copies
+are added.
 
     c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
 
@@ -38,7 +39,7 @@ Letters = tuple[str, ...]
 
 @dataclass(frozen=True)
 class LetteredView:
-    """A view whose dimensions have letters. Dimensions of size 1 have none and are left out."""
+    """A view whose dimensions have letters. Dimensions of size 1 have no letter and are omitted."""
 
     letters: Letters
     view: View
@@ -55,7 +56,7 @@ class LetteredView:
         return self.view.strides[self.letters.index(letter)] if letter in self.letters else ZERO
 
     def over(self, order: Sequence[str], sizes: Mapping[str, Size]) -> View:
-        """Return the view with the dimensions of these letters, repeated along letters that it does not have."""
+        """Return the view with the dimensions of these letters. It is repeated along letters that it does not have."""
         shape = tuple(sizes[letter] for letter in order)
         return replace(self.view, shape=shape, strides=tuple(self.stride(letter) for letter in order))
 
@@ -65,12 +66,14 @@ class LetteredView:
         return None if found is None else found.strides[0]
 
     def copied(self, w: RoutineWriter, order: Sequence[str], sizes: Mapping[str, Size]) -> LetteredView:
-        """Return a copy with these letters in this order, without gaps."""
+        """Add a copy with these letters in this order, without gaps, and return it."""
         return LetteredView(tuple(order), w.copied(self.over(order, sizes)))
 
 
 def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node: Node) -> View:
-    """Round m rows of k elements to bf16, as the instruction set's product reads them. Consumers share the result."""
+    """Round m rows of k elements to bf16, in the form that the instruction set's product reads. All consumers share the
+    result.
+    """
     found = w.rounded.get(x.storage)
     if found is not None:
         return found
@@ -86,7 +89,7 @@ def rounded_rows(w: RoutineWriter, x: View, m: Size, k: Size, stride: Size, node
 
 @dataclass(frozen=True)
 class Finish:
-    """The epilogue of a sum before it is stored: a chain whose first input is the sum, and the chain's other inputs."""
+    """The epilogue of a product: a chain whose first input is the sum, and the chain's other inputs."""
 
     chain: Chain | None = None
     extras: tuple[LetteredView, ...] = ()
@@ -97,8 +100,8 @@ class MatrixProduct:
 
     packed   True if y is a matrix in panels or in pairs
     form     the form of the blocks in y's panels, or None
-    encoded  for an integer product, x as its kernel reads it, and the scales of its rows
-    sides    for a product of two computed bf16 matrices, both as its kernel reads them
+    encoded  for an integer product: x in the form that its kernel reads, and the scales of the rows
+    sides    for a product of two computed bf16 matrices: both operands in the form that the kernel reads
     """
 
     def __init__(
@@ -128,7 +131,9 @@ class MatrixProduct:
         self.batch = [n for n in letters if n in other and n != self.column]
 
     def _column(self) -> str | None:
-        """Return the letter of the columns: it is in one operand alone, and if possible contiguous in the result."""
+        """Return the letter of the columns. It occurs in only one operand, and is contiguous in the result if
+        possible.
+        """
         if self.packed:
             return next(n for n in reversed(self.to.letters) if n in self.y.letters)
         alone = [n for n in self.to.letters if (n in self.x.letters) != (n in self.y.letters)]
@@ -160,14 +165,16 @@ class MatrixProduct:
         return [self.c, *self.extras]
 
     def _store_elsewhere(self) -> None:
-        """Write the product to new memory, from which it is copied to the result."""
+        """Write the product to new memory, and copy it to the result."""
         order = [n for n in self.to.letters if n != self.column] + ([self.column] if self.column is not None else [])
         order = [n for n in order if n in self.batch] + [n for n in order if n not in self.batch]
         made = self.w.scratch(self.to.view.dtype, [self.sizes[n] for n in order], "product")
         self.c = LetteredView(tuple(order), made)
 
     def _lay_out_k(self) -> None:
-        """Make x's summed letters contiguous, and y's mergeable in the same order."""
+        """Make the summed letters of x contiguous, and those of y mergeable in the same order, by copies if
+        necessary.
+        """
         y_order = [n for n in self.y.letters if n in self.k]
         if self._near(self.k) and self.y.joined(self.k, self.sizes) is None and self._near(y_order):
             self.k = y_order
@@ -181,7 +188,7 @@ class MatrixProduct:
             held = [n for n in self.to.letters if n in self.y.letters and n != self.column]
             held = [n for n in held if self.y.stride(n) != ZERO]
             columns = [self.column] if self.column is not None else []
-            # columns innermost, as in panels
+            # columns are innermost, as in panels
             self.y = self.y.copied(self.w, [*held, *self.k, *columns], self.sizes)
 
     def _near(self, order: Sequence[str]) -> bool:
@@ -190,7 +197,9 @@ class MatrixProduct:
         return stride is not None and (stride == ONE or product(self.sizes[n] for n in order) == ONE)
 
     def _join_rows(self) -> None:
-        """Merge all rows into one dimension, copying terms whose rows do not merge: y is the same for all rows."""
+        """Merge all rows into one dimension, since y is the same for all rows. Terms whose rows cannot be merged are
+        copied.
+        """
         if self.sides is None and self.x.joined(self.rows, self.sizes) is None:
             self.x = self.x.copied(self.w, [*self.rows, *self.k], self.sizes)
         if self.c.joined(self.rows, self.sizes) is None:
@@ -201,11 +210,11 @@ class MatrixProduct:
                 self.extras[i] = extra.copied(self.w, [*self.rows, *columns], self.sizes)
 
     def _in_line(self, extra: LetteredView) -> bool:
-        """Return True if an extra's columns are contiguous, or repeat one column."""
+        """Return True if the columns of an extra are contiguous, or if one column is repeated."""
         return extra.stride(self.column) in (ZERO, ONE) or self.sizes[str(self.column)] == ONE
 
     def _join_batch(self) -> list[list[str]]:
-        """Return the letters of each batch dimension. Row letters that do not merge become batch letters."""
+        """Return the letters of each batch dimension. Row letters that cannot be merged become batch letters."""
         columns = [self.column] if self.column is not None else []
         for i, extra in enumerate(self.extras):
             if not self._in_line(extra):
@@ -334,7 +343,9 @@ class MatrixProduct:
     def _pack(
         self, width: int, n: Size, k: Size, counts: list[Size], strides: list[Size], k_stride: Size
     ) -> tuple[View, list[Size]]:
-        """Pack y into panels, once for each batch index it depends on. Return the panels and their batch strides."""
+        """Add the step that packs y into panels, once for each batch index on which y depends. Return the panels and
+        their batch strides.
+        """
         layout = panels_of(width)
         one = layout.elements((n, k))
         own = [count if stride != ZERO else ONE for count, stride in zip(counts, strides, strict=True)]

@@ -1,6 +1,6 @@
 """Lowering rules of softmax, normalizations and rotary positions: ops that work along a row and keep its size.
 
-Kernels compute in float32. Other axes, and float64, are lowered by the ops' bodies.
+Kernels compute in float32. For axes other than the last, and for float64, the ops' bodies are lowered.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _rotary(w: RoutineWriter, node: Node) -> None:
     places, turns = w.view(positions), _vector(w, frequencies)
     (x, y), finish = fitted(w, node, w.view(value), [w.view(node.result)], form)
     count = frequencies.type.shape[0]
-    lanes = gcd(count.constant or w.isa.lanes(), w.isa.lanes())  # with no frequencies the loop is empty
+    lanes = gcd(count.constant or w.isa.lanes(), w.isa.lanes())  # if there are no frequencies, the loop is empty
     kernel = Rotary(op.layout == "interleaved", lanes, x.dtype.name, places.dtype.name)
     sizes = [*x.shape, count, *x.strides[:3], *places.strides, *y.strides[:3]]
     w.step(kernel, [x, places, turns, y], sizes, node)

@@ -1,13 +1,13 @@
-"""Lowering rules of products: linear, matmul and einsum, with the chain that finishes them.
+"""Lowering rules of products: linear, matmul and einsum, with the elementwise ops of their epilogue.
 
-All of them are sums of products over letters: `... k, n k -> ... n` is a linear, and so on. Two operands in float32
+All of them are sums of products over letters: for example, `... k, n k -> ... n` is a linear. Two operands in float32
 become a matrix product,
 
     c[batch..., m, n] = epilogue(sum_k x[batch..., m, k] y[batch..., n, k])
 
 Each letter is assigned a role, and letters with the same role are merged into one dimension: in a view, or in a copy if
-the strides do not allow a view. The side that has the result's innermost letter is y. It is packed into panels, unless
-it is a parameter that is already stored in panels.
+the strides do not allow a view. The operand that has the result's innermost letter becomes y. It is packed into panels,
+unless it is a parameter that is already stored in panels.
 
 A weight in bf16 pairs or in blocks is multiplied in that form. If the CPU has instructions for pairs, two computed bf16
 matrices are packed into pairs at each call. Other float16 and bfloat16 operands are widened first; float64 and integers
@@ -45,7 +45,7 @@ from treadle.passes.memory.storage_plan import How
 
 
 def _product(w: RoutineWriter, node: Node) -> None:
-    """Lower a product, and the group of elementwise ops that finishes it."""
+    """Lower a product, and the group of elementwise ops that forms its epilogue."""
     made = w.groups[node].product or node
     equation = Equation.of(made)
     dtype = made.result.type.dtype
@@ -56,7 +56,7 @@ def _product(w: RoutineWriter, node: Node) -> None:
         finish = _finish(w, node, made, equation)
         to = w.view(node.result)
         if _is_next_left_side(w, node, made):
-            w.rounded[to.storage] = None  # the product writes its tiles
+            w.rounded[to.storage] = None  # the product writes the tiles of this storage
         if bias is not None:
             biased = LetteredView.of(w.view(bias), equation.result[-1:])
             finish = Finish(_with_bias(finish.chain), (biased, *finish.extras))
@@ -76,7 +76,7 @@ def _product(w: RoutineWriter, node: Node) -> None:
 
 
 def _narrowing(held: DType, dtype: DType, bias: Value | None) -> Chain:
-    """(sum + bias) converted to dtype."""
+    """Return a chain that computes (sum + bias) and converts it to dtype."""
     inputs = (held.name, dtype.name) if bias is not None else (held.name,)
     made: list[Instruction] = []
     at = 0
@@ -103,7 +103,7 @@ def _finish(w: RoutineWriter, node: Node, made: Node, equation: Equation) -> Fin
 
 
 def _with_bias(chain: Chain | None) -> Chain:
-    """Return the chain with sum + bias in place of the sum; the bias is the second input."""
+    """Return the chain with sum + bias in place of the sum. The bias is the chain's second input."""
     add = Instruction("add", (0, 1), "f32")
     if chain is None:
         return Chain(("f32", "f32"), (add,))
@@ -122,7 +122,7 @@ def _with_bias(chain: Chain | None) -> Chain:
 
 @dataclass(frozen=True)
 class Equation:
-    """The letters of an op's sum, for each dimension of its operands and its result; None for a size of 1."""
+    """The letters of an op's sum, for each dimension of its operands and its result. A dimension of size 1 has None."""
 
     operands: tuple[tuple[str | None, ...], ...]
     result: tuple[str | None, ...]
@@ -139,12 +139,12 @@ class Equation:
         return Equation(tuple(operands), result, sizes)
 
     def of_result(self, view: View) -> LetteredView:
-        """Return a lettered view of the result's shape."""
+        """Return a lettered view with the shape of the result."""
         return LetteredView.of(view, self.result)
 
 
 def _contract(w: RoutineWriter, node: Node, equation: Equation, views: Sequence[View], to: LetteredView) -> None:
-    """Sum element by element, in the operands' own dtype."""
+    """Add a step that sums element by element, in the operands' own dtype."""
     terms = [LetteredView.of(view, letters) for view, letters in zip(views, equation.operands, strict=False)]
     _contract_terms(w, node, terms, to, equation.sizes, f"{to.view.dtype} is summed element by element")
 
@@ -166,7 +166,7 @@ def _contract_terms(
 def _sum(
     w: RoutineWriter, node: Node, equation: Equation, values: Sequence[Value], to: LetteredView, finish: Finish
 ) -> None:
-    """Sum in float32: a matrix product for each operand after the first."""
+    """Add steps that sum in float32: one matrix product for each operand after the first."""
     sizes = equation.sizes
     if len(values) == 2:
         if isinstance(op := (w.groups[node].product or node).op, EncodedLinear):
@@ -183,7 +183,7 @@ def _sum(
             MatrixProduct(w, node, sizes, x, y, to, finish, packed=True).emit()
             return
         if (unpacked := unpacking(values[1])) is not None:
-            narrow = unpacked.result.type.dtype is bf16  # its kernel reads bf16 blocks directly
+            narrow = unpacked.result.type.dtype is bf16  # the kernel reads bf16 blocks directly
             held = w.view(values[0]) if narrow else _widened(w, w.view(values[0]))
             x = LetteredView.of(held, equation.operands[0])
             y = LetteredView.of(w.view(unpacked.inputs[0]), equation.operands[1])
@@ -239,7 +239,7 @@ def _without_lone(
 
 
 def _widened(w: RoutineWriter, view: View) -> View:
-    """Return a view in float32."""
+    """Return a view in float32: the view itself, or a converted copy."""
     if view.dtype is f32:
         return view
     made = w.scratch(f32, view.shape, f"{view.storage.name}_wide")
@@ -248,9 +248,10 @@ def _widened(w: RoutineWriter, view: View) -> View:
 
 
 def rounds_left_side(w: RoutineWriter, node: Node) -> bool:
-    """Add the step of a cast to bf16 that only products with weights in pairs read, in the form that they read.
+    """Lower a cast to bf16 whose result is read only by products with weights in pairs: add a step that rounds into the
+    form that these products read.
 
-    Returns False and adds nothing for any other node, and for rows that are not equally spaced.
+    Return False and add nothing for any other node, and for rows that are not equally spaced.
     """
     if not _rounds(node) or not _is_left_side_alone(w, node.result):
         return False
@@ -268,7 +269,7 @@ def _rounds(node: Node) -> bool:
 
 
 def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
-    """Return True if only products with weights in pairs read `node`, a cast of such a product `made`.
+    """Return True if `node`, a cast of the product `made`, is read only by products with weights in pairs.
 
     The product `made` then writes the tiles that they read.
     """
@@ -278,7 +279,9 @@ def _is_next_left_side(w: RoutineWriter, node: Node, made: Node) -> bool:
 
 
 def _is_left_side_alone(w: RoutineWriter, value: Value) -> bool:
-    """Return True if a value with its own storage is only used as the left side of products with weights in pairs."""
+    """Return True if a value with its own storage is used only as the left operand of products with weights
+    in pairs.
+    """
     uses, place = w.uses.get(value, []), w.place(value)
     own = place.how is How.OWN and place.view is not None and place.view.is_contiguous
     reads = all(at == 0 and reader.op.name in RULES and _in_pairs(reader) for reader, at in uses)
@@ -295,7 +298,9 @@ def _in_panels(w: RoutineWriter, node: Node, value: Value, equation: Equation) -
 
 
 def _in_pairs(node: Node) -> bool:
-    """Return True if a product reads its right side in pairs: a weight stored in pairs, or blocks unpacked to bf16."""
+    """Return True if a product reads its right operand in pairs: a weight stored in pairs, or blocks unpacked
+    to bf16.
+    """
     weight = node.operands[1] if len(node.operands) > 1 else None
     if weight is not None and unpacking(weight) is not None:
         return weight.type.dtype is bf16

@@ -1,4 +1,5 @@
-"""Sides of a product of two bf16 matrices that are computed or are inputs, such as weights and gradients in training.
+"""Operands ("sides") of a product of two bf16 matrices that are computed or are inputs, such as weights and gradients
+in training.
 
     y = linear(x, w, to=f32)     x rounded in rows, w in pairs like a bound weight, and the kernel of a bound weight
 
@@ -27,10 +28,11 @@ from treadle.passes.memory.storage_plan import How
 
 @dataclass(frozen=True)
 class NarrowSide:
-    """A side of a product.
+    """An operand of a product.
 
-    view   view of its rows (columns for the right side) and the summed dimension; one of the two is contiguous
-    right  True if it is the right side
+    view   view with two dimensions: rows (or columns for the right operand), and the summed dimension. One of them is
+           contiguous
+    right  True if it is the right operand
     """
 
     view: View
@@ -43,12 +45,12 @@ class NarrowSide:
         return NarrowSide(view, right) if near else None
 
     def made(self, w: RoutineWriter, node: Node) -> View:
-        """Return the side as kernels read it."""
+        """Return the side in the form that kernels read. It is packed at the first call."""
         ready = w.sides.get(self)
         return self.laid_out(w, node) if ready is None else ready
 
     def laid_out(self, w: RoutineWriter, node: Node) -> View:
-        """Add the step that packs the side from its view, unless it was added before; return the packed side."""
+        """Add the step that packs the side from its view, unless it was added before. Return the packed side."""
         (rows, k), (apart, step) = self.view.shape, self.view.strides
         along = step == ONE or k == ONE
         if along and not self.right:
@@ -66,7 +68,9 @@ class NarrowSide:
 
 
 def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] | None:
-    """Return both sides of a product of bf16 matrices, neither stored in pairs already; None for any other node."""
+    """Return both operands of a product of bf16 matrices, neither of which is stored in pairs already; None for any
+    other node.
+    """
     if not w.isa.multiplies_pairs or not isinstance(node.op, (Linear, MatMul)):
         return None
     x, y = node.inputs[:2]
@@ -79,7 +83,7 @@ def narrow_sides(w: RoutineWriter, node: Node) -> tuple[NarrowSide, NarrowSide] 
 
 
 def _is_bound(value: Value) -> bool:
-    """Return True if a value is stored in its kernels' layout, or is decoded by its kernel."""
+    """Return True if a value is stored in the layout of its kernels, or if its kernel decodes it."""
     return value.layout is not None or unpacking(value) is not None
 
 
@@ -92,9 +96,9 @@ def _side(node: Node, at: int, view: View) -> NarrowSide | None:
 
 
 def rounds_sides(w: RoutineWriter, node: Node) -> bool:
-    """Add the steps of a cast to bf16 that only such products read: pack the sides from the operand of the cast.
+    """Lower a cast to bf16 that only such products read: add steps that pack the sides from the operand of the cast.
 
-    Returns False and adds nothing for any other node.
+    Return False and add nothing for any other node.
     """
     if not isinstance(node.op, Cast) or node.op.to is not bf16 or node.inputs[0].type.dtype is not f32:
         return False
@@ -109,9 +113,10 @@ def rounds_sides(w: RoutineWriter, node: Node) -> bool:
 
 
 def _sides_of(w: RoutineWriter, value: Value, source: View) -> dict[NarrowSide, NarrowSide] | None:
-    """Return the sides that products read of a cast value and its views, each with its side of the cast's `source`.
+    """Return the sides that products read of a cast value and of its views. Each is mapped to the corresponding side of
+    `source`, the operand of the cast.
 
-    Returns None if the value has other consumers.
+    Return None if the value has other consumers.
     """
     if value in w.plan.function.outputs.values():
         return None

@@ -1,4 +1,5 @@
-"""Kernel programs: a graph lowered for the TVM backend. A flat list of steps over views, one routine for each function.
+"""Kernel programs: a graph lowered for the TVM backend, as flat lists of steps over views, with one routine for each
+function.
 
     KernelStep   a kernel with its pointers and sizes, and the node it came from
     RoutineStep  a call of a routine with views, for example a repeated block
@@ -21,22 +22,22 @@ from treadle.passes.memory.frames import Frame, FrameCall
 from treadle.passes.memory.storage_plan import Life
 
 STATUS = Storage("status", i64, Size.of(4), StorageKind.STATUS)
-"""The words in which kernels report an index or a position out of range.
+"""The status words, in which kernels report an index or a position out of range.
 
-A kernel with indices reports an index out of range as 1, the index, the size of its axis, the row. A kernel that
-appends at start positions reports a row without room as 2, its start, the capacity, the row. Each kernel call in a plan
-has its own words, which identify the node; see `treadle.backends.tvm.planning`.
+If an index is out of range, the words are 1, the index, the size of the axis, and the row. If a kernel appends to a row
+that has no room, the words are 2, the start position, the capacity, and the row. Each kernel call in a plan has its own
+words, which identify the node; see `treadle.backends.tvm.planning`.
 """
 
 STATUS_WORDS = View(STATUS, (STATUS.elements,), (ONE,))
-"""The view passed to a kernel that reports errors, as the last of its pointers."""
+"""The view of the status words. It is the last pointer of a kernel that reports errors."""
 
 
 @dataclass(eq=False)
 class KernelStep:
     """A kernel call: its pointers, then its sizes, in the order that the kernel expects.
 
-    writes   number of pointers that it writes, counted from the end
+    writes   number of pointers to which the kernel writes, counted from the end
     note     reason why no faster kernel was used
     """
 
@@ -54,7 +55,7 @@ class KernelStep:
 
 @dataclass(eq=False)
 class RoutineStep:
-    """A call of a routine: a view for each argument, then for each result; all contiguous."""
+    """A call of a routine: a view for each argument, then for each result. All views are contiguous."""
 
     routine: Routine
     arguments: tuple[View, ...]
@@ -70,8 +71,8 @@ class RoutineStep:
 class Routine:
     """A function of the graph as steps.
 
-    lives       local storages of the plan and workspace of single steps, with the first and last step of the routine
-                that may access each
+    lives       local storages of the plan and workspaces of single steps, each with the first and last step of the
+                routine that may access it
     handed_out  for an entry: results for which a run allocates new memory; other values may use it before they are
                 written
     """
@@ -85,7 +86,7 @@ class Routine:
 
     @property
     def frame(self) -> Frame:
-        """The routine's local storages, by its own steps."""
+        """Frame of the routine: its local storages, with lifetimes in steps of the routine."""
         calls = {i: FrameCall(step.routine.name) for i, step in enumerate(self.steps) if isinstance(step, RoutineStep)}
         first: dict[Storage, int] = {}
         for at, step in enumerate(self.steps) if self.handed_out else ():
@@ -95,7 +96,7 @@ class Routine:
         return Frame(self.name, tuple([step.node for step in self.steps]), tuple(self.lives), calls, handed_out)
 
     def walk(self) -> Iterator[KernelStep]:
-        """Yield the kernel steps of this routine, without the steps of the routines it calls."""
+        """Yield the kernel steps of this routine, without the steps of routines that it calls."""
         return (s for s in self.steps if isinstance(s, KernelStep))
 
 
@@ -124,7 +125,7 @@ class ProgramEntry:
 
     @property
     def symbols(self) -> frozenset[str]:
-        """Every symbol whose size a run needs."""
+        """All symbols whose sizes a run needs."""
         steps = [step for routine in self.routines for step in routine.steps]
         sizes = [size for step in steps if isinstance(step, KernelStep) for size in step.sizes]
         sizes += [view.offset for step in steps for view in step.views]
@@ -134,7 +135,7 @@ class ProgramEntry:
 
 @dataclass(frozen=True)
 class KernelProgram:
-    """A whole graph.
+    """The program of a whole graph.
 
     routines   routines of all entries, callees first
     entries    entries by name; they share routines, weights and kernels
@@ -145,7 +146,7 @@ class KernelProgram:
 
     @property
     def main(self) -> Routine:
-        """The routine of the last entry."""
+        """Routine of the last entry."""
         return self.routines[-1]
 
 

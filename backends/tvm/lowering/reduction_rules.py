@@ -1,4 +1,5 @@
-"""Lowering rules of reductions, cumulative sums, argmax and top-k: dimensions in few loops, vectors if strides allow.
+"""Lowering rules of reductions, cumulative sums, argmax and top-k. Dimensions are merged into few loops, and vectors
+are used if strides allow it.
 
 A kernel has a fixed number of loops. Adjacent dimensions become one loop if their strides allow it. If they do not, an
 operand is copied first, and a result is computed into new memory and copied.
@@ -24,15 +25,17 @@ from treadle.ir.storage.views import View
 # -- dimensions as loops -------------------------------------------------------------------------------------
 
 Form = Callable[[View, Sequence[View]], "list[View] | None"]
-"""Returns an operand and results in the form of a kernel, in that order; None if the kernel cannot take them."""
+"""A function that returns views of an operand and of results, in that order, with the dimensions that a kernel
+expects, or None if the strides do not allow this.
+"""
 
 
 def fitted(
     w: RoutineWriter, node: Node, x: View, results: Sequence[View], form: Form
 ) -> tuple[list[View], Callable[[], None]]:
-    """Return the operand and the results in a form, with few copies, and a function that copies results back.
+    """Return the operand and the results as views in a form, with few copies, and a function that copies results back.
 
-    Call that function after the kernel's step.
+    Call that function after adding the kernel's step.
     """
     for operand_copied, results_copied in ((False, False), (True, False), (False, True), (True, True)):
         source = w.scratch(x.dtype, x.shape) if operand_copied else x
@@ -53,7 +56,8 @@ def fitted(
 
 
 def looped(views: Sequence[View], first: int, count: int, most: int) -> list[View] | None:
-    """Merge `count` dimensions from `first` on into exactly `most`, in the same way in all views; None if impossible.
+    """Merge `count` dimensions from `first` on into exactly `most` dimensions, in the same way in all views. Return
+    None if the strides do not allow this.
 
     These dimensions have the same sizes in all views.
     """
@@ -79,7 +83,7 @@ def looped(views: Sequence[View], first: int, count: int, most: int) -> list[Vie
 
 
 def rows(x: View, results: Sequence[View]) -> list[View] | None:
-    """Return the form of kernels along rows: two loops over all but the last dimension, which is contiguous."""
+    """Return views for kernels along rows: two loops over all dimensions but the last, which is contiguous."""
     views = looped([x, *results], 0, x.rank - 1, 2)
     return views if views is not None and all(side_by_side(v, 2) for v in views) else None
 
@@ -90,7 +94,7 @@ def side_by_side(view: View, axis: int) -> bool:
 
 
 def _picked(view: View, axes: Sequence[int]) -> View:
-    """Return a view of some dimensions, in that order; the others have size 1."""
+    """Return a view of some dimensions, in the order of `axes`. All other dimensions have size 1."""
     return replace(view, shape=tuple(view.shape[a] for a in axes), strides=tuple(view.strides[a] for a in axes))
 
 
@@ -125,7 +129,7 @@ def _reduce(w: RoutineWriter, node: Node) -> None:
 
 
 def _columns(views: Sequence[View]) -> bool:
-    """Return True if the remaining dimension is contiguous in the operand and the result."""
+    """Return True if the remaining dimension is contiguous in the operand and in the result."""
     return all(side_by_side(v, 1) for v in views)
 
 

@@ -1,10 +1,10 @@
-"""Lowering to kernels: a graph as a kernel program, node by node, by a table of rules.
+"""Lowering to kernels: a graph becomes a kernel program, node by node, by a table of rules.
 
     program = lower(graph, plan, isa, RULES)
 
 A rule is a function of a `RoutineWriter` and a node. The writer provides operands as views, the place of each result,
 and methods that add steps. Rules are in `rules` and its sibling modules. The storage plan determines where each value
-is stored. A step that needs workspace takes `scratch`, which lives while the step runs.
+is stored. A rule requests workspace with `scratch`; the workspace is alive while the step runs.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Life, Step, StoragePlan, ValuePlace
 
 Rule = Callable[["RoutineWriter", Node], None]
-"""Lowers a node: reads its operands' views, adds steps, and writes its results."""
+"""A function that lowers a node: it reads the views of operands, and adds steps that write the results."""
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
-"""Returns True if a rule covers a composite on operands of these types; otherwise its body is lowered."""
+"""A function that returns True if a rule supports a composite on operands of these types. Otherwise the composite's
+body is lowered.
+"""
 
 
 SLOTS = 32
-"""The largest number of shares of a kernel's tasks, if each share has its own workspace."""
+"""Maximum number of shares of a kernel's tasks, if each share has its own workspace."""
 
 
 def lower(
@@ -77,7 +79,7 @@ def lower(
 
 
 def _given_back(plan: FunctionPlan) -> dict[str, str]:
-    """Return the outputs stored in the memory of a donated input, by the names of both."""
+    """Return the outputs that are stored in the memory of a donated input: the names of both."""
     found = {name: value.name for name, value in plan.given_back.items()}
     return found | {name: value.name for value in plan.reuses[:1] for name in plan.results}
 
@@ -86,13 +88,14 @@ def _given_back(plan: FunctionPlan) -> dict[str, str]:
 
 
 class RoutineWriter:
-    """Writes one function as a routine.
+    """A writer of one function as a routine.
 
     groups   the step of each group of nodes, by the last node of the group
     uses     consumers of each value
-    rounded  for storages that exist only in the form that narrow products read, their elements; None until written
+    rounded  storages that exist only in the form that bf16 products read, with their elements; None until written
     sides    views that replace such a storage if there are several: see `product_sides`
-    encoded  for values that integer products read, by the form of the right side: rows as kernels read them, and scales
+    encoded  for values that integer products read, by the form of the right operand: rows as kernels read them, and
+             scales
     threads  number of threads of a kernel; None: any number
     """
 
@@ -127,17 +130,19 @@ class RoutineWriter:
 
     @property
     def slots(self) -> int:
-        """The number of shares of a kernel's tasks, each with its own workspace: `threads`, or `SLOTS` for None."""
+        """Number of shares of a kernel's tasks, each with its own workspace: `threads`, or `SLOTS` if it is None."""
         return SLOTS if self.threads is None else min(self.threads, SLOTS)
 
     # -- what rules use --------------------------------------------------------------------------------------
 
     def place(self, value: Value) -> ValuePlace:
-        """Return the plan's place of a value."""
+        """Return the place of a value in the storage plan."""
         return self.plan.places[value]
 
     def view(self, value: Value) -> View:
-        """Return the view of a value, to read or write. For a value only in panels see `View.panels`."""
+        """Return the view of a value, for reading or writing. For a value that is stored only in panels, use
+        `panels`.
+        """
         view = self.place(value).view
         assert view is not None, value
         return view
@@ -153,7 +158,7 @@ class RoutineWriter:
         return place.of if place.how is How.OVER and isinstance(place.of, Value) else None
 
     def panels(self, value: Value, layout: Layout) -> View | None:
-        """Return a value in panels, if it is stored in this layout."""
+        """Return a value in panels if it is stored in this layout, else None."""
         return self.view(value) if value.layout == layout else None
 
     def contiguous(self, view: View) -> View:
@@ -161,7 +166,7 @@ class RoutineWriter:
         return view if view.is_contiguous else self.copied(view)
 
     def copied(self, view: View) -> View:
-        """Return a copy in row-major order."""
+        """Add a step that copies the elements of a view, and return the copy, in row-major order."""
         made = self.scratch(view.dtype, view.shape, f"{view.storage.name}_copy")
         self.copy(view, made, None)
         return made
@@ -173,9 +178,9 @@ class RoutineWriter:
     def pointwise(
         self, chain: Chain, operands: Sequence[View], to: View, node: Node | None, over: int | None = None
     ) -> None:
-        """Add a step that computes a chain; operands broadcast to the result's shape.
+        """Add a step that computes a chain. Operands broadcast to the result's shape.
 
-        over  the operand whose memory the result overwrites
+        over  number of the operand whose memory the result overwrites
         """
         views = _collapsed([*(v.broadcast(to.shape) for v in operands), to])
         shape = views[-1].shape
@@ -186,15 +191,15 @@ class RoutineWriter:
         self.step(kernel, passed, [*shape, *strides], node)
 
     def scratch(self, dtype: DType, shape: Sequence[Size], hint: str = "scratch") -> View:
-        """Allocate new memory local to the routine."""
+        """Allocate workspace that is local to the routine."""
         storage = Storage(self._new_name(hint), dtype, product(shape), StorageKind.LOCAL)
         return View.contiguous(storage, shape)
 
     def made_once(self, of: View, what: Hashable, make: Callable[[], View]) -> View:
-        """Return the result of `make`, which adds steps at the first request. `of` and `what` must determine it.
+        """Return the result of `make`, which adds steps and is called at the first request. `of` and `what` must
+        determine the result.
 
-        If another step later writes into the storage of `of`, which then holds another value, the next request calls
-        `make` again.
+        If a later step writes into the storage of `of`, the next request calls `make` again.
         """
         known, key = self._made.setdefault(of.storage, {}), (of, what)
         if key not in known:
@@ -220,20 +225,20 @@ class RoutineWriter:
         writes: int = 1,
         note: str = "",
     ) -> None:
-        """Add a step. The last `writes` pointers are written."""
+        """Add a step. The kernel writes to the last `writes` pointers."""
         exact = tuple([Size.of(s) for s in sizes])
         self.routine.steps.append(KernelStep(kernel, tuple(pointers), exact, node, writes, note))
         self._forget(pointers[len(pointers) - writes :])
 
     def _forget(self, written: Iterable[View]) -> None:
-        """Discard the results of `made_once` that were computed from overwritten storages."""
+        """Discard the results of `made_once` that were computed from these storages, which are overwritten."""
         for view in written:
             self._made.pop(view.storage, None)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Write all steps."""
+        """Add the steps of all nodes."""
         for step in self.plan.steps:
             self._begins.append(len(self.routine.steps))
             if any(self.place(value).is_written for value in step.root.results):
@@ -258,10 +263,11 @@ class RoutineWriter:
         rule(self, node)
 
     def _lives(self) -> list[Life]:
-        """Return the lifetimes of local storages by the routine's own steps: of the plan, then workspace of steps.
+        """Return the lifetimes of local storages, in steps of the routine: storages of the plan, then workspaces of
+        steps.
 
-        If a step of the plan becomes several kernels, a storage may live from a later kernel or until an earlier kernel
-        of it.
+        If a step of the plan becomes several kernels, a storage may be alive only from a later or up to an earlier one
+        of them.
         """
         touched: dict[Storage, list[int]] = {}
         for at, step in enumerate(self.routine.steps):
@@ -276,7 +282,9 @@ class RoutineWriter:
         return [Life(storage, first, last) for storage, (first, last) in found.items()]
 
     def _narrowed(self, life: Life, touched: Sequence[int]) -> tuple[int, int]:
-        """Return a lifetime by the routine's steps; of the plan's first and last step only kernels that use it."""
+        """Return a lifetime of the plan in steps of the routine. Of the plan's first and last step, only kernels that
+        use the storage count.
+        """
         begin, end = self._begins[life.first], self._begins[life.last + 1]
         if touched and not begin <= touched[0] <= touched[-1] < end:
             raise BackendError(
@@ -316,7 +324,9 @@ class RoutineWriter:
 
 
 def _collapsed(views: Sequence[View]) -> list[View]:
-    """Return views of one shape with as few dimensions as possible: dimensions of size 1 dropped, neighbours merged."""
+    """Return views of one shape with as few dimensions as possible: dimensions of size 1 are dropped, and neighbors
+    merged.
+    """
     rank = views[0].rank
     kept = [axis for axis in range(rank) if views[0].shape[axis] != ONE]
     found = [
@@ -332,7 +342,7 @@ def _collapsed(views: Sequence[View]) -> list[View]:
 
 
 def _how(view: View) -> str:
-    """Return how a view moves along its last dimension; see `Pointwise.inner`."""
+    """Return the movement of a view along its last dimension; see `Pointwise.inner`."""
     if not view.strides:
         return "0"
     return {0: "0", 1: "1"}.get(view.strides[-1].constant if view.strides[-1].constant is not None else -1, "s")

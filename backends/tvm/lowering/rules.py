@@ -1,4 +1,4 @@
-"""The table of lowering rules: op name -> rule that adds its kernels. Rules of one kind share a module."""
+"""The table of lowering rules: op names, and the rules that add their kernels. Rules of similar ops share a module."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ RULES: Mapping[str, Rule] = {
 """The rule `pointwise` lowers every group of elementwise ops."""
 
 KEEPS: Mapping[str, Keeps] = {name: keeps for module in _MODULES for name, keeps in module.KEEPS.items()}
-"""For composites with a rule: True if the rule covers these operands. Composites that are not listed are covered."""
+"""Functions that return True if the rule of a composite supports these operands. A composite that has a rule but is not
+listed is always supported.
+"""
 
 
 def keeps(op: Op, types: Sequence[Type | None]) -> bool:
@@ -63,7 +65,7 @@ def keeps(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def supported(op: Op, types: Sequence[Type | None]) -> str | None:
-    """Return None, or the reason why no kernel computes a primitive or kept composite on operands of these types."""
+    """Return None if a kernel computes a primitive or kept composite on operands of these types, else the reason."""
     if isinstance(op, Composite) or keeps(op, types):
         return None
     types_text = [f"{t.dtype}{'' if t.encoding is None else f' as {t.encoding}'}" for t in types if t is not None]

@@ -1,7 +1,7 @@
-"""Lowering rules of shapes: copies for values that the storage plan did not make views.
+"""Lowering rules of shape ops: copies for values that are not views in the storage plan.
 
-rearrange, expand, slice, reshape and windows are mostly views, which write nothing. concat and pad copy operands that
-are not already stored in the result.
+rearrange, expand, slice, reshape and windows are usually views, for which nothing is written. concat and pad copy
+operands that are not already stored in the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from treadle.ir.types import DType, boolean
 
 
 def _move(w: RoutineWriter, node: Node) -> None:
-    """Copy the elements of a view, if it is a result of the function or its strides cannot express it."""
+    """Add a copy of the elements of a view, if it is a result of the function, or if strides cannot express it."""
     (x,) = node.inputs
     source, to = w.view(x), w.view(node.result)
     shown = node.op.viewed(source, [x.type])
@@ -80,7 +80,7 @@ def fill(w: RoutineWriter, to: View, value: float, node: Node) -> None:
 
 
 def _held(value: float, dtype: DType) -> float | int | bool:
-    """Return a number as it is stored in an array of the dtype."""
+    """Return a number as the value that an array of the dtype stores for it."""
     if dtype.is_float:
         return float(value)
     if dtype is boolean:
@@ -95,7 +95,7 @@ def _fold_windows(w: RoutineWriter, node: Node) -> None:
     axis = place(given["axis"], to.rank)
 
     def split(view: View) -> View | None:
-        """p, i, d, e"""
+        """Return the view with the dimensions p, i, d, e, or None if the strides do not allow this."""
         return thirds(replace(view, shape=view.shape[:-1], strides=view.strides[:-1]), axis)
 
     source = w.view(x)

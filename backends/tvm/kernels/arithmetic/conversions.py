@@ -1,9 +1,10 @@
 """Conversions between dtypes, lane by lane, bitwise identical on every instruction set.
 
 - f16 and bf16 are computed in f32. Results are rounded once, to nearest, ties to even; a NaN remains a NaN
-- a bf16 is held as its bits, a uint16: code generators have no arithmetic for it, and TVM's own rounding loses NaNs
-- f16 is converted by instructions if there are any, else by integer arithmetic: the function that the code generator
-  would call is in a compiler's library, which kernels are not linked with
+- a bf16 is stored as its bits, a uint16: TVM's code generators have no arithmetic for bf16, and TVM's own rounding
+  loses NaNs
+- f16 is converted by instructions if there are any, else by integer arithmetic: LLVM would call a function of a
+  compiler's library, with which kernels are not linked
 - a float that does not fit an integer type becomes the lowest integer of the type (of i32 for narrower types, which
   keep its low bits), as on x86 and therefore in NumPy
 """
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 NARROW = frozenset({"f16", "bf16"})
-"""The floats that are computed in f32."""
+"""Names of the floats that are computed in f32."""
 
 i32, i64 = DTYPES["i32"], DTYPES["i64"]
 
@@ -36,7 +37,9 @@ def has_f16(isa: Isa) -> bool:
 
 
 def narrow_cast(k: Emitter, value: Expr, held: str, dtype: DType, lanes: int) -> Expr | None:
-    """Convert from or to f16 or bf16; None for any other conversion. `held` is TVM's name of the value's dtype."""
+    """Convert from or to f16 or bf16. Return None for any other conversion. `held` is TVM's name of the
+    value's dtype.
+    """
     if held == "uint16":
         return _from_f32(k, _bf16_to_f32(k, value, lanes), dtype, lanes)
     if held == "float16" and not (dtype is f32 and has_f16(k.isa)):
@@ -58,7 +61,9 @@ def _from_f32(k: Emitter, wide: Expr, dtype: DType, lanes: int) -> Expr:
 
 
 def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
-    """Emit the op `cast`: like `k.cast`, but defined for every number; every number except 0 is true."""
+    """Emit the op `cast`. Unlike `k.cast`, the result is defined for every number; converted to bool, every number
+    except 0 is true.
+    """
     if held is boolean:
         return _from_bool(k, value, dtype, lanes)
     if held is dtype:
@@ -76,7 +81,7 @@ def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> E
 
 
 def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
-    """Return 0 or 1. In LLVM text, because TVM cannot bind an expression of bools to a name."""
+    """Return 0 or 1. The code is LLVM text, since TVM cannot bind an expression of bools to a name."""
     if dtype.name in NARROW:
         return k.cast(k.let(_from_bool(k, value, f32, lanes)), dtype, lanes)
     t = llvm_type(dtype)
@@ -86,7 +91,9 @@ def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
 
 
 def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
-    """Convert only values that fit: the result of LLVM's instruction is undefined for others."""
+    """Convert a float to an integer. Values that do not fit are replaced first, since LLVM's instruction is undefined
+    for them.
+    """
     f, i, limit = held.name, dtype.name, 2.0 ** (8 * dtype.bytes - 1)
     return call_lanewise(
         k,
@@ -110,7 +117,9 @@ def _bf16_to_f32(k: Emitter, bits: Expr, lanes: int) -> Expr:
 
 
 def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Add half of the spacing, minus one bit if the kept part is even, and truncate. A NaN is made quiet instead."""
+    """Round to bf16: add half of the spacing, minus one bit if the kept part is even, and truncate. A NaN becomes a
+    quiet NaN instead.
+    """
     return call_lanewise(
         k,
         "f32_to_bf16",
@@ -132,7 +141,9 @@ def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Move the bits to float32's fields, which scales by 2^-112 (also subnormals); inf and NaN separately."""
+    """Move the bits to float32's fields, and multiply by 2^112 to correct the exponent (also of subnormals). inf and
+    NaN are handled separately.
+    """
     return call_lanewise(
         k,
         "f16_to_f32",
@@ -158,7 +169,7 @@ def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Round a normal result as for bf16. Adding 1/2, whose last bit is 2^-24, rounds a subnormal result."""
+    """Round normal results as for bf16. Subnormal results are rounded by adding 1/2, whose last bit is 2^-24."""
     return call_lanewise(
         k,
         "f32_to_f16",
@@ -195,7 +206,9 @@ def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
 
 
 def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
-    """Round towards zero and set the last bit if inexact: rounding the result to f16 rounds only once."""
+    """Round towards zero, and set the last bit if the result is inexact. Rounding this result to f16 then gives the
+    same as rounding the f64 once.
+    """
     return call_lanewise(
         k,
         "f64_to_odd_f32",

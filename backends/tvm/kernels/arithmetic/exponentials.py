@@ -1,7 +1,7 @@
 """e^x, ln x, x^y and functions composed of them, as vector code in float32.
 
-Every function is correct for all of float32: infinities, NaN, subnormal operands and results. Errors are given in units
-in the last place (ulp), and hold with fused and with separate multiply and add.
+Every function is correct for all of float32: infinities, NaN, subnormal operands and results. Errors are in units in
+the last place (ulp), and hold for fused and for separate multiplication and addition.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 LOG2_E = 1.4426950408889634
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # nine bits in the first: products with exponents are exact
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # the first has nine bits, so its product with an exponent is exact
 LEAST_NORMAL = -87.33654022216797  # the lowest float32 whose e^x is a normal number
 
 # (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, within 3e-9 of e^r; minimax, fitted
@@ -50,7 +50,7 @@ _LOG = (
 # tanh x = x P(x^2) / Q(x^2), within 2.2e-8; minimax, fitted
 _TANH_P = (1.3384286567941217e-8, 2.0635819964809343e-5, 3.4974575974047184e-3, 0.1338268667459488, 1.0)
 _TANH_Q = (7.790247309458209e-7, 3.2885168911889195e-4, 2.5884360074996948e-2, 0.46716007590293884, 1.0)
-_TANH_ONE = 9.0190525  # from here on the quotient is 1, fused or not
+_TANH_ONE = 9.0190525  # from here on the quotient is 1
 # erf x = x P(x^2) / Q(x^2), within 5.2e-8; minimax, fitted
 _ERF_P = (
     2.222541525043198e-6,
@@ -87,7 +87,7 @@ _PHI_Q = (
     1.0,
 )
 _PHI_HALF = 5.5575676
-# The same in pieces of degree 4, within 1.7e-7; it rounds to 1/2 from 14.5 steps on
+# The same polynomial in pieces of degree 4, within 1.7e-7. From 14.5 steps on it rounds to 1/2
 _PHI_STEP = 49 / 128
 _PHI_PIECES = pieces(lambda x: 0.5 * math.erf(x * math.sqrt(0.5)) if x < 14.5 * _PHI_STEP else 0.5, _PHI_STEP, 4)
 
@@ -104,7 +104,7 @@ def exp(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x for x <= 0 in fewer instructions: like `exp`, but 0 if the result would be subnormal."""
+    """e^x for x <= 0 in fewer instructions than `exp`; results that would be subnormal are 0."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     p, raised, _ = _reduced_exp(held.at_least(LEAST_NORMAL))
@@ -114,7 +114,7 @@ def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
 def exp_for_pairs(k: Emitter, x: Expr, lanes: int) -> Expr:
     """e^x for x <= 0 with the accuracy of bf16, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
 
-    For instruction sets that multiply pairs; they all have AVX-512.
+    Only for instruction sets that multiply bf16 pairs; they all have AVX-512.
     """
     f = LaneFunction(k, lanes)
     y = f.operand(x, "f32") * LOG2_E
@@ -127,7 +127,7 @@ def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
 
 
 def expm1(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """e^x - 1, within 4 ulp: near 0 by the polynomial of e^x without its 1, elsewhere e^x minus 1."""
+    """e^x - 1, within 4 ulp: near 0, the polynomial of e^x without its constant 1; elsewhere e^x minus 1."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     p, raised, whole = _reduced_exp(held.at_most(89.0).at_least(-104.0))
@@ -150,7 +150,7 @@ def softplus(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _log1p(f: LaneFunction, x: LaneValue) -> LaneValue:
-    """ln(u) x / (u - 1) with u = 1 + x, which has the digits that u lost of x        (Kahan)"""
+    """ln(u) x / (u - 1) with u = 1 + x; the factor x / (u - 1) corrects the rounding of u        (Kahan)"""
     u = x + 1.0
     kept = u - 1.0
     found = _log(f, u)
@@ -166,30 +166,30 @@ def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
 
 
 def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """1 / (1 + e^-x), within 3 ulp; 0 if e^-x is inf; the exact result is subnormal there."""
+    """1 / (1 + e^-x), within 3 ulp. If e^-x is inf, the result is 0; the exact result is subnormal."""
     f = LaneFunction(k, lanes)
     return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
 
 
 def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^-x), within 3 ulp; 0 where e^-x is inf."""
+    """x / (1 + e^-x), within 3 ulp. If e^-x is inf, the result is 0."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, -held) + 1.0))
 
 
 def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: the exponent's size multiplies its own roundings."""
+    """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: roundings of the exponent are multiplied by its size."""
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
     return f.result(held / (_exp(f, held * -1.702) + 1.0))
 
 
 def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): this form has no cancellation.
+    """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): the right-hand form has no cancellation.
 
-    Within 5 + 9.2 |u| roundings: the exponent's size multiplies its own roundings. The usual form has no correct digits
-    for x below -6.
+    Within 5 + 9.2 |u| roundings: roundings of the exponent are multiplied by its size. The left-hand form has no
+    correct digits for x below -6.
     """
     f = LaneFunction(k, lanes)
     held = f.operand(x, "f32")
@@ -210,9 +210,9 @@ def erf(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
-    """x Phi(x), within 4e-7 |x|: below 0, digits cancel, as in its formula. 0 below -5.56, NaN at -inf."""
+    """x Phi(x), within 4e-7 |x|: below 0, digits cancel in the formula. 0 below -5.56, NaN at -inf."""
     f = LaneFunction(k, lanes)
-    if lanes < PIECES and "avx512f" in k.isa.needs:  # fewer lanes must get the same bits as 16
+    if lanes < PIECES and "avx512f" in k.isa.needs:  # so that fewer lanes get the same bits as 16
         wide = k.splat(x, PIECES) if lanes == 1 else k.shuffle([x] * (PIECES // lanes), range(PIECES))
         return k.shuffle([k.let(gelu(k, k.let(wide), PIECES))], range(lanes))
     held = f.operand(x, "f32")
@@ -225,7 +225,7 @@ def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ...]) -> LaneValue:
-    """x P(x^2) / Q(x^2); near the end of the interval it may exceed its limit by rounding."""
+    """x P(x^2) / Q(x^2). Near the end of the interval, rounding may make the result exceed the function's limit."""
     square = x * x
     return x * polynomial(square, above) / polynomial(square, below)
 
@@ -249,7 +249,7 @@ def _log(f: LaneFunction, value: LaneValue) -> LaneValue:
 
 
 def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:
-    """x^y = 2^(y log2 |x|) in f64, rounded once, with the sign of x for odd y; special cases as in C."""
+    """x^y = 2^(y log2 |x|) in f64, rounded once. The sign is the sign of x for odd y. Special cases are as in C."""
     f = LaneFunction(k, lanes)
     base, by = f.operand(x, "f32"), f.operand(y, "f32")
     size = base.abs()

@@ -1,6 +1,6 @@
-"""Integer arithmetic with NumPy's semantics: it wraps around, division rounds down, and nothing traps.
+"""Integer arithmetic with NumPy's semantics: overflow wraps around, division rounds down, and nothing traps.
 
-In LLVM text throughout: TVM declares to LLVM that its signed additions never overflow.
+All code is LLVM text, since TVM declares to LLVM that signed additions never overflow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def integer_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands:
     return call_lanewise(k, f"{name}_{dtype.name}", tvm_name, lanes, operands, types, body)
 
 
-# A divisor of 0, and a divisor of -1, which overflows for the lowest number, are replaced by 1, so that neither traps.
+# A division by 0 traps, and so does the division of the lowest number by -1. Both divisors are replaced by 1.
 _DIVISION = """%zero = icmp eq TYPE %x1, [NUMBER 0]
 %minus = icmp eq TYPE %x1, [NUMBER -1]
 %trap = or {i1} %zero, %minus

@@ -4,9 +4,9 @@
     x = f.operand(value, "f32")
     return f.result((x * x + 1.0).sqrt())     # one call in the kernel, which LLVM inlines
 
-TVM sees only one call: its simplifier takes seconds for a long expression, and applies rules to floats that hold only
-for real numbers. A product that is added to a value is fused with it, any other product is rounded by itself: see
-`treadle.backends.tvm.kernels.fused_products`.
+TVM sees only one call. Its simplifier would take seconds for a long expression, and would apply rules to floats that
+hold only for real numbers. A product that is added to a value is fused with the addition; any other product is rounded:
+see `treadle.backends.tvm.kernels.fused_products`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Number = float | int
 
 
 class LaneValue:
-    """A vector in a `LaneFunction`, or a constant: `type` is `i1 i32 i64 f32 f64`. Integers wrap around.
+    """A vector or a constant in a `LaneFunction`. `type` is i1, i32, i64, f32 or f64. Integers wrap around.
 
-    Comparisons return i1; for floats they are false if either is NaN.
+    Comparisons return i1. A comparison of floats is false if one of them is NaN.
     """
 
     def __init__(self, function: LaneFunction, text: str, type: str) -> None:
@@ -87,7 +87,7 @@ class LaneValue:
         return self.function.integer("shl", self, by)
 
     def __rshift__(self, by: int) -> LaneValue:
-        """Shift right, extending the sign."""
+        """Shift right; the sign is extended."""
         return self.function.integer("ashr", self, by)
 
     def is_nan(self) -> LaneValue:
@@ -117,22 +117,22 @@ class LaneValue:
         return self.function.line(type, f"{how[widths[1] < widths[0]]} {{{self.type}}} {self.text} to {{{type}}}")
 
     def at_least(self, low: float) -> LaneValue:
-        """Return the larger of this value and a number; a NaN remains."""
+        """Return the larger of this value and `low`; NaN stays NaN."""
         bound = self.function.number(low, self.type)
         return self.function.select(bound > self, bound, self)
 
     def at_most(self, high: float) -> LaneValue:
-        """Return the smaller of this value and a number; a NaN remains."""
+        """Return the smaller of this value and `high`; NaN stays NaN."""
         bound = self.function.number(high, self.type)
         return self.function.select(bound < self, bound, self)
 
     def clamped(self, size: float) -> LaneValue:
-        """Clamp this value to -size and size; a NaN remains."""
+        """Clamp this value to the range from -size to size; NaN stays NaN."""
         return self.at_most(size).at_least(-size)
 
 
 class _Product(LaneValue):
-    """x * y of floats: computed and rounded, unless it is fused with a sum that reads it."""
+    """A product of floats. It is computed and rounded, unless a sum that reads it is fused with it."""
 
     def __init__(self, x: LaneValue, y: LaneValue) -> None:
         self.function, self.type, self.factors = x.function, x.type, (x, y)
@@ -145,7 +145,7 @@ class _Product(LaneValue):
 
 
 class LaneFunction:
-    """The text of one function under construction."""
+    """A function under construction, as LLVM text."""
 
     def __init__(self, k: Emitter, lanes: int) -> None:
         self.k, self.lanes = k, lanes
@@ -153,13 +153,13 @@ class LaneFunction:
         self._operands: list[tuple[Expr, str]] = []
 
     def operand(self, value: Expr, type: str) -> LaneValue:
-        """Return the next operand."""
+        """Add an operand to the function, and return it."""
         self._operands.append((value, type))
         return LaneValue(self, f"%x{len(self._operands) - 1}", type)
 
     def result(self, value: LaneValue) -> Expr:
-        """Call the function on its operands and return this value of its body."""
-        last = f"%r = freeze {{{value.type}}} {value.text}"  # may add a line before it
+        """Return a call of the function on its operands, with `value` as its result."""
+        last = f"%r = freeze {{{value.type}}} {value.text}"  # evaluating `value` may add a line
         body = "\n".join([*self._lines, last])
         types = " ".join(t for _, t in self._operands) + f" -> {value.type}"
         name = "f" + hashlib.sha256(f"{types} {body}".encode()).hexdigest()[:16]
@@ -186,7 +186,7 @@ class LaneFunction:
         if sign in "+-" and isinstance(x, _Product):
             return self.intrinsic("fmuladd", *x.factors, -y if sign == "-" else y)
         if sign in "+-" and isinstance(y, _Product):
-            left, right = y.factors  # the second may be a constant, which is negated at no cost
+            left, right = y.factors  # the second factor may be a constant, whose negation takes no instruction
             return self.intrinsic("fmuladd", left, -right if sign == "-" else right, x)
         return self.line(x.type, f"f{_ARITHMETIC[sign]} {{{x.type}}} {x.text}, {y.text}")
 
@@ -199,7 +199,7 @@ class LaneFunction:
         return self.line("i1", f"{said} {{{x.type}}} {x.text}, {self._of(y, x.type).text}")
 
     def select(self, condition: LaneValue, then: LaneValue | Number, otherwise: LaneValue) -> LaneValue:
-        """Select by lane."""
+        """Return `then` in lanes in which the condition holds, else `otherwise`."""
         chosen = self._of(then, otherwise.type).text
         t = f"{{{otherwise.type}}}"
         return self.line(otherwise.type, f"select {{i1}} {condition.text}, {t} {chosen}, {t} {otherwise.text}")

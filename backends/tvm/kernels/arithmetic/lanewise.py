@@ -2,8 +2,9 @@
 
     call_lanewise(k, "wrap_add_i32", "int32", 16, (x, y), "i32 i32 -> i32", "%r = add {i32} %x0, %x1")
 
-In the body `{i32}` is the type of that many lanes, `[i32 7]` a constant in every lane, `{.f32}` the suffix of an
-intrinsic's name. Operands are `%x0`, `%x1`, ...; the result is `%r`. The text is the same for every instruction set.
+In the body, `{i32}` is a vector of i32 with the given number of lanes, `[i32 7]` is a constant in every lane, and
+`{.f32}` is the suffix of an intrinsic's name. Operands are `%x0`, `%x1`, ...; the result is `%r`. The text is the same
+for every instruction set.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _TYPES |= {"f64": "double"}
 def call_lanewise(
     k: Emitter, name: str, result: str, lanes: int, operands: Sequence[Expr], types: str, body: str
 ) -> Expr:
-    """Call a function that the body defines. `result` is a dtype in TVM, `types` are LLVM's names of all."""
+    """Call a function with this body. `result` is TVM's dtype of the result; `types` are LLVM's types of operands and
+    result.
+    """
     taken, _, given = types.partition("->")
     full = f"treadle_{name}_{lanes}"
 
@@ -39,7 +42,7 @@ def call_lanewise(
 
 
 def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) -> Expr:
-    """Compare by lane; returns bools. `how`: eq, ne, lt, le, gt or ge. A float NaN differs from every value.
+    """Compare lane by lane, and return bools. `how`: eq, ne, lt, le, gt or ge. A NaN differs from every value.
 
     TVM would fold x == x to true, and evaluates == only at its use.
     """
@@ -53,12 +56,12 @@ def compare(k: Emitter, how: str, x: Expr, y: Expr, dtype: DType, lanes: int) ->
 
 
 def llvm_type(dtype: DType) -> str:
-    """Return a dtype's name in LLVM: integers by their width, signed or not; a bool is i1."""
+    """Return LLVM's name of a dtype: integers are named by their width, signed or not; bool is i1."""
     return {"u8": "i8", "bool": "i1", "bf16": "i16"}.get(dtype.name, dtype.name)
 
 
 def tvm_type(dtype: DType) -> str:
-    """Return a dtype's name in TVM; see `treadle.backends.tvm.kernels.emitter.tvm_dtype`, which also handles lanes."""
+    """Return TVM's name of a dtype; see `treadle.backends.tvm.kernels.emitter.tvm_dtype`, which also handles lanes."""
     if dtype.is_float:
         return f"float{8 * dtype.bytes}"
     return dtype.name if dtype.name == "bool" else ("u" if dtype.name == "u8" else "") + f"int{8 * dtype.bytes}"

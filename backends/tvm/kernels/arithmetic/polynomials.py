@@ -11,7 +11,7 @@ from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, 
 from treadle.backends.tvm.kernels.arithmetic.lanewise import hexadecimal
 
 MAGIC = {"f32": 1.5 * 2.0**23, "f64": 1.5 * 2.0**52}
-"""A number at which adjacent numbers of a float type differ by one."""
+"""A number near which adjacent numbers of the float type differ by 1, so that adding it rounds to integers."""
 
 _MAGIC_BITS = 0x4B400000  # the bits of MAGIC in f32
 _FRACTION = {"f32": 23, "f64": 52}
@@ -21,7 +21,7 @@ _SQRT_HALF = {"f32": 0x3F3504F3, "f64": 0x3FE6A09E667F3BCD}
 
 
 def polynomial(x: LaneValue, coefficients: Sequence[float]) -> LaneValue:
-    """Evaluate a polynomial by Horner's rule, with the highest power's coefficient first."""
+    """Evaluate a polynomial by Horner's rule. The coefficient of the highest power comes first."""
     value = x * coefficients[0] + coefficients[1]
     for c in coefficients[2:]:
         value = value * x + c
@@ -33,14 +33,17 @@ PIECES = 16
 
 
 def has_tables(f: LaneFunction) -> bool:
-    """Return True if these lanes have AVX-512: one instruction looks up 16 of them in a vector, or scales them."""
+    """Return True if AVX-512 can be used for these lanes: one instruction looks up 16 table entries in a vector, or
+    scales 16 lanes.
+    """
     return "avx512f" in f.k.isa.needs and f.lanes == PIECES
 
 
 def pieces(of: Callable[[float], float], step: float, degree: int) -> tuple[tuple[float, ...], ...]:
-    """Return coefficients, highest power first, of polynomials in x - n step around each n step for n below 16.
+    """Return coefficients, highest power first, of polynomials in x - n step around n step, for n from 0 to 15.
 
-    Each coefficient has one entry for each piece. The last piece is the constant value of `of` there.
+    Each coefficient is a tuple with one entry for each piece. The last piece is the constant value of `of` at its
+    center.
     """
     inside = [_interpolated(of, n * step, step / 2, degree) for n in range(PIECES - 1)]
     return tuple(zip(*inside, [0.0] * degree + [of((PIECES - 1) * step)], strict=True))
@@ -54,7 +57,9 @@ def _interpolated(of: Callable[[float], float], center: float, half: float, degr
 
 
 def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
-    """Evaluate in each lane the polynomial of its piece, for x of 0 to 15 steps. Needs `has_tables`. See `pieces`."""
+    """Evaluate in each lane the polynomial of the piece in which x is, for x from 0 to 15 steps. Needs `has_tables`.
+    See `pieces`.
+    """
     raised, whole = rounded_product(x, 1.0 / step)
     index = raised.bits("i32")
     rest = x - whole * step
@@ -65,14 +70,14 @@ def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], s
 
 
 def _looked_up(f: LaneFunction, index: LaneValue, entries: Sequence[float]) -> LaneValue:
-    """Return the table entries at the low four bits of an index."""
+    """Return the table entries whose numbers are the low four bits of an index."""
     held = ", ".join(f"float {hexadecimal(float(np.float32(entry)))}" for entry in entries)
     name = "@llvm.x86.avx512.permvar.sf.512"
     return f.line("f32", f"call {{f32}} {name}({{f32}} <{held}>, {{i32}} {index.text})")
 
 
 def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
-    """Return the integer nearest to x * factor, below 2^21: plus MAGIC, whose low bits hold it, and itself."""
+    """Return the integer n nearest to x * factor, below 2^21, in two forms: n + MAGIC, whose low bits are n, and n."""
     raised = x * factor + MAGIC[x.type]
     return raised, raised - MAGIC[x.type]
 
@@ -84,7 +89,7 @@ def power_of_two(raised: LaneValue) -> LaneValue:
 
 
 def fraction_above(f: LaneFunction, x: LaneValue) -> LaneValue:
-    """Return x - floor(x), and 0 for an infinity, in one instruction of AVX-512."""
+    """Return x - floor(x), or 0 for an infinity, in one instruction of AVX-512."""
     down, name = 9, "@llvm.x86.avx512.mask.reduce.ps.512"
     return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, i32 {down}, {{f32}} zeroinitializer, i16 -1, i32 4)")
 
@@ -99,8 +104,9 @@ def times_power_of_two(f: LaneFunction, x: LaneValue, power: LaneValue) -> LaneV
 def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
     """Return x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once; the result may be subnormal or inf.
 
-    Takes n + MAGIC and n. AVX-512 has an instruction for it; otherwise x is multiplied by two factors, the first
-    exactly.
+    raised, whole  n + MAGIC, and n
+
+    AVX-512 has an instruction for this. Otherwise x is multiplied by two factors; the first product is exact.
     """
     if has_tables(f):
         return times_power_of_two(f, x, whole)
@@ -115,5 +121,5 @@ def mantissa_and_exponent(x: LaneValue) -> tuple[LaneValue, LaneValue]:
     f, i = x.type, _INTEGER[x.type]
     e = (x.bits(i) - _SQRT_HALF[f]) >> _FRACTION[f]
     m = (x.bits(i) - (e << _FRACTION[f])).bits(f)
-    # the low half is enough for f64's exponent; 64-bit integers convert to floats slowly without AVX-512
+    # f64's exponent fits into 32 bits; without AVX-512, converting 64-bit integers to floats is slow
     return m, (e if i == "i32" else e.to("i32")).to(f)

@@ -1,7 +1,7 @@
 """sin and cos in float32 as vector code.
 
-The argument is reduced in float64, where n * pi/2 for an integer n below 2^27 is subtracted exactly. Larger lanes,
-which are rare in practice, are passed to C's library one by one.
+The argument is reduced in float64, where n * pi/2 for an integer n below 2^27 is subtracted exactly. For larger
+arguments, which are rare in practice, C's library is called lane by lane.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _wave(k: Emitter, x: Expr, name: str, quadrants: int, lanes: int) -> Expr:
 
 
 def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
-    """Return `made`, with the results of C's library in lanes where x is huge and finite."""
+    """Return `made`, replaced by the results of C's library in lanes in which x is huge and finite."""
     given, found = k.registers(lanes, f32, "given"), k.registers(lanes, f32, "found")
     k.store(given, [0], x, lanes)
     k.store(found, [0], made, lanes)

@@ -1,6 +1,6 @@
-"""Elementwise functions as vector code: the instructions of chains.
+"""Elementwise functions as vector code: the operations of elementwise chains.
 
-Every function works for any number of lanes, with bitwise identical results.
+The results of every function are bitwise identical for any number of lanes.
 
 - f32 is computed by polynomials (`exponentials`, `trigonometry`), f64 by C's math library lane by lane
 - f16 and bf16 are computed in f32, and each op's result is rounded once (`conversions`)
@@ -97,7 +97,7 @@ def _float_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: 
 
 def _arithmetic(name: str) -> Callable[..., Expr]:
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr, ties: str = "even") -> Expr:
-        """`ties`, of a maximum or minimum, is about its gradient alone."""
+        """Emit the op. `ties` of a maximum or minimum is ignored, since it affects only the gradient."""
         computed = _float_function if dtype.is_float else integer_function
         return computed(k, name, dtype, lanes, *operands)
 
@@ -117,7 +117,9 @@ def _mod(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
 
 
 def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> tuple[Expr, Expr]:
-    """Return floor(x / y) and the remainder, using C's exact remainder; zeros have the same sign as in Python."""
+    """Return floor(x / y) and the remainder. The remainder is computed exactly by C's library; signs of zeros are as in
+    Python.
+    """
     t = dtype.name
     x, y = k.let(x), k.let(y)
     remainder = k.let(by_lane(k, "fmod", dtype, lanes, x, y))
@@ -151,9 +153,9 @@ def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
 
 
 def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
-    """Create a function of floats from a formula, in f32 and in f64: `formula(lambda x: x / (x.abs() + 1.0))`.
+    """Create a function of floats from a formula, for f32 and f64: `formula(lambda x: x / (x.abs() + 1.0))`.
 
-    `make` takes a `LaneValue` for each operand and returns one.
+    `make` takes a `LaneValue` for each operand and returns a `LaneValue`.
     """
 
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
@@ -167,7 +169,9 @@ def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
 
 
 def _function(single: Callable[..., Expr], double: str | Callable[..., Expr]) -> Callable[..., Expr]:
-    """Create a function of a float: vector code for f32; for f64 C's library, by name, or code that calls it."""
+    """Create a function of one float from `single`, vector code for f32, and `double`, the name of a function of C's
+    library for f64, or code that calls it.
+    """
 
     def function(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
         if dtype is f32:
@@ -196,7 +200,7 @@ def _round(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
 
 def _relu(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
     zero = k.number(0.0, dtype, lanes)
-    return k.select(zero > x, zero, x)  # a NaN remains
+    return k.select(zero > x, zero, x)  # NaN stays NaN
 
 
 def _sigmoid_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
@@ -230,7 +234,9 @@ def _softplus_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
 
 
 def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:
-    """Round in f64, which contains all numbers of the formats, by adding a number whose last bit equals the spacing."""
+    """Round in f64, which contains all numbers of the formats, by adding a number whose last bit has the format's
+    spacing.
+    """
     known = FORMATS[format]
     f = LaneFunction(k, lanes)
     given = f.operand(x, dtype.name)
@@ -310,16 +316,18 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "logical_not": _logical("logical_not", "%r = xor {i1} %x0, [i1 true]"),
     "where": _where,
 }
-"""Op name -> the function of (emitter, dtype, lanes, *operands, **attributes), in addition to `cast` and `constant`."""
+"""Op names, and functions of (emitter, dtype, lanes, *operands, **attributes). `cast` and `constant` are not
+included.
+"""
 
 ADDED: set[str] = set()
-"""The ops whose functions were added by `add_function`."""
+"""Names of the ops whose functions were added by `add_function`."""
 
 
 def add_function(op: str, function: Callable[..., Expr]) -> None:
-    """Register a function for an op of another package, so that chains may contain the op.
+    """Register a function for an op of another package, so that elementwise chains may contain the op.
 
-    Its kernels are kept in memory only, because a cache file could not show that the function changed. Raises
+    Kernels with this op are cached only in memory, since the key of a cache file does not include the function. Raises
     GraphError for an op that already has a function.
     """
     if is_pointwise(op):
@@ -334,4 +342,4 @@ def is_pointwise(op: str) -> bool:
 
 
 DIVISIONS = frozenset({"floor_divide", "mod"})
-"""The ops without vector instructions in any instruction set."""
+"""Ops for which no instruction set has vector instructions."""

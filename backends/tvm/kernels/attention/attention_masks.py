@@ -1,13 +1,13 @@
-"""Terms that attention applies to the scores of a query after their scale: soft-cap, masks and biases, as vectors.
+"""Terms of attention that are applied to the scaled scores of a query: soft-cap, masks and biases, as vectors.
 
-A mask by position (causal, window, padding) is not a term here: it is a first and a last key of each query, which the
-kernel in `treadle.backends.tvm.kernels.attention.flash_attention` takes as sizes. The other terms have their own
-operands, and each has a writer:
+A mask of positions (causal, window, padding) is not a term here. It determines the first and the last key of each
+query, and the kernel in `treadle.backends.tvm.kernels.attention.flash_attention` takes these as sizes. Each other term
+has its own operands and a writer:
 
     segments   query_segments[b, i] == key_segments[b, j]
     mask       a boolean tensor, along some of b, h, s and t
     bias       a float32 tensor, likewise
-    offsets    values[h, j - i], which `RelativeBias` lays out in a row for each head
+    offsets    values[h, j - i], which `RelativeBias` stores in a row for each head
     alibi      slopes[h] * (j - p), p the position of query i
 """
 
@@ -25,18 +25,20 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 Read = Callable[[Any, Sequence[Any]], Any]
-"""Reads a vector of a view's elements along its last dimension, from an index on, but nothing past the last key."""
+"""A function that reads a vector of a view's elements along the last dimension, from an index on, but nothing after the
+last key.
+"""
 
 
 class TermWriter(ABC):
-    """Writes one term of the kernel.
+    """A writer of the code for one term of the kernel.
 
-    kind        its name in titles
-    code        its name in a kernel's spec: the kind, or more specific
-    dtypes      dtypes of its operands
-    strides     number of sizes among its arguments, most of them strides
-    is_mask     True if it selects keys; otherwise it is added to scores
-    reads_keys  True if an operand has an element for each key, and none past the last key
+    kind        the term's name in titles
+    code        the term's name in a kernel's spec: the kind, or more specific
+    dtypes      dtypes of the operands
+    strides     number of sizes among the arguments, most of them strides
+    is_mask     True if the term selects keys; otherwise it is added to scores
+    reads_keys  True if an operand has an element for each key, and none after the last key
     """
 
     kind: ClassVar[str]
@@ -47,22 +49,22 @@ class TermWriter(ABC):
     reads_keys: ClassVar[bool] = False
 
     def __init__(self, k: Emitter, number: int) -> None:
-        """Declare the pointers."""
+        """Declare the pointers to the operands."""
         self.k, self.name = k, f"{self.kind}{number}"
         self.pointers = [k.pointer(f"{self.name}_{i}", dtype) for i, dtype in enumerate(self.dtypes)]
         self.passed: list[Any] = []
         self.row: Any = None
 
     def ask(self) -> None:
-        """Declare the sizes: strides."""
+        """Declare the sizes: strides of the operands."""
         self.passed = [self.k.size(f"{self.name}_stride{i}") for i in range(self.strides)]
 
     @abstractmethod
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
-        """Set the shapes of the operands. `slack`: number of offsets past the last one."""
+        """Set the shapes of the operands. `slack`: number of elements that may be read after the last offset."""
 
     def begin(self, b: Expr, h: Expr, i: Expr, position: Expr) -> None:
-        """Read the values that hold for all keys of a query, from its index and its position."""
+        """Read the values that apply to all keys of the query with this index and position."""
         self.at, self.position = (b, h, i), position
 
     @abstractmethod
@@ -90,7 +92,7 @@ class SegmentsWriter(TermWriter):
 
 
 class _TensorWriter(TermWriter):
-    """A tensor that varies along the keys, and along some of b, h and s by strides that may be 0."""
+    """A tensor with an element for each key. It may also vary along b, h and s; strides of other axes are 0."""
 
     strides = 3
     reads_keys = True
@@ -147,7 +149,7 @@ class QueryBiasWriter(_QueryTensorWriter):
 
 
 class OffsetsWriter(TermWriter):
-    """+ values[h, j - i], stored from j - i = 1 - s on; i counts from the first query of the kernel"""
+    """+ values[h, j - i], stored from j - i = 1 - s on; i counts from the kernel's first query"""
 
     kind = code = "offsets"
     dtypes = (f32,)
@@ -162,14 +164,15 @@ class OffsetsWriter(TermWriter):
 
 
 class NearOffsetsWriter(TermWriter):
-    """+ values[h, j - p] of a query at position p, stored for j - p from -reach to reach; constant beyond
+    """+ values[h, j - p] of a query at position p, stored for j - p from -reach to reach; farther keys use the last
+    value
 
-    For a cache: positions are not known, so only the distances at which values differ are stored.
+    Used for a cache: positions are not known in advance, so only distances at which values differ are stored.
     """
 
     kind, code = "offsets", "near offsets"
     dtypes = (f32,)
-    strides = 1  # the reach; one more vector is stored on either side
+    strides = 1  # the reach; the array has one more vector on either side
 
     def bind(self, b: Expr, h: Expr, s: Expr, t: Expr, slack: int) -> None:
         (pointer,), (self.reach,) = self.pointers, self.passed
@@ -182,7 +185,7 @@ class NearOffsetsWriter(TermWriter):
 
 
 def near_offsets(reach: Any, lanes: int) -> Any:
-    """Return the number of values that `NearOffsetsWriter` reads for a head."""
+    """Return the number of values per head that `NearOffsetsWriter` reads."""
     return reach + reach + lanes
 
 
@@ -203,7 +206,7 @@ class AlibiWriter(TermWriter):
 
     def vector(self, j: Expr, lanes: int, read: Read) -> Expr:
         k = self.k
-        # Integers below 2^24: exact.
+        # These are integers below 2^24, which float32 represents exactly.
         apart = k.splat(k.cast(j - self.position, f32), lanes) + lane_numbers(k, f32, lanes)
         return k.splat(self.row, lanes) * apart
 
@@ -221,7 +224,7 @@ WRITERS: Mapping[str, type[TermWriter]] = {
         AlibiWriter,
     )
 }
-"""The writers by code."""
+"""The classes of writers, by code."""
 
 
 def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
@@ -234,12 +237,13 @@ def lane_numbers(k: Emitter, dtype: DType, lanes: int) -> Expr:
 
 @dataclass(frozen=True)
 class RelativeBias(Kernel):
-    """y[h, o] = table[bucket(o - (s - 1)), h]: a bias by the distance of key and query, for every distance.
+    """y[h, o] = table[bucket(o - (s - 1)), h]: a bias that depends on the distance of key and query, for every
+    distance.
 
-    s - 1 is the position of the last query. The bias of a query at position p then is the window of y that begins at
-    s - 1 - p. Distances beyond `far` use far's bucket.
+    s - 1 is the position of the last query. The bias of a query at position p is the window of y that begins at s - 1 -
+    p. Distances beyond `far` use the bucket of `far`.
 
-    Arguments: table [buckets, h], the buckets of -far ... far, y [h, n]; h, n, s, far; the table's strides.
+    Arguments: table [buckets, h], the buckets of distances -far to far, y [h, n]; h, n, s, far; the table's strides.
     """
 
     def emit(self, k: Emitter) -> None:

@@ -1,4 +1,4 @@
-"""The loops of attention in one pass over the keys, for `FlashAttention` and the kernels of caches."""
+"""The loops of attention in one pass over the keys, for `FlashAttention` and for attention over caches."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 16
-"""Elements of a cache line."""
+"""Number of float32 elements in a cache line."""
 
 
 class AttentionWriter(PartKeeper):
-    """Writes a kernel. Index variables are named as in the formula: b, g, r, i (query), j (key).
+    """A writer of attention kernels. Index variables are named as in the formula: b, g, r, i (query), j (key).
 
-    Queries and keys have positions, which determine masks and the beginnings of blocks. Here positions are indices.
+    Queries and keys have positions, which determine masks and the beginnings of blocks. In this class, a position is an
+    index in the row; subclasses for caches change this.
 
     origin     position of the row's first query
     limit      position after the row's last key
@@ -83,7 +84,7 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
-        """The function that emits e^x for x <= 0."""
+        """Function that emits e^x for x <= 0."""
         return exp_nonpositive
 
     def _scratch(self) -> Scratch:
@@ -92,37 +93,37 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _held(self) -> DType:
-        """The dtype of keys and values."""
+        """Dtype of keys and values in memory."""
         return DTYPES[self.spec.operands]
 
     @property
     def _depth(self) -> int:
-        """Number of words of a key or a query: numbers, or pairs of them."""
+        """Number of words in a key or a query. A word is a number, or a pair of bf16 numbers."""
         return self.spec.d
 
     def _widened(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
-        """Return elements of a query, a key or a value in float32."""
+        """Load elements of a query, a key or a value, and return them in float32."""
         read = self.k.load(view, index, lanes)
         return read if self._held is f32 else self.k.let(self.k.cast(self.k.let(read), f32, lanes))
 
     def _ask_read(self) -> None:
-        """Declare further pointers, after values."""
+        """Declare further pointers that come after the values."""
 
     def _ask_written(self) -> None:
-        """Declare further pointers, after all others."""
+        """Declare further pointers that come after all others."""
 
     def _ask_key_rows(self) -> Expr:
-        """Return the number of rows of keys; sizes declared here come after t."""
+        """Return the number of rows of keys. Sizes declared here come after t."""
         return self.b
 
     def _ask_parts(self) -> Expr:
-        """Return the number of parts in memory; sizes declared here come after slots."""
+        """Return the number of parts in memory. Sizes declared here come after the number of slots."""
         return self.slots
 
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """Let every slot run its share of the tasks one after the other, in its own workspace."""
+        """Emit the kernel: every slot runs its share of the tasks one after the other, in its own workspace."""
         k = self.k
         chunks = self._index(k.greatest(self._ceil(self.s, self.most), k.index(1)), "chunks")
         self.chunk = self._index(self._ceil(self._ceil(self.s, chunks), GROUP) * GROUP, "chunk")  # of about equal size
@@ -141,7 +142,7 @@ class AttentionWriter(PartKeeper):
             task = self._index(first + n, "task")
             at = self._index(k.floor_mod(task, chunks), "at")
             pair = self._index(k.floor_divide(task, chunks), "pair")
-            # In causal attention the last queries cost the most: threads alternate between early and late ones.
+            # In causal attention, late queries take the most time, so each slot alternates between early and late ones.
             half = self._index(k.floor_divide(at, 2), "half")
             chunk = self._index(k.select(k.equal(k.floor_mod(at, 2), k.index(0)), half, chunks - 1 - half), "part")
             row, g = self._index(k.floor_divide(pair, self.g), "row"), self._index(k.floor_mod(pair, self.g), "g")
@@ -152,9 +153,9 @@ class AttentionWriter(PartKeeper):
             self._task(row, g, chunk)
 
     def _bring(self, b: Expr, g: Expr) -> None:
-        """Prefetch the cache lines of the next task's queries and of its first keys and values.
+        """Prefetch the cache lines of the next task's queries, and of its first keys and values.
 
-        Rows of one head are not contiguous, so hardware does not predict them.
+        Rows of one head are not contiguous, so the hardware prefetcher does not predict them.
         """
         k, spec = self.k, self.spec
         g = self._index(g, "next_head")
@@ -168,13 +169,13 @@ class AttentionWriter(PartKeeper):
                 k.prefetch(self.q, [b, g * self.r + r, i, c])
 
     def _limited(self, b: Expr, limit: Expr) -> Expr:
-        """Return a limit of keys, or a row's smallest length if that is less."""
+        """Return a limit of keys, or the smallest length of the row if it is less."""
         for n, lengths in enumerate(self.lengths):
             limit = self._index(self.k.least(limit, self.k.load(lengths, [b])), f"limit{n}")
         return limit
 
     def _task(self, b: Expr, g: Expr, chunk: Expr) -> None:
-        """Emit a task: some queries of all heads that share keys."""
+        """Emit a task: attention of some queries of all heads that share keys."""
         k = self.k
         self.at_b, self.at_g = b, g
         first = self.first = self._index(chunk * self.chunk, "first_query")
@@ -190,16 +191,17 @@ class AttentionWriter(PartKeeper):
             self._finish(count)
 
     def _spans(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """Return the span of the first of these keys, and the number of their spans; 1 if there is no key."""
+        """Return the span that contains the first of these keys, and the number of spans up to the last; at least 1."""
         k = self.k
         first = self._index(k.floor_divide(begin, SPAN), "first_span")
         return first, self._index(k.greatest(self._ceil(end, SPAN) - first, k.index(1)), "spans")
 
     def _span(self, begin: Expr, end: Expr, span: Expr, groups: Expr, at: Expr, spans: Expr) -> None:
-        """Emit the task's queries for the keys from `begin` to below `end` that are in the span, block by block.
+        """Emit attention of the task's queries to the keys from `begin` to below `end` that are in a span, block by
+        block.
 
         at, spans   the number of the span within the task, and the number of the task's spans. If there are several,
-                    each group merges after its last block, while its sums are in the cache
+                    each group of queries is merged after its last block, while its sums are in the CPU cache
         """
         k = self.k
         begin, end = self._within(begin, end, span)
@@ -219,16 +221,16 @@ class AttentionWriter(PartKeeper):
                     self._merge(r, first, count, at, spans, again=True)
 
     def _within(self, begin: Expr, end: Expr, span: Expr) -> tuple[Expr, Expr]:
-        """Return the intersection of these positions with the span."""
+        """Return the intersection of the span with the positions from `begin` to below `end`."""
         k = self.k
         first = self._index(k.greatest(begin, span * SPAN), "span_begin")
         return first, self._index(k.least(end, (span + 1) * SPAN), "span_end")
 
     def _enter(self, begin: Expr, end: Expr) -> None:
-        """Prepare the spans of a task, whose keys have positions from `begin` to below `end`."""
+        """Emit the preparation for the spans of a task, whose keys have positions from `begin` to below `end`."""
 
     def _seen(self, first: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """Return the range of key positions, begin and end, that some of these queries see."""
+        """Return the range of key positions (begin and end) that at least one of these queries sees."""
         k, position = self.k, first + self.origin
         begin = self._index(k.greatest(position + self.low, self.oldest), "begin")
         end = self._index(k.least(self.limit, position + count + self.high), "end")
@@ -240,7 +242,7 @@ class AttentionWriter(PartKeeper):
         return self.k.index(0)
 
     def _keys_at(self, column: Expr) -> list[Expr]:
-        """Return the indices of the keys of a vector of columns; the last key is repeated."""
+        """Return the indices of the keys in a vector of columns; after the last key, its index is repeated."""
         k = self.k
         left = self._index(self.t - 1 - (self.base + column), "left")
         return [self._index(self.base + column + k.least(k.index(x), left), "key") for x in range(self.lanes)]
@@ -250,7 +252,7 @@ class AttentionWriter(PartKeeper):
         return self.base + column
 
     def _columns(self, begin: Expr, end: Expr) -> tuple[Expr, Expr]:
-        """Return the range of the block's columns that have these keys."""
+        """Return the range of the block's columns that have keys from `begin` to below `end`."""
         k = self.k
         c0 = self._index(k.greatest(begin - self.base, k.index(0)), "from_column")
         c1 = self._index(k.least(end - self.base, k.index(BLOCK)), "to_column")
@@ -260,15 +262,15 @@ class AttentionWriter(PartKeeper):
 
     @property
     def _block(self) -> int:
-        """Number of words of values in a block: keys, or pairs of them."""
+        """Number of words of values in a block: a word per key, or per pair of keys."""
         return BLOCK
 
     def _key_words(self, key: Expr, start: Expr, lanes: int = 1) -> Expr:
-        """Return `lanes` words of a key."""
+        """Return `lanes` words of a key, from word `start` on."""
         return self._widened(self.key, [self.key_row, self.at_g, key, start], lanes)
 
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
-        """Pack columns c0 to below c1 of the block, in whole vectors."""
+        """Emit packing of the block's columns c0 to below c1, in whole vectors."""
         k, lanes, d = self.k, self.lanes, self._depth
         begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:
@@ -290,7 +292,7 @@ class AttentionWriter(PartKeeper):
             with k.loop(d // lanes, "c") as c:
                 square(self._index(c * lanes, "start"))
             if d % lanes:
-                square(k.index(d - lanes))  # overlaps the previous square
+                square(k.index(d - lanes))  # the last square may overlap the previous one
 
     def _pack_values(self, c0: Expr, c1: Expr) -> None:
         k, lanes = self.k, self.lanes
@@ -316,13 +318,13 @@ class AttentionWriter(PartKeeper):
         self.k.store(self.packed_values, [self.slot, at], vector, self.lanes)
 
     def _packed(self, panel: Any, vectors: int, column: Expr, v: Any) -> Expr:
-        """Return a vector of a value in a panel of `vectors` vectors."""
+        """Return a vector of the value in this column, from a panel of `vectors` vectors."""
         return panel * (self._block * self.width) + column * (vectors * self.lanes) + v * self.lanes
 
     # -- a group of queries ----------------------------------------------------------------------------------
 
     def _group(self, r: Expr, group: Expr) -> None:
-        """Emit a group of queries of one head for the block."""
+        """Emit attention of a group of queries of one head to the block."""
         k = self.k
         first = self._index(self.first + group * GROUP, "group_first")
         count = self._index(k.least(self.count - group * GROUP, k.index(GROUP)), "group_count")
@@ -331,7 +333,7 @@ class AttentionWriter(PartKeeper):
         with k.when(c0 < c1):
             p0 = self._index(k.floor_divide(c0, self.width), "from_panel")
             p1 = self._index(self._ceil(c1, self.width), "to_panel")
-            # One or two remaining queries run one by one, more as a tile padded with zeros.
+            # One or two remaining queries run one by one; more remaining queries form a tile padded with zeros.
             full = self._index(k.floor_divide(count, self.tile), "full")
             left = self._index(count - full * self.tile, "left")
             tiles = self._index(full + k.select(left > k.index(2), k.index(1), k.index(0)), "tiles")
@@ -360,7 +362,9 @@ class AttentionWriter(PartKeeper):
                 sums(panels, rest)
 
     def _scale(self, r: Expr, first: Expr, count: Expr, rows: Expr) -> None:
-        """Store the group's queries times scale, padded with zeros to `rows` rows. Prefetch rows of out."""
+        """Emit storing of the group's queries times scale, padded with zeros to `rows` rows. Also prefetch rows of
+        out.
+        """
         k, lanes, d = self.k, self.lanes, self._depth
         head = self._head(r)
         step = lanes if d >= lanes else 1
@@ -376,19 +380,21 @@ class AttentionWriter(PartKeeper):
                 k.store(self.queries, [self.slot, count + row, c], k.number(0.0, f32, step), step)
 
     def _query_words(self, at: Sequence[Expr], start: int, lanes: int) -> Expr:
-        """Return `lanes` words of a query, times scale."""
+        """Return `lanes` words of a query times scale, from word `start` on."""
         return self._widened(self.q, [*at, start], lanes) * self.k.number(self.spec.scale, f32, lanes)
 
     def _added(self, sums: Expr, x: Expr, y: Expr) -> Expr:
-        """sums + x y, by word."""
+        """Return sums + x y, word by word."""
         return sums + x * y
 
     def _scaled(self, scores: Expr) -> Expr:
-        """Return a vector of scores; the queries are already scaled."""
+        """Return a vector of scores times scale. Here, the queries are already scaled."""
         return scores
 
     def _score(self, first: Expr, rows: int, panel: Expr) -> None:
-        """Compute a tile of scores, rows x a panel of keys, in registers throughout d."""
+        """Compute a tile of scores of `rows` queries and a panel of keys. Accumulators stay in registers during the
+        loop over d.
+        """
         k, lanes, d = self.k, self.lanes, self._depth
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * PANEL, "n") as n:
@@ -404,7 +410,9 @@ class AttentionWriter(PartKeeper):
             k.store(self.scores, [self.slot, first + i, panel * self.width + j * lanes], value, lanes)
 
     def _sum(self, first: Expr, rows: int, state: Expr, panel: Any, vectors: int, c0: Expr, c1: Expr) -> None:
-        """sums = sums * factor + weights @ values, for a tile of queries and a panel of the values' elements."""
+        """Compute sums = sums * factor + weights @ values, for a tile of queries and a panel of the values'
+        elements.
+        """
         k, lanes = self.k, self.lanes
         acc = k.registers(rows * vectors * lanes, f32)
         with k.unroll(rows, "i") as i:
@@ -424,20 +432,20 @@ class AttentionWriter(PartKeeper):
             k.store(self.sums, [self.part, state + first + i, panel * self.width + v * lanes], made, lanes)
 
     def _words_of(self, c0: Expr, c1: Expr) -> tuple[Expr, Expr]:
-        """Return the first word of these columns' weights and values, and the number of words."""
+        """Return the first word of the weights and values of columns c0 to below c1, and the number of words."""
         return c0, c1 - c0
 
     def _weight(self, row: Expr, word: Expr) -> Expr:
-        """Return a word of a query's weights."""
+        """Return a word of a query's softmax weights."""
         return self.k.load(self.scores, [self.slot, row, word])
 
     def _keep_weights(self, at: ScoreRow, column: Expr, weights: Sequence[Expr]) -> None:
-        """Store a panel of a query's weights."""
+        """Emit storing of a panel of a query's softmax weights."""
         for u, weight in enumerate(weights):
             self.k.store(self.scores, [at.slot, at.row, column + u * self.lanes], weight, self.lanes)
 
     def _softmax(self, head: Expr, i: Expr, row: Expr, state: Expr, c0: Expr, c1: Expr) -> None:
-        """Turn the scores of a query in columns c0 to below c1 into weights."""
+        """Turn the scores of a query in columns c0 to below c1 into softmax weights."""
         k = self.k
         i = self._index(i, "query")
         position = self._index(i + self.origin, "position")

@@ -1,19 +1,20 @@
-"""Attention over a cache, with the order of operations, and so the bits, of attention over whole sequences.
+"""Attention over a cache. Operations have the same order, and so results the same bits, as in attention over whole
+sequences.
 
     out[b, h, i] = sum_j p_j v[rows[b], h // r, j]
     p = softmax over j of softcap(scale q[b, h, i] · k[rows[b], h // r, j]) + biases
 
-A row's queries have positions from start[b] on; its slot determines the positions of its keys. Blocks of keys begin
-at positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`. So every
-product, sum and maximum of a query is the same in both kernels, independent of other queries and rows in the call.
+The queries of row b have positions from start[b] on; the slot rows[b] determines the positions of its keys. Blocks of
+keys begin at positions that are multiples of `BLOCK`, as in `treadle.backends.tvm.kernels.attention.flash_attention`.
+So every product, sum and maximum of a query is the same in both kernels, and does not depend on other queries and rows
+in the call.
 
-The cost of a task depends on the length of its row, so tasks are divided among threads by their keys, not by their
-number.
+The time of a task depends on the length of its row, so tasks are divided among threads by their number of keys.
 
-A step has one query in each row. Its tasks are spans of keys, so that all threads work on a row even with few key heads
-(Dao et al. 2023, Flash-Decoding). When all tasks are done, the calling thread merges them. A step packs nothing: keys
-are transposed in registers, a square of lanes at a time, and values are read in place. Both are read once, at memory
-bandwidth.
+A step has one query in each row. Its tasks are spans of keys, so that all threads work on a row even if there are few
+key heads (Dao et al. 2023, Flash-Decoding). When all tasks are done, the calling thread merges them. A step packs
+nothing: keys are transposed in registers, a square of lanes at a time, and values are read in place. Both are read
+once, at memory bandwidth.
 """
 
 from __future__ import annotations
@@ -33,27 +34,28 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _LINE = 64  # bytes
-_AHEAD = 16  # prefetch distance in keys
-_AHEAD_ALONE = 12  # if one head reads a key, as measured
-_AROUND = 32  # fixed cost of a task, in keys
+_AHEAD = 16  # prefetch distance in keys, if several heads share a key
+_AHEAD_ALONE = 12  # prefetch distance if one head reads a key; both as measured
+_AROUND = 32  # fixed cost of a task, as a number of keys
 
 
 def steps_at_once(isa: Isa) -> int:
-    """Return the largest number of heads that may share keys in a step: their scores must stay in registers."""
+    """Return the largest number of heads that may share keys in a step. Their scores must fit into registers."""
     return isa.registers // 4
 
 
 @dataclass(frozen=True)
 class CachedFlashAttention(FlashAttention):
-    """Attention over slots of keys and values, any number of queries in a row.
+    """Attention of any number of queries per row over slots of keys and values.
 
     cache   dtype of keys and values, f32, bf16 or f16; they are widened in registers
     ring    True if slots are rings; no term may then read an element for each key
     shared  r, if there is one query in a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
 
     Arguments: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers,
-    and the number of slots of the cache after t. t is their capacity. With `shared`, the slots of memory are followed
-    by the largest number of spans of a row's keys: each row and key head has `sums` and `rows` for that many parts.
+    and the number of slots of the cache after t. t is the capacity of a slot. If `shared`, the number of slots of
+    memory is followed by the largest number of spans of a row's keys: `sums` and `rows` have this number of parts for
+    each row and key head.
     """
 
     cache: str = "f32"
@@ -70,7 +72,7 @@ class CachedFlashAttention(FlashAttention):
 
 
 class _CacheWriter(AttentionWriter):
-    """Writes a kernel that packs keys and values."""
+    """A writer of kernels that pack keys and values."""
 
     spec: CachedFlashAttention
 
@@ -95,11 +97,13 @@ class _CacheWriter(AttentionWriter):
     # -- tasks -----------------------------------------------------------------------------------------------
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:
-        """Emit the tasks that begin in the slot's share of the total cost, in which rows follow each other in order."""
+        """Emit the tasks whose beginning is in the slot's share of the total cost. The costs of all rows are added in
+        their order.
+        """
         k = self.k
         held = k.registers(2, i64, "costs")
         k.store(held, [0], k.index(0))
-        alike = self._index(self.g * chunks, "alike")  # tasks of a row
+        alike = self._index(self.g * chunks, "alike")  # tasks per row
         with k.loop(self.b, "b") as b:
             k.store(held, [0], k.load(held, [0]) + self._cost(b) * alike)
         total = k.let(k.load(held, [0]), "total")
@@ -117,7 +121,8 @@ class _CacheWriter(AttentionWriter):
                 checked(k, self.status, row, self.key_rows, lambda: self._tasks(b, row, cost, low, high, chunks))
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
-        """Emit the tasks of a row that begin at `low` to below `high` of its costs; its keys are in slot `row`.
+        """Emit the tasks of a row that begin at `low` to below `high` of the row's costs. The row's keys are in slot
+        `row`.
 
         In a step, emit the tasks whose middle is in that range.
         """
@@ -130,7 +135,7 @@ class _CacheWriter(AttentionWriter):
             self._task(b, g, self._index(k.floor_mod(first + n, chunks), "part"))
 
     def _stand(self, b: Expr) -> None:
-        """Set the positions of a row's queries and keys."""
+        """Set the positions of the queries and keys of row b."""
         k = self.k
         self.origin = self._index(k.load(self.start_of, [b]), "start")
         newest = self._index(self.origin + self.s, "newest")
@@ -138,7 +143,7 @@ class _CacheWriter(AttentionWriter):
         self.limit = self._limited(b, newest if self.spec.ring else self.t)
 
     def _cost(self, b: Expr) -> Expr:
-        """Return the number of keys that the row's queries see, plus the fixed cost of a task."""
+        """Return the cost of a task of row b: the number of keys that its queries see, plus the fixed cost."""
         self._stand(b)
         begin, end = self._seen(self.k.index(0), self.s)
         return self.k.greatest(end - begin, self.k.index(0)) + _AROUND
@@ -169,20 +174,23 @@ class _CacheWriter(AttentionWriter):
         return self._in_ring(self.base + column) if self.spec.ring else super()._value_at(column)
 
     def _in_ring(self, position: Expr) -> Expr:
-        """Return the index of a position that the task's queries see: less than a ring's length after the first one."""
+        """Return the index in a ring of a position that the task's queries see. The position is less than a ring's
+        length after the first one.
+        """
         k = self.k
         key = self._index(self.first_key + (position - self.begin), "key")
         return self._index(k.select(key < self.t, key, key - self.t), "key")
 
 
 class _StepWriter(_CacheWriter):
-    """Writes a kernel for one query in each row. Row i of a task's scores belongs to its i-th head."""
+    """A writer of kernels for one query in each row. Row i of a task's scores belongs to the task's i-th head."""
 
     def write(self) -> None:
-        """Emit the tasks, spans of a row's keys that some heads share, each with its own part; then merge them.
+        """Emit the tasks: spans of a row's keys for the heads that share them, each with its own part. Then emit their
+        merging.
 
-        Every slot has a share even if there are fewer tasks: each thread takes the same number of shares, and shares
-        have equal costs.
+        Every slot has a share even if there are fewer tasks, since each thread takes the same number of shares. All
+        shares have equal costs.
         """
         k = self.k
         self.chunk = k.index(1)
@@ -206,7 +214,7 @@ class _StepWriter(_CacheWriter):
         return self.b * self.g * self.parts
 
     def _part(self, n: Expr) -> Expr:
-        """Return the index of the n-th part of the current row and heads."""
+        """Return the index of the n-th part of the current row and key head."""
         return self._index((self.at_b * self.g + self.at_g) * self.parts + n, "part")
 
     def _tasks(self, b: Expr, row: Expr, cost: Expr, low: Expr, high: Expr, chunks: Expr) -> None:
@@ -218,7 +226,7 @@ class _StepWriter(_CacheWriter):
         span, spans = self._spans(begin, end)
 
         def before(cost: Expr) -> Expr:
-            """Return the number of spans whose middle is before `cost` of the costs of one head."""
+            """Return the number of spans whose middle is below `cost`, in the costs of one head."""
             some = k.select(cost < end - begin, self._ceil(begin + cost - SPAN // 2, SPAN) - span, spans)
             some = k.select(cost > k.index(0), some, k.index(0))
             return self._index(k.greatest(k.least(some, spans), k.index(0)), "before")  # positions may overflow
@@ -243,7 +251,7 @@ class _StepWriter(_CacheWriter):
                 k.store(self.queries, [self.slot, r, v * lanes], x * k.number(self.spec.scale, f32, lanes), lanes)
 
     def _keys(self, begin: Expr, end: Expr) -> None:
-        """Emit the heads' queries for the keys at these positions, block by block."""
+        """Emit attention of the heads' queries to the keys from `begin` to below `end`, block by block."""
         k = self.k
         block = self._index(k.floor_divide(begin, BLOCK), "first_block")
         most = max(1, (self.k.isa.registers - 8) // self.spec.shared)
@@ -260,7 +268,9 @@ class _StepWriter(_CacheWriter):
                 self._sum_values(first, min(most, self.vectors - first), c0, c1)
 
     def _score_keys(self, column: Expr) -> None:
-        """Compute scores of a vector of keys for every head's query, in registers throughout d."""
+        """Compute the scores of a vector of keys for every head's query. Accumulators stay in registers during the loop
+        over d.
+        """
         k, lanes, heads = self.k, self.lanes, range(self.spec.shared)
         keys = self._keys_at(column)
         acc = k.registers(len(heads) * lanes, f32)
@@ -287,9 +297,9 @@ class _StepWriter(_CacheWriter):
         return _AHEAD if self.spec.shared > 1 else _AHEAD_ALONE
 
     def _fetch_keys(self, key: Expr, c: Expr) -> None:
-        """Prefetch part c of later keys, in the order of memory. Each vector of a key has one part.
+        """Prefetch part c of keys that are needed later, in memory order. Each vector of a key is one part.
 
-        A square is read with a stride, which hardware does not predict.
+        A square is read with a stride, which the hardware prefetcher does not predict.
         """
         k, vectors = self.k, self.spec.d // self.lanes
         for x in range(0, self.lanes, self._a_line):

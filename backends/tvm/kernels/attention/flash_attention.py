@@ -3,18 +3,18 @@
     out[b, h, i] = sum_j p_j v[b, h // r, j]
     p = softmax over j of softcap(scale q[b, h, i] · k[b, h // r, j]) + biases
 
-A task is some queries of all heads that share keys. It reads the keys block by block: it packs a block of keys
-(transposed) and values, and computes attention of every group of its queries to the block while it is in the cache. For
-each query it keeps three values: the maximum m of its scores so far, the sum l of exp(score - m), and the sum of the
-weighted values.
+A task computes some queries of all heads that share keys. It processes the keys block by block: it packs a block of
+keys (transposed) and values, and computes attention of every group of its queries to the block while the block is in
+the CPU cache. For each query it stores three values: the maximum m of its scores so far, the sum l of exp(score - m),
+and the sum of the weighted values.
 
-Keys are divided into parts: the spans of `SPAN` positions that begin at multiples of it. These values restart with each
-span and are merged with the result of the previous spans (`merging`), in every kernel for attention: in a step, each
-thread takes whole spans. Fewer keys are one part, and nothing is merged.
+Keys are divided into spans of `SPAN` positions that begin at multiples of `SPAN`. The three values restart with each
+span, and are then merged with the result of the previous spans (`merging`). This is the same in every attention kernel,
+since in a step each thread takes whole spans. If there is only one span, nothing is merged.
 
 A row's bits depend only on its own query, and on the keys in spans and blocks that begin at multiples of `SPAN` and
 `BLOCK`. A masked key adds exactly 0 to the sums. A block or span without a visible key changes nothing, so it may be
-skipped. The lanes of a query are independent of its neighbours in a tile.
+skipped. Queries in a tile do not affect each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlashAttention(Kernel):
-    """Attention, any number of queries and keys.
+    """Attention of any number of queries to any number of keys.
 
     d, e      the width of queries and keys, and of values
     scale     factor of the scores

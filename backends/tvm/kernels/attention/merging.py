@@ -1,12 +1,12 @@
-"""Merging of attention's parts, one for each span of keys, in order of positions (Flash-Decoding).
+"""Merging of the parts of attention, one part per span of keys, in the order of positions (Flash-Decoding).
 
     (m, l, sums) of both:   m = max(m_old, m_new)
                             l = l_old exp(m_old - m) + l_new exp(m_new - m),   sums likewise
 
-A part is the result of attention of a query to the keys of one span alone (Dao et al. 2023): the maximum m of its
-scores, the sum l of exp(score - m), and the sum of the weighted values. One of the two factors is 1, so only the other
-part is scaled: one product and one sum, which every kernel rounds in the same way. A part whose factor is 0 changes
-nothing, not even the sign of a zero. So it makes no difference if a span without a visible key is visited.
+A part is the result of attention of a query to the keys of one span (Dao et al. 2023): the maximum m of the scores, the
+sum l of exp(score - m), and the sum of the weighted values. One of the two factors is 1, so only one part is scaled:
+one product and one sum, which every kernel rounds in the same way. If the factor of a part is 0, the part changes
+nothing, not even the sign of a zero. So results are the same if a span without a visible key is skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Merge:
-    """The rule by which a query's new part is merged into the old ones.
+    """The rule by which a query's new part is merged with the old parts.
 
     newer   true if the new part has the larger maximum
     factor  factor of the part with the smaller maximum
@@ -38,7 +38,9 @@ class Merge:
 
     @staticmethod
     def of(k: Emitter, old: Expr, new: Expr) -> Merge:
-        """Return the merge for the maxima of the old parts and of the new one; -inf for a part without visible keys."""
+        """Return the merge for the maxima `old` of the old parts and `new` of the new one. A part without visible keys
+        has -inf.
+        """
         lanes = k.isa.lanes()
         newer = k.kept(new > old, boolean, name="newer")
         peak = k.kept(k.select(newer, new, old), f32, name="peak")
@@ -49,7 +51,7 @@ class Merge:
         return Merge(k, newer, k.let(k.load(factor, [0]), "factor"), peak)
 
     def both(self, old: Expr, new: Expr, lanes: int = 1) -> Expr:
-        """Return l, or some lanes of the sums, of both."""
+        """Return the merged value of l, or of some lanes of the sums."""
         k = self.k
         old, new = k.let(old, "old"), k.let(new, "new")
         newer = k.splat(self.newer, lanes)

@@ -1,8 +1,8 @@
-"""Attention of bf16 numbers by products of pairs: neighbours along d for scores, two keys for weighted values.
+"""Attention of bf16 numbers by products of pairs: neighbors along d for scores, two keys for weighted values.
 
-Scores, the softmax and all sums are in float32. A weight is rounded to bf16 after it was added to the sum of weights;
-its exponential is accurate to a few more bits than bf16 keeps. Scores are scaled instead of queries, because scaling
-would round the queries.
+Scores, the softmax and all sums are in float32. A softmax weight is added to the sum of weights before it is rounded to
+bf16; its exponential has a few more correct bits than bf16. Scores are scaled instead of queries, since scaling would
+round the queries.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _I32 = DTYPES["i32"]
-_HALF = 16  # bits of a word
+_HALF = 16  # bits of half a word
 
 
 def multiplies_pairs(d: int, operands: str, isa: Isa) -> bool:
-    """Return True if attention over operands of this dtype, with heads of `d` elements, multiplies them by pairs."""
+    """Return True if attention multiplies pairs for operands of this dtype, with heads of `d` elements."""
     return operands == "bf16" and d % 2 == 0 and isa.multiplies_pairs
 
 
 class PairAttentionWriter(AttentionWriter):
-    """Writes a kernel whose words are pairs of bf16 numbers, stored as float32 words without float32 arithmetic."""
+    """A writer of kernels whose words are pairs of bf16 numbers, stored as 32-bit words."""
 
     @property
     def _exp(self) -> Callable[[Emitter, Expr, int], Expr]:
@@ -66,7 +66,7 @@ class PairAttentionWriter(AttentionWriter):
     # -- weights and values, by two keys -------------------------------------------------------------------------
 
     def _words_of(self, c0: Expr, c1: Expr) -> tuple[Expr, Expr]:
-        """Return whole pairs of keys: in a pair with one visible key, the other key has weight 0."""
+        """Return the words of whole pairs of keys. If only one key of a pair is visible, the other has weight 0."""
         k = self.k
         begin = self._index(k.floor_divide(c0, 2), "from_pair")
         return begin, self._index(self._ceil(c1, 2) - begin, "pairs_here")
@@ -104,7 +104,7 @@ class PairAttentionWriter(AttentionWriter):
                 self._pack_vector(pair, whole, k.load(padded, [0], lanes))
 
     def _word(self, ends: Sequence[Expr], lanes: int = 0) -> Expr:
-        """Return words of the numbers of two rows, which are bf16 numbers in float32."""
+        """Return words that pair the numbers of two rows, which are bf16 numbers in float32."""
         k, lanes = self.k, lanes or self.lanes
         low, high = (k.let(k.bits(x, _I32, lanes)) for x in ends)
         low = (low >> k.number(_HALF, _I32, lanes)) & k.number((1 << _HALF) - 1, _I32, lanes)

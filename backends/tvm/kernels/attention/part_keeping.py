@@ -1,4 +1,4 @@
-"""Partial results of attention for each query, part by part, and their merge into the result."""
+"""Partial results of attention for each query, one per part, and merging them into the result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 
 class PartKeeper:
-    """Writes the code of a kernel that keeps these results. A task is some queries of all r heads that share keys.
+    """A writer of the code that stores and merges these partial results. A task has some queries of all r heads that
+    share keys.
 
     at_b, at_g   the task's row, and the head of its keys
-    first        its first query
-    chunk        number of rows of sums of a head
+    first        the task's first query
+    chunk        number of rows of sums per head
     part         the memory of m, l and the sums of the current part
     kept         the memory of m and l of the previous parts; their sums are in out
     """
@@ -41,7 +42,7 @@ class PartKeeper:
         self.vectors = -(-spec.e // self.lanes)
 
     def _begin(self, rows: Expr) -> None:
-        """Initialize `rows` queries of each head, which have seen no key yet."""
+        """Emit the initialization of `rows` queries of each head, before the first key."""
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(rows, "i") as i:
             row = self._index(r * self.chunk + i, "state")
@@ -55,7 +56,7 @@ class PartKeeper:
         self.k.store(self.rows, [self.part, row, 1], self.k.number(0.0, f32))
 
     def _finish(self, count: Expr) -> None:
-        """Write out = sums / l of the only part; zeros for a query without visible keys."""
+        """Emit out = sums / l for a single part; zeros for a query without visible keys."""
         k = self.k
         with k.loop(self.r, "r") as r, k.loop(count, "i") as i:
             row, at = self._query(r, i)
@@ -63,9 +64,10 @@ class PartKeeper:
             self._write(at, lambda c, n: k.load(self.sums, [self.part, row, c], n) * k.splat(share, n))
 
     def _merge(self, r: Expr, first: Expr, count: Expr, at: Expr, spans: Expr, *, again: bool) -> None:
-        """Merge the sums of the current part, number `at`, into out, for some queries of a head; the last divides by l.
+        """Emit merging of the current part, number `at`, into out, for some queries of a head. The last part also
+        divides by l.
 
-        again: True if the part's memory is initialized again for the next part
+        again: True if the part's memory must be initialized again for the next part
         """
         k = self.k
         last = k.kept(at > spans - 2, boolean, name="last")
@@ -106,10 +108,10 @@ class PartKeeper:
         return self._index(r * self.chunk + i, "state"), [self.at_b, self.at_g * self.r + r, self.first + i]
 
     def _write(self, at: list[Expr], value: Callable[[Expr, int], Expr]) -> None:
-        """Write a row of out, in vectors and then single elements."""
+        """Emit writing of a row of out: whole vectors, then single elements."""
         k, lanes = self.k, self.lanes
         whole, rest = divmod(self.spec.e, lanes)
-        # Unrolled: in a loop LLVM would turn the selects of `Merge` into branches, which are mispredicted.
+        # Unrolled: in a loop, LLVM would turn the selects of `Merge` into branches, which are often mispredicted.
         with k.loop(whole // 4, "u") as u, k.unroll(4, "v") as v:
             c = (u * 4 + v) * lanes
             k.store(self.out, [*at, c], value(c, lanes), lanes)

@@ -1,7 +1,8 @@
-"""The softmax of a query's scores over a block of keys, as weights; it updates the running maximum and sum.
+"""The softmax of a query's scores over a block of keys. It turns scores into weights, and updates the running maximum
+and sum.
 
-Soft-cap, biases and masks are applied before it, as vectors; a key that the query does not see counts as -inf. A
-subnormal weight is replaced by 0: a CPU takes as long for one as for a row.
+Soft-cap, biases and masks are applied before the softmax, as vectors; a key that the query does not see has the score
+-inf. A subnormal weight is replaced by 0, since arithmetic on a subnormal number takes a CPU as long as a whole row.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ _I32 = DTYPES["i32"]
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """The scores of one query of one head.
+    """The scores of one query of one head, and the places of its values.
 
-    slot      the slot of memory that holds them
-    row       the row of the scores there
-    part      the part whose m, l and factor they update
-    state     the row of these values
-    b, head   indices of its terms' operands
-    query     its index in these operands
-    position  its position
-    lo, hi    the range of the block's columns that it sees by position, lo <= column < hi; may extend past the block
+    slot      the slot of memory that holds the scores
+    row       the row of the scores in this slot
+    part      the part whose m, l and factor are updated
+    state     the row of m, l and factor
+    b, head   indices of the row and the head in the terms' operands
+    query     index of the query in these operands
+    position  position of the query
+    lo, hi    the range of the block's columns that the query sees by position, lo <= column < hi; may exceed the block
     base      the position of the block's first key
-    inside    number of the block's columns with a key
+    inside    number of the block's columns that have a key
     """
 
     slot: Expr
@@ -54,7 +55,8 @@ class ScoreRow:
 
 
 class RowSoftmax:
-    """Writes the softmax of scores [slots, GROUP, BLOCK] and rows [parts, n, 5]: m, l, the old sums' factor.
+    """A writer of the softmax of scores [slots, GROUP, BLOCK]. Rows [parts, n, 5] begin with m, l, and the factor of
+    the old sums.
 
     exp   emits e^x for x <= 0
     keep  stores a panel of weights of a row, from a column on
@@ -76,9 +78,9 @@ class RowSoftmax:
         self.width = PANEL * self.lanes
 
     def write(self, at: ScoreRow, c0: Expr, c1: Expr) -> None:
-        """Turn scores of columns c0 to below c1, whole panels, into weights exp(score - m).
+        """Turn the scores of columns c0 to below c1, which are whole panels, into weights exp(score - m).
 
-        Updates m, l and the factor of the old sums.
+        Also update m, l and the factor of the old sums.
         """
         k, lanes = self.k, self.lanes
         peak = k.registers(self.width, f32, "peak")
@@ -125,7 +127,7 @@ class RowSoftmax:
         k.store(self.rows, [at.part, at.state, 0], new)
 
     def _masked(self, at: ScoreRow, c0: Expr, pairs: Expr, peak: Any) -> None:
-        """Apply soft-cap, biases and masks to a row of scores, and find its maximum."""
+        """Apply soft-cap, biases and masks to a row of scores, and compute the maximum of the row."""
         k, lanes = self.k, self.lanes
         for term in self.terms:
             term.begin(at.b, at.head, at.query, at.position)
@@ -153,7 +155,7 @@ class RowSoftmax:
                 for u in range(PANEL):
                     one(c0 + n * self.width + u * lanes, u, whole)
             return
-        # An operand ends at the last key, so nothing after it is read.
+        # An operand ends at the last key, so it must not be read after that.
         vectors = k.opaque(pairs * PANEL, "vectors")
         full = k.opaque(k.greatest(k.least(vectors, k.floor_divide(at.inside - c0, lanes)), k.index(0)), "full")
         with k.loop(full, "n") as n:
@@ -174,7 +176,7 @@ class RowSoftmax:
     def _biased(self, x: Expr, j: Expr, read: Any) -> Expr:
         k, lanes, cap = self.k, self.lanes, self.softcap
         if cap is not None:
-            # tanh z = 1 - 2 / (exp(2 z) + 1); exp overflows only where tanh is 1 in float32.
+            # tanh z = 1 - 2 / (exp(2 z) + 1); exp overflows only for z whose tanh is 1 in float32.
             twice = k.registers(lanes, f32, "twice")  # TVM's simplifier fails on the minimum of a product
             k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
             bent = exp(k, k.load(twice, [0], lanes), lanes)

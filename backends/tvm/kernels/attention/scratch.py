@@ -7,25 +7,27 @@ from dataclasses import dataclass
 from treadle.backends.tvm.kernels.isa import Isa
 
 BLOCK = 128  # keys in a block
-SPAN = 512  # keys of a part, which begins at a multiple of it; several blocks
-PANEL = 2  # vectors of a panel, the width of a tile
-GROUP = 16  # queries whose scores are in memory at a time
+SPAN = 512  # keys of a part, which begins at a multiple of SPAN; several blocks
+PANEL = 2  # vectors in a panel, which is the width of a tile
+GROUP = 16  # queries whose scores are in memory at the same time
 
 
 def tile_rows(isa: Isa) -> int:
-    """Return the queries of a tile: all that fit in registers next to a panel and a query's element."""
+    """Return the number of queries in a tile: as many as fit into registers together with a panel and a query's
+    element.
+    """
     return 8 if isa.registers >= 32 else 4
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """Workspace of a kernel, in float32 for each slot; if it multiplies pairs, a word holds a pair.
+    """The workspace of a kernel, in float32 for each slot. If the kernel multiplies pairs, a word holds a pair.
 
     keys     a block of keys, as panels [BLOCK / width, d, width]
     values   a block of values, as panels [BLOCK, width]; the last one has a single vector if their number is odd
     queries  a group of queries, scaled; in pairs not scaled, and each followed by its weights
     scores   [GROUP, BLOCK]
-    sums     for each query of a task the sum of the values so far, padded to full vectors
+    sums     for each query of a task the sum of the weighted values so far, padded to full vectors
     rows     for each query of a task m, l, and the factor of the old sums; then m and l of the previous parts
     """
 

@@ -1,1 +1,1 @@
-"""Kernels that read weights in blocks: numbers are unpacked in registers and not stored in memory."""
+"""Kernels that read quantized weights in blocks. Numbers are unpacked in registers and not stored in memory."""

@@ -1,4 +1,4 @@
-"""Matrix products whose right side is stored in blocks, which are unpacked in registers.
+"""Matrix products whose right operand is stored in blocks, which are unpacked in registers.
 
     c[m, n] = epilogue(sum_k a[m, k] * (d q[n, k] + c))
 
@@ -60,7 +60,7 @@ class BlockProduct(Matmul):
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
-        ahead = k.isa.ahead // self.width if brings else 0  # bytes of each of the panel's `width` lines
+        ahead = k.isa.ahead // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
         acc = k.registers(rows * self.width, f32)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
@@ -86,7 +86,7 @@ class BlockProduct(Matmul):
                 self._products(k, views, panel, first, rows, place, acc, batch, None, step)
         tile = k.registers(rows * self.width, f32, "tile")
         for j in range(vectors):
-            d = None if form.group else scales(k.index(0), j)[0]  # one scale a line, factored out of the sum
+            d = None if form.group else scales(k.index(0), j)[0]  # a single scale per line is applied after the sum
             for i in range(rows):
                 at = [(i * vectors + j) * lanes]
                 total = k.load(acc, at, lanes)
@@ -109,7 +109,9 @@ class BlockProduct(Matmul):
         held: Sequence[tuple[Expr, Expr | None]] | None,
         step: Expr,
     ) -> None:
-        """Add the products of a byte of each line to a tile's sums: elements `step` and, if 4-bit, half a group on."""
+        """Add the products of one byte of each line to a tile's sums: element `step` and, in 4-bit forms, the element
+        half a group later.
+        """
         lanes, form = k.isa.lanes(), self.form
         vectors = self.width // lanes
         found = []

@@ -1,10 +1,10 @@
 """Forms of blocks that kernels read by words: the four numbers in each four bytes, and the spans that share a scale.
 
-    y = d q + c      d and c of an element's span: 16 elements, 32 or a whole block
+    y = d q + c      d and c of an element's span: 16 elements, 32 elements, or a whole block
 
-Blocks are stored in the layout `blocks(16, ...)`, so that a vector holds a word, four consecutive bytes of a block, of
+Blocks are stored in the layout `blocks(16, ...)`, so that a vector holds a word (four consecutive bytes of a block) of
 each column. A word is unpacked by shifts and masks. The resulting bytes are four consecutive unsigned numbers, each
-larger than its value by the form's `zero`. A vector may have one lane, which reads a row.
+larger than its value by the form's `zero`. A vector may also have one lane, for reading a row.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 WIDTH = 16
-"""Columns of a panel."""
+"""Number of columns in a panel."""
 _i32 = DTYPES["i32"]
 _LOWEST = 0x01010101
-"""The lowest bit of each byte of a word."""
+"""A word with the lowest bit of each byte set."""
 _HIGHEST = -0x7F7F7F80  # 0x80808080 as an i32
-_COPIES = 0x00204081  # times four bits: copies of them, seven bits apart
+_COPIES = 0x00204081  # times four bits: four copies of them, seven bits apart
 
 
 @dataclass(frozen=True)
 class WordBlock:
-    """A block of each lane, in a panel of blocks.
+    """The blocks of several columns, one column per lane, in a panel of blocks.
 
     load   loads a number of bytes for each lane, from an offset in the panel's block in bytes of its first column
     column the first lane's column
@@ -47,30 +47,30 @@ class WordBlock:
     column: Expr
 
     def scale(self, number: int) -> Expr:
-        """Return the 16-bit scale of this number as float32."""
+        """Return the 16-bit scale with this number as float32."""
         bytes = self.load(2 * (number * WIDTH + self.column), 2 * self.lanes)
         return self.k.let(self.k.cast(self.k.bits(bytes, f16, self.lanes), f32, self.lanes), "d")
 
     def word(self, number: Expr) -> Expr:
-        """Return the word of this number after the 16-bit scales, as an i32."""
+        """Return the word with this number, counted after the 16-bit scales, as an i32."""
         at = 4 * (number * WIDTH + self.column) + 2 * WIDTH * self.form.scales
         return self.k.let(self.k.bits(self.load(at, 4 * self.lanes), _i32, self.lanes), "w")
 
     def masked(self, word: Expr, shift: Expr, bits: int) -> Expr:
-        """Return `bits` bits of each byte of a word, from bit `shift` on."""
+        """Return `bits` bits of each byte of a word, starting at bit `shift`."""
         return self._down(word, shift) & self._all(_LOWEST * ((1 << bits) - 1))
 
     def raised(self, word: Expr, bits: int) -> Expr:
-        """Return a word shifted left by `bits`; no byte may overflow."""
+        """Return a word shifted left by `bits`. No byte may overflow."""
         return self.k.shift_left(word, self._all(bits))
 
     def spread(self, word: Expr, shift: Expr) -> Expr:
-        """Return four bits, from bit `shift` on, each as the lowest bit of a byte."""
+        """Return four bits of a word, starting at bit `shift`, each as the lowest bit of a byte."""
         four = self._down(word, shift) & self._all(15)
         return four * self._all(_COPIES) & self._all(_LOWEST)
 
     def flipped(self, word: Expr) -> Expr:
-        """Return signed bytes plus 128."""
+        """Return a word of signed bytes with 128 added to each byte."""
         return word ^ self._all(_HIGHEST)
 
     def number(self, word: Expr, byte: int) -> Expr:
@@ -90,22 +90,22 @@ class WordBlock:
 
 
 Scale = tuple["Expr", "Expr | None"]
-"""d and c of a span; no c if it is 0, or -d times the form's zero."""
+"""d and c of a span. c is None if it is 0, or if it is -d times the form's zero."""
 
 
 class WordForm(ABC):
-    """A form that kernels read by words.
+    """A form of blocks that kernels read by words.
 
-    elements  elements of a block, a multiple of 32
-    bytes     bytes of a block, including its 16-bit scales
+    elements  number of elements of a block, a multiple of 32
+    bytes     number of bytes of a block, including its 16-bit scales
     scales    number of these scales
-    tail      True if they are the last bytes instead of the first
-    span      elements that share d and c
-    zero      offset of the numbers in memory, to be subtracted
+    tail      True if the scales are the last bytes of a block instead of the first
+    span      number of elements that share d and c
+    zero      offset of the stored numbers, to be subtracted
     least     True if each span has its own c
     chunks    number of parts of a block that are read by the same code
-    runs      order of words in a panel, if it differs from the block's own: hardware prefetches sequential reads, and
-              q6_k's own order takes three times as long
+    runs      order of words in a panel, if it differs from the block's own order: the hardware prefetches sequential
+              reads, and q6_k's own order takes three times as long
     """
 
     elements: int = 256
@@ -121,7 +121,7 @@ class WordForm(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The form's part of a kernel's name."""
+        """Name of the form in a kernel's name."""
 
     @abstractmethod
     def spans(self, block: WordBlock) -> Sequence[Scale]:
@@ -129,21 +129,23 @@ class WordForm(ABC):
 
     @abstractmethod
     def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
-        """Return the word of elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 elements in a part of a chunk."""
+        """Return a word with the elements 16 half + 4 i to 16 half + 4 i + 3 of the 32 elements in a part of
+        a chunk.
+        """
 
     def fours(self, block: WordBlock, chunk: Expr, part: int) -> Iterator[tuple[int, Expr]]:
-        """Yield the words of a part of a chunk, each with its first element."""
+        """Yield the words of a part of a chunk, each with the number of its first element."""
         for half, i in product(range(2), range(4)):
             yield 16 * half + 4 * i, self.four(block, chunk, part, half, i)
 
     @property
     def layout(self) -> Layout:
-        """The layout of blocks."""
+        """Layout of the blocks in memory."""
         return blocks(WIDTH, self.bytes, 2 * self.scales, self.runs, tail=self.tail)
 
     @property
     def parts(self) -> int:
-        """Groups of 32 elements in a chunk."""
+        """Number of groups of 32 elements in a chunk."""
         return self.elements // (self.chunks * GROUP)
 
     @property
@@ -154,10 +156,10 @@ class WordForm(ABC):
 
 @dataclass(frozen=True)
 class HeldScales:
-    """d and c of all spans of a block, for several vectors of columns, computed once for all readers.
+    """d and c of all spans of a block, for several vectors of columns. They are computed once for all uses.
 
-    made  d and c for each vector, if the form has one span
-    held  for other forms, in memory: for each span, d of all vectors and then c
+    made  d and c for each vector, if the form has one span held  for other forms, in memory: for each span, d of all
+    vectors and then c
     """
 
     form: WordForm
@@ -183,7 +185,7 @@ class HeldScales:
         return replace(found, held=held)
 
     def at(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """Return d and c of a vector of columns, for a half of the 32 elements of a part."""
+        """Return d and c of a vector of columns, for one half of the 32 elements of a part."""
         if self.made is not None:
             return self.made[vector]
         span = (chunk * self.form.parts + part) * self.form.halves + half
@@ -192,7 +194,7 @@ class HeldScales:
         return d, k.load(self.held, [at + self.vectors * self.lanes], self.lanes) if self.form.least else None
 
     def whole(self, k: Emitter, vector: int, chunk: Expr, part: int, half: int) -> Scale:
-        """Return d and c as `at` does; for a form with a zero, c includes its subtraction."""
+        """Return d and c as `at` does. For a form with a zero, the subtraction of the zero is included in c."""
         d, c = self.at(k, vector, chunk, part, half)
         if self.form.zero:
             c = k.let(d * k.number(-float(self.form.zero), f32, self.lanes), "c")
@@ -201,7 +203,8 @@ class HeldScales:
 
 @dataclass(frozen=True)
 class PlainWords(WordForm):
-    """A block with a scale, in some forms a least value, then numbers of 4, 5 or 8 bits; the fifth bits come first.
+    """Blocks with one scale, in some forms a minimum, then numbers of 4, 5 or 8 bits. The fifth bits of all numbers
+    come first.
 
     Numbers of 4 or 5 bits share a byte with the number half a block later.
     """
@@ -243,7 +246,9 @@ class PlainWords(WordForm):
 
 
 class KWords(WordForm):
-    """A form whose scales are small integers times a 16-bit scale: 256 elements, read 32 or 64 at a time."""
+    """K-quants: forms of 256 elements whose scales are small integers times a 16-bit scale. 32 or 64 elements are read
+    at a time.
+    """
 
     def spans(self, block: WordBlock) -> Sequence[Scale]:
         k, d = block.k, block.scale(0)
@@ -255,12 +260,12 @@ class KWords(WordForm):
 
     @abstractmethod
     def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
-        """Yield the integers of each span as float32: the factors of d and of the least value, or None for that."""
+        """Yield the integers of each span as float32: the factor of d, and the factor of the minimum or None."""
 
 
 @dataclass(frozen=True)
 class Q2K(KWords):
-    """In words: four bits of scales and four of least values, 4 words; two bits of numbers, 16."""
+    """Q2_K blocks as 4-byte words: 4-bit scales and mins (4 words), 2-bit quants (16 words)."""
 
     bytes, scales, tail, span, least, title = 84, 2, True, 16, True, "q2_k"
 
@@ -275,7 +280,9 @@ class Q2K(KWords):
 
 @dataclass(frozen=True)
 class Q3K(KWords):
-    """In words: third bits of numbers, 8 words; their low two bits, 16; four bits of scales, 2; the upper two, 1."""
+    """Q3_K blocks as 4-byte words: third bits of quants (8 words), their low two bits (16), low four bits of scales
+    (2), upper two bits of scales (1).
+    """
 
     bytes, scales, tail, span, zero, title = 110, 1, True, 16, 4, "q3_k"
 
@@ -293,14 +300,16 @@ class Q3K(KWords):
 
 
 def _two_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
-    """Return four elements of two bits each: eight words hold a chunk in their lowest bits, then three more chunks."""
+    """Return four elements of two bits each. Eight words hold a chunk in their lowest two bits, and three more chunks
+    above.
+    """
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 4) + 4 * half + i)
     return block.masked(word, 2 * k.floor_mod(chunk, 4), 2)
 
 
 def _six_bits(block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
-    """Yield eight scales and eight least values, stored in three words."""
+    """Yield the eight 6-bit scales and the eight 6-bit mins, which are stored in three words."""
     first, second, rest = map(block.word, range(3))
     for half in range(2):
         if half:
@@ -313,7 +322,7 @@ def _six_bits(block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
 
 @dataclass(frozen=True)
 class Q4K(KWords):
-    """In words: six bits of scales and least values, 3 words; numbers, 32."""
+    """Q4_K blocks as 4-byte words, after the two scales: 6-bit scales and mins (3 words), 4-bit quants (32 words)."""
 
     bytes, scales, least, title = 144, 2, True, "q4_k"
 
@@ -326,7 +335,9 @@ class Q4K(KWords):
 
 @dataclass(frozen=True)
 class Q5K(KWords):
-    """In words: six bits of scales and least values, 3 words; the fifth bits of numbers, 8; their low four bits, 32."""
+    """Q5_K blocks as 4-byte words, after the two scales: 6-bit scales and mins (3 words), fifth bits of quants (8),
+    their low four bits (32).
+    """
 
     bytes, scales, least, title = 176, 2, True, "q5_k"
 
@@ -339,7 +350,9 @@ class Q5K(KWords):
 
 
 def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) -> Expr:
-    """Return four elements of four bits each: eight words hold a chunk, and the next chunk above it."""
+    """Return four elements of four bits each. Eight words hold a chunk in the low four bits of each byte, and the next
+    chunk in the upper four bits.
+    """
     k = block.k
     word = block.word(first + 8 * k.floor_divide(chunk, 2) + 4 * half + i)
     return block.masked(word, 4 * k.floor_mod(chunk, 2), 4)
@@ -347,11 +360,13 @@ def _four_bits(block: WordBlock, first: int, chunk: Expr, half: int, i: Expr) ->
 
 @dataclass(frozen=True)
 class Q6K(KWords):
-    """In words: signed 8-bit scales, 4 words; twice the low four bits of numbers, 16, and their upper two bits, 8."""
+    """Q6_K blocks as 4-byte words, in the order in which they are read: signed 8-bit scales (4 words), then twice: low
+    four bits of quants (16 words) and their upper two bits (8 words).
+    """
 
     bytes, scales, tail, span, zero, title = 210, 1, True, 16, 32, "q6_k"
     runs = ((48, 52), (0, 16), (32, 40), (16, 32), (40, 48))
-    chunks = 4  # two groups at a time use more of the CPU's units here
+    chunks = 4  # two groups at a time use more of the CPU's execution units
 
     def small(self, block: WordBlock) -> Iterator[tuple[Expr, Expr]]:
         for word in map(block.word, range(4)):
@@ -365,7 +380,7 @@ class Q6K(KWords):
 
 
 def word_form(encoding: Encoding) -> WordForm | None:
-    """Return the form in which kernels read an encoding by words, or None."""
+    """Return the form in which kernels read an encoding by words, or None if they do not."""
     if encoding.form == "int4_groups" and encoding.group % GROUP == 0:
         return PlainWords(4, encoding.group, 8)
     return _FORMS.get(encoding.form)

@@ -1,11 +1,11 @@
-"""Matrix products of bf16 pairs whose right side is stored in blocks, which are unpacked into pairs.
+"""Matrix products of bf16 pairs whose right operand is stored in blocks, which are unpacked into pairs.
 
     c[m, n] = epilogue(sum_k a[m, k] bf16(d q[n, k] + c))
 
-A panel is unpacked once for all of its rows in a thread, into memory that stays in the second-level cache, and is
-multiplied as in `PairProduct`. For few rows, pairs are multiplied directly in registers after unpacking, so that
-hardware prefetches the following data meanwhile. In both cases pairs are added in the order of k: a row's bits are the
-same as for this row alone, and the same as with a weight in pairs.
+A panel is unpacked once for all rows of a thread, into memory that stays in the L2 cache, and is multiplied as in
+`PairProduct`. For few rows, pairs are multiplied in registers immediately after unpacking, while the hardware
+prefetches the following data. In both cases, pairs are added in the order of k. So a row's bits do not depend on other
+rows, and are the same as with a weight stored in pairs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 FEW = (1, 2, 4, 8)
-"""Row counts that are multiplied in registers, each as one tile."""
+"""Numbers of rows that are multiplied in registers, each as one tile."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class PairBlockProduct(PairProduct):
 
     form    form of w's blocks, which extend along k, a multiple of 32
 
-    Arguments as for `PairProduct`. w's bytes are stored in panels by twos, or in the form's layout if it is read by
-    words. Each slot of its memory holds a panel in pairs.
+    The arguments are the same as for `PairProduct`. w's bytes are stored in panels by twos, or in the form's layout if
+    it is read by words. Each slot of memory holds one unpacked panel.
     """
 
     form: PackedForm | WordForm = INT8_ROWS
@@ -65,7 +65,9 @@ class PairBlockProduct(PairProduct):
         return {**made, "w": w, "unpacked": [sizes.slots, *made["w"][1:]]}
 
     def over(self, k: Emitter, views: Mapping[str, Any], sizes: ProductSizes, write: Write) -> None:
-        """Let every slot run its share of the tasks one after the other; each task has some rows of a panel."""
+        """Emit the product: every slot runs its share of the tasks one after the other. A task has some rows of a
+        panel.
+        """
         (high, columns), width, m = tile_of(k.isa), narrow_width(k.isa), sizes.m
         part = PART // high * high
         parts = k.opaque(k.floor_divide(m + (part - 1), part), "parts")
@@ -92,7 +94,7 @@ class PairBlockProduct(PairProduct):
     def _fill(
         self, k: Emitter, views: Mapping[str, Any], panel: Expr, slot: Expr, width: int, sizes: ProductSizes
     ) -> None:
-        """Unpack a panel."""
+        """Unpack a panel into the memory of a slot."""
 
         def put(pair: Expr, vectors: Sequence[Expr]) -> None:
             for v, each in enumerate(vectors):
@@ -170,5 +172,5 @@ class PairBlockProduct(PairProduct):
 
 
 def _put_from(k: Emitter, first: Expr, put: AddPairs, pair: Expr, vectors: Sequence[Expr]) -> None:
-    """Put a pair of a block whose first pair has the number `first`."""
+    """Store a pair of a block whose first pair has the number `first`."""
     put(k.let(first + pair, "pair"), vectors)

@@ -1,4 +1,5 @@
-"""Blocks unpacked into pairs of bf16 numbers: two consecutive elements of a line form a pair; a vector holds 16 lines.
+"""Unpacking of blocks into pairs of bf16 numbers: two consecutive elements of a line form a pair; a vector holds pairs
+of 16 lines.
 
 Numbers are decoded in float32 and rounded to the nearest bf16, ties to even, in the same way as a cast of a decoded
 weight.
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 LANES = PAIR_SQUARE
-"""Lines in a vector; each has a pair."""
+"""Number of lines in a vector; each lane holds a pair of one line."""
 
 LoadPairs = Callable[["Expr", int, int], "Expr"]
-"""Loads, from the pairs of bytes at a place, which are stored for 16 lines, a number of bytes from an offset."""
+"""A function that loads bytes of 16 lines, which are stored as pairs: it takes the number of the pair, a number of
+bytes, and an offset.
+"""
 Put = Callable[["Expr", "Sequence[Expr]"], None]
-"""Takes pairs when they are computed: the number of the pair, and a vector for each 16 lines."""
+"""A function that receives pairs when they are computed: the number of the pair, and a vector for each 16 lines."""
 
 
 def unpack_pairs(
@@ -42,11 +45,11 @@ def unpack_pairs(
 ) -> None:
     """Unpack `count` pairs of bytes of a block, or of a line that is one block.
 
-    loads     loads bytes of each 16 lines
+    loads     for each 16 lines, a function that loads their bytes
     begin     the pair of bytes at which the block begins
     first     the pair of bytes with the block's first elements, or with the first requested elements of the line
-    in_order  True if pairs are put in order; bytes that hold two elements are then read twice
-    before    runs before the bytes at a place are read
+    in_order  True if pairs are passed to `put` in order; bytes that hold two elements are then read twice
+    before    is called before the bytes at a place are read
     """
     found = [_scales(k, form, load, begin) for load in loads]
     both = tuple(range(8 // form.bits))
@@ -67,7 +70,7 @@ def unpack_pairs(
 
 
 def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
-    """Unpack the pairs of a block that is read by words, in order; each 16 lines have one of `blocks`."""
+    """Unpack the pairs of a block that is read by words, in order. Each 16 lines have an entry of `blocks`."""
     form, scales = blocks[0].form, HeldScales.of(k, blocks)
 
     def of_part(chunk: Expr, part: int) -> None:
@@ -96,8 +99,8 @@ def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
 def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tuple[Sequence[Expr], Expr | None]]:
     """Return, for the first 8 lines and for the others, scales repeated for both numbers of a pair.
 
-    These are d of each element of a byte, and c. d of the second element is divided by 16, because that element is left
-    multiplied by 16.
+    These are d for each element of a byte, and c. The second element of a byte is left multiplied by 16 when it is
+    unpacked, so its d is divided by 16.
     """
     d, c = form.scales_of_pairs(k, lambda place: load(at + place, 0, 2 * LANES), LANES)
     found: list[tuple[Sequence[Expr], Expr | None]] = []
@@ -113,5 +116,5 @@ def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tup
 
 
 def pairs_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
-    """Round two vectors of 16 floats to 16 pairs of bf16 numbers, each pair with one number of both."""
+    """Round two vectors of 16 floats to 16 pairs of bf16 numbers. Each pair has one number of each vector."""
     return k.shuffle([two_rounded(k, low, high)], [i + n for i in range(LANES) for n in (0, LANES)])

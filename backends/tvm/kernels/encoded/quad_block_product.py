@@ -1,11 +1,11 @@
-"""Products of groups of 8-bit numbers with weights in blocks: integer products, by VNNI or in float32.
+"""Products of groups of 8-bit numbers with weights in blocks, computed by VNNI or in float32 as exact integer products.
 
     c[m, n] = epilogue(sum_b s[m, b] d[n, b] (sum_k a[m, k] q[n, k]) + s[m, b] c[n, b] (sum_k a[m, k]))
 
-over k of the span b, 16 or 32 elements that share all scales. The sums over a span are exact integers: in 32-bit
-integers, to which VNNI adds four products at a time and AMX (`tile_groups`) whole tiles, or in float32. They are added
-to a float32 sum one after the other, so that a row's bits depend on this row alone, and are the same on all instruction
-sets with fused multiply-add.
+where k runs over the span b, 16 or 32 elements that share all scales. The sums over a span are exact integers: 32-bit
+integers, to which VNNI adds four products at a time and AMX (`tile_groups`) whole tiles, or float32. They are added to
+a float32 sum one after the other. So a row's bits depend on this row alone, and are the same on all instruction sets
+with fused multiply-add.
 
 Numbers of a block are unpacked in registers, once for all rows of a tile.
 """
@@ -35,9 +35,9 @@ _i32 = DTYPES["i32"]
 class QuadBlockProduct(WordProduct):
     """c = epilogue(a @ decode(w)), a product of integers of 8 bits or less.
 
-    Arguments: a, as `EncodeGroups` lays out the instruction set's form; w, in the form's layout; the scales and sums of
-    groups from `EncodeGroups`, for the form's zero and halves; the extras, c; m, k, n; the strides of rows of `m` and
-    `mn` extras and of c.
+    Arguments: a, in the layout of `EncodeGroups` for the instruction set; w, in the form's layout; the scales and sums
+    of groups from `EncodeGroups`, for the form's zero and halves; the extras, c; m, k, n; the strides of rows of `m`
+    and `mn` extras and of c.
     """
 
     @property
@@ -69,7 +69,7 @@ class QuadBlockProduct(WordProduct):
         return MANY, write
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add the products of 32 elements: the integer sums of each span, scaled."""
+        """Add the products of 32 elements to the tile: the integer sums of each span, scaled."""
         lanes, vectors = k.isa.lanes(), len(tile.blocks)
         for half in range(self.form.halves):
             sums = self._summed(k, views, tile, chunk, part, group, half)
@@ -95,7 +95,7 @@ class QuadBlockProduct(WordProduct):
         d: Expr,
         least: Expr | None,
     ) -> Expr:
-        """Return `before` plus a vector of sums over a span, scaled: one addition for each term, in this order."""
+        """Return `before` plus the scaled sums over a span, as a vector. Each term is one addition, in this order."""
         lanes = k.isa.lanes()
         scale = k.splat(k.bits(k.load(scales, [row, group, 0]), f32), lanes)
         made = before + total * (scale * d)
@@ -133,7 +133,7 @@ class QuadBlockProduct(WordProduct):
         return made
 
     def _fours(self, k: Emitter, a: Any, tile: WordTile, at: Expr, held: Sequence[Expr], made: Any) -> None:
-        """Add products of four elements of each row to the sums."""
+        """Add the products of four elements of each row to the sums."""
         lanes = k.isa.lanes()
         for i in range(tile.high):
             x = k.let(k.splat(k.bits(k.load(a, [tile.first + i, at], 4), _i32), lanes), "x")

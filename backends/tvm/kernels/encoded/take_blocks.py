@@ -1,4 +1,4 @@
-"""Lookup of rows of a table stored in blocks, decoded when they are written.
+"""Lookup of rows of a table that is stored in blocks. The rows are decoded when they are written.
 
 y[i, d] = decode(x)[indices[i], d]
 """
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class TakesRows(Kernel):
-    """y[i, d] = decode(x)[indices[i], d]; base of kernels that look up rows of a table in blocks.
+    """y[i, d] = decode(x)[indices[i], d]; base class of kernels that look up rows of a table in blocks.
 
-    indices  dtype of the indices by name: a field of each of them
+    indices  dtypes of the indices by name; each subclass has this field
 
     Arguments: x, indices, y, the status words; the sizes v, d, i, where v is the number of rows of x; the strides of
     the indices and of y's rows.
@@ -36,7 +36,7 @@ class TakesRows(Kernel):
         raise NotImplementedError
 
     def pick(self, k: Emitter, x: Any, y: Any, row: Expr, index: Expr, d: Expr) -> None:
-        """Write row `index` of x as row `row` of y."""
+        """Decode row `index` of x, and write it as row `row` of y."""
         raise NotImplementedError
 
     def emit(self, k: Emitter) -> None:
@@ -62,7 +62,7 @@ class TakeBlocks(TakesRows):
     width    width of a panel
     lies     layout: "panels", or "quads", the layout of integer products: rows of 8 bits by fours
     flat     for quads: True if the quads of a panel's columns are consecutive
-    twos     for panels: True if bytes are stored by twos, as products of bf16 numbers read them
+    twos     for panels: True if bytes are stored by twos, for bf16 products
     """
 
     form: PackedForm
@@ -123,7 +123,7 @@ class TakeBlocks(TakesRows):
 
 @dataclass(frozen=True)
 class TakeWords(TakesRows):
-    """Like `TakeBlocks`, for a table that is read by words and stored in the form's layout."""
+    """A lookup like `TakeBlocks`, for a table that is read by words and stored in the form's layout."""
 
     form: WordForm
     indices: str

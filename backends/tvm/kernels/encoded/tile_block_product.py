@@ -1,9 +1,9 @@
-"""Matrix products in bf16 on AMX whose right side is stored in blocks, which are unpacked into tiles.
+"""Matrix products in bf16 on AMX whose right operand is stored in blocks, which are unpacked into tiles.
 
     c[m, n] = epilogue(sum_k a[m, k] bf16(d q[n, k] + c))
 
-Like `TileProduct`, except that a panel's chunk is unpacked into the first-level cache once for up to eight blocks of
-rows. Numbers are rounded to bf16 there, and stored nowhere else. A row's bits are the same as for this row alone.
+This is like `TileProduct`, except that a chunk of a panel is unpacked into the L1 cache once for up to eight blocks of
+rows. There, numbers are rounded to bf16; they are not stored elsewhere. A row's bits do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 _SQUARE = ROWS * PAIR_STEP
-_AT_ONCE = 8  # blocks of rows for each unpacked chunk: their sums fill most of the first-level cache
+_AT_ONCE = 8  # blocks of rows per unpacked chunk: their sums fill most of the L1 cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TileBlockProduct(TileProduct):
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
         form, w = self.form, views["w"]
         made = k.registers(CHUNK * 2 * _SQUARE, bf16, "tiles")
-        k.store(made, [k.opaque(0)], k.number(0, bf16))  # visible to the code generator: tiles access it by address
+        k.store(made, [k.opaque(0)], k.number(0, bf16))  # marks the memory as used: tiles access it by address
         ahead = k.isa.ahead // (2 * WIDTH)
         with k.loop(count, "s") as s:
             base = k.let((done + s) * (form.bytes // 2 if form.group else ROWS), "base")

@@ -1,8 +1,8 @@
 """Products of many rows of groups with a panel in blocks, on AMX tiles of bytes.
 
-A group has 32 elements, so that a tile holds a group of 16 rows, or of 16 columns in fours. Its 16 times 16 sums are
-integers. They are scaled and added to float32 sums in registers, block after block, in the same way as in
-`QuadBlockProduct` without tiles; the results are bitwise identical. A panel's numbers are unpacked once for all rows of
+A group has 32 elements. A tile holds a group of 16 rows, or of 16 columns (by fours). Their 16 times 16 sums are
+integers. These are scaled and added to float32 sums in registers, block after block, in the same way as in
+`QuadBlockProduct` without tiles, so results are bitwise identical. A panel's numbers are unpacked once for all rows of
 a task.
 """
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.encoded.quad_block_product import QuadBlockProduct
 
 MANY = 16
-"""Smallest number of rows for which tiles are faster than instructions that multiply fours."""
-_CHUNK = 64  # groups that are unpacked at a time: 32 KiB
+"""Minimum number of rows for which tiles are faster than instructions that multiply fours."""
+_CHUNK = 64  # number of groups that are unpacked at a time: 32 KiB
 _FOURS = GROUP // 4
 _GROUP_BYTES = ROWS * GROUP  # bytes of a group of 16 columns
 _SQUARE = ROWS * ROWS
@@ -30,11 +30,13 @@ _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
 _SUMS, _LEFT, _RIGHT = 0, 2, 4
 _SHAPES = [(ROWS, ROW_BYTES)] * 2 + [(ROWS, GROUP)] * 2 + [(_FOURS, ROW_BYTES)] * 2 + [(ROWS, ROW_BYTES)] * 2
-"""Tiles of sums, of rows and of columns, two of each so that one group is multiplied while another is added."""
+"""Shapes of the tiles of sums, of rows and of columns. There are two of each, so that one group is multiplied while the
+sums of another are added.
+"""
 
 
 class PanelOnTiles:
-    """Multiplies a task's rows by a panel: `count` rows from `first` on, at most `most`."""
+    """A writer of the product of a task's rows and a panel: `count` rows from `first` on, at most `most`."""
 
     def __init__(self, product: QuadBlockProduct, k: Emitter, views: Mapping[str, Any], most: int) -> None:
         self.product, self.k, self.views, self.most = product, k, views, most
@@ -61,12 +63,12 @@ class PanelOnTiles:
 
     def _room(self, count: int, dtype: Any, name: str) -> Any:
         made = self.k.registers(count, dtype, name)
-        # Makes the allocation visible to the code generator: tile instructions access it by address.
+        # This shows the code generator that the memory is used: tile instructions access it by address.
         self.k.store(made, [self.k.opaque(0)], self.k.number(0, dtype))
         return made
 
     def _unpack(self, panel: Expr, done: Expr, here: Expr) -> None:
-        """Unpack the numbers of `here` groups as signed bytes, in fours, and their scales."""
+        """Unpack the numbers of `here` groups as signed bytes, by fours, and the scales of the groups."""
         k, product, form = self.k, self.product, self.product.form
         with k.loop(k.floor_divide(here, self.each), "block") as number:
             base = k.let((k.floor_divide(done, self.each) + number) * (form.bytes * ROWS), "base")
@@ -107,7 +109,7 @@ class PanelOnTiles:
             k.store(self.held, [rest + i * ROWS], k.load(acc, [i * ROWS], ROWS), ROWS)
 
     def _multiply(self, row: Expr, done: Expr, group: Expr, number: int, depth: Expr) -> None:
-        """Compute the sums of a group of 16 rows and 16 columns."""
+        """Compute the integer sums of a group, for 16 rows and 16 columns."""
         k = self.k
         tiles.clear(k, _SUMS + number)
         tiles.load(k, _LEFT + number, self.views["a"], [row, (done + group) * GROUP], depth)
@@ -116,7 +118,7 @@ class PanelOnTiles:
         tiles.store(k, _SUMS + number, self.sums, [k.index(number * _SQUARE)])
 
     def _add(self, row: Expr, done: Expr, group: Expr, number: int, acc: Any) -> None:
-        """Scale the sums of a group and add them to the sums of all groups."""
+        """Scale the integer sums of a group and add them to the float32 sums of all groups."""
         k, scales = self.k, self.views["scales"]
         d = k.let(k.load(self.scales, [2 * group * ROWS], ROWS), "d")
         least = k.let(k.load(self.scales, [(2 * group + 1) * ROWS], ROWS), "c") if self.product.form.least else None
@@ -132,5 +134,5 @@ class PanelOnTiles:
 
 
 def _as_i8(zero: int) -> int:
-    """Return `zero` modulo 256 as a signed byte, which has the same effect when it is subtracted."""
+    """Return the signed byte that equals `zero` modulo 256. Subtracting it has the same effect."""
     return (zero + 128) % 256 - 128

@@ -1,9 +1,9 @@
-"""Numbers of blocks, unpacked in registers: the forms that kernels read, and the code that unpacks them.
+"""Numbers of blocks, unpacked in registers: the forms that kernels read byte by byte, and the code that unpacks them.
 
 Blocks are stored in panels: byte j of adjacent lines is contiguous, so that a vector holds one byte of each line, and
 unpacking yields one element of each line.
 
-    y = d q + c      for a block's scale d, and c = 0, its least value, or -8 d
+    y = d q + c      for a block's scale d, and c = 0, its minimum, or -8 d
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 Load = Callable[["Expr"], "Expr"]
-"""Loads a vector of the bytes at an offset in a block, u8."""
+"""A function that loads a vector of the bytes at an offset in a block, u8."""
 
 _i32, _i16, _i8 = (DTYPES[name] for name in ("i32", "i16", "i8"))
 
@@ -30,9 +30,9 @@ class PackedForm:
     """A form of blocks that kernels read byte by byte.
 
     bits   bits of an element: 8, signed, or 4
-    group  elements of a block; 0: a line is one block
+    group  number of elements of a block; 0: a line is one block
     scale  bytes of a block's scale, with which it begins: 2 or 4
-    least  True if a block's least value follows the scale, in 2 bytes
+    least  True if a block's minimum follows the scale, in 2 bytes
     zero   value to subtract from an element: 8, or 0
     """
 
@@ -44,28 +44,30 @@ class PackedForm:
 
     @property
     def header(self) -> int:
-        """Bytes of a block before its elements."""
+        """Number of bytes of a block before its elements."""
         return self.scale + 2 * self.least
 
     @property
     def bytes(self) -> int:
-        """Bytes of a block, for a form with groups."""
+        """Number of bytes of a block, for a form with groups."""
         return self.header + self.group * self.bits // 8
 
     @property
     def title(self) -> str:
-        """The form's part of a kernel's name."""
+        """Name of the form in a kernel's name."""
         return f"{self.bits}_bits" + (f"_by_{self.group}" if self.group else "") + "_with_least" * self.least
 
     def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
-        """Return d and c of the blocks that begin at `base`; None for a c of 0."""
+        """Return d and c of the blocks that begin at `base`. c is None if it is 0."""
         d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
         if self.least:
             return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
-        """Return `scales` of blocks whose bytes are stored in pairs: `load` takes the number of a pair."""
+        """Return d and c like `scales`, for blocks whose bytes are stored in pairs: `load` takes the number
+        of a pair.
+        """
 
         def half(place: int) -> Expr:
             return k.cast(k.bits(load(k.index(place)), f16, lanes), f32, lanes)
@@ -81,7 +83,8 @@ class PackedForm:
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def elements(self, k: Emitter, byte: Expr, lanes: int, *, raised: bool = False) -> list[Expr]:
-        """Return the elements of a byte as float32: one, or one of the block's first half and one of its second.
+        """Return the elements of a byte as float32: one element, or two, one of the block's first half and one of its
+        second half.
 
         raised  True if the second element stays multiplied by 16, which saves a shift
         """
@@ -94,7 +97,7 @@ class PackedForm:
 
 
 def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
-    """Return a float16 of two bytes, or a float32 of four, lowest byte first, as float32."""
+    """Return a float16 of two bytes, or a float32 of four bytes, as float32. The lowest byte comes first."""
     made = k.cast(bytes[0], _i32, lanes)
     for place, byte in enumerate(bytes[1:], start=1):
         made = made | k.shift_left(k.cast(byte, _i32, lanes), k.number(8 * place, _i32, lanes))
@@ -108,7 +111,7 @@ INT8_ROWS = PackedForm(8, 0, scale=4)
 
 
 def reads_in_tiles(form: PackedForm) -> bool:
-    """Return True if a matrix unit's kernel reads a form: a block is as long as a row of a tile, or is a line."""
+    """Return True if an AMX kernel reads a form: a block is as long as a row of a tile, or a line is one block."""
     return form.group in (0, PAIR_STEP)
 
 

@@ -50,7 +50,9 @@ class WideBlockProduct(WordProduct):
                 self._add(k, views["a"], tile, first, numbers)
 
     def _add(self, k: Emitter, a: Any, tile: WordTile, first: Expr, numbers: Sequence[Sequence[Expr]]) -> None:
-        """Add products of four consecutive elements, summed first: a row's sum waits for one addition, not four."""
+        """Add the products of four consecutive elements. They are summed first, so that a row's sum has one dependent
+        addition, not four.
+        """
         lanes = k.isa.lanes()
         for i in range(tile.high):
             four = [k.let(k.splat(k.load(a, [tile.first + i, first + n]), lanes), "x") for n in range(4)]

@@ -1,4 +1,4 @@
-"""Base of products with weights in blocks read by words: tiles of 16 columns by rows that fit in registers.
+"""Base of products with weights in blocks that are read by words: tiles of 16 columns by rows that fit in registers.
 
     c[m, n] = epilogue(sum_k a[m, k] (d q[n, k] + c))
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WordTile:
-    """A tile of sums at a block of its columns.
+    """A tile of the output: the accumulators of some rows of a, for one block along k.
 
-    first   its first row of a
-    high    number of its rows
-    blocks  blocks of each vector of columns
-    sums    sums, row by row, one vector after the other
+    first   index of the tile's first row of a
+    high    number of rows
+    blocks  the block of each vector of columns
+    sums    the accumulators, row by row, one vector after the other
     scales  scales of the blocks
     """
 
@@ -43,7 +43,7 @@ class WordTile:
 
 @dataclass(frozen=True)
 class WordProduct(FinishedProduct):
-    """c = epilogue(a @ decode(w)).
+    """c = epilogue(a @ decode(w)), the base class of these kernels.
 
     form     form of w's blocks, which extend along k
     epilogue a chain whose first input is the sum; None: the sum is stored unchanged
@@ -71,26 +71,28 @@ class WordProduct(FinishedProduct):
         return []
 
     def stride(self, k: Emitter, depth: Expr) -> Expr:
-        """Return the stride of a's rows; a declared size, if it is not `depth`."""
+        """Return the stride of a's rows: `depth`, or a size that is declared here."""
         return depth
 
     def views(self, k: Emitter, given: Sequence[Any], m: Expr, depth: Expr, stride: Expr) -> dict[str, Any]:
-        """Return views of the declared pointers by name; a's is "a"."""
+        """Return views of the declared pointers by name; the view of a is named "a"."""
         raise NotImplementedError
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add the products of 32 elements to a tile's sums: part `part` of a chunk, group `group` of a row."""
+        """Add the products of 32 elements to a tile's sums: part `part` of a chunk, which is group `group` of a row."""
         raise NotImplementedError
 
     def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:
-        """Return a smallest number of rows and the function that replaces tiles from there on, or None."""
+        """Return a minimum number of rows and the function that replaces tiles for at least this number, or None."""
         return None
 
     # -- the loops -----------------------------------------------------------------------------------------------
 
     @staticmethod
     def tile(isa: Isa) -> tuple[int, int]:
-        """Return the rows and columns of a tile: two sums for each of its vectors stay in registers."""
+        """Return the numbers of rows and columns of a tile: two sums for each vector of the tile must fit into
+        registers.
+        """
         vectors = WIDTH // isa.lanes()
         return max(1, min(12, (isa.registers - 6) // (2 * vectors))), WIDTH
 
@@ -115,7 +117,7 @@ class WordProduct(FinishedProduct):
     def _tile(
         self, k: Emitter, views: dict[str, Any], panel: Expr, first: Expr, high: int, columns: Expr, held: Expr
     ) -> None:
-        """Emit `high` rows of a panel."""
+        """Emit the product of `high` rows and a panel."""
         form, lanes = self.form, k.isa.lanes()
         vectors = WIDTH // lanes
         acc = k.registers(high * WIDTH, f32, "sums")

@@ -1,1 +1,1 @@
-"""Products of 8-bit and 16-bit numbers: rounded and packed operands, matrix units, products of pairs."""
+"""Products of 8-bit and 16-bit numbers: rounding and packing of operands, AMX products, and products of pairs."""

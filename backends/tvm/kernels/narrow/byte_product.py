@@ -1,10 +1,10 @@
-"""Products of 8-bit rows: on AMX, by VNNI, and without either by float32 products of integers.
+"""Products of 8-bit rows: on AMX, by VNNI, or otherwise by float32 products of integers.
 
     c[m, n] = epilogue((sum_k a[m, k] w[n, k] - z[m] sum_k w[n, k]) (s[m] t[n]), ...)
 
-a holds unsigned bytes and w signed ones, s and t have a scale for each row, z holds a's zero points. Sums of w's rows
-are stored in its panels. Sums are exact in 32 bits, up to 2^16 elements of k, so all of these kernels give bitwise
-identical results, and a row's bits depend on this row alone.
+a holds unsigned bytes and w signed bytes; s and t hold a scale for each row, and z holds a's zero points. Sums of w's
+rows are stored in its panels. Sums are exact in 32 bits, up to 2^16 elements of k. So results of all these kernels are
+bitwise identical, and a row's bits depend on this row alone.
 """
 
 from __future__ import annotations
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOST_SUMMED = 1 << 16
-"""Elements of k whose byte products fit into 32 bits: 255 127 2^16 < 2^31. Sums minus z times w's sums fit too."""
+"""Maximum number of elements of k whose byte products fit into 32 bits: 255 127 2^16 < 2^31. Sums minus z times w's
+sums fit, too.
+"""
 _HEAD = QUAD_HEAD * WIDTH
 _SQUARE = PAIR_SQUARE * QUAD_STEP
-_EXACT = 8  # steps whose products of bytes float32 sums exactly: 255 127 512 < 2^24
+_EXACT = 8  # number of steps whose byte products float32 sums exactly: 255 127 512 < 2^24
 _i32 = DTYPES["i32"]
 
 
 def _less_zero(
     k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int, width: int
 ) -> Expr:
-    """Return a vector of integer sums, minus the row's zero point times the sums of columns of a panel."""
+    """Return a vector of integer sums, minus the row's zero point times the sums of the panel's columns."""
     held = k.load(w, [panel, ROW_HEAD * width + 4 * column], 4 * lanes)
     return total - k.splat(k.load(rows, [row, 1]), lanes) * k.bits(held, _i32, lanes)
 
 
 def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, total: Expr, lanes: int) -> Expr:
-    """Return a vector of integer sums as float32, times the row's scale and the scales of columns of a panel."""
+    """Return a vector of integer sums as float32, times the row's scale and the scales of the panel's columns."""
     held = k.load(w, [panel, ROW_HEAD * column], ROW_HEAD * lanes)
     scale = k.splat(k.bits(k.load(rows, [row, 0]), f32), lanes) * k.bits(held, f32, lanes)
     return k.let(k.cast(total, f32, lanes) * scale, "y")
@@ -49,10 +51,11 @@ def _scaled(k: Emitter, w: Any, rows: Any, panel: Expr, column: int, row: Expr, 
 
 @dataclass(frozen=True)
 class ByteTileProduct(TileProduct):
-    """c = epilogue((a @ w - z sums of w) scales), of bytes in tiles, with 32-bit sums.
+    """c = epilogue((a @ w - z sums of w) scales), for tiles of bytes, with 32-bit sums.
 
-    As `TileProduct`, without `tiled`. Arguments: a, as `EncodeRows` lays out tiles; w, in quads(32); the scales and
-    zero points of rows from `EncodeRows`; the extras, c; m, k, n; the strides of rows of `m` and `mn` extras and of c.
+    The fields are the same as for `TileProduct`, without `tiled`. Arguments: a, as `EncodeRows` writes tiles; w, in
+    quads(32); the scales and zero points of rows from `EncodeRows`; the extras, c; m, k, n; the strides of rows of `m`
+    and `mn` extras and of c.
     """
 
     @property
@@ -93,13 +96,13 @@ class ByteTileProduct(TileProduct):
 
 @dataclass(frozen=True)
 class QuadProduct(RegisterProduct):
-    """c = epilogue((a @ w - z sums of w) scales), of bytes, by fours.
+    """c = epilogue((a @ w - z sums of w) scales), for bytes, four at a time.
 
-    VNNI multiplies unsigned bytes by signed bytes. Without it a - z is in float32, bytes of w are widened to float32,
-    and products are summed in float32 up to the number that is exact.
+    VNNI multiplies unsigned bytes by signed bytes. Without VNNI, a - z is stored in float32, bytes of w are widened to
+    float32, and products are summed in float32, up to the number of products that is exact.
 
-    Pointers: a, as `EncodeRows` lays out the instruction set's form; w, in flat quads (`quads_for`); the scales and
-    zero points of rows.
+    Pointers: a, as `EncodeRows` writes it for the instruction set; w, in flat quads (`quads_for`); the scales and zero
+    points of rows.
     """
 
     @property
@@ -176,13 +179,15 @@ class QuadProduct(RegisterProduct):
 
 
 def _byte(k: Emitter, quads: Expr, number: int, lanes: int) -> Expr:
-    """Return one of the signed bytes of each four, as float32."""
+    """Return the signed byte with this number of each four, as float32."""
     up = k.shift_left(quads, k.number(24 - 8 * number, _i32, lanes)) if number < 3 else quads
     return k.cast(up >> k.number(24, _i32, lanes), f32, lanes)
 
 
 def quads_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
-    """Return sums + left[0] right[0] + ... + left[3] right[3], of four bytes in each lane; `left` is unsigned."""
+    """Return sums + left[0] right[0] + ... + left[3] right[3] for the four bytes in each lane. Bytes of `left` are
+    unsigned.
+    """
 
     def text() -> str:
         return """

@@ -1,4 +1,6 @@
-"""Rows quantized to 8 bits in groups of 32 elements with a scale each, bitwise as `int8_groups(32)`, for products."""
+"""Quantization of rows to 8 bits in groups of 32 elements with a scale each, for the left operand of products. The
+numbers are bitwise identical to `int8_groups(32)`.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +20,17 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 GROUP = GROUPS.group
-"""Elements of a group."""
+"""Number of elements of a group."""
 _i32, _i8 = DTYPES["i32"], DTYPES["i8"]
 
 
 def form_of_groups(isa: Isa) -> str:
-    """Return the form in which an instruction set's product reads groups: see `EncodeGroups`."""
+    """Return the form in which the products of an instruction set read groups: see `EncodeGroups`."""
     return "filled" if isa.multiplies_tiles else "quads" if isa.multiplies_quads else "wide"
 
 
 def rows_of_groups(form: str, rows: Size) -> Size:
-    """Return the number of rows of a form."""
+    """Return the number of rows that a form stores for `rows` rows."""
     return (rows + ROWS - 1) // ROWS * ROWS if form == "filled" else rows
 
 
@@ -38,13 +40,13 @@ class EncodeGroups(Kernel):
 
     form   layout of y: "quads", row-major bytes; "wide", row-major in f32; "filled", bytes of a multiple of 16 rows, of
            which those past m are undefined and have 0 in `scales`
-    zero   offset of the right side's integers: the correction of a part is minus zero times its sum, an i32. 0: each
-           number of the right side has an added constant, and the correction is the scale times the sum, as the bits of
-           a float32
-    parts  number of parts of a group with different scales in the right side: 1 or 2
+    zero   offset of the right operand's integers: the correction of a part is minus zero times its sum, an i32. 0: each
+           number of the right operand has an added constant, and the correction is the scale times the sum, as the bits
+           of a float32
+    parts  number of parts of a group with different scales in the right operand: 1 or 2
     again  True if x holds encoded groups: their scales and numbers stay the same, in another form
 
-    A group with a NaN or infinite number has the scale NaN. k is a multiple of 32. Arguments: x, y, scales; m, k; x's
+    If a group contains NaN or infinity, its scale is NaN. k is a multiple of 32. Arguments: x, y, scales; m, k; x's
     stride of rows.
     """
 

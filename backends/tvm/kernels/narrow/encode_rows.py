@@ -1,4 +1,6 @@
-"""Rows quantized to 8 bits, bitwise as `uint8_rows` or `int8_rows`: for products' kernels, or as encoded values."""
+"""Quantization of rows to 8 bits, for the left operand of products or as encoded values. The numbers are bitwise
+identical to `uint8_rows` or `int8_rows`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ _SMALLEST, _SMALLEST_STEP = int(SMALLEST_ROW.view("i4")), float(SMALLEST_STEP)
 
 
 def form_of_rows(isa: Isa) -> str:
-    """Return the form in which an instruction set's product reads 8-bit rows: see `EncodeRows`."""
+    """Return the form in which the products of an instruction set read 8-bit rows: see `EncodeRows`."""
     return "tiles" if isa.multiplies_tiles else "quads" if isa.multiplies_quads else "wide"
 
 
@@ -35,7 +37,7 @@ def rows_dtype(form: str) -> DType:
 
 
 def rows_elements(form: str, rows: Size, depth: Size) -> Size:
-    """Return the number of elements of a form."""
+    """Return the number of elements that a form stores for `rows` rows of `depth` elements."""
     steps = (depth + QUAD_STEP - 1) // QUAD_STEP
     whole = (rows + BLOCK - 1) // BLOCK * BLOCK if form == "tiles" else rows
     return whole * steps * QUAD_STEP
@@ -52,8 +54,8 @@ class EncodeRows(Kernel):
     scaled  True if there is a `by`
     again   True if x holds encoded rows: their scales, zero points and numbers stay the same, in another form
 
-    A row with a NaN or infinite number has the scale NaN. Arguments: x, by if there is one, y, rows; m, k; x's stride
-    of rows.
+    If a row contains NaN or infinity, its scale is NaN. Arguments: x, by if `scaled`, y, rows; m, k; x's stride of
+    rows.
     """
 
     form: str
@@ -68,7 +70,7 @@ class EncodeRows(Kernel):
 
     @property
     def head(self) -> int:
-        """Bytes of a row before its numbers."""
+        """Number of bytes of an encoded row before its numbers."""
         return _head(self.signed) if self.form == "held" else 0
 
     def emit(self, k: Emitter) -> None:
@@ -128,16 +130,17 @@ class EncodeRows(Kernel):
                 k.store(rows, [row, 1], zero)
 
     def _place(self, k: Emitter, sixteen: Expr, i: Expr, row: Expr, step: Expr) -> list[Expr]:
-        """Return the index of the numbers of a step of a row."""
+        """Return the index in y at which the numbers of a step of a row begin."""
         if self.form == "tiles":
             return [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
         return [row, step * QUAD_STEP + self.head]
 
     def _ends(self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr) -> tuple[Expr, Expr]:
-        """Return the bits of a row's largest number, and of minus its smallest; 0 if no number has that sign.
+        """Return the bits of a row's largest number, and the bits of minus its smallest number; 0 if no number has that
+        sign.
 
-        For a signed row, both are the bits of its largest magnitude. The bits of infinity and NaN are larger than all
-        others.
+        For a signed row, both are the bits of the largest magnitude. The bits of infinity and NaN are larger than the
+        bits of all other numbers.
         """
         lanes = k.isa.lanes()
         most = k.registers(2 * lanes, _i32, "most")
@@ -198,7 +201,7 @@ class EncodeRows(Kernel):
         up = k.let(k.splat(k.cast(zero, f32), lanes), "up")
         for j in range(0, QUAD_STEP, lanes):
             near = k.nearest(number(j) * k.splat(factor, lanes))
-            if not self.signed:  # two halves rounded up would make 256 steps
+            if not self.signed:  # rounding both halves up would give 256 steps
                 near = k.least(near, k.number(255.0, f32, lanes) - up)
             if self.form == "wide":
                 k.store(y, [*to[:-1], to[-1] + j], near, lanes)
@@ -216,7 +219,7 @@ class EncodeRows(Kernel):
 
 @dataclass(frozen=True)
 class DecodeRows(Kernel):
-    """y[m, k] = the numbers of encoded 8-bit rows
+    """y[m, k] = the decoded numbers of 8-bit rows
 
     signed  True for `int8_rows`, False for `uint8_rows`
 
@@ -242,7 +245,7 @@ class DecodeRows(Kernel):
 
 
 def _head(signed: bool) -> int:
-    """Return the bytes of an encoded row before its numbers."""
+    """Return the number of bytes of an encoded row before its numbers."""
     return ROW_HEAD if signed else ROW_HEAD + 1
 
 
@@ -253,7 +256,7 @@ def _row_head(k: Emitter, x: Any, row: Expr, signed: bool) -> tuple[Expr, Expr]:
 
 
 def scale_bits(k: Emitter, x: Any, row: Expr, at: Expr) -> Expr:
-    """Return the bits of the scale that begins at a byte of an encoded row."""
+    """Return the bits of the scale that begins at byte `at` of an encoded row."""
     bits = k.cast(k.load(x, [row, at]), _i32)
     for byte in range(1, ROW_HEAD):
         bits = bits | k.shift_left(k.cast(k.load(x, [row, at + byte]), _i32), k.number(8 * byte, _i32))
@@ -261,13 +264,15 @@ def scale_bits(k: Emitter, x: Any, row: Expr, at: Expr) -> Expr:
 
 
 def integers(k: Emitter, bytes: Expr, signed: bool, zero: Expr | None = None, lanes: int = 1) -> Expr:
-    """Return bytes of encoded numbers as float32, minus the zero point if one is passed."""
+    """Return the bytes of encoded numbers as float32, minus the zero point if it is passed."""
     whole = k.cast(k.bits(bytes, _i8, lanes) if signed else bytes, _i32, lanes)
     return k.cast(whole if zero is None else whole - (k.splat(zero, lanes) if lanes > 1 else zero), f32, lanes)
 
 
 def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
-    """Return the scale of a block, from the bits of its largest magnitude, and the factor of its numbers."""
+    """Return the scale of a block, and the factor by which its numbers are multiplied, from the bits of the largest
+    magnitude.
+    """
     finite = largest < k.number(_INFINITY, _i32)
     used = k.both(finite, largest >= k.number(_SMALLEST, _i32))
     number = k.let(k.bits(largest, f32), "number")

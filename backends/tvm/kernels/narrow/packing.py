@@ -1,4 +1,4 @@
-"""Packing of a computed right side into pairs, quads or blocks. Weights are packed by NumPy when they are bound."""
+"""Packing of a computed right operand into pairs, quads or blocks. (NumPy packs weights when they are bound.)"""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class PackPairs(Kernel):
 
 @dataclass(frozen=True)
 class PackQuads(Kernel):
-    """w = x[n, 4 + k], encoded rows of `int8_rows`, in quads(width), flat or not. Padded with zeros.
+    """w = x[n, 4 + k], which are encoded rows of `int8_rows`, in quads(width), flat or not. Padded with zeros.
 
-    Arguments: x, w; n, 4 + k; x's strides over both. w is contiguous.
+    Arguments: x, w; n, 4 + k; x's strides over both dimensions. w is contiguous.
     """
 
     width: int
@@ -99,9 +99,9 @@ class PackQuads(Kernel):
 
 @dataclass(frozen=True)
 class PackBlocks(Kernel):
-    """w = x[n, bytes], encoded rows of blocks, in blocks(width, block, head, ...), padded with zeros.
+    """w = x[n, bytes], which are encoded rows of blocks, in blocks(width, block, head, ...), padded with zeros.
 
-    See `treadle.ir.layouts`. Arguments: x, w; n, bytes; x's strides over both. w is contiguous.
+    See `treadle.ir.layouts`. Arguments: x, w; n, bytes; x's strides over both dimensions. w is contiguous.
     """
 
     width: int
@@ -138,7 +138,9 @@ class PackBlocks(Kernel):
                     to += end - start
 
     def _pieces(self) -> list[tuple[int, int, int]]:
-        """Return the order of a block's bytes, and the number of contiguous bytes of a row: 2 for scales, else 4."""
+        """Return the pieces of a block's bytes in the order in which they are stored. Each has a number of contiguous
+        bytes of a row: 2 for scales, else 4.
+        """
         words = self.block - self.head
         scales, first = (words, 0) if self.tail else (0, self.head)
         runs = self.runs or ((0, words // 4),)

@@ -1,8 +1,8 @@
-"""Matrix products in bf16 without a matrix unit: by products of pairs, or by float32 products of widened operands.
+"""Matrix products in bf16 without AMX: by products of pairs, or by float32 products of widened operands.
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-Each lane holds a pair of w's elements, and a pair of a's is broadcast.
+Each lane holds a pair of w's elements, and a pair of a's elements is broadcast.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _HIGH_HALF = -0x10000
 
 AddPairs = Callable[["Expr", "Sequence[Expr]"], None]
-"""Takes the number of a pair along k, and a vector of w's pairs for each vector of columns."""
+"""A function of the number of a pair along k, and a vector of w's pairs for each vector of columns."""
 
 
 @dataclass(frozen=True)
 class PairProduct(RegisterProduct):
-    """c = epilogue(a @ w), of bf16 numbers, with float32 sums.
+    """c = epilogue(a @ w), for bf16 numbers, with float32 sums.
 
-    Pointers: a, as `RoundRows` lays out the instruction set's form; w, in flat pairs (`pairs_for`).
+    Pointers: a, as `RoundRows` writes it for the instruction set; w, in flat pairs (`pairs_for`).
     """
 
     @property
@@ -38,7 +38,7 @@ class PairProduct(RegisterProduct):
 
     @property
     def held(self) -> DType:
-        """The dtype of the elements in w's panels."""
+        """Dtype of the elements in w's panels."""
         return bf16
 
     def ask(self, k: Emitter) -> dict[str, Any]:
@@ -72,11 +72,11 @@ class PairProduct(RegisterProduct):
     def over_pairs(
         self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, sizes: ProductSizes, add: AddPairs
     ) -> None:
-        """Emit the pairs of a tile's columns, one after the other."""
+        """Call `add` for each pair of a tile's columns, in order."""
         self.over_held(k, views["w"], tile.panel, tile, sizes.steps, add)
 
     def over_held(self, k: Emitter, w: Any, at: Expr, tile: RegisterTile, steps: Expr, add: AddPairs) -> None:
-        """Emit the pairs of a panel stored in flat pairs."""
+        """Call `add` for each pair of a panel that is stored in flat pairs."""
         lanes = k.isa.lanes()
         with k.loop(steps * PAIR_SQUARE, "pair") as pair:
             held = []
@@ -86,7 +86,9 @@ class PairProduct(RegisterProduct):
             add(pair, held)
 
     def _pairs(self, k: Emitter, a: Any, rows: Sequence[Expr], at: Expr, held: Sequence[Expr], acc: Any) -> None:
-        """Add a pair of each row, times vectors of pairs, to the sums. One pair at a time is in a register."""
+        """Add the products of a pair of each row and vectors of w's pairs to the sums. One pair at a time is in a
+        register.
+        """
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         wide = [] if k.isa.multiplies_pairs else [_widened(k, w, lanes) for w in held]
         for i, row in enumerate(rows):
@@ -110,7 +112,7 @@ def _widened(k: Emitter, w: Expr, lanes: int) -> tuple[Expr, Expr]:
 
 
 def pairs_added(k: Emitter, sums: Expr, left: Expr, right: Expr) -> Expr:
-    """Return sums + left[0] right[0] + left[1] right[1], of a pair of bf16 numbers in each lane."""
+    """Return sums + left[0] right[0] + left[1] right[1] for the pair of bf16 numbers in each lane."""
 
     def text() -> str:
         return """

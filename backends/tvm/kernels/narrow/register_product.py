@@ -1,9 +1,10 @@
-"""Base of products of 8-bit and bf16 numbers without a matrix unit: tiles of sums in registers, throughout k.
+"""Base of products of 8-bit and bf16 numbers without AMX. The accumulators of a tile stay in registers during the loop
+over k.
 
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
-w is read once for each tile, with several elements in each lane; the same elements of a are broadcast. Each row is
-summed over k in the same order, for any number of rows.
+w is read once for each tile, with several elements in each lane; the corresponding elements of a are broadcast. Each
+row is summed over k in the same order, for any number of rows.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegisterTile:
-    """A tile of sums.
+    """A tile of the output.
 
-    panel    its panel of w
-    start    its first column there
-    vectors  vectors of its columns
-    first    its first row of a
-    high     number of its rows
+    panel    the panel of w
+    start    first column of the tile in the panel
+    vectors  number of vectors of columns
+    first    first row of a
+    high     number of rows
     count    number of existing rows, if fewer: the others repeat the last row and are not stored
-    slot     the slot of workspace that holds its unpacked panel, or None
+    slot     the slot of workspace that holds the unpacked panel, or None
     """
 
     panel: Expr
@@ -42,7 +43,7 @@ class RegisterTile:
     slot: Expr | None = None
 
     def row(self, k: Emitter, number: int) -> Expr:
-        """Return a row of a, by its number in the tile."""
+        """Return the index of a row of a, from its number in the tile."""
         return self.first + (number if self.count is None else k.least(k.index(number), self.count - 1))
 
 
@@ -51,9 +52,9 @@ class ProductSizes:
     """The sizes of a call, and values derived from them.
 
     m, depth, columns  m, k and n
-    slots    slots of the workspace
-    steps    steps of k in panels, the last one padded
-    panels   panels of w
+    slots    number of slots of the workspace
+    steps    number of steps of k in panels, the last one padded
+    panels   number of panels of w
     """
 
     m: Expr
@@ -65,12 +66,14 @@ class ProductSizes:
 
 
 Write = Callable[..., None]
-"""Writes one tile from its panel, first column, number of columns, first row and number of rows (`RegisterTile`)."""
+"""A function that emits one tile from its panel, first column, number of columns, first row and number of rows
+(`RegisterTile`).
+"""
 
 
 @dataclass(frozen=True)
 class RegisterProduct(FinishedProduct):
-    """c = epilogue(a @ w), of 8-bit or bf16 numbers.
+    """c = epilogue(a @ w), for 8-bit or bf16 numbers.
 
     epilogue a chain whose first input is the sum; None: the sum is stored unchanged
     extras   form of the chain's other inputs: see `Finishing`
@@ -91,15 +94,15 @@ class RegisterProduct(FinishedProduct):
     # -- specific to a kind of numbers ------------------------------------------------------------------------------
 
     def ask(self, k: Emitter) -> dict[str, Any]:
-        """Declare the pointers of a, w and their scales, by name."""
+        """Declare the pointers of a, w and their scales. Return them by name."""
         raise NotImplementedError
 
     def memory(self, k: Emitter) -> dict[str, Any]:
-        """Declare the pointers of the workspace, by name."""
+        """Declare the pointers of the workspace. Return them by name."""
         return {}
 
     def shapes(self, k: Emitter, sizes: ProductSizes, width: int) -> Mapping[str, list[Expr]]:
-        """Return the shapes of these pointers."""
+        """Return the shapes of the arrays at these pointers, by name."""
         raise NotImplementedError
 
     def steps(self, k: Emitter, depth: Expr) -> Expr:
@@ -111,7 +114,7 @@ class RegisterProduct(FinishedProduct):
         raise NotImplementedError
 
     def value(self, k: Emitter, views: Mapping[str, Any], tile: RegisterTile, row: Expr, at: int, total: Expr) -> Expr:
-        """Return the value of a vector of sums of this row, from column `at` of the panel on."""
+        """Return the value of a vector of sums, for this row and the columns from `at` of the panel on."""
         return total
 
     # -- the loops -----------------------------------------------------------------------------------------------
@@ -147,5 +150,5 @@ class RegisterProduct(FinishedProduct):
         self.over(k, views, sizes, write)
 
     def over(self, k: Emitter, views: Mapping[str, Any], sizes: ProductSizes, write: Write) -> None:
-        """Emit every tile of m rows and all panels."""
+        """Emit every tile of m rows and all panels, by calls of `write`."""
         over_tiles(k, sizes.m, sizes.panels, write)

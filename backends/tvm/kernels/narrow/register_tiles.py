@@ -1,4 +1,4 @@
-"""Tiles of sums that a product without a matrix unit keeps in registers, and the tasks that run over them.
+"""Tiles of products without AMX, whose accumulators stay in registers, and the tasks that run over them.
 
 A task has several tiles of rows of one panel. Full tiles come first, then the remaining rows, in halves, as in
 `Matmul`. Each row is summed in the same order, for any number of rows.
@@ -21,26 +21,28 @@ PART = 128
 """Approximate number of rows of a task."""
 
 Tile = Callable[["Expr", int, int, "Expr", int], None]
-"""Writes one tile, given its panel, first column in the panel, number of columns, first row and number of rows."""
+"""A function that emits one tile, from its panel, first column in the panel, number of columns, first row and number of
+rows.
+"""
 
 
 def narrow_width(isa: Isa) -> int:
-    """Return the columns of a panel of pairs or quads: two tiles of a matrix unit, or a few vectors."""
+    """Return the number of columns of a panel of pairs or quads: two AMX tiles, or a few vectors."""
     return 3 * PAIR_SQUARE if _is_widest(isa) else 2 * PAIR_SQUARE
 
 
 def pairs_for(isa: Isa, transposed: bool = False) -> Layout:
-    """Return the layout in which products read a bf16 weight: in squares for a matrix unit."""
+    """Return the layout in which products read a bf16 weight: in squares for AMX."""
     return pairs(narrow_width(isa), transposed, flat=not isa.multiplies_tiles)
 
 
 def quads_for(isa: Isa) -> Layout:
-    """Return the layout in which products read 8-bit rows of a weight: in squares for a matrix unit."""
+    """Return the layout in which products read 8-bit rows of a weight: in squares for AMX."""
     return quads(narrow_width(isa), flat=not isa.multiplies_tiles)
 
 
 def tile_of(isa: Isa) -> tuple[int, int]:
-    """Return the rows and columns of a tile: the largest that leaves registers for a and w."""
+    """Return the numbers of rows and columns of a tile: the largest tile that leaves registers for a and w."""
     if _is_widest(isa):
         return 8, narrow_width(isa)
     columns = PAIR_SQUARE * (2 if isa.registers >= 32 else 1)
@@ -48,7 +50,7 @@ def tile_of(isa: Isa) -> tuple[int, int]:
 
 
 Many = Callable[["Expr", "Expr", "Expr"], None]
-"""Writes all rows of a task for a panel, given the panel, the first row and the number of rows."""
+"""A function that emits all rows of a task for a panel, from the panel, the first row and the number of rows."""
 
 
 def over_tiles(
@@ -61,9 +63,10 @@ def over_tiles(
 ) -> None:
     """Emit every tile of m rows and `panels` panels, divided into tasks.
 
-    shape  rows and columns of a tile, as wide as a panel; None: the shape of `tile_of`, with panels of `narrow_width`
-    many   smallest number of rows and the function that replaces tiles from there on; tasks then begin at multiples of
-           16 rows
+    shape  numbers of rows and columns of a tile, as wide as a panel; None: the result of `tile_of`, with panels of
+           `narrow_width`
+    many   minimum number of rows and the function that replaces tiles for at least this number; tasks then begin at
+           multiples of 16 rows
     """
     high, columns = shape or tile_of(k.isa)
     width = columns if shape is not None else narrow_width(k.isa)
@@ -87,7 +90,7 @@ def _is_widest(isa: Isa) -> bool:
 
 
 def over_rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
-    """Emit m rows: full tiles, then the remaining rows, in halves."""
+    """Emit m rows by calls of `tile`: full tiles, then the remaining rows, in halves."""
     blocks = k.let(k.floor_divide(m, high), "blocks")
     rest = k.let(k.floor_mod(m, high), "rest")
     with k.loop(blocks, "block") as block:

@@ -1,4 +1,4 @@
-"""The left side of a product in bf16: rows rounded, and laid out as the product's kernel reads them."""
+"""The left operand of a product in bf16: rows are rounded, and stored in the form that the product's kernel reads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 BLOCK = 2 * ROWS
-"""Rows of a block of tiles."""
+"""Number of rows in a block of tiles."""
 
 
 def form_for(isa: Isa) -> str:
-    """Return the form in which an instruction set's product reads rows: see `RoundRows`."""
+    """Return the form in which the products of an instruction set read rows: see `RoundRows`."""
     return "tiles" if isa.multiplies_tiles else "pairs" if isa.multiplies_pairs else "wide"
 
 
@@ -30,7 +30,7 @@ def held_dtype(form: str) -> DType:
 
 
 def held_elements(form: str, rows: Size, depth: Size) -> Size:
-    """Return the number of elements of a form."""
+    """Return the number of elements that a form stores for `rows` rows of `depth` elements."""
     steps = (depth + PAIR_STEP - 1) // PAIR_STEP
     whole = (rows + BLOCK - 1) // BLOCK * BLOCK if form == "tiles" else rows
     return whole * steps * PAIR_STEP
@@ -98,9 +98,9 @@ class RoundRows(Kernel):
 
 
 def two_rounded(k: Emitter, low: Expr, high: Expr) -> Expr:
-    """Round two vectors of 16 floats to 32 bf16 numbers, by one instruction, which flushes subnormal numbers to zero.
+    """Round two vectors of 16 floats to 32 bf16 numbers with one instruction, which flushes subnormal numbers to zero.
 
-    The instructions that multiply bf16 numbers do the same.
+    The instructions that multiply bf16 numbers flush them, too.
     """
 
     def text() -> str:

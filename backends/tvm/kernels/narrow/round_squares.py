@@ -1,11 +1,11 @@
-"""Either side of a bf16 product that is computed: rounded, and laid out as the product's kernel reads it.
+"""An operand of a bf16 product that is computed: it is rounded, and stored in the form that the product's kernel reads.
 
-    a[i, k] = x[i, k]        rows of the left side          w[panel, k // 2, n, k % 2] = x[n, k]        the right side
+    a[i, k] = x[i, k]        rows of the left operand       w[panel, k // 2, n, k % 2] = x[n, k]      the right operand
 
-x may be contiguous along k, or along its rows (columns of the right side), as operands of a gradient are. It is read in
-squares of 16 rows and 32 elements of k, which are 16 times 16 pairs. If pairs must be contiguous along the other axis
-than x, squares are transposed in registers. Two elements of k from different rows of memory are combined into pairs by
-one shuffle. A bound weight is packed by NumPy, and a left side that is contiguous along k by `RoundRows`.
+x may be contiguous along k, or along its rows (columns of the right operand), as in the operands of a gradient. It is
+read in squares of 16 rows and 32 elements of k, which are 16 times 16 pairs. If the result must be contiguous along the
+other axis than x, squares are transposed in registers. Two elements of k in different rows of memory are combined into
+pairs by one shuffle. (NumPy packs a bound weight, and `RoundRows` packs a left operand that is contiguous along k.)
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class RoundSquares(Kernel):
 
     dtype  dtype of x, by name: f32 or bf16
     along  True if x is contiguous along k, False if along n
-    width  width of a panel of y, the right side: rows are padded to a multiple of it; 0: y is the left side
-    flat   True if y has pairs one after the other; otherwise it has the squares, or for the left side the tiles, of a
-           matrix unit: [n // 32, k // 32, 2, 16, 32], where rows past n are undefined
+    width  width of a panel of y, the right operand: rows are padded to a multiple of it; 0: y is the left operand
+    flat   True if y has pairs one after the other; otherwise it has the squares of AMX, or for the left operand the
+           tiles [n // 32, k // 32, 2, 16, 32], where rows past n are undefined
 
     Only for instruction sets that multiply pairs. Arguments: x, y; n, k; x's stride along the other axis.
     """
@@ -67,7 +67,7 @@ class RoundSquares(Kernel):
             row = k.let(group * filled + j * PAIR_SQUARE, "row")
             self._square(k, x, y, n, depth, group, step, j, row)
 
-        # Each task reads contiguous memory.
+        # The loops are ordered so that each task reads contiguous memory.
         if self.along:
             with k.parallel(groups, "group") as group, k.loop(squares, "j") as j, k.loop(steps, "step") as step:
                 square(group, step, j)
@@ -78,7 +78,7 @@ class RoundSquares(Kernel):
     def _square(
         self, k: Emitter, x: Any, y: Any, n: Expr, depth: Expr, group: Expr, step: Expr, j: Expr, row: Expr
     ) -> None:
-        """Emit 16 rows and 32 elements of k, from `row` and `step` on: the square of number j in its group."""
+        """Emit square number j of its group: 16 rows from `row` on, and 32 elements of k from `step` on."""
         first = k.let(step * PAIR_STEP, "first")
         whole = k.both(row + PAIR_SQUARE <= n, first + PAIR_STEP <= depth)
         with k.when(whole):
@@ -104,7 +104,9 @@ class RoundSquares(Kernel):
             self._stored(k, self._pairs(k, held, None), y, group, step, j, row, rows)
 
     def _pairs(self, k: Emitter, x: Any, at: list[Expr] | None) -> list[Expr]:
-        """Return 16 vectors of pairs: each of one row along k, or of two elements of k. Without `at`, x is a square."""
+        """Return 16 vectors of pairs. A vector is one row along k, or two elements of k for 16 rows. Without `at`, x
+        is a square.
+        """
         lanes, i32 = k.isa.lanes(), DTYPES["i32"]
         made = []
         for i in range(PAIR_SQUARE):
@@ -128,7 +130,7 @@ class RoundSquares(Kernel):
     def _stored(
         self, k: Emitter, pairs: list[Expr], y: Any, group: Expr, step: Expr, j: Expr, row: Expr, rows: Expr | None
     ) -> None:
-        """Store a square. `rows`: number of its rows, or None for 16."""
+        """Emit storing of a square. `rows`: number of its rows, or None for 16."""
         if self.along == bool(self.width):
             pairs = transposed(k, pairs)
         for i, vector in enumerate(pairs):

@@ -3,10 +3,11 @@
     c[m, n] = epilogue(sum_k a[m, k] * w[n, k], ...)
 
 Two times two tiles of sums stay in registers, so that each loaded tile of a and w is multiplied twice. k is split into
-chunks. A panel's chunk of w stays in the first-level cache while up to four blocks of 32 rows use it; their sums are
-stored in memory in between, which preserves their bits. Meanwhile the cache lines of the next chunk are prefetched, a
-few at each step: prefetched all at once, or too close to their use, they stall the CPU. A single block runs at memory
-bandwidth and prefetches nothing. Each row is summed over k in the same order, in its own row of tiles.
+chunks. A panel's chunk of w stays in the L1 cache while up to four blocks of 32 rows use it. Between chunks, their sums
+are stored in memory, which preserves their bits. While a chunk is used, the cache lines of the next chunk are
+prefetched, a few at each step: if they were prefetched all at once, or too close to their use, the CPU would stall. A
+single block runs at memory bandwidth and prefetches nothing. Each row is summed over k in the same order, in its own
+row of tiles.
 """
 
 from __future__ import annotations
@@ -27,32 +28,34 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 WIDTH = 2 * ROWS
-"""Columns of a panel."""
+"""Number of columns of a panel."""
 CHUNK = 8
-"""Steps of k in a chunk of a panel, which uses 16 KiB of the first-level cache."""
+"""Number of steps of k in a chunk of a panel, which uses 16 KiB of the L1 cache."""
 GROUP = 4
-"""Blocks of rows that use a chunk."""
+"""Number of blocks of rows that use a chunk."""
 TASKS = 32
 """Number of runs of panels to divide among threads, for each part of the rows."""
 PART_BYTES = 3 << 18
-"""Bytes of a's tiles that stay in the second-level cache next to two panels; every panel reads them again."""
+"""Bytes of a's tiles that stay in the L2 cache next to two panels; every panel reads them again."""
 _LINES = 32  # cache lines of one step of a panel
 _STEP_BYTES = 2 * ROWS * tiles.ROW_BYTES
 
 TileAt = Callable[["Expr", int], "tuple[Any, list[Expr]]"]
-"""Returns, for a step of a chunk and a square of the step, the view and the index at which its tile begins."""
+"""A function that returns, for a step of a chunk and a square of the step, the view and the index at which the tile
+begins.
+"""
 
 
 @dataclass(frozen=True)
 class TileProduct(FinishedProduct):
-    """c = epilogue(a @ w), of bf16 numbers in tiles, with float32 sums.
+    """c = epilogue(a @ w), for bf16 numbers in tiles, with float32 sums.
 
     epilogue a chain whose first input is the sum; None: the sum is stored unchanged
     extras   form of the chain's other inputs: see `Finishing`
     whole    True if n is a multiple of a panel's width at every call
     tiled    True if c is rounded to bf16 and stored in tiles, as the next product's a; requires `whole`
 
-    Arguments: a, as `RoundRows` lays out tiles; w, in pairs(32); the extras, c; m, k, n; the strides of rows of `m` and
+    Arguments: a, as `RoundRows` writes tiles; w, in pairs(32); the extras, c; m, k, n; the strides of rows of `m` and
     `mn` extras and of c (unused for tiles).
     """
 
@@ -73,25 +76,25 @@ class TileProduct(FinishedProduct):
 
     @property
     def factors(self) -> DType:
-        """The dtype of the factors; a row of a tile holds 64 bytes of them."""
+        """Dtype of the factors. A row of a tile holds 64 bytes of them."""
         return bf16
 
     @property
     def held(self) -> DType:
-        """The dtype of the elements in w's panels."""
+        """Dtype of the elements in w's panels."""
         return self.factors
 
     @property
     def summed(self) -> DType:
-        """The dtype of the sums."""
+        """Dtype of the sums."""
         return f32
 
     def scales(self, k: Emitter) -> list[Any]:
-        """Declare the factors of sums, each with a pointer named like its view."""
+        """Declare the pointers of the factors of sums. Each pointer has the name of its view."""
         return []
 
     def multiply(self, k: Emitter, sums: int, left: int, right: int) -> None:
-        """Emit sums += left right, for tiles by number."""
+        """Emit sums += left right, for the tiles with these numbers."""
         tiles.multiply(k, sums, left, right)
 
     def panel(self, steps: Expr) -> list[Expr]:
@@ -99,7 +102,7 @@ class TileProduct(FinishedProduct):
         return [steps, 2, ROWS * PAIR_STEP]
 
     def square(self, step: Expr, number: Expr, element: Expr) -> list[Expr]:
-        """Return the index in a panel of an element of a square of a step."""
+        """Return the index in a panel of an element of a square in a step."""
         return [step, number, element]
 
     @property
@@ -113,19 +116,21 @@ class TileProduct(FinishedProduct):
         return True
 
     def right(self, k: Emitter, pointer: Any, panels: Expr, steps: Expr, depth: Expr) -> Any:
-        """Return w as panels."""
+        """Return w as a view of panels."""
         return k.view(pointer, [panels, *self.panel(steps)])
 
     def size(self, k: Emitter, here: Expr, steps: Expr) -> Expr:
-        """Return the number of steps of a chunk that `here` blocks of rows use."""
+        """Return the number of steps of a chunk that is used by `here` blocks of rows."""
         return k.either(here > k.index(1), k.index(CHUNK), steps)
 
     def tiles_of_chunk(self, k: Emitter, views: Mapping[str, Any], panel: Expr, done: Expr, count: Expr) -> TileAt:
-        """Return the tiles of the `count` steps of a panel after the first `done`; a subclass may compute them here."""
+        """Return the tiles of a chunk: `count` steps of a panel after the first `done`. A subclass may compute the
+        tiles here.
+        """
         return lambda s, j: (views["w"], [panel, *self.square(done + s, j, 0)])
 
     def float_sums(self, k: Emitter, views: Mapping[str, Any], sums: Sequence[Expr], panel: Expr, row: Expr) -> Any:
-        """Return the vectors of a row's sums in a panel as float32."""
+        """Return the vectors of a row's sums for a panel, as float32."""
         return sums
 
     # -- the loops -------------------------------------------------------------------------------------------
@@ -158,7 +163,7 @@ class TileProduct(FinishedProduct):
             held = k.registers(self.group * BLOCK * WIDTH, self.summed, "held")
             k.store(
                 held, [k.opaque(0)], k.number(0, self.summed)
-            )  # visible to the code generator: tiles access it by address
+            )  # shows the code generator that this memory is used: tiles access it by address
             number = k.opaque(k.floor_divide(task, runs), "number")
             first = k.opaque(number * part, "first")
             last = k.opaque(k.least(first + part, blocks), "last")
@@ -185,7 +190,7 @@ class TileProduct(FinishedProduct):
             before = k.opaque(first + group * most, "before")
             here = k.opaque(k.least(last - before, k.index(most)), "here")
             size = k.opaque(k.greatest(self.size(k, here, steps), k.index(1)), "size")
-            # At least one, which clears the sums even if there is nothing to add.
+            # There is at least one chunk, which clears the sums even if there is nothing to add.
             chunks = k.greatest(k.floor_divide(steps + size - 1, size), k.index(1))
             with k.loop(chunks, "chunk") as chunk:
                 done = k.opaque(chunk * size, "done")
@@ -230,7 +235,9 @@ class TileProduct(FinishedProduct):
         tile_at: TileAt,
         high: int,
     ) -> None:
-        """Emit `count` steps of k for a block of `high` times 16 rows. `few` blocks prefetch the panel together."""
+        """Emit `count` steps of k for a block of `high` times 16 rows. `few` blocks share the prefetching of the
+        panel.
+        """
         sums = [(i, j, [b * (BLOCK * WIDTH) + i * ROWS * WIDTH + j * ROWS]) for i in range(high) for j in range(2)]
         apart = WIDTH * self.summed.bytes
         elements = tiles.ROW_BYTES // self.factors.bytes

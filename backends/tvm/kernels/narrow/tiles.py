@@ -1,15 +1,16 @@
-"""AMX instructions in a kernel: eight tiles by number, each of 16 rows and 64 bytes.
+"""AMX instructions in a kernel. There are eight tiles, which have numbers; each has 16 rows of 64 bytes.
 
     with k.parallel(n):
-        configure(k)             # in the thread that uses tiles: all eight are full ones
+        configure(k)             # in the thread that uses tiles; all eight have their full size
         ...
         release(k)
 
-A tile of 16 times 64 bytes, times a tile of 16 times 16 fours of them, is added to 16 times 16 sums of 32 bits: exact.
+Integers: a tile of 16 times 64 bytes is multiplied by a tile of 16 times 16 groups of four bytes. The products are
+added to 16 times 16 sums of 32 bits, which is exact.
 
-A tile of 16 times 32 bf16 numbers, times a tile of 16 times 16 pairs of them, is added to 16 times 16 float32 sums.
-Each sum adds one pair after the other, in order, so a row's sums depend on that row alone. Subnormal float32 numbers
-count as zero.
+bf16: a tile of 16 times 32 numbers is multiplied by a tile of 16 times 16 pairs. The products are added to 16 times 16
+float32 sums. Pairs are added to a sum one after the other, in order, so a row's sums depend on that row alone.
+Subnormal float32 numbers count as zero.
 
 LLVM takes the tiles of these instructions by number, and neither moves nor merges them. A process may use them after
 the system allows it: `treadle.backends.tvm.kernels.isa.may_use_tiles`. Source: Intel's manual, volume 1, chapter 18.
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 ROWS = 16
-"""Rows of a tile."""
+"""Number of rows of a tile."""
 ROW_BYTES = 64
 
 FULL = ((ROWS, ROW_BYTES),) * 8
-"""Rows, and bytes of a row, of each tile: all of them full."""
+"""Shapes of all eight tiles at their full size: the number of rows, and the bytes of a row."""
 
 
 def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
-    """Set the shapes of all eight tiles, rows and bytes of a row, and fill them with zeros."""
+    """Set the shapes of all eight tiles (the number of rows, and the bytes of a row), and fill them with zeros."""
     name = "@treadle_tile_shapes"
     # Palette 1, start row 0, 14 reserved bytes of zero; 16 row lengths of 2 bytes each; 16 row counts.
     lengths = [byte for _, length in shapes for byte in (length, 0)]
@@ -43,7 +44,7 @@ def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
 
 
 def release(k: Emitter) -> None:
-    """Release the tiles: context switches take longer for a thread that uses tiles."""
+    """Release the tiles, since context switches take longer for a thread that uses tiles."""
     k.effect("treadle_release_tiles", "void @llvm.x86.tilerelease()", "void @llvm.x86.tilerelease()")
 
 
@@ -53,7 +54,7 @@ def clear(k: Emitter, tile: int) -> None:
 
 
 def load(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
-    """Load a tile of 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
+    """Load 16 rows of 64 bytes into a tile. The first row is at an element of a view; rows are `apart` bytes apart."""
     name = "@llvm.x86.tileloadd64"
     k.effect(
         f"treadle_load_tile_{tile}",
@@ -65,7 +66,7 @@ def load(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_
 
 
 def store(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW_BYTES) -> None:
-    """Store a tile's 16 rows of 64 bytes, the first at an element of a view, `apart` bytes apart."""
+    """Store a tile's 16 rows of 64 bytes. The first row is at an element of a view; rows are `apart` bytes apart."""
     name = "@llvm.x86.tilestored64"
     k.effect(
         f"treadle_store_tile_{tile}",
@@ -77,7 +78,7 @@ def store(k: Emitter, tile: int, view: Any, index: list[Expr], apart: Expr = ROW
 
 
 def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
-    """Emit sums += left right, for tiles of bf16 numbers and of pairs of them."""
+    """Emit sums += left right, for a tile of bf16 numbers and a tile of pairs of bf16 numbers."""
     name = "@llvm.x86.tdpbf16ps"
     k.effect(
         f"treadle_multiply_tiles_{sums}_{left}_{right}",
@@ -87,7 +88,7 @@ def multiply(k: Emitter, sums: int, left: int, right: int) -> None:
 
 
 def multiply_bytes(k: Emitter, sums: int, left: int, right: int, *, signed: bool) -> None:
-    """Emit sums += left right, for a tile of bytes, signed or not, and a tile of fours of signed bytes."""
+    """Emit sums += left right, for a tile of bytes (signed or not) and a tile of groups of four signed bytes."""
     name = "@llvm.x86.tdpbssd" if signed else "@llvm.x86.tdpbusd"
     k.effect(
         f"treadle_multiply_{'signed' if signed else 'byte'}_tiles_{sums}_{left}_{right}",
