@@ -1,4 +1,4 @@
-"""Softmax and the normalizations: ops that read a whole axis and keep it."""
+"""Softmax and the normalizations: ops that read a whole axis, which their result has too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from treadle.ir.types import Type, f32
 class Softmax(Composite):
     """y = e^(x - m) / sum of e^(x - m) over `axis`, where m = max of x
 
-    NaN for a row that is -inf throughout; attention, with its masks, gives zeros there. 16-bit floats are computed in
+    A row that is -inf throughout becomes NaN; in attention, such a row becomes zeros. 16-bit floats are computed in
     f32, and the result is rounded.
     """
 
@@ -103,8 +103,8 @@ class LogSoftmax(Composite):
 class MaskedSoftmax(Composite):
     """softmax over the last axis, and zeros for a row that is -inf throughout
 
-    These are the probabilities of attention, in which a query may see no key. If attention is lowered by its body, this
-    is one op for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
+    The result is the probabilities of attention, in which a query may see no key. If attention is lowered by its body,
+    this is one op for which a backend may have a kernel. 16-bit floats are computed in f32, and the result is rounded.
     """
 
     x = Operand()
@@ -142,7 +142,7 @@ class MaskedSoftmax(Composite):
 
 
 def refuse_eps(eps: float) -> None:
-    """Raise RuleError if eps is NaN: every result would be NaN. An infinite eps gives zeros."""
+    """Raise RuleError if eps is NaN, since every result would be NaN. An infinite eps is allowed, and gives zeros."""
     if math.isnan(eps):
         raise RuleError("eps must be a number, is nan", hint="eps=1e-5")
 

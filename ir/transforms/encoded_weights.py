@@ -3,9 +3,10 @@
     w: f32[576, 1536]                       -->   w: f32[576, 1536] as q4_0
     y = linear(x, $w)                             y = linear(x, decode($w, of=q4_0))
 
-A block of the model that is called with weights of several encodings becomes several functions, one for each set. If
-products are smoothed (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is a parameter next to
-w: the `encode` of the other operand multiplies with it, and any other consumer reads decode(w) / s.
+If a block of the model is called with weights of several encodings, it becomes several functions, one for each set of
+encodings. If products are smoothed (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is an
+additional parameter: the `encode` of the other operand multiplies by the vector, and any other consumer of w reads
+decode(w) / s.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Encodings = Mapping[str, Encoding]
 
 
 def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Balance] = ()) -> Graph:
-    """Return a copy of a graph in which these parameters are encoded; its results change only by the rounding of these
+    """Return a copy of a graph in which these parameters are encoded. Its results change only by the rounding of these
     parameters.
 
     balances  smoothed products, all of whose weights are encoded: their vectors become parameters
@@ -64,7 +65,7 @@ def encode_parameters(graph: Graph, encodings: Encodings, balances: Sequence[Bal
 
 def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
     """Return a copy of a graph whose parameters are encoded and smoothed like the parameters of the same names in
-    another graph.
+    `encoded`.
     """
     held = graph.parameters
     found = {name: v.type.encoding for name, v in encoded.parameters.items() if name in held}
@@ -74,7 +75,7 @@ def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
 
 def decode_parameters(graph: Graph) -> Graph:
     """Return a copy of a graph whose encoded parameters and constants are replaced by their decoded numbers: the
-    inverse.
+    inverse of `encode_parameters`.
 
     Nodes that moved blocks then move numbers. Raises GraphError for a graph that encodes computed values.
     """
@@ -85,7 +86,7 @@ def decode_parameters(graph: Graph) -> Graph:
             value.type = value.type.decoded
         for node in function.nodes:
             if isinstance(node.op, Encode):
-                raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
+                raise GraphError("cannot decode the parameters of a graph that encodes computed values")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
             if isinstance(node.op, Decode):
                 same[node.result] = node.inputs[0]
@@ -110,12 +111,12 @@ def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
 def encode_weights(
     graph: Graph, weights: Mapping[str, Any], balances: Sequence[Balance] | None = None
 ) -> dict[str, Any]:
-    """Return weights as a graph stores them: numbers of encoded parameters as blocks, all others unchanged.
+    """Return weights as a graph stores them: the numbers of encoded parameters as blocks, all others unchanged.
 
-    balances  of the graph; None: the balances in the graph (`balances_of`). A vector is computed if the weights are
-              numbers
+    balances  the balances of the graph; None: read from the graph (`balances_of`). A vector is computed if the weights
+              are numbers
 
-    Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
+    Numbers are also unchanged if the form can only be decoded. Raises GraphError for a number out of the form's range.
     """
     made, factors = dict(weights), dict[str, Any]()
     for balance in balances_of(graph) if balances is None else balances:
@@ -128,7 +129,9 @@ def encode_weights(
 
 
 def given_parameters(graph: Graph) -> list[str]:
-    """Return the names of a graph's parameters without the vectors of balances, which `encode_weights` computes."""
+    """Return the names of the parameters that the caller passes: all but the vectors of balances, which
+    `encode_weights` computes.
+    """
     vectors = {balance.vector for balance in balances_of(graph)}
     return [name for name in graph.parameters if name not in vectors]
 
@@ -137,7 +140,7 @@ def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
     encoding = None if value is None else value.type.encoding
     held = np.asarray(array) if encoding is not None else None
     if value is None or encoding is None or held is None or held.shape != value.type.static_shape:
-        return array  # the consumer of the array reports the mismatch
+        return array  # reading the array later reports the mismatch
     if held.dtype.kind != "f" or not encoding.block.encodes:
         return array
     if factors is not None:
@@ -150,7 +153,7 @@ def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
 
 
 def _number(value: Value) -> Value:
-    """Return a constant as the decoded numbers of its blocks."""
+    """Return a constant that holds the decoded numbers of an encoded constant."""
     literal = value.literal
     if literal is None or literal.encoding is None:
         return value
@@ -158,18 +161,18 @@ def _number(value: Value) -> Value:
 
 
 class _Encoding:
-    """Functions of a graph with some of their parameters encoded, one for each set of encodings."""
+    """The functions of a graph with some of their parameters encoded, one for each set of encodings."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.functions: dict[str, Function] = {}
-        """Callees first."""
+        """The new functions by name, callees first."""
         self._made: dict[tuple[object, ...], Function] = {}
 
     def encode(self, function: Function, encodings: Encodings, beside: Mapping[str, Value]) -> None:
         """Encode parameters of a function, and of the functions that it calls with them.
 
-        beside  for each smoothed parameter, the function's parameter that holds its vector
+        beside  for each smoothed parameter, the parameter of the function that holds its vector
         """
         for name, encoding in encodings.items():
             value = function.parameters[name]
@@ -198,7 +201,9 @@ class _Encoding:
         self.functions[function.name] = function
 
     def _called(self, name: str, encodings: Encodings, balanced: tuple[tuple[str, ...], ...]) -> Function:
-        """Return the function of that name with these encodings, and one more vector for each tuple of weights."""
+        """Return the function of that name with these encodings. It has an additional vector for each tuple of
+        weights.
+        """
         key = (name, tuple(encodings.items()), balanced)
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
@@ -225,9 +230,9 @@ def _vector(function: Function, name: str, weights: Sequence[Value], encoding: E
 
 
 def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mapping[Value, Value]) -> None:
-    """Decode, at the start, the encoded parameters that nodes read; calls pass them on encoded.
+    """Decode the encoded parameters that nodes read, at the start of the function. Calls pass encoded parameters on.
 
-    The other operand of a product with a smoothed parameter is multiplied with the vector before it is rounded.
+    If a product reads a smoothed parameter, its other operand is multiplied by the vector before it is rounded.
     """
     decoded: dict[Value, Node] = {}
     divided: dict[Value, list[Node]] = {}
@@ -257,10 +262,10 @@ def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mappi
 
 
 def _divides(reader: Node, weight: Value, vector: Value) -> bool:
-    """Return True if a node multiplies a weight with a value that is rounded at every call. The `encode` of this value
-    then gets the vector as an operand.
+    """Return True if a node multiplies a weight with a value that is rounded at every call. The vector is then added
+    as an operand of the `encode` of that value.
 
-    Raises GraphError if it already has another vector.
+    Raises GraphError if that `encode` already has another vector.
     """
     x = reader.operands[0] if isinstance(reader.op, MixedProduct) and reader.operands else None
     blocks = x.node.inputs[0] if x is not None and x.node is not None and x.node.op.decodes else None
@@ -274,7 +279,7 @@ def _divides(reader: Node, weight: Value, vector: Value) -> bool:
 
 
 def _times(decode: Node, vector: Value) -> list[Node]:
-    """Return the nodes that multiply decoded numbers with a vector over their blocked axis."""
+    """Return the nodes that multiply decoded numbers by a vector over their blocked axis."""
     made, factor = [], vector
     if decode.op.attributes["of"].axis == 0:
         turn = Rearrange(pattern="k -> k 1")
