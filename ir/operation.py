@@ -318,7 +318,9 @@ class Op:
 
     @classmethod
     def arrange(cls, arguments: Sequence[Any]) -> list[Any]:
-        """Pad absent optional operands with None and return the operands. Raises GraphError if their number is wrong."""
+        """Pad absent optional operands with None and return the operands. Raises GraphError if their number is
+        wrong.
+        """
         operands = list(arguments)
         required, most = cls.arity
         if len(operands) != most:

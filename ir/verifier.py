@@ -297,7 +297,9 @@ class _FunctionCheck:
                     raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
 
     def base(self, value: Value) -> Value:
-        """Return the version of a state that a value is a view of, or the value itself if it is not a view of a state."""
+        """Return the version of a state that a value is a view of, or the value itself if it is not a view of a
+        state.
+        """
         return self.bases.get(value, value)
 
     def last_versions(self) -> None:

@@ -1,4 +1,6 @@
-"""Buckets of distances, as in T5's learned bias: one bucket per small distance, then buckets that grow geometrically."""
+"""Buckets of distances, as in T5's learned bias: one bucket per small distance, then buckets that grow
+geometrically.
+"""
 
 from __future__ import annotations
 

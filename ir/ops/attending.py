@@ -63,7 +63,9 @@ class Attending(Composite):
 
     @property
     def has_standard_terms(self) -> bool:
-        """True if every term is of a standard kind, which all backends implement. Otherwise a backend lowers the body."""
+        """True if every term is of a standard kind, which all backends implement. Otherwise a backend lowers the
+        body.
+        """
         return all(term.is_standard for term in self.terms)
 
     def operand_names(self, count: int) -> list[str]:

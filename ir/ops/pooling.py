@@ -52,7 +52,9 @@ class _Pool(Composite):
 
     @property
     def places(self) -> list[tuple[int, int, int, int, int]]:
-        """For the windows along each axis: size, padding before, padding after, stride and dilation. Raises RuleError."""
+        """For the windows along each axis: size, padding before, padding after, stride and dilation. Raises
+        RuleError.
+        """
         each = sliding(len(self.kernel), self.strides, self.padding, self.dilations)
         return [(size, *along) for size, along in zip(self.kernel, each, strict=True)]
 

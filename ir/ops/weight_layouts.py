@@ -17,7 +17,9 @@ def refuse_weight_axes(weight_axes: str) -> None:
 
 
 def rows_of(weight_axes: str) -> str:
-    """Return the axes of x without its last, as text for an axis rule: matmul has an axis of rows, linear needs none."""
+    """Return the axes of x without its last, as text for an axis rule: matmul has an axis of rows, linear needs
+    none.
+    """
     return "... m" if weight_axes == "k n" else "..."
 
 

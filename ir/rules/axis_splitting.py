@@ -119,7 +119,9 @@ def _quotient(size: Size, other: Size) -> Size | None:
 
 
 def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tuple[int, int]]] | None:
-    """Return the pieces of one run, each with its axis on either side. Return None if the axes have no common pieces."""
+    """Return the pieces of one run, each with its axis on either side. Return None if the axes have no common
+    pieces.
+    """
     if len(before) == 1:
         return [(size, (0, j)) for j, size in enumerate(after)]
     if len(after) == 1:

@@ -43,7 +43,7 @@ class SizeNumbers:
         if self.constant is None:
             raise SizeError(
                 f"the size {self} is not a number while a model is traced, since it differs from call to call",
-                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of this value; or declare the axis with a number',
+                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of this value; or declare a number for the axis',
             )
         return self.constant
 

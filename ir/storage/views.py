@@ -156,7 +156,9 @@ class View:
         )
 
     def broadcast(self, shape: Sequence[Size]) -> View:
-        """Return the view broadcast to a shape, as in NumPy: leading dimensions and dimensions of size 1 get stride 0."""
+        """Return the view broadcast to a shape, as in NumPy: leading dimensions and dimensions of size 1 get stride
+        0.
+        """
         new = len(shape) - self.rank
         old = zip(shape[new:], self.shape, self.strides, strict=True)
         return replace(self, shape=tuple(shape), strides=(*[ZERO] * new, *[s if n == m else ZERO for n, m, s in old]))

@@ -54,7 +54,9 @@ class DataSection:
 
 
 def constant_text(literal: Literal, data: DataSection | None = None) -> str:
-    """Return a constant as text. A long constant is added to the data section, or written in place if `data` is None."""
+    """Return a constant as text. A long constant is added to the data section, or written in place if `data` is
+    None.
+    """
     numbers = _exact_numbers(literal)
     if literal.shape == () and numbers:
         plain = literal.dtype in (f32, i64, boolean)

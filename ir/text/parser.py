@@ -201,7 +201,9 @@ class _Parser(StatementReader):
             self.statement()
 
     def share(self) -> None:
-        """Reduce each entry's parameters and states to those that it reads. The last entry also keeps the unused ones."""
+        """Reduce each entry's parameters and states to those that it reads. The last entry also keeps the unused
+        ones.
+        """
         entries = self.result.entries
         read = {v for f in entries for v in (*f.results, *(v for node in f.nodes for v in node.inputs))}
         named = {n for f in entries for held in (f.parameters, f.states) for n, v in held.items() if v in read}

@@ -245,7 +245,9 @@ class FunctionText:
 
 
 def _prefix(value: Value | None, formal: str) -> str | None:
-    """Return the path before the formal name of a weight or state: `h.3` if $h.3.attn.weight is passed as attn.weight."""
+    """Return the path before the formal name of a weight or state: `h.3` if $h.3.attn.weight is passed as
+    attn.weight.
+    """
     held = None if value is None else value.state or value
     if held is None or held.kind not in ("parameter", "state") or not held.name.endswith(f".{formal}"):
         return None

@@ -369,5 +369,7 @@ class Scanner:
 
 
 def _in_text(hint: str | None) -> str | None:
-    """Return a hint in the syntax of a graph's text: without Python's `t.`, and with `bool` as the name of the dtype."""
+    """Return a hint in the syntax of a graph's text: without Python's `t.`, and with `bool` as the name of the
+    dtype.
+    """
     return hint and re.sub(r"\bt\.(?=[a-z])", "", hint.replace("t.boolean", "bool"))

@@ -1,4 +1,6 @@
-"""Copies of graphs: new values and nodes. Immutable parts are shared: ops, types, contents of constants, source lines."""
+"""Copies of graphs: new values and nodes. Immutable parts are shared: ops, types, contents of constants, source
+lines.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Passes and the manager, which runs a flat list of them, verifies the graph after each, and keeps a record of each.
+"""Passes and the pass manager. It runs a flat list of passes, verifies the graph after each pass, and keeps a record of
+each.
 
     optimized = PassManager(DEFAULT).run(graph)
     optimized.graph                          # the result; the input graph is unchanged
@@ -6,7 +7,7 @@
     print(optimized.log)                     # a table, one line per pass
 
 TREADLE_DEBUG=1 prints the table to stderr, 2 also the graph after each pass that changed it, 3 also the refusals.
-TREADLE_CERTIFY=1 turns certification on where the `certify` argument is not set: see `PassManager`.
+TREADLE_CERTIFY=1 turns certification on if the `certify` argument is not set: see `PassManager`.
 """
 
 from __future__ import annotations
@@ -46,16 +47,16 @@ class Pass:
     """
 
     rewrites: ClassVar[bool] = True
-    """True if the pass changes what is computed, so that certificates apply to it. For a pass that only changes when
-    and where something is computed, the manager always compares all outputs as expressions.
+    """True if the pass changes what is computed, so that certificates apply to it. For other passes, which only change
+    when and where values are computed, the manager compares all outputs as expressions.
     """
 
     changes_numbers: ClassVar[bool] = False
-    """True if the pass is meant to change numbers, as quantization of weights is; such a pass is not certified."""
+    """True if the pass is meant to change numbers, as quantization of weights is. Such a pass is not certified."""
 
     @property
     def name(self) -> str:
-        """The class's name in lower case: `fuse-gelu`."""
+        """The pass's name: the class's name in lower case with hyphens, such as `fuse-gelu`."""
         return _hyphenated(type(self).__name__)
 
     @property
@@ -65,7 +66,7 @@ class Pass:
 
     @property
     def options(self) -> str:
-        """The fields that differ from their default, as text; see `treadle.passes.framework.pass_text`."""
+        """The fields that differ from their defaults, as text; see `treadle.passes.framework.pass_text`."""
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return ",".join(f"{name}={value_text(value)}" for name, value, default in fields if value != default)
 
@@ -78,12 +79,12 @@ class Pass:
         log.touched = set()
         total = 0
         for function in list(graph.functions.values()):
-            signature = () if function in graph.entries else _signature(function)  # unused functions
+            signature = () if function in graph.entries else _signature(function)  # entries have no callers
             changes = self.run(function, graph, log)
             if changes:
                 log.touched.add(function.name)
                 if signature and _signature(function) != signature:
-                    log.touched.update(graph.functions)  # including its callers
+                    log.touched.update(graph.functions)  # all functions, including the callers
             total += changes
         return total
 
@@ -107,9 +108,9 @@ class BrokenPassError(PassError):
 class Optimized:
     """The result of a pipeline: the source graph, the optimized graph, and the log with every stage.
 
-    covered  the nodes of the source whose work is done by some node of the result, where passes recorded it
+    covered  the nodes of the source whose work some node of the result does, as far as passes recorded it
     lowered  the result after a backend's own passes; None if the backend has none
-    plan     where each value of the result is stored, if a pass planned it
+    plan     the storage plan of the result, if a pass planned it
     """
 
     source: Graph
@@ -125,7 +126,7 @@ class Optimized:
         return PassLog([*self.log, *(self.lowered.log if self.lowered is not None else ())])
 
     def after(self, name: str) -> Graph:
-        """Return the graph after the (last) pass of that name. Raises UsageError if no such pass was run."""
+        """Return the graph after the (last) pass of that name. Raises UsageError if the pipeline has no such pass."""
         stages = self.stages
         for record in reversed(stages):
             if record.name == name and record.graph is not None:
@@ -141,12 +142,12 @@ class Optimized:
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
 
     def plan_of(self, name: str) -> StoragePlan | None:
-        """Return the plan of the (last) pass of that name, or None if it made none."""
+        """Return the storage plan of the (last) pass of that name, or None if the pass planned no storage."""
         return next((record.plan for record in reversed(self.stages) if record.name == name), None)
 
 
 class PassManager:
-    """Run passes in order, and verify the graph after each pass that changed something.
+    """A runner of passes: it runs them in order, and verifies the graph after each pass that changed something.
 
     certify   evaluate each change before and after, on drawn values (`treadle.passes.certificates.certifying`). A
               change that fails is undone and reported as a refusal, and the other passes continue. None: the value of
@@ -171,7 +172,7 @@ class PassManager:
     def run(self, graph: Graph, *, verified: bool = False) -> Optimized:
         """Optimize a copy of the graph.
 
-        verified  True if another manager has just verified the whole graph; it is not verified again
+        verified  True if another manager has just verified the whole graph, which is then not verified again
 
         Raises VerifyError if the input graph is already broken, UsageError if a pass's options do not fit the model,
         and BrokenPassError (a PassError) if a pass fails.
@@ -188,8 +189,8 @@ class PassManager:
         records: list[PassRecord] = []
         lineage = Lineage(graph, working)
         expressions = Expressions()
-        numbers: Numbers | None = None  # of the last snapshot, if known
-        is_verified = True  # the whole current graph is verified
+        numbers: Numbers | None = None  # the numbers of the last snapshot, if known
+        is_verified = True  # True if the whole current graph is verified
         plan: StoragePlan | None = None
         for each in self.passes:
             certify = self.certify and each.rewrites and not each.changes_numbers
@@ -215,7 +216,7 @@ class PassManager:
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
-                    plan = None  # planned for the graph before this change
+                    plan = None  # the plan was for the graph before this change
                 if record.plan is not None:
                     plan = record.plan
                     record.notes += check_storage(working, plan)
@@ -248,7 +249,7 @@ class PassManager:
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:
-    """Return the functions of the last snapshot that the pass left unchanged."""
+    """Return the functions of the last snapshot that the pass did not change."""
     touched = snapshot.functions if record.touched is None else record.touched
     return {name: function for name, function in snapshot.functions.items() if name not in touched}
 
@@ -296,7 +297,7 @@ def _holds_at(edge: Reader, known: Recorded, each: Pass, record: PassRecord, gra
 
 
 def _is_shown(claim: Claim, record: PassRecord) -> bool:
-    """Return True if certified rewrites led from the one value to the other."""
+    """Return True if certified rewrites led from one value of the claim to the other."""
     if len(claim.before) != 1:
         return False
     value: Value | None = claim.before[0]
