@@ -48,7 +48,7 @@ RECOGNITION = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
-        # compute less
+        # compute only elements that are read
         CutSooner(),
     )
 )

@@ -36,7 +36,9 @@ from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
-"""Candidates whose estimate is more than this multiple of the budget are not planned: no estimate is off by that much."""
+"""Candidates whose estimate is more than this multiple of the budget are not planned: no estimate is off by that
+much.
+"""
 _ENDLESS = 1 << 256
 MOST_TRIED = 256
 """Maximum number of candidates that are tried. Each candidate that may fit is planned and placed."""
@@ -143,7 +145,9 @@ class Fitting:
         return {}
 
     def _placed(self, candidate: Candidate, fixed: Mapping[str, int] | None = None) -> Reached | None:
-        """Return the memory of a candidate after planning and placement, or None if an op cannot be computed in parts."""
+        """Return the memory of a candidate after planning and placement, or None if an op cannot be computed in
+        parts.
+        """
         graph = clone_graph(candidate.variant.graph)
         fix_sizes(graph, fixed or {})
         try:

@@ -74,7 +74,9 @@ def outside_values(nodes: Sequence[Node]) -> tuple[Value, ...]:
 
 
 def given_values(function: Function, inside: set[Node], nodes: Iterable[Node]) -> tuple[Value, ...]:
-    """Return the values computed by `nodes` that nodes outside of `inside` read, or that are results of the function."""
+    """Return the values computed by `nodes` that nodes outside of `inside` read, or that are results of the
+    function.
+    """
     read = {v for node in function.nodes if node not in inside for v in node.inputs} | {*function.results}
     return tuple([v for node in nodes for v in node.results if v in read])
 

@@ -256,7 +256,9 @@ def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, f
 
 
 def _has_masks(sides: tuple[Graph, Graph], inputs: Arrays) -> bool:
-    """Return True if some inputs contain masking numbers, NumPy supports all dtypes, and not all of them are float64."""
+    """Return True if some inputs contain masking numbers, NumPy supports all dtypes, and not all of them are
+    float64.
+    """
     values = [v for side in sides for _, node in side.walk() for v in (*node.inputs, *node.results)]
     dtypes = {v.type.dtype for v in values if v.type.dtype.is_float}
     if not dtypes - {f64} or any(dtype.numpy is None for dtype in dtypes):

@@ -108,7 +108,9 @@ def _run(side: Graph, given: Arrays) -> Arrays | None:
 
 
 def _moved(inputs: Arrays) -> dict[str, Array]:
-    """Return the inputs with every float slightly larger in magnitude. Equal numbers stay equal, and zeros stay zeros."""
+    """Return the inputs with every float slightly larger in magnitude. Equal numbers stay equal, and zeros stay
+    zeros.
+    """
     return {name: array * (1 + _MOVE) if array.dtype.kind == "f" else array for name, array in inputs.items()}
 
 

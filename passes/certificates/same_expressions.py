@@ -128,7 +128,9 @@ def check_same_expressions(
     if was is None or now is None:
         return None
     if was.keys() != now.keys():
-        raise PassError("the outputs have other names than before the pass", received=f"{list(now)}; before: {list(was)}")
+        raise PassError(
+            "the outputs have other names than before the pass", received=f"{list(now)}; before: {list(was)}"
+        )
     for name, number in was.items():
         if now[name] != number:
             raise PassError(f"{name} is no longer the same expression of inputs and weights")

@@ -74,8 +74,8 @@ class FoundParts:
 
     parts     the part that is read of a value, if not all of it is read
     cut       the nodes that need not compute all of their results
-    refused   nodes that map the axis but compute all of their result, although only a part is read: the function, the node,
-              and the reason
+    refused   nodes that map the axis but compute all of their result, although only a part is read: the function, the
+              node, and the reason
     computes  True if some of the cut nodes compute something: moving fewer elements alone is not worth a change
     """
 

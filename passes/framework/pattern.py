@@ -212,7 +212,9 @@ def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A traced pattern: its root, the possible ops of a root, the names that it captures, and its least number of ops."""
+    """A traced pattern: its root, the possible ops of a root, the names that it captures, and its least number of
+    ops.
+    """
 
     root: PatternTerm
     root_ops: tuple[str, ...]

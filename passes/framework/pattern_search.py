@@ -64,7 +64,9 @@ class Miss:
 
     @property
     def hint(self) -> str:
-        """The change at the edge with which the search would continue, if it is a change of a number or an attribute."""
+        """The change at the edge with which the search would continue, if it is a change of a number or an
+        attribute.
+        """
         if isinstance(self.edge.where, str) and not isinstance(self.wanted, Wildcard):
             return f"{self.edge.where}={self.wanted} in {self.edge.node.op.name}"
         if (

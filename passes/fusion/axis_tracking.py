@@ -149,6 +149,8 @@ class Axes:
 
 
 def narrowed(operand: Value, layout: Layout) -> Layout:
-    """Return the layout of an operand that broadcasts to a result of this layout. Dimensions of size 1 have no atoms."""
+    """Return the layout of an operand that broadcasts to a result of this layout. Dimensions of size 1 have no
+    atoms.
+    """
     own = layout[len(layout) - operand.type.rank :]
     return tuple(() if size == ONE else dim for size, dim in zip(operand.type.shape, own, strict=True))

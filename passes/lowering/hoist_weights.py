@@ -25,7 +25,9 @@ MOST_GROWTH = 8
 _ALWAYS = 1 << 20  # the number of bytes that is allowed in any case
 Use = tuple[Node, int]
 
-_MOST_MOVED = 1 << 10  # derived weights of one block; if blocks call other blocks twice, and so on, their number doubles at each level
+_MOST_MOVED = (
+    1 << 10
+)  # derived weights of one block; if blocks call other blocks twice, and so on, their number doubles at each level
 
 
 ReadsBlocks = Callable[[Node, int], bool]
@@ -42,8 +44,8 @@ class HoistWeights(Pass):
     Values that several entries compute from the same weights are computed once, and all of these entries read the
     result.
 
-    reads_blocks  returns True if a node reads encoded weights as blocks: the decode stays directly before that node, and
-                  `bind` stores the blocks
+    reads_blocks  returns True if a node reads encoded weights as blocks: the decode stays directly before that node,
+                  and `bind` stores the blocks
 
     Refuses: a graph that already has `bind`. Values that would make `bind` hold more than eight times the bytes of all
     weights, and more than a megabyte, are computed at every call, as before. If some reader of a decode reads only
@@ -316,7 +318,9 @@ def _reads_none(node: Node, position: int) -> bool:
 
 
 def _path(node: Node, value: Value) -> str:
-    """Return the name of a derived weight: its scope and name, and a suffix for the kind of its layout, or "decoded"."""
+    """Return the name of a derived weight: its scope and name, and a suffix for the kind of its layout, or
+    "decoded".
+    """
     if isinstance(node.op, Relayout):
         (of,) = node.inputs
         path = of.name if of.node is None else _path(of.node, of)

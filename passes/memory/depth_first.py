@@ -221,7 +221,9 @@ NOTHING_FITS, NO_ROOM = -1, -2
 
 @compiled
 def _settle(s: PlacementSearch, begin: int, end: int) -> int:
-    """Lift all buffers of the lowest floor that rest on nothing. Return the lowest floor, or NOTHING_FITS, or NO_ROOM."""
+    """Lift all buffers of the lowest floor that rest on nothing. Return the lowest floor, or NOTHING_FITS, or
+    NO_ROOM.
+    """
     while True:
         if not _has_room(s, 0):
             return NO_ROOM

@@ -96,7 +96,9 @@ def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | i
 
 
 def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]:
-    """Return an offset for each buffer. Buffers with the same size expression share places, and calls share one place."""
+    """Return an offset for each buffer. Buffers with the same size expression share places, and calls share one
+    place.
+    """
     alike: dict[Size | None, list[Storage | int]] = {}
     for key in buffers:
         alike.setdefault(key.nbytes if isinstance(key, Storage) else None, []).append(key)

@@ -71,7 +71,9 @@ def place(
     solid = [i for i, b in enumerate(buffers) if b.size]
     table = np.array([(buffers[i].first, buffers[i].end, buffers[i].size) for i in solid], np.int64).reshape(-1, 3)
     first, end, size = table[:, 0], table[:, 1], -(-table[:, 2] // alignment) * alignment
-    unit = int(np.gcd.reduce(size)) if solid else alignment  # offsets are sums of sizes, so all are multiples of this number
+    unit = (
+        int(np.gcd.reduce(size)) if solid else alignment
+    )  # offsets are sums of sizes, so all are multiples of this number
     size = size // unit
     bound = int(live_bytes(first, end, size)[1].max()) if solid else 0
     room = None if capacity is None else capacity // unit

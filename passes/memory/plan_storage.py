@@ -52,7 +52,7 @@ class PlanStorage(Pass):
       x's, if op is a view of x that strides can express
       the caller's, if y is an output
       z's, if z is the only reader of y and would only move y to its destination: a part of a concat, a padded value
-      the storage of an operand that is dead after this step, if the backend overwrites it; for a call, if its callee may
+      the storage of an operand that is dead after this step, if the backend overwrites it, or for a call its callee
       a new one, in the order in which y's only reader needs it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
@@ -65,7 +65,8 @@ class PlanStorage(Pass):
     copies   with a library: the result of a view that strides cannot express is a copy, which is placed
     donated  inputs of the last entry, by name, that the caller donates: a step may overwrite them like a value of the
              run, and kernels that write by strides may write the one output there
-    in_results  storages that are dead before an entry's result is written may be placed in it, if kernels write by strides
+    in_results  storages that are dead before an entry's result is written may be placed in the result, if kernels write
+             by strides
     ordered  steps run in the order that needs the least memory, if it is proven to need no more than program order
              at any sizes, and less at some
 

@@ -143,7 +143,9 @@ class _Lives:
         for value in self.function.arguments:
             self._touched(value, BEFORE)
             wanted = How.STATE if value.kind == "state" else How.GIVEN
-            self._expect(self._place(value).how is wanted, "an argument's storage is not marked as given by the caller", value)
+            self._expect(
+                self._place(value).how is wanted, "an argument's storage is not marked as given by the caller", value
+            )
         for at, step in enumerate(plan.steps):
             for value in step.inputs:
                 self._touched(value, at)

@@ -184,7 +184,9 @@ class StridesCheck:
     # -- origins of elements ---------------------------------------------------------------------------------
 
     def _comes_from(self, value: Value, node: Node, place: ValuePlace, view: View) -> None:
-        """Check that a view refers to its operand's elements, and that a part is stored at its position in the whole."""
+        """Check that a view refers to its operand's elements, and that a part is stored at its position in the
+        whole.
+        """
         if value.state is not None:
             before = None if value.before is None else self.plan.places[value.before].view
             if place.how is not How.UPDATE or before != view:

@@ -50,7 +50,9 @@ class MergeProjections(SiteRewrite["_Merged"]):
                         yield _Merged.of(merged)
 
     def _joinable(self, work: Rewriting, parts: Sequence[Projection]) -> Iterator[Sequence[Projection]]:
-        """Yield the parts, grouped by the encoding of their weights: weights in different block forms are not joined."""
+        """Yield the parts, grouped by the encoding of their weights: weights in different block forms are not
+        joined.
+        """
         groups: dict[str, list[Projection]] = {}
         for part in parts:
             groups.setdefault(_encoding(part), []).append(part)

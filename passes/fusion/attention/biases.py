@@ -174,7 +174,9 @@ def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -
 
 
 def _may_add(x: Value, fill: float, exactly: bool, trained: bool) -> bool:
-    """Return True if x may be added to the number that masks it. That number absorbs x unless x is infinite or large."""
+    """Return True if x may be added to the number that masks it. That number absorbs x unless x is infinite or
+    large.
+    """
     if not math.isfinite(fill):
         return True
     hazards = hazards_of(x)

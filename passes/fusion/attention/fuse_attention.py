@@ -46,7 +46,7 @@ class FuseAttention(SiteRewrite["_Attention"]):
     the second result could serve: it would hide the softmax from passes and backends that could fuse such a reader with
     it. A model that returns the probabilities needs them as a whole in any case.
 
-    zero_empty_rows   True if a row without keys may always give zeros; then every mask becomes a mask, and none an addend
+    zero_empty_rows   True if a row without keys may always give zeros; every mask then becomes a mask, not an addend
 
     Refuses: probabilities that are used elsewhere or changed before the product with the values, or returned in a wider
     dtype than attention's; a softmax over another axis than that product sums; a scale that depends on data; masks or

@@ -33,9 +33,9 @@ class AttentionPlan:
     """The attention that replaces one site. Raises Mismatch if the site cannot be attention.
 
     1. A mask by -inf is a mask. If it may mask every key of a row and the softmax is not guarded, NaN is restored.
-    2. A mask by a large negative number is a mask if every row is sure to keep a key under all masks. Otherwise it becomes
-       an addend in three cases: it was added in the graph; it was filled in, and the number absorbs the scores; or it was
-       filled in, the queries of empty rows can be set to zero, and nothing else masks those rows.
+    2. A mask by a large negative number is a mask if every row is sure to keep a key under all masks. Otherwise it
+       becomes an addend in three cases: it was added in the graph; it was filled in, and the number absorbs the
+       scores; or it was filled in, the queries of empty rows can be set to zero, and nothing else masks those rows.
     3. A fill overrides everything before it, including other masks. If a row may be without keys, all steps up to the
        last fill become one bias, in which they override one another as in the graph.
     4. A sum beyond the range of the dtype, such as float32's lowest number twice, is -inf as in the graph; see 1.
@@ -79,7 +79,9 @@ class AttentionPlan:
         narrow = self.chain.overflows_in
         if narrow is not None and narrow is not self.dtype:
             reason = f"masks are added up in {narrow} and exceed its range, but attention is in {self.dtype}"
-            raise Mismatch(reason, scores.product, self.nodes, f"cast the scores to {self.dtype} before the masks are added")
+            raise Mismatch(
+                reason, scores.product, self.nodes, f"cast the scores to {self.dtype} before the masks are added"
+            )
         for placed in values.returned:
             if not is_lossless(placed.value.type.dtype, self.dtype):
                 what = f"the probabilities are returned in {placed.value.type.dtype}, but attention is in {self.dtype}"
@@ -95,7 +97,9 @@ class AttentionPlan:
         scores, values = self.scores, self.values
         keys = set(self.axes.flat(self.layout[self.weighting.axis]))
         if not keys:
-            raise Mismatch("there is only one key, so the softmax of its score is always 1", self.weighting.anchor, self.nodes)
+            raise Mismatch(
+                "there is only one key, so the softmax of its score is always 1", self.weighting.anchor, self.nodes
+            )
         sides = [scores.left, scores.right]
         held = [keys & self._atoms(p.layout) for p in sides]
         if all(held):

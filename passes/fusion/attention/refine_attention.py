@@ -40,7 +40,7 @@ class RefineAttention(SiteRewrite["_Refined"]):
     without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at position
     0. A mask that is computed in another way is a near miss; a mask that is an input stays unchanged.
 
-    zero_empty_rows   True if a row without keys may always give zeros; then every mask becomes a mask, and none an addend
+    zero_empty_rows   True if a row without keys may always give zeros; every mask then becomes a mask, not an addend
     """
 
     zero_empty_rows: bool = False

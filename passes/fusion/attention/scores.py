@@ -63,7 +63,7 @@ def find_scores(
 ) -> Scores:
     """Return the product of queries and keys from which the softmax is computed. Raises Mismatch if there is none.
 
-    rounded   True to continue above scores that a quantizer rounds: they prevent the fusion, but a report may name the site
+    rounded   True to continue above scores that a quantizer rounds: they prevent the fusion, but the site is reported
     """
     ascent = _Ascent(axes, readers, set(weighting.nodes), rounded)
     return ascent.up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
