@@ -235,7 +235,7 @@ class _Run:
             raise
         except Exception as error:  # errors of NumPy, such as a result too large for memory
             raise GraphError(
-                f"{op.name}: the op's reference failed",
+                f"{op.name}: its reference failed",
                 received=f"{type(error).__name__}: {error}",
                 source=str(node.source or "") or None,
             ) from error
@@ -244,7 +244,7 @@ class _Run:
             wanted = value.type.storage_type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
             if wanted is not None and array.shape != wanted:
                 raise GraphError(
-                    f"{node.op.name}: the op's reference returns shape {list(array.shape)}, its rule {list(wanted)}",
+                    f"{node.op.name}: its reference returns shape {list(array.shape)}, its rule {list(wanted)}",
                     source=str(node.source or "") or None,
                 )
         return [self._as(value.type, array) for value, array in zip(node.results, arrays, strict=True)]

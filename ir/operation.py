@@ -128,7 +128,7 @@ class Op:
                 made = coerced(str(field.type), value)
             except (TypeError, ValueError):
                 raise GraphError(
-                    f"{self.name}: {field.name} must be {in_words(str(field.type))}, not {value!r}",
+                    f"{self.name}: {field.name} must be {in_words(str(field.type))}, is {value!r}",
                     hint=as_tuple(field.name, str(field.type), value),
                 ) from None
             if made is not value:

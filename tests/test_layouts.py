@@ -67,17 +67,17 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("", "this is not a layout"),
-        ("16", "this is not a layout"),
-        ("Panels(16)", "this is not a layout"),
-        ("panels(16", "this is not a layout"),
-        ("panels(16))", "this is not a layout"),
-        ("panels (16)", "this is not a layout"),
+        ("", "not a layout"),
+        ("16", "not a layout"),
+        ("Panels(16)", "not a layout"),
+        ("panels(16", "not a layout"),
+        ("panels(16))", "not a layout"),
+        ("panels (16)", "not a layout"),
         ("rows(16)", "unknown layout 'rows'"),
-        ("panels", "panels have a width"),
-        ("panels()", "panels have a width"),
-        ("panels(0)", "panels have a width"),
-        ("panels(65537)", "panels have a width"),
+        ("panels", "invalid panel width"),
+        ("panels()", "invalid panel width"),
+        ("panels(0)", "invalid panel width"),
+        ("panels(65537)", "invalid panel width"),
         ("panels(-1)", "panels has no '-1'"),
         ("panels(16, 16)", "panels has no '16'"),
         ("panels(9999999999)", "panels has no '9999999999'"),
@@ -85,14 +85,14 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("panels(16, rows)", "panels has no 'rows'"),
         ("panels(16, transposed, transposed)", "panels has no 'transposed'"),
         ("panels(16,)", "panels has no ''"),
-        ("onednn(16)", "onednn has no width"),
-        ("blocks(16)", "this is not a layout of blocks"),
-        ("blocks(16, 20, 3)", "this is not a layout of blocks"),
-        ("blocks(16, 22, 4)", "this is not a layout of blocks"),
-        ("blocks(16, 4, 4)", "this is not a layout of blocks"),
-        ("blocks(0, 20, 4)", "this is not a layout of blocks"),
-        ("blocks(65537, 20, 4)", "this is not a layout of blocks"),
-        ("blocks(16, 65540, 4)", "this is not a layout of blocks"),
+        ("onednn(16)", "onednn takes no width"),
+        ("blocks(16)", "invalid layout of blocks"),
+        ("blocks(16, 20, 3)", "invalid layout of blocks"),
+        ("blocks(16, 22, 4)", "invalid layout of blocks"),
+        ("blocks(16, 4, 4)", "invalid layout of blocks"),
+        ("blocks(0, 20, 4)", "invalid layout of blocks"),
+        ("blocks(65537, 20, 4)", "invalid layout of blocks"),
+        ("blocks(16, 65540, 4)", "invalid layout of blocks"),
         (MOST_RUNS.replace(")", f", {_MOST_RUNS}:{_MOST_RUNS + 1})"), f"blocks has no '{_MOST_RUNS}:"),
         ("blocks(16, 20, 4, 4)", "blocks has no '4'"),
         ("blocks(16, 20, 4, transposed)", "blocks are of rows"),
@@ -101,12 +101,12 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("blocks(16, 20, 4, 0:2, 3:4)", "runs must contain every word once"),
         ("blocks(16, 20, 4, 0:4, 4:4)", "runs must contain every word once"),
         ("blocks(16, 20, 4, 0:99999)", "blocks has no '0:99999'"),
-        ("panels(16, tail)", "only blocks have a tail"),
+        ("panels(16, tail)", "only blocks can have a tail"),
         ("panels(16, 0:4)", "panels has no '0:4'"),
-        ("pairs", "pairs have a width of 16 times n"),
-        ("pairs(24)", "pairs have a width of 16 times n"),
-        ("panels(48, flat)", "only pairs and quads are flat"),
-        ("pairs(48, twos)", "only panels are by twos"),
+        ("pairs", "the width of pairs must be a multiple of 16"),
+        ("pairs(24)", "the width of pairs must be a multiple of 16"),
+        ("panels(48, flat)", "only pairs and quads can be flat"),
+        ("pairs(48, twos)", "only panels can have twos"),
         ("pairs(48, flat, flat)", "pairs has no 'flat'"),
     ],
 )
@@ -157,7 +157,7 @@ def test_relayout_is_the_identity_on_elements() -> None:
 @pytest.mark.parametrize("type", [f32[4], f32[2, 3, 4], f32[()]])
 def test_relayout_takes_matrices_alone(type: Any) -> None:
     b = Builder(Graph("g"))
-    with pytest.raises(RuleError, match=f"layouts are for matrices, x has rank {type.rank}"):
+    with pytest.raises(RuleError, match=f"only a matrix can have a layout, and x has rank {type.rank}"):
         b.apply(Relayout, b.input("x", type), to=panels(4))
 
 

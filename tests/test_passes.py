@@ -696,7 +696,7 @@ REFUSED = [
         "softmax-over-two-axes",
         FuseSoftmax(),
         program("x: f32[B, S]", "y: f32[B, S]", *swapped(SOFTMAX, "axes=[-1]", "axes=[0, 1]")),
-        "fuse-softmax at div: the sum is over axes (0, 1), softmax needs one",
+        "fuse-softmax at div: the sum is over axes (0, 1), but softmax needs one axis",
     ),
     Case(
         "layer-norm-over-the-first-axis",

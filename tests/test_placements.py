@@ -260,7 +260,7 @@ def test_an_axis_in_its_prime_parts() -> None:
         mesh.parts_of("tp:(1)3")
     assert (caught.value.what, caught.value.hint) == (
         "axis tp of tp=4,dp=3 has no part tp:(1)3",
-        "tp:(1)2, if it is even",
+        "tp:(1)2, if the axis has an even size",
     )
 
 

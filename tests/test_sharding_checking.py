@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
     ),
     "a bias that every rank adds": (
         laid(product_and_bias, "[-, tp]; [-, tp]; [-]", "[-, tp]; [-, tp]; [-] -> [-, -] sum(tp) | k: tp"),
-        "the value added to the sum over k is not added exactly once",
+        "the value that is added to the sum over k is not added exactly once",
     ),
     "a maximum that is said to be a sum": (
         laid(largest, "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp"),
@@ -155,7 +155,7 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
     ),
     "a sign of a maximum": (
         laid(lambda b: -largest(b), "[-, tp]", "[-, tp] -> [-] max(tp) | a1: tp", "[-] max(tp) -> [-] max(tp)"),
-        "an op reads partial values that are not sums",
+        "an op reads partial values that are not partial sums",
     ),
     "a look-up at terms": (
         laid(

@@ -107,7 +107,7 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
         "function 'k' is registered as 'h'",
     ),
     "symbol's name": (lambda g: g.symbols.update({"S+1": Bounds()}), "'S+1' is not a symbol's name"),
-    "empty bounds": (lambda g: g.symbols.update(S=Bounds(5, 4)), "no size is left for S"),
+    "empty bounds": (lambda g: g.symbols.update(S=Bounds(5, 4)), "the bounds of S allow no size"),
     "undeclared symbol": (lambda g: g.symbols.pop("B"), "symbol B is not declared"),
     "undeclared symbol in an attribute": (add_size_of_n, "size: symbol N is not declared"),
     "initial value of nothing": (lambda g: g.initial.update(z=Init("ones")), "'z', which is not a parameter"),
@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     "one node twice": (lambda g: g.main.nodes.insert(1, node(g, 0)), "defined twice"),
     "constant without content": (
         lambda g: operand(g, 0, 1, Value("constant", f32[8], "c")),
-        "a constant must have one",
+        "exactly if it is a constant",
     ),
     "content without constant": (
         lambda g: operand(g, 0, 1, constant(Literal.of(0.5, f32), kind="result")),
@@ -145,13 +145,13 @@ BROKEN: dict[str, tuple[Callable[[Graph], object], str]] = {
     "constant's bytes": (lambda g: operand(g, 0, 1, constant(Literal(f32, (8,), b"1234"))), "type than its content"),
     "constant's truth values": (
         lambda g: g.main.outputs.update(v=constant(Literal(boolean, (1,), b"\2"))),
-        "byte is 0 or 1",
+        "byte must be 0 or 1",
     ),
     "output of another function": (lambda g: g.main.outputs.update(v=alien(g)), "output 'v' is not defined"),
     "call of nothing": (lambda g: g.functions.pop("h"), "calls 'h', which is not in the graph"),
     "call of a later function": (lambda g: reorder(g, "h", "scale", "main"), "'scale', which does not come before"),
     "recursion": (call_main_from_main, "calls 'main', which does not come before"),
-    "call of another signature": (add_argument, "does not agree with its signature"),
+    "call of another signature": (add_argument, "does not match its signature"),
     "call with too few": (lambda g: setattr(node(g, 2), "operands", node(g, 2).operands[:1]), "takes 2 arguments"),
     "call with other types": (lambda g: operand(g, 2, 1, g.main.inputs[0]), "argument 1 must be"),
 }

@@ -41,7 +41,7 @@ def parse_term(text: str) -> Term:
         elif words:
             word = words.pop(0)
             if field.type == "int" and not re.fullmatch(r"-?\d{1,18}", word):
-                raise ParseError(f"{cls.name}: {field.name} must be an integer, not {word!r}", received=text)
+                raise ParseError(f"{cls.name}: {field.name} must be an integer, is {word!r}", received=text)
             values[field.name] = int(word) if field.type == "int" else word
         elif field.default is dataclasses.MISSING:
             raise ParseError(f"{cls.name}: {field.name} is missing", received=text)

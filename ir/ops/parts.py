@@ -207,7 +207,7 @@ class Pad(Primitive):
         (x,) = types
         assert x is not None
         if not x.dtype.holds(self.value):
-            raise RuleError(f"value must be a number that {x.dtype} can hold, not {self.value}")
+            raise RuleError(f"value must be a number that {x.dtype} can hold, is {self.value}")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return [(size, f"cannot pad by {size}") for size in (self.before, self.after)]
@@ -237,10 +237,10 @@ class Pad(Primitive):
     ]
     errors = [
         (S("f32[3]", axis=0, before=-1), "cannot pad by -1"),
-        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 can hold, not 300.0"),
+        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 can hold, is 300.0"),
         (S("i64[3]", axis=0, after=1, value=2.0**63), "value must be a number that i64 can hold"),
-        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 can hold, not nan"),
-        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 can hold, not 0.5"),
-        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 can hold, not 1e+39"),
+        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 can hold, is nan"),
+        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 can hold, is 0.5"),
+        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 can hold, is 1e+39"),
         (S("f32[3]", axis=2), "there is no axis 2"),
     ]

@@ -78,7 +78,7 @@ class _Pool(Composite):
             span = (size - 1) * dilation + 1
             if not (0 <= before < span and 0 <= after < span):
                 raise RuleError(
-                    f"padding must be from 0 to {span - 1}, since a window spans {span}, not {max(before, after)}"
+                    f"padding must be from 0 to {span - 1}, since a window spans {span}; is {max(before, after)}"
                 )
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
@@ -112,7 +112,7 @@ class _Pool(Composite):
     ]
     errors = [
         (S("f32[1,2,3]", kernel=(4,)), "a window spans 4 elements, the padded axis has 3"),
-        (S("f32[1,2,8]", kernel=(2,), padding=(2,)), "padding must be from 0 to 1, since a window spans 2, not 2"),
+        (S("f32[1,2,8]", kernel=(2,), padding=(2,)), "padding must be from 0 to 1, since a window spans 2; is 2"),
         (S("f32[1,2,8]", kernel=(0,)), "kernel must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), strides=(0,)), "strides must be 1 or more"),
         (S("f32[1,2,8]", kernel=(2,), dilations=(0,)), "dilations must be 1 or more"),

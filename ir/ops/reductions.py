@@ -51,7 +51,7 @@ class _Extremum(_Reduction, Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.ties not in ("even", "first"):
-            raise RuleError(f"ties must be even or first, not {self.ties!r}")
+            raise RuleError(f"ties must be even or first, is {self.ties!r}")
         if self.ties == "first" and len(self.axes) != 1:
             raise RuleError(f"ties=first needs exactly one axis, received {len(self.axes)}")
 
@@ -86,7 +86,7 @@ class _Extremum(_Reduction, Primitive):
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
         (S("f32[2,3]", axes=(0, 1), ties="first"), "ties=first needs exactly one axis, received 2"),
-        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, not 'last'"),
+        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]
 

@@ -2,7 +2,7 @@
 
 The record comes from an untrusted file. Its values and nodes must belong to this graph. Steps are derived again from
 placements and must equal the steps in the record, and `checking` checks the whole plan. So every plan that passes these
-checks can be run, whoever wrote it.
+checks can be run, independently of its author.
 """
 
 from __future__ import annotations
