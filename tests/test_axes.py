@@ -210,9 +210,9 @@ def test_labels_travel_along(rule: str, operands: list[str], result: str) -> Non
         ("1 a -> a", ["S, 3"], "dimension 0 of operand 0 must be 1, is S"),
         ("(a b=4) -> a b", ["6"], "dimension 0 of operand 0 is 6, not a multiple of 4"),
         ("(a b=2) -> a b", ["S"], "dimension 0 of operand 0 is S, not a multiple of 2"),
-        ("(a=2 b=2) -> a b", ["6"], "dimension 0 of operand 0 is 6, but (a b) makes 4"),
+        ("(a=2 b=2) -> a b", ["6"], "dimension 0 of operand 0 is 6, but (a b) has size 4"),
         ("c (a b) -> a b c", ["1, 6"], "cannot infer the sizes of a and b in dimension 1 of operand 0"),
-        ("(a b), a b -> a", ["7", "2, 3"], "dimension 0 of operand 0 is 7, but (a b) makes 6"),
+        ("(a b), a b -> a", ["7", "2, 3"], "dimension 0 of operand 0 is 7, but (a b) has size 6"),
     ],
 )
 def test_operands_that_disagree(rule: str, operands: list[str], said: str) -> None:

@@ -195,7 +195,7 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (none_of_any_number, GraphError, "concat takes one operand or more"),
     (text_operand, GraphError, "a constant cannot hold <U1"),
     (list_of_values, GraphError, "concat: an operand must be a tensor, not a list of tensors"),
-    (list_of_values, GraphError, "try       one by one, as in concat(x, y)"),
+    (list_of_values, GraphError, "try       tensors one by one, as in concat(x, y)"),
     (half_an_integer, GraphError, "0.5 is not of dtype i64"),
     (half_an_integer_first, GraphError, "0.5 is not of dtype i64"),
     (truth_of_a_value, GraphError, "where(condition, a, b) selects elementwise"),

@@ -142,7 +142,7 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
     [
         ("all_reduce", {"ways": 0}, "ways must be 1 or more"),
         ("all_reduce", {"ways": -1}, "ways must be 1 or more, is -1"),
-        ("hand_on", {"ways": 2, "source": -1, "target": 1}, "are -1 and 1"),
+        ("hand_on", {"ways": 2, "source": -1, "target": 1}, "not -1 and 1"),
         ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
         ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
         (
@@ -150,7 +150,7 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
             {"ways": 2, "source": 1, "target": 1},
             "source and target must be two different ranks below 2, not 1 and 1",
         ),
-        ("hand_on", {"ways": 2, "source": 1, "target": 2}, "are 1 and 2"),
+        ("hand_on", {"ways": 2, "source": 1, "target": 2}, "not 1 and 2"),
     ],
 )
 def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], report: str) -> None:

@@ -398,7 +398,7 @@ def test_a_weight_that_is_not_its_blocks_is_refused() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "what"),
     [
-        ("linear(x_2, w)", "linear(x_2, c)", "linear: weight is encoded as q4_0, and linear reads numbers"),
+        ("linear(x_2, w)", "linear(x_2, c)", "linear: weight is encoded as q4_0, but linear reads numbers"),
         (
             "of=q4_0)                                                          # f32[16",
             "of=q8_0) # f32[16",
@@ -439,7 +439,7 @@ def test_the_verifier_names_the_op_and_the_line() -> None:
     node.operands = (node.operands[0], block.parameters["w"], None)
     with pytest.raises(VerifyError) as error:
         verify(graph)
-    assert "linear: weight is encoded as q4_0, and linear reads numbers" in str(error.value)
+    assert "linear: weight is encoded as q4_0, but linear reads numbers" in str(error.value)
     assert "a.py:3" in str(error.value)
     assert error.value.hint == "decode it first"
 

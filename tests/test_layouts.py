@@ -95,7 +95,7 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("blocks(16, 65540, 4)", "invalid layout of blocks"),
         (MOST_RUNS.replace(")", f", {_MOST_RUNS}:{_MOST_RUNS + 1})"), f"blocks has no '{_MOST_RUNS}:"),
         ("blocks(16, 20, 4, 4)", "blocks has no '4'"),
-        ("blocks(16, 20, 4, transposed)", "blocks are of rows"),
+        ("blocks(16, 20, 4, transposed)", "blocks store rows"),
         ("blocks(16, 20, 4, 0:3)", "runs must contain every word once"),
         ("blocks(16, 20, 4, 2:4, 0:3)", "runs must contain every word once"),
         ("blocks(16, 20, 4, 0:2, 3:4)", "runs must contain every word once"),

@@ -104,7 +104,7 @@ def test_text_that_is_no_placement_is_refused() -> None:
         parse_placement("dp, tp", Mesh.of("dp=2,tp=2"))
     with pytest.raises(ParseError, match="there is no monoid 'mean'"):
         parse_placement("[-] mean(tp)", Mesh.of("tp=2"))
-    with pytest.raises(ParseError, match="a dimension is split over nothing") as error:
+    with pytest.raises(ParseError, match="a dimension is split over no axis") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))
     assert error.value.hint == "- for a whole dimension"
     with pytest.raises(ParseError, match="not a placement"):  # quickly: each digit is parsed in one way only

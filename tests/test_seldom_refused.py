@@ -384,7 +384,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow does not define `combined`"),
     "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow does not define `awaited`"),
     "a call": (lambda _: interpret_function(calling(2).main, [np.ones(2)], {}), GraphError, "a call cannot be"),
-    "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not fit"),
+    "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not match"),
     "an operand of a sample": (lambda _: Sample("f32[2] > 1"), GraphError, "not a sample operand: 'f32[2] > 1'"),
     "a slice of symbols": (
         lambda _: OPS["slice"].make(axis=0, start="S-4").at({"S": 2}), SizeError, "slice: S-4 is negative"
@@ -409,7 +409,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: parse_graph(STATE.replace("append(%c", "append(%cc")), TreadleError, "unknown state %cc"
     ),
     "numbers of rows that are rounded": (
-        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "a graph that encodes computed"
+        lambda _: decode_parameters(read("exp(z)", "[B, 4]", ROUNDED)), GraphError, "cannot decode the parameters"
     ),
     "no method": (lambda _: traced(lambda x: x.sprung), GraphError, "a tensor of a model has no .sprung"),
     "items": (
