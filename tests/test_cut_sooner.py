@@ -279,7 +279,7 @@ def test_the_last_layer_computes_one_token() -> None:
     assert types["attention"] == "f32[B, heads=2, 1, 4]"
     assert types["gelu"] == "f32[B, 1, ffn=16]"
     (match,) = done.log[0].matches
-    assert match.reason == "only 1 of S positions are computed by layer_cut"
+    assert match.reason == "1 of S positions: only these are computed by layer_cut"
     assert done.log[0].certificates
     assert_same_numbers(done.source, done.graph)
 

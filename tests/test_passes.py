@@ -707,7 +707,7 @@ REFUSED = [
             *swapped(LAYER_NORM, "axes=[-1]", "axes=[0]"),
             *["r = rsqrt(e)", "y = mul(c, r)", "return y = y"],
         ),
-        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last axis only",
+        "layer-norm at mul: the mean is over axes (0,), but layer_norm needs the last axis only",
     ),
     Case(
         "layer-norm-keeps-no-dimension",

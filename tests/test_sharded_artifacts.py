@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "an axis twice": (set_in("functions", 0, "nodes", 0, "gives", ["[dp, -, dp]"]), "cannot have this placement"),
     "split over nothing": (
         set_in("functions", 0, "nodes", 0, "gives", ["[, -, -]"]),
-        "a dimension is split over nothing",
+        "a dimension is split over no axis",
     ),
     "a callee that there is not": (lambda r: r["functions"][1]["nodes"][-3].update(callee="g"), "KeyError: 'g'"),
     "a factor that there is not": (

@@ -203,7 +203,7 @@ STEPS: dict[str, tuple[ShardingPlan, str | None]] = {
     "a maximum, combined": (moved(MAXIMUM, StepKind.ALL_REDUCE, "tp", "[-]"), None),
     "a maximum, combined and split": (
         moved(MAXIMUM, StepKind.REDUCE_SCATTER, "tp", "[tp]", 0),
-        r"reduce_scatter of partial values \(max\)",
+        r"reduce_scatter cannot combine partial values \(max\)",
     ),
     "terms of a maximum as those of a sum": (
         moved(MAXIMUM, StepKind.TAKE, "dp", "[dp] sum(tp)", 0),

@@ -262,11 +262,11 @@ REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
     ),
     "a full slot": (
         lambda e, s: e.entry("main")(s, x=X, rows=ROWS, start=np.array([0, 9])),
-        "append: row 1 starts at 9, and does not fit into the capacity of 9",
+        "append: row 1 has no room: it starts at 9, the capacity is 9",
     ),
     "a negative start": (
         lambda e, s: e.entry("main")(s, x=X, rows=ROWS, start=np.array([-1, 0])),
-        "append: row 0 starts at -1, and does not fit into the capacity of 9",
+        "append: row 0 has no room: it starts at -1, the capacity is 9",
     ),
     "no slot": (
         lambda e, s: e.entry("main")(s, x=X, rows=np.array([0, 3]), start=START),

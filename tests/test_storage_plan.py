@@ -624,7 +624,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     ours.plan = other.plan
     assert "it belongs to another graph" in ours.refused()
     ours.plan = Plant(joined_block()).plan
-    assert "covers other functions" in ours.refused()
+    assert "is for other functions than" in ours.refused()
 
 
 # -- plans too large to enumerate ----------------------------------------------------------------------------------

@@ -125,4 +125,4 @@ def check_room(op: str, start: Any, count: int, capacity: int, *, ring: bool) ->
     """Raise GraphError if a row starts below 0 or, without a ring, ends beyond the capacity."""
     for row, first in enumerate(start.tolist()):
         if first < 0 or (not ring and first + count > capacity):
-            raise GraphError(f"{op}: row {row} starts at {first}, and does not fit into the capacity of {capacity}")
+            raise GraphError(f"{op}: row {row} has no room: it starts at {first}, the capacity is {capacity}")

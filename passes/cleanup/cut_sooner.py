@@ -112,7 +112,7 @@ class _Cutting:
             part, x = part_taken(cutter), cutter.inputs[0]
             assert part is not None
             whole = x.type.shape[part.dim]
-            reason = f"only {part.size} of {whole} positions are computed by {', '.join(body.sliced_ops)}"
+            reason = f"{part.size} of {whole} positions: only these are computed by {', '.join(body.sliced_ops)}"
             self.log.match(self.rule, function, cutter, reason=reason)
         self.changes += len(body.cutters)
 
