@@ -138,7 +138,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "made twice at once": ('$first, $"a b"', "$first, $first", "two parameters first", "$first, $first"),
     "made twice": ("$bias =", "$first =", "two parameters first", "$first = add"),
     "made under a weight's name": ("$bias =", "$free =", "two parameters free", "$free ="),
-    "one of two made": ('$first, $"a b"', "$first", "call has 2 results, but the statement names 1", "bind_h() with h.1"),
+    "one of two made": ('$first, $"a b"', "$first", "call has 2 results, but the statement", "bind_h() with h.1"),
     "all of what is no call": ("$bias =", "$bias.* =", "all results of a call of a block", "add(plain"),
     "all and more": ("$h.0.* =", "$h.0.*, $more =", "all results of a call of a block", "bind_h() with h.0"),
     "a block called bind": ("block h(", "block bind(", "a block has the name of the entry bind", "bind {"),

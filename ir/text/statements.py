@@ -72,7 +72,9 @@ class StatementReader(OperandReader):
         results = node.named_results
         if len(names) != len(results):
             types = ", ".join(str(v.type) for v in results)
-            raise s.error(f"{node.op.name} has {len(results)} results, but the statement names {len(names)}", at, received=types)
+            raise s.error(
+                f"{node.op.name} has {len(results)} results, but the statement names {len(names)}", at, received=types
+            )
         if node.op.updates:
             self.update(node, dict(zip(results, names, strict=True)), start)
         for (kind, name), value in zip(names, results, strict=True):
