@@ -308,7 +308,7 @@ class Conv(Composite):
     ]
     errors = [
         (S("f32[1,2,8]", "f32[4,3,3]", None), "axis c sizes disagree: 2 in x, 3 in weight"),
-        (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "(g c) makes 2"),
+        (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "(g c) has size 2"),
         (S("f32[1,3,2]", "f32[4,3,3]", None), "the kernel spans 3 elements, the padded axis has 2"),
         (S("f32[1,3,8]", "f32[4,3,3]", "f32[3]"), "sizes disagree: 4 in weight, 3 in bias"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
