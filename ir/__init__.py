@@ -1,5 +1,5 @@
-"""The IR: types, ops, graphs, and analyses of graphs. The only other package of the project that it imports is
-`files/`.
+"""The IR: types, ops, graphs, and analyses of graphs. Apart from `treadle.files`, the IR imports no package of the
+project.
 
 errors            the error family                    samples           inputs that ops are tested on
 sizes, types      size expressions, dtypes, dims      composites        bodies of composite ops

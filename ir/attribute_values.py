@@ -1,4 +1,4 @@
-"""Attributes of ops: conversion of a caller's values, by the annotation of the field.
+"""Attributes of ops: conversion of the caller's values to the types that the fields are annotated with.
 
 axes: tuple[int, ...]      [0, -1]  -->  (0, -1)
 size: Size                 "2*S"    -->  Size
@@ -19,7 +19,7 @@ _ACCEPTED: dict[str, str] = {}
 
 
 def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | None = None) -> None:
-    """Register the conversion of a caller's value for attributes with this annotation (also inside tuples).
+    """Register the conversion of a caller's value for attributes with this annotation, and for items of tuples of them.
 
     accepts  the annotation of the argument of `read`, if it accepts more than the attribute's own type
     """
@@ -28,7 +28,9 @@ def attribute_codec(annotation: str, read: Callable[[Any], Any], accepts: str | 
 
 
 def accepted_annotation(annotation: str) -> str:
-    """Return the annotation for callers of an attribute with this annotation: `SizeLike | None` for `Size | None`."""
+    """Return the annotation of the values that a caller may pass for an attribute: `SizeLike | None` for `Size |
+    None`.
+    """
     kinds = []
     for kind in annotation.split(" | ") if not annotation.startswith("tuple[") else [annotation]:
         inside = kind.removeprefix("tuple[").removesuffix(", ...]")
@@ -74,7 +76,7 @@ def coerced(annotation: str, value: Any) -> Any:
         return None
     base = annotation.replace(" | None", "")
     if base.startswith("tuple["):
-        if isinstance(value, str):  # or its characters would become items
+        if isinstance(value, str):  # a string is a sequence too: its characters would become items
             raise TypeError
         inner = base[6:-1].removesuffix(", ...")
         read = _CODECS.get(inner)
@@ -84,19 +86,19 @@ def coerced(annotation: str, value: Any) -> Any:
 
 
 def has_size(value: Any) -> bool:
-    """Return True if an attribute's value is a size, or a tuple with one."""
+    """Return True if an attribute's value is a symbolic size, or a tuple that contains one."""
     return isinstance(value, Size) or (isinstance(value, tuple) and any(isinstance(v, Size) for v in value))
 
 
 def evaluated(value: Any, values: Mapping[str, int]) -> Any:
-    """Return the value with its sizes evaluated at these values of their symbols."""
+    """Return an attribute's value with its sizes evaluated. `values` maps symbols to integers."""
     if isinstance(value, Size):
         return Size.of(value.evaluate(values))
     return tuple(evaluated(v, values) for v in value) if isinstance(value, tuple) else value
 
 
 def substituted(value: Any, values: Mapping[str, SizeLike]) -> Any:
-    """Return the value with symbols in its sizes replaced by sizes."""
+    """Return an attribute's value with the symbols in its sizes replaced. `values` maps symbols to sizes."""
     if isinstance(value, Size):
         return value.substitute(values)
     return tuple(substituted(v, values) for v in value) if isinstance(value, tuple) else value
@@ -113,7 +115,7 @@ _WORDS = {
 
 
 def in_words(annotation: str) -> str:
-    """Return `a tuple of integers` for `tuple[int, ...]`."""
+    """Return an annotation in words: `a tuple of integers` for `tuple[int, ...]`."""
     base = annotation.removesuffix(" | None")
     inner = base.removeprefix("tuple[").removesuffix(", ...]")
     if inner != base:
@@ -122,7 +124,7 @@ def in_words(annotation: str) -> str:
 
 
 def as_tuple(name: str, annotation: str, value: Any) -> str | None:
-    """Return a hint if a single item was passed for a tuple of items."""
+    """Return a hint if a single item was passed for a tuple of items, else None."""
     read = _CODECS.get(annotation.removeprefix("tuple[").removesuffix(", ...]"))
     if not annotation.startswith("tuple[") or read is None or isinstance(value, str | list | tuple):
         return None

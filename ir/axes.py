@@ -1,4 +1,4 @@
-"""Axis rules: one line that describes how an op maps axes, and from which the compiler derives the rest.
+"""Axis rules: one line that describes how an op maps axes. The compiler derives everything else about axes from it.
 
     matmul       "... m k, ... k n -> ... m n"
     softmax      "... [n] -> ... [n]"
@@ -15,7 +15,7 @@ A rule names factors. Each factor has one role in an application:
     ^n=S      generated  in results only, with its size
     n=12                 a factor whose size is an attribute of the op
 
-`(h d)` is one dimension that is the product of two factors, `1` a dimension of size one, and `...` stands for any
+`(h d)` is one dimension that is the product of two factors. `1` is a dimension of size one. `...` stands for any
 leading dimensions, aligned at the right and broadcast: if an operand's dimension there is the constant 1, the operand
 lacks that axis. docs/axis-rules.md is the reference page.
 """
@@ -32,7 +32,7 @@ from treadle.ir.types import Dim, Factor, Type
 
 
 class Role(Enum):
-    """The use of a factor of its axes by an op."""
+    """The way in which an op uses a factor."""
 
     MAPPED = "mapped"
     REDUCED = "reduced"
@@ -63,8 +63,8 @@ class AxisFactor:
 class AxisDim:
     """One dimension of an operand or result, in terms of the rule's factors.
 
-    Without factors it is a 1 (or a broadcast axis that this operand lacks). With `size`, it is a result dimension whose
-    size is an expression and that belongs to no single factor.
+    A dimension without factors has size 1, or is a broadcast axis that this operand lacks. If `size` is set, the
+    dimension is in a result, its size is an expression, and it belongs to no single factor.
     """
 
     factors: tuple[str, ...] = ()
@@ -242,7 +242,7 @@ class _Matching:
             self.dims[name] = dim
             self.seen_in[name] = self.names[i]
         elif known.size != dim.size:
-            where = f"in {self.seen_in[name]}" if name in self.seen_in else "by its attributes"
+            where = f"in {self.seen_in[name]}" if name in self.seen_in else "in the op's attributes"
             axis = "" if name.startswith("...") else f"axis {name} "
             raise RuleError(f"{axis}sizes disagree: {known.size} {where}, {dim.size} in {self.names[i]}")
         elif _detail(dim) > _detail(known):
@@ -258,7 +258,7 @@ class _Matching:
                 unknown = [n for n in axis.factors if n not in self.dims]
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)} in dimension {j} of {self.names[i]}",
-                    hint=f"give all but one, such as {unknown[0]}=2",
+                    hint=f"give all but one of them, such as {unknown[0]}=2",
                 )
             waiting = left
 
@@ -284,7 +284,7 @@ class _Matching:
             self.seen_in[unknown[0]] = self.names[i]
         elif known != dim.size:
             raise RuleError(
-                f"dimension {j} of {self.names[i]} is {dim.size}, but ({' '.join(axis.factors)}) makes {known}"
+                f"dimension {j} of {self.names[i]} is {dim.size}, but ({' '.join(axis.factors)}) has size {known}"
             )
         return True
 

@@ -6,7 +6,7 @@
     b.outputs(y=b.rms_norm(x, w, eps=1e-5) * 2.0)
     print(b.graph)
 
-Every op is a method of the builder under its own name, with positional operands and keyword attributes
+Every op is a method of the builder with the op's name, positional operands and keyword attributes
 (`treadle.ir.op_methods`). Op bodies, gradients, patterns and the DSL use the same methods.
 """
 
@@ -51,7 +51,9 @@ class Builder(OpMethods):
     # -- arguments and results ---------------------------------------------------------------------------------
 
     def input(self, name: str, type: Type | str) -> Expr:
-        """Add an input. Its symbols become the graph's. Raises GraphError if the name is taken."""
+        """Add an input and return it. Symbols in its type become symbols of the graph. Raises GraphError if the name is
+        taken.
+        """
         value = Value("input", parse_type(type) if isinstance(type, str) else type, name)
         if any(v.name == name for v in self.function.inputs):
             raise GraphError(f"the function has an input {name!r} already")
@@ -61,7 +63,7 @@ class Builder(OpMethods):
         return Expr(self, value)
 
     def parameter(self, name: str, type: Type | str, init: Init | None = None) -> Expr:
-        """Return the parameter of that name, added if new. Raises GraphError if it exists with another type."""
+        """Return the parameter of that name; add it if it is new. Raises GraphError if it exists with another type."""
         wanted = parse_type(type) if isinstance(type, str) else type
         known = self.function.parameters.get(name)
         if known is None:
@@ -77,7 +79,8 @@ class Builder(OpMethods):
         return Expr(self, known)
 
     def state(self, name: str, type: Type | str) -> Expr:
-        """Return the current version of the state of that name, added if new. Its symbols become the graph's.
+        """Return the current version of the state of that name; add the state if it is new. Symbols in its type become
+        symbols of the graph.
 
         Raises GraphError if it exists with another type, or if a weight has the name.
         """
@@ -98,12 +101,14 @@ class Builder(OpMethods):
         return Expr(self, self.function.updated.get(name, known))
 
     def outputs(self, /, **outputs: Expr) -> Function:
-        """Name the function's outputs, in order."""
+        """Name the function's outputs, in order. Return the function."""
         self.function.outputs = {name: expr.value for name, expr in outputs.items()}
         return self.function
 
     def constant(self, value: Any, dtype: DType | None = None) -> Expr:
-        """Add a constant from a number, nested list or array. A symbolic size becomes its value at each call."""
+        """Add a constant from a number, nested list or array, and return it. A symbolic size becomes its value at each
+        call.
+        """
         if isinstance(value, Size):
             return self._size(value, dtype)
         return Expr(self, Value.constant(Literal.of(value, dtype)))
@@ -111,7 +116,9 @@ class Builder(OpMethods):
     # -- nodes -------------------------------------------------------------------------------------------------
 
     def emit(self, op: Op, operands: Sequence[Value | None], name: str | None = None) -> Node:
-        """Append a node. Raises RuleError, with the user's line and scope, if the operands do not match the op."""
+        """Append a node and return it. Raises RuleError, with the user's line and scope, if the operands do not match
+        the op.
+        """
         return self._append(op, operands, name, self.source or user_line())
 
     def _append(self, op: Op, operands: Sequence[Value | None], name: str | None, source: SourceLine | None) -> Node:
@@ -148,7 +155,7 @@ class Builder(OpMethods):
         try:
             op = cls.make(**attributes)
             values: Sequence[Value | None] = [x.value if type(x) is Expr else None for x in operands]
-            given = cls.arrange(operands) if None in values else ()  # an absent operand, a number, ...
+            given = cls.arrange(operands) if None in values else ()  # absent operands (None), numbers, arrays
             if not given and len(values) != cls.arity[1]:
                 values = cls.arrange(values)
         except TypeError as error:
@@ -169,8 +176,8 @@ class Builder(OpMethods):
         return Expr(self, results[0]) if len(results) == 1 else tuple(Expr(self, v) for v in results)
 
     def _values(self, op: Op, given: Sequence[Any]) -> list[Value | None]:
-        """Convert operands to values. A number gets the dtype that the op's rule ties it to, else its own (f32, i64,
-        bool).
+        """Convert operands to values. If the op's rule ties the dtype of a number to another operand, the number gets
+        that dtype, otherwise its own (f32, i64, bool).
         """
         values = [x.value if type(x) is Expr else x if isinstance(x, Value) else None for x in given]
         numbers = [i for i, x in enumerate(given) if values[i] is None and x is not None]
@@ -184,8 +191,8 @@ class Builder(OpMethods):
                     continue
                 if isinstance(given[i], list | tuple) and any(isinstance(x, Expr) for x in given[i]):
                     raise GraphError(
-                        f"{op.name}: an operand is a {type(given[i]).__name__} of tensors",
-                        hint=f"one by one, as in {op.name}(x, y)",
+                        f"{op.name}: an operand must be a tensor, not a {type(given[i]).__name__} of tensors",
+                        hint=f"tensors one by one, as in {op.name}(x, y)",
                     )
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype
@@ -198,9 +205,9 @@ class Builder(OpMethods):
         return self.size(value=size, dtype=dtype or i64)
 
     def call(self, function: Function, arguments: Sequence[Expr | Value]) -> tuple[Expr, ...]:
-        """Call a function of the graph with its inputs, its parameters, then its states. Returns its outputs.
+        """Call a function of the graph with its inputs, its parameters, then its states. Return the function's outputs.
 
-        States that it updates have their new versions from then on: see `state`, and `call_updating`, which returns
+        If the function updates states, `state` returns their new versions afterwards. `call_updating` also returns
         them.
         """
         return self.call_updating(function, arguments)[0]
@@ -208,7 +215,7 @@ class Builder(OpMethods):
     def call_updating(
         self, function: Function, arguments: Sequence[Expr | Value]
     ) -> tuple[tuple[Expr, ...], dict[str, Expr]]:
-        """Call a function as `call` does. Returns its outputs and, separately, the updated states by the function's own
+        """Call a function as `call` does. Return its outputs and a dict of the updated states by the function's own
         names.
         """
         from treadle.ir.ops.call import Call
@@ -223,12 +230,14 @@ class Builder(OpMethods):
     # -- sources of nodes --------------------------------------------------------------------------------------
 
     def scoped(self, name: str, source: SourceLine | None = None) -> _Scoped:
-        """Add nodes under `scope.attn` in `with b.scoped("attn"):`; if `source` is given, it is their source line."""
+        """Return a context, as in `with b.scoped("attn"):`, in which nodes are added under the scope `attn`. `source`,
+        if not None, is their source line.
+        """
         return _Scoped(self, name, source)
 
     @contextmanager
     def placed_as(self, node: Node) -> Iterator[None]:
-        """Add nodes with the scope and the source line of `node`."""
+        """Add the nodes of this context with the scope and the source line of `node`."""
         scope, source = self.scope, self.source
         self.scope, self.source = node.scope, node.source
         try:

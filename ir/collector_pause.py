@@ -1,7 +1,7 @@
 """Pausing the cyclic garbage collector while a graph is built.
 
-A graph is many small objects, all of which stay alive. A collection during the build would free nothing, but scan each
-of them: 7 % of the time of tracing a deep model. Reference counting continues as usual.
+A graph is many small objects, all of which stay alive. A collection during the build would free nothing, but would scan
+every object, which takes 7 % of the time of tracing a deep model. Reference counting continues as usual.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Disable the cyclic collector in the context; afterwards restore its state."""
+    """Disable the cyclic collector in the context. Restore its state afterwards."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

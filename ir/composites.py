@@ -14,16 +14,16 @@ from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import Type
 
 _BODY_SOURCE = SourceLine("body", 0)
-_MOST_BODIES = 4096  # each is for one op and operand types; files may contain any number
+_MOST_BODIES = 4096  # one for each op with its operand types, of which files may contain any number
 _bodies: dict[tuple[Composite, tuple[str | None, ...], bool], Function] = {}
 
 
 def body_of(op: Composite, types: Sequence[Type | None]) -> Function:
-    """Return one level of a composite's body for these operand types. Inputs are the operands that are present, in
-    order.
+    """Return one level of a composite's body for these operand types. The function's inputs are the operands that are
+    present, in order.
 
-    Shared and cached; do not change it. Raises GraphError if the types of the body's results differ from the types that
-    the op's rules infer.
+    The function is shared and cached; do not change it. Raises GraphError if the types of the body's results differ
+    from the types that the op's rules infer.
     """
     return _remembered(op, types, lowered=False)
 
@@ -52,15 +52,15 @@ def _build(op: Composite, types: Sequence[Type | None], build: Callable[..., Any
     inferred = op.infer(types)
     if [r.type for r in results] != list(inferred):
         raise GraphError(
-            f"{op.name}: the types of its body differ from its rules",
+            f"{op.name}: the types of the body's results differ from the types that the op's rules infer",
             received=f"body: {', '.join(str(r.type) for r in results)}; rules: {', '.join(map(str, inferred))}",
         )
     return b.outputs(**{f"out{i}": r for i, r in enumerate(results)})
 
 
 def holds_contraction(op: Op, operands: Sequence[Value | None]) -> bool:
-    """Return True if an op on these operands is a contraction, or its body contains one: attention, conv, gated_linear,
-    ...
+    """Return True if an op on these operands is a contraction, or its body contains a contraction: attention, conv,
+    gated_linear, ...
     """
     return _holds_contraction(op, tuple([None if v is None else v.type for v in operands]))
 

@@ -1,4 +1,4 @@
-"""The error family: every failure that a user can cause is one of these, in one form.
+"""The error family: every failure that a user can cause raises one of these errors, in one form.
 
 The form, and the errors about files and arguments, are defined in the lowest package (`treadle.files.errors`); all
 other packages import every error from here.

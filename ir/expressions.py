@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from treadle.ir.builder import Builder
 
 ExprLike: TypeAlias = "Expr | Value | Size | float | np.generic | np.ndarray[Any, Any] | list[Any] | tuple[Any, ...]"
-"""Anything that an op accepts as an operand: numbers and arrays become constants, a size its value at each call."""
+"""An operand as an op accepts it: numbers and arrays become constants, and a size becomes its value at each call."""
 
 
 class Expr(PythonProtocols):
-    """A value and its builder. Operators build nodes; numbers take the other operand's dtype."""
+    """A value and its builder. Operators build nodes; a number gets the dtype of the other operand."""
 
     __slots__ = ("builder", "value")
 
@@ -45,7 +45,7 @@ class Expr(PythonProtocols):
         return self.value.type.rank
 
     def cast(self, to: DType | str) -> Expr:
-        """Return the value in another dtype, or itself if it has that dtype."""
+        """Return the value cast to another dtype, or the value itself if it has that dtype."""
         return self if str(self.dtype) == str(to) else self._apply("cast", self, to=to)
 
     def _apply(self, op: str, *operands: Any, **attributes: Any) -> Expr:

@@ -66,12 +66,16 @@ class Value:
 
     @property
     def layout(self) -> Layout | None:
-        """The order of its elements in memory; None is row-major. A result's layout is determined by its op."""
+        """The order of the value's elements in memory; None means row-major. A result's layout is determined by its
+        op.
+        """
         return self.lies_in if self.node is None else self.node.op.result_layout(self.index)
 
     @property
     def weight(self) -> Value | None:
-        """The parameter that this is: itself, or the encoded parameter that it decodes. None if it is not a weight."""
+        """The parameter that this value is or decodes: the value itself, or the encoded parameter. None if the value is
+        not a weight.
+        """
         if self.kind == "parameter":
             return self
         node = self.node
@@ -79,7 +83,7 @@ class Value:
 
     @property
     def before(self) -> Value | None:
-        """The value that this is an update of: the operand to which its op ties it; None for any other value."""
+        """The previous version of this value: the operand that its op updates. None for any other value."""
         if self.node is None:
             return None
         at = self.node.op.updates.get(self.index)
@@ -87,7 +91,7 @@ class Value:
 
     @property
     def state(self) -> Value | None:
-        """The state that this is a version of: the value itself, or the start of its updates. None if it is not of a
+        """The first version of the state that this value is a version of. None if the value is not a version of a
         state.
         """
         value = self
@@ -124,7 +128,7 @@ class Node:
         self.source = source
         hint = name or op.name
         self.results: tuple[Value, ...]
-        if len(types) == 1:  # nearly all nodes
+        if len(types) == 1:  # for nearly all nodes
             self.results = (Value("result", types[0], hint, None, self),)
         else:
             self.results = tuple([Value("result", t, hint, None, self, i) for i, t in enumerate(types)])
@@ -142,22 +146,24 @@ class Node:
 
     @property
     def named_results(self) -> tuple[Value, ...]:
-        """The results that the text names: for a call its outputs, since its callee names the updated states."""
+        """The results that have names in the graph's text. For a call these are its outputs; the callee names the
+        updated states.
+        """
         return self.results if self.op.callee is None else self.results[: len(self.results) - len(self.op.updates)]
 
     @property
     def is_elementwise(self) -> bool:
-        """True if its op works on each element independently: see `Op.is_elementwise`."""
+        """True if the node's op works on each element independently: see `Op.is_elementwise`."""
         return self.op.is_elementwise(self._ranks)
 
     @property
     def is_contraction(self) -> bool:
-        """True if its op is a product that sums over an axis of two operands: see `Op.is_contraction`."""
+        """True if the node's op is a product that sums over an axis of two operands: see `Op.is_contraction`."""
         return self.op.is_contraction(self._ranks)
 
     @property
     def is_multilinear(self) -> bool:
-        """True if its op is linear in each operand: see `Op.is_multilinear`."""
+        """True if the node's op is linear in each operand: see `Op.is_multilinear`."""
         return self.op.is_multilinear(len(self.operands))
 
     @property
@@ -185,12 +191,12 @@ class Function:
 
     @property
     def arguments(self) -> tuple[Value, ...]:
-        """The operands of a call: the inputs, the parameters, then the states, in order."""
+        """The function's arguments, in the order of a call's operands: the inputs, the parameters, then the states."""
         return (*self.inputs, *self.parameters.values(), *self.states.values())
 
     @property
     def results(self) -> tuple[Value, ...]:
-        """The results of a call, for which its nodes run: the outputs, then the updated states in their order."""
+        """The function's results, in the order of a call's results: the outputs, then the updated states."""
         if not self.updated:
             return tuple(self.outputs.values())
         return (*self.outputs.values(), *[self.updated[name] for name in self.states if name in self.updated])
@@ -201,7 +207,7 @@ class Function:
         self.updated = {name: by(v) for name, v in self.updated.items()}
 
     def uses(self) -> dict[Value, list[tuple[Node, int]]]:
-        """Return the nodes and operand positions that read each used value, in program order."""
+        """Return, for each used value, the nodes that read it with the operand's position, in program order."""
         found: dict[Value, list[tuple[Node, int]]] = {}
         for node in self.nodes:
             for position, value in enumerate(node.operands):
@@ -249,7 +255,7 @@ class Graph:
 
     @property
     def bind(self) -> Function | None:
-        """The entry that runs once, when weights are passed; None if there is no such entry."""
+        """The entry that runs once, when weights are passed; None if the graph has no such entry."""
         return self.functions["bind"] if "bind" in self.entry_names else None
 
     @property
@@ -264,12 +270,12 @@ class Graph:
 
     @property
     def derived_weights(self) -> Mapping[str, Value]:
-        """The derived weights by name: the outputs of `bind`."""
+        """The derived weights by name, as computed by `bind`: its outputs."""
         return self.bind.outputs if self.bind is not None else {}
 
     @property
     def parameters(self) -> Mapping[str, Value]:
-        """The weights by their full names: the parameters that no earlier entry computes."""
+        """The weights by their full names: all parameters except derived weights, which an earlier entry computes."""
         if len(self.entry_names) == 1:
             return self.main.parameters
         made = self.derived_weights
@@ -284,7 +290,7 @@ class Graph:
 
     @property
     def states(self) -> Mapping[str, Value]:
-        """The states of all entries by their full names, in their first versions."""
+        """The states of all entries by their full names: the first version of each."""
         if len(self.entry_names) == 1:
             return self.main.states
         found: dict[str, Value] = {}
@@ -302,7 +308,8 @@ class Graph:
         self.functions |= {entry.name: entry for entry in entries}
 
     def add_entry(self, name: str) -> Function:
-        """Add an entry, in its place in the order of entries. `prefill`, `step` or `verify` replaces an empty `main`.
+        """Add an entry at its position in the order of entries, and return its function. `prefill`, `step` or `verify`
+        replaces an empty `main`.
 
         Raises GraphError if the name is taken, is not the name of an entry, or cannot be combined with the graph's
         entries.
@@ -327,7 +334,7 @@ class Graph:
         """Narrow a symbol's bounds. Raises GraphError for a lower bound below 1, or if no size is left."""
         if bounds.lower < 1:
             raise GraphError(
-                f"{symbol} has no sizes below 1",
+                f"{symbol} cannot have a lower bound below 1",
                 received=bounds.around(symbol),
                 hint="an axis that may be empty has a size such as S-1",
             )
@@ -335,13 +342,15 @@ class Graph:
         narrowed = known.intersect(bounds)
         if narrowed.upper is not None and narrowed.upper < narrowed.lower:
             raise GraphError(
-                f"no size is left for {symbol}",
+                f"the bounds of {symbol} allow no size",
                 received=f"{known.around(symbol)}, {bounds.around(symbol)}",
             )
         self.symbols[symbol] = narrowed
 
     def callee(self, node: Node) -> Function | None:
-        """Return the function that a call applies, or None for any other op. Raises GraphError if it does not exist."""
+        """Return the function that a call applies, or None for any other op. Raises GraphError if the graph lacks the
+        function.
+        """
         name = node.op.callee
         if name is None:
             return None
@@ -399,8 +408,8 @@ class Graph:
         edge per use of a value.
 
         Vertices are integers in program order with `label`, `op` (or `kind`), `type`, `scope` and `source`; edges carry
-        `value` (its type as text), `result` and `operand` positions. For dominators, cuts, intervals and layouts.
-        Raises GraphError for an unknown function.
+        `value` (its type as text), `result` and `operand` positions. The graph serves to compute dominators, cuts,
+        intervals and layouts. Raises GraphError for an unknown function.
         """
         from treadle.ir.analysis.networkx_vertices import networkx_graph
 

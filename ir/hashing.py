@@ -1,8 +1,9 @@
 """Structural identity: one canonical text per graph, without names of values, scopes and source lines.
 
-Two graphs are equal if their canonical forms are. A structural hash is the SHA-256 of a canonical form, the same in
-every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and functions,
-and the order of nodes; for a graph also its parameters and states by name, initial values, and its symbols' bounds.
+Two graphs are equal if their canonical forms are equal. A structural hash is the SHA-256 of a canonical form, the same
+in every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and
+functions, and the order of nodes. The hash of a graph also covers its parameters and states by name, initial values,
+and its symbols' bounds.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _IN_PLACE = 64
 
 
 def canonical_form(graph: Graph) -> str:
-    """Return text that two graphs share exactly if they are structurally equal."""
+    """Return the canonical text of a graph. Two graphs have the same text exactly if they are structurally equal."""
     symbols = ",".join(f"{b.lower}<={quote(s)}<={b.upper}" for s, b in sorted(graph.symbols.items()))
     initial = ",".join(
         f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
     )
     entries = graph.entries
-    several = len(entries) > 1  # each may hold weights that others read; they are listed once
+    several = len(entries) > 1  # several entries may read the same weights, which are listed once
     functions = (
         line
         for f in graph.functions.values()
@@ -45,8 +46,8 @@ def canonical_form(graph: Graph) -> str:
 def structural_hash(of: Function | Graph) -> str:
     """Return 64 hexadecimal digits that are equal for structurally equal graphs, or functions.
 
-    A function's hash covers its calls by name and signature. So use it to compare functions of different graphs only if
-    they call no function, or equal functions.
+    A function's hash covers the name and signature of the functions that it calls, not their nodes. So use it to
+    compare functions of different graphs only if they call no function, or equal functions.
     """
     text = canonical_form(of) if isinstance(of, Graph) else "\n".join(_lines(of, in_order=True))
     return sha256(text.encode()).hexdigest()
@@ -55,7 +56,8 @@ def structural_hash(of: Function | Graph) -> str:
 def function_key(function: Function) -> str:
     """Return a structural hash in which inputs, parameters and outputs count by position, not by name.
 
-    Two functions of one graph with the same key compute the same from their arguments: one may replace the other.
+    Two functions of one graph with the same key compute the same results from their arguments: one may replace the
+    other.
     """
     return sha256("\n".join(_lines(function, in_order=True, names=False)).encode()).hexdigest()
 
@@ -94,7 +96,7 @@ def _lines(
         found = ids.get(value)
         if found is None:
             literal = value.literal if value is not None else None
-            found = literal_key(literal) if literal is not None else "?"  # "?": not defined before
+            found = literal_key(literal) if literal is not None else "?"  # "?": not defined yet
         return found
 
     for number, node in enumerate(function.nodes):
@@ -119,7 +121,9 @@ def _lines(
 
 
 def op_key(op: Op) -> str:
-    """Return the op with all its attributes. Cached in the op, which is immutable: by equality 0.0 would match -0.0."""
+    """Return the op with all its attributes, as text. It is cached per op object, not by equality, which would match
+    0.0 with -0.0.
+    """
     key: str | None = op.__dict__.get("_structural_key")
     if key is None:
         values = [(field, getattr(op, name)) for name, field in attribute_fields(type(op)).items()]
@@ -131,7 +135,7 @@ def op_key(op: Op) -> str:
 
 
 def attribute_key(value: Any) -> str:
-    """Return an attribute's value: its text, or for types, whose labels do not count, their sizes."""
+    """Return an attribute's value as text. Types are given by their sizes, since their labels do not count."""
     if isinstance(value, Type):
         return type_key(value)
     if isinstance(value, tuple | list):
@@ -141,13 +145,13 @@ def attribute_key(value: Any) -> str:
 
 @lru_cache(maxsize=16384)
 def type_key(type: Type) -> str:
-    """Return a type without its factors and labels."""
+    """Return a type as text, without its factors and labels."""
     encoding = "" if type.encoding is None else f" as {type.encoding}"
     return f"{type.dtype.name}[{','.join(map(str, type.shape))}]{encoding}"
 
 
 def literal_key(literal: Literal) -> str:
-    """Return a constant by its content; long ones by the hash of it."""
+    """Return a constant's content as text, or its hash if it is long."""
     data = literal.data.hex() if len(literal.data) <= _IN_PLACE else sha256(literal.data).hexdigest()
     encoding = "" if literal.encoding is None else f" as {literal.encoding}"
     return f"{literal.dtype.name}{literal.shape}{encoding}{len(literal.data)}:{data}"

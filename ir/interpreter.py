@@ -1,7 +1,7 @@
 """The meaning of a graph: every op's NumPy reference, node by node.
 
-Slow, and correct by definition: backends and passes are verified against it. With `float64=True` weights, inputs and
-constants are widened first, so that its own rounding does not count.
+The interpreter is slow, and correct by definition: backends and passes are verified against it. With `float64=True`,
+weights, inputs and constants are widened first, so that the interpreter's own rounding is negligible.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def interpret(
     watch: Watch | None = None,
     disturb: Disturb | None = None,
 ) -> dict[str, Array]:
-    """Run `main` on named inputs and weights; returns its outputs by name.
+    """Run `main` on named inputs and weights. Return its outputs by name.
 
     watch    is called for every node of every call with its results
     disturb  computes the results of every node in place of its op. Its arguments are the node, its operands, and a
@@ -45,7 +45,7 @@ def interpret(
     if graph.states or len(graph.later_entries) > 1:
         entries = ", ".join(e.name for e in graph.later_entries)
         raise GraphError(
-            "a graph with states or several entries is interpreted entry by entry",
+            "a graph with states or several entries must be interpreted entry by entry",
             received=f"entries {entries}; {len(graph.states)} states",
             hint="interpret_entry(graph, 'step', inputs, weights, states)",
         )
@@ -74,8 +74,9 @@ def interpret_entry(
 
     made     the derived weights; None: `bind` is run for this call
 
-    Returns the outputs by name, and all of `states` after the call. The arguments are not changed. Raises GraphError
-    for an unknown entry, a missing or unknown input, weight or state, or a shape that does not match.
+    Return the outputs by name, and the states after the call by name, including unchanged ones. The arguments are not
+    changed. Raises GraphError for an unknown entry, a missing or unknown input, weight or state, or a shape that does
+    not match.
     """
     if entry not in graph.entry_names:
         raise GraphError(f"the graph has no entry {entry!r}", hint="one of " + ", ".join(graph.entry_names))
@@ -94,7 +95,9 @@ def interpret_entry(
 
 
 def _refuse_other_names(*kinds: tuple[str, Collection[str], Collection[str], Collection[str]]) -> None:
-    """Raise GraphError if a name is missing or unknown. Each kind has its required, its allowed and its given names."""
+    """Raise GraphError if a name is missing or unknown. Each kind consists of its noun, and its required, allowed and
+    given names.
+    """
     missing = [name for _, wanted, _, given in kinds for name in wanted if name not in given]
     if missing:
         raise GraphError(f"no value for {', '.join(missing[:5])}" + (" and more" if len(missing) > 5 else ""))
@@ -105,9 +108,10 @@ def _refuse_other_names(*kinds: tuple[str, Collection[str], Collection[str], Col
 
 
 def interpret_function(function: Function, arguments: Sequence[Array], sizes: Mapping[str, int]) -> list[Array]:
-    """Run one call-free function on its arguments (inputs, parameters, states), with these sizes of symbols.
+    """Run one function that contains no calls on its arguments (inputs, parameters, states), with these sizes of
+    symbols.
 
-    Returns its outputs, then its updated states.
+    Return its outputs, then its updated states.
     """
     run = _Run(None, False)
     run.sizes.update(sizes)
@@ -115,7 +119,7 @@ def interpret_function(function: Function, arguments: Sequence[Array], sizes: Ma
 
 
 def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
-    """Run a composite's body on arrays."""
+    """Run a composite's body on arrays. Return an array or a tuple of arrays."""
     from treadle.ir.types import dtype_of
 
     types: list[Type | None] = []
@@ -127,15 +131,16 @@ def interpret_body(op: Composite, operands: Sequence[Array | None]) -> Any:
 
 
 def solve_sizes(type: Type, shape: Sequence[int], sizes: dict[str, int]) -> str | None:
-    """Match an array's shape against a type, and add the sizes of symbols that follow: S from S, and from 2*S+1.
+    """Match an array's shape against a type. Add the sizes of symbols that the shape determines to `sizes`: S from S,
+    and from 2*S+1.
 
-    Returns a description of a mismatch, or None.
+    Return a description of a mismatch, or None.
     """
     if len(shape) != type.rank:
         return f"must have rank {type.rank}, has rank {len(shape)}"
     for position, (wanted, got) in enumerate(zip(type.shape, shape, strict=True)):
         symbol = wanted.as_symbol
-        if got == (wanted.constant if symbol is None else sizes.get(symbol)):  # most are
+        if got == (wanted.constant if symbol is None else sizes.get(symbol)):  # most dimensions match at once
             continue
         known = {s: sizes[s] for s in sorted(wanted.symbols) if s in sizes}
         left = wanted.substitute(known) if known else wanted
@@ -174,7 +179,7 @@ class _Run:
     def entry(
         self, entry: Function, inputs: Mapping[str, Any], weights: Mapping[str, Any], states: Mapping[str, Any]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Run an entry; returns its outputs and the states that it updates, by name."""
+        """Run an entry. Return its outputs and the states that it updates, by name."""
         named = [(v, inputs[v.name]) for v in entry.inputs]
         named += [(v, weights[name]) for name, v in entry.parameters.items()]
         named += [(v, states[name]) for name, v in entry.states.items()]
@@ -248,10 +253,12 @@ class _Run:
         if type.encoding is not None:
             return array
         if type.dtype.is_float:
-            array = self.widen(array)  # decoded blocks are float32 even here
+            array = self.widen(array)  # decoded blocks are float32 even in a run in float64
             return array if self.float64 or array.dtype == type.dtype.numpy else self._narrow(type, array)
         return array.astype(type.dtype.numpy, copy=False)
 
     def _narrow(self, type: Type, array: Array) -> Array:
-        """Keep the precision of a body that runs in another precision than its types (float64 samples)."""
+        """Round an array to the type's dtype. In a body that runs in another precision than its types (float64
+        samples), keep the array's precision.
+        """
         return array if self.graph is None or type.dtype.numpy is None else array.astype(type.dtype.numpy)

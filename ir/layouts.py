@@ -33,15 +33,16 @@ _RUN = re.compile(r"([0-9]{1,4}):([0-9]{1,4})", re.ASCII)
 _MOST_WIDE, _MOST_RUNS = 1 << 16, 64
 
 PAIR_SQUARE = 16
-"""Rows and columns of a square of pairs."""
+"""Number of rows, and of columns, in a square of pairs."""
 PAIR_STEP = 2 * PAIR_SQUARE
-"""Elements of k in a square of pairs."""
+"""Number of elements of k in a square of pairs."""
 QUAD_STEP = 4 * PAIR_SQUARE
-"""Number of elements of k in a square of quads. It takes the same number of bytes as a square of pairs."""
+"""Number of elements of k in a square of quads. A square of quads takes the same number of bytes as a square of pairs.
+"""
 ROW_HEAD = 4
-"""Bytes of the scale at the start of a row of 8-bit numbers, see `int8_rows`."""
+"""Number of bytes of the scale at the start of a row of 8-bit numbers, see `int8_rows`."""
 QUAD_HEAD = 8
-"""Bytes of a row's scale and sum, at the start of a panel of quads."""
+"""Number of bytes of a row's scale and sum, which are stored at the start of a panel of quads."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class Layout:
     width       for all but onednn: the number of the product's columns in a panel; for pairs and quads a multiple of 16
     transposed  True if the matrix is [k, n], not [n, k]
     flat        True if pairs or quads are ordered as elements of panels are, and not in squares
-    block       for blocks: the bytes of one block
-    head        for blocks: the number of these that are scales of two bytes each
+    block       for blocks: the number of bytes in one block
+    head        for blocks: the number of these bytes that are scales of two bytes each
     tail        for blocks: True if scales are a block's last bytes; otherwise they are its first
-    twos        for panels: True if the numbers of a row are stored by twos, adjacent
-    runs        for blocks: the order of words, as ranges from one number up to another; none: in their own order
+    twos        for panels: True if each two neighbours of a row are stored adjacently
+    runs        for blocks: the order of words, as ranges of word numbers, start to end; empty for the original order
 
     In panels, element (n, k) of a weight [n, k] is at ((n // width) * k_size + k) * width + n % width; the last panel
-    is padded with zeros. By twos, elements are stored as flat pairs are, but k is padded to a multiple of 2 only: bytes
-    of blocks are read as one stream, without gaps, which hardware prefetches.
+    is padded with zeros. With `twos`, elements are stored as flat pairs are, but k is padded only to a multiple of 2:
+    bytes of blocks are read as one stream, without gaps, which hardware prefetches.
 
     In pairs, a panel is divided into steps of 32 elements of k, and a step into squares of 16 rows: 16 times 16 pairs.
     Element (n, k) is number k % 2 of the pair at row (k % 32) // 2 and column n % 16 of its square. So a row of a
@@ -76,8 +77,8 @@ class Layout:
     instruction that multiplies them are stored in the order in which registers of a whole panel load them.
 
     Blocks are for rows in a form with a fixed number of bytes per block: scales, and an integer number of words of four
-    bytes. A panel has one block of all of its rows after the other: the first scale of all rows, the second, then one
-    word of each row, adjacent, the next one, and so on.
+    bytes. A panel stores its rows block by block. For each block it stores the first scale of all rows, then the second
+    scale of all rows, then the first word of all rows, the second word of all rows, and so on.
     """
 
     kind: str
@@ -94,31 +95,33 @@ class Layout:
         if self.kind not in ("panels", "pairs", "quads", "blocks", "onednn"):
             raise GraphError(f"unknown layout {self.kind!r}", hint="panels(16), pairs(32), onednn")
         if self.kind == "panels" and not 0 < self.width <= _MOST_WIDE:
-            raise GraphError("panels have a width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
+            raise GraphError("invalid panel width", received=str(self.width), hint=f"panels(16); 1 to {_MOST_WIDE}")
         squares = self.kind in ("pairs", "quads")
         if squares and (not 0 < self.width <= _MOST_WIDE or self.width % PAIR_SQUARE):
             hint = f"{self.kind}(32)"
-            raise GraphError(f"{self.kind} have a width of 16 times n", received=str(self.width), hint=hint)
+            raise GraphError(f"the width of {self.kind} must be a multiple of 16", received=str(self.width), hint=hint)
         if self.flat and not squares:
-            raise GraphError("only pairs and quads are flat", received=str(self))
+            raise GraphError("only pairs and quads can be flat", received=str(self))
         if self.twos and self.kind != "panels":
-            raise GraphError("only panels are by twos", received=str(self))
+            raise GraphError("only panels can have twos", received=str(self))
         if (self.tail or self.runs) and self.kind != "blocks":
-            raise GraphError("only blocks have a tail, and words", received=str(self))
+            raise GraphError("only blocks can have a tail and an order of words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
-            raise GraphError(f"{self.kind} are of rows, along the last axis", received=str(self))
+            raise GraphError(
+                f"{self.kind} store rows along the last axis, and cannot be transposed", received=str(self)
+            )
         fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
         if (self.block or self.head or self.kind == "blocks") and not (
             self.kind == "blocks" and fours and 0 < self.width <= _MOST_WIDE
         ):
             hint = "blocks(16, 20, 4): a width, the bytes of a block, and the bytes of its scales"
-            raise GraphError("this is not a layout of blocks", received=str(self), hint=hint)
+            raise GraphError("invalid layout of blocks", received=str(self), hint=hint)
         if self.runs and not self._orders_words():
             raise GraphError(
                 "runs must contain every word once", received=str(self), hint="runs such as 4:6, 0:4 of 6 words"
             )
         if self.kind == "onednn" and self.width:
-            raise GraphError("onednn has no width", received=str(self.width))
+            raise GraphError("onednn takes no width", received=str(self.width))
 
     def _orders_words(self) -> bool:
         at = 0
@@ -131,8 +134,9 @@ class Layout:
     def shape(self, shape: Sequence[Size]) -> tuple[Size, ...]:
         """Return the shape of the array that holds a matrix of this shape.
 
-        For panels [panels, k, width], and by twos [panels, k / 2, width, 2]; for pairs [panels, steps, width // 16, 16,
-        16, 2], and flat [panels, pairs, width, 2]; for quads and blocks [panels, bytes], of held rows.
+        For panels it is [panels, k, width], with `twos` [panels, k / 2, width, 2]. For pairs it is [panels, steps,
+        width // 16, 16, 16, 2], if flat [panels, pairs, width, 2]. For quads and blocks, whose matrix has held rows, it
+        is [panels, bytes].
         """
         if self.kind == "onednn":
             return tuple(shape)
@@ -182,7 +186,7 @@ def pairs(width: int, transposed: bool = False, *, flat: bool = False) -> Layout
 
 
 def quads(width: int, *, flat: bool = False) -> Layout:
-    """Return panels of `width` rows of 8-bit numbers, by fours, with their scales."""
+    """Return panels of `width` rows of 8-bit numbers, four neighbours of a row adjacent, with the rows' scales."""
     return Layout("quads", width, flat=flat)
 
 
@@ -195,7 +199,7 @@ def parse_layout(text: str) -> Layout:
     """Parse a layout. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is not a layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
+        raise GraphError("not a layout", received=text[:40], hint="panels(16), pairs(32, transposed), onednn")
     runs = list[tuple[int, int]]()
     numbers, words = list[int](), dict.fromkeys(("flat", "transposed", "tail", "twos"), False)
     most = 3 if match[1] == "blocks" else 1

@@ -18,7 +18,7 @@ from treadle.ir.types import DType, Type, bf16, dtype_of, f32
 class Literal:
     """A constant's elements: immutable, hashed by content. Bytes are little-endian, row-major.
 
-    NumPy lacks bf16: such elements are stored in two bytes each, and read and written as float32. The bytes of an
+    NumPy lacks bf16, so bf16 elements are stored in two bytes each, and read and written as float32. The bytes of an
     encoded constant are its blocks, in their held form.
     """
 
@@ -31,13 +31,14 @@ class Literal:
     def of(value: Any, dtype: DType | None = None) -> Literal:
         """Build a literal from a number, nested list or NumPy array.
 
-        `dtype` converts: floats are rounded, but not to infinity; integers and booleans must be exact. Without it,
-        Python's floats become f32. Raises GraphError.
+        If `dtype` is given, the elements are converted to it: floats are rounded, but not to infinity; integers and
+        booleans must be exact. Without `dtype`, Python's floats become f32. Raises GraphError for values that cannot be
+        converted.
         """
         try:
             array = np.asarray(value)
         except ValueError as error:  # lists of different lengths
-            raise GraphError("a constant cannot be built from this", received=str(error)) from None
+            raise GraphError("cannot build a constant from lists of different lengths", received=str(error)) from None
         if array.dtype == np.object_ and all(isinstance(each, Size | int | float) for each in array.flat):
             numbers = [operator.index(each) if isinstance(each, Size) else each for each in array.flat]
             array = np.array(numbers).reshape(array.shape)
@@ -97,8 +98,8 @@ class Literal:
     def wide(self) -> np.ndarray[Any, Any]:
         """The elements, floats in float64. A scalar in f32 becomes the shortest decimal that rounds to it.
 
-        That is the number as written: 1e-05, and not 9.999999747e-06. So an op's body in float64 agrees with the op,
-        whose attributes are Python's numbers.
+        That decimal is the number as the user wrote it: 1e-05, and not 9.999999747e-06. So an op's body in float64
+        agrees with the op, whose attributes are Python numbers.
         """
         if self.dtype is f32 and self.shape == () and self.encoding is None:
             return np.array(float(str(self.array[()])))

@@ -1,4 +1,4 @@
-"""Unused names: of functions, of values, of an entry's inputs and outputs."""
+"""Unused names for functions, for values, and for an entry's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container
 
 
 def free_name(base: str, taken: Container[str]) -> str:
-    """Return `base`, or `base_2` with the least number from 2 on that makes an unused name."""
+    """Return `base` if it is not taken, else `base_2`, `base_3`, ...: the first that is not taken."""
     name, count = base, 1
     while name in taken:
         count += 1

@@ -1,6 +1,6 @@
 """Every op as a method: `b.softmax(x, axis=-1)`, looked up on first use.
 
-Type checkers and editors read op_methods.pyi instead, which lists each method; `make golden` writes it.
+Type checkers and editors read op_methods.pyi, which lists the methods; `make golden` writes that file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class OpMethods:
     """The ops as methods of `Builder`."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Return an op as a method. It is added to the class on first use, so that later lookups are cheap."""
+        """Return an op as a method. The method is added to the class on first use, so that later lookups are cheap."""
         if name.startswith("_"):
             raise AttributeError(name)
         try:

@@ -17,7 +17,9 @@ def _arity(operands: Mapping[str, Operand]) -> tuple[tuple[tuple[int, str], ...]
 
 
 def _remembered(compute: Callable[[Any], int]) -> Callable[[Any], int]:
-    """Return a hash function that is computed once per object: ops are dictionary keys wherever graphs are compared."""
+    """Return a hash function that computes the hash once per object: ops are dictionary keys wherever graphs are
+    compared.
+    """
 
     def remembered(self: Op) -> int:
         found = self.__dict__.get("_hash")
@@ -42,8 +44,8 @@ def op(
 
     axes    the axis rule, or None if the class defines the method `axis_rule`
     dtypes  the dtype rule, or None if the class defines the method `dtypes`
-    linear  groups of operands that it is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
-    flops   floating-point operations per point of its iteration space (0 for ops that only move data)
+    linear  groups of operands that the op is linear in: `"a | b"` is linear in each alone, `"a b"` in both together
+    flops   floating-point operations per point of the op's iteration space (0 for ops that only move data)
     """
 
     def register(cls: _OpClass) -> _OpClass:
@@ -67,7 +69,7 @@ def op(
 
 
 def find_op(name: str) -> type[Op]:
-    """Return the op class of that name. Raises GraphError with the nearest names."""
+    """Return the op class of that name. If there is none, raises GraphError with the nearest names as a hint."""
     found = OPS.get(name)
     if found is None:
         import treadle.ir.ops  # noqa: F401  (registers them all; here, since the op files import this one)

@@ -54,8 +54,8 @@ Demand = tuple[Size, str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Operand:
-    """Declares an operand of an op, in order. A variadic operand is last and takes one or more values, or, if it is
-    optional, any number.
+    """A declaration of an op's operand. Operands are ordered as declared. A variadic operand is the last and takes one
+    or more values, or, if it is optional, any number.
     """
 
     optional: bool = False
@@ -75,47 +75,49 @@ class Op:
     flops: ClassVar[int] = 1
     accumulates: ClassVar[DType | None] = None
     """For an op that sums elements: the narrowest dtype in which it accumulates, whatever the dtype of the elements.
-    Sums are rounded to the result's dtype once. The reference, the body, the gradient and every backend do so: f16
-    and bf16 cannot count past 2048 and 256. None: the op does not sum elements.
+    Sums are rounded to the result's dtype once, in the reference, the body, the gradient and every backend. The
+    reason is that f16 and bf16 cannot count past 2048 and 256. None: the op does not sum elements.
     """
     step: ClassVar[str | None] = None
-    """The continuation of an axis that it scans or generates in a generation step ("carries the running sum"), or
-    None.
+    """For an op that scans or generates an axis: a description of how a generation step continues that axis ("carries
+    the running sum"). None if the op has no step form.
     """
     pairs: ClassVar[tuple[str, str] | None] = None
-    """For self-attention: the factors of queries and keys, which may be the same axis."""
+    """For self-attention: the factors of queries and keys, which may be located in the same axis."""
     reads_slots: ClassVar[frozenset[str]] = frozenset()
-    """The operands that it reads from a state at a step, by the slots of its rows, without a copy of them."""
+    """The operands that a generation step reads directly from a state, at the slots of the step's rows, without a
+    copy.
+    """
     commutes: bool = False
     """True if it is commutative: f(x, y) = f(y, x)."""
     updates: Mapping[int, int] = MappingProxyType({})
-    """Results that are updates, and the updated operands: {0: 0} if the result is the first operand, changed. With a
-    state as operand, it changes the state, and no node reads the old version; with any other value, the result is a
-    new value.
+    """Results that are updates, and the updated operands: {0: 0} if the result is an updated version of the first
+    operand. If the operand is a state, the op changes the state, and no node reads the old version. If the operand
+    is any other value, the result is a new value.
     """
     moves_blocks: ClassVar[bool] = False
-    """True if the op passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. Its
-    reference then works on arrays of blocks as well. Any other op refuses encoded operands.
+    """True if the op passes on the blocks of encoded operands, provided that it leaves the blocks' axis unchanged. The
+    op's reference then works on arrays of blocks as well. Any other op refuses encoded operands.
     """
     decodes: ClassVar[bool] = False
     """True if its result is the decoded operand: a decoded weight is the weight for every pass."""
     callee: str | None = None
     meets_ranks: bool = False
-    """True if ranks of a mesh communicate in it: all ranks must run it, equally often and in the same order. So it is
-    never removed, merged with another, or run once for all calls.
+    """True if ranks of a mesh communicate in the op: all ranks must run it, equally often and in the same order. So
+    the op is never removed, merged with another, or run once for all calls.
     """
     is_word: ClassVar[bool] = True
-    """True if a model may call it; calls and relayouts are added to graphs by tracing and by passes."""
+    """True if a model may call the op. False for calls and relayouts, which tracing and passes add to graphs."""
     stops_gradient: ClassVar[bool] = False
-    """True for an op through which no gradient flows: its results are constant between steps (floor, a comparison), or
+    """True for an op through which no gradient flows: its results are piecewise constant (floor, a comparison), or
     depend on no element of its operands (iota). Any other primitive defines `gradient`.
     """
     samples: ClassVar[Sequence[Sample]] = ()
     errors: ClassVar[Sequence[tuple[Sample, str]]] = ()
 
     def called_in(self, functions: Mapping[str, X]) -> X | None:
-        """Return the entry of a mapping for the function that the op calls; None if it calls no function, or a function
-        that is not in the mapping.
+        """Return the mapping's entry for the function that the op calls. Return None if the op calls no function, or a
+        function that is not in the mapping.
         """
         return None if self.callee is None else functions.get(self.callee)
 
@@ -135,7 +137,9 @@ class Op:
     # -- optional definitions beyond the class line ------------------------------------------------------------
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """Return the axis rule as text; a pure function of the attributes and the operands' ranks (None: absent)."""
+        """Return the axis rule as text: a pure function of the attributes and the operands' ranks (None for an absent
+        operand).
+        """
         if self.rule_text is None:
             raise GraphError(f"op {self.name} has no axis rule")
         return self.rule_text
@@ -143,13 +147,14 @@ class Op:
     @property
     def keys_in_parts(self) -> tuple[str, str] | None:
         """Factors of queries and of keys, for an op that may be computed for one part of the keys after the other
-        (`on_keys`). Ranks may then hold parts of both, and pass the parts of the keys around.
+        (`on_keys`). Ranks may then hold a part of the queries and a part of the keys each, and pass the parts of the
+        keys around. None for any other op.
         """
         return None
 
     def multiples(self, types: Sequence[Type | None], application: Application) -> Mapping[str, int]:
-        """Return the factors that are whole by its rule, but that it can process in parts between blocks, with the
-        number of elements in a block.
+        """Return the factors that the axis rule marks as whole, but that the op can process in parts that begin and end
+        between blocks. Each is mapped to the number of elements in a block.
         """
         return {}
 
@@ -160,15 +165,15 @@ class Op:
         return self.dtype_text
 
     def check(self, types: Sequence[Type | None]) -> None:
-        """Raise RuleError for errors beyond the rules (an attribute out of range, ...)."""
+        """Raise RuleError for errors that the axis and dtype rules do not detect, such as an attribute out of range."""
 
     def result_layout(self, index: int) -> Layout | None:
         """Return the layout of a result; None is row-major."""
         return None
 
     def encodings(self, types: Sequence[Type | None], application: Application) -> Sequence[Encoding | None]:
-        """Return the encodings of its results; `found` has their axes. Raises RuleError for an encoded operand that it
-        does not accept.
+        """Return the encoding of each result, None if it has none. `found` is the application, with the results' axes.
+        Raises RuleError for an encoded operand that the op does not accept.
         """
         if all(t is None or t.encoding is None for t in types):
             return (None,) * len(application.shapes)
@@ -180,44 +185,47 @@ class Op:
         return [moved_encoding(self.name, names, types, application, moved, given)]
 
     def viewed(self, x: View, types: Sequence[Type | None]) -> View | None:
-        """Return its result as a view of its one operand; None if no strides express it, or if the op is not a view."""
+        """Return the result as a view of the op's one operand. Return None if no strides express it, or if the op is
+        not a view.
+        """
         return None
 
     def part_of(self, y: View, types: Sequence[Type | None], position: int) -> View | None:
-        """Return the view of an operand as a part of the result, which is stored in y; None if no strides express it.
+        """Return the view of the operand at `position` as a part of the result, which is stored in y. Return None if no
+        strides express it.
 
         All of the operand's elements are elements of the result: if they are written there, they need not be moved.
         """
         return None
 
     def repeats(self, types: Sequence[Type | None]) -> tuple[int, ...]:
-        """Return the axes of its result along which all elements are equal, whatever the operands hold."""
+        """Return the axes of the result along which all elements are equal, whatever the operands hold."""
         return ()
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
-        """Return the sizes that must not be negative for the op to be defined: S - 4, if an axis of size S is split at
-        4.
+        """Return the sizes that must not be negative for the op to be defined, such as S - 4 if an axis of size S is
+        split at 4.
 
-        Called after `check`. `infer` refuses a negative constant. A symbolic size is checked at each call, when the
-        sizes of its symbols are known.
+        The method is called after `check`. `infer` refuses a negative constant. A symbolic size is checked at each
+        call, when the sizes of its symbols are known.
         """
         return ()
 
     def reference(self, *operands: Any) -> Any:
-        """Compute the op in NumPy, which defines its meaning: arrays in (None if absent), an array or a tuple of arrays
-        out.
+        """Compute the op in NumPy, which defines its meaning. Operands are arrays, or None if absent. Return an array
+        or a tuple of arrays.
 
-        Works in the operands' precision, float64 included; may allocate and be slow. Attributes that are sizes are
-        constants here.
+        The reference works in the operands' precision, float64 included. It may allocate and be slow. Attributes that
+        are sizes are constants here.
         """
         raise GraphError(f"op {self.name} has no reference")
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """The gradient of a scalar with respect to each operand, from the gradients of the results (None: zero).
+        """Return the gradient of a scalar with respect to each operand, from the gradients of the results (None: zero).
 
-        inputs and outputs are the op's own. Returns one entry per operand: an Expr of the operand's type, or None where
-        no gradient flows. Raises GraphError, with the user's line, for an op that has none and does not say
-        `stops_gradient`.
+        inputs and outputs are the operands and results of the op. Returns one entry per operand: an Expr of the
+        operand's type, or None if no gradient flows to it. Raises GraphError, with the user's line, if the op neither
+        defines `gradient` nor sets `stops_gradient`.
         """
         if self.stops_gradient:
             return [None] * len(inputs)
@@ -230,10 +238,10 @@ class Op:
 
     @property
     def positional(self) -> frozenset[str]:
-        """The factors along which the op reads the position itself: attention's s and t under a causal mask.
+        """The factors whose positions the op reads: attention's s and t under a causal mask.
 
-        For these, a mapped factor guarantees less: restricting it to a prefix commutes with the op, but permuting it or
-        taking another part of it need not.
+        For such a factor, mapping guarantees less: restricting the factor to a prefix commutes with the op, but
+        permuting it or taking another part of it need not.
         """
         return frozenset()
 
@@ -243,7 +251,8 @@ class Op:
         return frozenset().union(*self.linear) if self.flops == 0 else frozenset()
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Return the op on a part of operands of these types, in which factors of its axis rule have other sizes.
+        """Return the op for operands of these types, of which it computes a part: the factors in `sizes` have other
+        sizes.
 
         Returns None if there is no such op, by default if one of these sizes is an attribute of the op.
         """
@@ -253,9 +262,10 @@ class Op:
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], states: Held) -> Any:
         """Build the op's form in a generation step with `step.b`. Returns an Expr, or a tuple of Exprs, as `body` does.
 
-        Called for an op that scans or generates the tokens' axis, that reads positions of it other than its own, or
-        that has an operand in a state that the prologue computed. A result may have one more dimension than before: the
-        rows of the step, in front of all others. This happens if its values now depend on the row: positions.
+        The method is called for an op that scans or generates the tokens' axis, that reads positions of it other than
+        its own, or that has an operand in a state that the prologue computed. If a result's values now depend on the
+        row, as positions do, the result has one more dimension than before: the rows of the step, in front of all
+        others.
 
         operands   the operands in the step, which cover the added tokens, or `Kept`
         states     for each operand, its dimensions that are the tokens' axis
@@ -265,17 +275,18 @@ class Op:
         return None
 
     def on_part(self, factor: str, start: Size) -> Op | None:
-        """Return the op on a part of a mapped factor that begins at `start`, if it reads positions along that factor.
+        """Return the op for a part of a mapped factor that begins at `start`, if the op reads positions along that
+        factor.
 
-        Returns None if it has no such form, as by default.
+        Returns None if the op has no such form, as by default.
         """
         return None
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Return floating-point operations on operands of these types, for given values of symbols.
+        """Return the number of floating-point operations on operands of these types, for given values of symbols.
 
-        None: count from the rule or the body. Any other result overrides that count, for an op whose work is not a
-        product of its factors.
+        Returns None if the operations should be counted from the rule or the body. Any other result overrides that
+        count, for an op whose work is not a product of its factors.
         """
         return None
 
@@ -293,7 +304,7 @@ class Op:
 
     @classmethod
     def attribute_defaults(cls) -> dict[str, Any]:
-        """Return the attributes that have a default, with it."""
+        """Return the default values of the attributes that have one, by name."""
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
@@ -307,7 +318,9 @@ class Op:
 
     @classmethod
     def arrange(cls, arguments: Sequence[Any]) -> list[Any]:
-        """Pad absent optional operands with None and check the count. Raises GraphError."""
+        """Pad absent optional operands with None and return the operands. Raises GraphError if their number is
+        wrong.
+        """
         operands = list(arguments)
         required, most = cls.arity
         if len(operands) != most:
@@ -324,14 +337,14 @@ class Op:
 
     @classmethod
     def make(cls, **attributes: Any) -> Op:
-        """Return the op with these attributes. Equal attributes give the same object, so that cached properties are
+        """Return the op with these attributes. Equal attributes give the same object, so that its cached properties are
         found fast.
 
-        Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong one.
+        Raises TypeError for an unknown attribute, GraphError or RuleError for a wrong value.
         """
         if not attributes:
             return _interned(cls, (), ())  # type: ignore[arg-type]
-        zeros = tuple([str(v) for v in attributes.values() if type(v) is float and v == 0.0])  # 0.0 equals -0.0
+        zeros = tuple([str(v) for v in attributes.values() if type(v) is float and v == 0.0])  # since 0.0 == -0.0
         try:
             return _interned(cls, tuple(attributes.items()), zeros)  # type: ignore[arg-type]  # a class has a hash
         except TypeError:  # an attribute given as a list, or an unknown one
@@ -342,7 +355,9 @@ class Op:
         return parse_rule(self.axis_rule(ranks))
 
     def apply(self, types: Sequence[Type | None]) -> Application:
-        """Match the axis rule against operand types; the result is cached. Raises RuleError."""
+        """Match the axis rule against operand types and return the application, which is cached. Raises RuleError if
+        they do not match.
+        """
         key = tuple([None if t is None else t.text for t in types])  # labels distinguish equal types
         found = self._applied.get(key)
         if found is None:
@@ -364,7 +379,7 @@ class Op:
 
     def infer_for(self, operands: Sequence[Value | None]) -> tuple[Type, ...]:
         """Return the result of `infer` for the operands' types. It is called for every node, so it looks in the cache
-        first.
+        before it calls `infer`.
         """
         found = self._inferred.get(tuple([None if v is None else v.type.text for v in operands]))
         return self.infer([None if v is None else v.type for v in operands]) if found is None else found
@@ -400,18 +415,18 @@ class Op:
 
     @property
     def only_moves(self) -> bool:
-        """True if every element of its results is an unchanged element of an operand, and none is filled in.
+        """True if every element of the results is an unchanged element of an operand, and none is filled in.
 
-        Sizes or other operands select the element (indices, the condition of `where`), never the element itself.
+        Sizes or other operands (indices, the condition of `where`) only select which element it is.
         """
         return bool(self.moved_operands)
 
     @property
     def is_view(self) -> bool:
-        """True if it only moves the elements of its one operand, to locations that follow from sizes alone: rearrange,
-        expand, slice.
+        """True if the op only moves the elements of its one operand, to locations that follow from sizes alone:
+        rearrange, expand, slice.
 
-        Its result may then share the operand's memory, if strides can express it.
+        The result may then share the operand's memory, if strides can express it.
         """
         return self.only_moves and len(self.operands) == 1 and self.arity[1] == 1
 
@@ -421,26 +436,26 @@ class Op:
         return bool(self.positional)
 
     def is_elementwise(self, ranks: Sequence[int | None]) -> bool:
-        """Return True if each element of its result depends on one element of each operand, by its axis rule."""
+        """Return True if, by the axis rule, each element of the result depends on one element of each operand."""
         return self.callee is None and self.rule(ranks).is_elementwise
 
     def is_contraction(self, ranks: Sequence[int | None]) -> bool:
-        """Return True if it is a product that sums over an axis of two operands: matmul, linear, an einsum of two.
+        """Return True if the op is a product that sums over an axis of two operands: matmul, linear, an einsum of two.
 
-        By its axis rule, a summed factor is in two operands and in no result; and it is linear in each of two operands,
-        the other held fixed. (attention has such a sum, but is linear in its values alone.)
+        By the axis rule, a summed factor is in two operands and in no result. The op is linear in each of these two
+        operands if the other does not change. (attention has such a sum, but is linear in its values alone.)
         """
         return len(self.linear) > 1 and self.rule(ranks).sums_products
 
     def is_multilinear(self, count: int) -> bool:
-        """Return True if it is linear in each of `count` operands, the others held fixed."""
+        """Return True if the op is linear in each of `count` operands if the others do not change."""
         return all(any(names_operand(group, n) for group in self.linear) for n in self.operand_names(count))
 
     def in_place(self, types: Sequence[Type | None]) -> tuple[int, ...]:
-        """Return the positions of the operands whose memory its result may overwrite while it is computed.
+        """Return the positions of the operands whose memory the result may overwrite while it is computed.
 
-        Such an operand has the result's type, and each of its elements is read only for the result's element at the
-        same position: all factors of its dimensions are mapped, and they are the result's.
+        Such an operand has the result's type. Each of its elements is read only for the result's element at the same
+        position: all factors of its dimensions are mapped, and the result has the same factors.
         """
         (made, *others), found = self.infer(types), self.apply(types)
         if others:
@@ -457,11 +472,13 @@ class Op:
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Groups of operands in which the op is linear together, the others held fixed."""
+        """Groups of operands. The op is linear in each group together if all other operands do not change."""
         return _operand_groups(self.linear_text)
 
     def sums_in(self, dtype: DType) -> DType:
-        """Return the dtype of sums that are finally rounded to `dtype`: the more precise of it and `accumulates`."""
+        """Return the dtype in which sums that are rounded to `dtype` are accumulated: `dtype` or `accumulates`,
+        whichever is more precise.
+        """
         least = self.accumulates
         return least if least is not None and dtype.is_float and dtype.bytes < least.bytes else dtype
 
@@ -482,8 +499,8 @@ class Op:
         return dataclasses.replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     def in_float64(self) -> Op:
-        """Return the op with f64 in place of every float dtype among its attributes: a cast to f16 then does not
-        round.
+        """Return the op with f64 in place of every float dtype among its attributes. A cast to f16, for example, then
+        does not round.
         """
         widened = self._widened
         return self if widened is None else widened
@@ -502,14 +519,14 @@ class Primitive(Op):
 
 
 class Composite(Op):
-    """An op with a body of primitives (or simpler composites), from which everything else can be derived."""
+    """An op with a body of primitives (or simpler composites), from which all other properties can be derived."""
 
     def body(self, b: Builder, *operands: Any) -> Any:
-        """Build the op from simpler ops: Exprs in (None if absent), an Expr or a tuple of Exprs out."""
+        """Build the op from simpler ops. Operands are Exprs, or None if absent. Return an Expr or a tuple of Exprs."""
         raise GraphError(f"composite op {self.name} has no body")
 
     def lowering(self, b: Builder, *operands: Any) -> Any:
-        """Build the form that a backend without a kernel for the op lowers: the body, or something equal that runs
+        """Build the form that a backend without a kernel for the op lowers: the body, or an equivalent that runs
         faster.
         """
         return self.body(b, *operands)
@@ -531,8 +548,8 @@ def _operand_groups(text: str) -> tuple[frozenset[str], ...]:
 
 
 def names_operand(group: frozenset[str], name: str) -> bool:
-    """Return True if a group of `Op.linear` or `Op.moved_operands` contains this operand name; a variadic operand's is
-    numbered.
+    """Return True if a group of `Op.linear` or `Op.moved_operands` contains this operand name. The names of a variadic
+    operand's values are numbered; the group contains the name without the number.
     """
     return name in group or name.rstrip("0123456789") in group
 

@@ -21,7 +21,7 @@ from treadle.ir.types import DType, Type, f64, parse_type
 
 @dataclass(frozen=True)
 class SampleOperand:
-    """One operand of a sample: its type and, after the type, `< n`, `> 0` or `distinct`."""
+    """One operand of a sample: its type and a constraint, `< n`, `> 0` or `distinct`."""
 
     type: Type
     below: int | None = None
@@ -60,7 +60,7 @@ class Sample:
         return tuple(None if o is None else o.type for o in self.operands)
 
     def draw(self, seed: int, dtype: DType | None = f64) -> list[np.ndarray[Any, Any] | None]:
-        """Draw values for the operands, floats as `dtype` (None keeps their own)."""
+        """Draw values for the operands, floats as `dtype` (None: in the operands' own dtypes)."""
         rng = np.random.default_rng(seed)
         return [None if o is None else o.draw(rng, dtype) for o in self.operands]
 

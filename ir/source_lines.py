@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class SourceLine:
-    """A source line of the user: the file to print (relative if possible) and the line number."""
+    """A line of the user's code: the file to print (relative if possible) and the line number."""
 
     file: str
     line: int
@@ -23,19 +23,23 @@ class SourceLine:
 
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Without models, which are treated like a user's code.
+# The folder of models is missing here, since models are treated like a user's code.
 _PARTS = ("files", "ir", "frontends", "passes", "backends", "runtime", "treadle")
 _COMPILER = tuple(os.path.join(_ROOT, part) + os.sep for part in _PARTS)
 _FRONT_DOOR = _ROOT if os.path.exists(os.path.join(_ROOT, "__init__.py")) else None
-"""If installed, the files of `treadle/` are next to the other packages."""
+"""The folder of the package if it is installed, when the files of `treadle/` are next to the other packages. None in a
+checkout.
+"""
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _NUMPY = os.path.dirname(np.__file__) + os.sep
 
 
 class _CompilerFiles(dict[str, bool]):
-    """True for each file name of the compiler, Python or NumPy; their frames are between the user's line and ours.
+    """A dictionary from file names to booleans: True for files of the compiler, Python and NumPy. Frames of such files
+    are between the user's line and the call in the compiler.
 
-    A dictionary that computes missing entries: the line of every op is searched through ten frames of such files.
+    Missing entries are computed on lookup. The dictionary saves time, since the search for an op's line passes about
+    ten frames of such files.
     """
 
     def __missing__(self, filename: str) -> bool:
@@ -51,13 +55,15 @@ _is_compiler = _CompilerFiles()
 
 def _is_users(code: CodeType) -> bool:
     filename = code.co_filename
-    return not _is_compiler[filename] and (filename != "<string>" or code.co_name != "__init__")  # a dataclass's
+    return not _is_compiler[filename] and (
+        filename != "<string>" or code.co_name != "__init__"
+    )  # not the __init__ that a dataclass generates
 
 
 @lru_cache(maxsize=4096)
 def _source(filename: str, line: int) -> SourceLine:
-    """Return the path relative to the compiler's own folder or to the working directory, else the bare file name: text
-    generated from a graph should not contain a machine's folders.
+    """Return a source line with the path relative to the compiler's own folder or to the working directory, else the
+    bare file name: text generated from a graph should not contain a machine's folders.
     """
     path = os.path.abspath(filename)
     for base in (_ROOT, os.getcwd()):
@@ -84,7 +90,7 @@ def user_line(*, beyond: int = 0) -> SourceLine | None:
     frame: FrameType | None = sys._getframe(beyond + 1)
     while frame is not None:
         code = frame.f_code
-        if not _is_compiler[code.co_filename] and _is_users(code):  # in this order: most frames are the compiler's
+        if not _is_compiler[code.co_filename] and _is_users(code):  # tested first, since most frames are the compiler's
             return _source(code.co_filename, frame.f_lineno)
         frame = frame.f_back
     return None

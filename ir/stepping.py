@@ -1,9 +1,9 @@
-"""A generation step as an op sees it: the builder for `Op.stepped`, and the values that it receives.
+"""A generation step as an op sees it: the builder for `Op.stepped`, and the values that `Op.stepped` receives.
 
 A step adds s tokens to each of b rows. Row n of the call uses slot rows[n] of every cache, and its first new token has
-position start[n]. An op that does more with the tokens' axis than map it defines its step form in `Op.stepped`: a
-causal attention appends its keys and values and reads the slot, a cumulative sum continues from the sum so far, a count
-from the position so far.
+position start[n]. If an op does more with the tokens' axis than map it, the op defines its step form in `Op.stepped`: a
+causal attention appends its keys and values and reads the slot, a cumulative sum continues from the sum so far, and
+iota continues from the position so far.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Held = Sequence[frozenset[int]]
 
 @dataclass(frozen=True)
 class Kept:
-    """An operand that does not depend on the tokens: the prologue stored it in a state.
+    """An operand that does not depend on the tokens, and that the prologue stored in a state.
 
     state    [R, ...], one slot per row
     rows     i64[b], the slot of each row of the step
     length   i64[b]: the filled length of the one dimension of the state that has a capacity; None if all sizes equal
              the sizes of the operand
-    is_flat  the operand is [b], and the state [R, 1]
+    is_flat  True if the operand is [b], and the state [R, 1]
     """
 
     state: Expr
@@ -36,7 +36,7 @@ class Kept:
     is_flat: bool
 
     def read(self) -> Expr:
-        """Return the rows of the step, [b, ...]."""
+        """Return the operand for the rows of the step, [b, ...]."""
         b = self.state.builder
         found: Expr = b.gather(self.state, self.rows, axis=0)
         return b.rearrange(found, pattern="b 1 -> b") if self.is_flat else found
@@ -53,7 +53,7 @@ class Stepping:
     count     returns i64[b], the number of real tokens of each row; called if tokens after a row's end would count
     slots     the number of slots in a state
     capacity  the number of positions in a cache
-    cache     the dtype in which caches hold keys and values; None: their own
+    cache     the dtype in which caches hold keys and values; None: the dtype of the keys and values
     state     returns the current version of a state of the node, by the last part of its name, and its type
     """
 
@@ -74,8 +74,8 @@ class Stepping:
         return first if size == ONE else first + b.rearrange(b.iota(size=size, dtype=i64), pattern="s -> 1 s")
 
     def beside(self, x: Expr, other: Expr, dims: Sequence[int]) -> Expr:
-        """Lay out x, whose dimensions are `dims` of another value, against that value, with size 1 for its other
-        dimensions.
+        """Lay out x against another value. The dimensions of x are the dimensions `dims` of that value; each of its
+        other dimensions gets size 1.
         """
         if x.rank == other.rank:
             return x
@@ -97,8 +97,8 @@ class Stepping:
         return made
 
     def carried(self, name: str, like: Expr, axis: int) -> Expr:
-        """Return the value that `carry` stored for each row, of size 1 along the axis; like [b, ...] has the other
-        sizes.
+        """Return the value that `carry` stored for each row, of size 1 along the axis. Its other sizes are those of
+        `like` [b, ...].
         """
         state = self.state(name, _slots(like, self.slots, axis, ONE))
         found: Expr = self.b.gather(state, self.rows, axis=0)
@@ -110,7 +110,7 @@ class Stepping:
         self.b.append(state, x, self.rows, self.zeros(), axis=axis)
 
     def zeros(self) -> Expr:
-        """Return i64[b]: position 0 of each row."""
+        """Return i64[b] of zeros: the first position of each row."""
         found: Expr = self.b.expand(self.b.constant(0, i64), shape=self.rows.shape)
         return found
 

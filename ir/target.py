@@ -1,4 +1,4 @@
-"""Targets: the hardware that a graph is compiled for. Plans use the target, never the machine directly."""
+"""Targets: the hardware that a graph is compiled for. Plans read the target, and never query the machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ _RATES = {
     "x86-64": (15e9, 15e9),
     "arm64": (30e9, 20e9),
 }
-"""Floating-point operations and bytes of memory per second: of one core, or of a whole GPU. Orders of magnitude."""
+"""Floating-point operations per second, and bytes of memory per second, of one CPU core or a whole GPU. The rates are
+orders of magnitude.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Target:
             raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(TARGETS))
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
             raise UsageError(
-                f"a target's threads are a number from 1 to {MOST_THREADS}",
+                f"the number of threads of a target must be an integer from 1 to {MOST_THREADS}",
                 received=f"threads={self.threads!r}"[:80],
-                hint="leave it out for one per core",
+                hint="leave it out for one thread per core",
             )
 
     @property
@@ -71,7 +73,9 @@ class Target:
         return TARGETS[self.name]
 
     def cores(self) -> int | None:
-        """Return the number of cores to use: `threads`, or all that this process may use; None for another machine."""
+        """Return the number of cores to use: `threads`, or all that this process may use. Return None if the target is
+        another machine.
+        """
         if self.threads is not None or self.kind != "cpu":
             return self.threads
         if hasattr(os, "sched_getaffinity"):
@@ -79,9 +83,11 @@ class Target:
         return os.cpu_count()
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """Return the least seconds for float32 operations on bytes of memory (the roofline of Williams et al. 2009).
+        """Return the least time in seconds for `flops` float32 operations on `bytes` of memory (the roofline of
+        Williams et al. 2009).
 
-        The rates are orders of magnitude that need no measurement on the machine: for comparisons, not for predictions.
+        The rates are orders of magnitude that need no measurement on the machine. They serve to compare, not to
+        predict.
         """
         rate, bandwidth = _RATES[self.name]
         return max(flops / rate, bytes / bandwidth) / (self.threads or 1)

@@ -3,10 +3,10 @@
     f32[B, S, 768]                      plain dimensions
     f32[B, heads=12, S, 64]             a labelled factor
     f32[B, S, (heads=12 64)]            one dimension of 768 that records its two factors
-    f32[576, 1536] as q4_0              held in blocks of 4 bits a number: an encoding, see `treadle.ir.encodings`
+    f32[576, 1536] as q4_0              held in blocks, 4 bits per number: an encoding, see `treadle.ir.encodings`
 
-Sizes, identities and labels are three things. Two types are equal if dtypes and sizes are; factors and labels are
-annotations. A type never determines which axes are *the same*: `treadle.ir.analysis.following` does.
+Two types are equal if their dtypes and sizes are equal; factors and labels are annotations. A type never determines
+which axes are *the same*: `treadle.ir.analysis.following` does.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class DType:
         return self.kind == "int"
 
     def holds(self, number: float) -> bool:
-        """Return True if the dtype can hold a number: an integer in range for integers, 0 or 1 for bool. Floats round
-        the number, and only an infinite or NaN number may become infinite or NaN.
+        """Return True if the dtype can hold a number: an integer in range for integers, 0 or 1 for bool. A float dtype
+        may round the number, but a finite number must stay finite.
         """
         if self.kind == "bool":
             return number in (0, 1)
@@ -107,7 +107,7 @@ def dtype_of(array: np.ndarray[Any, Any]) -> DType | None:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One factor of a dimension. The label is for readers and does not count in equality."""
+    """One factor of a dimension. The label is for readers and is ignored in comparisons."""
 
     size: Size
     label: str | None = field(default=None, compare=False)
@@ -117,7 +117,9 @@ class Factor:
 
 
 class Dim:
-    """One dimension: an ordered product of factors, outermost first. Two are equal if their sizes are."""
+    """One dimension: an ordered product of factors, outermost first. Two dimensions are equal if their sizes are
+    equal.
+    """
 
     __slots__ = ("factors", "size")
 
@@ -155,7 +157,7 @@ DimLike: TypeAlias = "Dim | Size | int | str"
 
 @dataclass(frozen=True)
 class Type:
-    """A tensor's dtype and dimensions; rank 0 is a scalar. With an encoding, these describe the decoded value.
+    """A tensor's dtype and dimensions; rank 0 is a scalar. If there is an encoding, they describe the decoded value.
 
     Raises GraphError for an encoding of another dtype than f32, or along an axis that does not exist, has no constant
     size, or is not an integer number of blocks.
@@ -175,7 +177,7 @@ class Type:
             raise GraphError(f"there is no axis {axis} to encode along", received=f"{plain} as {self.encoding}")
         size = self.dims[axis].size.constant
         if size is None:
-            raise GraphError("an encoded axis has a constant size", received=f"{plain} as {self.encoding}")
+            raise GraphError("an encoded axis must have a constant size", received=f"{plain} as {self.encoding}")
         self.encoding.bytes(size)
         last = axis % self.rank == self.rank - 1
         object.__setattr__(self, "encoding", self.encoding.along(-1 if last else axis % self.rank))
@@ -186,7 +188,7 @@ class Type:
 
     @cached_property
     def shape(self) -> tuple[Size, ...]:
-        """The dimensions' sizes."""
+        """The sizes of the dimensions."""
         return tuple(d.size for d in self.dims)
 
     @cached_property
@@ -209,7 +211,7 @@ class Type:
         return tuple(s.evaluate(values) for s in self.shape)
 
     def substitute(self, values: Mapping[str, SizeLike]) -> Type:
-        """Return the type with symbols replaced by sizes; labels stay."""
+        """Return the type with symbols replaced by sizes, and with the same labels."""
         if not self.symbols.intersection(values):
             return self
         factors = [[Factor(f.size.substitute(values), f.label) for f in dim.factors] for dim in self.dims]
@@ -217,7 +219,9 @@ class Type:
 
     @cached_property
     def storage_type(self) -> Type:
-        """The type of the array that holds it: itself, or if encoded u8, where the blocked axis counts bytes."""
+        """The type of the array that holds the value: the type itself, or for an encoded type u8, with the blocked
+        axis in bytes.
+        """
         if self.encoding is None:
             return self
         dims, size = list(self.dims), self.dims[self.encoding.axis].size.constant
@@ -226,7 +230,7 @@ class Type:
         return Type(u8, tuple(dims))
 
     def is_held_like(self, other: Type) -> bool:
-        """Return True if one array can hold either: the same dtype and shape, in their encodings."""
+        """Return True if one array can hold values of both types: dtype, shape and encoding are equal."""
         return (
             self.storage_type.dtype is other.storage_type.dtype and self.storage_type.shape == other.storage_type.shape
         )
@@ -241,7 +245,7 @@ class Type:
         return Type(self.dtype, self.dims, parse_encoding(encoding) if isinstance(encoding, str) else encoding)
 
     def bytes_at(self, values: Mapping[str, int]) -> int:
-        """Return the bytes of a dense tensor of this type, in its encoding, for given values of symbols."""
+        """Return the number of bytes of a dense tensor of this type, in its encoding, for given values of symbols."""
         return self.storage_type.elements.evaluate(values) * self.storage_type.dtype.bytes
 
     def __or__(self, other: None) -> OptionalType:
@@ -253,12 +257,14 @@ class Type:
 
     @cached_property
     def text(self) -> str:
-        """The text `f32[B, S, 768]`, with factors, labels and encoding: it distinguishes types in every detail."""
+        """The type's text, such as `f32[B, S, 768]`, with factors, labels and encoding. Types that differ in any detail
+        differ in it.
+        """
         return f"{self.dtype}[{', '.join(map(str, self.dims))}]{_as(self.encoding)}"
 
     @property
     def plain_text(self) -> str:
-        """The text without factors and labels, which equal types share."""
+        """The type's text without factors and labels. Equal types have the same plain text."""
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]{_as(self.encoding)}"
 
     def __str__(self) -> str:
@@ -270,7 +276,7 @@ class Type:
 
 @dataclass(frozen=True, slots=True)
 class OptionalType:
-    """The type of an input that a model may be declared with or without."""
+    """The type of an optional input: the model may be declared with the input or without it."""
 
     type: Type
 
@@ -284,7 +290,8 @@ _TYPE = re.compile(r"\s*([a-z]\w*)\s*\[(.*)\]\s*(?:as\s+(\w+(?:\([^()]*\))?)\s*)
 
 @lru_cache(maxsize=4096)
 def parse_type(text: str) -> Type:
-    """Parse `f32[B, S, (heads=12 64)]`; dimensions are separated by commas, or by spaces if there is no comma.
+    """Parse a type such as `f32[B, S, (heads=12 64)]`. Dimensions are separated by commas, or by spaces if there is no
+    comma.
 
     Raises ParseError for an unknown dtype or a malformed dimension, SizeError for a malformed size in a dimension,
     GraphError for an encoding that is unknown or does not match.

@@ -1,20 +1,20 @@
 """The verifier: all invariants of a graph, checked independently from the ops' own rules.
 
-    graph      entries come last; symbols have bounds that some size meets; initial values belong to parameters
+    graph      entries come last; the bounds of each symbol allow a size; initial values belong to parameters
     entries    `bind` has no inputs and no states, and its outputs are distinct results, under names that no weight has;
                a parameter or state has one type and one layout in all entries; no node calls an entry
     function   inputs, parameters, states and outputs have distinct names; types use declared symbols only
-    node       operands are defined before, in the same function; results and node point at each other
+    node       operands are defined before, in the same function; results and node refer to each other
     types      equal the types that the op's rules infer from the operands; a constant has the type of its content
-    calls      name a function that comes before (so there is no recursion) and agree with its signature
+    calls      name a preceding function (so there is no recursion) and match its signature
     states     no node reads a version of a state, or a view of one, after its update or in the same node; the last
                version of a state is the one that the function declares; no output is a version; a call passes states
                as states
-    layouts    are of matrices; a call passes values in the layouts of its callee; inputs, states, weights of
+    layouts    only matrices have layouts; a call passes values in the layouts of its callee; inputs, states, weights of
                the graph, and outputs of its entries are row-major
-    encodings  are read by ops that accept blocks, as their types declare; inputs and outputs of entries are plain
+    encodings  are read by ops that accept blocks, as their types declare; inputs and outputs of entries are not encoded
 
-It runs after every pass.
+The verifier runs after every pass.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from treadle.ir.types import Type, boolean
 def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     """Raise VerifyError for the first violated invariant, with the surrounding nodes and the user's line.
 
-    only  the functions to check, if the others and the signatures of all are known to be unchanged
+    only  the functions to check, if all other functions, and the signatures of these, are known to be unchanged
     """
     last = tuple(graph.functions)[-len(graph.entry_names) :]
     if not are_entries(graph.entry_names) or last != graph.entry_names:
@@ -50,7 +50,7 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
         if not re.fullmatch(r"[A-Za-z_]\w*", symbol):
             raise VerifyError(f"{symbol!r} is not a symbol's name", within="the graph's symbols")
         if bounds.upper is not None and bounds.upper < bounds.lower:
-            raise VerifyError(f"no size is left for {symbol}", received=bounds.around(symbol))
+            raise VerifyError(f"the bounds of {symbol} allow no size", received=bounds.around(symbol))
     parameters = graph.parameters
     for name in graph.initial:
         if name not in parameters:
@@ -98,7 +98,7 @@ def _verify_shared(graph: Graph) -> None:
                 raise VerifyError(f"{name} is a state in one of {place} and {entry.name}, and a parameter in the other")
             if (there.type, there.layout) != (value.type, value.layout):
                 raise VerifyError(
-                    f"{kind} {name} is not the same in {place} and in {entry.name}",
+                    f"{kind} {name} has another type or layout in {place} than in {entry.name}",
                     received=f"{place}: {_lying(there)}; {entry.name}: {_lying(value)}",
                 )
 
@@ -113,12 +113,14 @@ class _FunctionCheck:
         self.declared = frozenset(graph.symbols)
         self.defined: set[Value | None] = {None}  # an absent operand needs no definition
         self.laid: set[Value | None] = set()
-        """The values among them that are not row-major, usually none."""
+        """The defined values that are not row-major; usually there are none."""
         self.checked_types: set[int] = set()
-        """Identities of types: a function's values share types, and hashing a type takes longer than checking it."""
+        """Identities of checked types. A function's values share types, and hashing a type would take longer than
+        checking it.
+        """
         self.checked_calls: set[Op] = set()
         self.updated: dict[Value, Value] = {}
-        """The next version of each version of a state that was updated."""
+        """The next version of each version of a state, if it was updated."""
         self.bases: dict[Value, Value] = {}
         """The bases of views, in a function with states."""
 
@@ -152,14 +154,15 @@ class _FunctionCheck:
                 self.constant(value, None)
             if value.layout is not None and self.function in self.graph.later_entries:
                 raise self.error(
-                    f"output {name!r} of {self.function.name} has layout {value.layout}", hint="outputs are row-major"
+                    f"output {name!r} of {self.function.name} has layout {value.layout}",
+                    hint="outputs must be row-major",
                 )
             if value.state is not None:
                 raise self.error(f"output {name!r} is state {value.state.name}", hint="the caller has the state itself")
             if value.type.encoding is not None and self.function in self.graph.later_entries:
                 raise self.error(f"output {name!r} of {self.function.name} is encoded", received=str(value.type))
             if self.base(value) in self.updated:
-                raise self.error(f"output {name!r} shows a state as it was before it was updated")
+                raise self.error(f"output {name!r} is a view of an old version of a state")
         self.last_versions()
 
     def argument(self, value: Value, kind: str) -> None:
@@ -170,7 +173,9 @@ class _FunctionCheck:
                 raise self.error(f"{kind} {value.name!r} has layout {value.lies_in}", hint=f"{kind}s are row-major")
             self.laid.add(value)
         if value.type.encoding is not None and kind == "input" and self.function in self.graph.entries:
-            raise self.error(f"input {value.name!r} is encoded", received=str(value.type), hint="weights may be")
+            raise self.error(
+                f"input {value.name!r} is encoded", received=str(value.type), hint="only weights may be encoded"
+            )
         if value.type.symbols:
             self.symbols(value.type, None)
         self.defined.add(value)
@@ -233,15 +238,15 @@ class _FunctionCheck:
 
     def call(self, node: Node, index: int) -> None:
         wanted = getattr(node.op, "takes_in", ())
-        plain = not wanted and self.laid.isdisjoint(node.operands)  # nearly always all are row-major, and read so
+        plain = not wanted and self.laid.isdisjoint(node.operands)  # nearly all values are row-major, and are read so
         for value, layout in zip_longest(() if plain else node.operands, wanted):
             if value is not None and value.layout != layout:
                 raise self.error(
-                    f"a call of {node.op.callee} passes {value.name} in another layout than it is read in",
+                    f"a call of {node.op.callee} passes {value.name} in another layout than the callee reads",
                     index,
-                    received=f"{value.layout or 'row-major'}, read in {layout or 'row-major'}",
+                    received=f"{value.layout or 'row-major'}, but the callee reads {layout or 'row-major'}",
                 )
-        if node.op in self.checked_calls:  # the other calls of a block
+        if node.op in self.checked_calls:  # true for all other calls of a block
             return
         callee = node.op.called_in(self.earlier)
         if callee is not None and callee in self.graph.entries:
@@ -254,7 +259,7 @@ class _FunctionCheck:
         if node.op != signature:
             takes, gives = (_listed(getattr(node.op, part, ())) for part in ("takes", "gives"))
             raise self.error(
-                f"a call of {callee.name} does not agree with its signature",
+                f"a call of {callee.name} does not match its signature",
                 index,
                 received=f"({takes}) -> ({gives}); {callee.name} is ({_listed(signature.takes)}) -> "
                 f"({_listed(signature.gives)})",
@@ -268,7 +273,7 @@ class _FunctionCheck:
             if base in self.updated:
                 view = "" if base is value else "a view of "
                 raise self.error(
-                    f"{node.op.name} reads {view}state {_state_name(base)} as it was before it was updated",
+                    f"{node.op.name} reads {view}state {_state_name(base)} after its update",
                     index,
                     hint="nodes that read a state must precede its update",
                 )
@@ -278,10 +283,12 @@ class _FunctionCheck:
                 continue
             name = _state_name(before)
             if [self.base(v) for v in node.inputs].count(before) > 1:
-                raise self.error(f"{node.op.name} updates state {name}, and reads it as well", index)
+                raise self.error(f"{node.op.name} both updates and reads state {name}", index)
             if made.type != before.type:
                 received = f"{before.type}, then {made.type}"
-                raise self.error(f"{node.op.name} updates state {name} by another type", index, received=received)
+                raise self.error(
+                    f"{node.op.name} updates state {name} with a value of another type", index, received=received
+                )
             self.updated[before] = made
         if callee is not None:
             for given, formal in zip(node.operands, callee.arguments, strict=True):
@@ -290,7 +297,9 @@ class _FunctionCheck:
                     raise self.error(f"a call of {callee.name} passes {name} as {formal.kind} {formal.name}", index)
 
     def base(self, value: Value) -> Value:
-        """Return the state's version that a value is a view of, or the value itself."""
+        """Return the version of a state that a value is a view of, or the value itself if it is not a view of a
+        state.
+        """
         return self.bases.get(value, value)
 
     def last_versions(self) -> None:
@@ -305,19 +314,19 @@ class _FunctionCheck:
                 last[name] = version
         for name, value in function.updated.items():
             if name not in last or value is not last[name]:
-                why = "it has no such state" if name not in function.states else "another version is the last"
+                why = "it has no such state" if name not in function.states else "it is not the last version"
                 raise self.error(
                     f"{function.name} declares a wrong last version of state {name}: {why}", received=repr(value)
                 )
         if left := sorted(last.keys() - function.updated.keys()):
-            raise self.error(f"{function.name} updates state {left[0]}, but does not declare it")
+            raise self.error(f"{function.name} updates state {left[0]}, but does not declare its last version")
 
     def constant(self, value: Value, index: int | None) -> None:
         literal = value.literal
         if literal is None or value.kind != "constant" or value.node is not None:
-            raise self.error("a value with a content must be a constant, and a constant must have one", index)
+            raise self.error("a value must have content exactly if it is a constant", index)
         if literal.dtype is boolean and literal.data.strip(b"\0\1"):
-            raise self.error("a boolean's byte is 0 or 1", index)
+            raise self.error("a boolean's byte must be 0 or 1", index)
         if value.type != literal.type or len(literal.data) != literal.type.bytes_at({}):
             raise self.error(
                 "a constant has another type than its content",

@@ -1,4 +1,4 @@
-"""Pipelines: flat lists of passes, which read as a table of contents of a compilation."""
+"""Pipelines: flat lists of passes, each of which reads as a table of contents of a compilation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from treadle.passes.products.merge_projections import MergeProjections
 
 
 class Pipeline(tuple[Pass, ...]):
-    """A flat list of passes. Its repr, as a default in a signature, is the number of passes."""
+    """A flat list of passes. Its repr contains only the number of passes, since it is a default in signatures."""
 
     __slots__ = ()
 
@@ -48,7 +48,7 @@ RECOGNITION = Pipeline(
         FuseGelu(),
         FuseLinear(),
         FoldScale(),
-        # remove unused computations
+        # compute only elements that are read
         CutSooner(),
     )
 )
@@ -58,7 +58,7 @@ RECOGNITION = Pipeline(
 
 MERGING = Pipeline(
     (
-        # merge several ops into one, which a kernel computes at once
+        # merge several ops into one op, which one kernel computes
         FuseGatedLinear(),
         FuseActivatedLinear(),
         FuseEmbeddingSum(),

@@ -370,13 +370,13 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "tokens before rows": (
         tokens_first,
-        "cumsum mixes tokens of rows that are not its first dimension",
+        "cumsum mixes tokens, but their rows are not its first dimension",
         "f32[S, B, 12]",
         "t.cumsum(",
     ),
     "a product of positions": (
         projected_positions,
-        "einsum reads the tokens' positions, and has no form in which each row has its own positions",
+        "einsum reads the tokens' positions, but cannot be computed with other positions for each row",
         "f32[S, 2], f32[2, 12]",
         "t.einsum(",
     ),
@@ -388,19 +388,19 @@ AS_IT_IS_BUILT: dict[str, tuple[Model, str, str, str]] = {
     ),
     "rows last in what is kept": (
         rows_of_pictures_last,
-        "a value that it would keep does not have the rows as its first dimension",
+        "a value that it would store does not have the rows as its first dimension",
         "rearrange: f32[12, B]",
         "t.rearrange(",
     ),
     "a source of any length": (
         mean_of_source,
-        "einsum reads source at every step, whose size is known only when a row begins",
+        "einsum reads source at every step, although its size is known only when a row begins",
         "f32[B, S, 12], f32[B, M]",
         "t.einsum(",
     ),
     "sources of two lengths": (
         pairs_of_sources,
-        "a value that it would keep has two dimensions of sizes known only at a call",
+        "a value that it would store has two dimensions of sizes known only at a call",
         "einsum: f32[B, M, N]",
         "t.einsum(",
     ),

@@ -312,7 +312,7 @@ USED = {
     "returned alone": (
         "p: f32[B, 4, S, S]",
         ("return y = v, p = p",),
-        "the probabilities are an output, and weight no values",
+        "the probabilities are an output, and are not multiplied with values",
     ),
     "returned before they are changed": (
         "p: f32[B, 4, S, S]",
@@ -351,7 +351,7 @@ def test_probabilities_wider_than_attention_are_left_alone() -> None:
             assert NAME in names(optimized.graph)
         else:
             (event,) = optimized.log[0].refusals
-            assert "returned in f32, and attention is in f16" in event.reason
+            assert "returned in f32, but attention is in f16" in event.reason
             assert NAME not in names(optimized.graph)
 
 

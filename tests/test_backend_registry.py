@@ -34,7 +34,9 @@ def test_targets() -> None:
     with pytest.raises(UsageError, match="unknown target 'tpu'"):
         Target("tpu")
     for threads in (0, -1, 1.5, "2", True, 10**6):
-        with pytest.raises(UsageError, match="a target's threads are a number from 1 to 1024") as caught:
+        with pytest.raises(
+            UsageError, match="the number of threads of a target must be an integer from 1 to 1024"
+        ) as caught:
             Target("cpu", threads=threads)
         assert str(caught.value.received) == f"threads={threads!r}"
     graph, weights = block_model()

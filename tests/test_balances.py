@@ -113,10 +113,10 @@ def test_each_norm_that_feeds_weights_of_its_own_is_balanced(declared: Graph, ro
     [
         ({"gain": "layer.1.n.weight"}, "linear reads it without the result of layer.1.n.weight"),
         ({"shift": None}, "linear reads it without the result of n.weight"),
-        ({"weights": ("tied.weight",)}, "tied.weight is smoothed by layer.0.balance, and gather reads it"),
+        ({"weights": ("tied.weight",)}, "tied.weight is smoothed by layer.0.balance, but gather reads it"),
         ({"weights": ("n.weight",)}, "is not in 8-bit rows, or is smoothed twice"),
-        ({"vector": "out.balance"}, "out.balance is already the name of something else"),
-        ({"vector": "n.bias"}, "n.bias is already the name of something else"),
+        ({"vector": "out.balance"}, "out.balance is already the name of another value"),
+        ({"vector": "n.bias"}, "n.bias is already the name of another value"),
     ],
 )
 def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what: str) -> None:

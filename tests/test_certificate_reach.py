@@ -208,7 +208,7 @@ def test_what_a_certificate_says() -> None:
     more = replace(made, sizes=(), refused="too short", undecided=2, note="large axes made small")
     assert str(more) == (
         "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), 2 more not certified: roundings alone may change "
-        "the results as much, other sizes refused (too short), large axes made small, seed 7"
+        "the results by as much, other sizes refused (too short), large axes made small, seed 7"
     )
     assert str(Certificate("rule", "0123", 7, 0, (), note="not evaluated")) == "rule 0123: not evaluated"
     assert (made.is_whole, replace(made, refused="x").is_whole, replace(made, undecided=1).is_whole) == (

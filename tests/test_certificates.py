@@ -289,4 +289,4 @@ def test_a_case_in_which_roundings_decide_is_no_evidence() -> None:
     found = certified(text, rule)
     (note,) = certificates(found)
     assert not rolled_back(found) and note.cases == 0 and note.undecided > 0
-    assert "not certified: roundings alone may change the results as much" in str(note)
+    assert "not certified: roundings alone may change the results by as much" in str(note)

@@ -71,12 +71,12 @@ def test_an_input_that_is_an_output() -> None:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "unknown": (["hiden"], "bert has no output 'hiden'"),
-    "text": ("hidden", "outputs= is a list of names"),
-    "none": ([], "outputs= is a list of names, of one output or more"),
-    "numbers": ([0], "outputs= is a list of names"),
-    "one-number": (5, "outputs= is a list of names"),
-    "an-array": (np.array(["hidden", "pooled"]), "outputs= is a list of names"),
-    "what-is-read-once": (iter(["hidden"]), "outputs= is a list of names"),
+    "text": ("hidden", "outputs= must be a list"),
+    "none": ([], "outputs= must be a list with the names of one or more outputs"),
+    "numbers": ([0], "outputs= must be a list"),
+    "one-number": (5, "outputs= must be a list"),
+    "an-array": (np.array(["hidden", "pooled"]), "outputs= must be a list"),
+    "what-is-read-once": (iter(["hidden"]), "outputs= must be a list"),
     "twice": (["hidden", "hidden[:, 0]"], "output hidden is named twice"),
     "too-many-axes": (["hidden[:, :, :, 0]"], r"output hidden: f32\[B, S, 16\] has no part .*: it has 3 axes"),
     "past-the-end": (["hidden[:, :, 16]"], "from 16 to 17 is outside an axis of size 16"),

@@ -261,7 +261,7 @@ def test_shard_as_json(treadle_command: Treadle) -> None:
     ("options", "report"),
     [
         (("--mesh", "tp"), "not a mesh: 'tp'"),
-        (("--mesh", "tp=2"), "nothing says how to split the model"),
+        (("--mesh", "tp=2"), "the split of the model is not specified"),
         (("--mesh", "tp=2", "--recipe", "dp"), "the mesh does not have"),
         (("--mesh", "tp=2", "--axis", "heads"), "--axis heads=tp"),
         (("--mesh", "tp=2", "--axis", "experts=tp"), "has no axis 'experts'"),

@@ -94,7 +94,7 @@ def test_what_has_begun_means_what_it_does_where_it_is_waited_for(start: str, aw
 
 
 def test_parts_that_are_not_the_whole_are_refused() -> None:
-    with pytest.raises(GraphError, match="the parts have 4 elements in total, the dimension has 5"):
+    with pytest.raises(GraphError, match="the parts have 4 elements in total, but the dimension has 5"):
         combined("reduce_scatter", [{"axis": 0, "size": 2}] * 2, [np.arange(5)] * 2)
 
 
@@ -124,7 +124,7 @@ def test_among_one_rank_it_is_the_identity(name: str, attributes: dict[str, Any]
 
 @pytest.mark.parametrize(("name", "attributes"), CASES)
 def test_a_program_that_runs_alone_has_nobody_to_meet(name: str, attributes: dict[str, Any]) -> None:
-    with pytest.raises(GraphError, match=f"{name} needs 2 ranks, and this program runs alone"):
+    with pytest.raises(GraphError, match=f"{name} needs 2 ranks, but this program runs alone"):
         everywhere(name, {**attributes, "ways": 2})(np.zeros((4, 6), np.float32))
 
 
@@ -142,11 +142,15 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
     [
         ("all_reduce", {"ways": 0}, "ways must be 1 or more"),
         ("all_reduce", {"ways": -1}, "ways must be 1 or more, is -1"),
-        ("hand_on", {"ways": 2, "source": -1, "target": 1}, "are -1 and 1"),
+        ("hand_on", {"ways": 2, "source": -1, "target": 1}, "not -1 and 1"),
         ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
         ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
-        ("hand_on", {"ways": 2, "source": 1, "target": 1}, "source and target must be two of 2 ranks, are 1 and 1"),
-        ("hand_on", {"ways": 2, "source": 1, "target": 2}, "are 1 and 2"),
+        (
+            "hand_on",
+            {"ways": 2, "source": 1, "target": 1},
+            "source and target must be two different ranks below 2, not 1 and 1",
+        ),
+        ("hand_on", {"ways": 2, "source": 1, "target": 2}, "not 1 and 2"),
     ],
 )
 def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], report: str) -> None:

@@ -68,7 +68,9 @@ def test_a_block_that_gives_the_positions_at_which_it_is_read() -> None:
     )
     done = cut(inner, block("main", takes, "y: f32[B, 2, 8]", "h, i = f(x, j)", *PICKS, "return y = y"))
     assert done.graph == done.source
-    assert [event.reason for event in done.log[0].refusals] == ["f computes the positions at which it is read"]
+    assert [event.reason for event in done.log[0].refusals] == [
+        "f computes the positions at which its results are read"
+    ]
 
 
 def test_a_block_that_calls_one() -> None:

@@ -231,7 +231,7 @@ def test_positions_go_into_calls_but_not_to_a_causal_mask() -> None:
     assert types["activated_linear"] == "f32[B, 1, ffn=32]"
     (record,) = [each for each in exe.log if each.name == "cut-sooner"]
     assert [event.reason for event in record.refusals] == [
-        "attention depends on positions, and each row is read at a position of its own"
+        "attention depends on positions, and each row is read at its own positions"
     ]
 
 
@@ -249,7 +249,7 @@ def test_a_word_is_said_where_an_op_has_no_part() -> None:
     done = optimize(text, CutSooner())
     assert done.graph == parse_graph(text)
     (refusal,) = done.log[0].refusals
-    assert refusal.reason == "attention_parts has no form on 1 of S positions, though only these are read"
+    assert refusal.reason == "attention_parts cannot compute 1 of S positions, though only these are read"
 
 
 # -- into calls ------------------------------------------------------------------------------------------------------

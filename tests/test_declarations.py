@@ -212,5 +212,5 @@ def test_a_bound_below_one_is_refused() -> None:
         return x
 
     assert bounded.graph().symbols["S"] == Bounds(1, 8)
-    with pytest.raises(GraphError, match="S has no sizes below 1"):
+    with pytest.raises(GraphError, match="S cannot have a lower bound below 1"):
         bounded.configure(lower=0).graph()

@@ -245,7 +245,7 @@ def test_a_derived_graph_has_no_step_of_its_own() -> None:
 @pytest.mark.parametrize("symbol", ["R", "C", "C_3"])
 def test_symbols_of_the_states_are_the_steps_own(symbol: str) -> None:
     graph = parse_graph(re.sub(r"\bS\b", symbol, str(optimized(MODELS["windows"]))))
-    with pytest.raises(PassError, match=f"a symbol {symbol}, which a step needs for itself"):
+    with pytest.raises(PassError, match=f"a symbol {symbol}, but a step uses a symbol of that name"):
         derive_step(graph)
 
 
@@ -256,7 +256,7 @@ def test_a_shift_of_tokens_is_named_though_rows_are_expanded() -> None:
 
 
 def test_tokens_without_rows_first_are_refused() -> None:
-    with pytest.raises(PassError, match="no first dimension that is the rows"):
+    with pytest.raises(PassError, match="the first dimension of its tokens is not the rows"):
         derive_step(optimized(rows_last), "S")
 
 

@@ -122,7 +122,7 @@ def test_indices_point_inside_on_both_sides() -> None:
     found = drawn(looked_up(7, 9), name="i")
     assert (found.min(), found.max()) == (0, 6)
     assert (drawn(looked_up(9, 7), "masked", name="i")).max() == 6
-    with pytest.raises(TreadleError, match="no index is in range for all of its uses"):
+    with pytest.raises(TreadleError, match="no index is valid for all of its uses"):
         drawn(looked_up(7, 0), name="i")
 
 

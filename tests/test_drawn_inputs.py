@@ -78,7 +78,7 @@ def test_an_index_points_inside_every_axis() -> None:
     seen = np.concatenate([draw_inputs(graph, {"B": 3}, [n])["i"] for n in range(40)])
     assert set(seen.tolist()) == {0, 1, 2}, "negative ones are not drawn"
     assert index_ranges(indexing(-3, -3), {"B": 3}) == {"i": Range(3, 7)}
-    with pytest.raises(UsageError, match="no value of input i points inside every axis that it indexes"):
+    with pytest.raises(UsageError, match="no value of input i is a valid index for every axis that it indexes"):
         draw_inputs(indexing(5, 0), {"B": 3}, [0])
 
 

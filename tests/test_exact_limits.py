@@ -106,7 +106,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "width of panels": (
         lambda: parse_layout("panels(65536)"),
         lambda: parse_layout("panels(65537)"),
-        ("panels have a width", "65537", "panels(16); 1 to 65536"),
+        ("invalid panel width", "65537", "panels(16); 1 to 65536"),
     ),
     "a row of blocks": (
         lambda: Encoding("int8_rows").bytes(1 << 24),
@@ -121,7 +121,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "the smallest group": (
         lambda: [Encoding("int4_groups", group) for group in (16, 32, 64, 128, 256)],
         lambda: Encoding("int4_groups", 8),
-        ("int4_groups takes the number of elements in a group", "8", "one of 16, 32, 64, 128, 256"),
+        ("int4_groups: invalid group size", "8", "one of 16, 32, 64, 128, 256"),
     ),
     "a window": (
         lambda: Window(2**31 - 1),
@@ -166,28 +166,36 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "ranks": (
         lambda: Mesh.of("tp=65536,dp=2"),
         lambda: Mesh.of("tp=65537,dp=2"),
-        ("a mesh has 1 to 131,072 ranks, and axes of 1 or more", "tp=65537,dp=2", "tp=2,dp=2"),
+        ("a mesh must have 1 to 131,072 ranks, and axes of 1 or more", "tp=65537,dp=2", "tp=2,dp=2"),
     ),
     "tables": (tables(8), tables(9), ("embedding_sum: adds 2 to 8 tables, not 9", ANY, None)),
     "a single table": (tables(2), tables(1), ("embedding_sum: adds 2 to 8 tables, not 1", ANY, None)),
-    "projections": (projections(16), projections(17), ("projections: makes 2 to 16 products, not 17", ANY, None)),
-    "one projection": (projections(2), projections(1), ("projections: makes 2 to 16 products, not 1", ANY, None)),
+    "projections": (projections(16), projections(17), ("projections: computes 2 to 16 products, not 17", ANY, None)),
+    "one projection": (projections(2), projections(1), ("projections: computes 2 to 16 products, not 1", ANY, None)),
     "threads": (
         lambda: Target("cpu", 1024),
         lambda: Target("cpu", 1025),
-        ("a target's threads are a number from 1 to 1024", "threads=1025", "leave it out for one per core"),
+        (
+            "the number of threads of a target must be an integer from 1 to 1024",
+            "threads=1025",
+            "leave it out for one thread per core",
+        ),
     ),
     "no threads": (
         lambda: Target("cpu", 1),
         lambda: Target("cpu", 0),
-        ("a target's threads are a number from 1 to 1024", "threads=0", "leave it out for one per core"),
+        (
+            "the number of threads of a target must be an integer from 1 to 1024",
+            "threads=0",
+            "leave it out for one thread per core",
+        ),
     ),
     "an empty symbol": (
         lambda: Graph("g").bound("S", Bounds(1, 1)),
         lambda: Graph("g").bound("S", Bounds(0)),
-        ("S has no sizes below 1", "0 <= S", "an axis that may be empty has a size such as S-1"),
+        ("S cannot have a lower bound below 1", "0 <= S", "an axis that may be empty has a size such as S-1"),
     ),
-    "nodes": (unfolded(30), unfolded(29), ("the unfolded graph is too large, in main", None, "at most 29 nodes")),
+    "nodes": (unfolded(30), unfolded(29), ("the graph without calls is too large, in main", None, "at most 29 nodes")),
     "inputs that are told": (
         lambda: interpret(inputs(0), {}, {}),
         lambda: interpret(inputs(5), {}, {}),
@@ -289,7 +297,7 @@ def test_so_much_is_shown_of_what_was_given(name: str) -> None:
         (lambda: parse_placement(LONG, MESH), f"not a placement: {LONG[:80]!r}", None),
         (
             lambda: parse_placement(f"[*2{LONG}]", MESH),
-            f"a dimension is split over nothing: {'[*2' + LONG[:77]!r}",
+            f"a dimension is split over no axis: {'[*2' + LONG[:77]!r}",
             None,
         ),
         (lambda: parse_placement(f"[-] {LONG}(tp)", MESH), f"there is no monoid {LONG[:40]!r}", None),
@@ -316,6 +324,6 @@ def test_how_many_nodes_are_unfolded_by_default() -> None:
     with pytest.raises(TreadleError) as caught:
         inline_calls(calls(1000, 1000))
     assert (caught.value.what, caught.value.hint) == (
-        "the unfolded graph is too large, in main",
+        "the graph without calls is too large, in main",
         "at most 1000000 nodes",
     )

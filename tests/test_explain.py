@@ -405,7 +405,7 @@ def test_a_value_used_elsewhere_names_its_reader_and_what_to_do() -> None:
     b.outputs(y=y, z=b.exp(gate))
     verdict = only(b.graph)
     assert (verdict.status, verdict.reason) == ("refused", "the add is used elsewhere, by exp (model.py:9)")
-    assert verdict.hint == "let that exp read something else"
+    assert verdict.hint == "let that exp read another value"
     assert verdict.places == ("model.py:5",)
 
 

@@ -199,7 +199,7 @@ def test_sizes_are_numbers_beside_tensors_and_numbers(body: Body, expected: Call
 def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
     error = refusal(body)
     assert isinstance(error, SizeError)
-    tensor, _ = (error.hint or "").split(" is a tensor of it; ")
+    tensor, _ = (error.hint or "").split(" is a tensor of this value; ")
     follow(f"x / {tensor}")
 
 
@@ -214,14 +214,14 @@ def test_a_size_that_differs_from_call_to_call_is_no_number(body: Body) -> None:
 )
 def test_an_order_of_sizes_that_depends_on_the_call(body: Body) -> None:
     error = refusal(body)
-    assert re.match(r"whether S \S+ [\d.]+ is not known while a model is traced", error.what)
+    assert re.match(r"S \S+ [\d.]+ is unknown while a model is traced", error.what)
     follow((error.hint or "").partition(", or ")[2])
 
 
 def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
     """The error then names no tensor."""
     error = refusal(lambda x: x.shape[0] * x.shape[1] < 2**63)
-    assert error.what.startswith(f"whether B*S < {2**63} is not known")
+    assert error.what.startswith(f"B*S < {2**63} is unknown")
     assert error.hint == "declare the axis with a number"
 
 
@@ -368,7 +368,7 @@ def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
         (lambda x: x.softmax(-1), "t.softmax(x, axis=-1)"),
         (lambda x: x.half(), "x.cast(t.f16)"),
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: t.dropout(x, 0.1), "x  # a compiled model only infers: leave it out"),
+        (lambda x: t.dropout(x, 0.1), "x  # a compiled model is only used for inference: leave it out"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
         (lambda x: t.softmax(x, dim=-1), "did you mean axis=?"),
         (lambda x: t.reduce_mean(x, dim=-1), "did you mean axes=?"),
@@ -447,7 +447,7 @@ def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
         ),
         (
             lambda x: t.rearrange(x, pattern="b s d -> b s"),
-            "rearrange: axis d is not after '->'",
+            "rearrange: axis d is missing after '->'",
             "b s d -> b s\n    ^",
             None,
         ),
@@ -468,7 +468,7 @@ def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
             lambda x: t.rearrange(x, pattern="b s (h d) -> b h s d"),
             "rearrange: cannot infer the sizes of h and d",
             "b s (h d) -> b h s d\n     ^",
-            "give all but one, such as h=2",
+            "give all but one of them, such as h=2",
         ),
         (
             lambda x: t.einsum(x, x, equation="b s d, b t d -> b s u"),
@@ -478,13 +478,13 @@ def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
         ),
         (
             lambda x: t.einsum(x, x, equation="b s d b t d -> b s t"),
-            "einsum: before '->' the equation has 1 operand, and 2 are given",
+            "einsum: before '->' the equation has 1 operand, but 2 are passed",
             "b s d b t d -> b s t\n            ^",
             'separate operands by commas, and their axes by spaces: "b s d, b t d -> b s t"',
         ),
         (
             lambda x: t.einsum(x, x, equation="bsd,btd->bst"),
-            "einsum: axes are separated by spaces",
+            "einsum: axes must be separated by spaces",
             "bsd,btd->bst\n ^",
             'equation="b s d, b t d -> b s t"',
         ),

@@ -138,7 +138,7 @@ def test_more_tables_than_it_takes() -> None:
     lines = [f"e{n} = embedding($word, i)" for n in range(9)]
     sums = ["s0 = add(e0, e1)", *(f"s{n} = add(s{n - 1}, e{n + 1})" for n in range(1, 8)), "return y = s7"]
     (refusal, *_) = optimize(text(*lines, *sums), FuseEmbeddingSum()).log[0].refusals
-    assert refusal.reason == "9 embeddings are added, and embedding_sum takes at most 8"
+    assert refusal.reason == "9 embeddings are added, but embedding_sum takes at most 8"
 
 
 # -- passes and costs of the op ----------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ REFUSED = {
     "of-two-values": (
         [X, G, "z = neg(x)", "v = linear(z, $u)", "y = mul(s, v)"],
         ALONG[:2],
-        "the gate is a product of input x, and the gated value is a product of a neg",
+        "the gate is a product of input x, but the gated value is a product of a neg",
     ),
     "product-used-elsewhere": (
         [X, G, V, "m = mul(s, v)", "y = add(m, a)"],
@@ -135,7 +135,7 @@ REFUSED = {
     "weights-that-lie-in-two-ways": (
         [X, G, "v = matmul(x, $u)", "y = mul(s, v)"],
         [ALONG[0], ACROSS[1]],
-        "one weight, the gated product's, has layout [in, out], and the other [out, in]",
+        "one weight, the gated product's, has layout [in, out], but the other [out, in]",
     ),
     "halves-of-what-is-computed": (
         [

@@ -310,7 +310,7 @@ def test_each_form_is_one_rotary(case: Case) -> None:
 
 # -- near misses -----------------------------------------------------------------------------------------------
 
-ORDER = "the pairs, signs or angles are in neither of rotary's orders"
+ORDER = "the pairs, signs or angles are in neither of rotary's layouts"
 
 
 def _turned_back(b: Builder) -> Expr:
@@ -398,7 +398,7 @@ NEAR_MISSES = [
     Case("angles reversed", _angles_reversed, ORDER),
     Case("positions that are no integers", _float_positions, "not a product of integer positions and frequencies"),
     Case("shifted angles", _shifted_angles, "not a product of integer positions and frequencies"),
-    Case("two tables", _two_tables, "the cosine and the sine are of different angles"),
+    Case("two tables", _two_tables, "the cosine and the sine have different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),
     Case("moved apart", _moved_apart, "are not multiplied with elements of one tensor"),
     Case("turned back, of a product", _turned_back_of_a_product, ORDER),

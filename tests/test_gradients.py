@@ -239,9 +239,9 @@ def test_a_loss_of_the_models_own_counts_as_one() -> None:
         (lambda g: gradient_graph(with_squares(g), "squares", ["w"]), GraphError, "the graph has no weight w"),
         (lambda g: with_cross_entropy(g, "logit"), UsageError, "the model has no output logit"),
         (lambda g: with_cross_entropy(with_squares(g), "squares"), UsageError, "has no classes along its last axis"),
-        (lambda g: with_own_loss(g, "logits"), UsageError, "is not a loss: a loss is a scalar"),
-        (lambda g: with_distillation(g, "logits", 1.0, 1.5), UsageError, "a teacher's share is from 0 to 1"),
-        (lambda g: with_distillation(g, "logits", 0.0, 0.5), UsageError, "a temperature is above 0"),
+        (lambda g: with_own_loss(g, "logits"), UsageError, "is not a scalar, so it cannot be a loss"),
+        (lambda g: with_distillation(g, "logits", 1.0, 1.5), UsageError, "a teacher's share must be from 0 to 1"),
+        (lambda g: with_distillation(g, "logits", 0.0, 0.5), UsageError, "a temperature must be above 0"),
         (lambda g: with_cross_entropy(with_cross_entropy(g, "logits"), "loss"), UsageError, "has no classes"),
     ],
 )
@@ -256,7 +256,7 @@ def test_a_graph_with_states_or_encoded_weights_is_refused() -> None:
     rows = b.input("rows", "i64[2]")
     b.append(state, x, rows, rows, axis=1)
     b.outputs(loss=b.reduce_sum(x, axes=(0, 1)))
-    with pytest.raises(GraphError, match="has one entry, and no states"):
+    with pytest.raises(GraphError, match="only a graph with one entry and without states"):
         gradient_graph(b.graph, "loss", [])
     b = Builder(Graph("encoded"))
     w = b.parameter("w", "f32[32, 64] as q8_0")

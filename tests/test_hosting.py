@@ -230,7 +230,7 @@ def test_a_model_over_a_vocabulary_keeps_as_it_is_to_what_a_run_takes_anyway(tmp
     kept = t.compile("gpt2", backend="tvm", target=ALONE, seed=1, memory=report.arena, sizes=MOST, **WIDE)
     assert kept.memory is not None and kept.memory.ratio == 1.0 and not kept.memory.chunks
     assert kept.memory.peak == kept.memory.before == report.arena and kept.memory.host == "logits"
-    assert "temporaries that die before logits is written use the memory of logits" in str(kept.memory)
+    assert "temporaries that are dead before logits is written use the memory of logits" in str(kept.memory)
     r = Random(0)
     drawn = [(r.randint(1, MOST["B"]), r.randint(1, MOST["S"])) for _ in range(4)]
     for b, s in [(MOST["B"], MOST["S"]), (1, 1), (2, 1), (1, MOST["S"]), *drawn]:

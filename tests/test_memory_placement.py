@@ -316,7 +316,7 @@ def test_a_search_among_too_many_is_not_begun(monkeypatch: pytest.MonkeyPatch) -
     assert exact.improve(first, end, np.ones(4000, np.int64), known, None, 0.0) is None
     monkeypatch.setattr(placement.exact, "improve", lambda *_: None)
     monkeypatch.setattr(placement.exact, "available", lambda: True)
-    assert place(gap(0)).method == TOO_LARGE == "greedy only: too many buffers live together for the search"
+    assert place(gap(0)).method == TOO_LARGE == "greedy only: too many buffers are live together for the search"
 
 
 @pytest.mark.parametrize(
@@ -416,8 +416,8 @@ def test_an_instance_prints_as_it_is_read(tmp_path: Path) -> None:
         ("id,lower,upper\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,gaps\n", "the first line must name the columns", 1),
         ("id,lower,upper,size,size\n", "the first line must name the columns", 1),
-        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "different numbers of fields", 3),
-        ("id,lower,upper,size\na,0,1,8,9\n", "different numbers of fields", 2),
+        ("id,lower,upper,size\na,0,1,8\nb,0,1\n", "a line must have as many fields as the first line", 3),
+        ("id,lower,upper,size\na,0,1,8,9\n", "a line must have as many fields as the first line", 2),
         ("id,lower,upper,size\na,0,1,-8\n", "size must be a non-negative integer", 2),
         ("id,lower,upper,size\na,0,1.5,8\n", "upper must be a non-negative integer", 2),
         ("id,lower,upper,size\na,0,1,9999999999999999999\n", "size must be a non-negative integer", 2),

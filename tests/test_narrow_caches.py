@@ -90,7 +90,7 @@ def test_keys_and_values_alone_are_narrow(name: str) -> None:
 
 def test_a_dtype_that_no_cache_has_and_one_that_numpy_has_not() -> None:
     exe = compiled("numpy")
-    with pytest.raises(UsageError, match="no cache holds i8"):
+    with pytest.raises(UsageError, match="a cache cannot store i8"):
         exe.session(cache="i8")
     with pytest.raises(BackendError, match="NumPy has no bf16") as refused:
         exe.session(cache="bf16")

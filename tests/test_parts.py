@@ -317,7 +317,7 @@ def test_a_plan_of_another_graph_has_no_form_on_parts() -> None:
     at = next(i for i, n in enumerate(graph.main.nodes) if n.op.name == "cumsum")
     chunk = Chunk("main", at, at, 0, 2, "cumsum", "S")
     fit = FitMemory(MemoryFit(1000, {"S": 8}, before=2000, peak=900, ratio=1.5, chunks=(chunk,)))
-    with pytest.raises(PassError, match="an op of a planned run has no form on a part") as error:
+    with pytest.raises(PassError, match="an op of a planned run cannot be computed in parts") as error:
         fit.run_graph(graph, PassRecord("fit-memory", "", 0))
     assert "main: cumsum in 2 parts of S" in str(error.value)
 
@@ -340,7 +340,7 @@ def test_a_part_at_the_wrong_position_is_found() -> None:
     assert callee is not None
     node = next(n for n in callee.nodes if isinstance(n.op, Attention))
     node.op = replace(node.op, start=0)  # type: ignore[type-var]
-    with pytest.raises(PassError, match="part 1 of attention is not the result of the part"):
+    with pytest.raises(PassError, match="part 1 of attention differs from the result of the part's node"):
         check_parts(graph, parted)
 
 
@@ -410,8 +410,8 @@ def a_part_of_another_size(graph: Graph, parted: Parted) -> None:
 
 WRONG = [
     (a_part_that_is_no_call, "a part is not a call"),
-    (one_operand_for_another, "a part is not passed"),
-    (operands_in_another_order, "a node of a part reads something else"),
+    (one_operand_for_another, "a part does not read"),
+    (operands_in_another_order, "a node of a part reads another value than the region's node"),
     (a_node_less, "a part has other nodes than the region"),
     (another_result, "a part returns other values than the region"),
     (a_gap, "parts are not contiguous"),
@@ -477,7 +477,7 @@ def an_op_for_the_call(graph: Graph, parted: Parted) -> None:
 
 
 CALLS = [
-    (the_whole_function, "a call gets a part as the whole"),
+    (the_whole_function, "a call reads a part of a value that it needs whole"),
     (another_result_of_the_function, "a part returns other values than the function"),
     (an_op_for_the_call, "a call replaces an op"),
 ]
@@ -499,5 +499,5 @@ def test_another_op_in_a_part_is_found() -> None:
     callee = graph.callee(parted.parts[0].call)
     assert callee is not None
     callee.nodes[0].op = Add()
-    with pytest.raises(PassError, match="is not the result of the part"):
+    with pytest.raises(PassError, match="differs from the result of the part's node"):
         check_parts(graph, parted)

@@ -695,7 +695,7 @@ REFUSED = [
         "softmax-over-two-axes",
         FuseSoftmax(),
         program("x: f32[B, S]", "y: f32[B, S]", *swapped(SOFTMAX, "axes=[-1]", "axes=[0, 1]")),
-        "fuse-softmax at div: the sum is over axes (0, 1), softmax needs one",
+        "fuse-softmax at div: the sum is over axes (0, 1), but softmax needs one axis",
     ),
     Case(
         "layer-norm-over-the-first-axis",
@@ -706,7 +706,7 @@ REFUSED = [
             *swapped(LAYER_NORM, "axes=[-1]", "axes=[0]"),
             *["r = rsqrt(e)", "y = mul(c, r)", "return y = y"],
         ),
-        "layer-norm at mul: the mean is over axes (0,), layer_norm needs the last axis only",
+        "layer-norm at mul: the mean is over axes (0,), but layer_norm needs the last axis only",
     ),
     Case(
         "layer-norm-keeps-no-dimension",

@@ -326,9 +326,9 @@ def a_step_before_the_first(made: PlannedPipeline) -> PlannedPipeline:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (steps_in_another_order, "stage 0 runs or receives something twice, or in another order"),
-        (a_step_twice, "stage 0 runs or receives something twice, or in another order"),
-        (handed_on_twice, "stage 1 runs or receives something twice, or in another order"),
+        (steps_in_another_order, "stage 0 runs a step or receives an item twice, or in another order"),
+        (a_step_twice, "stage 0 runs a step or receives an item twice, or in another order"),
+        (handed_on_twice, "stage 1 runs a step or receives an item twice, or in another order"),
         (a_step_past_the_last, "stage 3 has steps that do not exist"),
         (a_step_before_the_first, "stage 0 has steps that do not exist"),
         (without_a_step, "stage 1 is handed x|holds other weights"),

@@ -107,7 +107,7 @@ def test_text_that_is_no_placement_is_refused() -> None:
         parse_placement("dp, tp", Mesh.of("dp=2,tp=2"))
     with pytest.raises(ParseError, match="there is no monoid 'mean'"):
         parse_placement("[-] mean(tp)", Mesh.of("tp=2"))
-    with pytest.raises(ParseError, match="a dimension is split over nothing") as error:
+    with pytest.raises(ParseError, match="a dimension is split over no axis") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))
     assert error.value.hint == "- for a whole dimension"
     with pytest.raises(ParseError, match="not a placement"):  # quickly, because each digit is parsed in only one way
@@ -263,7 +263,7 @@ def test_an_axis_in_its_prime_parts() -> None:
         mesh.parts_of("tp:(1)3")
     assert (caught.value.what, caught.value.hint) == (
         "axis tp of tp=4,dp=3 has no part tp:(1)3",
-        "tp:(1)2, if it is even",
+        "tp:(1)2, if the axis has an even size",
     )
 
 

@@ -125,7 +125,7 @@ def test_plans() -> None:
     assert str(fit).splitlines() == [
         "peak 8,500 bytes within 9,000 (12,000 without a budget) at B=2, S=64 and below",
         "predicted time: 1.062 times the time of a run without a budget",
-        "temporaries that die before logits is written use the memory of logits, if they fit",
+        "temporaries that are dead before logits is written use the memory of logits, if they fit",
         "products of one value are computed one by one",
         "cheap values are recomputed for each reader",
         str(chunk),

@@ -142,7 +142,7 @@ def test_a_program_that_runs_alone_is_told_so(backend: str) -> None:
     exe = compiled(backend, b.graph)
     with pytest.raises((GraphError, BackendError)) as error:
         exe(x=np.ones((2, 4), np.float32))
-    assert "needs 2 ranks, and this program runs alone" in f"{error.value.what} {error.value.received}"
+    assert "needs 2 ranks, but this program runs alone" in f"{error.value.what} {error.value.received}"
 
 
 class Odd:

@@ -361,7 +361,7 @@ def test_before_and_after_as_text() -> None:
     (match,) = optimized.log[0].matches
     assert (match.rule, match.op) == ("refine-attention", "attention")
     assert match.reason == (
-        "mask(b s t) read as causal, mask(b t); 2 heads of keys and values, not 4; "
+        "mask(b s t) read as causal, mask(b t); 2 heads of keys and values instead of 4; "
         "scale 0.176777, which includes the factors of queries and keys"
     )
     assert optimized.log[0].refusals == [] == optimized.log[0].near_misses
@@ -497,7 +497,7 @@ NEAR_MISSES = [
     NearMiss(
         "queries behind those of the past",
         attended(mask("s t", lambda b: triangle(b) & (places(b)[1] <= places(b)[0] + b.size(value="B")))),
-        "positions differ by B, and causal counts both from 0",
+        "positions differ by B, but causal counts both from 0",
         "causal, mask(s t)",
     ),
 ]
@@ -535,7 +535,7 @@ def test_a_cast_that_changes_lengths_is_kept() -> None:
 def test_the_hint_of_a_mask_that_stays_an_addend_works() -> None:
     before = graph_of(attended(added("b s t", lambda b: fill(b, triangle(b) & rows(b), LOW))))
     (event,) = next(r for r in refined(before).log if r.name == "refine-attention").refusals
-    assert event.hint == "-inf in its place, or RefineAttention(zero_empty_rows=True)"
+    assert event.hint == "-inf in place of that number, or RefineAttention(zero_empty_rows=True)"
     for passes, graph in (
         ([RefineAttention(zero_empty_rows=True)], before),
         ([RefineAttention()], graph_of(attended(added("b s t", lambda b: fill(b, triangle(b) & rows(b), -math.inf))))),

@@ -80,7 +80,7 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
         ("main", "three"): ("None", "matmul multiplies it with numbers, as stack is stored"),
         ("main", "n"): (
             "None",
-            "its elements are f16, and only f32 is quantized; linear multiplies it with numbers, as half is stored",
+            "its elements are f16, but only f32 is quantized; linear multiplies it with numbers, as half is stored",
         ),
     }
     assert plan.encodings == plan_quantization(every, "int8-weights").encodings

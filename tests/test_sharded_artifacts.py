@@ -137,13 +137,16 @@ def set_in(*path: Any) -> Change:
 WRONG: dict[str, tuple[Change, str]] = {
     "no mesh": (lambda r: r.pop("mesh"), "KeyError: 'mesh'"),
     "another mesh": (set_in("mesh", "tp=4"), "the mesh tp=4 has no axis 'dp'"),
-    "a huge mesh": (set_in("mesh", "tp=2,dp=500000"), "a mesh has 1 to 131,072 ranks, and axes of 1 or more"),
-    "a mesh that is no text": (set_in("mesh", 4), "a text of at most 1000 characters, not '4'"),
+    "a huge mesh": (set_in("mesh", "tp=2,dp=500000"), "a mesh must have 1 to 131,072 ranks, and axes of 1 or more"),
+    "a mesh that is no text": (set_in("mesh", 4), "expected a string of at most 1000 characters, not '4'"),
     "no functions": (set_in("functions", []), "the last function is not main"),
     "functions that are no list": (set_in("functions", {"h": 1}), "a list, not"),
     "a function that there is not": (set_in("functions", 0, "of", "g"), "KeyError: 'g'"),
-    "a name that is none": (set_in("functions", 0, "name", "h\n}"), "a function called"),
-    "two of one name": (lambda r: r["functions"].insert(0, r["functions"][0]), "a function called 'h'"),
+    "a name that is none": (set_in("functions", 0, "name", "h\n}"), "invalid or duplicate function name"),
+    "two of one name": (
+        lambda r: r["functions"].insert(0, r["functions"][0]),
+        "invalid or duplicate function name 'h'",
+    ),
     "a node less": (lambda r: r["functions"][0]["nodes"].pop(), "h has 16 nodes, but the record has 15"),
     "another op": (set_in("functions", 0, "nodes", 0, "op", "tanh"), "layer_norm is recorded as tanh"),
     "a placement of another rank": (set_in("functions", 0, "nodes", 0, "gives", ["[-]"]), "cannot have this placement"),
@@ -155,7 +158,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "an axis twice": (set_in("functions", 0, "nodes", 0, "gives", ["[dp, -, dp]"]), "cannot have this placement"),
     "split over nothing": (
         set_in("functions", 0, "nodes", 0, "gives", ["[, -, -]"]),
-        "a dimension is split over nothing",
+        "a dimension is split over no axis",
     ),
     "a callee that there is not": (lambda r: r["functions"][1]["nodes"][-3].update(callee="g"), "KeyError: 'g'"),
     "a factor that there is not": (
@@ -180,7 +183,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a node of no number": (lambda r: block(r, "add")["moves"][0].update(at="x"), "a number of 0 or more, not 'x'"),
     "another place of a weight": (
         set_in("weights", "wte.weight", "[-, tp]"),
-        "is not stored in the placement in which main takes it",
+        "is not stored in the placement in which main reads it",
     ),
     "a weight less": (lambda r: r["weights"].pop("wte.weight"), "its weights do not match the graph's"),
     "a size that is none": (set_in("sizes", "B", 0), "a number of 1 or more, not '0'"),
@@ -190,7 +193,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a rate without bounds": (set_in("machine", "fast", float("inf")), "fast is not a finite rate of 0 or more"),
     "a text without end": (
         set_in("notes", ["x" * 5000]),
-        "a text of at most 1000 characters, not 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'",
+        "expected a string of at most 1000 characters, not 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx'",
     ),
     "main left out": (lambda r: r["functions"].pop(), "the last function is not main"),
     "an argument less": (lambda r: r["functions"][0]["takes"].pop(), "h takes 16 and returns 1 values"),
@@ -200,7 +203,7 @@ WRONG: dict[str, tuple[Change, str]] = {
         set_in("functions", 0, "nodes", 0, "op", "x" * 90),
         f"ValueError: layer_norm is recorded as {'x' * 80}",
     ),
-    "a long name": (set_in("functions", 0, "name", "h" * 101), f"a function called '{'h' * 80}'"),
+    "a long name": (set_in("functions", 0, "name", "h" * 101), f"invalid or duplicate function name '{'h' * 80}'"),
     "a body of what has none": (lambda r: block(r, "linear").update(body={}), "linear has no body"),
     "a factor over nothing": (
         lambda r: block(r, "linear")["shares"].update(n="-"),
@@ -221,7 +224,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a negative latency": (set_in("machine", "latency", -1), "latency is not a finite rate of 0 or more"),
     "a rate that is a truth value": (set_in("machine", "flops", True), "flops is not a finite rate of 0 or more"),
     "a rate that is a text": (set_in("machine", "flops", "1"), "flops is not a finite rate of 0 or more"),
-    "a text too long": (set_in("notes", ["x" * 1001]), "a text of at most 1000 characters"),
+    "a text too long": (set_in("notes", ["x" * 1001]), "expected a string of at most 1000 characters"),
 }
 
 
@@ -271,7 +274,7 @@ def test_a_file_with_a_wrong_plan_is_refused_with_its_section(
 
     write(set_in("weights", "wte.weight", "[-, tp]"))
     for reads in (load_sharded, treadle.load, open_artifact):
-        with pytest.raises(PassError, match="not stored in the placement in which main takes it") as error:
+        with pytest.raises(PassError, match="not stored in the placement in which main reads it") as error:
             reads(path)
         assert f"{path}: section sharding" in str(error.value)
     write(set_in("mesh", "tp=2,dp=50000"))

@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
     ),
     "a bias that every rank adds": (
         laid(product_and_bias, "[-, tp]; [-, tp]; [-]", "[-, tp]; [-, tp]; [-] -> [-, -] sum(tp) | k: tp"),
-        "the value added to the sum over k is not added exactly once",
+        "the value that is added to the sum over k is not added exactly once",
     ),
     "a maximum that is said to be a sum": (
         laid(largest, "[-, tp]", "[-, tp] -> [-] sum(tp) | a1: tp"),
@@ -156,7 +156,7 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
     ),
     "a sign of a maximum": (
         laid(lambda b: -largest(b), "[-, tp]", "[-, tp] -> [-] max(tp) | a1: tp", "[-] max(tp) -> [-] max(tp)"),
-        "an op reads partial values that are not sums",
+        "an op reads partial values that are not partial sums",
     ),
     "a look-up at terms": (
         laid(
@@ -204,7 +204,7 @@ STEPS: dict[str, tuple[ShardingPlan, str | None]] = {
     "a maximum, combined": (moved(MAXIMUM, StepKind.ALL_REDUCE, "tp", "[-]"), None),
     "a maximum, combined and split": (
         moved(MAXIMUM, StepKind.REDUCE_SCATTER, "tp", "[tp]", 0),
-        r"reduce_scatter of partial values \(max\)",
+        r"reduce_scatter cannot combine partial values \(max\)",
     ),
     "terms of a maximum as those of a sum": (
         moved(MAXIMUM, StepKind.TAKE, "dp", "[dp] sum(tp)", 0),

@@ -126,7 +126,7 @@ def test_a_ring_needs_all_of_what_is_no_queries_and_no_keys() -> None:
         return replace(plan, functions=(replace(plan.main, takes=reads, nodes=(node,)),))
 
     check_sharding(with_queries_and_keys("[-, -, cp, -]"))
-    with pytest.raises(PassError, match="it needs all of d, but ranks have parts"):
+    with pytest.raises(PassError, match="it needs all of d, but ranks have only parts"):
         check_sharding(with_queries_and_keys("[-, -, cp, tp]", d=tp))
 
 
@@ -213,7 +213,7 @@ def test_what_is_gathered_for_use_already_is_gathered_once() -> None:
 def test_without_a_node_no_weight_is_gathered() -> None:
     b = Builder(Graph("returned"))
     b.outputs(w=b.parameter("up", "f32[18, 12]"))
-    with pytest.raises(PassError, match="output w is a weight in parts, and there is no node to gather it at"):
+    with pytest.raises(PassError, match="output w is a weight in parts, but there is no node at which to gather it"):
         with_whole_outputs(shard(b.graph, "tp=2", axes={"up[0]": "tp"}))
 
 

@@ -90,7 +90,7 @@ def test_a_replacement_of_another_type_is_a_fault_of_the_pass() -> None:
             return x
 
     text = program("x: f32[S]", "y: f32[S]", "a = neg(x)", "b = neg(a)  # f32[S]  m.py:7  h", "return y = b")
-    with pytest.raises(PassError, match="rule narrows replaces neg by another type") as caught:
+    with pytest.raises(PassError, match="rule narrows replaces neg by a value of another type") as caught:
         optimize(text, Narrows())
     assert caught.value.source == "m.py:7, scope h"
 

@@ -282,7 +282,7 @@ class Reorder(Pass):
 
 
 def test_a_pass_that_reorders_is_caught() -> None:
-    with pytest.raises(BrokenPassError, match=r"gather reads state .* as it was before it was updated"):
+    with pytest.raises(BrokenPassError, match=r"gather reads state .* after its update"):
         optimized(blocks(), Reorder())
 
 
@@ -331,7 +331,7 @@ def test_what_is_made_may_be_given_to_the_interpreter() -> None:
 
 
 ASKED_WRONG: dict[str, tuple[Callable[[Graph], object], str]] = {
-    "as a whole": (lambda g: interpret(g, {}), "is interpreted entry by entry"),
+    "as a whole": (lambda g: interpret(g, {}), "must be interpreted entry by entry"),
     "no such entry": (lambda g: interpret_entry(g, "main", {}, {}, {}), "has no entry 'main'"),
     "no states": (
         lambda g: interpret_entry(g, "step", {}, {}, {}),

@@ -93,7 +93,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "a block of an entry's name": (
         "  block h(",
         "  block step() -> () {\n    return\n  }\n  block h(",
-        "a block is called step",
+        "a block has the name of the entry step",
     ),
 }
 
@@ -193,13 +193,13 @@ def call_with_an_old_version(graph: Graph) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Graph], object], str]] = {
-    "read after the update": (read_later, "gather reads state h.0.mem.k as it was before it was updated"),
+    "read after the update": (read_later, "gather reads state h.0.mem.k after its update"),
     "reordered": (lambda g: swap(g, "step", 4, 7), "append reads state seen as it was|is not defined before"),
-    "updated twice": (update_twice, "append reads state seen as it was before it was updated"),
-    "old across calls": (call_with_an_old_version, "call reads state h.0.mem.k as it was before it was updated"),
+    "updated twice": (update_twice, "append reads state seen after its update"),
+    "old across calls": (call_with_an_old_version, "call reads state h.0.mem.k after its update"),
     "not the last version": (
         lambda g: g.functions["step"].updated.update(seen=g.functions["step"].states["seen"]),
-        "declares a wrong last version of state seen: another version is the last",
+        "declares a wrong last version of state seen: it is not the last version",
     ),
     "not said": (lambda g: forget(g, "step", "seen"), "step updates state seen, but does not declare it"),
     "not said by a block": (lambda g: forget(g, "h", "mem.k"), "h updates state mem.k, but does not declare it"),
@@ -209,9 +209,9 @@ FAULTS: dict[str, tuple[Callable[[Graph], object], str]] = {
     ),
     "no update": (
         lambda g: g.functions["step"].updated.update(seen=node(g, "step", "add").result),
-        "wrong last version of state seen: another version is the last",
+        "wrong last version of state seen: it is not the last version",
     ),
-    "dropped": (drop_update, "wrong last version of state seen: another version is the last"),
+    "dropped": (drop_update, "wrong last version of state seen: it is not the last version"),
     "an output": (
         lambda g: g.functions["step"].outputs.update(k=g.functions["step"].states["seen"]),
         "output 'k' is state seen",
@@ -257,13 +257,13 @@ def test_an_update_reads_its_state_once() -> None:
   }
 }
 """
-    with pytest.raises(ParseError, match="append updates %k, and reads it as well"):
+    with pytest.raises(ParseError, match="append both updates and reads %k"):
         parse_graph(text)
     graph = parse_graph(
         text.replace("%k, %k", "%k, $w").replace("  states", "  parameters {\n    w: f32[R, 4]\n  }\n  states")
     )
     give(graph.main.nodes[0], 1, graph.main.states["k"])
-    with pytest.raises(VerifyError, match="append updates state k, and reads it as well"):
+    with pytest.raises(VerifyError, match="append both updates and reads state k"):
         verify(graph)
 
 
@@ -316,10 +316,10 @@ def test_a_view_is_read_before_the_update_as_well(name: str) -> None:
     late = text.replace("    READ\n", "").replace(
         "    return y = y\n  }\n}", "    y = neg(old)\n    return y = y\n  }\n}"
     )
-    with pytest.raises(VerifyError, match="neg reads a view of state k as it was before it was updated"):
+    with pytest.raises(VerifyError, match="neg reads a view of state k after its update"):
         verify(parse_graph(late))
     given = text.replace("    READ\n", "").replace("    return y = y\n  }\n}", "    return y = old\n  }\n}")
-    with pytest.raises(VerifyError, match="output 'y' shows a state as it was before it was updated"):
+    with pytest.raises(VerifyError, match="output 'y' is a view of an old version of a state"):
         verify(parse_graph(given))
 
 
@@ -334,7 +334,7 @@ def test_entries_agree_on_states_and_bind_takes_none() -> None:
     graph = blocks()
     other = graph.add_entry("verify")
     other.states["seen"] = Value("state", blocks().states["h.0.mem.k"].type, "seen")
-    with pytest.raises(VerifyError, match="state seen is not the same in step and in verify"):
+    with pytest.raises(VerifyError, match="state seen has another type or layout in step than in verify"):
         verify(graph)
     other.states.clear()
     other.parameters["seen"] = Value("parameter", graph.states["seen"].type, "seen")

@@ -457,18 +457,18 @@ def a_part_of_what_is_not_made_of_it(p: Plant) -> None:
 
 
 FAULTS: dict[Callable[[Plant], None], str] = {
-    what_is_given_and_told_to_be_made: "an argument is not marked as given",
+    what_is_given_and_told_to_be_made: "an argument's storage is not marked as given by the caller",
     what_is_given_and_written: "an argument is marked as written by a step",
-    a_value_made_at_another_step: "it is made at step 1, but the plan has another step",
+    a_value_made_at_another_step: "it is computed at step 1, but the plan has another step",
     an_output_that_dies_too_soon: "output out is dead at the end",
-    in_registers_and_read_by_a_later_step: "reads a value that no earlier step makes",
+    in_registers_and_read_by_a_later_step: "reads a value that no earlier step computes",
     in_registers_and_in_a_storage: "a value in registers has a storage",
     a_result_over_an_input_that_is_kept: "its result overwrites an input that is not donated",
     a_place_without_a_view: "it has a storage but no view",
     a_view_of_another_shape: "a view has another shape, dtype or storage than its value",
     a_view_of_another_storage: "a view has another shape, dtype or storage than its value",
     in_an_order_that_is_not_its_own: "it is stored in panels(16), not row-major",
-    an_output_without_a_storage: "each output needs a storage from the caller",
+    an_output_without_a_storage: "each output must have a storage from the caller",
     an_output_in_what_is_kept: "output out is stored in an input that is not donated",
     an_output_beside_what_is_given_away: "output out is not in the storage of given",
     a_part_of_what_is_not_made_of_it: "out does not read it",
@@ -486,9 +486,9 @@ FAULTS: dict[Callable[[Plant], None], str] = {
     a_value_that_dies_too_soon: "reads a value that is dead by then",
     an_output_that_nobody_writes: "no step writes output out",
     a_write_into_what_is_given: "a step writes to <argument",
-    a_place_that_is_missing: "a value has no place",
+    a_place_that_is_missing: "the plan has no place for the value",
     in_registers_and_read: "has no storage",
-    steps_in_another_order: "reads a value that no earlier step makes",
+    steps_in_another_order: "reads a value that no earlier step computes",
     a_step_left_out: "its steps do not contain each node exactly once",
 }
 
@@ -526,7 +526,7 @@ def test_a_part_of_very_many_elements_lies_where_it_belongs(mode: str) -> None:
     assert places_of(main_of(plant.plan))["one"].how is How.INTO
     for offset in (4095, 1, 0):
         plant.lies("one", offset=Size.of(offset))
-        assert "it is not stored at its place in both" in plant.refused()
+        assert "it is not stored at its position in both" in plant.refused()
 
 
 def parts_on_one_another(p: Plant) -> None:
@@ -565,8 +565,8 @@ def in_registers_and_handed_out(p: Plant) -> None:
 ACROSS: dict[Callable[[Plant], None], str] = {
     in_registers_and_handed_out: "an output is only in registers",
     a_callee_that_is_given_away_what_it_takes: "only the caller of an entry can donate arguments",
-    parts_on_one_another: "it is not stored at its place in both",
-    a_part_where_it_does_not_belong: "it is not stored at its place in both",
+    parts_on_one_another: "it is not stored at its position in both",
+    a_part_where_it_does_not_belong: "it is not stored at its position in both",
     a_result_too_small_for_its_caller: "a destination is too small",
     a_callee_that_writes_its_argument: "a step writes to <argument",
     a_result_over_the_argument: "no step writes output y",
@@ -626,7 +626,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
     ours.plan = other.plan
     assert "it belongs to another graph" in ours.refused()
     ours.plan = Plant(joined_block()).plan
-    assert "covers other functions" in ours.refused()
+    assert "is for other functions than" in ours.refused()
 
 
 # -- plans too large to enumerate ----------------------------------------------------------------------------------
@@ -694,7 +694,7 @@ def test_who_reads_a_state_is_not_moved_past_its_update() -> None:
         return [Step((append,)), Step((add, mul))]
 
     for strided in (True, False):
-        with pytest.raises(PassError, match="a step reads a state's value from before its update"):
+        with pytest.raises(PassError, match="a step reads a state's old value after its update"):
             planned(parse_graph(LATE), PlanStorage(strided=strided, grouped=grouped))
 
 

@@ -202,7 +202,7 @@ def test_integers_of_64_bits_are_attributes() -> None:
     for number in (2**63, -(2**63) - 1):
         with pytest.raises(ParseError) as caught:
             parse_graph(text.format(number))
-        assert caught.value.what == f"{number} takes more than 64 bits"
+        assert caught.value.what == f"{number} does not fit into 64 bits"
 
 
 def test_a_value_without_a_text_form_is_shown_by_80_characters() -> None:

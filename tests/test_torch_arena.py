@@ -248,7 +248,7 @@ def test_a_plan_that_writes_over_what_is_read_later_is_refused() -> None:
     lies = main.places[named["kept"]]
     over = replace(main.places[named["first"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     wrong = replace(plan, functions={"main": replace(main, places={**main.places, named["first"]: over})})
-    with pytest.raises(PassError, match="it overwrites kept, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites kept, which is read at that step or later"):
         check_storage(lowered.graph, wrong)
 
 
@@ -265,7 +265,7 @@ def test_a_plan_that_writes_over_what_is_read_in_another_order_is_refused() -> N
     over = replace(main.places[named["both"]], storage=lies.storage, how=How.OVER, of=named["kept"])
     lives = tuple(replace(life, last=main.end) if life.storage is lies.storage else life for life in main.lives)
     changed = replace(main, places={**main.places, named["both"]: over}, lives=lives)
-    with pytest.raises(PassError, match="it overwrites turned, which is read then or later"):
+    with pytest.raises(PassError, match="it overwrites turned, which is read at that step or later"):
         check_storage(lowered.graph, replace(lowered.plan, functions={"main": changed}))
 
 

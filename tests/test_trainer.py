@@ -320,7 +320,7 @@ def test_what_a_step_holds_is_told() -> None:
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
         ({"target": "cuda"}, "training runs on the CPU, not on cuda"),
-        ({"loss": "logits"}, "is not a loss: a loss is a scalar"),
+        ({"loss": "logits"}, "is not a scalar, so it cannot be a loss"),
         ({"loss": "far", "output": "logits"}, "`output=` cannot be combined with a custom loss"),
         ({"optimizer": "adamw"}, "optimizer= must be an optimizer"),
         ({"optimizer": AdamW}, "optimizer= must be an optimizer"),

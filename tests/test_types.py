@@ -226,7 +226,7 @@ def test_the_dtype_of_a_constant(value: Any, dtype: DType | None, kind: DType) -
         ("a", None, "cannot hold"),
         (1j, f32, "cannot hold complex128"),
         (None, None, "cannot hold object"),
-        ([[1, 2], [3]], None, "cannot be built from this"),
+        ([[1, 2], [3]], None, "cannot build a constant from lists of different lengths"),
     ],
 )
 def test_a_constant_changes_no_number_unseen(value: Any, dtype: DType | None, said: str) -> None:

@@ -34,7 +34,7 @@ EXACT = 1e-7
 @pytest.mark.parametrize(
     ("options", "report"),
     [
-        ({}, "nothing says how to split"),
+        ({}, "the split of the model is not specified"),
         ({"recipe": "zero"}, "unknown recipe 'zero'"),
         ({"recipe": "dp"}, "recipe dp splits over a mesh axis dp, which the mesh does not have"),
         ({"axes": {"experts": "tp"}}, "gpt2 has no axis 'experts' to split"),
@@ -130,7 +130,7 @@ def test_weights_that_are_stored_in_another_way_than_they_are_taken_are_refused(
     for weights in (turned, missing, {**plan.weights, "other": plan.weights[name]}):
         with pytest.raises(
             PassError,
-            match=r"weight (h\.0\.attn\.q\.weight|other) is not stored in the placement in which main takes it",
+            match=r"weight (h\.0\.attn\.q\.weight|other) is not stored in the placement in which main reads it",
         ):
             check_sharding(replace(plan, weights=weights))
 
@@ -184,7 +184,7 @@ def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any],
         (2, None, None, "mesh must be a string or a Mesh"),
         ({"tp": 2}, None, None, "mesh must be a string or a Mesh"),
         ("tp=2", "heads=tp", None, "axes must be a mapping"),
-        ("tp=0", None, None, "a mesh has 1 to 131,072 ranks"),
+        ("tp=0", None, None, "a mesh must have 1 to 131,072 ranks"),
         ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
         ("tp=13", {"heads": "tp"}, None, "heads: 12 cannot be split over tp"),
         ("tp=2", {"rows": "tp"}, None, "gpt2 has no axis 'rows' to split"),

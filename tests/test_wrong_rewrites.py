@@ -84,7 +84,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, math.inf),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has changed",
+        "a number above 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(
@@ -92,7 +92,7 @@ WRONG = [
         lambda p, x, y: p.where(y, x, -math.inf),
         lambda b, m: b.where(m.y, m.x, -1e9),
         ["a = where(k, x, -inf)", "return y = a"],
-        "a number past 1e30 has changed",
+        "a number above 1e30 has changed",
         "x: f32[B, S, 768], k: bool[B, S, 768]",
     ),
     Wrong(

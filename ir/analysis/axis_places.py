@@ -45,7 +45,9 @@ class Place:
 
 
 def visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encounter]]:
-    """Carry places across one node by its axis rule."""
+    """Carry the places of an axis across one node by the node's axis rule. Return all places in the node's operands and
+    results, and the encounters.
+    """
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     slots: list[tuple[Value, tuple[AxisDim, ...]]] = [
         (v, dims)
@@ -85,7 +87,7 @@ def visit(node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encounte
 def _kind(
     op: Op, application: Application, name: str, names: Set[str], filled: Set[str], pairs_given: bool
 ) -> Kind | None:
-    """Return the use of the axis in one factor of the op's rule, or None if the op maps it.
+    """Return the kind of encounter for one factor of the op's rule, or None if the rule maps the factor.
 
     names        the factors that the axis is located in
     filled       the factors that consist of the axis alone
@@ -103,7 +105,7 @@ def _kind(
         case Role.GENERATED:
             return Generated(name)
         case Role.SCANNED:
-            # Order along a factor is order along the axis only if the axis is all of the factor.
+            # The order along a factor is the order along the axis only if the factor consists of the axis alone.
             return Scanned(name) if name in filled else Whole(name)
         case Role.WHOLE:
             causal = {name, factor.limit} <= filled and not pairs_given
@@ -116,8 +118,8 @@ def _kind(
 
 
 def _side_by_side(names: Sequence[str], slots: Sequence[tuple[Value, Sequence[AxisDim]]]) -> bool:
-    """Return True if the factors are adjacent and in this order in one dimension of every value that holds one of
-    them.
+    """Return True if every value that has one of the factors has all of them, adjacent and in this order in one
+    dimension.
     """
     for _, dims in slots:
         for dim in dims:
@@ -138,9 +140,10 @@ def _partners(application: Application, name: str) -> bool:
 
 
 def _locate(application: Application, dim: AxisDim, place: Place) -> Iterator[tuple[str, Size, Size]]:
-    """Yield the factors of a dimension that a place is in, innermost first: (factor, stride within it, size).
+    """Yield the factors of a dimension that a place covers, innermost first: (factor, stride within the factor, size).
 
-    A place that spans several factors is yielded piece by piece; a place that cuts across factors is not yielded.
+    A place that spans several factors is yielded factor by factor. A place that covers a part of a factor, and of its
+    neighbour, is not yielded.
     """
     sizes = [application.dims[name].size for name in dim.factors]
     if place.size == ONE:

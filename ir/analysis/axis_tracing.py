@@ -1,4 +1,4 @@
-"""Closure of an axis's places under the rules of a function's nodes; calls are entered, each in its own context.
+"""The closure of an axis's places under the rules of a function's nodes. Calls are entered, each in its own context.
 
 A context is a function and its initial places: the positions of the axis in the call's operands and results.
 """
@@ -111,13 +111,14 @@ class Tracer:
         if self.symbol is not None:
             for node in function.nodes:
                 if node not in met and node.op.callee is None and self.symbol in attribute_symbols(node.op):
-                    # The node computes with the length, but not along the axis: 2*S numbers, or S itself.
+                    # The node computes with the axis's length, not along the axis: it makes 2*S numbers, or the number
+                    # S.
                     met[node] = [Encounter(node, Resized(), node.scope)]
         flat = tuple(e for node in function.nodes for e in met.get(node, ()))
         return Closure(frozenset(p for held in places.values() for p in held), flat)
 
     def enter(self, node: Node, here: Sequence[Place]) -> tuple[list[Place], list[Encounter]]:
-        """Close the callee with the places that the call's operands and results hold."""
+        """Trace the axis through the callee, starting at the places in the call's operands and results."""
         callee = self.graph.callee(node)
         assert callee is not None
         pairs = [*zip(node.operands, callee.arguments, strict=True)]

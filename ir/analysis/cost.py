@@ -1,10 +1,10 @@
 """The cost of a graph: floating-point operations and bytes, derived from axis rules and bodies.
 
 The operations of a primitive are its points (the product of its rule's factors) times its `flops` per point. The
-operations of a composite are counted in its body. Attention counts its live pairs. Bytes count each element that an op
-reads or writes once, as if no cache existed. From an operand that is indexed, an op reads only as many bytes as it
-writes to the result, and an op that updates a state writes only the update. Computations on weights alone run once,
-when weights are bound, and are not counted.
+operations of a composite are counted in its body. Attention counts only the pairs of a query and a key that it may see.
+Bytes count each element that an op reads or writes once, as if no cache existed. From an operand that is indexed, an op
+reads only as many bytes as it writes to the result, and an op that updates a state writes only the update. Computations
+on weights alone run once, when weights are bound, and are not counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Sizes = Mapping[str, int]
 
 
 def graph_cost(graph: Graph, sizes: Sizes, entry: str | None = None) -> Cost:
-    """Return the cost of one run of an entry, by default the last. `sizes` gives a size to each symbol.
+    """Return the cost of one run of an entry, by default the last entry. `sizes` maps each symbol to its size.
 
     Raises SizeError for a symbol without a size.
     """
@@ -80,7 +80,7 @@ def parameter_bytes(graph: Graph) -> int:
 
 
 def state_bytes(graph: Graph, sizes: Sizes) -> int:
-    """Return the bytes of all states for the given sizes of symbols."""
+    """Return the bytes of all states. `sizes` maps each symbol to its size."""
     return sum(v.type.bytes_at(sizes) for v in graph.states.values())
 
 

@@ -1,8 +1,8 @@
 """Inputs to try a graph on: sizes within the bounds of its symbols, and arrays with indices in range.
 
-Which integers are indices is derived from the graph. If an op's axis rule marks a factor as indexed (`@v`), the values
-of the integer operand that indexes it are in 0 .. v - 1. A range that is required of a value is also required of the
-value that it was reshaped, sliced, concatenated, gathered or shifted from, back to the inputs.
+Which integers are indices is derived from the graph. If an op's axis rule marks a factor as indexed (`@v`), the integer
+operand that indexes the factor must have values in 0 .. v - 1. If a value was reshaped, sliced, concatenated, gathered
+or shifted from another value, the range applies to that value too, and so on back to the inputs.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Range:
 
 
 def small_sizes(graph: Graph) -> list[dict[str, int]]:
-    """Return a few sizes for every symbol, within its bounds; no two axes are of equal size where the bounds allow
-    that.
+    """Return a few assignments of sizes to the symbols, within their bounds. No two axes have equal sizes if the bounds
+    allow that.
 
     The first sizes are the smallest possible. Sizes for which a dimension would be negative are left out. Raises
     UsageError if none are left.
@@ -88,8 +88,8 @@ def index_ranges(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Range]:
 
 
 def _ranges(function: Function, results: dict[Value, Range], sizes: Mapping[str, int]) -> dict[Value, Range]:
-    """Return the ranges required of a function's values, from the ranges of its results back through each node to its
-    operands.
+    """Return the ranges required of a function's values: carry the ranges of its results back through each node to the
+    node's operands.
     """
     found = dict(results)
     for node in reversed(function.nodes):
@@ -122,10 +122,11 @@ def _asked_of_operands(
 
 
 def _carried_back(node: Node, asked: Range) -> Iterator[tuple[Value, Range]]:
-    """Yield the ranges required of the operands whose elements the result holds: moved, selected, or plus a constant.
+    """Yield the ranges required of a node's operands whose elements the result contains: moved, selected, or shifted
+    by a constant.
 
-    If the selection is between x and x shifted, as for negative indices, which count from the end, only x is required
-    to be in the range.
+    If the node selects between x and x shifted, as for negative indices, which count from the end, the range applies to
+    x only.
     """
     op, names = node.op, node.op.operand_names(len(node.operands))
     carriers = [
@@ -161,8 +162,9 @@ def _scalar(value: Value) -> int | None:
 def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> dict[str, Array]:
     """Return an array for every input, drawn from the seed.
 
-    Floats are normal. Indices are any in range. Other integers are from 1 to the greatest size, as lengths are. Of
-    booleans, three in four are true. Raises UsageError if no index is valid for all uses of an input.
+    Floats are normally distributed. Indices are drawn from their whole range. Other integers, such as lengths, are
+    between 1 and the greatest size. Three in four booleans are true. Raises UsageError if no index is valid for all
+    uses of an input.
     """
     ranges = index_ranges(graph, sizes)
     inputs = {}
@@ -175,7 +177,7 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
             span = Range(0, _MOST).intersect(ranges.get(value.name, Range(1, max(sizes.values(), default=1))))
             most = min(span.upper, int(np.iinfo(dtype.numpy or np.int64).max))
             if most < span.lower:
-                raise UsageError(f"no value of input {value.name} points inside every axis that it indexes")
+                raise UsageError(f"no value of input {value.name} is a valid index for every axis that it indexes")
             drawn = rng.integers(span.lower, most + 1, shape).astype(dtype.numpy)
         else:
             drawn = rng.random(shape) < 0.75
@@ -184,8 +186,8 @@ def draw_inputs(graph: Graph, sizes: Mapping[str, int], seed: Sequence[int]) -> 
 
 
 def held(array: Array, value: Value) -> Array:
-    """Round numbers to a value's dtype, in an array that backends accept for it: bf16 as float32. Blocks stay
-    unchanged.
+    """Round numbers to a value's dtype. Return an array that backends accept for the value: float32 for bf16. Blocks
+    are returned unchanged.
     """
     dtype = value.type.dtype
     if value.type.encoding is not None:

@@ -1,17 +1,17 @@
 """Encounters: uses of an axis by an op other than mapping it, each of one of these kinds.
 
-    Reduced        no result has it: its elements are combined
-    Whole          a result may read all of it
+    Reduced        no result has the axis: its elements are combined
+    Whole          a result may read all of the axis
     SelfAttention  it is the axis of both keys and queries of attention
-    Scanned        a result reads it up to its own position
-    Indexed        it is read, or written, at positions that another operand holds
-    Generated      a result counts along it
+    Scanned        a result reads the axis up to the result's own position
+    Indexed        the axis is read, or written, at positions that another operand holds
+    Generated      a result counts along the axis
     Resized        the result has another axis: it was sliced, padded, joined or strided, or only its length is used
-    Reordered      it is divided, and its parts do not stay adjacent in their order
-    Paired         a result has it in two dimensions, and so holds pairs of positions
+    Reordered      the axis is divided, and its parts do not stay adjacent in their order
+    Paired         a result has the axis in two dimensions, and so holds pairs of positions
 
-The kind determines whether the axis may be stepped and packed there (`Encounter.steps`, `Encounter.packs`), and how
-partial results are combined if it is split (`treadle.ir.analysis.following.Following.split`).
+The kind determines whether the axis may be stepped and packed at that op (`Encounter.steps`, `Encounter.packs`), and
+how partial results are combined if the axis is split (`treadle.ir.analysis.following.Following.split`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reduced(_Kind):
 
 @dataclass(frozen=True)
 class Whole(_Kind):
-    """causal   each position of the result reads only positions up to itself"""
+    """causal   True if each position of the result reads only positions up to itself"""
 
     causal: bool = False
     word = "whole"
@@ -69,7 +69,7 @@ class Scanned(_Kind):
 
 @dataclass(frozen=True)
 class Indexed(_Kind):
-    """is_kept   True if the result has the axis too: a scatter writes along it, a lookup reads it away"""
+    """is_kept   True if the result has the axis too, as for a scatter along the axis; False for a lookup"""
 
     is_kept: bool = False
     word = "indexed"
@@ -82,7 +82,7 @@ class Generated(_Kind):
 
 @dataclass(frozen=True)
 class Resized(_Kind):
-    """factor   the factor that the op changes; "" if the axis is in no factor, or the op takes a part of its factor"""
+    """factor   the factor that the op changes; "" if the axis is in no factor, or the op reads a part of its factor"""
 
     factor: str = ""
     word = "sliced, padded, joined or strided"
@@ -115,7 +115,7 @@ class Encounter:
     """A use of the axis by an op other than mapping it.
 
     kind     one of the kinds above
-    scope    the full scope of the first node where this happens; `count` nodes in all
+    scope    the full scope of the first of `count` nodes with this encounter
     within   the composite whose body contains the op, if any
     """
 
@@ -127,8 +127,9 @@ class Encounter:
 
     @property
     def steps(self) -> bool:
-        """True if a piece of the axis can be computed here from that piece and a state: causally, or by a scan or a
-        count with a declared step. For pairs that are not an output, their consumers decide.
+        """True if the op can compute a chunk of the axis from that chunk and a state: causal attention, or a scan or
+        iota with a declared step. True also for pairs of positions inside the graph: the ops that read the pairs
+        decide.
         """
         match self.kind:
             case Whole(causal=causal):  # self-attention, too
@@ -144,7 +145,7 @@ class Encounter:
 
     @property
     def packs(self) -> bool:
-        """True if the same can be computed where rows of different lengths are stored end to end."""
+        """True if the op computes the same when rows of different lengths are stored end to end."""
         match self.kind:
             case Reduced() | Scanned() | Indexed():
                 return True
@@ -182,8 +183,8 @@ class Encounter:
 
 @dataclass(frozen=True)
 class Combination:
-    """An encounter at which the parts of a split axis are combined, and how: a monoid, or the scan of the preceding
-    parts.
+    """An encounter at which the parts of a split axis must be combined, and the combination: a monoid, or the scan of
+    the preceding parts.
     """
 
     encounter: Encounter
@@ -196,10 +197,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one of the three questions: true if no encounter forbids it.
+    """The answer to one of the questions step, pack and split. Its truth value is True if no encounter forbids it.
 
-    against  encounters that forbid it
-    combine  encounters at which partial results must be combined (for `split`)
+    against  encounters that forbid it combine  encounters at which partial results must be combined (for `split`)
     """
 
     question: str
@@ -212,7 +212,7 @@ class Verdict:
 
     def __repr__(self) -> str:
         head, *reasons = str(self).splitlines()
-        suffix = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, which print() shows" if reasons else ""
+        suffix = f": {len(reasons)} reason{'s' * (len(reasons) > 1)}, see print()" if reasons else ""
         return f"<{head}{suffix}>"
 
     def __str__(self) -> str:

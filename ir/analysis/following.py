@@ -1,15 +1,15 @@
 """`follow(graph, axis)`: all uses of one axis in a graph.
 
-An axis starts at a symbol ("S"), a label ("heads") or a dimension of an input or parameter ("wte.weight[0]"). Through
-each op's axis rule it reaches the dimensions that the rule maps to it, forwards and backwards, into the functions of
-repeated blocks and out again. A use other than mapping the axis is an **encounter** (`treadle.ir.analysis.encounters`).
-From the encounters follow three answers, each with its reasons:
+An axis starts at a symbol ("S"), a label ("heads") or a dimension of an input or parameter ("wte.weight[0]"). The axis
+rule of each op maps the axis to dimensions of other values, forwards and backwards, into the functions of repeated
+blocks and out again. A use other than mapping the axis is an **encounter** (`treadle.ir.analysis.encounters`). The
+encounters determine three answers, each with its reasons:
 
-    step    may the axis be computed a piece at a time, as in generation?
+    step    may the axis be computed a chunk at a time, as in generation?
     pack    may rows of different lengths be concatenated along it?
     split   may each device hold a part of it, and where must partial results be combined?
 
-An axis is not its size: two axes of size S stay separate unless some op maps one to the other.
+An axis is more than its size: two axes of size S stay separate unless some op maps one to the other.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from treadle.ir.types import Factor
 
 @dataclass(frozen=True)
 class Following:
-    """One axis, followed through a graph.
+    """The uses of one axis of a graph.
 
-    places      its places in `main`
+    places      the places of the axis in the values of `main`
     encounters  uses by ops, also in callees, in program order
     """
 
@@ -68,8 +68,8 @@ class Following:
         return {name: found[v] for name, v in self.graph.main.outputs.items() if v in found}
 
     def step(self) -> Verdict:
-        """Return a verdict: true if a piece of the axis can be computed from that piece and a state. Every op maps it,
-        is self-attention causal in it, or scans or generates it with a declared step.
+        """Return a verdict: true if a chunk of the axis can be computed from that chunk and a state. Every op must map
+        the axis, be causal self-attention along it, or scan or generate it with a declared step.
         """
         against = tuple(e for e in self.encounters if not e.steps)
         return Verdict("stepped", self.axis, against)
@@ -77,7 +77,7 @@ class Following:
     def pack(self) -> Verdict:
         """Return a verdict: true if rows of different lengths may be stored end to end along the axis. Reductions,
         scans and indexing then cover the tokens of one row, and self-attention runs row by row. Other pairs of
-        positions have no such form, and neither has an op that needs the whole axis other than for a reduction.
+        positions forbid it. An op that needs the whole axis, other than for a reduction, forbids it too.
         """
         against = []
         for e in self.encounters:
@@ -117,7 +117,7 @@ class Following:
         places, met = len(self.places), len(self.encounters)
         return (
             f"<axis {self.axis} of {self.graph.name}: in {places} value{'s' * (places != 1)}, "
-            f"{met} encounter{'s' * (met != 1)}; .step(), .pack() and .split() give the answers>"
+            f"{met} encounter{'s' * (met != 1)}; see .step(), .pack() and .split()>"
         )
 
     def __str__(self) -> str:
@@ -126,7 +126,7 @@ class Following:
 
 
 def follow(graph: Graph, axis: str) -> Following:
-    """Follow an axis of a graph.
+    """Return all uses of an axis in a graph.
 
     axis is a symbol (`"S"`), a label (`"heads"`), or a dimension of an input or parameter of `main` (`"tokens[1]"`,
     `"wte.weight[0]"`). A compiled model may be passed instead of its graph. Raises GraphError if there is no such axis.
@@ -137,7 +137,9 @@ def follow(graph: Graph, axis: str) -> Following:
     closure = tracer.close(graph.main, frozenset(seeds))
     if not closure.places:
         known = sorted(graph.symbols) + sorted({f.label for v in _values(graph) for f in _factors(v) if f.label})
-        raise GraphError(f"there is no axis {axis!r}", hint="one of " + ", ".join(known) + ", or a dimension as x[0]")
+        raise GraphError(
+            f"there is no axis {axis!r}", hint="one of " + ", ".join(known) + ", or a dimension such as x[0]"
+        )
     order = {v: i for i, v in enumerate(ordered_values(graph.main))}
     places = sorted(closure.places, key=lambda p: (order[p.value], p.dim, str(p.inner)))
     outputs = [v for v in graph.main.outputs.values() if v.node is not None and dims_held(v, places) > 1]
@@ -171,7 +173,7 @@ def _opened(e: Encounter) -> Iterator[Encounter]:
 
 
 def _counted(encounters: Sequence[Encounter]) -> tuple[Encounter, ...]:
-    """Merge encounters: the same op met in several calls of its function counts as one encounter."""
+    """Merge encounters: an op in a function that is called several times counts as one encounter."""
     groups: dict[tuple[Node, Kind, Node | None], list[Encounter]] = {}
     for e in encounters:
         groups.setdefault((e.node, e.kind, e.within), []).append(e)

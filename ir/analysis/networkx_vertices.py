@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def networkx_graph(graph: Graph, function: str) -> networkx.MultiDiGraph:
-    """See `Graph.to_networkx`."""
+    """Return one function of a graph as a networkx graph; see `Graph.to_networkx`. Raises GraphError for an unknown
+    function.
+    """
     import networkx
 
     if function not in graph.functions:

@@ -8,7 +8,7 @@ from treadle.ir.graph import Graph
 
 
 def count_calls(graph: Graph) -> dict[str, int]:
-    """Return the number of times that one run calls each function, in the graph's order."""
+    """Return the number of times that one run calls each function. The functions are in the graph's order."""
     calls = dict.fromkeys(graph.functions, 0)
     calls |= dict.fromkeys(graph.entry_names, 1)
     for function in reversed(graph.functions.values()):
@@ -19,7 +19,7 @@ def count_calls(graph: Graph) -> dict[str, int]:
 
 
 def count_run_ops(graph: Graph) -> Counter[str]:
-    """Return the number of ops of each name that one run computes, also in called functions."""
+    """Return the number of ops of each name that one run computes, including the ops in called functions."""
     calls = count_calls(graph)
     ops: Counter[str] = Counter()
     for function, node in graph.walk():

@@ -2,7 +2,7 @@
 
     old = rearrange(%k, ...); %k = append(%k, ...); y = exp(old)          y would read the appended rows
 
-Each such value has a base: the version of a state, or the argument of its function, whose elements it shows.
+Each view has a base: the value whose elements it shows. That is a version of a state, or an argument of the function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class StateViews:
         self._known: dict[Function, dict[Value, Value]] = {}
 
     def bases(self, function: Function) -> dict[Value, Value]:
-        """Return the base of each value of a function that shows another value's elements."""
+        """Return a dict from each view in a function to its base."""
         if function not in self._known:
             for each in self.graph.functions.values():  # callees first, so that recursion stays shallow
                 if each is not function and each not in self._known:
@@ -65,10 +65,11 @@ def _is_view(node: Node) -> bool:
 
 
 def deadlines(function: Function) -> dict[Node, int]:
-    """Return the position of the first later update for each node that reads a state, or a view of a state.
+    """Return, for each node that reads a state or a view of a state, the position of the first later update of that
+    state.
 
-    A caller that moves a node, for example into a group, must compute it before that position. The results of a call
-    are assumed to show every state that was passed to it.
+    A caller that moves a node, for example into a group, must compute the node before that position. The results of a
+    call are assumed to show every state that was passed to the call.
     """
     if not function.states:
         return {}

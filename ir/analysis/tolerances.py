@@ -1,21 +1,21 @@
 """Bounds on the difference of two correct ways to compute the same values, since every op rounds.
 
-Numbers of a dtype have a relative **spacing** (2^-23 for f32; 1/127 of a row's largest, if rows are rounded to 8 bits
-at every call). No computation of f can be more precise than the change of f when last bits change: `moved` is the
-largest change of a result when its inputs change by one spacing, up or down. A sum of n terms adds n roundings of
-either sign, which **grow** as their square root. So the error of a result may be
+Numbers of a dtype have a relative **spacing** (2^-23 for f32; 1/127 of a row's largest number, if rows are rounded to 8
+bits at every call). If the last bits of its inputs change, the result of f changes, and no computation of f can be more
+precise than that change: `moved` is the largest change of a result when its inputs change by one spacing, up or down. A
+sum of n terms adds n roundings of either sign, whose sum **grows** as sqrt(n). So the error of a result may be
 
     8 (spacing max|f| + sqrt(n) moved)
 
-The factor 8 is the number of roundings inside a function such as erf. `moved` is measured by trying. The caller
-determines what is varied:
+The factor 8 is the number of roundings inside a function such as erf. `moved` is measured by changing inputs. The
+caller determines which numbers are changed:
 
     one op alone   its operands change; n is the points of its iteration space for one result
-    a model        operands and results of every op change; n is 1, since each op has had its own
-    a rewrite      inputs and constants of the two sides change; n is their ops
+    a model        operands and results of every op change; n is 1, since each op is changed by itself
+    a rewrite      inputs and constants of the two sides change; n is their number of ops
 
-Numbers that are **huge** represent infinity, and masks often contain them. They do not count for the scale of the
-others, and must stay huge, with the same sign. Each caller defines which numbers are huge.
+**Huge** numbers represent infinity, and masks often contain them. They do not count for the scale of the other numbers,
+and must stay huge, with the same sign. Each caller defines which numbers are huge.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 Numbers = TypeVar("Numbers", float, Array)
 
 ROUNDINGS = 8.0
-"""The number of roundings inside a function."""
+"""The number of roundings inside a function such as erf."""
 
 
 def spacing_of(dtype: DType) -> float:
@@ -58,10 +58,10 @@ def _made_blocks(node: Node) -> list[Encoding]:
 
 
 def room(spacing: float, size: Numbers, moved: Numbers, growth: float = 1.0) -> Numbers:
-    """Return the allowed error of a result.
+    """Return the allowed error of a result, of the shape of `size` and `moved`.
 
-    size    the magnitude of its numbers
-    moved   its change when numbers change by a spacing
+    size    the magnitude of the result's numbers
+    moved   the change of the result when its inputs change by a spacing
     growth  the factor of `moved`: sqrt(n) for a sum of n terms
     """
     return ROUNDINGS * (spacing * size + growth * moved)
@@ -72,8 +72,8 @@ class Distance:
     """The distance of computed numbers from the expected ones.
 
     plain  the positions that are compared: the expected number is finite and not huge
-    scale  the largest expected number there; 1 if all are zero, or if there are none
-    most   the largest difference there
+    scale  the largest expected number at those positions; 1 if all are zero, or if there are none
+    most   the largest difference at those positions
     lost   True if a huge number has become another number
     """
 

@@ -1,4 +1,6 @@
-"""Computations on weights and constants alone: the same at every call, so that they need to run only once."""
+"""Computations on weights and constants alone. Their results are the same at every call, so they need to run only
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from treadle.ir.text.attributes import attribute_symbols
 
 
 def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None = None) -> dict[Node, None]:
-    """Return the nodes that read weights and constants and nothing else, in program order.
+    """Return the nodes that read only weights and constants, in program order.
 
-    Nodes that read constants alone are included only if a node that reads weights needs them; constant folding covers
-    the others. Excluded are calls that `calls` does not accept, nodes that depend on a size that is known only at the
-    call, and collectives.
+    Nodes that read only constants are included only if a node that reads weights needs them; constant folding covers
+    the others. Excluded are calls for which `calls` returns False, nodes that depend on a size that is known only at
+    the call, and collectives.
     """
     fixed: set[Value] = set(function.parameters.values())
     weighty = set(fixed)
@@ -31,7 +33,7 @@ def weight_only_nodes(function: Function, calls: Callable[[Node], bool] | None =
 def values_of_weights(graph: Graph) -> set[Value]:
     """Return the weights of all functions, and all values that are computed from weights alone.
 
-    A weight of a called function is included if every call passes such a value.
+    An argument of a called function is included if every call passes such a value.
     """
     found: set[Value] = set()
     passed: dict[Value, bool] = {}
@@ -53,7 +55,7 @@ def values_of_weights(graph: Graph) -> set[Value]:
 def is_made_of_weights(value: Value) -> bool:
     """Return True if a value is a weight, or computed from weights alone by ops that `bind` may run.
 
-    These are neither calls, nor collectives, nor ops whose attributes hold symbols.
+    `bind` runs no calls, no collectives, and no ops whose attributes hold symbols.
     """
     waiting, seen = [value], {value}
     while waiting:

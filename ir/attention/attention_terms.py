@@ -9,11 +9,12 @@
     t5_relative(32, 128, bidirectional)   + table[bucket(j - i), h]                 table: float[32, h]
     alibi                                 + slopes[h] * (j - i)                     slopes: float[h]
 
-i is a query's position and j a key's: its index along its own axis, so that query 0 and key 0 have the same position,
-whatever their numbers. Masks intersect and biases add up, in any order. A term defines its operands, with their axes in
-attention's (b rows, h query heads, s queries, t keys), its meaning in NumPy and in primitives, and the range of keys
-that it lets a query see. Its gradient is the gradient of its body. NumPy's kernels call that meaning; the other
-backends implement terms in a `treadle.ir.attention.term_visitor.TermVisitor`.
+i is the position of a query and j the position of a key. A position is an index along the query's or the key's own
+axis, so that query 0 and key 0 have the same position, however many queries and keys there are. Masks intersect and
+biases add up, in any order. A term defines its operands, with their axes in attention's (b rows, h query heads, s
+queries, t keys), its meaning in NumPy and in primitives, and the range of keys that it lets a query see. The gradient
+of a term is the gradient of its body. NumPy's kernels call the term's NumPy meaning; the other backends implement terms
+in a `treadle.ir.attention.term_visitor.TermVisitor`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ AXES = ("b", "h", "s", "t")
 class TermOperand:
     """An operand of a term: its name, its dtype (as in a dtype rule) and its axes.
 
-    An axis other than b, h, s and t is the term's own; the term reads it as a whole.
+    The axes b, h, s and t are attention's. Any other axis belongs to the term alone, which reads it as a whole.
     """
 
     name: str
@@ -49,7 +50,7 @@ class TermOperand:
     axes: str
 
     def rule(self, keys: str = "t") -> str:
-        """Return its axes in an axis rule, where heads are (g r) and the key axis is named `keys`."""
+        """Return the operand's axes as in an axis rule, with heads as (g r) and the key axis as `keys`."""
         mapped = {"b": "b", "h": "(g r)", "s": "s", "t": f"[{keys}]"}
         return " ".join(mapped.get(axis, f"[{axis}]") for axis in self.axes.split())
 
@@ -58,8 +59,8 @@ class Term:
     """Base of all terms; derive from `MaskTerm` or `BiasTerm`.
 
     name        the term's name in text, before its fields in parentheses
-    positional  the axes, of s and t, along which it reads the position itself
-    relative    True if it reads only the differences of positions, and no operand with an axis of positions
+    positional  the axes, among s and t, whose positions enter the term's formula
+    relative    True if the term depends only on differences of positions, and no operand has an axis of positions
     """
 
     name: ClassVar[str]
@@ -72,11 +73,13 @@ class Term:
         return ()
 
     def reference(self, i: Array, j: Array, *operands: Array) -> Array:
-        """Return the term's value in NumPy, with i: [s, 1] and j: [t]; broadcasts against [b, h, s, t]."""
+        """Return the term's value in NumPy, with i: [s, 1] and j: [t]. The value broadcasts against [b, h, s, t]."""
         raise GraphError(f"term {type(self).__name__} has no reference")
 
     def body(self, grid: Grid, *operands: Expr) -> Expr:
-        """Build the same in primitives, with `grid.i` and `grid.j`; broadcasts against [b, g, r, s, t]."""
+        """Build the term's value in primitives, from `grid.i` and `grid.j`. The value broadcasts against [b, g, r, s,
+        t].
+        """
         raise GraphError(f"term {type(self).__name__} has no body")
 
     def accept(self, visitor: TermVisitor[X, Y], *operands: X) -> Y:
@@ -84,12 +87,13 @@ class Term:
         raise GraphError(
             f"attention: {type(visitor).__name__} has no case for the term {self.name}",
             received=self.text,
-            hint="lower attention's body if `is_standard` of a term is false: it consists of primitives",
+            hint="lower attention's body, which consists of primitives, if `is_standard` of a term is false",
         )
 
     @property
     def is_standard(self) -> bool:
-        """True if visitors have a method for this kind. A backend lowers attention's body if one of the terms has none.
+        """True if visitors have a method for this kind of term. If one of the terms of attention has none, a backend
+        lowers attention's body.
 
         A class derived from a standard kind is another kind, possibly with another meaning, and is not standard.
         """
@@ -114,12 +118,12 @@ class Term:
 class MaskTerm(Term):
     """A term that selects the keys that a query may see.
 
-    Its arrays are booleans: true if the query may see the key.
+    The term's arrays are booleans: true if the query may see the key.
     """
 
     @property
     def reach(self) -> tuple[int | None, int | None]:
-        """The least and the greatest j - i that it can keep, whatever its operands hold; None: no limit."""
+        """The least and the greatest j - i that the mask can keep, whatever its operands hold; None means no limit."""
         return None, None
 
 
@@ -347,7 +351,9 @@ class T5Relative(BiasTerm):
 
     @cached_property
     def bucket_by_offset(self) -> Array:
-        """Return the bucket of each j - i from -max_distance to max_distance; beyond, the bucket stays the same."""
+        """Return the bucket of each offset j - i from -max_distance to max_distance. Larger offsets, in either
+        direction, have the bucket of the end.
+        """
         offsets = np.arange(-self.max_distance, self.max_distance + 1)
         return t5_buckets(offsets, self.buckets, self.max_distance, self.bidirectional)
 

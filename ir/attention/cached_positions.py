@@ -1,7 +1,7 @@
 """Positions of the keys in a cache, and the keys that a row's queries may see.
 
-Without a ring, slot j holds the key of position j. A ring of C keys holds the last C positions that were written: slot
-j holds the one of them that is congruent to j modulo C.
+In a cache without a ring, slot j holds the key of position j. A ring of C keys holds the last C positions that were
+written: slot j holds the one of these positions that is congruent to j modulo C.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def live_positions(
 
     lengths  the row's length, for each padding among the terms
 
-    There are at most `capacity` positions, each with its own slot: x modulo `capacity`. Keys at other positions are
-    never read.
+    There are at most `capacity` positions. The key of position x is in slot x modulo `capacity`. Keys at other
+    positions are never read.
     """
     low, high = reach_of(terms)
     newest = start + queries

@@ -1,4 +1,6 @@
-"""Buckets of distances, as in T5's learned bias: one per distance while it is small, then growing geometrically."""
+"""Buckets of distances, as in T5's learned bias: one bucket per small distance, then buckets that grow
+geometrically.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,11 @@ from treadle.ir.operation import Array
 
 
 def t5_buckets(offsets: Array, buckets: int, max_distance: int, bidirectional: bool) -> Array:
-    """Return the buckets of keys at these offsets j - i from their query.
+    """Return the buckets of keys at these offsets j - i from their query, as an array of the offsets' shape.
 
     The first half of the buckets, `near`, hold one distance each; the others grow geometrically up to max_distance. If
-    bidirectional, keys after the query have the upper half of all buckets to themselves; otherwise they share bucket 0.
+    bidirectional, the upper half of all buckets is reserved for keys after the query; otherwise these keys have bucket
+    0.
     """
     count = buckets // 2 if bidirectional else buckets
     near = count // 2

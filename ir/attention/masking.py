@@ -41,7 +41,7 @@ class _Applied:
         return f" {self.sign} ".join(term.text for term, _ in self.entries)
 
     def __bool__(self) -> bool:
-        """Raise GraphError: `a and b` would silently be b alone."""
+        """Raise GraphError: Python's `a and b` would be b alone, without an error."""
         raise GraphError(
             f"{self.noun} have no truth value",
             received=str(self) or None,
@@ -61,7 +61,7 @@ class _Applied:
 
 @dataclass(frozen=True)
 class Masks(_Applied):
-    """An intersection of masks: a query sees the keys that every one of them keeps; without any, all keys."""
+    """An intersection of masks: a query sees the keys that every mask keeps. Without masks it sees all keys."""
 
     sign = "&"
     noun = "masks"
@@ -74,7 +74,7 @@ class Masks(_Applied):
 
     def __add__(self, other: object) -> NoReturn:
         """Raise GraphError: masks intersect."""
-        raise _mismatch("masks do not add up", other, "a & b keeps the keys that both keep")
+        raise _mismatch("masks do not add up", other, "a & b keeps the keys that both a and b keep")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Keys that queries see under all masks together: the range, whether there is any, and the number of pairs."""
+"""Keys that queries see under all masks together: the range of their offsets, whether there are any, and the number of
+pairs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from treadle.ir.sizing.sizes import ZERO, Size
 
 
 def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
-    """Return the least and the greatest j - i that all masks among the terms can keep; None: no limit."""
+    """Return the least and the greatest j - i that all masks among the terms can keep; None means no limit."""
     reaches = [term.reach for term in terms if isinstance(term, MaskTerm)]
     least = [low for low, _ in reaches if low is not None]
     greatest = [high for _, high in reaches if high is not None]
@@ -18,10 +20,11 @@ def reach_of(terms: Iterable[Term]) -> tuple[int | None, int | None]:
 
 
 def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = ZERO) -> bool:
-    """Return True if every query sees a key whatever the operands hold: key 0 if only causal, else its own key.
+    """Return True if every query sees a key whatever the operands hold: key 0 if all masks are causal, otherwise the
+    key at the query's own position.
 
-    The first query has position `first`, which is 0 or more: later queries may have no key of their own. A learned
-    table or a slope is a finite number; a tensor that is added may hold -inf.
+    The first query has position `first`, which is 0 or more, so later queries may have no key at their own position.
+    The entries of a learned table and slopes are finite numbers; a tensor that is added may hold -inf.
     """
     kinds = {type(term) for term in terms}
     masks = {kind for kind in kinds if issubclass(kind, MaskTerm)}
@@ -31,10 +34,11 @@ def leave_a_key(terms: Iterable[Term], queries: Size, keys: Size, first: Size = 
 
 
 def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -> int:
-    """Return the number of queries x keys pairs that no mask rules out by position alone; the first query is at
+    """Return the number of pairs of a query and a key that no mask excludes by position alone. The first query is at
     `start`.
 
-    Masks that depend on values (padding, segments, a boolean mask) count as kept: an upper bound.
+    Masks that depend on values (padding, segments, a boolean mask) are assumed to exclude nothing, so the number is an
+    upper bound.
     """
     low, high = reach_of(terms)
 
@@ -43,7 +47,7 @@ def live_pairs(terms: Iterable[Term], queries: int, keys: int, start: int = 0) -
         last = keys - 1 if high is None else min(i + high, keys - 1)
         return max(last - first + 1, 0)
 
-    turns = {start, start + queries}  # between two turns the number of keys changes linearly with the query
+    turns = {start, start + queries}  # between two turns, the number of keys is linear in the query
     turns |= set() if low is None else {-low, keys - low}
     turns |= set() if high is None else {-high - 1, keys - 1 - high}
     inside = sorted(i for i in turns if start <= i <= start + queries)

@@ -51,7 +51,9 @@ def parse_term(text: str) -> Term:
 
 
 def read_term(value: Term | str) -> Term:
-    """Return the term of an op's attribute, which may also be passed as text. Raises TypeError for any other type."""
+    """Return the term that an op's attribute holds, parsed if the attribute is text. Raises TypeError for any other
+    type.
+    """
     if not isinstance(value, Term | str):
         raise TypeError
     return parse_term(value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Encodings: quantized block forms of values. Importing this package registers all."""
+"""Encodings: quantized block forms of values. Importing this package registers all forms."""
 
 # ruff: noqa: F401
 

@@ -4,10 +4,10 @@
     f32[768, 2304] as int8_rows(axis=0)      a block per column: the axis that a product sums over
     f32[576, 1536] as int4_groups(64)        a form with a parameter
 
-The type has the dtype and shape of the decoded value; the encoding is its storage format. The array that holds an
-encoded value is u8, of the value's shape, where the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in
-u8[576, 864]. A line along that axis is a sequence of blocks, and a block is a record of component arrays. So operations
-on other axes alone (joining, slicing and selecting rows) work on the held array as on any other.
+The type has the dtype and shape of the decoded value; the encoding is its storage format. An encoded value is held in a
+u8 array of the value's shape, except that the blocked axis counts bytes: f32[576, 1536] as q4_0 is held in u8[576,
+864]. A line along that axis is a sequence of blocks, and a block is a record of component arrays. So operations along
+other axes (joining, slicing and selecting rows) work on the held array as on any other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 _TEXT = re.compile(r"([a-z]\w*)(?:\(([^()]*)\))?")
 MOST_IN_LINE = 1 << 24
 """The number of elements in the longest line that may be a single block."""
-_AT_ONCE = 1 << 20  # elements that are decoded at once: temporaries are several times as large
+_AT_ONCE = 1 << 20  # elements decoded in one step; temporaries are several times as large
 
 
 class BlockForm(ABC):
@@ -36,9 +36,9 @@ class BlockForm(ABC):
 
     name       the form's name in a type's text
     elements   the number of elements in a block; None: a whole line, whatever its length
-    encodes    True if it can be written; all forms can be read
-    spacing    for a form that can be written, the spacing of a block's numbers relative to its largest
-    marks      True if a block with NaN or infinite numbers may be written: all of it decodes to NaN
+    encodes    True if values can be encoded to the form; all forms can be decoded
+    spacing    for a form with `encodes`, the spacing of a block's numbers relative to the largest of them
+    marks      True if a block with NaN or infinite numbers can be encoded: the whole block decodes to NaN
     grouped    True if its name takes the number of elements in a block: int4_groups(32)
     whole      True if a block holds 8-bit integers in groups, each with a scale and an offset: see `parts`
     """
@@ -53,22 +53,28 @@ class BlockForm(ABC):
 
     @abstractmethod
     def record(self, elements: int) -> np.dtype[Any]:
-        """Return the component arrays of a block of `elements`, as a NumPy record without padding, little-endian."""
+        """Return the dtype of a block of `elements`: a NumPy record of component arrays, without padding,
+        little-endian.
+        """
 
     @abstractmethod
     def decode(self, blocks: Array) -> Array:
-        """Decode n records to f32[n, elements]. Never raises: bytes may be anything, scales NaN or infinite."""
+        """Decode n records to f32[n, elements]. Never raises: the bytes may have any value, and scales may be NaN or
+        infinite.
+        """
 
     def parts(self, blocks: Array) -> tuple[Array, Array, Array]:
-        """Return q, i8[n, elements], and d and c, f32[n, spans], of n records of a form that is `whole`: y = d q + c.
+        """Return (q, d, c) with y = d q + c, for n records of a form that is `whole`. q is i8[n, elements]; d and c are
+        f32[n, spans].
 
-        Each d and c applies to the same number of neighbours in the block.
+        Each element of d and c applies to the same number of neighbours in the block. Raises GraphError for other
+        forms.
         """
         raise GraphError(f"{self.name} is not a form of integers in groups with scales")
 
     def encode(self, values: Array) -> Array:
-        """Encode f32[n, elements], finite unless the form marks, to n records. Raises GraphError for a value out of
-        range.
+        """Encode f32[n, elements] to n records. The values must be finite, unless `marks` is True. Raises GraphError
+        for a value out of range.
         """
         raise GraphError(f"{self.name} can be read, but not written")
 
@@ -143,13 +149,13 @@ class Encoding:
         return size // elements * self.block.record(elements).itemsize
 
     def size(self, bytes: int) -> int:
-        """Return the number of elements in a line of `bytes`: the inverse of `bytes`."""
+        """Return the number of elements in a line of `bytes` bytes: the inverse of `bytes`."""
         if self.block.elements is None:
             return bytes - self.block.record(0).itemsize
         return bytes // self.block.record(self.block.elements).itemsize * self.block.elements
 
     def bits(self, size: int) -> float:
-        """Return the number of bits per element on an axis of this size, including its part of scales."""
+        """Return the average number of bits per element on an axis of this size, including the scales."""
         return 8 * self.bytes(size) / size
 
     # -- arrays ------------------------------------------------------------------------------------------------
@@ -162,14 +168,14 @@ class Encoding:
         blocks = np.ascontiguousarray(lines).reshape(-1).view(self.block.record(elements))
         made = np.empty((len(blocks), elements), np.float32)
         step = max(1, _AT_ONCE // elements)
-        with np.errstate(all="ignore"):  # a scale may be anything
+        with np.errstate(all="ignore"):  # a scale may have any value
             for start in range(0, len(blocks), step):
                 made[start : start + step] = self.block.decode(blocks[start : start + step])
         return np.moveaxis(made.reshape(*lines.shape[:-1], size), -1, self.axis)
 
     def first_not_finite(self, blocks: Array) -> tuple[int, str] | None:
-        """Find the first block with a scale that is infinite or NaN, in an array held along its last axis. Returns its
-        index and the scale, by name; None if every number is finite.
+        """Find the first block with an infinite or NaN scale, in an array held along its last axis. Return the index of
+        the block and the name of the scale, or None if all scales are finite.
         """
         record = self.block.record(self.elements(self.size(blocks.shape[-1])))
         blocks = blocks.reshape(-1).view(record)
@@ -178,7 +184,9 @@ class Encoding:
             kind = record[name].base
             if kind.kind != "f":
                 continue
-            exponent = {2: 0x7C00, 4: 0x7F800000}[kind.itemsize]  # all ones: compared as integers, with no copy
+            exponent = {2: 0x7C00, 4: 0x7F800000}[
+                kind.itemsize
+            ]  # exponent bits all set: NaN or infinite; comparing integers needs no copy
             words = blocks[name].view(f"<u{kind.itemsize}")
             for start in range(0, len(words), _AT_ONCE):
                 beyond = (words[start : start + _AT_ONCE] & exponent) == exponent
@@ -232,7 +240,7 @@ def parse_encoding(text: str) -> Encoding:
     """Parse an encoding. Raises GraphError."""
     match = _TEXT.fullmatch(text.strip())
     if match is None:
-        raise GraphError("this is not an encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
+        raise GraphError("not an encoding", received=text[:40], hint="q4_0, int8_rows or int4_groups(32)")
     found = {"group": 0, "axis": -1}
     given: set[str] = set()
     for word in [w.strip() for w in match[2].split(",")] if match[2] else []:

@@ -1,4 +1,5 @@
-"""The block forms of GGUF files: 32 elements with a scale of 16 bits, and 256 with scales of scales (k-quants).
+"""The block forms of GGUF files: blocks of 32 elements with a 16-bit scale, and blocks of 256 with quantized scales
+(k-quants).
 
 Source: ggml's block structures and their dequantisation,
 https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Each decoder is bitwise identical to the `gguf` library,
@@ -22,8 +23,8 @@ _F16 = np.dtype("<f2")
 
 
 def unpacked(packed: Array, run: int, width: int) -> Array:
-    """Unpack numbers of `width` bits from u8[n, m] to u8[n, 8 / width * m]: for each run of bytes, first the lowest
-    bits of all, then the next ones.
+    """Unpack numbers of `width` bits from u8[n, m] to u8[n, 8 / width * m]. For each run of `run` bytes, the result has
+    the lowest bits of all its bytes, then the next bits of all, and so on.
     """
     shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
     runs = packed.reshape(len(packed), -1, 1, run)
@@ -42,7 +43,10 @@ class _GGUFForm(BlockForm):
 
     def __init__(self, group: int) -> None:
         if group:
-            raise GraphError(f"{self.name} has blocks of {self.elements}", received=f"{self.name}({group})")
+            raise GraphError(
+                f"{self.name} takes no group size: its blocks have {self.elements} elements",
+                received=f"{self.name}({group})",
+            )
 
     def record(self, elements: int) -> np.dtype[Any]:
         return np.dtype([*self.fields])
@@ -69,7 +73,7 @@ class _WholeForm(_GGUFForm):
 
 
 def _above(low: Array, high: Array) -> Array:
-    """Return numbers of five bits: four low ones, and the high bits of a block in four bytes."""
+    """Return five-bit numbers from their four low bits, and their high bits, which a block holds in four bytes."""
     made: Array = low | (np.unpackbits(high, axis=-1, bitorder="little") << np.uint8(4))
     return made
 
@@ -189,7 +193,7 @@ def _scales_and_least(packed: Array) -> tuple[Array, Array]:
 
 @block_form
 class Q2_K(_KForm):
-    """y = d s q - dmin m: q of 2 bits; s and m of 4, one of each for 16 elements"""
+    """y = d s q - dmin m: q of 2 bits; s and m of 4 bits, one of each for 16 elements"""
 
     name = "q2_k"
     fields = (("scales", "u1", 16), ("qs", "u1", 64), ("d", _F16), ("dmin", _F16))
@@ -203,7 +207,7 @@ class Q2_K(_KForm):
 
 @block_form
 class Q3_K(_KForm):
-    """y = d (s - 32) (q - 4): q of 3 bits; s of 6, one for 16 elements"""
+    """y = d (s - 32) (q - 4): q of 3 bits; s of 6 bits, one for 16 elements"""
 
     name = "q3_k"
     fields = (("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", _F16))
@@ -221,7 +225,7 @@ class Q3_K(_KForm):
 
 @block_form
 class Q4_K(_KForm):
-    """y = d s q - dmin m: q of 4 bits; s and m of 6, one of each for 32 elements"""
+    """y = d s q - dmin m: q of 4 bits; s and m of 6 bits, one of each for 32 elements"""
 
     name = "q4_k"
     fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qs", "u1", 128))
@@ -235,7 +239,7 @@ class Q4_K(_KForm):
 
 @block_form
 class Q5_K(_KForm):
-    """y = d s q - dmin m: q of 5 bits; s and m of 6, one of each for 32 elements"""
+    """y = d s q - dmin m: q of 5 bits; s and m of 6 bits, one of each for 32 elements"""
 
     name = "q5_k"
     fields = (("d", _F16), ("dmin", _F16), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))
@@ -250,7 +254,7 @@ class Q5_K(_KForm):
 
 @block_form
 class Q6_K(_KForm):
-    """y = d s (q - 32): q of 6 bits; s of 8, one for 16 elements"""
+    """y = d s (q - 32): q of 6 bits; s of 8 bits, one for 16 elements"""
 
     name = "q6_k"
     fields = (("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", _F16))

@@ -19,22 +19,22 @@ from treadle.ir.errors import GraphError
 _GROUPS = (16, 32, 64, 128, 256)
 
 SMALLEST_ROW = np.float32(2.0**-119)
-"""A row of int8_rows, or a group of int8_groups, becomes zeros if all its numbers are of smaller magnitude."""
+"""Smallest magnitude of a block: int8_rows and int8_groups encode a block as zeros if all its numbers are smaller."""
 
 
 def _group(form: str, group: int) -> int:
-    """Return the number of elements in a group. Raises GraphError for an invalid number."""
+    """Return the number of elements in a group. Raises GraphError if the form does not support it."""
     if group not in _GROUPS:
         hint = "one of " + ", ".join(map(str, _GROUPS))
-        raise GraphError(f"{form} takes the number of elements in a group", received=str(group), hint=hint)
+        raise GraphError(f"{form}: invalid group size", received=str(group), hint=hint)
     return group
 
 
 class _Symmetric(BlockForm):
     """y = scale q: q from -127 to 127, one float32 scale per block; the largest magnitude in a block is 127 scales
 
-    Symmetric, so that integer products need no correction. The scale is 0 for a block of zeros, and for a block whose
-    numbers are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 can hold.
+    The form is symmetric, so that integer products need no correction. The scale is 0 for a block of zeros, and for a
+    block whose numbers are all below 2^-119: 127 / 2^-119 is the largest such factor that float32 can hold.
     """
 
     encodes = True
@@ -84,7 +84,7 @@ class UInt8Rows(BlockForm):
 
     def __init__(self, group: int) -> None:
         if group:
-            raise GraphError("a block of uint8_rows is a whole row", received=f"uint8_rows({group})")
+            raise GraphError("uint8_rows takes no group size: a block is a whole row", received=f"uint8_rows({group})")
 
     def record(self, elements: int) -> np.dtype[Any]:
         return np.dtype([("scale", "<f4"), ("zero", "u1"), ("q", "u1", (elements,))])
@@ -119,7 +119,7 @@ class Int8Rows(_Symmetric):
 
     def __init__(self, group: int) -> None:
         if group:
-            raise GraphError("a block of int8_rows is a whole row", received=f"int8_rows({group})")
+            raise GraphError("int8_rows takes no group size: a block is a whole row", received=f"int8_rows({group})")
 
 
 @block_form
@@ -137,7 +137,7 @@ class Int8Groups(_Symmetric):
 class Int4Groups(BlockForm):
     """y = scale (q - 8): q from 0 to 15, one float16 scale per group; the value of largest magnitude is -8 scales
 
-    Rounded to nearest. Elements i and i + n / 2 of a group of n share byte i, the first in the low half.
+    Values are rounded to nearest. Elements i and i + n / 2 of a group of n share byte i, the first in the low half.
     """
 
     name = "int4_groups"
@@ -168,7 +168,10 @@ class Int4Groups(BlockForm):
             scale = (largest / np.float32(-8)).astype(np.float16)
         if not np.isfinite(scale).all():
             beyond = float(largest[~np.isfinite(scale)][0])
-            raise GraphError("int4_groups has scales of 16 bits", received=f"a group whose largest value is {beyond:g}")
+            raise GraphError(
+                "int4_groups: a value is too large for a float16 scale",
+                received=f"a group whose largest value is {beyond:g}",
+            )
         wide = scale.astype(np.float32)
         q = np.clip(np.rint(values / np.where(wide != 0, wide, 1)) + 8, 0, 15).astype(np.uint8)
         half = values.shape[-1] // 2

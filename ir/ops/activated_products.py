@@ -19,7 +19,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "sigmo
 
 
 class _ActivatedProduct(MixedProduct, Composite):
-    """Base of both ops: weights of either layout, an activation by name."""
+    """Base of both ops: an activation by name, and weights in either order of axes."""
 
     activation: str
     weight_axes: str
@@ -28,7 +28,7 @@ class _ActivatedProduct(MixedProduct, Composite):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.activation not in self.activations:
-            raise RuleError(f"activation is {self.activation!r}", hint="one of " + ", ".join(self.activations))
+            raise RuleError(f"unknown activation {self.activation!r}", hint="one of " + ", ".join(self.activations))
         refuse_weight_axes(self.weight_axes)
 
     @property
@@ -87,8 +87,8 @@ class ActivatedLinear(_ActivatedProduct):
         (S("f32[2,3]", "f32[3,4]", None), "axis k sizes disagree: 3 in x, 4 in weight"),
         (S("f32[2,3]", "f32[4,3]", "f32[3]"), "axis n sizes disagree: 4 in weight, 3 in bias"),
         (S("f32[3]", "f32[3,4]", None, weight_axes="k n"), "x must have rank 2 or more"),
-        (S("f32[2,3]", "f32[4,3]", None, activation="exp"), "activation is 'exp'"),
-        (S("f32[2,3]", "f32[4,3]", None, weight_axes="k, n"), "weight_axes is 'k, n'"),
+        (S("f32[2,3]", "f32[4,3]", None, activation="exp"), "unknown activation 'exp'"),
+        (S("f32[2,3]", "f32[4,3]", None, weight_axes="k, n"), "unknown weight_axes 'k, n'"),
     ]
 
 
@@ -99,7 +99,7 @@ class GatedLinear(_ActivatedProduct):
     Gated linear units: with "sigmoid" GLU (Dauphin et al. 2017), with "relu", "gelu", "silu" and "none" (the identity)
     ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
 
-    activation   act: one of activated_linear's, or "none"
+    activation   act: an activation that activated_linear accepts, or "none"
     weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of the result and the biases, in which products are summed; None: the dtype of x and the
                  weights
@@ -140,6 +140,6 @@ class GatedLinear(_ActivatedProduct):
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[5,3]", None, None), "axis n sizes disagree: 4 in gate, 5 in up"),
         (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
-        (S("f32[2,3]", "f32[4,3]", "f32[4,3]", None, None, activation="exp"), "activation is 'exp'"),
+        (S("f32[2,3]", "f32[4,3]", "f32[4,3]", None, None, activation="exp"), "unknown activation 'exp'"),
         (S("f32[3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k n"), "x must have rank 2 or more"),
     ]

@@ -1,4 +1,4 @@
-"""Activations composed of simpler functions, element by element."""
+"""Elementwise activations, composed of simpler functions."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class QuickGelu(Composite):
 class Softplus(Composite):
     """y = ln(1 + e^x)        (Dugas et al. 2001)
 
-    As max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
+    Computed as max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
     """
 
     x = Operand()

@@ -16,9 +16,9 @@ from treadle.ir.types import Type, bf16, f16, f32
 
 
 def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Return the positions of `axes` in a tensor of this rank, in order.
+    """Return the positions of `axes` in a tensor of this rank, in the order of `axes`.
 
-    Raises RuleError if there is no such axis, or one is named twice.
+    Raises RuleError if there is no such axis, or if an axis is named twice.
     """
     found = sorted(place(axis, rank) for axis in axes)
     for before, after in pairwise(found):
@@ -28,7 +28,9 @@ def places(axes: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
-    """Return demands that no axis among `axes` is empty, since an empty axis has no `what`. Raises as `places` does."""
+    """Return demands that no axis in `axes` is empty. `what` is the quantity that an empty axis lacks, for the message.
+    Raises as `places` does.
+    """
     if x is None or not x.rank:
         return []
     return [(x.shape[i] - 1, f"an axis of size 0 has no {what}") for i in places(axes, x.rank)]
@@ -37,8 +39,8 @@ def not_empty(x: Type | None, axes: Sequence[int], what: str) -> list[Demand]:
 def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
     """Return the axis rule of an op that acts along `axes` of its operand and maps the others; axis i is named `ai`.
 
-    read    the text of such an axis in the operand, with `{}` for its name
-    given   its text in each result; empty if the result does not have it
+    read    the text of each axis in `axes` in the operand, with `{}` for its name
+    given   the text of these axes in each result; empty if the result lacks them
 
         rule_along([-1], 3, "[{}]", "[{}]")      "... [a2] -> ... [a2]"
         rule_along([1], 3, "{}:max", "")         "... a1:max a2 -> ... a2"
@@ -56,17 +58,19 @@ def rule_along(axes: Sequence[int], rank: int, read: str, *given: str) -> str:
 
 
 def widened(x: Expr) -> Expr:
-    """Return x in the dtype of sums: f32 for 16-bit floats, whose squares and sums may overflow."""
+    """Return x in the dtype of sums: f32 for 16-bit floats, because their squares and sums may overflow."""
     return x.cast(f32) if x.dtype in (f16, bf16) else x
 
 
 def wide_array(x: Any) -> Any:
-    """Return a NumPy array in the dtype of sums; bf16 is held in float32 already."""
+    """Return a NumPy array in the dtype of sums. Arrays of bf16 values are float32 already."""
     return x.astype(np.float32) if x.dtype == np.float16 else x
 
 
 def with_ones(b: Builder, x: Expr, axes: Sequence[int], rank: int) -> Expr:
-    """Return a reduction of a tensor of this rank, in which the dropped `axes` are replaced by dimensions of size 1."""
+    """Reshape the result of a reduction of a tensor of this rank: insert a dimension of size 1 for each dropped axis in
+    `axes`.
+    """
     chosen = places(axes, rank)
     if x.rank == rank:
         return x

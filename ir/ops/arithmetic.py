@@ -111,7 +111,7 @@ class Div(Primitive):
 class Pow(Primitive):
     """z = x^y: NaN for a negative x unless y is an integer
 
-    dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
+    dz/dx = y x^(y-1), and 0 where y = 0. dz/dy = x^y ln x; where x <= 0, ln x has no real value, and dz/dy is 0.
     """
 
     x = Operand()
@@ -126,7 +126,7 @@ class Pow(Primitive):
         by_x = b.where(b.equal(y, zero), zero, y * x ** (y - one))
         if y.value.literal is not None:
             return [unbroadcast(b, g * by_x, x.type), None]
-        # ln is taken of a harmless 1 where x <= 0, so that a backend that traps on NaN stays quiet
+        # where x <= 0, ln is taken of 1, so that a backend that traps on NaN does not trap
         by_y = b.where(x > zero, z * b.log(b.where(x > zero, x, one)), zero)
         return [unbroadcast(b, g * by_x, x.type), unbroadcast(b, g * by_y, y.type)]
 
@@ -136,7 +136,7 @@ class Pow(Primitive):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Choice(Primitive):
-    """One of two numbers.
+    """An op whose result is one of two numbers.
 
     ties   the gradient where x = y: "even" gives half to each, as torch.maximum does; "x" or "y" gives all to one of
            them, as torch.clamp gives it to the clamped value, and hardtanh to its bound
@@ -153,7 +153,9 @@ class _Choice(Primitive):
         return self.ties == "even"
 
     def shared(self, b: Builder, g: Expr, x: Expr, y: Expr, x_wins: Expr) -> list[Expr | None]:
-        """The gradient g for the selected operand: for x where `x_wins`; where both are equal, `ties` decides."""
+        """Return the gradients of x and y: g for the selected operand, which is x where `x_wins`. Where both are equal,
+        `ties` decides.
+        """
         zero = b.constant(0.0, g.dtype)
         if self.ties == "even":
             to_x = b.where(b.equal(x, y), g * 0.5, b.where(x_wins, g, zero))
@@ -179,7 +181,7 @@ class _Choice(Primitive):
 class Maximum(_Choice):
     """z = max(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.maximum has it; `ties` gives it all to one.
+    Where x = y, each operand gets half of the gradient, as in torch.maximum; `ties` can give all of it to one operand.
     """
 
     x = Operand()
@@ -197,7 +199,7 @@ class Maximum(_Choice):
 class Minimum(_Choice):
     """z = min(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.minimum has it; `ties` gives it all to one.
+    Where x = y, each operand gets half of the gradient, as in torch.minimum; `ties` can give all of it to one operand.
     """
 
     x = Operand()
@@ -215,8 +217,8 @@ class Minimum(_Choice):
 class FloorDivide(Primitive):
     """z = floor(x / y)
 
-    Rounds towards minus infinity, integers as well (as NumPy, Python and torch.floor_divide; C truncates). An
-    integer divided by zero is undefined. Constant between its steps, so no gradient flows.
+    Rounds towards minus infinity, also for integers, as NumPy, Python and torch.floor_divide do (C truncates). An
+    integer divided by zero is undefined. The result is piecewise constant, so no gradient flows.
     """
 
     x = Operand()

@@ -63,11 +63,15 @@ class Attending(Composite):
 
     @property
     def has_standard_terms(self) -> bool:
-        """True if every backend has a case for each term; otherwise it lowers the body."""
+        """True if every term is of a standard kind, which all backends implement. Otherwise a backend lowers the
+        body.
+        """
         return all(term.is_standard for term in self.terms)
 
     def operand_names(self, count: int) -> list[str]:
-        """Return the op's own operand names, and the terms' names, numbered from the second use of a name."""
+        """Return the op's own operand names, then the names of the terms' operands. If a name occurs again, it is
+        numbered.
+        """
         names: list[str] = []
         for name in [*self.first, *(o.name for o in self._taken)]:
             again = sum(n.rstrip("0123456789") == name for n in names)
@@ -80,11 +84,11 @@ class Attending(Composite):
             raise RuleError(f"takes {', '.join(names)}, received {len(types)} operands")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise RuleError(f"softcap must be positive, is {self.softcap}")
-        if self.scale is not None and not math.isfinite(self.scale):  # or every score would be infinite or NaN
+        if self.scale is not None and not math.isfinite(self.scale):  # else every score would be infinite or NaN
             raise RuleError(f"scale must be finite, is {self.scale}", hint="a finite number, or none for 1/sqrt(d)")
         q = types[0]
         if self.scale is None and q is not None and q.rank == 4 and not q.shape[-1].constant:
-            raise RuleError(f"has no default scale for heads of size {q.shape[-1]}", hint="give scale")
+            raise RuleError(f"needs a scale, since heads have size {q.shape[-1]}", hint="pass scale")
         for term, operands in self.with_operands(types[len(self.first) :]):
             if isinstance(term, T5Relative) and (table := operands[0]) is not None and table.rank == 2:
                 rows = table.shape[0]
@@ -98,19 +102,19 @@ class Attending(Composite):
             yield term, tuple(next(rest) for _ in term.operands)
 
     def scale_for(self, d: int) -> float:
-        """Return the factor of q k, for heads of size d."""
+        """Return the factor by which q k is multiplied, for heads of size d."""
         return 1 / math.sqrt(d) if self.scale is None else self.scale
 
     def pair_flops(self, d: int, e: int) -> int:
-        """Return the operations of a live pair: 2 (d + e) in the two products, and a few in between: scale, maximum,
-        difference, exponential and sum, 3 for a soft-cap, 1 for each bias.
+        """Return the number of operations for one pair of a query and a key: 2 (d + e) in the two products, a few for
+        scale, maximum, difference, exponential and sum, 3 for a soft-cap, and 1 for each bias.
         """
         between = 5 + 3 * (self.softcap is not None) + sum(isinstance(t, BiasTerm) for t in self.terms)
         return 2 * (d + e) + between
 
     @property
     def begins_later(self) -> bool:
-        """True if its queries are a part of others, and their positions do not start at 0."""
+        """True if the op's queries are a part of all queries, and their positions do not start at 0."""
         return False
 
     # -- meaning ---------------------------------------------------------------------------------------------
@@ -120,8 +124,8 @@ class Attending(Composite):
     ) -> tuple[Array, Array]:
         """Return the attention of queries at positions i [s, 1] to keys at j [t], and the probabilities.
 
-        As in the body, scores and probabilities are rounded to the dtype, so that a bias too large for it is infinite;
-        sums are not rounded.
+        As in the body, scores and probabilities are rounded to the op's dtype, so that a bias that overflows the dtype
+        is infinite. Sums are not rounded.
         """
         dtype, scores = q.dtype, self._seen_scores(q, k, i, j, given)
         peak = scores.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -133,7 +137,7 @@ class Attending(Composite):
     def _seen_scores(self, q: Array, k: Array, i: Array, j: Array, given: Sequence[Array]) -> Array:
         """Return the scores, rounded to the dtype and held in a wider one; -inf for keys that a query may not see."""
         dtype, (rows, heads, count, d), (_, groups, keys, _) = q.dtype, q.shape, k.shape
-        together = (rows, groups, heads // groups * count)  # queries of all heads that share keys
+        together = (rows, groups, heads // groups * count)  # queries of all heads with the same keys
         queries = wide_array(self.scale_for(d) * q).reshape(*together, d)
         scores = queries @ np.swapaxes(wide_array(k), -1, -2)
         scores = scores.astype(dtype).reshape(rows, heads, count, keys)
@@ -178,14 +182,14 @@ class Attending(Composite):
 
 
 def weighted_array(weights: Array, v: Array) -> Array:
-    """Sum values [b, g, t, e] with weights [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
+    """Return the sum of values [b, g, t, e] with weights [b, (g r), s, t], in at least float32: [b, (g r), s, e]."""
     (rows, heads, count, keys), (_, groups, _, e) = weights.shape, v.shape
     out: Array = wide_array(weights).reshape(rows, groups, heads // groups * count, keys) @ wide_array(v)
     return out.reshape(rows, heads, count, e)
 
 
 def of_row(x: Array, axes: str, row: slice, keys: Any) -> Array:
-    """Return an operand of a term for one row and some keys."""
+    """Return the part of a term's operand that belongs to one row and some keys."""
     parts = {"b": row, "t": keys}
     taken: Array = x[tuple(parts.get(axis, slice(None)) for axis in axes.split())]
     return taken
@@ -210,10 +214,10 @@ def heads_merged(b: Builder, x: Expr) -> Expr:
 
 
 def weighted(b: Builder, weights: Expr, v: Expr) -> Expr:
-    """Sum values with their weights: [b, (g r), s, e]."""
+    """Return the sum of values v with `weights`: [b, (g r), s, e]."""
     return heads_merged(b, b.einsum(weights, v, equation="b g r s t, b g t e -> b g r s e"))
 
 
 def masked_softmax(b: Builder, scores: Expr) -> Any:
-    """Build the softmax over the last axis, with zeros for a row that is -inf throughout, in primitives."""
+    """Build the softmax over the last axis from primitives. A row whose scores are all -inf becomes zeros."""
     return MaskedSoftmax().body(b, scores)

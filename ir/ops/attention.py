@@ -1,5 +1,5 @@
-"""Attention over a sequence, alone and with its probabilities; masks and biases are terms
-(`treadle.ir.attention.attention_terms`).
+"""Attention over a sequence: `attention`, and the same op with its probabilities as a second result. Masks and biases
+are terms (`treadle.ir.attention.attention_terms`).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from treadle.ir.types import DType, Type, f32, f64, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OverSequence(Attending):
-    """Base of attention whose queries and keys have their indices as positions, with one or two results."""
+    """Base of attention in which the position of a query or key is its index. Derived ops have one or two results."""
 
     start: Size = ZERO
-    """The position of the first query; the others follow it."""
+    """The position of the first query. The following queries have the following positions."""
     pairs = ("s", "t")
 
     # -- rules -----------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class _OverSequence(Attending):
             raise RuleError(f"the position of the first query must be 0 or more, is {self.start}")
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """A query that sees no key after its own position reads t only up to s."""
+        """Return the axis rule. If no query sees a key after its own position, the rule reads t only up to s."""
         furthest = reach_of(self.terms)[1]
         t = "[t<=s]" if furthest is not None and furthest <= 0 and self.start == ZERO else "[t]"
         operands = ["b (g r) s [d]", f"b g {t} [d]", f"b g {t} e", *self._term_rules()]
@@ -84,17 +84,19 @@ class _OverSequence(Attending):
         return masked(b, scores, self._kept(grid, given))
 
     def _scores_to_lower(self, b: Builder, q: Expr, k: Expr, given: Sequence[Expr]) -> Expr:
-        """Return the scores, scaled last if a backend can scale them while it stores them.
+        """Return the scores for a backend's lowering: scaled after the product if a backend can scale them while it
+        stores them.
 
-        Scores are not scaled last in 16 bits, because the product might overflow, nor for heads that share keys:
-        queries that are scaled first are stored again, with the queries of one key head adjacent.
+        In 16 bits, the queries are scaled before the product instead, because the product might overflow. They are also
+        scaled first if heads share keys: these queries are stored again anyway, with the queries of one key head
+        adjacent.
         """
         alone = q.shape[1] == k.shape[1]
         return self._scores(b, q, k, given, scaled_last=alone and q.dtype in (f32, f64))
 
     def _gradient(self, b: Builder, g: Any, g_probabilities: Any, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient. With probabilities p and their gradient dp = dout v' + (the gradient of the result p, if
-        p has readers):
+        """Build the gradient. p are the probabilities, and dp = dout v', plus the gradient of the result p if p is
+        used:
 
         dv = p' dout,  dscores = p (dp - sum_t p dp);  then the gradient of the scores' body. If p has no gradient of
         its own, that sum is sum_e dout out.
@@ -122,11 +124,13 @@ class _OverSequence(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def live_pairs(self, queries: int, keys: int) -> int:
-        """Return the number of query-key pairs with a score, in one head of one row; see `attention_terms`."""
+        """Return the number of pairs of a query and a key that have a score, in one head of one row; see
+        `attention_terms`.
+        """
         return live_pairs(self.terms, queries, keys, self.start.evaluate({}))
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Count the operations of live pairs only."""
+        """Count the operations of pairs that may have a score, and no others."""
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         pairs = live_pairs(self.terms, q[2], k[2], self.start.evaluate(values))
         return q[0] * q[1] * pairs * self.pair_flops(q[3], v[3])
@@ -168,7 +172,7 @@ _ERRORS = [
     (S("f32[2,4,5,3]", "f32[2,4,5,2]", "f32[2,4,5,3]"), "axis d sizes disagree: 3 in q, 2 in k"),
     (S("f32[2,4,5,3]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "axis t sizes disagree: 5 in k, 6 in v"),
     (S("f32[2,4,5]", "f32[2,4,5,3]", "f32[2,4,6,3]"), "q must have rank 4, has rank 3"),
-    (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "no default scale for heads of size D"),
+    (S("f32[2,4,5,D]", "f32[2,4,5,D]", "f32[2,4,5,3]"), "needs a scale, since heads have size D"),
     (S(*_SELF, softcap=0.0), "softcap must be positive"),
     (S(*_SELF, scale=math.nan), "scale must be finite, is nan"),
     (S(*_SELF, scale=-math.inf), "scale must be finite, is -inf"),
@@ -191,26 +195,29 @@ class Attention(_OverSequence):
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
 
-    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A query
-    that may see no key gets zeros, and so does its gradient.
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). If a query
+    may see no key, its result and its gradient are zeros.
 
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If
-             it is wider than v, weights may be rounded to v's dtype before they multiply v
+    to       the dtype of the result and the biases, in which scores and sums are computed; None: the dtype of q, k
+             and v. If it is wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
     to: DType | None = None
 
     @property
     def keys_in_parts(self) -> tuple[str, str] | None:
-        """Factors of queries and keys if the terms read only the distance of a query and a key, not their positions."""
+        """Factors of queries and keys if the terms read only the distance of a query and a key, not their positions;
+        otherwise None.
+        """
         return ("s", "t") if all(term.relative for term in self.terms) and self.start == ZERO else None
 
     def on_keys(self, b: Builder, operands: Sequence[Expr], ahead: Size) -> list[Expr]:
-        """Build out, max, sum for some of the queries and some of the keys: parts, which `merge_parts` merges.
+        """Build (out, max, sum) of attention between some of the queries and some of the keys. `merge_parts` merges
+        such parts.
 
         ahead  the position of the first of the keys, relative to the first of the queries
         """
@@ -239,7 +246,7 @@ class Attention(_OverSequence):
         return f"{', '.join(['f', 'f', 'f', *terms])} -> {self.to}"
 
     def _wide(self, operands: Sequence[Expr]) -> list[Expr]:
-        """Return the operands, with q, k and v in the result's dtype."""
+        """Return the operands, with q, k and v cast to the result's dtype."""
         if self.to is None:
             return list(operands)
         return [x.cast(self.to) if n < 3 and x.dtype is not self.to else x for n, x in enumerate(operands)]
@@ -265,7 +272,7 @@ class Attention(_OverSequence):
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
         """Build attention over the slots of a cache; see `treadle.ir.ops.attention_steps`.
 
-        With `to`, neither queries nor the keys and values that a cache stores are rounded first.
+        If `to` is set, queries are not rounded first, and neither are the keys and values that a cache stores.
         """
         if self.begins_later:
             return None
@@ -304,12 +311,13 @@ class Attention(_OverSequence):
 
 @op("attention_with_probabilities")
 class AttentionWithProbabilities(_OverSequence):
-    """out, p = attention(q, k, v) and the probabilities p that it weights the values with
+    """out, p = attention(q, k, v), and its probabilities p, which are the weights of the values
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
-    For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
-    may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in `attention`.
+    This op is for models that return the probabilities: p is stored as a whole, which `attention` never does. For a
+    query that may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in
+    `attention`.
     """
 
     q = Operand()
@@ -331,8 +339,8 @@ class AttentionWithProbabilities(_OverSequence):
         return self._whole(q, k, v, given)
 
     def body(self, b: Builder, q: Expr, k: Expr, v: Expr, *given: Expr) -> tuple[Expr, Expr]:
-        """Build the op with softmax, for which backends have kernels, if no row can be -inf throughout. The last op of
-        each result is a product or a softmax, which can write directly to the result's memory.
+        """Build the op. Use softmax, for which backends have kernels, if no row of scores can be -inf throughout. The
+        last op of each result is a product or a softmax, which can write directly to the result's memory.
         """
         scores = heads_merged(b, self._scores(b, q, k, given))
         p = b.softmax(scores) if self._leaves_a_key(q, k) else masked_softmax(b, scores)

@@ -1,4 +1,4 @@
-"""Attention over some of the keys, with the values needed to merge it with attention over the others."""
+"""Attention over some of the keys, with the results needed to merge it with attention over the other keys."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class AttentionParts(Attending):
 
     Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
     same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
-    keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
-    over all of them: `merge_parts`. Attributes are the same as in `attention`.
+    keys. For a query that may see none of the keys, out, max and sum are zeros, -inf and 0. If the keys are split in
+    any way, `merge_parts` merges the parts to attention over all keys. Attributes are the same as in `attention`.
     """
 
     q = Operand()
@@ -102,8 +102,8 @@ class AttentionParts(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Return an upper bound, since the positions of keys are data: each query sees all keys, or as many as its
-        terms allow.
+        """Return an upper bound, since the positions of keys are data: each query is assumed to see all keys, or the
+        largest number that its terms allow.
         """
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         low, high = reach_of(self.terms)
@@ -143,14 +143,16 @@ class _PartGrid(Grid):
 
 @op("merge_parts", axes="[p] ... e, [p] ..., [p] ... -> ... e, ..., ...", dtypes="f, f, f -> f, f, f")
 class MergeParts(Composite):
-    """out, max, sum of attention over all keys, from the same of p parts of them        (Dao et al. 2022, 2023)
+    """out, max, sum of attention over all keys, from out, max and sum of attention over p parts of the keys
+            (Dao et al. 2022, 2023)
 
     m = max_p m_p,   l = sum_p l_p exp(m_p - m),   out = sum_p out_p l_p exp(m_p - m) / l
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    Parts of `attention_parts` merge in any grouping: the result is a part again. For a query that sees no key in any
-    part, it is zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
+    The parts are results of `attention_parts`. They may be merged in any grouping: the result is a part again. For a
+    query that sees no key in any part, out, max and sum are zeros, -inf and 0. 16-bit floats are computed in f32, and
+    the results are rounded.
     """
 
     out = Operand()

@@ -4,9 +4,10 @@
                                                %v = append(%v, v, rows, start, axis=2)
                                                cached_attention(q, %k, %v, rows, start, terms=[causal])
 
-A cache may hold them in 16 bits: they are cast before they are appended. If keys and values do not depend on the tokens
-(cross-attention), they are in states already, or are weights; queries still have their rows' positions. Operands of
-terms along the keys are cached like the keys. Keys that a window hides from all later queries are overwritten: a ring.
+A cache may hold keys and values in 16 bits: they are cast before they are appended. If keys and values do not depend on
+the tokens (cross-attention), they are in states already, or are weights; queries still have their rows' positions.
+Operands of terms along the keys are cached like the keys. If a window hides keys from all later queries, the cache is a
+ring, which overwrites these keys.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ KEYS = 2
 def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
     """Build the result of `Op.stepped` for attention.
 
-    Returns None in these cases: keys are kept and values are not; only one of them extends along the tokens; a term has
-    an operand whose rows cannot be distinguished, or that holds pairs of positions.
+    Returns None in these cases: keys are in a state that does not depend on the tokens, and values are not; only one of
+    them extends along the tokens; a term has an operand whose rows cannot be distinguished, or that holds pairs of
+    positions.
     """
     q, k, v, *given = operands
     if not isinstance(q, Expr):
@@ -40,7 +42,7 @@ def stepped_attention(op: Attention, step: Stepping, operands: Sequence[Expr | K
     if isinstance(k, Kept) and isinstance(v, Kept):
         return _across(op, step, q, k, v, given, held)
     if isinstance(k, Expr) and isinstance(v, Expr) and not held[1] and not held[2]:
-        rows = step.b.iota(size=k.shape[0], dtype=i64)  # each row reads its own, without a slot
+        rows = step.b.iota(size=k.shape[0], dtype=i64)  # each row reads its own keys, without a slot
         return _across(op, step, q, Kept(k, rows, None, False), Kept(v, rows, None, False), given, held)
     if isinstance(k, Expr) and isinstance(v, Expr) and held[1] == held[2] == {KEYS}:
         return _along(op, step, q, k, v, given, held)
@@ -53,7 +55,7 @@ def _across(
     """Build attention over keys that do not depend on the tokens; a padding term marks the real ones."""
     start = step.first if held[0] == {KEYS} else step.zeros()
     if op.reads_positions and q.shape[KEYS] != ONE and q.shape[KEYS].as_symbol is None:
-        return None  # queries are not only tokens, so that a query's position is not its token's
+        return None  # queries are not only tokens, so a query's position is not the position of its token
     terms, operands = list(op.terms), [x.read() if isinstance(x, Kept) else x for x in given]
     length = k.length if k.length is not None else v.length
     if length is None and not any(isinstance(term, Padding) for term in terms):
@@ -66,11 +68,11 @@ def _across(
 def _along(
     op: Attention, step: Stepping, q: Expr, k: Expr, v: Expr, given: Sequence[Expr | Kept | None], held: Held
 ) -> Expr | None:
-    """Build attention over the tokens so far."""
+    """Build attention over the tokens that have been appended so far."""
     low, _ = reach_of(op.terms)
     taken = [operand for term in op.terms for operand in term.operands]
     operands: list[Expr | None] = []
-    # A term's operand along the keys is read by the position in the slot, which a ring does not preserve.
+    # A term's operand along the keys is indexed by position as the slot, which a ring does not preserve.
     along_keys = any("t" in o.axes.split() for o in taken)
     ring = f"C_{1 - low}" if low is not None and not along_keys else ""
     for n, (operand, x) in enumerate(zip(taken, given, strict=True)):

@@ -31,16 +31,20 @@ def axis_letters(number: int, taken: Collection[str] = ()) -> list[str]:
 
 
 def symbols_in(sizes: Sequence[Size | None]) -> set[str]:
-    """Return the symbols in these sizes; None has none."""
+    """Return the symbols in these sizes. None stands for a size without symbols."""
     return {symbol for size in sizes if size is not None for symbol in size.symbols}
 
 
 def sized(size: Size) -> str:
-    """Return a result dimension of this size, in a rule. Parentheses keep a bare symbol from naming a factor."""
+    """Return a result dimension of this size, as text for a rule. Parentheses prevent that a single symbol is read as a
+    factor's name.
+    """
     return f"[({size})]"
 
 
 def resized(names: Sequence[str], axis: int, size: Size) -> tuple[str, str]:
-    """Return the two sides of a rule that maps every axis but one, which is whole and gets another size."""
+    """Return the operand's and the result's side of a rule that maps every axis but one. That axis is whole and gets
+    another size.
+    """
     before, after = names[:axis], names[axis + 1 :]
     return " ".join([*before, f"[{names[axis]}]", *after]), " ".join([*before, sized(size), *after])

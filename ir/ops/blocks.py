@@ -70,7 +70,9 @@ class Decode(Primitive):
         return [None]
 
     def multiples(self, types: Sequence[Type | None], found: Application) -> Mapping[str, int]:
-        """Return the elements of a block, which is decoded by itself; nothing if a block is a whole line."""
+        """Return the number of elements in a block, for the axis of the blocks: each block is decoded independently.
+        Return an empty mapping if a block is a whole line.
+        """
         (dims,), elements = found.operands, self.of.block.elements
         return {} if elements is None or dims is None else dict.fromkeys(dims[self.of.axis].factors, elements)
 
@@ -89,8 +91,8 @@ class Decode(Primitive):
 class Encode(Primitive):
     """y = x by, encoded: each number is rounded to a value that the blocks can hold
 
-    by  a vector over the axis of the blocks; None: all ones
-    to  the encoding of the result (`treadle.ir.encodings`), of a form that can be written
+    by  a vector over the axis of the blocks; None: all ones to  the encoding of the result (`treadle.ir.encodings`), of
+    a form that can be encoded
     """
 
     is_word = False
@@ -108,7 +110,7 @@ class Encode(Primitive):
         if x.encoding is not None:
             raise RuleError(f"x is encoded as {x.encoding} already", hint="decode it first")
         if not self.to.block.encodes:
-            raise RuleError(f"{self.to.form} can be read, but not written")
+            raise RuleError(f"values cannot be encoded to {self.to.form}, which can only be read")
         return [self.to]
 
     def reference(self, x: Any, by: Any = None) -> Any:
@@ -124,14 +126,14 @@ class Encode(Primitive):
 ROWS = Encoding("int8_rows")
 """The encoding of weights in 8-bit rows, which `encoded_linear` multiplies with."""
 STEPS = Encoding("uint8_rows")
-"""The encoding of their other operand, if it is computed."""
+"""The encoding of the other operand of weights in 8-bit rows, if that operand is computed."""
 GROUPS = Encoding("int8_groups", 32)
-"""The encoding of the other operand of weights in other blocks."""
+"""The encoding of the other operand of weights in blocks of other forms."""
 
 
 def multiplied_with(weight: Encoding) -> tuple[Encoding, ...]:
-    """Return the encodings of the other operand in integer products with a weight in blocks along its last axis, best
-    first.
+    """Return the encodings in which the other operand may be multiplied with a weight in blocks along its last axis by
+    integer products. The most precise encoding comes first.
     """
     block = weight.block
     if weight == ROWS:
@@ -142,7 +144,9 @@ def multiplied_with(weight: Encoding) -> tuple[Encoding, ...]:
 
 
 def rounded_for(weight: Encoding) -> Encoding | None:
-    """Return the encoding to which a pass rounds the other operand of such a weight; None: it does not."""
+    """Return the encoding to which a pass rounds the other operand of a weight with this encoding. Return None if no
+    pass rounds it.
+    """
     return next(iter(multiplied_with(weight)), None)
 
 
@@ -150,16 +154,16 @@ def rounded_for(weight: Encoding) -> Encoding | None:
 class EncodedLinear(Composite):
     """y[..., n] = sum_b s[..., b] (t[n, b] sum_k (q[..., k] - z) p[n, k] + c[n, b] sum_k q[..., k]) + bias[n]
 
-    over k of the span b, for x = s (q - z) and weight = t p + c
+    The inner sums are over k of the span b, for x = s (q - z) and weight = t p + c.
 
     of    the encoding of the weight: integers with scales, one per block, or per 16 or 32 elements of a block
-    rows  the encoding of x: `int8_groups(32)`; for a weight in `int8_rows`, where a row is a block, x is in such rows,
-          or in rows with a zero z (`uint8_rows`)
+    rows  the encoding of x: `int8_groups(32)`; for a weight in `int8_rows`, where a row is a block, x has the same
+          encoding, or has rows with a zero point z (`uint8_rows`)
 
     Sums over elements that share all scales are sums of integers, and so exact in any order. They are rounded to
-    float32 once; the sum of a whole row is multiplied by the product of the scales. Sums with different scales are
-    added here in float64, and rounded at the end; kernels add them one after the other. Backends replace a linear of
-    decoded operands by this op (`treadle.passes.lowering.multiply_blocks`), which has the same meaning.
+    float32 once; the sum of a whole row is multiplied by the product of the scales. The reference adds sums with
+    different scales in float64, and rounds the total; kernels add them one after the other. Backends replace a linear
+    of decoded operands by this op (`treadle.passes.lowering.multiply_blocks`), which has the same meaning.
     """
 
     is_word = False
@@ -184,7 +188,9 @@ class EncodedLinear(Composite):
     def reference(self, x: Any, weight: Any, bias: Any) -> Any:
         with np.errstate(invalid="ignore", over="ignore"):
             if self.of == ROWS:
-                encoding = ROWS if x.shape[-1] == weight.shape[-1] else STEPS  # rows with a zero are a byte longer
+                encoding = (
+                    ROWS if x.shape[-1] == weight.shape[-1] else STEPS
+                )  # rows with a zero point are a byte longer
                 (q, s), (p, t) = _of_rows(x, encoding), _of_rows(weight, ROWS)
                 y = (q @ p.T).astype(np.float32) * (s[..., None] * t)  # sums are exact below 2^53
             else:
@@ -194,7 +200,7 @@ class EncodedLinear(Composite):
 
 
 def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
-    """Return the integers of held rows, less their zeros, as float64, and the rows' scales."""
+    """Return (q, s) of held rows: the integers minus their zero points, as float64, and the rows' scales."""
     lines = np.ascontiguousarray(held)
     record = lines.view(encoding.block.record(encoding.size(lines.shape[-1])))[..., 0]
     numbers = record["q"].astype(np.float64)
@@ -202,7 +208,9 @@ def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:
 
 
 def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
-    """Sum products of q [..., groups, 32] and p [n, k], with scales s of the groups, and t and c [n, spans] of p's."""
+    """Return the sums of products of q [..., groups, 32] and p [n, k]. s are the scales of the groups of q; t and c [n,
+    spans] are the scales and offsets of p.
+    """
     k = p.shape[-1]
     span = k // max(1, t.shape[-1])
     step = max(1, min(span, q.shape[-1]))  # elements that share all scales
@@ -217,8 +225,8 @@ def _summed(q: Any, s: Any, p: Any, t: Any, c: Any) -> Any:
 
 
 def _parts(held: Any, encoding: Encoding) -> tuple[Any, Any, Any]:
-    """Split an array held in blocks along its last axis into numbers, [..., groups, 32] for rows and [n, k] for
-    weights, and their scales d and offsets c.
+    """Split an array held in blocks along its last axis. Return its integers, [..., groups, 32] for rows and [n, k] for
+    weights, their scales d, and their offsets c.
     """
     lines = np.ascontiguousarray(held)
     elements = encoding.elements(encoding.size(lines.shape[-1]))

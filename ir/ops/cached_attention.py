@@ -46,9 +46,9 @@ class CachedAttention(Attending):
 
     q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
 
-    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the one
-    position x that is congruent to j modulo C and among the last C that were written, start[b] + s - C <= x < start[b]
-    + s, including the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
+    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the position
+    x that is congruent to j modulo C and among the last C positions that were written, start[b] + s - C <= x < start[b]
+    + s, which include the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
     positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask, bias, key_segments)
     have an element for each of a slot's C keys, by j.
 
@@ -61,7 +61,7 @@ class CachedAttention(Attending):
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     ring     True if slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
-             w + s - 1 <= C; a position that was overwritten is not a key of its earlier queries
+             w + s - 1 <= C; the chunk's earlier queries do not see a key whose position was overwritten
     """
 
     q = Operand()
@@ -101,7 +101,7 @@ class CachedAttention(Attending):
     # -- meaning ---------------------------------------------------------------------------------------------
 
     def reference(self, q: Any, k: Any, v: Any, rows: Any, start: Any, *given: Any) -> Any:
-        """Compute row by row, over only the keys that the row may see: the work grows with start + s, not C."""
+        """Compute row by row, over only the keys that the row may see: the work grows with start + s, not with C."""
         (_, heads, queries, _), (slots, _, capacity, _) = q.shape, k.shape
         inside(self.name, rows, slots)
         out = np.zeros((len(q), heads, queries, v.shape[-1]), q.dtype)
@@ -123,8 +123,8 @@ class CachedAttention(Attending):
         return self._body(b, q, k, v, rows, start, given, b.masked_softmax)
 
     def _body(self, b: Builder, q: Expr, k: Expr, v: Expr, rows: Expr, start: Expr, given: Any, softmax: Any) -> Expr:
-        """Build attention over whole slots. Keys that no query of a row sees are set to 0: they may be NaN, and 0 times
-        NaN is NaN.
+        """Build attention over whole slots. Keys that no query of a row sees are set to 0, because they may be NaN,
+        and 0 times NaN is NaN.
         """
         k, v = (b.gather(x, rows, axis=0).cast(q.dtype) for x in (k, v))
         grid = _CacheGrid(b, k.shape[1], q.shape[2], k.shape[2], start, ring=self.ring)
@@ -140,8 +140,8 @@ class CachedAttention(Attending):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def flops_at(self, types: Sequence[Type | None], values: Mapping[str, int]) -> int | None:
-        """Return an upper bound, since the lengths of rows are data: each query sees a whole slot, or as much of it as
-        its terms allow.
+        """Return an upper bound, since the lengths of rows are data: each query is assumed to see a whole slot, or the
+        largest part of it that the terms allow.
         """
         q, k, v = (t.evaluate(values) for t in types[:3] if t is not None)
         low, high = reach_of(self.terms)

@@ -1,8 +1,8 @@
-"""Ops on caches: states with slots, into which rows write at positions of their own.
+"""Ops on caches: states with slots. Each row writes into its own slot, from its own position on.
 
     append       "@r h @c d, [b] h [s] d, [b], [b] -> @r h @c d"
 
-Slots and positions are indexed, and the result holds both: elements that are not written stay unchanged.
+Slots and positions are indexed, and the result has both axes: elements that are not written stay unchanged.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from treadle.ir.types import Type
 class Append(Primitive):
     """y = state, then y[rows[b], ..., start[b] + i, ...] = x[b, ..., i, ...] for every row b and position i
 
-    state has slots along its first axis and a capacity C along `axis`. x has rows and s new positions there, and the
-    other sizes of state. rows[b] is the slot of row b, start[b] the position of its first new element. In a ring,
-    positions count modulo C.
+    state has slots along its first axis and a capacity C along `axis`. x has rows along its first axis, s new positions
+    along `axis`, and otherwise the sizes of state. rows[b] is the slot of row b, start[b] the position of its first new
+    element. In a ring, positions count modulo C.
 
     Two rows of one call never write into one slot. Without a ring start[b] + s <= C, in a ring s <= C. The reference
-    refuses anything else; a backend refuses positions outside the state.
+    raises GraphError for other operands; a backend refuses positions outside the state.
     """
 
     moves_blocks = True
@@ -112,13 +112,13 @@ class Append(Primitive):
 
 
 def check_slots(op: str, rows: Any, slots: int) -> None:
-    """Raise GraphError if a row's slot is outside the state, or two rows have one slot."""
+    """Raise GraphError if a row's slot is outside the state, or if two rows have the same slot."""
     outside = np.flatnonzero((rows < 0) | (rows >= slots))
     if outside.size:
         row = int(outside[0])
-        raise GraphError(f"{op}: row {row} is in slot {rows[row]} of a state that has {slots}")
+        raise GraphError(f"{op}: row {row} has slot {rows[row]}, but the state has {slots} slots")
     if len(set(rows.tolist())) < len(rows):
-        raise GraphError(f"{op}: two rows are in one slot", received=f"rows {rows.tolist()}"[:200])
+        raise GraphError(f"{op}: two rows have the same slot", received=f"rows {rows.tolist()}"[:200])
 
 
 def check_room(op: str, start: Any, count: int, capacity: int, *, ring: bool) -> None:

@@ -30,9 +30,9 @@ class Call(Primitive):
     gives: tuple[Type, ...]
     takes_in: tuple[Layout | None, ...] = ()
     gives_in: tuple[Layout | None, ...] = ()
-    """The layouts of its operands and results; empty if all are row-major."""
+    """The layouts of the call's operands and results; empty if all are row-major."""
     updated: tuple[int, ...] = ()
-    """The positions of the operands that its last results update."""
+    """The positions of the operands that the call's last results update."""
     meets_ranks: bool = False
     """True if ranks communicate in the function, or in a function that it calls."""
 
@@ -75,6 +75,6 @@ class Call(Primitive):
 
 
 def _layouts(values: Iterable[Value]) -> tuple[Layout | None, ...]:
-    """Return the layouts of values; empty if none has one."""
+    """Return the layouts of values, or an empty tuple if all are row-major."""
     found = tuple([v.layout for v in values])
     return found if any(found) else ()

@@ -1,8 +1,8 @@
 """Collectives: ops in which the ranks of a mesh axis exchange parts of a value.
 
-Programs of ranks contain them (`treadle.passes.sharding`); models do not use them directly. Each is among the `ways`
-ranks that differ along `over`, parts of mesh axes, and `because` gives the reason for it. Its meaning is a function of
-the operands of all ranks in the group (`combined`); with one rank it is the identity.
+Programs of ranks contain them (`treadle.passes.sharding`); models do not use them directly. A collective communicates
+among the `ways` ranks that differ along `over`, parts of mesh axes. `because` gives the reason for it. Its meaning is a
+function of the operands of all ranks in the group (`combined`); with one rank it is the identity.
 
     all_reduce        every rank gets the sum (or another monoid) of the operands
     all_gather        every rank gets all parts, concatenated along a dimension
@@ -13,7 +13,8 @@ the operands of all ranks in the group (`combined`); with one rank it is the ide
     start_gather      starts an all_gather, which is awaited where its result is read
     start_pass        starts a pass_on in the same way
 
-Bytes are the bytes that each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan 2009).
+The number of bytes is the number that each rank sends in a ring, in which each rank sends to the next (Patarasuk & Yuan
+2009).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Collective(Primitive):
 
     over     parts of mesh axes, as `Mesh.parts_of` parses them
     ways     the number of ranks that communicate
-    because  the reason: "the split of ffn is summed"
+    because  the reason for the collective: "the split of ffn is summed"
     """
 
     is_word = False
@@ -68,40 +69,42 @@ class Collective(Primitive):
         return exchanged(self, x)
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
-        """Return the result of each rank, from the op of each rank (they may differ in sizes) and its operand, in
-        order.
+        """Return the result of each rank in order. `ops` and `parts` are each rank's op and operand; the ops may
+        differ in sizes.
         """
         raise GraphError(f"op {self.name} does not define `combined`")
 
     @property
     def group(self) -> dict[str, Any]:
-        """The attributes that define the group of ranks, and the reason."""
+        """The attributes that define the group of ranks, and the reason for the collective."""
         return {"over": self.over, "ways": self.ways, "because": self.because}
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
-        """Return the ranks that communicate, among the ranks that differ along `over`, in order."""
+        """Return the ranks that communicate, in order. `ranks` are the ranks that differ along `over`."""
         return tuple(ranks)
 
     @property
     def meeting(self) -> tuple[Any, ...]:
-        """The properties that must be equal on all ranks of the group: all but the sizes of their own parts."""
+        """The properties that must be equal on all ranks of the group: all but the sizes of the ranks' own parts."""
         own = {name: value for name, value in self.attributes.items() if name not in ("size", "whole")}
         return self.name, *own.items()
 
     def payload(self, taken: int, given: int) -> int:
-        """Return the size of the value that is communicated, given the sizes of a rank's operand and result, all in
-        bytes.
+        """Return the size in bytes of the value that is communicated. `taken` and `given` are the sizes in bytes of a
+        rank's operand and result.
         """
         return max(taken, given)
 
     @property
     def rounds(self) -> float:
-        """The number of times that a rank sends its share of the payload, 1/ways of it: once to each other rank."""
+        """The number of times that a rank sends its share of the payload, which is 1/ways of the payload: once to each
+        other rank.
+        """
         return self.ways - 1
 
     @property
     def messages(self) -> float:
-        """The number of messages that it waits for, one after the other."""
+        """The number of messages that a rank waits for, one after the other."""
         return self.rounds
 
 
@@ -109,7 +112,7 @@ class Collective(Primitive):
 class AllReduce(Collective):
     """y = x_0 + x_1 + ..., over the ranks of the group, on every rank
 
-    monoid  the combination, if not a sum
+    monoid  the combination: "sum", or another monoid
     """
 
     x = Operand()
@@ -117,7 +120,7 @@ class AllReduce(Collective):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """A sum is linear in the operands of all ranks."""
+        """The sum is linear in the operands of all ranks together; other monoids are not linear."""
         return (frozenset(["x"]),) if self.monoid == "sum" else ()
 
     def check(self, types: Sequence[Type | None]) -> None:
@@ -130,12 +133,12 @@ class AllReduce(Collective):
 
     @property
     def rounds(self) -> float:
-        """Twice: a reduce-scatter, then an all-gather."""
+        """Twice the number of an all-gather: a reduce-scatter, then an all-gather."""
         return 2 * (self.ways - 1)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient of a sum: the sum of all ranks' gradients, since each rank's gradient is its own partial
-        sum.
+        """Build the gradient of a sum: the sum of all ranks' gradients, since the gradient on each rank is only a
+        partial sum.
         """
         if self.monoid != "sum":
             raise GraphError(f"all_reduce by {self.monoid} has no gradient")
@@ -144,10 +147,9 @@ class AllReduce(Collective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Along(Collective):
-    """A collective that changes a dimension.
+    """A collective that changes the size of a dimension.
 
-    axis  the dimension
-    size  its size in the result
+    axis  the dimension size  the size of the dimension in the result
     """
 
     axis: int
@@ -161,9 +163,9 @@ class _Along(Collective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Awaited(_Along):
-    """A collective that may have been started before.
+    """A collective that another op may have started.
 
-    ahead  True if a `Starting` op has started it: the first one of its kind over the same axes that is not awaited yet
+    ahead  True if a `Starting` op has started it: the first op of its kind over the same axes that is not awaited yet
     """
 
     ahead: bool = False
@@ -171,9 +173,9 @@ class Awaited(_Along):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Starting(_Along):
-    """An op that starts a collective, which has `ahead=True`, reads the same x, and waits.
+    """An op that starts a collective. The collective has `ahead=True`, reads the same x, and waits for its completion.
 
-    If ranks run in lockstep, it does nothing.
+    If ranks run in lockstep, the op does nothing.
     """
 
     stops_gradient = True
@@ -187,7 +189,7 @@ class Starting(_Along):
 
     @property
     def awaited(self) -> Awaited:
-        """The collective that it starts."""
+        """The collective that the op starts."""
         raise GraphError(f"op {self.name} does not define `awaited`")
 
 
@@ -243,8 +245,8 @@ class AllToAll(_Along):
         return f"{' '.join(left)} -> {' '.join(right)}"
 
     def payload(self, taken: int, given: int) -> int:
-        """Return the size of the operand. If parts are uneven, operands and results of a rank may differ, but not in
-        total.
+        """Return the size of the operand in bytes. If parts are uneven, the operand and result of a rank may differ in
+        size, but their totals over all ranks are equal.
         """
         return taken
 
@@ -272,12 +274,12 @@ class PassOn(Awaited):
         return [parts[(n - self.steps) % len(parts)] for n in range(len(parts))]
 
     def payload(self, taken: int, given: int) -> int:
-        """Return the size of the operand, which is sent."""
+        """Return the size in bytes of the operand, which is sent."""
         return taken
 
     @property
     def rounds(self) -> float:
-        """The whole part is sent, which is `ways` shares of it."""
+        """The number of shares that are sent: the whole part, which is `ways` shares."""
         return self.ways
 
     @property
@@ -296,7 +298,8 @@ class PassOn(Awaited):
 class HandOn(Collective):
     """y = x of the rank at `source`, on the rank at `target`; zeros on the rank at `source`
 
-    Only these two of the `ways` ranks of a line communicate. Of the operand at `target`, only the type is used.
+    Only these two of the `ways` ranks of a line communicate. The operand on the rank at `target` serves only for its
+    type.
     """
 
     x = Operand()
@@ -306,7 +309,9 @@ class HandOn(Collective):
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if self.source == self.target or not {self.source, self.target} <= set(range(self.ways)):
-            raise RuleError(f"source and target must be two of {self.ways} ranks, are {self.source} and {self.target}")
+            raise RuleError(
+                f"source and target must be two different ranks below {self.ways}, not {self.source} and {self.target}"
+            )
 
     def among(self, ranks: Sequence[int]) -> tuple[int, ...]:
         return ranks[self.source], ranks[self.target]
@@ -316,7 +321,7 @@ class HandOn(Collective):
 
     @property
     def rounds(self) -> float:
-        """All of it is sent, which is `ways` shares of it."""
+        """The number of shares that are sent: the whole value, which is `ways` shares."""
         return self.ways
 
     @property
@@ -353,8 +358,8 @@ class StartPass(Starting):
 
 
 def _parted(whole: Any, ops: Sequence[Any], axis: int) -> list[Any]:
-    """Split a value along a dimension into the sizes of each rank's op."""
+    """Split a value along a dimension into parts of the sizes of each rank's op. Return the parts in order."""
     ends = np.cumsum([each.size.evaluate({}) for each in ops])
     if ends[-1] != whole.shape[axis]:
-        raise GraphError(f"the parts have {ends[-1]} elements in total, the dimension has {whole.shape[axis]}")
+        raise GraphError(f"the parts have {ends[-1]} elements in total, but the dimension has {whole.shape[axis]}")
     return list(np.split(whole, ends[:-1], axis=axis))

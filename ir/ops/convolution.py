@@ -26,7 +26,7 @@ def window_count(size: Size, window: SizeLike, stride: int, dilation: int) -> Si
 
 
 def positive(**numbers: int) -> None:
-    """Raise RuleError for the first of these that is less than 1."""
+    """Raise RuleError for the first of these numbers that is less than 1."""
     for name, number in numbers.items():
         if number < 1:
             raise RuleError(f"{name} must be 1 or more, is {number}")
@@ -37,7 +37,7 @@ class Windows(Primitive):
     """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
 
     The axis becomes the axis of windows; the elements of each window are along a new last axis. Elements at the end
-    that fill no window are dropped.
+    that do not fill a window are dropped.
     """
 
     x = Operand()
@@ -101,7 +101,7 @@ class Windows(Primitive):
 class FoldWindows(Primitive):
     """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added at their positions
 
-    The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
+    The op is the transpose of `windows`. Overlapping windows of 16-bit floats are added in f32.
 
     size   the size of the axis that the windows were taken from
     """
@@ -127,7 +127,7 @@ class FoldWindows(Primitive):
         count = window_count(self.size, x.shape[-1], self.stride, self.dilation)
         found = x.shape[place(self.axis, x.rank - 1)]
         if found != count:
-            raise RuleError(f"an axis of size {self.size} has {count} windows, x has {found}")
+            raise RuleError(f"an axis of size {self.size} has {count} windows, but x has {found}")
 
     def reference(self, x: Any) -> Any:
         axis = place(self.axis, x.ndim - 1)
@@ -153,7 +153,7 @@ class FoldWindows(Primitive):
         S("i64[1,4]", axis=0, size=4),
     ]
     errors = [
-        (S("f32[2,5,3]", axis=1, size=8), "an axis of size 8 has 6 windows, x has 5"),
+        (S("f32[2,5,3]", axis=1, size=8), "an axis of size 8 has 6 windows, but x has 5"),
         (S("f32[3]", axis=0, size=3), "x needs an axis of windows"),
         (S("f32[5,2]", axis=0, size=6, stride=0), "stride must be 1 or more"),
         (S("f32[5,2]", axis=0, size=5, dilation=0), "dilation must be 1 or more"),
@@ -190,7 +190,7 @@ class Conv(Composite):
     strides, dilations   one number per spatial axis; empty means 1
     padding              zeros before each spatial axis, then after each (ONNX's pads); half the number of values
                          pads both sides equally; empty means none. Causal: (dilation (k - 1), 0)
-    groups               output group j reads input group j alone
+    groups               the number of groups; output group j reads input group j alone
     """
 
     x = Operand()
@@ -205,7 +205,7 @@ class Conv(Composite):
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         spatial = (ranks[0] or 0) - 2
         if spatial < 1:
-            raise RuleError("x must be [b, c, *spatial], with a spatial axis or more")
+            raise RuleError("x must be [b, c, *spatial], with at least one spatial axis")
         each = self.spatial(spatial)
         sizes, kernel = [f"n{i}" for i in range(spatial)], [f"k{i}" for i in range(spatial)]
         counts = [
@@ -217,7 +217,7 @@ class Conv(Composite):
         return f"b {c} {' '.join(f'[{n}]' for n in sizes)}, {weight}, {o} -> b {o} {' '.join(counts)}"
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Return the op on a part, which may have fewer groups."""
+        """Return the op on a part of its operands, which may have fewer groups."""
         groups = sizes.get("g")
         if groups is None:
             return self
@@ -247,8 +247,8 @@ class Conv(Composite):
         return found
 
     def takes_patches(self, weight: Sequence[Size]) -> bool:
-        """Return True if windows have several elements, of known sizes, and do not overlap: each is read once as a
-        row.
+        """Return True if windows have several elements, have known sizes, and do not overlap. Each window is then read
+        once, as a row of a matrix.
         """
         kernel = [size.constant for size in weight[2:]]
         each = self.spatial(len(kernel))
@@ -277,8 +277,8 @@ class Conv(Composite):
         return y if bias is None else y + b.rearrange(bias, pattern=f"o -> o {' '.join('1' * spatial)}")
 
     def lowering(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
-        """If windows do not overlap, build them as rows of a matrix, so that backends lay out the weight once, as for
-        linear. Overlapping windows would be copied several times.
+        """Build windows that do not overlap as rows of a matrix, so that backends lay out the weight once, as for
+        linear. Overlapping windows would be copied several times, so they are not built in this way.
         """
         if not self.takes_patches(weight.shape):
             return self.body(b, x, weight, bias)
@@ -291,7 +291,7 @@ class Conv(Composite):
         names = axis_letters(2 * spatial, "bcgo")
         places, within = " ".join(names[:spatial]), " ".join(names[spatial:])
         counts = [x.shape[axis].constant for axis in range(2, 2 + spatial)]
-        if None in counts:  # a row's place among several is computed from numbers
+        if None in counts:  # a row's place among several can only be computed from constant numbers
             rows = b.rearrange(x, pattern=f"b c {places} {within} -> b {places} (c {within})")
             given = places
         else:
@@ -308,11 +308,11 @@ class Conv(Composite):
     ]
     errors = [
         (S("f32[1,2,8]", "f32[4,3,3]", None), "axis c sizes disagree: 2 in x, 3 in weight"),
-        (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "(g c) makes 2"),
+        (S("f32[1,3,8]", "f32[4,1,3]", None, groups=2), "(g c) has size 2"),
         (S("f32[1,3,2]", "f32[4,3,3]", None), "the kernel spans 3 elements, the padded axis has 2"),
         (S("f32[1,3,8]", "f32[4,3,3]", "f32[3]"), "sizes disagree: 4 in weight, 3 in bias"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(1, 1)), "strides has 2 numbers for 1 spatial axes"),
-        (S("f32[3,8]", "f32[3,3]", None), "with a spatial axis or more"),
+        (S("f32[3,8]", "f32[3,3]", None), "with at least one spatial axis"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, strides=(0,)), "stride must be 1 or more"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, dilations=(0,)), "dilation must be 1 or more"),
         (S("f32[1,3,8]", "f32[4,3,3]", None, groups=0), "groups must be 1 or more"),

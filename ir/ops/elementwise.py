@@ -1,4 +1,4 @@
-"""Functions of one operand, element by element, and the cast between dtypes."""
+"""Elementwise functions of one operand, and the cast between dtypes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Log(_Elementwise):
 
 @op("expm1", axes="... -> ...", dtypes="f -> f")
 class Expm1(_Elementwise):
-    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+    """y = e^x - 1, to full precision near 0, where e^x rounds to 1"""
 
     x = Operand()
 
@@ -96,7 +96,7 @@ class Expm1(_Elementwise):
 
 @op("log1p", axes="... -> ...", dtypes="f -> f")
 class Log1p(_Elementwise):
-    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+    """y = ln(1 + x), to full precision near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
 
     x = Operand()
 
@@ -330,8 +330,8 @@ class Cast(Primitive):
 
     Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
     integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
-    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so a partial sum passes
-    through; a cast to an integer dtype is not.
+    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so it may be applied to
+    partial sums; a cast to an integer dtype may not.
     """
 
     x = Operand()
@@ -365,7 +365,7 @@ class Cast(Primitive):
 
 
 def _round_to_bf16(x: Any) -> Any:
-    """Round x to bf16's 8 significant bits, as float32, whose upper half is the bf16."""
+    """Round x to bf16's 8 significant bits. Return float32, whose upper half holds the bf16."""
     single = np.asarray(x, np.float32)
     bits = single.view(np.uint32)
     rounded = np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)

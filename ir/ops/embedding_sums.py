@@ -21,8 +21,8 @@ MOST_TABLES = 8
 class EmbeddingSum(Composite):
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
-    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: positions have the
-    shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
+    The operands are the tables [v_n, d], then the indices into each table, in the same order. Indices broadcast:
+    positions have the shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
 
     tables  the number of tables, 2 to 8
     """
@@ -43,14 +43,14 @@ class EmbeddingSum(Composite):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear in all tables together."""
+        """The op is linear in all tables together."""
         return (frozenset(self.operand_names(self.tables)),)
 
     def check(self, types: Sequence[Type | None]) -> None:
         if not 2 <= self.tables <= MOST_TABLES:
             raise RuleError(f"adds 2 to {MOST_TABLES} tables, not {self.tables}")
         if len(types) != 2 * self.tables:
-            raise RuleError(f"takes {self.tables} tables and the indices of each, received {len(types)} operands")
+            raise RuleError(f"takes {self.tables} tables and as many index tensors, received {len(types)} operands")
 
     def body(self, b: Builder, *operands: Expr) -> Any:
         pairs = zip(operands[: self.tables], operands[self.tables :], strict=True)
@@ -68,6 +68,6 @@ class EmbeddingSum(Composite):
         (S("f32[5,3]", "f32[4,3]", "i64[2]", "f32[2]"), "indices1 must be an integer"),
         (S("f32[5,3]", "f32[4,3]", "i64[2]", "i64[3]"), "sizes disagree: 2 in indices0, 3 in indices1"),
         (S("f32[5,3]", "f32[4]", "i64[2]", "i64[2]"), "table1 must have rank 2"),
-        (S("f32[5,3]", "f32[4,3]", "i64[2]"), "takes 2 tables and the indices of each, received 3 operands"),
+        (S("f32[5,3]", "f32[4,3]", "i64[2]"), "takes 2 tables and as many index tensors, received 3 operands"),
         (S("f32[5,3]", "i64[2]", tables=1), "adds 2 to 8 tables, not 1"),
     ]

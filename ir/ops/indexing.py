@@ -1,12 +1,12 @@
-"""Ops that read and write at positions which another operand holds, and the positions themselves.
+"""Ops that read and write at positions which another operand holds, and ops that return positions.
 
-An indexed axis (`@v`) is read, or in a scatter written, at the positions in the indices; a scatter's result has the
-axis.
+An indexed axis (`@v`) is read at the positions in the indices. In a scatter, it is written at these positions, and the
+result has the axis.
 
     gather       "@v d, i -> i d"
     index_add    "@v d, i, i d -> @v d"      i is reduced by sum; target is added once
 
-The reference raises for an index below 0 or beyond the axis, which is undefined in a graph.
+The reference raises GraphError for an index below 0 or beyond the axis. In a backend, such an index is undefined.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def inside(op: str, indices: Any, size: int) -> Any:
 
 
 def _elements(indices: Any, axis: int) -> tuple[Any, ...]:
-    """Return NumPy's index for the elements that `indices` selects along one axis, at their own positions elsewhere."""
+    """Return NumPy's index for the elements that `indices` selects along one axis; on other axes an element keeps its
+    position.
+    """
     grid = list(np.indices(indices.shape, sparse=True))
     grid[axis] = indices
     return tuple(grid)
@@ -85,7 +87,7 @@ class Gather(Primitive):
 class IndexAdd(Primitive):
     """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
+    The op is the transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
     target = Operand()
@@ -124,8 +126,8 @@ class IndexAdd(Primitive):
 
 
 def _slice_names(axis: int, rank: int, picked: int) -> tuple[str, str, str, str]:
-    """Return the names of the axes before the indexed axis, its own, the names after it, and the names of the indices'
-    axes.
+    """Return four names or groups of names: of the axes before the indexed axis, of the indexed axis, of the axes after
+    it, and of the indices' axes.
     """
     axis = place(axis, rank)
     names = axis_letters(rank + picked)
@@ -157,7 +159,8 @@ class Embedding(Composite):
 class TakeAlongAxis(Primitive):
     """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
 
-    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes except along the axis.
+    The op equals NumPy's take_along_axis and PyTorch's gather. indices has the rank of x, and the sizes of x except
+    along the axis.
     """
 
     x = Operand()
@@ -190,8 +193,9 @@ class TakeAlongAxis(Primitive):
 class ScatterAdd(Primitive):
     """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of target, and
-    its sizes except along the axis. If indices repeat, all their elements are added, 16-bit floats in f32.
+    The op is the transpose of `take_along_axis`, and equals PyTorch's scatter_add. indices and added have the same
+    shape: the rank of target, and its sizes except along the axis. If indices repeat, all their elements are added,
+    16-bit floats in f32.
     """
 
     target = Operand()
@@ -225,7 +229,9 @@ class ScatterAdd(Primitive):
 
 
 def _element_names(axis: int, rank: int) -> tuple[str, str]:
-    """Return the dimensions of the tensor with the indexed axis, and the dimensions of the indices."""
+    """Return the dimensions of the tensor with the indexed axis, and the dimensions of the indices, as text for a
+    rule.
+    """
     axis = place(axis, rank)
     names = axis_letters(rank + 1)
     before, after = names[:axis], names[axis + 1 : rank]
@@ -239,7 +245,7 @@ def _element_names(axis: int, rank: int) -> tuple[str, str]:
 class Iota(Primitive):
     """y[n] = n: the numbers from 0 to size - 1"""
 
-    step = "counts on from the past length"
+    step = "counts from the past length"
     stops_gradient = True
     size: Size
     dtype: DType = i64
@@ -263,7 +269,7 @@ class Iota(Primitive):
         return np.arange(self.size.evaluate({}), dtype=self.dtype.numpy)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Return each row's own positions, [b, s]."""
+        """Build the positions of each row's tokens, [b, s]."""
         return step.positions(self.size).cast(self.dtype)
 
     samples = [S(size=5), S(size=3, dtype="f32")]
@@ -274,8 +280,8 @@ class Iota(Primitive):
 class Positions(Primitive):
     """y[..., i] = i: the position of each element of x along the last axis
 
-    A count of the elements before each one, so the axis is scanned; in a generation step it continues from the row's
-    past length. It reads no element.
+    A position is the number of preceding elements, so the axis is scanned; in a generation step, positions continue
+    from the row's past length. The op reads no element of x.
     """
 
     x = Operand()
@@ -290,7 +296,7 @@ class Positions(Primitive):
         return np.broadcast_to(np.arange(x.shape[-1]), x.shape)
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Return each row's own positions, [b, s], or [b, ..., s] if x has other dimensions."""
+        """Build the positions of each row's tokens, [b, s], or [b, ..., s] if x has other dimensions."""
         (x,) = operands
         if not isinstance(x, Expr):
             return None

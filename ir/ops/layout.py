@@ -19,7 +19,8 @@ class Relayout(Primitive):
 
     to  the layout of the result (`treadle.ir.layouts`)
 
-    Passes insert it before a product that reads its weight in a layout. Consumers of the result must read that layout.
+    Passes insert the op before a product that reads its weight in a layout. Consumers of the result must read that
+    layout.
     """
 
     is_word = False
@@ -30,7 +31,7 @@ class Relayout(Primitive):
     def check(self, types: Sequence[Type | None]) -> None:
         (x,) = types
         if x is not None and x.rank != 2:
-            raise RuleError(f"relayout: layouts are for matrices, x has rank {x.rank}", received=str(x))
+            raise RuleError(f"relayout: only a matrix can have a layout, and x has rank {x.rank}", received=str(x))
 
     def result_layout(self, index: int) -> Layout | None:
         return self.to

@@ -24,7 +24,7 @@ class Comparison(Primitive):
 
 @op("equal", axes="..., ... -> ...", dtypes="t, t -> bool")
 class Equal(Comparison):
-    """z = (x = y); a NaN equals nothing"""
+    """z = (x = y); false where either is NaN"""
 
     x = Operand()
     y = Operand()
@@ -36,7 +36,7 @@ class Equal(Comparison):
 
 @op("not_equal", axes="..., ... -> ...", dtypes="t, t -> bool")
 class NotEqual(Comparison):
-    """z = (x != y); a NaN differs from everything"""
+    """z = (x != y); true where either is NaN"""
 
     x = Operand()
     y = Operand()
@@ -138,7 +138,7 @@ class LogicalNot(Primitive):
 
 @op("where", axes="..., ..., ... -> ...", dtypes="bool, t, t -> t", linear="x y")
 class Where(Primitive):
-    """z = x where the condition holds, else y
+    """z = x where the condition is true, else y
 
     The operand that is not selected has gradient zero, even if it is NaN.
     """

@@ -1,4 +1,4 @@
-"""Losses of predictions, one number for each, which training minimizes."""
+"""Losses, which training minimizes: one number for each prediction."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from treadle.ir.samples import S
 from treadle.ir.types import Type, f32
 
 IGNORED = -100
-"""The target of a position that does not count, as in PyTorch's functions and the files of the Hub."""
+"""The target of a position that does not count towards the loss, as in PyTorch and in files of the Hugging Face Hub."""
 
 
 @op("cross_entropy", axes="... [n], ... -> ...", dtypes="f, i64 -> f")
 class CrossEntropy(Composite):
     """y = ln(sum of e^x over the last axis) - x[target], and 0 where the target is `ignored`
 
-    The negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the result
-    is rounded.
+    This is the negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the
+    result is rounded.
     """
 
     x = Operand()
@@ -46,7 +46,9 @@ class CrossEntropy(Composite):
         return b.where(counts, total - found, b.constant(0, wide.dtype)).cast(x.dtype)
 
     def _counted(self, b: Builder, target: Expr) -> tuple[Expr, Expr]:
-        """Return which targets count, and their positions along the last axis; 0 for a target that does not count."""
+        """Return a mask of the targets that count, and their positions along the last axis. The position of a target
+        that does not count is 0.
+        """
         counts = target != self.ignored
         return counts, b.rearrange(b.where(counts, target, 0), pattern="... -> ... 1")
 
@@ -59,7 +61,7 @@ class CrossEntropy(Composite):
         return np.asarray(np.where(counts, total - found, 0)).astype(x.dtype)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient: softmax(x), less 1 at the target."""
+        """Build the gradient: softmax(x) minus the one-hot target, times the gradient of y."""
         (g,), (x, target) = grads, inputs
         counts, at = self._counted(b, target)
         wide = widened(x)

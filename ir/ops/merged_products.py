@@ -1,4 +1,4 @@
-"""Several products of one value, computed as one."""
+"""Several products of one value, computed as one product."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ MOST_PROJECTIONS = 16
 class Projections(MixedProduct, Composite):
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
-    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
-    each, absent if a product has none. Each weight keeps its name and its axes, so that heads can be split. At run time
-    there is one product with all weights concatenated, which a backend does once, and its result is split.
+    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2), for example. Operands: x, then the weights, then
+    the bias of each product; the bias is absent if a product has none. Each weight keeps its name and its axes, so that
+    heads can be split. At run time there is one product with all weights concatenated, which a backend concatenates
+    once, and the result of the product is split.
 
     count        the number of products, 2 to 16
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
@@ -47,7 +48,7 @@ class Projections(MixedProduct, Composite):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear in x and the biases together, and in the weights and the biases."""
+        """The op is linear in x and the biases together, and in the weights and the biases together."""
         _, *others = self.operand_names(1 + 2 * self.count)
         weights, biases = others[: self.count], others[self.count :]
         return frozenset(("x", *biases)), frozenset((*weights, *biases))
@@ -63,7 +64,7 @@ class Projections(MixedProduct, Composite):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if not 2 <= self.count <= MOST_PROJECTIONS:
-            raise RuleError(f"makes 2 to {MOST_PROJECTIONS} products, not {self.count}")
+            raise RuleError(f"computes 2 to {MOST_PROJECTIONS} products, not {self.count}")
         refuse_weight_axes(self.weight_axes)
         if len(types) != 1 + 2 * self.count:
             raise RuleError(
@@ -71,7 +72,7 @@ class Projections(MixedProduct, Composite):
                 hint="none for an absent bias",
             )
         if None in types[1 : 1 + self.count]:
-            raise RuleError("no weight may be absent")
+            raise RuleError("a weight is missing")
 
     def body(self, b: Builder, x: Expr, *operands: Expr | None) -> Any:
         weights, biases = operands[: self.count], operands[self.count :]
@@ -109,8 +110,8 @@ class Projections(MixedProduct, Composite):
     errors = [
         (S("f32[2,3]", "f32[4,3]", "f32[4,2]", None, None), "axis k sizes disagree"),
         (S("f32[2,3]", "f32[4,3]", "f32[5,3]", "f32[5]", None), "axis n0 sizes disagree"),
-        (S("f32[2,3]", "f32[4,3]", None, None, None), "no weight may be absent"),
-        (S("f32[2,3]", "f32[4,3]", None, count=1), "makes 2 to 16 products, not 1"),
+        (S("f32[2,3]", "f32[4,3]", None, None, None), "a weight is missing"),
+        (S("f32[2,3]", "f32[4,3]", None, count=1), "computes 2 to 16 products, not 1"),
         (S("f32[2,3]", "f32[4,3]", "f32[4,3]"), "takes x, 2 weights and 2 biases, received 3 operands"),
-        (S("f32[2,3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k"), "weight_axes is 'k'"),
+        (S("f32[2,3]", "f32[3,4]", "f32[3,4]", None, None, weight_axes="k"), "unknown weight_axes 'k'"),
     ]

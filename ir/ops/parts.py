@@ -21,7 +21,7 @@ from treadle.ir.types import Type
 
 @op("concat", dtypes="t* -> t", linear="parts", flops=0)
 class Concat(Primitive):
-    """The parts concatenated along one axis; they have the same sizes along all others."""
+    """The parts concatenated along one axis. All parts have the same sizes along the other axes."""
 
     moves_blocks = True
     parts = Operand(variadic=True)
@@ -72,7 +72,7 @@ class Slice(Primitive):
     """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
 
     start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: positions outside are refused.
+                  the end. They are not clamped: positions outside raise RuleError.
     stride        1 or more
     """
 
@@ -159,7 +159,7 @@ def _along(rank: int, axis: int, part: slice) -> tuple[slice, ...]:
 
 
 def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
-    """Return the elements of x along an axis, `stride` apart with zeros between, `size` in total."""
+    """Return an axis of `size` elements, in which the elements of x are `stride` apart, with zeros between them."""
     names = axis_letters(x.rank + 1)
     gap, before, name, after = names[-1], names[:axis], names[axis], names[axis + 1 : -1]
     single = " ".join([*before, name, *after])
@@ -172,7 +172,7 @@ def _spread(b: Builder, x: Expr, axis: int, stride: int, size: Size) -> Expr:
 
 @op("pad", dtypes="t -> t", linear="x", flops=0)
 class Pad(Primitive):
-    """x with `before` elements of `value` before it along one axis, and `after` behind it
+    """x with `before` elements of `value` before it along one axis, and `after` elements after it
 
     value   a number that x's dtype can hold
     """
@@ -185,7 +185,7 @@ class Pad(Primitive):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear if it pads with zeros."""
+        """The op is linear in x if it pads with zeros."""
         return super().linear if self.value == 0 else ()
 
     @property
@@ -207,7 +207,7 @@ class Pad(Primitive):
         (x,) = types
         assert x is not None
         if not x.dtype.holds(self.value):
-            raise RuleError(f"value must be a number that {x.dtype} holds, is {self.value}")
+            raise RuleError(f"value must be a number that {x.dtype} can hold, is {self.value}")
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return [(size, f"cannot pad by {size}") for size in (self.before, self.after)]
@@ -237,10 +237,10 @@ class Pad(Primitive):
     ]
     errors = [
         (S("f32[3]", axis=0, before=-1), "cannot pad by -1"),
-        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 holds, is 300.0"),
-        (S("i64[3]", axis=0, after=1, value=2.0**63), "value must be a number that i64 holds"),
-        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 holds, is nan"),
-        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 holds, is 0.5"),
-        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 holds, is 1e+39"),
+        (S("i8[3]", axis=0, after=1, value=300.0), "value must be a number that i8 can hold, is 300.0"),
+        (S("i64[3]", axis=0, after=1, value=2.0**63), "value must be a number that i64 can hold"),
+        (S("i64[3]", axis=0, after=1, value=float("nan")), "value must be a number that i64 can hold, is nan"),
+        (S("u8[3]", axis=0, after=1, value=0.5), "value must be a number that u8 can hold, is 0.5"),
+        (S("f32[3]", axis=0, after=1, value=1e39), "value must be a number that f32 can hold, is 1e+39"),
         (S("f32[3]", axis=2), "there is no axis 2"),
     ]

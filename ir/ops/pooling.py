@@ -23,13 +23,13 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DType, Type, f32
 
 _MOST_SLICES = 16
-"""The largest window, along one axis, that is combined from slices."""
+"""The largest window, along one axis, that is computed by combining slices."""
 
 
 def padding_for_ceil(kernel: int, stride: int, dilation: int, after: int) -> int:
-    """Return the padding after an axis that keeps every window which starts before the end of the padding.
+    """Return the padding after an axis with which no window is lost that starts before the end of the padding `after`.
 
-    Frameworks call it ceil_mode: the number of windows is rounded up, and a last one may extend beyond the requested
+    Frameworks call this ceil_mode: the number of windows is rounded up. The last window may extend beyond the requested
     padding (`after`), but must not start in it.
     """
     return min(after + stride - 1, (kernel - 1) * dilation)
@@ -37,12 +37,12 @@ def padding_for_ceil(kernel: int, stride: int, dilation: int, after: int) -> int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pool(Composite):
-    """Windows over the last axes of x [..., *spatial]; `kernel` has one number per such axis.
+    """Windows over the last axes of x [..., *spatial]. `kernel` has one number per spatial axis.
 
     kernel               the number of elements in a window along each axis
     strides, dilations   one number per axis; empty means 1
     padding              the padding before each axis, then after each; half the number of values pads both sides
-                         equally; empty means 0. Less than the span of a window. Padding holds no elements of a window.
+                         equally; empty means 0. It must be less than the span of a window. Padding holds no elements.
     """
 
     kernel: tuple[int, ...]
@@ -52,7 +52,9 @@ class _Pool(Composite):
 
     @property
     def places(self) -> list[tuple[int, int, int, int, int]]:
-        """Size, padding before, padding after, stride and dilation of the windows along each axis. Raises RuleError."""
+        """For the windows along each axis: size, padding before, padding after, stride and dilation. Raises
+        RuleError.
+        """
         each = sliding(len(self.kernel), self.strides, self.padding, self.dilations)
         return [(size, *along) for size, along in zip(self.kernel, each, strict=True)]
 
@@ -89,7 +91,9 @@ class _Pool(Composite):
         return found
 
     def windows_of(self, x: Any, fill: float) -> tuple[Any, tuple[int, ...]]:
-        """Return every window of an array, with the elements along the last axes, and the numbers of those axes."""
+        """Return an array of all windows, with the elements of each window along the last axes, and the numbers of
+        those axes.
+        """
         first = x.ndim - len(self.kernel)
         widths = [(0, 0)] * first + [(before, after) for _, before, after, _, _ in self.places]
         spans = tuple((size - 1) * dilation + 1 for size, _, _, _, dilation in self.places)
@@ -120,30 +124,33 @@ class _Pool(Composite):
 
 
 class _Separable(_Pool):
-    """A pool whose reduction of a window is the reduction of its rows' reductions."""
+    """A pool whose reduction of a window can be computed one axis after the other."""
 
     reduces: ClassVar[str]
-    """The reduction of a window, and the op that combines two elements."""
+    """The op that reduces a window, and the op that combines two elements."""
     combines: ClassVar[str]
     reducing: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Attributes of the reduction."""
+    """Attributes of the reducing op."""
 
     @staticmethod
     def filling(dtype: DType) -> float:
-        """Return the number that changes no reduction of a window."""
+        """Return the neutral element of the reduction, which pads x."""
         raise NotImplementedError
 
     def body(self, b: Builder, x: Expr) -> Any:
         return self._along_each(b, x, slices=False)
 
     def lowering(self, b: Builder, x: Expr) -> Any:
-        """Build small windows as strided slices of x, combined elementwise: several times as fast on every backend."""
+        """Build small windows as strided slices of x that are combined elementwise. This is several times as fast on
+        every backend.
+        """
         return self._along_each(b, x, slices=True)
 
     def _along_each(self, b: Builder, x: Expr, slices: bool) -> Expr:
-        """One axis after the other, in the dtype that sums are held in, where they are sums.
+        """Reduce one axis after the other, sums in the dtype in which they accumulate.
 
-        Where one of equal elements is chosen, the last axis comes first: it then is the first in a window's order.
+        If one of several equal elements is selected, the last axis comes first, since the elements of a window are
+        ordered along the last axis first.
         """
         dtype = x.dtype
         x = x.cast(self.sums_in(dtype))
@@ -169,8 +176,8 @@ class _Separable(_Pool):
 class MaxPool(_Separable):
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    Padding is ignored: a window without elements gives -inf, or the least integer. Of equal maxima the first in the
-    window gets the gradient, as torch.max_pool2d has it.
+    Padding is ignored: a window without elements gives -inf, or the least integer. The first of equal maxima in the
+    window gets the gradient, as in torch.max_pool2d.
     """
 
     x = Operand()
@@ -213,10 +220,10 @@ class SumPool(_Separable):
 
 @op("average_pool", dtypes="f -> f", linear="x")
 class AveragePool(_Pool):
-    """y[..., i...] = the mean of the elements of x that the window at i holds
+    """y[..., i...] = the mean of the elements of x in the window at i
 
     Padding is not counted: a window without elements gives NaN. To count zeros around x (count_include_pad in
-    frameworks), pad x with them. 16-bit floats are summed in f32.
+    frameworks), pad x with zeros. 16-bit floats are summed in f32.
     """
 
     x = Operand()

@@ -22,7 +22,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 class MixedProduct(Op):
-    """Base of products with weights: their result may have another dtype than the operands.
+    """Base of products with weights. The result may have another dtype than the operands.
 
     to   the dtype of the result and the bias, in which products are summed; None: the dtype of the operands
     """
@@ -30,7 +30,7 @@ class MixedProduct(Op):
     to: DType | None
 
     def multiplies(self, count: int) -> tuple[int, ...]:
-        """Return the positions, among `count` operands, of the matrices that the first operand is multiplied with."""
+        """Return the positions, among `count` operands, of the matrices by which the first operand is multiplied."""
         return (1,)
 
     def dtype_rule(self, factors: int, biases: int, results: int = 1) -> str:
@@ -39,25 +39,25 @@ class MixedProduct(Op):
         return f"{', '.join(['f'] * factors + [to] * biases)} -> {', '.join([to] * results)}"
 
     def summed(self, x: Any) -> Any:
-        """Return the NumPy dtype of the result, for a first operand x."""
+        """Return the NumPy dtype of the result for a first operand x."""
         return x.dtype if self.to is None else self.to.numpy or np.float32
 
     def wide(self, operands: Sequence[Expr]) -> list[Expr]:
-        """Return the operands in the result's dtype, for computing gradients."""
+        """Return the operands cast to the result's dtype, in which gradients are computed."""
         return [x if self.to is None or x.dtype is self.to else x.cast(self.to) for x in operands]
 
     def narrowed(self, grads: Sequence[Expr], operands: Sequence[Expr]) -> list[Expr]:
-        """Return gradients in their operands' dtypes."""
+        """Return gradients cast to their operands' dtypes."""
         return [g if g.dtype is x.dtype else g.cast(x.dtype) for g, x in zip(grads, operands, strict=True)]
 
 
 def contraction_gradient(
     b: Builder, application: Application, grad: Expr, operands: Sequence[Expr | None]
 ) -> list[Expr]:
-    """Return the gradient of a sum of products by each operand: `grad` times the other operands, summed.
+    """Return the gradient of a sum of products by each operand: the sum of `grad` times the other operands.
 
-    application is the op's rule applied to the operands; every dimension in it is one factor. An axis of only one
-    operand that the result lacks is generated again in that operand's gradient.
+    application is the op's rule applied to the operands; each dimension in it must be a single factor. If the result
+    lacks an axis of only one operand, the axis is broadcast in that operand's gradient.
     """
     dotted = [name for name in application.factors if name.startswith("...")]
     names = {name: name for name in application.factors}
@@ -86,7 +86,7 @@ def contraction_gradient(
 
 
 def _names(dims: Sequence[AxisDim], names: dict[str, str]) -> list[str]:
-    """Return the name of each dimension; "1" for a broadcast dimension, which lacks its axis."""
+    """Return the name of each dimension. It is "1" for a broadcast dimension, which lacks the axis."""
     return [names[d.factors[0]] if d.factors else "1" for d in dims]
 
 
@@ -185,22 +185,22 @@ def _operands(count: int) -> str:
 
 
 def _refuse_letters(equation: str, types: Sequence[Type | None]) -> None:
-    """Raise RuleError for adjacent letters: for NumPy each is an axis, and here they are one name."""
+    """Raise RuleError for adjacent letters, which NumPy reads as one axis each. Here they are one name."""
     left, arrow, right = equation.partition("->")
     terms = [term.strip() for term in left.split(",")]
     ranks = [None if type is None else type.rank for type in types]
     if arrow and [len(term) for term in terms] == ranks and max(map(len, terms)) > 1 and "".join(terms).isalpha():
         spaced = f"{', '.join(map(' '.join, terms))} -> {' '.join(right.replace(' ', ''))}".rstrip()
-        raise RuleError("axes are separated by spaces", within=marked(equation, 1), hint=f'equation="{spaced}"')
+        raise RuleError("axes must be separated by spaces", within=marked(equation, 1), hint=f'equation="{spaced}"')
 
 
 @op("einsum", dtypes="n* -> n", flops=2)
 class Einsum(Primitive):
-    """z = the sum, over all axes that the result does not name, of the product of the operands
+    """z = the product of the operands, summed over all axes that the result does not name
 
     equation   "b h s d, b h t d -> b h s t": one name per axis, separated by spaces, as in einops (Rogozhnikov
-               2022); `...` stands for leading dimensions that broadcast. A name occurs once in an operand: a
-               diagonal is refused.
+               2022); `...` stands for leading dimensions that broadcast. A name occurs only once in an operand:
+               diagonals are not supported.
     """
 
     x = Operand(variadic=True)
@@ -212,7 +212,7 @@ class Einsum(Primitive):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """Linear in each operand alone."""
+        """The op is linear in each operand alone."""
         count = len(self.equation.partition("->")[0].split(","))
         return tuple(frozenset([name]) for name in self.operand_names(count))
 
@@ -221,10 +221,12 @@ class Einsum(Primitive):
         _refuse_letters(text, types)
         rule = parse_rule(text)
         if len(rule.results) != 1:
-            raise RuleError("an equation has one result", within=marked(text, text.index(",", text.index("->"))))
+            raise RuleError(
+                "an equation must have exactly one result", within=marked(text, text.index(",", text.index("->")))
+            )
         if len(rule.operands) != len(types):
             raise RuleError(
-                f"before '->' the equation has {_operands(len(rule.operands))}, and {len(types)} are given",
+                f"before '->' the equation has {_operands(len(rule.operands))}, but {len(types)} are passed",
                 within=marked(text, text.index("->")),
                 hint='separate operands by commas, and their axes by spaces: "b s d, b t d -> b s t"',
             )

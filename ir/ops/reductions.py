@@ -23,7 +23,8 @@ from treadle.ir.types import DType, Type, f32, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reduction(Op):
-    """Combines the elements along some axes by a monoid; without a monoid, the rule declares them whole.
+    """A reduction of the elements along some axes by a monoid. If there is no monoid, the axes are whole in the axis
+    rule.
 
     axes   the axes to reduce; a negative one counts from the end
     keep   keep each axis as a dimension of size 1
@@ -92,7 +93,7 @@ class _Extremum(_Reduction, Primitive):
 
 @op("reduce_sum", dtypes="n -> n", linear="x")
 class ReduceSum(_Reduction, Primitive):
-    """y = sum of x over `axes`, accumulated in its own dtype, for 16-bit floats in f32"""
+    """y = sum of x over `axes`, accumulated in x's dtype, for 16-bit floats in f32"""
 
     x = Operand()
     monoid = "sum"
@@ -125,7 +126,7 @@ class ReduceSum(_Reduction, Primitive):
 class ReduceMax(_Extremum):
     """y = max of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal maxima, as torch.amax has it; `ties` gives it to the first.
+    The gradient is divided evenly among equal maxima, as in torch.amax; `ties` can give it to the first.
     """
 
     x = Operand()
@@ -139,7 +140,7 @@ class ReduceMax(_Extremum):
 class ReduceMin(_Extremum):
     """y = min of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal minima, as torch.amin has it; `ties` gives it to the first.
+    The gradient is divided evenly among equal minima, as in torch.amin; `ties` can give it to the first.
     """
 
     x = Operand()
@@ -153,8 +154,8 @@ class ReduceMin(_Extremum):
 class ReduceMean(_Reduction, Composite):
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts does not follow from their means alone, so the axes are whole; the sum is in the body, for
-    16-bit floats in f32.
+    The mean of two parts together cannot be computed from their two means alone, so the axes are whole. The body
+    contains the sum, for 16-bit floats in f32.
     """
 
     x = Operand()
@@ -196,7 +197,7 @@ class ReduceMean(_Reduction, Composite):
 
 @op("size", axes="->", flops=0)
 class SizeOf(Primitive):
-    """y = the value of a size expression, a scalar: the divisor of a mean over a symbolic axis"""
+    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis"""
 
     value: Size
     dtype: DType = i64
@@ -220,8 +221,8 @@ class SizeOf(Primitive):
 class CumSum(Primitive):
     """y[i] = sum of x[j] over j <= i, along `axis`, for 16-bit floats accumulated in f32
 
-    exclusive   j < i instead: starts at 0
-    reverse     j >= i (or j > i): sums from the end. The result at i then reads elements after i, so the
+    exclusive   sum over j < i: the result starts at 0
+    reverse     sum over j >= i (or j > i): from the end. The result at i then reads elements after i, so the
                 axis is whole and not scanned.
     """
 
@@ -250,7 +251,7 @@ class CumSum(Primitive):
         return [b.cumsum(g, axis=self.axis, exclusive=self.exclusive, reverse=not self.reverse)]
 
     def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
-        """Build the step with the sum so far as the first element: sum over ([carried, x]), without its first element.
+        """Build the step, with the sum so far as the first element: the sums of ([carried, x]), without the first.
 
         Elements after a row's last real token count as 0, and a row at position 0 starts at 0 again.
         """
@@ -282,7 +283,7 @@ class CumSum(Primitive):
 
 @op("argmax", dtypes="n -> i64")
 class ArgMax(Primitive):
-    """y = the position of the greatest element along `axis`; the first of equal ones
+    """y = the position of the greatest element along `axis`; the first position if several elements are equal
 
     keep   keep the axis as a dimension of size 1
     """
@@ -314,7 +315,7 @@ class ArgMax(Primitive):
 class TopK(Primitive):
     """values, indices = the k greatest elements along `axis`, greatest first, and their positions
 
-    Of equal elements the one with the lower index comes first. A NaN counts as greater than any number.
+    Equal elements are ordered by index, lower first. A NaN counts as greater than any number.
     """
 
     x = Operand()
@@ -335,7 +336,7 @@ class TopK(Primitive):
         return [(size - self.k, f"k is {self.k}, but axis {self.axis} has {size} elements")]
 
     def reference(self, x: Any) -> Any:
-        # A stable ascending sort of the reversed axis, read backwards, descends with lower indices first.
+        # A stable ascending sort of the reversed axis, read backwards, is a descending sort with lower indices first.
         backwards = np.flip(x, self.axis)
         order = np.flip(np.argsort(backwards, axis=self.axis, kind="stable"), self.axis)
         indices = x.shape[self.axis] - 1 - np.take(order, np.arange(self.k), self.axis)

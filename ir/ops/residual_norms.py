@@ -1,6 +1,6 @@
 """A residual addition and its norm in one op: fused add + norm.
 
-They have two results, as a residual stream needs: y, for the next layer, and the sum, which continues the stream.
+The ops have two results, as a residual stream needs: y, for the next layer, and the sum, which continues the stream.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treadle.ir.types import Type, f32
 
 
 class _AddNorm(Composite):
-    """Base of both ops. A subclass names the norm of its sum."""
+    """Base of both ops. A subclass defines `norm`, the norm of the sum."""
 
     accumulates = f32
 
@@ -28,15 +28,17 @@ class _AddNorm(Composite):
         assert x is not None
         assert residual is not None
         if x.shape != residual.shape:
-            raise RuleError("x and residual must have one shape", hint="expand the one that is broadcast, or add it")
+            raise RuleError(
+                "x and residual must have one shape", hint="expand the operand that is broadcast, or use add and a norm"
+            )
 
     def demands(self, types: Sequence[Type | None]) -> Sequence[Demand]:
         return self.norm.demands(types[:1])
 
     @property
     def norm(self) -> LayerNorm | RMSNorm:
-        """The norm op that computes y from the sum."""
-        raise GraphError(f"op {self.name} names no norm")
+        """The op that computes y from the sum."""
+        raise GraphError(f"op {self.name} does not define `norm`")
 
     def body(self, b: Builder, x: Expr, residual: Expr, *vectors: Expr | None) -> tuple[Expr, Expr]:
         total = x + residual
@@ -47,8 +49,8 @@ class _AddNorm(Composite):
         return self.norm.reference(total, *vectors), total
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
-        """Build the gradient: both addends get the gradient of the sum, which comes through the norm and from the sum's
-        own readers.
+        """Build the gradient: both addends get the gradient of the sum, which is the gradient through the norm plus the
+        gradient of the result `sum`.
         """
         (g_y, g_sum), (_, _, *vectors), (y, total) = grads, inputs, outputs
         if g_y is None:
@@ -62,8 +64,8 @@ class _AddNorm(Composite):
 class AddLayerNorm(_AddNorm):
     """sum = x + residual,   y = (sum - mean(sum)) / sqrt(var(sum) + eps) * weight + bias
 
-    Results: y, then the sum. `layer_norm` (Ba, Kiros & Hinton 2016) of a residual, as SkipLayerNormalization in ONNX
-    Runtime. The sum is rounded to its dtype before it is normalized.
+    Results: y, then the sum. The op is `layer_norm` (Ba, Kiros & Hinton 2016) of a residual sum, as
+    SkipLayerNormalization in ONNX Runtime. The sum is rounded to its dtype before it is normalized.
     """
 
     x = Operand()
@@ -96,8 +98,8 @@ class AddLayerNorm(_AddNorm):
 class AddRMSNorm(_AddNorm):
     """sum = x + residual,   y = sum / sqrt(mean(sum^2) + eps) * weight
 
-    Results: y, then the sum. `rms_norm` (Zhang & Sennrich 2019) of a residual, as fused_add_rms_norm in vLLM. The sum
-    is rounded to its dtype before it is normalized.
+    Results: y, then the sum. The op is `rms_norm` (Zhang & Sennrich 2019) of a residual sum, as fused_add_rms_norm in
+    vLLM. The sum is rounded to its dtype before it is normalized.
     """
 
     x = Operand()

@@ -39,15 +39,15 @@ class Rotary(Composite):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.layout not in LAYOUTS:
-            raise RuleError(f"layout is {self.layout!r}", hint="one of " + ", ".join(LAYOUTS))
+            raise RuleError(f"unknown layout {self.layout!r}", hint="one of " + ", ".join(LAYOUTS))
         x, _, frequencies = types
         if x is None or frequencies is None or x.rank != 4 or frequencies.rank != 1:
-            return  # the axis rule refuses it
+            return  # the axis rule refuses any other rank
         d, f = x.shape[3].constant, frequencies.shape[0].constant
         if d is None or f is None:
             raise RuleError("d and the number of frequencies must be constants")
         if 2 * f > d:
-            raise RuleError(f"{f} frequencies rotate {2 * f} dimensions, and x has {d}")
+            raise RuleError(f"{f} frequencies rotate {2 * f} dimensions, but x has {d}")
 
     def reference(self, x: Any, positions: Any, frequencies: Any) -> Any:
         f = frequencies.shape[0]
@@ -60,7 +60,7 @@ class Rotary(Composite):
         return y
 
     def _pairs(self, f: int) -> tuple[slice, slice]:
-        """Return the first dimensions of the pairs, and the second dimensions."""
+        """Return two slices: the first dimensions of all pairs, and the second dimensions."""
         if self.layout == "half":
             return slice(0, f), slice(f, 2 * f)
         return slice(0, 2 * f, 2), slice(1, 2 * f, 2)
@@ -75,7 +75,7 @@ class Rotary(Composite):
         return self._joined(b, turned, x, frequencies)
 
     def _split(self, b: Builder, x: Expr, frequencies: Expr) -> tuple[Expr, Expr]:
-        """Return the first and the second of each pair, [b, h, s, f] each."""
+        """Return the first and the second elements of all pairs, [b, h, s, f] each."""
         first, second = self._pairs(frequencies.shape[0].constant or 0)
         one, other = (b.slice(x, axis=3, start=p.start, stop=p.stop, stride=p.step or 1) for p in (first, second))
         return one, other
@@ -107,8 +107,8 @@ class Rotary(Composite):
         S("f32[1,2,3,6]", "i32[1,3] < 9", "f32[2]", layout="interleaved"),
     ]
     errors = [
-        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies rotate 10 dimensions, and x has 8"),
-        (S("f32[2,3,5,8]", "i64[2,5]", "f32[4]", layout="pairs"), "layout is 'pairs'"),
+        (S("f32[2,3,5,8]", "i64[2,5]", "f32[5]"), "5 frequencies rotate 10 dimensions, but x has 8"),
+        (S("f32[2,3,5,8]", "i64[2,5]", "f32[4]", layout="pairs"), "unknown layout 'pairs'"),
         (S("f32[2,3,5,8]", "i64[2,4]", "f32[4]"), "axis s sizes disagree: 5 in x, 4 in positions"),
         (S("f32[2,3,5,8]", "f32[2,5]", "f32[4]"), "positions must be an integer"),
         (S("f32[2,5,8]", "i64[2,5]", "f32[4]"), "x must have rank 4, has rank 3"),

@@ -18,7 +18,7 @@ from treadle.ir.types import Type
 
 @op("round", axes="... -> ...", dtypes="f -> f")
 class Round(Primitive):
-    """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
+    """y = the integer nearest to x, the even one if two integers are equally near; no gradient flows"""
 
     x = Operand()
     stops_gradient = True
@@ -34,12 +34,12 @@ class Round(Primitive):
 class FloatFormat:
     """A binary float format as a set of numbers, without the order of its bits.
 
-    fraction   bits after the leading one
-    least      the exponent of its least normal number; below it, numbers keep the spacing there
-    largest    its largest finite number
+    fraction   the number of bits after the leading one
+    least      the exponent of the least normal number; smaller numbers have the spacing of numbers of that exponent
+    largest    the largest finite number
     beyond     the result for a larger number without saturation: inf, nan, or None (always saturates)
-    signed     True if it has numbers below zero
-    minus_zero True if it has both +0 and -0
+    signed     True if the format has numbers below zero
+    minus_zero True if the format has both +0 and -0
     """
 
     fraction: int
@@ -71,7 +71,7 @@ class RoundTo(Primitive):
     saturate   numbers above the format's largest, including infinity, become the largest; otherwise they become inf or
                NaN, whichever the format has. A NaN stays NaN; in a format without NaN it becomes 0.
 
-    A cast to the format and back: the gradient passes unchanged, as through a cast.
+    The op equals a cast to the format and back. The gradient passes unchanged, as through a cast.
     """
 
     x = Operand()

@@ -25,7 +25,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def zeros(b: Builder, type: Type) -> Expr:
-    """Build zeros of a type, without storing them in a constant."""
+    """Build zeros of a type by expanding a scalar, so that the graph stores no large constant."""
     return b.expand(b.constant(0, type.dtype), shape=type.shape)
 
 
@@ -63,7 +63,7 @@ class Rearrange(Primitive):
         rule = self.rule(())
         lost = [f.name for f in rule.factors.values() if f.role is Role.REDUCED]
         if lost:
-            raise RuleError(f"axis {lost[0]} is not after '->'", within=marked_name(self.pattern, lost[0]))
+            raise RuleError(f"axis {lost[0]} is missing after '->'", within=marked_name(self.pattern, lost[0]))
         left, right = (_dims(side) for side in (*rule.operands, *rule.results))
         moved = all(f.role is Role.MAPPED for f in rule.factors.values())
         if not moved or any(d.size is not None for d in right):
@@ -82,7 +82,7 @@ class Rearrange(Primitive):
                 raise RuleError(
                     f"cannot infer the sizes of {' and '.join(unknown)}",
                     within=marked_name(self.pattern, unknown[0]),
-                    hint=f"give all but one, such as {unknown[0]}=2",
+                    hint=f"give all but one of them, such as {unknown[0]}=2",
                 )
 
     def at(self, values: Mapping[str, int]) -> Op:
@@ -126,7 +126,7 @@ class Rearrange(Primitive):
         dims = self.apply([x.type]).dims
         sizes: dict[str, Size] = {}
         for joined in _dims(rule.results[0]):
-            # The reverse splits this dimension; one factor is inferred, if possible one with symbols.
+            # The gradient splits this dimension again; one factor is inferred, if possible one with symbols.
             inferred = max(joined.factors, key=lambda n: len(dims[n].size.symbols), default=None)
             sizes |= {n: dims[n].size for n in joined.factors if n != inferred}
         return [b.rearrange(g, pattern=f"{_side(rule.results[0], sizes)} -> {_side(rule.operands[0], {})}")]
@@ -144,7 +144,7 @@ class Rearrange(Primitive):
     errors = [
         (S("f32[2,9]", pattern="a (b=2 c) -> a b c"), "not a multiple of 2"),
         (S("f32[2,8]", pattern="a (b c) -> a b c"), "cannot infer the sizes of b and c"),
-        (S("f32[2,3]", pattern="a b -> a"), "axis b is not after '->'"),
+        (S("f32[2,3]", pattern="a b -> a"), "axis b is missing after '->'"),
         (S("f32[2,3]", pattern="a b -> a b c"), "axis c is after '->', and in no operand"),
         (S("f32[2,3]", pattern="a b -> a b a"), "axis a occurs twice"),
         (S("f32[2,3]", pattern="a [b] -> a [b]"), "names, sizes, 1"),
@@ -165,7 +165,7 @@ def _number(size: Size) -> int:
 
 
 def _side(dims: Sequence[object], sizes: Mapping[str, Size]) -> str:
-    """Return one side of a pattern as text, with these sizes in it."""
+    """Return one side of a pattern as text that contains these sizes."""
     texts = []
     for d in dims:
         if not isinstance(d, AxisDim):
@@ -183,16 +183,18 @@ def _side(dims: Sequence[object], sizes: Mapping[str, Size]) -> str:
 class Expand(Primitive):
     """y[..., i, ...] = x[..., 0, ...]: x repeated along dimensions of size 1 and new leading ones
 
-    shape   the result's sizes. None, or the size that x has there, keeps a dimension and maps its axis;
-            another size needs a 1 in x, or no dimension at all, and generates an axis.
+    shape   the result's sizes. If a size is None or equals the size of x, the dimension is kept and its axis mapped.
+            For any other size, the dimension of x must have size 1 or be missing; it becomes a generated axis.
     """
 
-    step = "repeats its one element"
+    step = "repeats its single element"
     x = Operand()
     shape: tuple[Size | None, ...]
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
-        """Return the rule for the case that no size is kept from x: see `apply`."""
+        """Return the rule for the case that every size in `shape` is generated. `apply` marks the kept dimensions
+        first.
+        """
         rank = ranks[0] or 0
         names = axis_letters(len(self.shape), symbols_in(self.shape))
         results = [n if size is None else f"^{n}={size}" for n, size in zip(names, self.shape, strict=True)]
@@ -212,13 +214,13 @@ class Expand(Primitive):
             raise RuleError("a new dimension needs a size")
         for position, (dim, size) in enumerate(zip(x.dims, self.shape[new:], strict=True)):
             if size is not None and size != dim.size and not dim.is_one:
-                raise RuleError(f"dimension {position} of x is {dim.size}: it must be 1 to expand to {size}")
+                raise RuleError(f"dimension {position} of x is {dim.size}, and must be 1 to expand to {size}")
 
     def apply(self, types: Sequence[Type | None]) -> Application:
         return super(Expand, self._keeping(types)).apply(types)
 
     def _keeping(self, types: Sequence[Type | None]) -> Expand:
-        """Return the same op, with the dimensions that x has already marked as kept."""
+        """Return the same op with None in `shape` for each dimension that already has its size in x."""
         (x,) = types
         assert x is not None
         new = len(self.shape) - x.rank
@@ -226,7 +228,7 @@ class Expand(Primitive):
         return replace(self, shape=(*self.shape[:new], *[None if size == dim.size else size for dim, size in old]))
 
     def resized(self, sizes: Mapping[str, Size], types: Sequence[Type | None]) -> Op | None:
-        """Return the op if only kept dimensions have other sizes; None if a generated one has."""
+        """Return the op if only kept dimensions have other sizes; None if a generated dimension has another size."""
         made = self._keeping(types)
         names = axis_letters(len(made.shape), symbols_in(made.shape))
         generated = {n for n, size in zip(names, made.shape, strict=True) if size is not None}
@@ -260,7 +262,7 @@ class Expand(Primitive):
         S("f32[3,1,4]", shape=(2, 3, 5, 4)),
     ]
     errors = [
-        (S("f32[2,3]", shape=(2, 4)), "dimension 1 of x is 3: it must be 1"),
+        (S("f32[2,3]", shape=(2, 4)), "dimension 1 of x is 3, and must be 1"),
         (S("f32[2,3]", shape=(6,)), "x has rank 2"),
         (S("f32[3]", shape=(None, 3)), "a new dimension needs a size"),
     ]
@@ -268,12 +270,12 @@ class Expand(Primitive):
 
 @op("reshape", dtypes="t -> t", linear="x", flops=0)
 class Reshape(Primitive):
-    """The elements of x, in row-major order, under another shape.
+    """The elements of x, in row-major order, in another shape.
 
-    For importers. It does not relate the axes of x and y, so tracking of every axis ends here. If the relation is
-    known, use `rearrange`.
+    The op is meant for importers. It does not relate the axes of x and y, so no axis can be followed through it. If the
+    relation is known, use `rearrange`.
 
-    shape   the result's sizes, with as many elements as x has for all values of the symbols
+    shape   the result's sizes. Their product must equal the number of elements of x for all values of the symbols
     """
 
     x = Operand()
@@ -289,7 +291,7 @@ class Reshape(Primitive):
         (x,) = types
         assert x is not None
         if x.elements != product(self.shape):
-            raise RuleError(f"x has {x.elements} elements, the shape {product(self.shape)}")
+            raise RuleError(f"x has {x.elements} elements, but the shape has {product(self.shape)}")
 
     def reference(self, x: Any) -> Any:
         return x.reshape([_number(size) for size in self.shape])
@@ -312,4 +314,4 @@ class Reshape(Primitive):
         S("f32[]", shape=(1, 1)),
         S("i64[1,1]", shape=()),
     ]
-    errors = [(S("f32[2,3]", shape=(4, 2)), "x has 6 elements, the shape 8")]
+    errors = [(S("f32[2,3]", shape=(4, 2)), "x has 6 elements, but the shape has 8")]

@@ -11,18 +11,20 @@ WEIGHT_AXES = ("n k", "k n")
 
 
 def refuse_weight_axes(weight_axes: str) -> None:
-    """Raise RuleError if an attribute is not in `WEIGHT_AXES`."""
+    """Raise RuleError if the value of an attribute is not in `WEIGHT_AXES`."""
     if weight_axes not in WEIGHT_AXES:
-        raise RuleError(f"weight_axes is {weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
+        raise RuleError(f"unknown weight_axes {weight_axes!r}", hint="one of " + ", ".join(map(repr, WEIGHT_AXES)))
 
 
 def rows_of(weight_axes: str) -> str:
-    """Return x without its last axis, in an axis rule: matmul has an axis of rows, linear needs none."""
+    """Return the axes of x without its last, as text for an axis rule: matmul has an axis of rows, linear needs
+    none.
+    """
     return "... m" if weight_axes == "k n" else "..."
 
 
 def multiplied(b: Builder, x: Expr, weight: Expr, bias: Expr | None, weight_axes: str, to: DType | None = None) -> Expr:
-    """Build x weight + bias, in the dtype `to`."""
+    """Build x weight + bias, summed in the dtype `to`."""
     product: Expr
     if weight_axes == "n k":
         product = b.linear(x, weight, bias, to=to)

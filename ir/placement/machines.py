@@ -1,6 +1,6 @@
 """Machines to plan for: rates, memory and links, by name. The figures are orders of magnitude, for comparing plans.
 
-Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM). A link's figure is the rate at which
+Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM). The rate of a link is the rate at which
 one device sends.
 """
 
@@ -34,11 +34,15 @@ class Machine:
     latency: float
 
     def seconds(self, flops: float, bytes: float) -> float:
-        """Return the least seconds for operations on bytes of memory (the roofline of Williams et al. 2009)."""
+        """Return the least time in seconds for `flops` operations on `bytes` of memory (the roofline of Williams et al.
+        2009).
+        """
         return max(flops / self.flops, bytes / self.bandwidth)
 
     def link(self, mesh: Mesh, over: SubAxes) -> float:
-        """Return the bytes per second along parts of a mesh: the slow link's if a group extends beyond its node."""
+        """Return the bytes per second of the link along parts of a mesh. If a group extends beyond its node, this is
+        the slow link.
+        """
         reach, stride = 1, 1
         for name, size in mesh.axes:
             for part in over:

@@ -1,7 +1,7 @@
 """Communication between the ranks of a mesh: the interface through which a collective op gets its result.
 
 An op cannot reach the other ranks by itself. The code that runs the programs of several ranks sets the transport in
-each rank's own context (`meeting_at`). Outside of such a context only a collective with one rank is defined.
+each rank's own context (`meeting_at`). Outside of such a context, only collectives with one rank can run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Meeting(Protocol):
-    """The transport of one rank to the others."""
+    """The transport between one rank and the other ranks."""
 
     def exchange(self, op: Collective, part: Any) -> Any:
-        """Exchange this rank's part; returns the result of `op.combined` on the parts of its group for this rank.
+        """Exchange this rank's part. Return this rank's entry of `op.combined` on the parts of its group.
 
         part  an array or a tensor, which is unchanged; the result is a new one of the same kind
         """
@@ -37,7 +37,7 @@ _CURRENT: ContextVar[Meeting | None] = ContextVar("transport", default=None)
 
 @contextmanager
 def meeting_at(meeting: Meeting) -> Iterator[None]:
-    """Use this transport for the collectives of the context."""
+    """Use this transport for all collectives in the context."""
     token = _CURRENT.set(meeting)
     try:
         yield
@@ -52,14 +52,14 @@ def exchanged(op: Collective, part: Any) -> Any:
     meeting = _CURRENT.get()
     if meeting is None:
         raise GraphError(
-            f"{op.name} needs {op.ways} ranks, and this program runs alone",
+            f"{op.name} needs {op.ways} ranks, but this program runs alone",
             hint=Hint("run_lab(plan, inputs, weights)", "treadle shard MODEL --mesh tp=2 --recipe megatron --lab"),
         )
     return meeting.exchange(op, part)
 
 
 def begun(op: Starting, part: Any) -> Any:
-    """Start a transfer that is awaited later, if there are other ranks. Returns a zero with the part's number of
+    """Start a transfer that is awaited later, if there are other ranks. Return a zero with the part's number of
     dimensions.
     """
     meeting = _CURRENT.get()

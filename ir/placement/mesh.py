@@ -1,10 +1,10 @@
 """Meshes: devices in a grid with named axes, `tp=8,dp=2`, and the parts of an axis that a dimension may be split over.
 
-Ranks are numbered with the first axis fastest: neighbours along it have consecutive numbers. So the axis with the most
-traffic is the first.
+Ranks are numbered with the first axis fastest: neighbours along the first axis have consecutive numbers. So the axis
+with the most traffic should be the first.
 
-An axis of 8 is three axes of 2, outermost first; a dimension may be split over some of them only. `tp:(1)4` is the
-outermost part of tp, with 4 positions, and `tp:(4)2` is the part below these 4. (The notation is Shardy's.)
+An axis of 8 consists of three parts of 2, outermost first; a dimension may be split over only some of them. `tp:(1)4`
+is the outermost part of tp, with 4 positions, and `tp:(4)2` is the next part inwards. (The notation is Shardy's.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_RANKS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class SubAxis:
-    """A part of a mesh axis: `size` positions below `outer` others."""
+    """A part of a mesh axis: `size` positions, inside parts with `outer` positions in total."""
 
     axis: str
     outer: int
@@ -31,17 +31,17 @@ class SubAxis:
 
 
 SubAxes = tuple[SubAxis, ...]
-"""Parts of axes that split something in turn, outermost first."""
+"""Parts of axes over which something is split, one after the other, outermost first."""
 
 
 def ways(parts: Iterable[SubAxis]) -> int:
-    """Return the number of pieces that these parts split something into."""
+    """Return the number of pieces into which these parts split something."""
     return prod(part.size for part in parts)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Axes by name with their sizes, the fastest first. Use `Mesh.of` to build one."""
+    """The axes of a mesh by name with their sizes, the fastest first. Use `Mesh.of` to build a mesh."""
 
     axes: tuple[tuple[str, int], ...]
 
@@ -62,7 +62,9 @@ class Mesh:
             raise UsageError(f"the mesh has two axes {twice}", received=text[:80], hint="tp=2,dp=2")
         if any(size < 1 for _, size in axes) or mesh.ranks > MOST_RANKS:
             raise UsageError(
-                f"a mesh has 1 to {MOST_RANKS:,} ranks, and axes of 1 or more", received=text[:80], hint="tp=2,dp=2"
+                f"a mesh must have 1 to {MOST_RANKS:,} ranks, and axes of 1 or more",
+                received=text[:80],
+                hint="tp=2,dp=2",
             )
         return mesh
 
@@ -73,7 +75,7 @@ class Mesh:
 
     @cached_property
     def parts(self) -> SubAxes:
-        """The prime parts of every axis, the smallest outermost; an axis of 1 has none."""
+        """The prime parts of every axis, the smallest outermost. An axis of size 1 has no parts."""
         found: list[SubAxis] = []
         for name, size in self.axes:
             outer = 1
@@ -94,13 +96,14 @@ class Mesh:
             held = [p for p in self.parts if p.axis == match[1] and outer <= p.outer < outer * wanted]
             if ways(held) != wanted or (held and held[0].outer != outer) or (match[2] and not held):
                 raise UsageError(
-                    f"axis {match[1]} of {self} has no part {word}", hint=f"{match[1]}:(1)2, if it is even"
+                    f"axis {match[1]} of {self} has no part {word}",
+                    hint=f"{match[1]}:(1)2, if the axis has an even size",
                 )
             found += held
         return tuple(found)
 
     def text_of(self, parts: Sequence[SubAxis]) -> str:
-        """Return the text of parts, which `parts_of` parses; adjacent parts are joined."""
+        """Return parts as text, which `parts_of` parses. Adjacent parts of an axis are joined."""
         sizes = dict(self.axes)
         joined: list[SubAxis] = []
         for part in parts:
@@ -113,7 +116,7 @@ class Mesh:
 
     @cached_property
     def strides(self) -> Mapping[SubAxis, int]:
-        """The distance between the numbers of neighbouring ranks along each part of an axis."""
+        """The difference between the numbers of neighbouring ranks along each part of an axis."""
         found, stride = {}, 1
         for name, size in self.axes:
             own = [part for part in self.parts if part.axis == name]
@@ -126,14 +129,18 @@ class Mesh:
         return rank // self.strides[part] % part.size
 
     def index(self, rank: int, parts: Sequence[SubAxis]) -> int:
-        """Return the coordinate of a rank along parts in turn: the index of its own among `ways(parts)` pieces."""
+        """Return the index of the rank's piece among `ways(parts)` pieces: the rank's coordinate along the parts,
+        outermost first.
+        """
         found = 0
         for part in parts:
             found = found * part.size + self.coordinate(rank, part)
         return found
 
     def group(self, rank: int, parts: Sequence[SubAxis]) -> tuple[int, ...]:
-        """Return the ranks that differ from a rank only along these parts, with itself, in the order of `index`."""
+        """Return the ranks that differ from a rank only along these parts, including the rank, in the order of
+        `index`.
+        """
         found = [rank - sum(self.coordinate(rank, part) * self.strides[part] for part in parts)]
         for part in parts:
             found = [first + at * self.strides[part] for first in found for at in range(part.size)]
@@ -144,7 +151,7 @@ class Mesh:
 
 
 def _primes(size: int) -> list[int]:
-    """Return the prime factors, the smallest first."""
+    """Return the prime factors of a size, the smallest first."""
     found, divisor = [], 2
     while size > 1:
         while size % divisor == 0:

@@ -4,13 +4,13 @@
     [-, tp*64]              split over tp in multiples of 64: heads of 64 whose number tp does not divide
     [dp, -, -] sum(tp)      each rank of a row of tp holds a partial sum; the value is their sum
 
-Every element is on one rank of each axis that splits it, and on all ranks of the other axes. A mesh axis, or a part of
-one, is used once in a placement.
+If an axis splits a value, each element is on one rank of that axis. Every element is on all ranks of the other axes. A
+mesh axis, or a part of one, is used at most once in a placement.
 
 A dimension of n units is split over k positions so that position i holds units i n // k to (i + 1) n // k. Parts differ
-by one unit at most, and none is empty if n >= k. Several axes that split one dimension count as one axis with the
-product of their sizes, the first outermost. Without the last of them the bounds equal the bounds of the split over the
-others, so that gathering along the last axis results in parts of that split.
+by one unit at most, and no part is empty if n >= k. Several axes that split one dimension count as one axis with the
+product of their sizes, the first outermost. The bounds of a split over all axes but the last are also bounds of the
+whole split, so gathering along the last axis results in the parts of the split over the other axes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from treadle.ir.types import Dim, Factor, Type
 Array = np.ndarray[Any, Any]
 
 IDEMPOTENT = ("max", "min", "and", "or")
-"""Monoids for which a whole value is also a partial one: x max x is x."""
+"""Monoids for which a whole value may also serve as a partial value: x max x is x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Split:
         return Split(self.over) if even else self
 
     def text(self, mesh: Mesh) -> str:
-        """Return the text within a placement, `tp*64`."""
+        """Return the split's text within a placement, such as `tp*64`."""
         return mesh.text_of(self.over) + _grain_text(self.grain)
 
 
 @dataclass(frozen=True)
 class MeshPlacement:
-    """The placement of a value's parts.
+    """The placement of a value's parts on a mesh.
 
     dims     for each dimension its split, or None
     partial  the parts of mesh axes along which ranks hold partial values
@@ -80,7 +80,7 @@ class MeshPlacement:
 
     @property
     def used(self) -> SubAxes:
-        """The parts of axes that it uses, in order."""
+        """The parts of axes that the placement uses, in order."""
         return (*[part for split in self.dims if split is not None for part in split.over], *self.partial)
 
     def text(self, mesh: Mesh) -> str:
@@ -111,7 +111,7 @@ def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
         over, _, grain = part.partition("*")
         parts = mesh.parts_of(over) if over.strip() != "-" else ()
         if not over.strip():
-            raise ParseError(f"a dimension is split over nothing: {text[:80]!r}", hint="- for a whole dimension")
+            raise ParseError(f"a dimension is split over no axis: {text[:80]!r}", hint="- for a whole dimension")
         dims.append(Split(parts, parse_size(grain) if grain.strip() else ONE) if parts else None)
     return MeshPlacement(tuple(dims), mesh.parts_of(match[3] or ""), match[2] or "sum")
 
@@ -126,7 +126,9 @@ def lies_between_blocks(size: Size, split: Split, elements: int) -> bool:
 
 
 def held_placement(type: Type, placement: MeshPlacement) -> MeshPlacement:
-    """Return the placement of `type.held`, which counts bytes where `type` counts elements of blocks."""
+    """Return the placement of the array that holds an encoded value. Its blocked axis counts bytes, where `type` counts
+    elements.
+    """
     if type.encoding is None:
         return placement
     axis = type.encoding.axis % type.rank
@@ -156,7 +158,7 @@ def _piece(size: Size, grain: Size, at: int, count: int) -> tuple[Size, Size]:
 
 
 def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> Type:
-    """Return the type of the part that a rank holds; labels stay."""
+    """Return the type of the part that a rank holds, with the same labels."""
     dims = []
     for dim, split in zip(type.dims, placement.dims, strict=True):
         if split is None:
@@ -178,9 +180,10 @@ def local_type(type: Type, placement: MeshPlacement, mesh: Mesh, rank: int) -> T
 def taken_part(
     array: Array, shape: Sequence[Size], placement: MeshPlacement, mesh: Mesh, rank: int, sizes: Mapping[str, int]
 ) -> Array:
-    """Return a view of the part that a rank holds of an array, which is a whole value of this shape.
+    """Return a view of the part that a rank holds. `array` is a whole value of this shape.
 
-    For a value in blocks, the array and the shape count bytes along the blocks' axis; so does `held_placement`.
+    For a value in blocks, the array and the shape count bytes along the blocks' axis, and `placement` must be the
+    `held_placement`.
     """
     where: list[Any] = []
     for size, split in zip(shape, placement.dims, strict=True):
@@ -189,5 +192,5 @@ def taken_part(
             continue
         start, length = (n.evaluate(sizes) for n in span(size, split, mesh, rank))
         where.append(slice(start, start + length))
-    part: Array = array[(*where, ...)]  # the dots: a view of an array of rank 0, too, and not its number
+    part: Array = array[(*where, ...)]  # the dots make a view even of an array of rank 0, instead of its number
     return part

@@ -1,4 +1,4 @@
-"""Parser of axis rules. docs/axis-rules.md has the grammar, `treadle.ir.axes` the meaning of a rule."""
+"""Parser of axis rules. docs/axis-rules.md has the grammar; `treadle.ir.axes` defines the meaning of a rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MARKS = {"": Role.MAPPED, ">": Role.SCANNED, "@": Role.INDEXED, "^": Role.GENER
 
 @lru_cache(maxsize=8192)
 def parse_rule(text: str) -> Rule:
-    """Parse one rule. Raises RuleError with the column where it is malformed."""
+    """Parse one axis rule. If it is malformed, raises RuleError with the column."""
     left, arrow, right = text.partition("->")
     if not arrow:
         raise RuleError("'->' is missing", within=marked(text, len(text.rstrip())), hint="operands -> result")
@@ -41,7 +41,9 @@ def parse_rule(text: str) -> Rule:
 
 
 def _size_end(text: str, at: int) -> int:
-    """The position after a size that begins at `at`: of a space, or of a parenthesis that the size did not open."""
+    """Return the position after a size that begins at `at`: of a space, or of a parenthesis that the size did not
+    open.
+    """
     depth = 0
     while at < len(text) and not text[at].isspace() and (depth or text[at] != ")"):
         depth += (text[at] == "(") - (text[at] == ")")
@@ -122,7 +124,7 @@ class _RuleReader:
             raise self.error(f"{factor.name} is both {known.role.value} and {factor.role.value}")
         elif factor.role is not Role.MAPPED and factor != known:
             if (known.monoid or known.limit) and (factor.monoid or factor.limit):
-                raise self.error(f"{known}, and also {factor}")
+                raise self.error(f"{known} cannot also be {factor}")
             self.marked[factor.name] = factor if factor.limit else known
         (self.in_results if is_result else self.in_operands).append(factor.name)
         return factor.name
@@ -142,11 +144,11 @@ class _RuleReader:
         if name.isidentifier():
             return AxisDim((self.mark(AxisFactor(name, Role.WHOLE, limit=limit if limited else None), is_result),))
         if not is_result:
-            raise self.error(f"an operand's whole axis must be a name, not {inner!r}")
+            raise self.error(f"a whole axis of an operand must be a name, not {inner!r}")
         return AxisDim((), self.size(inner))
 
     def size(self, text: str) -> Size:
-        if _NAMES.fullmatch(text):  # a concatenation's: one term per part, possibly more than an expression may hold
+        if _NAMES.fullmatch(text):  # for a concatenation: one term per part, possibly more than an expression may have
             return sum_of_symbols(text.split("+"))
         try:
             return parse_size(text)

@@ -2,9 +2,9 @@
 
     [B, S, 768] and [B*S, 12, 64]     runs B S | B*S and 768 | 12 64; pieces B, S, 12, 64
     [4, 6] and [8, 3]                 one run; pieces 4, 2, 3: 8 is 4 * 2, and 6 is 2 * 3
-    [4, 6] and [3, 8]                 one run; no pieces, since 3 cuts across 4
+    [4, 6] and [3, 8]                 one run; no pieces, since 4 is neither a multiple nor a factor of 3
 
-Sizes may be symbolic: an answer holds for all values of the symbols. Axes of size 1 are in no run and have no pieces.
+Sizes may be symbolic: a result holds for all values of the symbols. Axes of size 1 are in no run and have no pieces.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from treadle.ir.errors import SizeError
 from treadle.ir.sizing.sizes import ONE, Size
 
 Run = tuple[tuple[int, ...], tuple[int, ...]]
-"""Axes of either shape with the same product: adjacent, except for axes of size 1."""
+"""A run: the axes of the first and of the second shape, adjacent except for axes of size 1, with the same product."""
 
 
 def common_runs(before: Sequence[Size], after: Sequence[Size]) -> list[Run] | None:
-    """Return the finest runs of axes with the same product on both sides, in order.
+    """Return the shortest runs of axes with the same product on both sides, in order.
 
-    Returns None in three cases: the shapes differ in their number of elements; they hold none, so that axes cannot be
-    matched; or a product has more terms than a size may have.
+    Returns None in three cases: the shapes have different numbers of elements; they have no elements, so that axes
+    cannot be matched; or a product has more terms than a size may have.
     """
     ours = [i for i, size in enumerate(before) if size != ONE]
     theirs = [i for i, size in enumerate(after) if size != ONE]
@@ -49,7 +49,7 @@ def common_runs(before: Sequence[Size], after: Sequence[Size]) -> list[Run] | No
 class Pieces:
     """The common factors of the axes of two shapes.
 
-    sizes           of the pieces, outermost first
+    sizes           the sizes of the pieces, outermost first
     before, after   for each axis, the pieces whose product it is, outermost first
     """
 
@@ -59,7 +59,9 @@ class Pieces:
 
 
 def common_pieces(before: Sequence[Size], after: Sequence[Size]) -> Pieces | None:
-    """Return the fewest pieces that both shapes consist of, or None if an axis of one cuts across one of the other."""
+    """Return the fewest pieces that both shapes consist of. Return None if an axis of one shape ends inside an axis of
+    the other, where neither size divides the other.
+    """
     runs = common_runs(before, after)
     if runs is None:
         return None
@@ -83,8 +85,9 @@ def common_pieces(before: Sequence[Size], after: Sequence[Size]) -> Pieces | Non
 def _first_run(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int] | None:
     """Return the numbers of leading axes on either side with the same product; the smallest such numbers.
 
-    Products of leading axes are looked up among the other side's. Their order does not change the answer: the side
-    whose product is a part of the other's is extended, so that no product grows needlessly.
+    The product of one side's leading axes is looked up among the products of the other side. The order in which sides
+    are extended does not change the result. The side whose product is a part of the other's is extended first, so that
+    products stay small.
     """
     ours, theirs = [before[0]], [after[0]]
     while True:
@@ -116,14 +119,16 @@ def _quotient(size: Size, other: Size) -> Size | None:
 
 
 def _cut(before: Sequence[Size], after: Sequence[Size]) -> list[tuple[Size, tuple[int, int]]] | None:
-    """Return the pieces of one run, each with its axis on either side, or None if an axis is cut across."""
+    """Return the pieces of one run, each with its axis on either side. Return None if the axes have no common
+    pieces.
+    """
     if len(before) == 1:
         return [(size, (0, j)) for j, size in enumerate(after)]
     if len(after) == 1:
         return [(size, (i, 0)) for i, size in enumerate(before)]
     found: list[tuple[Size, tuple[int, int]]] = []
     i = j = 0
-    ours = theirs = ONE  # the remainder of axis i, and of axis j; 1 before its start
+    ours = theirs = ONE  # the rest of axis i, and of axis j; 1 before an axis starts
     while i < len(before) and j < len(after):
         ours, theirs = (before[i] if ours == ONE else ours), (after[j] if theirs == ONE else theirs)
         if (rest := _quotient(ours, theirs)) is not None:

@@ -1,5 +1,5 @@
-"""Encodings of results: an op that moves blocks keeps their encoding, if its axis rule leaves the blocks' axis
-unchanged.
+"""Encodings of results: the result of an op that moves blocks has the operands' encoding, if the op's axis rule leaves
+the axis of the blocks unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from treadle.ir.types import Dim, DType, Type
 
 
 def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None) -> Type:
-    """Return a result's type. Raises RuleError if a line is not an integer number of blocks."""
+    """Return the type of an encoded result. Raises RuleError if a line is not an integer number of blocks."""
     if encoding is None:
         return Type(dtype, dims)
     try:
@@ -23,8 +23,8 @@ def encoded_type(dtype: DType, dims: tuple[Dim, ...], encoding: Encoding | None)
 
 
 def unread_blocks(op: str, names: Sequence[str], types: Sequence[Type | None]) -> RuleError:
-    """Return the error for an op that reads numbers and receives blocks."""
-    return RuleError(f"{_operands_text(names, types)}, and {op} reads numbers", hint="decode it first")
+    """Return the error for an op that reads numbers and receives encoded blocks."""
+    return RuleError(f"{_operands_text(names, types)}, but {op} reads numbers", hint="decode it first")
 
 
 def moved_encoding(
@@ -37,7 +37,7 @@ def moved_encoding(
 ) -> Encoding:
     """Return the encoding of the result of an op that moves blocks of the operands `moved`.
 
-    given  factors whose sizes are attributes of the op: these would be sizes in numbers, not in blocks
+    given  factors whose sizes are attributes of the op; such a size would count numbers, not blocks
 
     Raises RuleError if these operands differ in encoding, or if the axis of the blocks is not one mapped axis of the
     result.
@@ -58,7 +58,7 @@ def moved_encoding(
         places.add(found.results[0].index(axis) if whole and axis in found.results[0] else None)
     (place,) = places if len(places) == 1 else (None,)
     if place is None:
-        raise RuleError(f"{what}, and {op} takes its blocks apart", hint="decode it first")
+        raise RuleError(f"{what}, but {op} would split its blocks", hint="decode it first")
     return first.along(place)
 
 

@@ -1,11 +1,11 @@
 """Dtype rules: one line next to an op's axis rule that declares the dtypes of its operands and results.
 
-    "f, i -> f"      a float and an integer in; the float's dtype out
-    "t, t -> bool"   two of any one dtype in; bool out
+    "f, i -> f"      operands: a float and an integer; result: the float's dtype
+    "t, t -> bool"   operands: two of the same dtype; result: bool
 
 There is one entry per operand, in order. `t` is any dtype, `n` any number, `f` any float, `i` any integer. The same
-letter is the same dtype everywhere in a rule, and a digit makes another variable of the same class (`f1`). Anything
-else is the name of a dtype. `t*` stands for a variadic operand. There is no promotion: a cast is an op.
+letter is the same dtype everywhere in a rule, and a digit makes another variable of the same class (`f1`). Any other
+entry is the name of a dtype. `t*` stands for a variadic operand. There is no promotion: a cast is an op.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _parse(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             raise RuleError(f"malformed dtype rule: {entry!r}", received=text)
     taken = {entry.removesuffix("*") for entry in sides[0]} | DTYPES.keys()
     if any("*" in entry for entry in (*sides[0][:-1], *sides[1])) or not taken.issuperset(sides[1]):
-        raise RuleError("malformed dtype rule: a result without an operand, or '*' before the last", received=text)
+        raise RuleError(
+            "malformed dtype rule: a result's dtype is in no operand, or '*' is not in the last operand", received=text
+        )
     return sides[0], sides[1]
 
 
@@ -57,7 +59,9 @@ def count_results(text: str) -> int:
 
 
 def infer_dtypes(text: str, dtypes: Sequence[DType | None], names: Sequence[str]) -> tuple[DType, ...]:
-    """Return the results' dtypes; None stands for an absent operand. Raises RuleError if an operand does not match."""
+    """Return the results' dtypes. None stands for the dtype of an absent operand. Raises RuleError if an operand does
+    not match.
+    """
     wanted, results = operand_entries(text, len(dtypes)), _parse(text)[1]
     bound: dict[str, tuple[DType, str]] = {}
     for entry, dtype, name in zip(wanted, dtypes, names, strict=True):
@@ -90,8 +94,9 @@ def _cast(name: str, dtype: DType) -> str:
 def number_dtype(entries: Sequence[str], position: int, dtypes: Sequence[DType | None]) -> DType | None:
     """Return the dtype for a Python number at a position, among operands of these dtypes (None: not known yet).
 
-    It is the dtype that the entry names or shares with another operand. Otherwise it is the dtype of the first operand
-    with a variable entry whose dtype is allowed at the position. None if there is no such operand.
+    If the position's entry names a dtype, or shares a variable with another operand, the number gets that dtype.
+    Otherwise it gets the dtype of the first operand with a variable entry whose dtype is allowed at the position.
+    Returns None if there is no such operand.
     """
     entry = entries[position]
     if entry in DTYPES:

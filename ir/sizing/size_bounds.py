@@ -1,4 +1,4 @@
-"""Bounds of sizes, and the arithmetic of their ends, which may be infinite."""
+"""Bounds of sizes, and arithmetic on bounds, which may be infinite."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ class Bounds:
         return value >= self.lower and (self.upper is None or value <= self.upper)
 
     def intersect(self, other: Bounds) -> Bounds:
-        """Return the values that both allow."""
+        """Return the bounds that contain the values allowed by both."""
         uppers = [b for b in (self.upper, other.upper) if b is not None]
         return Bounds(max(self.lower, other.lower), min(uppers) if uppers else None)
 
     def around(self, name: str) -> str:
-        """Return text such as `S`, `S <= 1024` or `2 <= S <= 1024`; a lower bound of 1 is omitted."""
+        """Return the bounds of a symbol as text, such as `S`, `S <= 1024` or `2 <= S <= 1024`. A lower bound of 1 is
+        omitted.
+        """
         low = f"{self.lower} <= " if self.lower != 1 else ""
         return f"{low}{name}" + (f" <= {self.upper}" if self.upper is not None else "")
 
@@ -41,7 +43,7 @@ def times(x: float, y: float) -> float:
 
 
 def _over(x: float, y: float) -> float:
-    """Return x // y, where y >= 1 and either may be infinite."""
+    """Return x // y, where y >= 1 and x or y may be infinite."""
     if abs(x) == INFINITY:
         return x
     if y == INFINITY:
@@ -58,7 +60,9 @@ def atom_bounds(atom: Atom, symbols: Mapping[str, Bounds]) -> tuple[float, float
 
 
 def quotient_interval(numerator: tuple[float, float], denominator: tuple[float, float]) -> tuple[float, float]:
-    """The least and the greatest value of `numerator // denominator`, from the bounds of the two."""
+    """Return the least and the greatest value of `numerator // denominator`, from the bounds of numerator and
+    denominator.
+    """
     (low, high), (small, large) = numerator, denominator
     if small < 1:
         return -INFINITY, INFINITY

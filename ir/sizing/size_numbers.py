@@ -1,8 +1,9 @@
-"""Sizes as Python and NumPy numbers: a constant size behaves as its integer, a symbolic one raises with a hint.
+"""Sizes as Python and NumPy numbers: a constant size behaves as its integer, a symbolic size raises SizeError with a
+hint.
 
 x.shape[-1] ** -0.5       0.125, if the axis has size 64
-range(x.shape[1])         SizeError: each call has its own S
-x.shape[1] > 0            True for any S, as x.shape[1] < 2**63 is
+range(x.shape[1])         SizeError: S differs from call to call
+x.shape[1] > 0            True, since it holds for any S; so does x.shape[1] < 2**63
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     **{"less": operator.lt, "less_equal": operator.le, "greater": operator.gt, "greater_equal": operator.ge},
     **{"equal": operator.eq, "not_equal": operator.ne},
 }
-"""NumPy's functions for operators with a NumPy number on the left."""
+"""The Python operators that NumPy's functions correspond to, for expressions with a NumPy number on the left."""
 
 _LONGEST = 2**63 - 1
 """The longest possible axis of an array, and the largest integer in a tensor."""
 
 
 class SizeNumbers:
-    """Base of `Size`, for operations outside its arithmetic: SizeError if the result differs from call to call."""
+    """Base of `Size`, for operations that are not arithmetic on sizes. They raise SizeError if the result differs from
+    call to call.
+    """
 
     __slots__ = ()
     constant: int | None
@@ -39,8 +42,8 @@ class SizeNumbers:
     def __index__(self) -> int:
         if self.constant is None:
             raise SizeError(
-                f"the size {self} is not a number while a model is traced: each call has its own",
-                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of it; or declare the axis with a number',
+                f"the size {self} is not a number while a model is traced, since it differs from call to call",
+                hint=f't.size(value="{self}", dtype=t.f32) is a tensor of this value; or declare a number for the axis',
             )
         return self.constant
 
@@ -50,9 +53,10 @@ class SizeNumbers:
         return float(operator.index(self))
 
     def beside(self, function: Callable[[Any, Any], Any], other: Any) -> Size:
-        """Apply an operator to a size and a number that is not a size; NotImplemented defers to the other operand.
+        """Apply an operator to a size and another operand. If the operand is not a number, return NotImplemented, so
+        that Python asks the other operand.
 
-        The return type is declared as for two sizes. With a float the result is a number.
+        The declared return type is the one for two sizes. With a float, the result is a number.
         """
         found: Any = NotImplemented
         if isinstance(other, Integral):
@@ -68,8 +72,8 @@ class SizeNumbers:
         return cast("float", self._of_numbers(operator.truediv, other, self))
 
     def __pow__(self, other: Any) -> Any:
-        """Return a size for an integer exponent of at least 0, and a number for any other. The return type is Any, as
-        for `int.__pow__`.
+        """Return a size for an integer exponent of at least 0, and a number for any other exponent. The return type is
+        Any, as for `int.__pow__`.
         """
         if not isinstance(other, Integral) or other < 0:
             return self._of_numbers(operator.pow, self, other)
@@ -101,7 +105,9 @@ class SizeNumbers:
         return self._is(">=", operator.ge, other)
 
     def _is(self, sign: str, compare: Callable[[float, float], bool], other: Any) -> bool:
-        """Return True if the comparison holds for all sizes that an axis can have."""
+        """Return True if the comparison holds for all sizes that an axis can have, False if it holds for none.
+        Otherwise raises SizeError.
+        """
         if not isinstance(other, SizeNumbers | Real):
             return cast("bool", NotImplemented)
         size: Any = self
@@ -115,7 +121,7 @@ class SizeNumbers:
         if least is not most:
             chosen = f', or t.where(t.size(value="{self}", dtype=t.f32) {sign} {other}, a, b)'
             raise SizeError(
-                f"whether {self} {sign} {other} is not known while a model is traced: each call has its own sizes",
+                f"{self} {sign} {other} is unknown while a model is traced, since sizes differ from call to call",
                 hint="declare the axis with a number" + (chosen if abs(beside) <= _LONGEST else ""),
             )
         return least
@@ -124,8 +130,8 @@ class SizeNumbers:
         return format(str(self) if self.constant is None else self.constant, spec)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Apply a NumPy function to the size's number, or the corresponding operator if the other operand is a NumPy
-        number.
+        """Apply a NumPy function to the size's number. If the other operand is a NumPy number, apply the corresponding
+        Python operator instead.
         """
         function = _OPERATORS.get(ufunc.__name__)
         if function is not None and method == "__call__" and all(isinstance(x, SizeNumbers | Real) for x in inputs):

@@ -4,9 +4,9 @@
     term   = coefficient * atoms      atoms multiply
     atom   = symbol | size // size    S, (S + 2)//4
 
-Two sizes are equal when their canonical forms are: `2*S` equals `S + S` and `S//2//3` equals `S//6`, while `2*(S//2)`
-and `S` stay apart, since they differ for odd S. A size answers questions about all values that its symbols may take
-through `bounds`.
+Two sizes are equal if their canonical forms are equal. `2*S` equals `S + S`, and `S//2//3` equals `S//6`. `2*(S//2)`
+and `S` are not equal, since they differ for odd S. `bounds` returns an interval that holds for all values of the
+symbols.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Size(SizeNumbers):
     __slots__ = ("_hash", "_text", "constant", "terms")
     terms: tuple[tuple[Monomial, int], ...]
     constant: int | None
-    """Its value if it holds no symbol, else None."""
+    """The size's value if it contains no symbol, else None."""
 
     def __init__(self, terms: Iterable[tuple[Monomial, int]]) -> None:
         """Build a size from terms. Prefer `Size.of`, which accepts integers and text, and arithmetic."""
@@ -82,7 +82,7 @@ class Size(SizeNumbers):
         else:
             mono, coeff = self.terms[0]
             self.constant = coeff if len(self.terms) == 1 and not mono else None
-        self._hash = hash(self.terms if self.constant is None else self.constant)  # equal integers' hash
+        self._hash = hash(self.terms if self.constant is None else self.constant)  # equals the hash of an equal integer
         self._text: str | None = None
 
     # -- construction ------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ class Size(SizeNumbers):
 
     @property
     def symbols(self) -> frozenset[str]:
-        """The names of all symbols in it."""
+        """The names of all symbols in the size."""
         found: set[str] = set()
         for mono, _ in self.terms:
             for atom in mono:
@@ -133,7 +133,7 @@ class Size(SizeNumbers):
 
     @property
     def as_symbol(self) -> str | None:
-        """The symbol's name if this is one bare symbol, else None."""
+        """The symbol's name if the size is one bare symbol, else None."""
         if len(self.terms) == 1 and self.terms[0][1] == 1 and len(self.terms[0][0]) == 1:
             atom = self.terms[0][0][0]
             return atom if isinstance(atom, str) else None
@@ -141,7 +141,7 @@ class Size(SizeNumbers):
 
     @property
     def as_linear(self) -> tuple[str, int, int] | None:
-        """(S, c, d) if this is c*S + d for one bare symbol S and numbers c and d, else None."""
+        """(S, c, d) if the size is c*S + d for one bare symbol S and numbers c and d, else None."""
         linear = [(mono, coeff) for mono, coeff in self.terms if mono]
         if len(linear) != 1 or len(linear[0][0]) != 1:
             return None
@@ -186,13 +186,13 @@ class Size(SizeNumbers):
     def bounds(self, symbols: Mapping[str, Bounds]) -> Bounds:
         """Return an interval that holds every value of the size (interval arithmetic: sound, not always tight).
 
-        A lower bound of -2**62 stands for none.
+        A lower bound of -2**62 stands for minus infinity.
         """
         low, high = self.interval(symbols)
         return Bounds(-(2**62) if low == -INFINITY else int(low), None if high == INFINITY else int(high))
 
     def interval(self, symbols: Mapping[str, Bounds]) -> tuple[float, float]:
-        """Return the same interval, with infinite ends."""
+        """Return the interval of `bounds`, with ends that may be infinite."""
         if self.constant is not None:
             return self.constant, self.constant
         low: float = 0
@@ -202,7 +202,7 @@ class Size(SizeNumbers):
             hi: float = coeff
             for atom in mono:
                 a_lo, a_hi = atom_bounds(atom, symbols)
-                if lo >= 0 and a_lo >= 0:  # nearly all are
+                if lo >= 0 and a_lo >= 0:  # true for nearly all sizes
                     lo, hi = times(lo, a_lo), times(hi, a_hi)
                 else:
                     corners = [times(x, y) for x in (lo, hi) for y in (a_lo, a_hi)]
@@ -387,8 +387,8 @@ def _without(mono: Monomial, part: Monomial) -> Monomial | None:
 
 
 def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
-    """Return a size as `whole * divisor + rest`, so that its quotient is whole + rest // divisor: (S-1)//2+1 is
-    (S+1)//2.
+    """Return (whole, rest) for which the size is `whole * divisor + rest`, so that its quotient is whole + rest //
+    divisor: (S-1)//2+1 is (S+1)//2.
 
     The number in the rest is from 0 to divisor - 1. Its other coefficients are smaller than the divisor and keep their
     signs, so that bounds stay as tight.
@@ -402,7 +402,9 @@ def _whole_parts(size: Size, divisor: int) -> tuple[Size, Size]:
 
 
 def _divided_at_once(size: Size, divisor: int) -> Size | None:
-    """(S//3 + 2)//4 as (S + 6)//12; None for a size that is not a quotient and a sum without quotients."""
+    """Return the quotient of a quotient as a single quotient: (S//3 + 2)//4 as (S + 6)//12. Return None unless the
+    size is one quotient plus terms without quotients.
+    """
     quotients = [(mono, coeff) for mono, coeff in size.terms if not all(isinstance(atom, str) for atom in mono)]
     if len(quotients) != 1 or quotients[0][1] != 1 or len(quotients[0][0]) != 1:
         return None
@@ -442,7 +444,7 @@ ONE = _constant(1)
 
 
 def product(sizes: Iterable[SizeLike]) -> Size:
-    """Return the product of sizes; without any, 1."""
+    """Return the product of sizes; 1 if there are none."""
     total = ONE
     for size in sizes:
         total = total * size
@@ -450,5 +452,7 @@ def product(sizes: Iterable[SizeLike]) -> Size:
 
 
 def sum_of_symbols(names: Iterable[str]) -> Size:
-    """Return the sum of any number of symbols. Built at once: adding them one by one would sort each partial sum."""
+    """Return the sum of any number of symbols. The sum is built at once, since adding symbols one by one would sort
+    each partial sum.
+    """
     return Size(sorted(((name,), count) for name, count in Counter(names).items()))

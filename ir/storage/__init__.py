@@ -1,1 +1,1 @@
-"""Memory of values: storages, views of them by strides, and the effect of ops on views."""
+"""Memory of values: storages, views of storages by strides, and the effect of ops on views."""

@@ -1,4 +1,4 @@
-"""A rearrange as a change of strides, where strides can express it."""
+"""A rearrange as a change of strides, if strides can express it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from treadle.ir.types import Type
 class Rearranged:
     """A rearrange of an operand of known type, as dimensions to split, permute and merge.
 
-    operand  for each dimension of the operand its factors; a dimension of 1 has none
-    result   the same for the result
-    sizes    of the factors
+    operand  the factors of each dimension of the operand; a dimension of size 1 has none
+    result   the factors of each dimension of the result
+    sizes    the sizes of the factors
     """
 
     operand: tuple[tuple[str, ...], ...]
@@ -45,7 +45,7 @@ class Rearranged:
         return self.split(view, self.operand).permuted([self.before.index(f) for f in self.after])
 
     def split(self, view: View, dimensions: Sequence[tuple[str, ...]]) -> View:
-        """Split a view of these dimensions to one dimension per factor. The elements of the view need not be
+        """Split a view with these dimensions so that each factor has a dimension. The elements of the view need not be
         contiguous.
         """
         axis = 0
@@ -55,7 +55,7 @@ class Rearranged:
         return view
 
     def view(self, view: View) -> View | None:
-        """Return the result as a view of the operand, or None."""
+        """Return the result as a view of the operand, or None if strides cannot express it."""
         if view.panels is not None:
             return None
         found: View | None = self.factored(view)
@@ -64,7 +64,9 @@ class Rearranged:
         return found
 
     def before_it(self, view: View) -> View | None:
-        """Return the view in which the operand must be stored so that the result is stored in `view`, or None."""
+        """Return the view in which the operand must be stored so that the result is stored in `view`. Return None if
+        strides cannot express it.
+        """
         found: View | None = self.split(view, self.result).permuted([self.after.index(f) for f in self.before])
         for axis, factors in enumerate(self.operand):
             found = found.merged(axis, len(factors)) if found is not None else None

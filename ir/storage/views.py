@@ -3,8 +3,8 @@
     Storage   memory that holds elements of one dtype; their number is a size expression
     View      a storage under a shape: an offset, and a size and a stride for each dimension, in elements
 
-Sizes, strides and offsets are expressions of the graph's symbols. Values are reshaped as views where strides can
-express that: see `View.split`, `View.merged` and `View.reshaped`. `Op.viewed` and `Op.part_of` define ops in terms of
+Sizes, strides and offsets are expressions of the graph's symbols. If strides can express a change of shape, the result
+is a view: see `View.split`, `View.merged` and `View.reshaped`. `Op.viewed` and `Op.part_of` define ops in terms of
 views.
 """
 
@@ -27,8 +27,8 @@ class StorageKind(Enum):
     """The owner of a storage's memory.
 
     The caller owns arguments, results and states, which outlive the call and are written in place. The program owns
-    constants, and the function its own locals. Foreign memory is allocated by a library for the results of its calls. A
-    status is words in which kernels report errors.
+    constants, and the function owns its locals. Foreign memory is allocated by a library for the results of its calls.
+    A status holds words in which kernels report errors.
     """
 
     ARGUMENT = "argument"
@@ -41,13 +41,13 @@ class StorageKind(Enum):
 
     @property
     def is_own(self) -> bool:
-        """True if the memory is needed only by the function itself, while it runs."""
+        """True if only the function itself needs the memory, while it runs."""
         return self in (StorageKind.LOCAL, StorageKind.FOREIGN)
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Memory, with the number of elements as a size expression. Compared by identity.
+    """Memory, with the number of elements as a size expression. Storages are compared by identity.
 
     layout   the layout of a matrix that is not row-major
     literal  the value of a constant
@@ -62,7 +62,7 @@ class Storage:
 
     @cached_property
     def nbytes(self) -> Size:
-        """The size in bytes."""
+        """The size of the storage in bytes."""
         return self.elements * self.dtype.bytes
 
     def __repr__(self) -> str:
@@ -83,7 +83,7 @@ class View:
 
     @staticmethod
     def contiguous(storage: Storage, shape: Sequence[Size]) -> View:
-        """Return the whole storage in row-major order."""
+        """Return a view of the whole storage in row-major order."""
         return View(storage, tuple(shape), row_major(shape))
 
     @property
@@ -108,7 +108,9 @@ class View:
         return self.strides == expected or all(n == ONE or s == e for n, s, e in pairs)
 
     def lies_as(self, other: View) -> bool:
-        """Return True if every element is where the other view has it; strides along dimensions of 1 do not count."""
+        """Return True if every element is at the location that the other view gives it. Strides along dimensions of
+        size 1 do not count.
+        """
         alike = (self.storage, self.shape, self.offset) == (other.storage, other.shape, other.offset)
         strides = zip(self.shape, self.strides, other.strides, strict=False)
         return alike and all(n == ONE or s == o for n, s, o in strides)
@@ -118,8 +120,8 @@ class View:
         return replace(self, shape=tuple(self.shape[i] for i in order), strides=tuple(self.strides[i] for i in order))
 
     def split(self, axis: int, sizes: Sequence[Size]) -> View:
-        """Split one dimension into several, outermost first. A dimension of size 1 may be split into none, which
-        removes it.
+        """Split one dimension into several, outermost first, and return the view. A dimension of size 1 may be split
+        into none, which removes it.
         """
         strides = [self.strides[axis] * s for s in row_major(sizes)]
         return replace(
@@ -129,7 +131,7 @@ class View:
         )
 
     def sliced(self, axis: int, start: Size, size: Size, step: Size = ONE) -> View:
-        """Return `size` of the elements along one dimension: from `start` on, `step` apart."""
+        """Return a view of `size` elements along one dimension: from `start` on, `step` apart."""
         return replace(
             self,
             shape=(*self.shape[:axis], size, *self.shape[axis + 1 :]),
@@ -138,8 +140,8 @@ class View:
         )
 
     def merged(self, axis: int, count: int) -> View | None:
-        """Merge `count` dimensions from `axis` on, or return None if no stride expresses it. With 0, a dimension of 1
-        is added.
+        """Return a view with `count` dimensions from `axis` on merged, or None if no stride expresses it. If `count`
+        is 0, a dimension of size 1 is added.
         """
         shape, strides = self.shape[axis : axis + count], self.strides[axis : axis + count]
         kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != ONE]
@@ -154,13 +156,15 @@ class View:
         )
 
     def broadcast(self, shape: Sequence[Size]) -> View:
-        """Broadcast to a shape, as NumPy does: leading dimensions and dimensions of size 1 get stride 0."""
+        """Return the view broadcast to a shape, as in NumPy: leading dimensions and dimensions of size 1 get stride
+        0.
+        """
         new = len(shape) - self.rank
         old = zip(shape[new:], self.shape, self.strides, strict=True)
         return replace(self, shape=tuple(shape), strides=(*[ZERO] * new, *[s if n == m else ZERO for n, m, s in old]))
 
     def reshaped(self, shape: Sequence[Size]) -> View | None:
-        """Return the elements in row-major order under another shape, or None if no strides express it.
+        """Return a view of the elements in row-major order with another shape, or None if no strides express it.
 
         Runs of dimensions with the same product on both sides are merged, then split.
         """

@@ -2,8 +2,8 @@
 
     eps=1e-05   axis=-1   keep=true   pattern="b s d -> b d s"   to=f16   size=S+1   axes=[0, 1]   fill=none
 
-Values are written by their own type and read by the annotation of the op's field, so that `to=f16` is a dtype and
-`size=S` a size. Tuples are written in brackets, to any depth.
+Values are written according to their Python type, and read according to the annotation of the op's field, so that
+`to=f16` is a dtype and `size=S` a size. Tuples are written in brackets, to any depth.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _READERS: dict[str, Callable[[Scanner], Any]] = {}
 
 
 def attribute_kind(annotation: str, kind: type, write: Callable[[Any], str], read: Callable[[Scanner], Any]) -> None:
-    """Register a kind of attribute: the writer for values of type `kind`, and the reader for fields with that
+    """Register a kind of attribute. `write` writes values of type `kind`, and `read` reads fields with that
     annotation.
     """
     _WRITERS[kind] = write
@@ -82,7 +82,7 @@ def _read_int(s: Scanner) -> int:
     start = s.skip()
     number = s.integer("an integer")
     if not -(2**63) <= number < 2**63:
-        raise s.error(f"{number} takes more than 64 bits", start)
+        raise s.error(f"{number} does not fit into 64 bits", start)
     return number
 
 
@@ -132,7 +132,9 @@ def attribute_text(value: Any) -> str:
 
 
 def default_texts(cls: type[Op]) -> Mapping[str, str]:
-    """Return the text of every attribute that has a default: the printer omits it."""
+    """Return the default value of each attribute that has one, as text. The printer omits attributes with these
+    values.
+    """
     found = _DEFAULTS.get(cls)
     if found is None:
         fields = attribute_fields(cls).values()
@@ -143,8 +145,8 @@ def default_texts(cls: type[Op]) -> Mapping[str, str]:
 
 @lru_cache(maxsize=8192)
 def attribute_symbols(op: Op) -> frozenset[str]:
-    """Return the symbols in an op's attributes. Cached in the op, which is immutable: a call has many types among
-    them.
+    """Return the symbols in an op's attributes. They are cached in the op, which is immutable, since the attributes of
+    a call contain many types.
     """
     known: frozenset[str] | None = op.__dict__.get("_attribute_symbols")
     if known is not None:
@@ -200,7 +202,7 @@ def _read_tuple(s: Scanner, inner: tuple[str, ...], depth: int) -> tuple[Any, ..
 
 @lru_cache(maxsize=256)
 def _split(annotation: str, sign: str) -> tuple[str, ...]:
-    """Split at a sign outside brackets."""
+    """Split text at each occurrence of a sign outside brackets."""
     parts, depth = [""], 0
     for char in annotation:
         depth += (char == "[") - (char == "]")

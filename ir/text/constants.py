@@ -2,7 +2,8 @@
 
 A single number is f32 if written as a float and i64 if written as an integer; any other dtype follows a colon. Elements
 are in row-major order. Constants that are long, or that numbers cannot express exactly (a NaN with a payload), are
-written as their bytes, little-endian, in base64: in place, or in the graph's section `data`, equal bytes only once.
+written as little-endian bytes in base64: either in place, or in the graph's section `data`, which contains equal bytes
+only once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ IN_PLACE = 16
 """The largest number of elements that are written as numbers."""
 
 _LINE = 96
-_CONSTANT_WORK = 25  # of storing it, in addition to its text
+_CONSTANT_WORK = 25  # the work of storing a constant, in addition to its text
 _SUFFIX = re.compile(r":([a-z]\w*)")
 _BOOL = re.compile(r"(true|false)(?!\w)")
 _BLOB = re.compile(r"@(\d{1,9})")
@@ -53,7 +54,9 @@ class DataSection:
 
 
 def constant_text(literal: Literal, data: DataSection | None = None) -> str:
-    """Return a constant as text. Long constants go to the data section; without one, they are written in place."""
+    """Return a constant as text. A long constant is added to the data section, or written in place if `data` is
+    None.
+    """
     numbers = _exact_numbers(literal)
     if literal.shape == () and numbers:
         plain = literal.dtype in (f32, i64, boolean)
@@ -68,7 +71,9 @@ def constant_text(literal: Literal, data: DataSection | None = None) -> str:
 
 
 def _exact_numbers(literal: Literal) -> list[str] | None:
-    """Return the elements as text that parses to the same bits, or None if they are too many or not expressible."""
+    """Return the elements as text that parses to the same bits, or None if there are too many or some cannot be
+    expressed.
+    """
     count = prod(literal.shape)
     if literal.encoding is not None or count > IN_PLACE or len(literal.data) != count * literal.dtype.bytes:
         return None
@@ -93,7 +98,7 @@ def _bytes_of(numbers: Sequence[Any], dtype: DType) -> bytes:
 
 
 class ConstantReader:
-    """Reads the constants of one text. Constants whose bytes are at the end are completed by `read_data`."""
+    """A reader of the constants of one text. Constants whose bytes are at the end are completed by `read_data`."""
 
     def __init__(self, scanner: Scanner, limits: TextLimits) -> None:
         self.scanner = scanner
@@ -101,7 +106,7 @@ class ConstantReader:
         self.waiting: list[tuple[Value, Type, int, int]] = []
 
     def accept_scalar(self) -> Value | None:
-        """Read a number or a boolean if one comes next."""
+        """Read and return a number or a boolean if one comes next, else None."""
         s = self.scanner
         start = s.skip()
         word = s.match(_BOOL)
@@ -119,13 +124,13 @@ class ConstantReader:
         return Value.constant(self.literal(DTYPES[suffix[1]], (), [number], start))
 
     def tensor(self) -> Value:
-        """Read `f32[3]{...}`."""
+        """Read and return a constant such as `f32[3]{...}`."""
         s = self.scanner
         start = s.at
         type = s.type()
         shape = type.static_shape
         if shape is None or min(shape, default=0) < 0:
-            raise s.error("a constant's dimensions are integers", start, received=str(type))
+            raise s.error("a constant's dimensions must be integers", start, received=str(type))
         self.claim(type.bytes_at({}), start)
         s.spend(_CONSTANT_WORK, start)
         s.expect("{")
@@ -136,7 +141,9 @@ class ConstantReader:
         elif s.accept_word("base64"):
             value = Value.constant(self.from_bytes(type, self.base64(), start))
         elif type.encoding is not None:
-            raise s.error(f"expected base64, found {s.found()}", hint="an encoded constant's blocks are bytes")
+            raise s.error(
+                f"expected base64, found {s.found()}", hint="the blocks of an encoded constant are written as bytes"
+            )
         else:
             numbers: list[Any] = []
             while not s.sees(_CLOSE):
@@ -176,7 +183,7 @@ class ConstantReader:
         start = s.skip()
         pieces: list[str] = []
         while not pieces or s.sees(_QUOTE):
-            run = s.match(_PIECES)  # there may be many lines of pieces
+            run = s.match(_PIECES)  # there may be many lines of base64
             pieces.append(run[0].translate(_BETWEEN) if run is not None else s.string())
         try:
             return base64.b64decode("".join(pieces), validate=True)
@@ -189,7 +196,7 @@ class ConstantReader:
         if len(data) != wanted:
             raise self.scanner.error(f"{type} takes {wanted} bytes, received {len(data)}", at)
         if type.dtype is boolean and data.strip(b"\0\1"):
-            raise self.scanner.error("a boolean's byte is 0 or 1", at)
+            raise self.scanner.error("a boolean's byte must be 0 or 1", at)
         return Literal(type.dtype, shape, data, type.encoding)
 
     def claim(self, count: int, at: int) -> None:
@@ -204,7 +211,7 @@ class ConstantReader:
     def literal(self, dtype: DType, shape: tuple[int, ...], numbers: Sequence[Any], at: int) -> Literal:
         s = self.scanner
         if len(numbers) != prod(shape):
-            raise s.error(f"a constant of {prod(shape)} elements, received {len(numbers)}", at)
+            raise s.error(f"a constant with {prod(shape)} elements, received {len(numbers)}", at)
         for number in numbers:
             if isinstance(number, bool) != (dtype is boolean) or (dtype.is_int and not isinstance(number, int)):
                 raise s.error(f"{str(number).lower()} is not of dtype {dtype}", at)
@@ -212,7 +219,7 @@ class ConstantReader:
                 raise s.error(f"{number} is out of the range of {dtype}", at)
         try:
             return Literal(dtype, shape, _bytes_of(numbers, dtype))
-        except GraphError as error:  # a float above the largest
+        except GraphError as error:  # a float above the dtype's largest
             raise s.error(error.what, at) from None
 
 

@@ -22,7 +22,7 @@ _ARGUMENT_WORK = 15
 
 
 class OperandReader:
-    """Reads operands of the function `current` of the graph `result`.
+    """A reader of the operands in the function `current` of the graph `result`.
 
     values     the named values of the function, so far
     versions   the current version of each of the function's states, by name
@@ -39,7 +39,7 @@ class OperandReader:
         self.arguments_left = limits.arguments
 
     def argument(self, at: int) -> None:
-        """Count an input, an output, a weight or a state of a function."""
+        """Count an input, an output, a weight or a state of a function. Raises ParseError if there are too many."""
         self.arguments_left -= 1
         if self.arguments_left < 0:
             most = f"at most {self.limits.arguments} inputs, outputs, weights and states of functions"
@@ -47,8 +47,8 @@ class OperandReader:
         self.s.spend(_ARGUMENT_WORK, at)
 
     def arguments(self, cls: type[Op] | None) -> tuple[list[Value | None], dict[str, Any], str]:
-        """Read operands and attributes in parentheses, and the attributes' text; a call of a function (None) has no
-        attributes.
+        """Read operands and attributes in parentheses. Return the operands, the attributes, and the attributes' text. A
+        call of a function (`cls` is None) has no attributes.
         """
         s = self.s
         s.expect("(")
@@ -61,7 +61,7 @@ class OperandReader:
             key = s.match(_ATTRIBUTE)
             if key is None:
                 if attributes:
-                    raise s.error("operands come before attributes")
+                    raise s.error("operands must come before attributes")
                 operands.append(self.operand())
                 began = s.at
                 continue
@@ -77,7 +77,9 @@ class OperandReader:
         return operands, attributes, s.text[began : s.at]
 
     def plain_operands(self) -> list[Value | None]:
-        """Read operands that are bare names, all at once. If any operand is not a bare name, none are read."""
+        """Read operands that are bare names, all at once, and return them. If any operand is not a bare name, read
+        none.
+        """
         s = self.s
         match = s.match(_PLAIN_OPERANDS)
         found: list[Value | None] = []
@@ -90,7 +92,7 @@ class OperandReader:
                 value = self.versions.get(word[1:])
             else:
                 value = None if word in RESERVED else self.values.get(word)
-            if value is None:  # reading one by one handles it or finds the error
+            if value is None:  # the reader of single operands reads the value or finds the error
                 s.at = match.start()
                 return []
             found.append(value)

@@ -1,8 +1,8 @@
 """Parser of graphs, the inverse of `treadle.ir.text.printer`. docs/ir-grammar.md has the grammar.
 
 The text may be untrusted. It is read in one pass, without recursion on its contents, under `TextLimits`. Every error in
-it is a ParseError with the line, the column and the expected syntax. Types are inferred again and compared with the
-types in the text. A graph that was parsed verifies.
+the text is a ParseError with the line, the column and the expected syntax. Types are inferred again and compared with
+the types in the text. A parsed graph passes the verifier.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RUN = re.compile(r"((?:\w+\.)*?)\{(\d{1,9})\.\.(\d{1,9})\}((?:\.\w+)*)")
 _LAYOUT = re.compile(r"[a-z]\w*(?:\([^()\n]{0,40}\))?")
 _CLOSE = re.compile(r"\}")
 
-_PARAMETER_WORK = 20  # see `treadle.ir.text.statements`, whose work is added
+_PARAMETER_WORK = 20  # in addition to the work in `treadle.ir.text.statements`
 
 
 def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None) -> Graph:
@@ -34,12 +34,12 @@ def parse_graph(text: str, limits: TextLimits | Mapping[str, int] | None = None)
 
 
 class _Parser(StatementReader):
-    """Reads everything outside statements: symbols, parameters, states, functions."""
+    """A parser of everything outside statements: symbols, parameters, states, functions."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
         super().__init__(text, limits)
         self.held: dict[str, dict[str, Type]] = {"parameter": {}, "state": {}}
-        """The graph's parameters and states."""
+        """The types of the graph's parameters and states, by name."""
         self.entries_read: list[str] = []
 
     # -- the graph -------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class _Parser(StatementReader):
         if s.accept("<="):
             upper = s.integer("a bound")
         if upper is not None and upper < lower:
-            raise s.error(f"no size is left for {name}", start)
+            raise s.error(f"the bounds of {name} allow no size", start)
         if name in self.result.symbols:
             raise s.error(f"{name} is declared twice", start)
         if len(self.result.symbols) >= self.limits.symbols:
@@ -176,16 +176,16 @@ class _Parser(StatementReader):
             self.share()
 
     def entry_name(self) -> str | None:
-        """Read the name of the entry that comes next, if there is one more."""
+        """Read and return the name of the entry that comes next, or None if no entry follows."""
         s, known = self.s, self.entries_read
         is_called = any(name not in ONCE for name in known)
         for name in ENTRIES[ENTRIES.index(known[-1]) + 1 if known else 0 :]:
             start = s.ahead()
-            if is_called and "main" in (*known, name):  # it is called without other entries
+            if is_called and "main" in (*known, name):  # another function calls it, so it is not an entry
                 continue
             if s.accept_word(name):
                 if name != "main" and name in self.result.functions:
-                    raise s.error(f"a block is called {name}, and there is an entry of that name", start)
+                    raise s.error(f"a block has the name of the entry {name}", start)
                 known.append(name)
                 return name
         if not is_called:
@@ -201,7 +201,9 @@ class _Parser(StatementReader):
             self.statement()
 
     def share(self) -> None:
-        """Keep in each entry the parameters and states that it reads. The last entry keeps the unused ones."""
+        """Reduce each entry's parameters and states to those that it reads. The last entry also keeps the unused
+        ones.
+        """
         entries = self.result.entries
         read = {v for f in entries for v in (*f.results, *(v for node in f.nodes for v in node.inputs))}
         named = {n for f in entries for held in (f.parameters, f.states) for n, v in held.items() if v in read}
@@ -251,7 +253,7 @@ class _Parser(StatementReader):
         given = [(name, v.type) for name, v in function.outputs.items()]
         if given != [(name, type) for name, type, _ in promised]:
             raise s.error(
-                f"{function.name} returns other values than in its signature",
+                f"{function.name} does not return the values in its signature",
                 start,
                 received=f"({_signature(given)}), promised ({_signature((n, t) for n, t, _ in promised)})",
             )
@@ -292,7 +294,7 @@ class _Parser(StatementReader):
             with s.located(at):
                 value.lies_in = parse_layout(match[0] if match is not None else "")
             if value.type.rank != 2:
-                raise s.error(f"layouts are for matrices, {name} has rank {value.type.rank}", at)
+                raise s.error(f"only a matrix can have a layout, and {name} has rank {value.type.rank}", at)
 
     def outputs(self) -> None:
         s = self.s
@@ -311,7 +313,7 @@ class _Parser(StatementReader):
             if value.layout is not None and self.current in self.result.entries:
                 entry = self.current.name
                 what = f"output {name} of {entry} has layout {value.layout}"
-                raise s.error(what, start, hint="outputs are row-major")
+                raise s.error(what, start, hint="outputs must be row-major")
             if value.state is not None:
                 raise s.error(f"output {name} is a state", start, hint="the caller has the state itself")
             self.argument(start)

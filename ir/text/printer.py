@@ -7,7 +7,7 @@
       return x = ln_1
     }
 
-docs/ir-grammar.md has the grammar. The text depends on the graph alone, and printing a parsed text reproduces it.
+docs/ir-grammar.md has the grammar. The text depends only on the graph, and printing a parsed text reproduces it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from treadle.ir.text.constants import DataSection, constant_text
 from treadle.ir.text.scanner import RESERVED, name_text, path_text, quoted, type_text
 
 Annotate = Callable[[Node], str | None]
-"""Returns a remark on a node, such as its FLOPs, for the end of its line. The parser ignores it."""
+"""A function that returns a remark on a node, such as its FLOPs, for the end of its line. The parser ignores remarks.
+"""
 
 _WIDTH = 100
 _CODE_COLUMN = 72
@@ -60,13 +61,13 @@ def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, ann
 
 
 def print_function(graph: Graph, function: Function, *, sources: bool = True, annotate: Annotate | None = None) -> str:
-    """Return one function of a graph as text, with complete constants in place."""
+    """Return one function of a graph as text. All constants are written in place, completely."""
     return "\n".join(FunctionText(graph, function, sources=sources, annotate=annotate).lines()) + "\n"
 
 
 def excerpt(graph: Graph, function: Function, index: int) -> str:
-    """Return the lines of a node, which is marked, and of three nodes on either side. Works for graphs that do not
-    verify.
+    """Return the lines of a node, which is marked, and of three nodes on either side. The graph need not pass the
+    verifier.
     """
     text = FunctionText(graph, function)
     first = max(0, index - 3)
@@ -79,7 +80,8 @@ def excerpt(graph: Graph, function: Function, index: int) -> str:
 
 
 def value_names(graph: Graph, function: Function) -> dict[Value, str]:
-    """Return a name for each input and result: inputs keep theirs, results get their hint, made unique by a number.
+    """Return a name for each input and result. Inputs keep their names; a result's name is its hint, made unique by a
+    number.
 
     A call's results without a hint of their own are named after the function's outputs. An update of a state has the
     name of the state.
@@ -142,7 +144,7 @@ class FunctionText:
         return [*self.signature(), *(f"  {line}" for line in body), "}"]
 
     def signature(self) -> list[str]:
-        """Return the lines before the body, the last of which opens it."""
+        """Return the lines before the body. The last of them opens the body."""
         function = self.function
         if self.is_bind:
             return ["bind {"]
@@ -162,14 +164,16 @@ class FunctionText:
         return [*lines, "{"]
 
     def rows(self, nodes: Sequence[Node]) -> list[str]:
-        """Return one line per node, with notes aligned in columns that a few long lines do not shift."""
+        """Return one line per node, with notes aligned in columns. A few long lines do not shift the columns."""
         rows = [(self.statement(node), *self.note(node)) for node in nodes]
         code = max((len(c) for c, *_ in rows if len(c) <= _CODE_COLUMN), default=0)
         type = max((len(t) for _, t, _ in rows if len(t) <= _TYPE_COLUMN), default=0)
         return [f"{c:<{code}}   # {t:<{type}}  {rest}".rstrip() for c, t, rest in rows]
 
     def note(self, node: Node) -> tuple[str, str]:
-        """Return the note after a statement: the types of its results; source line, scope and remark."""
+        """Return the two parts of the note after a statement: the types of its results, and its source line, scope and
+        remark.
+        """
         types = ", ".join(type_text(v.type) for v in node.named_results) or "()"
         rest: list[str] = []
         if self.sources:
@@ -180,13 +184,13 @@ class FunctionText:
         return types, "  ".join(rest)
 
     def statement(self, node: Node) -> str:
-        """Return `a, b = op(x, k=5)`."""
+        """Return a node's statement, such as `a, b = op(x, k=5)`."""
         results = self.all_made(node) or ", ".join(map(self.operand, node.named_results))
         application = self.call(node) or self.application(node)
         return f"{results} = {application}" if results else application
 
     def all_made(self, node: Node) -> str | None:
-        """Return `$h.0.*` if a call assigns every output of its block under one path, else None."""
+        """Return `$h.0.*` if the results of a call are all outputs of its block, assigned under one path, else None."""
         callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
         if callee is None or not callee.outputs or not self.made:
             return None
@@ -196,7 +200,7 @@ class FunctionText:
         return f"${path_text(prefix)}.*" if prefix and all(n == f"{prefix}.{o}" for n, o in paths) else None
 
     def application(self, node: Node) -> str:
-        """Return `op(x, 0.5, none, $w, k=5)`."""
+        """Return the right side of a node's statement, such as `op(x, 0.5, none, $w, k=5)`."""
         op = node.op
         fixed = sum(not o.variadic for o in op.operands.values())
         operands = list(node.operands)
@@ -209,7 +213,7 @@ class FunctionText:
         return f"{mark}{name_text(op.name)}({', '.join(inside)})"
 
     def call(self, node: Node) -> str | None:
-        """Return `h(x) with h.3`, or None if the node is not a call of a function of the graph."""
+        """Return a call as text, such as `h(x) with h.3`, or None if the node does not call a function of the graph."""
         callee = self.graph.functions.get(node.op.callee) if node.op.callee is not None else None
         if callee is None or len(node.operands) != len(callee.arguments):
             return None
@@ -226,7 +230,7 @@ class FunctionText:
         return f"{text} {{{bound}}}" if bound else text
 
     def operand(self, value: Value | None) -> str:
-        """Return a value as an operand."""
+        """Return a value as an operand's text."""
         if value is None:
             return "none"
         if value.literal is not None:
@@ -241,7 +245,9 @@ class FunctionText:
 
 
 def _prefix(value: Value | None, formal: str) -> str | None:
-    """Return the path that precedes a formal name of a weight or state: `h.3` for $h.3.attn.weight as attn.weight."""
+    """Return the path before the formal name of a weight or state: `h.3` if $h.3.attn.weight is passed as
+    attn.weight.
+    """
     held = None if value is None else value.state or value
     if held is None or held.kind not in ("parameter", "state") or not held.name.endswith(f".{formal}"):
         return None
@@ -253,13 +259,13 @@ def _in_layout(value: Value) -> str:
 
 
 def source_text(source: SourceLine) -> str:
-    """Return `gpt2.py:41`, with the file in quotes if it contains unusual characters."""
+    """Return a source line as text: `gpt2.py:41`, with the file in quotes if it contains unusual characters."""
     bare = re.fullmatch(r"[\w./<>+-]+", source.file)
     return f"{source.file if bare else quoted(source.file)}:{source.line}"
 
 
 def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
-    """Yield items, separated by commas, in lines of limited width."""
+    """Yield lines of limited width with the items separated by commas. `first` and `rest` begin the lines."""
     line, filled = first, False
     for item in items:
         if filled and len(line) + len(item) > _WIDTH:
@@ -274,15 +280,16 @@ def _wrapped(items: Iterable[str], first: str, rest: str) -> Iterator[str]:
 
 
 def _folded_lines(values: Mapping[str, Value], remarks: Mapping[str, str]) -> list[str]:
-    """Return one line per parameter or state; names that repeat under consecutive integers are folded,
+    """Return one line per parameter or state. Names that repeat under consecutive integers are folded:
     `h.{0..11}.ln_1.weight`.
 
-    Consecutive lines of one run mean: for each integer, these values in this order. Remarks follow the types.
+    Consecutive lines with the same integers mean: for each integer, these values in this order. Remarks follow the
+    types.
     """
     names = list(values)
     rights = [f": {type_text(v.type)}{remarks.get(name, '')}" for name, v in values.items()]
     split = [_split_at_integer(name) for name in names]
-    ends = list(range(1, len(names) + 1))  # the end of the names with the same head and integer
+    ends = list(range(1, len(names) + 1))  # for each name, the end of the names with the same head and integer
     for at in range(len(names) - 2, -1, -1):
         here, after = split[at], split[at + 1]
         if here is not None and after is not None and here[:2] == after[:2]:

@@ -1,4 +1,4 @@
-"""Scanner under the parser: positions, limits, and the syntax of names."""
+"""The scanner that the parser uses: positions, limits, and the syntax of names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from treadle.ir.errors import ParseError, TreadleError
 from treadle.ir.types import Type, parse_type
 
 RESERVED = frozenset({"false", "inf", "nan", "none", "return", "true", "with"})
-"""Words that cannot be the name of a value; an input of such a name is written in quotes."""
+"""Words that cannot be the name of a value. An input with such a name is written in quotes."""
 
 _BARE_NAME = re.compile(r"[A-Za-z_]\w*")
 _BARE_PATH = re.compile(r"\w+(?:\.\w+)*")
@@ -23,29 +23,29 @@ _SKIP = re.compile(r"(?:\s++|#[^\n]*+)*+")
 _WORD = re.compile(r"\w+")
 _NUMBER = re.compile(r"-?(?:inf|nan|\d{1,40}(?:\.\d{0,40})?(?:[eE][+-]?\d{1,5})?)(?![\w.])")
 TYPE = r"[a-z]\w*\[[^\]\n]*\](?: as [a-z]\w*(?:\([^()\n]{0,40}\))?)?"
-"""A regular expression for a type; its encoding follows after one space."""
+"""A regular expression for a type, and an encoding after one space."""
 _TYPE = re.compile(TYPE)
 _EXPRESSION_PIECE = re.compile(r'[^()\[\]{},"#\n]++|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"')
 
 
 _CHARACTERS_OF_WORK = 64
-"""The number of characters in names and comments that are scanned in the time of one piece."""
+"""The number of characters in names and comments that take as long to scan as one piece of other text."""
 _TYPE_WORK = 15
 
 
 @dataclass(frozen=True)
 class TextLimits:
-    """Limits of a text; a text beyond them is refused with a ParseError.
+    """Limits of a text. A text that exceeds one is refused with a ParseError.
 
-    operands               of all nodes together
-    symbols                of the graph
+    operands               operands of all nodes together
+    symbols                symbols of the graph
     arguments              inputs, outputs and weights of all functions together, in addition to main's parameters
-    items                  in one bracket of an attribute, and operands of one op (calls have as many as their function)
-    nesting                of brackets in an attribute
-    name_characters        of a name, a path, or a text in quotes; not of constants
-    type_characters        of one type, written or inferred
-    expression_characters  of a size or a term among the attributes
-    work                   of parsing, in total: see `Scanner.spend`; about a microsecond each
+    items                  items in one bracket of an attribute, and operands of one op (not of a call)
+    nesting                depth of brackets in an attribute
+    name_characters        length of a name, a path, or a text in quotes; not of constants
+    type_characters        length of one type, written or inferred
+    expression_characters  length of a size or a term among the attributes
+    work                   total work of parsing, in units of about a microsecond: see `Scanner.spend`
     """
 
     characters: int = 256 * 2**20
@@ -75,13 +75,13 @@ def quoted(text: str) -> str:
 
 @lru_cache(maxsize=16384)
 def name_text(name: str) -> str:
-    """Return a name: bare if it is unambiguous, else in quotes."""
+    """Return a name as text: bare if it is unambiguous, else in quotes."""
     return name if _BARE_NAME.fullmatch(name) and name not in RESERVED else quoted(name)
 
 
 @lru_cache(maxsize=16384)
 def path_text(path: str) -> str:
-    """Return a path such as `h.0.ln_1.weight`, in quotes if it contains anything but words and dots."""
+    """Return a path such as `h.0.ln_1.weight` as text, in quotes if it contains anything but words and dots."""
     return path if _BARE_PATH.fullmatch(path) else quoted(path)
 
 
@@ -94,12 +94,14 @@ def _read_back(text: str) -> Type | None:
 
 
 def type_text(type: Type) -> str:
-    """Return a type that `parse_type` reads: with its factors and labels, or plain if these cannot be written."""
+    """Return a type as text that `parse_type` reads: with factors and labels, or without them if they cannot be
+    written.
+    """
     return type.text if _read_back(type.text) == type else type.plain_text
 
 
 def _shortened(text: str) -> str:
-    """Shorten text that may quote the input, for an error."""
+    """Shorten text that may quote the input, for an error message."""
     return text if len(text) <= 400 else f"{text[:300]} ... {text[-60:]}"
 
 
@@ -107,7 +109,7 @@ def _shortened(text: str) -> str:
 
 
 class Scanner:
-    """A text and a position in it, right after the last piece that was read."""
+    """A text and a position in the text, right after the last piece that was read."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
         self.text, self.limits, self.at = text, limits, 0
@@ -145,11 +147,11 @@ class Scanner:
             if isinstance(error, ParseError) and error.within:
                 raise
             raise self.error(error.what, at, received=error.received, hint=_in_text(error.hint)) from None
-        except ValueError as error:  # a number with more digits than Python reads
+        except ValueError as error:  # a number with more digits than Python can parse
             raise self.error(f"cannot be read: {error}", at) from None
 
     def found(self) -> str:
-        """Return the next piece, in words for an error."""
+        """Return a description of the next piece, for an error message."""
         at = self.ahead()
         if at >= len(self.text):
             return "the end of the text"
@@ -159,7 +161,7 @@ class Scanner:
     # -- pieces ----------------------------------------------------------------------------------------------------
 
     def ahead(self) -> int:
-        """Return the start of the next piece: after white space and comments."""
+        """Return the start of the next piece, which follows any white space and comments."""
         if self._looked != self.at:
             match = _SKIP.match(self.text, self.at)
             self._looked = self.at
@@ -170,10 +172,12 @@ class Scanner:
         return self._next
 
     def spend(self, work: int, at: int) -> None:
-        """Count the work of a read, in addition to one for each piece of text. Raises ParseError past the limit."""
+        """Count the work of a read, in addition to a unit for each piece of text. Raises ParseError if the limit is
+        exceeded.
+        """
         self.left -= work
         if self.left < 0:
-            self.left = 0  # building the error scans text
+            self.left = 0  # 0 now, because building the error scans text
             raise self.error("the text takes too long to read", at, hint=limit_hint("work", MORE * self.limits.work))
 
     def skip(self) -> int:
@@ -182,7 +186,9 @@ class Scanner:
         return self.at
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """Read a piece if the text continues with the pattern; otherwise stay, before any comment."""
+        """Read a piece if the text continues with the pattern, and return the match. Otherwise return None; the
+        position then stays before any comment.
+        """
         found = pattern.match(self.text, self.ahead())
         if found is not None:
             self.at = found.end()
@@ -193,7 +199,7 @@ class Scanner:
         return pattern.match(self.text, self.ahead()) is not None
 
     def accept(self, sign: str) -> bool:
-        """Read this punctuation if it comes next."""
+        """Read this punctuation if it comes next. Return True if it was read."""
         at = self.ahead()
         if not self.text.startswith(sign, at):
             return False
@@ -206,7 +212,7 @@ class Scanner:
             raise self.error(f"expected {sign!r}, found {self.found()}")
 
     def accept_word(self, word: str) -> bool:
-        """Read this word if it comes next."""
+        """Read this word if it comes next. Return True if it was read."""
         match = _WORD.match(self.text, self.ahead())
         if match is None or match[0] != word:
             return False
@@ -219,7 +225,7 @@ class Scanner:
             raise self.error(f"expected {word!r}, found {self.found()}")
 
     def accept_name(self) -> str | None:
-        """Read a name, bare or in quotes, if one comes next."""
+        """Read and return a name, bare or in quotes, if one comes next, else None."""
         at = self.ahead()
         match = _BARE_NAME.match(self.text, at)
         if match is None:
@@ -229,14 +235,14 @@ class Scanner:
         return self._named(match)
 
     def name(self, what: str) -> str:
-        """Read a name. Raises ParseError if none comes next."""
+        """Read and return a name. `what` describes it in errors. Raises ParseError if no name comes next."""
         found = self.accept_name()
         if found is None:
             raise self.error(f"expected {what}, found {self.found()}")
         return found
 
     def path(self, what: str) -> str:
-        """Read a path, bare or in quotes. Raises ParseError if none comes next."""
+        """Read and return a path, bare or in quotes. Raises ParseError if no path comes next."""
         match = self.match(_BARE_PATH)
         if match is not None:
             return self._named(match)
@@ -245,7 +251,7 @@ class Scanner:
         raise self.error(f"expected {what}, found {self.found()}")
 
     def string(self) -> str:
-        """Read text in quotes. Raises ParseError if it is malformed."""
+        """Read and return text in quotes. Raises ParseError if it is malformed."""
         start = self.skip()
         match = self.match(_STRING)
         if match is None:
@@ -253,10 +259,12 @@ class Scanner:
         try:
             return str(json.loads(self._named(match)))
         except ValueError:
-            raise self.error("malformed text in quotes", start, hint="JSON's escapes") from None
+            raise self.error("malformed text in quotes", start, hint="only JSON's escapes are allowed") from None
 
     def _named(self, match: re.Match[str]) -> str:
-        """Return the match, if it is not too long for a name, and move behind it."""
+        """Return the text of a match, and move the position after it. Raises ParseError if the text is too long for a
+        name.
+        """
         self.at = match.end()
         text = match[0]
         if len(text) > self.limits.name_characters:
@@ -265,7 +273,7 @@ class Scanner:
         return text
 
     def integer(self, what: str) -> int:
-        """Read an integer. Raises ParseError if none comes next."""
+        """Read and return an integer. Raises ParseError if none comes next."""
         start = self.at
         number = self.accept_number()
         if not isinstance(number, int):
@@ -274,7 +282,9 @@ class Scanner:
         return number
 
     def accept_number(self) -> int | float | None:
-        """Read an integer or (with `.`, `e`, or as `inf` and `nan`) a float, if one comes next."""
+        """Read and return an integer or (with `.`, `e`, or as `inf` and `nan`) a float, if a number comes next, else
+        None.
+        """
         start = self.skip()
         match = self.match(_NUMBER)
         if match is None:
@@ -288,7 +298,7 @@ class Scanner:
         return number
 
     def type(self) -> Type:
-        """Read a type. Raises ParseError if none comes next."""
+        """Read and return a type. Raises ParseError if none comes next."""
         start = self.skip()
         match = self.match(_TYPE)
         if match is None:
@@ -296,7 +306,7 @@ class Scanner:
         return self.type_of(match[0], start)
 
     def type_of(self, text: str, at: int) -> Type:
-        """Return the type in this part of the text, which starts at a position."""
+        """Parse a type in a part of the text. `at` is the position of that part."""
         found = self._types.get(text)
         if found is None:
             self._claim_type(text, at)
@@ -306,7 +316,7 @@ class Scanner:
                 raise self.error(f"rank {found.rank} is too high", at, hint=f"at most {self.limits.rank}")
             self._types[text] = found
             self._claim_sizes(found, at)
-            self.inferred(found, at)  # which may be longer than the text
+            self.inferred(found, at)  # the inferred type may be longer than the text
         return found
 
     def inferred(self, type: Type, at: int) -> None:
@@ -321,7 +331,7 @@ class Scanner:
         self.spend(_TYPE_WORK + 2 * len(text), at)
 
     def _claim_sizes(self, type: Type, at: int) -> None:
-        """Count a product of factors that are sums, which is longer than its text."""
+        """Count the work of a size that is a product of sums: multiplied out, the size is longer than its text."""
         length = sum(len(str(d.size)) for d in type.dims if len(d.factors) > 1)
         self._refuse_long_type(length, at)
         self.spend(length, at)
@@ -331,7 +341,9 @@ class Scanner:
             raise self.error("the type is too long", at, hint=f"at most {self.limits.type_characters} characters")
 
     def expression(self) -> str:
-        """Read up to the next comma or closing bracket outside brackets and quotes: a size, an attention term."""
+        """Read and return the text up to the next comma or closing bracket outside brackets and quotes: a size, or an
+        attention term.
+        """
         start = self.skip()
         depth = 0
         while self.at < len(self.text):
@@ -357,5 +369,7 @@ class Scanner:
 
 
 def _in_text(hint: str | None) -> str | None:
-    """Return a hint in the syntax of a graph's text: without the `t.` of Python, and `bool` by its own name."""
+    """Return a hint in the syntax of a graph's text: without Python's `t.`, and with `bool` as the name of the
+    dtype.
+    """
     return hint and re.sub(r"\bt\.(?=[a-z])", "", hint.replace("t.boolean", "bool"))

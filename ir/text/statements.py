@@ -35,14 +35,14 @@ _ONE_TYPE = re.compile(TYPE)
 
 _PLAIN, _MADE, _ALL_MADE, _UPDATED = "a result", "a derived weight", "all results of a block", "an updated state"
 
-# The work after parsing is counted too: verification, and the work of a backend.
+# The work of a node. It includes the work after parsing: verification, and the work of a backend.
 _NODE_WORK = 30
 _APPLICATION_WORK = 60
 _NOTE_CHARACTERS_OF_WORK = 16
 
 
 class StatementReader(OperandReader):
-    """Reads one statement after another into the function `current` of the graph `result`."""
+    """A reader of statements, one after the other, into the function `current` of the graph `result`."""
 
     def __init__(self, text: str, limits: TextLimits) -> None:
         super().__init__(text, limits)
@@ -72,7 +72,9 @@ class StatementReader(OperandReader):
         results = node.named_results
         if len(names) != len(results):
             types = ", ".join(str(v.type) for v in results)
-            raise s.error(f"{node.op.name} has {len(results)} results, {len(names)} are named", at, received=types)
+            raise s.error(
+                f"{node.op.name} has {len(results)} results, but the statement names {len(names)}", at, received=types
+            )
         if node.op.updates:
             self.update(node, dict(zip(results, names, strict=True)), start)
         for (kind, name), value in zip(names, results, strict=True):
@@ -97,7 +99,7 @@ class StatementReader(OperandReader):
             raise s.error("too many nodes", start, hint=limits)
 
     def make(self, name: str, value: Value, start: int) -> None:
-        """Make a result of a statement of `bind` the parameter of that name."""
+        """Add the result of a statement of `bind` as the parameter of that name."""
         bind, s = self.current, self.s
         if bind is not self.result.bind:
             raise s.error(f"derived weight ${name} is assigned outside of bind", start, hint="a name without $")
@@ -116,26 +118,34 @@ class StatementReader(OperandReader):
             if state is None:
                 continue
             if node.operands.count(before) > 1:
-                raise s.error(f"{node.op.name} updates %{state.name}, and reads it as well", start)
+                raise s.error(f"{node.op.name} both updates and reads %{state.name}", start)
             if value.type != before.type:  # type: ignore[union-attr]  # there is a state
-                raise s.error(f"{node.op.name} updates %{state.name} by another type", start, received=str(value.type))
+                raise s.error(
+                    f"{node.op.name} updates %{state.name} with a value of another type",
+                    start,
+                    received=str(value.type),
+                )
             if value in names and names[value] != (_UPDATED, state.name):
                 raise s.error(f"{node.op.name} updates a state", start, hint=f"%{path_text(state.name)} = ...")
             self.versions[state.name] = self.current.updated[state.name] = value
 
     def is_plain(self, head: re.Match[str]) -> bool:
-        """Return True if `name = op` can be read without further checks."""
+        """Return True if `name = op` can be read without further checks: the name is not reserved, `op` is not the word
+        "op", and neither name is too long.
+        """
         return head[1] not in RESERVED and head[2] != "op" and len(head[0]) <= self.limits.name_characters
 
     def all_made(self, names: list[tuple[str, str]], node: Node, at: int) -> list[tuple[str, str]]:
-        """Expand `$h.0.*` to every output of the called block, under that path."""
+        """Expand `$h.0.*` to the names of all outputs of the called block, under that path."""
         callee = self.result.callee(node)
         if callee is None or len(names) > 1:
-            raise self.s.error("$path.* names all results of a block", at, hint="$h.0.* = bind_h() with h.0")
+            raise self.s.error(
+                "$path.* must name all results of a call of a block", at, hint="$h.0.* = bind_h() with h.0"
+            )
         return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
 
     def statement_names(self) -> list[tuple[str, str]]:
-        """Read the results' names and the sign between them and the application; there may be no names."""
+        """Read the results' names and the sign before the application. Return the names, possibly none."""
         s = self.s
         start = s.at
         names = [self.result_name("a statement or return")]
@@ -148,7 +158,9 @@ class StatementReader(OperandReader):
         return names
 
     def result_name(self, what: str) -> tuple[str, str]:
-        """Read the name of a result: a name, $ and the path of a derived weight, % and the name of an updated state."""
+        """Read the name of a result: a name, `$` and the path of a derived weight, or `%` and the name of an updated
+        state. Return the kind of result and its name.
+        """
         s = self.s
         if s.accept("%"):
             return _UPDATED, s.path("a state")
@@ -166,7 +178,7 @@ class StatementReader(OperandReader):
         return self.apply(name, start)
 
     def apply(self, name: str, start: int, *, is_op: bool = False) -> Node:
-        """Read the operands and attributes after an op's or a function's name."""
+        """Read the operands and attributes after an op's or a function's name. Return the node."""
         callee = None if is_op or name in self.result.entry_names else self.result.functions.get(name)
         if callee is not None:
             return self.call(callee, start)
@@ -181,7 +193,7 @@ class StatementReader(OperandReader):
 
     def op(self, cls: type[Op], start: int) -> Node:
         operands, attributes, said = self.arguments(cls)
-        # The same op is applied to the same types many times. The text of a type contains labels, too.
+        # The same op is often applied to the same types. The text of a type also contains its labels.
         types = tuple([None if v is None else v.type.text for v in operands])
         key = (cls, said, types)
         found = self.applied.get(key)
@@ -236,14 +248,16 @@ class StatementReader(OperandReader):
         for value, layout in zip(operands, op.takes_in or [None] * len(operands), strict=True):
             if value is not None and value.layout != layout:
                 raise s.error(
-                    f"a call of {callee.name} passes {value.name} in another layout than it is read in",
+                    f"a call of {callee.name} passes {value.name} in another layout than the callee reads",
                     start,
-                    received=f"{value.layout or 'row-major'}, read in {layout or 'row-major'}",
+                    received=f"{value.layout or 'row-major'}, but the callee reads {layout or 'row-major'}",
                 )
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read the text after `with`: a path under which weights and states have their formal names, and exceptions."""
+        """Read the text after `with`: a path that precedes the formal names of weights and states, and exceptions from
+        it. Return the passed value for each formal name.
+        """
         s = self.s
         formals = {**callee.parameters, **callee.states}
         bound: dict[str, Value | None] = {}
@@ -270,7 +284,9 @@ class StatementReader(OperandReader):
     # -- notes -----------------------------------------------------------------------------------------------------
 
     def note(self, node: Node) -> None:
-        """Read the comment at the end of a statement's line: types, which must be right, source line and scope."""
+        """Read the comment at the end of a statement's line: types, which must equal the inferred ones, source line and
+        scope.
+        """
         s = self.s
         match = _NOTE.match(s.text, s.at)
         if match is None:
@@ -284,7 +300,7 @@ class StatementReader(OperandReader):
         if types != [v.type for v in results]:
             given = ", ".join(str(v.type) for v in results)
             raise s.error(
-                f"{node.op.name} gives {given}, but the note specifies {match['types']}", match.start("types")
+                f"{node.op.name} returns {given}, but the note specifies {match['types']}", match.start("types")
             )
         for value, type in zip(results, types, strict=True):
             value.type = type  # the same sizes, with the factors and labels in the text

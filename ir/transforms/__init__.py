@@ -1,1 +1,1 @@
-"""Transforms from graph to graph: copies, inlined calls, folded repetitions, gradients, wider dtypes."""
+"""Transforms from graph to graph: copies, inlined calls, outlined repetitions, gradients, wider dtypes."""

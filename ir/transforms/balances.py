@@ -1,16 +1,17 @@
-"""Smoothed products: the channels of a norm's output, and of the weights that multiply it, are scaled to similar size.
+"""Smoothed products: the channels of a norm's output, and of the weights that multiply it, are scaled to similar
+magnitudes.
 
     linear(x, w) = linear(x / s, w s)        s[k] = sqrt((3 |gain[k]| + |shift[k]|) / max_n |w[n, k]|)
 
-A row that is rounded has one scale, so a few large channels use up the steps of all others. s moves a part of their
-size to the weights, whose rows have scales of their own (SmoothQuant, Xiao et al. 2023, equation 4). The size of a
-channel is estimated from the norm's own weights: three deviations of normalized numbers, times the gain, plus the
-shift. So no data is needed. Products that read the same rows share s. The maximum over n covers only the weights that
-count: if the projection of values is among them, the projections of queries and keys do not count, because the softmax
-evens out their errors.
+A row that is rounded has one scale, so a few large channels leave few steps for all others. s moves a part of their
+magnitude to the weights, whose rows have scales of their own (SmoothQuant, Xiao et al. 2023, equation 4). The magnitude
+of a channel is estimated from the norm's own weights: three standard deviations of normalized numbers, times the gain,
+plus the shift. So no data is needed. Products that read the same rows share s. The maximum over n covers only the
+weights that count. If the projection of values is among them, the projections of queries and keys do not count, because
+the softmax evens out their errors.
 
-A graph has 1 / s as a parameter, which `encode` multiplies with; w s is stored in blocks. Both are computed when
-weights are encoded: `treadle.ir.transforms.encoded_weights`.
+A graph has 1 / s as a parameter, by which `encode` multiplies; w s is stored in blocks. Both are computed when weights
+are encoded: `treadle.ir.transforms.encoded_weights`.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Balance:
 
     vector   1 / s, f32[k]
     gain     the norm's weight, f32[k]
-    shift    its bias, f32[k]; None: it has none
+    shift    the norm's bias, f32[k]; None: the norm has no bias
     weights  the matrices, each held as w s
-    by       the matrices that count
+    by       the matrices that count for the maximum over n
     """
 
     vector: str
@@ -59,11 +60,13 @@ class Balance:
 
     @property
     def read(self) -> tuple[str, ...]:
-        """The parameters that s is computed from."""
+        """The parameters from which s is computed."""
         return (*self.weights, self.gain, *([self.shift] if self.shift is not None else []))
 
     def factors(self, graph: Graph, weights: Mapping[str, Any]) -> Array | None:
-        """Compute s from the numbers of weights; None if one is missing, does not match, or is held in blocks."""
+        """Compute s from the numbers of weights. Return None if a weight is missing, does not match, or is held in
+        blocks.
+        """
         found = {}
         for name in self.read:
             value, array = graph.parameters.get(name), weights.get(name)
@@ -79,7 +82,7 @@ class Balance:
         size = np.float32(DEVIATIONS) * np.abs(found[self.gain].astype(np.float32))
         if self.shift is not None:
             size += np.abs(found[self.shift])
-        with np.errstate(all="ignore"):  # s is 1 for a channel that is always 0, or unused
+        with np.errstate(all="ignore"):  # s is 1 for a channel that is always 0, or is unused
             s = np.sqrt(size / largest)
         return np.where(np.isfinite(s) & (s > 0), s, 1).astype(np.float32)
 
@@ -107,7 +110,7 @@ def balances_of(graph: Graph) -> tuple[Balance, ...]:
 
 
 def scored(value: Value, uses: Uses) -> bool:
-    """Return True if a value is used only as queries and keys of attention, possibly moved or rotated before."""
+    """Return True if a value is used only as queries and keys of attention. It may be moved or rotated in between."""
     read = uses.get(value, [])
     for node, at in read:
         if isinstance(node.op, Attending):
@@ -123,13 +126,15 @@ def scored(value: Value, uses: Uses) -> bool:
 
 
 def _results(node: Node, matrices: Sequence[Value]) -> list[tuple[Value, Value]]:
-    """Return each matrix of a product with its result. A product with several matrices has a result for each."""
+    """Return the pairs of a product's matrix and the result of that matrix. A product with several matrices has a
+    result for each.
+    """
     own = len(node.results) == len(matrices)
     return [(w, node.results[i if own else 0]) for i, w in enumerate(matrices)]
 
 
 def picked_of(node: Node) -> Value | None:
-    """Return the value from which a node selects rows, unchanged; None for any other node."""
+    """Return the operand of which a node selects rows without changing them; None for any other node."""
     if not isinstance(node.op, Slice | Gather):
         return None
     x = node.inputs[0]
@@ -167,7 +172,7 @@ def balanced_name(weights: Iterable[str], taken: Callable[[str], bool]) -> str:
 
 
 def _matrices(node: Node) -> list[Value]:
-    """Return the parameters whose blocks a product multiplies with x."""
+    """Return the parameters whose blocks a product multiplies with the other operand."""
     if not isinstance(node.op, MixedProduct):
         return []
     found = [node.operands[position] for position in node.op.multiplies(len(node.operands))]

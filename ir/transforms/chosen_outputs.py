@@ -1,4 +1,4 @@
-"""Selection of a graph's outputs, whole or in part, so that passes remove nodes that no selected output needs.
+"""Selection of a graph's outputs, whole or in part. Passes then remove the nodes that no selected output needs.
 
 choose_outputs(graph, ["pooled"])               # only this output
 choose_outputs(graph, ["hidden[:, 0]"])         # f32[B, D] of the first positions, under the output's name
@@ -25,7 +25,7 @@ from treadle.ir.types import Dim, Type, i64
 _ASKED = re.compile(r"(?P<name>[^\[\]]*)(?:\[(?P<part>[^\[\]]*)\])?")
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SPAN = re.compile(r"(?P<start>[+-]?\d{1,17})?\s*(?:(?P<colon>:)\s*(?P<stop>[+-]?\d{1,17})?)?", re.ASCII)
-"""A size in text has at most 18 digits, so that one more than any position can be written."""
+"""The pattern of a part. A size in text has at most 18 digits, so 17 digits leave room to add 1 to any position."""
 
 
 class UnknownOutputError(UsageError):
@@ -34,7 +34,9 @@ class UnknownOutputError(UsageError):
 
 @dataclass(frozen=True)
 class _Span:
-    """Positions from start to stop of one axis; with `single` only the position at start, and the axis is removed."""
+    """The positions from start to stop of one axis. With `single`, only the position at start, and the axis is
+    removed.
+    """
 
     start: int | None
     stop: int | None
@@ -43,7 +45,7 @@ class _Span:
 
 @dataclass(frozen=True)
 class _Given:
-    """Positions of each row, passed in an input of this name."""
+    """The positions of each row, which are passed in an input of this name."""
 
     name: str
 
@@ -51,10 +53,10 @@ class _Given:
 def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     """Return a copy of a graph with these outputs of its `main`, in this order.
 
-    outputs   names; in brackets behind one a part, as in NumPy: for each of its first axes a position, or `start:stop`;
-              a negative number counts from the end. In the place of the second axis, after `:`, also a name:
-              of a new input, which holds positions for each row of the first axis; outputs that name the same input
-              are read at the same positions
+    outputs   names. Brackets after a name select a part, as in NumPy: for each of the first axes a position, or
+              `start:stop`; a negative number counts from the end. The second axis, after `:`, may also have a name:
+              the name of a new input, which holds positions for each row of the first axis. Outputs that name the same
+              input are read at the same positions
 
     Raises UnknownOutputError for a name that the graph lacks, UsageError for a malformed part, or an output that is
     named twice.
@@ -64,7 +66,7 @@ def choose_outputs(graph: Graph, outputs: Sequence[str]) -> Graph:
     if not listed or not outputs or not all(isinstance(asked, str) for asked in outputs):
         hint = f"outputs=[{outputs!r}]" if isinstance(outputs, str) else None
         received = repr(outputs)[:80] if listed or hint is not None else f"a value of type {type(outputs).__name__}"
-        raise UsageError("outputs= is a list of names, of one output or more", received=received, hint=hint)
+        raise UsageError("outputs= must be a list with the names of one or more outputs", received=received, hint=hint)
     copy = clone_graph(graph)
     known = copy.main.outputs
     chosen: dict[str, Expr] = {}
@@ -119,12 +121,12 @@ def _unreadable(asked: str) -> UsageError:
 
 
 def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[str, Expr]) -> Expr:
-    """Return the part of x that spans select. `positions` has the new inputs by name; the inputs of these spans are
-    added.
+    """Return the part of x that spans select. `positions` holds the new inputs by name; the inputs that the spans name
+    are added to it.
     """
     if len(spans) > x.rank:
-        raise UsageError(f"it has {x.rank} axes")
-    for axis in reversed(range(len(spans))):  # removing an axis keeps the numbers of the axes before it
+        raise UsageError(f"the output has {x.rank} axes")
+    for axis in reversed(range(len(spans))):  # the last first, so that removing an axis does not renumber the others
         span = spans[axis]
         if isinstance(span, _Given):
             if axis != 1 or spans[0] != _Span(None, None, single=False):
@@ -145,7 +147,7 @@ def _part(b: Builder, x: Expr, spans: Sequence[_Span | _Given], positions: dict[
 
 
 def _positions(b: Builder, rows: Size, name: str) -> Expr:
-    """A new input i64[rows, NAME] of positions for each row."""
+    """Return a new input i64[rows, NAME] of positions for each row."""
     if any(v.name == name for v in b.function.inputs):
         raise UsageError(f"{b.graph.name} has an input {name} already, so positions cannot have that name")
     count = free_name(name.upper(), b.graph.symbols)

@@ -1,4 +1,6 @@
-"""Copies of graphs: new values and nodes. Immutable parts are shared: ops, types, contents of constants, sources."""
+"""Copies of graphs: new values and nodes. Immutable parts are shared: ops, types, contents of constants, source
+lines.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from treadle.ir.graph import Function, Graph, Node, Value
 
 
 def clone_graph(graph: Graph, known: Mapping[str, Function] | None = None) -> Graph:
-    """Return a graph equal to this one, including names, scopes and source lines, that shares nothing mutable with it.
+    """Return a graph that equals this one, including names, scopes and source lines. No mutable object is shared.
 
-    known   copies of some of its functions, by name, which are used unchanged
+    known   copies of some of the graph's functions, by name, which are used unchanged
 
     Raises GraphError if a function uses a value before its definition.
     """
@@ -51,8 +53,8 @@ def clone_value(value: Value) -> Value:
 
 
 def clone_node(node: Node, values: dict[Value | None, Value | None], function: Function) -> Node:
-    """Return a copy of the node on the operands' copies in `values`; its results, and its constants, are added to
-    `values`.
+    """Return a copy of the node. `values` maps operands to their copies; the node's results, and its constants, are
+    added to it.
     """
     operands = [v if v is None else values.get(v) or copied_value(v, values, function) for v in node.operands]
     copy = Node(node.op, operands, [v.type for v in node.results], scope=node.scope, source=node.source)
@@ -63,12 +65,12 @@ def clone_node(node: Node, values: dict[Value | None, Value | None], function: F
 
 
 def copied_value(value: Value, values: dict[Value | None, Value | None], function: Function) -> Value:
-    """Return a value's copy in `values`; a constant is copied on first use. Raises GraphError for an unknown value."""
+    """Return the copy of a value from `values`. A constant is copied on first use. Raises GraphError for an unknown
+    value.
+    """
     found = values.get(value)
     if found is None:
         if value.literal is None:
-            raise GraphError(
-                f"{function.name} uses {value.name}, which it does not define before", received=repr(value)
-            )
+            raise GraphError(f"{function.name} uses {value.name} before its definition", received=repr(value))
         found = values[value] = clone_value(value)
     return found

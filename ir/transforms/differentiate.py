@@ -11,7 +11,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite, Grads
 
 Through = Callable[[Builder, Node, Grads], Grads]
-"""Returns the gradients of a call's operands, from the gradients of its results."""
+"""A function that returns the gradients of a call's operands, from the gradients of the call's results."""
 
 
 def backward(
@@ -22,13 +22,13 @@ def backward(
     counting: Container[Value] | None = None,
     through: Through | None = None,
 ) -> dict[Value, Expr]:
-    """Return the gradients of every value of the nodes, from the gradients of some of their results.
+    """Return the gradients of all values of the nodes, from the gradients of some of the nodes' results.
 
     counting  the values whose gradients are wanted; None: all
     through   the gradient rule of calls
 
     The nodes' values must be visible in the builder's function, to which gradient nodes are added. Raises GraphError
-    for a call if `through` is None: use `treadle.ir.transforms.gradients`, or inline it first.
+    for a call if `through` is None: use `treadle.ir.transforms.gradients`, or inline the call first.
     """
     found: dict[Value, Expr] = dict(grads)
     for node in reversed(nodes):
@@ -81,9 +81,10 @@ def body_gradient(op: Composite, b: Builder, grads: Grads, inputs: Grads) -> lis
 
 
 def operand_gradients(found: Mapping[Value, Expr], inputs: Grads) -> list[Expr | None]:
-    """Return each operand's gradient from the gradients of all values.
+    """Return each operand's gradient, taken from the gradients of all values.
 
-    If a value is several operands at once, its whole gradient is at the first: only their sum counts.
+    If a value is several operands at once, its whole gradient is returned for the first of them: only the sum of these
+    gradients matters.
     """
     values = [None if x is None else x.value for x in inputs]
     return [

@@ -11,8 +11,8 @@ from treadle.ir.transforms.clone import clone_graph
 
 
 def bounded(graph: Graph, most: Mapping[str, int]) -> Graph:
-    """Return a copy of a graph whose symbols have these upper bounds. Raises GraphError if no size is left for a
-    symbol.
+    """Return a copy of a graph whose symbols have these upper bounds. Raises GraphError if the bounds of a symbol
+    allow no size.
     """
     made = clone_graph(graph)
     for symbol, size in most.items():

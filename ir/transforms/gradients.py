@@ -6,11 +6,10 @@
                                                    g1, gradient.h.1.up.weight = h_gradient(x1, ..., a1, b1, g2)
                                                    g, gradient.h.0.up.weight = h_gradient(x, ..., a, b, g1)
 
-Trained weights become inputs, since they change: no derived weights are computed from them. The others stay weights. A
-function returns the intermediate values that its gradient reads (`a`, `b`) after its results. With `recompute` it
-returns no more than its results, and the gradient recomputes the intermediate values from the function's arguments
-(gradient checkpointing, Chen et al. 2016). Results of ops that only move elements, or that have no operands, are never
-saved.
+Trained weights become inputs, since they change: no derived weights are computed from them. Other weights stay weights.
+A function returns its results, then the intermediate values that its gradient reads (`a`, `b`). With `recompute` it
+returns only its results, and the gradient recomputes the intermediate values from the function's arguments (gradient
+checkpointing, Chen et al. 2016). Results of ops that only move elements, or that have no operands, are never saved.
 """
 
 from __future__ import annotations
@@ -37,11 +36,12 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
     """Return a graph with the same outputs, and the gradient of each of these weights that the loss depends on.
 
     loss       the output to differentiate, a scalar
-    weights    names of weights in plain f32 or f64, which become inputs of those names, in the order of the graph
-    recompute  blocks save their arguments alone, and are recomputed for their gradients
+    weights    names of weights in plain f32 or f64; they become inputs of the same names, in the order of the graph
+    recompute  True if blocks save only their arguments, and are recomputed for their gradients
 
     Raises GraphError if the output is not a scalar, if a weight is unknown or encoded, and for a graph that has states,
-    derived weights or several entries: differentiate it before a step is derived from it, and before weights are bound.
+    derived weights or several entries: differentiate the graph before a step is derived from it, and before weights are
+    bound.
     """
     value = graph.main.outputs.get(loss)
     if value is None or value.type.rank or not value.type.dtype.is_float:
@@ -49,7 +49,7 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
         raise GraphError(f"the loss {loss} must be an output that is a scalar", received=given)
     if graph.states or len(graph.entry_names) > 1:
         received = f"entries {', '.join(graph.entry_names)}; {len(graph.states)} states"
-        raise GraphError("a graph that is differentiated has one entry, and no states", received=received)
+        raise GraphError("only a graph with one entry and without states can be differentiated", received=received)
     for name in weights:
         weight = graph.parameters.get(name)
         if weight is None:
@@ -57,13 +57,15 @@ def gradient_graph(graph: Graph, loss: str, weights: Collection[str], *, recompu
         if not weight.type.dtype.is_float or weight.type.encoding is not None:
             raise GraphError(f"weight {name} has no gradient", received=str(weight.type))
         if any(name == value.name for value in graph.main.inputs):
-            raise GraphError(f"an input has the name of weight {name}, and trained weights become inputs")
+            raise GraphError(f"an input has the name of the trained weight {name}, which becomes an input")
     return _Differentiation(graph, recompute).of_main(loss, set(weights))
 
 
 @dataclass(frozen=True)
 class _Read:
-    """An operand of a gradient: an "argument" of its function, a "result" of it, or the "gradient" of one."""
+    """An operand of a gradient function: an "argument" or a "result" of the original function, or the "gradient" of a
+    result.
+    """
 
     kind: str
     at: int
@@ -71,14 +73,14 @@ class _Read:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A function for the case that some of its arguments count (their gradients are wanted), and its gradient.
+    """A version of a function in which some of its arguments count (their gradients are wanted), with its gradient.
 
-    forward   returns the original's results, then the values saved for its gradient
+    forward   a function that returns the original's results, then the values saved for the gradient
     order     the positions of the original's arguments, in the order of `forward`
     counting  for each of the original's results, True if it depends on arguments that count
-    gradient  None if no result does
+    gradient  the gradient function; None if no result depends on arguments that count
     takes     the operands of the gradient; gives: the original's argument for each result of the gradient
-    needs     for each of these, the original's results through which that argument reaches it
+    needs     for each result of the gradient, the original's results through which the argument's gradient flows
     """
 
     forward: Function
@@ -112,7 +114,9 @@ class _Differentiation:
         self.variants: dict[tuple[str, tuple[bool, ...], bool], _Variant] = {}
         self.calls: dict[Node, _Variant] = {}
         self.linear: dict[str, tuple[frozenset[int], ...]] = {}
-        """For each result of a gradient function by its name, the positions of the gradients that it is linear in."""
+        """For each result of a gradient function, by the function's name: the positions of the gradients in which the
+        result is linear.
+        """
 
     def of_main(self, loss: str, trained: set[str]) -> Graph:
         main = self.graph.main
@@ -159,7 +163,9 @@ class _Differentiation:
         return _Traced(original, made, order, own, copies, counting, seeds, found)
 
     def _arguments(self, original: Function, counts: Sequence[bool], made: Function, copies: Copies) -> tuple[int, ...]:
-        """Give the copy its arguments: weights that count become inputs, after the original's."""
+        """Add arguments to the copy, and return their order: weights that count become inputs, after the original's
+        inputs.
+        """
         names = {v.name for v in original.inputs}
         inputs: list[int] = []
         weights: list[int] = []
@@ -188,7 +194,7 @@ class _Differentiation:
         counting: set[Value],
         recompute: bool,
     ) -> None:
-        """Copy a node; the copy of a call calls the variant for the arguments that count here."""
+        """Copy a node. The copy of a call calls the variant in which the arguments that count here count."""
         if node.op.callee is None:
             copy = clone_node(node, copies, original)
             b.function.nodes.append(copy)
@@ -211,7 +217,7 @@ class _Differentiation:
         variant = self.calls[call]
         read = {at for at, grad in enumerate(grads) if grad is not None}
         reached = {at for at, needs in zip(variant.gives, variant.needs, strict=True) if needs & read}
-        if variant.gradient is None or not reached:  # only through floor, or an unused result
+        if variant.gradient is None or not reached:  # gradients would flow only through floor, or an unused result
             return [None] * len(variant.order)
         operands: list[Value] = [v for v in call.operands if v is not None]
         by_original = {at: operands[place] for place, at in enumerate(variant.order)}
@@ -263,7 +269,7 @@ class _Differentiation:
         return _Variant(forward, traced.order, counting, gradient, takes, tuple(wanted), needs)
 
     def _seeds_of(self, nodes: Sequence[Node], seeds: dict[int, Value]) -> dict[Value, frozenset[int]]:
-        """The positions of the seeds that each value of a gradient is linear in."""
+        """Return, for each value of a gradient, the positions of the seeds in which it is linear."""
         found = {seed: frozenset({at}) for at, seed in seeds.items()}
         for node in nodes:
             read = [found.get(v, frozenset[int]()) if v is not None else frozenset[int]() for v in node.operands]
@@ -292,7 +298,7 @@ class _Differentiation:
         wanted: dict[int, Value],
         kept: Sequence[Value],
     ) -> tuple[Function, tuple[_Read, ...]]:
-        """Return the function that computes the gradients, and its operands."""
+        """Return the function that computes the gradients, and the operands of that function."""
         function = Function(self._free(f"{of}_gradient"))
         read = {v for node in nodes for v in node.inputs} | set(wanted.values())
         copies: Copies = {None: None}
@@ -332,15 +338,15 @@ class _Differentiation:
         return function, (*inputs, *weights)
 
     def _free(self, name: str) -> str:
-        """Return the original's name for its first variant, then an unused one."""
+        """Return the original's name for its first variant, else an unused name."""
         if name in self.graph.functions and name not in self.made.functions:
             return name
         return free_name(name, {*self.made.functions, *self.graph.functions})
 
 
 def _split(own: Sequence[Node], later: Sequence[Node], wanted: Iterable[Value]) -> tuple[list[Node], list[Value]]:
-    """Return the nodes of the gradient, after the nodes that it recomputes, and the values that the function saves for
-    it.
+    """Return the nodes of the gradient, which begin with the nodes that it recomputes, and the values that the function
+    saves for the gradient.
 
     Nodes are recomputed if they only move elements, or have no operands.
     """

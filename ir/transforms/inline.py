@@ -2,7 +2,8 @@
 
     x1 = h(x) with h.0   -->   ln_1 = layer_norm(x, $h.0.ln_1.weight, ...)      # scope h.0.ln_1
 
-A call's weights and states replace the function's, and its scope precedes theirs.
+The call's weights and states replace the function's. The call's scope is prefixed to the scopes of the function's
+nodes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ MOST_NODES = 1_000_000
 
 
 def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
-    """Return a graph without calls that computes the same: its entries alone, weights and states by their own names,
-    scopes joined.
+    """Return a graph without calls that computes the same. It has only the entries; weights and states keep their
+    names, and scopes are joined.
 
     Raises GraphError if its functions would have more than `most_nodes` nodes together (a few functions that call each
     other twice can expand to any number), or for a call that does not match or precedes its function.
@@ -26,7 +27,9 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
     for function in graph.functions.values():
         left -= _unfolded_count(function, flat)
         if left < 0:
-            raise GraphError(f"the unfolded graph is too large, in {function.name}", hint=f"at most {most_nodes} nodes")
+            raise GraphError(
+                f"the graph without calls is too large, in {function.name}", hint=f"at most {most_nodes} nodes"
+            )
         flat[function.name] = _inlined(function, flat)
     result = Graph(graph.name)
     result.symbols = dict(graph.symbols)
@@ -58,7 +61,7 @@ def _unfolded_count(function: Function, flat: dict[str, Function]) -> int:
             len(node.operands),
             len(node.results),
         ):
-            raise GraphError(f"{function.name}: a call of {callee.name} does not fit its signature")
+            raise GraphError(f"{function.name}: a call of {callee.name} does not match its signature")
         count += len(callee.nodes) if callee is not None else 1
     return count
 

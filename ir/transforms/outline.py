@@ -2,8 +2,8 @@
 
     x1 = ...; x2 = ...; x3 = ...        -->        x1 = h(x); x2 = h(x1); x3 = h(x2)
 
-Regions that agree in nodes, attributes, constants, types and wiring share one function; their weights and states may
-differ: a call passes its own. A region that differs otherwise gets a function of its own.
+Regions with equal nodes, attributes, constants, types and wiring share one function. Their weights and states may
+differ: each call passes its own. A region that differs otherwise becomes a separate function.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def outline_regions(graph: Graph, regions: Sequence[RepeatedRegion]) -> None:
 
 @dataclass
 class _Repetition:
-    """A region in relative form: its operands from outside, and its body in terms of these.
+    """A region in relative form: its operands from outside, and its body in terms of these operands.
 
-    states  versions of states at the start
-    outs    values read outside: the positions of nodes, and which of their results
+    states  versions of states at the start of the region
+    outs    values read outside the region, each as the position of a node and of its result
     call    the call that replaces the region
     """
 
@@ -58,8 +58,8 @@ class _Repetition:
     call: Node | None = None
 
     def local_names(self) -> list[str]:
-        """Return names of the weights, then the states: without the region's scope, and numbered if two would be
-        equal.
+        """Return names for the weights, then the states: their names without the region's scope, numbered if two would
+        be equal.
         """
         prefix = self.region.scope + "."
         held = [*self.weights, *[state for v in self.states if (state := v.state) is not None]]
@@ -72,7 +72,9 @@ class _Repetition:
         return names
 
     def last_versions(self) -> dict[Value, Value]:
-        """Return the last version of each state that the region updates, by its version at the start."""
+        """Return a dict from the version of a state at the start of the region to its last version, for each state that
+        the region updates.
+        """
         last: dict[Value, Value] = {}
         for node in self.region.nodes:
             for index in node.op.updates:
@@ -90,7 +92,7 @@ class _Repetition:
 
 
 def _outline_level(graph: Graph, regions: Sequence[RepeatedRegion]) -> dict[Node, _Repetition]:
-    """Replace disjoint regions; returns the repetition that each of their nodes was part of."""
+    """Replace disjoint regions by calls. Return a dict from each of their nodes to its repetition."""
     main = graph.main
     home: dict[Node, _Repetition] = {}
     groups: dict[tuple[Any, ...], list[_Repetition]] = {}
@@ -137,7 +139,8 @@ def _with_calls(nodes: Sequence[Node], home: dict[Node, _Repetition]) -> list[No
 
 
 def _read(region: RepeatedRegion) -> _Repetition:
-    """Read a region. The body is one flat list: for each node its op's key, a text, then an entry for each operand.
+    """Read a region into relative form. The body is one flat list: for each node the key of its op, a string, then an
+    entry for each operand.
 
     The entry is None, a constant's content, or a number: -1, -2, ... for the weights, %1, %2, ... for the states, else
     0, 1, ... for the inputs and results, all in the order of first use in the region.
@@ -172,7 +175,7 @@ def _read(region: RepeatedRegion) -> _Repetition:
 
 def _build(graph: Graph, rep: _Repetition, outs: Sequence[tuple[int, int]]) -> Function:
     region = rep.region
-    # `encoder_block` for the scopes encoder.block.0, 1, ...; numbered if blocks differ
+    # The scopes encoder.block.0, 1, ... give the name `encoder_block`, which is numbered if blocks differ.
     scopes = re.sub(r"\.\d+(?=\.|$)", "", region.scope).replace(".", "_")
     function = Function(free_name(scopes, graph.functions))
     formal: dict[Value, Value] = {}

@@ -1,8 +1,8 @@
-"""Rows of embedding tables that get no gradient where they are read: `padding_idx` of PyTorch's nn.Embedding.
+"""Rows of embedding tables that get no gradient through an embedding: `padding_idx` of PyTorch's nn.Embedding.
 
     y = embedding(table, ids)   -->   y = where(ids == row, stop_gradient(embedding(table, ids)), embedding(table, ids))
 
-Other readers of the table, such as tied logits, still give the row its gradient, as in PyTorch.
+If the table is also used elsewhere, as for tied logits, the row gets the gradient from there, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from treadle.ir.transforms.clone import clone_graph
 
 
 def without_gradient(b: Builder, y: Expr, indices: Expr, row: int) -> Expr:
-    """Return y [..., d], an embedding's result for these indices, without a gradient for one row of the table."""
+    """Return the result y [..., d] of an embedding with these indices, without a gradient for one row of the table."""
     padded = b.equal(indices, b.constant(row, indices.dtype))
     names = " ".join(axis_letters(indices.rank))
     made: Expr = b.where(b.rearrange(padded, pattern=f"{names} -> {names} 1"), b.stop_gradient(y), y)
@@ -25,8 +25,8 @@ def without_gradient(b: Builder, y: Expr, indices: Expr, row: int) -> Expr:
 
 
 def with_padding_rows(graph: Graph, rows: Mapping[str, int]) -> Graph:
-    """Return a copy in which the embeddings of `main` give no gradient to these rows of weights, by the weights'
-    names.
+    """Return a copy of a graph in which the embeddings of `main` pass no gradient to some rows. `rows` maps the names
+    of weights to row numbers.
     """
     made = clone_graph(graph)
     main = made.main

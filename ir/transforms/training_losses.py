@@ -2,10 +2,10 @@
 
     with_cross_entropy(graph, "logits")                     targets: i64[B, S]
     with_distillation(graph, "logits", temperature, share)  targets: i64[B, S], teacher: f32[B, S, V]
-    with_own_loss(graph, "loss")                            the model's own, which counts as one
+    with_own_loss(graph, "loss")                            an output of the model, which counts as one position
 
-The loss is a sum, so that a batch may be split into micro-batches: their losses and gradients add up, and are divided
-by the total of `counted`.
+The loss is a sum, so that a batch may be split into micro-batches: their losses and gradients are added, and divided by
+the total of `counted`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def with_distillation(graph: Graph, output: str, temperature: float, share: floa
     UsageError for a share outside 0 to 1, a temperature that is not above 0, and as `with_cross_entropy` does.
     """
     if not 0 <= share <= 1:
-        raise UsageError("a teacher's share is from 0 to 1", received=f"share={share!r}")
+        raise UsageError("a teacher's share must be from 0 to 1", received=f"share={share!r}")
     if not 0 < temperature < float("inf"):
-        raise UsageError("a temperature is above 0", received=f"temperature={temperature!r}")
+        raise UsageError("a temperature must be above 0", received=f"temperature={temperature!r}")
     b, scores, targets = _scored(graph, output)
     teacher = b.input(_free(graph, TEACHER), scores.type)
     apart = b.divergence(scores, teacher, temperature=temperature)
@@ -53,7 +53,7 @@ def with_own_loss(graph: Graph, output: str) -> Graph:
     b = Builder(clone_graph(graph))
     value = _output(b, output)
     if value.rank or value.dtype is not f32:
-        raise UsageError(f"output {output} is not a loss: a loss is a scalar", received=str(value.type))
+        raise UsageError(f"output {output} is not a scalar, so it cannot be a loss", received=str(value.type))
     b.outputs(**{LOSS: value, COUNTED: b.constant(1, f32) * 1.0})
     return b.graph
 
@@ -78,7 +78,7 @@ def _output(b: Builder, name: str) -> Expr:
 
 def _free(graph: Graph, name: str) -> str:
     if any(v.name == name for v in graph.main.inputs) or name in graph.parameters:
-        raise UsageError(f"the model already has an input {name}, and training adds an input of that name")
+        raise UsageError(f"the model already has an input {name}, which is the name of an input that training adds")
     return name
 
 

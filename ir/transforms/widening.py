@@ -1,10 +1,11 @@
-"""Widening: a graph whose bf16 or f16 values are f32, for backends that lack the narrow dtype or are slow in it.
+"""Widening: a copy of a graph in which bf16 or f16 values are f32, for backends that lack the narrow dtype or are slow
+in it.
 
     y = matmul(x, $w)      # bf16[B, 8]   -->   y = matmul(x, $w)      # f32[B, 8]
 
 Inputs, weights, constants and results of the narrow dtypes become f32, and so do target dtypes of casts. The elements
 of a narrow weight are the same numbers in f32. Results are no longer rounded to the narrow dtype, so they differ from
-the narrow model's by its rounding.
+the narrow model's results by that rounding.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ WIDENED = {d.name: d for d in (bf16, f16)}
 
 
 def narrow_dtypes(names: str | Iterable[str], also: Sequence[str] = ()) -> frozenset[DType]:
-    """Return the dtypes of these names: "bf16", "f16", or both. Raises UsageError for another name.
+    """Return the dtypes of these names: "bf16", "f16", or both. Raises UsageError for any other name.
 
-    also  other names that the caller accepts, for the error
+    also  other names that the caller accepts, which the error lists
     """
     given = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in given if name not in WIDENED]

@@ -1,4 +1,4 @@
-"""Calls of functions and ops as text, and the option nearest to a misspelt one: for errors."""
+"""Calls of functions and ops as text, and the option nearest to a misspelt one, for error messages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from treadle.ir.wording.other_spellings import OTHER_OPTIONS
 
 
 def spelled_call(name: str, signature: Signature) -> str:
-    """Return `softmax(x, *, axis=-1)`: the parameters with their defaults, without types. Parameters after * are
-    keyword-only.
+    """Return a signature as a call, such as `softmax(x, *, axis=-1)`: the parameters with their defaults, without
+    types. Parameters after * are keyword-only.
     """
     parameters = list(signature.parameters.values())
     spelled = [_spelled(p) for p in parameters]

@@ -9,12 +9,12 @@ _SCROLLED = "max-height: 32em; overflow: auto; text-align: left"
 
 
 def html_title(text: str) -> str:
-    """Return one line in fixed width."""
+    """Return one line in a fixed-width font."""
     return f"<div><code>{escape(text)}</code></div>"
 
 
 def html_code(summary: str, text: str, *, open: bool = False) -> str:
-    """Return text in fixed width under a summary; a click on the summary shows and hides it."""
+    """Return text in a fixed-width font under a summary. A click on the summary shows and hides the text."""
     return (
         f"<details{' open' if open else ''}><summary>{escape(summary)}</summary>"
         f'<pre style="{_SCROLLED}">{escape(text)}</pre></details>'
@@ -22,7 +22,7 @@ def html_code(summary: str, text: str, *, open: bool = False) -> str:
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose cells are text."""
+    """Return a table whose cells contain plain text."""
     lines = [_row("th", head), *(_row("td", row) for row in rows)]
     return f"<table>{''.join(lines)}</table>"
 

@@ -19,10 +19,10 @@ from treadle.ir.sizing.sizes import Size
 
 @dataclass(frozen=True)
 class Spelling:
-    """The annotations of operands, results and attributes where ops are functions: in the builder, the DSL, and
-    patterns.
+    """The annotations of operands, results and attributes in one place where ops are functions: the builder, the DSL,
+    or patterns.
 
-    attribute  None: the attribute's own annotation
+    attribute  the annotation of attributes; None: each attribute's own annotation
     """
 
     operand: str
@@ -36,7 +36,7 @@ PATTERN = Spelling("TermLike", "PatternTerm", "Any")
 
 
 class Annotation(str):
-    """An annotation as text, which a signature prints without quotes."""
+    """An annotation that a signature prints as is, without quotes."""
 
     __slots__ = ()
 
@@ -45,7 +45,7 @@ class Annotation(str):
 
 
 def op_signature(cls: type[Op], spelling: Spelling = LANGUAGE) -> Signature:
-    """Return the signature of the op as a function."""
+    """Return the op's signature as a function."""
     found = [_operand(name, o.optional, o.variadic, spelling) for name, o in cls.operands.items()]
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         kind = spelling.attribute or accepted_annotation(str(field.type))
@@ -66,7 +66,9 @@ def _operand(name: str, optional: bool, variadic: bool, spelling: Spelling) -> P
 
 
 def _results(cls: type[Op], result: str) -> str:
-    """Return one result, a tuple of a fixed number, or a tuple of any number if attributes decide."""
+    """Return the annotation of the results: of one result, a tuple of a fixed number, or a tuple of any number if it
+    depends on attributes.
+    """
     rules = [cls.dtype_text] if cls.dtype_text else [cls.make(**s.attributes).dtypes() for s in cls.samples]
     counts = {count_results(rule) for rule in rules}
     if counts == {1}:

@@ -1,14 +1,14 @@
-"""Names from other libraries, and the equivalents in Treadle: their `mean` is `t.reduce_mean(x, axes=(-1,))`. For
-errors.
+"""Names from other libraries, and the equivalents in Treadle, for error messages: their `mean` is `t.reduce_mean(x,
+axes=(-1,))`.
 
-Code comes first, so that a test can run it; words follow a #.
+Each equivalent begins with code, so that a test can run it. A remark in words follows a #.
 """
 
 from __future__ import annotations
 
 _PERMUTED = 't.rearrange(x, pattern="b s d -> b d s")'
 _SPLIT = 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")  # (h d) is one axis: split on the left, joined on the right'
-_LEFT_OUT = "x  # a compiled model only infers: leave it out"
+_LEFT_OUT = "x  # a compiled model is only used for inference: leave it out"
 _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 
 _WORDS = {
@@ -20,10 +20,10 @@ _WORDS = {
     "max amax": "t.reduce_max(x, axes=(-1,))",
     "min amin": "t.reduce_min(x, axes=(-1,))",
     "norm": "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))",
-    "var std": "t.reduce_mean((x - t.reduce_mean(x, axes=(-1,), keep=True)) ** 2, axes=(-1,))  # t.sqrt of it for std",
+    "var std": "t.reduce_mean((x - t.reduce_mean(x, axes=(-1,), keep=True)) ** 2, axes=(-1,))  # apply t.sqrt for std",
     "split chunk narrow unbind": "t.slice(x, axis=-1, start=0, stop=4)  # for each part",
     "cat concatenate hstack vstack": "t.concat(x, x, axis=1)",
-    "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops spread axes of size 1 by themselves",
+    "repeat tile broadcast_to expand_as": "t.expand(x, shape=x.shape)  # ops broadcast axes of size 1",
     "clip clamp": "t.minimum(t.maximum(x, 0.0), 1.0)",
     "masked_fill tril triu": 't.where(x > 0, x, float("-inf"))  # for attention, mask=t.causal',
     "log2": "t.log(x) / 0.6931471805599453",
@@ -92,10 +92,10 @@ _METHODS = {
 }
 
 OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in words.split()}
-"""For each function or type that Treadle lacks, its replacement."""
+"""The replacement for each function or type of other libraries that Treadle lacks."""
 
 OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
-"""For each method or property that a model's tensor lacks, its replacement."""
+"""The replacement for each method or property that a model's tensor lacks."""
 
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
@@ -115,4 +115,4 @@ OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "out_features": ("out",),
     "dtype": ("to",),
 }
-"""For each name of an option in other libraries, its possible names here."""
+"""For each option name in other libraries, the possible names in Treadle."""

@@ -1,6 +1,7 @@
-"""Python and NumPy protocols that a graph's value cannot support; each error names the replacement.
+"""Python and NumPy protocols that a graph's value cannot support. Each error names the replacement.
 
-`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, there are no elements.
+`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, values have no
+elements.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _OPERATORS = {
     **{"less": "less", "less_equal": "less_equal", "greater": "greater", "greater_equal": "greater_equal"},
     **{"equal": "equal", "not_equal": "not_equal", "bitwise_and": "logical_and", "bitwise_or": "logical_or"},
 }
-"""NumPy's functions for operators with an array or a NumPy number on the left, and the op for each."""
+"""The op for each NumPy function that Python calls for an operator with an array or a NumPy number on the left."""
 
 
 class PythonProtocols:
@@ -44,7 +45,7 @@ class PythonProtocols:
     def __bool__(self) -> NoReturn:
         raise self._refusal(
             "a tensor of a model has no truth value: a graph has no data-dependent branches",
-            "t.where(condition, a, b) chooses element by element; "
+            "t.where(condition, a, b) selects elementwise; "
             "& | ~ stand for and, or, not; t.maximum, t.minimum for max, min",
         )
 
@@ -69,7 +70,7 @@ class PythonProtocols:
     def _refusal(self, what: str, hint: str | None) -> GraphError:
         return GraphError(what, received=str(self.type), source=self.builder.place(), hint=hint)
 
-    if not TYPE_CHECKING:  # type checkers report these before the program runs
+    if not TYPE_CHECKING:  # only at run time, since type checkers report these operators themselves
 
         def __getitem__(self, index: Any) -> NoReturn:
             raise self._refusal(
@@ -92,7 +93,7 @@ class PythonProtocols:
         def __iter__(self) -> NoReturn:
             raise self._refusal(
                 "a tensor of a model cannot be iterated over",
-                "t.gather(x, i, axis=0) returns position i of an axis, for i in range(...) where its size is a number",
+                "t.gather(x, i, axis=0) returns position i of an axis, for i in range(...) if its size is a number",
             )
 
         def __contains__(self, value: Any) -> NoReturn:
@@ -100,7 +101,8 @@ class PythonProtocols:
 
         def __len__(self) -> NoReturn:
             raise self._refusal(
-                "a tensor of a model has no len()", "x.shape[0] is the size of its first axis, x.rank their number"
+                "a tensor of a model has no len()",
+                "x.shape[0] is the size of its first axis, x.rank the number of axes",
             )
 
         def __array__(self, *_: Any, **__: Any) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Ways to compute a graph in parts: for limits from the peak down, the fastest partition of each function.
+"""Ways to compute a graph in parts: for memory limits from the peak down, the fastest partition of each function.
 
 for candidate in Candidates(variant, plan, frames, target, sizes).all():
     ...                     chunks, with their estimated bytes and seconds
@@ -24,7 +24,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
 
 Frames = Callable[[Graph, StoragePlan], Mapping[str, Frame]]
 _FACTOR = 0.94
-"""The ratio of one limit to the previous one."""
+"""The ratio of one memory limit to the previous one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,11 @@ class Candidate:
 
 
 def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
-    """Return at most `most` candidates, in their order; prefer candidates that no other beats in both time and memory.
+    """Return at most `most` candidates, in their order. Prefer candidates for which no other is better in both time and
+    memory.
 
-    If there are too many of these, the first, the last and evenly spaced ones between are kept. The first is the
-    fastest, without any parts.
+    If there are more such candidates than `most`, keep the first, the last and evenly spaced ones between them. The
+    first is the fastest, without any parts.
     """
     if len(found) <= most:
         return list(found)
@@ -64,14 +65,14 @@ def few_of(found: Sequence[Candidate], most: int) -> list[Candidate]:
 
 
 def _spread(numbers: Sequence[int], most: int) -> list[int]:
-    """Return at most `most` of some numbers, evenly spaced, with the first and the last."""
+    """Return at most `most` of the numbers, evenly spaced, including the first and the last."""
     if len(numbers) <= most or most < 2:
         return list(numbers[:most])
     return [numbers[i * (len(numbers) - 1) // (most - 1)] for i in range(most)]
 
 
 def planned(graph: Graph, plan: PlanStorage) -> StoragePlan:
-    """Return the storage plan that a pass makes for a graph."""
+    """Return the storage plan that the pass builds for a graph."""
     record = PassRecord(plan.name, "", count_ops(graph))
     plan.run_graph(graph, record)
     assert record.plan is not None
@@ -79,7 +80,7 @@ def planned(graph: Graph, plan: PlanStorage) -> StoragePlan:
 
 
 class Candidates:
-    """The candidates of one variant, at some sizes.
+    """The candidates of one variant, at given sizes of symbols.
 
     plan    the pass that plans storage
     frames  a function that returns the frames of a graph and its plan
@@ -95,7 +96,9 @@ class Candidates:
         self.entry = self.graph.main.name
 
     def all(self) -> Iterator[Candidate]:
-        """Yield candidates, some more than once: if early temporaries are placed in a result, and if they are not."""
+        """Yield candidates: for each limit, one with early temporaries placed in a result, and one without. Some may
+        occur more than once.
+        """
         for host in (None, *self._likely):
             for limited in (self._inside_blocks, self._around_blocks):
                 partition, chunks = limited(None, host)
@@ -109,8 +112,8 @@ class Candidates:
                         seen = chunks
 
     def _candidate(self, partition: Partition, chunks: tuple[Chunk, ...]) -> Candidate:
-        """Return a candidate. It counts only bytes that cannot be placed in a result; the placement decides if they
-        are.
+        """Return a candidate. Its estimate omits the bytes that can be placed in a result; whether they are placed
+        there is known only after placement.
         """
         table = self._whole_tables[self.entry]
         least = min([partition.bytes, *(table.beside(partition, host) for host in self._likely)])
@@ -118,7 +121,9 @@ class Candidates:
 
     @cached_property
     def hosts(self) -> list[Host]:
-        """The results of the entry that may hold temporaries which die before they are written, the largest first."""
+        """The results of the entry that may hold early temporaries, the largest first. Early temporaries are dead
+        before the result is written.
+        """
         frame = parts_of(self.frames(self.graph, self.plan))[0][self.entry]
         found = []
         for life in frame.handed_out:
@@ -129,14 +134,14 @@ class Candidates:
 
     @cached_property
     def _likely(self) -> list[Host]:
-        """The largest result, if the temporaries that die before it is written may be split into parts that fit into
-        it.
+        """The largest result, if the temporaries that are dead before it is written may be split into parts that fit
+        into it. Otherwise empty.
         """
         table = self._whole_tables[self.entry]
         return [host for host in self.hosts[:1] if table.least_before(host, self._bound) <= host.bytes]
 
     def _inside_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
-        """Return the fastest partition and its chunks, with runs in each function that contain no call."""
+        """Return the fastest partition and its chunks, if no run contains a call. Each function has runs of its own."""
         limits: dict[str, int] = {}
         inner: dict[str, Inner] = {}
         tables: dict[str, FunctionTable] = {}
@@ -161,7 +166,7 @@ class Candidates:
         return partition, tuple(chunks)
 
     def _around_blocks(self, limit: int | None, host: Host | None) -> tuple[Partition, tuple[Chunk, ...]]:
-        """Return the fastest partition and its chunks, with runs in the entry that include the calls."""
+        """Return the fastest partition and its chunks, if the entry's runs may contain calls."""
         inner: dict[str, Inner] = {}
         for name, plan in self.plans.items():
             table = self._table(plan, inner, host, calls=True)
@@ -232,6 +237,6 @@ class Candidates:
 
 
 def _whole(table: FunctionTable) -> Partition:
-    """Return the partition in which every step is a run of its own, in one part."""
+    """Return the partition in which every step is a separate run, in one part."""
     runs = [table.run(at, at, 1) for at in range(len(table.plan.steps))]
     return Partition(tuple([run for run in runs if run is not None]))

@@ -1,10 +1,12 @@
-"""Reorder nodes so that fewer values are live for parts, and recompute cheap values for each reader.
+"""Reorder nodes so that fewer values are live when nodes are computed in parts, and recompute cheap values for each
+reader.
 
     n = layer_norm(x); q = linear(n, ...); k = linear(n, ...)      -->
     n = layer_norm(x); k = linear(n, ...); n' = layer_norm(x); q = linear(n', ...)
 
-Operands that a node needs whole come before operands that it needs in parts: keys and values before queries. A view is
-directly before its reader. A value is recomputed if that takes few operations, and its operands are live anyway.
+If a node needs an operand whole, it comes before operands of which the node needs only parts: keys and values come
+before queries. A view comes directly before its reader. A value is recomputed if that takes few operations, and its
+operands are live anyway.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 
 MOST_INTENSE = 16.0
-"""Maximum operations per byte of a recomputed value: they take less time than reading the byte from memory."""
+"""Maximum operations per byte of a recomputed value. With so few, recomputing takes less time than reading from
+memory.
+"""
 
 
 def compute_again(graph: Graph, sizes: Mapping[str, int]) -> None:
-    """Change every function that users' entries need and that does not update states."""
+    """Change every function that users' entries call, directly or not, and that does not update states."""
     for function in graph.needed_by(*graph.later_entries):
         if not function.states:
             _repeat_cheap(function, sizes)
@@ -60,7 +64,7 @@ def _is_cheap(node: Node, sizes: Mapping[str, int]) -> bool:
 
 
 def _whole_first(function: Function, sizes: Mapping[str, int]) -> list[Node]:
-    """Return the nodes in an order in which operands that are needed whole come first, and views last."""
+    """Return the nodes in an order in which operands that a reader needs whole come first, and views last."""
     done: dict[Node, None] = {}
     wanted = [v.node for v in function.results if v.node is not None] + function.nodes
     for root in wanted:
@@ -84,7 +88,7 @@ def _whole_first(function: Function, sizes: Mapping[str, int]) -> list[Node]:
 
 
 def _base(value: Value) -> Node:
-    """Return the node that computes the value behind a chain of views."""
+    """Return the node that computes the value from which a chain of views starts."""
     node = value.node
     assert node is not None
     while node.op.is_view and node.inputs[0].node is not None:
@@ -102,7 +106,7 @@ def _emit_views(value: Value, done: dict[Node, None]) -> None:
 
 
 def _in_order(node: Node, sizes: Mapping[str, int]) -> Sequence[Value]:
-    """Return a node's operands, sorted by the number of elements that it needs at once, the largest first."""
+    """Return a node's operands, sorted by the number of elements that the node needs at once, the largest first."""
     if node.op.callee is not None:
         return node.inputs
     op: Op = node.op

@@ -22,7 +22,7 @@ class FitMemory(Pass):
 
     fit  the runs of steps to compute in parts, and the numbers of parts; `treadle.passes.budget.fitting` selects them
 
-    A symbol whose only possible value is 1 becomes a constant. The parts are always checked against the region.
+    A symbol whose only possible value is 1 becomes a constant. The parts are always checked against the original nodes.
     """
 
     fit: MemoryFit = field(repr=False)
@@ -38,7 +38,7 @@ class FitMemory(Pass):
         try:
             made = apply_chunks(graph, self.fit.chunks, check_parts)
         except NoPart as error:
-            raise PassError("an op of a planned run has no form on a part", received=str(self.fit)) from error
+            raise PassError("an op of a planned run cannot be computed in parts", received=str(self.fit)) from error
         log.notes += str(self.fit).splitlines()
         log.fit = self.fit
         return 1 + made

@@ -2,12 +2,12 @@
 
     found = Fitting(variants, plan, frames, target, sizes).fit(budget)
 
-The list of candidates does not depend on the budget: for limits from the peak down, the fastest partition of each
-function within the limit (`candidates.py`, `partitions.py`). Of the candidates that fit after planning and placement,
-the fastest is selected. So a smaller budget never gives a faster run, and a larger one never a slower run.
+The list of candidates does not depend on the budget: for limits from the peak down, it has the fastest partition of
+each function within the limit (`candidates.py`, `partitions.py`). The fastest candidate that fits after planning and
+placement is selected. So a smaller budget never gives a faster run, and a larger budget never a slower run.
 
-Temporaries that die before a result is written may use its memory. Smaller sizes, at which the result may be too small
-for that, must fit as well: the memory of a run at any of them is proven (`memory/hosting.py`).
+Temporaries that are dead before a result is written may use the memory of the result. At smaller sizes, the result may
+be too small for that. So the memory at all smaller sizes is bounded by a proof (`memory/hosting.py`).
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Life, StoragePlan
 
 _WRONG = 1.25
-"""Candidates estimated at more than this multiple of the budget are not planned: estimates are closer than that."""
+"""Candidates whose estimate is more than this multiple of the budget are not planned: no estimate is off by that
+much.
+"""
 _ENDLESS = 1 << 256
 MOST_TRIED = 256
-"""Maximum number of candidates that are tried: each that may fit is planned and placed."""
+"""Maximum number of candidates that are tried. Each candidate that may fit is planned and placed."""
 SECONDS = 30.0
-"""Time limit of the search for the smallest sufficient budget, which an error reports."""
+"""Time limit in seconds of the search for the smallest sufficient budget, which an error reports."""
 
 
 class Fitting:
-    """Variants of one graph at some sizes. The first one is the graph without a budget.
+    """Variants of one graph at given sizes. The first variant is the graph without a budget.
 
     plan    the pass that plans storage
-    after   the passes that run before it on a graph with parts
+    after   the passes that run before `plan` on a graph with parts
     frames  a function that returns the frames of a graph and its plan
     """
 
@@ -65,7 +67,7 @@ class Fitting:
         self.target, self.sizes = target, sizes
 
     def fit(self, budget: int) -> MemoryFit | None:
-        """Return the fastest candidate that fits; None if none does."""
+        """Return the fastest candidate that fits the budget, as a plan. Return None if no candidate fits."""
         base = self._base
         for candidate in self.candidates:
             if candidate.bytes > _WRONG * budget or self.rough(candidate) > budget or self.peak(candidate) > budget:
@@ -94,10 +96,10 @@ class Fitting:
         return next(each for each in self._found if each.variant is self.variants[0] and not each.chunks)
 
     def least(self, seconds: float) -> tuple[int, int]:
-        """Return the smallest budget that a candidate fits into, and the number of candidates that the time limit
-        excluded.
+        """Return the smallest budget that a candidate fits into, and the number of candidates that were not tried
+        because of the time limit.
 
-        Candidates with the least estimate come first. At least one is tried, however long it takes.
+        Candidates with the smallest estimates are tried first. At least one is tried, however long it takes.
         """
         least, until = _ENDLESS, time.monotonic() + seconds
         ordered = sorted(self.candidates, key=lambda each: each.bytes)
@@ -112,11 +114,13 @@ class Fitting:
         return least, 0
 
     def rough(self, candidate: Candidate) -> int:
-        """Return the peak with all sizes as constants, which is faster: equal parts share a function."""
+        """Return the peak of a candidate in bytes, with all sizes as constants. This is faster than `peak`, since equal
+        parts share a function.
+        """
         key = (candidate.variant, *candidate.chunks)
         if key not in self._rough:
             found = self._placed(candidate, self.sizes)
-            # With constants, it may be ambiguous which axis is meant.
+            # If sizes are constants, axes of equal size may be confused. The candidate is then planned with symbols.
             self._rough[key] = self.peak(candidate) if found is None else found.bytes
         return self._rough[key]
 
@@ -125,8 +129,8 @@ class Fitting:
         return {}
 
     def peak(self, candidate: Candidate) -> int:
-        """Return the peak of a candidate after planning and placement; practically infinite if an op has no form on a
-        part.
+        """Return the peak of a candidate in bytes, after planning and placement. If an op cannot be computed in parts,
+        return a number that exceeds every budget.
         """
         return self._reached(candidate).bytes
 
@@ -141,7 +145,9 @@ class Fitting:
         return {}
 
     def _placed(self, candidate: Candidate, fixed: Mapping[str, int] | None = None) -> Reached | None:
-        """Return the memory of a candidate; None if an op has no form on a part."""
+        """Return the memory of a candidate after planning and placement, or None if an op cannot be computed in
+        parts.
+        """
         graph = clone_graph(candidate.variant.graph)
         fix_sizes(graph, fixed or {})
         try:
@@ -157,10 +163,10 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """The candidates to try, the fastest estimate first; among equally fast candidates, the one that needs the most
-        memory first.
+        """The candidates to try, the fastest estimate first. Among equally fast candidates, those that need more memory
+        come first.
 
-        They do not depend on the budget, so that less memory never gives a faster run.
+        The list does not depend on the budget, so that less memory never gives a faster run.
         """
         return few_of(self._found, MOST_TRIED)
 
@@ -175,7 +181,7 @@ class Fitting:
         for variant in self.variants:
             for candidate in self._makers[variant].all():
                 known = found.setdefault((variant, candidate.chunks), candidate)
-                if candidate.bytes < known.bytes:  # it may be placed in a result
+                if candidate.bytes < known.bytes:  # it may be placed in a result, so it needs less
                     found[variant, candidate.chunks] = candidate
         return sorted(found.values(), key=lambda each: (each.seconds, -each.bytes))
 
@@ -192,11 +198,11 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Reached:
-    """The memory of a run at some sizes, and at all smaller ones.
+    """The memory of a run at given sizes, and at all smaller sizes.
 
-    bytes  its maximum over all of these sizes
-    here   its bytes at these sizes
-    host   the output whose memory early temporaries use at these sizes; None if they do not
+    bytes  the maximum over all of these sizes, in bytes
+    here   the memory at the given sizes, in bytes
+    host   the output whose memory early temporaries use at these sizes; None if they use no output's memory
     """
 
     bytes: int
@@ -205,7 +211,7 @@ class Reached:
 
 
 def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> Reached:
-    """Return the memory of a run of a graph's last entry up to these sizes, after planning and placement."""
+    """Return the memory of a run of a graph's last entry at sizes up to these, after planning and placement."""
     inside, beside = parts_of(frames)
     entry = graph.main.name
     foreign = max((count for _, count in live_at(beside, entry, sizes, 1)), default=0)
@@ -214,7 +220,7 @@ def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes:
     def placed(*results: Life) -> PlacedFrame:
         return place_frames({**inside, entry: replace(inside[entry], handed_out=results)}, sizes)[entry]
 
-    here = most = placed().size  # with nothing placed in a result, which is never less
+    here = most = placed().size  # without placing anything in a result; the maximum, since placing never needs more
     host = None
     for hosting in hostings(inside, entry):
         there = placed(hosting.result)
@@ -228,9 +234,10 @@ def reached(graph: Graph, plan: StoragePlan, frames: Mapping[str, Frame], sizes:
 
 
 def apply_chunks(graph: Graph, chunks: Sequence[Chunk], check: Callable[[Graph, Parted], None] | None = None) -> int:
-    """Compute runs of a graph's functions in parts; return their number. `check` is called after each run is rewritten.
+    """Compute runs of a graph's functions in parts. Return the number of runs. `check` is called after each run is
+    rewritten.
 
-    Raises NoPart if an op has no form on a part.
+    Raises NoPart if an op cannot be computed in parts.
     """
     for chunk in chunks:
         function = graph.functions[chunk.function]

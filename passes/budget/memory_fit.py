@@ -13,7 +13,7 @@ class Chunk:
 
     function     the function's name
     first, last  indices of the nodes in the function, both included
-    dim          the dimension of the first value that they return in which the axis is split
+    dim          the dimension along which the axis is split, in the first value that the nodes return
     parts        the number of parts
     description  the ops, for the report: `layer_norm to add`
     axis         the size of the axis, as an expression
@@ -35,17 +35,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """A run that fits into a budget at some sizes, and at all smaller ones.
+    """A plan with which a run fits into a budget at given sizes, and at all smaller sizes.
 
-    budget   bytes
+    budget   the budget in bytes
     sizes    sizes of the symbols, the largest that the executable serves
-    before   the peak without a budget
-    peak     the most bytes that a run takes at any of these sizes
+    before   the peak in bytes without a budget
+    peak     the largest number of bytes that a run takes at any of these sizes
     ratio    the predicted slowdown: time of a run as a multiple of the time without a budget
     apart    True if merged products of one value are computed one by one
     again    True if cheap values are recomputed for each reader
     chunks   the runs that are computed in parts, callees first
-    host     the output whose memory holds temporaries that die before it is written, if they fit; None if none does
+    host     the output whose memory holds early temporaries, which are dead before it is written; None if none does
     """
 
     budget: int
@@ -70,7 +70,7 @@ class MemoryFit:
         ]
         if self.host is not None:
             lines.append(
-                f"temporaries that die before {self.host} is written use the memory of {self.host}, if they fit"
+                f"temporaries that are dead before {self.host} is written use the memory of {self.host}, if they fit"
             )
         lines += ["products of one value are computed one by one"] * self.apart
         lines += ["cheap values are recomputed for each reader"] * self.again

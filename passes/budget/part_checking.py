@@ -1,12 +1,12 @@
 """Check regions that are computed in parts, independently of the code that rewrote them.
 
-    slices   of an input are contiguous and cover the axis, also at sizes that the number of parts does not divide
-    nodes    of a part are the nodes of the region, in order, and their operands are the counterparts of the region's
-    numbers  of each node: on a part of the operands of the region's node, the part's node returns that part of its
-             result
+    slices   the slices of an input are contiguous and cover the axis, also if the number of parts does not divide it
+    nodes    the nodes of a part are the nodes of the region, in order, with corresponding operands
+    numbers  if a node of the region and the part's node get the same numbers, the part's node returns the corresponding
+             part of the result
 
-The types alone define which values are split, and in which dimension: types of parts differ there. So a part of a value
-remains a part from one node to the next. Ops are run by their references, on drawn numbers.
+Types define which values are split, and in which dimension: the type of a part differs there from the whole type. So a
+part of a value remains a part from one node to the next. Ops are run by their references, on drawn numbers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from treadle.ir.types import Type
 from treadle.passes.budget.parts import Parted
 
 Array = np.ndarray[Any, Any]
-_LARGE = 1 << 22  # elements of an array that is drawn in float32
+_LARGE = 1 << 22  # an array with more elements stays in float32
 
 
 def check_parts(graph: Graph, parted: Parted) -> None:
-    """Raise PassError for the first error, with the node and the user's line."""
+    """Raise PassError for the first difference, with the node and the user's line."""
     _Check(graph, parted).check()
 
 
@@ -57,7 +57,7 @@ class _Check:
                 wanted = part.slices[value].result if value in part.slices else value
                 formals = [formal for formal, v in operands.items() if v is wanted]
                 if len(formals) != 1:
-                    raise self._wrong(f"a part is not passed {value.name}", part.call)
+                    raise self._wrong(f"a part does not read {value.name}", part.call)
                 stands[value] = formals[0]
             self._nodes(region.nodes, callee, stands, number if number in few else None)
             results = [stands.get(v) for v in region.outputs]
@@ -73,7 +73,9 @@ class _Check:
                 raise self._wrong(f"parts of {value.name} are joined along another axis", joined)
 
     def _drawn(self, least: int) -> dict[str, int]:
-        """Return sizes within bounds; the axis has `least` elements, if its bounds allow it."""
+        """Return sizes of the symbols within their bounds, with which the axis has `least` elements if the bounds allow
+        that.
+        """
         axis = self.parted.region.size.symbols
         found = {}
         for symbol, bounds in self.graph.symbols.items():
@@ -84,7 +86,7 @@ class _Check:
     # -- slices ----------------------------------------------------------------------------------------------
 
     def _edges(self, slices: Mapping[Value, Node]) -> tuple[Size, Size]:
-        """Return the start and the end of a part."""
+        """Return the start and the end of a part, after checking that all its slices agree."""
         found = []
         for value, node in slices.items():
             op = node.op
@@ -107,7 +109,7 @@ class _Check:
     # -- nodes -----------------------------------------------------------------------------------------------
 
     def _nodes(self, nodes: Sequence[Node], made: Function, stands: dict[Value, Value], number: int | None) -> None:
-        """Check nodes of a part.
+        """Check the nodes of a part against the nodes of the region.
 
         number  the index of the part whose numbers are compared; None to check only the operands
         """
@@ -116,13 +118,13 @@ class _Check:
         for old, new in zip(nodes, made.nodes, strict=True):
             wanted = [v if v is None or v.literal is not None else stands.get(v) for v in old.operands]
             if list(new.operands) != wanted or len(old.results) != len(new.results):
-                raise self._wrong("a node of a part reads something else", old)
+                raise self._wrong("a node of a part reads another value than the region's node", old)
             stands.update(zip(old.results, new.results, strict=True))
             callee, part = self.graph.callee(old), self.graph.callee(new)
             if callee is not None and part is not None:
                 if callee is part:
                     if any(a.type != b.type for a, b in zip(old.inputs, new.inputs, strict=True)):
-                        raise self._wrong("a call gets a part as the whole", old)
+                        raise self._wrong("a call reads a part of a value that it needs whole", old)
                     continue
                 inner = dict(zip(callee.arguments, part.arguments, strict=True))
                 self._nodes(callee.nodes, part, inner, number)
@@ -138,7 +140,7 @@ class _Check:
         taken = tuple([None if v is None else v.type for v in new.operands])
         literals = tuple([None if v is None or v.literal is None else v.literal.data for v in old.operands])
         if old.op == new.op and operands == taken:
-            return  # it does the same for each part as for the whole
+            return  # the same op on the same types: nothing is split
         key = old.op, new.op, operands, taken, literals, number
         if key in self.known:
             return
@@ -151,7 +153,7 @@ class _Check:
             wanted = self._part(a, v.type, w.type, number)
             close = wanted.shape == b.shape and np.allclose(wanted, b, rtol=1e-4, atol=1e-5, equal_nan=True)
             if not close:
-                raise self._wrong(f"part {number} of {v.name} is not the result of the part", old)
+                raise self._wrong(f"part {number} of {v.name} differs from the result of the part's node", old)
 
     def _each(self, old: Node, new: Node, arrays: Sequence[Array | None]) -> list[tuple[Any, Any, Any]]:
         return list(zip(arrays, old.operands, new.operands, strict=True))
@@ -181,7 +183,7 @@ class _Check:
         return array[(slice(None),) * dim + (slice(start, stop),)]
 
     def _cut(self, whole: Type, part: Type) -> int | None:
-        """Return the dimension in which a type is a part of another one; None if the types are the same."""
+        """Return the dimension in which a type is a part of another one, or None if the types are equal."""
         dims = [i for i, (a, b) in enumerate(zip(whole.shape, part.shape, strict=True)) if a != b]
         if (
             whole.encoding != part.encoding

@@ -5,14 +5,15 @@
     table.least()            the partition that needs the fewest bytes
     table.bound(...)         a lower bound of every partition's bytes, for any number of parts
 
-The memory of a partition is derived from the plan of the unchanged function: the storages that live at each step; in a
-run that is computed in parts, only the part of a split value that lives only there. The storages are planned again
-afterwards, so this is an estimate. The bound is not an estimate: it counts the values that live between two runs,
-wherever they are stored.
+The memory of a partition is derived from the plan of the unchanged function, as the storages that are live at each
+step. If a run is computed in parts, and a split value is live only in that run, only a part of the value counts. The
+storages are planned again afterwards, so this is an estimate. The bound is not an estimate: it counts the values that
+are live between two runs, wherever they are stored.
 
-The memory of a result of the entry exists before the result is written (`Host`). Temporaries that die by then may use
-it, and all others are still live when it is written. So earlier runs need no memory that this run does not need. A run
-in parts that writes the result writes it from its first part on: values that die during the run are live then.
+The memory of a result of the entry exists before the result is written (`Host`). Temporaries that are dead by then may
+use it; all other storages are still live when the result is written. So earlier runs need no memory beyond what the run
+that writes the result needs. If that run is computed in parts, its first part already writes the result, while values
+that die later in the run are live.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How
 
 PARTS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 """The numbers of parts that are tried."""
-_MOST_RUN = 64  # steps of a run that is computed in parts
+_MOST_RUN = 64  # the largest number of steps in a run that is computed in parts
 
 
 @dataclass(frozen=True)
 class Run:
-    """Steps of a function, from the first to the last, in a number of parts."""
+    """Consecutive steps of a function, from the first to the last, computed in a number of parts."""
 
     first: int
     last: int
@@ -52,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Partition:
-    """Runs of all steps in order."""
+    """All steps of a function in order, divided into runs."""
 
     runs: tuple[Run, ...]
 
@@ -67,7 +68,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Inner:
-    """The memory and time of a partitioned callee; its time also for arguments in parts."""
+    """The memory and time of a partitioned callee, including the time of a call on parts of its arguments."""
 
     bytes: int
     whole: float
@@ -79,11 +80,10 @@ class Inner:
 
 @dataclass(frozen=True, eq=False)
 class Host:
-    """A result of the entry. Temporaries that die before it is written may use its memory.
+    """A result of the entry. Temporaries that are dead before the result is written may use its memory.
 
-    first  the first step that writes it
-    early  the storages that no kernel needs from then on
-    bytes  the size of the result
+    first  the first step that writes the result early  the storages that no kernel needs from that step on bytes  the
+    size of the result in bytes
     """
 
     first: int
@@ -97,7 +97,7 @@ class FunctionTable:
     calls    True if runs may contain calls
     regions  known regions of the function, by their first and last step; more are added
     tracer   a tracer of the graph
-    host     a result that runs before it are assumed to use; None if they do not
+    host     a result whose memory earlier runs are assumed to use; None if they use no result's memory
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class FunctionTable:
 
     @cached_property
     def lives(self) -> list[tuple[Storage, int, int, int]]:
-        """The function's own storages, with their first and last step and their bytes."""
+        """The function's own storages, with the first and the last step at which they are live, and their bytes."""
         return [
             (life.storage, life.first, life.last, self._bytes(life.storage))
             for life in self.plan.lives
@@ -145,29 +145,31 @@ class FunctionTable:
 
     @cached_property
     def live(self) -> list[int]:
-        """The bytes of the function's own storages that live at each step."""
+        """The number of bytes of the function's own storages that are live at each step."""
         return [
             sum(n for _, first, last, n in self.lives if first <= at <= last) for at in range(len(self.plan.steps) + 1)
         ]
 
     def room(self, at: int, limit: int) -> int:
-        """Return the bytes that the callee of a step may need under a limit."""
+        """Return the number of bytes that the callee of a step may need under a limit."""
         if self.host is not None and at < self.host.first:
             limit = max(limit, self.host.bytes + self._kept(self.host, at, at))
         return limit - self.live[at]
 
     def beside(self, partition: Partition, host: Host) -> int:
-        """Return the bytes of a partition outside of a result, if the result holds as much as it can."""
+        """Return the number of bytes that a partition needs outside of a result, if the result holds as many
+        temporaries as it can.
+        """
         return max((run.bytes for run in partition.runs if not self._lies_in(host, run)), default=0)
 
     def _lies_in(self, host: Host, run: Run) -> bool:
-        """Return True if a run ends before a result is written, and the result has room for the values that are dead by
-        then.
+        """Return True if a run ends before a result is written, and the result has room for the run's values that are
+        dead by then.
         """
         return run.last < host.first and run.bytes - self._kept(host, run.first, run.last) <= host.bytes
 
     def _kept(self, host: Host, first: int, last: int) -> int:
-        """Return the bytes that live both at some steps and when a result is written."""
+        """Return the number of bytes that are live both at some of these steps and when a result is written."""
         return sum(
             n for storage, begin, end, n in self.lives if begin <= last and end >= first and storage not in host.early
         )
@@ -178,7 +180,9 @@ class FunctionTable:
     # -- runs ------------------------------------------------------------------------------------------------
 
     def region(self, first: int, last: int) -> CutRegion | None:
-        """Return the nodes of these steps as a region along the outermost axis of their results."""
+        """Return the nodes of these steps as a region along the outermost axis of their results. Return None if they
+        are not a region.
+        """
         if not (self.calls or all(step.root.op.callee is None for step in self.plan.steps[first : last + 1])):
             return None
         key = first, last
@@ -201,7 +205,7 @@ class FunctionTable:
         return None if dim is None else find_region(self.graph, self.function, nodes, dim, self._tracer)
 
     def run(self, first: int, last: int, parts: int) -> Run | None:
-        """Return the run of these steps in a number of parts; None if that is impossible."""
+        """Return the run of these steps in a number of parts, or None if they cannot be computed in parts."""
         key = first, last, parts
         if key not in self._runs:
             run = self._run(first, last, parts)
@@ -242,7 +246,7 @@ class FunctionTable:
     # -- partitions ------------------------------------------------------------------------------------------
 
     def fastest(self, most: int) -> Partition | None:
-        """Return the fastest partition in which no run needs more than `most` bytes; None if there is none."""
+        """Return the fastest partition in which no run needs more than `most` bytes, or None if there is none."""
         found: list[tuple[float, tuple[Run, ...]] | None] = [(0.0, ())]
         for end in range(1, len(self.plan.steps) + 1):
             best: tuple[float, tuple[Run, ...]] | None = None
@@ -259,7 +263,9 @@ class FunctionTable:
         return None if last is None else Partition(last[1])
 
     def _cheapest(self, first: int, last: int, most: int) -> Run | None:
-        """Return the run of these steps with the fewest parts that needs no more than `most` bytes."""
+        """Return the run of these steps with the fewest parts that needs at most `most` bytes, or None if there is
+        none.
+        """
         for parts in (1, *PARTS) if first == last else PARTS:
             run = self.run(first, last, parts)
             if run is None and parts > 1:
@@ -269,7 +275,7 @@ class FunctionTable:
         return None
 
     def least(self) -> Partition:
-        """Return the partition that needs the fewest bytes, and of these the fastest."""
+        """Return the partition that needs the fewest bytes. Among equal ones, return the fastest."""
         needs = sorted(
             {
                 run.bytes
@@ -291,7 +297,9 @@ class FunctionTable:
         return found
 
     def chunks(self, partition: Partition) -> list[Chunk]:
-        """Return the chunks, the last run first: so the nodes before it keep their indices."""
+        """Return the chunks, the last run first. If they are applied in this order, the nodes before a run keep their
+        indices.
+        """
         made = []
         for run in reversed(partition.runs):
             if run.parts > 1:
@@ -310,12 +318,12 @@ class FunctionTable:
     def bound(
         self, counted: frozenset[int], callee: Callable[[str, frozenset[int]], int], hosts: Sequence[Host] = ()
     ) -> int:
-        """Return a lower bound of the bytes of every partition, for any number of parts and any storage: values between
-        two runs.
+        """Return a lower bound of the bytes of every partition, for any number of parts and any placement of storages.
+        It counts the values that are live between two runs.
 
         counted  positions of arguments that belong to the caller, and are dead after the call
         callee   a function that returns the bound of a callee
-        hosts    results, one of which may hold temporaries that die before it is written, if they can fit
+        hosts    results, one of which may hold temporaries that are dead before it is written, if they can fit
         """
         end = len(self.plan.steps)
         least = self._least(0, end, _Counting(counted, callee))
@@ -327,7 +335,9 @@ class FunctionTable:
         return least
 
     def least_before(self, host: Host, callee: Callable[[str, frozenset[int]], int]) -> int:
-        """Return a lower bound, for every partition, of the bytes before a result is written that are dead by then."""
+        """Return a lower bound, for every partition, of the bytes that are needed before a result is written and are
+        dead by then.
+        """
         return self._least(0, host.first, _Counting(frozenset(), callee, only=host.early))
 
     def _begins(self, step: int) -> Iterator[int]:
@@ -338,7 +348,7 @@ class FunctionTable:
                 yield begin
 
     def _least(self, start: int, end: int, counting: _Counting) -> int:
-        """Return the bound from before one step to before another, counting only some storages."""
+        """Return the bound for runs from before step `start` to before step `end`, counting only some storages."""
         best = [self._between(start, counting)]
         for stop in range(start + 1, end + 1):
             least = None
@@ -355,7 +365,7 @@ class FunctionTable:
         return best[-1]
 
     def _between(self, at: int, counting: _Counting) -> int:
-        """Return the bytes that live before a step: made by then, and read at the step or later."""
+        """Return the number of bytes that are live before a step: written earlier, and read at the step or later."""
         held: dict[Storage, int] = {}
         counted = counting.arguments
         arguments = {self.plan.places[v].storage for i, v in enumerate(self.function.arguments) if i in counted}
@@ -368,15 +378,15 @@ class FunctionTable:
         return sum(held.values())
 
     def _is_own(self, storage: Storage) -> bool:
-        """Return True if a storage belongs to the function, or its caller must provide it; outputs of the entry do not
-        count.
+        """Return True if a storage belongs to the function, or its caller must provide it. Return False for an output
+        of the entry.
         """
         is_entry = self.function in self.graph.entries
         return storage.kind.is_own or (storage.kind is StorageKind.RESULT and not is_entry)
 
     def _inside(self, at: int, counting: _Counting) -> int:
-        """Return the bytes that live while a call runs: the values that live across it, and the callee's need; 0 for
-        other steps.
+        """Return the number of bytes that are live while a call runs: the values that are live across the call, and the
+        callee's need. Return 0 for other steps.
         """
         node = self.plan.steps[at].root
         if node.op.callee is None:
@@ -397,7 +407,7 @@ class FunctionTable:
 
 @dataclass(frozen=True, eq=False)
 class _Counting:
-    """The storages that a bound counts: arguments by position; of the function's own storages all, or some."""
+    """The storages that a bound counts: arguments by position, and all or some of the function's own storages."""
 
     arguments: frozenset[int]
     callee: Callable[[str, frozenset[int]], int]

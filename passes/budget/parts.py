@@ -1,10 +1,10 @@
-"""Regions computed in parts: a function for each part, called on slices; the results of parts are joined.
+"""Regions computed in parts: each part is a call of a function on slices, and the results of the parts are joined.
 
     y = f(x)   -->   y = concat(f_part(x[0:c]), f_part(x[c:2 c]), ...)
 
-A part has a copy of every node of the region, on operands of the part's types: the same op, or the op with the part's
-size in place of the axis's, or, if it reads positions, the op at the start position of the part (`Op.on_part`). Parts
-with equal functions share one function.
+A part has a copy of every node of the region, on operands of the part's types. The copy has the same op, or the op with
+the part's size in place of the axis's size. If the op reads positions, the copy has the op at the start position of the
+part (`Op.on_part`). Parts with equal functions share one function.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from treadle.passes.budget.regions import CutRegion, dims_along
 
 
 class NoPart(Exception):
-    """An op has no form on a part. Not raised outside of this folder."""
+    """An op cannot be computed on a part. The error is caught within this folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
     """One part of a region.
 
-    call    the call that computes it
+    call    the call that computes the part
     slices  slices of the region's inputs along the axis, by input
     """
 
@@ -48,7 +48,7 @@ class Part:
 class Parted:
     """A region that is computed in parts.
 
-    joined  the node that joins the results of parts, by output of the region
+    joined  the node that joins the results of the parts, for each output of the region
     """
 
     region: CutRegion
@@ -57,12 +57,14 @@ class Parted:
 
 
 def cuts(size: Size, parts: int) -> list[Size]:
-    """Return the starts of parts of an axis, and its end: sizes of parts differ by at most one element, at any size."""
+    """Return the start of each part of an axis, and the end of the axis. For any size of the axis, the sizes of parts
+    differ by at most one element.
+    """
     return [ZERO, *(size * k // parts for k in range(1, parts)), size]
 
 
 def compute_in_parts(graph: Graph, region: CutRegion, parts: int) -> Parted:
-    """Replace a region's nodes by parts. Raises NoPart if an op has no form on a part."""
+    """Replace a region's nodes by parts. Return the parts. Raises NoPart if an op cannot be computed on a part."""
     function, builder = region.function, _PartBuilder(graph, region)
     edges = cuts(region.size, parts)
     made: list[Part] = []
@@ -89,7 +91,7 @@ def compute_in_parts(graph: Graph, region: CutRegion, parts: int) -> Parted:
 
 
 def _in_order(inputs: Sequence[Value]) -> list[Value]:
-    """Return inputs, then parameters, in the order of a function's arguments."""
+    """Return values in the order of a function's arguments: inputs, then parameters."""
     return [v for v in inputs if v.kind != "parameter"] + [v for v in inputs if v.kind == "parameter"]
 
 
@@ -120,7 +122,9 @@ def _replace(function: Function, region: CutRegion, nodes: Sequence[Node], by: M
 
 
 class _PartBuilder:
-    """A builder of the functions of a region's parts in a graph, before the function that calls them."""
+    """A builder of a function for each part of a region. It inserts the functions into the graph before the function
+    that calls them.
+    """
 
     def __init__(self, graph: Graph, region: CutRegion) -> None:
         self.graph, self.region = graph, region
@@ -174,7 +178,7 @@ class _PartBuilder:
         return self.known[key]
 
     def _callee(self, node: Node, dims: Mapping[Value, int], start: Size, size: Size) -> Function:
-        """Return the function of a call for a part of its operands."""
+        """Return the function that a call of the region calls in a part."""
         callee = self.graph.callee(node)
         assert callee is not None
         pairs = [*zip(node.operands, callee.arguments, strict=True), *zip(node.results, callee.results, strict=True)]
@@ -194,7 +198,7 @@ class _PartBuilder:
     def _on_part(
         self, node: Node, types: Sequence[Type | None], dims: Mapping[Value, int], start: Size, size: Size
     ) -> Op:
-        """Return the op that computes a part of a node's results, on operands of these types."""
+        """Return the op that computes a part of a node's results, from operands of these types."""
         op = node.op
         if op.positional:
             for name in _factors(node, dims) & op.positional:
@@ -225,7 +229,7 @@ class _PartBuilder:
 
 
 def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
-    """Return the factors of a node's rule that are along the axis."""
+    """Return the factors of a node's axis rule that are along the split axis."""
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     slots = [
         *zip(node.operands, application.operands, strict=True),
@@ -235,7 +239,9 @@ def _factors(node: Node, dims: Mapping[Value, int]) -> set[str]:
 
 
 def part_type(type: Type, dim: int | None, size: Size) -> Type:
-    """A type with another size in one dimension, or as it is. Raises NoPart for the axis of the blocks."""
+    """Return a type with another size in one dimension, or the type itself if `dim` is None. Raises NoPart for the
+    axis of the blocks of an encoded type.
+    """
     if dim is None:
         return type
     if type.encoding is not None and dim == type.encoding.axis % type.rank:

@@ -3,9 +3,9 @@
     region = find_region(graph, function, nodes, dim=0)
     region.dims[v]       the dimension of v along the axis; a value that is not in `dims` is the same for all parts
 
-The axis is dimension `dim` of the nodes' results. It is traced through their rules, backwards and forwards, and into
-calls. Every node must map it, so that a part of its results depends only on that part of its operands. A value must
-have the axis whole, in one dimension.
+The axis is dimension `dim` of the nodes' results. It is traced through the nodes' rules, backwards and forwards, and
+into calls. Every node must map the axis, so that a part of its results depends only on that part of its operands. In
+each value, the axis must be one whole dimension.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.ir.sizing.sizes import ONE, Size
 class CutRegion:
     """Consecutive nodes of a function, and an axis that they map.
 
-    dims     the dimension of each value along the axis: of inputs, parameters and results
+    dims     the dimension along the axis, for each input, parameter and result that has the axis
     inputs   values from outside that the nodes read, in order; no constants
     outputs  values that other nodes read, or that are results of the function
     size     the size of the axis
@@ -41,8 +41,8 @@ class CutRegion:
 def find_region(
     graph: Graph, function: Function, nodes: Sequence[Node], dim: int, tracer: Tracer | None = None
 ) -> CutRegion | None:
-    """Return the nodes as a region along dimension `dim` of the first value that they return; None if they are not a
-    region.
+    """Return the nodes as a region along dimension `dim` of the first value that they return. Return None if they are
+    not a region.
 
     tracer  a tracer of the graph, shared by several regions of the unchanged graph: it caches the effects of callees
     """
@@ -68,13 +68,15 @@ def find_region(
 
 
 def outside_values(nodes: Sequence[Node]) -> tuple[Value, ...]:
-    """Return the values that nodes read and none of them makes, each once; no constants."""
+    """Return the values that nodes read and none of them computes, each once; no constants."""
     made = {v for node in nodes for v in node.results}
     return tuple(dict.fromkeys(v for n in nodes for v in n.inputs if v not in made and v.literal is None))
 
 
 def given_values(function: Function, inside: set[Node], nodes: Iterable[Node]) -> tuple[Value, ...]:
-    """Return the values that nodes of a function make and that others read, or that are results of the function."""
+    """Return the values computed by `nodes` that nodes outside of `inside` read, or that are results of the
+    function.
+    """
     read = {v for node in function.nodes if node not in inside for v in node.inputs} | {*function.results}
     return tuple([v for node in nodes for v in node.results if v in read])
 
@@ -82,9 +84,10 @@ def given_values(function: Function, inside: set[Node], nodes: Iterable[Node]) -
 def dims_along(
     graph: Graph, function: Function, seeds: Sequence[Place], tracer: Tracer | None = None
 ) -> dict[Value, int] | None:
-    """Return the dimension of each value of a function along the axis that begins at some places.
+    """Return the dimension along an axis, for each value of a function that has the axis. The axis starts at `seeds`.
 
-    None if a node does more than map the axis, or a value has it as a part of a dimension, or twice.
+    Return None if a node does more than map the axis, or if the axis is a part of a value's dimension, or occurs in it
+    twice.
     """
     closure = (tracer or Tracer(graph, "")).close(function, frozenset(seeds))
     if not all(map(_is_harmless, closure.encounters)):
@@ -100,7 +103,9 @@ def dims_along(
 
 
 def _is_harmless(met: Encounter) -> bool:
-    """Return True if an op makes elements along the axis that are all equal: fewer of them are a part."""
+    """Return True if an op generates elements along the axis that are all equal. A smaller number of them is then a
+    part.
+    """
     if not isinstance(met.kind, Generated):
         return False
     node = met.node

@@ -1,8 +1,8 @@
 """The time of steps on a target, whole or in parts: from their operations, and the bytes that they read and write.
 
-A step in n parts reads values that all parts share (weights, keys) n times, and split values once. Nodes of one step
-write only the last one's result to memory. Memory access does not overlap with computation: a product of 16 rows with
-[768, 3072] takes a third longer per row than a product of 1,024 rows, as the sum of both times predicts.
+A step in n parts reads values that all parts share (weights, keys) n times, and split values once. Only the last node
+of a step writes its result to memory. Memory access does not overlap with computation: a product of 16 rows with [768,
+3072] takes a third longer per row than a product of 1,024 rows, as the sum of both times predicts.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from treadle.ir.target import Target
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step
 
 CALL = 2e-6
-"""Approximate seconds of a kernel call."""
+"""Approximate time of a kernel call in seconds."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepCost:
     """The cost of one step.
 
-    flops    operations of the step
-    touched  bytes of each value that it reads or writes
+    flops    floating-point operations of the step
+    touched  the number of bytes of each value that the step reads or writes
     """
 
     flops: int
     touched: Mapping[Value, int]
 
     def seconds(self, target: Target, parts: int = 1, cut: Mapping[Value, int] | None = None) -> float:
-        """Return the seconds of the step in `parts` parts.
+        """Return the time of the step in seconds, computed in `parts` parts.
 
         cut  the values that are split; None: all but weights
         """
@@ -44,7 +44,7 @@ class StepCost:
 
 
 def step_cost(step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> StepCost:
-    """Return the cost of a step that is not a call; zero for a view, or a result that is in place already."""
+    """Return the cost of a step that is not a call. It is zero for a view, or if the result is in place already."""
     if not any(plan.places[v].is_written for v in step.root.results):
         return StepCost(0, {})
     total = sum((node_cost(node, sizes) for node in step.nodes), Cost())
@@ -59,7 +59,7 @@ def step_cost(step: Step, plan: FunctionPlan, sizes: Mapping[str, int]) -> StepC
 
 
 def _looked_up(node: Node) -> list[Value]:
-    """Return the operands of a node that it reads at indices."""
+    """Return the operands of a node that are read at indices."""
     application = node.op.apply([None if v is None else v.type for v in node.operands])
     return [
         v

@@ -1,4 +1,4 @@
-"""The certificate of one distinct rewrite, and the counterexample."""
+"""The certificate of one distinct rewrite, and the counterexample to a wrong rewrite."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-INCONCLUSIVE = "roundings alone may change the results as much"
+INCONCLUSIVE = "roundings alone may change the results by as much"
 
 
 @dataclass(frozen=True)
 class Certificate:
     """The cases tried for one distinct rewrite, and the largest difference between the two sides.
 
-    rule       the rewrite's or the pass's name
+    rule       the name of the rewrite or the pass
     instance   12 hexadecimal digits that identify the two sides, with all attributes and constants
     seed       the seed that drew the cases
     cases      the number of cases
-    sizes      the sizes at which they ran
+    sizes      the sizes at which the cases ran
     error      the largest difference, relative to the largest number of the result
     tolerance  the bound on that error
-    note       why there are no cases; or "large axes made small", if they ran at reduced sizes
-    refused    why not all sizes were tried, if an op refuses some
-    undecided  the number of further, inconclusive cases: roundings alone may change their results as much
+    note       the reason if there are no cases; or "large axes made small", if the cases ran at reduced sizes
+    refused    the reason if an op refused some sizes, which were not tried
+    undecided  the number of further, inconclusive cases: roundings alone may change their results by as much
     """
 
     rule: str
@@ -75,9 +75,9 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """The case in which the two sides disagree: its name, the sizes, the seed that drew it, and the disagreement.
+    """A case in which the two sides disagree: its name, the sizes, the seed that drew it, and the disagreement.
 
-    doubt   the reason why they may still agree
+    doubt   the reason for which the two sides may still agree
     """
 
     case: str

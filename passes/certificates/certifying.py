@@ -9,26 +9,26 @@ each at a few small sizes within the bounds of the symbols:
     plain     numbers drawn from a normal distribution, three of four truth values true
     masked    whole rows of truth values false and whole rows true, of integers zero, of the operand of a softmax or an
               exponential -inf, and of an addend to it -1e4, -1e9, -1e30 or its dtype's least number
-    extreme   numbers up to 30 (3 where there are products), rows of equal numbers and of zeros
+    extreme   numbers up to 30 (3 if there are products), rows of equal numbers and of zeros
 
-Cases with masks also run in the graph's own dtypes, in which twice float32's least number is -inf.
+Cases with masks also run in the graph's own dtypes, since twice the lowest number of float32 is -inf in float32.
 
 If the graph will be differentiated, gradients are compared as well (`derivatives`), with one more case:
 
     ties      halves of integers, many of them equal, with rows of equal numbers, of zeros, and masks as above
 
-**Tolerances** come from `treadle.ir.analysis.tolerances`, based on how far either side moves when its inputs change by
-a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must be equal, except
-where those changes also change them. A result may be NaN only if it was NaN before. In the graph's own dtypes
-roundings are larger, and some happen within ops: there the error may be a 32nd of the results' range.
+**Tolerances** come from `treadle.ir.analysis.tolerances`. They are based on the change of either side's results when
+its inputs change by a spacing of float64 (`treadle.passes.certificates.rounding_moves`). Integers and truth values must
+be equal, unless these changes of inputs also change them. A result may be NaN only if it was NaN before. In the graph's
+own dtypes, roundings are larger, and some happen within ops. There the error may be a 32nd of the results' range.
 
-A case is inconclusive if roundings alone may move results by more than a 32nd of their range. It does not count, and
+If roundings alone may move results by more than a 32nd of their range, a case is inconclusive. It does not count, and
 the certificate reports the number of inconclusive cases.
 
-**Counterexamples.** A failure counts only if the case can occur in the function: its free values must be inputs of the
-function, or products of such values with something else (`treadle.passes.certificates.regions`), and every axis must
-have its full size if constants may depend on it. If a claim fails in another way at every depth, the rewrite is kept,
-and its certificate states "not certified" and the reason.
+**Counterexamples.** A failure counts only if the case can occur in the function. For this, the free values must be
+inputs of the function, or products of such values with other values (`treadle.passes.certificates.regions`), and every
+axis must have its full size if constants may depend on it. If a claim fails at every depth, but no failure counts, the
+rewrite is kept, and its certificate states "not certified" and the reason.
 
 A certificate proves nothing about other values: it finds errors, but does not prove their absence. Roundings to a
 narrower dtype (a cast to f16) do not happen in float64.
@@ -71,14 +71,15 @@ _MOST_KNOWN = 1 << 15
 def certify(
     rule: str, claim: Claim, graphs: tuple[Graph, Graph], seed: int = 0, *, derivatives: bool = False
 ) -> Certificate | Counterexample | None:
-    """Try a claim at each depth until it holds. Return None if both sides are the same text.
+    """Try a claim at each depth until it holds. Return its certificate, a counterexample, or None if both sides are the
+    same text.
 
     graphs        the graph before and after, for the bounds of symbols and for calls
     derivatives   True if gradients with respect to the inputs must agree too, also at ties and in rows without keys
 
-    A case that cannot occur in the function is not a counterexample: if there are only such cases, the certificate
-    states this. Sizes at which the ops of one depth cannot run, such as sizes past the end of a table of positions, do
-    not excuse a failure at another depth. Claims that were tried in this process are not tried again.
+    A case that cannot occur in the function is not a counterexample. If there are only such failures, the certificate
+    states this. At one depth, ops may refuse sizes, such as sizes beyond the end of a table of positions. Such a
+    refusal does not excuse a failure at another depth. Claims that were tried in this process are not tried again.
     """
     tried: set[str] = set()
     against: Counterexample | None = None
@@ -116,7 +117,7 @@ def certify(
         elif (tied := claim.tied(region)) is not None:
             doubted = doubted or f"not certified: {now}, but {_name(tied)} may never have the drawn values"
         elif now.case.startswith("masked") and computed != finite:
-            doubted = doubted or f"not certified: {now}, but values that the function computes may hold no masks"
+            doubted = doubted or f"not certified: {now}, but values that the function computes may contain no masks"
         else:
             against = now
     return against or partial or Certificate(rule, key[:12] if tried else "-" * 12, seed, 0, (), note=doubted)
@@ -127,7 +128,9 @@ def _name(value: Value) -> str:
 
 
 def _computed(region: Region) -> frozenset[str]:
-    """Return the names of inputs that stand for values that the function computes, which hold no masking numbers."""
+    """Return the names of the region's inputs that stand for computed values of the function. Such values hold no
+    masking numbers.
+    """
     return frozenset(f"x{n}" for n, v in enumerate(region.free) if v.node is not None and v.type.dtype.is_float)
 
 
@@ -142,10 +145,10 @@ def _tried_shrunk(
     finite: frozenset[str],
     derivatives: bool,
 ) -> Certificate | Counterexample:
-    """Try with large axes made small, and at full size if that is not possible or fails.
+    """Try with large axes made small. Try at full size if that is not possible or fails.
 
-    A failure at reduced sizes, of a region too large to run at full size, counts as wrong if no constant may depend on
-    sizes.
+    If the region is too large for full size, and no constant may depend on sizes, a failure at reduced sizes counts as
+    a counterexample.
     """
     against: Counterexample | None = None
     partial: Certificate | None = None
@@ -206,7 +209,7 @@ def _tried(
             try:
                 inputs = draw_inputs(sides, sizes, case, [seed, number], finite)
                 old = interpret(before, inputs, float64=True)
-            except _FAILURES as problem:  # sizes that an op refuses, indices out of range
+            except _FAILURES as problem:  # sizes that an op refuses, or indices out of range
                 refused = _shown(problem)
                 continue
             found = _judged(sides, old, inputs, float64=True)
@@ -233,7 +236,9 @@ def _tried(
 
 
 def _judged(sides: tuple[Graph, Graph], old: Arrays, inputs: Arrays, float64: bool) -> tuple[float, float] | str | None:
-    """Return the replacement's error and tolerance, a description of the failure, or None for an inconclusive case."""
+    """Return the replacement's error and its tolerance, a description of the failure, or None for an inconclusive
+    case.
+    """
     try:
         new = interpret(sides[1], inputs, float64=float64)
     except _FAILURES as problem:
@@ -251,7 +256,9 @@ def _in_own_dtypes(sides: tuple[Graph, Graph], inputs: Arrays) -> tuple[float, f
 
 
 def _has_masks(sides: tuple[Graph, Graph], inputs: Arrays) -> bool:
-    """Return True if some numbers mask, NumPy has all dtypes, and not all of them are float64."""
+    """Return True if some inputs contain masking numbers, NumPy supports all dtypes, and not all of them are
+    float64.
+    """
     values = [v for side in sides for _, node in side.walk() for v in (*node.inputs, *node.results)]
     dtypes = {v.type.dtype for v in values if v.type.dtype.is_float}
     if not dtypes - {f64} or any(dtype.numpy is None for dtype in dtypes):
@@ -270,10 +277,12 @@ def _is_constant(graph: Graph) -> bool:
 
 
 def _are_same_constants(sides: tuple[Graph, Graph]) -> bool:
-    """Return True if both sides are bitwise identical when computed in the graph's own dtypes, as folding does."""
+    """Return True if both sides consist of constants, and are bitwise identical in the graph's own dtypes, as after
+    folding.
+    """
     try:
         old, new = (interpret(side, {}) for side in sides)
-    except _FAILURES:  # e.g. an index out of range
+    except _FAILURES:  # such as an index out of range
         return False
     return all(np.array_equal(old[name], new[name], equal_nan=old[name].dtype.kind == "f") for name in old)
 
@@ -281,7 +290,7 @@ def _are_same_constants(sides: tuple[Graph, Graph]) -> bool:
 def _sizes(graph: Graph) -> list[Sizes]:
     if not graph.symbols:
         return [{}, {}]
-    alone = Graph(graph.name)  # without the `size` inputs, which do not show which axis leads
+    alone = Graph(graph.name)  # without the `size` inputs, which do not show which axis comes first
     alone.symbols, alone.functions = graph.symbols, dict(graph.functions)
     main = type(graph.main)("main")
     main.nodes = graph.main.nodes

@@ -1,4 +1,4 @@
-"""The comparison of the results of a claim's two sides, and its tolerances."""
+"""The comparison of the results of a claim's two sides, and the tolerances of the comparison."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 _PART = 2.0**-5
-"""If roundings may move a result by more than this part of its range, the case is inconclusive."""
+"""If roundings may move a result by more than this fraction of its range, the case is inconclusive."""
 
 
 def compared(
     sides: tuple[Graph, Graph], made: Sequence[Arrays], inputs: Arrays, float64: bool
 ) -> tuple[float, float] | str | None:
-    """Return the largest relative difference of the outputs and its tolerance, a description of the failure, or None if
-    roundings may move an output by more than a part of its range.
+    """Return the largest relative difference of the outputs and its tolerance. Return a description if the replacement
+    fails, or None if roundings may move an output by more than `_PART` of its range.
     """
     before, after = made
     worst = (0.0, 0.0)
@@ -47,13 +47,13 @@ def compared(
             return "an element is NaN that was not NaN before"
         off = Distance.between(got, wanted, HUGE)
         if off.lost:
-            return "a number past 1e30 has changed"
+            return "a number above 1e30 has changed"
         error = off.most / off.scale
         most = _PART * _range(wanted[off.plain], off.scale)
         tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         while not error <= (tolerance if float64 else max(tolerance, most)):
             if not moves.further():
-                return f"the results differ by {error:.2g} of the largest, and the tolerance is {tolerance:.2g}"
+                return f"the results differ by {error:.2g} of the largest number, and the tolerance is {tolerance:.2g}"
             tolerance = room(spacing, 1.0, growth * moves.most[name] / off.scale)
         conclusive = conclusive and (tolerance <= most or (not float64 and error <= most))
         worst = max(worst, (error, tolerance))
@@ -61,6 +61,6 @@ def compared(
 
 
 def _range(numbers: Array, scale: float) -> float:
-    """Return the range of the numbers, relative to the largest; 1 if they are equal up to roundings."""
+    """Return the range of the numbers, relative to the largest number; 1 if they are equal up to roundings."""
     spread = float(np.max(numbers, initial=-math.inf) - np.min(numbers, initial=math.inf)) / scale
     return spread if spread > 2.0**-20 else 1.0

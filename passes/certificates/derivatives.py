@@ -1,10 +1,10 @@
 """The comparison of gradients of the two sides of a claim.
 
-Both sides get the gradient of a sum of their float results, with drawn factors, with respect to their float inputs.
-They run in float64, and must agree to a part in a million of the largest number: constants of gradients are float32. A
-number may be NaN only if it was NaN before. If they do not agree, but the gradient before the change moves by the same
-amount when its inputs move by a part in 10^10, the inputs are at the edge of a step, and the case is inconclusive.
-Numbers that were drawn to be equal stay equal.
+For both sides, the gradient of a weighted sum of their float results, with drawn weights, is computed with respect to
+their float inputs. It is computed in float64, and must agree to a part in a million of the largest number, since
+constants of gradients are float32. A number may be NaN only if it was NaN before. If the gradients do not agree, but
+the gradient before the change also moves by that amount when its inputs move by a part in 10^10, the inputs are at the
+edge of a step, and the case is inconclusive. Numbers that were drawn to be equal stay equal.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _MOVE = 1e-10
 
 @dataclass(frozen=True)
 class Gradients:
-    """Both sides with gradients with respect to their inputs as outputs, and inputs `seed 0`, ... for their results."""
+    """Both sides as graphs whose outputs are the gradients of their inputs. Additional inputs `seed 0`, ... are the
+    gradients of the results.
+    """
 
     before: Graph
     after: Graph
@@ -59,13 +61,13 @@ class Gradients:
             moved = _run(self.before, {**_moved(inputs), **factors})
             edge = None if moved is None else _apart(moved[name], wanted, largest)
             if edge is not None and edge <= _NEAR:
-                return f"the gradient with respect to {name} differs by {off:.2g} of the largest"
+                return f"the gradient with respect to {name} differs by {off:.2g} of the largest number"
         return None
 
 
 def differentiated(sides: tuple[Graph, Graph]) -> Gradients | None:
-    """Return the gradients of both sides; None if the side before has none: it has no float result, or an op
-    refuses.
+    """Return the gradients of both sides. Return None if the side before the change has no gradient: it has no float
+    result, or an op has no gradient.
     """
     try:
         before = _with_gradients(sides[0])
@@ -98,7 +100,7 @@ def _is_plain_float(value: Value) -> bool:
 
 
 def _run(side: Graph, given: Arrays) -> Arrays | None:
-    """Return the gradients; None if they cannot be computed."""
+    """Return the gradients of a side, or None if they cannot be computed."""
     try:
         return interpret(side, given, float64=True)
     except (TreadleError, ArithmeticError, IndexError, TypeError, ValueError):
@@ -106,7 +108,7 @@ def _run(side: Graph, given: Arrays) -> Arrays | None:
 
 
 def _moved(inputs: Arrays) -> dict[str, Array]:
-    """Return the inputs with every float a little larger in magnitude: equal numbers stay equal, and zeros stay
+    """Return the inputs with every float slightly larger in magnitude. Equal numbers stay equal, and zeros stay
     zeros.
     """
     return {name: array * (1 + _MOVE) if array.dtype.kind == "f" else array for name, array in inputs.items()}

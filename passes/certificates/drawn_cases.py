@@ -1,4 +1,4 @@
-"""The values on which the two sides of a claim are run: plain, masking and extreme ones.
+"""The values on which the two sides of a claim are run: plain, masking and extreme values.
 
 `treadle.passes.certificates.certifying` describes each case.
 """
@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 Sizes = Mapping[str, int]
 
 MASKED = {"masked": -1e9, "masked by -1e4": -1e4, "masked by -1e30": -1e30, "masked by the least": -math.inf}
-"""Cases, and the masking number of each; a dtype's least number where this is out of range."""
+"""The masking number of each case. If it is out of a dtype's range, the dtype's lowest number is used."""
 TIES = "ties"
 """The case of many equal numbers, for derivatives."""
 
@@ -36,8 +36,8 @@ def _nodes(sides: tuple[Graph, Graph]) -> Iterator[Node]:
 
 
 def _is_curved(node: Node) -> bool:
-    """Return True if a node computes floats by arithmetic that is not linear in each operand, so that its error
-    varies.
+    """Return True if a node computes floats by arithmetic that is not linear in each operand. The error of such a node
+    depends on the magnitude of its inputs.
     """
     floats = any(v.type.dtype.is_float for v in node.results)
     return floats and node.op.callee is None and node.op.flops > 0 and not node.is_multilinear
@@ -94,7 +94,7 @@ def _rows(rng: np.random.Generator, shape: Sequence[int]) -> Array:
 
 
 def _mask_of(value: Value, masks: Mapping[Value, float], case: str) -> float | None:
-    """Return the number by which an input masks in this case, or None."""
+    """Return the number with which an input masks in this case, or None if it does not mask."""
     number = masks.get(value)
     if number is None or not math.isfinite(number):
         return number
@@ -127,7 +127,7 @@ def _integers(
 ) -> Array:
     low, high = span or (0, max(sizes.values(), default=4) + 1)
     if high < low:
-        raise TreadleError("no index is in range for all of its uses")
+        raise TreadleError("no index is valid for all of its uses")
     drawn = rng.integers(low, min(high, int(np.iinfo(dtype.numpy or np.int64).max)) + 1, shape)
     if case in MASKED and span is None:
         drawn = np.where(_rows(rng, shape) == 0, 0, np.where(rng.random(shape) < 0.5, drawn % 2, drawn))
@@ -138,10 +138,10 @@ _PASSING = (Add, Sub, Mul, Div, Where, Cast, Maximum)
 
 
 def _masks(graph: Graph) -> dict[Value, float]:
-    """Return the masking numbers of inputs that are operands of a softmax, an exponential or a maximum, at most moved
-    and scaled in between.
+    """Return the inputs that mask, with their masking numbers: operands of a softmax, an exponential or a maximum,
+    possibly moved or scaled in between.
 
-    The number is finite, -1, if the input is added to something on the way; else -inf.
+    The number is finite, -1, if the input is added to another value on the way; else it is -inf.
     """
     found: dict[Value, float] = {}
     seen: set[tuple[Value, bool]] = set()

@@ -2,9 +2,9 @@
 
 A rewrite treats an axis of 768 like one of 48, unless it depends on the number. So constants above `KEPT` are replaced
 in types, in attributes that are sizes and in patterns of axes, such that products stay products: with 64 -> 4, 768 = 12
-* 64 becomes 48, and 3072 = 4 * 768 becomes 192. The types in between are inferred again. If they do not agree, or if
-the small graphs disagree, the region is run at full size. A number may depend on a size, as 1/sqrt(64) does: a size
-stays unchanged if a float constant is a power of it with an exponent in quarters.
+* 64 becomes 48, and 3072 = 4 * 768 becomes 192. The types in between are inferred again. If these types do not match,
+or if the two small graphs disagree, the region is run at full size. A number may depend on a size, as 1/sqrt(64) does.
+So a size stays unchanged if a float constant is a power of it, with an exponent that is a multiple of 1/4.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.ir.types import Dim, Factor, Type, boolean
 from treadle.passes.certificates.regions import Region, RegionNode
 
 KEPT = 16
-"""Constant sizes up to this are kept."""
+"""Constant sizes up to this number are not replaced."""
 _MOST_TRIES = 4
 _EVEN, _ODD = (4, 6, 10, 14, 22, 26), (5, 7, 9, 11, 13, 15)
 
@@ -33,10 +33,10 @@ Shrinking = Mapping[int, int]
 
 
 def shrinkings_of(region: Region) -> Iterator[Shrinking]:
-    """Yield small sizes for a region's large ones: for all of them, and then for all but one, on which the rewrite may
-    depend.
+    """Yield replacements of a region's large sizes: of all of them, and then of all but one, because the rewrite may
+    depend on that one.
 
-    Yield nothing if there are no large sizes, or if functions are called.
+    Yield nothing if there are no large sizes, or if the region calls functions.
     """
     steps = (*region.before, *region.after)
     if any(step.op.callee is not None for step in steps):
@@ -59,7 +59,9 @@ def shrinkings_of(region: Region) -> Iterator[Shrinking]:
 
 
 def has_numbers(region: Region) -> bool:
-    """Return True if some number could depend on a size: it is neither a small integer or its half, nor an eps."""
+    """Return True if some number in the region could depend on a size: it is not a small integer, half of one, or an
+    eps.
+    """
     return any(n > _EPSILON and n not in (0.5, 1.0, 2.0, 3.0) for n in _numbers(region))
 
 
@@ -101,7 +103,7 @@ def _constants_of(attribute: Any) -> Iterator[int]:
 
 
 def _small(constants: set[int], pinned: set[int]) -> tuple[dict[int, int], list[int]]:
-    """Return the replacement of each large constant, and the constants that are not products of others."""
+    """Return the replacement of each large constant, and the list of the constants that are not products of others."""
     made: list[int] = []
     chosen = {c: c for c in constants if c <= KEPT or c in pinned}
     bases = {0: iter(_EVEN), 1: iter(_ODD)}
@@ -134,9 +136,9 @@ def as_graphs(
 ) -> tuple[Graph, Graph]:
     """Return the region's two sides as graphs with the same inputs, x0, x1, ..., and outputs, y0, y1, ...
 
-    A symbol's size need not appear in any input, so each symbol has one more input: `size S`.
+    A symbol's size need not appear in any input, so each symbol has an additional input: `size S`.
     graphs   the graphs in which each side's calls find their functions. Raises a TreadleError if the reduced sizes
-             do not fit together.
+             do not match.
     """
     symbols = graphs[1].symbols
     used = sorted(_symbols(region).intersection(symbols))

@@ -1,9 +1,10 @@
 """Regions: the results of a rewrite or a pass before and after, extracted from the function, over the same free values.
 
-A `Claim` states that values of the function before equal values of it after. Its two sides are cut at the values that
-both have, which are then free: a claim that holds for all free values holds for the values that occur in the function.
-A claim that does not hold for all values may still hold for these: a mask that was replaced by its meaning is free on
-one side only, and whether a row of it keeps a key does not depend on one number. So a claim can be cut at four depths:
+A `Claim` states that values of the function before the change equal values of the function after it. Its two sides are
+cut at the values that both sides have, which are then free: a claim that holds for all free values holds for the values
+that occur in the function. A claim that does not hold for all free values may still hold for the values that occur. For
+example, a mask that was replaced by its meaning is free on one side only, and whether a row of it keeps a key does not
+depend on one number. So a claim can be cut at four depths:
 
     0   around the changed nodes
     1   up to the values that one side reads and the other does not, and through all values that are computed from
@@ -29,14 +30,14 @@ Definition = tuple[Op, tuple[Value | None, ...]]
 
 DEPTHS = 4
 MOST_NODES = 160
-"""A side is not extended past this size for values that only one side reads."""
+"""The number of nodes above which a side is not extended for values that only one side reads."""
 _MOST_TIED = 1024
-"""A side is not extended past this size for values on which its free values depend."""
+"""The number of nodes above which a side is not extended for values on which its free values depend."""
 
 
 @dataclass(frozen=True)
 class RegionNode:
-    """A node with its op and operands, before or after the change."""
+    """A node with its op and operands, as they were before or are after the change."""
 
     node: Node
     op: Op
@@ -58,7 +59,7 @@ class Claim:
 
     defined_before, defined_after   return a value's definition on either side; None for arguments and constants
     changed_before, changed_after   return True if a value changed, and so belongs to the innermost cut
-    at                              the node where a person would look for it
+    at                              the node at which an error is reported
     """
 
     before: tuple[Value, ...]
@@ -93,8 +94,8 @@ class Claim:
                 return Region(tuple(v for v in region.free if v.literal is None), tuple(before), tuple(after))
 
     def tied(self, region: Region) -> Value | None:
-        """Return a free value that may not take its drawn values, since it is computed from other values; None if
-        there is none.
+        """Return a free value that may not have its drawn values in the function, since it is computed from other
+        values. Return None if there is none.
         """
         return next(iter(self._tied(region)), None)
 
@@ -116,7 +117,9 @@ class Claim:
         return self.defined_before(value) or self.defined_after(value)
 
     def _is_mask(self, value: Value, known: dict[Value, bool]) -> bool:
-        """Return True if a value is computed, and holds truth values, integers, or floats computed from these alone."""
+        """Return True if a value is computed, and holds truth values, integers, or floats computed from truth values
+        and integers alone.
+        """
         stack = [value]
         while stack:
             each = stack[-1]
@@ -142,7 +145,7 @@ class Claim:
         changed: Callable[[Value], bool],
         above: set[Node],
     ) -> tuple[list[RegionNode], dict[Value, None]]:
-        """Return the nodes that lead to the results, and the values at which they begin."""
+        """Return the nodes that lead to the results, and the values from which these nodes start."""
         steps: dict[Node, RegionNode] = {}
         free: dict[Value, None] = {}
         stack: list[tuple[Value, bool]] = [(v, False) for v in reversed(results)]
@@ -187,7 +190,7 @@ def _live(value: Value) -> Definition | None:
 
 @dataclass
 class Recorded:
-    """A function as it is before a pass, which will change its nodes in place."""
+    """A function as it is before a pass, which will change the function's nodes in place."""
 
     function: Function
     nodes: list[Node] = field(default_factory=list)
@@ -204,7 +207,7 @@ class Recorded:
         return Recorded(function, list(function.nodes), definitions, *results, function.arguments)
 
     def claims(self, graph: Graph, formals: Mapping[str, Sequence[Value]]) -> Iterator[tuple[Claim, list[Reader]]]:
-        """Yield the claims of the pass, from the changes that it made to the function, with the readers of the new
+        """Yield the claims of the pass, derived from its changes to the function, each with the readers of the new
         values.
 
         formals   the arguments that each of the graph's functions had before the pass
@@ -239,12 +242,12 @@ class Recorded:
                 yield self._claim((was,), (now,), self._there, at), edges
 
     def claim_of_reader(self, node: Node) -> Claim:
-        """Return the claim that a node computes the same as before, though its op or its operands changed."""
+        """Return the claim that a node computes the same as before, although its op or its operands changed."""
         return self._claim(node.results, node.results, self._there - {node}, node)
 
     def _claim(self, before: Sequence[Value], after: Sequence[Value], common: set[Node], at: Node) -> Claim:
-        """Return a claim in which the results of common nodes are free: each of them is unchanged, or claimed to be
-        equal.
+        """Return a claim in which the results of common nodes are free. Each of these results is unchanged, or another
+        claim states that it is equal.
         """
         return Claim(
             tuple(before),
@@ -265,7 +268,8 @@ class Recorded:
             return len(operands) == len(node.operands) and all(
                 u is v for u, v in zip(operands, node.operands, strict=True)
             )
-        # A call that passes fewer arguments, since its function takes fewer, is unchanged if the function is.
+        # If a function takes fewer arguments, its calls pass fewer. Such a call is unchanged if the function is
+        # unchanged.
         if op.callee is None or op.callee != node.op.callee or op.callee not in graph.functions:
             return False
         taken = graph.functions[op.callee].arguments
@@ -275,7 +279,7 @@ class Recorded:
         )
 
     def revert(self, edges: Sequence[Reader], before: Sequence[Value]) -> bool:
-        """Restore the old values at these places. Return False if the function has lost arguments that this needs."""
+        """Restore the old values at these readers. Return False if this needs arguments that the function has lost."""
         if self.function.arguments != self.arguments:
             return False
         for edge in edges:
@@ -295,7 +299,7 @@ class Recorded:
         """Return the function's nodes, without new nodes that are no longer read, and with old nodes that are read
         again.
 
-        Each node comes after its operands.
+        Each node comes after the nodes that compute its operands.
         """
         there = set(self.function.nodes)
         done: dict[Node, None] = {}
@@ -320,8 +324,8 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Reader:
-    """A place that reads a replaced value: an operand of a node, a whole node (None), an output (no node), or the final
-    value of a state (is_state).
+    """A reader of a replaced value: an operand of a node, a whole node (None), an output (no node), or the final value
+    of a state (is_state).
     """
 
     node: Node | None

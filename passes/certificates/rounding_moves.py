@@ -1,18 +1,18 @@
 """The change of a region's results when its inputs change by a rounding.
 
-Inputs change by a spacing of float64, up or down; scalar constants by a spacing of the dtype in which they are written:
-sqrt(1/2) in float32 is no closer to the value in gelu. Folded values are constants in their dtype, so in that case all
-constants change. Changes can cancel, as the same scale on q and on k can, or be the same for all numbers from which a
-norm subtracts their mean. So they are tried in steps, as far as needed:
+Inputs change by a spacing of float64, up or down. Scalar constants change by a spacing of the dtype in which they are
+written, since sqrt(1/2) in float32 differs that much from the exact value in gelu. Folded values are constants in their
+dtype, so in that case all constants change. Changes can cancel, as the same scale on q and on k can, or be the same for
+all numbers from which a norm subtracts their mean. So they are tried in steps, as far as needed:
 
     1   everything at once, twice, up or down at random
     2   each constant alone; its moves are added to the moves of the inputs
     3   everything at once, eight times more
     4   the rounding of a score next to a number that masks: with -1e9 added to it, at most a spacing of 1e9
 
-Numbers that mask are meant to be equal: a row in which every key is masked by float32's least number is uniform, and
-any change of one of them would leave a single key. So equal constants of that size change together, and numbers that
-absorb every score do not change.
+Masking numbers are meant to be equal: a row in which every key is masked by float32's lowest number is uniform, and a
+change of one of these numbers would leave a single key. So equal constants of that size change together, and numbers
+that absorb every score do not change.
 
 If the sides run in the graph's own dtypes, inputs and constants other than masks change by a spacing of their dtype.
 """
@@ -34,20 +34,22 @@ Array = np.ndarray[Any, Any]
 Arrays = Mapping[str, Array]
 
 HUGE = 1e30
-"""Numbers of this size stand for infinity, and do not count for the scale of the others. They absorb every score."""
+"""Numbers of this magnitude represent infinity, and do not count for the scale of other numbers. They absorb every
+score.
+"""
 MASKING = 9_000.0
-"""Numbers of this size mask: exp(-9000) is 0."""
+"""Numbers of this magnitude mask: exp(-9000) is 0."""
 _LOST = 64.0
-"""A number whose spacing is above this absorbs every score."""
+"""If the spacing of a number is above this, adding a score to the number leaves it unchanged."""
 _AT_ONCE, _MORE = 2, 8
 _MOST_ALONE = 32
-"""The greatest number of constants that are changed alone."""
+"""The greatest number of constants that are changed one by one."""
 
 
 class Moves:
     """The largest move of each output of either side so far, and the positions at which values changed.
 
-    most, others   by the output's name, for floats and for all else; zero and nowhere before the first `further`
+    most, others   by the output's name, for floats and for other dtypes; zero and False before the first `further`
     float64        True if the sides ran in float64, False if in the graph's own dtypes
     """
 
@@ -60,7 +62,7 @@ class Moves:
         self._steps = iter((lambda: self._at_once(range(_AT_ONCE)), self._alone, self._more, self._beside_masks))
 
     def further(self) -> bool:
-        """Try the next step. Return False if there is none."""
+        """Try the next step. Return False if there is no further step."""
         step = next(self._steps, None)
         if step is not None:
             step()
@@ -95,7 +97,7 @@ class Moves:
                 self.most[name] = max(self.most[name], move)
 
     def _beside_masks(self) -> None:
-        """Add the spacing of the largest masking number that does not absorb a score altogether."""
+        """Add the spacing of the largest masking number to which a score can be added without being lost."""
         numbers = [*self._inputs.values(), *(x.array for side in self._sides for x in _literals(side))]
         for array in (a for a in numbers if a.dtype.kind == "f"):
             sizes = np.abs(array[np.isfinite(array)]).astype(np.float64)
@@ -116,8 +118,8 @@ class Moves:
         return {name: changed(a) if a.dtype.kind == "f" else a for name, a in self._inputs.items()}
 
     def _signs_of(self, value: Value, rng: np.random.Generator, number: int) -> Array:
-        """Return the direction for each element of a constant: random; equal for equal masking numbers; 0 for a kept
-        one.
+        """Return the direction for each element of a constant: random, but the same for equal masking numbers; 0 for a
+        number that does not change.
         """
         assert value.literal is not None
         array = value.literal.array.astype(np.float64)
@@ -149,7 +151,7 @@ def _signs(rng: np.random.Generator, shape: Sequence[int]) -> Array:
 
 
 def _bits(array: Array, number: int) -> Array:
-    """Return a truth value for each number, the same wherever the number occurs; it varies with `number`."""
+    """Return a truth value for each number, equal for equal numbers. It varies with `number`."""
     mixed = np.atleast_1d(array).view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return np.asarray((mixed >> np.uint64(48 + number)) & np.uint64(1) == 1).reshape(array.shape)
 
@@ -169,7 +171,7 @@ def _has_new_constants(before: Graph, after: Graph) -> bool:
 
 
 def constants_of(graph: Graph, every: bool) -> list[Value]:
-    """Return the float constants that main reads and that have roundings: scalars, or `every` one."""
+    """Return the floating-point constants that main reads: only scalars, or all of them if `every`."""
     found: dict[Value, None] = {}
     for value in (*(v for node in graph.main.nodes for v in node.inputs), *graph.main.outputs.values()):
         literal = value.literal
@@ -179,9 +181,9 @@ def constants_of(graph: Graph, every: bool) -> list[Value]:
 
 
 def with_changed_constants(graph: Graph, signs: Mapping[Value, Array], float64: bool = True) -> Graph:
-    """Return a copy of main in which these constants change by a spacing of their dtype, up or down.
+    """Return a copy of the graph in which these constants of main change by a spacing of their dtype, up or down.
 
-    float64   store the changed constants in float64, not in their own dtype
+    float64   True to store the changed constants in float64, not in their own dtype
     """
     copy = Graph(graph.name)
     copy.symbols, copy.functions = graph.symbols, dict(graph.functions)

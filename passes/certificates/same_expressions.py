@@ -1,9 +1,11 @@
-"""The check that two graphs compute the same expressions of the same inputs and weights, whenever and wherever they do.
+"""The check that two graphs compute the same expressions of the same inputs and weights, regardless of where and how
+often.
 
-Passes that move work to `bind`, share it, or change a weight's layout may not change the computed values. Each output
+Passes that move work to `bind`, share it, or change a weight's layout must not change the computed values. Each output
 of an entry, and the final value of each state, is an expression: a tree of ops over inputs, weights, states and
-constants, in which a call stands for its body, a derived weight for the expression that computes it, and a relayout for
-its operand. Equal trees get one number here, so that comparing is cheap. The check is independent of the passes.
+constants. In this tree, a call stands for its body, a derived weight for the expression that computes it, and a
+relayout for its operand. Equal trees get equal numbers, so that comparing is cheap. The check is independent of the
+passes.
 """
 
 from __future__ import annotations
@@ -16,32 +18,34 @@ from treadle.ir.hashing import literal_key, op_key
 from treadle.ir.ops.layout import Relayout
 
 MOST_NODES = 200_000
-"""The greatest number of visited nodes, counting each call: blocks that call others twice, and so on, would have too
-many.
+"""The greatest number of visited nodes, counting each call. Functions that call others twice, and so on, may have many
+more.
 """
 
 Key = tuple[object, ...]
 
 
 Numbers = dict[str, int]
-"""A number for the expression of each output of the entries, and of each state that they update."""
+"""The number of the expression of each output of the entries, and of each state that they update."""
 
 Step = tuple[Function | None, str | None, tuple[Value | None, ...], tuple[Value, ...]]
-"""A node: the function that it calls, or the key of its op, or neither if it only changes its operand's layout."""
+"""A node: the function that it calls, or the key of its op, or neither if it only changes its operand's layout; then
+its operands and results.
+"""
 
 
 class Expressions:
-    """Assigns numbers to expressions; equal expressions get equal numbers, also in different graphs."""
+    """A table of numbers for expressions. Equal expressions get equal numbers, also in different graphs."""
 
     def __init__(self) -> None:
         self._numbers: dict[Key, int] = {}
         self._literals: dict[Value, int] = {}
         self._left = MOST_NODES
         self._read: dict[Function, tuple[list[Step], dict[Value | None, int]]] = {}
-        """The steps and the constants of each function of the graph that is being numbered."""
+        """The steps and the constants of each function of the graph whose expressions are being numbered."""
 
     def of(self, graph: Graph) -> Numbers | None:
-        """Return the expressions of a graph as it is now, or None if it is too large."""
+        """Return the numbers of a graph's expressions as it is now, or None if the graph is too large."""
         self._left = MOST_NODES
         self._read.clear()
         held: Numbers = {}
@@ -111,7 +115,8 @@ class Expressions:
 def check_same_expressions(
     before: Graph, after: Graph, expressions: Expressions | None = None, was: Numbers | None = None
 ) -> Numbers | None:
-    """Return the expressions of a graph if they are unchanged; None if it is too large to compare.
+    """Return the numbers of the expressions of `after` if they are the same as in `before`. Return None if a graph is
+    too large to compare.
 
     was   the old expressions, if `expressions` has computed them already
 
@@ -123,7 +128,9 @@ def check_same_expressions(
     if was is None or now is None:
         return None
     if was.keys() != now.keys():
-        raise PassError("the outputs have other names than before", received=f"{list(now)}; before: {list(was)}")
+        raise PassError(
+            "the outputs have other names than before the pass", received=f"{list(now)}; before: {list(was)}"
+        )
     for name, number in was.items():
         if now[name] != number:
             raise PassError(f"{name} is no longer the same expression of inputs and weights")

@@ -1,4 +1,6 @@
-"""Canonicalize: one form for expressions that can be written in several ways, so that later patterns need only one."""
+"""Canonicalize: one form for expressions that can be written in several ways, so that later patterns need only one
+form.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class AddZero(Rewrite):
 
 @dataclass(frozen=True)
 class SubZero(Rewrite):
-    """x - 0   -->   x        (not x - (-0.0), which is 0.0 for x = -0.0)"""
+    """x - 0   -->   x        (but not x - (-0.0): for x = -0.0 this is 0.0)"""
 
     def pattern(self, p: Vocabulary, x: Any) -> Any:
         return x - p.constant("zero")
@@ -185,7 +187,7 @@ LOSSLESS: Mapping[str, tuple[str, ...]] = {
 
 
 def is_lossless(source: DType, to: DType) -> bool:
-    """Return True if a cast keeps every value."""
+    """Return True if a cast from `source` to `to` keeps every value."""
     return source == to or to.name in LOSSLESS.get(source.name, ())
 
 
@@ -221,7 +223,8 @@ class IdentityRearrange(Rewrite):
 class RearrangeOfRearrange(Rewrite):
     """rearrange(rearrange(x, p), q)   -->   rearrange(x, q after p)
 
-    Not if p joins axes that q splits at other positions (a product 2*3 read as 3*2): no single pattern expresses both.
+    Not applied if p joins axes that q splits at other positions (a product 2*3 read as 3*2): no single pattern
+    expresses both.
     """
 
     def pattern(self, p: Vocabulary, x: Any, first: Any, second: Any) -> Any:
@@ -272,7 +275,8 @@ class ReshapeOfReshape(Rewrite):
 class ReshapeByAxes(Rewrite):
     """reshape(x, s)   -->   rearrange(x, ...)        if it splits and joins whole axes
 
-    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] splits no whole axes, and is kept.
+    [B, S, 768] -> [B, S, 12, 64] is "a b (c d=64) -> a b c d"; [4, 6] -> [3, 8] does not split whole axes, and is
+    unchanged.
     """
 
     def pattern(self, p: Vocabulary, x: Any, shape: Any) -> Any:
@@ -300,7 +304,7 @@ class ExpandOfExpand(Rewrite):
 
 @dataclass(frozen=True)
 class TidyLayout(RewriteSet):
-    """Cleans up rearranges between a replacement and its neighbours."""
+    """A cleanup of rearranges between a replacement and its neighbours."""
 
     rules: ClassVar[tuple[Rewrite, ...]] = (IdentityRearrange(), RearrangeOfRearrange())
 
@@ -332,22 +336,22 @@ class StopGradient(Rewrite):
 
 @dataclass(frozen=True)
 class Canonicalize(RewriteSet):
-    """Many small equations, applied until none fits; the classes of this file are the list:
+    """Many small equations, applied until none matches; the classes of this file are the list:
 
      0. c + x  -->  x + c, for each commutative op and constant c;  x + [[c]], x + expand(c)  -->  x + c, of one element
      1. x + 0, x - 0, x * 1, x / 1, x^1  -->  x
      2. x / 2^k  -->  x * 2^-k;   x^2  -->  x * x;   1 / x  -->  reciprocal(x)
      3. -(-x), not not x, x and true, x or false  -->  x
-     4. where of a constant condition  -->  the chosen side;  where(c, x, x)  -->  x
+     4. where of a constant condition  -->  the selected side;  where(c, x, x)  -->  x
      5. cast to the same dtype, cast of a lossless cast
      6. two of rearrange, reshape or expand in a row  -->  one;  reshape of whole axes  -->  rearrange
      7. rearrange, reshape, expand, slice, pad, concat that change nothing  -->  x
-     8. slice(concat(x, y)) of one of them; gather of the whole axis; where(i < 0, y, i) of positions  -->  x
+     8. slice(concat(x, y)) that is one of them; gather of the whole axis; where(i < 0, y, i) of positions  -->  x
      9. slice of a table that is computed from positions  -->  the smaller table
     10. stop_gradient(x)  -->  x, if the graph is not differentiated
 
-    Results stay bitwise identical with one exception: x + 0 turns -0.0 into 0.0, and x does not. Not applied, since
-    they would change numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
+    Results stay bitwise identical with one exception: x + 0 turns -0.0 into 0.0, and x does not. These are not applied,
+    since they would change numbers: x * 0 (NaN and infinity), (x * a) * b, x / c for other c, x^0.5.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (
@@ -384,11 +388,11 @@ class Canonicalize(RewriteSet):
 
 
 def constants_to_scalars(function: Function, log: PassRecord) -> int:
-    """x + [[c]]   -->   x + c        for a constant of one element next to a value of the same or higher rank
+    """x + [[c]]   -->   x + c        for a constant of one element and an operand of the same or higher rank
 
-    x + expand(c)   -->   x + c        next to a value of the result's shape
+    x + expand(c)   -->   x + c        for an operand that has the result's shape
 
-    For all elementwise ops: their operands broadcast.
+    The rules apply to all elementwise ops, since their operands broadcast.
     """
     changed = 0
     for node in function.nodes:
@@ -411,7 +415,9 @@ def constants_to_scalars(function: Function, log: PassRecord) -> int:
 
 
 def _repeated_number(value: Value) -> Literal | None:
-    """Return the constant of one element that a value is, or repeats and reshapes; None for any other value."""
+    """Return the constant of one element whose number a value repeats or reshapes, or which the value is. Return None
+    for any other value.
+    """
     while value.node is not None and isinstance(value.node.op, (Expand, Rearrange, Reshape)):
         value = value.node.inputs[0]
     literal = value.literal

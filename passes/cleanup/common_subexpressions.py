@@ -15,10 +15,10 @@ from treadle.passes.framework.pass_log import PassRecord
 class CommonSubexpressions(Pass):
     """a = op(x, y); b = op(x, y)   -->   a = op(x, y); b = a
 
-    Two nodes are merged if op, attributes and operands agree; operands agree if they are one value or constants of
-    equal dtype, shape and bits. The first keeps its position, scope and source line. Calls of one function on the same
-    values are merged as well. Ops that update a state and collectives are never merged. Works within a function, not
-    across functions.
+    Two nodes are merged if their ops, attributes and operands are equal; operands are equal if they are one value, or
+    constants of equal dtype, shape and bits. The first node keeps its position, scope and source line. Calls of one
+    function on the same values are merged as well. Ops that update a state and collectives are never merged. The pass
+    works within a function, not across functions.
     """
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:

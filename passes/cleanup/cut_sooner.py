@@ -31,8 +31,8 @@ class CutSooner(Pass):
     all keys and values: slices move into calls, which then call a different function than the other layers.
 
     Not applied to parts of more than half of an axis, or of a size that is not fixed; to values that are also read as a
-    whole; to products with a weight along the axis. Refuses: an op that has no form on a part of an axis that it maps;
-    a call that computes the positions at which its other results are read.
+    whole; to products with a weight along the axis. Refuses: an op that cannot be computed on a part of an axis that it
+    maps; a call that computes the positions at which its other results are read.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -57,15 +57,15 @@ def _drop_uncalled(graph: Graph) -> None:
 
 
 def _slice(dim: int, start: Size, stop: Size, whole: Size) -> Slice:
-    """Return the slice op in the form that a person would write: the last position is counted from the end."""
+    """Return the slice op in the form that a user would write: the last position is counted from the end."""
     if stop != whole:
         return Slice(axis=dim, start=start, stop=stop)
     return Slice(axis=dim, start=start if start.constant is not None else start - whole)
 
 
 class _Cutting:
-    """Makes functions of a graph compute only the parts of their results that are read, and builds the sliced functions
-    that they then call.
+    """A rewriter that makes functions of a graph compute only the parts of their results that are read. It builds the
+    sliced functions that they then call.
     """
 
     def __init__(self, rule: str, graph: Graph, log: PassRecord) -> None:
@@ -74,10 +74,10 @@ class _Cutting:
         self._made: dict[object, Function] = {}
 
     def cut(self, function: Function) -> list[tuple[Function, Node, str]]:
-        """Make a function whose whole outputs are needed compute only the parts of its values that are read. Return the
-        refusals.
+        """Change a function whose whole outputs are needed so that it computes only the parts of its values that are
+        read. Return the refusals.
 
-        It works along one axis after the other: slices along the second axis may move to the position at which the
+        The axes are handled one after the other: slices along the second axis may move to the position at which the
         first axis was sliced.
         """
         refused = list[tuple[Function, Node, str]]()
@@ -98,7 +98,7 @@ class _Cutting:
     ) -> None:
         """Change a function in place according to `found`.
 
-        outputs   the parts of its outputs that it returns from now on
+        outputs   the parts of its outputs that the function returns from now on
         parts     the new inputs that stand for parts of the old inputs
         given     the new inputs that stand for positions of the caller
         """
@@ -117,7 +117,7 @@ class _Cutting:
         self.changes += len(body.cutters)
 
     def callee(self, node: Node, cut: CutNode, types: Sequence[Type | None]) -> Function:
-        """Return the function that a call calls on parts of its operands, which have these types."""
+        """Return the function that a call must call on parts of its operands, which have these types."""
         whole = self.graph.callee(node)
         assert whole is not None
         key = (whole.name, cut.operands, cut.results, tuple(types))
@@ -136,8 +136,8 @@ class _Cutting:
         return self._made[key]
 
     def _add(self, made: Function, whole: Function) -> None:
-        """Insert a function after the function that it was copied from: its callees come before both, and its callers
-        after.
+        """Insert a function after the function that it was copied from. Its callees come before both functions, and its
+        callers after both.
         """
         functions = self.graph.functions
         names = list(functions)
@@ -153,7 +153,9 @@ def picked_by(cut: CutNode) -> list[Value]:
 
 
 def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Value]:
-    """Append inputs to a function that stand for values of its caller. Return the new inputs by these values."""
+    """Append inputs to a function that stand for values of its caller. Return a dict from these values to the new
+    inputs.
+    """
     made: dict[Value, Value] = {}
     for value in values:
         name = free_name(value.name, {*(v.name for v in function.inputs), *function.parameters, *function.states})
@@ -163,8 +165,8 @@ def _add_inputs(function: Function, values: Sequence[Value]) -> dict[Value, Valu
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes in their order, but each after its operands: positions may be computed after the values that
-    they pick from.
+    """Return the nodes in their order, but each after its operands, since positions may be computed after the values
+    that they select from.
     """
     left, ordered = set(nodes), list[Node]()
     for first in nodes:
@@ -183,7 +185,7 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
 
 
 class _Body:
-    """One function while its nodes are replaced.
+    """The nodes of one function while they are being replaced.
 
     parts       the computed part of each value of which only a part is computed
     whole       the current replacement of each value
@@ -201,7 +203,7 @@ class _Body:
         self._slices: dict[tuple[Value, PartRead], Value] = {}
 
     def add(self, node: Node) -> None:
-        """Append the replacement of a node: the node itself if all of it is read."""
+        """Append the replacement of a node, which is the node itself if all of its results are read."""
         cut, taken = self.found.cut.get(node), part_taken(node)
         if cut is not None:
             self._add_cut(node, cut)
@@ -258,7 +260,9 @@ class _Body:
         return None if value is None else self.whole.get(value, value)
 
     def _part(self, value: Value, part: PartRead | None, at: Node | None) -> Value:
-        """Return a part of a value, for the node that reads it; None: the whole value."""
+        """Return the value that holds a part of a value, for the node that reads it. `part` is None for the whole
+        value.
+        """
         if part is None:
             return self.whole.get(value, value)
         known = self.found.parts[value] if value in self.parts else None
@@ -278,7 +282,7 @@ class _Body:
         return self._slices[value, part]
 
     def _taken(self, x: Value, part: PartRead, picked: Picked, scope: str) -> Node:
-        """Append nodes that take each row's own positions of a value, and return the last one."""
+        """Append nodes that select each row's own positions of a value, and return the last one."""
         value = self.whole.get(picked.value, picked.value)
         rank = value.type.rank
         before = ["r" if i == picked.rows else "p" if i == picked.dim else "1" for i in range(rank)]
@@ -294,7 +298,7 @@ class _Body:
         return made
 
     def _append(self, op: Op, operands: Sequence[Value | None], node: Node) -> Node:
-        """Append a node that replaces another."""
+        """Append a node that replaces another node, and return it."""
         made = Node(op, operands, op.infer_for(operands), None, node.scope, node.source)
         for old, new in zip(node.results, made.results, strict=True):
             new.name = old.name

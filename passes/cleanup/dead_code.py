@@ -18,13 +18,13 @@ class DeadCode(Pass):
     """a = f(x); b = g(x); return b   -->   b = g(x); return b
 
     Removes nodes without a used result, results of a function that no call uses, inputs, weights and states that a
-    function does not read, functions that are never called, and unused weights and states of the model (named in the
-    log). Keeps the model's own inputs and outputs, the derived weights of `bind`, and the final values of states.
+    function does not read, functions that are never called, and unused weights and states of the model, which the log
+    names. Keeps the model's own inputs and outputs, the derived weights of `bind`, and the final values of states.
     """
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         changes = 0
-        # A function that loses arguments may leave dead nodes in its callers, which the next walk finds.
+        # A function that loses arguments may leave dead nodes in its callers. The next walk finds these nodes.
         while found := _walk(graph, log):
             changes += found
         return changes
@@ -47,7 +47,7 @@ def _walk(graph: Graph, log: PassRecord) -> int:
         removed += _drop_nodes(function, used)
         if function not in graph.entries:
             removed += _drop_arguments(function, callers, used)
-        elif function.name == graph.entry_names[0]:  # the last one to be visited
+        elif function.name == graph.entry_names[0]:  # entries are visited last to first
             removed += _drop_weights(graph, used, log)
         for node in function.nodes:
             if node.op.callee is not None:
@@ -56,7 +56,7 @@ def _walk(graph: Graph, log: PassRecord) -> int:
 
 
 def _drop_nodes(function: Function, used: set[Value]) -> int:
-    """Drop nodes without a used result, and add the operands of the others to `used`. Return the number of dropped
+    """Drop nodes without a used result, and add the operands of the other nodes to `used`. Return the number of dropped
     nodes.
     """
     kept = needed_nodes(function.nodes, function.results)
@@ -93,7 +93,7 @@ def _drop_arguments(function: Function, callers: Sequence[Node], used: set[Value
 
 
 def _drop_weights(graph: Graph, used: set[Value], log: PassRecord) -> int:
-    """Drop weights and states that an entry does not read; log each that no other entry reads."""
+    """Drop weights and states that an entry does not read. Log those that no other entry reads either."""
     removed = 0
     known = {"weights": list(graph.parameters), "states": list(graph.states)}
     for entry in graph.later_entries:

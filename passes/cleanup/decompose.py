@@ -27,9 +27,9 @@ FUSED = (
 class Decompose(SiteRewrite[Site]):
     """attention(q, k, v), layer_norm(x, w), ...   -->   their bodies
 
-    ops    the composites to decompose; one in the body of another is decomposed as well if it is among them
+    ops    the composites to decompose, also if they occur in the body of another composite
 
-    The fusing passes of the default pipeline undo it. Raises PassError for an op that has no body.
+    The fusing passes of the default pipeline undo this pass. Raises PassError for an op that has no body.
     """
 
     ops: tuple[str, ...] = FUSED
@@ -41,7 +41,7 @@ class Decompose(SiteRewrite[Site]):
         return super().run_graph(graph, log)
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        """Yield every one of these composites, also in the body of another."""
+        """Yield every node of one of these composites, also if it is in the body of another one."""
         for node in work.walk(into=True):
             if node.op.name in self.ops:
                 yield Site(node)

@@ -1,4 +1,4 @@
-"""Constant folding: compute nodes that depend on constants alone at compile time, by the ops' own references."""
+"""Constant folding: compute nodes that depend only on constants at compile time, by the ops' own references."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from treadle.passes.framework.pass_log import PassRecord
 class FoldConstants(Pass):
     """op(c1, c2, ...)   -->   c        for constants c1, c2, ... and sizes without symbols
 
-    In the graph's own precision: a float32 constant rounds as the float32 op would at run time.
+    Constants are computed in the graph's own precision, so they round as the op would at run time.
 
     limit_bytes   refuse a fold whose results would be larger
     small_bytes   refuse a fold that produces more bytes than it reads (iota, expand) if the result is larger than this
 
-    Refuses: results over those limits; bf16, in which NumPy does not compute; ops whose reference fails. Calls are not
-    entered: a function is folded once for all its calls.
+    Refuses: results over those limits; bf16, which NumPy does not support; ops whose reference fails. Functions of
+    calls are not folded at the call: a function is folded once for all its calls.
     """
 
     limit_bytes: int = 1 << 20
@@ -56,7 +56,7 @@ class FoldConstants(Pass):
         if any(t.encoding is not None for t in types):
             return "encoded blocks are not decoded: consumers may read them as blocks"
         if any(t.dtype.numpy is None for t in types):
-            return "NumPy does not compute in bf16"
+            return "NumPy does not support bf16"
         made = sum(v.type.bytes_at({}) for v in node.results)
         if made > self.limit_bytes:
             return f"would produce {made:,} bytes, over the limit of {self.limit_bytes:,}"
@@ -67,7 +67,9 @@ class FoldConstants(Pass):
 
 
 def _fixed(node: Node) -> Op | None:
-    """Return the node's op, with sizes fixed, if it depends only on constants and fixed sizes."""
+    """Return the node's op with sizes evaluated, if it depends only on constants and on sizes without symbols, else
+    None.
+    """
     if node.op.callee is not None or any(v.literal is None for v in node.inputs):
         return None
     try:

@@ -1,10 +1,9 @@
-"""The part of each value of a function that is read, if that is a range of positions along one axis, or per-row
-positions.
+"""The part of each value of a function that is read: a range of positions along one axis, or positions for each row.
 
-A slice reads a part, and so does a lookup: at constant positions, or at positions of each row of a batch. An op that
-maps the axis needs only the same part of its operands as is read of its results. This is propagated upwards, into
-calls, up to ops that mix positions, such as attention, which reads all keys. (Per-row positions are not propagated
-through ops that depend on the position itself, such as a causal mask.)
+A slice reads a part, and so does a lookup: at constant positions, or at positions of each row of a batch. If an op maps
+the axis, it needs only that part of its operands that is read of its results. This is propagated upwards, into calls,
+up to ops that mix positions, such as attention, which reads all keys. (Per-row positions are not propagated through ops
+that depend on the position itself, such as a causal mask.)
 
     found = PartsRead(graph).of(function, [None])      # all of its output is read
     found.parts[value]                                 # the part that is read of a value; absent: all of it
@@ -29,8 +28,8 @@ from treadle.ir.source_lines import SourceLine
 
 @dataclass(frozen=True)
 class Picked:
-    """Per-row positions: a value whose dimension `rows` is the rows, and `dim` the positions of each row; its other
-    dimensions are 1.
+    """Per-row positions, as a value: dimension `rows` of it is the rows, dimension `dim` the positions of each row, and
+    its other dimensions are 1.
     """
 
     value: Value
@@ -42,9 +41,9 @@ class Picked:
 class PartRead:
     """A range of positions along one axis of a value: `size` of them, from `start` along dimension `dim`.
 
-    source   the line that reads them
+    source   the line that reads the part
     picked   positions that are not a range, `size` for each row; None: the range from `start`
-    rows     the dimension of these rows
+    rows     the dimension of the rows of `picked`
     """
 
     dim: int
@@ -60,8 +59,8 @@ class CutNode:
     """A node that computes only the part of its result that is read.
 
     op        the op on parts; None for a call (it calls another function) and for a slice that is a part of its operand
-    operands  the part that it reads of each operand; None for all of it
-    results   the part that it computes of each result
+    operands  the part that the op reads of each operand; None for all of it
+    results   the part that the op computes of each result
     """
 
     op: Op | None
@@ -71,13 +70,12 @@ class CutNode:
 
 @dataclass
 class FoundParts:
-    """The parts read in a function, given the parts read of its outputs.
+    """The parts that are read in a function, for given parts that are read of its outputs.
 
     parts     the part that is read of a value, if not all of it is read
     cut       the nodes that need not compute all of their results
-    refused   nodes that map the axis and compute everything, although only a part of their result is read: the
-              function,
-              the node, and the reason
+    refused   nodes that map the axis but compute all of their result, although only a part is read: the function, the
+              node, and the reason
     computes  True if some of the cut nodes compute something: moving fewer elements alone is not worth a change
     """
 
@@ -91,7 +89,7 @@ class FoundParts:
 
 
 def part_taken(node: Node) -> PartRead | None:
-    """Return the part of its first operand that a slice or a lookup reads, if the part is small."""
+    """Return the part of its first operand that a slice or a lookup reads, if the part is small, else None."""
     op = node.op
     if isinstance(op, Slice) and op.stride == 1:
         dim = place(op.axis, node.inputs[0].type.rank)
@@ -103,7 +101,7 @@ def part_taken(node: Node) -> PartRead | None:
         dim = place(op.axis, node.inputs[0].type.rank)
         size = node.inputs[0].type.shape[dim].constant
         if first < 0 or (size is not None and last >= size):
-            return None  # an error at run time
+            return None  # fails at run time
         found = PartRead(dim, Size.of(first), Size.of(last - first + 1), node.source)
     elif isinstance(op, TakeAlongAxis) and (picked := _picked(node, place(op.axis, node.result.type.rank))) is not None:
         found = PartRead(picked.dim, ZERO, node.result.type.shape[picked.dim], node.source, picked, picked.rows)
@@ -128,7 +126,7 @@ def _picked(node: Node, dim: int) -> Picked | None:
 def _is_small(part: PartRead, value: Value) -> bool:
     """Return True if it pays to compute only this part: a fixed number of positions, at most half of a fixed size.
 
-    Positions that the caller passes may be of any number: a caller that passes positions wants only these.
+    The number of positions that the caller passes may be symbolic: a caller that passes positions wants only these.
     """
     size, whole = part.size.constant, value.type.shape[part.dim].constant
     if size is None and part.picked is not None:
@@ -137,14 +135,14 @@ def _is_small(part: PartRead, value: Value) -> bool:
 
 
 def _is_given(value: Value) -> bool:
-    """Return True if a value is an input, possibly moved."""
+    """Return True if a value is an input, or the moved elements of an input."""
     while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     return value.kind == "input"
 
 
 class PartsRead:
-    """Finds the parts that are read in the functions of a graph, once for each combination of parts read of the
+    """A search for the parts that are read in the functions of a graph, once for each combination of parts read of the
     outputs.
     """
 
@@ -154,8 +152,8 @@ class PartsRead:
         self._computing: dict[Value, set[Node]] = {}
 
     def of(self, function: Function, outputs: Sequence[PartRead | None]) -> FoundParts:
-        """Return the parts read in a function when these parts of its outputs are read (None: all), and all final
-        states.
+        """Return the parts that are read in a function if `outputs` are the parts read of its outputs (None: all), and
+        all final states are read.
         """
         key = (function.name, tuple(outputs))
         if key not in self._known:
@@ -194,11 +192,11 @@ class PartsRead:
         known = {None, *[part.picked for part in outputs if part is not None]}
         for value in function.inputs:
             if value in found.parts and found.parts[value].picked not in known:
-                del found.parts[value]  # the caller does not know this function's own positions
+                del found.parts[value]  # the caller does not know positions that this function computes
         return found
 
     def _above(self, value: Value) -> set[Node]:
-        """Return the nodes that a value is computed by."""
+        """Return the nodes from which a value is computed."""
         if value not in self._computing:
             found, pending = set[Node](), [value.node]
             while pending:
@@ -223,7 +221,7 @@ class PartsRead:
                 return None
             picked = {part.picked.value for part in wanted if part is not None and part.picked is not None}
             if any(node in self._above(value) for value in picked):
-                reason = f"{callee.name} computes the positions at which it is read"
+                reason = f"{callee.name} computes the positions at which its results are read"
                 found.refused.append((function, node, reason))
                 return None
             found.computes |= inner.computes
@@ -248,9 +246,9 @@ class PartsRead:
         op = on_part(node, factor, part)
         if op is None:
             whole = application.dims[factor].size
-            reason = f"{node.op.name} has no form on {part.size} of {whole} positions, though only these are read"
+            reason = f"{node.op.name} cannot compute {part.size} of {whole} positions, though only these are read"
             if part.picked is not None and factor in node.op.positional:
-                reason = f"{node.op.name} depends on positions, and each row is read at a position of its own"
+                reason = f"{node.op.name} depends on positions, and each row is read at its own positions"
             found.refused.append((function, node, reason))
             return None
         found.computes |= not op.only_moves
@@ -258,7 +256,7 @@ class PartsRead:
 
 
 def _joined(a: PartRead, b: PartRead, value: Value) -> PartRead | None:
-    """Return a part that contains both parts, if there is a small one."""
+    """Return a small part that contains both parts, or None if there is none."""
     edges = [s.constant for s in (a.start, a.start + a.size, b.start, b.start + b.size)]
     known = [edge for edge in edges if edge is not None]
     if a.dim != b.dim or len(known) < len(edges) or a.picked is not None or b.picked is not None:
@@ -268,7 +266,9 @@ def _joined(a: PartRead, b: PartRead, value: Value) -> PartRead | None:
 
 
 def _mapped(application: Application, result: int, dim: int) -> str | None:
-    """Return the factor that a dimension of a result consists of, if it is a single one and the op maps it."""
+    """Return the factor that a dimension of a result consists of, if it is a single factor and the op maps it, else
+    None.
+    """
     held = application.results[result][dim]
     if len(held.factors) != 1 or held.size is not None:
         return None
@@ -277,7 +277,9 @@ def _mapped(application: Application, result: int, dim: int) -> str | None:
 
 
 def _within_slice(node: Node, part: PartRead | None) -> PartRead | None:
-    """Return the part of a slice's operand that a part of the slice is, if it is along the same axis."""
+    """Return the part of a slice's operand that corresponds to a part of the slice. Return None if the part is along
+    another axis.
+    """
     op = node.op
     if part is None or part.picked is not None or not isinstance(op, Slice) or op.stride != 1:
         return None
@@ -290,8 +292,8 @@ def _within_slice(node: Node, part: PartRead | None) -> PartRead | None:
 def _operand_parts(
     node: Node, application: Application, factor: str, row: str | None, part: PartRead
 ) -> tuple[PartRead | None, ...] | None:
-    """Return the part that a node reads of each operand if its results hold a part along a factor; None if there is
-    none.
+    """Return the part that a node reads of each operand, if its results hold a part along a factor. Return None if the
+    node cannot be split.
 
     row   the factor of rows with per-row positions: operands that hold these positions must have this factor
 
@@ -318,7 +320,7 @@ def _operand_parts(
 
 
 def on_part(node: Node, factor: str, part: PartRead) -> Op | None:
-    """Return a node's op on a part of a factor that it maps, or None if it has no such form."""
+    """Return a node's op on a part of a factor that it maps, or None if the op cannot be computed on the part."""
     op: Op | None = node.op
     assert op is not None
     if factor in op.positional:

@@ -1,4 +1,5 @@
-"""Indices by position that select every element in order: exporters read mask[b, t] by tensors of indices in this way.
+"""Indices by position that select every element in order: exporters write mask[b, t] as such a lookup with index
+tensors.
 
 i = iota(B) * S + iota(S)                       [B, S], the numbers from 0 to B S - 1
 gather(x as [(B S)], where(i < 0, i + B S, i))  x
@@ -26,7 +27,7 @@ from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 256
-"""The greatest number of values that an index may be computed from; larger ones are not analyzed."""
+"""The greatest number of values from which an index may be computed; indices with more are not analyzed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class GatherOfAll(Rewrite):
         try:
             found = _linear(m.i.value, {})
             return found is not None and found == _counting(m.i.shape) and product(m.i.shape) == m.x.shape[0]
-        except SizeError:  # a size out of bounds
+        except SizeError:  # a size that is out of bounds
             return False
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -91,14 +92,16 @@ class GatherOfAll(Rewrite):
 
 @dataclass(frozen=True)
 class _Linear:
-    """constant + the sum over axes of factor * position; the factor of an axis of size 1 is 0."""
+    """A linear function of positions: constant + the sum over axes of factor * position. The factor of an axis of size
+    1 is 0.
+    """
 
     factors: tuple[Size, ...]
     constant: Size = ZERO
 
 
 def _counting(shape: Sequence[Size]) -> _Linear:
-    """Return the numbers from 0 in the order of a shape, as a linear function."""
+    """Return the linear function that numbers the elements of a shape in row-major order, from 0."""
     factors: list[Size] = []
     stride = ONE
     for size in reversed(shape):
@@ -108,12 +111,13 @@ def _counting(shape: Sequence[Size]) -> _Linear:
 
 
 def _linear(value: Value, known: dict[Value, _Linear | None]) -> _Linear | None:
-    """Return a value as a linear function of its own axes' positions, with sizes as factors; None if it is not linear.
+    """Return a value as a linear function of the positions along its own axes, with sizes as factors; None if it is not
+    linear.
 
-    known   results for other values; this value's is added. Raises SizeError for a factor out of bounds.
+    known   results for other values, to which the result is added. Raises SizeError for a factor out of bounds.
     """
     if value not in known:
-        known[value] = None  # also if there are too many
+        known[value] = None  # stays None if there are too many values
         if len(known) < _MOST_VALUES:
             known[value] = _read(value, known)
     return known[value]
@@ -164,8 +168,8 @@ def _number(value: Value) -> int | None:
 
 
 def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
-    """Return a linear function with its axes moved, split, and joined where a step of the outer axis equals the whole
-    inner axis; None where two joined axes do not fit.
+    """Return a linear function with its axes moved, split or joined as in the pattern. Return None if two axes cannot
+    be joined: a step of the outer axis must equal the whole inner axis.
     """
     form = form_of(pattern, operand.type)
     factors: dict[int, Size] = {}
@@ -183,9 +187,11 @@ def _rearranged(x: _Linear, pattern: str, operand: Value) -> _Linear | None:
 
 
 def _bits(value: Value, known: dict[Value, int | None]) -> int | None:
-    """Return a bound on the number of bits of a nonnegative integer, at 31 for each axis; None for any other value."""
+    """Return a bound on the number of bits of a nonnegative integer, with 31 bits for each axis. Return None for any
+    other value.
+    """
     if value not in known:
-        known[value] = None  # also if there are too many
+        known[value] = None  # stays None if there are too many values
         if len(known) < _MOST_VALUES and value.type.dtype.is_int:
             bits = _counted(value, known)
             known[value] = bits if bits is not None and bits < 8 * value.type.dtype.bytes else None

@@ -1,4 +1,4 @@
-"""Slices of tables that are computed from positions become the smaller table.
+"""Slices of tables that are computed from positions become smaller tables.
 
 slice(tril(ones(C, C)), [:S, :S])   -->   tril(ones(S, S))
 """
@@ -21,14 +21,14 @@ from treadle.ir.sizing.sizes import ZERO, Size
 from treadle.passes.framework.rewrite import Match, Rewrite
 
 _MOST_VALUES = 32
-"""The greatest number of values that a table may be computed from; larger tables are unchanged."""
+"""The greatest number of values from which a table may be computed; tables with more are unchanged."""
 
 
 @dataclass(frozen=True)
 class SliceOfPositions(Rewrite):
     """slice(x)   -->   a smaller x        for an x computed from positions and integer constants
 
-    Its integers and truth values may be computed; its floats may only be selected, cast and moved. Tables of cosines
+    Integers and truth values may be computed in any way; floats may only be selected, cast and moved. Tables of cosines
     are left whole, to be computed once for all calls.
     """
 
@@ -49,7 +49,9 @@ class SliceOfPositions(Rewrite):
 
 
 def _is_leaf(value: Value) -> bool:
-    """Return True if a value is sliced directly: swapping two slices would never end."""
+    """Return True if a value is sliced directly, without slicing the operands of its node. If two slices were swapped,
+    the pass would not terminate.
+    """
     return value.node is None or isinstance(value.node.op, Slice)
 
 
@@ -73,7 +75,7 @@ def _is_of_positions(value: Value) -> bool:
 
 @dataclass
 class _Cut:
-    """Rebuilds a table with only `length` positions from `start` along an axis of the result."""
+    """A builder of a table with only `length` positions from `start` along an axis of the result."""
 
     b: Builder
     start: Size
@@ -86,7 +88,7 @@ class _Cut:
         if key not in self.made:
             try:
                 self.made[key] = self._sliced(value, axis) if _is_leaf(value) else self._node(value, axis)
-            except TreadleError:  # a pattern that states the size, which has changed
+            except TreadleError:  # a pattern that contains the size, which has changed
                 self.made[key] = None
         return self.made[key]
 

@@ -2,9 +2,8 @@
 
     b s (heads=12 d) -> b heads s d        (0)(1)(2 3) -> (0)(2)(1)(3)
 
-A form lists, for each dimension before and after, the atoms that it is the product of, outermost first. Atoms of size 1
-are left out, and atoms that stay neighbours throughout are one atom, so that splitting and joining again is the
-identity.
+A form lists, for each dimension before and after, the atoms whose product it is, outermost first. Atoms of size 1 are
+left out. Atoms that stay neighbours are one atom, so that splitting and joining again is the identity.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class RearrangeForm:
     """The normal form of a rearrange.
 
     before, after   the atoms of each dimension, numbered in the order before
-    sizes, names    for each atom; a name is None if the composed rearranges do not agree on one
-    given           the atoms whose size was stated
+    sizes, names    the size and the name of each atom; a name is None if the composed rearranges do not agree on one
+    given           the atoms whose size the pattern states
     """
 
     before: Atoms
@@ -57,7 +56,7 @@ class RearrangeForm:
 
     @property
     def pattern(self) -> str:
-        """The form as a rearrange's pattern."""
+        """The form as the pattern of a rearrange."""
         symbols = {s for size in self.sizes for s in size.symbols}
         taken = symbols | {n for n in self.names if n}
         letters = iter(axis_letters(len(self.names), taken))
@@ -99,7 +98,8 @@ def composed(first: str, second: str, type: Type) -> RearrangeForm | None:
 def reshaping_pattern(type: Type, shape: tuple[Size, ...]) -> str | None:
     """Return the pattern of a rearrange that reshapes a type to another shape with the same number of elements.
 
-    None if an axis of one side is not a product of whole axes of the other, or if patterns cannot express a size.
+    Return None if an axis of one side is not a product of whole axes of the other, or if patterns cannot express a
+    size.
     """
     factors = [[f.size for f in dim.factors if f.size != ONE] for dim in type.dims]
     atoms = {f"x{i} {k}": PatternAtom(size) for i, dim in enumerate(factors) for k, size in enumerate(dim)}
@@ -142,9 +142,11 @@ def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], d
 
 
 def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, PatternAtom]) -> dict[str, list[str]] | None:
-    """Return the common pieces of each factor of two equal products; None if a factor's boundary splits no whole piece.
+    """Return the common pieces of each factor of two equal products. Return None if a factor of one product would end
+    inside a piece of the other.
 
-    A piece that is a whole factor keeps its name: ours if a pattern states it, else theirs. Other pieces get new names.
+    A piece that is a whole factor keeps its name: the name in `ours` if a pattern states its size, else the name in
+    `theirs`. Other pieces get new names.
     """
     found = common_pieces([atoms[n].size for n in ours], [atoms[n].size for n in theirs])
     if found is None:
@@ -166,8 +168,8 @@ def _refined(ours: Sequence[str], theirs: Sequence[str], atoms: dict[str, Patter
 
 
 def normal_form(before: list[list[str]], after: list[list[str]], atoms: dict[str, PatternAtom]) -> RearrangeForm:
-    """Return the form of dimensions in named atoms: atoms that are neighbours in the same order on both sides become
-    one.
+    """Return the form of dimensions in named atoms. Atoms that are neighbours in the same order on both sides become
+    one atom.
     """
     follower = {pair for dim in after for pair in pairwise(dim)}
     groups: list[list[str]] = []

@@ -19,7 +19,9 @@ _MOST_STEPS = 16
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """The rounded value, the dtype that it is rounded to, and the nodes of the round trip, the last one first."""
+    """A round trip: the rounded value, the dtype to which it is rounded, and the nodes of the round trip, the last one
+    first.
+    """
 
     value: Value
     dtype: DType
@@ -27,7 +29,7 @@ class RoundTrip:
 
 
 def round_trip_at(node: Node) -> RoundTrip | None:
-    """Return the round trip whose last node this is, or None."""
+    """Return the round trip whose last node this is, or None if it is not the last node of one."""
     if not node.results[0].type.dtype.is_float or not (isinstance(node.op, Cast) or _is_scaling(node)):
         return None
     passed, least = [node], None
@@ -55,7 +57,9 @@ def round_trip_at(node: Node) -> RoundTrip | None:
 
 
 def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | None]]) -> RoundTrip | None:
-    """Return the round trip that a value goes through, if the value and each step on the way have one reader."""
+    """Return the round trip that a value goes through. The value, and each value within the round trip, must have one
+    reader. Return None otherwise.
+    """
     at = value
     for _ in range(_MOST_STEPS):
         users = readers(at)
@@ -69,8 +73,8 @@ def round_trip_from(value: Value, readers: Callable[[Value], Sequence[Node | Non
 
 
 def counts_steps(node: Node, readers: Sequence[Node]) -> bool:
-    """Return True if a division or a multiplication scales numbers to a quantizer's steps: all its readers round
-    them.
+    """Return True if a division or a multiplication scales numbers to a quantizer's steps, which is so if all its
+    readers round.
     """
     return _is_scaling(node) and bool(readers) and all(isinstance(user.op, Round) for user in readers)
 
@@ -84,7 +88,9 @@ def _along(node: Node) -> int:
 
 
 def _is_scaling(node: Node) -> bool:
-    """Return True if an op is linear in the one operand of the result's size, and multiplies it by the other."""
+    """Return True if an op is linear in its one operand of the result's size, which it multiplies by the other
+    operand.
+    """
     along = _along(node)
     if along < 0 or len(node.inputs) != 2:
         return False

@@ -10,9 +10,9 @@ _NONE: frozenset[Node] = frozenset()
 
 
 class Lineage:
-    """For each node of the graph that passes work on, the nodes of the original graph whose work it does.
+    """For each node of the graph that passes change, the nodes of the original graph whose work it does.
 
-    A pass records this where it replaces nodes by others (`PassRecord.match` does it for most passes). For a node that
+    A pass records this when it replaces nodes by others (`PassRecord.match` does so for most passes). For a node that
     no pass recorded, nothing is known.
     """
 
@@ -33,7 +33,7 @@ class Lineage:
         return _NONE.union(*[self._given.get(node, _NONE) for node in nodes])
 
     def stand(self, created: Iterable[Node], nodes: Iterable[Node]) -> None:
-        """Record that `made` nodes, new or existing, now do the work of `nodes` in addition to their own."""
+        """Record that the nodes `created`, new or existing, now do the work of `nodes` in addition to their own."""
         work = self.of(nodes)
         for node in created:
             self._given[node] = work | self._given.get(node, _NONE)

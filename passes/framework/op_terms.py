@@ -1,6 +1,6 @@
 """Every op as a method of patterns: `p.sigmoid(x)` is a term.
 
-Type checkers and editors read op_terms.pyi instead, which declares each method; `make golden` writes it.
+Type checkers and editors read op_terms.pyi, which declares the methods; `make golden` writes that file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from treadle.ir.op_registry import find_op
 
 
 class OpTerms:
-    """The ops of a pattern's `Vocabulary`; `Vocabulary` adds the words that only patterns have."""
+    """The ops as methods. The subclass `Vocabulary` adds the methods that only patterns have."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_"):

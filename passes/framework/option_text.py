@@ -8,11 +8,13 @@ import re
 from treadle.ir.types import DType
 
 WORDS = {"true": True, "false": False, "none": None}
-"""Words of the text form that are values."""
+"""The words that stand for a value in the text form."""
 
 
 def value_text(value: object) -> str:
-    """Return a value as `treadle.passes.framework.pass_text` parses it; other objects, such as functions, by name."""
+    """Return a value as text that `treadle.passes.framework.pass_text` parses. Other objects, such as functions, are
+    given by name.
+    """
     if isinstance(value, DType):
         return value.name
     if isinstance(value, bool) or value is None:

@@ -1,4 +1,4 @@
-"""The pass log: what each pass changed, matched, refused and nearly matched, and why.
+"""The pass log: the changes, matches, refusals and near misses of each pass, with the reasons.
 
 Everything but the times is a pure function of the graph and the pipeline: equal inputs give equal logs.
 """
@@ -23,22 +23,22 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened at one node: a match, a refusal or a near miss.
+    """An event at one node: a match, a refusal or a near miss.
 
     rule      the rewrite's name
     function  the function that holds the node
     op        the node's op
-    scope     the node's scope in the author's model ("h.0.mlp"), and `source`, the author's line; empty where
+    scope     the node's scope in the author's model ("h.0.mlp"), and `source`, the author's line; empty if
               unknown
-    reason    why it was refused; for a match, its outcome, if the rule reports it
-    hint      the smallest change that would make it match, if the rule knows it
-    matched   the ops that had matched before the rule gave up, by name, in the order in which the rule visited them;
+    reason    the reason for a refusal; for a match, its outcome, if the rule reports it
+    hint      the smallest change that would make the rule match, if the rule knows it
+    matched   the ops that had matched before the rule stopped, by name, in the order in which the rule visited them;
               empty if the whole rule matched
-    edge      where a near miss ended: "operand 1 of div"; empty for a refusal, which is about the node
-    original_nodes  the nodes of the original graph that it is about
+    edge      the edge at which a near miss stopped: "operand 1 of div"; empty for a refusal, which is about the node
+    original_nodes  the nodes of the original graph that the event is about
     created_ops     the ops that replaced them in a match, by name
 
-    An artifact stores all but the last two.
+    An artifact stores all fields but the last two.
     """
 
     rule: str
@@ -59,12 +59,12 @@ class Event:
 
     @property
     def place(self) -> str:
-        """`gpt2.py:41  h.0.mlp`, or the part of it that is known."""
+        """The location as text, such as `gpt2.py:41  h.0.mlp`, or the known part of it."""
         return "  ".join(part for part in (self.source, self.scope) if part) or self.function
 
     @property
     def description(self) -> str:
-        """The reason, with the progress of the match: `5 ops matched; operand 1 of div: expected ...`."""
+        """The reason, and how far the match got: `5 ops matched; operand 1 of div: expected ...`."""
         if self.edge:
             return f"{len(self.matched)} op{'s' * (len(self.matched) != 1)} matched; {self.edge}: {self.reason}"
         return self.reason + (f"; matched: {', '.join(self.matched)}" if self.matched else "")
@@ -86,20 +86,21 @@ class Event:
 
 @dataclass
 class PassRecord:
-    """One pass over one graph. A pass writes its events here while it runs; the manager fills in the rest.
+    """The record of one pass over one graph. A pass writes its events here while it runs; the manager fills in the
+    other fields.
 
     graph    the graph after the pass; not to be changed
     ops      the number of nodes of each op in the distinct functions, before and after
     notes    the pass's own lines: weights removed, folds skipped
-    certificates  of the distinct rewrites, if certification is on
+    certificates  the certificates of the distinct rewrites, if certification is on
     plan     the result of a planning pass, which prints its own text
     fit      the fit of a run into a memory budget, if a pass planned it
 
-    These are for the pass while it runs: certifying (True if each rewrite is certified before it is kept),
+    The pass reads these fields while it runs: certifying (True if each rewrite is certified before it is kept),
     differentiated (True if the graph will be differentiated, so that gradients must not change), shown (values and
     their replacements by certified rewrites), target (the hardware that the graph is compiled for) and lineage (the
-    nodes of the original graph whose work each node does). touched is for the manager: the functions that a pass
-    reports as changed, None if it does not report them. rules are the names of the rewrites that it tries, if it has
+    nodes of the original graph whose work each node does). The manager reads touched: the functions that a pass reports
+    as changed, None if it does not report them. rules are the names of the rewrites that the pass tries, if it has
     several.
     """
 
@@ -134,7 +135,7 @@ class PassRecord:
         created: Sequence[Node] = (),
         reason: str = "",
     ) -> None:
-        """Log that a rule replaced `nodes` (the root, if none are named) by the `made` nodes."""
+        """Log that a rule replaced `nodes` (the root, if none are named) by the nodes `created`."""
         taken = (root, *nodes)
         ops = tuple([node.op.name for node in created])
         self.matches.append(
@@ -154,7 +155,7 @@ class PassRecord:
     ) -> None:
         """Log that a rule was about to replace nodes, and refused because of the node `at`.
 
-        matched   the nodes that fitted, if only a part of the rule's form was checked
+        matched   the nodes that matched, if only a part of the rule's form was checked
         """
         matched = tuple(dict.fromkeys(matched))
         given = self.lineage.of((at, *nodes, *matched))
@@ -189,7 +190,7 @@ class PassRecord:
 
     @property
     def summary(self) -> str:
-        """`after fuse-gelu: 14 -> 9 ops, 0.4 ms`."""
+        """The change in one line: `after fuse-gelu: 14 -> 9 ops, 0.4 ms`."""
         left = self.after.total()
         ops = f"{self.before.total()} -> {left} op{'s' * (left != 1)}"
         return f"after {self.name}: {ops}, {self.seconds * 1e3:.1f} ms"
@@ -226,17 +227,19 @@ class PassLog(Sequence[PassRecord]):
         return iter(self._records)
 
     def as_dict(self, *, times: bool = False) -> dict[str, Any]:
-        """Return the log as JSON-able data. With `times` it differs from run to run."""
+        """Return the log as data for JSON. With `times`, the data differs from run to run."""
         return {"passes": [r.as_dict(times=times) for r in self._records]}
 
     def table(self, *, times: bool = True) -> str:
-        """Return one line per pass: its name, op counts, and the numbers of matches, refusals and near misses."""
+        """Return a table with a line per pass: its name, op counts, and the numbers of matches, refusals and near
+        misses.
+        """
         rows = self._rows(times)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def _rows(self, times: bool) -> list[tuple[str, ...]]:
-        """Return the table's cells, the header first."""
+        """Return the rows of the table, the header first."""
         rows: list[tuple[str, ...]] = [("pass", "ops", "change", "refused", "nearly", "ms")]
         for r in self._records:
             ops = f"{r.before.total()} -> {r.after.total()}" if r.changed else f"{r.after.total()}"

@@ -4,8 +4,8 @@
     pass      := name [ "{" field "=" value ("," field "=" value)* "}" ]
     value     := true | false | none | number | word | "text" | "[" value ("," value)* "]"
 
-A name is a pass's class in lower case with hyphens. Fields are the class's own; those with their default are not
-printed. A word is a dtype (`bf16`) where the field is one, else text.
+A name is a pass's class in lower case with hyphens. Fields are the fields of the class; those with their default are
+not printed. A word is a dtype (`bf16`) if the field holds a dtype, else a string.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LONGEST = 100_000
 
 def spell_pass(each: Pass) -> str:
     """Return a pass as text. Raises ValueError for a pass without a text form: an option is a function, or the pass is
-    not of `treadle.passes`.
+    not in `treadle.passes`.
     """
     if pass_classes().get(each.name) is not type(each):
         raise ValueError(f"a pass without a text form: {each!r}")
@@ -48,8 +48,8 @@ def pipeline_text(passes: Sequence[Pass]) -> str:
 def parse_pipeline(text: str) -> Pipeline:
     """Parse a pipeline. The empty text is the empty pipeline.
 
-    Raises ParseError, with the position, for text that is not in the grammar, an unknown pass or field with the nearest
-    name, and a value that the pass does not take.
+    Raises ParseError, with the position, for text that does not match the grammar, for an unknown pass or field, with
+    the nearest name, and for a value that the pass does not accept.
     """
     return Pipeline(_Parser(text).pipeline())
 
@@ -75,7 +75,7 @@ def _subclasses(kind: type[Pass]) -> Iterator[type[Pass]]:
 
 
 def _has_text(kind: type[Pass]) -> bool:
-    """Return True for a pass of its own whose options are plain values."""
+    """Return True if a class is a pass whose options are all plain values."""
     overrides = any(name in vars(base) for base in kind.__mro__[:-2] for name in ("run", "run_graph", "build"))
     plain = {"bool", "int", "float", "str", "DType", "tuple[str, ...]"}
     return overrides and not kind.__subclasses__() and all(str(f.type) in plain for f in dataclasses.fields(kind))
@@ -92,11 +92,11 @@ class _Parser:
         raise ParseError(what, received=f"{shown!r}, position {self.at}", hint=hint)
 
     def peek(self) -> str:
-        """Return the next token without its spaces; empty at the end."""
+        """Return the next token without its spaces, or an empty string at the end."""
         match = _TOKEN.match(self.text, self.at)
         if match is None:
             if self.text[self.at :].strip():
-                self.fail("no token of a pipeline begins here", 'such as "fuse-gelu, fuse-linear"')
+                self.fail("expected a token of a pipeline", 'such as "fuse-gelu, fuse-linear"')
             return ""
         return match[0].strip()
 
@@ -167,7 +167,7 @@ class _Parser:
                 if found:
                     self.take(",")
                 if self.peek() == "[":
-                    self.fail("a list holds no lists")
+                    self.fail("a list must not contain lists")
                 found.append(self.value())
             self.take("]")
             return tuple(found)
@@ -178,7 +178,7 @@ class _Parser:
             try:
                 return json.loads(token)
             except ValueError:
-                self.fail("not a text")
+                self.fail("malformed text in quotes")
         if token[0].isdigit() or token[0] == "-":
             return float(token) if re.search(r"[.eE]", token) else int(token)
         return WORDS.get(token, token)

@@ -3,15 +3,15 @@
     def pattern(self, p, x):                      # x is a wildcard
         return x * p.sigmoid(x)                   # both x must be one value
 
-A pattern is written in the builder's vocabulary, over terms instead of values: every op is a method of `p`, and numbers
-are scalar constants. These methods express conditions that ops cannot:
+A pattern is written with the builder's methods, over terms instead of values: every op is a method of `p`, and numbers
+are scalar constants. Additional methods express conditions that ops cannot express:
 
-    p.either(a, b, ...)     any of these; None stands for an absent operand
+    p.either(a, b, ...)     any of these terms; None stands for an absent operand
     p.constant("scale")     any scalar constant, captured as a Python number
     p.near(0.7978845)       a scalar constant at most one spacing of its dtype from this number
     p.attribute("eps")      any value of an attribute, captured; a wildcard as an attribute does the same
-    p.shared(a)             a's value may be used outside the match: the rewrite does not remove it
-    p.named("scores", a)    a captured under a name, for `check` to read
+    p.shared(a)             the value of a may be used outside the match: the rewrite does not remove it
+    p.named("scores", a)    the value of a, captured under a name, for `check` to read
 
 Commutative ops match in both orders. A number matches only a scalar constant that equals the number rounded to the
 constant's dtype. An attribute that the pattern omits must have its default.
@@ -38,7 +38,7 @@ TermLike: TypeAlias = "PatternTerm | Number"
 
 
 class PatternTerm:
-    """A part of a pattern; it takes the place of an `Expr` and has the same operators."""
+    """A part of a pattern. It is used in place of an `Expr` and has the same operators."""
 
     def __add__(self, other: Any) -> PatternTerm:
         return _term("add", self, other)
@@ -97,7 +97,9 @@ class PatternTerm:
 
 @dataclass(frozen=True, eq=False)
 class Wildcard(PatternTerm):
-    """Any value (or, as an attribute, any attribute value); every occurrence of a wildcard matches the same one."""
+    """A term for any value (or, as an attribute, any attribute value). All occurrences of a wildcard match the same
+    value.
+    """
 
     name: str
 
@@ -107,7 +109,7 @@ class Wildcard(PatternTerm):
 
 @dataclass(frozen=True, eq=False)
 class ConstantTerm(PatternTerm):
-    """A scalar constant: of this value (or `near` it), or of any value captured under `name`."""
+    """A term for a scalar constant: of this value (or `near` it), or of any value, captured under `name`."""
 
     value: Number | None = None
     name: str | None = None
@@ -119,7 +121,7 @@ class ConstantTerm(PatternTerm):
 
 @dataclass(frozen=True, eq=False)
 class OpTerm(PatternTerm):
-    """The result of an op on these operands, with these attributes."""
+    """A term for the result of an op on these operands, with these attributes."""
 
     op: str
     operands: tuple[PatternTerm | None, ...]
@@ -133,7 +135,7 @@ class OpTerm(PatternTerm):
 
 @dataclass(frozen=True, eq=False)
 class EitherTerm(PatternTerm):
-    """The first of several terms that fits (all are tried before the search fails)."""
+    """A term for any of several terms. The first that matches is taken; all are tried before the search fails."""
 
     options: tuple[PatternTerm | None, ...]
 
@@ -142,7 +144,7 @@ class EitherTerm(PatternTerm):
 
 
 class Vocabulary(OpTerms):
-    """The argument `p` of `pattern`: every op as a method, and the words that only patterns have."""
+    """The argument `p` of `pattern`: every op as a method, and the methods that only patterns have."""
 
     def _term(self, op: str, *operands: Any, **attributes: Any) -> PatternTerm:
         return _term(op, *operands, **attributes)
@@ -157,8 +159,8 @@ class Vocabulary(OpTerms):
         return ConstantTerm(name=name)
 
     def near(self, number: float) -> PatternTerm:
-        """Return a term for a scalar constant at most one spacing from the number: a model may have computed it in its
-        own dtype.
+        """Return a term for a scalar constant at most one spacing of its dtype from the number, since a model may have
+        computed the constant in its own dtype.
         """
         return ConstantTerm(number, near=True)
 
@@ -167,7 +169,9 @@ class Vocabulary(OpTerms):
         return Wildcard(name)
 
     def shared(self, term: PatternTerm) -> PatternTerm:
-        """Return the term, whose own value (not the values below it) may be used outside the match."""
+        """Return the term, marked so that its own value (not the values of its operands) may be used outside the
+        match.
+        """
         if isinstance(term, EitherTerm):
             return EitherTerm(tuple(o and self.shared(o) for o in term.options))
         return dataclasses.replace(term, shared=True) if isinstance(term, OpTerm) else term
@@ -208,7 +212,9 @@ def _term(op: str, *operands: Any, **attributes: Any) -> OpTerm:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A traced pattern: its root, the ops that a root may be, the names it captures, and its least number of ops."""
+    """A traced pattern: its root, the possible ops of a root, the names that it captures, and its least number of
+    ops.
+    """
 
     root: PatternTerm
     root_ops: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The search for a pattern in a graph: yields every match at a node, or records the nearest miss."""
+"""The search for a pattern in a graph. It yields every match at a node, or records the nearest miss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from treadle.passes.framework.pattern import (
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A place in the graph that a part of the pattern must fit: an operand or an attribute of a node."""
+    """A location in the graph that a part of the pattern must match: an operand or an attribute of a node."""
 
     node: Node
     where: int | str
@@ -59,12 +59,14 @@ class Miss:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The key that compares two misses."""
+        """A key by which two misses are compared: the one with the greater key got further."""
         return self.ops, self.leaves
 
     @property
     def hint(self) -> str:
-        """The change at the edge that would let the search continue, if it is to a number or an attribute."""
+        """The change at the edge with which the search would continue, if it is a change of a number or an
+        attribute.
+        """
         if isinstance(self.edge.where, str) and not isinstance(self.wanted, Wildcard):
             return f"{self.edge.where}={self.wanted} in {self.edge.node.op.name}"
         if (
@@ -98,8 +100,8 @@ class Search:
     """The search for one pattern at one root. After `run` is exhausted, `miss` holds the reason that stopped the best
     attempt.
 
-    Ops are matched first, from the root downward. Leaves (wildcards, constants, attributes) are matched once all ops
-    fit, so that a miss with the right structure and a wrong constant is reported as such.
+    Ops are matched first, from the root to the operands. Leaves (wildcards, constants, attributes) are matched after
+    all ops, so that a miss with the right structure and a wrong constant is reported as such.
     """
 
     def __init__(self, pattern: Pattern) -> None:
@@ -145,7 +147,7 @@ class Search:
         node = value.node
         assert node is not None
         if len(node.operands) != len(term.operands) or (term.name is not None and term.name in self._bound):
-            return  # a repeated `either` matched two ways, and its name is bound to another value
+            return  # a repeated `either` matched in two ways, and its name is bound to another value
         self._nodes.append(node)
         self._values[term] = value
         attributes: list[_Goal] = [(wanted, Edge(node, name)) for name, wanted in term.attributes]
@@ -161,7 +163,7 @@ class Search:
 
     def _orders(self, term: OpTerm, node: Node) -> Sequence[Sequence[int]]:
         """Return the orders of operands that are worth trying: the orders in which each operand is of the kind that the
-        term wants.
+        term requires.
 
         If there is none, one order in which only op terms lack a match is still tried: the operands that do match show
         how near the miss is.
@@ -183,7 +185,7 @@ class Search:
         return ()
 
     def _plausible(self, term: PatternTerm | None, value: Value | None) -> bool:
-        """Return True if the term's own kind fits, without looking below it."""
+        """Return True if a value matches the term's own kind. The operands of the term are not checked."""
         if term is None:
             return value is None
         if value is None:
@@ -218,7 +220,7 @@ class Search:
             if found != wanted and found != _coerced(edge.node, edge.where, wanted):
                 self._missed(edge, wanted)
                 return
-        elif found is not wanted:  # an operand that must be absent
+        elif found is not wanted:  # the operand must be absent
             self._missed(edge, wanted)
             return
         if capture is not None:
@@ -236,7 +238,9 @@ class Search:
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:
-    """Return the goals, inserted before the open goals of their kind: terms that need a search, and leaves."""
+    """Return the open goals with the new ones inserted at the front: terms that need a search in `ops`, and others in
+    `leaves`.
+    """
     structural = tuple(g for g in goals if isinstance(g[0], (OpTerm, EitherTerm)))
     return structural + ops, leaves + tuple(g for g in goals if not isinstance(g[0], (OpTerm, EitherTerm)))
 
@@ -262,7 +266,7 @@ def _is_wanted(number: Number, term: ConstantTerm, dtype: DType) -> bool:
 
 @lru_cache(maxsize=1024)
 def _rounded(wanted: Number, dtype: DType) -> Number | None:
-    """Return the number rounded to a float dtype, or None if it is beyond the dtype's range."""
+    """Return the number rounded to a float dtype, or None if the number is out of the dtype's range."""
     try:
         return Literal.of(wanted, dtype).scalar
     except GraphError:

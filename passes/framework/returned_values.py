@@ -1,4 +1,4 @@
-"""Values that a model only returns: they reach outputs of `main` through nothing but moves and casts."""
+"""Values that a model only returns: they reach outputs of `main` only through moves and casts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from treadle.ir.ops.elementwise import Cast
 
 
 class ReturnedValues:
-    """A cached analysis of the values of functions. Follows the outputs of a block to all of its callers."""
+    """A cached analysis of the values of functions. It follows the outputs of a block to all callers of the block."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -15,8 +15,8 @@ class ReturnedValues:
         self._known: dict[Value, bool] = {}
 
     def goes_out(self, function: Function, user: Node | None, value: Value) -> bool:
-        """Return True if a reader of a value (None: it is an output of the function) only passes it on to outputs of
-        `main`.
+        """Return True if a reader of a value only passes the value on to outputs of `main`. If `user` is None, the
+        reader is an output of the function.
         """
         if user is None:
             return self._output_goes_out(function, value)
@@ -56,7 +56,7 @@ def readers_of(function: Function) -> dict[Value, list[Node | None]]:
     found: dict[Value, list[Node | None]] = {}
     for node in function.nodes:
         for value in node.operands:
-            if value is not None and value.node is not None:  # not needed for weights and inputs, which are many
+            if value is not None and value.node is not None:  # weights and inputs are not needed, and there are many
                 readers = found.setdefault(value, [])
                 if not readers or readers[-1] is not node:
                     readers.append(node)

@@ -10,10 +10,10 @@
         def rewrite(self, b, m):
             return b.silu(m.x)
 
-`fits` may narrow the pattern by conditions that its notation cannot express; if it is false, nothing is recorded.
-`check` may refuse a match, with a reason that the pass log prints next to the author's line. A match is also refused if
-a value inside it is used elsewhere and the pattern does not use `p.shared`, if `slower` finds that the target is faster
-without the rewrite, and if its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
+`fits` may narrow the pattern by conditions that patterns cannot express; if it returns False, nothing is recorded.
+`check` may refuse a match, with a reason that the pass log prints next to the author's line. A match is also refused in
+these cases: a value inside it is used elsewhere and the pattern does not use `p.shared`; `slower` finds that the target
+is faster without the rewrite; its certificate (`treadle.passes.certificates.certifying`) shows that it is wrong.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Pattern, Vocabulary
 from treadle.passes.framework.pattern_search import Found, Miss, Search
-from treadle.passes.framework.rewriting import Refusal as Refusal  # re-exported for rules
+from treadle.passes.framework.rewriting import Refusal as Refusal  # re-exported for modules with rules
 from treadle.passes.framework.rewriting import Rewriting
 
 LEAST_OPS_OF_NEAR_MISS = 3
-"""The least number of ops that a near miss has matched; it has also matched half of the pattern's ops."""
+"""The least number of ops that a near miss must have matched. It must also have matched half of the pattern's ops."""
 _GENERATIONS = 50
 
 
 class Match:
-    """A pattern found in a graph. Captured values are its attributes, as Exprs; constants, as Python numbers.
+    """A pattern found in a graph. Captured values are attributes of the match, as Exprs; constants, as Python numbers.
 
-    root   the node that the pattern's root fits; a rewrite replaces its result
+    root   the node that the pattern's root matches; a rewrite replaces its result
     nodes  every matched node, the root first
     """
 
@@ -69,7 +69,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Rewrite(Pass):
-    """A pass that replaces one pattern by an equal expression.
+    """A pass that replaces one pattern by an equivalent expression.
 
     Subclasses define `pattern` and `rewrite`, and if needed `fits` and `check`.
     """
@@ -81,15 +81,17 @@ class Rewrite(Pass):
         raise PassError(f"rewrite {self.name} has no pattern")
 
     def fits(self, m: Match) -> bool:
-        """Return True if this is a match at all; for conditions that the pattern's notation cannot express."""
+        """Return True if this is a match at all. A subclass defines it for conditions that a pattern cannot express."""
         return True
 
     def check(self, m: Match) -> Refusal | None:
-        """Return None if the match may be rewritten, else the reason why not."""
+        """Return None if the match may be rewritten, else the reason for the refusal."""
         return None
 
     def slower(self, m: Match, target: Target) -> Refusal | None:
-        """Return the reason if a correct rewrite would be slower on the target, by `treadle.ir.analysis.cost`."""
+        """Return a refusal if a correct rewrite would be slower on the target, by `treadle.ir.analysis.cost`, else
+        None.
+        """
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -120,7 +122,7 @@ def _traced(rule: Rewrite) -> Pattern:
 
 
 def sweep(rules: Sequence[Rewrite], function: Function, graph: Graph, log: PassRecord) -> int:
-    """Apply rules to a function until none fits, in one walk over its nodes. Return the number of applied rewrites.
+    """Apply rules to a function until none matches, in one walk over its nodes. Return the number of applied rewrites.
 
     A replacement takes the root's position, scope and source line, and is itself searched; matched nodes that become
     unused are removed. Raises PassError for a replacement of another type, or for rules that keep rewriting their own
@@ -150,7 +152,7 @@ class _Sweep:
         return self.work.finish()
 
     def _look(self, root: Node) -> None:
-        """Apply the first rule that fits at this root, or log the refusals and the nearest misses."""
+        """Apply the first rule that matches at this root, or log the refusals and the nearest misses."""
         nearest: tuple[Rewrite, Miss] | None = None
         refused = False
         for rule, pattern in self.rules_by_root[root.op.name]:
@@ -191,11 +193,11 @@ class _Sweep:
                     if user is not None and user not in inside:
                         line = f" ({user.source})" if user.source else ""
                         reason = f"the {node.op.name} is used elsewhere, by {user.op.name}{line}"
-                        return Refusal(reason, node, f"let that {user.op.name} read something else")
+                        return Refusal(reason, node, f"let that {user.op.name} read another value")
         return None
 
     def _apply(self, rule: Rewrite, match: Match) -> Refusal | None:
-        """Rewrite a match. Return a Refusal if a certificate is required and fails."""
+        """Apply a rule to its match. Return a Refusal if a certificate is required and fails, else None."""
         root = match.root
         built = self.work.build(rule.name, root, lambda b: rule.rewrite(b, match))
         if isinstance(built, Refusal):

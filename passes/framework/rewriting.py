@@ -13,9 +13,9 @@
         def build(self, b, site):
             return b.expr(site.nodes[0].inputs[0])
 
-A pass decides which sites it finds and refuses, and builds the replacements. This module does the rest once for all
-passes: it builds the replacement separately, under the scope and the source line of the replaced node, checks that the
-types are equal, redirects all readers to it, removes nodes that become unused, and writes the log.
+A pass decides which sites it finds and refuses, and builds the replacements. This module does the rest for all passes:
+it builds the replacement separately, under the scope and the source line of the replaced node, checks that the types
+are equal, redirects all readers to the replacement, removes nodes that become unused, and writes the log.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ NEAR_MISSES_KEPT = 20
 
 @dataclass(frozen=True)
 class Refusal:
-    """The reason why something is not rewritten, and the node that prevents it (the root, if none is named).
+    """The reason for which something is not rewritten, and the node that prevents the rewrite (the root, if none is
+    named).
 
     hint     the smallest change that would allow the rewrite, if the rule knows it
-    matched  the nodes that fitted, in order, if only a part of the rule's form was checked
+    matched  the nodes that matched, in order, if only a part of the rule's form was checked
     """
 
     reason: str
@@ -100,7 +101,7 @@ class SiteRewrite(Pass, Generic[FoundSite]):
     """A pass that finds sites that no pattern can express. Subclasses define `sites` and `build`."""
 
     tidying: ClassVar[Pass | None] = None
-    """A pass that cleans up the nodes that replacements leave between themselves and their neighbours."""
+    """A pass that cleans up nodes that remain between a replacement and its neighbours."""
 
     def sites(self, work: Rewriting) -> Iterator[FoundSite]:
         """Yield the sites to replace. A site is replaced, or refused by `build`, before the next one is requested."""
@@ -145,7 +146,7 @@ class Rewriting:
         self.function, self.graph, self.log = function, graph, log
         self.builder = Builder(graph, Function("scratch"))
         self.gone: set[Node] = set()
-        """Nodes that were replaced and have no readers any more."""
+        """Nodes that were replaced and no longer have readers."""
         self.applied = 0
         self._now: dict[Value, Value] = {}
         self._stale: set[Node] = set()
@@ -158,15 +159,15 @@ class Rewriting:
 
     @cached_property
     def _readers(self) -> dict[Value, list[Node | None]]:
-        """The readers of each result, computed on first use: most functions hold nothing that a pass looks for."""
+        """The readers of each result. They are computed on first use, since most functions have no site."""
         return readers_of(self.function)
 
     # -- looking -----------------------------------------------------------------------------------------------
 
     def walk(self, *, into: bool = False) -> Iterator[Node]:
-        """Yield the function's nodes in order; each is up to date when it is yielded.
+        """Yield the function's nodes in order. Each node has its current operands when it is yielded.
 
-        into   also yield new nodes, when the node that they replace is reached
+        into   True to also yield new nodes, when the node that they replace is reached
         """
         pending = self.function.nodes[::-1]
         while pending:
@@ -178,7 +179,7 @@ class Rewriting:
                 pending.extend(reversed(self._made[node]))
 
     def readers(self, value: Value) -> list[Node | None]:
-        """Return the current readers of a node's result, None for an output."""
+        """Return the current readers of a node's result. None stands for an output."""
         return [node for node in self._readers.get(value, ()) if node not in self.gone]
 
     def is_replaced(self, value: Value) -> bool:
@@ -190,13 +191,13 @@ class Rewriting:
     def refuse(self, rule: str, refusal: Refusal, root: Node | None = None, nodes: Iterable[Node] = ()) -> None:
         """Log that a rule was about to replace nodes, and refused."""
         at = refusal.node or root
-        assert at is not None, "a refusal names a node, or belongs to a root"
+        assert at is not None, "a refusal must have a node or a root"
         self.log.refuse(rule, self.function, at, refusal.reason, refusal.hint, nodes, refusal.matched)
 
     def near_miss(
         self, rule: str, root: Node, at: Node, reason: str, hint: str = "", matched: Sequence[Node] = (), edge: str = ""
     ) -> None:
-        """Log that a rule nearly fitted at a root. It is dropped if the root is replaced after all."""
+        """Log that a rule nearly matched at a root. The event is dropped if the root is replaced after all."""
         given = self.log.lineage.of((at, *matched))
         names = tuple([node.op.name for node in matched])
         event = Event.at(rule, self.function, at, reason, hint, matched=names, edge=edge, original_nodes=given)
@@ -225,7 +226,7 @@ class Rewriting:
         wanted, got = [v.type for v in replaced], [v.type for v in results]
         if wanted != got:
             raise PassError(
-                f"rule {rule} replaces {root.op.name} by another type",
+                f"rule {rule} replaces {root.op.name} by a value of another type",
                 received=f"{', '.join(map(str, got))} for {', '.join(map(str, wanted))}",
                 source=describe_source(root.source, root.scope),
             )
@@ -239,7 +240,7 @@ class Rewriting:
         root, made = built.root, built.made
         for node in made:
             for value in dict.fromkeys(node.inputs):
-                if value in self._now:  # the site was found before this value was replaced
+                if value in self._now:  # this value was replaced after the site was found
                     self._stale.add(node)
                 self._readers.setdefault(self._current(value), []).append(node)
         self._made[place or root] = made
@@ -254,7 +255,7 @@ class Rewriting:
             self._readers[old] = []
             nameless = new.node is not None and (new.node in made or new.name == new.node.op.name)
             if nameless and old.node is not None and old.name != old.node.op.name:
-                new.name = old.name  # a name that the author chose outlives the op
+                new.name = old.name  # keep a name that the author chose
         taken = [root, *nodes]
         while unread := [node for node in taken if not self._is_read(node)]:
             self.gone.update(unread)
@@ -268,7 +269,7 @@ class Rewriting:
         return False
 
     def finish(self) -> int:
-        """Bring the function and the log's near misses up to date. Return the number of replaced sites."""
+        """Update the function's nodes and the near misses in the log. Return the number of replaced sites."""
         if self.applied:
             for node in list(self._stale):
                 self._bring_up_to_date(node)
@@ -295,7 +296,7 @@ class Rewriting:
         nodes = [node for group in groups for node in group if node not in self.gone]
         at = {node: position for position, node in enumerate(self.function.nodes)} if self._beside else {}
         if all(giver in at and place in at and at[giver] >= at[place] for giver, place in self._beside):
-            return nodes  # no replacement has a reader before it
+            return nodes  # nothing to sort: no replacement has a reader before it
         to_come = set(nodes)
         ordered: list[Node] = []
         waiting: list[Node] = []
@@ -318,7 +319,9 @@ class Rewriting:
         return ordered + waiting
 
     def _in_place_of(self, node: Node) -> list[Node]:
-        """Return the nodes that replace a node, followed by the node itself; replaced replacements are expanded."""
+        """Return the nodes that replace a node, followed by the node itself. Replacements that were themselves replaced
+        are expanded.
+        """
         found: list[Node] = []
         pending = [(node, False)]
         while pending:

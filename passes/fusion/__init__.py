@@ -1,1 +1,1 @@
-"""Passes that fuse ops: each finds in a model's primitives the expression of a fused op."""
+"""Passes that fuse ops. Each finds a fused op's expression in the primitives of a model."""

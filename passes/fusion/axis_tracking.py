@@ -4,8 +4,8 @@ layouts.
     scores     f32[B*H, S, T]     (0 1)(2)(3)
     rearranged f32[B, H, S, T]    (0)(1)(2)(3)
 
-A value's layout lists, for each of its dimensions, the atoms that it is the product of, outermost first. Atoms are
-numbers; atoms of size 1 are left out, and an atom that turns out to be a product is split for all layouts at once.
+A value's layout lists, for each of its dimensions, the atoms whose product it is, outermost first. Atoms are numbers;
+atoms of size 1 are left out. If an atom turns out to be a product, it is split in all layouts at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Axes:
         self._parts: dict[int, tuple[int, ...]] = {}
 
     def new(self, size: Size) -> tuple[int, ...]:
-        """Return a dimension of one new atom of this size; without atoms if the size is 1."""
+        """Return a dimension that consists of one new atom of this size, or of no atoms if the size is 1."""
         if size == ONE:
             return ()
         self.sizes.append(size)
@@ -79,8 +79,8 @@ class Axes:
     # -- through ops -------------------------------------------------------------------------------------------
 
     def above(self, node: Node, layout: Layout) -> Layout | None:
-        """Return the layout of a rearrange's or an expand's operand, from its result's; None if it cannot be
-        determined.
+        """Return the layout of the operand of a rearrange or an expand, from the layout of its result. Return None if
+        it cannot be determined.
         """
         operand = node.inputs[0]
         if isinstance(node.op, Expand):
@@ -88,7 +88,9 @@ class Axes:
         return self._rearranged(node, layout, backward=True)
 
     def below(self, node: Node, layout: Layout) -> Layout | None:
-        """Return the layout of a rearrange's result, from its operand's."""
+        """Return the layout of the result of a rearrange, from the layout of its operand. Return None if it cannot be
+        determined.
+        """
         return self._rearranged(node, layout, backward=False)
 
     def _rearranged(self, node: Node, layout: Layout, backward: bool) -> Layout | None:
@@ -103,7 +105,9 @@ class Axes:
         return tuple(self.flat(a for atom in dim for a in pieces[atom]) for dim in wanted)
 
     def factors(self, node: Node, layout: Layout) -> tuple[list[Layout], dict[str, tuple[int, ...]]]:
-        """Return the layouts of a contraction's operands, from its result's, and the atoms of each summed factor."""
+        """Return the layouts of a contraction's operands, from the layout of its result, and the atoms of each summed
+        factor.
+        """
         application = node.op.apply([None if v is None else v.type for v in node.operands])
         known: dict[str, tuple[int, ...]] = {}
         for dim, atoms in zip(application.results[0], layout, strict=True):
@@ -124,7 +128,7 @@ class Axes:
     # -- building ----------------------------------------------------------------------------------------------
 
     def place(self, b: Builder, x: Expr, layout: Layout, wanted: Sequence[Sequence[int]]) -> Expr:
-        """Rearrange x from its layout to another one; it is repeated along atoms that it lacks."""
+        """Rearrange x from its layout to another layout. x is repeated along atoms that it lacks."""
         held, goal = self.resolved(layout), tuple(map(self.flat, wanted))
         there = {atom for dim in held for atom in dim}
         missing = [atom for dim in goal for atom in dim if atom not in there]
@@ -145,7 +149,7 @@ class Axes:
 
 
 def narrowed(operand: Value, layout: Layout) -> Layout:
-    """Return the layout of an operand that broadcasts to a result of this layout: dimensions of size 1 have no
+    """Return the layout of an operand that broadcasts to a result of this layout. Dimensions of size 1 have no
     atoms.
     """
     own = layout[len(layout) - operand.type.rank :]

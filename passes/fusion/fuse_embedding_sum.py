@@ -22,13 +22,13 @@ _MOST_STEPS = 8
 class FuseEmbeddingSum(SiteRewrite["_Sum"]):
     """embedding(t, i) + embedding(u, j) + ...   -->   embedding_sum(t, u, ..., i, j, ...)
 
-    The additions may nest in any way and order; indices may broadcast. A gather of rows of a weight is an embedding,
-    too. One chain of additions keeps its order, and so its bits; (a + b) + (c + d) becomes one chain, whose last digits
-    may differ.
+    The additions may nest in any way and order; indices may broadcast. A gather of rows of a weight is also an
+    embedding. One chain of additions keeps its order, so its results are bitwise identical; (a + b) + (c + d) becomes
+    one chain, whose last digits may differ.
 
     Refuses: a term that is not an embedding, or that is scaled or cast before it is added (the sum of the others is
     fused without it if they are added to each other first); an embedding, or a partial sum, that is used elsewhere;
-    embeddings of different widths; more than eight.
+    embeddings of different widths; more than eight embeddings.
     """
 
     def sites(self, work: Rewriting) -> Iterator[_Sum]:
@@ -53,7 +53,7 @@ class Lookup:
 
 
 def lookup_of(node: Node | None) -> Lookup | None:
-    """Return the lookup that a node performs, or None."""
+    """Return the lookup that a node performs, or None if it performs none."""
     if node is None:
         return None
     if isinstance(node.op, EmbeddingSum):
@@ -82,15 +82,17 @@ def is_of_embeddings(value: Value, depth: int = 0) -> bool:
 
 @dataclass
 class _Tree:
-    """The terms of a sum, in the order in which they are added, and the additions below its root."""
+    """The terms of a sum, in the order in which they are added, and all additions of the sum except the last, the
+    root.
+    """
 
     terms: list[Value]
     inner: list[Node] = field(default_factory=list)
 
 
 def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
-    """Return the readers of each embedding and each sum, None for an output; other values, which can be many, are left
-    out.
+    """Return the readers of each embedding and each sum, with None for an output. Other values, of which there may be
+    many, are left out.
     """
     found: dict[Value, list[Node | None]] = {
         node.results[0]: [] for node in function.nodes if isinstance(node.op, Add) or lookup_of(node) is not None
@@ -107,7 +109,7 @@ def _readers_of_sums(function: Function) -> dict[Value, list[Node | None]]:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Sum(Site):
-    """The last of several additions, with the tables and indices of the embeddings that they add."""
+    """The last of several additions, with the tables and indices of the embeddings in the sum."""
 
     lookup: Lookup
 
@@ -119,7 +121,7 @@ class _Sums:
         self.refused: set[Value] = set()
 
     def sites(self) -> Iterator[_Sum]:
-        """Yield the sums, the largest first: a sum within a fused one is not a site of its own."""
+        """Yield the sums, the largest first. A sum within a fused sum is not a separate site."""
         within: set[Node] = set()
         for node in reversed(self.work.function.nodes):
             if not isinstance(node.op, Add) or node in within:
@@ -145,7 +147,7 @@ class _Sums:
         return _Tree(tree.terms, [node, *tree.inner])
 
     def _is_refused(self, root: Node, terms: Sequence[Value]) -> bool:
-        """Return True if some term prevents the fusion; the refusal is logged once for each term."""
+        """Return True if some term prevents the fusion. The refusal is logged once for each term."""
         against = [(value, why) for value in terms if (why := self._why_not(value))]
         for value, why in against:
             if value not in self.refused:
@@ -160,7 +162,7 @@ class _Sums:
             self._refuse(root, f"tables are of different widths: {tables[0].type} and {other.type}")
             return True
         if len(tables) > MOST_TABLES:
-            self._refuse(root, f"{len(tables)} embeddings are added, and embedding_sum takes at most {MOST_TABLES}")
+            self._refuse(root, f"{len(tables)} embeddings are added, but embedding_sum takes at most {MOST_TABLES}")
             return True
         return False
 

@@ -33,7 +33,7 @@ def _over_last(name: str, x: Expr, axes: Sequence[int]) -> Refusal | None:
     if tuple(axis % x.rank for axis in axes) == (x.rank - 1,):
         return None
     hint = "rearrange so that this axis comes last" if len(axes) == 1 else ""
-    return Refusal(f"the mean is over axes {tuple(axes)}, {name} needs the last axis only", hint=hint)
+    return Refusal(f"the mean is over axes {tuple(axes)}, but {name} needs the last axis only", hint=hint)
 
 
 def _is_vector(vector: Expr, x: Expr) -> bool:

@@ -20,8 +20,8 @@ class FuseResidualNorm(SiteRewrite["_Residual"]):
     """layer_norm(x + residual, w, c)   -->   add_layer_norm(x, residual, w, c)        rms_norm, likewise
 
     The op has two results, the norm and the sum. Other readers of the sum (the residual stream of a model that
-    normalizes before its layers) read the second one. The op takes the norm's position, or the sum's if the sum is read
-    before the norm.
+    normalizes before its layers) read the second result. The op is placed at the norm's position, or at the sum's if
+    the sum is read before the norm.
 
     Refuses: a sum that broadcasts; a weight or a constant as an addend (a bias); a sum that is cast before the norm; a
     second norm of one sum; a weight of the norm that is computed after the sum is first read.
@@ -42,7 +42,7 @@ class FuseResidualNorm(SiteRewrite["_Residual"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Residual(Site):
-    """A norm, which is the root, and the sum that it normalizes."""
+    """A norm, which is the root of the site, and the sum that it normalizes."""
 
     total: Node
 
@@ -62,7 +62,7 @@ class _Residuals:
         self.work, self.rule = work, rule
         self.places = {node: place for place, node in enumerate(work.function.nodes)}
         self.norms: dict[Node, Node] = {}
-        """For each fused sum, its norm."""
+        """The norm of each fused sum."""
 
     def sites(self) -> Iterator[_Residual]:
         for norm in self.work.function.nodes:

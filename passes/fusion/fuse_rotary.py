@@ -33,8 +33,8 @@ class FuseRotary(SiteRewrite["_Turned"]):
      2. interleaved pairs (2i, 2i + 1), likewise
      3. only the first 2f dimensions are rotated, the others are passed through
      4. x as the result of a rearrange that moves its leading axes: [b, s, h, d] -> [b, h, s, d]
-     5. x as the result of a product, whose last axis a rearrange splits into heads: [b, s, (h d)], or [b, s, (h 3 d)]
-        and a part of that
+     5. x as the result of a product, whose last axis a rearrange splits into heads: [b, s, (h d)], or a part of
+        [b, s, (h 3 d)]
      6. pairs that are joined in the same rearrange as later moves: [b, s, h, f, 2] -> [b, h, s, (f 2)]
 
     The last axis is tracked element by element, so the form does not matter: each element must be x_i cos a_i -+ x_j
@@ -55,7 +55,7 @@ class FuseRotary(SiteRewrite["_Turned"]):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Turned(Site):
-    """The root that computes the rotated pairs, their view in terms of x, cos and sin, and the rotation of x."""
+    """The root that computes the rotated pairs, its view in terms of x, cos and sin, and the rotation of x."""
 
     view: RotaryView
     turn: _Turn
@@ -67,8 +67,8 @@ class _Turns:
         self.views = Views()
 
     def sites(self) -> Iterator[_Turned]:
-        """Yield the sites, the largest first: a rotated part of the dimensions is inside the value that joins it with
-        the rest.
+        """Yield the sites, the largest first. If only a part of the dimensions is rotated, that part is inside the
+        value that joins it with the rest.
         """
         done: set[Value] = set()
         for node in reversed(self.work.function.nodes):
@@ -89,18 +89,20 @@ class _Turns:
                     done |= inner.keys()
             elif self._is_whole(view):
                 self.work.refuse(
-                    self.rule, Refusal("the pairs, signs or angles are in neither of rotary's orders", node)
+                    self.rule, Refusal("the pairs, signs or angles are in neither of rotary's layouts", node)
                 )
                 done |= inner.keys()
 
     def _is_whole(self, view: RotaryView) -> bool:
-        """Return True if a view consists of whole pairs, not of one half that is joined with the other later."""
+        """Return True if a view consists of whole pairs. Return False for one half, which is joined with the other
+        later.
+        """
         cos, sin = view.terms["x cos"], view.terms["x sin"]
         partners = np.intersect1d(cos.index, sin.index)
         return "x" not in view.terms and bool(partners.size)
 
     def _why_no_turn(self, node: Node) -> str | None:
-        """Return the reason why x times a cosine plus y times a sine is not a rotation; None for other sums."""
+        """Return the reason for which x times a cosine plus y times a sine is not a rotation; None for other sums."""
         products = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
         if not isinstance(node.op, (Add, Sub)) or len(products) != 2:
             return None
@@ -119,11 +121,11 @@ class _Turns:
         if one.base is not other.base:
             return "the cosine and the sine are not multiplied with elements of one tensor"
         if one.angles is not other.angles or one.lead != other.lead:
-            return "the cosine and the sine are of different angles"
+            return "the cosine and the sine have different angles"
         return None
 
     def _within(self, value: Value, base: Value | None, done: set[Value]) -> dict[Value, None]:
-        """Return the values within a rotation, which are not roots of their own."""
+        """Return the values within a rotation, which are not roots themselves."""
         found: dict[Value, None] = {}
         pending = [value]
         while pending:
@@ -137,13 +139,13 @@ class _Turns:
 
 
 def _rotary(b: Builder, site: _Turned) -> Expr | Refusal:
-    """Build the op that replaces a root, or return the refusal if its angles or axes do not fit."""
+    """Build the op that replaces a root. Return a refusal if the angles or axes do not fit the op."""
     view, turn = site.view, site.turn
     assert view.base is not None
     assert view.angles is not None
     x, lead = turn.heads_of(b.expr(view.base)), view.lead
     if x.rank != 4:
-        return Refusal(f"x has rank {x.rank}, rotary takes rows, heads, positions and dimensions")
+        return Refusal(f"x has rank {x.rank}, but rotary takes rows, heads, positions and dimensions")
     lead = (*lead, *[None] * (3 - len(lead)))
     axes = Axes()
     x_layout = axes.of(x.value)
@@ -185,7 +187,7 @@ class _Turn:
 
     layout  the layout of the rotary op, and its number of `pairs`
     heads   the number of heads along that axis; 1 if heads have an axis of their own
-    size    the dimensions of a head; `first` is the offset of the first head, and `stride` the distance between heads
+    size    the number of dimensions of a head; heads begin at offset `first`, at intervals of `stride`
     whole   the size of the base's last axis, which is split into blocks of `stride`
     """
 
@@ -198,7 +200,9 @@ class _Turn:
     whole: int
 
     def heads_of(self, x: Expr) -> Expr:
-        """Return the rotated heads of a base [..., d] or [b, s, (h d)]; x itself if it consists of just these."""
+        """Return the rotated heads of a base [..., d] or [b, s, (h d)]. Return x itself if it consists of just these
+        heads.
+        """
         b, first = x.builder, self.first
         if x.rank == 3:
             begin, count = self.first // self.stride * self.stride, self.stride * self.heads
@@ -225,7 +229,7 @@ class _Turn:
 
 
 def _turn_of(view: RotaryView) -> _Turn | None:
-    """Return the rotation that computes every element of a view, or None."""
+    """Return the rotation that computes every element of a view, or None if there is none."""
     if view.base is None or not set(view.terms) <= {"x", "x cos", "x sin"}:
         return None
     size, rank = math.prod(view.shape), view.base.type.rank
@@ -238,8 +242,8 @@ def _divisors(size: int) -> Iterator[int]:
 
 
 def _turn_in(view: RotaryView, heads: int) -> _Turn | None:
-    """Return the rotation that computes a view of this number of heads next to each other, all in one order, or
-    None.
+    """Return the rotation that computes a view of this number of adjacent heads, all in one order. Return None if
+    there is none.
     """
     terms = [view.terms.get(kind) or no_term(view.shape) for kind in ("x cos", "x sin", "x")]
     cos, sin, passed = (term.map(lambda a: a.reshape(heads, -1)) for term in terms)
@@ -277,7 +281,7 @@ def _turn_in(view: RotaryView, heads: int) -> _Turn | None:
 
 def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Placed] | None:
     """Return the factors of an outer product: integer positions along all axes but the last, and frequencies along the
-    last.
+    last axis. Return None for any other value.
     """
     last = set(axes.flat(angles.layout[-1]))
     value, layout = angles.value, angles.layout
@@ -306,7 +310,7 @@ def _positions_and_frequencies(axes: Axes, angles: Placed) -> tuple[Placed, Plac
 
 
 def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
-    """Return the integers below a cast to a float and below moves, or None."""
+    """Return the integers from which a value is cast and moved, or None if it is not cast from integers."""
     value, layout = placed.value, placed.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand, Cast)):
         above = layout if isinstance(node.op, Cast) else axes.above(node, layout)
@@ -319,7 +323,7 @@ def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
 
 
 def _uncast(axes: Axes, placed: Placed) -> Placed:
-    """Return the value below moves."""
+    """Return the value before its elements were moved."""
     value, layout = placed.value, placed.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand)):
         above = axes.above(node, layout)

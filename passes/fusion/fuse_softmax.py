@@ -15,7 +15,7 @@ class FuseSoftmax(Rewrite):
     """exp(x - max(x)) / sum(exp(x - max(x)))   -->   softmax(x)        max and sum over one axis
 
     If the maximum is not subtracted first, the two sides differ where exp overflows, so that form is not fused.
-    Refuses: a maximum or a sum over several axes or over two different ones; an inner value that is used elsewhere.
+    Refuses: a maximum or a sum over several axes, or over two different axes; an inner value that is used elsewhere.
     """
 
     def pattern(self, p: Vocabulary, x: Any, max_axes: Any, sum_axes: Any, ties: Any) -> Any:
@@ -25,9 +25,9 @@ class FuseSoftmax(Rewrite):
     def check(self, m: Match) -> Refusal | None:
         over_max, over_sum = ({axis % m.x.rank for axis in axes} for axes in (m.max_axes, m.sum_axes))
         if over_max != over_sum:
-            return Refusal(f"the maximum is over axes {m.max_axes}, the sum over {m.sum_axes}")
+            return Refusal(f"the maximum is over axes {m.max_axes}, but the sum over {m.sum_axes}")
         if len(over_sum) != 1:
-            return Refusal(f"the sum is over axes {m.sum_axes}, softmax needs one")
+            return Refusal(f"the sum is over axes {m.sum_axes}, but softmax needs one axis")
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:

@@ -1,7 +1,7 @@
 """Views of values as elements of a tensor times cosines and sines of angles, tracked along their last axes.
 
-A rotary rotation can be written in slices, joins, negations and tables of many kinds. Here the form does not matter:
-for each element along the last axes, the view holds the tensor and the index of its element, a sign, and the angle
+A rotary rotation can be written in slices, joins, negations and tables of many kinds. A view does not depend on the
+form: for each element along the last axes, it holds the tensor and the index of its element, a sign, and the angle
 whose cosine or sine multiplies them.
 """
 
@@ -27,7 +27,7 @@ _MOST_DEPTH = 24
 
 @dataclass(frozen=True, eq=False)
 class RotaryTerm:
-    """coefficient * base[index], elementwise along the last axes."""
+    """A term coefficient * base[index], elementwise along the last axes."""
 
     coefficient: Array
     index: Array
@@ -43,10 +43,10 @@ class RotaryView:
 
     shape   the sizes of these last axes
     terms   "x": base[index];  "cos", "sin": of angle[angle];  "x cos", "x sin": products
-    base    the value that `index` points into; `angles` is the value that `angle` points into
+    base    the value to whose elements `index` refers; `angles` is the value to whose elements `angle` refers
     lead    for each axis before the last ones, the corresponding axis of `angles`, or of `base` if there are no angles
             yet; None for size 1, along which a table is constant
-    moved   the base with its leading axes in the order of `lead`, if a value is just that; the view also applies to it
+    moved   the base with its leading axes in the order of `lead`, if that is a value; the view also applies to it
     """
 
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class RotaryView:
 
     @property
     def is_table(self) -> bool:
-        """True if the view is a cosine or a sine alone, without x."""
+        """True if the view is only a cosine or a sine, without x."""
         return self.base is None and self.angles is not None and len(self.terms) == 1
 
     def map(self, change: Any, shape: tuple[int, ...] | None = None) -> RotaryView:
@@ -77,14 +77,14 @@ class Views:
         return self._views.get(value)
 
     def of(self, value: Value) -> RotaryView | None:
-        """Return a value as terms; a value that is computed in another way is a base itself. None if its last axis
-        varies.
+        """Return the view of a value. If the value is computed in another way, it is a base itself. Return None if the
+        size of its last axis varies.
         """
         return self.view(value, 0)
 
     def view(self, value: Value, depth: int) -> RotaryView | None:
-        """Return a value as terms; a value that is computed in another way is a base itself. None if its last axis
-        varies.
+        """Return the view of a value. If the value is computed in another way, it is a base itself. Return None if the
+        size of its last axis varies.
         """
         if value in self._views:
             return self._views[value]
@@ -125,7 +125,7 @@ class Views:
             x, table = table, x
         if x is not None and x.base is not None:
             x = _settled(x)
-        if x is not None and x.base is not None and not _stands_still(x):  # a moved value is a base itself
+        if x is not None and x.base is not None and not _stands_still(x):  # a moved value becomes a base itself
             x = _base(next(v for v in node.inputs if self._views[v] is x))
         if x is None or table is None or set(x.terms) != {"x"} or table.base is not None or len(table.terms) != 1:
             return None
@@ -204,7 +204,9 @@ class Views:
         return replace(inner.map(lambda a: np.broadcast_to(a, shape)), lead=(*[None] * new, *inner.lead), moved=moved)
 
     def _rearrange(self, node: Node, depth: int) -> RotaryView | None:
-        """Follow splits, joins and swaps among the last axes, and for a table also moves of the axes before."""
+        """Return the view after splits, joins and swaps among the last axes; for a table also after moves of the axes
+        before.
+        """
         inner = self.view(node.inputs[0], depth)
         if inner is None:
             return None
@@ -216,7 +218,7 @@ class Views:
         first = next((i for i, dim in enumerate(after) if set(dim) & set(tracked)), None)
         if first is None:
             return None
-        # Axes of size 1 just before the last ones count among the last if the pattern moves them there.
+        # Axes of size 1 just before the last axes count among them if the pattern moves them there.
         last = [atom for dim in after[first:] for atom in dim]
         if sorted(last) != sorted(tracked):
             return None
@@ -240,7 +242,7 @@ class Views:
 
 
 def _base(value: Value) -> RotaryView | None:
-    """Return a value as its own base, along its last axis."""
+    """Return the view of a value as its own base, along its last axis."""
     if not value.type.rank or not value.type.dtype.is_float:
         return None
     size = value.type.shape[-1].constant
@@ -277,7 +279,7 @@ def no_term(shape: tuple[int, ...]) -> RotaryTerm:
 
 
 def _go_together(views: Sequence[RotaryView]) -> bool:
-    """Return True if the views have one base, and if they have angles, the same ones along the same axes."""
+    """Return True if the views have the same base, and the same angles along the same axes, if they have angles."""
     angled = [v for v in views if v.angles is not None]
     plain = [v for v in views if v.angles is None]
     return (
@@ -289,7 +291,7 @@ def _go_together(views: Sequence[RotaryView]) -> bool:
 
 
 def _is_whole_base(view: RotaryView) -> bool:
-    """Return True if the view is all elements of the base in order along the last axis."""
+    """Return True if the view consists of all elements of the base in order along the last axis."""
     if view.base is None or view.angles is not None or view.shape != (view.base.type.shape[-1].constant,):
         return False
     term = view.terms["x"]
@@ -297,7 +299,7 @@ def _is_whole_base(view: RotaryView) -> bool:
 
 
 def _settled(view: RotaryView) -> RotaryView:
-    """Return a view of x with its leading axes in the base's order; if they were moved, the moved value becomes the
+    """Return a view of x with its leading axes in the base's order. If they were moved, the moved value becomes the
     base.
     """
     if view.base is None or view.moved is None or _stands_still(view):
@@ -306,7 +308,7 @@ def _settled(view: RotaryView) -> RotaryView:
 
 
 def _stands_still(view: RotaryView) -> bool:
-    """Return True if the axes before the last ones are the base's own, in order."""
+    """Return True if the axes before the last ones are the axes of the base, in the same order."""
     assert view.base is not None
     sizes = view.base.type.shape[:-1]
     still = zip(view.lead, sizes, strict=False)

@@ -1,8 +1,8 @@
 """Truth values, as conditions or as numbers 0 and 1: a value is true under a conjunction of conditions on other values.
 
-x and y, x * y, where(x, y, 0)                          true if x is and y is
-x or y, where(x, 1, y)                                  false if x is not and y is not
-not x, 1 - x, x == 0, x < 0.5, where(x, 0, 1)           true if x is not
+x and y, x * y, where(x, y, 0)                          true if x is true and y is true
+x or y, where(x, 1, y)                                  false if x is false and y is false
+not x, 1 - x, x == 0, x < 0.5, where(x, 0, 1)           true if x is false
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Wanted = tuple[Value, bool]
 """A value, and the truth value that it should have."""
 
 _MOST_LEVELS = 8
-"""Numbers computed by more levels of ops than this are not analyzed."""
+"""The greatest number of levels of ops: numbers that are computed by more levels are not analyzed."""
 _LARGEST_TABLE = 1 << 24
 
 
 def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
-    """Return the conditions that must all hold for a result to have a truth value; None if its op implies no such
-    conditions.
+    """Return the conditions that must all hold for a result to have a truth value. Return None if the op implies no
+    such conditions.
 
     Operands broadcast to the result. A number counts as true if it is not 0.
     """
@@ -55,8 +55,8 @@ def conjuncts_of(node: Node, wanted: bool) -> Sequence[Wanted] | None:
 
 
 def is_of_truth(value: Value, level: int = 0) -> bool:
-    """Return True if a value is 0 or 1 by construction: a condition, or a constant of these; cast, moved, sliced,
-    multiplied, selected, or subtracted from 1.
+    """Return True if a value is 0 or 1 by construction: a condition, or a constant of zeros and ones; possibly cast,
+    moved, sliced, multiplied, selected, or subtracted from 1.
     """
     node, literal = value.node, value.literal
     if value.type.dtype.kind == "bool":
@@ -89,7 +89,9 @@ def _choice(condition: Value, x: Value, y: Value, wanted: bool) -> Sequence[Want
 
 
 def _comparison(compare: Comparison, x: Value, y: Value, wanted: bool) -> Sequence[Wanted] | None:
-    """Return the conjuncts of 0 or 1 compared with a number that only one of these satisfies."""
+    """Return the conjuncts of the comparison of a truth value, 0 or 1, with a number, if only one of 0 and 1 satisfies
+    it.
+    """
     for value, number, turned in ((x, number_of(y), False), (y, number_of(x), True)):
         if number is None or not is_of_truth(value):
             continue

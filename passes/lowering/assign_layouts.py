@@ -1,4 +1,4 @@
-"""Layouts of weights: a product reads its weight in the order that its kernel takes."""
+"""Layouts of weights: each weight is stored in the order that the kernel of its product reads."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from treadle.passes.framework.pass_log import PassRecord
 
 
 class Reads(Enum):
-    """The way a node reads an operand for which it wants no particular layout."""
+    """The way in which a node reads an operand for which it requires no particular layout."""
 
     ROW_MAJOR = "row-major"
     ANY = "any layout"
 
 
 Wants = Callable[[Node, int], Layout | Reads]
-"""A function that returns the way a node reads an operand, for operands that depend on weights alone."""
+"""A function that returns the way in which a node reads an operand. It is called for operands that depend on weights
+alone.
+"""
 
 
 @dataclass(frozen=True)
 class AssignLayouts(Pass):
     """linear(x, w)   -->   linear(x, relayout(w, to=panels(16)))     if w depends on weights alone
 
-    wants   returns the way a node of the backend reads an operand
-    alone   change a layout only if all readers of w want the same one and w is no output: otherwise w would be stored
-            twice
+    wants   returns the way in which a node of the backend reads an operand
+    alone   True to change a layout only if all readers of w require the same layout and w is not an output: otherwise w
+            would be stored twice
 
-    Two readers that want two layouts get two relayouts; a reader of any layout gets the first. A weight that is an
+    Two readers that require two layouts get two relayouts; a reader of any layout gets the first. A weight that is an
     argument of a function counts if every call passes a value that depends on weights alone; the kernel changes the
-    layout of a value that varies. `HoistWeights` then does the relayouts once.
+    layout of a value that varies. `HoistWeights` then computes the relayouts once.
     """
 
     rewrites: ClassVar[bool] = False
@@ -86,7 +88,9 @@ class AssignLayouts(Pass):
         return len(made)
 
     def _read(self, node: Node, at: int) -> Layout | Reads:
-        """Return the way a node reads an operand; a callee changes the layout of its weight itself."""
+        """Return the way in which a node reads an operand. A call reads it row-major, since the callee changes the
+        layout itself.
+        """
         return Reads.ROW_MAJOR if node.op.callee is not None else self.wants(node, at)
 
 
@@ -96,7 +100,7 @@ def _relayout(value: Value, layout: Layout, reader: Node) -> Node:
 
 
 def _insert(function: Function, made: list[Node]) -> None:
-    """Insert each relayout where its operand is available: after the node that computes it, or first."""
+    """Insert each relayout directly after the node that computes its operand, or at the start of the function."""
     after: dict[Node | None, list[Node]] = {}
     for node in made:
         (value,) = node.inputs

@@ -1,4 +1,4 @@
-"""Blocks are moved as blocks and decoded last: joined or sliced encoded weights stay encoded."""
+"""Blocks are moved as blocks and decoded last: encoded weights that are joined or sliced stay encoded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class DecodeLast(SiteRewrite[Site]):
     """concat(decode(a), decode(b), axis=0)   -->   decode(concat(a, b, axis=0))        for weights a and b
 
     The same holds for slice, rearrange and other ops that move whole lines of blocks. Readers of the result may then
-    read blocks; if none does, the result is decoded once in either case.
+    read blocks; if no reader does, the result is decoded once in either case.
 
-    A collective stays where it is: it moves the bytes that its plan specifies, and its result does not belong to a
-    weight.
+    A collective is not changed: it moves the bytes that its plan specifies, and its result is not a weight.
 
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
@@ -31,7 +30,7 @@ class DecodeLast(SiteRewrite[Site]):
         for node in work.walk():
             if not node.op.moves_blocks or not node.op.only_moves or len(node.results) != 1:
                 continue
-            if node.op.meets_ranks:  # moves the planned bytes; its result is decoded at every call
+            if node.op.meets_ranks:  # it moves the planned bytes, and its result is decoded at every call
                 continue
             found = [v for v in node.inputs if _blocks(v) is not None]
             if not found or not all(map(is_made_of_weights, node.inputs)):
@@ -73,6 +72,6 @@ class DecodeNarrow(SiteRewrite[Site]):
 
 
 def _blocks(value: Value) -> Value | None:
-    """Return the blocks that a value was decoded from, or None."""
+    """Return the blocks from which a value was decoded, or None if it was not decoded."""
     node: Node | None = value.node
     return node.inputs[0] if node is not None and node.op.decodes else None

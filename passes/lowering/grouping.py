@@ -1,9 +1,9 @@
 """Grouping of the nodes that one kernel computes together, as steps of a storage plan.
 
 Elementwise nodes whose values are read only within their group become one chain, which ends at the group's *root*. If
-the chain reads a product with no other reader, it becomes the product's epilogue: bias, activation, residual and gating
-are done while the tile is in registers. Blocks with a layout are decoded by the kernel that reads them. A node that
-reads a state that is updated before the root is not grouped.
+the chain reads a product with no other reader, the chain becomes the product's epilogue: bias, activation, residual and
+gating are computed while the tile is in registers. Blocks with a layout are decoded by the kernel that reads them. If a
+node reads a state that is updated before the root, the node is not grouped.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from treadle.passes.memory.storage_plan import Step
 
 
 def _unpacking(reader: Node) -> tuple[Node, ...]:
-    """Return the nodes that decode the blocks that a node reads; they belong to its step."""
+    """Return the nodes that decode blocks for a node. They belong to that node's step."""
     return tuple([made for v in reader.inputs if (made := unpacking(v)) is not None])
 
 
 def is_number(value: Value) -> bool:
-    """Return True if a value is a scalar constant, which a chain contains itself."""
+    """Return True if a value is a scalar constant, which is emitted within a chain."""
     return value.literal is not None and value.literal.shape == ()
 
 
 @dataclass
 class _Group:
-    """Elementwise nodes computed at the position of the last one, with the product whose epilogue they are, if any."""
+    """Elementwise nodes that are computed at the position of the last one, and the product whose epilogue they are, if
+    any.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     product: Node | None = None
@@ -46,9 +48,9 @@ class _Group:
 
 @dataclass(frozen=True)
 class Chains:
-    """Groups of elementwise nodes, with up to a number of nodes and inputs; each may be a product's epilogue.
+    """The grouping of elementwise nodes into chains of limited size; a chain may be a product's epilogue.
 
-    elementwise  returns True if a chain may hold a node
+    elementwise  returns True if a chain may contain a node
     finished     returns True if a chain may be the epilogue of a node, which is then a product
     most_inputs  the greatest number of inputs of a chain, without scalar constants
     most_nodes   the greatest number of nodes of a chain
@@ -60,7 +62,7 @@ class Chains:
     most_nodes: int
 
     def __call__(self, function: Function) -> Sequence[Step]:
-        """Return the steps of a function: groups, and every other node alone."""
+        """Return the steps of a function: a step for each group, and for each other node."""
         found = self._groups(function)
         steps = []
         for node in function.nodes:
@@ -105,7 +107,7 @@ class Chains:
         return made
 
     def _small_enough(self, whole: _Group) -> Sequence[_Group]:
-        """Return the group, or each node alone if the chain would have too many inputs."""
+        """Return the group, or a group for each node if the chain would have too many inputs."""
         if len(whole.inputs) <= self.most_inputs:
             return [whole]
         return [_Group([node]) for node in whole.nodes]
@@ -113,8 +115,8 @@ class Chains:
     def _product_before(
         self, part: _Group, uses: Mapping[Value, Sequence[tuple[Node, int]]], outputs: set[Value], late: set[Node]
     ) -> Node | None:
-        """Return the last product that only this group reads, that has the group's shape, and that may be computed
-        later.
+        """Return the last product that only this group reads, that has the group's shape, and that may be computed at
+        the group's root. Return None if there is none.
         """
         inside = set(part.nodes)
         shape = part.root.result.type.shape

@@ -1,5 +1,5 @@
-"""Hoisting of weights: values that depend on weights alone are computed once, in the entry `bind`, and then read by
-name.
+"""Hoisting of weights: values that depend on weights alone are computed once, in the entry `bind`. Other entries read
+them by name.
 """
 
 from __future__ import annotations
@@ -21,28 +21,31 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
 MOST_GROWTH = 8
-"""The derived weights of `bind` take at most this many times the bytes of all weights, each counted as decoded."""
-_ALWAYS = 1 << 20  # bytes that are allowed in any case
+"""The largest ratio of the bytes of derived weights to the bytes of all weights. Each weight is counted as decoded."""
+_ALWAYS = 1 << 20  # the number of bytes that is allowed in any case
 Use = tuple[Node, int]
 
-_MOST_MOVED = 1 << 10  # derived weights of one block: blocks that call others twice, and so on, double them
+_MOST_MOVED = (
+    1 << 10
+)  # derived weights of one block; if blocks call other blocks twice, and so on, their number doubles at each level
 
 
 ReadsBlocks = Callable[[Node, int], bool]
-"""A function that returns True if a node of the backend reads a decoded operand in blocks."""
+"""A function that returns True if a node of the backend reads a decoded operand as blocks."""
 
 
 @dataclass(frozen=True)
 class HoistWeights(Pass):
     """main: y = linear(x, concat($a, $b))   -->   bind: $ab = concat($a, $b)      main: y = linear(x, $ab)
 
-    The part of a block that depends on its weights alone becomes a separate block, which `bind` calls with the block's
-    scopes; the block reads the results as weights. Calls of it with the same weights are merged (ALBERT). Values that
-    depend on weights alone in one call of a block but not in another are computed at the calls. Values that several
-    entries compute from the same weights are computed once, and all of them read the result.
+    The part of a block that depends on its weights alone becomes a separate block, which `bind` calls under the
+    original scopes; the block reads the results as weights. Calls of the new block with the same weights are merged
+    (ALBERT). Values that depend on weights alone in one call of a block but not in another are computed at the calls.
+    Values that several entries compute from the same weights are computed once, and all of these entries read the
+    result.
 
-    reads_blocks  returns True if a node reads encoded weights in blocks: a decode stays before it, and `bind` keeps the
-                  blocks
+    reads_blocks  returns True if a node reads encoded weights as blocks: the decode stays directly before that node,
+                  and `bind` stores the blocks
 
     Refuses: a graph that already has `bind`. Values that would make `bind` hold more than eight times the bytes of all
     weights, and more than a megabyte, are computed at every call, as before. If some reader of a decode reads only
@@ -67,8 +70,7 @@ class HoistWeights(Pass):
         hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log, self.reads_blocks or _reads_none)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
-            # weights that several layers derive from the same weights are computed once: layers that share them
-            # (ALBERT)
+            # if several layers share weights (ALBERT), values that they derive from these weights are computed once
             hoisting.changes += CommonSubexpressions().run(function, graph, log)
             if function not in graph.entries:
                 hoisting.out_of_block(function)
@@ -81,7 +83,7 @@ class HoistWeights(Pass):
 
 @dataclass(frozen=True)
 class _Moved:
-    """The part of a block that was moved out: the block that computes it, and the old arguments by the new arguments.
+    """The part of a block that was moved out, the block that computes it, and a source for each new argument.
 
     formals  for each new argument of the block: an old argument, or the index of a result of the block that computes it
     """
@@ -105,11 +107,11 @@ class _Hoisting:
     # -- a block -----------------------------------------------------------------------------------------------
 
     def call_made(self, function: Function) -> None:
-        """Before each call of a block with a moved part, call the block that computes this part, and pass its
-        results.
+        """Before each call of a block with a moved part, insert a call of the block that computes this part. Pass its
+        results to the original call.
         """
         nodes: list[Node] = []
-        calls: dict[str, tuple[Call, Call]] = {}  # all calls of a block share one op, whose keys are computed once
+        calls: dict[str, tuple[Call, Call]] = {}  # all calls of a block share one op, so its keys are computed once
         for node in function.nodes:
             moved = node.op.called_in(self.moved)
             if moved is None:
@@ -174,14 +176,14 @@ class _Hoisting:
         self._add_before(maker, function)
 
     def _moved_from(self, function: Function) -> dict[Node, None]:
-        """Return the nodes of a function that depend on weights alone, except decodes whose readers read blocks."""
+        """Return the nodes of a function that depend on weights alone, except decodes whose readers read the blocks."""
         nodes = weight_only_nodes(function, self.makes)
         uses = function.uses() if any(node.op.decodes for node in nodes) else {}
         staying = {node for node in nodes if node.op.decodes and self._is_read_in_blocks(node, function, uses)}
         return self._affordable({node: None for node in nodes if node not in staying})
 
     def _is_read_in_blocks(self, node: Node, function: Function, uses: Mapping[Value, Sequence[Use]]) -> bool:
-        """Return True if all readers of a decode read its blocks; log the readers that do not."""
+        """Return True if all readers of a decode read its blocks. Log the readers that do not."""
         (blocks,) = node.inputs
         readers = _readers(node.result, uses)
         others = [reader.op.name for reader, at in readers if not self.reads_blocks(reader, at)]
@@ -197,7 +199,7 @@ class _Hoisting:
         return False
 
     def _affordable(self, nodes: Mapping[Node, None]) -> dict[Node, None]:
-        """Return the nodes whose results, and the operands these are computed from, each fit into the budget."""
+        """Return the nodes whose results each fit into the budget, unless they read a result that does not fit."""
         large: set[Value] = set()
         found: dict[Node, None] = {}
         for node in nodes:
@@ -259,7 +261,7 @@ class _Hoisting:
 
 
 class _Bind:
-    """The entry `bind` while it is filled with the nodes of entries; equal nodes of several entries are merged.
+    """The nodes and outputs of the entry `bind`, collected from the entries. Equal nodes of several entries are merged.
 
     taken  names that derived weights may not have
     """
@@ -287,7 +289,9 @@ class _Bind:
         return values
 
     def name(self, value: Value | None, wanted: str) -> str:
-        """Return the name of a derived weight; a new one gets the wanted name, numbered if it is taken."""
+        """Return the name of a derived weight. A new derived weight gets the wanted name, numbered if the name is
+        taken.
+        """
         assert value is not None
         if value not in self.names:
             self.names[value] = free_name(wanted, self.taken)
@@ -302,7 +306,7 @@ class _Bind:
 
 
 def _readers(value: Value, uses: Mapping[Value, Sequence[Use]]) -> list[Use]:
-    """Return the readers of a value; a relayout is replaced by the readers of its result."""
+    """Return the readers of a value. A relayout is replaced by the readers of its result."""
     found: list[Use] = []
     for node, at in uses.get(value, ()):
         found += _readers(node.result, uses) if isinstance(node.op, Relayout) else [(node, at)]
@@ -314,7 +318,9 @@ def _reads_none(node: Node, position: int) -> bool:
 
 
 def _path(node: Node, value: Value) -> str:
-    """Return the name of a derived weight: its scope and name; the kind of its layout is appended, or "decoded"."""
+    """Return the name of a derived weight: its scope and name, and a suffix for the kind of its layout, or
+    "decoded".
+    """
     if isinstance(node.op, Relayout):
         (of,) = node.inputs
         path = of.name if of.node is None else _path(of.node, of)
@@ -332,7 +338,7 @@ def _replace(function: Function, values: Mapping[Value, Value]) -> None:
 
 
 def _rename_bind(graph: Graph) -> None:
-    """Rename a block that is called `bind`: the entry takes this name."""
+    """Rename a block that is called `bind`, since the entry takes this name."""
     block = graph.functions.get("bind")
     if block is None:
         return

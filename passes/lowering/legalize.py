@@ -15,7 +15,7 @@ from treadle.passes.framework.pass_log import PassRecord, count_ops
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 Keeps = Callable[[Op, Sequence[Type | None]], bool]
-"""A function that returns True if a backend emits an op on operands of these types as it is."""
+"""A function that returns True if a backend emits an op on operands of these types without lowering it."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Legalize(SiteRewrite[Site]):
 
     keeps  returns True for the composites that the backend emits
 
-    Composites in the body of another are replaced as well, until only calls, primitives and composites that the backend
-    emits are left. The parts get the scope, name and source line of the whole.
+    Composites in the body of another composite are replaced as well, until only calls, primitives and composites that
+    the backend emits remain. The new nodes get the scope, name and source line of the replaced node.
     """
 
     keeps: Keeps = field(repr=False)
@@ -35,7 +35,7 @@ class Legalize(SiteRewrite[Site]):
         return ""
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        """Yield every composite that is not kept, also in the body of another."""
+        """Yield every composite that the backend does not emit, also in the body of another composite."""
         for node in work.walk(into=True):
             types = [None if v is None else v.type for v in node.operands]
             if isinstance(node.op, Composite) and not self.keeps(node.op, types):
@@ -48,14 +48,14 @@ class Legalize(SiteRewrite[Site]):
 
 
 def legalized(graph: Graph, keeps: Keeps) -> Graph:
-    """Return a copy of a graph in calls, primitives and the composites that are kept."""
+    """Return a copy of a graph that consists of calls, primitives and the composites that the backend emits."""
     made, legalize = clone_graph(graph), Legalize(keeps)
     legalize.run_graph(made, PassRecord(legalize.name, "", count_ops(graph)))
     return made
 
 
 def primitives(op: Op, types: Sequence[Type | None], keeps: Keeps) -> Iterator[tuple[Op, list[Type | None]]]:
-    """Yield the ops, with their operands' types, that an op on operands of these types is lowered to."""
+    """Yield the ops to which an op on operands of these types is lowered, each with its operands' types."""
     if not isinstance(op, Composite) or keeps(op, types):
         yield op, list(types)
         return

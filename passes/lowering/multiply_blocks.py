@@ -20,7 +20,8 @@ from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 class OpenBlockProducts(SiteRewrite[Site]):
     """activated_linear(decode(encode(x)), decode(w), bias)   -->   gelu(linear(decode(encode(x)), decode(w), bias))
 
-    for activations that are rounded to 8-bit rows at every call: a backend's kernel for the whole op reads numbers.
+    The pass applies to activations that are rounded to 8-bit rows at every call, because a backend's kernel for the
+    whole op reads numbers, not blocks.
     """
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
@@ -41,11 +42,11 @@ class MultiplyBlocks(SiteRewrite[Site]):
 
     matmul(decode(x), decode(w))   -->   encoded_linear(x, rearrange(w, "k n -> n k"))
 
-    takes  returns True if the backend multiplies rounded values with weights of an encoding as integers; rows with rows
+    takes  returns True if the backend multiplies rounded values with weights of an encoding as integers
 
     The two sides are equal up to rounding, so no certificate is required: decoded values are rounded to float32 before
     they are multiplied, integers are not. Products of integers are summed exactly over each block, and then multiplied
-    by both scales. Refuses: a weight in an encoding that x is not rounded for, or with blocks along another axis; the
+    by both scales. Refuses: a weight in an encoding for which x is not rounded, or with blocks along another axis; the
     weight and x are then decoded.
     """
 
@@ -99,13 +100,15 @@ def _weight(node: Node) -> tuple[Value | None, int]:
 
 
 def _decoded(value: Value | None) -> Value | None:
-    """Return the blocks that a value is decoded from, or None."""
+    """Return the blocks from which a value is decoded, or None if it is not decoded."""
     node = None if value is None else value.node
     return node.inputs[0] if node is not None and node.op.decodes else None
 
 
 def _of(value: Value | None) -> Encoding | None:
-    """Return the encoding of a value that is decoded from blocks which this function encodes at every call, or None."""
+    """Return the encoding of a value, if the value is decoded from blocks that this function encodes at every call,
+    else None.
+    """
     blocks = _decoded(value)
     made = None if blocks is None else blocks.node
     return None if made is None or blocks is None or not isinstance(made.op, Encode) else blocks.type.encoding

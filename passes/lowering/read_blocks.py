@@ -1,4 +1,4 @@
-"""Weights that kernels read in blocks: their blocks get a layout, and are decoded where they are read."""
+"""Weights that kernels read as blocks: the blocks get a layout, and each kernel decodes the blocks that it reads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
 WantsBlocks = Callable[[Node, int, Layout | None], Layout | str]
-"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason why it reads
-numbers. The last argument is the layout in which other nodes read these blocks directly, if there are any.
+"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason for which it
+reads numbers. The last argument is the layout in which other nodes read these blocks directly, if there are any.
 """
 Multiplies = Callable[[Node, int], Layout | None]
 """A function that returns the layout in which a node reads an encoded operand directly, or None."""
@@ -26,14 +26,15 @@ Multiplies = Callable[[Node, int], Layout | None]
 def unpacking(value: Value | None) -> Node | None:
     """Return the node that decodes a value from blocks with a layout, which the reading kernel does in registers.
 
-    None for any other value, such as one decoded from blocks that ranks gather: these are decoded at every call.
+    Return None for any other value, such as a value decoded from blocks that ranks gather, which are decoded at every
+    call.
     """
     made = None if value is None else value.node
     return made if made is not None and made.op.decodes and made.inputs[0].layout is not None else None
 
 
 def in_blocks(node: Node, position: int) -> bool:
-    """Return True if a node reads an operand in blocks."""
+    """Return True if a node reads an operand as blocks."""
     return unpacking(node.operands[position]) is not None
 
 
@@ -41,11 +42,11 @@ def in_blocks(node: Node, position: int) -> bool:
 class ReadBlocks(Pass):
     """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     if w depends on weights alone
 
-    wants       returns the way a node of the backend reads blocks
-    multiplies  returns the way a node reads encoded operands, which are not decoded for it
+    wants       returns the way in which a node of the backend reads blocks
+    multiplies  returns the layout in which a node reads an encoded operand that is not decoded for it
 
-    `HoistWeights` then does the relayout of the blocks once. Refuses: a decode with a reader that reads numbers, or
-    that wants another layout: blocks and numbers of one weight would be stored twice.
+    `HoistWeights` then computes the relayout of the blocks once. Refuses: a decode with a reader that reads numbers, or
+    that requires another layout: blocks and numbers of one weight would be stored twice.
     """
 
     rewrites: ClassVar[bool] = False
@@ -88,7 +89,7 @@ class ReadBlocks(Pass):
     def _layout(
         self, node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function, log: PassRecord
     ) -> Layout | None:
-        """Return the one layout in which all readers want the blocks. If there is none, log a note and return None."""
+        """Return the one layout in which all readers read the blocks. If there is none, log a note and return None."""
         beside = self._beside(node, uses)
         wanted = [self.wants(reader, at, beside) for reader, at in uses.get(node.result, ())]
         layouts = {each for each in wanted if isinstance(each, Layout)}
@@ -108,7 +109,7 @@ class ReadBlocks(Pass):
 
     def _beside(self, node: Node, uses: dict[Value, list[tuple[Node, int]]]) -> Layout | None:
         """Return the layout in which other nodes multiply the blocks that a node decodes: as blocks, or decoded to a
-        narrower dtype.
+        narrower dtype. Return None if there are no such nodes.
         """
         found: list[Layout | str | None] = []
         for reader, at in uses.get(node.inputs[0], ()):
@@ -123,8 +124,8 @@ class ReadBlocks(Pass):
 class DecodeWhereRead(Pass):
     """w = decode(b); y = linear(x, w); z = gather(w, i)   -->   y = linear(x, decode(b)); z = gather(decode(b), i)
 
-    for blocks with a layout: each reader's kernel unpacks them in registers. It is the last pass before storage is
-    planned: common subexpressions would merge the decodes again.
+    The pass applies to blocks with a layout, since each reader's kernel decodes them in registers. It is the last pass
+    before storage is planned, because common subexpressions would merge the decodes again.
     """
 
     rewrites: ClassVar[bool] = False

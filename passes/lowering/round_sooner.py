@@ -1,5 +1,5 @@
-"""Values that are moved and then rounded are rounded first: if a product rounds its result as it stores it, no other op
-has to.
+"""Values that are moved and then rounded are rounded first. The product then rounds its result when it stores it, and
+no other op has to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class RoundSooner(SiteRewrite[Site]):
     """y = linear(...)                                   y = cast(linear(...), to=bf16)
     cast(rearrange(slice(y)), to=bf16)       -->         rearrange(slice(y))
 
-    for a float32 product whose parts are all rounded in this way, and that has no other readers.
+    The pass applies to a float32 product if all parts of its result are rounded in this way, and it has no other
+    readers.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
@@ -54,7 +55,7 @@ class RoundSooner(SiteRewrite[Site]):
 
 
 def _moves_above(node: Node) -> list[Node]:
-    """Return the nodes above that only move their operands, the nearest first."""
+    """Return the chain of nodes before a node that only move their operands, the nearest first."""
     found: list[Node] = []
     while (above := node.inputs[0].node) is not None and _is_move(above):
         found.append(above)
@@ -67,7 +68,7 @@ def _is_move(node: Node) -> bool:
 
 
 def _is_rounded(value: Value, op: Op, readers: Mapping[Value, Sequence[Node | None]]) -> bool:
-    """Return True if every reader of a value is this cast, or a move whose readers are."""
+    """Return True if every reader of a value is this cast, or a move whose readers all are."""
     return all(
         node is not None and (node.op == op or (_is_move(node) and _is_rounded(node.result, op, readers)))
         for node in readers.get(value, [None])

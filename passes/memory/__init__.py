@@ -1,1 +1,3 @@
-"""Placement of buffers with lifetimes in one arena: read instances, place, search, check. See docs/memory.md."""
+"""Placement of buffers with lifetimes in one arena: read instances, place buffers, search, check. See
+docs/memory.md.
+"""

@@ -1,11 +1,11 @@
-"""Arguments of a function whose storage its result may take, if the argument dies at the call.
+"""Arguments of a function whose storage its result may take, if the argument is dead after the call.
 
     plan.reuses = reused_arguments(plan, plans of callees)
 
-A caller that reads the argument for the last time at the call has one storage for both: a residual stream through a
-stack of blocks is one buffer. No kernel may get two pointers to the same memory. So all reads of the argument must come
-before the first write of the result. Or the result is written in parts, each by a call that reads the same part of the
-argument and may itself overwrite it.
+If a caller reads the argument for the last time at the call, argument and result share one storage: a residual stream
+through a stack of blocks is one buffer. No kernel may get two pointers to the same memory. So all reads of the argument
+must come before the first write of the result. Alternatively, the result is written in parts, each by a call that reads
+the same part of the argument and may itself overwrite it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def _may_be_one(argument: Storage, result: Storage, plan: FunctionPlan, callees:
 def _writes_what_it_reads(
     node: Node, argument: Storage, result: Storage, plan: FunctionPlan, callees: Mapping[str, FunctionPlan]
 ) -> bool:
-    """Return True if a step is a call that writes a part of the result over the same part of the argument."""
+    """Return True if a step is a call that writes a part of the result over the part of the argument that the call
+    reads.
+    """
     callee = node.op.called_in(callees)
     if callee is None or len(node.results) != 1:
         return False

@@ -1,4 +1,6 @@
-"""Check a placement independently of its origin: it shares no code with the greedy orders or with the search."""
+"""Check a placement independently of the code that computed it: this module shares no code with the greedy orders or
+the search.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,15 @@ def check_placement(
 ) -> int:
     """Return the bytes that a placement takes, in whole units of `alignment`.
 
-    Raises PassError if two buffers that live at the same time overlap, an offset is negative or not aligned, or a
+    Raises PassError if two buffers that are live at the same time overlap, an offset is negative or not aligned, or a
     buffer ends beyond the capacity. A buffer of size zero takes no memory, and may have any offset.
 
-    Steps are processed in order. Live buffers are kept sorted by offset, so a new buffer is compared with its two
-    neighbours only: the others are already known to be disjoint.
+    Steps are processed in order. Live buffers are kept sorted by offset, so a new buffer is compared only with its two
+    neighbours: the other buffers are already known to be disjoint.
     """
     if len(offsets) != len(buffers):
         raise PassError(
-            "a placement needs one offset for each buffer",
+            "a placement must have one offset for each buffer",
             received=f"{len(offsets)} offsets, {len(buffers)} buffers",
         )
     reached = 0

@@ -1,23 +1,23 @@
 """The depth-first search for a placement below a capacity, compiled by numba. Only exact.py imports it, when it runs.
 
-Time is divided into sections: a section is a maximal set of buffers that all live together (the maximal cliques of the
-interval graph, in order of time). A buffer covers consecutive sections. The state is a skyline:
+Time is divided into sections: a section is a maximal set of buffers that are all live together (the maximal cliques of
+the interval graph, in order of time). A buffer covers consecutive sections. The state is a skyline:
 
     sky[t]    the top of the placed buffers in section t
     low[b]    a proven lower bound of the offset of buffer b, which is not placed yet
     floor[t]  the least low[b] in section t: no unplaced buffer can be below it there
     rest[t]   bytes of unplaced buffers in section t; floor[t] + rest[t] must not exceed the capacity
 
-The search may require of each buffer that it cannot drop into free space: a drop makes the sum of size * offset
-smaller, so some placement with the least sum has no drops. So a buffer is at 0 or on the top of another one. The lowest
-unplaced buffers are in sections with the lowest floor. A node of the search selects one such section t and branches on
-the buffer that is at floor[t] there. Each candidate is one branch. The last branch is "none": it lifts the candidates
-to the lowest top that may come under them. The branches exclude one another, so no state is searched twice in another
-order.
+The search may require that no buffer can drop into free space: a drop makes the sum of size * offset smaller, so some
+placement with the least sum has no drops. So each buffer is at 0 or on the top of another buffer. The lowest unplaced
+buffers are in sections with the lowest floor. A node of the search selects one such section t and branches on the
+buffer that is at floor[t] there. Each candidate is one branch. The last branch is "none": it lifts the candidates to
+the lowest top on which they may rest. The branches exclude one another, so no state is searched twice in another order.
 
-The search prunes: a section that no longer fits; a "none" that leaves a gap into which a waiting buffer could drop; the
-later of two equal buffers; and states that failed before, which a table stores as two hashes of 64 bits. Sections that
-no buffer connects any longer are solved separately: if one of the parts fails, the whole fails.
+The search prunes four kinds of states: a section no longer fits; a "none" leaves a gap into which a waiting buffer
+could drop; the later of two equal buffers would be tried; or the state failed before, which a table records as two
+hashes of 64 bits. Sections that no buffer connects any longer are solved separately: if one of the parts fails, the
+whole fails.
 
 Canonical placements, the floors of sections and the decomposition follow Moffitt, "MiniMalloc: A Lightweight Memory
 Allocator for Hardware-Accelerated Machine Learning" (ASPLOS 2023). Weights of sections that fail follow Boussemart et
@@ -44,13 +44,13 @@ limits.
 """
 
 FEWEST, WEIGHTED, SLACK = range(3)
-"""Rules for the section to branch on: fewest branches; fewest over the section's weight; fewest plus slack over
-weight.
+"""Rules for the section to branch on: fewest branches; fewest branches divided by the section's weight; fewest branches
+plus slack, divided by the weight.
 """
 
 FAR = 1 << 61
 FAILURE = 0.3
-"""Weight that a failure adds to its section."""
+"""The number that a failure adds to the weight of its section."""
 
 
 class PlacementSearch(NamedTuple):
@@ -59,8 +59,8 @@ class PlacementSearch(NamedTuple):
     order     buffers of smaller order are tried first
     twin      equal for buffers with the same life and size
     start, items, waiting   items[start[t] : start[t] + waiting[t]] wait in section t; placed buffers follow them
-    cross     number of waiting buffers that live both before and after the boundary at the left of section t
-    state     floor, sky and low, one after the other; these three are views of it
+    cross     number of waiting buffers that are live both before and after the boundary at the left of section t
+    state     floor, sky and low, one after the other; these three are views of `state`
     trail     pairs of an index in `state` and its previous number
     placed    the buffers in the order in which they were placed
     stale     sections whose floor must be recomputed
@@ -122,7 +122,7 @@ def undo(s: PlacementSearch, trail: int, placed: int) -> None:
 
 @compiled
 def _refresh(s: PlacementSearch, begin: int, end: int) -> bool:
-    """Compute the floors of stale sections; False if the unplaced buffers do not fit above one of them."""
+    """Compute the floors of stale sections. Return False if the unplaced buffers do not fit above one of them."""
     fits = True
     for t in range(begin, end):
         if not s.stale[t]:
@@ -149,7 +149,7 @@ def _raise(s: PlacementSearch, b: int, low: int) -> None:
 
 @compiled
 def _place(s: PlacementSearch, b: int) -> bool:
-    """Place b at low[b]; False if the unplaced buffers then do not fit."""
+    """Place b at low[b]. Return False if the unplaced buffers then do not fit."""
     top = s.low[b] + s.size[b]
     begin, end = s.first[b], s.end[b]
     s.placed[s.registers[PLACED]] = b
@@ -178,7 +178,7 @@ def _place(s: PlacementSearch, b: int) -> bool:
 
 @compiled
 def _lift(s: PlacementSearch, b: int) -> bool:
-    """Raise low[b], a refuted offset, to the lowest top that may come under b; False if no offset is left."""
+    """Raise low[b], a refuted offset, to the lowest top on which b may rest. Return False if no offset is left."""
     sky, others, tops = 0, FAR, FAR
     for t in range(s.first[b], s.end[b]):
         sky = max(sky, s.sky[t])
@@ -221,7 +221,9 @@ NOTHING_FITS, NO_ROOM = -1, -2
 
 @compiled
 def _settle(s: PlacementSearch, begin: int, end: int) -> int:
-    """Lift all buffers of the lowest floor that rest on nothing; return that floor, or NOTHING_FITS, or NO_ROOM."""
+    """Lift all buffers of the lowest floor that rest on nothing. Return the lowest floor, or NOTHING_FITS, or
+    NO_ROOM.
+    """
     while True:
         if not _has_room(s, 0):
             return NO_ROOM
@@ -277,8 +279,8 @@ def _choose(s: PlacementSearch, begin: int, end: int, lowest: int) -> int:
 
 @compiled
 def _candidates(s: PlacementSearch, t: int) -> int:
-    """Write the buffers that may be at the floor of section t to the scratch, in order; return their number. One per
-    twins.
+    """Write the buffers that may be at the floor of section t to the scratch, in order. Return their number. Of several
+    equal buffers (twins), one is written.
     """
     base = s.registers[SCRATCH]
     written = 0
@@ -303,7 +305,9 @@ def _candidates(s: PlacementSearch, t: int) -> int:
 
 @compiled
 def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
-    """Take the branch with no buffer at the floor of section t: lift the candidates; False if that is impossible."""
+    """Take the branch with no buffer at the floor of section t: lift the candidates. Return False if that is
+    impossible.
+    """
     floor = s.floor[t]
     if floor + s.rest[t] >= s.registers[CAPACITY]:
         return False
@@ -318,7 +322,8 @@ def _leave_empty(s: PlacementSearch, t: int, begin: int, end: int) -> bool:
 
 @compiled
 def _parts(s: PlacementSearch, begin: int, end: int) -> int:
-    """Write to the scratch the parts that no buffer connects, parts with the least slack first; return their number.
+    """Write to the scratch the parts that no buffer connects, the parts with the least slack first. Return their
+    number.
 
     A part is three numbers: its first section, its end, its slack.
     """
@@ -387,7 +392,7 @@ SECTION, BEGIN, END, BASE, COUNT, AT, ENTERED, ASKED, HELD = range(9)
 
 @compiled
 def search(s: PlacementSearch) -> int:
-    """Place all buffers below the capacity: FOUND, with offsets in low; EXHAUSTED; or STOPPED at a limit.
+    """Place all buffers below the capacity. Return FOUND, with offsets in low; EXHAUSTED; or STOPPED at a limit.
 
     The stack of frames is explicit, because placements of thousands of buffers are deeper than the call stack.
     """

@@ -1,8 +1,8 @@
 """The exact search, called from Python: its inputs, its restarts, and the capacities that it tries.
 
-One depth-first search may get stuck below a bad first choice. So it is restarted, each time with another order of
+One depth-first search may get stuck after a bad first choice. So it is restarted, each time with another order of
 buffers and another rule for sections. The limits of the runs follow the sequence of Luby, Sinclair & Zuckerman 1993:
-eventually a run is long enough, and infeasible capacities are proven so. Failed states are stored between runs.
+eventually a run is long enough, and infeasible capacities are proven infeasible. Failed states are stored between runs.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 LARGEST = 4_000_000
-"""Maximum number of pairs of a buffer and a section that it lives in. With more, one node of the search is too slow."""
+"""Maximum number of pairs of a buffer and a section in which it is live. With more pairs, one node of the search is too
+slow.
+"""
 
 RUN = 300
-"""Nodes of the shortest run, plus two for each buffer: enough for a few detours on a good path."""
+"""Number of nodes of the shortest run, plus two for each buffer: enough for a few detours on a good path."""
 
 WORK_A_SECOND = 4e7
 """Minimum number of buffers examined in a second. With this estimate, no run lasts much longer than the time left."""
 
 REMEMBERED = 1 << 19
-"""States in the table of failures; 16 bytes each."""
+"""Number of states in the table of failures, which take 16 bytes each."""
 
 
 def available() -> bool:
@@ -41,7 +43,7 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The best known offsets, the size that they reach, and a lower bound of every placement's size."""
+    """The best known offsets, the size that they need, and a lower bound of every placement's size."""
 
     offsets: Array
     reached: int
@@ -49,11 +51,11 @@ class Outcome:
 
 
 def sections(first: Array, end: Array) -> tuple[Array, Array, int]:
-    """Return lives in sections instead of steps, and the number of sections.
+    """Return the first section and the end of each buffer, in sections instead of steps, and the number of sections.
 
-    A section is kept at each place where some buffer begins and the next event is some buffer's end. Only there, the
-    set of buffers that live together is not part of a larger one. Two buffers live together exactly if they share a
-    section.
+    A section is kept at each time at which some buffer begins and the next event is some buffer's end. Only there, the
+    set of buffers that are live together is not part of a larger set. Two buffers are live together exactly if they
+    share a section.
     """
     steps = np.unique(np.concatenate([first, end]))
     begins, ends = np.isin(steps, first), np.isin(steps, end)
@@ -78,11 +80,11 @@ def warm_up() -> None:
 def improve(
     first: Array, end: Array, size: Array, known: Outcome, capacity: int | None, seconds: float
 ) -> Outcome | None:
-    """Search for a placement below `capacity`, or, without a capacity, for the smallest. None if the instance is too
-    large.
+    """Search for a placement below `capacity`, or, without a capacity, for the smallest placement. Return None if the
+    instance is too large.
 
-    The smallest is searched for at the lower bound first, then halfway to the best known size, and so on. A capacity
-    that is proven too small raises the bound.
+    For the smallest placement, the lower bound is tried first, then the capacity halfway to the best known size, and so
+    on. A capacity that is proven too small raises the bound.
     """
     covered = sections(first, end)
     if int((covered[1] - covered[0]).sum()) > LARGEST:
@@ -156,7 +158,7 @@ class _Runs:
         self.made = 0
 
     def decide(self, capacity: int, deadline: float) -> Array | None:
-        """Return offsets below the capacity; an empty array if time is up; None if there are none."""
+        """Return offsets below the capacity, an empty array if time is up, or None if there is no such placement."""
         from treadle.passes.memory import depth_first as compiled
 
         s = self.search
@@ -176,7 +178,9 @@ class _Runs:
         return np.zeros(0, np.int64)
 
     def _reset(self, turn: int) -> None:
-        """Remove all placed buffers, and order buffers by size, life, area and mixtures; later turns add noise."""
+        """Remove all placed buffers, and order buffers by size, life, area or mixtures of these. Later turns add
+        noise.
+        """
         from treadle.passes.memory import depth_first as compiled
 
         s = self.search

@@ -1,14 +1,14 @@
 """Frames in one arena: an offset for each storage, and for the frame of each callee, at given sizes.
 
-A call is a buffer of the caller, as large as its callee's frame, that lives while the call runs. So a callee uses
-memory that its caller does not need at that step, and each function is placed once, however often it is called.
+A call is a buffer of the caller. It has the size of its callee's frame, and is live while the call runs. So a callee
+uses memory that its caller does not need at that step, and each function is placed once, however often it is called.
 
-A result of an entry is memory that a run allocates anyway. If all storages that die before it is written fit into it,
-they are placed there: logits over a vocabulary are usually larger than all temporaries before them.
+A run allocates memory for the results of an entry anyway. If all storages that are dead before a result is written fit
+into that result, they are placed there: logits over a vocabulary are usually larger than all temporaries before them.
 
-The upper bound of a function is consecutive places, in which buffers of one size that never live together share a
-place, and calls share one. This bound is a polynomial of the symbols, so it is known before the sizes are
-(`hosting.py`). Greedy orders usually need less; if they need more, this placement is used.
+The upper bound of a function is a placement in consecutive places, in which buffers of one size that are never live
+together share a place, and calls share one place. This bound is a polynomial of the symbols, so it is known before the
+sizes are (`hosting.py`). Greedy orders usually need less; if they need more, this placement is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from treadle.passes.memory.greedy import live_bytes, place_greedily
 from treadle.passes.memory.instances import Lifetime
 
 ALIGNMENT = 64
-"""In bytes: a cache line, and the widest vector."""
+"""The alignment in bytes: a cache line, and the widest vector."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class PlacedFrame:
     offsets  offsets of the function's own storages
     callees  offsets of callees' frames, by step
     size     size of the frame, including callees, without the memory in the host
-    bound    lower bound of the size: the most bytes that live at once, in whole units of the alignment
-    host     a result whose memory holds storages that die before it is written; None if there is none
+    bound    lower bound of the size: the most bytes that are live at once, in whole units of the alignment
+    host     a result whose memory holds storages that are dead before it is written; None if there is none
     hosted   the storages in the host, and callees by step. Their offsets count from the start of the result
     """
 
@@ -50,7 +50,7 @@ class PlacedFrame:
 
 
 def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[str, PlacedFrame]:
-    """Return the placed frame of each function, checked; callees come first in `frames`.
+    """Return the placed frame of each function, checked. In `frames`, callees come first.
 
     Raises OverflowError if the bytes do not fit into 64 bits.
     """
@@ -85,7 +85,7 @@ def place_frames(frames: Mapping[str, Frame], sizes: Mapping[str, int]) -> dict[
 
 
 def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | int, int], int]:
-    """Return offsets, checked, and the bytes up to the highest end."""
+    """Return the checked offsets, and the end of the highest buffer in bytes."""
     lives = list(buffers.values())
     offsets = plan_arena(lives)
     size = check_placement(lives, offsets, alignment=ALIGNMENT)
@@ -96,7 +96,9 @@ def _placed(buffers: Mapping[Storage | int, Lifetime]) -> tuple[dict[Storage | i
 
 
 def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]:
-    """Return an offset for each buffer: buffers of one size expression share places, and calls share one."""
+    """Return an offset for each buffer. Buffers with the same size expression share places, and calls share one
+    place.
+    """
     alike: dict[Size | None, list[Storage | int]] = {}
     for key in buffers:
         alike.setdefault(key.nbytes if isinstance(key, Storage) else None, []).append(key)
@@ -110,8 +112,8 @@ def _one_after_the_other(buffers: Mapping[Storage | int, Lifetime]) -> list[int]
 
 
 def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
-    """Return a place's index for each buffer, so that buffers of a place never live at once; the number of places is
-    minimal.
+    """Return the index of a place for each buffer. Buffers that share a place are never live at once, and the number of
+    places is minimal.
 
     lives  pairs of the first step and the step after the last
     """
@@ -126,9 +128,9 @@ def share_places(lives: Sequence[tuple[int, int]]) -> list[int]:
 def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
     """Return an offset in bytes for each buffer, a multiple of ALIGNMENT.
 
-    It is the best of the greedy orders of `treadle.passes.memory`, without the search after them, since a call waits
-    for it. Usually the first order, largest first, reaches the lower bound, and no other order is tried. Raises
-    OverflowError if the bytes of all buffers do not fit into 64 bits.
+    The placement is the best of the greedy orders of `treadle.passes.memory`, without the exact search, since a call
+    waits for the result. Usually the first order, largest first, reaches the lower bound, and no other order is tried.
+    Raises OverflowError if the bytes of all buffers do not fit into 64 bits.
     """
     if sum(x.size + ALIGNMENT for x in lives) >= 1 << 63:
         raise OverflowError("the bytes of all buffers do not fit into 64 bits")
@@ -142,7 +144,7 @@ def plan_arena(lives: Sequence[Lifetime]) -> list[int]:
 
 
 def _most_alive(lives: Sequence[Lifetime], inner: Mapping[int, int], steps: int) -> int:
-    """Return the most bytes that live at once, including callees."""
+    """Return the largest number of bytes that are live at once, including callees."""
     change = [0] * (steps + 2)
     for life in lives:
         size = -(-life.size // ALIGNMENT) * ALIGNMENT

@@ -1,11 +1,11 @@
-"""Frames: the storages of a function with their first and last steps; and the most bytes that live at once.
+"""Frames: the storages of a function with their first and last steps; and the most bytes that are live at once.
 
     frames = frames_of(plan)                       one for each function of a storage plan
     peaks = peaks_of(frames, graph.symbols)        polynomials; the largest is the peak, at any sizes
-    live_at(frames, "main", {"B": 8, "S": 512})    the bytes that live at each step, callees' included
+    live_at(frames, "main", {"B": 8, "S": 512})    the bytes that are live at each step, callees' included
 
-Frames have the same form for a plan and for a backend's version of it, which adds workspaces of single kernels. While a
-call runs, the frame of its callee is live in addition to the live storages of the caller.
+A plan and a backend's version of the plan, which adds workspaces of single kernels, have frames of the same form. While
+a call runs, the frame of its callee is live in addition to the live storages of the caller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.passes.memory.storage_plan import FunctionPlan, Life, StoragePlan
 class FrameCall:
     """A step that runs another function.
 
-    storages  storages of the caller that count as the callee's while it runs, since it computes their values
+    storages  storages of the caller that count as the callee's while it runs, since the callee computes their values
     """
 
     callee: str
@@ -38,8 +38,8 @@ class Frame:
     steps       the node of each step, in the order in which they run; None for the copy of an output
     lives       each storage, from the first step that needs it to the last; for an output, to the number of steps
     calls       calls by step
-    handed_out  for an entry: new memory for its caller, from the first step that touches it. Storages that die before
-                may be placed there
+    handed_out  for an entry: new memory for its caller, from the first step that touches it. Storages that are dead
+                before that step may be placed in this memory
     """
 
     name: str
@@ -49,12 +49,12 @@ class Frame:
     handed_out: tuple[Life, ...] = ()
 
     def alive(self, at: int) -> list[Life]:
-        """Return the storages that are live at a step, without the storages that a callee makes in this step."""
+        """Return the storages that are live at a step, without those that a callee allocates in this step."""
         made = self.calls[at].storages if at in self.calls else ()
         return [x for x in self.lives if x.first <= at <= x.last and x.storage not in made]
 
     def made_at(self, at: int) -> list[Storage]:
-        """Return the storages that are live at a step and that a callee makes then."""
+        """Return the storages that are live at a step and that a callee allocates in it."""
         made = self.calls[at].storages if at in self.calls else ()
         return [x.storage for x in self.lives if x.first <= at <= x.last and x.storage in made] if made else []
 
@@ -77,7 +77,7 @@ def frame_of(plan: FunctionPlan, callees: Mapping[str, FunctionPlan], strided: b
 
 
 def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage, ...]:
-    """Return the storages of results that a callee allocates itself, in a library."""
+    """Return the storages of a call's results that the callee allocates itself, in a library."""
     found = []
     for output, result in zip(callee.function.outputs.values(), node.results, strict=False):
         theirs, ours = callee.places[output].storage, plan.places[result].storage
@@ -87,7 +87,9 @@ def _made(node: Node, plan: FunctionPlan, callee: FunctionPlan) -> tuple[Storage
 
 
 def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, Frame]]:
-    """Return the frames of storages in an arena, and the frames of storages that a library allocates."""
+    """Return two dicts: the frames with the storages in an arena, and the frames with the storages that a library
+    allocates.
+    """
 
     def part(frame: Frame, foreign: bool) -> Frame:
         lives = [life for life in frame.lives if (life.storage.kind is StorageKind.FOREIGN) is foreign]
@@ -102,7 +104,9 @@ def parts_of(frames: Mapping[str, Frame]) -> tuple[dict[str, Frame], dict[str, F
 
 
 def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict[str, tuple[Size, ...]]:
-    """Return sizes by function; the largest is its peak with callees' frames. No size covers another."""
+    """Return sizes for each function. The largest of them is the function's peak, including callees' frames. No size is
+    proven to be at least as large as another.
+    """
     found: dict[str, tuple[Size, ...]] = {}
     for name, frame in frames.items():
         found[name] = peak_of(frame, found, symbols)
@@ -110,7 +114,7 @@ def peaks_of(frames: Mapping[str, Frame], symbols: Mapping[str, Bounds]) -> dict
 
 
 def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
-    """Return sizes; the largest is the peak of one function."""
+    """Return sizes, the largest of which is the peak of one function."""
     sizes: dict[Size, None] = {}
     live, begins, ends = ZERO, _by_step(frame, first=True), _by_step(frame, first=False)
     for at in range(len(frame.steps) + 1):
@@ -124,7 +128,7 @@ def peak_of(frame: Frame, callees: Mapping[str, Sequence[Size]], symbols: Mappin
 
 
 def _by_step(frame: Frame, first: bool) -> dict[int, list[Storage]]:
-    """Return the storages that start to live at each step, or that live there for the last time."""
+    """Return the storages whose life begins at each step, if `first`, else the storages whose life ends there."""
     found: dict[int, list[Storage]] = {}
     for life in frame.lives:
         found.setdefault(max(life.first, 0) if first else life.last, []).append(life.storage)
@@ -132,7 +136,7 @@ def _by_step(frame: Frame, first: bool) -> dict[int, list[Storage]]:
 
 
 def largest(sizes: Sequence[Size] | Mapping[Size, None], symbols: Mapping[str, Bounds]) -> tuple[Size, ...]:
-    """Return the sizes that no other size covers, whatever the symbols are."""
+    """Return the sizes for which no other size is proven to be at least as large, whatever the symbols are."""
     kept: list[Size] = []
     for size in sizes:
         if any(covers(other, size, symbols) for other in kept):
@@ -156,7 +160,8 @@ def live_at(
     alignment: int = 1,
     without: Storage | None = None,
 ) -> list[tuple[tuple[tuple[str, int], ...], int]]:
-    """Return the bytes that live at each step of a run, each storage rounded up to `alignment`; one may be left out.
+    """Return the number of bytes that are live at each step of a run. Each storage is rounded up to `alignment`;
+    `without` is left out.
 
     A step is identified by the functions and steps that lead to it: ((main, 3), (h, 5)).
     """

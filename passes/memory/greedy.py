@@ -3,9 +3,9 @@
 Largest first is the order of Pisarchyk & Lee 2020, "Efficient memory management for deep neural net inference". No
 single order is best, so a buffer's weight here is
 
-    size * (most bytes that live together with it) ** a * (steps of its life) ** b
+    size * (most bytes that are live together with it) ** a * (steps of its life) ** b
 
-for several a and b: a large `a` prefers buffers that live at the peak, a large `b` prefers long lives.
+for several a and b: a large `a` prefers buffers that are live at the peak, a large `b` prefers long lives.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 WEIGHTS = ((0.0, 0.0), (0.0, 0.25), (0.0, 0.5), (8.0, 0.0), (2.0, 0.0), (0.0, 1.0), (8.0, 0.5), (0.0, 8.0))
-"""Pairs of a and b. The first is largest first; the last is nearly longest first."""
+"""Pairs of a and b. The first pair is largest first; the last is nearly longest first."""
 
 
 def live_bytes(first: Array, end: Array, size: Array) -> tuple[Array, Array]:
-    """Return the steps at which buffers begin or end, and the bytes that live from each of them to the next."""
+    """Return the steps at which buffers begin or end, and the number of bytes that are live from each step to the
+    next.
+    """
     steps = np.sort(np.concatenate([first, end]))
     kept = np.ones(len(steps), bool)
     kept[1:] = steps[1:] != steps[:-1]
-    steps = steps[kept]  # like np.unique, which imports much the first time
+    steps = steps[kept]  # like np.unique, which imports many modules on first use
     change = np.zeros(len(steps), np.int64)
     np.add.at(change, np.searchsorted(steps, first), size)
     np.add.at(change, np.searchsorted(steps, end), -size)
@@ -35,8 +37,9 @@ def live_bytes(first: Array, end: Array, size: Array) -> tuple[Array, Array]:
 def first_fit(first: Array, end: Array, size: Array, order: Array) -> Array:
     """Return the offsets of buffers that are placed in `order`, each at the lowest free offset.
 
-    Placed buffers are kept sorted by offset. Among buffers that overlap the new buffer in time, the space between a
-    buffer and the highest end below it is free: the first such gap that is high enough is taken.
+    Placed buffers are kept sorted by offset. Only buffers that overlap the new buffer in time are considered. The space
+    between such a buffer and the highest end below it is free. The new buffer is placed in the first gap that is high
+    enough.
     """
     count = len(size)
     offsets = np.zeros(count, np.int64)
@@ -60,7 +63,7 @@ def first_fit(first: Array, end: Array, size: Array, order: Array) -> Array:
 
 
 def place_greedily(first: Array, end: Array, size: Array, bound: int) -> Array:
-    """Return the best offsets of all orders; stop at the first order that reaches `bound`."""
+    """Return the offsets of the best order. Stop at the first order that reaches `bound`."""
     if not len(size):
         return np.zeros(0, np.int64)
     steps, live = live_bytes(first, end, size)

@@ -1,14 +1,16 @@
-"""Proven bounds of a run's memory at any sizes within bounds, if storages that die before a result are placed in it.
+"""Proven bounds of a run's memory at any sizes within bounds, if storages that are dead before a result is written are
+placed in the result.
 
     hostings(frames, "main")[0].most_apart(symbols, least, most)
 
 A result may be large enough for these storages at some sizes and too small at others: logits for few positions after
-many that are read. `place_frames` never takes more than consecutive buffers, whose total is a polynomial of the
-symbols. So at sizes at which the total of the earlier storages is at most the result's size, they are placed in it. If
-that is not proven, a run takes at most the total of all buffers.
+many positions are read. `place_frames` never takes more memory than consecutive buffers, whose total is a polynomial of
+the symbols. So if the total of the earlier storages is at most the result's size, they are placed in it. If that is not
+proven, a run takes at most the total of all buffers.
 
-Both are evaluated over boxes of sizes, by interval arithmetic. A box in which the storages may not fit is split in two,
-in the middle of the symbol whose bounds have the largest ratio. The box that may need most is split first.
+Both totals are evaluated over boxes of sizes, by interval arithmetic. A box in which the storages may not fit is split
+in two, in the middle of the symbol whose bounds have the largest ratio. The box that may need most memory is split
+first.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ MOST_BOXES = 256
 class Hosting:
     """A result of an entry that may hold earlier storages.
 
-    result  its life, from the first step that touches it
+    result  the life of the result, from the first step that touches it
     left    sizes; the least is the rest of the result after all earlier storages are placed in sequence; each
             is divided by the symbols that all of its terms have in common
     whole   sizes; the largest is the total of all storages that the entry needs, in sequence
@@ -47,7 +49,7 @@ class Hosting:
     def most_apart(self, symbols: Box, least: int, most: int) -> int:
         """Return the most bytes that a run may take at sizes at which the earlier storages may not fit into the result.
 
-        least, most  multiples of the alignment: the returned number is clipped to this range
+        least, most  multiples of the alignment; the returned number is clipped to this range
         """
         if any(not self._fits(at) and self._needs(at) >= most for at in _corners(symbols)):
             return most
@@ -75,9 +77,9 @@ class Hosting:
 
 
 def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
-    """Return a `Hosting` for each result that an entry returns in new memory; callees come first in `frames`.
+    """Return a `Hosting` for each result that an entry returns in new memory. In `frames`, callees come first.
 
-    Empty if sizes have more terms than an expression can hold.
+    Return an empty list if sizes have more terms than an expression can hold.
     """
     frame, stacked, found = frames[entry], dict[str, tuple[Size, ...]](), list[Hosting]()
     if not frame.handed_out:
@@ -97,7 +99,7 @@ def hostings(frames: Mapping[str, Frame], entry: str) -> list[Hosting]:
 
 
 def _stacked(lives: Sequence[Life], callees: Sequence[Sequence[Size]]) -> tuple[Size, ...]:
-    """Return sizes; the largest is the total of buffers in sequence, in which buffers of one size share places."""
+    """Return sizes, the largest of which is the total of buffers in sequence. Buffers of one size share places."""
     alike: dict[Size, list[Life]] = {}
     for life in lives:
         alike.setdefault(life.storage.nbytes, []).append(life)
@@ -114,8 +116,8 @@ def _gap(size: Size) -> int:
 
 
 def _by_common_symbols(size: Size) -> Size:
-    """Return a size of the same sign for nonnegative symbols: divided by the symbols that all of its terms have in
-    common.
+    """Return a size of the same sign for nonnegative symbols: the size divided by the symbols that all of its terms
+    have in common.
     """
     for name in sorted(size.symbols):
         while size.terms and (quotient := size.divide(Size.symbol(name))) is not None:
@@ -127,7 +129,7 @@ def _by_common_symbols(size: Size) -> Size:
 
 
 def _cut(box: Box) -> list[dict[str, Bounds]] | None:
-    """Return a box split in two; None for a single point or an unbounded box."""
+    """Return a box split in two, or None for a single point or an unbounded box."""
     ratios: dict[str, float] = {}
     for name, bounds in box.items():
         if bounds.upper is None:
@@ -144,7 +146,9 @@ def _cut(box: Box) -> list[dict[str, Bounds]] | None:
 
 
 def _corners(box: Box) -> Iterator[dict[str, Bounds]]:
-    """Yield single points: all symbols at their maximum, all at their minimum, and each alone at its minimum."""
+    """Yield single points: all symbols at their maximum, all at their minimum, and one at its minimum with all others
+    at their maximum.
+    """
     for small in ([], list(box), *([name] for name in box)):
         yield {
             name: Bounds(b.lower, b.lower) if name in small or b.upper is None else Bounds(b.upper, b.upper)

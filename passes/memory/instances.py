@@ -2,7 +2,7 @@
 
     id,lower,upper,size[,offset]
 
-A buffer is alive from step `lower` to before step `upper`. With the column `offset`, the file also holds a placement.
+A buffer is live from step `lower` to before step `upper`. With the column `offset`, the file also holds a placement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST = 1 << 60
 
 @dataclass(frozen=True)
 class Lifetime:
-    """A buffer: its size in bytes, alive from step `first` to before step `end`."""
+    """A buffer: its name and its size in bytes. It is live from step `first` to before step `end`."""
 
     name: str
     first: int
@@ -31,7 +31,7 @@ class Lifetime:
 
 @dataclass(frozen=True)
 class Instance:
-    """Buffers to place, and the offsets of a placement if the file has one. Prints as CSV."""
+    """Buffers to place, and the offsets of a placement if the file has one. `str` returns CSV."""
 
     name: str
     buffers: tuple[Lifetime, ...]
@@ -63,7 +63,7 @@ def read_instance(path: str | Path) -> Instance:
 
 
 def parse_instance(text: str, name: str = "instance") -> Instance:
-    """Read an instance from CSV text with the name `name`. Raises PassError, with the line."""
+    """Parse an instance from CSV text, and give it the name `name`. Raises PassError, with the line."""
     rows = csv.reader(io.StringIO(text), strict=True)
     buffers: list[Lifetime] = []
     offsets: list[int] = []
@@ -77,7 +77,7 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
             where = f"{name}, line {rows.line_num}"
             if len(row) != len(columns):
                 raise PassError(
-                    "a line and the first line have different numbers of fields",
+                    "a line must have as many fields as the first line",
                     received=f"{len(row)} fields, {len(columns)} columns",
                     within=where,
                     hint="one field for each of " + ",".join(columns),
@@ -110,7 +110,7 @@ def parse_instance(text: str, name: str = "instance") -> Instance:
 
 
 def _check_columns(columns: list[str], name: str) -> None:
-    """Check that the columns are the four, perhaps with `offset`, in any order, and no others."""
+    """Raise PassError unless the columns are the four columns, and possibly `offset`, in any order."""
     if not set(COLUMNS) <= set(columns) or set(columns) - {*COLUMNS, "offset"} or len(set(columns)) != len(columns):
         raise PassError(
             "the first line must name the columns",

@@ -12,29 +12,29 @@ from treadle.passes.memory.storage_plan import How, Step
 from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Lies = Callable[[Value], View]
-"""The view of a value, if all values of a run are row-major."""
+"""A function that returns the view of a value, if all values of a run are row-major."""
 
 
 def allocates(node: Node) -> bool:
-    """Return False: a library allocates the result of each node."""
+    """Return False: a library allocates the result of every node."""
     return False
 
 
 Workspaces = Callable[[Node, Lies], Mapping[str, Type]]
-"""The workspaces of a node's call, by name."""
+"""A function that returns the workspaces of a node's call, by name."""
 
 
 def nothing_beside(node: Node, lies: Lies) -> Mapping[str, Type]:
-    """Return no workspaces: calls need no memory of the plan besides their results."""
+    """Return no workspaces: calls need no memory of the plan in addition to their results."""
     return {}
 
 
 class LibraryPlanning(Planning):
-    """A plan for results that a library allocates, or writes whole to a given destination: a value that is not a view
-    has a storage of its own, or an operand's.
+    """A plan for results that a library allocates, or writes as a whole to a given destination. A value that is not a
+    view has its own storage, or the storage of an operand.
 
-    A view is a view of memory. If strides cannot express it, the library copies the elements: if `copies` are planned,
-    to a storage of the copy's own; otherwise its operand's storage counts as alive.
+    A view has its operand's storage. If strides cannot express the view, the library copies the elements. If `copies`
+    is set, the copy is planned with its own storage. Otherwise the operand's storage stays live as long as the view.
     """
 
     def __init__(
@@ -99,14 +99,14 @@ class LibraryPlanning(Planning):
             self.workspaces[self.at[node]] = views
 
     def _dies_in(self, x: Value, step: Step, value: Value) -> bool:
-        """Return True if a value may take the storage of x: only x uses it, it has the same size, and this is its last
-        read.
+        """Return True if a value may take the storage of x: only x uses the storage, the sizes are equal, and x is read
+        for the last time.
         """
         place = self.places[x]
         if place.storage is None or not self._may_be_written(place.storage) or place.how is How.VIEW:
             return False
         if value in self.handed_out and place.storage.kind is StorageKind.LOCAL:
-            return False  # the caller must not get it
+            return False  # the caller must not get this storage
         alike = x.type.is_held_like(value.type)
         alone = all(self.places[v].storage is not place.storage for v in step.inputs if v is not x)
         return alike and alone and self.last_reads[place.storage] <= self.at[step.root]
@@ -117,8 +117,8 @@ class LibraryPlanning(Planning):
         self._put(value, storage, How.VIEW, of)
 
     def _shared(self, value: Value, node: Node) -> Value | None:
-        """Return the value that a callee's result shares storage with: an argument, a view of one, or an earlier
-        result.
+        """Return the value whose storage a callee's result shares: an argument, a view of one, or an earlier result.
+        Return None if it shares none.
         """
         callee = self.callees[str(node.op.callee)]
         gives = [callee.places[output].storage for output in callee.function.outputs.values()]

@@ -1,14 +1,14 @@
-"""The order of steps in which the fewest bytes live at once.
+"""The order of steps in which the fewest bytes are live at once.
 
     problem = OrderProblem(before=((), (0,), (0,), (1, 2)), buffers=(Buffer(64, (0, 1, 2)), ...), ...)
     found = find_order(problem)
     found.order, found.peak, found.bound
 
-A buffer lives from the first of its steps in the order to the last. The live bytes depend on the set of steps that are
-done, not on the order in which they were done. So the search visits sets of steps, sets with the smallest peak first,
-and the first complete set has the smallest possible peak. A step that frees at least the bytes that it takes, below the
-peak so far, is done at once: an order that does it later is not better. After a limit on the number of sets, a beam
-search continues, and the result has the bound that was proven by then.
+A buffer is live from the first of its steps in the order to the last. The live bytes depend on the set of steps that
+are done, not on the order in which they were done. So the search visits sets of steps, sets with the smallest peak
+first, and the first complete set has the smallest possible peak. If a step frees at least the bytes that it takes, and
+stays below the peak so far, it is done at once: an order that does the step later is not better. After a limit on the
+number of sets, a beam search continues, and the result has the bound that was proven by then.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from typing import NamedTuple
 MOST_SETS = 2_000
 """Maximum number of sets of steps that the exact search visits: about 0.1 s."""
 MOST_LOOKS = 100_000
-"""Maximum number of steps that it examines in these sets. A beam search that would examine twice this number is not
-started. Steps with many successors, such as updates of hundreds of weights, would take most of the compile time.
+"""Maximum number of steps that the search examines in these sets. A beam search that would examine twice this number is
+not started. Steps with many successors, such as updates of hundreds of weights, would take most of the compile time.
 """
 _BEAM = 32
 _BEAM_WORK = 4_000
-"""Maximum of steps times sets of the beam search: it is narrower for longer functions."""
+"""Maximum of the number of steps times the number of sets in the beam search: the beam is narrower for longer
+functions.
+"""
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Bytes that live from the first of `steps` to the last; with `kept`, to the end."""
+    """Bytes that are live from the first of `steps` to the last; with `kept`, to the end."""
 
     size: int
     steps: tuple[int, ...]
@@ -45,10 +47,10 @@ class OrderProblem:
     """Steps by index, in program order.
 
     before   for each step, the steps that must come before it
-    buffers  buffers, each live from the step that makes it to its last read
-    extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee makes a value
+    buffers  buffers, each live from the step that computes it to the last step that reads it
+    extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee computes a value
              that already counts as a buffer
-    over     for each step: the buffer that it makes, and a buffer that it may overwrite if it is the last to use it
+    over     for each step: the buffer that it computes, and a buffer that it may overwrite if it is the last to use it
     """
 
     before: tuple[tuple[int, ...], ...]
@@ -57,7 +59,7 @@ class OrderProblem:
     over: tuple[tuple[tuple[int, int], ...], ...]
 
     def peak(self, order: Sequence[int]) -> int:
-        """Return the most bytes that live at once in an order."""
+        """Return the most bytes that are live at once in an order."""
         return _Sets(self).peak(order)
 
 
@@ -65,7 +67,7 @@ class OrderProblem:
 class Order:
     """An order of a problem's steps.
 
-    peak   its peak in bytes
+    peak   the peak of the order in bytes
     bound  a lower bound of the peak of every order
     """
 
@@ -80,7 +82,7 @@ class Order:
 
 
 def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
-    """Return the best order that was found: never worse than program order."""
+    """Return the best order that was found. It is never worse than program order."""
     program, search = tuple(range(len(problem.before))), _Sets(problem)
     peak, bound = search.peak(program), lower_bound(problem)
     if peak == bound:
@@ -97,10 +99,10 @@ def find_order(problem: OrderProblem, most_sets: int = MOST_SETS) -> Order:
 
 
 def lower_bound(problem: OrderProblem) -> int:
-    """Return a number of bytes that live at once in every order.
+    """Return a lower bound of the peak of every order.
 
-    The buffers that a step touches live with it, and so do buffers touched both by a step that must come before it and
-    by a step that must come after it.
+    At each step, the buffers that it touches are live, and so are buffers touched both by a step that must come before
+    it and by a step that must come after it.
     """
     sizes, kept = [b.size for b in problem.buffers], tuple([b.kept for b in problem.buffers])
     always = _always_live(problem.before, tuple([b.steps for b in problem.buffers]), kept, problem.over)
@@ -111,15 +113,15 @@ def lower_bound(problem: OrderProblem) -> int:
     return found
 
 
-@lru_cache(maxsize=64)  # a function's order is searched at several sizes
+@lru_cache(maxsize=64)  # the same function is searched at several sizes
 def _always_live(
     before: tuple[tuple[int, ...], ...],
     touched: tuple[tuple[int, ...], ...],
     kept: tuple[bool, ...],
     over: tuple[tuple[tuple[int, int], ...], ...],
 ) -> list[tuple[list[int], list[int]]]:
-    """Return for each step the buffers that are live then in every order, and the buffers that it may make in place of
-    another.
+    """Return, for each step, the buffers that are live at it in every order, and the buffers that it may write in
+    place of another buffer.
     """
     order = list(_sorted(before))
     behind = [0] * len(before)  # the steps that must come after each, as bits
@@ -216,7 +218,7 @@ class _Sets:
         self.sets = self.looks = 0
 
     def peak(self, order: Sequence[int]) -> int:
-        """Return the most bytes that live at once in an order."""
+        """Return the most bytes that are live at once in an order."""
         done = live = peak = 0
         for step in order:
             during, live = self.run(done, live, step)
@@ -225,7 +227,7 @@ class _Sets:
         return max(peak, live)
 
     def run(self, done: int, live: int, step: int) -> tuple[int, int]:
-        """Return the bytes that live while a step runs, and after it."""
+        """Return the bytes that are live while a step runs, and after the step."""
         then = done | 1 << step
         new = freed = 0
         for mask, size, kept in self.touched[step]:
@@ -241,7 +243,7 @@ class _Sets:
         return _DoneSteps(0, 0, ready, bound, None, -1)
 
     def _next(self, at: _DoneSteps) -> list[_DoneSteps]:
-        """Return the possible next sets; only one if a step should be done at once."""
+        """Return the possible next sets. Return only one if a step should be done at once."""
         found = []
         left = at.ready
         while left:
@@ -262,10 +264,10 @@ class _Sets:
         return found
 
     def exact(self, bound: int, known: int, most: int) -> tuple[tuple[int, ...] | None, int]:
-        """Return an order with the smallest peak, if that is below a known one, and the peak.
+        """Return an order with the smallest peak, if that is below the peak `known`, and the peak.
 
-        Otherwise return None and a lower bound: the known peak if no order is below it, less if there are too many
-        sets.
+        Otherwise return None and a lower bound. The bound is `known` if no order is below it, and less if there are too
+        many sets.
         """
         tie = self.sets = self.looks = 0
         waiting = [(bound, 0, tie, self.start(bound))]
@@ -287,8 +289,8 @@ class _Sets:
         return None, known
 
     def beam(self, bound: int, width: int) -> tuple[int, ...]:
-        """Return an order with a small peak: of all sets with the same number of steps, the `width` best are
-        continued.
+        """Return an order with a small peak. Of all sets with the same number of steps, the search continues only with
+        the `width` best.
         """
         sets = [self.start(bound)]
         while sets[0].done != self.whole:

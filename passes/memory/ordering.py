@@ -3,9 +3,10 @@
     for choice in choices(plan, frame, before, over, peaks, symbols):
         ...                                                    plan in that order, and keep it if `needs_less`
 
-The storage of each value is decided first, in program order, and no step overwrites its operands. The buffers follow
-from that, and the buffers that each step may overwrite. An order is searched at some sizes, once per function however
-often it is called. The caller keeps it if the plan that results from it is proven to need no more at any sizes.
+The storage of each value is decided first, in program order, and no step overwrites its operands. This determines the
+buffers, and the buffers that each step may overwrite. An order is searched at a few sizes, once per function however
+often the function is called. The caller keeps the order if the resulting plan is proven to need no more memory at any
+sizes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from treadle.passes.memory.order import Buffer, OrderProblem, find_order
 from treadle.passes.memory.storage_plan import BEFORE, BetterOrder, FunctionPlan, How, Step
 
 _DRAWN = (128, 16, 1009)
-"""Sizes at which orders are searched, if bounds allow them."""
+"""Sizes of symbols at which orders are searched, if their bounds allow these sizes."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Another order of a function's steps, and the search result that it comes from."""
+    """Another order of a function's steps, and the result of the search that found it."""
 
     steps: tuple[Step, ...]
     sizes: Mapping[str, int]
@@ -62,11 +63,11 @@ def choices(
     callees: Mapping[str, Sequence[Size]],
     symbols: Mapping[str, Bounds],
 ) -> Iterator[Choice]:
-    """Yield orders of a function's steps that need less than program order at some sizes, without duplicates.
+    """Yield orders of a function's steps that need less memory than program order at some sizes, without duplicates.
 
-    plan     in program order, without a step that overwrites its operands
+    plan     the plan in program order, without a step that overwrites its operands
     before   for each step, the steps that `must_precede` it
-    over     the operands that a step may overwrite
+    over     returns the operands that a step may overwrite
     callees  sizes for each callee; the largest is its peak
     """
     made = _Making(plan, frame, before, over)
@@ -82,7 +83,9 @@ def choices(
 def needs_less(
     before: Sequence[Size], after: Sequence[Size], choice: Choice, symbols: Mapping[str, Bounds]
 ) -> BetterOrder | None:
-    """Return the savings of an order, if it is proven to need no more than another order, whatever the sizes are."""
+    """Return the savings of an order if the sizes `after` are proven to be no larger than `before`, whatever the
+    symbols are, else None.
+    """
     if not all(any(covers(old, new, symbols) for old in before) for new in after):
         return None
     was, now = (max((s.evaluate(choice.sizes) for s in each), default=0) for each in (before, after))
@@ -90,12 +93,12 @@ def needs_less(
 
 
 def have_one_order(before: Sequence[Sequence[int]]) -> bool:
-    """Return True if only one order of the steps is possible: each of them needs the one before it."""
+    """Return True if only one order of the steps is possible: each step must come after the one before it."""
     return all(i in each for i, each in enumerate(before[1:]))
 
 
 class _Making:
-    """A problem from a plan, without the sizes."""
+    """An order problem derived from a plan, without sizes."""
 
     def __init__(
         self,
@@ -106,7 +109,7 @@ class _Making:
     ) -> None:
         self.plan, self.frame, self.before = plan, frame, before
         own = [life.storage for life in frame.lives]
-        # A donated input counts as a buffer of the run, so that a step which may overwrite it comes after its readers.
+        # A donated input counts as a buffer of the run, so that a step that may overwrite it comes after its readers.
         donated = [plan.places[v].storage for v in plan.donated]
         self.storages = [*own, *(storage for storage in donated if storage is not None)]
         self.sizes = [storage.nbytes for storage in self.storages]
@@ -128,7 +131,7 @@ class _Making:
         self.over = tuple([tuple(self._over(step, over(step))) for step in plan.steps])
 
     def _over(self, step: Step, operands: Sequence[Value]) -> Iterator[tuple[int, int]]:
-        """Yield pairs of the buffer that a step makes, and a buffer that it may overwrite."""
+        """Yield pairs of the buffer that a step computes, and a buffer that it may overwrite."""
         for value in step.root.results:
             mine = self.plan.places[value]
             if mine.how is not How.OWN or mine.of != "" or not self._fills(value, value):
@@ -160,10 +163,11 @@ class _Making:
 
 
 def must_precede(function: Function, steps: Sequence[Step]) -> tuple[tuple[int, ...], ...]:
-    """Return for each step the steps that must come before it: the producers of its operands, the readers of a state
-    that it updates, and of two collectives the first.
+    """Return, for each step, the steps that must come before it: the producers of its operands, the readers of a state
+    that it updates, and for a collective the preceding collective.
 
-    An operation that a step starts overlaps with the steps between it and the step that waits: these stay there.
+    If a step starts an operation that a later step waits for, the operation overlaps with the steps in between. These
+    steps stay in between.
     """
     at = {node: i for i, step in enumerate(steps) for node in step.nodes}
     found: list[set[int]] = [set() for _ in steps]

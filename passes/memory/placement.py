@@ -21,7 +21,7 @@ from treadle.passes.memory.instances import LARGEST, Lifetime
 GREEDY = "greedy"
 SEARCHED = "searched"
 NO_NUMBA = "greedy only: numba, which compiles the search, is not installed"
-TOO_LARGE = "greedy only: too many buffers live together for the search"
+TOO_LARGE = "greedy only: too many buffers are live together for the search"
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Placement:
     """The offset of each buffer in one arena.
 
     offsets  a multiple of the alignment for each buffer, in the order of the arguments
-    size     the bytes that the arena needs, a multiple of the alignment
+    size     the number of bytes that the arena needs, a multiple of the alignment
     bound    a lower bound of the size of every placement
-    method   how it was found: GREEDY, SEARCHED, or the reason why there was no search
-    seconds  the time that this took
+    method   the method: GREEDY, SEARCHED, or the reason for which there was no search
+    seconds  the time of the computation
     """
 
     offsets: tuple[int, ...]
@@ -57,11 +57,11 @@ class Placement:
 def place(
     buffers: Sequence[Lifetime], *, capacity: int | None = None, alignment: int = 1, seconds: float = 10.0
 ) -> Placement:
-    """Place buffers in as few bytes as possible so that buffers that live at the same time do not overlap.
+    """Place buffers in as few bytes as possible so that buffers that are live at the same time do not overlap.
 
     With a capacity, the first placement within it is returned. Sizes are rounded up to `alignment`. After the time
-    limit in `seconds`, the best placement so far is returned. The first search on a machine compiles for about ten more
-    seconds, which do not count; the compiled code is cached on disk.
+    limit in `seconds`, the best placement so far is returned. The first search on a machine takes about ten more
+    seconds to compile, which do not count; the compiled code is cached on disk.
 
     Raises PassError if a capacity cannot hold the buffers, or no placement within it was found in time, or a lifetime
     is invalid.
@@ -71,7 +71,9 @@ def place(
     solid = [i for i, b in enumerate(buffers) if b.size]
     table = np.array([(buffers[i].first, buffers[i].end, buffers[i].size) for i in solid], np.int64).reshape(-1, 3)
     first, end, size = table[:, 0], table[:, 1], -(-table[:, 2] // alignment) * alignment
-    unit = int(np.gcd.reduce(size)) if solid else alignment  # offsets are sums of sizes, so all are multiples of it
+    unit = (
+        int(np.gcd.reduce(size)) if solid else alignment
+    )  # offsets are sums of sizes, so all are multiples of this number
     size = size // unit
     bound = int(live_bytes(first, end, size)[1].max()) if solid else 0
     room = None if capacity is None else capacity // unit
@@ -101,7 +103,7 @@ def place(
 def _search(
     first: np.ndarray, end: np.ndarray, size: np.ndarray, known: exact.Outcome, room: int | None, seconds: float
 ) -> tuple[exact.Outcome, str]:
-    """Return the search's improvement of the greedy result, and the method that found it."""
+    """Return the best outcome, which is the search's or the greedy one, and the method that found it."""
     if not exact.available():
         return known, NO_NUMBA
     better = exact.improve(first, end, size, known, room, seconds)

@@ -1,5 +1,5 @@
-"""Plan the storage of every value and its lifetime: one plan, which backends emit. `storage_plan.py` defines its
-contents.
+"""Plan the storage of every value and its lifetime. There is one plan, for which backends emit code. `storage_plan.py`
+defines its contents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from treadle.passes.memory.strided_places import Parts, StridedPlanning
 from treadle.passes.memory.value_places import Over, PlacedFunction
 
 Grouping = Callable[[Function], Sequence[Step]]
-"""A partition of a function's nodes into steps that are computed together, in order; each node is in one step."""
+"""A function that partitions a function's nodes into steps that are computed together, in order. Each node is in one
+step.
+"""
 
 
 def each_alone(function: Function) -> Sequence[Step]:
@@ -32,7 +34,7 @@ def each_alone(function: Function) -> Sequence[Step]:
 
 
 def every_part(step: Step, view: View) -> bool:
-    """Return True: every step writes through any view."""
+    """Return True: every step can write its result through any view."""
     return True
 
 
@@ -47,28 +49,29 @@ class PlanStorage(Pass):
 
     s is the first possible of these storages:
       the state's, if y is its update: the old state is not read again
-      x's, if op is a view of it that strides can express
+      x's, if op is a view of x that strides can express
       the caller's, if y is an output
       z's, if z is the only reader of y and would only move y to its destination: a part of a concat, a padded value
-      the storage of an operand that dies at this step, if the backend overwrites it; for a call, if its callee may
-      y's own, in the order in which its only reader needs it: "b s (h d) -> b h s d" is then a view
+      the storage of an operand that is dead after this step, if the backend overwrites it, or for a call its callee
+      a new one, in the order in which y's only reader needs it: "b s (h d) -> b h s d" is then a view
 
     strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
-             results: a value that is not a view has its own storage, or the storage of an operand that dies
+             results: a value that is not a view has its own storage, or the storage of an operand that is dead by then
     grouped  the nodes that the backend computes together, so that only the last of them needs a storage
-    parts    a predicate: a step writes its result as a part of another value
+    parts    a predicate: a step can write its result as a part of another value
     over     the operands that a step may overwrite with its result, element by element
     placed   with a library: the nodes whose result it writes to a given destination
-    workspaces  memory that calls of these nodes need besides their result, while the step runs
+    workspaces  memory that calls of these nodes need in addition to their result, while the step runs
     copies   with a library: the result of a view that strides cannot express is a copy, which is placed
     donated  inputs of the last entry, by name, that the caller donates: a step may overwrite them like a value of the
              run, and kernels that write by strides may write the one output there
-    in_results  storages that die before an entry's result is written may be placed in it, if kernels write by strides
+    in_results  storages that are dead before an entry's result is written may be placed in the result, if kernels write
+             by strides
     ordered  steps run in the order that needs the least memory, if it is proven to need no more than program order
              at any sizes, and less at some
 
-    Otherwise the order is the order of the nodes, with groups at the position of their last node. A storage lives from
-    the first step that writes it to the last step that reads it, also through views. The graph is unchanged.
+    Otherwise steps are in the order of the nodes, with groups at the position of their last node. A storage is live
+    from the first step that writes it to the last step that reads it, also through views. The graph is unchanged.
     """
 
     rewrites: ClassVar[bool] = False
@@ -114,7 +117,7 @@ class PlanStorage(Pass):
         return 0
 
     def _plan(self, planned: PlacedFunction, steps: Sequence[Step], over: Over) -> FunctionPlan:
-        """Return the plan of these steps in this order."""
+        """Return the plan of a function with these steps in this order."""
         if self.strided:
             return StridedPlanning(planned, steps, self.parts, over).plan()
         return LibraryPlanning(planned, steps, over, self.placed, self.workspaces, self.copies).plan()
@@ -140,7 +143,7 @@ class PlanStorage(Pass):
         peaks: Mapping[str, tuple[Size, ...]],
         symbols: Mapping[str, Bounds],
     ) -> FunctionPlan:
-        """Return the plan in the first order that needs less; otherwise the plan unchanged."""
+        """Return the plan in the first order that needs less memory. Return the plan unchanged if there is none."""
         before = must_precede(plan.function, plan.steps)
         if have_one_order(before):
             return plan

@@ -3,9 +3,9 @@
     steps     contain each node once, after the nodes that it reads, and before an update of a state that it reads; only
               the last node of a step is read by other steps
     places    exist for every value, with its shape, within its storage; no two elements are written to one address
-    views     agree with the op's reference, run on addresses instead of elements, on the origin of each element
-    storages  live at every step that reads or writes their values; no step writes to arguments or constants
-    writes    destroy nothing that a later step reads, in any view, or that is an output: the steps are replayed with
+    views     refer to the right elements, by the op's reference, which is run on addresses instead of elements
+    storages  are live at every step that reads or writes their values; no step writes to arguments or constants
+    writes    overwrite nothing that a later step reads, in any view, or that is an output: the steps are replayed with
               numbers in place of elements, for every storage that more than one step writes
     in place  a step overwrites its operands only element by element
     states    an update is stored in its state's storage
@@ -13,8 +13,8 @@
               the callee share one in the caller
     outputs   of kernels fill the caller's storage, or are copied there
 
-Sizes are drawn within the symbols' bounds: views and writes are replayed at small sizes, bounds are checked at large
-sizes, too.
+Sizes are drawn within the symbols' bounds. Views and writes are replayed at small sizes; bounds are also checked at
+large sizes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _LARGE = 1009
 
 
 def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
-    """Check a storage plan; return lines on checks that were not possible, usually none.
+    """Check a storage plan. Return lines that describe checks that were not possible; usually there are none.
 
     Raises PassError for the first error, with the value, the steps, and the user's line.
     """
     needed = graph.needed_by(*graph.later_entries)
     if [f.name for f in needed] != list(plan.functions):
         raise PassError(
-            "the storage plan covers other functions",
+            "the storage plan is for other functions than the graph's",
             received=", ".join(plan.functions),
             hint=f"a plan of {', '.join(f.name for f in needed)}",
         )
@@ -64,7 +64,9 @@ def check_storage(graph: Graph, plan: StoragePlan) -> list[str]:
 
 
 def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
-    """Yield sizes within bounds at which every op is defined: small sizes once, and large sizes."""
+    """Yield sizes within bounds at which every op is defined, with True for small sizes: small sizes once, and large
+    sizes.
+    """
     wanted = {size for _, node in graph.walk() for v in (*node.inputs, *node.results) for size in v.type.shape}
     for _, node in graph.walk():
         if node.op.callee is None:
@@ -92,8 +94,8 @@ def _drawn(graph: Graph) -> Iterator[tuple[dict[str, int], bool]]:
 
 
 class _Order:
-    """A check of the steps: each node is in one step, after its operands; no step reads a state, or its views, after
-    its update.
+    """A check of the steps: each node is in one step, after its operands; no step reads a state, or a view of the
+    state, after the state's update.
 
     bases  the version of a state, or the argument, that a value is a view of
     """
@@ -110,12 +112,12 @@ class _Order:
             inside: set[Value] = set()
             for value in step.inputs:
                 if self.bases.get(value, value) in gone:
-                    raise wrong_plan("a step reads a state's value from before its update", plan, value)
+                    raise wrong_plan("a step reads a state's old value after its update", plan, value)
             gone.update(v.before for node in step.nodes for v in node.results if v.state is not None and v.before)
             for node in step.nodes:
                 for value in node.inputs:
                     if value.literal is None and value not in there and value not in inside:
-                        raise wrong_plan("a step reads a value that no earlier step makes", plan, value)
+                        raise wrong_plan("a step reads a value that no earlier step computes", plan, value)
                 inside.update(node.results)
             there.update(step.root.results)
         nodes = [node for step in plan.steps for node in step.nodes]
@@ -130,7 +132,7 @@ class _Order:
 
 
 class _Lives:
-    """A check of lifetimes: values and storages live as long as they are read."""
+    """A check of lifetimes: values and storages are live as long as they are read."""
 
     def __init__(self, function: Function, plan: FunctionPlan, is_entry: bool) -> None:
         self.function, self.plan, self.is_entry = function, plan, is_entry
@@ -141,7 +143,9 @@ class _Lives:
         for value in self.function.arguments:
             self._touched(value, BEFORE)
             wanted = How.STATE if value.kind == "state" else How.GIVEN
-            self._expect(self._place(value).how is wanted, "an argument is not marked as given", value)
+            self._expect(
+                self._place(value).how is wanted, "an argument's storage is not marked as given by the caller", value
+            )
         for at, step in enumerate(plan.steps):
             for value in step.inputs:
                 self._touched(value, at)
@@ -150,7 +154,7 @@ class _Lives:
             for value in step.root.results:
                 self._touched(value, at)
                 if self._place(value).first != at:
-                    raise wrong_plan(f"it is made at step {at}, but the plan has another step", plan, value)
+                    raise wrong_plan(f"it is computed at step {at}, but the plan has another step", plan, value)
             for node in step.nodes[:-1]:
                 for value in node.results:
                     self._expect(self._place(value).storage is None, "a value in registers has a storage", value)
@@ -179,7 +183,7 @@ class _Lives:
     def _place(self, value: Value) -> ValuePlace:
         place = self.plan.places.get(value)
         if place is None:
-            raise wrong_plan("a value has no place", self.plan, value)
+            raise wrong_plan("the plan has no place for the value", self.plan, value)
         return place
 
     def _touched(self, value: Value, at: int) -> None:
@@ -211,8 +215,8 @@ class _Shared:
 
     @cached_property
     def _longest(self) -> dict[Storage | None, tuple[list[int], list[Value]]]:
-        """First steps of each storage's values, in order, and for each prefix of them the value with the latest last
-        read.
+        """For each storage: the first steps of its values, in order, and for each prefix of them the value with the
+        latest last read.
         """
         places, found = self.plan.places, dict[Storage | None, tuple[list[int], list[Value]]]()
         for value in sorted(places, key=lambda v: places[v].first):
@@ -240,8 +244,8 @@ class _Shared:
                 raise wrong_plan(f"it is a view of {shares.name}, but has another storage", self.plan, value)
 
     def _check_over(self, value: Value, place: ValuePlace) -> None:
-        """Check that an elementwise step overwrites an operand of its shape that the run made and that is not read
-        again.
+        """Check that an elementwise step overwrites an operand of its shape that was computed in the run and that is
+        not read again.
         """
         x, node, plan = place.of, value.node, self.plan
         if not isinstance(x, Value) or node is None or x not in node.inputs or not node.is_elementwise:
@@ -256,10 +260,10 @@ class _Shared:
         read = [v for v in node.inputs if v is not x and plan.places[v].storage is place.storage]
         late = [v for v in longest[: bisect_left(firsts, at)][-1:] if plan.places[v].last > at]
         for other in (*late, *(v for v in read if plan.places[v].first < at)):
-            raise wrong_plan(f"it overwrites {other.name}, which is read then or later", plan, value)
+            raise wrong_plan(f"it overwrites {other.name}, which is read at that step or later", plan, value)
 
     def _shares(self, value: Value) -> Value | None:
-        """Return a value whose storage it must share."""
+        """Return a value whose storage this value must share, or None if there is none."""
         node = value.node
         if node is None:
             return None

@@ -5,16 +5,17 @@
     plan.functions["layer"].lives         each storage, from its first step to its last
 
 Sizes are expressions of the graph's symbols, so one plan holds for all sizes; offsets in an arena
-(`treadle.passes.memory.placement`) are computed when sizes are known. `PlanStorage` makes a plan, `check_storage`
-checks it, backends emit code for it.
+(`treadle.passes.memory.placement`) are computed when sizes are known. `PlanStorage` builds a plan, `check_storage`
+checks it, and backends emit code for it.
 
-A block concat(linear(x, w), x) for kernels that write by strides: linear writes the first half of concat's result, and
-concat itself only moves x:
+Example: a block concat(linear(x, w), x), for kernels that write by strides. linear writes the first half of concat's
+result, and concat itself only moves x:
 
     0  linear   storage joined  [B, S, 64] of 128 apart  0 to 1  written straight to joined
     1  joined   storage joined  [B, S, 128]              0 to 2  own storage
 
-For a library (NumPy, PyTorch), which chooses strides, each has its own storage; linear's name is deleted after step 1.
+For a library (NumPy, PyTorch), which chooses strides, each value has its own storage; linear's name is deleted after
+step 1.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from treadle.ir.graph import Function, Node, Value
 from treadle.ir.storage.views import Storage, View
 
 BEFORE = -1
-"""The step of arguments: before the first step."""
+"""The step number of arguments, which are available before the first step."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """Nodes that are computed together, at the position of the last one, the root; usually a single node.
 
-    product  the node whose elements the others process while they are in registers; None if there is none
+    product  the product whose elements the other nodes process while they are in registers; None if there is none
     """
 
     nodes: tuple[Node, ...]
@@ -49,12 +50,12 @@ class Step:
 
     @property
     def chain(self) -> tuple[Node, ...]:
-        """The nodes without the product, and without nodes that decode blocks for one of them."""
+        """The step's nodes without the product, and without nodes that decode blocks for one of them."""
         return tuple([node for node in self.nodes if node is not self.product and not node.op.decodes])
 
     @cached_property
     def inputs(self) -> tuple[Value, ...]:
-        """The values that it reads from other steps, each once, in order."""
+        """The values that the step reads from other steps, each once, in order."""
         inside = {value for node in self.nodes for value in node.results}
         return tuple(dict.fromkeys(v for node in self.nodes for v in node.inputs if v not in inside))
 
@@ -77,12 +78,12 @@ class How(Enum):
 class ValuePlace:
     """The storage of a value.
 
-    storage  None for a value that is only in registers
-    view     its view of the storage; None if a library chooses the strides, or there is no storage
+    storage  the storage; None for a value that is only in registers
+    view     the value's view of the storage; None if a library chooses the strides, or there is no storage
     of       the value, or the output by name, that `how` refers to
-    first    the step that makes it; BEFORE for an argument
-    last     the last step that reads it; for an output, the step after all others
-    is_written  True if its step writes it; False if it is in memory already, or in registers
+    first    the step that computes the value; BEFORE for an argument
+    last     the last step that reads the value; for an output, the step after all others
+    is_written  True if its step writes the value; False if the value is in memory already, or in registers
     """
 
     storage: Storage | None
@@ -99,7 +100,7 @@ class ValuePlace:
 
     @property
     def form(self) -> str:
-        """`row-major`, `panels(16)`, or the strides; empty if unknown."""
+        """The layout as text: `row-major`, `panels(16)`, or the strides; empty if unknown."""
         if self.storage is not None and self.storage.layout is not None:
             return str(self.storage.layout)
         if self.view is None:
@@ -121,7 +122,7 @@ class Life:
 
 @dataclass(frozen=True)
 class BetterOrder:
-    """An order other than program order that needs less memory: the peaks in bytes, at some sizes."""
+    """The peaks in bytes, at some sizes, of program order and of another order that needs less memory."""
 
     before: int
     after: int
@@ -137,19 +138,18 @@ class FunctionPlan:
     """The storage of one function.
 
     steps      the steps, in the order in which they run
-    places     the place of every argument, constant and result, in the order in which they are made
-    names      unique names of the same values; a storage has the name of the value that it was made for
+    places     the place of every argument, constant and result, in the order in which they are computed
+    names      unique names of the same values; a storage has the name of the value for which it was created
     lives      the life of every storage, in the order of their first use
     results    for kernels that write by strides: the caller's storage of each output, by name; otherwise empty
     copied     outputs that no step writes, by name: arguments, constants, outputs under a second name. They are copied
                after the last step
     reordered  the savings of an order other than program order; None for program order
     reuses     for kernels that write by strides: the arguments whose storage the caller may pass for the only output,
-               if
-               they die at the call; for an entry, only donated arguments
+               if they are dead after the call; for an entry, only donated arguments
     donated    arguments that the caller donates: steps may overwrite them
-    given_back  outputs by name that are stored in a donated argument: the caller gets it as the result
-    workspaces  by step, the workspaces of a library's call while it runs, by name: storages of their own
+    given_back  outputs by name that are stored in a donated argument: the caller gets that argument as the result
+    workspaces  by step, the workspaces of a library's call while it runs, by name: separate storages
     """
 
     function: Function
@@ -172,7 +172,7 @@ class FunctionPlan:
 
     @property
     def own(self) -> int:
-        """The number of storages of its own."""
+        """The number of the function's own storages."""
         beside = sum(len(each) for each in self.workspaces.values())
         return sum(life.storage.kind.is_own for life in self.lives) - beside
 
@@ -185,10 +185,10 @@ class FunctionPlan:
         return lines
 
     def dead_after(self) -> dict[int, list[Value]]:
-        """Return by step the stored results that no later step reads."""
+        """Return, for each step, the stored results that no later step reads."""
         dead: dict[int, list[Value]] = {}
         for value, place in self.places.items():
-            is_state = place.how is How.UPDATE  # it has no name of its own
+            is_state = place.how is How.UPDATE  # an update has no name of its own
             if place.first != BEFORE and place.storage is not None and place.last < self.end and not is_state:
                 dead.setdefault(place.last, []).append(value)
         return dead
@@ -239,12 +239,13 @@ class FunctionPlan:
 
 @dataclass(frozen=True, eq=False)
 class StoragePlan:
-    """The storage of every function that users' entries need, callees first. Prints as text, without weights.
+    """The storage of every function that users' entries call, directly or not, callees first. Prints as text, without
+    weights.
 
     strided     True if kernels read and write by the strides of views; otherwise a library chooses strides and
                 allocates its results
-    in_results  True if storages that die before a result is written may be placed in its memory
-    copies      for a library: True if a view that strides cannot express has a storage of its own
+    in_results  True if storages that are dead before a result is written may be placed in its memory
+    copies      for a library: True if a view that strides cannot express has its own storage
     """
 
     functions: Mapping[str, FunctionPlan]
@@ -285,7 +286,7 @@ def _locals(plan: FunctionPlan) -> str:
 
 
 def _where(place: ValuePlace) -> tuple[str, str, str]:
-    """Return the name of the storage, the form, the life."""
+    """Return the name of the storage, the layout, and the life of a value, as text."""
     storage = "-" if place.storage is None else place.storage.name
     return storage, place.form, life_text(place.first, place.last)
 

@@ -23,32 +23,32 @@ from treadle.passes.memory.wrong_plans import wrong_plan
 
 Array = np.ndarray[Any, Any]
 
-_FIRST_TAG = 2**23 + 2**21  # tags: numbers that no margin is filled with, and that float32 represents exactly
+_FIRST_TAG = 2**23 + 2**21  # tags: numbers that are never used as margins, and that float32 represents exactly
 
 
 MOST_PLACES = 1 << 10
-"""Maximum number of elements of a view whose addresses are compared: a sample with the first and the last.
+"""Maximum number of elements of a view whose addresses are compared: a sample that includes the first and the last.
 
 Views are affine: if a stride is wrong, at least half of the elements are at wrong addresses.
 """
-_FEW_PLACES = 250  # for very many elements: the number of tags that a byte has
+_FEW_PLACES = 250  # for very many elements: the number of different tags in a byte
 
 
 @lru_cache(maxsize=256)
 def _some(count: int, most: int = MOST_PLACES) -> Array:
-    """Return the numbers below a count, or a fixed sample of `most` of them: multiples of the golden ratio, which are
+    """Return the numbers below `count`, or a fixed sample of `most` of them: multiples of the golden ratio, which are
     distributed evenly and do not align with any stride.
     """
     if count <= most:
         return np.arange(count)
-    fractions = np.arange(most - 2) * ((5**0.5 - 1) / 2) % 1.0  # importing numpy.random takes as long as a check
+    fractions = np.arange(most - 2) * ((5**0.5 - 1) / 2) % 1.0  # importing numpy.random would take as long as a check
     return np.concatenate([[0, count - 1], (fractions * count).astype(np.int64)])
 
 
 def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
     """Return the indices of some of `count` elements, and a small tag for each: 2, 3, 4, ...
 
-    margins  True if there are other numbers as well: tags are then numbers that no margin is filled with
+    margins  True if there are other numbers as well: tags are then numbers that no margin has
     """
     few = count > MOST_PLACES and not margins
     some = _some(count, _FEW_PLACES if few else MOST_PLACES)
@@ -84,13 +84,13 @@ class StridesCheck:
         self._moved: dict[tuple[Op, tuple[int, ...]], tuple[Array, Array]] = {}
 
     def check(self, small: bool) -> list[str]:
-        """Check the plan; return lines on storages that are too large to replay. At small sizes, elements are checked
+        """Check the plan. Return lines on storages that are too large to replay. At small sizes, elements are checked
         one by one.
         """
         self._results()
         for value, place in self.plan.places.items():
             if value.node is None and not small:
-                continue  # its place is the same at all sizes
+                continue  # the place is the same at all sizes
             if place.view is not None:
                 self._fits(value, place, place.view)
             elif place.storage is not None:
@@ -122,7 +122,7 @@ class StridesCheck:
         if value.node is None and view.offset == ZERO and (layout is not None or view.is_contiguous):
             taken = wanted.elements if layout is None else layout.elements(wanted.shape)
             if view.storage.elements == taken:
-                return  # it fills its storage at all sizes
+                return  # the value fills its storage at all sizes
         held = self.number(view.storage.elements)
         if layout is not None:
             needed, last = self.number(layout.elements(view.shape)), self.number(view.offset)
@@ -155,7 +155,7 @@ class StridesCheck:
     def _results(self) -> None:
         outputs, results = self.function.outputs, self.plan.results
         if list(results) != list(outputs) or len({*results.values()}) != len(results):
-            raise wrong_plan("each output needs a storage from the caller", self.plan)
+            raise wrong_plan("each output must have a storage from the caller", self.plan)
         for name, value in outputs.items():
             storage = results[name]
             if storage.kind is not StorageKind.RESULT or self.number(storage.elements) < self._elements(value):
@@ -184,7 +184,9 @@ class StridesCheck:
     # -- origins of elements ---------------------------------------------------------------------------------
 
     def _comes_from(self, value: Value, node: Node, place: ValuePlace, view: View) -> None:
-        """Check that a view has its operand's elements, and that a part is stored at its place in the whole."""
+        """Check that a view refers to its operand's elements, and that a part is stored at its position in the
+        whole.
+        """
         if value.state is not None:
             before = None if value.before is None else self.plan.places[value.before].view
             if place.how is not How.UPDATE or before != view:
@@ -203,18 +205,18 @@ class StridesCheck:
             here, came, count = self._numbered(reader, reader.operands.index(value))
             same = whole.storage is view.storage and count == self._elements(value)
             if not same or not self._agrees(whole, view, here, came):
-                raise wrong_plan(f"it is not stored at its place in {place.of.name}", self.plan, value, str(view))
+                raise wrong_plan(f"it is not stored at its position in {place.of.name}", self.plan, value, str(view))
 
     def _views(self, node: Node) -> tuple[Array, Array]:
         """Return indices of elements of a view's result, and for each the index of the operand's element that it
         equals.
 
-        Usually the reference returns a view of the array that represents the operand, and its strides have the answer.
-        If it returns a copy, some elements are tags.
+        Usually the reference returns a view of the array that represents the operand, and the strides of that view
+        determine the result. If the reference returns a copy, some elements of the array are tags.
         """
         shape = tuple(self._numbers(node.inputs[0].type.storage_type.shape))
         key = node.op, shape
-        if key not in self._moved:  # it is the same for one op on one shape
+        if key not in self._moved:  # the result is the same for one op on one shape
             op, size = node.op.at(self.sizes), math.prod(shape)
             some, tags = _tags(size)
             tagged = np.zeros(size, tags.dtype)  # untouched pages take no time
@@ -235,14 +237,15 @@ class StridesCheck:
         return self._moved[key]
 
     def _numbered(self, node: Node, position: int) -> tuple[Array, Array, int]:
-        """Return the same as `_views` for one operand of several, or with margins; also its number of elements in the
-        result.
+        """Return the same as `_views` for one of several operands, or for an op with margins. Also return the number of
+        the operand's elements in the result.
 
-        Some of its elements are tags, the others one number, and elements of other operands are zero.
+        Some elements of the operand are tags, its other elements are all one number, and elements of other operands are
+        zero.
         """
         shapes = [None if v is None else self._numbers(v.type.storage_type.shape) for v in node.operands]
         sizes = [0 if shape is None else math.prod(shape) for shape in shapes]
-        margins = sum(sizes) != self._elements(node.result)  # margins may be any number
+        margins = sum(sizes) != self._elements(node.result)  # margins may have any value
         some, tags = _tags(sizes[position], margins)
         tagged = np.full(sizes[position], tags[0] - 1, tags.dtype)
         tagged[some] = tags
@@ -255,8 +258,8 @@ class StridesCheck:
         return at, some[made[at].astype(np.int64) - int(tags[0])], int(count)
 
     def _agrees(self, result: View, operand: View, at: Array, came: Array) -> bool:
-        """Return True if elements of a result have the addresses of the equal elements of the operand; large views are
-        sampled.
+        """Return True if elements of a result have the addresses of the operand's elements that they equal. Large views
+        are sampled.
         """
         return np.array_equal(self._address(result, at), self._address(operand, came))
 
@@ -265,7 +268,7 @@ class StridesCheck:
         return _places(numbers, *self.lies(view))
 
     def lie_alike(self, one: View, other: View) -> bool:
-        """Return True if two views have equal shapes, and each element has the same address in both."""
+        """Return True if two views have equal shapes, and each element has the same address in both views."""
         (shape, mine, begin), (others, theirs, at) = self.lies(one), self.lies(other)
         return (shape, begin) == (others, at) and all(
             n == 1 or s == o for n, s, o in zip(shape, mine, theirs, strict=True)

@@ -11,13 +11,13 @@ from treadle.passes.memory.storage_plan import How, Step
 from treadle.passes.memory.value_places import Over, PlacedFunction, Planning
 
 Parts = Callable[[Step, View], bool]
-"""A predicate: a step writes its result through a view with gaps, without a copy."""
+"""A predicate: True if a step can write its result through a view with gaps, without a copy."""
 
 
 class StridedPlanning(Planning):
     """A plan for kernels that write to a given destination.
 
-    wanted  the destination of a value that saves its reader a move, once that is decided
+    wanted  the destinations that save a reader a move, by value, as far as they are decided
     """
 
     def __init__(self, planned: PlacedFunction, steps: Sequence[Step], parts: Parts, over: Over) -> None:
@@ -80,7 +80,7 @@ class StridedPlanning(Planning):
         return view, How.OWN if of is value else How.INTO, of
 
     def _is_given_back(self, value: Value, of: Value | str, lies: View) -> bool:
-        """Return True if a value is an output whose storage is a donated argument's; if so, record that."""
+        """Return True if a value is an output whose storage is a donated argument's. If so, record it as given back."""
         if not isinstance(of, str) or self.function.outputs.get(of) is not value:
             return False
         argument = next((v for v in self.planned.donated if self.places[v].storage is lies.storage), None)
@@ -89,7 +89,9 @@ class StridedPlanning(Planning):
         return argument is not None
 
     def _left_by(self, x: Value, step: Step, value: Value) -> View | None:
-        """Return the view of x if a value may take its storage: x fills it, and it is read for the last time."""
+        """Return the view of x if a value may take its storage: x fills the storage, and x is read for the last time.
+        Otherwise return None.
+        """
         place = self.places[x]
         if place.storage is None or place.view is None or not self._may_be_written(place.storage):
             return None
@@ -99,10 +101,10 @@ class StridedPlanning(Planning):
         return place.view if fills and alone and dies else None
 
     def _wanted(self, value: Value, step: Step, read_by_view: bool = False) -> tuple[View, Value | str] | None:
-        """Return the destination that the caller or the only reader wants, and the owner of its storage: the value
-        itself or a whole.
+        """Return the destination that the caller or the only reader of a value requires, and the owner of the storage:
+        the value itself or a whole of which it is a part. Return None if there is none.
 
-        read_by_view  True if the caller asks for a view of it: then there is a destination only if that can save a move
+        read_by_view  True if the value is read through a view: then there is a destination only if that can save a move
         """
         if value in self.wanted:
             return self.wanted[value]
@@ -137,7 +139,7 @@ class StridedPlanning(Planning):
         return reader.op.is_view or self.parts(step, part)
 
     def _repeated(self, value: Value, alike: Sequence[int]) -> View:
-        """Return a view of a new storage with one element along each axis where all elements are equal."""
+        """Return a view of a new storage that has one element along each axis on which all elements are equal."""
         held = value.type.storage_type
         shape = [ONE if axis in alike else size for axis, size in enumerate(held.shape)]
         storage = Storage(self.names[value], held.dtype, product(shape), StorageKind.LOCAL)

@@ -1,7 +1,7 @@
-"""Storages of the values of one function for one order of its steps: the part that all planners share.
+"""Storages of the values of one function for one order of its steps: the code that all planners share.
 
 `PlacedFunction` holds the facts of a function that do not depend on the order. `Planning` visits the steps, and decides
-the storage of each value. Subclasses are for kernels that write by strides (`strided_places.py`) and for libraries
+the storage of each value. Its subclasses are for kernels that write by strides (`strided_places.py`) and for libraries
 (`library_places.py`).
 """
 
@@ -16,18 +16,21 @@ from treadle.ir.storage.views import Storage, StorageKind, View
 from treadle.passes.memory.storage_plan import BEFORE, FunctionPlan, How, Life, Step, ValuePlace
 
 Over = Callable[[Step], Sequence[Value]]
-"""The operands that a step reads element by element, each only for the result's element at the same index."""
+"""A function that returns the operands that a step reads element by element, each only for the result's element at the
+same index.
+"""
 
 
 class PlacedFunction:
-    """A function that is planned in several orders; its callees are planned already.
+    """A function that is planned in several orders; its callees are already planned.
 
     is_entry  True if no function of the graph calls it: its outputs belong to its caller
     donated   arguments that the caller donates
     given     for each argument the storage that it fills, the view, and the reason (argument or state)
     names     names of its arguments
 
-    Most functions have far more arguments than steps: weights. The facts about them are the same in all orders.
+    Most functions have far more arguments than steps, most of them weights. The facts about arguments are the same in
+    all orders.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class PlacedFunction:
 
     @cached_property
     def row_major(self) -> RowMajor:
-        """The views of its values for a library, which makes row-major arrays."""
+        """The views of the function's values for a library that returns row-major arrays."""
         return RowMajor(self.function)
 
 
@@ -56,7 +59,7 @@ class Names:
         self._taken: set[str] = set() if known is None else set(known._taken)
 
     def add(self, value: Value, hint: str = "") -> None:
-        """Name a value, by its own name unless there is a hint."""
+        """Name a value: by the hint, or by its own name if there is no hint."""
         self.of[value] = self.new(hint or value.name)
 
     def new(self, hint: str) -> str:
@@ -97,7 +100,7 @@ class RowMajor:
         return view
 
     def of(self, value: Value) -> View:
-        """Return the view of a value, also of a constant."""
+        """Return the view of a value, which may be a constant."""
         return self.views[value] if value in self.views else _contiguous(value)
 
 
@@ -107,7 +110,7 @@ def _contiguous(value: Value) -> View:
 
 
 class Planning(ABC):
-    """One function in one order."""
+    """The planning of one function with its steps in one order."""
 
     def __init__(self, planned: PlacedFunction, steps: Sequence[Step]) -> None:
         self.planned, self.function, self.callees = planned, planned.function, planned.callees
@@ -193,7 +196,7 @@ class Planning(ABC):
             self.last_reads[storage] = last
 
     def _update(self, value: Value) -> None:
-        """Place a version of a state in the storage of the version before it, which is not read any more."""
+        """Place a version of a state in the storage of the previous version, which is no longer read."""
         before = value.before
         assert before is not None
         lies = self.places[before].view or self.places[before].storage
@@ -205,13 +208,15 @@ class Planning(ABC):
         self._put(value, self._whole(value, StorageKind.CONSTANT), How.CONSTANT)
 
     def _whole(self, value: Value, kind: StorageKind, name: str = "") -> View | Storage:
-        """Return a new storage that a value fills."""
+        """Return a new storage that a value fills, as a view if strides are planned."""
         held, layout = value.type.storage_type, value.layout
         elements = held.elements if layout is None else layout.elements(held.shape)
         return Storage(name or self.names[value], held.dtype, elements, kind, layout, value.literal)
 
     def _may_be_written(self, storage: Storage) -> bool:
-        """Return True if a step may overwrite a dead value of a storage: the run made it, or the caller donated it."""
+        """Return True if a step may overwrite a dead value of a storage: the value was computed in the run, or the
+        caller donated it.
+        """
         donated = (self.places[v].storage for v in self.planned.donated)
         return storage.kind is StorageKind.LOCAL or any(storage is each for each in donated)
 

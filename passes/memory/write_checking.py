@@ -1,4 +1,4 @@
-"""Check that no step of a storage plan destroys a value that is read later, at one set of sizes.
+"""Check that no step of a storage plan overwrites a value that is read later, at one set of sizes.
 
 The steps are replayed for every storage that more than one of them writes: each write stores its number in the cells
 that it writes. `stride_checking.py` compares the order of a value's elements with the references. So a value is intact
@@ -20,7 +20,7 @@ from treadle.passes.memory.storage_plan import How
 from treadle.passes.memory.wrong_plans import wrong_plan
 
 if TYPE_CHECKING:
-    from treadle.passes.memory.stride_checking import StridesCheck  # it calls this module
+    from treadle.passes.memory.stride_checking import StridesCheck  # StridesCheck calls this module
 
 Array = np.ndarray[Any, Any]
 
@@ -29,7 +29,7 @@ MOST_CELLS = 1 << 26
 
 
 def lost_writes(at: StridesCheck) -> list[str]:
-    """Replay the steps; return lines on storages that are too large.
+    """Replay the steps. Return lines on storages that are too large to be replayed.
 
     Raises PassError if a step reads a value that was overwritten.
     """
@@ -58,8 +58,8 @@ def lost_writes(at: StridesCheck) -> list[str]:
 
 
 def _blocks(at: StridesCheck, storages: set[Storage | None]) -> dict[Storage, int]:
-    """Return the number of elements in a cell of each storage: every view contains a cell's elements in order, or
-    none.
+    """Return the number of elements in a cell of each storage. Every view contains either all elements of a cell, in
+    order, or none.
     """
     found: dict[Storage, int] = {}
     for place in at.plan.places.values():
@@ -80,7 +80,7 @@ class _Run:
 
     blocks  the number of elements in a cell of each storage
     cells   the contents of the cells of each storage
-    holds   the number of the write that made a value, or the value that it is a view of
+    holds   the number of the write that stored a value, or the value that it is a view of
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class _Run:
         self.holds[value] = self.writes
 
     def _apart(self, value: Value, x: Value, nodes: Sequence[Node]) -> None:
-        """Check that a step overwrites memory that it reads only element by element, or only with a part in its final
-        place.
+        """Check that a step overwrites only memory that it reads element by element, or memory of a part that is
+        already in its final place.
         """
         mine, read = self.plan.places[value], self.plan.places[x]
         view, to = read.view, mine.view
@@ -171,7 +171,9 @@ class _Run:
         return storage
 
     def _is_reused(self, x: Value, node: Node) -> bool:
-        """Return True if a callee, as checked, may overwrite this operand with its result, and gets it only once."""
+        """Return True if a callee, whose plan was checked, may overwrite this operand with its result, and gets the
+        operand only once.
+        """
         callee = node.op.called_in(self.at.callees)
         formals = (
             []
@@ -181,8 +183,8 @@ class _Run:
         return callee is not None and len(node.results) == len(formals) == 1 and formals[0] in callee.reuses
 
     def _by_element(self, x: Value, nodes: Sequence[Node]) -> bool:
-        """Return True if the last of these nodes depends on x, directly or through the others, only element by
-        element.
+        """Return True if the last of these nodes depends on x only element by element, directly or through the other
+        nodes.
         """
         by = {x}
         for node in nodes:

@@ -3,8 +3,8 @@
     "b a n, n k -> b a k"     matmul(g, w)
     "b a n, b a k -> n k"     matmul(rearrange(g, "b a n -> n (b a)"), rearrange(x, "b a k -> (b a) k"))
 
-The gradients of `linear` are einsums of this kind. Letters of one factor that are in the result are the rows of the
-left factor, or the columns of the right one. Letters of both factors that are not in the result are summed.
+The gradients of `linear` are such einsums. Letters of one factor that are in the result are the rows of the left
+factor, or the columns of the right factor. Letters of both factors that are not in the result are summed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class EinsumProduct:
 
 
 def as_product(node: Node) -> EinsumProduct | str:
-    """Return the einsum as a matrix product, or the reason why it is not a product."""
+    """Return the einsum as a matrix product, or the reason for which it is not a product."""
     if len(node.inputs) != 2:
         return "it does not multiply two factors"
     applied = node.op.apply([v.type for v in node.inputs])

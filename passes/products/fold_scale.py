@@ -1,4 +1,4 @@
-"""Move scalings of logits and of normalized values to the smallest tensor that can be scaled instead, at best a
+"""Move a scaling of logits or of normalized values to the smallest tensor that can be scaled instead, at best a
 weight.
 """
 
@@ -25,11 +25,11 @@ def _is_scale(c: Expr, x: Expr) -> bool:
 
 
 def _leaves_range(c: Expr, x: Expr) -> Refusal | None:
-    """Return a refusal if x * c may overflow, or lose digits, although c times the result of the op does not."""
+    """Return a refusal if x * c may overflow, or lose digits, although the result of the op times c does not."""
     narrow = x.dtype in (f16, bf16)
     number = None if c.value.literal is None else c.value.literal.scalar
     if number is None:
-        why = f"the scale is not known, and x times the scale may be out of range for {x.dtype}"
+        why = f"the scale is unknown, and x times the scale may be out of range for {x.dtype}"
         return Refusal(why) if narrow else None
     if _LEAST <= abs(number) <= (1.0 if narrow else _GREATEST):
         return None
@@ -43,8 +43,8 @@ class ScaleBeforeLinear(Rewrite):
     """linear(x, w) * c   -->   linear(x * c, w)        for one number c
 
     The result of a product with a vocabulary is wider than its operand x. Refuses: a number so large or small that x *
-    c may be out of range although y * c is not (in f16 and bf16 a number above 1, or an unknown one); by the target's
-    cost, a product that is narrower than x, because there is less to scale after it.
+    c may be out of range although y * c is not (in f16 and bf16 a number above 1, or an unknown one); a product that is
+    narrower than x, because there is less to scale after it, according to the target's cost.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, c: Any) -> Any:
@@ -122,8 +122,8 @@ class ScaleInLayerNorm(Rewrite):
 
 @dataclass(frozen=True)
 class FoldScale(RewriteSet):
-    """Scale logits where it costs least: before the product, and at no cost in the weight of the norm before the
-    product.
+    """Scale logits where that costs least: before the product, or in the weight of the norm before the product, which
+    costs nothing at run time.
     """
 
     rules: ClassVar[tuple[Rewrite, ...]] = (

@@ -16,8 +16,8 @@ from treadle.passes.products.product_patterns import is_product, product_with, w
 class FuseActivatedLinear(Rewrite):
     """act(linear(x, w, bias))   -->   activated_linear(x, w, bias, act)        and the same for matmul(x, w) + bias
 
-    For act one of gelu, gelu_tanh, quick_gelu, silu, relu, tanh and sigmoid. A weight keeps its layout, [out, in] for
-    linear and [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.
+    act is gelu, gelu_tanh, quick_gelu, silu, relu, tanh or sigmoid. A weight keeps its layout, [out, in] for linear and
+    [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.
     """
 
     def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:

@@ -29,17 +29,17 @@ class GatedLinear(Rewrite):
         if m.gating.value is m.gated.value or not m.gating.type == m.gated.type == m.result.type:
             return False
         if self._activation(m) == "none" and m.x.value is not m.z.value:
-            return False  # only two products that are multiplied
+            return False  # two products must be multiplied
         return is_product(m.gating, m.gate, m.gate_bias) and is_product(m.gated, m.up, m.up_bias)
 
     def check(self, m: Match) -> Refusal | None:
         if m.x.value is not m.z.value:
-            reason = f"the gate is a product of {_named(m.x)}, and the gated value is a product of {_named(m.z)}"
+            reason = f"the gate is a product of {_named(m.x)}, but the gated value is a product of {_named(m.z)}"
             return Refusal(reason, m.gating)
         if weight_axes(m.gating) != weight_axes(m.gated):
             transposed = "the gate's" if weight_axes(m.gating) == "k n" else "the gated product's"
-            reason = f"one weight, {transposed}, has layout [in, out], and the other [out, in]"
-            return Refusal(reason, m.gated, "one layout for both")
+            reason = f"one weight, {transposed}, has layout [in, out], but the other [out, in]"
+            return Refusal(reason, m.gated, "one layout for both weights")
         return None
 
     def rewrite(self, b: Builder, m: Match) -> Any:
@@ -57,8 +57,8 @@ class GatedLinear(Rewrite):
 class MergedGate(Rewrite):
     """act(y[..., :n]) * y[..., n:]   -->   gated_linear(x, w[:n], w[n:], act)        for a product y = linear(x, w)
 
-    As in Phi-3 and GLM. The halves of the weight depend only on a weight, so a backend computes them once. Refuses: a
-    computed weight, whose halves would be sliced in every run.
+    Phi-3 and GLM have this form. The halves of the weight depend only on a weight, so a backend computes them once.
+    Refuses: a computed weight, whose halves would be sliced in every run.
     """
 
     def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:

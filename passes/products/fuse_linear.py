@@ -1,7 +1,7 @@
-"""Linear layers as one op: matmul with a transposed weight, and a bias that is added.
+"""Linear layers as one op: matmul with a transposed weight, and an added bias.
 
-A weight in layout [in, out] is multiplied as it is. `linear` takes [out, in], but a transposition would be a useless
-copy: a backend that packs weights packs both layouts, and adds the bias as it stores the product.
+A weight in layout [in, out] stays the weight of a matmul. `linear` takes [out, in], but a transposition would be a
+useless copy: a backend that packs weights packs both layouts, and adds the bias when it stores the product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
 class MatmulTransposed(Rewrite):
     """matmul(x, transpose(w))   -->   linear(x, w)
 
-    Refuses: a w that is not a weight (it is computed, as keys in an attention are).
+    Refuses: a w that is not a weight (for example keys in an attention, which are computed).
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, pattern: Any) -> Any:
@@ -77,13 +77,13 @@ def _is_plain(m: Match) -> bool:
 
 
 def _again(b: Builder, m: Match, x: Any) -> Any:
-    """Return the product, applied to other rows."""
+    """Return the product applied to other rows."""
     product = b.linear(x, m.w, m.bias) if _is_linear(m) else b.matmul(x, m.w)
     return product if m.addend is None else product + m.addend
 
 
 def _with_width(form: RearrangeForm, width: Size) -> RearrangeForm | None:
-    """Return the form for rows of another width; None if it changes the last axis."""
+    """Return the form for rows of another width, or None if it changes the last axis."""
     last = form.before[-1] if form.before else ()
     if len(last) != 1 or not form.after or form.after[-1] != last:
         return None
@@ -94,7 +94,7 @@ def _with_width(form: RearrangeForm, width: Size) -> RearrangeForm | None:
 class ProductOfRows(Rewrite):
     """rearrange(matmul(rearrange(x), w) + bias)   -->   matmul(rearrange(x), w) + bias        and linear, likewise
 
-    where the second rearrange moves, joins or splits rows: x is rearranged directly to the final order of the product's
+    The second rearrange moves, joins or splits rows; x is rearranged directly to the final order of the product's
     rows. Examples: [B, S, k] -> [(B S), k] -> [(B S), n] -> [B, S, n], as in an addmm, or [B, h, S, d] -> [(S B), k] ->
     [(S B), n] -> [B, S, n], as in PyTorch's attention. The rest of the first rearrange remains. A vector, [k] -> [1, k]
     -> [1, n] -> [n], is a valid operand of `linear` only: a matmul keeps its one row. Refuses: a product or sum that is
@@ -110,7 +110,7 @@ class ProductOfRows(Rewrite):
         return _is_plain(m) and m.product.type.dims[-1:] == m.result.type.dims[-1:] and self._on_x(m) is not None
 
     def _on_x(self, m: Match) -> RearrangeForm | None:
-        """Return the effect of the two rearranges on x, if the second one keeps the last axis."""
+        """Return both rearranges as one rearrange of x, if the second one keeps the last axis, else None."""
         split = form_of(m.second, m.product.type)
         *rows, last = split.before
         if split.after[-1] != last:
@@ -134,8 +134,8 @@ class ProductOfRows(Rewrite):
 class RowsAfterProduct(Rewrite):
     """rearrange(matmul(rearrange(x), w) + bias)   -->   rearrange(matmul(x, w) + bias)        and linear, likewise
 
-    where the first rearrange moves, joins or splits rows, and the second one splits the last axis, for example into
-    heads. Refuses: a product or sum that is used elsewhere with its rows in the old order.
+    The first rearrange moves, joins or splits rows, and the second one splits the last axis, for example into heads.
+    Refuses: a product or sum that is used elsewhere with its rows in the old order.
     """
 
     def pattern(self, p: Vocabulary, x: Any, w: Any, bias: Any, addend: Any, first: Any, second: Any) -> Any:
@@ -146,7 +146,7 @@ class RowsAfterProduct(Rewrite):
         return _is_plain(m) and taken_apart and m.x.rank >= 2 and self._of_result(m) is not None
 
     def _of_result(self, m: Match) -> RearrangeForm | None:
-        """Return the effect of the two rearranges on the product of x."""
+        """Return both rearranges as one rearrange of the product of x, or None if that is not possible."""
         width = m.product.type.dims[-1]
         moved = _with_width(form_of(m.first, m.x.type), width.size)
         made = Type(m.product.type.dtype, (*m.x.type.dims[:-1], width))

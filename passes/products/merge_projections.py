@@ -20,14 +20,14 @@ class MergeProjections(SiteRewrite["_Merged"]):
     """q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv)
     -->   q, k, v = projections(x, wq, wk, wv, bq, bk, none)
 
-    and the same for matmul(x, w) + b, with weights in layout [in, out]. x is read once, and one product with many
-    columns keeps every core busy, which three narrow products do not. At run time it is one product with a joined
+    The same holds for matmul(x, w) + b, with weights in layout [in, out]. x is read once, and one product with many
+    columns keeps every core busy, which three narrow products do not. At run time there is one product with a joined
     weight, which is computed once, when weights are bound (`treadle.backends.weight_preparation`). `Decompose` is the
     inverse.
 
     Refuses: a weight with other readers, which would be stored twice; a weight in another encoding than the others; a
     constant in place of a weight; a bias that is computed, perhaps after the first of the products. Skips products with
-    a fused activation or gate: their results are stored activated, and a slice would be read again.
+    a fused activation or gate: their results are stored activated, and slicing them would read them again.
     """
 
     def sites(self, work: Rewriting) -> Iterator[_Merged]:
@@ -50,14 +50,16 @@ class MergeProjections(SiteRewrite["_Merged"]):
                         yield _Merged.of(merged)
 
     def _joinable(self, work: Rewriting, parts: Sequence[Projection]) -> Iterator[Sequence[Projection]]:
-        """Yield the parts, grouped by the encoding of their weights: blocks of two forms are not joined."""
+        """Yield the parts, grouped by the encoding of their weights: weights in different block forms are not
+        joined.
+        """
         groups: dict[str, list[Projection]] = {}
         for part in parts:
             groups.setdefault(_encoding(part), []).append(part)
         for encoding, group in groups.items():
             if len(group) == 1 and len(parts) > 1:
                 others = " and ".join(other for other in groups if other != encoding)
-                reason = f"its weight is stored as {encoding}, the others as {others}: their blocks are not joined"
+                reason = f"its weight is stored as {encoding}, but the others as {others}: their blocks are not joined"
                 work.refuse(self.name, Refusal(reason, group[0].product))
             yield group
 
@@ -96,7 +98,7 @@ class Projection:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Merged(Site):
-    """Projections that become one product, at the first of them."""
+    """Projections that become one product, at the position of the first of them."""
 
     parts: Sequence[Projection]
 
@@ -125,9 +127,9 @@ def _why_not(
     function: Function,
     weights: Mapping[Node, tuple[Value, ...]],
 ) -> str:
-    """Return the reason why a product cannot be a part of a larger one; empty if it can.
+    """Return the reason for which a product cannot be a part of a larger product, or an empty string if it can.
 
-    Products of other values with the same weights, as in layers that share them (ALBERT), read the joined weight too.
+    If layers share weights (ALBERT), products of other values with the same weights also read the joined weight.
     """
     others = [n for n, _ in uses[part.weight] if n is not part.product and weights.get(n) != weights[part.product]]
     if others:
@@ -142,7 +144,9 @@ def _why_not(
 
 
 def _read_early(b: Builder, weight: Value) -> Expr:
-    """Return a weight at the first of the products; a weight that is decoded later is decoded there."""
+    """Return a weight for use at the first of the products. If the weight is decoded later, it is decoded there as
+    well.
+    """
     node = weight.node
     if node is None:
         return b.expr(weight)
@@ -156,7 +160,7 @@ def _encoding(part: Projection) -> str:
 
 
 def _with_bias(node: Node, uses: dict[Value, list[tuple[Node, int]]], function: Function) -> Projection:
-    """Return a product with the vector that is added to it, if nothing else reads the product."""
+    """Return a product with the vector that is added to it, if the product has no other reader."""
     if len(node.inputs) > 2:
         return Projection(node, node.result, node.inputs[1], node.inputs[2])
     readers = uses.get(node.result, [])

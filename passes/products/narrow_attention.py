@@ -1,4 +1,4 @@
-"""Attention in a narrower dtype: queries, keys and values are rounded; scores and sums keep their dtype."""
+"""Attention in a narrower dtype: queries, keys and values are rounded, while scores and sums keep their dtype."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NarrowAttention(SiteRewrite[Site]):
     """attention(q, k, v, ...)   -->   attention(cast(q, to=bf16), cast(k, to=bf16), cast(v, to=bf16), ..., to=f32)
 
     Scores, biases, the softmax and sums stay float32. A CPU that multiplies pairs also rounds probabilities before it
-    multiplies values with them. Attention over a cache is unchanged: it reads the cache's dtype.
+    multiplies values with them. Attention over a cache is unchanged: it reads keys and values in the cache's dtype.
     """
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()

@@ -22,12 +22,12 @@ from treadle.passes.products.einsum_as_product import as_product
 class NarrowProducts(SiteRewrite[Site]):
     """linear(x, w, bias)   -->   linear(cast(x, to=bf16), cast(w, to=bf16), bias, to=f32)        for a weight w
 
-    and the same for matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay
+    The same holds for matmul, activated_linear, gated_linear and projections. The result, the bias and the sum stay
     float32. The cast of a weight is computed once, when weights are bound; a value that several products read is cast
     once.
 
-    With `computed`, which training uses because its weights change, w may be any matrix, and an einsum that is a
-    product with a matrix, such as the gradients of `linear`, becomes one:
+    With `computed`, which training uses because its weights change, w may be any matrix. An einsum that is a product
+    with a matrix, such as the gradients of `linear`, becomes a matmul:
 
     einsum(g, x, equation="b a n, b a k -> n k")   -->   matmul(rearrange(cast(g)), rearrange(cast(x)), to=f32)
 
@@ -92,8 +92,8 @@ def _weights(node: Node) -> list[Value]:
 
 
 def _why_not(weight: Value, of_weights: set[Value] | None) -> str:
-    """Return the reason not to round the matrix of a product, or an empty text; `of_weights` None: any matrix is
-    allowed.
+    """Return the reason for which the matrix of a product is not rounded, or an empty string. If `of_weights` is None,
+    any matrix may be rounded.
     """
     if fixed := _is_fixed([weight]):
         return fixed

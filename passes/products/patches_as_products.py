@@ -16,7 +16,7 @@ from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRew
 class PatchesAsProducts(SiteRewrite[Site]):
     """conv(x, w, bias)   -->   linear(rearrange(x), rearrange(w), bias), rearranged, if windows do not overlap
 
-    Each window is then a row of a matrix: the patches of ViT, DeiT, CLIP, SigLIP and DINOv2.
+    Each window becomes a row of a matrix, as for the patches of ViT, DeiT, CLIP, SigLIP and DINOv2.
 
     Refuses: windows that overlap, whose elements would be copied several times; windows of one element; groups.
     """

@@ -16,8 +16,8 @@ def product_with(p: Vocabulary, name: str, x: Any, weight: Any, bias: Any) -> An
 
 
 def is_product(product: Expr, weight: Expr, bias: Expr | None) -> bool:
-    """Return True if the weight of a match is one matrix, and its bias a vector of that width, perhaps broadcast by a
-    sum.
+    """Return True if the weight of a match is one matrix, and its bias is a vector of the matrix's width or is
+    broadcast to one.
     """
     if weight.rank != 2:
         return False

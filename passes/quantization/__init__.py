@@ -1,1 +1,3 @@
-"""Quantization: the weights to quantize, their encodings, and the reasons: a plan, its checker, and its application."""
+"""Quantization: a plan of the weights to quantize, their encodings and the reasons; a checker of the plan; and its
+application.
+"""

@@ -21,11 +21,11 @@ Weights = Mapping[str, WeightPlan]
 
 @dataclass
 class _Product:
-    """A product of a function, over all calls of the function.
+    """A product of a function, with the results of all calls of the function.
 
-    weights    the names of the parameters that x is multiplied with, in any call
+    weights    the names of the parameters with which x is multiplied, in any call
     encodings  the encodings of x that they require, and the encodings of these parameters
-    whys       reasons not to quantize x for it
+    whys       the reasons for which x is not quantized for this product
     """
 
     node: Node
@@ -37,8 +37,8 @@ class _Product:
 def plan_activations(graph: Graph, weights: Weights) -> tuple[ActivationPlan, ...]:
     """Return the plans of all values that a product multiplies with a matrix, function by function.
 
-    A value is quantized for the products whose matrices are, in every call, in blocks along the summed axis: row by row
-    for 8-bit rows, in groups for other integer blocks (`rounded_for`).
+    A value is quantized for a product if, in every call, the product's matrices are in blocks along the summed axis. It
+    is quantized row by row for 8-bit rows, and in groups for other integer blocks (`rounded_for`).
     """
     found: dict[str, dict[int, _Product]] = {}
     for entry in graph.later_entries:
@@ -79,12 +79,14 @@ def _read(
 
 
 def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[WeightPlan]) -> Iterator[str]:
-    """Yield the reasons not to quantize a product's operand for one of its matrices, given the matrix's plans."""
+    """Yield the reasons for which a product's operand is not quantized for one of its matrices, given the plans of the
+    matrix.
+    """
     node = product.node
     x = node.operands[0]
     assert x is not None
     if x.type.dtype is not f32:
-        yield f"its elements are {x.type.dtype}, and only f32 is quantized"
+        yield f"its elements are {x.type.dtype}, but only f32 is quantized"
     elif x.type.shape[-1].constant is None:
         yield "its rows have no constant length"
     if not plans:
@@ -103,7 +105,9 @@ def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[We
 
 
 def _summed(node: Node, position: int) -> int | None:
-    """Return the axis of a matrix that a product sums over: the axis with the factors of x's last axis."""
+    """Return the axis of a matrix over which a product sums: the axis with the factors of x's last axis. Return None if
+    there is no such axis.
+    """
     found = node.op.apply([None if v is None else v.type for v in node.operands])
     x, matrix = found.operands[0], found.operands[position]
     return next((axis for axis, dim in enumerate(matrix or ()) if x and dim == x[-1]), None)

@@ -1,5 +1,5 @@
-"""Plan the products that are smoothed (SmoothQuant): in every call, their rows come from a norm, and their weights are
-used with that norm only.
+"""Plan the products that are smoothed (SmoothQuant). In every call, the rows of such a product come from a norm, and
+its weights are used only with that norm.
 
 layer.{0..5}.attn.balance   layer.{0..5}.attn.{q,k,v}.weight   gain and shift of the norm that projections read
 """
@@ -25,9 +25,9 @@ _Norm = tuple[str, str | None]
 class _Use:
     """The products of one quantized value, in one call of its function.
 
-    norm     the norm that produces the value; None if there is none
-    weights  the parameters that it is multiplied with; None for a matrix that is not a parameter
-    by       the parameters whose products are more than queries and keys of attention; all, if there are none
+    norm     the norm that produces the value; None if no norm does
+    weights  the parameters with which the value is multiplied; None for a matrix that is not a parameter
+    by       the parameters whose products are used as more than queries and keys of attention; all, if there are none
     """
 
     norm: _Norm | None
@@ -40,10 +40,10 @@ def plan_balances(
 ) -> tuple[tuple[ActivationPlan, ...], tuple[Balance, ...]]:
     """Return the plans of values, with the smoothing decision in their reasons, and the balances.
 
-    picked  weights whose rows are looked up as well; they keep their values
+    picked  weights whose rows are looked up as well; they are not smoothed
 
-    A vector belongs to weights, so every product with one of these weights must be of the same norm's result, together
-    with the same weights.
+    A vector belongs to weights, so every product with one of these weights must have the result of the same norm as its
+    other operand, and must also multiply it with the other weights.
     """
     places = {(a.function, place): i for i, a in enumerate(activations) if a.encoding == STEPS for place in a.products}
     found = _Finding(graph, places)
@@ -106,7 +106,7 @@ def _balances(graph: Graph, uses: Sequence[_Use]) -> list[Balance]:
 class _Finding:
     """A record of products, call by call.
 
-    uses   for each planned value, by its index among the plans: its products, in each call
+    uses   for each planned value, by its index among the plans: the products of the value, in each call
     alone  parameters of products whose other operand is not quantized
     """
 
@@ -116,7 +116,9 @@ class _Finding:
         self.alone: set[str] = set()
 
     def read(self, function: Function, held: Mapping[Value, str], given: Mapping[Value, _Norm]) -> list[_Norm | None]:
-        """Record one call of a function with these parameters and norms as values; return the norms of its results."""
+        """Record one call of a function. `held` and `given` are its values that are parameters, and results of norms.
+        Return the norms of its results.
+        """
         norms = dict(given)
         rounded: dict[int, tuple[Value, list[str | None], list[str | None]]] = {}
         uses = function.uses()
@@ -153,7 +155,7 @@ class _Finding:
 
 
 def _named(norm: tuple[Value | None, Value | None], held: Mapping[Value, str]) -> _Norm | None:
-    """Return the names of a norm's weights; None if its gain is not a vector of numbers, or a weight is not a
+    """Return the names of a norm's weights. Return None if the gain is not a vector of numbers, or if a weight is not a
     parameter.
     """
     gain, shift = norm

@@ -1,6 +1,6 @@
 """Check a quantization plan against its graph, independently of the planner: every call and every composite is inlined.
 
-The planner follows calls and uses products' own rules. The checker sees primitives only, and follows the blocks of each
+The planner follows calls and uses products' own rules. The checker sees only primitives, and follows the blocks of each
 weight to every reader: a sum of products over the axis of the blocks, or an op that moves whole blocks.
 """
 
@@ -60,8 +60,8 @@ def check_quantization(plan: QuantizationPlan, graph: Graph) -> None:
 
 
 def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
-    """Check that every planned value exists, once, with its type and a reason; its products read it first, and only
-    once.
+    """Check that every planned value exists, with its type and a reason; that each of its products reads it as the
+    first operand; and that no product is planned twice.
     """
     seen: set[tuple[str, int]] = set()
     for each in plan.activations:
@@ -80,14 +80,14 @@ def _check_activations(plan: QuantizationPlan, graph: Graph) -> None:
 
 
 def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
-    """Check that each balance joins parameters: weights in 8-bit rows and a norm's weights. Its vector's name is
-    unused, and every reader of its weights multiplies them with that norm's result.
+    """Check each balance: its weights are parameters in 8-bit rows, its norm's weights are parameters, the name of its
+    vector is unused, and every reader of its weights multiplies them with the result of its norm.
     """
     of: dict[str, Balance] = {}
     eight = {w.name for w in plan.weights if w.encoding is not None and w.encoding.along(-1) == ROWS}
     for balance in plan.balances:
         if balance.vector in flat.parameters or balance.vector in {b.vector for b in plan.balances if b is not balance}:
-            raise _wrong(f"{balance.vector} is already the name of something else", plan)
+            raise _wrong(f"{balance.vector} is already the name of another value", plan)
         for name in balance.weights:
             if name not in eight or name in of:
                 raise _wrong(
@@ -108,12 +108,12 @@ def _check_balances(plan: QuantizationPlan, flat: Graph) -> None:
                     and known is not None
                     and (position not in matrices or not _gives(node.operands[0], known))
                 ):
-                    what = f"{weights[read]} is smoothed by {known.vector}, and {node.op.name} reads it"
+                    what = f"{weights[read]} is smoothed by {known.vector}, but {node.op.name} reads it"
                     raise _wrong(f"{what} without the result of {known.gain}", plan)
 
 
 def _gives(x: Value | None, balance: Balance) -> bool:
-    """Return True if a value is the result of a balance's norm, or rows of it."""
+    """Return True if a value is the result of a balance's norm, or consists of rows of the result."""
     while x is not None and x.node is not None and _keeps_channels(x.node):
         x = x.node.operands[0]
     node = None if x is None else x.node
@@ -138,8 +138,8 @@ def check_encoded_products(graph: Graph, balances: Sequence[Balance] = ()) -> No
 
     With every call and every composite inlined, an encoded value is decoded, and each reader of the result sums
     products over the axis of its blocks. The other factor was decoded as well, and at most moved. (`check_quantization`
-    verified that blocks of weights are along the summed axis.) A value that is multiplied with a balance's vector
-    before it is encoded is multiplied with that balance's weights, and they with nothing else.
+    verified that blocks of weights are along the summed axis.) If a value is multiplied with a balance's vector before
+    it is encoded, it must be multiplied with that balance's weights, and the weights with no other value.
     """
     vectors = {name: balance.vector for balance in balances for name in balance.weights}
     for entry in legalized(inline_calls(graph), _opens_all).later_entries:
@@ -182,7 +182,7 @@ def _check_vector(node: Node, vectors: Mapping[str, str], decoded: AbstractSet[V
 
 
 def _parameters(value: Value) -> list[str]:
-    """Return the parameters that a value is decoded or moved from."""
+    """Return the parameters from which a value is decoded or moved."""
     if value.node is None:
         return [value.name] if value.kind == "parameter" else []
     moves = value.node.op.decodes or value.node.op.only_moves
@@ -194,7 +194,9 @@ def _opens_all(op: Op, types: Sequence[Type | None]) -> bool:
 
 
 def _follow(node: Node, held: dict[Value, Type], plan: QuantizationPlan) -> None:
-    """Check a node that reads blocks; a result that depends only on weights is added to `held`, with its encoding."""
+    """Check a node that reads blocks. If its result depends only on weights, add the result to `held`, with its
+    encoding.
+    """
     reader = f"{node.op.name}, {describe_source(node.source, node.scope) or 'of main'}"
     if isinstance(node.op, Cast):  # a cast of a decoded value
         held[node.result] = held[node.inputs[0]]

@@ -24,7 +24,9 @@ def _eight(axis: int, is_output: bool) -> Encoding:
 
 
 def _four(axis: int, is_output: bool) -> Encoding:
-    """Return a 4-bit encoding; 8-bit if the product is an output, because no later sum averages its rounding errors."""
+    """Return a 4-bit encoding, or an 8-bit encoding if the product is an output, because no later sum averages its
+    rounding errors.
+    """
     return _eight(axis, is_output) if is_output else Encoding("int4_groups", _FOUR_BITS, axis)
 
 
@@ -34,12 +36,12 @@ SCHEMES: Mapping[str, Callable[[int, bool], Encoding]] = {
     "int4": _four,
     "int4-int8": _four,
 }
-"""Schemes by name. Each returns the encoding of a weight, given the axis of its products' sums, and True for an
-output.
+"""Schemes by name. Each is a function that returns the encoding of a weight. Its arguments are the axis along which
+products sum, and True if a product is an output.
 """
 
 _ROUNDS_ACTIVATIONS = ("int8", "int4-int8")
-"""Schemes in which the operands that such weights multiply are quantized as well, at every call."""
+"""Schemes that also quantize the operands with which weights are multiplied, at every call."""
 
 
 @dataclass
@@ -47,10 +49,10 @@ class _Readers:
     """The readers of a parameter, in any function.
 
     axes      the axes along which products sum
-    others    readers that do not multiply it and do not move its rows
+    others    readers that neither multiply the parameter nor move its rows
     moves     readers that move its rows, such as lookups
     products  readers that multiply it
-    output    True if a product of it is an output of the graph
+    output    True if one of its products is an output of the graph
     """
 
     axes: dict[int, None] = field(default_factory=dict)
@@ -63,8 +65,9 @@ class _Readers:
 def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
     """Return the plan of an optimized graph in a scheme of `SCHEMES`. Raises PassError for an unknown scheme.
 
-    A matrix is quantized to blocks along an axis if only products multiply it and all of them sum along that axis. Its
-    rows may be looked up as well, as in a tied table. Every other weight is unchanged, and the plan has the reason.
+    A matrix is quantized to blocks along an axis if it is only used in products, and all of them sum along that axis.
+    Its rows may be looked up as well, as in a tied table. Every other weight is unchanged, and the plan contains the
+    reason.
     """
     if scheme not in SCHEMES:
         raise PassError(f"unknown quantization {scheme[:40]!r}", hint="one of " + ", ".join(SCHEMES))
@@ -84,7 +87,7 @@ def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
 def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found: Mapping[str, _Readers]) -> None:
     """Record the readers of parameters in a function and in the functions that it calls.
 
-    held  for each of its values that is a weight, or a cast of one, the names of the parameters that it may be
+    held  for each value of the function that is a weight, or a cast of one, the names of the possible parameters
     """
     function = graph.functions[name]
     held = dict(held)
@@ -100,7 +103,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
         for position, value in enumerate(node.operands):
             if value not in held:
                 continue
-            if isinstance(node.op, Cast):  # a cast to a narrower dtype of a decoded value
+            if isinstance(node.op, Cast):  # the cast of a decoded value to a narrower dtype
                 held[node.result] = held[value]
                 continue
             for each in held[value]:
@@ -113,7 +116,7 @@ def _read(graph: Graph, name: str, held: Mapping[Value, tuple[str, ...]], found:
 
 
 def _given(function: Function) -> set[Value]:
-    """Return the outputs of an entry, and the values whose elements they are, sliced or moved."""
+    """Return the outputs of an entry, and the values from which they are sliced or moved."""
     found = set(function.outputs.values())
     for node in reversed(function.nodes):
         if node.op.callee is None and node.op.only_moves and not found.isdisjoint(node.results):
@@ -122,7 +125,7 @@ def _given(function: Function) -> set[Value]:
 
 
 def _note(node: Node, position: int, readers: _Readers, is_output: bool) -> None:
-    """Record how one node reads a parameter."""
+    """Record the way in which one node reads a parameter."""
     op, types = node.op, [None if v is None else v.type for v in node.operands]
     found = op.apply(types)
     x, dims = found.operands[0], found.operands[position]
@@ -153,18 +156,18 @@ def _planned(name: str, type: Type, readers: _Readers, scheme: Callable[[int, bo
 
 
 def _why_not(type: Type, readers: _Readers) -> str:
-    """Return the reason not to quantize a weight, or an empty text."""
+    """Return the reason for which a weight is not quantized, or an empty string."""
     if type.encoding is not None:
         return f"stored as {type.encoding} already"
     if type.rank != 2:
         return f"not a matrix: it has rank {type.rank}"
     if type.dtype is not f32:
-        return f"its elements are {type.dtype}, and only f32 is quantized"
+        return f"its elements are {type.dtype}, but only f32 is quantized"
     if readers.others:
         return f"{', '.join(readers.others)} reads its elements"
     if not readers.products:
         moves = ", ".join(readers.moves)
-        return f"{moves} looks up rows of it, and no product reads it whole" if moves else "nothing reads it"
+        return f"{moves} looks up rows of it, but no product reads it whole" if moves else "nothing reads it"
     if len(readers.axes) != 1:
         return "products sum along both of its axes"
     if readers.moves and 0 in readers.axes:

@@ -7,7 +7,7 @@
     multiplied value             type             encoding    why
     mixed, of layer              f32[B, S, 576]   uint8_rows  linear multiplies it with int8_rows
 
-A plan is data: `treadle.passes.quantization.planning` makes it, `plan_checking` checks it, `quantize` applies it.
+A plan is data: `treadle.passes.quantization.planning` builds it, `plan_checking` checks it, and `quantize` applies it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class WeightPlan:
     """The plan of one weight.
 
     name      the parameter's name
-    type      its type without the plan
+    type      its type before quantization
     encoding  its new encoding; None if it is unchanged
-    reason    the reason for either
+    reason    the reason for the encoding, or for the absence of one
     """
 
     name: str
@@ -41,11 +41,11 @@ class WeightPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weight under the plan."""
+        """The number of bytes of the weight under the plan."""
         return (self.type if self.encoding is None else self.type.as_encoded(self.encoding)).bytes_at({})
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON."""
+        """Return the plan as data for JSON."""
         encoding = None if self.encoding is None else str(self.encoding)
         given = {"name": self.name, "type": str(self.type), "encoding": encoding, "reason": self.reason}
         return {**given, "bytes": self.bytes, "bytes_before": self.type.bytes_at({})}
@@ -55,12 +55,12 @@ class WeightPlan:
 class ActivationPlan:
     """The plan of one value that products multiply with weights.
 
-    function  the name of its function
+    function  the name of the function that has the value
     name      the value's name
-    type      its type without the plan
+    type      its type before quantization
     encoding  the encoding in which products read it, computed at every call; None if it is unchanged
-    products  indices of the nodes of the function that read it so; if it is unchanged, of the nodes that could
-    reason    the reason for either
+    products  indices of the nodes that read the encoded value; if it is unchanged, of the nodes that could read it
+    reason    the reason for the encoding, or for the absence of one
     """
 
     function: str
@@ -71,7 +71,7 @@ class ActivationPlan:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON."""
+        """Return the plan as data for JSON."""
         encoding = None if self.encoding is None else str(self.encoding)
         given = {"function": self.function, "name": self.name, "type": str(self.type), "encoding": encoding}
         return {**given, "products": list(self.products), "reason": self.reason}
@@ -83,8 +83,9 @@ class QuantizationPlan:
 
     model        the graph's name
     scheme       a name of `treadle.passes.quantization.planning.SCHEMES`
-    weights      one plan for each parameter, in their order
-    activations  one plan for each value that a product with weights multiplies, in order, or none, by scheme
+    weights      one plan for each parameter, in the graph's order
+    activations  one plan for each value that a product with weights multiplies, in order; empty if the scheme does not
+                 quantize activations
     balances     the balances of values that norms produce
     """
 
@@ -96,21 +97,21 @@ class QuantizationPlan:
 
     @property
     def encodings(self) -> Mapping[str, Encoding]:
-        """The encodings of encoded weights, by the parameter's name."""
+        """The encoding of each encoded weight, by the parameter's name."""
         return {w.name: w.encoding for w in self.weights if w.encoding is not None}
 
     @property
     def bytes(self) -> int:
-        """Bytes of all weights under the plan."""
+        """The number of bytes of all weights under the plan."""
         return sum(w.bytes for w in self.weights)
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of all weights without it."""
+        """The number of bytes of all weights before quantization."""
         return sum(w.type.bytes_at({}) for w in self.weights)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON."""
+        """Return the plan as data for JSON."""
         facts = {"model": self.model, "scheme": self.scheme, "bytes": self.bytes, "bytes_before": self.bytes_before}
         facts["weights"] = [w.as_dict() for w in self.weights]
         if self.activations:
@@ -142,7 +143,7 @@ _TO_THE_RIGHT = ("bytes", "was")
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return lines of a table with a header, in columns; bytes are right-aligned, and the reason is last."""
+    """Return the lines of a table with a header. Bytes are right-aligned, and the reason is the last column."""
     *heads, _ = rows[0]
     wide = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     lines = []
@@ -159,7 +160,7 @@ def _activation_row(plan: ActivationPlan) -> tuple[str, ...]:
 
 
 def _folded(weights: Iterable[WeightPlan]) -> list[list[WeightPlan]]:
-    """Return weights grouped if they differ only in the layer's number."""
+    """Return the weights in groups. Weights in a group differ only in the layer's number."""
     groups: dict[tuple[object, ...], list[WeightPlan]] = {}
     for weight in weights:
         key = (_NUMBER.sub("#", weight.name, count=1), weight.type, weight.encoding, weight.reason)
@@ -193,7 +194,7 @@ def _name(group: Sequence[WeightPlan]) -> str:
 
 
 def _numbered(names: Sequence[str]) -> str:
-    """Return names as one pattern: `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
+    """Return names as one pattern, such as `layer.{0..29}.attn.q.weight`, or with commas if numbers are missing."""
     first = names[0]
     if len(set(names)) == 1:
         return first

@@ -1,4 +1,6 @@
-"""Quantization: weights of products are stored in low-bit encodings, and their operands are quantized, by a plan."""
+"""Quantization by a plan: weights of products are stored in low-bit encodings, and the products' operands are
+quantized.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +24,18 @@ from treadle.passes.quantization.quantization_plan import ActivationPlan, Quanti
 class QuantizeWeights(Pass):
     """linear(x, w, bias)   -->   linear(x, decode(w), bias)        for a weight w, as int8_rows or int4_groups(32)
 
-    and in the schemes that end in "int8" linear(decode(encode(x)), decode(w), bias): x as uint8_rows, with a scale and
-    a zero point per token, if w is in rows, and otherwise in groups of 32 with a scale each; for the result of a norm,
-    encode(x, 1 / s) and w s (`treadle.ir.transforms.balances`).
+    In the schemes that end in "int8", the result is linear(decode(encode(x)), decode(w), bias). If w is in rows, x is
+    in uint8_rows, with a scale and a zero point per token; otherwise x is in groups of 32 with a scale each. For the
+    result of a norm it is encode(x, 1 / s) and w s (`treadle.ir.transforms.balances`).
 
     scheme  "int8-weights": 8 bits and a scale per row. "int4": 4 bits and a scale for 32 neighbors, 8 bits if the
             product is an output. "int8", "int4-int8": the same, and operands of weights in blocks in 8 bits
 
     Numbers change, by at most half a step of their scale (for 4 bits by at most a whole step: the largest of a group is
     -8 steps, and the largest positive is 7), so no certificate is required. The plan reports the encoding of every
-    weight, and an independent checker verifies it before it is applied. The pass runs last, so that the same fusions
-    apply as in the float model. The owner of the weights encodes them (`treadle.compiling`). Weights that a file stores
-    in blocks are unchanged.
+    weight, and an independent checker verifies the plan before it is applied. The pass runs last, so that the same
+    fusions apply as in the float model. The owner of the weights encodes them (`treadle.compiling`). Weights that a
+    file stores in blocks are unchanged.
 
     Refuses, with a reason in the plan: a weight that is not a matrix, or that has readers other than products and row
     lookups; a row whose length is not a multiple of the group. Raises UsageError for a model in blocks if nothing
@@ -62,7 +64,7 @@ class QuantizeWeights(Pass):
 
 
 def _refuse_blocks(plan: QuantizationPlan) -> None:
-    """Raise UsageError for a plan that quantizes nothing of a model whose weights are in blocks: it would have no
+    """Raise UsageError if a plan quantizes nothing of a model whose weights are in blocks, so that it would have no
     effect.
     """
     forms = Counter(str(weight.type.encoding) for weight in plan.weights if weight.type.encoding is not None)
@@ -79,7 +81,7 @@ def _refuse_blocks(plan: QuantizationPlan) -> None:
 
 
 def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
-    """Replace operands of planned products by quantized values: each value is encoded and decoded once."""
+    """Replace operands of planned products by quantized values. Each value is encoded and decoded once."""
     by_function: dict[str, list[ActivationPlan]] = {}
     for plan in plans:
         by_function.setdefault(plan.function, []).append(plan)

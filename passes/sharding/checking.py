@@ -1,8 +1,8 @@
 """Check a sharding plan independently of the planner.
 
-Placements are interpreted as the positions of every dimension that each rank holds, as numbers, at concrete sizes of
-the symbols. Given these, an op's axis rule alone decides if the values that ranks compute from their positions are
-their parts of the result:
+At concrete sizes of the symbols, a placement means a range of positions that each rank holds of every dimension. Given
+these ranges, the axis rule of an op determines if the values that ranks compute from their positions are their parts of
+the result:
 
 - along a mapped factor, all operands and results of a rank have the same positions; along a factor that the op needs
   whole, or whose positions it reads, each rank has all positions
@@ -40,7 +40,7 @@ from treadle.passes.sharding.stage_checking import check_stages
 
 Terms = frozenset[SubAxis]
 _Held = tuple[Value, AxisDim, Size, Split | None]
-"""A dimension that has a factor: its value, the dimension in the rule, its size, and its split."""
+"""A dimension that has a factor: the value, the dimension in the rule, its size, and its split."""
 _SPLITTING = (StepKind.TAKE, StepKind.REDUCE_SCATTER, StepKind.ALL_TO_ALL)
 
 
@@ -74,7 +74,7 @@ class _Check:
     # -- functions ---------------------------------------------------------------------------------------------
 
     def weights(self) -> None:
-        """Check that weights are stored in the placements in which `main` takes them."""
+        """Check that weights are stored in the placements in which `main` reads them."""
         self.where, main = self.plan.main.name, self.plan.main
         taken = dict(zip(main.function.arguments, main.takes, strict=True))
         names = main.function.parameters
@@ -82,7 +82,7 @@ class _Check:
             n for n in {**names, **self.plan.weights} if n not in names or self.plan.weights.get(n) != taken[names[n]]
         ]
         if wrong:
-            raise self.fail(f"weight {wrong[0]} is not stored in the placement in which main takes it")
+            raise self.fail(f"weight {wrong[0]} is not stored in the placement in which main reads it")
 
     def function(self, planned: PlannedFunction, seen: Mapping[str, PlannedFunction], *, is_body: bool = False) -> None:
         self.where = planned.name
@@ -115,7 +115,7 @@ class _Check:
         return have.get(value, set()) | whole
 
     def holds(self, value: Value, placed: MeshPlacement) -> None:
-        """Refuse a placement that is malformed or impossible for a value."""
+        """Raise PassError for a placement that is malformed or impossible for a value."""
         used = [p for d in placed.dims if d is not None for p in d.over] + list(placed.partial)
         if len(placed.dims) != value.type.rank or len(set(used)) != len(used):
             raise self.fail(f"{value.name}: {value.type} cannot have this placement", placed.text(self.mesh))
@@ -190,7 +190,7 @@ class _Check:
                 _step_text(step, self.mesh),
             )
         if step.kind is StepKind.REDUCE_SCATTER and before.monoid != "sum":
-            raise self.fail(f"{step.kind.word} of partial values ({before.monoid})")
+            raise self.fail(f"{step.kind.word} cannot combine partial values ({before.monoid})")
         if before.partial and after.partial and before.monoid != after.monoid:
             raise self.fail(f"partial values change from {before.monoid} to {after.monoid}")
         if step.kind is StepKind.KEEP_FIRST and over & frozenset(p for d in before.dims if d for p in d.over):
@@ -203,7 +203,7 @@ class _Check:
         splits = step.before.dims[d], step.after.dims[d]
         along = {p for split in splits if split is not None for p in split.over}
         if d not in (step.dim, step.onto) and splits[0] == splits[1] and not along.intersection(step.over):
-            return  # it does not change, and ranks of a group hold the same
+            return  # unchanged, and all ranks of a group hold the same positions
         for rank in ranks_along(self.mesh, frozenset(along - set(step.over))):
             group = group_of(self.mesh, rank, step.over)
             had = [self.interval(size, step.before.dims[d], other) for other in group]
@@ -254,7 +254,7 @@ class _Check:
             have.setdefault(value, set()).add(placed)
 
     def rule(self, planned: PlannedNode) -> None:
-        """Check that ranks compute their parts of the results, by the op's axis rule."""
+        """Check, by the op's axis rule, that ranks compute their parts of the results."""
         node = planned.node
         types = [None if v is None else v.type for v in node.operands]
         application = node.op.apply(types)
@@ -281,10 +281,10 @@ class _Check:
         self.terms(planned, application, combined)
 
     def is_alike(self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]) -> bool:
-        """Return True if a factor is mapped, is all of every dimension that has it, and is split there as the node
-        specifies.
+        """Return True if a factor is mapped, is the whole of every dimension that has it, and is split there as the
+        node specifies.
 
-        Then ranks have the same positions of it in every operand and result, whatever they are.
+        Ranks then have the same positions of the factor in every operand and result, whatever these positions are.
         """
         share = planned.shares.get(name)
         split = None if share is None else Split(share.over, share.grain)
@@ -294,8 +294,8 @@ class _Check:
     def parts_of(
         self, planned: PlannedNode, application: Application, name: str, held: Sequence[_Held]
     ) -> dict[int, Interval]:
-        """Return a factor's positions by rank, after checking that all dimensions with the factor and the node agree on
-        them.
+        """Return the positions of a factor that each rank has. Raises PassError if dimensions with the factor, or the
+        node, do not agree on them.
         """
         share, size = planned.shares.get(name), application.dims[name].size
         expected = None if share is None else Split(share.over, share.grain)
@@ -314,7 +314,7 @@ class _Check:
         return found
 
     def factor_parts(self, application: Application, dim: AxisDim, own: Interval) -> dict[str, Interval]:
-        """Return the positions of each factor of a dimension, from a rank's positions in the dimension."""
+        """Return the positions of each factor of a dimension, derived from a rank's positions in the dimension."""
         first, last = own
         sizes = [application.dims[name].size.evaluate(self.sizes) for name in dim.factors]
         found: dict[str, Interval] = {}
@@ -334,7 +334,7 @@ class _Check:
         return found
 
     def ring(self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]) -> None:
-        """Check that each rank has seen every key exactly once after the keys have passed around."""
+        """Check that each rank has received every key exactly once after the keys have passed around."""
         op, over = planned.node.op, planned.ring
         if op.keys_in_parts is None or len(set(over)) != len(over) or not set(over) <= set(self.mesh.parts):
             raise self.fail(f"keys of {op.name} cannot pass around {self.mesh.text_of(over)}")
@@ -348,7 +348,9 @@ class _Check:
     def combined(
         self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]
     ) -> dict[str, Terms]:
-        """Return the reduced and indexed factors that ranks have different parts of, with the differing mesh axes."""
+        """Return the reduced and indexed factors of which ranks have different parts, with the mesh axes along which
+        parts differ.
+        """
         op, found = planned.node.op, {}
         for name, own in parts.items():
             full = (0, application.dims[name].size.evaluate(self.sizes))
@@ -366,7 +368,7 @@ class _Check:
             looked_up = role is Role.INDEXED and not kept and not isinstance(op, Composite)
             if role is not Role.REDUCED and not looked_up:
                 raise self.fail(
-                    f"it needs all of {name}, but ranks have parts",
+                    f"it needs all of {name}, but ranks have only parts",
                     f"{role.value}, {next(iter(own.values()))} of {full}",
                 )
             differ = frozenset(
@@ -377,7 +379,7 @@ class _Check:
             over = tuple(part for part in self.mesh.parts if part in differ)
             for group in {group_of(self.mesh, rank, over) for rank in own}:
                 if not covers(sorted(own[other] for other in group), full):
-                    raise self.fail(f"ranks have parts of {name} twice, or lack some")
+                    raise self.fail(f"ranks have some parts of {name} twice, or lack some")
             found[name] = differ
         return found
 
@@ -393,7 +395,7 @@ class _Check:
                 raise self.fail(f"a partial result along {part.axis} is marked as whole")
             have = {i for i, p in reads.items() if part in p.partial}
             if any(reads[i].monoid != "sum" for i in have):
-                raise self.fail("an op reads partial values that are not sums")
+                raise self.fail("an op reads partial values that are not partial sums")
             groups = [{i for i in reads if names_operand(group, names[i])} for group in op.linear]
             name = summed.get(part)
             if name is None:
@@ -408,7 +410,7 @@ class _Check:
                 holding = {i for i in reads if holds_factor(application.operands[i], name)}
                 beside = {i for group in groups if group & holding for i in group - holding}
                 if factor.role is Role.REDUCED and monoid == "sum" and have != beside:
-                    raise self.fail(f"the value added to the sum over {name} is not added exactly once")
+                    raise self.fail(f"the value that is added to the sum over {name} is not added exactly once")
                 if (monoid != "sum" or factor.role is Role.INDEXED) and have:
                     raise self.fail(f"partial values are read by an op that combines {name}")
             if any(p.monoid != monoid for p in planned.gives):

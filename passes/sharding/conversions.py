@@ -9,8 +9,8 @@ For parts of mesh axes, one after the other:
     a dimension is split    -> another is               all_to_all
     every rank holds all    -> partial sums             the first rank keeps it, others hold zeros; nothing is sent
 
-The last row is used to add a bias exactly once. A dimension that several parts split is gathered and split at its end,
-where the innermost part is. If an outer part is removed, the parts below it are removed with it.
+The last row is used to add a bias exactly once. If several parts split a dimension, it is gathered and split at the
+innermost part. If an outer part is removed, the parts inside it are removed with it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ COLLECTIVES: Mapping[StepKind, type[Collective]] = {
     StepKind.REDUCE_SCATTER: ReduceScatter,
     StepKind.ALL_TO_ALL: AllToAll,
 }
-"""The op of each kind of step that is a collective."""
+"""The collective op for each kind of step that communicates."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class PlacementStep:
 
 
 def conversion(shape: Sequence[Size], source: MeshPlacement, target: MeshPlacement) -> tuple[PlacementStep, ...]:
-    """Return the steps from one placement of a value with this shape to another.
+    """Return the steps that convert a value of this shape from one placement to another.
 
-    A whole value becomes partial maxima only by leaving it whole on every rank. A value that is partial by one monoid
+    A whole value becomes partial maxima only by leaving it whole on every rank. If a value is partial by one monoid, it
     is combined before it becomes partial by another. Raises PassError for a target that no steps lead to, because its
     splits are not in normal form (`Split.normal`).
     """
@@ -145,7 +145,9 @@ def _leading(parts: SubAxes, fits: Callable[[SubAxis], bool]) -> SubAxes:
 
 
 def _common(size: Size, a: Split | None, b: Split | None) -> int:
-    """Return the number of parts, from the outermost, that split a dimension in the same way in both splits."""
+    """Return the number of outermost parts that both splits have in common, with the same effect on a dimension of this
+    size.
+    """
     if a is None or b is None:
         return 0
     alike = [
@@ -179,8 +181,8 @@ def _without_terms(now: MeshPlacement, over: SubAxes) -> MeshPlacement:
 
 
 def is_possible(type: Type, steps: Sequence[PlacementStep]) -> bool:
-    """Return True if steps are valid for a type: a whole value becomes partial only for sums and idempotent monoids (x
-    by x is x), and blocks stay together along their axis.
+    """Return True if steps are valid for a type. A whole value may become partial only for sums and idempotent monoids
+    (x max x is x), and blocks must stay whole along their axis.
     """
     blocked = None if type.encoding is None else type.encoding.axis % type.rank
     if blocked is not None and any(blocked in (s.dim, s.onto) for s in steps):
@@ -192,25 +194,25 @@ def is_possible(type: Type, steps: Sequence[PlacementStep]) -> bool:
 
 
 def bytes_of(type: Type, placement: MeshPlacement, sizes: Mapping[str, int]) -> float:
-    """Return the bytes of one rank's part, on average."""
+    """Return the average number of bytes of one rank's part."""
     split = [p for d in placement.dims if d is not None for p in d.over]
     return type.bytes_at(sizes) / ways(split)
 
 
 def payload_of(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
-    """Return the bytes of a rank's part before or after a step, whichever is larger."""
+    """Return the number of bytes of a rank's part before or after a step, whichever is larger."""
     return max(bytes_of(type, p, sizes) for p in (step.before, step.after)) if step.sends else 0.0
 
 
 def sent_by(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
-    """Return the bytes that a rank sends in a step, in a ring."""
+    """Return the number of bytes that a rank sends in a step, in a ring."""
     k = ways(step.over)
     rounds = 2 if step.kind is StepKind.ALL_REDUCE else 1
     return rounds * (k - 1) / k * payload_of(type, step, sizes)
 
 
 def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: Mesh, machine: Machine) -> float:
-    """Return the minimum time of a step in seconds; for a local step, the time to write the changed bytes."""
+    """Return the minimum time of a step in seconds. For a local step, this is the time to write the changed bytes."""
     if not step.sends:
         written = bytes_of(type, step.after, sizes) if step.kind is StepKind.KEEP_FIRST else 0.0
         return written / machine.bandwidth
@@ -221,5 +223,5 @@ def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: 
 def seconds_to_pass(
     type: Type, placed: MeshPlacement, sizes: Mapping[str, int], over: SubAxes, mesh: Mesh, machine: Machine
 ) -> float:
-    """Return the time to send a part to the next rank, in seconds."""
+    """Return the time in seconds to send a part to the next rank."""
     return bytes_of(type, placed, sizes) / machine.link(mesh, over) + machine.latency

@@ -17,11 +17,11 @@ from treadle.passes.sharding.plan import Move, PlannedFunction, PlannedNode
 
 @dataclass(frozen=True)
 class HeldArgument:
-    """The placement of a function's argument.
+    """An argument of a function, with its placement.
 
-    placement  its placement
-    stored     the parts of mesh axes over which it is stored in parts and gathered for use
-    is_weight  True for a weight, which keeps its placement otherwise
+    placement  the placement
+    stored     the parts of mesh axes over which the argument is stored in parts and gathered for use
+    is_weight  True for a weight, which keeps its placement along all other mesh axes
     """
 
     placement: MeshPlacement
@@ -36,11 +36,11 @@ class Costs:
         self.mesh, self.machine, self.sizes = mesh, machine, sizes
 
     def of(self, planned: PlannedFunction) -> float:
-        """Return the seconds of one call: work and moves."""
+        """Return the time of one call in seconds: work and moves."""
         return sum(map(self.step, planned.steps))
 
     def step(self, step: Move | PlannedNode) -> float:
-        """Return the seconds of one step of a function."""
+        """Return the time of one step of a function in seconds."""
         if isinstance(step, Move):
             return self.seconds(step.value.type, step.steps)
         inner = step.callee or step.body
@@ -51,12 +51,12 @@ class Costs:
         return total + (self.ring(step.node, step.reads, step.ring) if step.ring else 0.0)
 
     def work(self, node: Node) -> float:
-        """Return the seconds that a node takes on one device."""
+        """Return the time in seconds that a node takes on one device."""
         cost = node_cost(node, self.sizes)
         return self.machine.seconds(cost.flops, cost.bytes)
 
     def ring(self, node: Node, reads: Sequence[MeshPlacement | None], over: SubAxes) -> float:
-        """Return the seconds in which keys and values pass around, without overlap."""
+        """Return the time in seconds that keys and values take to pass around, without overlap."""
         found = 0.0
         for value, placed in zip(node.operands[1:3], reads[1:3], strict=True):
             if value is not None and placed is not None:
@@ -65,5 +65,5 @@ class Costs:
         return found
 
     def seconds(self, type: Type, steps: Sequence[PlacementStep]) -> float:
-        """Return the cost of steps in seconds."""
+        """Return the time of steps in seconds."""
         return sum(seconds_of(type, step, self.sizes, self.mesh, self.machine) for step in steps)

@@ -3,7 +3,7 @@
     heads split in `b s (h d) -> b h s d`      dimension 2, in multiples of d, and dimension 1 of the result
 
 A dimension is split by its outermost factor. An inner factor is split only if each rank has a single step of the outer
-ones. So 32 query heads that share 4 key heads, `(g r)`, are split over 8 ranks as g over 4 and r over 2.
+factors. So 32 query heads that share 4 key heads, `(g r)`, are split over 8 ranks as g over 4 and r over 2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ Shares = Mapping[str, Share]
 
 
 def factor_shares(application: Application, dim: AxisDim, split: Split) -> dict[str, Share] | None:
-    """Return the factors that a split of a dimension splits; None if it cuts through one, or the dimension has none."""
+    """Return the factors that a split of a dimension splits. Return None if a part would end inside a factor, or the
+    dimension has no factors.
+    """
     sizes = [application.dims[name].size for name in dim.factors]
     whole = product(sizes)
     equal = split.normal(whole).grain == ONE and _is_even(whole, ways(split.over))
@@ -53,8 +55,8 @@ def factor_shares(application: Application, dim: AxisDim, split: Split) -> dict[
 
 
 def dim_split(application: Application, dim: AxisDim, shares: Shares) -> Split | bool | None:
-    """Return the split of a dimension that follows from splits of its factors; False if its parts would not be
-    contiguous.
+    """Return the split of a dimension that follows from splits of its factors, or None if it is not split. Return
+    False if its parts would not be contiguous.
     """
     over: SubAxes = ()
     grain = ONE
@@ -76,10 +78,10 @@ def _is_even(size: Size, count: int) -> bool:
 
 
 def _prefix(parts: SubAxes, count: int) -> SubAxes:
-    """Return the leading parts whose sizes multiply to exactly this count, or no parts."""
+    """Return the leading parts whose sizes multiply to exactly `count`, or no parts."""
     return next((parts[:n] for n in range(1, len(parts) + 1) if ways(parts[:n]) == count), ())
 
 
 def locate(dims: Sequence[AxisDim] | None, name: str) -> bool:
-    """Return True if an operand or result with these dimensions has a factor."""
+    """Return True if one of these dimensions has a factor."""
     return any(name in dim.factors for dim in dims or ())

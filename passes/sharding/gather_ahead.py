@@ -1,4 +1,4 @@
-"""Prefetching of weights that are stored in parts: gather a layer's weights while the layer before it computes."""
+"""Prefetching of weights that are stored in parts: gather a layer's weights while the previous layer computes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from treadle.passes.framework.pass_log import PassRecord
 class GatherAhead(Pass):
     """a = h(x, u); b = h(a, v)   -->   start_gather(u); start_gather(v); a = h(x, u); b = h(a, v)
 
-    for a function h that gathers its weight: h then waits for the gather that was started (`ahead=True`). So the
-    gathers of a call run while the previous call computes. At most one call's gathers are in flight, since gathered
-    weights take memory. The gathers of the first call start after the last collective before it.
+    The pass applies to a function h that gathers its weight: h then waits for the gather that was started
+    (`ahead=True`). So the gathers of a call run while the previous call computes. Gathers are in flight for at most one
+    call, since gathered weights take memory. The gathers of the first call start after the last collective before it.
 
     Refuses: gathers of values that are not derived from one weight alone; quantized weights; functions that are called
     by functions other than `main`.
@@ -47,8 +47,8 @@ class GatherAhead(Pass):
 
 
 def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
-    """Return the peak bytes of weights prefetched for one call, and of keys and values that pass around at the same
-    time.
+    """Return the peak number of bytes of weights prefetched for one call, and of keys and values that pass around at
+    the same time.
     """
     functions = program.functions.values()
     gathered = [
@@ -59,9 +59,7 @@ def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
 
 
 def _most_passed(function: Function, sizes: Mapping[str, int]) -> int:
-    """Return the peak bytes that a rank sends and receives at once while keys pass around, over sends in flight
-    together.
-    """
+    """Return the peak number of bytes that a rank sends and receives at once while keys pass around."""
     passed = [n for n in function.nodes if isinstance(n.op, PassOn) and n.op.ahead]
     there = {node.inputs[0]: sum(v.type.bytes_at(sizes) for v in (*node.inputs, *node.results)) for node in passed}
     most = now = 0
@@ -98,7 +96,7 @@ def _source(gather: _Gather) -> Value:
 
 
 def _weights(call: Node, graph: Graph, gathers: dict[str, list[_Gather]]) -> Iterator[Value]:
-    """Yield the arguments of a call for the weights that its function gathers."""
+    """Yield the arguments of a call that are the weights that its function gathers."""
     callee = graph.callee(call)
     assert callee is not None
     passed = dict(zip(callee.arguments, call.inputs, strict=True))
@@ -107,7 +105,7 @@ def _weights(call: Node, graph: Graph, gathers: dict[str, list[_Gather]]) -> Ite
 
 
 def _last_meeting(main: Function, before: int) -> int:
-    """Return the index after the last collective before an index."""
+    """Return the index after the last collective before index `before`."""
     met = [at for at, node in enumerate(main.nodes[:before]) if node.op.meets_ranks]
     return met[-1] + 1 if met else 0
 

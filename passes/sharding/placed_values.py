@@ -1,4 +1,6 @@
-"""The values of a function during planning: the placements in which each is available, and the costs of others."""
+"""The values of a function during planning: the placements in which each value is available, and the costs of other
+placements.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from treadle.passes.sharding.reasons import TermsOrigin, reason_for
 from treadle.passes.sharding.wanted import Wanted
 
 GATHERED_WEIGHT = 1e6
-"""Cost in seconds of gathering a weight that was requested to be split: it outweighs every other cost."""
+"""Cost in seconds of gathering a weight that the user requested to be split. It outweighs every other cost."""
 
 Conversion = tuple[Value, MeshPlacement, MeshPlacement, tuple[PlacementStep, ...]]
 """A value, its placement, its new placement, and the steps between them."""
@@ -22,7 +24,7 @@ Conversion = tuple[Value, MeshPlacement, MeshPlacement, tuple[PlacementStep, ...
 class PlacedValues:
     """The state of the values of one function.
 
-    had      the placements in which each value is available, in the order in which it got them
+    had      the placements in which each value is available, in the order in which they became available
     held     the placements of arguments, and of values derived from one weight, which keep the weight's placement
     called   for values derived from a weight, and for weights of a body: the weight's name
     origins  for partial values: the nodes that made them partial
@@ -36,7 +38,7 @@ class PlacedValues:
         self.origins: dict[Value, TermsOrigin] = {}
 
     def versions(self, value: Value) -> list[MeshPlacement]:
-        """Return the placements in which a value is available; a constant is whole everywhere."""
+        """Return the placements in which a value is available. A constant is available as a whole on every rank."""
         return self.had.setdefault(value, [MeshPlacement.whole(value.type.rank)])
 
     def conversion_to(self, value: Value, target: MeshPlacement) -> Conversion:
@@ -58,7 +60,7 @@ class PlacedValues:
         return cost
 
     def combined(self, value: Value) -> MeshPlacement:
-        """Return the placement in which a partial value is combined: split as wished, or whole, at the least cost."""
+        """Return the placement in which a partial value is combined at the least cost: split as requested, or whole."""
         now = self.versions(value)[0]
         targets = [MeshPlacement(now.dims)]
         for wish in self.wanted.of(value):
@@ -68,7 +70,7 @@ class PlacedValues:
         return targets[costs.index(min(costs))]
 
     def moved(self, wanted: Sequence[Conversion], reader: Node) -> Iterator[Move]:
-        """Yield the moves of conversions: each is yielded once, and its target is available from then on."""
+        """Yield the moves for conversions. Each move is yielded once, since its target is available from then on."""
         for value, source, target, steps in wanted:
             if target in self.versions(value):
                 continue
@@ -87,13 +89,13 @@ class PlacedValues:
         return node.inputs[0] if held is not None and held.is_weight else None
 
     def is_narrowing(self, node: Node) -> bool:
-        """Return True if a node makes a weight smaller, so that it runs on parts before they are gathered."""
+        """Return True if a node makes a weight smaller. Such a node runs on parts before they are gathered."""
         weight = self.weight_of(node)
         made = sum(v.type.bytes_at(self.costs.sizes) for v in node.results)
         return weight is not None and made < weight.type.bytes_at(self.costs.sizes)
 
     def to_come(self, value: Value, placed: MeshPlacement) -> float:
-        """Return the cost of combining a partial value later."""
+        """Return the cost in seconds of combining a partial value later."""
         if not placed.partial:
             return 0.0
         steps = conversion(value.type.shape, placed, MeshPlacement(placed.dims))

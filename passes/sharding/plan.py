@@ -1,13 +1,13 @@
 """The plan of a sharded graph: the placement of every value on a mesh, and the collectives with their reasons.
 
-A plan is frozen. It belongs to a graph. It has a planned function for each way in which a function is called:
+A plan is frozen, and belongs to one graph. It has a planned function for each way in which a function is called:
 
     PlannedFunction   the placements of its arguments, its nodes in order, the placements of its results
     PlannedNode       the split factors of its rule, the moves before it, the placements of operands and results
     Move              a conversion of a value to another placement: the steps, their reasons, and the node to report
     PlannedPipeline   the assignment of steps of `main` to ranks, if its layers are stages
 
-`treadle.passes.sharding.planning` builds it, `checking` checks it, `rank_programs` applies it.
+`treadle.passes.sharding.planning` builds it, `checking` checks it, and `rank_programs` applies it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from treadle.passes.sharding.conversions import (
 from treadle.passes.sharding.factors import Share
 
 Item = tuple[Value, MeshPlacement]
-"""A value in a placement."""
+"""A value in one placement."""
 
 
 def is_everywhere(item: Item) -> bool:
-    """Return True for a whole constant, which every rank has. A part of a constant is taken by a move."""
+    """Return True for a whole constant, which every rank has. A part of a constant must be taken by a move."""
     value, placed = item
     return value.literal is not None and not placed.used
 
@@ -45,8 +45,8 @@ def is_everywhere(item: Item) -> bool:
 class Move:
     """A conversion of a value to another placement.
 
-    because  the reason of each step that sends
-    at       the node that the reason belongs to: the node that makes the value, or the node that reads it
+    because  the reason for each step that communicates
+    at       the node that the reason is about: the node that computes the value, or the node that reads it
     """
 
     value: Value
@@ -58,31 +58,31 @@ class Move:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """Items that the move reads; empty for a whole constant."""
+        """The items that the move reads; empty for a whole constant."""
         item = self.value, self.source
         return () if is_everywhere(item) else (item,)
 
     @property
     def makes(self) -> tuple[Item, ...]:
-        """Items that the move makes."""
+        """The items that the move produces."""
         return ((self.value, self.target),)
 
 
 def ring_reason(node: Node) -> str:
-    """Return the reason why keys and values pass around."""
-    return f"{node.op.name} needs all keys, and ranks have parts of them"
+    """Return the reason for which keys and values pass around."""
+    return f"{node.op.name} needs all keys, but ranks have parts of them"
 
 
 @dataclass(frozen=True)
 class PlannedNode:
-    """One node.
+    """The plan of one node.
 
     shares  the split factors of its axis rule
     moves   the moves before it
     reads   the placement of each operand; None for an absent operand
     gives   the placement of each result
     ring    for attention with split queries and keys: the parts of mesh axes around which keys pass
-    body    for a composite that works on parts of an axis although its rule needs it whole: its body, planned
+    body    for a composite that works on parts of an axis although its rule needs the axis whole: its body, planned
     callee  for a call: its function, planned
     """
 
@@ -97,7 +97,7 @@ class PlannedNode:
 
     @property
     def needs(self) -> tuple[Item, ...]:
-        """Items that the node reads, each once, without whole constants."""
+        """The items that the node reads, each once, without whole constants."""
         held = [v for v in self.node.operands if v is not None] if self.callee is not None else self.node.operands
         pairs = zip(held, self.reads, strict=True)
         found = [(v, p) for v, p in pairs if v is not None and p is not None]
@@ -105,7 +105,7 @@ class PlannedNode:
 
     @property
     def makes(self) -> tuple[Item, ...]:
-        """Items that the node makes."""
+        """The items that the node produces."""
         return tuple(zip(self.node.results, self.gives, strict=True))
 
 
@@ -134,7 +134,7 @@ class PlannedFunction:
 
 
 def made_items(planned: PlannedFunction) -> list[Item]:
-    """Return all items that the steps make, each once, in order."""
+    """Return all items that the steps of a function produce, each once, in order."""
     return list(dict.fromkeys(item for step in planned.steps for item in step.makes))
 
 
@@ -142,10 +142,10 @@ def made_items(planned: PlannedFunction) -> list[Item]:
 class Stage:
     """The work of the ranks of one stage of a pipeline for each micro-batch.
 
-    steps     the indices of its steps in `main`, in order
+    steps     the indices of the stage's steps in `main`, in order
     receives  the items that the previous stage sends
-    weights   the names of the weights that it reads; its ranks hold no others
-    outputs   the names of the outputs that it computes
+    weights   the names of the weights that the stage reads; its ranks hold no others
+    outputs   the names of the outputs that the stage computes
     """
 
     steps: tuple[int, ...]
@@ -159,7 +159,8 @@ class PlannedPipeline:
     """`main` in stages, each on its own ranks. Micro-batches pass through the stages one after another.
 
     over   the mesh axis of stages; no value is split along it
-    turns  the mesh axis of micro-batches: the last axis, one of time. Each rank processes all its positions in order
+    turns  the mesh axis of micro-batches, which is the last axis. It is an axis of time: each rank processes all of its
+           positions in order
     """
 
     over: str
@@ -168,7 +169,7 @@ class PlannedPipeline:
 
 
 def hand_on_reason(number: int) -> str:
-    """Return the reason why a value is sent to a stage."""
+    """Return the reason for which a value is sent to a stage."""
     return f"stage {number} reads results of stage {number - 1}"
 
 
@@ -176,8 +177,8 @@ def hand_on_reason(number: int) -> str:
 class PlannedCollective:
     """A collective of a run.
 
-    scope    the full scope of the node that it belongs to
-    times    the number of times that it runs in one run of `main`
+    scope    the full scope of the node that the collective belongs to
+    times    the number of times that the collective runs in one run of `main`
     payload  bytes of the value; sent: bytes that a rank sends; seconds: minimum time; each for one execution
     ranks    the number of ranks that send these bytes
     """
@@ -198,11 +199,11 @@ class PlannedCollective:
 
 @dataclass(frozen=True)
 class ShardingPlan:
-    """The placement of everything in a graph on a mesh.
+    """The placement of every value of a graph on a mesh.
 
     mesh       the mesh of ranks; with a pipeline, its last axis is an axis of micro-batches
     axes       the request: axes by name, with the mesh axes that split them
-    stored     weights that are stored in more parts than they are used in, with the mesh axes of these parts
+    stored     mesh axes over which weights are stored in more parts than they are used in
     weights    the placement in which each weight is stored
     functions  the planned functions, callees first; the last is `main`
     notes      descriptions of requests that could not be met
@@ -233,7 +234,7 @@ class ShardingPlan:
 
     @property
     def turns(self) -> SubAxes:
-        """The parts of the mesh axis of micro-batches; none without a pipeline."""
+        """The parts of the mesh axis of micro-batches; empty without a pipeline."""
         return () if self.pipeline is None else self.mesh.parts_of(self.pipeline.turns)
 
     @property
@@ -262,7 +263,7 @@ class ShardingPlan:
         return tuple(self.weights) if self.pipeline is None else self.pipeline.stages[self.stage_at(rank)].weights
 
     def times_of(self, items: Iterable[Item]) -> int:
-        """Return the number of times that a step with these items runs: once per micro-batch, or once."""
+        """Return the number of times that a step with these items runs in one run: once per micro-batch, or once."""
         turns = self.turns
         return ways(turns) if any(set(turns).intersection(placed.used) for _, placed in items) else 1
 
@@ -280,7 +281,7 @@ class ShardingPlan:
         return found
 
     def _run(self, planned: PlannedFunction, scope: str, within: Node | None) -> Iterator[PlannedCollective]:
-        """Yield the collectives of a function; collectives of a body belong to the composite."""
+        """Yield the collectives of a function. Collectives of a composite's body are reported at the composite."""
         for step in planned.steps:
             yield from self._stepped(step, scope, within)
 
@@ -297,7 +298,7 @@ class ShardingPlan:
 
     @property
     def _together(self) -> int:
-        """The number of ranks that do the same steps."""
+        """The number of ranks that run the same steps."""
         return self.devices.ranks // (1 if self.pipeline is None else len(self.pipeline.stages))
 
     def _moved(self, move: Move, scope: str, within: Node | None) -> Iterator[PlannedCollective]:
@@ -321,7 +322,9 @@ class ShardingPlan:
                 )
 
     def _passed(self, planned: PlannedNode, scope: str, at: Node) -> Iterator[PlannedCollective]:
-        """Yield the passes of keys and values: each rank passes them to the next until every rank has seen all."""
+        """Yield the sends of keys and values: each rank passes them to the next rank until every rank has seen all of
+        them.
+        """
         node, count = planned.node, ways(planned.ring)
         for value, placed in zip(node.operands[1:3], planned.reads[1:3], strict=True):
             assert value is not None
@@ -330,7 +333,7 @@ class ShardingPlan:
             yield from [self._sent(met, (value, placed), joined_scope(scope, at.scope), at)] * (count - 1)
 
     def _handed(self, pipeline: PlannedPipeline, number: int, item: Item) -> PlannedCollective:
-        """Return the send of an item to a stage from the stage before it."""
+        """Return the collective that sends an item to a stage from the previous stage."""
         node = item[0].node
         over = self.mesh.parts_of(pipeline.over)
         met = HandOn.name, over, len(pipeline.stages), hand_on_reason(number)
@@ -351,11 +354,11 @@ class ShardingPlan:
         return plan_text(self)
 
     def weight_part(self, name: str) -> float:
-        """Return the bytes of a rank's part of a weight, on average."""
+        """Return the average number of bytes of a rank's part of a weight."""
         return self.graph.parameters[name].type.bytes_at({}) / ways(self.weights[name].used)
 
     def weight_bytes(self) -> float:
-        """Return the bytes of weights that one device holds, on average."""
+        """Return the average number of bytes of weights that one device holds."""
         if self.pipeline is None:
             return sum(map(self.weight_part, self.weights))
         stages = self.pipeline.stages

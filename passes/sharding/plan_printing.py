@@ -71,7 +71,9 @@ def collective_lines(plan: ShardingPlan) -> list[str]:
 
 
 def pipeline_lines(plan: ShardingPlan, pipeline: PlannedPipeline) -> list[str]:
-    """Return lines that list the stages, the schedule of micro-batches, and the share of time in which ranks wait."""
+    """Return lines that list the stages, the schedule of micro-batches, and the fraction of time in which ranks
+    wait.
+    """
     count, turns = len(pipeline.stages), plan.times_of(made_items(plan.main))
     lines = [f"stages over {pipeline.over}; {turns} micro-batches pass through them in order"]
     for number, stage in enumerate(pipeline.stages):
@@ -94,7 +96,7 @@ def pipeline_lines(plan: ShardingPlan, pipeline: PlannedPipeline) -> list[str]:
 
 
 def stage_places(plan: ShardingPlan, stage: Stage) -> str:
-    """Return the calls of a stage, or if it has none, its first and last node: `h.0 to h.5`."""
+    """Return the calls of a stage as text, `h.0 to h.5`. If it has no calls, return its first and last node."""
     steps = plan.main.steps
     nodes = [step.node for step in (steps[at] for at in stage.steps) if isinstance(step, PlannedNode)]
     named = list(dict.fromkeys(node.scope or node.op.name for node in nodes if not node.op.is_view)) or ["nothing"]
@@ -102,7 +104,7 @@ def stage_places(plan: ShardingPlan, stage: Stage) -> str:
 
 
 def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
-    """Return collectives grouped by reason and source line; in scopes, `*` replaces the numbers of repeated blocks."""
+    """Return collectives grouped by reason and source line. In scopes, `*` replaces the numbers of repeated blocks."""
     groups: dict[PlannedCollective, int] = {}
     for each in plan.collectives():
         alike = replace(each, scope=re.sub(r"\.\d+(?=\.|$)", ".*", each.scope))
@@ -111,7 +113,7 @@ def grouped_collectives(plan: ShardingPlan) -> list[PlannedCollective]:
 
 
 def plan_json(plan: ShardingPlan) -> dict[str, Any]:
-    """Return the plan as JSON: its record, and values derived from it."""
+    """Return the plan as data for JSON: its record, and values derived from it."""
     return {
         **plan_record(plan),
         "collectives": [
@@ -135,7 +137,7 @@ def plan_json(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def plan_record(plan: ShardingPlan) -> dict[str, Any]:
-    """Return the record of a plan, which `plan_reading` reads: placements are in the form of `parse_placement`.
+    """Return the record of a plan, which `plan_reading` reads. Placements are in the form of `parse_placement`.
 
     Values have their names in the graph's text. A value that moves is also identified as an operand of the node that it
     moves for, or as a result of the function. `at` is a node of the function, by its index.
@@ -156,7 +158,7 @@ def plan_record(plan: ShardingPlan) -> dict[str, Any]:
 
 
 def _pipeline_json(plan: ShardingPlan, pipeline: PlannedPipeline) -> dict[str, Any]:
-    """Return the stages as indices: of steps of `main`, and of the items that the steps make."""
+    """Return the stages as indices of steps of `main`, and of the items that the steps produce."""
     numbers = {item: number for number, item in enumerate(made_items(plan.main))}
     return {
         "over": pipeline.over,
@@ -174,7 +176,7 @@ def _pipeline_json(plan: ShardingPlan, pipeline: PlannedPipeline) -> dict[str, A
 
 
 def plan_hash(plan: ShardingPlan) -> str:
-    """Return a hash of `plan_json`. Ranks compare it to verify that they have the same plan."""
+    """Return a hash of `plan_json`. Ranks compare the hash to verify that they have the same plan."""
     return sha256(json.dumps(plan_json(plan), sort_keys=True).encode()).hexdigest()
 
 
@@ -232,7 +234,7 @@ def _node_lines(
 def _move_lines(
     plan: ShardingPlan, moves: Sequence[Move], names: Mapping[Value, str], indent: str, within: Node | None = None
 ) -> Iterator[str]:
-    """Yield the lines of moves; for moves in a body, the place is the composite's."""
+    """Yield the lines of moves. Moves in a composite's body have the place of the composite."""
     for move in moves:
         at = within or move.at
         reasons = iter(move.because)
@@ -266,7 +268,7 @@ def _function_json(plan: ShardingPlan, planned: PlannedFunction) -> dict[str, An
 
 
 class _FactsOf:
-    """The JSON of one function, or of a composite's body."""
+    """A writer of the JSON of one function, or of a composite's body."""
 
     def __init__(self, plan: ShardingPlan, names: Mapping[Value, str], function: Function) -> None:
         self.plan, self.names = plan, names

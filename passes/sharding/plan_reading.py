@@ -1,8 +1,8 @@
 """Read a sharding plan of a graph from its record, which `plan_printing.plan_record` writes.
 
 The record comes from an untrusted file. Its values and nodes must belong to this graph. Steps are derived again from
-placements and must equal the steps in the record, and `checking` checks the whole plan. So every plan that passes can
-be run, independently of its author.
+placements and must equal the steps in the record, and `checking` checks the whole plan. So every plan that passes these
+checks can be run, independently of its author.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from treadle.passes.sharding.plan import (
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}")
 _MOST_TEXT = 1000
-"""Maximum number of characters of one text in a record."""
+"""Maximum length of one string in a record."""
 
 
 def read_plan(record: Any, graph: Graph, *, most_ranks: int = MOST_RANKS) -> ShardingPlan:
-    """Return the plan in a record, checked.
+    """Return the plan in a record, after checking it.
 
     most_ranks  the largest mesh that is accepted: the cost of checking a plan grows with the mesh
 
@@ -77,7 +77,7 @@ class _Reader:
         for said in _list(record["functions"]):
             name, of = _text(said["name"]), _text(said["of"])
             if not _NAME.fullmatch(name) or name in self.functions:
-                raise ValueError(f"a function called {name[:80]!r}")
+                raise ValueError(f"invalid or duplicate function name {name[:80]!r}")
             self.functions[name] = self.function(said, name, self.graph.functions[of])
         last = [*self.functions.values()][-1:]
         if not last or last[0].function is not self.graph.main or last[0].name != self.graph.main.name:
@@ -190,7 +190,7 @@ class _Reader:
     def move(self, said: Mapping[str, Any], among: Sequence[Value | None], function: Function) -> Move:
         value = among[_count(said["operand"], least=0)]
         if value is None:
-            raise ValueError("an absent operand moves")
+            raise ValueError("an absent operand has moves")
         source, target = self.placed(said["source"]), self.placed(said["target"])
         steps = conversion(value.type.shape, source, target)
         steps_read = [(s.kind.word, self.mesh.text_of(s.over), s.dim, s.onto) for s in steps]
@@ -217,17 +217,17 @@ def _machine(said: Mapping[str, Any]) -> Machine:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or len(value) > _MOST_TEXT:
-        raise TypeError(f"a text of at most {_MOST_TEXT} characters, not {str(value)[:40]!r}")
+        raise TypeError(f"expected a string of at most {_MOST_TEXT} characters, not {str(value)[:40]!r}")
     return value
 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"a list, not {str(value)[:40]!r}")
+        raise TypeError(f"expected a list, not {str(value)[:40]!r}")
     return value
 
 
 def _count(value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TypeError(f"a number of {least} or more, not {str(value)[:40]!r}")
+        raise TypeError(f"expected a number of {least} or more, not {str(value)[:40]!r}")
     return value

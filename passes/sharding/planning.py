@@ -1,10 +1,11 @@
 """Build a sharding plan: walk a graph once, and select for each node the split with the least cost.
 
-The candidates are not listed by op. Operands that are split already, and wishes for operands and results, suggest
-factors of the node's axis rule. Each part of the mesh takes one of the suggested factors, or none, or passes partial
-sums through. `transfer.requirement` derives the placements of operands and results. The cost in seconds is the work of
-the node on one device, the steps that bring operands to their placements, and for partial values the all-reduce to
-come. So if two suggestions compete for one mesh axis, the bytes decide, not the order of the suggestions.
+The candidates are not listed by op. Operands that are already split, and requests for operands and results, suggest
+factors of the node's axis rule. Each part of the mesh splits one of the suggested factors, or none, or lets partial
+sums pass through. `transfer.requirement` derives the placements of operands and results. The cost in seconds is the
+work of the node on one device, the steps that bring operands to their placements, and for partial values the all-reduce
+that will be needed. So if two suggestions compete for one mesh axis, the cost decides, not the order of the
+suggestions.
 
 A value may be available in several placements: a placement that it was converted to before has no further cost. Partial
 sums are combined before they are read, unless it costs less to pass them on. A function is planned once for each
@@ -37,7 +38,7 @@ from treadle.passes.sharding.transfer import Requirement, may_split, requirement
 from treadle.passes.sharding.wanted import Wanted
 
 MOST_WAYS = 4096
-"""Maximum number of splits of one node that are compared; the others are not considered."""
+"""Maximum number of splits of one node that are compared. Further splits are not considered."""
 
 
 def plan_sharding(
@@ -51,9 +52,9 @@ def plan_sharding(
     axes: Mapping[str, str] | None = None,
     stored: SubAxes = (),
 ) -> ShardingPlan:
-    """Plan a graph whose only entry is `main`.
+    """Return the sharding plan of a graph whose only entry is `main`.
 
-    wanted  the placements of weights, and wishes for other values
+    wanted  the placements of weights, and requests for other values
     stored  parts of the mesh along which weights are stored in parts and gathered for use
     sizes   sizes of the symbols, at which costs are compared
 
@@ -95,7 +96,7 @@ class _Way:
 
 
 class _Planner:
-    """The planner of functions. Each is planned once for each combination of placements of its arguments."""
+    """The planner of functions. Each function is planned once for each combination of placements of its arguments."""
 
     def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Machine, sizes: Mapping[str, int]) -> None:
         self.graph, self.mesh, self.wanted, self.sizes = graph, mesh, wanted, sizes
@@ -124,7 +125,9 @@ class _Body(PlacedValues):
         self.planner, self.function, self.takes = planner, function, takes
 
     def planned(self, name: str, *, terms_allowed: bool = False) -> PlannedFunction:
-        """Plan all nodes, then the results. Partial results are allowed only for a body."""
+        """Plan all nodes, then the results, and return the planned function. Partial results are allowed only for a
+        body.
+        """
         for value, held in zip(self.function.arguments, self.takes, strict=True):
             self.had[value], self.held[value] = [held.placement], held
         nodes = [self._call(n) if n.op.callee is not None else self._node(n) for n in self.function.nodes]
@@ -179,13 +182,13 @@ class _Body(PlacedValues):
         planned: PlannedFunction,
         before: Mapping[object, PlannedFunction],
     ) -> tuple[PlannedFunction, HeldArgument]:
-        """Return the planned function and one argument of a call, perhaps converted before the call to the placement
-        that the function needs.
+        """Return the planned function and one argument of a call. The argument may be converted before the call to the
+        placement that the function needs.
 
-        The conversion before the call is better if several calls read the value, such as an encoder's states, which
-        every decoder layer needs whole.
+        Converting before the call is better if several calls read the value, such as an encoder's states, which every
+        decoder layer needs whole.
 
-        before  the functions that were planned before this call; one of the functions planned for it is kept
+        before  the functions that were planned before this call; only one of the functions planned for the call is kept
         """
         value, formal, callee = node.inputs[at], planned.function.arguments[at], planned.function
         calls = sum(value in other.inputs for other in self.function.nodes if other.op.callee == node.op.callee)
@@ -251,7 +254,9 @@ class _Body(PlacedValues):
         suggestions: Sequence[Suggestion],
         usable: Sequence[Suggestion],
     ) -> _Way | None:
-        """Return the best way in which queries and keys are split alike and keys pass around; None if there is none."""
+        """Return the cheapest split in which queries and keys are split in the same way and keys pass around. Return
+        None if there is none.
+        """
         best: _Way | None = None
         for suggestion in suggestions if node.op.keys_in_parts is not None else ():
             queries, keys = node.op.keys_in_parts or ("", "")
@@ -268,7 +273,7 @@ class _Body(PlacedValues):
         return best
 
     def _suggested(self, node: Node, application: Application) -> Iterator[Suggestion]:
-        """Yield suggestions of factors to split: from splits of operands, and from wishes."""
+        """Yield suggestions of factors to split: from splits of operands, and from requests."""
         slots = [(v, d) for v, d in zip(node.operands, application.operands, strict=True) if v is not None]
         for value, dims in [*slots, *zip(node.results, application.results, strict=True)]:
             splits = [(wish.dim, wish.split) for wish in self.wanted.of(value)]
@@ -277,7 +282,7 @@ class _Body(PlacedValues):
                 placements = self.versions(value)
                 if (
                     held is not None and held.is_weight
-                ):  # wishes include how a weight is split, without its split for storage
+                ):  # requests include the split of a weight, without its split for storage
                     placements = [held.placement] if self.is_narrowing(node) else []
                 splits += [(d, s) for p in placements for d, s in enumerate(p.dims) if s is not None]
             yield from suggested(application, dims, splits)
@@ -319,8 +324,8 @@ class _Body(PlacedValues):
         return _Way(seconds, shares, needed, moves, ring=ring)
 
     def _opened(self, node: Node) -> _Way:
-        """Return the split of a composite through its body, whose nodes are planned one by one from the operands'
-        placements.
+        """Return the split of a composite through its body. The body's nodes are planned one by one, starting from the
+        placements of the operands.
         """
         assert isinstance(node.op, Composite)
         function = body_of(node.op, [None if v is None else v.type for v in node.operands])
@@ -343,7 +348,7 @@ class _Body(PlacedValues):
         outer = [*zip(function.arguments, node.inputs, strict=True), *zip(function.results, node.results, strict=True)]
         planned = self._body(node, function, takes, outer)
         for at, (formal, value) in enumerate(zip(function.arguments, node.inputs, strict=True)):
-            # a weight that the body gathers is available to all later readers
+            # If the body gathers a weight, the gathered weight is available to all later readers.
             gathered = [m.target for n in planned.nodes for m in n.moves if m.value is formal and takes[at].stored]
             if gathered:
                 moves.append(self.conversion_to(value, gathered[0]))
@@ -358,16 +363,16 @@ class _Body(PlacedValues):
     def _body(
         self, node: Node, function: Function, takes: Sequence[HeldArgument], outer: Sequence[tuple[Value, Value]]
     ) -> PlannedFunction:
-        """Return a composite's body, planned; `outer` maps its values to values of this function."""
+        """Return a composite's body, planned. `outer` pairs its values with values of this function."""
         body = _Body(self.planner, function, tuple(takes), Wanted({inner: self.wanted.of(v) for inner, v in outer}))
         body.called = {inner: self.called.get(v, v.name) for inner, v in outer if v in self.held}
         return body.planned(node.op.name, terms_allowed=True)
 
 
 def _needs_whole(node: Node, application: Application, suggestion: Suggestion) -> bool:
-    """Return True if a composite's body may be split in a factor that the composite itself needs whole.
+    """Return True if a composite needs this factor whole, although its body can be split along it.
 
-    This excludes a factor whose positions the op pairs: parts of queries or keys need their offsets.
+    Factors in `op.pairs` are excluded, since parts of queries or keys need their offsets.
     """
     role = application.factors[suggestion.factor].role
     paired = node.op.pairs is not None and suggestion.factor in node.op.pairs

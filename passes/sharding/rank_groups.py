@@ -1,4 +1,6 @@
-"""Groups of ranks in a mesh, and coverage of a whole by parts, for the checker: independent of the planner."""
+"""Groups of ranks in a mesh, and coverage of a whole by parts. The checker uses this module, which shares no code with
+the planner.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,8 @@ def holds_factor(dims: Sequence[AxisDim] | None, name: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _strides(mesh: Mesh) -> dict[SubAxis, int]:
-    """Return the distance in ranks between neighbours along each part of an axis: ranks count through the first axis
-    fastest.
+    """Return the distance in ranks between neighbours along each part of an axis. Ranks are numbered with the first
+    axis fastest.
     """
     found, below = {}, 1
     for name, size in mesh.axes:
@@ -43,15 +45,15 @@ def _strides(mesh: Mesh) -> dict[SubAxis, int]:
 
 @lru_cache(maxsize=4096)
 def ranks_along(mesh: Mesh, along: frozenset[SubAxis]) -> tuple[int, ...]:
-    """Return the ranks at every position along these parts, and at position 0 along all others, where ranks hold the
-    same.
+    """Return the ranks at every position along these parts, and at position 0 along all other parts, where ranks hold
+    the same.
     """
     return group_of(mesh, 0, tuple(part for part in mesh.parts if part in along))
 
 
 @lru_cache(maxsize=65536)
 def index_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
-    """Return the index of a rank's part of a dimension that is split over these parts in order."""
+    """Return the index of a rank's part of a dimension that is split over these parts, in this order."""
     found = 0
     for part in over:
         found = found * part.size + rank // _strides(mesh)[part] % part.size
@@ -60,7 +62,7 @@ def index_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> int:
 
 @lru_cache(maxsize=65536)
 def group_of(mesh: Mesh, rank: int, over: tuple[SubAxis, ...]) -> tuple[int, ...]:
-    """Return the ranks that differ from a rank only along these parts, the last part fastest."""
+    """Return the ranks that differ from a rank only along these parts, with the last part fastest."""
     strides = _strides(mesh)
     first = rank - sum(rank // strides[p] % p.size * strides[p] for p in over)
     places = product(*[range(part.size) for part in over])

@@ -1,11 +1,11 @@
-"""Apply a sharding plan: build the program of one rank, a graph like any other.
+"""Apply a sharding plan: build the program of one rank, which is an ordinary graph.
 
     out = linear(merged, $w, $bias)   -->   out = linear(merged, $w, $bias)              # of the rank's parts
                                             out_2 = all_reduce(out, over="tp", ways=2, because="the split of ...")
 
 Every op is applied again, by its own rule, to parts of its operands. Inputs are whole, and a rank takes its part of
-them. So symbols mean the same as in the model, and sizes of parts are expressions of them (`B//2`). Weights are passed
-as parts: see `rank_weights`. A function that is called in several ways becomes several functions.
+them. So symbols mean the same as in the model, and sizes of parts are expressions of symbols (`B//2`). Weights are
+passed as parts: see `rank_weights`. A function that is called in several ways becomes several functions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Array = np.ndarray[Any, Any]
 
 
 def rank_program(plan: ShardingPlan, rank: int) -> Graph:
-    """Return the program of a rank. Raises PassError for a rank that is not in the mesh, or a plan that does not fit
+    """Return the program of a rank. Raises PassError for a rank that is not in the mesh, or a plan that does not match
     its graph.
     """
     if not 0 <= rank < plan.devices.ranks:
@@ -72,7 +72,7 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the parts of the weights that a rank's program takes, as views: nothing else of the whole weights is
+    """Return the parts of the weights that a rank's program takes, as views. Other parts of the weights are not
     read.
     """
     found = {}
@@ -84,7 +84,7 @@ def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) ->
 
 
 def refuse_small_sizes(plan: ShardingPlan, sizes: Mapping[str, int]) -> None:
-    """Raise PassError if sizes of symbols leave a rank without a part of some value."""
+    """Raise PassError if some rank would have no part of a value at these sizes of symbols."""
     for planned in plan.functions:
         for each in planned.nodes:
             for value, placed in zip(each.node.results, each.gives, strict=True):
@@ -149,7 +149,7 @@ class RankProgram:
         return local_type(type, placed, self.mesh, self.rank)
 
     def read(self, value: Value, placed: MeshPlacement) -> Expr:
-        """Return a value in a placement that the plan has for it."""
+        """Return a value in one of its planned placements. Raises PassError if the plan lacks this placement."""
         found = self.exprs.get((value, placed))
         if found is None and value.literal is not None and is_everywhere((value, placed)):
             return self.b.expr(Value.constant(value.literal))
@@ -193,7 +193,7 @@ class RankProgram:
         return [None if v is None else next(given) for v in each.node.operands] if each.callee else each.reads
 
     def opened(self, body: PlannedFunction, operands: Sequence[Expr | None]) -> list[Expr]:
-        """Inline a composite's body."""
+        """Inline a composite's body, and return its results."""
         outer, self.exprs = self.exprs, {}
         try:
             given = [x for x in operands if x is not None]
@@ -206,13 +206,13 @@ class RankProgram:
             self.inside -= 1
 
     def applied(self, each: PlannedNode, operands: list[Expr | None]) -> list[Expr]:
-        """Apply the op to parts."""
+        """Apply the op to parts of its operands, and return its results."""
         node, types = each.node, [None if v is None else v.type for v in each.node.operands]
         application = node.op.apply(types)
         sizes = {name: self.part(application, each, name)[1] for name in each.shares}
         op = node.op.resized(sizes, types) if sizes else node.op
         if op is None:
-            raise PassError(f"{node.op.name} has no form for a part of {', '.join(sizes)}")
+            raise PassError(f"{node.op.name} cannot be applied to a part of {', '.join(sizes)}")
         looked_up = [n for n in each.shares if application.factors[n].role is Role.INDEXED]
         if looked_up:
             return [self.lookup(op, application, each, looked_up[0], operands)]
@@ -220,11 +220,11 @@ class RankProgram:
         return [self.b.expr(v) for v in made.results]
 
     def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
-        """Build attention with keys that pass around: on the rank's own keys first, then on the keys of the preceding
+        """Build attention with keys that pass around: first on the rank's own keys, then on the keys of the preceding
         ranks.
 
         Each rank starts to pass on its keys before it computes on them. If no query of the rank sees some keys, because
-        all of them come later, the rank only passes these on.
+        all of them come later, the rank only passes these keys on.
         """
         b, op, n, mesh = self.b, each.node.op, ways(each.ring), self.mesh
         assert isinstance(op, Attention)
@@ -265,7 +265,7 @@ class RankProgram:
     def lookup(
         self, op: Op, application: Application, each: PlannedNode, name: str, operands: list[Expr | None]
     ) -> Expr:
-        """y = where(the index is in this part, op(table, index - start), 0)"""
+        """Build y = where(the index is in this part, op(table, index - start), 0)"""
         b = self.b
         at = looked_up_by(op, application, name, [None if v is None else v.type for v in each.node.operands])
         assert at is not None
@@ -296,7 +296,7 @@ class RankProgram:
         self.exprs[move.value, move.target] = made
 
     def placed_as(self, node: Node) -> AbstractContextManager[None]:
-        """Return a context that gives new nodes a node's scope; in a composite's body, the composite's scope."""
+        """Return a context in which new nodes get a node's scope, or in a composite's body, the composite's scope."""
         return nullcontext() if self.inside else self.b.placed_as(node)
 
     def moved(self, step: PlacementStep, x: Expr, value: Value, because: str) -> Expr:

@@ -1,4 +1,4 @@
-"""Reasons for collectives in words, each with the node of the model that it belongs to."""
+"""Reasons for collectives in words, each with the node of the model that the reason is about."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.passes.sharding.wanted import Wanted
 
 @dataclass(frozen=True)
 class TermsOrigin:
-    """The node that made a value partial, and the names of the axes that it summed over."""
+    """The node that made a value partial, and the names of the axes over which the node summed."""
 
     node: Node
     axes: tuple[str, ...]
@@ -31,11 +31,10 @@ def origin_of(
     wanted: Wanted,
     origins: Mapping[Value, TermsOrigin],
 ) -> TermsOrigin:
-    """Return the origin of partial results: the node itself, if it sums over a split factor, or the origin of its
-    operands.
+    """Return the origin of partial results: the node itself, if it sums over a split factor, otherwise the origin of
+    its operands.
 
-    by_body  True if the node runs its body, whose factors it does not list
-    origins  origins of earlier values
+    by_body  True if the node runs its body, whose factors the node does not list origins  origins of earlier values
     """
     names: list[str] = []
     for name in shares:
@@ -61,7 +60,7 @@ def reason_for(
     held: Mapping[Value, Any],
     called: Mapping[Value, str],
 ) -> tuple[str, Node]:
-    """Return the reason of a step that sends, and the node that it belongs to."""
+    """Return the reason for a step that communicates, and the node that the reason is about."""
     if step.kind in (StepKind.ALL_REDUCE, StepKind.REDUCE_SCATTER) and origin is not None:
         done = "summed" if step.before.monoid == "sum" else f"combined by {step.before.monoid}"
         summed = f"the split of {' and '.join(origin.axes)} is {done}"
@@ -75,12 +74,12 @@ def reason_for(
     if known is not None and known.is_weight and set(step.over) <= set(known.stored):
         return f"{called.get(value, value.name)} is stored in parts and gathered for use", reader
     if step.kind is StepKind.ALL_TO_ALL and step.onto is not None:
-        return f"{who} is split by {dim_name(value, step.onto, wanted)} and not by {name}", reader
+        return f"{who} is split by {dim_name(value, step.onto, wanted)}, not by {name}", reader
     return f"{who} needs all of {name}", reader
 
 
 def dim_name(value: Value, dim: int, wanted: Wanted) -> str:
-    """Return the name of the axis in a dimension: the name in the request, its label, its symbol, or its number."""
+    """Return the name of a dimension's axis: its name in the request, its label, its symbol, or its number."""
     wished = [wish.axis for wish in wanted.of(value) if wish.dim == dim]
     labels = [f.label for f in value.type.dims[dim].factors if f.label is not None]
     symbol = value.type.shape[dim].as_symbol
@@ -88,7 +87,7 @@ def dim_name(value: Value, dim: int, wanted: Wanted) -> str:
 
 
 def split_names(node: Node, application: Application, factor: str, wanted: Wanted) -> Iterable[str]:
-    """Yield the names of a factor of a node's rule, by the dimensions that have it."""
+    """Yield the names of a factor of a node's rule, taken from the dimensions that have the factor."""
     for value, dims in zip(node.operands, application.operands, strict=True):
         for d, dim in enumerate(dims or ()):
             if value is not None and factor in dim.factors:

@@ -13,8 +13,8 @@
     gpipe      layers in stages over pp, through which micro-batches pass one after another (Huang et al. 2019);
                megatron's axes over tp, and the batch over dp, if the mesh has them
 
-The mesh of `gpipe` gets an axis `micro` of micro-batches as its last: four for each stage, or the number in the mesh. A
-mesh may have more axes than a recipe needs: `megatron` splits the batch over dp if the mesh has dp.
+`gpipe` adds an axis `micro` of micro-batches to the mesh as its last axis: four per stage, unless the mesh gives their
+number. A mesh may have more axes than a recipe needs: `megatron` splits the batch over dp if the mesh has dp.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from treadle.passes.sharding.wanted import blocked_dim, has_axis, wanted_splits
 
 @dataclass(frozen=True)
 class SplitRecipe:
-    """Axes by name, each with the mesh axis that splits it if the model and the mesh have both.
+    """Axes by name, each with the mesh axis that splits it if the model has the axis and the mesh has the mesh axis.
 
     needs   mesh axes without which the recipe splits nothing
     stored  the mesh axis over which weights are stored in parts and gathered for use
@@ -62,7 +62,7 @@ RECIPES: dict[str, SplitRecipe] = {
 }
 
 FOR_EACH_STAGE = 4
-"""Default number of micro-batches per stage: stages then wait for each other at most a fifth of the time."""
+"""Default number of micro-batches per stage. With it, stages wait for each other at most a fifth of the time."""
 
 
 def shard(
@@ -74,9 +74,10 @@ def shard(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph over a mesh by a recipe, by named axes, or both: named axes take precedence over the recipe's axes.
+    """Return the sharding plan of a graph over a mesh, by a recipe, by named axes, or both. Named axes take precedence
+    over the recipe's axes.
 
-    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, also if the recipe splits
+    axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, even if the recipe splits
             it
     sizes   sizes of the symbols, at which costs are compared; by default 128, for a batch the number of its parts
     device  the device of each rank: a name in `treadle.ir.placement.machines`, or a `Machine`
@@ -102,9 +103,10 @@ def shard(
         stored = mesh.parts_of(known.stored) if known.stored else ()
         staged = known.staged
     elif not chosen:
-        optionspe_name = " or ".join(RECIPES)
+        recipe_name = " or ".join(RECIPES)
         raise UsageError(
-            "nothing says how to split the model", hint=Hint(f"recipe={optionspe_name}", f"--recipe {optionspe_name}")
+            "the split of the model is not specified",
+            hint=Hint(f"recipe={recipe_name}", f"--recipe {recipe_name}"),
         )
     chosen = {axis: over for axis, over in chosen.items() if over != "-"}
     if staged:
@@ -118,14 +120,14 @@ def shard(
         weights = {name: _stored(types[name], placed, stored) for name, placed in wanted.weights.items()}
         wanted = replace(wanted, weights=weights)
     given = _default_sizes(graph, ways(mesh.parts_of(chosen.get("batch", "")))) | dict(sizes or {})
-    optionspe_name = recipe or "by hand"
-    plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=optionspe_name, axes=chosen, stored=stored)
+    recipe_name = recipe or "by hand"
+    plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=recipe_name, axes=chosen, stored=stored)
     return cut_in_stages(plan, staged) if staged else plan
 
 
 def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mapping[str, int]) -> Mesh:
-    """Return the mesh with an axis of micro-batches as its last: the number in the mesh, or some per stage, at most the
-    rows.
+    """Return the mesh with an axis of micro-batches as its last axis. Their number is the number in the mesh, or
+    `FOR_EACH_STAGE` per stage, but at most the number of rows.
     """
     axes = dict(mesh.axes)
     count = axes.pop(TURNS, None)
@@ -137,7 +139,9 @@ def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mappin
 
 
 def _known(graph: Graph, size: Size, sizes: Mapping[str, int]) -> list[int]:
-    """Return a size at these sizes of symbols, or its upper bound; an empty list if neither is known."""
+    """Return a size at these sizes of symbols, or its upper bound, as a list. Return an empty list if neither is
+    known.
+    """
     upper = {s: sizes.get(s, graph.symbols[s].upper) for s in size.symbols}
     known = {s: n for s, n in upper.items() if n is not None}
     return [size.evaluate(known)] if len(known) == len(upper) else []
@@ -158,8 +162,8 @@ def _find(name: str, mesh: Mesh) -> SplitRecipe:
 
 
 def _default_sizes(graph: Graph, batch: int) -> dict[str, int]:
-    """Return 128 for every symbol, and for first dimensions of inputs the number of the batch's parts; within their
-    bounds.
+    """Return 128 for every symbol, and for the symbols of inputs' first dimensions the number of the batch's parts. All
+    sizes are within their bounds.
     """
     leading = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
     found = {}
@@ -170,7 +174,7 @@ def _default_sizes(graph: Graph, batch: int) -> dict[str, int]:
 
 
 def _stored(type: Type, placed: MeshPlacement, over: SubAxes) -> MeshPlacement:
-    """Return a weight's placement, further split over parts of the mesh: along the dimension with the most even parts.
+    """Return a weight's placement, further split over parts of the mesh along the dimension with the most even parts.
 
     A weight without a dimension that is long enough is stored whole.
     """

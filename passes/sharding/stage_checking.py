@@ -4,7 +4,7 @@
 
 - that the axis of micro-batches is the last of the mesh, and that the mesh has one position per stage
 - that no collective runs and no value is split along the two axes, except that values are split into micro-batches
-- that each stage has the items that its steps read: arguments, items of the stage before, its own results
+- that each stage has the items that its steps read: arguments, items of the previous stage, its own results
 - that every rank holds the weights that its stage reads, and no others
 - that each output is computed once, by a stage that has it, and that its micro-batches are in order
 """
@@ -61,7 +61,7 @@ def _check_axes(planned: PlannedFunction, plan: ShardingPlan, pipeline: PlannedP
 
 
 def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item]) -> set[Item]:
-    """Return all items that a stage has, without arguments; `before` has the items of the stage before."""
+    """Return all items that a stage has, without arguments. `before` contains the items of the previous stage."""
     main = plan.main
     steps, inputs = main.steps, set(main.function.inputs)
     arguments = dict(zip(main.function.arguments, main.takes, strict=True))
@@ -75,7 +75,7 @@ def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item
             )
         has.add((value, placed))
     if len(set(stage.receives)) != len(stage.receives) or list(stage.steps) != sorted(set(stage.steps)):
-        raise _wrong(f"stage {number} runs or receives something twice, or in another order")
+        raise _wrong(f"stage {number} runs a step or receives an item twice, or in another order")
     if stage.steps and not 0 <= stage.steps[0] <= stage.steps[-1] < len(steps):
         raise _wrong(f"stage {number} has steps that do not exist")
     given = [

@@ -28,7 +28,7 @@ from treadle.passes.sharding.stages import TURNS
 class StageProgram(RankProgram):
     """A builder of `main` for a rank of a pipeline.
 
-    turn  the current micro-batch; -1 for steps that are not part of a micro-batch
+    turn  the index of the current micro-batch; -1 for steps that are not part of a micro-batch
     """
 
     def __init__(self, plan: ShardingPlan, rank: int, graph: Graph) -> None:
@@ -48,7 +48,7 @@ class StageProgram(RankProgram):
         given: dict[str, list[Expr]] = {name: [] for name in stage.outputs}
         kept: dict[Item, Expr] = dict(arguments)
         for turn in range(ways(plan.turns)):
-            # A micro-batch is placed as if it were on another copy of the mesh: `turn` is the index of the copy.
+            # A micro-batch is placed as if it were on a separate copy of the mesh: `turn` is the index of the copy.
             self.rank = self.device + turn * plan.devices.ranks
             self.exprs = dict(kept)
             for item in stage.receives:
@@ -73,13 +73,13 @@ class StageProgram(RankProgram):
         }
 
     def is_next(self, turn: int, items: list[Item]) -> bool:
-        """Return True if a step with these items runs in this turn; if so, set the builder's turn."""
+        """Return True if a step with these items runs in this turn. If so, set the builder's turn."""
         repeated = self.plan.times_of(items) > 1
         self.turn = turn if repeated else -1
         return repeated or turn == 0
 
     def declared(self, planned: PlannedFunction, weights: set[str]) -> dict[Item, Expr]:
-        """Declare all inputs, and the weights of the stage."""
+        """Declare all inputs, and the weights of the stage. Return them by item."""
         inputs = set(planned.function.inputs)
         found: dict[Item, Expr] = {}
         for value, placed in zip(planned.function.arguments, planned.takes, strict=True):
@@ -90,7 +90,7 @@ class StageProgram(RankProgram):
         return found
 
     def handed(self, item: Item, number: int, x: Expr | None) -> Expr:
-        """Send an item to a stage from the stage before: this rank is the sender or the receiver."""
+        """Send an item to a stage from the previous stage, and return it. This rank is the sender or the receiver."""
         value, placed = item
         line = self.pipeline.over, len(self.pipeline.stages)
         met: dict[str, Any] = {"over": line[0], "ways": line[1], "because": hand_on_reason(number)}
@@ -112,7 +112,7 @@ class StageProgram(RankProgram):
         return made
 
     def callee(self, planned: PlannedFunction) -> Function:
-        """Return the function for this micro-batch: an existing one, if its size is the same."""
+        """Return the function for this micro-batch. If a function for this size exists, return that function."""
         turn = max(self.turn, 0)
         found = self.made.get((planned.name, turn))
         if found is None:

@@ -2,13 +2,13 @@
 
     plan = cut_in_stages(plan, "pp")     # of a plan whose batch is split over micro-batches, the last axis of its mesh
 
-Stages are cut between nodes of `main` to minimize the time of the slowest stage. A stage's time is its seconds for a
-micro-batch, by the costs of the planner, or the seconds in which it sends the values that the next stage needs,
-whichever is more. Of all such cuts, the one with the least to send is selected. Both are exact, by dynamic programming
-over the nodes.
+Stages are cut between nodes of `main` to minimize the time of the slowest stage. A stage's time is the time that it
+computes for a micro-batch, by the costs of the planner, or the time in which it sends the values that the next stage
+needs, whichever is longer. Among the cuts with the minimal time, the one that sends the least is selected. Both minima
+are exact, by dynamic programming over the nodes.
 
 Values derived from inputs alone, or from one stage's weights alone, are recomputed where they are needed. No stage
-sends them, they have no cost, and they belong to no stage.
+sends them, their cost is not counted, and they belong to no stage.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from treadle.passes.sharding.plan import Item, Move, PlannedFunction, PlannedNod
 from treadle.passes.sharding.whole_outputs import with_outputs_in
 
 TURNS = "micro"
-"""The mesh axis of micro-batches."""
+"""The name of the mesh axis of micro-batches."""
 
 
 def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
-    """Return the plan with a pipeline over a mesh axis; the last axis of its mesh is the axis of micro-batches.
+    """Return the plan with a pipeline over a mesh axis. The last axis of the plan's mesh is the axis of micro-batches.
 
     Raises PassError if micro-batches would need a collective, and if there are fewer nodes than stages.
     """
@@ -56,7 +56,7 @@ def cut_in_stages(plan: ShardingPlan, over: str) -> ShardingPlan:
 def _with_turns_last(turns: set[SubAxis], placed: MeshPlacement) -> MeshPlacement:
     """Return the placement without the parts of the mesh that split a dimension inside a micro-batch.
 
-    A rank then has one range of positions of each dimension, in the order of its micro-batches.
+    Each rank then has one range of positions of each dimension, in the order of its micro-batches.
     """
     dims: list[Split | None] = []
     for split in placed.dims:
@@ -103,7 +103,7 @@ class _Line:
     """The steps of `main` that belong to one stage alone, grouped by node.
 
     groups   for each such node, the indices of its steps
-    seconds  the time of each group for a micro-batch
+    seconds  the time of each group for a micro-batch, in seconds
     handing  the time to send the values that are needed after a group, for each group but the last
     """
 
@@ -126,8 +126,8 @@ class _Line:
         ]
 
     def _free(self) -> set[int]:
-        """Return steps that every stage may do itself: steps that read only inputs, or only weights, and constants; no
-        calls.
+        """Return the steps that every stage may run itself: steps that read only inputs and constants, or only weights
+        and constants, and are not calls.
         """
         kinds: dict[Item, str] = dict.fromkeys(self.weights, "weights")
         found: set[int] = set()
@@ -140,7 +140,7 @@ class _Line:
         return found
 
     def _groups(self) -> Iterator[list[int]]:
-        """Yield the steps of each node that is not free; steps after the last node belong to it."""
+        """Yield the steps of each node that is not free. Steps after the last node belong to the last group."""
         group: list[int] = []
         groups: list[list[int]] = []
         for at, step in enumerate(self.steps):
@@ -154,7 +154,9 @@ class _Line:
         yield from groups
 
     def _needed_after(self, number: int) -> list[Item]:
-        """Return the items of earlier groups that groups from this one on need, in the order in which they are made."""
+        """Return the items of earlier groups that the groups from this one on need, in the order in which they are
+        produced.
+        """
         before = {at for group in self.groups[:number] for at in group}
         needed = {item for group in self.groups[number:] for at in group for item in self.steps[at].needs}
         made = [(self.maker[item], item) for item in needed if self.maker.get(item) in before]
@@ -173,7 +175,7 @@ class _Line:
                 outputs.append(name)
                 own |= set() if at is None else {at}
         waiting = sorted(own)
-        while waiting:  # free steps that these steps need
+        while waiting:  # find the free steps that these steps need
             for item in self.steps[waiting.pop()].needs:
                 at = self.maker.get(item)
                 if at in self.free and at not in own:
@@ -188,12 +190,12 @@ class _Line:
 
 
 def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int) -> tuple[int, ...]:
-    """Return the end of each of `count` stages: no stage is empty, and the slowest stage is as fast as possible.
+    """Return the end of each of `count` stages. No stage is empty, and the slowest stage is as fast as possible.
 
-    handing  time to send the values that are needed after each step but the last, while the stage works
+    handing  the time to send the values that are needed after each step but the last, while the stage computes
 
-    Among the cuts with the fastest slowest stage, a cut that sends the least. Raises PassError for fewer steps than
-    stages.
+    Among the cuts with the same slowest time, a cut that sends the least is selected. Raises PassError if there are
+    fewer steps than stages.
     """
     if not 0 < count <= len(seconds):
         raise PassError(f"{len(seconds)} steps cannot be cut into {count} stages")
@@ -204,8 +206,8 @@ def balanced_cut(seconds: Sequence[float], handing: Sequence[float], count: int)
 def _best(
     seconds: Sequence[float], handing: Sequence[float], count: int, limit: float
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the least time of a slowest stage, or under a limit on that time, the least time to send; and the stages'
-    ends.
+    """Return the least time of the slowest stage or, under a finite limit on that time, the least time to send; and the
+    ends of the stages.
     """
     places = len(seconds)
     best: list[tuple[float, tuple[int, ...]]] = [(0.0 if end == 0 else inf, ()) for end in range(places + 1)]

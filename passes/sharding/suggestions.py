@@ -1,4 +1,4 @@
-"""Ways to split a node: each part of the mesh takes one of the factors suggested for it, or none."""
+"""Ways to split a node: each part of the mesh splits one of the factors suggested for it, or none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Suggestion:
 def suggested(
     application: Application, dims: Sequence[AxisDim] | None, splits: Sequence[tuple[int, Split]]
 ) -> Iterator[Suggestion]:
-    """Yield the factors that splits of some dimensions of one operand or result split."""
+    """Yield suggestions of the factors that are split by splits of some dimensions of one operand or result."""
     for d, split in splits:
         shares = factor_shares(application, dims[d], split) if dims is not None else None
         for name, share in (shares or {}).items():
@@ -33,8 +33,8 @@ def suggested(
 def choices(
     mesh: Mesh, suggestions: Sequence[Suggestion], carried: Sequence[tuple[SubAxes, frozenset[str]]]
 ) -> Iterator[tuple[dict[str, Share], SubAxes, frozenset[str]]]:
-    """Yield every way to split a node: the split factors, the parts along which partial sums pass, and the operands
-    through which they pass.
+    """Yield every way to split a node: the split factors, the parts of the mesh along which partial sums pass through,
+    and the operands that they pass through.
 
     carried  the parts along which operands are partial, with their group of operands, in which the op is linear
 
@@ -61,7 +61,7 @@ def choices(
 
 
 def _shares(taken: Sequence[tuple[Suggestion, set[SubAxis]]]) -> dict[str, Share]:
-    """Return the split factors; a factor of two suggestions is split by both, in the coarser units."""
+    """Return the split factors. If two suggestions split a factor, it is split by both, in the coarser units."""
     shares: dict[str, Share] = {}
     for suggestion, own in taken:
         over = tuple(p for p in suggestion.share.over if p in own)

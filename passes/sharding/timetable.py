@@ -1,10 +1,10 @@
-"""The timeline of a step: the times at which one rank computes and communicates, from its program.
+"""The timeline of a step: the times at which one rank computes and communicates, derived from its program.
 
 Every node takes the time of its roofline on the rank's parts; every collective takes the time of a ring. A device
-computes and sends at the same time, and sends over different mesh axes at the same time. Each of these runs in the
-order of the program, and starts when its operands are ready. A gather starts where the program reaches it, or its
-`start_gather` if it has one (`gather_ahead`); the same holds for keys that pass around. A stage of a pipeline receives
-a value when the stage before has sent it.
+computes and sends at the same time, and sends over different mesh axes at the same time. Computation, and the sends
+over each axis, run in the order of the program; each starts when its operands are ready. A gather starts where the
+program reaches it, or at its `start_gather` if it has one (`gather_ahead`); the same holds for keys that pass around. A
+stage of a pipeline receives a value when the previous stage has sent it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 
 LIMITS = ("compute", "memory bandwidth", "links", "latency")
-"""Possible bottlenecks."""
+"""The possible bottlenecks."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Busy:
     """The execution of a node, in seconds from the start of the step.
 
     over     the mesh axes over which ranks communicate; "" for computation
-    because  the reason of the collective
-    sent     bytes that the rank sends
+    because  the reason for the collective
+    sent     the number of bytes that the rank sends
     limit    one of LIMITS
-    call     index of the call of `main` that it is in, from 0; -1 outside of calls
+    call     the index of the call of `main` that the node is in, from 0; -1 outside of calls
     """
 
     op: str
@@ -59,7 +59,7 @@ class Busy:
 class Cause:
     """All collectives of a step that have one reason and one source line.
 
-    scope    with `*` for the numbers of repeated blocks
+    scope    the scope, with `*` for the numbers of repeated blocks
     sent     bytes that the rank sends, and seconds of the collectives: the totals
     """
 
@@ -87,17 +87,17 @@ class Timetable:
 
     @property
     def seconds(self) -> float:
-        """The time of the step, with communication that overlaps."""
+        """The time of the step in seconds, with communication that overlaps."""
         return max((each.end for each in self.busy), default=0.0)
 
     @property
     def work(self) -> float:
-        """Seconds of computation."""
+        """The time of computation in seconds."""
         return sum(each.seconds for each in self.busy if not each.over)
 
     @property
     def collectives(self) -> float:
-        """Seconds of collectives, hidden or not."""
+        """The time of collectives in seconds, whether or not they overlap with computation."""
         return sum(each.seconds for each in self.busy if each.over)
 
     def causes(self) -> list[Cause]:
@@ -114,7 +114,7 @@ class Timetable:
         return sorted(found, key=lambda cause: -cause.seconds)
 
     def by_limit(self) -> dict[str, float]:
-        """Return seconds by bottleneck. With overlapping gathers, their sum is more than the step's time."""
+        """Return the time in seconds by bottleneck. If gathers overlap, the sum is more than the step's time."""
         found = dict.fromkeys(LIMITS, 0.0)
         for each in self.busy:
             found[each.limit] += each.seconds
@@ -133,7 +133,7 @@ def timetable_of(
     """Return the timeline of a rank's program at these sizes of symbols.
 
     stage   the rank's stage in a pipeline
-    handed  the times at which values from the stage before arrive
+    handed  the times at which values from the previous stage arrive
     """
     made = _Walk(program, mesh, machine, sizes, stage, handed)
     main = program.main
@@ -163,7 +163,7 @@ class PipelineTimes:
 
     @staticmethod
     def of(stages: Sequence[Timetable], word: str) -> PipelineTimes:
-        """Build them from timelines whose scopes begin with a word and the number of the micro-batch."""
+        """Return the times of timelines whose scopes begin with `word` and the number of the micro-batch."""
         found: list[Turn] = []
         for number, times in enumerate(stages):
             spans: dict[int, tuple[float, float]] = {}
@@ -177,12 +177,12 @@ class PipelineTimes:
 
     @property
     def seconds(self) -> float:
-        """The time at which the last stage ends."""
+        """The time at which the last stage ends, in seconds."""
         return max((times.seconds for times in self.stages), default=0.0)
 
     @property
     def waits(self) -> float:
-        """The share of all ranks' time in which they have no micro-batch: the bubble."""
+        """The fraction of all ranks' time in which they have no micro-batch: the bubble."""
         worked = sum(each.end - each.start for each in self.turns)
         return 1 - worked / max(len(self.stages) * self.seconds, 1e-30)
 
@@ -193,7 +193,7 @@ class PipelineTimes:
 
 @dataclass(frozen=True)
 class _Takes:
-    """The cost of a node, wherever it is called."""
+    """The cost of a node, which is the same wherever its function is called."""
 
     seconds: float
     limit: str
@@ -203,7 +203,7 @@ class _Takes:
 
 
 class _Walk:
-    """A walk of the program, call by call.
+    """A walk through the program, call by call.
 
     free    the times from which the device is free to compute (""), or to send over axes
     begins  the time at which each call of `main` began
@@ -229,7 +229,9 @@ class _Walk:
         self.known: dict[str, list[tuple[Node, _Takes | None]]] = {}
 
     def function(self, function: Function, ready: dict[Value, float], scope: str, call: int) -> list[float]:
-        """Run a function; `ready` has the times at which its arguments are ready. Returns the times of its results."""
+        """Simulate a function. `ready` contains the times at which its arguments are ready. Return the times of its
+        results.
+        """
         if function.name not in self.known:
             self.known[function.name] = list(self.taken(function))
         for node, takes in self.known[function.name]:
@@ -271,7 +273,7 @@ class _Walk:
         return [ready.get(v, 0.0) for v in function.results]
 
     def is_handed(self, node: Node) -> bool:
-        """Return True if the stage before sends the result of a node."""
+        """Return True if the previous stage sends the result of a node."""
         return isinstance(node.op, HandOn) and node.op.target == self.stage
 
     def during(self, node: Node, takes: _Takes, start: float, scope: str, call: int) -> Busy:
@@ -281,8 +283,8 @@ class _Walk:
         return Busy(node.op.name, *costs, call)
 
     def taken(self, function: Function) -> Iterator[tuple[Node, _Takes | None]]:
-        """Yield the cost of each node; None for a call, for a node that runs once, when weights are bound, and for a
-        node that only provides the type of a received value.
+        """Yield each node with its cost. The cost is None for a call, for a node that runs once, when weights are
+        bound, and for a node that only provides the type of a received value.
         """
         once, uses = weight_only_nodes(function), function.uses()
         for node in function.nodes:

@@ -1,14 +1,14 @@
 """The placements that an op needs and returns if some factors of its axis rule are split: one function for every op.
 
-    mapped               the op works on parts, each result is split in the same way
+    mapped               the op works on parts, and each result is split in the same way
     whole, in blocks     the same for parts with whole blocks, if the op declares a block's size (`Op.multiples`)
     reduced by a monoid  each rank has a partial result
     indexed              a lookup in a part of the table: rows of other parts count as zero, so results are partial sums
     all others           the op needs the axis whole (a composite's body may need less)
 
 An op accepts partial sums in operands in which it is linear, if all operands of that group are partial. So if a summed
-factor is split, an operand of the group that lacks the factor (a bias) must be partial, too: the whole on one rank and
-zeros elsewhere.
+factor is split, an operand of the group that lacks the factor (a bias) must be partial, too: one rank holds all of it,
+and the other ranks hold zeros.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from treadle.passes.sharding.factors import Shares, dim_split, locate
 
 @dataclass(frozen=True)
 class Requirement:
-    """The placements that operands must have (None: absent), and the placements of the results."""
+    """The placements that operands must have (None for an absent operand), and the placements of the results."""
 
     operands: tuple[MeshPlacement | None, ...]
     results: tuple[MeshPlacement, ...]
 
 
 def may_split(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> bool:
-    """Return True if an op works on parts of a factor, without its body."""
+    """Return True if an op, without its body, can work on parts of a factor."""
     if op.resized({name: ONE}, types) is None:
         return False
     match application.factors[name].role:
@@ -51,7 +51,8 @@ def may_split(op: Op, application: Application, name: str, types: Sequence[Type 
 
 
 def looked_up_by(op: Op, application: Application, name: str, types: Sequence[Type | None]) -> int | None:
-    """Return the position of the operand whose elements index a factor, if the op works on a part of the table.
+    """Return the position of the operand whose elements index a factor, if the op can work on a part of the table, else
+    None.
 
     The op is a primitive that reads one table along the factor, is linear in the table, and has a single operand of
     integers. No result has the factor.
@@ -76,11 +77,11 @@ def requirement(
     through: frozenset[str] = frozenset(),
     ring: SubAxes = (),
 ) -> Requirement | None:
-    """Return the placements that an op needs and returns if these factors are split; None if this is not possible.
+    """Return the placements that an op needs and returns if these factors are split, or None if this is not possible.
 
     carried  parts of mesh axes along which operands of the linear group `through` are partial sums
 
-    ring     parts of mesh axes that split queries and keys alike, and around which keys pass
+    ring     parts of mesh axes that split queries and keys in the same way, and around which keys pass
     """
     passed = op.keys_in_parts if ring and op.keys_in_parts is not None else ()
     names = op.operand_names(len(types))

@@ -10,8 +10,8 @@ any text), or one of these:
     heads      the labels heads and kv_heads
     vocab      the rows of the largest table that an input indexes, and the dimension of outputs with the same size
 
-`follow` traces each axis through the graph. The result is wishes: a wish asks to split a value along the axis that it
-has. Weights are placed by wishes. The placements of other values depend on costs.
+`follow` traces each axis through the graph. The result is wishes: a wish is a request to split a dimension of a value
+that has the axis. Weights are placed by wishes. The placements of other values depend on costs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from treadle.ir.types import Type
 
 @dataclass(frozen=True)
 class Wish:
-    """A wish to split a dimension of a value, because it has an axis of this name."""
+    """A request to split a dimension of a value, because the dimension has an axis of this name."""
 
     dim: int
     split: Split
@@ -59,7 +59,7 @@ class Wanted:
 
 
 def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Collection[str] = ()) -> Wanted:
-    """Return wishes for a graph: axes by name, each with the mesh axes that split it, such as "tp" or "dp tp".
+    """Return wishes for a graph. `axes` maps each axis to the mesh axes that split it, such as "tp" or "dp tp".
 
     asked  the axes that the user names, in contrast to a recipe
 
@@ -84,7 +84,7 @@ def wanted_splits(graph: Graph, mesh: Mesh, axes: Mapping[str, str], asked: Coll
 def has_axis(graph: Graph, name: str) -> bool:
     """Return True if a graph has an axis of this name that can be split."""
     if any(place.size != ONE for axis in _axes_named(graph, name) for place in _starts(graph, axis)):
-        return True  # nearly always found here, without tracing the axis
+        return True  # nearly always true, and needs no tracing of the axis
     return any(place.size != ONE for place in _places(graph, name))
 
 
@@ -98,9 +98,10 @@ def _wish(
     *,
     is_asked: bool = False,
 ) -> list[str]:
-    """Add wishes for all places of an axis. The smallest place defines the units, so that all places are split alike.
+    """Add wishes for all places of an axis. The smallest place defines the units, so that all places are split in the
+    same way.
 
-    Returns descriptions of requested splits that are not possible. Raises UsageError if no part of the request is
+    Return descriptions of requested splits that are not possible. Raises UsageError if no part of the request is
     possible.
     """
     notes = []
@@ -141,9 +142,10 @@ def _wish(
 
 
 def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int:
-    """Return the number of steps per unit in which an axis is split between weights' blocks; 1 if that is not possible.
+    """Return the number of steps per unit with which an axis is split between weights' blocks; 1 if that is not
+    possible.
 
-    All places of the axis are split alike, so larger units are not used if some rank would have no part.
+    All places of the axis are split in the same way, so larger units are not used if some rank would have no part.
     """
     step = 1
     for place in places:
@@ -157,14 +159,14 @@ def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int
 
 
 def _fits_blocks(type: Type, split: Split) -> bool:
-    """Return True if a split is between a weight's blocks."""
+    """Return True if a split divides a weight only between its blocks."""
     dim = blocked_dim(type)
     elements = None if type.encoding is None else type.encoding.block.elements
     return dim is not None and elements is not None and lies_between_blocks(type.shape[dim], split, elements)
 
 
 def blocked_dim(type: Type) -> int | None:
-    """Return the dimension along which a value is in blocks, which are not split; None if it is not in blocks."""
+    """Return the dimension along which a value is in blocks, if these blocks cannot be split; None if there is none."""
     return None if type.encoding is None else type.encoding.axis % type.rank
 
 
@@ -173,7 +175,7 @@ def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None, step
     shared = None if least is None else place.size.divide(Size.of(least))
     grain = place.inner if shared is None else place.inner * shared
     if least is not None and least == ways(taken) and count is not None and shared is not None:
-        # each part has one step of the smallest place; elements inside a step may be split further
+        # if each part has one step of the smallest place, elements inside a step may be split further
         more, rest = parts[len(taken) :], count // least
         while ways(more) > rest:
             more = more[:-1]
@@ -183,7 +185,7 @@ def _split(place: Place, taken: SubAxes, parts: SubAxes, least: int | None, step
 
 
 def _placed(wishes: Sequence[Wish], rank: int) -> MeshPlacement:
-    """Return a placement by wishes, earlier wishes first: no part of a mesh axis is used twice."""
+    """Return a placement that fulfills wishes, earlier wishes first. No part of a mesh axis is used twice."""
     dims: list[Split | None] = [None] * rank
     used: set[object] = set()
     for wish in wishes:
@@ -221,7 +223,7 @@ def _place_key(place: Place) -> tuple[str, int, str]:
 
 
 def _axes_named(graph: Graph, name: str) -> list[str]:
-    """Return the axes, as `follow` names them, that a requested name refers to."""
+    """Return the axes, in the form that `follow` accepts, to which a requested name refers."""
     shapes = [v.type.shape for v in graph.main.inputs]
     if name == "batch":
         return sorted({s for shape in shapes for s in (shape[0].symbols if shape else ())})
@@ -245,14 +247,16 @@ def _labels(graph: Graph) -> set[str]:
 
 
 def _known_axes(graph: Graph) -> str | None:
-    """Return a hint that lists the axes that can be split; None if there are none."""
+    """Return a hint that lists the axes that can be split, or None if there are none."""
     names = dict.fromkeys(["batch", "sequence", "heads", "vocab", *sorted(graph.symbols), *sorted(_labels(graph))])
     known = [name for name in names if has_axis(graph, name)]
     return f"one of {', '.join(known)}" if known else None
 
 
 def _weight_behind(value: Value) -> Value | None:
-    """Return the weight that a value is or that it is derived from elementwise, decoded or cast."""
+    """Return the weight that a value is, or from which it is derived elementwise, decoded or cast. Return None if
+    there is none.
+    """
     while value.weight is None and value.node is not None and len(value.node.inputs) == 1:
         (before,) = value.node.inputs
         if before.type.shape != value.type.shape:
@@ -262,8 +266,8 @@ def _weight_behind(value: Value) -> Value | None:
 
 
 def vocabulary(graph: Graph) -> list[str]:
-    """Return the dimensions of weights that are the vocabulary: rows of the largest table that an input indexes, and
-    dimensions of the same size that become the last dimension of an output.
+    """Return the dimensions of weights that are the vocabulary, in the form that `follow` accepts: rows of the largest
+    table that an input indexes, and dimensions of the same size that become the last dimension of an output.
     """
     inputs = set(graph.main.inputs)
     tables: dict[Value, int] = {}

@@ -1,4 +1,4 @@
-"""Convert the outputs of a plan to other placements, such as whole on every rank, as generation reads them."""
+"""Convert the outputs of a plan to other placements, for example whole on every rank, which generation needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.passes.sharding.plan import Move, ShardingPlan, made_items
 
 
 def with_whole_outputs(plan: ShardingPlan) -> ShardingPlan:
-    """Return the plan with all-gathers at the end for each output that ranks have in parts.
+    """Return the plan with all-gathers at the end for each output of which ranks hold parts.
 
     Raises PassError for a weight in parts that is an output of a graph without nodes.
     """
@@ -22,7 +22,7 @@ def with_whole_outputs(plan: ShardingPlan) -> ShardingPlan:
 def with_outputs_in(plan: ShardingPlan, target: Callable[[MeshPlacement], MeshPlacement], because: str) -> ShardingPlan:
     """Return the plan with moves at the end that convert each output to the target of its placement.
 
-    because  the reason of moves that send: "is whole" is printed as "output y is whole"
+    because  the reason for moves that send: "is whole" is printed as "output y is whole"
 
     Raises PassError for a weight to be moved that is an output of a graph without nodes.
     """
@@ -35,7 +35,7 @@ def with_outputs_in(plan: ShardingPlan, target: Callable[[MeshPlacement], MeshPl
             continue
         at = value.node or next(reversed(main.function.nodes), None)  # a weight that is an output has no node
         if at is None:
-            raise PassError(f"output {name} is a weight in parts, and there is no node to gather it at")
+            raise PassError(f"output {name} is a weight in parts, but there is no node at which to gather it")
         reasons = tuple([f"output {name} {because}" for step in steps if step.sends])
         moves.append(Move(value, placed, wanted, steps, reasons, at))
         had.add((value, wanted))

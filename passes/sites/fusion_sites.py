@@ -12,11 +12,11 @@
     projection      products of one value with several weights, none of them part of a gate or epilogue;  projections
     scale           a number that scales the result of a product or a norm;  linear, rms_norm, layer_norm
 
-A product with a weight that is stored as [in, out] is not a site: its op is matmul, and a backend that packs weights
-packs this one as well, and adds the bias as it stores the product. Fusing it would gain nothing and cost a copy.
+A product with a weight that is stored as [in, out] is not a site. Its op is matmul, and a backend that packs weights
+also packs this weight, and adds the bias when it stores the product. Fusing it would gain nothing and cost a copy.
 
-The search is wider than the rules: it looks for what a person would point at, so that sites that the rules miss are
-visible.
+The search accepts more than the rules: it looks for sites that an expert would name, so that sites that the rules miss
+are visible.
 """
 
 from __future__ import annotations
@@ -53,10 +53,12 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "residual": ("fuse-residual-norm", ("add_layer_norm", "add_rms_norm")),
     "embedding": ("fuse-embedding-sum", ("embedding_sum",)),
 }
-"""For each kind of site, the pass that fuses it and the fused ops. An op belongs to the last kind that lists it."""
+"""The pass that fuses each kind of site, and the fused ops. An op belongs to the last kind that lists it."""
 
 _SCALING = (Add, Sub, Mul, Div, Neg, Where, Tanh, Maximum, Minimum, Pow, Cast)
-"""Ops between an argument and the value gated by its activation; not exp(x), which is a different value than x."""
+"""Ops between an argument and the value that its activation gates. exp is not among them, since exp(x) is a different
+value than x.
+"""
 _MOST_STEPS = 24
 
 
@@ -66,7 +68,7 @@ class FusionSite:
 
     anchor  the node that identifies the site: the softmax, the mean, the product
     nodes   the nodes of the site, the anchor first
-    op      the fused op, if the site is one already
+    op      the fused op, if the site is already a single op
     """
 
     kind: str
@@ -77,14 +79,16 @@ class FusionSite:
 
     @property
     def anchors(self) -> tuple[Node, ...]:
-        """The nodes that each identify the site: a rule may fuse only some of several products, or a part of a sum."""
+        """The nodes that each identify the site, since a rule may fuse only some of several products, or a part of a
+        sum.
+        """
         return self.nodes if self.kind in ("projection", "embedding") else (self.anchor,)
 
 
 def find_sites(graph: Graph, unfused: Collection[Node] = ()) -> list[FusionSite]:
     """Return every candidate site of every distinct function, callees first, in program order.
 
-    unfused  anchors of gates and epilogues that were not fused: their products may belong to other sites then
+    unfused  anchors of gates and epilogues that were not fused, so their products may belong to other sites
     """
     return [site for function in graph.functions.values() for site in _Finder(function, unfused).sites()]
 
@@ -99,7 +103,7 @@ class _Finder:
         self.gates = {node: found for node in function.nodes if (found := gate_nodes(node)) is not None}
         self.gated = {each for node, nodes in self.gates.items() if node not in unfused for each in nodes}
         self.norms: dict[Value, list[Node]] = {}
-        """The nodes of the norms of each normalized value."""
+        """The nodes of the norms of each value that is normalized."""
         for node in function.nodes:
             spelled = self._normalization(node)
             normed = normed_value(node, spelled)
@@ -127,8 +131,8 @@ class _Finder:
         return [user for value in node.results for user in self.users.get(value, ())]
 
     def _down(self, node: Node, through: tuple[type[Op], ...], stop: Callable[[Node], bool]) -> list[Node]:
-        """Return the nodes from this one's readers down to the first for which `stop` is true; empty if there is
-        none.
+        """Return the nodes from a node's readers down to the first for which `stop` returns True, or an empty list if
+        there is none.
         """
         return self._search(self._readers(node), self._readers, lambda n: isinstance(n.op, through), stop)
 
@@ -139,7 +143,9 @@ class _Finder:
         through: Callable[[Node], bool],
         stop: Callable[[Node], bool],
     ) -> list[Node]:
-        """Return the path to the nearest node for which `stop` is true, over nodes for which `through` is true."""
+        """Return the path to the nearest node for which `stop` returns True, over nodes for which `through` returns
+        True.
+        """
         paths: dict[Node, list[Node]] = {}
         pending = [(node, [node], 0) for node in start if node is not None]
         while pending:
@@ -156,7 +162,9 @@ class _Finder:
     # -- the kinds ---------------------------------------------------------------------------------------------
 
     def _attention(self, node: Node) -> Sequence[Node] | None:
-        """Find any kind of softmax, or exp(x - max) / sum, between two products."""
+        """Return the nodes of a softmax, or of exp(x - max) / sum, between two products. Return None if there is no
+        such site.
+        """
         own: Sequence[Node]
         if (weighting := softmax_at(node)) is not None:
             scores, own = weighting.scores, weighting.nodes
@@ -174,14 +182,14 @@ class _Finder:
         return [*own, *above, *below] if above and below else None
 
     def _readers_below_rounding(self, node: Node) -> list[Node]:
-        """Return the readers of a node's results; if a quantizer rounds a result, the last node of the rounding
+        """Return the readers of a node's results. If a quantizer rounds a result, return the last node of the rounding
         instead.
         """
         trips = [round_trip_from(value, lambda v: self.users.get(v, ())) for value in node.results]
         return [trip.nodes[0] for trip in trips if trip is not None] or self._readers(node)
 
     def _normalization(self, node: Node) -> Sequence[Node] | None:
-        """Find mean(x^2) with a root after it."""
+        """Return the nodes of mean(x^2) with a root after it, or None."""
         if not isinstance(node.op, (ReduceMean, ReduceSum)) or (square := _square(node.inputs[0])) is None:
             return None
         root = self._down(node, (Add, Cast, Mul, Div, Maximum), _is_root)
@@ -199,7 +207,7 @@ class _Finder:
         return [square, *centered, *root, *scaled, *spread]
 
     def _activation(self, node: Node) -> Sequence[Node] | None:
-        """Find erf(x), 1 + tanh(x), x sigmoid(x)."""
+        """Return the nodes of erf(x), 1 + tanh(x), or x sigmoid(x), or None."""
         if not isinstance(node.op, (Erf, Tanh, Sigmoid)):
             return None
         below = self._down(node, (Add, Mul, Cast), lambda n: isinstance(n.op, Mul))
@@ -215,7 +223,7 @@ class _Finder:
         return [*above, *below, *more]
 
     def _rotary(self, node: Node) -> Sequence[Node] | None:
-        """Find x cos a + y sin a, or concat(-x2, x1) times a factor."""
+        """Return the nodes of x cos a + y sin a, or of concat(-x2, x1) times a factor, or None."""
         if isinstance(node.op, Add) and len(node.inputs) == 2:
             sides = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
             waves = [[_waves(v) for v in side.inputs] for side in sides]
@@ -233,17 +241,17 @@ class _Finder:
         return [p for p in parts if p is not None] + turned
 
     def _gate(self, node: Node) -> Sequence[Node] | None:
-        """Find act(x g) * (x u)."""
+        """Return the nodes of act(x g) * (x u), or None."""
         return self.gates.get(node)
 
     def _epilogue(self, node: Node) -> Sequence[Node] | None:
-        """Find act(x w), unless it is a gate."""
+        """Return the nodes of act(x w), unless it is a gate, or None."""
         if node in self.gated:
             return None
         return epilogue_nodes(node, self._activation(node))
 
     def _projection(self, node: Node) -> Sequence[Node] | None:
-        """Find x u, x v, ..."""
+        """Return the nodes of x u, x v, ..., or None."""
         return self._projections.get(node)
 
     @cached_property
@@ -254,19 +262,21 @@ class _Finder:
         return products_of_one_value(self.function, finished)
 
     def _scale(self, node: Node) -> Sequence[Node] | None:
-        """Find (x w) * c, norm(x) * c, except a quantizer's scale, which cannot be folded."""
+        """Return the nodes of (x w) * c or norm(x) * c, or None. A quantizer's scale is excluded, since it cannot be
+        folded.
+        """
         return None if counts_steps(node, self._readers(node)) else scale_nodes(node)
 
     def _residual(self, node: Node) -> Sequence[Node] | None:
-        """Find norm(x + residual)."""
+        """Return the nodes of norm(x + residual), or None."""
         return residual_nodes(node, self.norms)
 
     def _embedding(self, node: Node) -> Sequence[Node] | None:
-        """Find embedding(t, i) + embedding(u, j)."""
+        """Return the nodes of embedding(t, i) + embedding(u, j), or None."""
         return embedding_nodes(node, self.users)
 
     def _linear(self, node: Node) -> Sequence[Node] | None:
-        """Find matmul(x, transpose(w)) + bias."""
+        """Return the nodes of matmul(x, transpose(w)) + bias, or None."""
         moved = node.inputs[1].node if isinstance(node.op, MatMul) else None
         if moved is None or not isinstance(moved.op, Rearrange):
             return None
@@ -281,8 +291,8 @@ def _makers(node: Node) -> list[Node | None]:
 
 
 def _above_rounding(node: Node) -> list[Node | None]:
-    """Return the nodes that compute a node's operands; for the last node of a quantizer's rounding, the node that
-    computes the rounded value.
+    """Return the nodes that compute a node's operands. For the last node of a quantizer's rounding, return the node
+    that computes the rounded value.
     """
     trip = round_trip_at(node)
     return _makers(node) if trip is None else [trip.value.node]
@@ -331,7 +341,7 @@ def _spelled_softmax(node: Node) -> tuple[Value, list[Node]] | None:
 
 
 def _origins(value: Value) -> set[Value]:
-    """Return the value, and the values that it is computed from by a few elementwise ops and moves."""
+    """Return the value, and the values from which it is computed by a few elementwise ops and moves."""
     found, pending = {value}, [(value, 0)]
     while pending:
         v, depth = pending.pop()
@@ -343,7 +353,7 @@ def _origins(value: Value) -> set[Value]:
 
 
 def _waves(value: Value) -> set[str]:
-    """Return the names of the cosines and sines, moved or joined, that a factor is computed from."""
+    """Return "cos" and "sin" if a factor is computed from a cosine or a sine, possibly moved or joined."""
     found: set[str] = set()
     pending, depth = [value], 0
     while pending and depth < 32:

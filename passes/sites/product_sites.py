@@ -1,6 +1,6 @@
 """Candidate sites around products: the activation of a product, and a product that gates another.
 
-The search is wider than the rules that fuse these sites: it goes through casts and moves, and finds activations in
+The search accepts more than the rules that fuse these sites: it goes through casts and moves, and finds activations in
 primitives and gates with products of two values.
 """
 
@@ -19,15 +19,15 @@ from treadle.ir.ops.parts import Slice
 from treadle.ir.ops.products import Linear, MatMul
 
 _SPELLING = (Add, Sub, Mul, Div, Neg, Pow, Erf, Exp, Reciprocal, Maximum, Minimum)
-"""Primitives that activations are written in."""
+"""Primitives of which activations consist."""
 _ACTIVATIONS = tuple(find_op(name) for name in ACTIVATIONS)
 _MOST_STEPS = 32
 
 
 @dataclass
 class _Origin:
-    """The origin of a value: the products above it, the nodes in between, and True in `other` if it has other
-    inputs.
+    """The origin of a value: the products from which it is computed, the nodes in between, and True in `other` if it
+    has other inputs.
     """
 
     products: list[Node] = field(default_factory=list)
@@ -36,12 +36,12 @@ class _Origin:
 
     @property
     def of_one(self) -> Node | None:
-        """The product, if the value is computed from one product and nothing else."""
+        """The product if the value is computed from one product and nothing else, else None."""
         return self.products[0] if len(self.products) == 1 and not self.other else None
 
     @property
     def cuts(self) -> set[Op]:
-        """The slices in between; equal ones select the same part."""
+        """The slices in between. Equal slices select the same part."""
         return {node.op for node in self.nodes if isinstance(node.op, Slice)}
 
     def has(self, *ops: type[Op]) -> bool:
@@ -49,8 +49,8 @@ class _Origin:
 
 
 def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node] | None:
-    """Return the nodes of act(x w + bias), at the activation; `spelled` holds the nodes of one in primitives, at its
-    erf, tanh or sigmoid.
+    """Return the nodes of act(x w + bias). `node` is the activation, or in primitives its erf, tanh or sigmoid;
+    `spelled` contains the nodes of an activation in primitives. Return None if the node is not such an activation.
     """
     if spelled is None and not isinstance(node.op, _ACTIVATIONS):
         return None
@@ -61,7 +61,9 @@ def epilogue_nodes(node: Node, spelled: Sequence[Node] | None) -> Sequence[Node]
 
 
 def gate_nodes(node: Node) -> Sequence[Node] | None:
-    """Return the nodes of act(x g + b) * (x u + c), at the mul; for two products, or two parts of one."""
+    """Return the nodes of act(x g + b) * (x u + c), if `node` is the multiplication, else None. The factors are two
+    products, or two parts of one product.
+    """
     if not isinstance(node.op, Mul):
         return None
     for gating, gated in (node.inputs, node.inputs[::-1]):
@@ -69,7 +71,7 @@ def gate_nodes(node: Node) -> Sequence[Node] | None:
         if plain.of_one is None or curved.of_one is None:
             continue
         if plain.of_one is curved.of_one and not _are_apart(plain.cuts, curved.cuts):
-            continue  # x sigmoid(x), or both factors from the same value or part
+            continue  # x sigmoid(x), or both factors are from the same value or part
         activated = curved.has(Erf, Exp, *_ACTIVATIONS)
         only_added = not any(isinstance(n.op, _SPELLING) and not isinstance(n.op, Add) for n in curved.nodes)
         if activated or (only_added and plain.of_one.inputs[0] is curved.of_one.inputs[0]):
@@ -78,7 +80,9 @@ def gate_nodes(node: Node) -> Sequence[Node] | None:
 
 
 def _origin(value: Value, through: tuple[type[Op], ...] = ()) -> _Origin:
-    """Search up to the products: through moves and sums with a bias, and through all ops of `through`."""
+    """Return the origin of a value: search up to the products, through moves and sums with a bias, and through all ops
+    of `through`.
+    """
     origin = _Origin()
     pending, seen = [value], {value}
     while pending:

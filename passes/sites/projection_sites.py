@@ -1,6 +1,6 @@
 """Candidate sites around weights: products of one value with several weights, and scalings of norms and products.
 
-Wider than the rules: also if a weight is transposed first, or has other readers.
+The search accepts more than the rules: a weight may be transposed first, or have other readers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def products_of_one_value(function: Function, finished: Collection[Node]) -> dic
 
 
 def scale_nodes(node: Node) -> Sequence[Node] | None:
-    """Return the nodes of y * c, at the mul, for the result y of a norm or a product with a weight, and one number
-    c.
+    """Return the nodes of y * c, if `node` is the multiplication, y is the result of a norm or a product with a weight,
+    and c is one number. Otherwise return None.
     """
     if not isinstance(node.op, (Mul, Div)) or len(node.inputs) != 2:
         return None

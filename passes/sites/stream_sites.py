@@ -1,7 +1,7 @@
-"""Candidate sites along the residual stream: the embeddings that it begins with, and the norms of sums in it.
+"""Candidate sites along the residual stream: the embeddings at its start, and the norms of its sums.
 
-A sum with a bias or a table is not a residual, nor is a sum that broadcasts; a sum of embeddings alone is a site of its
-own. A sum with fewer than two plain embeddings as terms (Marian scales them) is not a site.
+A sum with a bias or a table is not a residual, nor is a sum that broadcasts; a sum of embeddings alone is a separate
+site. A sum with fewer than two plain embeddings as terms (Marian scales them) is not a site.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from treadle.passes.fusion.fuse_embedding_sum import lookup_of
 
 
 def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
-    """Return the operand of a norm over the last axis: at the op, or at the mean of a norm in primitives, whose nodes
-    are in `spelled`.
+    """Return the operand of a norm over the last axis. `node` is the norm, or the mean of a norm in primitives, whose
+    nodes are in `spelled`. Return None for any other node.
     """
     if isinstance(node.op, (LayerNorm, RMSNorm)):
         return _uncast(node.inputs[0])
@@ -32,7 +32,9 @@ def normed_value(node: Node, spelled: Sequence[Node] | None) -> Value | None:
 
 
 def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
-    """Return the nodes of norm(x + residual), at the add, for two computed values of one shape."""
+    """Return the nodes of norm(x + residual), if `node` is the addition of two computed values of one shape, else
+    None.
+    """
     if not isinstance(node.op, Add) or node.result not in norms:
         return None
     stretched = any(v.type.shape != node.result.type.shape for v in node.inputs)
@@ -42,7 +44,9 @@ def residual_nodes(node: Node, norms: Mapping[Value, Sequence[Node]]) -> Sequenc
 
 
 def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequence[Node] | None:
-    """Return the nodes of embedding(t, i) + embedding(u, j) + ..., at the last add of the sum."""
+    """Return the nodes of embedding(t, i) + embedding(u, j) + ..., if `node` is the last addition of the sum, else
+    None.
+    """
     if not isinstance(node.op, Add):
         return None
     terms = _terms(node, users)
@@ -55,7 +59,7 @@ def embedding_nodes(node: Node, users: Mapping[Value, Sequence[Node]]) -> Sequen
 
 
 def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
-    """Return an addition, and the additions whose results are read only by this sum."""
+    """Return an addition, and the additions whose results are read only by its sum."""
     found, pending = [], [root]
     while pending:
         node = pending.pop()
@@ -66,7 +70,9 @@ def _adds(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
 
 
 def _terms(root: Node, users: Mapping[Value, Sequence[Node]]) -> list[Node]:
-    """Return the nodes that compute the terms of a sum; refusals point at a term that is not an embedding."""
+    """Return the nodes that compute the terms of a sum. They are part of the site, since refusals refer to a term that
+    is not an embedding.
+    """
     adds = _adds(root, users)
     terms = [v.node for each in adds for v in each.inputs if v.node is not None]
     return [node for node in terms if node not in adds]

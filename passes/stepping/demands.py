@@ -1,7 +1,8 @@
-"""The values that a step computes, and for which tokens: for all new tokens, or for each row's last token alone.
+"""The values that a step computes, and the tokens for which they are computed: all new tokens, or only each row's last
+token.
 
-Prefill needs the logits of each row's last token. Back from there, up to the last op that mixes tokens, values are
-computed for that token only; attention takes its query there, and all keys.
+Prefill needs only the logits of each row's last token. Backwards from the logits, up to the last op that mixes tokens,
+values are computed for that token only. At this attention, only the last token's query is computed, but all keys are.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ class Demands:
     """The values that one function of a step computes.
 
     values     the extents in which each value is needed
-    last_only  the nodes that are computed for the last tokens alone, with the positions of the operands whose last
-               tokens suffice
+    last_only  the nodes that are computed only for the last tokens, with the positions of the operands of which the
+               last tokens suffice
     """
 
     values: Mapping[Value, Extents]
     last_only: Mapping[Node, frozenset[int]]
 
     def of(self, value: Value) -> Extents:
-        """Return the extents in which a value is computed: only all tokens if these are needed, since they include the
-        last.
+        """Return the extents in which a value is computed. If all tokens are needed, this is the only extent, since it
+        includes the last tokens.
         """
         extents = self.values.get(value, _NONE)
         return ALL if Extent.ALL in extents else extents
 
 
 class Demanding:
-    """Finds the values that functions must compute, once for each combination of extents of the outputs."""
+    """A search for the values that functions must compute, once for each combination of extents of the outputs."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, tuple[Extents, ...]], Demands] = {}
@@ -73,13 +74,13 @@ class Demanding:
             want(value, extents)
         for node in reversed(context.function.nodes):
             results = [wanted.get(v, _NONE) if context.kind(v) is not Kind.KEPT else _NONE for v in node.results]
-            if not any(results):  # unused, or computed by the prologue
+            if not any(results):  # the results are unused, or computed by the prologue
                 continue
             inner = context.callees.get(node)
             if inner is not None:
                 demands = self.of(inner, tuple(results))
                 for actual, formal in zip(node.operands, inner.function.arguments, strict=True):
-                    if context.kind(actual) is not Kind.KEPT:  # the callee itself keeps the values that it reads
+                    if context.kind(actual) is not Kind.KEPT:  # the callee itself stores the values that it reads
                         want(actual, demands.of(formal))
                 continue
             queries: frozenset[int] = frozenset()
@@ -91,15 +92,15 @@ class Demanding:
 
 
 def pickable(context: Context, value: Value) -> bool:
-    """Return True if the last token of each row can be picked: the axis and the rows are each one dimension of the
+    """Return True if the last token of each row can be selected: the axis and the rows are each one dimension of the
     value.
     """
     return context.whole_dim(value) is not None and context.row_dim(value) is not None
 
 
 def _may_be_last(context: Context, node: Node) -> bool:
-    """Return True if the last token's results need only the operands' last tokens, apart from keys that it is paired
-    with.
+    """Return True if the last token's results need only the operands' last tokens, apart from the keys that the last
+    token attends to.
     """
     values = [*node.results, *(v for v in node.inputs if context.dims(v))]
     if not all(pickable(context, v) for v in values):
@@ -111,7 +112,7 @@ def _may_be_last(context: Context, node: Node) -> bool:
 
 
 def _queries(context: Context, node: Node) -> frozenset[int]:
-    """Return the positions of the operands whose last token suffices."""
+    """Return the positions of the operands of which the last token suffices."""
     held = [i for i, v in enumerate(node.operands) if v is not None and context.dims(v)]
     if node not in context.encounters:
         return frozenset(held)

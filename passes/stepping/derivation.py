@@ -5,14 +5,14 @@
                                                   verify(tokens[B, S], rows[B], start[B]) -> logits[B, S, V]
 
 Row n of a call uses slot rows[n] of every state, and the position of its first new token is start[n]. The logits equal
-the logits of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk whose
-rows may have fewer tokens than its width, last[n] + 1 of them, and returns the logits of the last one; `step` takes one
-token per row; `verify` returns the logits of all tokens of a chunk. Values that do not depend on the tokens are
-computed by `prologue`, once per row, before its first token.
+the logits of `main` over all tokens of a row, however the tokens are split into calls. `prefill` takes a chunk of
+tokens. A row may have fewer tokens than the chunk's width, last[n] + 1 of them, and `prefill` returns the logits of the
+row's last token. `step` takes one token per row; `verify` returns the logits of all tokens of a chunk. Values that do
+not depend on the tokens are computed by `prologue`, once per row, before its first token.
 
-Refuses, with the op and the author's line, ops that mix tokens in any way other than attention to earlier tokens (or
-another op that defines its form at a step), such as a convolution over time, a mean over the sequence, attention to
-later tokens.
+Ops may mix tokens only by attention to earlier tokens, or if they define their form at a step. All other ops that mix
+tokens are refused, with the op and the author's line: for example a convolution over time, a mean over the sequence, or
+attention to later tokens.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ CACHE_DTYPES = (f32, bf16, f16)
 
 
 class NoStep(PassError):
-    """No axis of the model may be stepped."""
+    """The model has no axis that may be stepped."""
 
 
 @dataclass(frozen=True)
 class DerivedStep:
-    """A graph of entries, and the way to call them.
+    """A graph of entries, and the information needed to call them.
 
-    graph     the entries: `prologue` if there is one, `prefill`, `step`, `verify`
+    graph     the graph with the entries `prologue` if there is one, `prefill`, `step`, `verify`
     axis      the symbol along which tokens are added
     tokens    the names of the inputs that are passed at every step
     prologue  the names of the inputs that are passed once per row
     port_names  the entries' names for `rows`, `start` and `last`, numbered if the model has an input of that name
     context   the greatest number of positions of the model, or None
-    windows   by the symbol of its capacity, the number of positions that a ring must hold besides a chunk of tokens
+    windows   by the symbol of a ring's capacity: the number of positions that the ring must hold in addition to a chunk
     memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
-    carries   True if something is summed over the tokens, so that a token cannot be taken back
+    carries   True if a sum over the tokens is carried along, so that a token cannot be taken back
     """
 
     graph: Graph
@@ -70,15 +70,15 @@ class DerivedStep:
 
     @property
     def has_prologue(self) -> bool:
-        """True if rows begin with `prologue`."""
+        """True if a row must begin with a call of `prologue`."""
         return "prologue" in self.graph.entry_names
 
 
 def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | None = None) -> DerivedStep:
-    """Derive the entries of generation from a graph whose only entry is `main`.
+    """Return the entries of generation, derived from a graph whose only entry is `main`.
 
     axis   the symbol along which tokens are added; by default the only symbol that may be stepped
-    cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the model's own
+    cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the dtype in the model
 
     Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype.
     """
@@ -122,7 +122,7 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
 def _cache_dtype(name: str | DType) -> DType:
     found = DTYPES.get(str(name))
     if found not in CACHE_DTYPES:
-        raise UsageError(f"no cache holds {name}", hint="one of " + ", ".join(map(str, CACHE_DTYPES)))
+        raise UsageError(f"a cache cannot store {name}", hint="one of " + ", ".join(map(str, CACHE_DTYPES)))
     return found
 
 
@@ -152,7 +152,9 @@ def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:
     """Raise PassError if the model has a symbol with one of these names, which the states of a step use."""
     for name in names:
         if name in graph.symbols:
-            raise PassError(f"the model has a symbol {name}, which a step needs for itself", hint=f"rename {name}")
+            raise PassError(
+                f"the model has a symbol {name}, but a step uses a symbol of that name", hint=f"rename {name}"
+            )
 
 
 def _refuse_mixed_rows(graph: Graph, axis: str, rows: str) -> None:
@@ -172,7 +174,7 @@ def _rows(graph: Graph, axis: str) -> str:
     rows = {v.type.shape[0].as_symbol for v in tokens}
     if len(rows) != 1 or None in rows or axis in rows:
         raise PassError(
-            f"{graph.name} has no step: its tokens have no first dimension that is the rows of a batch",
+            f"{graph.name} has no step: the first dimension of its tokens is not the rows of a batch",
             received=", ".join(f"{v.name}: {v.type}" for v in tokens),
             hint='tokens: i64["B S"]',
         )

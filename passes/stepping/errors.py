@@ -1,4 +1,4 @@
-"""The error for a model that has no step, shared by all files of this folder."""
+"""The error for a model that has no step. All files of this folder use it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from treadle.ir.graph import Node
 
 
 def refusal(node: Node, why: str, *, hint: str | None = None) -> PassError:
-    """Return the error that a model has no step because of a node, with the author's line."""
+    """Return the error for a model that has no step because of a node, with the author's line."""
     return PassError(
         f"no step can be derived: {node.op.name} {why}",
         received=", ".join(str(v.type) for v in node.inputs) or None,

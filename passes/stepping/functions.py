@@ -1,6 +1,6 @@
-"""Builds the functions of a step: every op again, by its own rule, on the new tokens.
+"""Building of the functions of a step: every op is applied again, by its own rule, to the new tokens.
 
-An op that maps the axis stays as it is; any other op on the axis defines its form at a step (`Op.stepped`). A function
+An op that maps the axis stays unchanged; any other op on the axis defines its form at a step (`Op.stepped`). A function
 is built once for each combination of needed outputs and forms of arguments; its states are declared when they are first
 used.
 """
@@ -36,7 +36,7 @@ Wanted = tuple[Value, Extent]
 
 @dataclass(frozen=True)
 class _Made:
-    """A function that was built.
+    """A built function, with its inputs and outputs.
 
     takes   its inputs in order: a value of the model's function in an extent, or the name of per-row data
     gives   its outputs in order: the index of the model's output, its extent, and True if it gained the rows
@@ -48,19 +48,19 @@ class _Made:
 
 
 class StepFunctions:
-    """Builds functions of a step into a graph, each once; caches store keys and values in `cache`, or in their own
-    dtype.
+    """A builder of the functions of a step in a graph, each once. Caches store keys and values in the dtype `cache`,
+    or, if it is None, in their own dtype.
     """
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates, cache: DType | None = None) -> None:
         self.survey, self.graph, self.states, self.cache = survey, graph, states, cache
         self.demanding = Demanding()
         self.carries = False
-        """True if a node that was built carries a sum along."""
+        """True if a node that was built carries a sum from step to step."""
         self._known: dict[object, _Made] = {}
 
     def entry(self, name: str, extent: Extent, *, single: bool = False) -> Function:
-        """Build an entry that computes the model's outputs in an extent; `single`: for one token per row."""
+        """Build an entry that computes the model's outputs in an extent. `single`: True for one token per row."""
         context = self.survey.main
         values = context.function.outputs.values()
         extents = tuple(
@@ -96,7 +96,7 @@ class StepFunctions:
 
 
 class _Body:
-    """One function while it is built."""
+    """One function while it is being built."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class _Body:
         self.axis = functions.survey.axis
 
     def declare(self, names: Sequence[str]) -> None:
-        """Declare the tokens, then the per-row inputs, even unused ones: callers pass all of them."""
+        """Declare the tokens, then the per-row inputs, even unused ones, since callers pass all of them."""
         for value in self.context.function.inputs:
             if self.context.kind(value) is Kind.STEPPED:
                 self.read(value, Extent.ALL)
@@ -161,7 +161,9 @@ class _Body:
         return found
 
     def _argument(self, value: Value, extent: Extent) -> Stepped | None:
-        """Return the argument that a value is, declared when it is first read; None for another value."""
+        """Return a value that is an argument, which is declared when it is first read. Return None for any other
+        value.
+        """
         if value.node is not None:
             return None
         if value.kind == "parameter":
@@ -181,7 +183,7 @@ class _Body:
         return type.substitute({self.axis: 1}) if self.single else type
 
     def _last(self, value: Value) -> Stepped:
-        """Pick each row's last token of a value for all tokens: [b, s, ...] -> [b, 1, ...]."""
+        """Select each row's last token of a value for all tokens: [b, s, ...] -> [b, 1, ...]."""
         x = self.read(value, Extent.ALL)
         rows, axis = self.context.row_dim(value), self.context.whole_dim(value)
         assert axis is not None
@@ -207,7 +209,7 @@ class _Body:
     # -- rows and states ---------------------------------------------------------------------------------------
 
     def data(self, name: str) -> Expr:
-        """Return per-row data, an input or computed once: i64[b]."""
+        """Return per-row data, i64[b]: an input, or data that is computed once."""
         if name not in self.known:
             self.known[name] = self._data(name) if self.arguments is None else self._passed(name)
         return self.known[name]
@@ -218,9 +220,9 @@ class _Body:
         return self.b.input(free_name(name, taken), self._row_type)
 
     def _data(self, name: str) -> Expr:
-        """Return per-row data of an entry: an input, or computed from inputs."""
+        """Return per-row data of an entry: an input, or data computed from inputs."""
         b = self.b
-        scope, b.scope = b.scope, ""  # not part of any node
+        scope, b.scope = b.scope, ""  # these nodes belong to no node of the model
         try:
             return self._found(name)
         finally:
@@ -287,7 +289,7 @@ class _Body:
         if kept.length is not None and not node.op.reads_slots:
             raise refusal(
                 node,
-                f"reads {value.name} at every step, whose size is known only when a row begins",
+                f"reads {value.name} at every step, although its size is known only when a row begins",
                 hint="only attention can read values whose size differs by row",
             )
         return Stepped(kept.read())
@@ -298,7 +300,7 @@ class _Body:
             raise refusal(node, "mixes values that depend on the tokens' positions")
         for value in (*node.inputs, *node.results):
             if self.context.dims(value) and self.context.rows.get(value) and self.context.row_dim(value) != 0:
-                raise refusal(node, "mixes tokens of rows that are not its first dimension")
+                raise refusal(node, "mixes tokens, but their rows are not its first dimension")
         is_carried = any(isinstance(e.kind, Scanned) for e in met) and not node.op.reads_positions
         if is_carried and any(self.context.dims(v) and self.context.row_dim(v) is None for v in node.inputs):
             why = "carries along values that are the same in all rows"

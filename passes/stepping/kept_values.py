@@ -22,9 +22,9 @@ from treadle.passes.stepping.survey import Context
 class KeptState:
     """The state of one value [b, ...]: one slot per row.
 
-    name      within its function
+    name      the state's name within its function
     type      [R, ...]; [R, 1] for a value [b]
-    axis      the dimension along which the prologue appends to it
+    axis      the dimension along which the prologue appends to the state
     memory    the size of that dimension of the value, if it is known only at the call; else None
     """
 
@@ -43,33 +43,34 @@ class StepStates:
     def __init__(self, slots: Size) -> None:
         self.slots = slots
         self.kept: dict[int, dict[Value, KeptState]] = {}
-        """The values that the prologue keeps for each context, by the context's id."""
+        """The values that the prologue stores for each context, by the context's id."""
         self.memories: dict[str, Size] = {}
-        """The sizes that the prologue keeps for each row, by name."""
+        """The sizes that the prologue stores for each row, by name."""
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:
-        """Return the name of a state within a function: base, numbered if another state or a weight has it."""
+        """Return the name of a state within a function: `base`, numbered if another state or a weight has that name."""
         names = self._names.setdefault(id(context), {})
         if key not in names:
             names[key] = free_name(base, {*names.values(), *context.function.parameters})
         return names[key]
 
     def name_of_call(self, context: Context, call: Node, name: str) -> str:
-        """Return the name, within the caller, of a state of the function that it calls.
+        """Return the name, within the caller, of a state of the called function.
 
-        Repetitions of a shared block have one scope, and states of their own: the scope gains the repetition's number.
+        Repetitions of a shared block have one scope, but separate states. So the repetition's number is added to the
+        scope.
         """
         alike = [node for node in context.function.nodes if node.op.callee is not None and node.scope == call.scope]
         scope = call.scope if len(alike) == 1 else joined_scope(call.scope, str(alike.index(call)))
         return self.name(context, (call, name), joined_scope(scope, name))
 
     def length_name(self, context: Context, memory: str) -> str:
-        """The name, in an entry, of the state with the length that each row keeps of a size named `memory`."""
+        """Return the name, in an entry, of the state with each row's length along the size named `memory`."""
         return self.name(context, ("length", memory), f"{memory}_length")
 
     def keep(self, context: Context, value: Value) -> KeptState:
-        """Return the state for a value that a step reads. Raises PassError if its rows or sizes do not fit into
+        """Return the state for a value that a step reads. Raises PassError if the value's rows or sizes do not fit into
         slots.
         """
         known = self.kept.setdefault(id(context), {})
@@ -81,7 +82,7 @@ class StepStates:
         where = f"{value.name}: {value.type}"
         if context.row_dim(value) != 0:
             raise PassError(
-                "no step can be derived: a value that it would keep does not have the rows as its first dimension",
+                "no step can be derived: a value that it would store does not have the rows as its first dimension",
                 received=where,
                 source=_line(value),
             )
@@ -89,7 +90,7 @@ class StepStates:
         open_dims = [n for n, size in enumerate(sizes, 1) if size.constant is None]
         if len(open_dims) > 1:
             raise PassError(
-                "no step can be derived: a value that it would keep has two dimensions of sizes known only at a call",
+                "no step can be derived: a value that it would store has two dimensions of sizes known only at a call",
                 received=where,
                 source=_line(value),
             )
@@ -104,7 +105,7 @@ class StepStates:
         return KeptState(name, Type(value.type.dtype, tuple(dims)), axis, memory)
 
     def memory_name(self, size: Size) -> str:
-        """Return the name of a size that the prologue keeps: its symbol, or a new name if it is computed."""
+        """Return the name of a size that the prologue stores: its symbol, or a new name if it is computed."""
         for name, known in self.memories.items():
             if known == size:
                 return name

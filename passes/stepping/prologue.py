@@ -1,4 +1,4 @@
-"""Builds the prologue: values that do not depend on the tokens are computed once per row and stored in states.
+"""Building of the prologue: values that do not depend on the tokens are computed once per row and stored in states.
 
 cross.k = rearrange(linear(encoded, $k))      -->   prologue: %cross.k = append(%cross.k, ..., rows, zeros)
 attention(q, cross.k, cross.v)                      step:     cached_attention(q, %cross.k, %cross.v, ...)
@@ -33,8 +33,8 @@ class _Made:
 
 
 class Prologue:
-    """Builds the entry `prologue` into a graph, after the step functions, which determine the values that it must
-    store.
+    """A builder of the entry `prologue` in a graph. It runs after the step functions are built, which determine the
+    values to store.
     """
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates) -> None:
@@ -43,16 +43,18 @@ class Prologue:
         self._known: dict[tuple[int, frozenset[int]], _Made] = {}
 
     def build(self, function: Function) -> None:
-        """Fill the entry: it takes the inputs that do not extend along the tokens, and the slots of the rows."""
+        """Build the entry. Its inputs are the inputs that do not extend along the tokens, and the slots of the rows."""
         context = self.survey.main
         body = _Body(self, context, function, is_entry=True)
         for value in context.function.inputs:
-            if context.kind(value) is Kind.KEPT:  # even if it is unused: callers pass all declared inputs
+            if (
+                context.kind(value) is Kind.KEPT
+            ):  # declared even if it is unused, since callers pass all declared inputs
                 body.read(value)
         body.build({v: name for name, v in context.function.outputs.items() if context.kind(v) is Kind.KEPT})
 
     def leaves(self, context: Context) -> bool:
-        """Return True if a function, or a function that it calls, keeps a value for a step."""
+        """Return True if a function, or a function that it calls, stores a value for a step."""
         return bool(self.states.kept.get(id(context))) or any(map(self.leaves, context.callees.values()))
 
     def block(self, context: Context, outputs: frozenset[int]) -> _Made:
@@ -89,7 +91,7 @@ class _Body:
         self._rows: Expr | None = None
 
     def build(self, outputs: Mapping[Value, str]) -> None:
-        """Compute the values to keep, and these outputs."""
+        """Compute the values to store, and these outputs."""
         states = self.prologue.states
         kept = states.kept.get(id(self.context), {})
         for node in self._needed([*kept, *outputs]):

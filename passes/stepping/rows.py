@@ -1,8 +1,8 @@
-"""Values that gain the rows of the batch as a dimension at a step: positions, and values computed from them.
+"""Values that gain the rows of the batch as a dimension at a step: positions, and values computed from positions.
 
-Over a whole sequence all rows count from 0, and positions are [s]; at a step each row has its own start, and they are
-[b, s]. Values computed from positions are laid out so that they broadcast to values whose rows are a dimension of their
-own.
+Over a whole sequence all rows count from 0, and positions are [s]. At a step each row has its own start, and positions
+are [b, s]. Values computed from positions are laid out so that they broadcast to values in which the rows are a
+dimension of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from treadle.passes.stepping.errors import refusal
 
 @dataclass(frozen=True)
 class Stepped:
-    """A value of a step; `by_row`: its first dimension is the rows, which the model's value does not have."""
+    """A value of a step. `by_row`: True if its first dimension is the rows, which the model's value lacks."""
 
     expr: Expr
     by_row: bool = False
@@ -32,11 +32,11 @@ class Stepped:
 def apply_by_row(
     b: Builder, node: Node, op: Op, operands: Sequence[Stepped | None], row_dim: int | None
 ) -> list[Stepped]:
-    """Apply an op some of whose operands have the rows as an additional dimension.
+    """Apply an op to operands some of which have the rows as an additional dimension. Return its results.
 
     row_dim   the dimension of the model's result that is the rows; None if it has no rows, and gains them
 
-    Raises PassError if the op has no such form.
+    Raises PassError if the op cannot be applied by row.
     """
     if isinstance(op, Rearrange):
         (x,) = operands
@@ -60,9 +60,9 @@ def apply_by_row(
     rule = op.rule(ranks)
     by_row = [pattern for pattern, x in zip(rule.operands, operands, strict=True) if x is not None and x.by_row]
     if len(node.results) != 1 or any(pattern[:1] != (LeadingDims(),) for pattern in (*by_row, *rule.results)):
-        raise refusal(node, "reads the tokens' positions, and has no form in which each row has its own positions")
+        raise refusal(node, "reads the tokens' positions, but cannot be computed with other positions for each row")
     laid: list[Stepped | None] = []
-    leading = node.results[0].type.rank - len(rule.results[0]) + 1  # dimensions that `...` stands for
+    leading = node.results[0].type.rank - len(rule.results[0]) + 1  # the number of dimensions that `...` stands for
     for value, operand, pattern in zip(node.operands, operands, rule.operands, strict=True):
         if operand is None or not operand.by_row:
             laid.append(operand)
@@ -77,7 +77,7 @@ def apply_by_row(
 
 
 def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_dim: int | None) -> Stepped:
-    """Expand x [b, ...]; if the model's result has the rows as a dimension, x's rows become that dimension."""
+    """Expand x [b, ...]. If the model's result has the rows as a dimension, the rows of x become that dimension."""
     (x,) = operands
     assert x is not None
     names = [f"x{n}" for n in range(x.expr.rank - 1)]
@@ -87,13 +87,13 @@ def _expanded(b: Builder, op: Expand, operands: Sequence[Stepped | None], row_di
         laid, shape = ["row", *laid], [None, *shape]
     else:
         laid[row_dim], shape[row_dim] = "row", None
-    kept = [name if name in laid else "1" for name in names]  # a size of 1 where the rows go
+    kept = [name if name in laid else "1" for name in names]  # size 1 in place of the rows
     found: Expr = b.rearrange(x.expr, pattern=f"row {' '.join(kept)} -> {' '.join(laid)}")
     return Stepped(b.expand(found, shape=tuple(shape)), row_dim is None)
 
 
 def _all_by_row(b: Builder, operands: Sequence[Stepped | None]) -> list[Stepped | None]:
-    """Return the operands; operands that are the same in all rows are repeated for each row."""
+    """Return the operands, all with rows: operands that are the same in all rows are repeated for each row."""
     rows = next(x.expr.shape[0] for x in operands if x is not None and x.by_row)
     return [
         x if x is None or x.by_row else Stepped(b.expand(x.expr, shape=(rows, *x.expr.shape)), True) for x in operands

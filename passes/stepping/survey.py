@@ -4,8 +4,8 @@
     KEPT      it depends on an input, but not on the tokens: an encoder's output, the keys of cross-attention
     STEPPED   it depends on the tokens along the axis, or on their positions
 
-A function is surveyed once per context: the kinds of its arguments, and the dimensions of the axis and the rows in them
-(`treadle.ir.analysis.axis_tracing`).
+A function is surveyed once per context: the kinds of its arguments, and the arguments' dimensions that are the axis or
+the rows (`treadle.ir.analysis.axis_tracing`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from treadle.ir.text.attributes import attribute_symbols
 
 
 class Kind(IntEnum):
-    """The kind of a value at a step. A value computed from several others has the greatest of their kinds."""
+    """The kind of a value at a step. A value that is computed from several values has the greatest of their kinds."""
 
     FIXED = 0
     KEPT = 1
@@ -31,11 +31,11 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Context:
-    """A function with known arguments.
+    """A function whose arguments have known kinds.
 
     kinds       the kind of each value
     axis, rows  the dimensions of the axis and the rows of the batch, for each value that has them
-    encounters  the ways in which each node, except calls, uses the axis other than mapping it
+    encounters  the uses of the axis by each node, except calls, other than mapping it
     callees     the context of each call
     """
 
@@ -55,12 +55,14 @@ class Context:
         return frozenset(place.dim for place in self.axis.get(value, ()))
 
     def whole_dim(self, value: Value) -> int | None:
-        """Return the dimension of a value that is the axis and nothing else; None if there is none, or two."""
+        """Return the dimension of a value that consists of the axis alone, or None if there is none, or there are
+        two.
+        """
         return _whole(value, self.axis.get(value, ()))
 
     def reads_positions(self, node: Node) -> bool:
-        """Return True if results depend on the operands' positions along the axis though the op maps it: a window over
-        keys that do not extend along it.
+        """Return True if results depend on the operands' positions along the axis although the op maps the axis: for
+        example a window over keys that do not extend along the axis.
         """
         if not node.op.reads_positions or not any(v is not None and self.dims(v) for v in node.operands):
             return False
@@ -73,7 +75,7 @@ class Context:
         )
 
     def row_dim(self, value: Value) -> int | None:
-        """Return the dimension of a value that is the rows of the batch and nothing else; None if there is none."""
+        """Return the dimension of a value that consists of the rows of the batch alone, or None if there is none."""
         return _whole(value, self.rows.get(value, ()))
 
 
@@ -83,7 +85,7 @@ def _whole(value: Value, places: Sequence[Place]) -> int | None:
 
 
 class Survey:
-    """Surveys the functions of a graph, each context once.
+    """A survey of the functions of a graph, each context once.
 
     axis   the symbol along which tokens are added
     rows   the symbol of the batch

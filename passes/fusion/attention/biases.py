@@ -1,4 +1,4 @@
-"""Addends of the scores of attention in primitives: read as biases, or as masks where they are masks.
+"""Addends of the scores of attention in primitives. They are read as biases, or as masks if they mask.
 
 where(c, 0, -inf), (1 - c) * -1e9, a constant of zeros and -inf    -->   masks
 table[bucket(iota(T) - iota(S))]                                   -->   t5_relative
@@ -42,11 +42,14 @@ from treadle.passes.fusion.axis_tracking import Axes, narrowed
 from treadle.passes.fusion.truth_values import is_of_truth
 
 ABSORBING = 1e30
-"""A number of this size absorbs every score in its rounding: adding it masks as well as replacing the score by it."""
+"""A number of this magnitude absorbs every score by rounding: adding the number masks as replacing the score by it
+does.
+"""
 
 
 def as_mask(axes: Axes, added: Added) -> Chosen | None:
-    """Return an addend that is 0 where a condition holds and a large negative number elsewhere, as that condition.
+    """Return the condition of an addend that is 0 if the condition holds and a large negative number otherwise. Return
+    None for any other addend.
 
     where(c, 0, -inf), (1 - c) * -1e9 for a condition c
     """
@@ -86,7 +89,9 @@ def as_mask(axes: Axes, added: Added) -> Chosen | None:
 
 
 def _complement(value: Value) -> tuple[Value, bool] | None:
-    """Return a condition, and its truth value where the value is 0: c, True for 1 - c; c, False for c itself."""
+    """Return a condition, and the truth value that it has where the value is 0: (c, True) for 1 - c, (c, False) for c
+    cast to a number. Return None for any other value.
+    """
     node = value.node
     if node is not None and isinstance(node.op, Sub) and number_of(node.inputs[0]) == 1 and is_of_truth(node.inputs[1]):
         return node.inputs[1], True
@@ -118,7 +123,7 @@ def table_mask(roles: Roles, added: Added) -> Table | None:
 
 
 def table_terms(roles: Roles, table: Table) -> list[Fused]:
-    """Return the mask of a constant addend as terms by position, or as one boolean mask with the facts known about
+    """Return the mask of a constant addend: as terms by position, or as one boolean mask with the facts known about
     it.
     """
     whole = Fused(BooleanMask("t"))
@@ -133,12 +138,14 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
 
 
 def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -> Iterator[Added | Chosen]:
-    """Yield an addend, or its parts: the terms of a sum if each has fewer axes or one is a mask, or a mask and addend.
+    """Yield the parts of an addend: the terms of a sum, if each has fewer axes or one is a mask; or a mask and an
+    addend. Yield the addend itself if it has no such parts.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 
-    exactly   also if every key is masked: do not split if x may be so large that it changes its sum with the number
-    trained   with `exactly`: do not split if x would get a gradient there, which `where` stops
+    exactly   True if results must be equal even if every key is masked: do not split if x may be so large that it
+              changes the sum with the masking number
+    trained   with `exactly`: do not split if x would then get a gradient that `where` stops
     """
     placed = beneath(axes, added.placed)
     node = placed.value.node
@@ -167,7 +174,9 @@ def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -
 
 
 def _may_add(x: Value, fill: float, exactly: bool, trained: bool) -> bool:
-    """Return True if x may be added to the number that masks it, which absorbs x unless x is infinite or large."""
+    """Return True if x may be added to the number that masks it. That number absorbs x unless x is infinite or
+    large.
+    """
     if not math.isfinite(fill):
         return True
     hazards = hazards_of(x)
@@ -179,7 +188,7 @@ def _count(axes: Axes, placed: Placed) -> int:
 
 
 def read_bias(roles: Roles, added: Added) -> list[Fused]:
-    """Return an addend as a bias: as a positional term if it equals one, else as a tensor."""
+    """Return an addend as a bias: a positional term if the addend equals one, else a tensor."""
     placed = beneath(roles.axes, added.placed)
     node = placed.value.node
     if added.factor == 1.0 and node is not None:
@@ -204,7 +213,7 @@ def _alibi(roles: Roles, placed: Placed) -> Fused | None:
 
 
 def _is_offset(roles: Roles, placed: Placed) -> bool:
-    """Return True for j - i, cast to a float."""
+    """Return True if the value is j - i, cast to a float."""
     offsets = offset_table(roles, placed)
     if offsets is not None:
         return bool(np.array_equal(*offsets))
@@ -222,10 +231,10 @@ _MOST_LOOKED_AT = 256
 
 
 def hazards_of(value: Value) -> frozenset[str]:
-    """Return the kinds of numbers that an addend may hold, judged by its constants: "large" ones that mask, "infinite"
-    ones.
+    """Return the kinds of special numbers that an addend may hold, judged by its constants: "large" (numbers that mask)
+    and "infinite".
 
-    If inf itself is among these, and not only -inf, the addend is also "rising".
+    If these may include inf, not only -inf, the addend is also "rising".
 
     Weights, and results that layers compute from finite numbers, are neither; a float input may be large.
     """

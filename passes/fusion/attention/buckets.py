@@ -1,9 +1,9 @@
-"""T5's learned bias by distance, in any computation of its buckets.
+"""T5's learned bias by distance, for any computation of the buckets.
 
     gather(gather(table, buckets), clip(j - i, -far, far) + far)      a bucket for each distance, as a constant
-    gather(table, f(i, j))                                            f of positions alone
+    gather(table, f(i, j))                                            an f that reads positions alone
 
-In the second form, f is evaluated: T5's buckets do not change past the greatest distance, which must be below `SEEN`.
+In the second form, f is evaluated: T5's buckets do not change beyond the greatest distance, which must be below `SEEN`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from treadle.passes.fusion.axis_tracking import narrowed
 Array = np.ndarray[Any, Any]
 
 SEEN = 160
-"""Distances below this are evaluated. Hugging Face's models have 128 as the greatest."""
+"""The limit below which distances are evaluated. The greatest distance in Hugging Face's models is 128."""
 _MOST_NODES = 96
 
 
 def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
-    """Return the bias as a term, or None for any other bias. placed: [s, t, h], below its moves."""
+    """Return the bias as a term, or None for any other bias. placed: [s, t, h], before its elements are moved."""
     node = placed.value.node
     if node is None or placed.value.type.rank != 3 or not _is_lookup(node):
         return None
@@ -84,7 +84,7 @@ def _terms(rows: int, distances: Iterable[int]) -> Iterator[T5Relative]:
 
 
 def _is_clipped_offset(roles: Roles, placed: Placed, far: int) -> bool:
-    """Return True for min(max(j - i, -far), far) + far."""
+    """Return True if the value is min(max(j - i, -far), far) + far."""
     offsets = offset_table(roles, placed)
     if offsets is not None:
         array, position = offsets
@@ -108,7 +108,7 @@ def _by_evaluation(roles: Roles, table: Value, rows: int, index: Value) -> Fused
     by_offset = roles.by_offset[index]
     if by_offset is None:
         return None
-    backward = by_offset[SEEN - 1 :: -1]  # at distances 0, 1, ... to keys before the query
+    backward = by_offset[SEEN - 1 :: -1]  # for keys before the query, at distances 0, 1, ...
     for term in _terms(rows, _distances(backward)):
         far = term.max_distance
         if np.array_equal(by_offset, term.bucket_by_offset[np.clip(np.arange(1 - SEEN, SEEN), -far, far) + far]):
@@ -117,7 +117,9 @@ def _by_evaluation(roles: Roles, table: Value, rows: int, index: Value) -> Fused
 
 
 def _by_offset(index: Value) -> Array | None:
-    """Return an index's numbers for each j - i from 1 - SEEN to SEEN - 1, if it depends on nothing else; else None."""
+    """Return an index's numbers for each j - i from 1 - SEEN to SEEN - 1. Return None if the index depends on anything
+    else.
+    """
     nodes = _of_positions_alone(index)
     if nodes is None:
         return None
@@ -131,8 +133,8 @@ def _by_offset(index: Value) -> Array | None:
 
 
 def _distances(backward: Array) -> Sequence[int]:
-    """Return the greatest distances for which the last bucket would begin where it does here; 128 first, if it is among
-    them.
+    """Return the possible values of max_distance: those with which the last bucket begins at the same distance. 128
+    comes first, if it is one of them.
     """
     last = int(backward[-1])
     near = (last + 1) // 2
@@ -166,7 +168,9 @@ def _of_positions_alone(value: Value) -> list[Node] | None:
 
 
 def _evaluated(value: Value, nodes: Sequence[Node], sizes: Mapping[str, int]) -> Array | None:
-    """Return a value's numbers at some sizes, rounded as by the ops themselves; None if the ops fail at these sizes."""
+    """Return a value's numbers at these sizes, rounded as the ops themselves round; None if the ops fail at these
+    sizes.
+    """
     known: dict[Value, Array] = {}
 
     def read(x: Value | None) -> Any:

@@ -1,17 +1,17 @@
 """Chains of masks and biases, applied to scores one after the other, as equivalent terms of attention.
 
-    where(keep, x, number)    fills in: the number replaces the result of all earlier steps
-    x + addend                adds
+    where(keep, x, number)    a fill: the number replaces the result of all earlier steps
+    x + addend                an addition
 
-The last fill overrides earlier steps, and later addends are added to it. If a row keeps a key, all this is masks and
-biases in any order. A row in which every key is masked holds only the fill numbers, and the greatest of them decides
-the result:
+The last fill overrides earlier steps, and later addends are added to it. If a row keeps a key, the chain equals masks
+and biases in any order. If every key of a row is masked, the row holds only the fill numbers, and the greatest of them
+decides the result:
 
     where(b, where(a, s, M), M) = where(a & b, s, M), and not s + where(a, 0, M) + where(b, 0, M), which would be M + M
 
 So if the order matters, the chain becomes one bias: the chain itself, applied to zeros instead of the scores. Added to
-the scores, this equals the chain applied to the scores if every fill number absorbs the scores in its rounding, or if
-the queries of a row in which every key is masked are zeros.
+the scores, this bias equals the chain applied to the scores in two cases: every fill number absorbs the scores by
+rounding, or the queries of a row in which every key is masked are zeros.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from treadle.passes.fusion.attention.zeros import OnZeros, Put
 class ChainStep:
     """One step of a chain.
 
-    term      the step in the graph; a part of an addend is a step of its own
-    unit      the factor from here to the softmax, without its sign
+    term      the step in the graph; a part of an addend is a separate step
+    unit      the factor from this step to the softmax, without its sign
     peak      the greatest value of that factor on the way
     filled    True if the step fills in a number, False if it adds
     mask      the condition and number of a mask; None for other addends
@@ -61,7 +61,7 @@ class ChainStep:
 
     @property
     def fill(self) -> float:
-        """A mask's number as the softmax reads it; 0 for other steps."""
+        """The masking number as the softmax reads it; 0 for a step that is not a mask."""
         return 0.0 if self.mask is None else self.mask.fill
 
     @property
@@ -75,14 +75,14 @@ class ChainStep:
 
     @property
     def size(self) -> float:
-        """The greatest size of a finite number in this step, at its place in the graph."""
+        """The greatest magnitude of a finite number in this step, at its position in the graph."""
         if self.mask is not None:
             return abs(self.fill) / self.unit if self.is_finite else 0.0
         return self.dtype.greatest if self.hazards else LEAST_FILL
 
     @property
     def seen(self) -> Seen:
-        """The condition or addend by which a mask keeps a key."""
+        """The condition or addend that determines which keys the mask keeps."""
         if isinstance(self.mask, Chosen):
             return Seen(self.mask.placed, self.mask.keep)
         assert isinstance(self.term, Added)
@@ -91,7 +91,7 @@ class ChainStep:
 
 @dataclass(frozen=True)
 class Seen:
-    """A test for kept keys: a condition is `keep`, or factor * an addend is not -inf."""
+    """A test for kept keys: a key is kept if a condition is `keep`, or if factor * an addend is not -inf."""
 
     placed: Placed
     keep: bool = True
@@ -100,10 +100,10 @@ class Seen:
 
 @dataclass
 class ChainTerms:
-    """The terms that a chain becomes.
+    """The terms that are equivalent to a chain.
 
-    emptied         queries for which all of these mask every key must be set to zero
-    kept_nan        queries for which all of these, and the biases if `biases_lose`, mask every key must give NaN
+    emptied         masks; a query must be set to zero if all of these masks mask every key
+    kept_nan        masks; a query must give NaN if all of these masks, and the biases if `biases_lose`, mask every key
     overflows_in    the dtype whose range sums of masks may exceed, if any
     """
 
@@ -128,13 +128,13 @@ def is_mask(
 ) -> bool:
     """Return True if a mask by this number becomes a mask of attention, False if it becomes a bias.
 
-    Only a step with a condition, or one known by position, can be a mask: a table of numbers is neither. A row in which
-    attention's masks keep no key gives zeros. So the step becomes a mask if
+    Only a step with a condition, or a step known by position, can be a mask; a table of numbers cannot. If attention's
+    masks keep no key of a row, the row gives zeros. So the step becomes a mask in these cases:
 
       - zero_empty_rows: the caller wants zeros in such rows
       - row_keeps_a_key, whatever the masks hold, and the step fills in or is known by position: any other addend is a
         tensor already
-      - its number is -inf, which gives zeros or NaN there, and no later step fills in a number where it masks
+      - its number is -inf, which gives zeros or NaN in such rows, and no later step fills in a number where it masks
         (`overridden`)
     """
     if not (has_condition or by_position):
@@ -160,7 +160,7 @@ def terms_of_chain(
 
     trained   True if gradients must be the same: no gradient flows to values that a fill replaces
     guarded   True if a row that is -inf throughout gives zeros, as in attention, not NaN
-    beside    masks that attention has already
+    beside    masks that attention already has
     rule      the name of the pass, for hints
     """
     found = ChainTerms()
@@ -206,11 +206,12 @@ def terms_of_chain(
 
 
 def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) -> list[ChainStep]:
-    """Return the steps, in order. A sum is several addends, and where(c, x, -inf) as an addend is x and a mask.
+    """Return the steps, in order. A sum becomes several addends, and where(c, x, -inf) as an addend becomes x and a
+    mask.
 
-    exactly   do not split the `where` if x may be as large as the mask's number, to which it would be added
-    trained   also do not split it if that number is finite, so that x gets a gradient in a row in which every key is
-              masked
+    exactly   True: do not split the `where` if x may be as large as the masking number, to which it would be added
+    trained   True: also do not split it if that number is finite, since x would get a gradient in a row in which every
+              key is masked
     """
     steps: list[ChainStep] = []
     for term in scores.terms:
@@ -229,23 +230,23 @@ def _read(roles: Roles, scores: Scores, exactly: bool, trained: bool = False) ->
 
 
 def _expect_low(step: ChainStep, scores: Scores) -> None:
-    """Raise Mismatch for a mask whose number is not low for scores of this scale, and for addends that may be inf."""
+    """Raise Mismatch for a mask whose number is not low for scores of this scale, and for an addend that may be inf."""
     node = step.term.node
     if isinstance(step.mask, Chosen) and step.fill > -LEAST_FILL * max(1.0, abs(scores.scale)):
         reason = f"scores times {scores.scale:g} may be as low as the mask's {step.fill:g}"
-        raise Mismatch(reason, node, scores.nodes, "-inf in its place")
+        raise Mismatch(reason, node, scores.nodes, "-inf in place of that number")
     rising = "rising" in step.hazards or (isinstance(step.term, Added) and step.term.factor < 0)
     if "infinite" in step.hazards and rising:
         raise Mismatch("an addend of the scores may be inf", node, scores.nodes)
 
 
 def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -> Iterator[Note]:
-    """Yield a note for each mask by a large negative number that stays an addend, and that -inf would make a term.
+    """Yield a note for each mask by a large negative number that stays an addend, although -inf would make it a term.
 
     masks_outweigh   True if no other addend may be as large
     """
     why = "a row in which every key is masked is an average" if masks_outweigh else "another addend may outweigh it"
-    hint = f"-inf in its place, or {rule}(zero_empty_rows=True)"
+    hint = f"-inf in place of that number, or {rule}(zero_empty_rows=True)"
     for step in steps:
         if step.is_finite and (isinstance(step.mask, Chosen) or step.kept.structural):
             yield Note(f"stays an addend: it is {step.fill:g}, and {why}", step.term.node, hint)
@@ -255,9 +256,10 @@ def _addend_notes(steps: Sequence[ChainStep], masks_outweigh: bool, rule: str) -
 
 
 def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None, trained: bool) -> list[Fused]:
-    """Return the steps that are not masks as biases: all up to the last fill as one, and each later step as its own.
+    """Return the steps that are not masks as biases: all steps up to the last fill as one bias, and each later step as
+    a separate bias.
 
-    An earlier step that all later fill numbers absorb may also be its own bias, if its gradient does not matter.
+    An earlier step that all later fill numbers absorb may also be a separate bias, if its gradient does not matter.
     """
     fills = [n for n, step in enumerate(steps) if step.filled]
     end = max(fills, default=-1)
@@ -279,7 +281,7 @@ def _biases(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow | None
 
 
 def _each(roles: Roles, steps: Sequence[ChainStep]) -> list[Fused]:
-    """Return the steps as a sum, masks first: the order changes only roundings."""
+    """Return the steps as a sum, masks first. The order changes only roundings."""
     ordered = sorted(steps, key=lambda step: not isinstance(step.mask, Chosen))
     return [f for step in ordered for f in _bias(roles, step)]
 
@@ -302,7 +304,9 @@ def _bias(roles: Roles, step: ChainStep) -> list[Fused]:
 
 
 def _narrowest(roles: Roles, step: ChainStep) -> PlacedOperand:
-    """Return a mask's condition below its moves, where it may have fewer axes than at its place in the graph."""
+    """Return a mask's condition before its elements are moved. It may have fewer axes there than at its position in the
+    graph.
+    """
     assert isinstance(step.mask, Chosen)
     if len(step.kept.terms) == 1 and isinstance(step.kept.terms[0].term, BooleanMask):
         (operand,) = step.kept.terms[0].operands
@@ -328,23 +332,24 @@ def _put(roles: Roles, step: ChainStep) -> Put:
 
 
 def _emptied(steps: Sequence[ChainStep], scores: Scores, trained: bool) -> list[Seen]:
-    """Return the masks of rows whose scores must be zero, since a fill number does not absorb them, or since they would
-    get a gradient.
+    """Return the masks of rows whose scores must be zero: a fill number does not absorb them, or they would get a
+    gradient.
 
-    Raises Mismatch if a row in which every key is masked also holds scores in addition to such numbers.
+    Raises Mismatch if a row in which every key is masked also depends on other masks or addends.
     """
     small = [step for step in steps if step.filled and step.is_finite and (trained or not _absorbs(step))]
     if not small:
         return []
     if any(step.hazards or (step.is_finite and not step.filled) for step in steps):
         reason = f"a row in which every key is masked by {small[0].fill:g} depends on more than that mask"
-        raise Mismatch(reason, small[0].term.node, scores.nodes, "-inf in its place")
+        raise Mismatch(reason, small[0].term.node, scores.nodes, "-inf in place of that number")
     return [step.seen for step in steps if step.filled or step.fill == -math.inf]
 
 
 @dataclass(frozen=True)
 class _Overflow:
-    """Sums of masks that may exceed the range of their dtype: they are -inf, though a wider dtype would hold a number.
+    """Sums of masks that may exceed the range of their dtype. Such a sum is -inf, though a wider dtype would hold a
+    number.
 
     last     the last step at which they may overflow
     single   True if one mask suffices, together with the scores or a factor
@@ -358,15 +363,16 @@ class _Overflow:
 
 
 def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
-    """Return the overflow that a chain's sums may have, judged by the size of its numbers; None if they cannot
+    """Return the overflow that a chain's sums may have, judged by the magnitude of its numbers; None if they cannot
     overflow.
 
     Raises Mismatch if a factor overflows that a later factor cancels, since the bias would contain only their product.
-    Also if a factor overflows that may be applied after a cast to a wider dtype, in which nothing overflows.
+    Also raises Mismatch if a factor overflows that may be applied after a cast to a wider dtype, in which nothing
+    overflows.
     """
     dtypes = {v.type.dtype for node in scores.nodes for v in node.results if v.type.dtype.is_float}
     bound, last, single = LEAST_FILL, -1, False
-    alone = LEAST_FILL  # if at most one mask applies to a key
+    alone = LEAST_FILL  # the sum if at most one mask applies to a key
     for n, step in enumerate(steps):
         most, size = _past(step.dtype), step.size
         if not step.filled:
@@ -376,8 +382,8 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
         alone = max(alone, size)
         units = [*(later.unit for later in steps[n + 1 :]), 1.0]
         if bound * step.peak > most and step.peak > 1.01 * max(1.0, *(step.unit / unit for unit in units)):
-            reason = f"the factors of masks exceed the range of {step.dtype} on the way"
-            raise Mismatch(reason, step.term.node, scores.nodes, "-inf in their place")
+            reason = f"the factors of masks exceed the range of {step.dtype} on the way to the softmax"
+            raise Mismatch(reason, step.term.node, scores.nodes, "-inf in place of these numbers")
         factor = step.unit / units[0]
         grown = bound * max(1.0, factor)
         if grown > most >= bound and len(dtypes) > 1:
@@ -394,7 +400,7 @@ def _overflow(steps: Sequence[ChainStep], scores: Scores) -> _Overflow | None:
 
 
 def _past(dtype: DType) -> float:
-    """Return the bound above which numbers may round to infinity: half a spacing past the greatest number."""
+    """Return the bound above which numbers may round to infinity: the dtype's greatest number plus half a spacing."""
     return dtype.greatest * (1 + dtype.spacing / 4) if dtype.bytes < 8 else dtype.greatest
 
 
@@ -406,6 +412,7 @@ def _may_lose_rows(roles: Roles, steps: Sequence[ChainStep], overflow: _Overflow
     large = [step for step in steps if step.is_finite or step.hazards] if overflow is not None else []
     anything = Fused(BooleanMask("t"))
     kept = [step.kept.terms or [anything] for step in large]
-    # Two of these masks together make a key -inf, so all but one of them must already cover every key of the row.
+    # A key becomes -inf only if two of these masks apply to it. So a row is safe if all but one of the masks keep a key
+    # of it.
     groups = [kept] if overflow is None or overflow.single else [kept[:n] + kept[n + 1 :] for n in range(len(kept))]
     return not any(never_empty([*lost, *(f for terms in group for f in terms)], roles) for group in groups)

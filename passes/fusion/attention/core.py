@@ -2,10 +2,10 @@
 
     scores -> [scale, soft-cap, masks and biases, casts, moves] -> softmax -> [casts, moves] -> product with values
 
-`probabilities` walks down from the softmax to the product with the values, `scores` up to the product of queries and
-keys, `origins` up from both products. All track the axes, so the layouts of a model do not matter. This module defines
-their results. Anything that cannot be attention raises `Mismatch` with the reason, the node, and the ops that had
-matched.
+`probabilities` walks from the softmax down to the product with the values, `scores` up to the product of queries and
+keys, `origins` up from both products. All of them track the axes, so the layouts of a model do not matter. This module
+defines their results. For anything that cannot be attention, they raise `Mismatch` with the reason, the node, and the
+ops that had matched.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from treadle.passes.fusion.axis_tracking import Layout
 MOST_STEPS = 48
 """The greatest number of ops between the softmax and the scores; longer chains are not searched."""
 LEAST_FILL = 9_000.0
-"""A masked score is at least this far below others, so that its weight is 0: exp(-9000) is 0 in every dtype."""
+"""A masked score is lower than other scores by at least this number, so that its weight is 0: exp(-9000) is 0 in every
+dtype.
+"""
 
 
 class Mismatch(Exception):
-    """The reason why a softmax does not belong to attention, the node that shows it, the ops that had matched, in
-    order, and if known the smallest change that would make it attention.
+    """The reason for which a softmax does not belong to attention, the node that shows the reason, the ops that had
+    matched, in order, and if known, the smallest change that would make it attention.
     """
 
     def __init__(self, reason: str, node: Node, matched: Sequence[Node] = (), hint: str = "") -> None:
@@ -41,7 +43,7 @@ class Mismatch(Exception):
 
 @dataclass(frozen=True)
 class Placed:
-    """A value, and the axes of its dimensions."""
+    """A value, and the axis of each of its dimensions."""
 
     value: Value
     layout: Layout
@@ -52,8 +54,8 @@ class Weighting:
     """A softmax in the graph.
 
     anchor   the node that computes the probabilities
-    scores   the operand of the softmax, and `axis`, its axis
-    guarded  a row that is -inf throughout gives zeros, not NaN
+    scores   the operand of the softmax; `axis` is the axis of the softmax
+    guarded  True if a row that is -inf throughout gives zeros, not NaN
     nodes    all nodes of the softmax
     """
 
@@ -98,7 +100,7 @@ class Scores:
     """The result of `find_scores`.
 
     product          the product of queries and keys; its operands are `left` and `right`
-    summed           the axes over which that product sums; None if over none
+    summed           the axes over which that product sums; None if it sums over none
     scale, softcap   scores = softcap tanh(scale left right / softcap), or scale left right
     terms            masks and biases, in order from the product
     nodes            all visited nodes, from the softmax upwards
@@ -116,9 +118,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Values:
-    """The result of `follow_probabilities`: the product with the values, its result's layout, and the visited nodes.
+    """The result of `follow_probabilities`: the product with the values, the layout of its result, and the visited
+    nodes.
 
-    returned   the probabilities at the point where the model also returns them, if it does
+    returned   the probabilities at the point at which the model also returns them, if it does
     """
 
     product: Node
@@ -130,7 +133,7 @@ class Values:
 
 
 def number_of(value: Value) -> float | None:
-    """Return the number of a constant of one element, possibly moved; None for any other value."""
+    """Return the number of a constant of one element, whose element may be moved; None for any other value."""
     while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     if value.literal is None or math.prod(value.literal.shape) != 1:

@@ -35,18 +35,18 @@ class FuseAttention(SiteRewrite["_Attention"]):
      6. softmax, or a softmax that returns zeros if every score is -inf
      7. probabilities that are also outputs of the model, at most moved or cast, also through a block's calls
 
-    The two sides are equal for all finite inputs and weights, including rows in which every key is masked. There the
-    left side is NaN (-inf and a plain softmax), zeros (-inf, guarded) or an average over all keys (a large negative
-    number); attention gives zeros. So a mask becomes a term only if a row always keeps a key (causal: its own) or if
-    zeros are meant, a large negative number stays an addend, and a `where` restores NaN. A fill after other masks and
-    biases overrides them, as in the graph (`treadle.passes.fusion.attention.chain`). Scores are assumed to be far
-    smaller than a mask's number.
+    The two sides are equal for all finite inputs and weights, including rows in which every key is masked. For such a
+    row, the left side is NaN (-inf and a plain softmax), zeros (-inf, guarded) or an average over all keys (a large
+    negative number); attention gives zeros. So a mask becomes a term only if a row always keeps a key (causal: its own)
+    or if the left side gives zeros. A large negative number stays an addend, and a `where` restores NaN. A fill after
+    other masks and biases overrides them, as in the graph (`treadle.passes.fusion.attention.chain`). Scores are assumed
+    to be far smaller than a mask's number.
 
     If the probabilities are read inside the model (averaged, multiplied, dropped out), the site is not fused, though
     the second result could serve: it would hide the softmax from passes and backends that could fuse such a reader with
-    it. A model that returns the probabilities needs them whole, whatever computes them.
+    it. A model that returns the probabilities needs them as a whole in any case.
 
-    zero_empty_rows   a row without keys may give zeros in any case; then every mask becomes a mask, and none an addend
+    zero_empty_rows   True if a row without keys may always give zeros; every mask then becomes a mask, not an addend
 
     Refuses: probabilities that are used elsewhere or changed before the product with the values, or returned in a wider
     dtype than attention's; a softmax over another axis than that product sums; a scale that depends on data; masks or
@@ -80,7 +80,7 @@ class _Attention(Site):
 
 
 class _Core(NamedTuple):
-    """A softmax whose result weights values: its own layout, and the path to the product with the values."""
+    """A softmax whose result weights values: its layout, and the path to the product with the values."""
 
     weighting: Weighting
     axes: Axes
@@ -106,7 +106,7 @@ class _Finder:
         for node in self.work.walk() if cores else ():
             softmax, core = cores.get(node, (None, None))
             if softmax is not None and self.work.applied:
-                core = self._core(softmax)  # its operands may be fused attention by now
+                core = self._core(softmax)  # its operands may have become fused attention
             if core is None:
                 continue
             weighting, axes, layout, values = core
@@ -127,7 +127,7 @@ class _Finder:
             )
 
     def _core(self, node: Node) -> _Core | None:
-        """Return the core of attention at a softmax, or None; the reason for None is logged."""
+        """Return the core of attention at a softmax. If there is none, log the reason and return None."""
         weighting = softmax_at(node)
         if weighting is None:
             return None
@@ -144,7 +144,9 @@ class _Finder:
         return self.returned.goes_out(self.work.function, user, value)
 
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
-        """Log why a softmax next to a product is not fused; any other softmax does not belong to attention."""
+        """Log the reason for which a softmax next to a product is not fused. Any other softmax does not belong to
+        attention, and is not logged.
+        """
         before = self._nodes_before(weighting)
         if before or mismatch.node.is_contraction:
             self.work.refuse(self.rule, replace(mismatch.refusal, matched=(*before, *mismatch.matched)))

@@ -6,7 +6,7 @@
     a[b, s] == c[b, t]                         -->   segments
     any other condition                        -->   mask(axes)
 
-A condition is a conjunction whose parts are read one by one; triangles and bands may be constants as well, or numbers 0
+A condition is a conjunction whose parts are read one by one. Triangles and bands may be constants as well, or numbers 0
 and 1 (`treadle.passes.fusion.truth_values`). If a part stays a tensor, `notes` holds the reason, with the node, so that
 a triangle that is off by one is reported.
 """
@@ -42,7 +42,9 @@ from treadle.passes.fusion.truth_values import conjuncts_of
 
 @dataclass(frozen=True)
 class _Band:
-    """low <= j - i <= high; None: no limit. `part` is the condition that it was read from."""
+    """A band of positions: low <= j - i <= high; None means no limit. `part` is the condition from which the band was
+    read.
+    """
 
     low: int | None
     high: int | None
@@ -51,7 +53,7 @@ class _Band:
 
 @dataclass(frozen=True)
 class _Part:
-    """One part of a conjunction: the value, or its negation, must be true."""
+    """One part of a conjunction: a value that must be true, or whose negation must be true."""
 
     placed: Placed
     wanted: bool
@@ -77,7 +79,7 @@ def read_condition(roles: Roles, placed: Placed, wanted: bool) -> Reading:
 
 
 def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
-    """Yield the parts of a conjunction, each below its moves and negations."""
+    """Yield the operands of a conjunction, with the rearranges, expands and negations around each removed."""
     value, layout = part.placed.value, part.placed.layout
     node = value.node
     if node is not None and depth < MOST_PARTS:
@@ -93,7 +95,7 @@ def _parts(axes: Axes, part: _Part, depth: int = 0) -> Iterator[_Part]:
 
 
 def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | None:
-    """Return a part as a band of positions or as a term, or None if it is true everywhere."""
+    """Return a part as a band of positions or as a term, or None if it is true at all positions."""
     value, layout = part.placed.value, part.placed.layout
     if (number := number_of(value)) is not None and bool(number) == part.wanted:
         return None
@@ -104,7 +106,7 @@ def _read_part(roles: Roles, part: _Part, notes: list[Note]) -> Fused | _Band | 
     if node is not None and (negated := _NEGATED.get(type(node.op))) is not None:
         order = type(node.op) if part.wanted else negated
         x, y = (Placed(v, narrowed(v, layout)) for v in node.inputs)
-        # Integers: x < y is y - x - 1 >= 0.
+        # For integers, x < y is y - x - 1 >= 0.
         greater, less, gap = (x, y, order is Greater) if order in (Greater, GreaterEqual) else (y, x, order is Less)
         difference = affine_difference(roles, greater, less)
         if difference is not None:
@@ -122,7 +124,9 @@ def _tensor(roles: Roles, part: _Part) -> Fused:
 
 
 def _with_bands_joined(roles: Roles, found: Sequence[Fused | _Band], notes: list[Note]) -> list[Fused]:
-    """Replace the bands by their intersection, at the position of the first: as causal, a window, both, or neither."""
+    """Replace the bands by their intersection, at the position of the first band. The intersection is causal, a window,
+    both, or a boolean mask.
+    """
     bands = [x for x in found if isinstance(x, _Band)]
     if not bands:
         return [x for x in found if isinstance(x, Fused)]
@@ -156,13 +160,13 @@ def band_terms(low: int | None, high: int | None) -> list[Fused] | None:
 
 
 def _unlike(low: int | None, high: int | None) -> str:
-    """Return the note for a band that is not a term: its limits, and the limits of the nearest terms."""
+    """Return the note for a band that is not a term: the limits of the band, and the limits of the nearest terms."""
     if low is None:
         return f"stays a tensor: it keeps keys up to {_offset(high)}, but causal keeps keys up to the query itself"
     if high is None:
         return f"stays a tensor: it keeps keys from {_offset(low)} on, which no term expresses"
     wide = f"from {_offset(low)} to {_offset(high)}"
-    return f"stays a tensor: it keeps keys {wide}, a window is symmetric, or with causal ends at the query"
+    return f"stays a tensor: it keeps keys {wide}, but a window is symmetric, or with causal ends at the query"
 
 
 def _offset(n: int | None) -> str:
@@ -172,7 +176,7 @@ def _offset(n: int | None) -> str:
 
 
 def _read_inequality(roles: Roles, part: _Part, d: Affine, node: Node, notes: list[Note]) -> Fused | _Band | None:
-    """Return d >= 0 as a band or as padding, or None if it holds everywhere."""
+    """Return d >= 0 as a band or as padding, or None if it holds at all positions."""
     constant = d.constant.constant
     if not d.tensors:
         if (d.s, d.t) == (1, -1) and constant is not None:
@@ -180,7 +184,7 @@ def _read_inequality(roles: Roles, part: _Part, d: Affine, node: Node, notes: li
         if (d.s, d.t) == (-1, 1) and constant is not None:
             return _Band(-constant, None, part)
         if (d.s, d.t) in ((1, -1), (-1, 1)):
-            notes.append(Note(f"stays a tensor: positions differ by {d.constant}, and causal counts both from 0", node))
+            notes.append(Note(f"stays a tensor: positions differ by {d.constant}, but causal counts both from 0", node))
         elif d.s >= 0 and d.t >= 0 and d.constant.bounds(roles.symbols).lower >= 0:
             return None  # positions are never negative
         elif (d.s, d.t) == (0, -1) and (d.constant + 1 - roles.size("t")).bounds(roles.symbols).lower >= 0:
@@ -208,7 +212,7 @@ def _read_equality(roles: Roles, node: Node, layout: Layout) -> Fused | None:
 
 
 def _read_table(part: _Part, table: tuple[Any, list[str]], roles: Roles, notes: list[Note]) -> Fused | _Band | None:
-    """Return a constant condition as a band, or as a tensor."""
+    """Return a constant condition as a band, or as a tensor. Return None if it is true at all positions."""
     array, axes = table
     kept = np.asarray(array, np.bool_) == part.wanted
     if kept.all():

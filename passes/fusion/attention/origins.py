@@ -1,4 +1,4 @@
-"""Origins of queries, keys and values: the values below their moves, casts and constant factors, upwards from a
+"""Origins of queries, keys and values: the values before moves, casts and constant factors, found upwards from a
 product.
 """
 
@@ -19,7 +19,7 @@ from treadle.passes.fusion.axis_tracking import Axes, narrowed
 
 @dataclass(frozen=True)
 class Origin:
-    """A value, and its origin below moves, lossless casts and constant factors.
+    """A value, and its origin: the value before moves, lossless casts and constant factors.
 
     path     the values from the value itself up to the origin, each with the product of the factors in between
     """
@@ -35,8 +35,8 @@ class Origin:
         return self.path[-1][1]
 
     def as_laid_out(self, axes: Axes, wanted: Sequence[Sequence[int]]) -> Placed:
-        """Return the value on the path that already has this layout and the full factor, or the origin if there is
-        none.
+        """Return the value on the path that already has this layout and the full factor. Return the origin if there is
+        no such value.
         """
         goal = tuple(map(axes.flat, wanted))
         fitting = [p for p, factor in self.path if factor == self.factor and axes.resolved(p.layout) == goal]
@@ -44,8 +44,8 @@ class Origin:
 
 
 def origin_of(axes: Axes, placed: Placed, batch: Callable[[int], bool]) -> Origin:
-    """Return the origin of a value. An expand is passed if it repeats only `batch` axes: a key's head for several
-    heads of the queries.
+    """Return the origin of a value. An expand is skipped only if it repeats `batch` axes alone: one key head for
+    several heads of the queries.
     """
     value, layout, factor = placed.value, placed.layout, 1.0
     path = [(placed, factor)]
@@ -85,8 +85,8 @@ def is_weight(value: Value) -> bool:
 
 
 def _scaled(node: Node) -> tuple[Value, float] | None:
-    """Return x and c of x * c or x / c, for a constant c that is neither 0 nor infinite, if x has the result's
-    shape.
+    """Return (x, c) for x * c, or (x, 1 / c) for x / c, if c is a constant that is neither 0 nor infinite, and x has
+    the result's shape. Otherwise return None.
     """
     x, y = node.inputs
     for value, other in ((x, y), (y, x)) if isinstance(node.op, Mul) else ((x, y),):

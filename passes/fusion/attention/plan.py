@@ -1,8 +1,8 @@
 """The plan of attention for a softmax between two products: the roles of the axes, and q, k, v and the terms.
 
-Rows in which every key is masked decide the terms. In primitives, such a row is NaN (-inf and a plain softmax), zeros
-(-inf, guarded) or an average (a large negative number that replaces scores, or is added to them); attention gives
-zeros. Each of these results is kept: see `AttentionPlan`.
+Rows in which every key is masked decide which terms are possible. In primitives, such a row is NaN (-inf and a plain
+softmax), zeros (-inf, guarded) or an average (a large negative number that replaces scores, or is added to them);
+attention gives zeros. The plan keeps each of these results: see `AttentionPlan`.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class AttentionPlan:
     """The attention that replaces one site. Raises Mismatch if the site cannot be attention.
 
     1. A mask by -inf is a mask. If it may mask every key of a row and the softmax is not guarded, NaN is restored.
-    2. A mask by a large negative number is a mask if every row is sure to keep a key under all masks. Otherwise it is
-       added: as in the graph, if it was added; instead of filled in, if the number absorbs the scores; or if it does
-       not absorb them, with the queries of empty rows set to zero, provided that nothing else masks those rows.
+    2. A mask by a large negative number is a mask if every row is sure to keep a key under all masks. Otherwise it
+       becomes an addend in three cases: it was added in the graph; it was filled in, and the number absorbs the
+       scores; or it was filled in, the queries of empty rows can be set to zero, and nothing else masks those rows.
     3. A fill overrides everything before it, including other masks. If a row may be without keys, all steps up to the
        last fill become one bias, in which they override one another as in the graph.
-    4. A sum past the range of the dtype, such as float32's least number twice, is -inf as in the graph; see 1.
+    4. A sum beyond the range of the dtype, such as float32's lowest number twice, is -inf as in the graph; see 1.
     5. A fill stops the gradient of the scores that it replaces. If a row may be without keys and the graph will be
-       differentiated, a fill is added with the queries of empty rows set to zero, however low its number.
+       differentiated, a fill is added, however low its number, and the queries of empty rows are set to zero.
 
     With `zero_empty_rows` every mask is a mask.
 
-    said     the attributes of an attention that is one op already; None for attention in primitives
+    said     the attributes of an attention that is already one op; None for attention in primitives
     trained  True if the graph will be differentiated
     """
 
@@ -75,15 +75,17 @@ class AttentionPlan:
         self.chain.biases[:0] = [f for f in known if not isinstance(f.term, MaskTerm)]
         self.dtype = self._widest()
         if not 1 / self.dtype.greatest <= abs(self.scale) <= self.dtype.greatest:
-            self._fail(f"the scale is {self.scale:g}, which {self.dtype} does not hold")
+            self._fail(f"the scale is {self.scale:g}, which {self.dtype} cannot hold")
         narrow = self.chain.overflows_in
         if narrow is not None and narrow is not self.dtype:
-            reason = f"masks are added up in {narrow}, past its range, and attention is in {self.dtype}"
-            raise Mismatch(reason, scores.product, self.nodes, f"cast the scores to {self.dtype} before that")
+            reason = f"masks are added up in {narrow} and exceed its range, but attention is in {self.dtype}"
+            raise Mismatch(
+                reason, scores.product, self.nodes, f"cast the scores to {self.dtype} before the masks are added"
+            )
         for placed in values.returned:
             if not is_lossless(placed.value.type.dtype, self.dtype):
-                what = f"the probabilities are returned in {placed.value.type.dtype}, and attention is in {self.dtype}"
-                raise Mismatch(what, weighting.anchor, self.nodes, f"return them in {self.dtype}")
+                what = f"the probabilities are returned in {placed.value.type.dtype}, but attention is in {self.dtype}"
+                raise Mismatch(what, weighting.anchor, self.nodes, f"return the probabilities in {self.dtype}")
 
     def _atoms(self, layout: Layout) -> set[int]:
         return {atom for dim in self.axes.resolved(layout) for atom in dim}
@@ -91,11 +93,13 @@ class AttentionPlan:
     # -- roles -------------------------------------------------------------------------------------------------
 
     def _find_origins(self) -> None:
-        """Distinguish q from k by the axis of the softmax, which is the keys', and find their origins."""
+        """Distinguish q from k, and find their origins. The axis of the softmax is the axis of the keys."""
         scores, values = self.scores, self.values
         keys = set(self.axes.flat(self.layout[self.weighting.axis]))
         if not keys:
-            raise Mismatch("there is one key, and the softmax of one score is 1", self.weighting.anchor, self.nodes)
+            raise Mismatch(
+                "there is only one key, so the softmax of its score is always 1", self.weighting.anchor, self.nodes
+            )
         sides = [scores.left, scores.right]
         held = [keys & self._atoms(p.layout) for p in sides]
         if all(held):
@@ -116,7 +120,7 @@ class AttentionPlan:
         axis = self.weighting.axis
         repeated = (*self.layout[:axis], *self.layout[axis + 1 :]) if self.said is None else self.said.heads
 
-        def is_batch(atom: int) -> bool:  # called while atoms are still being split
+        def is_batch(atom: int) -> bool:  # called while atoms may still be split
             return atom in self._atoms(repeated)
 
         self.q, self.k, self.v = (origin_of(self.axes, x, is_batch) for x in (q, k, values.values))
@@ -130,7 +134,7 @@ class AttentionPlan:
         raise Mismatch(reason, self.values.product if values else self.scores.product, self.nodes)
 
     def _groups(self) -> dict[str, tuple[int, ...]]:
-        """Return the atoms of b, h = (g r), s and t, and store the atoms of g, d and e."""
+        """Return the atoms of b, h = (g r), s and t. The atoms of g, d and e are stored in the plan."""
         axes = self.axes
         dims = list(axes.resolved(self.layout))
         t = dims.pop(self.weighting.axis)
@@ -140,7 +144,7 @@ class AttentionPlan:
         r = tuple(atom for atom in rest if atom not in shared)
         first = dims[0] if dims else ()
         if len(dims) == 1 and len(first) > 1:
-            first = first[:1]  # rows and heads joined in one dimension
+            first = first[:1]  # rows and heads are joined in one dimension
         b = tuple(atom for atom in first if atom not in r)
         g = tuple(atom for atom in rest if atom not in r and atom not in b)
         d = axes.flat(self.scores.summed or ())
@@ -160,8 +164,8 @@ class AttentionPlan:
         return self.roles.held(placed.layout)
 
     def _widest(self) -> DType:
-        """Return the dtype of the attention: the dtype among q, k, v, the scores and biases that holds all of the
-        others.
+        """Return the dtype of the attention: the dtype among q, k, v, the scores and biases that holds all numbers of
+        the others.
         """
         if self.said is not None:
             return self.said.dtype
@@ -189,7 +193,7 @@ class AttentionPlan:
         try:
             made = self._built(b)
         except TreadleError as error:
-            return Refusal(f"attention does not take this: {error.what}")
+            return Refusal(f"attention does not accept this: {error.what}")
         for old, new in zip(self.replaced, made, strict=True):
             if new.type != old.type:
                 return Refusal(f"attention would return {new.type} for {old.type}")
@@ -247,8 +251,8 @@ class AttentionPlan:
         return _shortest(self.scale, self.dtype)
 
     def _kept(self, b: Builder, part: Seen) -> Expr:
-        """Build a mask, true where a condition or an addend keeps a key, over [b, h, s, t], with 1 for an axis that it
-        lacks.
+        """Build a mask over [b, h, s, t] that is true where a condition or an addend keeps a key. An axis that the
+        condition or addend lacks has size 1.
         """
         x = b.expr(part.placed.value)
         if x.dtype.is_float:
@@ -258,7 +262,9 @@ class AttentionPlan:
         return self.axes.place(b, x if part.keep else b.logical_not(x), part.placed.layout, wanted)
 
     def _not_lost(self, b: Builder, biases: Sequence[tuple[str, Expr]]) -> Expr:
-        """Build a mask, true where the biases, of these axes, do not add up to -inf; in the same layout."""
+        """Build a mask over [b, h, s, t] that is true where the sum of the biases is not -inf. Each bias has its own
+        axes.
+        """
         total: Expr | None = None
         for axes, x in biases:
             right = " ".join(name if name in axes.split() else "1" for name in AXES)
@@ -268,8 +274,8 @@ class AttentionPlan:
         return total > -math.inf
 
     def _sees(self, b: Builder, kept: Iterable[Expr]) -> Expr:
-        """Build a mask [b, h, s, 1], true where all of these keep some key, with size 1 for an axis that none of them
-        has.
+        """Build a mask [b, h, s, 1] that is true where all masks in `kept` together keep some key. An axis that none of
+        them has is of size 1.
         """
         every = functools.reduce(lambda x, y: x & y, kept)
         if every.shape[3] == 1:

@@ -1,4 +1,6 @@
-"""Values by position: integers that are sums of a query's and a key's position, constants over both, and bands."""
+"""Values by position: integers that are sums of a query's and a key's position and of values constant over both; and
+bands.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,12 @@ from treadle.passes.fusion.attention.roles import Roles
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
 MOST_PARTS = 32
-"""The greatest number of levels of an expression; deeper ones are not analyzed."""
+"""The greatest number of levels of an expression; deeper expressions are not analyzed."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """s i + t j + constant + a sum of tensors, each with a sign; integers."""
+    """An integer by position: s i + t j + constant + a sum of tensors, each with a sign."""
 
     s: int = 0
     t: int = 0
@@ -59,7 +61,7 @@ def affine_difference(roles: Roles, x: Placed, y: Placed) -> Affine | None:
 
 
 def affine(roles: Roles, placed: Placed, depth: int = 0) -> Affine | None:
-    """Return an integer value by position, or None for any other value."""
+    """Return an integer value as an expression by position, or None for any other value."""
     value, layout = placed.value, placed.layout
     if not value.type.dtype.is_int:
         return None
@@ -116,8 +118,8 @@ def _position(roles: Roles, dim: Sequence[int]) -> Affine | None:
 
 
 def _counted_from(value: Value, layout: Layout, roles: Roles) -> tuple[str, int] | None:
-    """Return the axis, s or t, along which a table of numbers counts, and its first number; None if it does not
-    count.
+    """Return the axis, s or t, along which a table contains consecutive numbers, and the first number. Return None for
+    any other table.
     """
     table = constant_over(value, roles.axes.resolved(layout), roles)
     if table is None:
@@ -142,9 +144,10 @@ def beneath(axes: Axes, placed: Placed) -> Placed:
 
 
 def constant_over(value: Value, layout: Layout, roles: Roles) -> tuple[Any, list[str]] | None:
-    """Return a constant over s and t (in either order), or over one of them: its array, and its axes.
+    """Return a constant over s and t (in either order), or over one of them: its array, and its axes. Return None for
+    any other value.
 
-    For a slice from the start, the whole constant is returned: no position is past the slice's end.
+    For a slice from the start, the whole constant is returned: no position is beyond the slice's end.
     """
     dims = list(layout)
     while (node := value.node) is not None:
@@ -181,14 +184,16 @@ _LARGEST_TABLE = 1 << 24
 
 
 def _squeezes(node: Node) -> bool:
-    """Return True if a move keeps every dimension whole, and so keeps a slice's start at its start."""
+    """Return True if a move keeps every dimension whole. The start of a slice then stays the start."""
     if isinstance(node.op, Expand):
         return True
     return "(" not in node.op.pattern  # type: ignore[attr-defined]
 
 
 def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
-    """Return a constant over s and t as an array over queries and keys, and j - i as another."""
+    """Return a constant over s and t as an array over queries and keys, and an array of j - i. Return None for any
+    other value.
+    """
     table = constant_over(placed.value, roles.axes.resolved(placed.layout), roles)
     if table is None or len(table[1]) != 2:
         return None
@@ -198,8 +203,8 @@ def offset_table(roles: Roles, placed: Placed) -> tuple[Any, Any] | None:
 
 
 def band_of(kept: Any) -> tuple[int | None, int | None] | None:
-    """Return the low and high limit of j - i in a band of truth values, None for a limit that reaches a corner; None if
-    the values are not a band.
+    """Return the lower and upper limit of j - i in a band of truth values. A limit is None if the band reaches that
+    corner. Return None if the values are not a band.
     """
     rows, columns = kept.shape
     offsets = np.arange(columns) - np.arange(rows)[:, None]
@@ -209,7 +214,7 @@ def band_of(kept: Any) -> tuple[int | None, int | None] | None:
     low, high = int(inside.min()), int(inside.max())
     if not np.array_equal(kept, (offsets >= low) & (offsets <= high)):
         return None
-    if low == 1 - rows and high > 0:  # no key is below, so any lower limit is equivalent
+    if low == 1 - rows and high > 0:  # no keys are below, so any lower limit is equivalent
         return (-high if -high <= low else None), (None if high == columns - 1 else high)
     if high == columns - 1 and low < 0:
         return low, (-low if -low >= high else None)

@@ -1,4 +1,4 @@
-"""Softmaxes, and the path down from one to the product of the probabilities with the values."""
+"""Softmaxes, and the path from a softmax down to the product of the probabilities with the values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _guarded_softmax() -> Pattern:
 
 def softmax_at(node: Node) -> Weighting | None:
     """Return the softmax whose probabilities this node computes: the op, or its equivalent that returns zeros if every
-    score is -inf.
+    score is -inf. Return None for any other node.
     """
     if isinstance(node.op, Softmax):
         value = node.inputs[0]
@@ -69,7 +69,7 @@ def follow_probabilities(
 ) -> Values:
     """Return the product of the probabilities with the values.
 
-    readers    returns the readers of a value, None for an output
+    readers    returns the readers of a value, with None for an output
     goes_out   returns True if a reader only passes the value on to outputs of the model
 
     Raises Mismatch if there is no such product, or if the probabilities are used elsewhere as well.
@@ -86,7 +86,7 @@ def follow_probabilities(
             continue
         used = [user for user in users if not goes_out(user, value)]
         if users and not used:
-            raise Mismatch("the probabilities are an output, and weight no values", node, passed)
+            raise Mismatch("the probabilities are an output, and are not multiplied with values", node, passed)
         if len(used) < len(users):
             returned.append(Placed(value, layout))
             users = used
@@ -116,7 +116,9 @@ def follow_probabilities(
 
 
 def _zeros_for_nan(value: Value, users: Sequence[Node | None]) -> Node | None:
-    """Return the op in which a row without keys becomes zeros: where(p != p, 0, p)."""
+    """Return the op that replaces a row without keys by zeros: where(p != p, 0, p). Return None if there is no such
+    op.
+    """
     if len(users) != 2 or None in users:
         return None
     test = next((n for n in users if n is not None and isinstance(n.op, NotEqual)), None)
@@ -154,9 +156,9 @@ def _changed(user: Node, value: Value) -> str:
 
 
 def _value_product(axes: Axes, user: Node, value: Value, layout: Layout, passed: list[Node], guarded: bool) -> Values:
-    """Return the product as probabilities times values."""
+    """Return the product of the probabilities and the values. Raises Mismatch if the op is another one."""
     if user.operands.count(value) != 1 or len(user.inputs) != 2:
-        what = "by themselves" if user.operands.count(value) != 1 else "by values and more operands in one op"
+        what = "with themselves" if user.operands.count(value) != 1 else "with values and further operands in one op"
         raise Mismatch(f"the probabilities are multiplied {what}", user, passed[:-1])
     place = user.operands.index(value)
     other = user.inputs[1 - place]

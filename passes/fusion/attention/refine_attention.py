@@ -1,4 +1,6 @@
-"""Refinement of attention that is one op already: tensor masks become terms, and repeated keys become fewer heads."""
+"""Refinement of existing attention ops: replace mask tensors by mask terms (causal, window, padding), and repeated keys
+and values by grouped-query heads.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,16 @@ class RefineAttention(SiteRewrite["_Refined"]):
      2. a bias  -->  the parts of a sum: t5_relative, alibi, and a mask for a part that is 0 or -inf;  a bias that is 0
         or a large negative number  -->  a mask, if every row is sure to keep a key under all masks
      3. keys and values repeated for several query heads  -->  fewer heads of keys and values
-     4. a number that q or k are multiplied by  -->  the scale
+     4. a number by which q or k are multiplied  -->  the scale
 
-    For ops that frontends import: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer whose mask is a
-    tensor. Tensors are read as FuseAttention reads them. The op keeps its dtype and its other terms.
+    The pass is for ops that frontends import: ONNX's Attention, PyTorch's scaled_dot_product_attention, a layer whose
+    mask is a tensor. Tensors are analyzed as in FuseAttention. The op keeps its dtype and its other terms.
 
-    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added where a row may
-    be without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at
-    position 0. A mask that is computed in another way is a near miss; a mask that is an input stays as it is.
+    Refuses, with a note: a triangle or a band that is not a term; a large negative number that is added if a row may be
+    without keys, which is an average over all of them; an addend that may be inf; queries that do not begin at position
+    0. A mask that is computed in another way is a near miss; a mask that is an input stays unchanged.
 
-    zero_empty_rows   a row without keys may give zeros in any case; then every mask becomes a mask, and none an addend
+    zero_empty_rows   True if a row without keys may always give zeros; every mask then becomes a mask, not an addend
     """
 
     zero_empty_rows: bool = False
@@ -73,8 +75,8 @@ class RefineAttention(SiteRewrite["_Refined"]):
     def _plan(
         self, node: Node, graph: Graph, by_offset: dict[Value, np.ndarray[Any, Any] | None], trained: bool
     ) -> AttentionPlan:
-        """Return the plan of the op's replacement. If keys were repeated in an order other than the order in which
-        heads share them, they stay repeated.
+        """Return the plan of the op's replacement. If keys were repeated in an order in which heads do not share them,
+        they stay repeated.
         """
         for grouped in (True, False):
             axes = Axes()
@@ -112,7 +114,7 @@ def _is_attention(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class _Op:
-    """An attention op in the data structures of attention in primitives.
+    """An attention op, described by the data structures for attention in primitives.
 
     rows   the layout of the scores: b, h, s, t
     """
@@ -147,7 +149,7 @@ class _Op:
                 chosen.append(Chosen(placed, True, -np.inf, node))
             else:
                 added.append(Added(placed, 1.0, node))
-        terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask removes the key in spite of addends
+        terms: tuple[Added | Chosen, ...] = (*added, *chosen)  # a mask removes the key whatever the addends are
         scale = op.scale_for(q.type.shape[3].constant or 1)
         return _Op(
             rows,
@@ -162,7 +164,7 @@ class _Op:
 
 
 def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
-    """Return a term by position, with the facts known about the keys that it keeps."""
+    """Return a term by position with its operands, and the facts known about the keys that it keeps."""
     own = isinstance(term, Segments) and operands[0] is operands[1]
     return Fused(
         term,
@@ -176,7 +178,7 @@ def _as_said(term: Term, operands: Sequence[Value]) -> Fused:
 
 
 def _gain(plan: AttentionPlan, node: Node) -> str:
-    """Return a description of the improvement; empty if there is none."""
+    """Return a description of the improvement, or an empty string if there is none."""
     op: Any = node.op
     heads, fewer = node.inputs[1].type.shape[1], plan.axes.size(plan.g)
     terms = [f.term for f in (*plan.chain.masks, *plan.chain.biases)]
@@ -185,15 +187,15 @@ def _gain(plan: AttentionPlan, node: Node) -> str:
         was, now = (Counter(map(str, each)) for each in (op.terms, terms))
         changes.append(f"{', '.join(was - now)} read as {', '.join(now - was) or 'true everywhere'}")
     if fewer != heads:
-        changes.append(f"{fewer} heads of keys and values, not {heads}")
+        changes.append(f"{fewer} heads of keys and values instead of {heads}")
     if plan.q.factor * plan.k.factor != 1.0:
         changes.append(f"scale {plan.scale:g}, which includes the factors of queries and keys")
     return "; ".join(changes)
 
 
 def _weight(terms: Sequence[Term]) -> tuple[int, list[tuple[int, bool]]]:
-    """Return a key that is smaller for more terms by position; among equals, for tensors of fewer axes, the largest
-    first, and for truth values.
+    """Return a sort key for terms. It is smaller for more terms by position. If these are equal, it is smaller for
+    tensors of fewer axes, compared from the largest on, and for tensors of truth values.
     """
     tensors = [(len(t.axes.split()), isinstance(t, BiasTerm)) for t in terms if isinstance(t, BooleanMask | TensorBias)]
     return len(tensors) - len(terms), sorted(tensors, reverse=True)

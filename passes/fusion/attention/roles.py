@@ -1,4 +1,4 @@
-"""Roles of the axes in attention, and terms with the operands that they are built from."""
+"""Roles of the axes in attention, and terms with the operands from which they are built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 
 @dataclass(frozen=True)
 class Roles:
-    """The atoms of attention's axes, and the bounds of the sizes. A group may be empty, and then has size 1.
+    """The atoms of each axis of attention, and the bounds of the sizes. An axis without atoms has size 1.
 
     groups      the atoms when they were found: later steps may split them, so use `atoms`
     by_offset   the numbers of position indices for each j - i, shared by all sites of a function
@@ -32,7 +32,9 @@ class Roles:
     by_offset: dict[Value, np.ndarray[Any, Any] | None]
 
     def atoms(self, name: str) -> tuple[int, ...]:
-        """Return the current atoms of an axis: a mask of windows splits the rows that the windows are a part of."""
+        """Return the current atoms of an axis. A mask of windows, for example, splits the rows that the windows are a
+        part of.
+        """
         return self.axes.flat(self.groups[name])
 
     def held(self, layout: Layout) -> str:
@@ -44,19 +46,19 @@ class Roles:
         return self.axes.size(self.groups[name])
 
     def place(self, b: Builder, x: Expr, layout: Layout, axes: str) -> Expr:
-        """Rearrange x to one dimension for each of these axes; it is repeated along axes that it lacks."""
+        """Rearrange x to one dimension for each of these axes. x is repeated along axes that it lacks."""
         return self.axes.place(b, x, layout, [self.groups[name] for name in axes.split()])
 
 
 @dataclass(frozen=True)
 class PlacedOperand:
-    """An operand of a term: a value, its axes in the term, and the changes that are applied first.
+    """An operand of a term: a value, its axes in the term, and the changes that are applied to the value first.
 
-    negated   for a condition: negate it
-    factor    for a bias: multiply by this
-    plus      for lengths: add this
-    to        the dtype that it is cast to
-    fill      for a condition as a bias: the number added where it is false; 0 is added where it is true
+    negated   for a condition: True to negate it
+    factor    for a bias: multiply the bias by this number
+    plus      for lengths: add this number to the lengths
+    to        the dtype to which the value is cast
+    fill      for a condition as a bias: the number added where the condition is false; 0 is added where it is true
     """
 
     placed: Placed
@@ -74,11 +76,11 @@ class PlacedOperand:
         return (dtype,) if dtype.is_float and self.fill is None else ()
 
     def fits(self, dtype: DType) -> bool:
-        """Return True if a dtype holds the operand's fill."""
+        """Return True if a dtype can hold the operand's `fill`."""
         return self.fill is None or dtype.holds(self.fill)
 
     def build(self, b: Builder, roles: Roles, dtype: DType) -> Expr:
-        """Build the operand in the form that attention in this dtype takes."""
+        """Build the operand in the form that attention in this dtype accepts."""
         x = b.expr(self.placed.value)
         if self.to is not None:
             x = x.cast(self.to)
@@ -97,7 +99,9 @@ class PlacedOperand:
 
 @dataclass(frozen=True)
 class Fused:
-    """A term with its operands. `diagonal`: it keeps j = i; `first`: it keeps j = 0, whatever its operands hold."""
+    """A term with its operands. `diagonal`: True if the term keeps the key j = i, whatever its operands hold; `first`:
+    True if it keeps the key j = 0.
+    """
 
     term: Term
     operands: tuple[PlacedOperand, ...] = ()
@@ -107,8 +111,8 @@ class Fused:
 
 @dataclass(frozen=True)
 class Note:
-    """The reason why something stayed a tensor, and the node that shows it. `hint`: the change that would make it a
-    term.
+    """The reason for which something stayed a tensor, and the node that shows the reason. `hint`: the change that would
+    make it a term.
     """
 
     reason: str
@@ -125,7 +129,7 @@ class Reading:
 
     @property
     def structural(self) -> bool:
-        """True if some term is known by position."""
+        """True if some term is by position."""
         return any(not isinstance(f.term, BooleanMask) for f in self.terms)
 
 
@@ -150,7 +154,7 @@ class Said:
     """The attributes of an attention op, other than masks and biases that are tensors.
 
     dtype   the dtype of the attention
-    scale   None: 1/sqrt(d)
+    scale   the scale; None: 1/sqrt(d)
     terms   the terms by position
     heads   the layout of the axis along which keys may be repeated
     """

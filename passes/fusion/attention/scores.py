@@ -29,9 +29,9 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
 
 @dataclass(frozen=True)
 class _Trail:
-    """The ops between the softmax and a value on the way up: softmax of (factor * value, capped) + terms.
+    """The ops between the softmax and a value on the way up. The softmax is of (factor * value, capped) + terms.
 
-    least    the smallest factor so far, nearer to the softmax
+    least    the smallest factor of any value so far, from that value to the softmax
     """
 
     factor: float = 1.0
@@ -46,7 +46,7 @@ class _Trail:
 
     @property
     def peak(self) -> float:
-        """The greatest factor of a value here on its way to the softmax."""
+        """The greatest factor by which the value is multiplied at any point on its way to the softmax."""
         return abs(self.factor) / self.least
 
     def beyond(self, term: Added | Chosen) -> _Trail:
@@ -61,15 +61,15 @@ def find_scores(
     *,
     rounded: bool = False,
 ) -> Scores:
-    """Return the product of queries and keys that the softmax is taken of. Raises Mismatch if there is none.
+    """Return the product of queries and keys from which the softmax is computed. Raises Mismatch if there is none.
 
-    rounded   continue above scores that a quantizer rounds: they prevent the fusion, but a report may name the site
+    rounded   True to continue above scores that a quantizer rounds: they prevent the fusion, but the site is reported
     """
     ascent = _Ascent(axes, readers, set(weighting.nodes), rounded)
     return ascent.up(weighting.scores, layout, _Trail(nodes=weighting.nodes))
 
 
-_DATA_SCALE = "the scale is a tensor: it depends on data"
+_DATA_SCALE = "the scale is a tensor, so it depends on data"
 
 
 class _Ascent:
@@ -102,7 +102,7 @@ class _Ascent:
         return found
 
     def _read_here_alone(self, value: Value, node: Node, trail: _Trail) -> None:
-        """Raise Mismatch if a value on the way has a reader other than the op below it."""
+        """Raise Mismatch if a value on the way has a reader other than the next op on the path."""
         above = trail.nodes[-1]
         inside = self.softmax if above in self.softmax else {above}
         for user in self.readers(value):
@@ -187,7 +187,8 @@ class _Ascent:
 
     def _sum(self, node: Node, layout: Layout, trail: _Trail, sign: float) -> Scores:
         x, y = node.inputs
-        # The more likely operand for the scores first: one of the full shape, and not a mask computed from a condition.
+        # The more likely operand for the scores comes first: an operand of the full shape that is not computed from a
+        # condition.
         orders = sorted([(x, 1.0, y, sign), (y, sign, x, 1.0)], key=lambda order: _unlikely(order[0], node))
         deepest: Mismatch | None = None
         for value, factor, other, share in orders:
@@ -215,13 +216,15 @@ class _Ascent:
                         f"the mask replaces scores by {number:g}, which does not mask keys",
                         node,
                         trail.nodes[:-1],
-                        "-inf or -1e9 in its place",
+                        "-inf or -1e9 in place of that number",
                     )
                 return self.up(value, narrowed(value, layout), trail.beyond(mask))
-        raise Mismatch("the mask chooses between two tensors", node, trail.nodes[:-1])
+        raise Mismatch("the mask selects between two tensors", node, trail.nodes[:-1])
 
 
 def _unlikely(value: Value, node: Node) -> int:
-    """Return a key that is greater the less likely an operand of a sum is the scores, and the other one the bias."""
+    """Return a sort key for the operands of a sum: the greater it is, the less likely the operand is the scores, and
+    the other one the bias.
+    """
     made_of_condition = value.node is None or isinstance(value.node.op, Where)
     return 2 * made_of_condition + (value.type.elements != node.results[0].type.elements)

@@ -14,9 +14,9 @@ from treadle.passes.fusion.attention.roles import PlacedOperand, Roles
 
 @dataclass(frozen=True)
 class Put:
-    """One step: an addend, or a condition; a number is filled in where it is false.
+    """One step of a chain: an addend, or a condition with a number that is filled in where the condition is false.
 
-    unit     the factor from here to the softmax
+    unit     the factor from this step to the softmax
     number   the number that is filled in; None for an addend
     """
 
@@ -29,7 +29,8 @@ class Put:
 class OnZeros(PlacedOperand):
     """where(c2, where(c1, 0, n1) + a, n2), for the steps c1, n1; a; c2, n2
 
-    Scales keep their places, so that overflows happen as in the graph. Equal numbers in a row are filled in at once.
+    Scales stay at their positions, so that overflows happen as in the graph. Equal numbers in a row are filled in at
+    once.
     """
 
     puts: tuple[Put, ...] = ()
@@ -61,7 +62,7 @@ class OnZeros(PlacedOperand):
         return made if unit == 1.0 else made * unit
 
     def _spread(self, b: Builder, roles: Roles, operand: PlacedOperand, dtype: DType) -> Expr:
-        """Return an operand over this bias's axes, with 1 for each axis that it lacks."""
+        """Return an operand with all axes of this bias, with size 1 for each axis that the operand lacks."""
         held = operand.axes.split()
         x = operand.build(b, roles, dtype)
         layout = tuple(roles.groups[name] for name in held)
