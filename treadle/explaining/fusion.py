@@ -153,13 +153,18 @@ def explain_fusion(
     pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
     resolved = resolve(model, inputs=inputs, widen=widen, **config)
     optimized = PassManager(pipeline, certify=certify).run(resolved.graph)
+    return fusion_of(resolved.name, optimized, dict(expect or {}))
+
+
+def fusion_of(name: str, optimized: Optimized, expect: Mapping[str, int]) -> Explanation:
+    """Report the outcome of every candidate site of a graph that passes have optimized."""
     calls = count_calls(optimized.source)
-    verdicts: dict[str, list[FusionVerdict]] = {name: [] for name in optimized.source.functions}
+    verdicts: dict[str, list[FusionVerdict]] = {each: [] for each in optimized.source.functions}
     for site, verdict in judge(optimized):
         verdicts[site.function].append(verdict)
-    blocks = tuple(Block(name, calls[name], grouped(found)) for name, found in verdicts.items())
+    blocks = tuple(Block(function, calls[function], grouped(found)) for function, found in verdicts.items())
     counts, within = count_run_ops(optimized.graph), _count_within(optimized.graph)
-    return Explanation(resolved.name, blocks, counts, within, dict(expect or {}), optimized)
+    return Explanation(name, blocks, counts, within, expect, optimized)
 
 
 def _count_within(graph: Graph) -> dict[str, dict[str, int]]:

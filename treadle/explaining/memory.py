@@ -183,10 +183,10 @@ def explain_memory(
         raise UsageError(f"backend {backend} does not plan storage", hint="numpy, torch or tvm")
     where = target if isinstance(target, Target) else Target(target)
     frames = chosen.frames(lowered.graph, where, lowered.plan)
-    return _told(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
+    return memory_of(name, backend, lowered.graph, lowered.plan, frames, choose_sizes(lowered.graph, sizes or {}))
 
 
-def _told(
+def memory_of(
     model: str,
     backend: str,
     graph: Graph,
@@ -194,6 +194,7 @@ def _told(
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
 ) -> MemoryReport:
+    """Describe the memory of a run of a lowered graph at sizes for all of its symbols."""
     unit = ALIGNMENT if plan.strided else 1
     entry = graph.main.name
     live = live_at(frames, entry, sizes, unit)

@@ -8,17 +8,15 @@ step, and the step of the peak is marked. Tooltips show names, bytes and the use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from treadle.explaining.memory import MemoryReport
+from treadle.explaining.memory_timeline import Band, TimelineBox, timeline_of
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
-from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
-from treadle.passes.memory.frames import Frame, live_at, parts_of
 from treadle.reporting.counts import human, sizes_text
 
 WIDTH, HEIGHT = 1200, 560
@@ -41,28 +39,6 @@ def write_drawing(path: Path, text: str) -> None:
         raise UsageError("the drawing cannot be written", received=told, within=shown_path(path), hint=hint) from error
 
 
-@dataclass(frozen=True)
-class _Box:
-    """The lifetime of a storage: steps of the whole run, bytes of the arena."""
-
-    first: int
-    end: int
-    low: int
-    bytes: int
-    op: str
-    told: str
-
-
-@dataclass(frozen=True)
-class _Band:
-    """The steps during which a function runs."""
-
-    first: int
-    end: int
-    depth: int
-    name: str
-
-
 def draw_memory(told: MemoryReport) -> str:
     """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
     output.
@@ -74,59 +50,13 @@ def draw_memory(told: MemoryReport) -> str:
             f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
-    told, entry = replace(told, frames=parts_of(told.frames)[0]), told.at[0][0]
-    boxes = list(_boxes(told, entry, 0, 0))
-    live = live_at(told.frames, entry, told.sizes, told.unit)
-    bands = list(_bands(told, entry, 0, 0))
-    end = max(bands[0].end, 1)
-    return "\n".join(_drawn(told, boxes, bands, [count for _, count in live], end)) + "\n"
+    line = timeline_of(told)
+    return "\n".join(_drawn(told, line.boxes, line.bands, line.live, max(line.steps, 1))) + "\n"
 
 
-def _lengths(told: MemoryReport, name: str) -> list[int]:
-    """Return the number of steps of the whole run that each step of a function takes."""
-    frame = told.frames[name]
-    return [sum(_lengths(told, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
-
-
-def _starts(told: MemoryReport, name: str, begin: int) -> list[int]:
-    """Return the start of each step of a function, and the end of the last one."""
-    found = [begin]
-    for length in _lengths(told, name):
-        found.append(found[-1] + length)
-    return found
-
-
-def _boxes(told: MemoryReport, name: str, begin: int, base: int) -> Iterator[_Box]:
-    assert told.placed is not None
-    frame, placed, starts = told.frames[name], told.placed[name], _starts(told, name, begin)
-    for life in frame.lives:
-        count = life.storage.nbytes.evaluate(told.sizes)
-        if count and life.storage not in placed.hosted:
-            op, line = _maker(frame, life.first)
-            text = f"{life.storage.name} of {name}: {human(count, 'B')} ({count:,} bytes), for {op}  {line}".rstrip()
-            end = starts[min(life.last + 1, len(frame.steps))]
-            yield _Box(starts[life.first], end, base + placed.offsets[life.storage], count, op, text)
-    for at, call in frame.calls.items():
-        if at in placed.hosted:
-            continue
-        yield from _boxes(told, call.callee, starts[at], base + placed.callees[at])
-
-
-def _maker(frame: Frame, at: int) -> tuple[str, str]:
-    node = frame.steps[at] if at < len(frame.steps) else None
-    if node is None:
-        return "workspace", ""
-    return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
-
-
-def _bands(told: MemoryReport, name: str, begin: int, depth: int) -> Iterator[_Band]:
-    starts = _starts(told, name, begin)
-    yield _Band(begin, starts[-1], depth, name)
-    for at, call in told.frames[name].calls.items():
-        yield from _bands(told, call.callee, starts[at], depth + 1)
-
-
-def _drawn(told: MemoryReport, boxes: list[_Box], bands: list[_Band], live: list[int], end: int) -> Iterator[str]:
+def _drawn(
+    told: MemoryReport, boxes: Sequence[TimelineBox], bands: Sequence[Band], live: Sequence[int], end: int
+) -> Iterator[str]:
     assert told.arena is not None
     top = max(told.arena, 1)
     across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top
@@ -162,7 +92,7 @@ def _drawn(told: MemoryReport, boxes: list[_Box], bands: list[_Band], live: list
         yield (
             f'<rect x="{x(box.first)}" y="{y(box.low + box.bytes)}" width="{wide}" height="{high}"'
             f' fill="{colours[box.op]}" fill-opacity="0.85" stroke="#ffffff" stroke-width="0.5">'
-            f"<title>{escape(box.told)}</title></rect>"
+            f"<title>{escape(_described(box))}</title></rect>"
         )
         if wide > 7 * len(box.op) + 8 and high > 15:
             middle = x(box.first) + wide / 2, y(box.low + box.bytes / 2) + 4
@@ -201,3 +131,8 @@ def _drawn(told: MemoryReport, boxes: list[_Box], bands: list[_Band], live: list
         yield f'<text x="{at + 17}" y="{HEIGHT - 20}" fill="#333333">{escape(op)}</text>'
         at += 17 + 7.2 * len(op) + 18
     yield "</svg>"
+
+
+def _described(box: TimelineBox) -> str:
+    """Return the tooltip of a lifetime."""
+    return f"{box.name} of {box.function}: {human(box.bytes, 'B')} ({box.bytes:,} bytes), for {box.op}  {box.line}".rstrip()

@@ -151,9 +151,14 @@ def explain_step(
         pipeline, widen = computing_in(dtype, checked_passes(passes), widen, quantize)
         resolved = resolve(model, inputs=inputs, widen=widen, **config)
         name, graph = resolved.name, PassManager(pipeline).run(resolved.graph).graph
-    derived = derive_step(graph, cache=cache)
+    return step_of(name, derive_step(graph, cache=cache), graph)
+
+
+def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> StepExplained:
+    """Describe a derived step; without the graph that it was derived from, without the changes of ops."""
+    encounters = [] if graph is None else follow(graph, derived.axis).encounters
     changed = [
-        Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters
+        Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in encounters
     ]
     ops = {entry: count_run_ops(entry_alone(derived.graph, entry)).total() for entry in derived.graph.entry_names}
     return StepExplained(name, derived, _states(derived), tuple(changed), ops)
