@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from treadle.passes.pipelines import DEFAULT
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.resolving import resolve
 from treadle.runtime.session import CHUNK, Full, Session
+
+if TYPE_CHECKING:
+    from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
 
@@ -79,6 +82,12 @@ class SteppedModel:
             memory=memory,
             resumes=resumes,
         )
+
+    def report(self, **options: Any) -> Report:
+        """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
+        from treadle.report.building import report_of
+
+        return report_of(self, **options)
 
 
 def step_of(

@@ -1,4 +1,4 @@
-"""The command line: `treadle inspect | compile | explain | run | launch | verify | shard | export | bench | ...`.
+"""The command line: `treadle inspect | compile | explain | report | run | launch | verify | shard | export | bench | ...`.
 
 docs/cli.md describes each command. Each command has a file of its name in this folder, or in `tasks/` if it applies a
 model to a task such as classification.
@@ -18,7 +18,7 @@ from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
 _OWN = (
-    *("inspect", "compile", "explain", "run", "launch", "verify", "shard", "export"),
+    *("inspect", "compile", "explain", "report", "run", "launch", "verify", "shard", "export"),
     *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch"),
 )
 _TASKS = (

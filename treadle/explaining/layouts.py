@@ -22,7 +22,7 @@ from treadle.frontends.declarations import Model
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.pipelines import DEFAULT
@@ -172,10 +172,12 @@ def compiled_before(
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     """Describe the weights of a lowered graph."""
     made, calls, passed = recipes_of(graph), count_calls(graph), passed_weights(graph)
-    blocks = {
-        function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
-        for function in graph.needed_by(graph.main)
-    }
+    blocks = {}
+    for function in graph.needed_by(graph.main):
+        uses = function.uses()
+        outputs = set(function.outputs.values())
+        weights = tuple(_lying(v, uses, outputs, made, passed) for v in _weights(function, uses, outputs))
+        blocks[function.name] = calls[function.name], weights
     main = graph.main.parameters
     return Layouts(
         name,
@@ -186,11 +188,13 @@ def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     )
 
 
-def _weights(function: Function) -> list[Value]:
+_Uses = Mapping[Value, Sequence[tuple[Node, int]]]
+
+
+def _weights(function: Function, uses: _Uses, outputs: set[Value]) -> list[Value]:
     """Return the weights that a function reads itself; a weight that it passes on is listed in the function that reads
     it.
     """
-    uses, outputs = function.uses(), set(function.outputs.values())
 
     def is_read(value: Value) -> bool:
         return value in outputs or any(node.op.callee is None for node, _ in uses.get(value, ()))
@@ -214,8 +218,9 @@ def passed_weights(graph: Graph) -> dict[Value, tuple[str, str]]:
 
 
 def _lying(
-    function: Function,
     value: Value,
+    uses: _Uses,
+    outputs: set[Value],
     made: Mapping[str, Recipe],
     passed: Mapping[Value, tuple[str, str]],
 ) -> WeightLayout:
@@ -223,14 +228,13 @@ def _lying(
     recipe = made.get(name)
     told = recipe.told(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
-    uses = function.uses()
     decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
     blocks = {reader for _, readers in decoded for reader, _ in readers}  # they unpack the blocks
     for node, _ in [use for use in uses.get(value, ()) if not use[0].op.decodes] + [u for _, us in decoded for u in us]:
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
         reader += " in blocks" * (node in blocks)
         readers.append(f"{reader}  {describe_source(node.source, node.scope) or ''}".rstrip())
-    if value in function.outputs.values():
+    if value in outputs:
         readers.append("an output")
     layout = str(value.layout) if value.layout is not None else "row-major"
     return WeightLayout(value.name, str(value.type), layout, _bytes(value), told, tuple(dict.fromkeys(readers)))

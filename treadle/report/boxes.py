@@ -15,7 +15,7 @@ held, which is the same at all stages, from the items and edges of all of them t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ def boxes_of(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> d
                 ["in", value, name, type] or ["out", value, name, type]
         edges   [from, to, value, ...] by position in `items`
         at      [row, center, ...] of each item;  held   the same at all stages
-        bends   [edge, [x, ...], ...] for an edge that crosses rows
+        bends   [edge, [x, ...], ...] for an edge that crosses rows;  held_bends  the same at all stages
     stages    for each stage, the boxes whose bodies changed: {path: index of a body, or null}
     """
     return _Boxes(stages, records).as_dict()
@@ -324,7 +324,15 @@ _NO_GROUPS: set[tuple[Key, str]] = set()
 # -- positions -------------------------------------------------------------------------------------------------------
 
 
-def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, dict[str, tuple[int, float]]]:
+@dataclass(frozen=True)
+class _Held:
+    """The row and the center of each item of a box at all stages, and the bends of edges between them."""
+
+    at: Mapping[str, tuple[int, float]]
+    bends: Mapping[tuple[str, str], tuple[float, ...]]
+
+
+def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
     """Return positions that items of a box have at all stages: those of a box with all items and edges at once."""
     items: dict[Key, list[str]] = {}
     edges: dict[Key, dict[tuple[str, str], None]] = {}
@@ -343,7 +351,10 @@ def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, dict[str, tuple[int,
         order.sort(key=_rank)
         number = {item: at for at, item in enumerate(order)}
         placed = place(len(order), [(number[a], number[b]) for a, b in edges[key]])
-        found[key] = {item: (placed.rows[at], placed.centers[at]) for item, at in number.items()}
+        found[key] = _Held(
+            {item: (placed.rows[at], placed.centers[at]) for item, at in number.items()},
+            {(order[a], order[b]): xs for (a, b), xs in placed.bends.items()},
+        )
     return found
 
 
@@ -352,19 +363,22 @@ def _rank(item: str) -> int:
     return {"i": 0, "o": 2, "r": 2}.get(item[0], 1)
 
 
-def _drawn(body: _Body, held: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def _drawn(body: _Body, held: _Held) -> dict[str, Any]:
     order = sorted(body.items, key=_rank)
     number = {item: at for at, item in enumerate(order)}
     edges = [(number[a], number[b], value) for a, b, value in body.edges]
     placed = place(len(order), [(a, b) for a, b, _ in edges])
-    bends: list[Any] = []
-    for at, (a, b, _) in enumerate(edges):
-        if (a, b) in placed.bends:
-            bends += [at, list(placed.bends[a, b])]
-    return {
+    found = {
         "items": [body.items[item] for item in order],
         "edges": [each for edge in edges for each in edge],
         "at": [each for pair in zip(placed.rows, placed.centers, strict=True) for each in pair],
-        "held": [each for item in order for each in held[item]],
-        "bends": bends,
+        "held": [each for item in order for each in held.at[item]],
+        "bends": _flat(placed.bends.get((a, b)) for a, b, _ in edges),
+        "held_bends": _flat(held.bends.get((order[a], order[b])) for a, b, _ in edges),
     }
+    return {name: value for name, value in found.items() if value}
+
+
+def _flat(bends: Iterable[tuple[float, ...] | None]) -> list[Any]:
+    """Return the bends of the edges that have any: number of the edge, pixels, ..."""
+    return [part for at, xs in enumerate(bends) if xs for part in (at, list(xs))]

@@ -12,7 +12,7 @@ from typing import Any
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
-from treadle.explaining.fusion_verdicts import STATUSES, UNFUSED, judge
+from treadle.explaining.fusion_verdicts import ALREADY, FUSED, STATUSES, UNFUSED, judge
 from treadle.explaining.layouts import layouts_of
 from treadle.explaining.memory import memory_of
 from treadle.explaining.sharding import ShardingReport
@@ -67,6 +67,9 @@ def overview(compiled: Compiled, program: Program, sizes: Mapping[str, int]) -> 
     }
 
 
+_ORDER = (*UNFUSED, FUSED, ALREADY)
+
+
 def fusion_facts(program: Program) -> dict[str, Any]:
     """Return every candidate site with its verdict, its ops by number, and the number of times that a run has it."""
     numbers, calls = program.declared_numbers(), count_calls(program.optimized.source)
@@ -79,7 +82,7 @@ def fusion_facts(program: Program) -> dict[str, Any]:
         facts["nodes"] = [numbers[node] for node in site.nodes if node in numbers]
         del facts["sites"]
         sites.append(facts)
-    sites.sort(key=lambda each: each["status"] not in UNFUSED)
+    sites.sort(key=lambda each: _ORDER.index(each["status"]))
     return {"sites": sites, "totals": totals, "unfused": list(UNFUSED)}
 
 

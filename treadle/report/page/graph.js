@@ -19,7 +19,7 @@ class GraphModel {
   }
 
   static body(data) {
-    const items = data.items.map((facts, at) => {
+    const items = (data.items || []).map((facts, at) => {
       const [kind, ...rest] = facts;
       const item = { kind, row: data.at[2 * at], x: data.at[2 * at + 1], heldRow: data.held[2 * at], heldX: data.held[2 * at + 1] };
       if (kind === "op") [item.number, item.record] = rest;
@@ -30,10 +30,13 @@ class GraphModel {
       return item;
     });
     const edges = [];
-    for (let at = 0; at < data.edges.length; at += 3) {
-      edges.push({ from: items[data.edges[at]], to: items[data.edges[at + 1]], value: data.edges[at + 2], bends: null });
+    const triples = data.edges || [];
+    for (let at = 0; at < triples.length; at += 3) {
+      edges.push({ from: items[triples[at]], to: items[triples[at + 1]], value: triples[at + 2], bends: null, heldBends: null });
     }
-    for (let at = 0; at < data.bends.length; at += 2) edges[data.bends[at]].bends = data.bends[at + 1];
+    for (const [name, list] of [["bends", data.bends || []], ["heldBends", data.held_bends || []]]) {
+      for (let at = 0; at < list.length; at += 2) edges[list[at]][name] = list[at + 1];
+    }
     return { items, edges, byKey: new Map(items.map((item) => [item.key, item])) };
   }
 
@@ -246,14 +249,15 @@ class GraphView {
       event.preventDefault();
       this.zoom(event.deltaY < 0 ? 1.12 : 1 / 1.12, event);
     }, { passive: false });
-    new ResizeObserver(() => this.later()).observe(this.scroll);
+    new ResizeObserver(() => { this.shown = null; this.later(); }).observe(this.scroll);
   }
 
   // -- state -----------------------------------------------------------------------------------------------------
 
   load(model) {
     this.model = model;
-    this.open.clear();
+    this.main = `${STEP}b:${model.entries(model.passes.length - 1).at(-1)}`;
+    this.open = new Set([this.main]);
     this.selected = { numbers: new Set(), value: null, key: null };
     this.maxima = {};
     for (const [at, name] of [[5, "flops"], [6, "bytes"]]) {
@@ -305,7 +309,7 @@ class GraphView {
   arrange() {
     const entries = this.model.entries(this.stage);
     this.single = entries.length === 1 ? entries[0] : null;
-    this.root = this.box(this.single || "", "");
+    this.root = this.single ? this.box(this.single, `${STEP}b:${this.single}`) : this.box("", "");
     this.flat = [];
     this.byKey = new Map();
     const margin = 24;
@@ -400,10 +404,11 @@ class GraphView {
     const home = path.split(SEP)[0];
     for (const edge of body.edges) {
       const drawn = { home, from: byItem.get(edge.from.key), to: byItem.get(edge.to.key), value: GraphModel.qualified(home, edge.value), vias: [] };
-      if (!this.hold && edge.bends) {
-        edge.bends.forEach((x, at) => {
+      const bends = this.hold ? edge.heldBends : edge.bends;
+      if (bends) {
+        bends.forEach((x, at) => {
           const via = { kind: "via", w: 10, h: 0, item: null };
-          put(edge.from.row + 1 + at, via, x);
+          put((this.hold ? edge.from.heldRow : edge.from.row) + 1 + at, via, x);
           entries.push(via);
           drawn.vias.push(via);
         });
@@ -419,7 +424,7 @@ class GraphView {
       const tall = this.hold ? Math.max(high, held.some((e) => e.kind === "in" || e.kind === "out") ? PORT.height : height) : high;
       spread(held, across);
       for (const entry of held) {
-        entry.y = top + (entry.child ? 0 : (tall - entry.h) / 2);
+        entry.y = top + (entry.child || tall > 2 * height ? 0 : (tall - entry.h) / 2);
         entry.rowTop = top;
         entry.rowEnd = top + tall;
         least = Math.min(least, entry.x);
@@ -680,14 +685,14 @@ class GraphView {
   chain(path) {
     const home = path.split(SEP)[0];
     const keys = [];
-    let key = "";
+    let key = `${STEP}b:${home}`;
     if (home !== this.single) {
       const caller = this.info.callers.get(home);
       if (caller) {
         const outer = this.chain(caller.path);
         keys.push(...outer);
-        key = `${outer.at(-1) ?? ""}${STEP}${caller.item.key}`;
-      } else key = `${STEP}b:${home}`;
+        key = `${outer.at(-1) ?? `${STEP}b:${this.single}`}${STEP}${caller.item.key}`;
+      }
       keys.push(key);
     }
     for (const prefix of GraphModel.prefixes(path).slice(1)) {
@@ -706,7 +711,7 @@ class GraphView {
     this.arrange();
     const body = this.info.boxes.get(path);
     const item = body.items.find((each) => each.number === number || (each.numbers && each.numbers.includes(number)));
-    let key = `${keys.at(-1) ?? ""}${STEP}${item.key}`;
+    let key = `${keys.at(-1) ?? `${STEP}b:${this.single}`}${STEP}${item.key}`;
     for (let at = keys.length - 1; at >= 0 && !this.byKey.has(key); at--) key = keys[at];
     return key;
   }
@@ -732,7 +737,7 @@ class GraphView {
   }
 
   all(open) {
-    if (!open) this.open.clear();
+    if (!open) this.open = new Set([this.main]);
     else {
       let before = -1;
       for (let depth = 0; depth < 12 && before !== this.open.size && this.flat.length < 6000; depth++) {
@@ -761,7 +766,7 @@ class GraphView {
   fit(whole) {
     const wide = this.scroll.clientWidth / this.width;
     const high = this.scroll.clientHeight / this.height;
-    this.scale = Math.min(1, Math.max(whole ? 0.08 : 0.55, whole ? Math.min(wide, high) : wide));
+    this.scale = Math.min(1, Math.max(whole ? 0.2 : 0.55, whole ? Math.min(wide, high) : wide));
     this.resize();
     this.scroll.scrollLeft = ((this.width + this.left) * this.scale - this.scroll.clientWidth) / 2;
     this.scroll.scrollTop = 0;

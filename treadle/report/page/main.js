@@ -214,8 +214,7 @@ class App {
 
   crumbs() {
     const { view, model } = this;
-    const depth = [...view.open].filter((key) => view.byKey.has(key));
-    T.id("unfold").textContent = depth.length ? "Fold all" : "Open all";
+    T.id("unfold").textContent = this.isOpened() ? "Fold all" : "Open all";
     const entry = view.byKey.get(view.selected.key);
     const parts = [];
     for (let each = entry; each; each = each.parent) {
@@ -464,10 +463,13 @@ class App {
     });
   }
 
+  isOpened() {
+    return [...this.view.open].some((key) => key !== this.view.main && this.view.byKey.has(key));
+  }
+
   unfold() {
-    const opened = [...this.view.open].some((key) => this.view.byKey.has(key));
     const began = performance.now();
-    this.view.all(!opened);
+    this.view.all(!this.isOpened());
     document.documentElement.dataset.took = (performance.now() - began).toFixed(1);
     this.crumbs();
   }

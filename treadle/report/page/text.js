@@ -18,7 +18,7 @@ T.fill = (element, attributes, children) => {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "value" || name === "checked" || name === "disabled" || name === "hidden") element[name] = value;
-    else element.setAttribute(name, value === true ? "" : T.shown(value));
+    else element.setAttribute(name, value === true ? "" : name === "d" ? value : T.shown(value));
   }
   for (const child of children.flat()) {
     if (child === null || child === undefined || child === false) continue;
