@@ -72,11 +72,12 @@ def report_command(
     against them, memory, storage, weights, and the decoding step.
     """
     from treadle.artifacts import is_artifact, load
+    from treadle.compiled import Compiled
     from treadle.explaining.sharding import explain_sharding
     from treadle.ir.target import Target
     from treadle.option_values import parse_axes, parse_config, parse_limits, parse_sizes
     from treadle.progress import working
-    from treadle.report.building import report_of
+    from treadle.report.building import Subject, lowered_subject, report_of
     from treadle.reporting.counts import human
 
     split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
@@ -86,34 +87,22 @@ def report_command(
     where = Target(target, threads)
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     chosen = parse_sizes(sizes)
+    budget = {} if memory is None else {"memory": memory, "sizes": chosen}
     sharding = None
+    subject: Subject | Compiled
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
-            asked = {"config": config, "inputs": inputs, "outputs": outputs, "mesh": mesh}
-            refuse_for_artifact(**asked, dtype=dtype, quantize=quantize)
-            compiled = load(
-                model,
-                backend=backend,
-                target=where,
-                limits=parse_limits(limit or ()),
-                widen=options["widen"],
-                memory=memory,
-                sizes=chosen if memory is not None else None,
-            )
+            refused = {"config": config, "inputs": inputs, "outputs": outputs, "mesh": mesh}
+            refuse_for_artifact(**refused, dtype=dtype, quantize=quantize)
+            bounds = parse_limits(limit or ())
+            subject = load(model, backend=backend, target=where, limits=bounds, widen=options["widen"], **budget)
         else:
+            named: dict[str, Any] = {"inputs": names_of(inputs), "outputs": outputs_of(outputs), **options, **budget}
             asked = parse_config(config or (), limit or (), treadle.compile)
-            compiled = treadle.compile(
-                model,
-                backend=backend,
-                target=where,
-                inputs=names_of(inputs),
-                outputs=outputs_of(outputs),
-                seed=seed,
-                memory=memory,
-                sizes=chosen if memory is not None else None,
-                **options,
-                **asked,
-            )
+            if profile:
+                subject = treadle.compile(model, backend=backend, target=where, seed=seed, **named, **asked)
+            else:
+                subject = lowered_subject(model, backend=backend, target=where, **named, **asked)
     if mesh is not None:
         with working(f"planning {model}", shown=not as_json):
             asked = parse_config(config or (), limit or (), explain_sharding)
@@ -122,7 +111,7 @@ def report_command(
             )
     with working(f"writing {output}", shown=not as_json):
         report = report_of(
-            compiled,
+            subject,
             sizes=chosen,
             sharding=sharding,
             cache=cache,

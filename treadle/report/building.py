@@ -4,29 +4,39 @@
     report.save("bert.html")
     report.sections["fusion"]                # the data of a tab
 
+    report_of(lowered_subject("llama", backend="tvm"))       # without weights
+
 A report holds facts, not the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import treadle
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
+from treadle.computing import computing_in
 from treadle.explaining.sharding import ShardingReport
+from treadle.explaining.sharding import report_of as sharding_report
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import replacing
+from treadle.frontends.declarations import Model
+from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import PassError, UsageError
-from treadle.ir.graph import Node
+from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.option_values import choose_sizes
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import MERGING
+from treadle.option_values import budget_of, choose_sizes
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.pipelines import DEFAULT, MERGING
 from treadle.passes.sharding.gather_ahead import GatherAhead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_program
@@ -35,6 +45,7 @@ from treadle.report import tabs
 from treadle.report.programs import Program, program_facts
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
+from treadle.resolving import resolve
 from treadle.stepped import SteppedModel
 
 TABS = {
@@ -89,8 +100,79 @@ class Report:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model as far as a report needs it: without weights.
+
+    optimized   the stages, with those of the backend
+    executable  the backend's executable, for its code; None if no code was generated
+    unused      tensors of the checkpoint that the model does not use
+    unread      the keys of config.json that the model's family does not know
+    """
+
+    name: str
+    optimized: Optimized
+    backend: str
+    target: Target
+    executable: object = None
+    unused: Sequence[str] = ()
+    unread: Sequence[str] = ()
+
+    @staticmethod
+    def of(model: Compiled) -> Subject:
+        """Return the subject of a compiled model."""
+        parts = model.name, model.optimized, model.backend, model.target, model.executable
+        return Subject(*parts, model.unused, model.unread)
+
+
+def lowered_subject(
+    model: Model | Graph | str | Path,
+    *,
+    backend: str = "numpy",
+    target: str | Target = "cpu",
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    widen: str | Iterable[str] = (),
+    memory: int | str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    limits: Mapping[str, int] | None = None,
+    **config: Any,
+) -> Subject:
+    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn.
+
+    The options are those of `treadle.compile`. Code is generated for weights of zeros; if they have more than
+    `MOST_ZEROS` bytes, the subject has no code. Raises as `compile` does.
+    """
+    where = target if isinstance(target, Target) else Target(target)
+    passes, widen = computing_in(dtype, DEFAULT, widen, quantize)
+    chosen = find_backend(backend)
+    resolved = resolve(model, inputs=inputs, outputs=outputs, widen=widen, limits=limits, deferred=True, **config)
+    optimized = PassManager(passes, target=where).run(resolved.graph)
+    executable = None
+    if isinstance(chosen, StagedBackend):
+        budget = budget_of(memory, sizes, optimized.graph)
+        lowered = chosen.lower(optimized.graph, where, budget=budget, verified=True)
+        optimized = replace(optimized, lowered=lowered)
+        if parameter_bytes(optimized.graph) <= MOST_ZEROS:
+            executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
+    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread)
+
+
+MOST_ZEROS = 1 << 30
+"""The most bytes of weights of zeros."""
+
+
+def _zeros(graph: Graph) -> dict[str, Any]:
+    return {
+        name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
+        for name, value in graph.parameters.items()
+    }
+
+
 def report_of(
-    model: Compiled | SteppedModel | ShardingPlan,
+    model: Compiled | Subject | SteppedModel | ShardingPlan,
     *,
     sizes: Mapping[str, int] | None = None,
     sharding: ShardingReport | None = None,
@@ -99,23 +181,25 @@ def report_of(
     seed: int = 0,
     command: str | None = None,
 ) -> Report:
-    """Return the report on a compiled model, on a decoding step, or on a sharding plan.
+    """Return the report on a model, on a decoding step, or on a sharding plan.
 
     sizes     sizes of symbolic axes, for operations, bytes and memory; by default 1 for a batch and 128 for other axes
     sharding  a report on the model over a mesh; the page then has the program of the last rank, too
     cache     the dtype of the caches of the derived step
-    profile   number of timed runs, on inputs drawn from `seed`; 0: nothing is run. TVM backend only
+    profile   number of timed runs, on inputs drawn from `seed`; 0: nothing is run. A compiled model on TVM only
     command   the command line without its options, which tabs without data name
 
-    Raises UsageError for sizes outside their bounds, and for a profile of another backend.
+    Raises UsageError for sizes outside their bounds, and for a profile of another model.
     """
     if isinstance(model, SteppedModel):
         return _of_step(model, sizes or {})
     if isinstance(model, ShardingPlan):
-        from treadle.explaining.sharding import report_of as sharding_report
-
         return _of_plan(sharding_report(model, {}), sizes or model.sizes)
-    return _Collected(model, sizes or {}, sharding, cache, profile, seed, command).report()
+    subject = Subject.of(model) if isinstance(model, Compiled) else model
+    collected = _Collected(subject, sizes or {}, sharding, cache, command)
+    if profile:
+        collected.profile(model, profile, seed)
+    return collected.report()
 
 
 class _Collected:
@@ -123,29 +207,28 @@ class _Collected:
 
     def __init__(
         self,
-        model: Compiled,
+        model: Subject,
         sizes: Mapping[str, int],
         sharding: ShardingReport | None,
         cache: str | None,
-        profile: int,
-        seed: int,
         command: str | None,
     ) -> None:
         self.model, self.sharding, self.cache = model, sharding, cache
         self.command = command or "treadle report MODEL -o report.html"
-        self.sizes = choose_sizes(model.graph, sizes)
+        self.sizes = choose_sizes(model.optimized.graph, sizes)
         self.program = Program("model", model.optimized, model.backend, model.executable)
         self.times: dict[Node, float] = {}
-        self.measured: dict[str, Tab] = self._profiled(profile, seed)
+        nothing = missing("nothing was run", f"{self.command} --backend tvm --profile 9")
+        self.measured: dict[str, Tab] = {"roofline": nothing, "profile": nothing}
 
     def report(self) -> Report:
         model, program, sizes = self.model, self.program, self.sizes
         programs = [program]
         found: dict[str, Tab] = {
-            "overview": tab(partial(tabs.overview, model, program, sizes)),
+            "overview": tab(self._overview),
             "fusion": self._fusion(),
             "memory": tab(self._memory),
-            "weights": tab(partial(tabs.weight_facts, model.graph, model.log)),
+            "weights": tab(partial(tabs.weight_facts, model.optimized.graph, model.optimized.stages)),
             "storage": tab(partial(tabs.storage_facts, program)) if program.last.plan is not None else self._no_plan(),
             "sharding": missing("no mesh was given", f"{self.command} --mesh tp=2 --recipe megatron"),
             "step": tab(partial(self._step, programs)),
@@ -157,6 +240,10 @@ class _Collected:
             found["sharding"] = tab(partial(tabs.sharding_facts, self.sharding))
             programs.append(_rank(self.sharding.plan))
         return _report(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
+
+    def _overview(self) -> dict[str, Any]:
+        facts = tabs.overview(self.program, self.model.target, self.sizes)
+        return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
 
     def _fusion(self) -> Tab:
         if self.program.stages[1:] and self.program.stages[1].name == "optimized":
@@ -172,7 +259,7 @@ class _Collected:
         return missing(f"backend {self.model.backend} does not plan storage", f"{self.command} --backend tvm")
 
     def _step(self, programs: list[Program]) -> dict[str, Any]:
-        graph = self.model.graph
+        graph = self.model.optimized.graph
         if graph.entry_names[-1] != "main":
             raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
         derived = derive_step(graph, cache=self.cache)
@@ -180,24 +267,21 @@ class _Collected:
         programs.append(_step_program(derived, self.model.backend, self.model.target))
         return facts
 
-    def _profiled(self, rounds: int, seed: int) -> dict[str, Tab]:
-        command = f"{self.command} --backend tvm --profile 9"
-        if not rounds:
-            nothing = missing("nothing was run", command)
-            return {"roofline": nothing, "profile": nothing}
+    def profile(self, model: object, rounds: int, seed: int) -> None:
+        """Time the kernel calls of a compiled model."""
         from treadle.backends.tvm.executable import KernelExecutable
         from treadle.backends.tvm.profiling import time_calls
         from treadle.benching.roofline import roofline_of
         from treadle.ir.analysis.drawn_inputs import draw_inputs
 
         exe = self.model.executable
-        if not isinstance(exe, KernelExecutable) or self.model.graph.states:
+        if not isinstance(model, Compiled) or not isinstance(exe, KernelExecutable) or model.graph.states:
             raise UsageError(
-                "only a model without states on the tvm backend can be profiled",
-                received=repr(self.model),
-                hint=command,
+                "only a model without states, compiled for the tvm backend, can be profiled",
+                received=f"{self.model.name} on {self.model.backend}",
+                hint=f"{self.command} --backend tvm --profile {rounds}",
             )
-        calls = time_calls(exe, draw_inputs(self.model.graph, self.sizes, [seed]), rounds)
+        calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()
         rows = []
         for each in calls:
@@ -206,17 +290,15 @@ class _Collected:
                 self.times[node] = self.times.get(node, 0.0) + each.seconds
             where = ("", "", None) if node is None else (node.scope, str(node.source or ""), numbers.get(node))
             rows.append([each.step.kernel.title, each.seconds, *where])
-        return {
-            "roofline": tab(lambda: roofline_of(self.model, self.sizes, calls).as_dict()),
-            "profile": {"data": {"rounds": rounds, "calls": rows, "seconds": sum(each.seconds for each in calls)}},
+        profile = {"rounds": rounds, "calls": rows, "seconds": sum(each.seconds for each in calls)}
+        self.measured = {
+            "roofline": tab(lambda: roofline_of(model, self.sizes, calls).as_dict()),
+            "profile": {"data": profile},
         }
 
 
 def _step_program(derived: DerivedStep, backend: str, target: Target) -> Program:
     """Return the derived step, through the passes of a backend that has any."""
-    from treadle.backends.registry import find_backend
-    from treadle.backends.staged import StagedBackend
-
     found = find_backend(backend)
     if isinstance(found, StagedBackend):
         return Program("step", found.lower(derived.graph, target), backend, None, "derived")

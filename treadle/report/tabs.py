@@ -11,7 +11,6 @@ from typing import Any
 
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
-from treadle.compiled import Compiled
 from treadle.explaining.fusion_verdicts import ALREADY, FUSED, STATUSES, UNFUSED, judge
 from treadle.explaining.layouts import layouts_of
 from treadle.explaining.memory import memory_of
@@ -49,21 +48,20 @@ def missing(reason: str, command: str) -> Tab:
     return {"missing": reason, "command": command}
 
 
-def overview(compiled: Compiled, program: Program, sizes: Mapping[str, int]) -> dict[str, Any]:
+def overview(program: Program, target: Target, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the facts of the model: parameters, cost, inputs and outputs, and the ops of a run."""
-    graph = compiled.graph
-    ops = count_run_ops(graph)
+    optimized = program.optimized
+    stages = optimized.stages
+    fit = next((record.fit for record in stages if record.fit is not None), None)
     return {
-        **graph_facts(graph, sizes),
-        "backend": compiled.backend,
-        "target": str(compiled.target),
-        "cores": compiled.target.cores(),
-        "passes": len(compiled.log),
-        "ops": dict(ops.most_common()),
-        "declared_ops": sum(count_run_ops(program.optimized.source).values()),
-        "unused": list(compiled.unused),
-        "unread": list(compiled.unread),
-        **({} if compiled.memory is None else {"memory": compiled.memory.as_dict()}),
+        **graph_facts(optimized.graph, sizes),
+        "backend": program.backend,
+        "target": str(target),
+        "cores": target.cores(),
+        "passes": len(stages),
+        "ops": dict(count_run_ops(optimized.graph).most_common()),
+        "declared_ops": count_run_ops(optimized.source).total(),
+        **({} if fit is None else {"memory": fit.as_dict()}),
     }
 
 
@@ -137,7 +135,7 @@ def attention_facts(program: Program, sizes: Mapping[str, int]) -> list[dict[str
     calls = count_calls(graph)
     found = []
     for function, node in graph.walk():
-        if any(isinstance(term, Term) for term in getattr(node.op, "terms", ())) or "attention" in node.op.name:
+        if _terms(node) or "attention" in node.op.name:
             found.append(_attention(node, numbers, sizes) | {"function": function.name, "calls": calls[function.name]})
     return found
 
@@ -147,10 +145,16 @@ def _alike(graph: Graph, other: Graph) -> bool:
     return sizes[0] == sizes[1]
 
 
+def _terms(node: Node) -> list[Term]:
+    """Return the masks and biases of an op, if it is an attention."""
+    terms = node.op.attributes.get("terms", ())
+    return [term for term in terms if isinstance(term, Term)] if isinstance(terms, tuple) else []
+
+
 def _attention(node: Node, numbers: Mapping[Node, int], sizes: Mapping[str, int]) -> dict[str, Any]:
     names = node.op.operand_names(len(node.operands))
     types = {n: v.type for n, v in zip(names, node.operands, strict=True) if v is not None}
-    terms = [term for term in getattr(node.op, "terms", ()) if isinstance(term, Term)]
+    terms = _terms(node)
     facts: dict[str, Any] = {
         "op": node.op.name,
         "node": numbers.get(node),

@@ -29,7 +29,7 @@ Charts.axis = (parts, most, y, left, right, unit) => {
 
 /** The arena over time. At the sizes of the report, storages lie at their offsets; at others, they are stacked. */
 Charts.arena = (timeline, memory, sizes, onpick) => {
-  const [width, height, left, bottom, top] = [900, 340, 76, 46, 14];
+  const [width, height, left, bottom, top] = [640, 300, 62, 42, 14];
   const boxes = [];
   for (let at = 0; at < timeline.boxes.length; at += 6) {
     const [first, end, low, bytes, size, maker] = timeline.boxes.slice(at, at + 6);
@@ -99,7 +99,7 @@ Charts.stack = (boxes, steps) => {
 /** The timetable of a rank: a lane for work, and one for each set of axes over which ranks communicate. */
 Charts.timetable = (table) => {
   const lanes = ["", ...new Set(table.busy.map((each) => each[1]).filter(Boolean))];
-  const [width, left, lane] = [900, 90, 34];
+  const [width, left, lane] = [640, 64, 32];
   const height = lanes.length * lane + 30;
   const x = (time) => left + (time / Math.max(table.seconds, 1e-30)) * (width - left - 10);
   const weights = new Map();
@@ -129,7 +129,7 @@ Charts.mesh = (axes, node) => {
   const shapes = [];
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
-      const rank = column * down + row;
+      const rank = row * across + column;
       shapes.push(T.svg("rect", { class: `rank n${Math.floor(rank / node) % 4}`, x: column * cell, y: row * cell, width: cell - 3, height: cell - 3, rx: 4 }, T.svg("title", {}, `rank ${rank}, node ${Math.floor(rank / node)}`)));
       if (cell > 18) shapes.push(T.svg("text", { class: "tick", x: column * cell + cell / 2 - 1, y: row * cell + cell / 2 + 3, "text-anchor": "middle" }, rank));
     }
@@ -160,7 +160,7 @@ Charts.mask = (each) => {
 Charts.roofline = (found) => {
   const rows = found.kernels.filter((row) => row.flops && row.bytes);
   if (!rows.length) return [];
-  const [width, height, left, bottom] = [900, 320, 70, 34];
+  const [width, height, left, bottom] = [640, 280, 84, 30];
   const xs = rows.map((row) => Math.log10(row.flops / row.bytes));
   const top = Math.log10(Math.max(...Object.values(found.rates), 1)) + 0.15;
   const [x0, x1] = [Math.min(...xs, 0) - 0.3, Math.max(...xs, 2) + 0.3];

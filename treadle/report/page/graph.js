@@ -256,7 +256,8 @@ class GraphView {
 
   load(model) {
     this.model = model;
-    this.main = `${STEP}b:${model.entries(model.passes.length - 1).at(-1)}`;
+    const entries = model.entries(model.passes.length - 1);
+    this.main = `${STEP}b:${entries.includes("step") ? "step" : entries.at(-1)}`;
     this.open = new Set([this.main]);
     this.selected = { numbers: new Set(), value: null, key: null };
     this.maxima = {};
@@ -768,7 +769,9 @@ class GraphView {
     const high = this.scroll.clientHeight / this.height;
     this.scale = Math.min(1, Math.max(whole ? 0.2 : 0.55, whole ? Math.min(wide, high) : wide));
     this.resize();
-    this.scroll.scrollLeft = ((this.width + this.left) * this.scale - this.scroll.clientWidth) / 2;
+    const main = this.byKey.get(this.main);
+    const middle = main && !whole ? main.ax + main.w / 2 : this.width / 2;
+    this.scroll.scrollLeft = (this.left + middle) * this.scale - this.scroll.clientWidth / 2;
     this.scroll.scrollTop = 0;
     this.draw();
   }

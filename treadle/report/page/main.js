@@ -1,6 +1,8 @@
 "use strict";
 // The page: the state of the program, the pass, the selection and the tab; the link in the address; keys and search.
 
+// Tabs with the ops of the first program: they show it.
+const OF_MODEL = new Set(["fusion", "memory", "storage", "profile", "attention", "log"]);
 const TITLES = { selected: "Selected", text: "IR text", source: "Source" };
 
 class App {
@@ -83,7 +85,7 @@ class App {
 
   async setProgram(program) {
     await this.load(program);
-    this.showTab(this.state.tab);
+    this.showTab(program && OF_MODEL.has(this.state.tab) ? "selected" : this.state.tab);
     this.link();
   }
 
@@ -269,6 +271,7 @@ class App {
   async showTab(name, more) {
     const changed = this.state.tab !== name;
     this.state.tab = name;
+    if (OF_MODEL.has(name) && this.state.program) await this.load(0);
     for (const [each] of this.tabs) {
       const button = T.id(`tab-${each}`);
       button.setAttribute("aria-selected", String(each === name));
