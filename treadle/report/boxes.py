@@ -6,7 +6,7 @@
 A function is a box. Inside, a scope with two ops or more is a box, and so are 250 consecutive ops if a box would hold
 more than 400. A repeated block is a function, which the page draws inside the calls: consecutive calls of one function
 are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box has a port.
-Weights and constants have no items: the page lists them among the operands of an op.
+Weights, derived weights and constants have no items: the page lists them among the operands of an op.
 
 The contents of a box at a stage are a `body`. Stages share bodies, and each has two positions for every item: alone, and
 held, which is the same at all stages, from the items and edges of all of them together.
@@ -226,8 +226,8 @@ class _FunctionBoxes:
         for node in function.nodes:
             for value in node.inputs:
                 self._edge(value, node)
-        for output, value in function.outputs.items():
-            self._output(output, value, number_of)
+        for output, value in function.outputs.items() if function is not stage.graph.bind else ():
+            self._output(output, value)
 
     def _open(self, key: Key) -> None:
         """Add a box, as an item of the box around it."""
@@ -266,7 +266,7 @@ class _FunctionBoxes:
             inside = _box_item(to_box[:depth])
         self.bodies[to_box[:shared]].edges[from_item, inside, named] = None
 
-    def _output(self, output: str, value: Value, numbers: Mapping[Node, int]) -> None:
+    def _output(self, output: str, value: Value) -> None:
         if value.node is None and value.kind != "input":
             return
         named = self._value(value)

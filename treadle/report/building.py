@@ -43,6 +43,7 @@ from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.report import tabs
 from treadle.report.programs import Program, program_facts
+from treadle.report.stages import OPTIMIZED
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
 from treadle.resolving import resolve
@@ -246,7 +247,7 @@ class _Collected:
         return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
 
     def _fusion(self) -> Tab:
-        if self.program.stages[1:] and self.program.stages[1].name == "optimized":
+        if any(stage.name == OPTIMIZED for stage in self.program.stages):
             why = "an artifact does not record which ops a pass replaced"
             return missing(why, f"{self.command}  with the model that it was compiled from")
         return tab(partial(tabs.fusion_facts, self.program))

@@ -20,6 +20,8 @@ from treadle.passes.framework.pass_log import PassRecord
 
 DECLARED = "declared"
 """The name of the first stage."""
+OPTIMIZED = "optimized"
+"""The name of the second stage of an artifact, which has no graphs of single passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +81,11 @@ class _Numbering:
             self._add("adapted", optimized.source, _positions(optimized.source), {}, None)
         numbers = self.stages[-1].numbers.values()
         known = dict(enumerate(number for held in numbers for number in held))
+        if any(record.graph is None for record in optimized.log):  # read from an artifact
+            self._add(OPTIMIZED, optimized.graph, _positions(optimized.graph), {}, None)
+            return
         for record in optimized.log:
-            if record.graph is None:
-                continue
+            assert record.graph is not None
             if record.changed and record.history.numbers.keys() == record.graph.functions.keys():
                 self._add(record.name, record.graph, record.history, known, record)
             elif record.changed:  # made by a backend itself, without a history
@@ -89,8 +93,6 @@ class _Numbering:
             else:
                 last = self.stages[-1]
                 self.stages.append(Stage(record.name, last.graph, last.numbers, record=record))
-        if optimized.log and all(record.graph is None for record in optimized.log):  # read from an artifact
-            self._add("optimized", optimized.graph, _positions(optimized.graph), {}, None)
 
     def _add(
         self, name: str, graph: Graph, history: NodeHistory, known: dict[int, int], record: PassRecord | None

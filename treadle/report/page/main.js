@@ -93,7 +93,8 @@ class App {
   openAround() {
     const { view } = this;
     for (let depth = 0; depth < 2; depth++) {
-      const boxes = view.flat.filter((entry) => (entry.kind === "box" || entry.kind === "call") && !entry.op && !entry.child);
+      const inside = (entry) => view.single || entry.key.startsWith(view.main + STEP);
+      const boxes = view.flat.filter((entry) => (entry.kind === "box" || entry.kind === "call") && !entry.op && !entry.child && inside(entry));
       const most = boxes.sort((a, b) => (view.info.counts.get(b.item.path) || 0) - (view.info.counts.get(a.item.path) || 0))[0];
       if (!most || view.flat.length > 60) break;
       const body = view.info.boxes.get(most.item.path);

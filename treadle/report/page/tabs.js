@@ -47,10 +47,15 @@ Tabs.fusion = (app, data) => {
   const status = T.el("select", { id: "fusion-status" }, T.el("option", { value: "" }, "all outcomes"), T.el("option", { value: "open" }, "not fused"), Object.keys(WORDS).filter((each) => data.totals[each]).map((each) => T.el("option", { value: each }, WORDS[each])));
   const kind = T.el("select", { id: "fusion-kind" }, T.el("option", { value: "" }, "all kinds"), kinds.map((each) => T.el("option", { value: each }, each)));
   const open = (site) => data.unfused.includes(site.status);
-  const card = (site) =>
-    T.el("li", { class: `site ${open(site) ? "open" : "done"}` },
-      T.el("h3", {}, T.el("span", { class: "status" }, open(site) ? "not fused" : site.status === "already" ? "already one op" : "fused"), ` ${site.kind}`, site.op ? T.el("small", {}, ` ${site.op}`) : null, site.calls > 1 ? T.el("small", {}, ` ×${site.calls} in a run`) : null),
-      T.el("p", { class: "place" }, T.el("code", {}, (site.places || []).join("  ")), " ", T.el("span", { class: "dim" }, `in ${site.function}`)),
+  const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
+  const fusionOf = (site) => app.model.passes.findIndex((pass) => (pass.replaced || []).some(([, old]) => old.some((each) => site.nodes.includes(each))));
+  const card = (group) => {
+    const [site] = group;
+    const count = group.reduce((sum, each) => sum + each.calls, 0);
+    const at = open(site) || site.status === "already" ? -1 : fusionOf(site);
+    return T.el("li", { class: `site ${open(site) ? "open" : "done"}` },
+      T.el("h3", {}, T.el("span", { class: "status" }, open(site) ? "not fused" : site.status === "already" ? "already one op" : "fused"), ` ${site.kind}`, site.op ? T.el("small", {}, ` ${site.op}`) : null, count > 1 ? T.el("small", {}, ` ×${count} in a run`) : null),
+      T.el("p", { class: "place" }, T.el("code", {}, (site.places || []).join("  ")), " ", T.el("span", { class: "dim" }, `in ${site.function}${group.length > 1 ? ` and ${group.length - 1} more places` : ""}`)),
       T.pairs([
         ["Why", site.reason],
         ["Try", site.hint],
@@ -60,14 +65,23 @@ Tabs.fusion = (app, data) => {
         ["Note", (site.notes || []).join(" ")],
       ]),
       site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")}`) : null,
-      !open(site) && site.rules && app.model.passes.some((pass) => (pass.replaced || []).length) ? T.el("button", { type: "button", onclick: () => {
-        const at = app.model.passes.findIndex((pass) => (pass.replaced || []).some(([, old]) => old.some((each) => site.nodes.includes(each))));
-        if (at > 0) app.go({ stage: at, numbers: app.model.passes[at].replaced.filter(([, old]) => old.some((each) => site.nodes.includes(each))).map(([made]) => made), tab: "fusion" });
-      } }, "Show the fusion") : null);
+      at > 0 ? T.el("button", { type: "button", onclick: () => app.go({ stage: at, numbers: app.model.passes[at].replaced.filter(([, old]) => old.some((each) => site.nodes.includes(each))).map(([made]) => made), tab: "fusion" }) }, "Show the fusion") : null,
+      group.length > 1 ? T.el("details", {}, T.el("summary", {}, `${group.length} places`), T.el("ul", { class: "values" }, group.slice(0, 300).map((each) => T.el("li", {}, show(each))))) : null);
+  };
+  const alike = (sites) => {
+    const groups = new Map();
+    for (const site of sites) {
+      const key = JSON.stringify([site.kind, site.status, site.op, site.reason, site.hint, site.rules, site.matched, site.edge, site.notes]);
+      if (!groups.has(key)) groups.set(key, []);
+      groups.get(key).push(site);
+    }
+    return [...groups.values()];
+  };
   const draw = () => {
     const shown = data.sites.filter((site) => (!kind.value || site.kind === kind.value) && (!status.value || (status.value === "open" ? open(site) : site.status === status.value)));
+    const groups = alike(shown);
     const most = 150;
-    host.replaceChildren(T.el("p", { class: "note" }, `${T.plural(shown.length, "site")} in the distinct functions${shown.length > most ? `; the first ${most} are shown, choose a kind or an outcome` : ""}.`), T.el("ul", { class: "sites" }, shown.slice(0, most).map(card)));
+    host.replaceChildren(T.el("p", { class: "note" }, `${T.plural(shown.length, "site")} in the distinct functions; sites with the same outcome share an entry${groups.length > most ? `, and the first ${most} entries are shown: choose a kind or an outcome` : ""}.`), T.el("ul", { class: "sites" }, groups.slice(0, most).map(card)));
   };
   for (const each of [status, kind]) each.addEventListener("change", draw);
   draw();
