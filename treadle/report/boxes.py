@@ -58,6 +58,7 @@ def boxes_of(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> d
         edges   [from, to, value, ...] by position in `items`
         at      [row, center, ...] of each item;  held   the same at all stages
         bends   [edge, [x, ...], ...] for an edge that crosses rows;  held_bends  the same at all stages
+    slots     for each box, [kind, row, center, ...] of the held items and bends of all stages
     stages    for each stage, the boxes whose bodies changed: {path: index of a body, or null}
     """
     return _Boxes(stages, records).as_dict()
@@ -162,7 +163,12 @@ class _Boxes:
             changes.append(delta)
             before = now
         held = _held(bodies)
-        return {"metrics": METRICS, "bodies": [_drawn(body, held[key]) for key, body in bodies], "stages": changes}
+        return {
+            "metrics": METRICS,
+            "bodies": [_drawn(body, held[key]) for key, body in bodies],
+            "slots": {text(key): each.slots() for key, each in held.items()},
+            "stages": changes,
+        }
 
     def _root(self, stage: Stage) -> _Body:
         """Return the box of the entries; a single entry is opened in place by the page."""
@@ -330,6 +336,19 @@ class _Held:
 
     at: Mapping[str, tuple[int, float]]
     bends: Mapping[tuple[str, str], tuple[float, ...]]
+
+    def slots(self) -> list[float]:
+        """Return [kind, row, center, ...] of every item and bend: a stage leaves the slots of others empty.
+
+        Kinds are 0 for an item, 1 for a port and 2 for a bend.
+        """
+        found: list[float] = []
+        for item, (row, center) in self.at.items():
+            found += [int(_rank(item) != 1), row, center]
+        for (a, _), xs in self.bends.items():
+            for step, x in enumerate(xs, 1):
+                found += [2, self.at[a][0] + step, x]
+        return found
 
 
 def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:

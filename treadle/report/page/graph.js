@@ -15,6 +15,7 @@ class GraphModel {
     this.passes = data.passes;
     this.bodies = data.bodies.map((body) => GraphModel.body(body));
     this.changes = data.stages;
+    this.slots = data.slots;
     this.known = [];
   }
 
@@ -416,13 +417,14 @@ class GraphView {
       }
       edges.push(drawn);
     }
+    if (this.hold) this.keepSlots(path, rows, put);
     let top = 0;
     let least = Infinity;
     const last = Math.max(...rows.keys());
     for (let row = 0; row <= last; row++) {
       const held = (rows.get(row) || []).sort((a, b) => a.wanted - b.wanted);
       const high = held.length ? Math.max(...held.map((e) => e.h)) : 0;
-      const tall = this.hold ? Math.max(high, held.some((e) => e.kind === "in" || e.kind === "out") ? PORT.height : height) : high;
+      const tall = high;
       spread(held, across);
       for (const entry of held) {
         entry.y = top + (entry.child || tall > 2 * height ? 0 : (tall - entry.h) / 2);
@@ -433,11 +435,28 @@ class GraphView {
       if (tall) top += tall + down;
     }
     let right = 0;
-    for (const entry of entries) {
-      entry.x -= least;
-      right = Math.max(right, entry.x + entry.w);
+    for (const held of rows.values()) {
+      for (const entry of held) {
+        entry.x -= least;
+        right = Math.max(right, entry.x + entry.w);
+      }
     }
     return { path, key, entries, edges, w: right, h: Math.max(top - down, 0) };
+  }
+
+  /** Put empty slots where a box has items and bends at other stages, so that nothing else moves. */
+  keepSlots(path, rows, put) {
+    const { width, height } = this.model.metrics;
+    const slots = this.model.slots[path] || [];
+    const taken = new Map();
+    const mark = (row, x) => `${row} ${x}`;
+    for (const [row, held] of rows) for (const entry of held) taken.set(mark(row, entry.wanted), (taken.get(mark(row, entry.wanted)) || 0) + 1);
+    for (let at = 0; at < slots.length; at += 3) {
+      const [kind, row, x] = [slots[at], slots[at + 1], slots[at + 2]];
+      const left = taken.get(mark(row, x)) || 0;
+      if (left) taken.set(mark(row, x), left - 1);
+      else put(row, { kind: "via", item: null, w: kind === 2 ? 10 : kind ? PORT.width : width, h: kind === 2 ? 0 : kind ? PORT.height : height }, x);
+    }
   }
 
   // -- drawing ---------------------------------------------------------------------------------------------------
@@ -607,7 +626,9 @@ class GraphView {
       if (bar) parts.push(T.svg("rect", { class: "bar", x: 1.5, y: h - 4, width: Math.max(2, (w - 3) * bar), height: 2.5, rx: 1 }));
     } else {
       const marks = this.info.marks.get(item.path);
+      const fresh = item.kind === "call" ? item.numbers.every((n) => this.info.added.has(n)) : marks && marks.added === this.info.counts.get(item.path);
       if (entry.ghost) classes.push("removed");
+      else if (fresh && (item.kind === "call" || !entry.child)) classes.push("added");
       const label = item.kind === "call" ? item.path : GraphView.last(item.path);
       const times = item.kind === "call" && item.numbers.length > 1 ? ` ×${item.numbers.length}` : "";
       if (entry.child) classes.push("open");
