@@ -19,6 +19,12 @@ class GraphModel {
     this.known = [];
   }
 
+  /** A model without ops, in place of one whose data is damaged. */
+  static empty() {
+    const metrics = { width: 172, height: 44, across: 24, down: 30 };
+    return new GraphModel({ metrics, nodes: [], passes: [{ name: "", ops: 0 }], bodies: [{}, { items: [["box", "main"]], at: [0, 86], held: [0, 86] }], slots: {}, stages: [{ "": 1, main: 0 }] });
+  }
+
   static body(data) {
     const items = (data.items || []).map((facts, at) => {
       const [kind, ...rest] = facts;

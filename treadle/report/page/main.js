@@ -37,10 +37,9 @@ class App {
     try {
       await this.load(0);
     } catch (error) {
+      this.models[0] = GraphModel.empty();
+      await this.load(0);
       T.id("graph").replaceChildren(T.el("p", { class: "error" }, error.message));
-      this.model = null;
-      await this.showTab(this.state.tab);
-      return;
     }
     T.id("hold").checked = false;
     await this.fromLink(true);
@@ -77,6 +76,7 @@ class App {
     this.view.fit();
     this.saidPass();
     this.section("details").then((details) => {
+      if (!details) return;
       const of = (details.final && details.final.seconds) || null;
       this.view.times = of && { of, most: Math.max(...Object.values(of)) };
       T.id("heat").querySelector('[value="seconds"]').disabled = !of;
@@ -298,7 +298,6 @@ class App {
 
   async selected() {
     const { state } = this;
-    if (!this.model) return [T.el("p", {}, "There is no graph.")];
     if (state.value !== null) return Details.ofValue(this, state.value);
     if (state.number !== null) return Details.node(this, state.number);
     if (state.item) return Details.box(this, state.item);
@@ -367,7 +366,7 @@ class App {
 
   search(text) {
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-    if (!words.length || !this.model) return [];
+    if (!words.length) return [];
     const { model, state } = this;
     const found = [];
     const look = (stage) => {
