@@ -130,10 +130,22 @@ def _place_connected(count: int, edges: tuple[Edge, ...]) -> Placed:
         return Placed((0,), (WIDTH / 2,), {})
     library = sugiyama()
     found = _by_generations(count, edges) if library is None else _by_library(library, count, edges)
+    if _is_mirrored(found):
+        bends = {edge: tuple([-x for x in xs]) for edge, xs in found.bends.items()}
+        found = Placed(found.rows, tuple([-x for x in found.centers]), bends)
     left = min(found.centers) - WIDTH / 2
     left = min([left, *(x for xs in found.bends.values() for x in xs)])
     bends = {edge: tuple([x - left for x in xs]) for edge, xs in found.bends.items()}
     return Placed(found.rows, tuple([x - left for x in found.centers]), bends)
+
+
+def _is_mirrored(placed: Placed) -> bool:
+    """Return True if more neighbors in a row are in the opposite order of the program than in its order."""
+    rows: dict[int, list[tuple[float, int]]] = {}
+    for item, (row, center) in enumerate(zip(placed.rows, placed.centers, strict=True)):
+        rows.setdefault(row, []).append((center, item))
+    signs = [1 if a < b else -1 for row in rows.values() for (_, a), (_, b) in pairwise(sorted(row))]
+    return sum(signs) < 0
 
 
 def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> Placed:

@@ -64,7 +64,6 @@ Details.node = async (app, number) => {
   const at = model.stageOf(number, state.stage);
   const node = model.light(number, at);
   if (!node) return [T.el("p", {}, "This op is not in the graph.")];
-  const name = app.programName();
   let details;
   try {
     details = await app.section("details");
@@ -125,7 +124,8 @@ Details.node = async (app, number) => {
     parts.push(T.el("h3", {}, "Code"), T.el("pre", { class: "code", tabindex: "0" }, lines.join("\n")),
       T.el("button", { type: "button", onclick: () => app.showTab("source", { line: code[0] }) }, "Show it in the source"));
   } else if (at !== model.passes.length - 1) {
-    parts.push(T.el("p", { class: "note" }, `Storage and code belong to the last pass of ${name}: move the slider to its end.`));
+    const last = model.passes.length - 1;
+    if (model.at(last).where.has(number)) parts.push(T.el("h3", {}, "Storage and code"), T.el("button", { type: "button", onclick: () => app.go({ number, stage: last }) }, "Show them after the last pass"));
   }
   return parts.filter(Boolean);
 };
@@ -185,8 +185,15 @@ Details.pass = (app) => {
   const made = new Set(replaced.map(([each]) => each));
   const old = new Set(replaced.flatMap(([, each]) => each));
   if (replaced.length) {
-    parts.push(T.el("h3", {}, "Replacements"), T.el("ul", { class: "values" }, replaced.slice(0, 200).map(([each, before]) =>
-      T.el("li", {}, Details.list(app, before, state.stage - 1), " → ", Details.op(app, each)))));
+    const groups = new Map();
+    for (const [each, before] of replaced) {
+      const key = before.join();
+      if (!groups.has(key)) groups.set(key, { before, after: [] });
+      groups.get(key).after.push(each);
+    }
+    parts.push(T.el("h3", {}, "Replacements"), T.el("ul", { class: "values" }, [...groups.values()].slice(0, 200).map(({ before, after }) =>
+      T.el("li", {}, Details.list(app, before, state.stage - 1), " → ", Details.list(app, after, state.stage)))));
+    if (groups.size > 200) parts.push(T.el("p", { class: "note" }, `and ${T.count(groups.size - 200)} more`));
   }
   const plain = (pass.added || []).filter((each) => !made.has(each));
   const gone = (pass.removed || []).filter((each) => !old.has(each));

@@ -656,7 +656,7 @@ class GraphView {
       }
     }
     if (entry.key === this.selected.key) classes.push("selected");
-    if (this.isMarked(entry)) classes.push("marked");
+    if (!entry.child && this.isMarked(entry)) classes.push("marked");
     return T.svg("g", { class: classes.join(" "), transform: `translate(${x} ${y})`, "data-at": at }, parts);
   }
 
