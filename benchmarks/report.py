@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -29,12 +30,19 @@ import treadle as t
 from treadle.explaining.sharding import explain_sharding
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
+from treadle.ir.target import Target
 from treadle.passes.cleanup.canonicalize import Canonicalize
-from treadle.report.building import Report, lowered_subject, report_of
+from treadle.passes.framework.manager import PassManager
+from treadle.report.building import Report, Subject, lowered_subject, report_of
 from treadle.reporting.counts import human
 
 OPS_PER_LAYER = 15
-LAYER = "() => new Promise((done) => { const began = performance.now(); %s; requestAnimationFrame(() => setTimeout(() => done(performance.now() - began))); })"
+UNTIL_DRAWN = """() => new Promise((done) => {
+    const began = performance.now();
+    %s;
+    requestAnimationFrame(() => setTimeout(() => done(performance.now() - began)));
+})"""
+TIMES = ("paint", "ready", "open_all", "slider_step", "fold_one")
 
 
 def unrolled(ops: int) -> Graph:
@@ -80,9 +88,9 @@ def opened(path: Path, rounds: int) -> dict[str, float]:
             took = {
                 "paint": paint,
                 "ready": ready,
-                "open_all": page.page.evaluate(LAYER % "app.unfold()"),
-                "slider_step": page.page.evaluate(LAYER % "app.nextChange(false)"),
-                "fold_one": page.page.evaluate(LAYER % "app.view.toggle(app.view.flat.find((e) => e.child))"),
+                "open_all": page.page.evaluate(UNTIL_DRAWN % "app.unfold()"),
+                "slider_step": page.page.evaluate(UNTIL_DRAWN % "app.nextChange(false)"),
+                "fold_one": page.page.evaluate(UNTIL_DRAWN % "app.view.toggle(app.view.flat.find((e) => e.child))"),
             }
             for name, each in took.items():
                 found.setdefault(name, []).append(each)
@@ -92,8 +100,6 @@ def opened(path: Path, rounds: int) -> dict[str, float]:
 
 def measured(name: str, make: Callable[[], Report], folder: Path, rounds: int) -> dict[str, Any]:
     """Measure one report in Python and, if there is a browser, in it."""
-    import shutil
-
     path = folder / f"{name}.html"
     facts: dict[str, Any] = {"name": name, **written(make, path)}
     if shutil.which("chromium") is not None:
@@ -148,17 +154,18 @@ def main() -> None:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
-        times = ", ".join(f"{key.replace('_', ' ')} {row[key]} ms" for key in ("paint", "ready", "open_all", "slider_step", "fold_one") if key in row)
-        print(f"{row['name']}: {human(row['bytes'], 'B')}, collected in {row['collect']:.1f} s, written in {row['write']:.1f} s")
+        times = ", ".join(
+            f"{key.replace('_', ' ')} {row[key]} ms"
+            for key in ("paint", "ready", "open_all", "slider_step", "fold_one")
+            if key in row
+        )
+        took = f"collected in {row['collect']:.1f} s, written in {row['write']:.1f} s"
+        print(f"{row['name']}: {human(row['bytes'], 'B')}, {took}")
         print(f"  {times}" if times else f"  tour passed in {row['tour']} s" if "tour" in row else "  no browser")
 
 
 def large_report(graph: Graph) -> Report:
     """Return the report on a graph through one pass, without a backend."""
-    from treadle.passes.framework.manager import PassManager
-    from treadle.report.building import Subject
-    from treadle.ir.target import Target
-
     return report_of(Subject("large", PassManager([Canonicalize()]).run(graph), "", Target("cpu")))
 
 

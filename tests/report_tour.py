@@ -1,4 +1,4 @@
-"""A tour of a report in headless Chromium: each tab, search, folding, a link, the slider, themes, keys, 400 pixels, paper.
+"""A tour of a report in headless Chromium: each tab, search, folding, a link, the slider, themes, keys, paper.
 
     with browser() as chromium:
         tour(chromium, path)
@@ -29,15 +29,27 @@ OVERLAPS = """() => {
     for (const [key, entries] of siblings) {
         for (let a = 0; a < entries.length; a++) for (let b = a + 1; b < entries.length; b++) {
             const [p, q] = [entries[a], entries[b]];
-            if (p.ax < q.ax + q.w - 0.5 && q.ax < p.ax + p.w - 0.5 && p.ay < q.ay + q.h - 0.5 && q.ay < p.ay + p.h - 0.5) found.push([p.key, q.key]);
+            const across = p.ax < q.ax + q.w - 0.5 && q.ax < p.ax + p.w - 0.5;
+            if (across && p.ay < q.ay + q.h - 0.5 && q.ay < p.ay + p.h - 0.5) found.push([p.key, q.key]);
         }
         const outer = app.view.byKey.get(key);
-        for (const entry of entries) if (outer && (entry.ax < outer.ax || entry.ax + entry.w > outer.ax + outer.w + 0.5 || entry.ay + entry.h > outer.ay + outer.h + 0.5)) found.push([key, entry.key]);
+        for (const entry of outer ? entries : []) {
+            const right = entry.ax + entry.w > outer.ax + outer.w + 0.5;
+            const below = entry.ay + entry.h > outer.ay + outer.h + 0.5;
+            if (entry.ax < outer.ax || right || below) found.push([key, entry.key]);
+        }
     }
     return found;
 }"""
 OPEN = """() => [app.view.single, ...app.view.flat.filter((e) => e.child).map((e) => e.key)]"""
-PLACES = """() => Object.fromEntries(app.view.flat.filter((e) => !e.ghost && (e.op || e.kind === "in")).map((e) => [e.key, [e.ax, e.ay]]))"""
+PLACES = """() => Object.fromEntries(
+    app.view.flat.filter((e) => !e.ghost && (e.op || e.kind === "in")).map((e) => [e.key, [e.ax, e.ay]])
+)"""
+MOVE = """() => {
+    const range = document.getElementById("pass");
+    range.value = %d;
+    range.dispatchEvent(new Event("input"));
+}"""
 
 
 def needs_browser() -> str:
@@ -136,14 +148,14 @@ def folding(opened: Opened) -> None:
 
 
 def slider(opened: Opened) -> None:
-    """Step through all passes. Added ops are marked, and if no box opens or folds, all other ops stay where they are."""
+    """Step through all passes. Added ops are marked, and all others keep their place if no box opens or folds."""
     opened.js("app.view.all(true)")
     opened.page.set_checked("#hold", True)
     count = opened.js("app.model.passes.length")
     before: tuple[list[str], dict[str, Any]] | None = None
     compared = 0
     for stage in range(count):
-        opened.js(f"(() => {{ const r = document.getElementById('pass'); r.value = {stage}; r.dispatchEvent(new Event('input')); }})()")
+        opened.js(MOVE % stage)
         assert opened.js("app.state.stage") == stage
         opened.js("app.view.drawAll()")
         places, state = opened.js(PLACES), opened.js(OPEN)

@@ -39,7 +39,13 @@ from treadle.report.programs import Program, stage_texts
 from treadle.report.stages import stages_of
 from treadle.report.writing import LONGEST, page_text, plain
 
-HOSTILE = ["</script><script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "nul\0", "\u202egnp.exe", "x" * 200_000]
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "nul\0",
+    "\u202egnp.exe",
+    "x" * 200_000,
+]
 
 
 @t.model
@@ -75,7 +81,7 @@ def test_a_history_refers_to_no_node(exe: t.Compiled) -> None:
 
 
 def test_functions_that_a_pass_leaves_alone_share_their_numbers(exe: t.Compiled) -> None:
-    for before, after in pairwise([r for r in exe.optimized.log]):
+    for before, after in pairwise(list(exe.optimized.log)):
         for name, held in after.history.numbers.items():
             same = before.history.numbers.get(name)
             assert same is held or after.changed
@@ -226,10 +232,10 @@ def test_a_call_that_reads_an_op_between_calls_is_an_item_of_its_own() -> None:
             y = y + t.linear(x, 8, name="side")
         return y
 
-    program, found = boxes(t.compile(mixed, passes=[]))
+    _, found = boxes(t.compile(mixed, passes=[]))
     for held in stage_boxes(found):
         for body in held.values():
-            order = {at: row for at, row in enumerate(body["at"][::2])}
+            order = dict(enumerate(body["at"][::2]))
             triples = body.get("edges", [])
             assert all(order[a] < order[b] for a, b in zip(triples[::3], triples[1::3], strict=True))
 
@@ -278,17 +284,19 @@ def test_a_long_list_of_ops_is_divided() -> None:
 
 
 def test_the_fusion_tab_has_the_sites_of_explain(report: Report) -> None:
-    told = explain_fusion(small)
+    expected = explain_fusion(small)
     data = report.sections["fusion"]["data"]
-    assert data["totals"] == told.sites
+    assert data["totals"] == expected.sites
     assert all(site["nodes"] for site in data["sites"])
 
 
 def test_the_memory_tab_has_the_report_of_explain(report: Report) -> None:
-    told = explain_memory(small).as_dict()
+    expected = explain_memory(small).as_dict()
     data = report.sections["memory"]["data"]
-    assert {name: data[name] for name in told if name != "alive"} == {n: v for n, v in told.items() if n != "alive"}
-    assert [each["bytes"] for each in data["alive"]] == [each["bytes"] for each in told["alive"]]
+    assert {name: data[name] for name in expected if name != "alive"} == {
+        n: v for n, v in expected.items() if n != "alive"
+    }
+    assert [each["bytes"] for each in data["alive"]] == [each["bytes"] for each in expected["alive"]]
     assert max(data["timeline"]["live"]) <= data["peak"]
 
 
@@ -315,7 +323,11 @@ def test_the_text_of_every_stage_is_what_the_printer_prints(exe: t.Compiled) -> 
     for at, stage in enumerate(stages):
         held = found["stages"][at]
         held = found["stages"][held] if isinstance(held, int) else held
-        lines = [found["lines"][n] for first, count in zip(held[::2], held[1::2], strict=True) for n in range(first, first + count)]
+        lines = [
+            found["lines"][n]
+            for first, count in zip(held[::2], held[1::2], strict=True)
+            for n in range(first, first + count)
+        ]
         assert lines == print_graph(stage.graph).splitlines()
 
 
@@ -336,11 +348,11 @@ def exe_attention(exe: t.Compiled) -> Node:
 
 def test_added_and_removed_ops_are_those_of_the_stages(exe: t.Compiled, report: Report) -> None:
     before: set[int] = set()
-    for stage, told in zip(stages_of(exe.optimized), report.sections["graph:0"]["passes"], strict=True):
+    for stage, expected in zip(stages_of(exe.optimized), report.sections["graph:0"]["passes"], strict=True):
         now = {number for _, _, number in stage.walk()}
         if stage.record is not None:
-            assert set(told.get("added", [])) == now - before
-            assert set(told.get("removed", [])) == before - now
+            assert set(expected.get("added", [])) == now - before
+            assert set(expected.get("removed", [])) == before - now
         before = now
 
 
@@ -438,14 +450,27 @@ def test_the_page_is_one_file_that_may_load_nothing(report: Report) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "img", "base")]
     hashes = set(re.findall(r"'sha256-([^']+)'", policy))
-    code = [text for (tag, a), (_, text) in zip([x for x in page.tags if x[0] in ("script", "style")], page.texts, strict=True) if "data-section" not in a]
+    code = [
+        text
+        for (tag, a), (_, text) in zip([x for x in page.tags if x[0] in ("script", "style")], page.texts, strict=True)
+        if "data-section" not in a
+    ]
     assert {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in code} == hashes
 
 
 def test_the_pages_code_makes_no_markup_of_data() -> None:
     for path in Path("treadle/report/page").glob("*.js"):
         text = path.read_text(encoding="utf-8")
-        for banned in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "fetch(", "XMLHttpRequest"):
+        for banned in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "Function(",
+            "fetch(",
+            "XMLHttpRequest",
+        ):
             assert banned not in text, f"{path.name}: {banned}"
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
 
@@ -478,7 +503,10 @@ def test_hostile_names_stay_data() -> None:
 
 
 def test_numbers_that_are_not_finite_and_long_texts_can_be_written() -> None:
-    assert plain({"a": float("inf"), 3: ("x" * (LONGEST + 1),)}) == {"a": "inf", "3": [f"{'x' * LONGEST}... (4,001 characters)"]}
+    assert plain({"a": float("inf"), 3: ("x" * (LONGEST + 1),)}) == {
+        "a": "inf",
+        "3": [f"{'x' * LONGEST}... (4,001 characters)"],
+    }
 
 
 def test_a_notebook_shows_the_page_in_a_frame(report: Report) -> None:
@@ -512,8 +540,10 @@ def test_the_command_writes_a_report(treadle_command: Treadle, tmp_path: Path) -
 
 
 def test_the_command_reports_a_mesh_a_quantized_model_and_an_artifact(treadle_command: Treadle, tmp_path: Path) -> None:
-    told = treadle_command("report", SMALL, "--mesh", "tp=2", "--recipe", "megatron", "--quantize", "int8-weights", "--json")
-    assert told.json["path"] == "report.html"
+    expected = treadle_command(
+        "report", SMALL, "--mesh", "tp=2", "--recipe", "megatron", "--quantize", "int8-weights", "--json"
+    )
+    assert expected.json["path"] == "report.html"
     found = unpacked(Page((tmp_path / "report.html").read_text(encoding="utf-8")))
     assert found["head"]["programs"][-1] == "rank 1"
     assert {each["encoding"] for each in found["weights"]["data"]["weights"]} >= {"int8_rows"}

@@ -110,7 +110,8 @@ def test_a_click_on_a_value_marks_all_its_readers(chromium: Any, tmp_path: Path)
     opened = Opened(chromium, t.compile(small).report().save(tmp_path / "small.html"))
     opened.js("app.view.all(true)")
     value, readers = opened.js(
-        "[...app.model.values(app.state.stage)].map(([key, v]) => [key, v.readers.length]).sort((a, b) => b[1] - a[1])[0]"
+        "[...app.model.values(app.state.stage)].map(([key, v]) => [key, v.readers.length])"
+        ".sort((a, b) => b[1] - a[1])[0]"
     )
     assert readers > 1
     opened.js(f"app.pickValue({value!r})")

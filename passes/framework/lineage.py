@@ -1,7 +1,7 @@
 """Lineage: for each node of the original graph, the nodes that do its work after passes have run.
 
-While passes run, it refers to nodes. A `NodeNumbers` turns it into numbers that are small enough to keep with the log of
-every pass.
+While passes run, it refers to nodes. A `NodeNumbers` turns it into numbers that are small enough to be stored with the
+log of every pass.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ class NodeNumbers:
 
     def after(self, working: Graph, lineage: Lineage, touched: Collection[str] | None) -> NodeHistory:
         """Return the history after a pass that changed these functions (None: all of them)."""
-        known = len(self._numbers)
+        count = len(self._numbers)
         before = self._held
         changed = [name for name in working.functions if touched is None or name in touched or name not in before]
         held = {name: before[name] for name in working.functions if name in before}
         self._held = held | self._numbered(working, changed)
-        return NodeHistory(self._held, self._links(lineage, known))
+        return NodeHistory(self._held, self._links(lineage, count))
 
     def _numbered(self, working: Graph, names: Iterable[str]) -> dict[str, array[int]]:
         numbers = self._numbers
@@ -97,14 +97,14 @@ class NodeNumbers:
             found[name] = held
         return found
 
-    def _links(self, lineage: Lineage, known: int) -> dict[int, tuple[int, ...]]:
+    def _links(self, lineage: Lineage, count: int) -> dict[int, tuple[int, ...]]:
         """Return the replaced nodes of each node, followed through the nodes that lived during the pass only."""
         sources: dict[Node, dict[int, None]] = {}
         for created, nodes in lineage.take_replacements():
             work: dict[int, None] = {}
             for node in nodes:
                 number = self._numbers.get(node)
-                if number is not None and number < known:
+                if number is not None and number < count:
                     work[number] = None
                 work |= sources.get(node, {})
             for node in created:

@@ -1,4 +1,4 @@
-"""The command line: `treadle inspect | compile | explain | report | run | launch | verify | shard | export | bench | ...`.
+"""The command line: `treadle inspect | compile | explain | report | run | launch | verify | shard | export | ...`.
 
 docs/cli.md describes each command. Each command has a file of its name in this folder, or in `tasks/` if it applies a
 model to a task such as classification.

@@ -81,13 +81,15 @@ def report_command(
     from treadle.reporting.counts import human
 
     split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
-    given = {name: value for name, value in split.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:
-        raise UsageError("--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2")
+        raise UsageError(
+            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2"
+        )
     where = Target(target, threads)
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "widen": names_of(widen) or ()}
     chosen = parse_sizes(sizes)
-    budget = {} if memory is None else {"memory": memory, "sizes": chosen}
+    budget: dict[str, Any] = {} if memory is None else {"memory": memory, "sizes": chosen}
     sharding = None
     subject: Subject | Compiled
     with working(f"compiling {model}", shown=not as_json):

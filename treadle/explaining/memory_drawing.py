@@ -135,4 +135,5 @@ def _drawn(
 
 def _described(box: TimelineBox) -> str:
     """Return the tooltip of a lifetime."""
-    return f"{box.name} of {box.function}: {human(box.bytes, 'B')} ({box.bytes:,} bytes), for {box.op}  {box.line}".rstrip()
+    count = f"{human(box.bytes, 'B')} ({box.bytes:,} bytes)"
+    return f"{box.name} of {box.function}: {count}, for {box.op}  {box.line}".rstrip()

@@ -87,9 +87,7 @@ def timeline_of(report: MemoryReport) -> Timeline:
 def _lengths(report: MemoryReport, name: str) -> list[int]:
     """Return the number of steps of the whole run that each step of a function takes."""
     frame = report.frames[name]
-    return [
-        sum(_lengths(report, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))
-    ]
+    return [sum(_lengths(report, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
 
 
 def _starts(report: MemoryReport, name: str, begin: int) -> list[int]:

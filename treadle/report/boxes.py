@@ -4,12 +4,12 @@
     boxes.as_dict()
 
 A function is a box. Inside, a scope with two ops or more is a box, and so are 250 consecutive ops if a box would hold
-more than 400. A repeated block is a function, which the page draws inside the calls: consecutive calls of one function
+more than 400. A repeated block is a function, which the page draws inside its calls: consecutive calls of one function
 are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box has a port.
 Weights, derived weights and constants have no items: the page lists them among the operands of an op.
 
-The contents of a box at a stage are a `body`. Stages share bodies, and each has two positions for every item: alone, and
-held, which is the same at all stages, from the items and edges of all of them together.
+The content of a box at a stage is a `body`, which stages share. Each item has two positions: one for the body alone,
+and a held one that is the same at all stages and follows from the items and edges of all of them together.
 """
 
 from __future__ import annotations
@@ -204,9 +204,7 @@ def _path(name: str, node: Node) -> Key:
 class _FunctionBoxes:
     """The bodies of the boxes of one function at one stage."""
 
-    def __init__(
-        self, boxes: _Boxes, stage: Stage, name: str, function: Function, records: Mapping[int, int]
-    ) -> None:
+    def __init__(self, boxes: _Boxes, stage: Stage, name: str, function: Function, records: Mapping[int, int]) -> None:
         self.bodies: dict[Key, _Body] = {(name,): _Body()}
         self.name, self.boxes, self.records = name, boxes, records
         numbers = stage.numbers[name]

@@ -122,7 +122,7 @@ def sugiyama() -> ModuleType | None:
         import fast_sugiyama
     except ImportError:
         return None
-    return fast_sugiyama  # type: ignore[no-any-return]
+    return fast_sugiyama
 
 
 def _place_connected(count: int, edges: tuple[Edge, ...]) -> Placed:
@@ -229,7 +229,7 @@ def _order(levels: list[list[int]], above: list[list[int]], below: list[list[int
                 item: sum(at[each] for each in near[item]) / len(near[item]) if near[item] else own[item]
                 for item in level
             }
-            level.sort(key=lambda item: (mean[item], own[item]))  # noqa: B023  # used before the next round
+            level.sort(key=lambda item: (mean[item], own[item]))
 
 
 def _centers(levels: list[list[int]], above: list[list[int]], below: list[list[int]], count: int) -> list[float]:

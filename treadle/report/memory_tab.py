@@ -22,9 +22,7 @@ LARGEST_AXIS = 8192
 """The end of a slider for an axis without a bound."""
 
 
-def memory_facts(
-    report: MemoryReport, graph: Graph, plan: StoragePlan, numbers: Mapping[Node, int]
-) -> dict[str, Any]:
+def memory_facts(report: MemoryReport, graph: Graph, plan: StoragePlan, numbers: Mapping[Node, int]) -> dict[str, Any]:
     """Return the memory report, with the timeline of the arena and its formulas."""
     alive = []
     nodes = {
@@ -48,7 +46,8 @@ def memory_facts(
     }
     step = report.frames[report.at[-1][0]].steps
     at = report.at[-1][1]
-    found["step_node"] = numbers.get(step[at]) if at < len(step) and step[at] is not None else None
+    running = step[at] if at < len(step) else None
+    found["step_node"] = None if running is None else numbers.get(running)
     found["timeline"] = _timeline(report, numbers)
     return found
 

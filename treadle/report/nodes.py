@@ -1,8 +1,8 @@
 """The facts of each op at each stage, with equal facts stored once: types, axis rule, line, operations, bytes.
 
-    facts = NodeFacts(sizes)
-    index = facts.of(stage)              # for each node by its number, the index of its facts
-    facts.light, facts.details           # what a drawing and a search need, and everything else
+facts = NodeFacts(sizes)
+index = facts.of(stage)              # for each node by its number, the index of its facts
+facts.light, facts.details           # what a drawing and a search need, and everything else
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A program of the report, such as the model or its decoding step: its graph at every stage, its code and its storage.
 
-    program_facts(Program("model", exe.optimized, exe.executable), sizes)
+program_facts(Program("model", exe.optimized, exe.executable), sizes)
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def _kernel_lines(executable: Any, source: Sequence[str]) -> dict[Node, list[int
             if step.node is None:
                 continue
             found.setdefault(step.node, []).extend((at, at))
-            begin = starts.get(titles.get(getattr(step, "kernel", None), ""))
+            kernel = getattr(step, "kernel", None)
+            begin = None if kernel is None else starts.get(titles[kernel])
             if begin is not None:
                 end = begin
                 while end + 1 < len(source) and (source[end + 1].startswith(" ") or not source[end + 1]):

@@ -4,8 +4,8 @@
         print(stage.name, stage.graph, stage.replaced)
 
 Nodes are numbered by the pass manager (`treadle.passes.framework.lineage.NodeHistory`). A backend's passes number them
-again, from the graph that they start with, and an artifact has no numbers. There, and for a node that a pass built again
-without a record of what it replaced, a node is the same if its op, types, scope, line and name are.
+from the graph that they start with, and an artifact has no numbers. There, and if a pass rebuilds a node without a
+record of its replacement, two nodes are the same if their ops, types, scopes, lines and names are equal.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def storage_facts(program: Program) -> dict[str, Any]:
 
 def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
     """Return every weight in the form in which it is stored, the largest first, and what the quantization reported."""
-    weights = []
+    weights: list[dict[str, Any]] = []
     for name, value in graph.parameters.items():
         encoding = value.type.encoding
         count, elements = value.type.bytes_at({}), value.type.elements.evaluate({})
