@@ -35,7 +35,7 @@ from treadle.report.building import Report, lowered_subject, report_of
 from treadle.report.layout import SPACING, place
 from treadle.report.memory_tab import size_terms
 from treadle.report.nodes import NodeFacts
-from treadle.report.programs import Program, stage_texts
+from treadle.report.programs import ReportProgram, stage_texts
 from treadle.report.stages import stages_of
 from treadle.report.writing import LONGEST, page_text, plain
 
@@ -67,8 +67,8 @@ def report(exe: t.Compiled) -> Report:
     return exe.report()
 
 
-def program_of(exe: t.Compiled) -> Program:
-    return Program("model", exe.optimized, exe.backend, exe.executable)
+def program_of(exe: t.Compiled) -> ReportProgram:
+    return ReportProgram("model", exe.optimized, exe.backend, exe.executable)
 
 
 # -- stages --------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_parts_that_are_not_connected_stand_side_by_side() -> None:
 # -- boxes ---------------------------------------------------------------------------------------------------------
 
 
-def boxes(exe: t.Compiled) -> tuple[Program, dict[str, Any]]:
+def boxes(exe: t.Compiled) -> tuple[ReportProgram, dict[str, Any]]:
     program, facts = program_of(exe), NodeFacts({"B": 1, "S": 8})
     return program, boxes_of(program.stages, [facts.of(stage) for stage in program.stages])
 
@@ -272,7 +272,7 @@ def test_a_long_list_of_ops_is_divided() -> None:
         x = b.tanh(x)
     b.outputs(y=x)
     optimized = PassManager([]).run(graph)
-    program = Program("model", optimized, "")
+    program = ReportProgram("model", optimized, "")
     facts = NodeFacts({})
     found = boxes_of(program.stages, [facts.of(s) for s in program.stages])
     (held,) = stage_boxes(found)

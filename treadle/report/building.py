@@ -42,7 +42,7 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
 from treadle.report import tabs
-from treadle.report.programs import Program, program_facts
+from treadle.report.programs import ReportProgram, program_facts
 from treadle.report.stages import OPTIMIZED
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
@@ -217,7 +217,7 @@ class _Collected:
         self.model, self.sharding, self.cache = model, sharding, cache
         self.command = command or "treadle report MODEL -o report.html"
         self.sizes = choose_sizes(model.optimized.graph, sizes)
-        self.program = Program("model", model.optimized, model.backend, model.executable)
+        self.program = ReportProgram("model", model.optimized, model.backend, model.executable)
         self.times: dict[Node, float] = {}
         nothing = missing("nothing was run", f"{self.command} --backend tvm --profile 9")
         self.measured: dict[str, Tab] = {"roofline": nothing, "profile": nothing}
@@ -259,7 +259,7 @@ class _Collected:
     def _no_plan(self) -> Tab:
         return missing(f"backend {self.model.backend} does not plan storage", f"{self.command} --backend tvm")
 
-    def _step(self, programs: list[Program]) -> dict[str, Any]:
+    def _step(self, programs: list[ReportProgram]) -> dict[str, Any]:
         graph = self.model.optimized.graph
         if graph.entry_names[-1] != "main":
             raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
@@ -298,23 +298,23 @@ class _Collected:
         }
 
 
-def _step_program(derived: DerivedStep, backend: str, target: Target) -> Program:
+def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportProgram:
     """Return the derived step, through the passes of a backend that has any."""
     found = find_backend(backend)
     if isinstance(found, StagedBackend):
-        return Program("step", found.lower(derived.graph, target), backend, None, "derived")
-    return Program("step", PassManager(()).run(derived.graph), backend, None, "derived")
+        return ReportProgram("step", found.lower(derived.graph, target), backend, None, "derived")
+    return ReportProgram("step", PassManager(()).run(derived.graph), backend, None, "derived")
 
 
-def _rank(plan: ShardingPlan) -> Program:
+def _rank(plan: ShardingPlan) -> ReportProgram:
     """Return the program of the last rank, whose parts are the largest."""
     rank = plan.devices.ranks - 1
     made = PassManager([*MERGING, GatherAhead()]).run(rank_program(plan, rank))
-    return Program(f"rank {rank}", made, "", None, "sharded")
+    return ReportProgram(f"rank {rank}", made, "", None, "sharded")
 
 
 def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
-    program = Program("step", model.optimized, model.backend, model.executable, "derived")
+    program = ReportProgram("step", model.optimized, model.backend, model.executable, "derived")
     chosen = choose_sizes(program.graph, sizes)
     target = Target("cpu")
     no_source = missing("the step was derived from another graph", "exe.report()  of the model itself")
@@ -354,7 +354,7 @@ def _report(
     backend: str,
     target: str,
     sizes: Mapping[str, int],
-    programs: list[Program],
+    programs: list[ReportProgram],
     found: Mapping[str, Tab],
     times: Mapping[Node, float],
 ) -> Report:

@@ -1,6 +1,6 @@
 """A program of the report, such as the model or its decoding step: its graph at every stage, its code and its storage.
 
-program_facts(Program("model", exe.optimized, exe.executable), sizes)
+program_facts(ReportProgram("model", exe.optimized, exe.executable), sizes)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_TEXT = 400_000
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class ReportProgram:
     """A graph that passes changed and a backend runs.
 
     name        the name in the page's list: "model", "step", "rank 3"
@@ -77,7 +77,7 @@ class Program:
 
 
 def program_facts(
-    program: Program, sizes: Mapping[str, int], times: Mapping[Node, float] | None = None
+    program: ReportProgram, sizes: Mapping[str, int], times: Mapping[Node, float] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Return the sections of a program: `graph`, `details` of its ops, `text` of its stages, and `source`.
 
@@ -146,7 +146,7 @@ def stage_texts(stages: Sequence[Stage]) -> dict[str, Any]:
     return {"lines": list(lines), "stages": found}
 
 
-def _final(program: Program, times: Mapping[Node, float]) -> dict[str, Any]:
+def _final(program: ReportProgram, times: Mapping[Node, float]) -> dict[str, Any]:
     """Return the facts of the ops that run, by number: where results are stored, and seconds."""
     numbers = program.numbers()
     stored: dict[int, list[dict[str, Any]]] = {}
@@ -167,7 +167,7 @@ def _final(program: Program, times: Mapping[Node, float]) -> dict[str, Any]:
 # -- code ------------------------------------------------------------------------------------------------------------
 
 
-def _code(program: Program, source: str) -> dict[int, list[int]]:
+def _code(program: ReportProgram, source: str) -> dict[int, list[int]]:
     """Return, for the number of each node, the first and the last line of its code, from 0, in pairs."""
     numbers = program.numbers()
     lines: dict[Node, list[int]] = {}

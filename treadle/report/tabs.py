@@ -26,7 +26,7 @@ from treadle.ir.target import Target
 from treadle.passes.sharding.timetable import Busy
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.report.memory_tab import memory_facts
-from treadle.report.programs import Program
+from treadle.report.programs import ReportProgram
 from treadle.reporting.graphs import graph_facts
 
 MOST_BUSY = 20_000
@@ -48,7 +48,7 @@ def missing(reason: str, command: str) -> Tab:
     return {"missing": reason, "command": command}
 
 
-def overview(program: Program, target: Target, sizes: Mapping[str, int]) -> dict[str, Any]:
+def overview(program: ReportProgram, target: Target, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the facts of the model: parameters, cost, inputs and outputs, and the ops of a run."""
     optimized = program.optimized
     stages = optimized.stages
@@ -68,7 +68,7 @@ def overview(program: Program, target: Target, sizes: Mapping[str, int]) -> dict
 _ORDER = (*UNFUSED, FUSED, ALREADY)
 
 
-def fusion_facts(program: Program) -> dict[str, Any]:
+def fusion_facts(program: ReportProgram) -> dict[str, Any]:
     """Return every candidate site with its verdict, its ops by number, and the number of times that a run has it."""
     numbers, calls = program.declared_numbers(), count_calls(program.optimized.source)
     sites = []
@@ -84,7 +84,7 @@ def fusion_facts(program: Program) -> dict[str, Any]:
     return {"sites": sites, "totals": totals, "unfused": list(UNFUSED)}
 
 
-def memory_tab_facts(program: Program, frames: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+def memory_tab_facts(program: ReportProgram, frames: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the memory report of the program that runs."""
     last = program.last
     assert last.plan is not None
@@ -92,7 +92,7 @@ def memory_tab_facts(program: Program, frames: Any, sizes: Mapping[str, int]) ->
     return memory_facts(report, last.graph, last.plan, program.numbers())
 
 
-def storage_facts(program: Program) -> dict[str, Any]:
+def storage_facts(program: ReportProgram) -> dict[str, Any]:
     """Return the storage of each value, with the number of the op that makes it, and the layouts of weights."""
     report, plan = program.storage(), program.last.plan
     assert report is not None
@@ -127,7 +127,7 @@ def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
     return {"weights": weights, "bytes": sum(each["bytes"] for each in weights), "notes": notes}
 
 
-def attention_facts(program: Program, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+def attention_facts(program: ReportProgram, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return every attention of the optimized graph: its terms, its sizes, and the pairs that it computes."""
     graph = program.optimized.graph
     stage = next(s for s in reversed(program.stages) if s.graph is graph or _alike(s.graph, graph))
@@ -205,12 +205,12 @@ def _busy(each: Busy) -> list[Any]:
     return [each.op, each.over, each.because, each.scope, each.line, each.start, each.seconds, each.sent, each.limit]
 
 
-def log_facts(program: Program) -> dict[str, Any]:
+def log_facts(program: ReportProgram) -> dict[str, Any]:
     """Return the pass log with the times of this compilation."""
     return {"passes": [record.as_dict(times=True) for record in program.optimized.stages]}
 
 
-def frames_of_program(program: Program, target: Target) -> Any:
+def frames_of_program(program: ReportProgram, target: Target) -> Any:
     """Return the frames of the graph that runs, with the workspaces of kernels. Raises UsageError for a backend without
     a storage plan.
     """
