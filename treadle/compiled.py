@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -163,9 +164,8 @@ class Compiled:
         The options are those of `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`.
         Raises UsageError as it does.
         """
-        from treadle.report.building import report_of
-
-        return report_of(self, **options)
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
+        return made
 
     def save(self, path: str | Path) -> str:
         """Write the model to one `.treadle` file, which `treadle.load` reads. See `treadle.artifacts.save`.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,8 @@ class SteppedModel:
 
     def report(self, **options: Any) -> Report:
         """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
-        from treadle.report.building import report_of
-
-        return report_of(self, **options)
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
+        return made
 
 
 def step_of(

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from treadle.ir.graph import Function, Node, Value
 from treadle.report.layout import METRICS, place
-from treadle.report.stages import Stage
+from treadle.report.stages import ProgramStage
 
 MOST_ITEMS, CHUNK = 400, 250
 """A box with more items is divided into boxes of this many consecutive ops."""
@@ -32,12 +32,12 @@ Key = tuple[str, ...]
 _NUMBERED = re.compile(r"\d+")
 
 
-@dataclass
 class _Body:
     """The items and edges of a box at one stage: item keys with their facts, and edges with values."""
 
-    items: dict[str, list[Any]] = field(default_factory=dict)
-    edges: dict[tuple[str, str, str], None] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.items: dict[str, list[Any]] = {}
+        self.edges: dict[tuple[str, str, str], None] = {}
 
     def frozen(self) -> tuple[Any, ...]:
         return tuple([(key, *_frozen(facts)) for key, facts in self.items.items()]), tuple(self.edges)
@@ -47,7 +47,7 @@ def _frozen(facts: list[Any]) -> Iterator[Any]:
     return (tuple(each) if isinstance(each, list) else each for each in facts)
 
 
-def boxes_of(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> dict[str, Any]:
+def boxes_of(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> dict[str, Any]:
     """Return the boxes of every stage as data for the page.
 
     records   for each stage, the index of the facts of each node by its number
@@ -65,7 +65,7 @@ def boxes_of(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> d
 
 
 class _Boxes:
-    def __init__(self, stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> None:
+    def __init__(self, stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> None:
         self.stages, self.records = stages, records
         self.boxed = self._boxed_scopes()
         self.chunks: dict[tuple[Key, int], int] = {}
@@ -73,7 +73,7 @@ class _Boxes:
 
     # -- the scopes that are boxes -------------------------------------------------------------------------------
 
-    def _distinct(self) -> Iterator[tuple[Stage, str, Function]]:
+    def _distinct(self) -> Iterator[tuple[ProgramStage, str, Function]]:
         """Yield each distinct function of all stages once."""
         seen: set[int] = set()
         for stage in self.stages:
@@ -170,7 +170,7 @@ class _Boxes:
             "stages": changes,
         }
 
-    def _root(self, stage: Stage) -> _Body:
+    def _root(self, stage: ProgramStage) -> _Body:
         """Return the box of the entries; a single entry is opened in place by the page."""
         body = _Body()
         for name in stage.graph.entry_names:
@@ -204,7 +204,9 @@ def _path(name: str, node: Node) -> Key:
 class _FunctionBoxes:
     """The bodies of the boxes of one function at one stage."""
 
-    def __init__(self, boxes: _Boxes, stage: Stage, name: str, function: Function, records: Mapping[int, int]) -> None:
+    def __init__(
+        self, boxes: _Boxes, stage: ProgramStage, name: str, function: Function, records: Mapping[int, int]
+    ) -> None:
         self.bodies: dict[Key, _Body] = {(name,): _Body()}
         self.name, self.boxes, self.records = name, boxes, records
         numbers = stage.numbers[name]

@@ -1,4 +1,4 @@
-"""Positions of the items of one box, in rows from top to bottom: edges lead downwards, and no two items overlap.
+"""BoxPositions of the items of one box, in rows from top to bottom: edges lead downwards, and no two items overlap.
 
     placed = place(5, [(0, 1), (1, 2), (0, 2), (3, 4)])
     placed.rows[2], placed.centers[2]        # the row of item 2, and its center in pixels
@@ -34,8 +34,8 @@ Edge = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Positions of items.
+class BoxPositions:
+    """BoxPositions of items.
 
     rows     the row of each item, from 0
     centers  the center of each item in pixels; the leftmost item starts at 0
@@ -58,7 +58,7 @@ class Placed:
         return max(rows * (HEIGHT + GAP_DOWN) - GAP_DOWN, 0)
 
 
-def place(count: int, edges: Sequence[Edge]) -> Placed:
+def place(count: int, edges: Sequence[Edge]) -> BoxPositions:
     """Return positions of `count` items that are connected by edges."""
     forward = list(dict.fromkeys(edge for edge in edges if edge[0] < edge[1]))
     shelf = _Shelf()
@@ -88,7 +88,7 @@ def _components(count: int, edges: Sequence[Edge]) -> list[list[int]]:
 
 
 class _Shelf:
-    """Placed groups side by side; a group that would exceed the width starts below the others."""
+    """BoxPositions groups side by side; a group that would exceed the width starts below the others."""
 
     def __init__(self) -> None:
         self.rows: dict[int, int] = {}
@@ -96,7 +96,7 @@ class _Shelf:
         self.bends: dict[Edge, tuple[float, ...]] = {}
         self.left, self.top, self.below = 0.0, 0, 0
 
-    def add(self, items: Sequence[int], placed: Placed) -> None:
+    def add(self, items: Sequence[int], placed: BoxPositions) -> None:
         if self.left and self.left + placed.width > _SHELF:
             self.left, self.top = 0.0, self.below
         for item, row, center in zip(items, placed.rows, placed.centers, strict=True):
@@ -107,8 +107,8 @@ class _Shelf:
         right = max([placed.width, *(x + GAP_ACROSS for xs in placed.bends.values() for x in xs)])
         self.left += right + GAP_ACROSS
 
-    def placed(self, count: int) -> Placed:
-        return Placed(
+    def placed(self, count: int) -> BoxPositions:
+        return BoxPositions(
             tuple([self.rows[item] for item in range(count)]),
             tuple([round(self.centers[item], 1) for item in range(count)]),
             {edge: tuple([round(x, 1) for x in xs]) for edge, xs in self.bends.items()},
@@ -125,21 +125,21 @@ def sugiyama() -> ModuleType | None:
     return fast_sugiyama
 
 
-def _place_connected(count: int, edges: tuple[Edge, ...]) -> Placed:
+def _place_connected(count: int, edges: tuple[Edge, ...]) -> BoxPositions:
     if not edges:
-        return Placed((0,), (WIDTH / 2,), {})
+        return BoxPositions((0,), (WIDTH / 2,), {})
     library = sugiyama()
     found = _by_generations(count, edges) if library is None else _by_library(library, count, edges)
     if _is_mirrored(found):
         bends = {edge: tuple([-x for x in xs]) for edge, xs in found.bends.items()}
-        found = Placed(found.rows, tuple([-x for x in found.centers]), bends)
+        found = BoxPositions(found.rows, tuple([-x for x in found.centers]), bends)
     left = min(found.centers) - WIDTH / 2
     left = min([left, *(x for xs in found.bends.values() for x in xs)])
     bends = {edge: tuple([x - left for x in xs]) for edge, xs in found.bends.items()}
-    return Placed(found.rows, tuple([x - left for x in found.centers]), bends)
+    return BoxPositions(found.rows, tuple([x - left for x in found.centers]), bends)
 
 
-def _is_mirrored(placed: Placed) -> bool:
+def _is_mirrored(placed: BoxPositions) -> bool:
     """Return True if more neighbors in a row are in the opposite order of the program than in its order."""
     rows: dict[int, list[tuple[float, int]]] = {}
     for item, (row, center) in enumerate(zip(placed.rows, placed.centers, strict=True)):
@@ -148,7 +148,7 @@ def _is_mirrored(placed: Placed) -> bool:
     return sum(signs) < 0
 
 
-def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> Placed:
+def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> BoxPositions:
     """Place connected items with fast-sugiyama, whose rows count upwards."""
     layouts = library.from_edges(
         edges, vertex_spacing=SPACING, dummy_vertices=True, dummy_size=0.15, ranking_type="minimize"
@@ -166,13 +166,13 @@ def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> Pla
                 xs.append(at[b][0])
                 b = following[b]
             bends[a, b] = tuple(xs)
-    return Placed(rows, tuple([at[item][0] for item in range(count)]), bends)
+    return BoxPositions(rows, tuple([at[item][0] for item in range(count)]), bends)
 
 
 # -- without the library ---------------------------------------------------------------------------------------------
 
 
-def _by_generations(count: int, edges: tuple[Edge, ...]) -> Placed:
+def _by_generations(count: int, edges: tuple[Edge, ...]) -> BoxPositions:
     """Place connected items in topological generations; an item without operands moves down to its first reader."""
     rows = _generations(count, edges)
     chains: dict[Edge, list[int]] = {}
@@ -197,7 +197,7 @@ def _by_generations(count: int, edges: tuple[Edge, ...]) -> Placed:
     _order(levels, above, below)
     centers = _centers(levels, above, below, count)
     bends = {edge: tuple([centers[each] for each in chain]) for edge, chain in chains.items() if chain}
-    return Placed(tuple(rows), tuple(centers[:count]), bends)
+    return BoxPositions(tuple(rows), tuple(centers[:count]), bends)
 
 
 def _generations(count: int, edges: Sequence[Edge]) -> list[int]:

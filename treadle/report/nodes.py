@@ -18,7 +18,7 @@ from treadle.ir.text.attributes import attribute_text, default_texts
 from treadle.ir.text.constants import constant_text
 from treadle.ir.types import Type
 from treadle.report.boxes import value_key
-from treadle.report.stages import Stage
+from treadle.report.stages import ProgramStage
 
 
 class NodeFacts:
@@ -37,7 +37,7 @@ class NodeFacts:
         self._costs: dict[int, Cost] = {}
         self._ops: dict[Op, dict[str, Any]] = {}
 
-    def of(self, stage: Stage) -> dict[int, int]:
+    def of(self, stage: ProgramStage) -> dict[int, int]:
         """Return, for each number of a node at a stage, the index of its facts."""
         costs = self._functions_costs(stage.graph)
         found: dict[int, int] = {}

@@ -17,7 +17,7 @@ from treadle.ir.text.printer import print_graph
 from treadle.passes.framework.manager import Optimized
 from treadle.report.boxes import boxes_of
 from treadle.report.nodes import NodeFacts
-from treadle.report.stages import DECLARED, Stage, stages_of
+from treadle.report.stages import DECLARED, ProgramStage, stages_of
 
 MOST_TEXT = 400_000
 """The most lines of IR text of all stages together; past them, only the first and the last stage have text."""
@@ -39,7 +39,7 @@ class ReportProgram:
     backend: str
     executable: object = None
     first: str = DECLARED
-    stages: list[Stage] = field(init=False)
+    stages: list[ProgramStage] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", stages_of(self.optimized, self.first))
@@ -62,7 +62,7 @@ class ReportProgram:
         """Return the number of each node of the declared graph."""
         return self.numbers_in(self.optimized.source, self.stages[0])
 
-    def numbers_in(self, graph: Graph, stage: Stage) -> dict[Node, int]:
+    def numbers_in(self, graph: Graph, stage: ProgramStage) -> dict[Node, int]:
         """Return the number of each node of a graph that has the nodes of a stage."""
         found: dict[Node, int] = {}
         for name, function in graph.functions.items():
@@ -99,7 +99,7 @@ def program_facts(
     return found
 
 
-def _passes(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> Iterator[dict[str, Any]]:
+def _passes(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> Iterator[dict[str, Any]]:
     """Yield what each pass changed: numbers of added and removed nodes, of nodes with other facts, and what they
     replaced.
     """
@@ -116,7 +116,7 @@ def _passes(stages: Sequence[Stage], records: Sequence[Mapping[int, int]]) -> It
         before = held
 
 
-def stage_texts(stages: Sequence[Stage]) -> dict[str, Any]:
+def stage_texts(stages: Sequence[ProgramStage]) -> dict[str, Any]:
     """Return the IR text of every stage that differs from the one before: distinct lines, and their numbers in runs.
 
     A run [first, count] stands for consecutive lines of the table.

@@ -25,7 +25,7 @@ OPTIMIZED = "optimized"
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class ProgramStage:
     """A graph, with a number for each node that is the same in all stages.
 
     name      the pass that led to it, or `DECLARED`
@@ -51,7 +51,7 @@ class Stage:
             yield from ((name, node, number) for node, number in zip(function.nodes, self.numbers[name], strict=True))
 
 
-def stages_of(optimized: Optimized, first: str = DECLARED) -> list[Stage]:
+def stages_of(optimized: Optimized, first: str = DECLARED) -> list[ProgramStage]:
     """Return the stages of a pipeline and of the backend's passes that follow it.
 
     first   the name of the stage before the first pass
@@ -67,7 +67,7 @@ class _Numbering:
     def __init__(self, graph: Graph, first: str) -> None:
         self.count = 0
         numbers = {name: [self._new() for _ in f.nodes] for name, f in graph.functions.items()}
-        self.stages = [Stage(first, graph, numbers)]
+        self.stages = [ProgramStage(first, graph, numbers)]
 
     def _new(self) -> int:
         self.count += 1
@@ -92,7 +92,7 @@ class _Numbering:
                 self._add(record.name, record.graph, _positions(record.graph), {}, record)
             else:
                 last = self.stages[-1]
-                self.stages.append(Stage(record.name, last.graph, last.numbers, record=record))
+                self.stages.append(ProgramStage(record.name, last.graph, last.numbers, record=record))
 
     def _add(
         self, name: str, graph: Graph, history: NodeHistory, known: dict[int, int], record: PassRecord | None
@@ -103,14 +103,14 @@ class _Numbering:
             self._global(known, number): tuple([known[each] for each in held if each in known])
             for number, held in history.replaced.items()
         }
-        self.stages.append(Stage(name, graph, numbers, replaced, record))
+        self.stages.append(ProgramStage(name, graph, numbers, replaced, record))
 
     def _global(self, known: dict[int, int], number: int) -> int:
         if number not in known:
             known[number] = self._new()
         return known[number]
 
-    def _match(self, before: Stage, graph: Graph, history: NodeHistory, known: dict[int, int]) -> None:
+    def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, known: dict[int, int]) -> None:
         """Give new nodes that equal removed ones their numbers."""
         left = {known[n] for held in history.numbers.values() for n in held if n in known}
         removed: dict[object, list[int]] = {}
