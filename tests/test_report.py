@@ -280,6 +280,21 @@ def test_a_long_list_of_ops_is_divided() -> None:
     assert "main\x1fops 251 to 500" in held
 
 
+def test_a_long_list_of_scopes_is_divided() -> None:
+    graph = Graph("deep")
+    b = Builder(graph, graph.main)
+    x = b.input("x", "f32[4]")
+    for number in range(600):
+        with b.scoped(f"layer.{number}"):
+            x = b.tanh(x) + float(number)
+    b.outputs(y=x)
+    program = ReportProgram("model", PassManager([]).run(graph), "")
+    found = boxes_of(program.stages, [NodeFacts({}).of(s) for s in program.stages])
+    (held,) = stage_boxes(found)
+    assert max(len(body["items"]) for body in held.values()) < MOST_ITEMS
+    assert "main\x1flayer.250 to layer.499\x1flayer.300" in held
+
+
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@
     boxes.as_dict()
 
 A function is a box. Inside, a scope with two ops or more is a box, and so are 250 consecutive ops if a box would hold
-more than 400. A repeated block is a function, which the page draws inside its calls: consecutive calls of one function
+more than 400, or 250 boxes. A repeated block is a function, which the page draws inside its calls: consecutive calls of one function
 are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box has a port.
 Weights, derived weights and constants have no items: the page lists them among the operands of an op.
 
@@ -68,6 +68,7 @@ class _Boxes:
     def __init__(self, stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> None:
         self.stages, self.records = stages, records
         self.boxed = self._boxed_scopes()
+        self.groups = self._grouped()
         self.chunks: dict[tuple[Key, int], int] = {}
         self.chunked = self._chunked()
 
@@ -100,6 +101,22 @@ class _Boxes:
             path = path[:-1]
         return path
 
+    def _grouped(self) -> dict[Key, str]:
+        """Return the name of the group of each box in a box that would hold too many: `layer.0 to layer.249`."""
+        inside: dict[Key, dict[Key, None]] = {}
+        for _, name, function in self._distinct():
+            for node in function.nodes:
+                key = self._box_of(name, node)
+                for depth in range(2, len(key) + 1):
+                    inside.setdefault(key[: depth - 1], {})[key[:depth]] = None
+        names: dict[Key, str] = {}
+        for boxes in inside.values():
+            order = list(boxes)
+            for first in range(0, len(order) if len(order) > MOST_ITEMS else 0, CHUNK):
+                part = order[first : first + CHUNK]
+                names |= dict.fromkeys(part, f"{part[0][-1]} to {part[-1][-1]}")
+        return names
+
     def _chunked(self) -> set[Key]:
         """Choose the boxes that are divided, and the part of each of their ops."""
         large: set[Key] = set()
@@ -128,10 +145,16 @@ class _Boxes:
 
     def _places(self, name: str, node: Node, number: int) -> Key:
         key = self._box_of(name, node)
+        path = key
+        if self.groups:
+            path = key[:1]
+            for depth in range(2, len(key) + 1):
+                group = self.groups.get(key[:depth])
+                path = (*path, key[depth - 1]) if group is None else (*path, group, key[depth - 1])
         if key in self.chunked:
             first = self.chunks[key, number] * CHUNK
-            return (*key, f"ops {first + 1} to {first + CHUNK}")
-        return key
+            return (*path, f"ops {first + 1} to {first + CHUNK}")
+        return path
 
     # -- bodies --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
 
@@ -119,10 +120,9 @@ class _Shelf:
 def sugiyama() -> ModuleType | None:
     """Return the layout library, or None if it is not installed."""
     try:
-        import fast_sugiyama
+        return import_module("fast_sugiyama")
     except ImportError:
         return None
-    return fast_sugiyama
 
 
 def _place_connected(count: int, edges: tuple[Edge, ...]) -> BoxPositions:

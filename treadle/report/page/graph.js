@@ -259,6 +259,9 @@ class GraphView {
     new ResizeObserver(() => { this.shown = null; this.later(); }).observe(this.scroll);
   }
 
+  /** The most items that "Open all" shows at once. */
+  static MOST = 6000;
+
   // -- state -----------------------------------------------------------------------------------------------------
 
   load(model) {
@@ -768,10 +771,14 @@ class GraphView {
     if (!open) this.open = new Set([this.main]);
     else {
       let before = -1;
-      for (let depth = 0; depth < 12 && before !== this.open.size && this.flat.length < 6000; depth++) {
+      for (let depth = 0; depth < 12 && before !== this.open.size; depth++) {
         before = this.open.size;
+        let left = GraphView.MOST - this.flat.length;
         for (const entry of this.flat) {
-          if (!entry.op && !entry.ghost && (entry.kind === "box" || entry.kind === "call")) this.open.add(entry.key);
+          if (entry.op || entry.ghost || entry.child || (entry.kind !== "box" && entry.kind !== "call")) continue;
+          left -= this.info.boxes.get(entry.item.path).items.length;
+          if (left < 0) break;
+          this.open.add(entry.key);
         }
         this.arrange();
       }
