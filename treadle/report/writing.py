@@ -21,7 +21,7 @@ from importlib.resources import files
 from typing import Any
 
 STYLE = "style.css"
-SCRIPTS = ("text.js", "data.js", "sizes.js", "graph.js", "charts.js", "details.js", "tabs.js", "main.js")
+SCRIPTS = ("text.js", "data.js", "sizes.js", "model.js", "graph.js", "charts.js", "details.js", "tabs.js", "main.js")
 """The parts of the page, in the order in which they run."""
 LONGEST = 4_000
 """The most characters of one text of the data; a longer one is cut, with its length."""
