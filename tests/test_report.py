@@ -264,6 +264,19 @@ def test_held_items_of_one_row_do_not_overlap(exe: t.Compiled) -> None:
             assert all(right - left > layout.WIDTH for left, right in pairwise(sorted(centers)))
 
 
+def test_ports_with_the_same_ends_are_one() -> None:
+    graph = Graph("ports")
+    b = Builder(graph, graph.main)
+    xs = [b.input(f"x{n}", "f32[4]") for n in range(6)]
+    b.outputs(y=b.concat(*xs, axis=0), z=xs[0] * 2.0)
+    program = ReportProgram("model", PassManager([]).run(graph), "")
+    found = boxes_of(program.stages, [NodeFacts({}).of(s) for s in program.stages])
+    (held,) = stage_boxes(found)
+    ports = [item for item in held["main"]["items"] if item[0] == "in"]
+    assert [port[2] for port in ports] == ["x0", "5 inputs"]
+    assert [name for _, name, _ in ports[1][4]] == [f"x{n}" for n in range(1, 6)]
+
+
 def test_a_long_list_of_ops_is_divided() -> None:
     graph = Graph("long")
     b = Builder(graph, graph.main)

@@ -25,6 +25,8 @@ from treadle.report.stages import ProgramStage
 
 MOST_ITEMS, CHUNK = 400, 250
 """A box with more items is divided into boxes of this many consecutive ops."""
+FEWEST_MERGED = 4
+"""This many ports with the same ends, such as the weights of a trained layer, or edges, are drawn as one."""
 
 Key = tuple[str, ...]
 """The path of a box: the function's name, then scopes."""
@@ -38,9 +40,11 @@ class _Body:
     def __init__(self) -> None:
         self.items: dict[str, list[Any]] = {}
         self.edges: dict[tuple[str, str, str], None] = {}
+        self.bundles: dict[tuple[str, str], tuple[str, ...]] = {}
 
     def frozen(self) -> tuple[Any, ...]:
-        return tuple([(key, *_frozen(facts)) for key, facts in self.items.items()]), tuple(self.edges)
+        items = tuple([(key, *_frozen(facts)) for key, facts in self.items.items()])
+        return items, tuple(self.edges), tuple(self.bundles.items())
 
 
 def _frozen(facts: list[Any]) -> Iterator[Any]:
@@ -54,10 +58,12 @@ def boxes_of(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]
 
     bodies    one for each distinct content of a box:
         items   ["op", number, record], ["box", path], ["call", number, record, function, numbers of all calls],
-                ["in", value, name, type] or ["out", value, name, type]
+                ["in", value, name, type] or ["out", value, name, type], with a list of [value, name, type] if it
+                stands for several
         edges   [from, to, value, ...] by position in `items`
         at      [row, center, ...] of each item;  held   the same at all stages
         bends   [edge, [x, ...], ...] for an edge that crosses rows;  held_bends  the same at all stages
+        bundles [edge, [value, ...], ...] for an edge that stands for several
     slots     for each box, [kind, row, center, ...] of the held items and bends of all stages
     stages    for each stage, the boxes whose bodies changed: {path: index of a body, or null}
     """
@@ -257,6 +263,9 @@ class _FunctionBoxes:
                 self._edge(value, node)
         for output, value in function.outputs.items() if function is not stage.graph.bind else ():
             self._output(output, value)
+        for body in self.bodies.values():
+            _merge_ports(body)
+            _bundle_edges(body)
 
     def _open(self, key: Key) -> None:
         """Add a box, as an item of the box around it."""
@@ -313,6 +322,55 @@ class _FunctionBoxes:
 
 def _box_item(key: Key) -> str:
     return f"b:{text(key)}"
+
+
+def _merge_ports(body: _Body) -> None:
+    """Replace several ports that lead to the same items, or come from the same ones, by one port with their values."""
+    ends: dict[str, list[str]] = {item: [] for item in body.items if _rank(item) != 1}
+    for a, b, _ in body.edges:
+        for port, other in ((a, b), (b, a)):
+            if port in ends:
+                ends[port].append(other)
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for port, others in ends.items():
+        alike.setdefault((_rank(port), *sorted(others)), []).append(port)
+    merged: dict[str, str] = {}
+    for ports in alike.values():
+        if len(ports) >= FEWEST_MERGED:
+            merged |= dict.fromkeys(ports, f"{ports[0]}+")
+    if not merged:
+        return
+    items: dict[str, list[Any]] = {}
+    for item, facts in body.items.items():
+        if item not in merged:
+            items[item] = facts
+            continue
+        kind, *port = facts
+        held = items.setdefault(merged[item], [kind, f"g:{port[0]}", "", "", ()])
+        held[4] = (*held[4], tuple(port))
+        held[2] = f"{len(held[4])} {'inputs' if kind == 'in' else 'outputs'}"
+    edges: dict[tuple[str, str, str], None] = {}
+    for a, b, value in body.edges:
+        port = merged.get(a) or merged.get(b)
+        edges[merged.get(a, a), merged.get(b, b), value if port is None else items[port][1]] = None
+    body.items, body.edges = items, edges
+
+
+def _bundle_edges(body: _Body) -> None:
+    """Replace several edges between the same two items by one with their values."""
+    values: dict[tuple[str, str], list[str]] = {}
+    for a, b, value in body.edges:
+        values.setdefault((a, b), []).append(value)
+    if all(len(held) < FEWEST_MERGED for held in values.values()):
+        return
+    edges: dict[tuple[str, str, str], None] = {}
+    for (a, b), held in values.items():
+        if len(held) < FEWEST_MERGED:
+            edges |= dict.fromkeys((a, b, value) for value in held)
+        else:
+            edges[a, b, f"g:{held[0]}"] = None
+            body.bundles[a, b] = tuple(held)
+    body.edges = edges
 
 
 def _call_groups(function: Function, boxes: Mapping[Node, Key]) -> dict[Node, Node]:
@@ -417,10 +475,11 @@ def _drawn(body: _Body, held: _Held) -> dict[str, Any]:
         "held": [each for item in order for each in held.at[item]],
         "bends": _flat(placed.bends.get((a, b)) for a, b, _ in edges),
         "held_bends": _flat(held.bends.get((order[a], order[b])) for a, b, _ in edges),
+        "bundles": _flat(body.bundles.get((order[a], order[b])) for a, b, _ in edges),
     }
     return {name: value for name, value in found.items() if value}
 
 
-def _flat(bends: Iterable[tuple[float, ...] | None]) -> list[Any]:
-    """Return the bends of the edges that have any: number of the edge, pixels, ..."""
-    return [part for at, xs in enumerate(bends) if xs for part in (at, list(xs))]
+def _flat(facts: Iterable[tuple[Any, ...] | None]) -> list[Any]:
+    """Return the facts of the edges that have any: number of the edge, list, ..."""
+    return [part for at, held in enumerate(facts) if held for part in (at, list(held))]

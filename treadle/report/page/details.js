@@ -145,6 +145,18 @@ Details.ofValue = (app, qualified) => {
   ];
 };
 
+/** The values of a port or an edge that stands for several. */
+Details.port = (app, item) => {
+  const entry = app.view.byKey.get(app.view.selected.key);
+  const box = entry && entry.parent ? entry.parent.item.path : app.view.single;
+  const home = (box || "").split(SEP)[0];
+  const qualified = (value) => (value.includes(SEP) ? value : GraphModel.qualified(home, value));
+  return [
+    T.el("h2", {}, item.label),
+    T.el("ul", { class: "values" }, item.values.map(([value, name, type]) => T.el("li", {}, Details.value(app, qualified(value), name), " ", T.el("span", { class: "type" }, type)))),
+  ];
+};
+
 Details.box = (app, item) => {
   const { model, state } = app;
   const info = model.at(state.stage);

@@ -215,7 +215,7 @@ class GraphView {
     const edges = [];
     const home = path.split(SEP)[0];
     for (const edge of body.edges) {
-      const drawn = { home, from: byItem.get(edge.from.key), to: byItem.get(edge.to.key), value: GraphModel.qualified(home, edge.value), vias: [] };
+      const drawn = { home, from: byItem.get(edge.from.key), to: byItem.get(edge.to.key), value: GraphModel.qualified(home, edge.value), several: edge.several && new Set(edge.several.map((each) => GraphModel.qualified(home, each))), vias: [] };
       const bends = this.hold ? edge.heldBends : edge.bends;
       if (bends) {
         bends.forEach((x, at) => {
@@ -305,6 +305,7 @@ class GraphView {
     const labels = [];
     const nodes = [];
     this.drawn = [];
+    this.lines = [];
     const visit = (box) => {
       this.edges(box, hits, edges, labels);
       for (const entry of box.entries) {
@@ -357,11 +358,11 @@ class GraphView {
       if (!hits(lx, ly, Math.max(...xs) - lx, Math.max(...ys) - ly)) continue;
       const state = this.edgeState(edge);
       const d = GraphView.curve(points);
-      edges.push(T.svg("path", { class: `edge ${state}`, d }), T.svg("path", { class: "edge-hit", d, "data-value": edge.value, "data-key": from.key }));
+      edges.push(T.svg("path", { class: `edge ${edge.several ? "several " : ""}${state}`, d }), T.svg("path", { class: "edge-hit", d, "data-value": this.lines.push(edge) - 1 }));
       const mark = `${from.key} ${edge.value}`;
       if (!labelled.has(mark) && this.scale > 0.6 && from.kind !== "in") {
         labelled.add(mark);
-        const type = this.typeOf(edge);
+        const type = edge.several ? (from.item.values || to.item.values ? "" : `${edge.several.size} values`) : this.typeOf(edge);
         if (type) labels.push(T.svg("text", { class: `edge-label ${state}`, x: from.ax + from.w / 2 + 7, y: from.ay + from.h + 13 }, T.fit(type, 24)));
       }
     }
@@ -389,7 +390,7 @@ class GraphView {
   }
 
   edgeState(edge) {
-    if (this.selected.value === edge.value) return "value";
+    if (this.selected.value === edge.value || (edge.several && edge.several.has(this.selected.value))) return "value";
     const ends = [edge.from, edge.to].some((entry) => entry.key === this.selected.key);
     return ends ? "near" : "";
   }
@@ -490,13 +491,18 @@ class GraphView {
       if (folds && !twice) this.toggle(entry);
       if (!twice) this.choose(entry);
     } else if (value && !twice) {
-      this.options.onvalue(value.dataset.value);
+      const edge = this.lines[Number(value.dataset.value)];
+      const port = [edge.from, edge.to].find((each) => each.item.values);
+      if (port) this.choose(port);
+      else if (edge.several) this.options.onvalues([...edge.several]);
+      else this.options.onvalue(edge.value);
     }
   }
 
   choose(entry) {
     this.selected.key = entry.key;
-    if (entry.kind === "in" || entry.kind === "out") this.options.onvalue(entry.value, entry.key);
+    if (entry.item.values) this.options.onbox(entry.item, entry.key);
+    else if (entry.kind === "in" || entry.kind === "out") this.options.onvalue(entry.value, entry.key);
     else if (entry.op) this.options.onnode(entry.op.number, entry.key, entry.ghost);
     else this.options.onbox(entry.item, entry.key);
   }

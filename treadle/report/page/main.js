@@ -30,6 +30,7 @@ class App {
       onnode: (number, key, ghost) => this.picked({ number, key, ghost }),
       onbox: (item, key) => this.picked({ item, key }),
       onvalue: (value, key) => this.pickValue(value, key),
+      onvalues: (values) => this.pickValues(values),
       onopen: () => this.crumbs(),
       onfacts: () => T.id("panel").focus(),
     });
@@ -169,12 +170,12 @@ class App {
 
   /** What was clicked in the graph. */
   picked({ number, item, key, ghost }) {
-    Object.assign(this.state, { number: number ?? null, path: item ? item.path : null, item: item || null, value: null, numbers: null });
+    Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null });
     if (ghost && number !== undefined) this.state.number = number;
     this.view.selected.key = key;
     this.marks();
     const node = number === undefined ? null : this.model.light(number, this.model.stageOf(number, this.state.stage));
-    this.say(node ? `${node.op} ${node.name} ${node.type}` : `${GraphView.last(item.path)}, ${T.plural(this.view.info.counts.get(item.path) || 0, "op")}, ${this.view.open.has(key) ? "open" : "folded"}`);
+    this.say(node ? `${node.op} ${node.name} ${node.type}` : item.values ? item.label : `${GraphView.last(item.path)}, ${T.plural(this.view.info.counts.get(item.path) || 0, "op")}, ${this.view.open.has(key) ? "open" : "folded"}`);
     this.showTab("selected");
     this.link();
   }
@@ -185,6 +186,15 @@ class App {
     if (key) this.view.selected.key = key;
     this.marks();
     this.say(`value ${known.name} ${known.type}, ${T.plural(known.readers.length, "reader")}`);
+    this.showTab("selected");
+  }
+
+  /** Several values of one edge. */
+  pickValues(values) {
+    const known = values.map((value) => [value, this.model.value(value, this.state.stage)]);
+    const item = { label: T.plural(values.length, "value"), values: known.map(([value, each]) => [value, each.name, each.type]) };
+    Object.assign(this.state, { number: null, path: null, item, value: null, numbers: null });
+    this.say(item.label);
     this.showTab("selected");
   }
 
@@ -300,7 +310,7 @@ class App {
     const { state } = this;
     if (state.value !== null) return Details.ofValue(this, state.value);
     if (state.number !== null) return Details.node(this, state.number);
-    if (state.item) return Details.box(this, state.item);
+    if (state.item) return state.item.values ? Details.port(this, state.item) : Details.box(this, state.item);
     return Details.pass(this);
   }
 

@@ -27,7 +27,7 @@ class GraphModel {
       if (kind === "op") [item.number, item.record] = rest;
       else if (kind === "call") [item.number, item.record, item.path, item.numbers] = rest;
       else if (kind === "box") [item.path] = rest;
-      else [item.value, item.label, item.type] = rest;
+      else [item.value, item.label, item.type, item.values] = rest;
       item.key = kind === "box" ? `b:${item.path}` : item.number !== undefined ? `n:${item.number}` : `${kind}:${item.value}:${item.label}`;
       return item;
     });
@@ -36,6 +36,10 @@ class GraphModel {
     for (let at = 0; at < triples.length; at += 3) {
       edges.push({ from: items[triples[at]], to: items[triples[at + 1]], value: triples[at + 2], bends: null, heldBends: null });
     }
+    const several = new Map(items.filter((item) => item.values).map((item) => [item.value, item.values.map(([value]) => value)]));
+    for (const edge of edges) edge.several = several.get(edge.value) || null;
+    const bundles = data.bundles || [];
+    for (let at = 0; at < bundles.length; at += 2) edges[bundles[at]].several = bundles[at + 1];
     for (const [name, list] of [["bends", data.bends || []], ["heldBends", data.held_bends || []]]) {
       for (let at = 0; at < list.length; at += 2) edges[list[at]][name] = list[at + 1];
     }
@@ -112,9 +116,13 @@ class GraphModel {
       };
       for (const item of body.items) {
         if (item.value === undefined) continue;
-        Object.assign(of(item.value), { type: item.type }, item.kind === "in" ? { name: item.label } : {});
+        for (const [value, name, type] of item.values || [[item.value, item.label, item.type]]) {
+          Object.assign(of(value), { type }, item.kind === "in" ? { name } : {});
+        }
       }
-      for (const edge of body.edges) if (edge.to.number !== undefined) of(edge.value).readers.push(edge.to.number);
+      for (const edge of body.edges) {
+        if (edge.to.number !== undefined) for (const value of edge.several || [edge.value]) of(value).readers.push(edge.to.number);
+      }
     }
     return (info.values = found);
   }

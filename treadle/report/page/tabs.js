@@ -15,6 +15,8 @@ Tabs.of = async (app, name) => {
 Tabs.link = (app, number, text, stage) => (number === null || number === undefined ? text : Details.op(app, number, text, stage));
 Tabs.last = (app) => app.model.passes.length - 1;
 
+Tabs.ports = (ports, most = 12) => ports.slice(0, most).map((p) => `${p.name}: ${p.dtype}[${p.axes.join(", ")}]`).join(", ") + (ports.length > most ? ` and ${ports.length - most} more` : "");
+
 Tabs.overview = (app, data) => {
   const ops = Object.entries(data.ops);
   return [
@@ -22,8 +24,8 @@ Tabs.overview = (app, data) => {
     T.pairs([
       ["Parameters", `${T.human(data.parameters)} (${T.human(data.parameter_bytes, "B")} as stored)`],
       ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}`],
-      ["Inputs", T.el("code", {}, data.inputs.map((p) => `${p.name}: ${p.dtype}[${p.axes.join(", ")}]`).join(", "))],
-      ["Outputs", T.el("code", {}, data.outputs.map((p) => `${p.name}: ${p.dtype}[${p.axes.join(", ")}]`).join(", "))],
+      ["Inputs", T.el("code", {}, Tabs.ports(data.inputs))],
+      ["Outputs", T.el("code", {}, Tabs.ports(data.outputs))],
       ["Ops in a run", `${T.count(data.declared_ops)} as declared, ${T.count(ops.reduce((sum, [, n]) => sum + n, 0))} after ${data.passes} passes`],
       ["Unused tensors", data.unused.length ? data.unused.slice(0, 20).join(", ") : ""],
       ["Unknown keys", data.unread.length ? data.unread.join(", ") : ""],
