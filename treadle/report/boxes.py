@@ -3,10 +3,10 @@
     boxes = boxes_of(stages, records)
     boxes.as_dict()
 
-A function is a box. Inside, a scope with two ops or more is a box, and so are 250 consecutive ops if a box would hold
-more than 400, or 250 boxes. A repeated block is a function, which the page draws inside its calls: consecutive calls of one function
-are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box has a port.
-Weights, derived weights and constants have no items: the page lists them among the operands of an op.
+A function is a box. Inside, a scope with two ops or more is a box. A box that would hold more than 400 ops or boxes is
+divided into boxes of 250. A repeated block is a function, which the page draws inside its calls: consecutive calls of
+one function are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box
+has a port. Weights, derived weights and constants have no items: the page lists them among the operands of an op.
 
 The content of a box at a stage is a `body`, which stages share. Each item has two positions: one for the body alone,
 and a held one that is the same at all stages and follows from the items and edges of all of them together.
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treadle.ir.graph import Function, Node, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.report.layout import METRICS, place
 from treadle.report.stages import ProgramStage
 
@@ -207,6 +207,13 @@ class _Boxes:
         return body
 
 
+def result_name(value: Value, graph: Graph) -> str:
+    """Return the name of a value; a result of a call has the name of the callee's output."""
+    callee = None if value.node is None or value.node.op.callee is None else graph.functions.get(value.node.op.callee)
+    outputs = [] if callee is None else list(callee.outputs)
+    return outputs[value.index] if value.index < len(outputs) else value.name
+
+
 def value_key(value: Value, numbers: Mapping[Node, int]) -> str:
     """Return the key of a value in a function: `12.0` for a result of node 12, `i:x` for an input."""
     return f"i:{value.name}" if value.node is None else f"{numbers[value.node]}.{value.index}"
@@ -237,7 +244,7 @@ class _FunctionBoxes:
         self, boxes: _Boxes, stage: ProgramStage, name: str, function: Function, records: Mapping[int, int]
     ) -> None:
         self.bodies: dict[Key, _Body] = {(name,): _Body()}
-        self.name, self.boxes, self.records = name, boxes, records
+        self.name, self.boxes, self.graph = name, boxes, stage.graph
         numbers = stage.numbers[name]
         self.where: dict[Node, tuple[Key, str]] = {}
         groups = _call_groups(function, {node: boxes._box_of(name, node) for node in function.nodes})
@@ -294,12 +301,12 @@ class _FunctionBoxes:
         while shared < min(len(to_box), len(from_box)) and to_box[shared] == from_box[shared]:
             shared += 1
         for depth in range(len(from_box), shared, -1):
-            port = self._port(from_box[:depth], "out", f"o:{named}", value.name, value, named)
+            port = self._port(from_box[:depth], "out", f"o:{named}", result_name(value, self.graph), value, named)
             self.bodies[from_box[:depth]].edges[from_item, port, named] = None
             from_item = _box_item(from_box[:depth])
         inside = to_item
         for depth in range(len(to_box), shared, -1):
-            port = self._port(to_box[:depth], "in", f"i:{named}", value.name, value, named)
+            port = self._port(to_box[:depth], "in", f"i:{named}", result_name(value, self.graph), value, named)
             self.bodies[to_box[:depth]].edges[port, inside, named] = None
             inside = _box_item(to_box[:depth])
         self.bodies[to_box[:shared]].edges[from_item, inside, named] = None
@@ -313,7 +320,7 @@ class _FunctionBoxes:
         if value.node is not None:
             box, item = self.where[value.node]
             for depth in range(len(box), 1, -1):
-                port = self._port(box[:depth], "out", f"o:{named}", value.name, value, named)
+                port = self._port(box[:depth], "out", f"o:{named}", result_name(value, self.graph), value, named)
                 self.bodies[box[:depth]].edges[item, port, named] = None
                 item = _box_item(box[:depth])
         port = self._port(root, "out", f"r:{output}", output, value, named)
@@ -345,14 +352,14 @@ def _merge_ports(body: _Body) -> None:
         if item not in merged:
             items[item] = facts
             continue
-        kind, *port = facts
-        held = items.setdefault(merged[item], [kind, f"g:{port[0]}", "", "", ()])
-        held[4] = (*held[4], tuple(port))
+        kind, *value_facts = facts
+        held = items.setdefault(merged[item], [kind, f"g:{value_facts[0]}", "", "", ()])
+        held[4] = (*held[4], tuple(value_facts))
         held[2] = f"{len(held[4])} {'inputs' if kind == 'in' else 'outputs'}"
     edges: dict[tuple[str, str, str], None] = {}
     for a, b, value in body.edges:
-        port = merged.get(a) or merged.get(b)
-        edges[merged.get(a, a), merged.get(b, b), value if port is None else items[port][1]] = None
+        joined = merged.get(a) or merged.get(b)
+        edges[merged.get(a, a), merged.get(b, b), value if joined is None else items[joined][1]] = None
     body.items, body.edges = items, edges
 
 

@@ -17,7 +17,7 @@ from treadle.ir.operation import Op
 from treadle.ir.text.attributes import attribute_text, default_texts
 from treadle.ir.text.constants import constant_text
 from treadle.ir.types import Type
-from treadle.report.boxes import value_key
+from treadle.report.boxes import result_name, value_key
 from treadle.report.stages import ProgramStage
 
 
@@ -45,7 +45,7 @@ class NodeFacts:
             known = self._functions.get(id(function))
             if known is None:
                 numbers = stage.numbers[name]
-                known = function, self._of_function(function, numbers, costs)
+                known = function, self._of_function(stage.graph, function, numbers, costs)
                 self._functions[id(function)] = known  # which keeps the function, and so its id
             found |= known[1]
         return found
@@ -60,20 +60,22 @@ class NodeFacts:
             costs[name] = self._costs[id(function)]
         return costs
 
-    def _of_function(self, function: Function, numbers: Iterable[int], costs: Mapping[str, Cost]) -> dict[int, int]:
+    def _of_function(
+        self, graph: Graph, function: Function, numbers: Iterable[int], costs: Mapping[str, Cost]
+    ) -> dict[int, int]:
         number_of = dict(zip(function.nodes, numbers, strict=True))
         found = {}
         for node, number in number_of.items():
             first = node.results[0] if node.results else None
             light = (
                 node.op.callee or node.op.name,
-                "" if first is None else first.name,
+                "" if first is None else result_name(first, graph),
                 "" if first is None else first.type.text,
                 node.scope,
                 str(node.source or ""),
             )
             cost = node_cost(node, self.sizes, costs)
-            results = tuple([(value_key(v, number_of), v.name, v.type.text) for v in node.results])
+            results = tuple([(value_key(v, number_of), result_name(v, graph), v.type.text) for v in node.results])
             key = light, self._operands(node, number_of), results, node.op, cost
             if key not in self._index:
                 self._index[key] = len(self.light)

@@ -359,7 +359,7 @@ class GraphView {
       const state = this.edgeState(edge);
       const d = GraphView.curve(points);
       edges.push(T.svg("path", { class: `edge ${edge.several ? "several " : ""}${state}`, d }), T.svg("path", { class: "edge-hit", d, "data-value": this.lines.push(edge) - 1 }));
-      const mark = `${from.key} ${edge.value}`;
+      const mark = from.key;
       if (!labelled.has(mark) && this.scale > 0.6 && from.kind !== "in") {
         labelled.add(mark);
         const type = edge.several ? (from.item.values || to.item.values ? "" : `${edge.several.size} values`) : this.typeOf(edge);

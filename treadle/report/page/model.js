@@ -117,7 +117,7 @@ class GraphModel {
       for (const item of body.items) {
         if (item.value === undefined) continue;
         for (const [value, name, type] of item.values || [[item.value, item.label, item.type]]) {
-          Object.assign(of(value), { type }, item.kind === "in" ? { name } : {});
+          Object.assign(of(value), { type, name });
         }
       }
       for (const edge of body.edges) {
@@ -133,7 +133,8 @@ class GraphModel {
     if (key.startsWith("i:")) return { ...known, name: key.slice(2), producer: null };
     const number = Number(key.split(".")[0]);
     const node = this.light(number, stage);
-    return { ...known, producer: number, name: node ? node.name : known.name, type: node && key.endsWith(".0") ? node.type : known.type };
+    const first = key.endsWith(".0");
+    return { ...known, producer: number, name: node ? (first ? node.name : known.name || `${node.name} ${key.split(".")[1]}`) : known.name, type: node && first ? node.type : known.type };
   }
 
   static prefixes(path) {
