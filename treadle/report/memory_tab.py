@@ -16,7 +16,7 @@ from treadle.ir.sizing.sizes import Quotient, Size
 from treadle.passes.memory.frames import peaks_of
 from treadle.passes.memory.storage_plan import StoragePlan
 
-MOST_BOXES = 60_000
+MOST_BOXES = 12_000
 """The most lifetimes that are drawn; past them, the tab has the table alone."""
 LARGEST_AXIS = 8192
 """The end of a slider for an axis without a bound."""
