@@ -84,6 +84,7 @@ CALLS = {
     "compile": "",
     "explain": "sharding --mesh tp=1",
     "diff": "",
+    "report": "",
     "run": "--input tokens=1",
     "verify": "",
     "shard": "--mesh tp=1",
@@ -143,7 +144,9 @@ def test_every_command_that_takes_set_was_called() -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["inspect", "compile", "explain", "run", "verify", "shard", "export", "bench"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "compile", "explain", "report", "run", "verify", "shard", "export", "bench"]
+)
 def test_a_flag_of_the_command_is_no_option_of_a_model(command: str, treadle_command: Treadle) -> None:
     """Every flag, with a model that has no option of its name."""
     for name, flag in flags_of(command).items():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassLog
 from treadle.runtime.session import CHUNK, Full, Session
 from treadle.stepped import SteppedModel, step_of
+
+if TYPE_CHECKING:
+    from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
 
@@ -155,6 +159,15 @@ class Compiled:
         return self._stepped_with(cache).session(
             rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory, resumes=resumes
         )
+
+    def report(self, **options: Any) -> Report:
+        """Return the report on the model, which a notebook shows, and whose `save` writes it to one HTML file.
+
+        The options are those of `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`.
+        Raises UsageError as it does.
+        """
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
+        return made
 
     def save(self, path: str | Path) -> str:
         """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. See `treadle.artifacts.save`.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
+
+if TYPE_CHECKING:
+    from treadle.report.building import Report
 
 Array = np.ndarray[Any, Any]
 
@@ -77,6 +81,11 @@ class SteppedModel:
             memory=memory,
             resumes=resumes,
         )
+
+    def report(self, **options: Any) -> Report:
+        """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
+        return made
 
 
 def step_of(

@@ -99,7 +99,7 @@ class PythonExecutable(EntryExecutable):
         plan       determines the donated inputs; None: no input is donated
         """
         super().__init__(graph, backend, arrays.zeros)
-        self.source = program.text
+        self.source, self.program = program.text, program
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]

@@ -30,7 +30,7 @@ from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
 from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
-from treadle.passes.framework.lineage import Lineage
+from treadle.passes.framework.lineage import Lineage, NodeNumbers
 from treadle.passes.framework.option_text import value_text
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.passes.memory.storage_checking import check_storage
@@ -191,7 +191,7 @@ class PassManager:
         snapshot, working = graph, clone_graph(graph)
         before = count_ops(working)
         records: list[PassRecord] = []
-        lineage = Lineage(graph, working)
+        lineage, numbering = Lineage(graph, working), NodeNumbers(working)
         expressions = Expressions()
         numbers: Numbers | None = None  # of the last snapshot, if known
         is_verified = True  # the whole current graph is verified
@@ -231,7 +231,9 @@ class PassManager:
             record.seconds = time.perf_counter() - started
             record.display_values.clear()
             record.lineage = Lineage()  # the old one holds removed nodes
+            record.history = numbering.unchanged
             if record.changed:
+                record.history = numbering.after(working, lineage, None if certify else record.touched)
                 same = {} if certify or snapshot is graph else _untouched(snapshot, record)
                 snapshot = clone_graph(working, same)
             record.graph = snapshot

@@ -17,7 +17,7 @@ from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.regions import Claim
-from treadle.passes.framework.lineage import Lineage
+from treadle.passes.framework.lineage import Lineage, NodeHistory
 from treadle.passes.memory.storage_plan import StoragePlan
 
 
@@ -95,6 +95,7 @@ class PassRecord:
     certificates  the certificates of the distinct rewrites, if certification is on
     plan     the result of a planning pass, which prints its own text
     fit      the fit of a run into a memory budget, if a pass planned it
+    history  a number for each node of `graph`, and the nodes that the pass replaced, for a log of this process
 
     The pass reads these fields while it runs: certifying (True if each rewrite is certified before it is kept),
     differentiated (True if the graph will be differentiated, so that gradients must not change), shown (values and
@@ -123,6 +124,7 @@ class PassRecord:
     display_values: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
     target: Target = field(default=Target("cpu"), repr=False, compare=False)
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
+    history: NodeHistory = field(default_factory=NodeHistory, repr=False, compare=False)
     touched: set[str] | None = field(default=None, repr=False, compare=False)
     rules: tuple[str, ...] = field(default=(), repr=False, compare=False)
 

@@ -157,7 +157,13 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
         )
     if model.graph.states:
         raise UsageError(f"{model.name} has states, and a roofline needs a model without states")
-    calls = time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds)
+    return roofline_of(model, sizes, time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds))
+
+
+def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall]) -> Roofline:
+    """Compare the timed calls of a run of a model of the TVM backend with the machine's limits."""
+    exe = model.executable
+    assert isinstance(exe, KernelExecutable)
     held = exe.nbytes
     rows = list(_rows(model, calls))
     isa = isa_of(model.target)

@@ -18,7 +18,7 @@ from treadle.cli.application import app as app
 from treadle.cli.application import forget_output, print_json, saying
 
 _OWN = (
-    *("inspect", "compile", "explain", "diff", "run", "launch", "verify", "shard", "export"),
+    *("inspect", "compile", "explain", "report", "diff", "run", "launch", "verify", "shard", "export"),
     *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch"),
 )
 _TASKS = (

@@ -136,13 +136,18 @@ def explain_fusion(model: AnyModel, *, expect: Mapping[str, int] | None = None, 
             hint="explain the model that it was compiled from",
         )
     resolved, optimized = CompileOptions.of("explain fusion", options).optimized(model)
+    return fusion_of(resolved.name, optimized, dict(expect or {}))
+
+
+def fusion_of(name: str, optimized: Optimized, expect: Mapping[str, int]) -> Explanation:
+    """Report the outcome of every candidate site of a graph that passes have optimized."""
     calls = count_calls(optimized.source)
-    verdicts: dict[str, list[FusionVerdict]] = {name: [] for name in optimized.source.functions}
+    verdicts: dict[str, list[FusionVerdict]] = {each: [] for each in optimized.source.functions}
     for site, verdict in judge(optimized):
         verdicts[site.function].append(verdict)
-    blocks = tuple(Block(name, calls[name], grouped(found)) for name, found in verdicts.items())
+    blocks = tuple(Block(function, calls[function], grouped(found)) for function, found in verdicts.items())
     counts, within = count_run_ops(optimized.graph), count_within(optimized.graph)
-    return Explanation(resolved.name, blocks, counts, within, dict(expect or {}), optimized)
+    return Explanation(name, blocks, counts, within, expect, optimized)
 
 
 def count_within(graph: Graph) -> dict[str, dict[str, int]]:

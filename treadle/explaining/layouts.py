@@ -7,7 +7,7 @@ It reads the graph after the backend's passes. A block's weights are listed once
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import UsageError
-from treadle.ir.graph import Function, Graph, Value
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized
 from treadle.program.budgets import budget_of
@@ -143,10 +143,12 @@ def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     """Describe the weights of a lowered graph."""
     made, calls, passed = recipes_of(graph), count_calls(graph), passed_weights(graph)
-    blocks = {
-        function.name: (calls[function.name], tuple(_lying(function, v, made, passed) for v in _weights(function)))
-        for function in graph.needed_by(graph.main)
-    }
+    blocks = {}
+    for function in graph.needed_by(graph.main):
+        uses = function.uses()
+        outputs = set(function.outputs.values())
+        weights = tuple(_lying(v, uses, outputs, made, passed) for v in _weights(function, uses, outputs))
+        blocks[function.name] = calls[function.name], weights
     main = graph.main.parameters
     return Layouts(
         name,
@@ -157,11 +159,13 @@ def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
     )
 
 
-def _weights(function: Function) -> list[Value]:
+_Uses = Mapping[Value, Sequence[tuple[Node, int]]]
+
+
+def _weights(function: Function, uses: _Uses, outputs: set[Value]) -> list[Value]:
     """Return the weights that a function reads itself; a weight that it passes on is listed in the function that reads
     it.
     """
-    uses, outputs = function.uses(), set(function.outputs.values())
 
     def is_read(value: Value) -> bool:
         return value in outputs or any(node.op.callee is None for node, _ in uses.get(value, ()))
@@ -185,8 +189,9 @@ def passed_weights(graph: Graph) -> dict[Value, tuple[str, str]]:
 
 
 def _lying(
-    function: Function,
     value: Value,
+    uses: _Uses,
+    outputs: set[Value],
     made: Mapping[str, Recipe],
     passed: Mapping[Value, tuple[str, str]],
 ) -> WeightLayout:
@@ -194,14 +199,13 @@ def _lying(
     recipe = made.get(name)
     recipe_text = recipe.expression(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
-    uses = function.uses()
     decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
     blocks = {reader for _, readers in decoded for reader, _ in readers}  # they unpack the blocks
     for node, _ in [use for use in uses.get(value, ()) if not use[0].op.decodes] + [u for _, us in decoded for u in us]:
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
         reader += " in blocks" * (node in blocks)
         readers.append(f"{reader}  {describe_source(node.source, node.scope) or ''}".rstrip())
-    if value in function.outputs.values():
+    if value in outputs:
         readers.append("an output")
     layout = str(value.layout) if value.layout is not None else "row-major"
     return WeightLayout(value.name, str(value.type), layout, _bytes(value), recipe_text, tuple(dict.fromkeys(readers)))

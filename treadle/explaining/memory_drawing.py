@@ -8,17 +8,15 @@ step, and the step of the peak is marked. Tooltips show names, bytes and the use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
 from treadle.explaining.memory import MemoryReport
+from treadle.explaining.memory_timeline import Band, TimelineBox, timeline_of
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
-from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
-from treadle.passes.memory.frames import Frame, live_at, parts_of
 from treadle.reporting.counts import human, sizes_text
 
 WIDTH, HEIGHT = 1200, 560
@@ -37,100 +35,30 @@ def write_drawing(path: Path, text: str) -> None:
         with replacing(path) as file:
             file.write(text.encode())
     except OSError as error:
-        reason, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
-        raise UsageError(
-            "the drawing cannot be written", received=reason, within=shown_path(path), hint=hint
-        ) from error
+        told, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
+        raise UsageError("the drawing cannot be written", received=told, within=shown_path(path), hint=hint) from error
 
 
-@dataclass(frozen=True)
-class _Box:
-    """The lifetime of a storage: steps of the whole run, bytes of the arena."""
-
-    first: int
-    end: int
-    low: int
-    bytes: int
-    op: str
-    label: str
-
-
-@dataclass(frozen=True)
-class _Band:
-    """The steps during which a function runs."""
-
-    first: int
-    end: int
-    depth: int
-    name: str
-
-
-def draw_memory(report: MemoryReport) -> str:
+def draw_memory(told: MemoryReport) -> str:
     """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
     output.
 
     Raises UsageError for a backend without an arena.
     """
-    if report.placed is None or report.arena is None:
+    if told.placed is None or told.arena is None:
         raise UsageError(
-            f"backend {report.backend} allocates arrays by itself, so there is no arena to draw",
+            f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
-    report, entry = replace(report, frames=parts_of(report.frames)[0]), report.at[0][0]
-    boxes = list(_boxes(report, entry, 0, 0))
-    live = live_at(report.frames, entry, report.sizes, report.unit)
-    bands = list(_bands(report, entry, 0, 0))
-    end = max(bands[0].end, 1)
-    return "\n".join(_drawn(report, boxes, bands, [count for _, count in live], end)) + "\n"
+    line = timeline_of(told)
+    return "\n".join(_drawn(told, line.boxes, line.bands, line.live, max(line.steps, 1))) + "\n"
 
 
-def _lengths(report: MemoryReport, name: str) -> list[int]:
-    """Return the number of steps of the whole run that each step of a function takes."""
-    frame = report.frames[name]
-    return [sum(_lengths(report, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
-
-
-def _starts(report: MemoryReport, name: str, begin: int) -> list[int]:
-    """Return the start of each step of a function, and the end of the last one."""
-    found = [begin]
-    for length in _lengths(report, name):
-        found.append(found[-1] + length)
-    return found
-
-
-def _boxes(report: MemoryReport, name: str, begin: int, base: int) -> Iterator[_Box]:
-    assert report.placed is not None
-    frame, placed, starts = report.frames[name], report.placed[name], _starts(report, name, begin)
-    for life in frame.lives:
-        count = life.storage.nbytes.evaluate(report.sizes)
-        if count and life.storage not in placed.hosted:
-            op, line = _maker(frame, life.first)
-            text = f"{life.storage.name} of {name}: {human(count, 'B')} ({count:,} bytes), for {op}  {line}".rstrip()
-            end = starts[min(life.last + 1, len(frame.steps))]
-            yield _Box(starts[life.first], end, base + placed.offsets[life.storage], count, op, text)
-    for at, call in frame.calls.items():
-        if at in placed.hosted:
-            continue
-        yield from _boxes(report, call.callee, starts[at], base + placed.callees[at])
-
-
-def _maker(frame: Frame, at: int) -> tuple[str, str]:
-    node = frame.steps[at] if at < len(frame.steps) else None
-    if node is None:
-        return "workspace", ""
-    return ("a call" if node.op.callee is not None else node.op.name), describe_source(node.source, node.scope) or ""
-
-
-def _bands(report: MemoryReport, name: str, begin: int, depth: int) -> Iterator[_Band]:
-    starts = _starts(report, name, begin)
-    yield _Band(begin, starts[-1], depth, name)
-    for at, call in report.frames[name].calls.items():
-        yield from _bands(report, call.callee, starts[at], depth + 1)
-
-
-def _drawn(report: MemoryReport, boxes: list[_Box], bands: list[_Band], live: list[int], end: int) -> Iterator[str]:
-    assert report.arena is not None
-    top = max(report.arena, 1)
+def _drawn(
+    told: MemoryReport, boxes: Sequence[TimelineBox], bands: Sequence[Band], live: Sequence[int], end: int
+) -> Iterator[str]:
+    assert told.arena is not None
+    top = max(told.arena, 1)
     across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top
 
     def x(step: float) -> float:
@@ -144,16 +72,16 @@ def _drawn(report: MemoryReport, boxes: list[_Box], bands: list[_Band], live: li
         totals[box.op] = totals.get(box.op, 0) + box.bytes * (box.end - box.first)
     ops = sorted(totals, key=lambda op: (-totals[op], op))
     colours = {op: _COLOURS[i] if i < _LEGEND else _BESIDE for i, op in enumerate(ops)}
-    where = f" at {sizes_text(report.sizes)}" if report.sizes else ""
+    where = f" at {sizes_text(told.sizes)}" if told.sizes else ""
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         ' font-family="system-ui, sans-serif" font-size="12">'
     )
     yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
-    yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(report.model)}{escape(where)}</text>'
+    yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(told.model)}{escape(where)}</text>'
     yield (
-        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(report.arena, "B")}; at most {human(report.peak, "B")}'
-        f" live at once, in {escape(report.step)}</text>"
+        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(told.arena, "B")}; at most {human(told.peak, "B")}'
+        f" live at once, in {escape(told.step)}</text>"
     )
     for part in range(5):
         count = top * part / 4
@@ -164,7 +92,7 @@ def _drawn(report: MemoryReport, boxes: list[_Box], bands: list[_Band], live: li
         yield (
             f'<rect x="{x(box.first)}" y="{y(box.low + box.bytes)}" width="{wide}" height="{high}"'
             f' fill="{colours[box.op]}" fill-opacity="0.85" stroke="#ffffff" stroke-width="0.5">'
-            f"<title>{escape(box.label)}</title></rect>"
+            f"<title>{escape(_described(box))}</title></rect>"
         )
         if wide > 7 * len(box.op) + 8 and high > 15:
             middle = x(box.first) + wide / 2, y(box.low + box.bytes / 2) + 4
@@ -203,3 +131,9 @@ def _drawn(report: MemoryReport, boxes: list[_Box], bands: list[_Band], live: li
         yield f'<text x="{at + 17}" y="{HEIGHT - 20}" fill="#333333">{escape(op)}</text>'
         at += 17 + 7.2 * len(op) + 18
     yield "</svg>"
+
+
+def _described(box: TimelineBox) -> str:
+    """Return the tooltip of a lifetime."""
+    count = f"{human(box.bytes, 'B')} ({box.bytes:,} bytes)"
+    return f"{box.name} of {box.function}: {count}, for {box.op}  {box.line}".rstrip()

@@ -131,10 +131,13 @@ def explain_step(model: AnyModel, **options: Any) -> StepExplained:
     """
     chosen = CompileOptions.of("explain step", options)
     name, graph = optimized_for(model, chosen)
-    derived = derive_step(graph, cache=chosen.cache)
-    changed = [
-        Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in follow(graph, derived.axis).encounters
-    ]
+    return step_of(name, derive_step(graph, cache=chosen.cache), graph)
+
+
+def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> StepExplained:
+    """Describe a derived step; without the graph that it was derived from, without the changes of ops."""
+    encounters = [] if graph is None else follow(graph, derived.axis).encounters
+    changed = [Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in encounters]
     ops = {entry: count_run_ops(entry_alone(derived.graph, entry)).total() for entry in derived.graph.entry_names}
     return StepExplained(name, derived, _states(derived), tuple(changed), ops)
 

@@ -1,0 +1,149 @@
+"""The report in a browser: a tour of small models, hostile names, damaged data. Skipped without Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import treadle as t
+from tests.report_tour import Opened, browser, needs_browser, tour
+from tests.test_report import HOSTILE, small
+from treadle.report.building import Report, lowered_subject, report_of
+
+TINY: dict[str, dict[str, Any]] = {
+    "bert": {"layers": 2, "dim": 32, "heads": 2, "hidden": 64, "vocab": 100},
+    "llama": {"layers": 3, "dim": 64, "heads": 4, "kv_heads": 2, "hidden": 128, "vocab": 256, "quantize": "int4"},
+}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    needs_browser()
+    with browser() as found:
+        yield found
+
+
+def sharded() -> Report:
+    from treadle.explaining.sharding import explain_sharding
+
+    plan = explain_sharding(small, mesh="tp=2", recipe="megatron")
+    return report_of(lowered_subject(small), sharding=plan)
+
+
+def gradient() -> Report:
+    return t.Trainer("gpt2", layers=2, dim=32, heads=2, vocab=64).gradient.report()
+
+
+CASES: dict[str, Callable[[], Report]] = {
+    **{name: lambda name=name: report_of(lowered_subject(name, **TINY[name])) for name in TINY},  # type: ignore[misc]
+    "sharded": sharded,
+    "gradient": gradient,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tour(chromium: Any, tmp_path: Path, case: str) -> None:
+    tour(chromium, CASES[case]().save(tmp_path / f"{case}.html"), accessible=case == "bert")
+
+
+def test_hostile_names_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:
+    @t.model
+    def hostile(x: t.f32["B 4"]):
+        for name in HOSTILE:
+            with t.scope(name[:4000]):
+                x = t.gelu(t.linear(x, 4, name=name))
+        return {HOSTILE[0]: x}
+
+    path = t.compile(hostile).report().save(tmp_path / "hostile.html")
+    opened = Opened(chromium, path)
+    opened.js("app.view.all(true)")
+    opened.js("app.view.drawAll()")
+    shown = opened.js("document.querySelector('#graph svg').textContent")
+    assert "</script>" in shown
+    for name in opened.js("app.tabs.map(([name]) => name)"):
+        shown += opened.tab(name)
+    assert "\\u{202e}gnp.exe" in shown
+    assert "nul\\u{0}" in shown
+    assert "characters)" in shown
+    assert opened.js("document.querySelectorAll('img, iframe, #graph script, #body script').length") == 0
+    assert "\u202e" not in opened.js("document.body.textContent")
+    opened.page.fill("#query", "onerror")
+    assert opened.page.locator("#found img").count() == 0
+    opened.close()
+
+
+def test_damaged_data_is_the_error_of_its_tab(chromium: Any, tmp_path: Path) -> None:
+    text = t.compile(small).report().html()
+    path = tmp_path / "damaged.html"
+    path.write_text(re.sub(r'(data-section="(?:fusion|details:0)">.{60}).{8}', r"\1AAAAAAAA", text), encoding="utf-8")
+    opened = Opened(chromium, path)
+    assert "damaged" in opened.tab("fusion")
+    assert "at the peak" in opened.tab("memory")
+    opened.js("app.go({ number: [...app.view.info.where.keys()][0] })")
+    opened.page.wait_for_selector("#body .error")
+    assert "Results" in opened.page.inner_text("#body")
+    opened.close()
+    path.write_text(re.sub(r'(data-section="graph:0">.{60}).{8}', r"\1AAAAAAAA", text), encoding="utf-8")
+    page = chromium.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector("#graph .error")
+    page.click("#tab-fusion")
+    page.wait_for_selector("#body .sites")
+    page.close()
+
+
+def test_a_link_to_nothing_and_a_damaged_link_open_the_report(chromium: Any, tmp_path: Path) -> None:
+    path = t.compile(small).report().save(tmp_path / "small.html")
+    for link in ("#node=no.such&pass=nothing", "#node=%E0%A4%A&tab=none", "#&&=", "#node=h.attn.q&pass=fuse-linear"):
+        Opened(chromium, path, link).close()
+    opened = Opened(chromium, path, "#node=h.mlp.up&pass=fuse-linear")
+    assert "linear" in opened.page.inner_text("#body h2")
+    assert opened.js("app.model.passes[app.state.stage].name") == "fuse-linear"
+    opened.close()
+
+
+def test_a_click_on_a_value_marks_all_its_readers(chromium: Any, tmp_path: Path) -> None:
+    opened = Opened(chromium, t.compile(small).report().save(tmp_path / "small.html"))
+    opened.js("app.view.all(true)")
+    value, readers = opened.js(
+        "[...app.model.values(app.state.stage)].map(([key, v]) => [key, v.readers.length])"
+        ".sort((a, b) => b[1] - a[1])[0]"
+    )
+    assert readers > 1
+    opened.js(f"app.pickValue({value!r})")
+    opened.js("app.view.drawAll()")
+    assert opened.page.locator(".edge.value").count() >= readers
+    assert f"{readers} readers" in opened.page.inner_text("#body")
+    opened.close()
+
+
+def test_sizes_of_the_memory_tab_change_its_peak(chromium: Any, tmp_path: Path) -> None:
+    from treadle.explaining.memory import explain_memory
+
+    opened = Opened(chromium, t.compile(small).report().save(tmp_path / "small.html"))
+    opened.tab("memory")
+    opened.page.fill("input[aria-label='Size of S']", "300")
+    opened.page.keyboard.press("Tab")
+    peak = explain_memory(small, sizes={"S": 300}).peak
+    assert f"({peak:,} bytes) at the peak at B=1, S=300" in opened.page.inner_text("#body .big")
+    opened.close()
+
+
+def test_a_frame_of_a_notebook_shows_the_report(chromium: Any, tmp_path: Path) -> None:
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><body>{t.compile(small).report()._repr_html_()}", encoding="utf-8")
+    page = chromium.new_page()
+    logged: list[str] = []
+    page.on("console", lambda message: logged.append(message.text))
+    page.on("pageerror", lambda error: logged.append(str(error)))
+    page.goto(path.as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator("#graph .item").first.wait_for()
+    frame.locator("#tab-memory").click()
+    frame.locator("#body .chart").wait_for()
+    assert logged == []
+    page.close()

@@ -1,0 +1,94 @@
+"""`treadle report`: write the report on a model as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import treadle
+from treadle.cli.application import command, print_json
+from treadle.cli.options import AsJson, Axis, Device, ModelName, OptionKeywords, Recipe, Sizes, load_with_options
+from treadle.ir.errors import UsageError
+
+
+@command("report", takes=["compile"])
+def report_command(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The HTML file to write.")] = Path(
+        "report.html"
+    ),
+    sizes: Sizes = None,
+    profile: Annotated[
+        int, typer.Option("--profile", metavar="N", min=0, help="Time the kernels of N runs, with tvm. 0: no run.")
+    ] = 0,
+    mesh: Annotated[
+        str | None,
+        typer.Option("--mesh", metavar="AXES", help="Also report the model split over a mesh, such as tp=2,dp=2."),
+    ] = None,
+    recipe: Recipe = None,
+    axis: Axis = None,
+    device: Device = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", metavar="DTYPE", help="The dtype of keys and values in the step.", show_default=False),
+    ] = None,
+    *,
+    keywords: OptionKeywords,
+    as_json: AsJson = False,
+) -> None:
+    """Write a report that a browser opens without a network: the graph after every pass, fusions and the reasons
+    against them, memory, storage, weights, and the decoding step.
+    """
+    from treadle.artifacts import is_artifact
+    from treadle.compiled import Compiled
+    from treadle.explaining.sharding import explain_sharding
+    from treadle.program.flag_values import parse_axes, parse_sizes
+    from treadle.program.options import CompileOptions, taken_by
+    from treadle.progress import working
+    from treadle.report.building import Subject, lowered_subject, report_of
+    from treadle.reporting.counts import human
+
+    split = {"recipe": recipe, "axes": parse_axes(axis or ()) or None, "device": device}
+    given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
+    if mesh is None and given:
+        raise UsageError(
+            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2"
+        )
+    chosen = parse_sizes(sizes)
+    if "memory" in keywords:
+        keywords["sizes"] = chosen
+    sharding = None
+    subject: Subject | Compiled
+    with working(f"compiling {model}", shown=not as_json):
+        if is_artifact(model):
+            if mesh is not None:
+                raise UsageError("an artifact was compiled for one device", received=model, hint="the model itself")
+            subject = load_with_options(model, keywords, also=("seed",))
+        elif profile:
+            subject = treadle.compile(model, **keywords)
+        else:
+            subject = lowered_subject(model, **keywords)
+    if mesh is not None:
+        shared = {"config", *(each.name for each in taken_by("explain sharding"))}
+        own = {name: value for name, value in keywords.items() if name in shared}
+        with working(f"planning {model}", shown=not as_json):
+            sharding = explain_sharding(model, mesh=mesh, **{**own, "sizes": chosen}, **given)
+    seed = CompileOptions.of("compile", keywords).seed
+    with working(f"writing {output}", shown=not as_json):
+        report = report_of(
+            subject,
+            sizes=chosen,
+            sharding=sharding,
+            cache=cache,
+            profile=profile,
+            seed=seed,
+            command=f"treadle report {model} -o {output}",
+        )
+        report.save(output)
+    count = output.stat().st_size
+    if as_json:
+        print_json({"model": report.name, "path": str(output), "bytes": count, "sections": list(report.sections)})
+    else:
+        print(f"wrote {output}, {human(count, 'B')}")

@@ -1,0 +1,365 @@
+"""`report_of`: collect the facts of a compiled model, a decoding step or a sharded model, as one report.
+
+    report = report_of(t.compile("bert"), sizes={"S": 256})
+    report.save("bert.html")
+    report.sections["fusion"]                # the data of a tab
+
+    report_of(lowered_subject("llama", backend="tvm"))       # without weights
+
+A report holds facts, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import treadle
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
+from treadle.compiled import Compiled
+from treadle.explaining.sharding import ShardingReport
+from treadle.explaining.sharding import report_of as sharding_report
+from treadle.files.shown_names import printable, shown_path
+from treadle.files.whole_files import replacing
+from treadle.ir.analysis.cost import parameter_bytes
+from treadle.ir.errors import PassError, UsageError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.pipelines import MERGING
+from treadle.passes.sharding.gather_ahead import GatherAhead
+from treadle.passes.sharding.plan import ShardingPlan
+from treadle.passes.sharding.rank_programs import rank_program
+from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.program.budgets import budget_of, choose_sizes
+from treadle.program.options import CompileOptions
+from treadle.program.source import AnyModel
+from treadle.report import tabs
+from treadle.report.programs import ReportProgram, program_facts
+from treadle.report.stages import OPTIMIZED
+from treadle.report.tabs import Tab, missing, tab
+from treadle.report.writing import page_text
+from treadle.stepped import SteppedModel
+
+TABS = {
+    "overview": "Overview",
+    "fusion": "Fusion",
+    "memory": "Memory",
+    "weights": "Weights",
+    "storage": "Storage",
+    "sharding": "Sharding",
+    "step": "Step",
+    "roofline": "Roofline",
+    "profile": "Profile",
+    "attention": "Attention",
+    "log": "Pass log",
+}
+"""The tabs with sections of their own, in order. The page adds the selected op, the IR text and the source."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The facts of a model for the page.
+
+    name      the model's name
+    sections  the data by section: `head`, a section for each tab, and for each program `graph:0`, `details:0`, ...
+    """
+
+    name: str
+    sections: Mapping[str, Any] = field(repr=False)
+
+    def html(self) -> str:
+        """Return the page as the text of an HTML file."""
+        return page_text(f"{printable(self.name)}: Treadle report", self.sections)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to a file, whole or not at all, and return its path. Raises UsageError if that fails."""
+        target = Path(path)
+        try:
+            with replacing(target) as file:
+                file.write(self.html().encode())
+        except OSError as error:
+            what, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
+            raise UsageError(
+                "the report cannot be written", received=what, within=shown_path(target), hint=hint
+            ) from error
+        return target
+
+    def _repr_html_(self) -> str:
+        """Return the page in a frame, for notebooks."""
+        return (
+            f'<iframe title="{escape(self.name)}" sandbox="allow-scripts" srcdoc="{escape(self.html())}"'
+            ' style="width: 100%; height: 46em; border: 1px solid #8884; border-radius: 6px"></iframe>'
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model as far as a report needs it: without weights.
+
+    optimized   the stages, with those of the backend
+    executable  the backend's executable, for its code; None if no code was generated
+    unused      tensors of the checkpoint that the model does not use
+    unread      the keys of config.json that the model's family does not know
+    """
+
+    name: str
+    optimized: Optimized
+    backend: str
+    target: Target
+    executable: object = None
+    unused: Sequence[str] = ()
+    unread: Sequence[str] = ()
+
+    @staticmethod
+    def of(model: Compiled) -> Subject:
+        """Return the subject of a compiled model."""
+        parts = model.name, model.optimized, model.backend, model.target, model.executable
+        return Subject(*parts, model.unused, model.unread)
+
+
+def lowered_subject(model: AnyModel, **options: Any) -> Subject:
+    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn.
+
+    options  as in `treadle.compile`
+
+    Code is generated for weights of zeros; if they have more than `MOST_ZEROS` bytes, the subject has no code. Raises
+    as `compile` does.
+    """
+    asked = CompileOptions.of("compile", options)
+    where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
+    passes, _ = asked.precision()
+    resolved = asked.resolve(model, deferred=True)
+    optimized = PassManager(passes, certify=asked.certify, target=where).run(resolved.graph)
+    executable = None
+    if isinstance(chosen, StagedBackend):
+        budget = budget_of(asked.memory, asked.sizes, optimized.graph)
+        lowered = chosen.lower(optimized.graph, where, budget=budget, donate=asked.donate, verified=True)
+        optimized = replace(optimized, lowered=lowered)
+        if parameter_bytes(optimized.graph) <= MOST_ZEROS:
+            executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
+    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread)
+
+
+MOST_ZEROS = 1 << 30
+"""The most bytes of weights of zeros."""
+
+
+def _zeros(graph: Graph) -> dict[str, Any]:
+    return {
+        name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
+        for name, value in graph.parameters.items()
+    }
+
+
+def report_of(
+    model: Compiled | Subject | SteppedModel | ShardingPlan,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    sharding: ShardingReport | None = None,
+    cache: str | None = None,
+    profile: int = 0,
+    seed: int = 0,
+    command: str | None = None,
+) -> Report:
+    """Return the report on a model, on a decoding step, or on a sharding plan.
+
+    sizes     sizes of symbolic axes, for operations, bytes and memory; by default 1 for a batch and 128 for other axes
+    sharding  a report on the model over a mesh; the page then has the program of the last rank, too
+    cache     the dtype of the caches of the derived step
+    profile   number of timed runs, on inputs drawn from `seed`; 0: nothing is run. A compiled model on TVM only
+    command   the command line without its options, which tabs without data name
+
+    Raises UsageError for sizes outside their bounds, and for a profile of another model.
+    """
+    if isinstance(model, SteppedModel):
+        return _of_step(model, sizes or {})
+    if isinstance(model, ShardingPlan):
+        return _of_plan(sharding_report(model, {}), sizes or model.sizes)
+    subject = Subject.of(model) if isinstance(model, Compiled) else model
+    collected = _Collected(subject, sizes or {}, sharding, cache, command)
+    if profile:
+        collected.profile(model, profile, seed)
+    return collected.report()
+
+
+class _Collected:
+    """The parts of a report on a compiled model."""
+
+    def __init__(
+        self,
+        model: Subject,
+        sizes: Mapping[str, int],
+        sharding: ShardingReport | None,
+        cache: str | None,
+        command: str | None,
+    ) -> None:
+        self.model, self.sharding, self.cache = model, sharding, cache
+        self.command = command or "treadle report MODEL -o report.html"
+        self.sizes = choose_sizes(model.optimized.graph, sizes)
+        self.program = ReportProgram("model", model.optimized, model.backend, model.executable)
+        self.times: dict[Node, float] = {}
+        nothing = missing("nothing was run", f"{self.command} --backend tvm --profile 9")
+        self.measured: dict[str, Tab] = {"roofline": nothing, "profile": nothing}
+
+    def report(self) -> Report:
+        model, program, sizes = self.model, self.program, self.sizes
+        programs = [program]
+        found: dict[str, Tab] = {
+            "overview": tab(self._overview),
+            "fusion": self._fusion(),
+            "memory": tab(self._memory),
+            "weights": tab(partial(tabs.weight_facts, model.optimized.graph, model.optimized.stages)),
+            "storage": tab(partial(tabs.storage_facts, program)) if program.last.plan is not None else self._no_plan(),
+            "sharding": missing("no mesh was given", f"{self.command} --mesh tp=2 --recipe megatron"),
+            "step": tab(partial(self._step, programs)),
+            **self.measured,
+            "attention": tab(partial(tabs.attention_facts, program, sizes)),
+            "log": tab(partial(tabs.log_facts, program)),
+        }
+        if self.sharding is not None:
+            found["sharding"] = tab(partial(tabs.sharding_facts, self.sharding))
+            programs.append(_rank(self.sharding.plan))
+        return _report(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
+
+    def _overview(self) -> dict[str, Any]:
+        facts = tabs.overview(self.program, self.model.target, self.sizes)
+        return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
+
+    def _fusion(self) -> Tab:
+        if any(stage.name == OPTIMIZED for stage in self.program.stages):
+            why = "an artifact does not record which ops a pass replaced"
+            return missing(why, f"{self.command}  with the model that it was compiled from")
+        return tab(partial(tabs.fusion_facts, self.program))
+
+    def _memory(self) -> dict[str, Any]:
+        frames = tabs.frames_of_program(self.program, self.model.target)
+        return tabs.memory_tab_facts(self.program, frames, self.sizes)
+
+    def _no_plan(self) -> Tab:
+        return missing(f"backend {self.model.backend} does not plan storage", f"{self.command} --backend tvm")
+
+    def _step(self, programs: list[ReportProgram]) -> dict[str, Any]:
+        graph = self.model.optimized.graph
+        if graph.entry_names[-1] != "main":
+            raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
+        derived = derive_step(graph, cache=self.cache)
+        facts = tabs.step_facts(self.model.name, derived, graph)
+        programs.append(_step_program(derived, self.model.backend, self.model.target))
+        return facts
+
+    def profile(self, model: object, rounds: int, seed: int) -> None:
+        """Time the kernel calls of a compiled model."""
+        from treadle.backends.tvm.executable import KernelExecutable
+        from treadle.backends.tvm.profiling import time_calls
+        from treadle.benching.roofline import roofline_of
+        from treadle.ir.analysis.drawn_inputs import draw_inputs
+
+        exe = self.model.executable
+        if not isinstance(model, Compiled) or not isinstance(exe, KernelExecutable) or model.graph.states:
+            raise UsageError(
+                "only a model without states, compiled for the tvm backend, can be profiled",
+                received=f"{self.model.name} on {self.model.backend}",
+                hint=f"{self.command} --backend tvm --profile {rounds}",
+            )
+        calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
+        numbers = self.program.numbers()
+        rows = []
+        for each in calls:
+            node = each.step.node
+            if node is not None:
+                self.times[node] = self.times.get(node, 0.0) + each.seconds
+            where = ("", "", None) if node is None else (node.scope, str(node.source or ""), numbers.get(node))
+            rows.append([each.step.kernel.title, each.seconds, *where])
+        profile = {"rounds": rounds, "calls": rows, "seconds": sum(each.seconds for each in calls)}
+        self.measured = {
+            "roofline": tab(lambda: roofline_of(model, self.sizes, calls).as_dict()),
+            "profile": {"data": profile},
+        }
+
+
+def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportProgram:
+    """Return the derived step, through the passes of a backend that has any."""
+    found = find_backend(backend)
+    if isinstance(found, StagedBackend):
+        return ReportProgram("step", found.lower(derived.graph, target), backend, None, "derived")
+    return ReportProgram("step", PassManager(()).run(derived.graph), backend, None, "derived")
+
+
+def _rank(plan: ShardingPlan) -> ReportProgram:
+    """Return the program of the last rank, whose parts are the largest."""
+    rank = plan.devices.ranks - 1
+    made = PassManager([*MERGING, GatherAhead()]).run(rank_program(plan, rank))
+    return ReportProgram(f"rank {rank}", made, "", None, "sharded")
+
+
+def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
+    program = ReportProgram("step", model.optimized, model.backend, model.executable, "derived")
+    chosen = choose_sizes(program.graph, sizes)
+    target = Target("cpu")
+    no_source = missing("the step was derived from another graph", "exe.report()  of the model itself")
+
+    def memory() -> dict[str, Any]:
+        return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen)
+
+    found: dict[str, Tab] = {
+        "memory": tab(memory),
+        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "storage": tab(partial(tabs.storage_facts, program)),
+        "step": tab(partial(tabs.step_facts, model.name, model.derived)),
+        "attention": tab(partial(tabs.attention_facts, program, chosen)),
+        "log": tab(partial(tabs.log_facts, program)),
+    }
+    others = dict.fromkeys(("fusion", "sharding", "roofline", "profile"), no_source)
+    return _report(model.name, model.backend, str(target), chosen, [program], found | others, {})
+
+
+def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
+    plan = report.plan
+    program = _rank(plan)
+    chosen = choose_sizes(program.graph, {n: size for n, size in sizes.items() if n in program.graph.symbols})
+    compiled = missing("the model was not compiled", "treadle report MODEL --mesh tp=2 -o report.html")
+    found: dict[str, Tab] = dict.fromkeys(TABS, compiled)
+    found |= {
+        "sharding": tab(partial(tabs.sharding_facts, report)),
+        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "attention": tab(partial(tabs.attention_facts, program, chosen)),
+        "log": tab(partial(tabs.log_facts, program)),
+    }
+    return _report(report.name, "", report.device, chosen, [program], found, {})
+
+
+def _report(
+    name: str,
+    backend: str,
+    target: str,
+    sizes: Mapping[str, int],
+    programs: list[ReportProgram],
+    found: Mapping[str, Tab],
+    times: Mapping[Node, float],
+) -> Report:
+    """Put the parts together. Operations and bytes of a program are those at its own sizes."""
+    sections: dict[str, Any] = {
+        "head": {
+            "model": name,
+            "backend": backend,
+            "target": target,
+            "version": treadle.__version__,
+            "sizes": dict(sizes),
+            "programs": [each.name for each in programs],
+            "tabs": [[key, title] for key, title in TABS.items() if key in found],
+        }
+    }
+    sections |= {key: found[key] for key in TABS if key in found}
+    for at, program in enumerate(programs):
+        own = choose_sizes(program.graph, {n: size for n, size in sizes.items() if n in program.graph.symbols})
+        facts = program_facts(program, own, times if at == 0 else {})
+        sections |= {f"{part}:{at}": data for part, data in facts.items()}
+    return Report(name, sections)

@@ -1,0 +1,146 @@
+"""The graph of a program at every stage: as declared, and after each pass, with the identity of its nodes.
+
+    for stage in stages_of(exe.optimized):
+        print(stage.name, stage.graph, stage.replaced)
+
+Nodes are numbered by the pass manager (`treadle.passes.framework.lineage.NodeHistory`). A backend's passes number them
+from the graph that they start with, and an artifact has no numbers. There, and if a pass rebuilds a node without a
+record of its replacement, two nodes are the same if their ops, types, scopes, lines and names are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from treadle.ir.graph import Graph, Node
+from treadle.passes.framework.lineage import NodeHistory
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.framework.pass_log import PassRecord
+
+DECLARED = "declared"
+"""The name of the first stage."""
+OPTIMIZED = "optimized"
+"""The name of the second stage of an artifact, which has no graphs of single passes."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramStage:
+    """A graph, with a number for each node that is the same in all stages.
+
+    name      the pass that led to it, or `DECLARED`
+    numbers   by function, the number of each node in program order
+    replaced  for a node that took over work in this pass, the numbers of the nodes that did it before
+    record    the log of the pass; None for a graph that no recorded pass made
+    """
+
+    name: str
+    graph: Graph
+    numbers: Mapping[str, Sequence[int]]
+    replaced: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    record: PassRecord | None = None
+
+    @property
+    def changed(self) -> bool:
+        """True if its pass changed the graph."""
+        return self.record is None or self.record.changed
+
+    def walk(self) -> Iterator[tuple[str, Node, int]]:
+        """Yield the function, the node and its number, for every node."""
+        for name, function in self.graph.functions.items():
+            yield from ((name, node, number) for node, number in zip(function.nodes, self.numbers[name], strict=True))
+
+
+def stages_of(optimized: Optimized, first: str = DECLARED) -> list[ProgramStage]:
+    """Return the stages of a pipeline and of the backend's passes that follow it.
+
+    first   the name of the stage before the first pass
+    """
+    numbering = _Numbering(optimized.source, first)
+    numbering.follow(optimized)
+    if optimized.lowered is not None:
+        numbering.follow(optimized.lowered)
+    return numbering.stages
+
+
+class _Numbering:
+    def __init__(self, graph: Graph, first: str) -> None:
+        self.count = 0
+        numbers = {name: [self._new() for _ in f.nodes] for name, f in graph.functions.items()}
+        self.stages = [ProgramStage(first, graph, numbers)]
+
+    def _new(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def follow(self, optimized: Optimized) -> None:
+        """Add a stage for each pass of a pipeline, which numbers nodes from its source graph on."""
+        before = self.stages[-1].graph
+        sizes = [[len(f.nodes) for f in graph.functions.values()] for graph in (optimized.source, before)]
+        if sizes[0] != sizes[1]:
+            self._add("adapted", optimized.source, _positions(optimized.source), {}, None)
+        numbers = self.stages[-1].numbers.values()
+        known = dict(enumerate(number for held in numbers for number in held))
+        if any(record.graph is None for record in optimized.log):  # read from an artifact
+            self._add(OPTIMIZED, optimized.graph, _positions(optimized.graph), {}, None)
+            return
+        for record in optimized.log:
+            assert record.graph is not None
+            if record.changed and record.history.numbers.keys() == record.graph.functions.keys():
+                self._add(record.name, record.graph, record.history, known, record)
+            elif record.changed:  # made by a backend itself, without a history
+                self._add(record.name, record.graph, _positions(record.graph), {}, record)
+            else:
+                last = self.stages[-1]
+                self.stages.append(ProgramStage(record.name, last.graph, last.numbers, record=record))
+
+    def _add(
+        self, name: str, graph: Graph, history: NodeHistory, known: dict[int, int], record: PassRecord | None
+    ) -> None:
+        self._match(self.stages[-1], graph, history, known)
+        numbers = {name: [self._global(known, number) for number in held] for name, held in history.numbers.items()}
+        replaced = {
+            self._global(known, number): tuple([known[each] for each in held if each in known])
+            for number, held in history.replaced.items()
+        }
+        self.stages.append(ProgramStage(name, graph, numbers, replaced, record))
+
+    def _global(self, known: dict[int, int], number: int) -> int:
+        if number not in known:
+            known[number] = self._new()
+        return known[number]
+
+    def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, known: dict[int, int]) -> None:
+        """Give new nodes that equal removed ones their numbers."""
+        left = {known[n] for held in history.numbers.values() for n in held if n in known}
+        removed: dict[object, list[int]] = {}
+        for name, node, number in before.walk():
+            if number not in left:
+                for key in (_key(node, name), _key(node, "")):
+                    removed.setdefault(key, []).append(number)
+        taken: set[int] = set()
+        places: tuple[Callable[[str], str], ...] = (lambda name: name, lambda name: "")
+        for place in places if removed else ():
+            for name, held in history.numbers.items():
+                for node, number in zip(graph.functions[name].nodes, held, strict=True):
+                    if number in known or number in history.replaced:
+                        continue
+                    for other in removed.get(_key(node, place(name)), ()):
+                        if other not in taken:
+                            taken.add(other)
+                            known[number] = other
+                            break
+
+
+def _positions(graph: Graph) -> NodeHistory:
+    """Number the nodes of a graph by their position."""
+    numbers, at = {}, 0
+    for name, function in graph.functions.items():
+        numbers[name] = range(at, at + len(function.nodes))
+        at += len(function.nodes)
+    return NodeHistory(numbers)
+
+
+def _key(node: Node, function: str) -> object:
+    types = tuple([(value.name, value.type.text) for value in node.results])
+    return function, node.op.name, node.op.callee, node.scope, str(node.source or ""), types

@@ -1,0 +1,220 @@
+"""The tabs of the report. Each shows what a report of `treadle.explaining` or `treadle.reporting` returns.
+
+A tab is {"data": ...}, {"missing": reason, "command": text} if nothing was measured or planned, or {"error": text} if
+the report failed; the other tabs are not affected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from treadle.backends.registry import find_backend
+from treadle.backends.staged import StagedBackend
+from treadle.explaining.fusion_verdicts import ALREADY, FUSED, STATUSES, UNFUSED, judge
+from treadle.explaining.layouts import layouts_of
+from treadle.explaining.memory import memory_of
+from treadle.explaining.sharding import ShardingReport
+from treadle.explaining.step import step_of
+from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.run_counts import count_calls, count_run_ops
+from treadle.ir.attention.attention_terms import MaskTerm, Term
+from treadle.ir.attention.seen_keys import live_pairs, reach_of
+from treadle.ir.errors import TreadleError, UsageError
+from treadle.ir.graph import Graph, Node
+from treadle.ir.target import Target
+from treadle.passes.sharding.timetable import Busy
+from treadle.passes.stepping.derivation import DerivedStep
+from treadle.report.memory_tab import memory_facts
+from treadle.report.programs import ReportProgram
+from treadle.reporting.graphs import graph_facts
+
+MOST_BUSY = 20_000
+"""The most entries of a timetable that are drawn."""
+
+Tab = dict[str, Any]
+
+
+def tab(make: Callable[[], Any]) -> Tab:
+    """Return a tab with the result of a report, or with its error."""
+    try:
+        return {"data": make()}
+    except TreadleError as error:
+        return {"error": str(error)}
+
+
+def missing(reason: str, command: str) -> Tab:
+    """Return a tab without data, and the command that produces it."""
+    return {"missing": reason, "command": command}
+
+
+def overview(program: ReportProgram, target: Target, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the facts of the model: parameters, cost, inputs and outputs, and the ops of a run."""
+    optimized = program.optimized
+    stages = optimized.stages
+    fit = next((record.fit for record in stages if record.fit is not None), None)
+    return {
+        **graph_facts(optimized.graph, sizes),
+        "backend": program.backend,
+        "target": str(target),
+        "cores": target.cores(),
+        "passes": len(stages),
+        "ops": dict(count_run_ops(optimized.graph).most_common()),
+        "declared_ops": count_run_ops(optimized.source).total(),
+        **({} if fit is None else {"memory": fit.as_dict()}),
+    }
+
+
+_ORDER = (*UNFUSED, FUSED, ALREADY)
+
+
+def fusion_facts(program: ReportProgram) -> dict[str, Any]:
+    """Return every candidate site with its verdict, its ops by number, and the number of times that a run has it."""
+    numbers, calls = program.declared_numbers(), count_calls(program.optimized.source)
+    sites = []
+    totals = dict.fromkeys(STATUSES, 0)
+    for site, verdict in judge(program.optimized):
+        count = calls[site.function]
+        totals[verdict.status] += count
+        facts = verdict.as_dict() | {"function": site.function, "calls": count}
+        facts["nodes"] = [numbers[node] for node in site.nodes if node in numbers]
+        del facts["sites"]
+        sites.append(facts)
+    sites.sort(key=lambda each: _ORDER.index(each["status"]))
+    return {"sites": sites, "totals": totals, "unfused": list(UNFUSED)}
+
+
+def memory_tab_facts(program: ReportProgram, frames: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the memory report of the program that runs."""
+    last = program.last
+    assert last.plan is not None
+    report = memory_of(program.optimized.graph.name, program.backend, last.graph, last.plan, frames, sizes)
+    return memory_facts(report, last.graph, last.plan, program.numbers())
+
+
+def storage_facts(program: ReportProgram) -> dict[str, Any]:
+    """Return the storage of each value, with the number of the op that makes it, and the layouts of weights."""
+    report, plan = program.storage(), program.last.plan
+    assert report is not None
+    assert plan is not None
+    numbers = program.numbers()
+    facts = report.as_dict()
+    for function, rows in zip(facts["functions"], plan.functions.values(), strict=True):
+        for value, (held, _) in zip(function["values"], rows.rows(), strict=True):
+            if held.node in numbers:
+                value["node"] = numbers[held.node]
+    facts["layouts"] = layouts_of(report.model, program.backend, program.graph).as_dict()
+    return facts
+
+
+def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
+    """Return every weight in the form in which it is stored, the largest first, and what the quantization reported."""
+    weights: list[dict[str, Any]] = []
+    for name, value in graph.parameters.items():
+        encoding = value.type.encoding
+        count, elements = value.type.bytes_at({}), value.type.elements.evaluate({})
+        weights.append(
+            {
+                "name": name,
+                "type": value.type.text,
+                "encoding": None if encoding is None else str(encoding),
+                "bytes": count,
+                "bits": 8 * count / elements if elements else 0,
+            }
+        )
+    weights.sort(key=lambda each: (-each["bytes"], each["name"]))
+    notes = [note for record in log if record.name == "quantize-weights" for note in record.notes]
+    return {"weights": weights, "bytes": sum(each["bytes"] for each in weights), "notes": notes}
+
+
+def attention_facts(program: ReportProgram, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return every attention of the optimized graph: its terms, its sizes, and the pairs that it computes."""
+    graph = program.optimized.graph
+    stage = next(s for s in reversed(program.stages) if s.graph is graph or _alike(s.graph, graph))
+    numbers = program.numbers_in(graph, stage)
+    calls = count_calls(graph)
+    found = []
+    for function, node in graph.walk():
+        if _terms(node) or "attention" in node.op.name:
+            found.append(_attention(node, numbers, sizes) | {"function": function.name, "calls": calls[function.name]})
+    return found
+
+
+def _alike(graph: Graph, other: Graph) -> bool:
+    sizes = [{name: len(f.nodes) for name, f in each.functions.items()} for each in (graph, other)]
+    return sizes[0] == sizes[1]
+
+
+def _terms(node: Node) -> list[Term]:
+    """Return the masks and biases of an op, if it is an attention."""
+    terms = node.op.attributes.get("terms", ())
+    return [term for term in terms if isinstance(term, Term)] if isinstance(terms, tuple) else []
+
+
+def _attention(node: Node, numbers: Mapping[Node, int], sizes: Mapping[str, int]) -> dict[str, Any]:
+    names = node.op.operand_names(len(node.operands))
+    types = {n: v.type for n, v in zip(names, node.operands, strict=True) if v is not None}
+    terms = _terms(node)
+    facts: dict[str, Any] = {
+        "op": node.op.name,
+        "node": numbers.get(node),
+        "scope": node.scope,
+        "line": str(node.source or ""),
+        "terms": [str(term) for term in terms],
+        "operands": {name: type.text for name, type in types.items()},
+        "flops": node_cost(node, sizes).flops,
+    }
+    q, k = types.get("q"), types.get("k")
+    if q is not None and k is not None and q.rank == 4 and k.rank == 4:
+        queries, keys = (type.shape[2].evaluate(sizes) for type in (q, k))
+        facts |= {
+            "heads": q.shape[1].evaluate(sizes),
+            "key_heads": k.shape[1].evaluate(sizes),
+            "width": q.shape[3].evaluate(sizes),
+            "queries": queries,
+            "keys": keys,
+            "live": live_pairs(terms, queries, keys),
+            "reach": list(reach_of(terms)),
+            "by_values": [str(t) for t in terms if isinstance(t, MaskTerm) and t.operands],
+        }
+    return facts
+
+
+def step_facts(name: str, derived: DerivedStep, graph: Graph | None = None) -> dict[str, Any]:
+    """Return the derived step: states, and what each op of the graph became, if it is known."""
+    return step_of(name, derived, graph).as_dict()
+
+
+def sharding_facts(report: ShardingReport) -> dict[str, Any]:
+    """Return the sharding report, with the timetable of a rank and the mesh."""
+    facts = report.as_dict()
+    times = report.needs.times
+    facts["timetable"] = {
+        "seconds": times.seconds,
+        "calls": list(times.calls),
+        "busy": [_busy(each) for each in times.busy[:MOST_BUSY]],
+        "left_out": max(len(times.busy) - MOST_BUSY, 0),
+    }
+    facts["axes_of_mesh"] = [list(axis) for axis in report.plan.devices.axes]
+    facts["node"] = report.plan.machine.node
+    facts["text"] = str(report).splitlines()
+    return facts
+
+
+def _busy(each: Busy) -> list[Any]:
+    return [each.op, each.over, each.because, each.scope, each.line, each.start, each.seconds, each.sent, each.limit]
+
+
+def log_facts(program: ReportProgram) -> dict[str, Any]:
+    """Return the pass log with the times of this compilation."""
+    return {"passes": [record.as_dict(times=True) for record in program.optimized.stages]}
+
+
+def frames_of_program(program: ReportProgram, target: Target) -> Any:
+    """Return the frames of the graph that runs, with the workspaces of kernels. Raises UsageError for a backend without
+    a storage plan.
+    """
+    backend, last = find_backend(program.backend), program.last
+    if last.plan is None or not isinstance(backend, StagedBackend):
+        raise UsageError(f"backend {program.backend} does not plan storage", hint="numpy, torch or tvm")
+    return backend.frames(last.graph, target, last.plan)
