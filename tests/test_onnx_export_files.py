@@ -75,7 +75,7 @@ def test_names_axes_scopes_and_lines(tmp_path: Path) -> None:
     assert len({n.name for n in model.graph.node}) == len(model.graph.node)
 
 
-def test_bounds_are_told(tmp_path: Path) -> None:
+def test_bounds_are_written(tmp_path: Path) -> None:
     graph = ZOO["gpt2"][0].configure(context=40).graph()
     _, model = exported(graph, tmp_path, weights_of(graph))
     assert {p.key: p.value for p in model.metadata_props} == {"treadle.sizes": "S <= 40"}

@@ -169,5 +169,5 @@ def _export_onnx(
     for path in files:
         print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
     counts = sorted(made.operators.items(), key=lambda each: -each[1])
-    told = ", ".join(f"{count} {name}" for name, count in counts)
-    print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {told}")
+    operators = ", ".join(f"{count} {name}" for name, count in counts)
+    print(f"{counted(sum(made.operators.values()), 'node')} of opset {made.opset}: {operators}")

@@ -1,4 +1,4 @@
-"""The weights of two builds: those that take more or fewer bits, and those that only one build has."""
+"""Comparison of the weights of two builds: changes in bits, and weights that only one build has."""
 
 from __future__ import annotations
 

@@ -347,16 +347,16 @@ def _grown(before: MemoryReport | None, after: MemoryReport | None) -> tuple[Ali
     return tuple(new[:_ALIVE])
 
 
-def _common_sizes(a: Graph, b: Graph, wanted: Mapping[str, int]) -> dict[str, int]:
+def _common_sizes(a: Graph, b: Graph, requested_sizes: Mapping[str, int]) -> dict[str, int]:
     """Return sizes for the symbols of both graphs; by default the smaller default of two for a common symbol."""
-    unknown = [name for name in wanted if name not in a.symbols and name not in b.symbols]
+    unknown = [name for name in requested_sizes if name not in a.symbols and name not in b.symbols]
     if unknown:
         known = ", ".join({**a.symbols, **b.symbols})
         raise UsageError(
             f"neither model has a symbolic axis {', '.join(map(printable, unknown))}",
             hint=f"one of {known}" if known else "all of their sizes are fixed",
         )
-    first, second = (choose_sizes(g, {n: s for n, s in wanted.items() if n in g.symbols}) for g in (a, b))
+    first, second = (choose_sizes(g, {n: s for n, s in requested_sizes.items() if n in g.symbols}) for g in (a, b))
     sizes = {n: min(first.get(n, second.get(n, 0)), second.get(n, first.get(n, 0))) for n in {**first, **second}}
     for graph in (a, b):
         choose_sizes(graph, {n: s for n, s in sizes.items() if n in graph.symbols})  # within the bounds of both

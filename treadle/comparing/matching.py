@@ -85,13 +85,13 @@ def match_builds(a: Build, b: Build) -> tuple[Matching, Matching]:
     return declared, match_runs(*runs, scopes, (ids[0], ids[1]))
 
 
-def _origins(build: Build, run: GraphRun, source: GraphRun, known: Mapping[RunNode, int]) -> _Ids:
+def _origins(build: Build, run: GraphRun, source: GraphRun, numbers: Mapping[RunNode, int]) -> _Ids:
     """Return for each node of a run the numbers of the declared nodes whose work it does."""
     places = source.by_place()
     found = []
     for each in run.nodes:
         origins = [places.get((each.path, node)) for node in build.origins(each.node)]
-        found.append(frozenset(known[node] for node in origins if node is not None and node in known))
+        found.append(frozenset(numbers[node] for node in origins if node is not None and node in numbers))
     return found
 
 

@@ -35,30 +35,32 @@ def write_drawing(path: Path, text: str) -> None:
         with replacing(path) as file:
             file.write(text.encode())
     except OSError as error:
-        told, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
-        raise UsageError("the drawing cannot be written", received=told, within=shown_path(path), hint=hint) from error
+        reason, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
+        raise UsageError(
+            "the drawing cannot be written", received=reason, within=shown_path(path), hint=hint
+        ) from error
 
 
-def draw_memory(told: MemoryReport) -> str:
+def draw_memory(report: MemoryReport) -> str:
     """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
     output.
 
     Raises UsageError for a backend without an arena.
     """
-    if told.placed is None or told.arena is None:
+    if report.placed is None or report.arena is None:
         raise UsageError(
-            f"backend {told.backend} allocates arrays by itself, so there is no arena to draw",
+            f"backend {report.backend} allocates arrays by itself, so there is no arena to draw",
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
-    line = timeline_of(told)
-    return "\n".join(_drawn(told, line.boxes, line.bands, line.live, max(line.steps, 1))) + "\n"
+    line = timeline_of(report)
+    return "\n".join(_drawn(report, line.boxes, line.bands, line.live, max(line.steps, 1))) + "\n"
 
 
 def _drawn(
-    told: MemoryReport, boxes: Sequence[TimelineBox], bands: Sequence[Band], live: Sequence[int], end: int
+    report: MemoryReport, boxes: Sequence[TimelineBox], bands: Sequence[Band], live: Sequence[int], end: int
 ) -> Iterator[str]:
-    assert told.arena is not None
-    top = max(told.arena, 1)
+    assert report.arena is not None
+    top = max(report.arena, 1)
     across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top
 
     def x(step: float) -> float:
@@ -72,16 +74,16 @@ def _drawn(
         totals[box.op] = totals.get(box.op, 0) + box.bytes * (box.end - box.first)
     ops = sorted(totals, key=lambda op: (-totals[op], op))
     colours = {op: _COLOURS[i] if i < _LEGEND else _BESIDE for i, op in enumerate(ops)}
-    where = f" at {sizes_text(told.sizes)}" if told.sizes else ""
+    where = f" at {sizes_text(report.sizes)}" if report.sizes else ""
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
         ' font-family="system-ui, sans-serif" font-size="12">'
     )
     yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
-    yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(told.model)}{escape(where)}</text>'
+    yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(report.model)}{escape(where)}</text>'
     yield (
-        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(told.arena, "B")}; at most {human(told.peak, "B")}'
-        f" live at once, in {escape(told.step)}</text>"
+        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(report.arena, "B")}; at most {human(report.peak, "B")}'
+        f" live at once, in {escape(report.step)}</text>"
     )
     for part in range(5):
         count = top * part / 4

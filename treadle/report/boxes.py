@@ -470,7 +470,7 @@ def _rank(item: str) -> int:
     return {"i": 0, "o": 2, "r": 2}.get(item[0], 1)
 
 
-def _drawn(body: _Body, held: _Held) -> dict[str, Any]:
+def _drawn(body: _Body, positions: _Held) -> dict[str, Any]:
     order = sorted(body.items, key=_rank)
     number = {item: at for at, item in enumerate(order)}
     edges = [(number[a], number[b], value) for a, b, value in body.edges]
@@ -479,9 +479,9 @@ def _drawn(body: _Body, held: _Held) -> dict[str, Any]:
         "items": [body.items[item] for item in order],
         "edges": [each for edge in edges for each in edge],
         "at": [each for pair in zip(placed.rows, placed.centers, strict=True) for each in pair],
-        "held": [each for item in order for each in held.at[item]],
+        "held": [each for item in order for each in positions.at[item]],
         "bends": _flat(placed.bends.get((a, b)) for a, b, _ in edges),
-        "held_bends": _flat(held.bends.get((order[a], order[b])) for a, b, _ in edges),
+        "held_bends": _flat(positions.bends.get((order[a], order[b])) for a, b, _ in edges),
         "bundles": _flat(body.bundles.get((order[a], order[b])) for a, b, _ in edges),
     }
     return {name: value for name, value in found.items() if value}

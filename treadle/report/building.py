@@ -342,7 +342,7 @@ def _report(
     target: str,
     sizes: Mapping[str, int],
     programs: list[ReportProgram],
-    found: Mapping[str, Tab],
+    sections_by_key: Mapping[str, Tab],
     times: Mapping[Node, float],
 ) -> Report:
     """Put the parts together. Operations and bytes of a program are those at its own sizes."""
@@ -354,10 +354,10 @@ def _report(
             "version": treadle.__version__,
             "sizes": dict(sizes),
             "programs": [each.name for each in programs],
-            "tabs": [[key, title] for key, title in TABS.items() if key in found],
+            "tabs": [[key, title] for key, title in TABS.items() if key in sections_by_key],
         }
     }
-    sections |= {key: found[key] for key in TABS if key in found}
+    sections |= {key: sections_by_key[key] for key in TABS if key in sections_by_key}
     for at, program in enumerate(programs):
         own = choose_sizes(program.graph, {n: size for n, size in sizes.items() if n in program.graph.symbols})
         facts = program_facts(program, own, times if at == 0 else {})

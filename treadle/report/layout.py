@@ -252,10 +252,10 @@ def _centers(levels: list[list[int]], above: list[list[int]], below: list[list[i
     return centers
 
 
-def _spread(level: Sequence[int], wanted: Sequence[float], half: Sequence[float], centers: list[float]) -> None:
-    """Set the centers of a row as near as possible to the wanted ones: groups that touch take their mean."""
-    groups: list[tuple[float, int, float]] = []  # the mean of wanted starts, the number of items, the width
-    for item, want in zip(level, wanted, strict=True):
+def _spread(level: Sequence[int], targets: Sequence[float], half: Sequence[float], centers: list[float]) -> None:
+    """Set the centers of a row as near as possible to the targets ones: groups that touch take their mean."""
+    groups: list[tuple[float, int, float]] = []  # the mean of targets starts, the number of items, the width
+    for item, want in zip(level, targets, strict=True):
         start, number, wide = want - half[item], 1, 2 * half[item]
         while groups and groups[-1][0] + groups[-1][2] > start:
             before, count, width = groups.pop()

@@ -156,7 +156,7 @@ def _final(program: ReportProgram, times: Mapping[Node, float]) -> dict[str, Any
             for value, (held, _) in zip(function.values, rows.rows(), strict=True):
                 if held.node in numbers:
                     names = ("name", "storage", "form", "bytes", "first", "last", "why")
-                    facts = {name: told for name, told in value.as_dict().items() if name in names and told is not None}
+                    facts = {name: fact for name, fact in value.as_dict().items() if name in names and fact is not None}
                     stored.setdefault(numbers[held.node], []).append(facts)
     found: dict[str, Any] = {"storage": stored}
     if times:

@@ -95,24 +95,24 @@ class _Numbering:
                 self.stages.append(ProgramStage(record.name, last.graph, last.numbers, record=record))
 
     def _add(
-        self, name: str, graph: Graph, history: NodeHistory, known: dict[int, int], record: PassRecord | None
+        self, name: str, graph: Graph, history: NodeHistory, numbering: dict[int, int], record: PassRecord | None
     ) -> None:
-        self._match(self.stages[-1], graph, history, known)
-        numbers = {name: [self._global(known, number) for number in held] for name, held in history.numbers.items()}
+        self._match(self.stages[-1], graph, history, numbering)
+        numbers = {name: [self._global(numbering, number) for number in held] for name, held in history.numbers.items()}
         replaced = {
-            self._global(known, number): tuple([known[each] for each in held if each in known])
+            self._global(numbering, number): tuple([numbering[each] for each in held if each in numbering])
             for number, held in history.replaced.items()
         }
         self.stages.append(ProgramStage(name, graph, numbers, replaced, record))
 
-    def _global(self, known: dict[int, int], number: int) -> int:
-        if number not in known:
-            known[number] = self._new()
-        return known[number]
+    def _global(self, numbering: dict[int, int], number: int) -> int:
+        if number not in numbering:
+            numbering[number] = self._new()
+        return numbering[number]
 
-    def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, known: dict[int, int]) -> None:
+    def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, numbering: dict[int, int]) -> None:
         """Give new nodes that equal removed ones their numbers."""
-        left = {known[n] for held in history.numbers.values() for n in held if n in known}
+        left = {numbering[n] for held in history.numbers.values() for n in held if n in numbering}
         removed: dict[object, list[int]] = {}
         for name, node, number in before.walk():
             if number not in left:
@@ -123,12 +123,12 @@ class _Numbering:
         for place in places if removed else ():
             for name, held in history.numbers.items():
                 for node, number in zip(graph.functions[name].nodes, held, strict=True):
-                    if number in known or number in history.replaced:
+                    if number in numbering or number in history.replaced:
                         continue
                     for other in removed.get(_key(node, place(name)), ()):
                         if other not in taken:
                             taken.add(other)
-                            known[number] = other
+                            numbering[number] = other
                             break
 
 
