@@ -142,8 +142,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """sum = x + residual,   y = (sum - mean(sum)) / sqrt(var(sum) + eps) * weight + bias
 
-    Results: y, then the sum. `layer_norm` (Ba, Kiros & Hinton 2016) of a residual, as SkipLayerNormalization in ONNX
-    Runtime. The sum is rounded to its dtype before it is normalized.
+    Results: y, then the sum. The op is `layer_norm` (Ba, Kiros & Hinton 2016) of a residual sum, as
+    SkipLayerNormalization in ONNX Runtime. The sum is rounded to its dtype before it is normalized.
     """
 
 def add_rms_norm(
@@ -157,8 +157,8 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """sum = x + residual,   y = sum / sqrt(mean(sum^2) + eps) * weight
 
-    Results: y, then the sum. `rms_norm` (Zhang & Sennrich 2019) of a residual, as fused_add_rms_norm in vLLM. The sum
-    is rounded to its dtype before it is normalized.
+    Results: y, then the sum. The op is `rms_norm` (Zhang & Sennrich 2019) of a residual sum, as fused_add_rms_norm in
+    vLLM. The sum is rounded to its dtype before it is normalized.
     """
 
 def append(
@@ -174,16 +174,16 @@ def append(
 ) -> Tensor:
     """y = state, then y[rows[b], ..., start[b] + i, ...] = x[b, ..., i, ...] for every row b and position i
 
-    state has slots along its first axis and a capacity C along `axis`. x has rows and s new positions there, and the
-    other sizes of state. rows[b] is the slot of row b, start[b] the position of its first new element. In a ring,
-    positions count modulo C.
+    state has slots along its first axis and a capacity C along `axis`. x has rows along its first axis, s new positions
+    along `axis`, and otherwise the sizes of state. rows[b] is the slot of row b, start[b] the position of its first new
+    element. In a ring, positions count modulo C.
 
     Two rows of one call never write into one slot. Without a ring start[b] + s <= C, in a ring s <= C. The reference
-    refuses anything else; a backend refuses positions outside the state.
+    raises GraphError for other operands; a backend refuses positions outside the state.
     """
 
 def argmax(x: TensorLike, /, *, axis: int, keep: bool = False, name: str | None = None) -> Tensor:
-    """y = the position of the greatest element along `axis`; the first of equal ones
+    """y = the position of the greatest element along `axis`; the first position if several elements are equal
 
     keep   keep the axis as a dimension of size 1
     """
@@ -206,15 +206,15 @@ def attention(
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e]
 
-    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). A query
-    that may see no key gets zeros, and so does its gradient.
+    Query heads share key/value heads in order: with h = g r, head n uses head n // r (Ainslie et al. 2023). If a query
+    may see no key, its result and its gradient are zeros.
 
     terms    masks and biases, in any order; their operands follow v in the order of the terms
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     start    the position of the first query, read by terms with positions: 0, unless the queries are a part of others
-    to       the dtype of the result and of biases, in which scores and sums are; None: the dtype of q, k and v. If
-             it is wider than v, weights may be rounded to v's dtype before they multiply v
+    to       the dtype of the result and the biases, in which scores and sums are computed; None: the dtype of q, k
+             and v. If it is wider than v, weights may be rounded to v's dtype before they multiply v
     """
 
 def attention_parts(
@@ -236,8 +236,8 @@ def attention_parts(
 
     Query i of a row has position i, key j of row b has position offset[b] + j, which may be below 0. Terms have the
     same meaning as in `attention`, at these positions; operands with an axis of keys have an element for each of these
-    keys. A query that may see none of them has zeros, -inf and 0. The parts of any split of the keys merge to attention
-    over all of them: `merge_parts`. Attributes are the same as in `attention`.
+    keys. For a query that may see none of the keys, out, max and sum are zeros, -inf and 0. If the keys are split in
+    any way, `merge_parts` merges the parts to attention over all keys. Attributes are the same as in `attention`.
     """
 
 def attention_with_probabilities(
@@ -252,12 +252,13 @@ def attention_with_probabilities(
     start: SizeLike = 0,
     name: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out, p = attention(q, k, v) and the probabilities p that it weights the values with
+    """out, p = attention(q, k, v), and its probabilities p, which are the weights of the values
 
     q [b, h, s, d], k [b, g, t, d], v [b, g, t, e] -> [b, h, s, e], [b, h, s, t]
 
-    For models that return the probabilities: p is stored as a whole, which attention alone never does. For a query that
-    may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in `attention`.
+    This op is for models that return the probabilities: p is stored as a whole, which `attention` never does. For a
+    query that may see no key, the probabilities and the result are zeros. Operands and attributes are the same as in
+    `attention`.
     """
 
 def average_pool(
@@ -270,10 +271,10 @@ def average_pool(
     dilations: Sequence[int] = (),
     name: str | None = None,
 ) -> Tensor:
-    """y[..., i...] = the mean of the elements of x that the window at i holds
+    """y[..., i...] = the mean of the elements of x in the window at i
 
     Padding is not counted: a window without elements gives NaN. To count zeros around x (count_include_pad in
-    frameworks), pad x with them. 16-bit floats are summed in f32.
+    frameworks), pad x with zeros. 16-bit floats are summed in f32.
     """
 
 def cached_attention(
@@ -295,9 +296,9 @@ def cached_attention(
 
     q [b, h, s, d], k [R, g, C, d], v [R, g, C, e], rows i64[b], start i64[b] -> [b, h, s, e]
 
-    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the one
-    position x that is congruent to j modulo C and among the last C that were written, start[b] + s - C <= x < start[b]
-    + s, including the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
+    Query i of row b has position start[b] + i, and key j of a slot has position j. With `ring`, key j has the position
+    x that is congruent to j modulo C and among the last C positions that were written, start[b] + s - C <= x < start[b]
+    + s, which include the queries' own; x < 0 is not a key. Terms have the same meaning as in `attention`, at these
     positions: padding keeps key positions below lengths[b]. Operands with an axis of keys (mask, bias, key_segments)
     have an element for each of a slot's C keys, by j.
 
@@ -310,7 +311,7 @@ def cached_attention(
     scale    None: 1/sqrt(d)
     softcap  c: scores become c tanh(scores / c) before biases and masks (Gemma team 2024)
     ring     True if slots are rings, which needs causal. A chunk of s queries sees all of a window(w) if
-             w + s - 1 <= C; a position that was overwritten is not a key of its earlier queries
+             w + s - 1 <= C; the chunk's earlier queries do not see a key whose position was overwritten
     """
 
 def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tensor:
@@ -318,12 +319,12 @@ def cast(x: TensorLike, /, *, to: DType | str, name: str | None = None) -> Tenso
 
     Float to float rounds to nearest, ties to even. Float to integer drops the fraction; the result is undefined if the
     integer cannot hold it. A bool is 0 or 1, and a number is true unless it is 0. NumPy has no bf16: the reference
-    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so a partial sum passes
-    through; a cast to an integer dtype is not.
+    rounds to bf16 and holds it in float32. A cast to a float dtype is linear up to rounding, so it may be applied to
+    partial sums; a cast to an integer dtype may not.
     """
 
 def concat(*parts: TensorLike, axis: int = -1, name: str | None = None) -> Tensor:
-    """The parts concatenated along one axis; they have the same sizes along all others."""
+    """The parts concatenated along one axis. All parts have the same sizes along the other axes."""
 
 def conv(
     x: TensorLike,
@@ -345,7 +346,7 @@ def conv(
     strides, dilations   one number per spatial axis; empty means 1
     padding              zeros before each spatial axis, then after each (ONNX's pads); half the number of values
                          pads both sides equally; empty means none. Causal: (dilation (k - 1), 0)
-    groups               output group j reads input group j alone
+    groups               the number of groups; output group j reads input group j alone
     """
 
 def cos(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -354,8 +355,8 @@ def cos(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def cross_entropy(x: TensorLike, target: TensorLike, /, *, ignored: int = -100, name: str | None = None) -> Tensor:
     """y = ln(sum of e^x over the last axis) - x[target], and 0 where the target is `ignored`
 
-    The negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the result
-    is rounded.
+    This is the negative logarithm of the target's probability in softmax(x). 16-bit floats are computed in f32, and the
+    result is rounded.
     """
 
 def cumsum(
@@ -369,8 +370,8 @@ def cumsum(
 ) -> Tensor:
     """y[i] = sum of x[j] over j <= i, along `axis`, for 16-bit floats accumulated in f32
 
-    exclusive   j < i instead: starts at 0
-    reverse     j >= i (or j > i): sums from the end. The result at i then reads elements after i, so the
+    exclusive   sum over j < i: the result starts at 0
+    reverse     sum over j >= i (or j > i): from the end. The result at i then reads elements after i, so the
                 axis is whole and not scanned.
     """
 
@@ -389,11 +390,11 @@ def divergence(x: TensorLike, teacher: TensorLike, /, *, temperature: float = 1.
     """
 
 def einsum(*x: TensorLike, equation: str, name: str | None = None) -> Tensor:
-    """z = the sum, over all axes that the result does not name, of the product of the operands
+    """z = the product of the operands, summed over all axes that the result does not name
 
     equation   "b h s d, b h t d -> b h s t": one name per axis, separated by spaces, as in einops (Rogozhnikov
-               2022); `...` stands for leading dimensions that broadcast. A name occurs once in an operand: a
-               diagonal is refused.
+               2022); `...` stands for leading dimensions that broadcast. A name occurs only once in an operand:
+               diagonals are not supported.
     """
 
 def embedding(table: TensorLike, indices: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -402,14 +403,14 @@ def embedding(table: TensorLike, indices: TensorLike, /, *, name: str | None = N
 def embedding_sum(*operand: TensorLike, tables: int = 2, name: str | None = None) -> Tensor:
     """y[..., d] = sum_n table_n[indices_n[...], d]        (BERT, Devlin et al. 2019: token, position and segment)
 
-    Operands: the tables [v_n, d], then the indices of each in the same order. Indices broadcast: positions have the
-    shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
+    The operands are the tables [v_n, d], then the indices into each table, in the same order. Indices broadcast:
+    positions have the shape [s], and tokens [b, s]. The sum is taken in the order of the tables.
 
     tables  the number of tables, 2 to 8
     """
 
 def equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """z = (x = y); a NaN equals nothing"""
+    """z = (x = y); false where either is NaN"""
 
 def erf(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = 2/sqrt(pi) * integral from 0 to x of e^(-t^2) dt        (see treadle.ir.ops.error_function)"""
@@ -420,12 +421,12 @@ def exp(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def expand(x: TensorLike, /, *, shape: Sequence[SizeLike | None], name: str | None = None) -> Tensor:
     """y[..., i, ...] = x[..., 0, ...]: x repeated along dimensions of size 1 and new leading ones
 
-    shape   the result's sizes. None, or the size that x has there, keeps a dimension and maps its axis;
-            another size needs a 1 in x, or no dimension at all, and generates an axis.
+    shape   the result's sizes. If a size is None or equals the size of x, the dimension is kept and its axis mapped.
+            For any other size, the dimension of x must have size 1 or be missing; it becomes a generated axis.
     """
 
 def expm1(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = e^x - 1, to all digits near 0, where e^x rounds to 1"""
+    """y = e^x - 1, to full precision near 0, where e^x rounds to 1"""
 
 def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = the greatest integer that is not above x; no gradient flows"""
@@ -433,8 +434,8 @@ def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def floor_divide(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = floor(x / y)
 
-    Rounds towards minus infinity, integers as well (as NumPy, Python and torch.floor_divide; C truncates). An
-    integer divided by zero is undefined. Constant between its steps, so no gradient flows.
+    Rounds towards minus infinity, also for integers, as NumPy, Python and torch.floor_divide do (C truncates). An
+    integer divided by zero is undefined. The result is piecewise constant, so no gradient flows.
     """
 
 def fold_windows(
@@ -449,7 +450,7 @@ def fold_windows(
 ) -> Tensor:
     """y[..., i stride + k dilation, ...] += x[..., i, ..., k]: windows added at their positions
 
-    The transpose of `windows`. Where windows overlap, 16-bit floats are added in f32.
+    The op is the transpose of `windows`. Overlapping windows of 16-bit floats are added in f32.
 
     size   the size of the axis that the windows were taken from
     """
@@ -472,7 +473,7 @@ def gated_linear(
     Gated linear units: with "sigmoid" GLU (Dauphin et al. 2017), with "relu", "gelu", "silu" and "none" (the identity)
     ReGLU, GEGLU, SwiGLU and the bilinear layer (Shazeer 2020).
 
-    activation   act: one of activated_linear's, or "none"
+    activation   act: an activation that activated_linear accepts, or "none"
     weight_axes  of both weights: "n k", as the weight of linear, or "k n", as the weight of matmul
     to           the dtype of the result and the biases, in which products are summed; None: the dtype of x and the
                  weights
@@ -507,7 +508,7 @@ def index_add(
 ) -> Tensor:
     """y = target, then y[..., indices[i...], ...] += added[..., i..., ...] for every i
 
-    The transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
+    The op is the transpose of `gather`. If indices repeat, all their elements are added, 16-bit floats in f32.
     """
 
 def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
@@ -555,7 +556,7 @@ def log(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = ln x; -inf at 0, NaN below"""
 
 def log1p(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = ln(1 + x), to all digits near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
+    """y = ln(1 + x), to full precision near 0, where 1 + x rounds to 1; -inf at -1, NaN below"""
 
 def log_softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y = x - m - ln(sum of e^(x - m) over `axis`), where m = max of x
@@ -599,14 +600,14 @@ def max_pool(
 ) -> Tensor:
     """y[..., i...] = max_{k...} x[..., i stride + k dilation - padding...]; a NaN gives NaN
 
-    Padding is ignored: a window without elements gives -inf, or the least integer. Of equal maxima the first in the
-    window gets the gradient, as torch.max_pool2d has it.
+    Padding is ignored: a window without elements gives -inf, or the least integer. The first of equal maxima in the
+    window gets the gradient, as in torch.max_pool2d.
     """
 
 def maximum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
     """z = max(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.maximum has it; `ties` gives it all to one.
+    Where x = y, each operand gets half of the gradient, as in torch.maximum; `ties` can give all of it to one operand.
     """
 
 def merge_parts(
@@ -617,20 +618,22 @@ def merge_parts(
     *,
     name: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out, max, sum of attention over all keys, from the same of p parts of them        (Dao et al. 2022, 2023)
+    """out, max, sum of attention over all keys, from out, max and sum of attention over p parts of the keys
+            (Dao et al. 2022, 2023)
 
     m = max_p m_p,   l = sum_p l_p exp(m_p - m),   out = sum_p out_p l_p exp(m_p - m) / l
 
     out [p, ..., e], max [p, ...], sum [p, ...] -> [..., e], [...], [...]
 
-    Parts of `attention_parts` merge in any grouping: the result is a part again. For a query that sees no key in any
-    part, it is zeros, -inf and 0. 16-bit floats are computed in f32, and the results are rounded.
+    The parts are results of `attention_parts`. They may be merged in any grouping: the result is a part again. For a
+    query that sees no key in any part, out, max and sum are zeros, -inf and 0. 16-bit floats are computed in f32, and
+    the results are rounded.
     """
 
 def minimum(x: TensorLike, y: TensorLike, /, *, ties: str = "even", name: str | None = None) -> Tensor:
     """z = min(x, y); a NaN in either gives NaN
 
-    Where x = y, half of the gradient goes to each, as torch.minimum has it; `ties` gives it all to one.
+    Where x = y, each operand gets half of the gradient, as in torch.minimum; `ties` can give all of it to one operand.
     """
 
 def mod(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -647,7 +650,7 @@ def neg(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = -x"""
 
 def not_equal(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """z = (x != y); a NaN differs from everything"""
+    """z = (x != y); true where either is NaN"""
 
 def pad(
     x: TensorLike,
@@ -659,7 +662,7 @@ def pad(
     value: float = 0.0,
     name: str | None = None,
 ) -> Tensor:
-    """x with `before` elements of `value` before it along one axis, and `after` behind it
+    """x with `before` elements of `value` before it along one axis, and `after` elements after it
 
     value   a number that x's dtype can hold
     """
@@ -667,14 +670,14 @@ def pad(
 def positions(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y[..., i] = i: the position of each element of x along the last axis
 
-    A count of the elements before each one, so the axis is scanned; in a generation step it continues from the row's
-    past length. It reads no element.
+    A position is the number of preceding elements, so the axis is scanned; in a generation step, positions continue
+    from the row's past length. The op reads no element of x.
     """
 
 def pow(x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
     """z = x^y: NaN for a negative x unless y is an integer
 
-    dz/dx = y x^(y-1), and 0 where y = 0;   dz/dy = x^y ln x, and 0 where x <= 0, where it has no real value.
+    dz/dx = y x^(y-1), and 0 where y = 0. dz/dy = x^y ln x; where x <= 0, ln x has no real value, and dz/dy is 0.
     """
 
 def projections(
@@ -688,9 +691,10 @@ def projections(
 ) -> tuple[Tensor, ...]:
     """y_i[..., n_i] = sum_k x[..., k] weight_i[n_i, k] + bias_i[n_i], for each i
 
-    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2). Operands: x, then the weights, then the bias of
-    each, absent if a product has none. Each weight keeps its name and its axes, so that heads can be split. At run time
-    there is one product with all weights concatenated, which a backend does once, and its result is split.
+    Query, key and value of an attention (Vaswani et al. 2017, 3.2.2), for example. Operands: x, then the weights, then
+    the bias of each product; the bias is absent if a product has none. Each weight keeps its name and its axes, so that
+    heads can be split. At run time there is one product with all weights concatenated, which a backend concatenates
+    once, and the result of the product is split.
 
     count        the number of products, 2 to 16
     weight_axes  "n k", as the weight of linear, or "k n", as the weight of matmul
@@ -722,14 +726,14 @@ def reduce_max(
 ) -> Tensor:
     """y = max of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal maxima, as torch.amax has it; `ties` gives it to the first.
+    The gradient is divided evenly among equal maxima, as in torch.amax; `ties` can give it to the first.
     """
 
 def reduce_mean(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
     """y = (sum of x over `axes`) / (number of its terms)
 
-    The mean of two parts does not follow from their means alone, so the axes are whole; the sum is in the body, for
-    16-bit floats in f32.
+    The mean of two parts together cannot be computed from their two means alone, so the axes are whole. The body
+    contains the sum, for 16-bit floats in f32.
     """
 
 def reduce_min(
@@ -743,22 +747,22 @@ def reduce_min(
 ) -> Tensor:
     """y = min of x over `axes`; a NaN gives NaN
 
-    The gradient is shared evenly among equal minima, as torch.amin has it; `ties` gives it to the first.
+    The gradient is divided evenly among equal minima, as in torch.amin; `ties` can give it to the first.
     """
 
 def reduce_sum(x: TensorLike, /, *, axes: Sequence[int], keep: bool = False, name: str | None = None) -> Tensor:
-    """y = sum of x over `axes`, accumulated in its own dtype, for 16-bit floats in f32"""
+    """y = sum of x over `axes`, accumulated in x's dtype, for 16-bit floats in f32"""
 
 def relu(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = max(x, 0); the gradient at 0 is 0        (Nair & Hinton 2010)"""
 
 def reshape(x: TensorLike, /, *, shape: Sequence[SizeLike], name: str | None = None) -> Tensor:
-    """The elements of x, in row-major order, under another shape.
+    """The elements of x, in row-major order, in another shape.
 
-    For importers. It does not relate the axes of x and y, so tracking of every axis ends here. If the relation is
-    known, use `rearrange`.
+    The op is meant for importers. It does not relate the axes of x and y, so no axis can be followed through it. If the
+    relation is known, use `rearrange`.
 
-    shape   the result's sizes, with as many elements as x has for all values of the symbols
+    shape   the result's sizes. Their product must equal the number of elements of x for all values of the symbols
     """
 
 def rms_norm(
@@ -798,7 +802,7 @@ def rotary(
     """
 
 def round(x: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """y = the integer nearest to x, the even one if two are equally near; no gradient flows"""
+    """y = the integer nearest to x, the even one if two integers are equally near; no gradient flows"""
 
 def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str | None = None) -> Tensor:
     """y = the number of a narrower float format nearest to x, ties to the even one, in the dtype of x
@@ -807,7 +811,7 @@ def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str
     saturate   numbers above the format's largest, including infinity, become the largest; otherwise they become inf or
                NaN, whichever the format has. A NaN stays NaN; in a format without NaN it becomes 0.
 
-    A cast to the format and back: the gradient passes unchanged, as through a cast.
+    The op equals a cast to the format and back. The gradient passes unchanged, as through a cast.
     """
 
 def rsqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -824,8 +828,9 @@ def scatter_add(
 ) -> Tensor:
     """y = target, then y[..., indices[..., i, ...], ...] += added[..., i, ...] for every i
 
-    The transpose of `take_along_axis`, PyTorch's scatter_add. indices and added have one shape: the rank of target, and
-    its sizes except along the axis. If indices repeat, all their elements are added, 16-bit floats in f32.
+    The op is the transpose of `take_along_axis`, and equals PyTorch's scatter_add. indices and added have the same
+    shape: the rank of target, and its sizes except along the axis. If indices repeat, all their elements are added,
+    16-bit floats in f32.
     """
 
 def sigmoid(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -841,7 +846,7 @@ def sin(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = sin x, x in radians"""
 
 def size(*, value: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
-    """y = the value of a size expression, a scalar: the divisor of a mean over a symbolic axis"""
+    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis"""
 
 def slice(
     x: TensorLike,
@@ -856,7 +861,7 @@ def slice(
     """y[..., i, ...] = x[..., start + i stride, ...] while start + i stride < stop
 
     start, stop   positions within the axis; a negative constant counts from the end, and a stop of None is
-                  the end. They are not clamped: positions outside are refused.
+                  the end. They are not clamped: positions outside raise RuleError.
     stride        1 or more
     """
 
@@ -871,7 +876,7 @@ def softmax(x: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Ten
 def softplus(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = ln(1 + e^x)        (Dugas et al. 2001)
 
-    As max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
+    Computed as max(x, 0) + ln(1 + e^-|x|), which does not overflow. dy/dx = sigmoid(x), at 0 as well.
     """
 
 def sqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -904,7 +909,8 @@ def sum_pool(
 def take_along_axis(x: TensorLike, indices: TensorLike, /, *, axis: int = -1, name: str | None = None) -> Tensor:
     """y[..., i, ...] = x[..., indices[..., i, ...], ...]: elements of x along one axis
 
-    NumPy's take_along_axis, PyTorch's gather. indices has the rank of x, and its sizes except along the axis.
+    The op equals NumPy's take_along_axis and PyTorch's gather. indices has the rank of x, and the sizes of x except
+    along the axis.
     """
 
 def tanh(x: TensorLike, /, *, name: str | None = None) -> Tensor:
@@ -913,11 +919,11 @@ def tanh(x: TensorLike, /, *, name: str | None = None) -> Tensor:
 def top_k(x: TensorLike, /, *, k: int, axis: int = -1, name: str | None = None) -> tuple[Tensor, Tensor]:
     """values, indices = the k greatest elements along `axis`, greatest first, and their positions
 
-    Of equal elements the one with the lower index comes first. A NaN counts as greater than any number.
+    Equal elements are ordered by index, lower first. A NaN counts as greater than any number.
     """
 
 def where(condition: TensorLike, x: TensorLike, y: TensorLike, /, *, name: str | None = None) -> Tensor:
-    """z = x where the condition holds, else y
+    """z = x where the condition is true, else y
 
     The operand that is not selected has gradient zero, even if it is NaN.
     """
@@ -935,5 +941,5 @@ def windows(
     """y[..., i, ..., k] = x[..., i stride + k dilation, ...]: windows of `size` elements along one axis
 
     The axis becomes the axis of windows; the elements of each window are along a new last axis. Elements at the end
-    that fill no window are dropped.
+    that do not fill a window are dropped.
     """
