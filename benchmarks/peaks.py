@@ -118,7 +118,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     from treadle.passes.pipelines import DEFAULT
 
     config = SETTINGS.get(name, {"layers": 2})
-    declared, weights = opened(Workload(name, chosen={"config": config}))
+    declared, weights = opened(Workload(name, keywords={"config": config}))
     graph = PassManager(DEFAULT).run(declared).graph
     target = Target("cpu", threads=1)
     lowered = TvmBackend().lower(graph, target)
@@ -211,7 +211,7 @@ def torch_peaks(spec: Mapping[str, Any]) -> list[int | str]:
     from treadle.ir.target import Target
 
     torch.set_num_threads(1)
-    graph, weights = opened(Workload(spec["model"], chosen={"config": spec["config"]}))
+    graph, weights = opened(Workload(spec["model"], keywords={"config": spec["config"]}))
     exe, _ = build(PlainTorch(), graph, Target("cpu", threads=1), weights)
     assert isinstance(exe, PythonExecutable)
     found: list[int | str] = []

@@ -25,7 +25,7 @@ from treadle.reporting.tables import console
 
 CONFIG = {"layers": 1, "dim": 32, "heads": 2, "hidden": 64, "vocab": 100}
 NUMPY = {"backend": "numpy"}
-SMALL = Workload("bert", chosen={**NUMPY, "config": CONFIG})
+SMALL = Workload("bert", keywords={**NUMPY, "config": CONFIG})
 
 
 def test_sides_give_the_same_numbers_and_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 def test_a_side_that_fails_or_ends_says_so(tmp_path: Path) -> None:
-    spec = Workload("none", chosen=NUMPY).as_dict()
+    spec = Workload("none", keywords=NUMPY).as_dict()
     side = Side({**spec, "side": "treadle", "inputs": str(tmp_path / "none.npz")})
     assert "FileNotFoundError" in side.answer["missing"]
     with pytest.raises(UsageError, match="ended while it ran"):
@@ -210,7 +210,7 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    workload = Workload(str(folder), chosen=NUMPY)
+    workload = Workload(str(folder), keywords=NUMPY)
     peers = ["ctranslate2-int8", "llama.cpp"]
     found = bench_model(workload, peers, sizes={"B": 2, "S": 3}, rounds=1, python=str(python))
     assert [row.side for row in found.rows] == ["treadle", "ctranslate2-int8"]
@@ -282,9 +282,9 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("workload", "python", "what"),
     [
-        (Workload("bert", chosen={"backend": "tvmm"}), sys.executable, "there is no backend 'tvmm'"),
-        (Workload("bert", chosen={"dtype": "f16"}), sys.executable, "unknown computation dtype 'f16'"),
-        (Workload("bert", chosen={"quantize": "int5"}), sys.executable, "unknown quantization scheme 'int5'"),
+        (Workload("bert", keywords={"backend": "tvmm"}), sys.executable, "there is no backend 'tvmm'"),
+        (Workload("bert", keywords={"dtype": "f16"}), sys.executable, "unknown computation dtype 'f16'"),
+        (Workload("bert", keywords={"quantize": "int5"}), sys.executable, "unknown quantization scheme 'int5'"),
         (Workload("bert"), "/no/python", "there is no such Python"),
     ],
 )
@@ -296,7 +296,7 @@ def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, p
 
 def test_rounded_weights_are_told_and_differ() -> None:
     sizes = {"B": 1, "S": 5}
-    found = bench_model(replace(SMALL, chosen={**SMALL.chosen, "quantize": "int4"}), [], sizes=sizes, rounds=1)
+    found = bench_model(replace(SMALL, keywords={**SMALL.chosen, "quantize": "int4"}), [], sizes=sizes, rounds=1)
     assert found.rows[0].note == "the numpy backend, weights in int4"
     assert found.as_dict()["quantize"] == "int4"
 
@@ -305,7 +305,7 @@ def test_an_artifact_with_blocks_is_given_to_peers_as_it_is(tmp_path: Path) -> N
     pytest.importorskip("torch")
     small = {"layers": 1, "dim": 64, "heads": 4, "vocab": 96}
     treadle.compile("gpt2", quantize="int4", **small).save(tmp_path / "model.treadle")
-    workload = Workload(str(tmp_path / "model.treadle"), chosen=NUMPY)
+    workload = Workload(str(tmp_path / "model.treadle"), keywords=NUMPY)
     found = bench_model(workload, ["eager"], sizes={"B": 1, "S": 5}, rounds=1)
     assert not found.missing
     assert found.rows[1].difference is not None and found.rows[1].difference < 1e-4

@@ -31,7 +31,16 @@ SAMPLE = (
         "sinc",
         "fmod",
     ),
-    *("clamp", "clamp, both", "hardtanh", "relu6", "hardswish", "extremes along", "extremes with places", "topk"),
+    *(
+        "clamp, between",
+        "clamp, both",
+        "hardtanh",
+        "relu6",
+        "hardswish",
+        "extremes along",
+        "extremes with places",
+        "topk",
+    ),
     *("max_pool2d", "normalize", "norms", "statistics", "detached", "safe softmax, empty rows", "softmax by max"),
     *("attention, filled lowest", "attention, where -1e4", "attention, filled -inf", "sdpa, masked"),
 )

@@ -108,4 +108,4 @@ def test_the_step_is_told_with_the_dtype_of_its_caches() -> None:
     assert [state["type"][:5] for state in found[2]["states"]] == ["bf16["] * 2
     refused = CliRunner().invoke(app, ["explain", "gpt2", "fusion", "--cache", "bf16"])
     assert refused.exit_code != 0
-    assert "--cache applies to step only" in refused.output
+    assert "explain fusion does not take cache" in refused.output

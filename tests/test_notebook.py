@@ -110,7 +110,7 @@ def test_errors_are_exported() -> None:
 
 def test_help_of_compile_is_readable() -> None:
     text = pydoc.plain(pydoc.render_doc(t.compile))
-    assert "passes: 'Sequence[Pass] | None' = None" in text
+    assert "passes: 'Sequence[Pass] | str | None' = None" in text
     assert all(f"    {name}  " in text for name in inspect.signature(t.compile).parameters)
     assert all(name in text for name in ("UsageError", "FrontendError", "CheckpointError", "PassError", "BackendError"))
 

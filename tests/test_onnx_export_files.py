@@ -390,7 +390,7 @@ def test_the_passes_that_lead_to_operators_are_recorded(tmp_path: Path) -> None:
 def test_rounded_activations_are_refused_with_op_types_and_line(scheme: str, tmp_path: Path) -> None:
     exe = treadle.compile("gpt2", layers=1, dim=64, heads=4, vocab=40, context=32, quantize=scheme)
     exe.save(tmp_path / "model.treadle")
-    for held in (exe, treadle.load(tmp_path / "model.treadle")):
+    for held in (exe, treadle.load_artifact(tmp_path / "model.treadle")):
         with pytest.raises(BackendError, match="encode: rounds computed values") as caught:
             export_onnx(held.graph, held.weights, tmp_path / "model.onnx")
         assert (caught.value.received or "").startswith("encode(f32[B, S, 64]")

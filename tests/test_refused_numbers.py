@@ -90,7 +90,7 @@ HELD = [
 
 @pytest.mark.parametrize(("dtype", "value"), OUTSIDE)
 def test_a_number_outside_the_dtype_is_refused_where_the_graph_is_built(dtype: str, value: float) -> None:
-    with pytest.raises(RuleError, match=f"pad: value must be a number that {dtype} holds") as caught:
+    with pytest.raises(RuleError, match=f"pad: value must be a number that {dtype} can hold") as caught:
         _padded(Builder(Graph("padded")), dtype, value)
     assert "model.py:7" in str(caught.value)
 
@@ -98,7 +98,7 @@ def test_a_number_outside_the_dtype_is_refused_where_the_graph_is_built(dtype: s
 def test_a_number_outside_the_dtype_is_refused_in_a_text() -> None:
     text = print_graph(graph_of(lambda b: _padded(b, "i8", 127.0)))
     assert parse_graph(text).main.nodes
-    with pytest.raises((ParseError, RuleError), match="pad: value must be a number that i8 holds"):
+    with pytest.raises((ParseError, RuleError), match="pad: value must be a number that i8 can hold"):
         parse_graph(text.replace("127.0", "300.0"))
 
 

@@ -34,7 +34,7 @@ from treadle.report.boxes import MOST_ITEMS, boxes_of
 from treadle.report.building import Report, lowered_subject, report_of
 from treadle.report.layout import SPACING, place
 from treadle.report.memory_tab import size_terms
-from treadle.report.nodes import NodeFacts
+from treadle.report.nodes import NodeDetails
 from treadle.report.programs import ReportProgram, stage_texts
 from treadle.report.stages import stages_of
 from treadle.report.writing import LONGEST, SCRIPTS, page_text, plain
@@ -188,7 +188,7 @@ def test_parts_that_are_not_connected_stand_side_by_side() -> None:
 
 
 def boxes(exe: t.Compiled) -> tuple[ReportProgram, dict[str, Any]]:
-    program, facts = program_of(exe), NodeFacts({"B": 1, "S": 8})
+    program, facts = program_of(exe), NodeDetails({"B": 1, "S": 8})
     return program, boxes_of(program.stages, [facts.of(stage) for stage in program.stages])
 
 
@@ -270,7 +270,7 @@ def test_ports_with_the_same_ends_are_one() -> None:
     xs = [b.input(f"x{n}", "f32[4]") for n in range(6)]
     b.outputs(y=b.concat(*xs, axis=0), z=xs[0] * 2.0)
     program = ReportProgram("model", PassManager([]).run(graph), "")
-    found = boxes_of(program.stages, [NodeFacts({}).of(s) for s in program.stages])
+    found = boxes_of(program.stages, [NodeDetails({}).of(s) for s in program.stages])
     (held,) = stage_boxes(found)
     ports = [item for item in held["main"]["items"] if item[0] == "in"]
     assert [port[2] for port in ports] == ["x0", "5 inputs"]
@@ -286,7 +286,7 @@ def test_a_long_list_of_ops_is_divided() -> None:
     b.outputs(y=x)
     optimized = PassManager([]).run(graph)
     program = ReportProgram("model", optimized, "")
-    facts = NodeFacts({})
+    facts = NodeDetails({})
     found = boxes_of(program.stages, [facts.of(s) for s in program.stages])
     (held,) = stage_boxes(found)
     assert max(len(body["items"]) for body in held.values()) < MOST_ITEMS
@@ -302,7 +302,7 @@ def test_a_long_list_of_scopes_is_divided() -> None:
             x = b.tanh(x) + float(number)
     b.outputs(y=x)
     program = ReportProgram("model", PassManager([]).run(graph), "")
-    found = boxes_of(program.stages, [NodeFacts({}).of(s) for s in program.stages])
+    found = boxes_of(program.stages, [NodeDetails({}).of(s) for s in program.stages])
     (held,) = stage_boxes(found)
     assert max(len(body["items"]) for body in held.values()) < MOST_ITEMS
     assert "main\x1flayer.250 to layer.499\x1flayer.300" in held

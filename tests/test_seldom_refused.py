@@ -383,21 +383,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no axis rule": (lambda _: Nameless().axis_rule([]), GraphError, "op nameless has no axis rule"),
     "no dtype rule": (lambda _: Nameless().dtypes(), GraphError, "op nameless has no dtype rule"),
     "no body": (lambda _: hollow.body(fake), GraphError, "composite op hollow has no body"),
-    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: the types of its body differ"),
+    "another body": (lambda _: body_of(Narrowing(), [f32[2, 3]]), GraphError, "softmax: the types of the body's results"),
     "no meaning": (lambda _: Collective.combined(hollow, [], []), GraphError, "op hollow does not define `combined`"),
     "nothing begun": (lambda _: Starting.awaited.fget(hollow), GraphError, "op hollow does not define `awaited`"),
     "a call": (lambda _: interpret_function(calling(2).main, [np.ones(2)], {}), GraphError, "a call cannot be"),
-    "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not fit"),
+    "another signature": (lambda _: inline_calls(calling(3)), GraphError, "main: a call of block does not match"),
     "an operand of a sample": (lambda _: Sample("f32[2] > 1"), GraphError, "not a sample operand: 'f32[2] > 1'"),
     "a slice of symbols": (
         lambda _: OPS["slice"].make(axis=0, start="S-4").at({"S": 2}), SizeError, "slice: S-4 is negative"
     ),
     "a slot": (
-        lambda _: check_slots("append", np.array([0, 3]), 3), GraphError, "append: row 1 is in slot 3 of a state that"
+        lambda _: check_slots("append", np.array([0, 3]), 3), GraphError, "append: row 1 has slot 3, but"
     ),
-    "no slot": (lambda _: check_slots("append", np.array([-1, 5]), 3), GraphError, "append: row 0 is in slot -1 of a"),
+    "no slot": (lambda _: check_slots("append", np.array([-1, 5]), 3), GraphError, "append: row 0 has slot -1, but"),
     "two slots": (
-        lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows are in one slot"
+        lambda _: check_slots("append", np.array([*range(99), 7]), 99), GraphError, "append: two rows have the same slot"
     ),
     "a vector's name": (
         lambda _: encode_parameters(parse_graph(BALANCED), ROWS, [BALANCE]), GraphError, "main already has a parameter"
@@ -420,9 +420,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
     "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
-    "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is not an encoding"),
-    "a part of a row": (lambda _: parse_encoding("int8_rows(4)"), GraphError, "a block of int8_rows is a whole row"),
-    "a part of a row of steps": (lambda _: parse_encoding("uint8_rows(4)"), GraphError, "a block of uint8_rows is a"),
+    "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "not an encoding"),
+    "a part of a row": (lambda _: parse_encoding("int8_rows(4)"), GraphError, "int8_rows takes no group size"),
+    "a part of a row of steps": (lambda _: parse_encoding("uint8_rows(4)"), GraphError, "uint8_rows takes no group size"),
     "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "int4_groups has no 'axis=x'"),
     "a sample": (lambda _: Sample("f32[B, 2]").operands[0].draw(np.random.default_rng(0)), GraphError, ""),  # type: ignore[union-attr]
     "wrong sizes": (lambda _: interpret(read("relu(x)"), {"x": np.ones((2, 5)), "i": np.ones(2)}), GraphError, ""),

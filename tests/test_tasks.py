@@ -297,7 +297,7 @@ def test_labels_that_do_not_fit_the_head(labels: dict[str, Any], tmp_path: Path)
 
 def test_options_of_the_other_kind(tmp_path: Path) -> None:
     save(tmp_path, "BertForMaskedLM", wordpiece())
-    with pytest.raises(UsageError, match="does not accept memory"):
+    with pytest.raises(UsageError, match="does not take memory"):
         t.load(tmp_path, memory="1MB")
     for wrong, what in ((["--grouping", "some"], "there is no grouping 'some'"),):
         save(tmp_path / "tags", "BertForTokenClassification", wordpiece())

@@ -41,12 +41,13 @@ class Shape:
 
 METADATA: Mapping[str, str] = {
     "format": "treadle artifact",
-    "version": "1",
+    "version": "2",
     "name": "g",
     "backend": "numpy",
     "target": "cpu",
     "passes": "",
     "seed": "",
+    "options": "{}",
 }
 
 

@@ -1,6 +1,6 @@
 """The facts of each op at each stage, with equal facts stored once: types, axis rule, line, operations, bytes.
 
-facts = NodeFacts(sizes)
+facts = NodeDetails(sizes)
 index = facts.of(stage)              # for each node by its number, the index of its facts
 facts.light, facts.details           # what a drawing and a search need, and everything else
 """
@@ -21,7 +21,7 @@ from treadle.report.boxes import result_name, value_key
 from treadle.report.stages import ProgramStage
 
 
-class NodeFacts:
+class NodeDetails:
     """A table of the facts of ops.
 
     light    [op, name, type, scope, line, FLOPs, bytes] of each entry

@@ -16,7 +16,7 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.text.printer import print_graph
 from treadle.passes.framework.manager import Optimized
 from treadle.report.boxes import boxes_of
-from treadle.report.nodes import NodeFacts
+from treadle.report.nodes import NodeDetails
 from treadle.report.stages import DECLARED, ProgramStage, stages_of
 
 MOST_TEXT = 400_000
@@ -83,7 +83,7 @@ def program_facts(
 
     times   seconds of a run by node, if it was profiled
     """
-    facts = NodeFacts(sizes)
+    facts = NodeDetails(sizes)
     records = [facts.of(stage) for stage in program.stages]
     graph = boxes_of(program.stages, records)
     graph["nodes"] = facts.light
