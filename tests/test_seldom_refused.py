@@ -321,7 +321,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no picture": (lambda _: ImageLabeller(fake, fake, (), {}).label([]), UsageError, "there is no image to label"),
     "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
     "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
-    "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "an answer has a start and an end"),
+    "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
     "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
     "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three channels"),
     "ids that are none": (
@@ -419,11 +419,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: parse_graph(X.format("[]", "reduce_sum(x, axes=[0, 1])"), TextLimits(items=1)), TreadleError, "too"
     ),
     "twice": (lambda _: op("relu", axes="... -> ...", dtypes="f -> f")(Nameless), GraphError, "op 'relu' is"),
-    "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "panels has no 'wide'"),
+    "a layout": (lambda _: parse_layout("panels(8, wide)"), GraphError, "unknown or repeated option 'wide'"),
     "no encoding": (lambda _: parse_encoding("4bit!"), GraphError, "this is not an encoding"),
     "a part of a row": (lambda _: parse_encoding("int8_rows(4)"), GraphError, "a block of int8_rows is a whole row"),
     "a part of a row of steps": (lambda _: parse_encoding("uint8_rows(4)"), GraphError, "a block of uint8_rows is a"),
-    "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "int4_groups has no 'axis=x'"),
+    "an encoding": (lambda _: parse_encoding("int4_groups(32, axis=x)"), GraphError, "unknown or repeated option 'ax"),
     "a sample": (lambda _: Sample("f32[B, 2]").operands[0].draw(np.random.default_rng(0)), GraphError, ""),  # type: ignore[union-attr]
     "wrong sizes": (lambda _: interpret(read("relu(x)"), {"x": np.ones((2, 5)), "i": np.ones(2)}), GraphError, ""),
     "truth values": (lambda _: Builder(Graph("g")).iota(size=3, dtype="bool"), RuleError, ""),
