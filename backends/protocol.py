@@ -1,6 +1,8 @@
 """The backend protocol: a backend lowers a graph, and returns an executable that runs it.
 
-backend = find_backend("numpy") exe = backend.compile(graph, Target("cpu"), weights) exe(tokens=ids)["logits"]
+backend = find_backend("numpy")
+exe = backend.compile(graph, Target("cpu"), weights)
+exe(tokens=ids)["logits"]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The form of errors, and the errors about input from outside. `treadle.ir.errors` has the whole family.
+"""The format of errors, and the error classes for external input. `treadle.ir.errors` has the full hierarchy.
 
 An error states, in this order: the problem, the received value, the place in the graph or file, the user's source line,
 and a suggestion.

@@ -122,7 +122,7 @@ UNUSED = 60 * 24 * 3600
 
 
 def mark_used(path: Path) -> None:
-    """Record that a file or folder of the cache was used now, in its modification time."""
+    """Set the modification time of a cache file or folder to now, to record that it was used."""
     with suppress(OSError):
         os.utime(path)
 

@@ -29,7 +29,7 @@ class DeclaredInput:
 
 
 def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> DeclaredInput:
-    """Return an input. Symbols with the names of the configuration's sizes are replaced by these sizes.
+    """Return a model parameter as a declared input. A symbol named like a configuration size is replaced by that size.
 
     Raises FrontendError for an input without a type, with a default, or with a negative size.
     """

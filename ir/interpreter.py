@@ -235,7 +235,7 @@ class _Run:
             raise
         except Exception as error:  # errors of NumPy, such as a result too large for memory
             raise GraphError(
-                f"{op.name}: its reference failed",
+                f"the reference implementation of {op.name} raised an error",
                 received=f"{type(error).__name__}: {error}",
                 source=str(node.source or "") or None,
             ) from error

@@ -108,7 +108,7 @@ class Layout:
             raise GraphError("only blocks can have a tail and an order of words", received=str(self))
         if self.kind in ("quads", "blocks") and self.transposed:
             raise GraphError(
-                f"{self.kind} store rows along the last axis, and cannot be transposed", received=str(self)
+                f"the {self.kind} layout stores rows along the last axis, and cannot be transposed", received=str(self)
             )
         fours = 0 < self.block - self.head < _MOST_WIDE and (self.block - self.head) % 4 == 0 and self.head % 2 == 0
         if (self.block or self.head or self.kind == "blocks") and not (
@@ -211,7 +211,7 @@ def parse_layout(text: str) -> Layout:
         elif match[1] == "blocks" and (run := _RUN.fullmatch(word)) and len(runs) < _MOST_RUNS:
             runs.append((int(run[1]), int(run[2])))
         else:
-            raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
+            raise GraphError(f"unknown or repeated option {word!r} of layout {match[1]}", received=text[:40])
     width, block, head = (*numbers, 0, 0, 0)[:3]
     return Layout(match[1], width, block=block, head=head, runs=tuple(runs), **words)
 

@@ -116,7 +116,7 @@ class Stepping:
 
 
 def _slots(x: Expr, slots: Size, axis: int, size: Size) -> Type:
-    """Return the type of a state with one slot per row of x, and another size along an axis."""
+    """Return the type of a state: the type of x with `slots` rows, and `size` along `axis`."""
     dims = [Dim.of(slots), *x.type.dims[1:]]
     dims[axis] = Dim.of(size)
     return Type(x.dtype, tuple(dims))

@@ -158,7 +158,7 @@ def from_config(config: Config) -> t.Model:
     text = read_text(read_part(config, "text"))
     if not vision["pooled"] or text["projection"] != vision["dim"]:
         raise CheckpointError(
-            "config.json: the vectors of texts and images must have one width",
+            "config.json: needs vision_use_head, and text and image embeddings of the same dimension",
             received=f"projection_size {text['projection']}, hidden_size {vision['dim']}, "
             f"vision_use_head {vision['pooled']}",
         )

@@ -73,7 +73,7 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Number of rows that can still be opened."""
+        """Number of free slots, including closed rows whose caches are kept."""
         return len(self._empty) + len(self._kept)
 
     def take(self) -> int:

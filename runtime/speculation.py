@@ -32,7 +32,7 @@ class Guess(Protocol):
     """A source of guesses for the next tokens."""
 
     def begin(self) -> None:
-        """Start a new text."""
+        """Start a new sequence."""
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
         """Return up to `most` tokens that may follow all the tokens of a text so far; possibly none."""
@@ -58,7 +58,7 @@ class PromptLookup:
             raise UsageError("longest and count must be 1 or more", received=repr(self))
 
     def begin(self) -> None:
-        """Do nothing: no state is kept for a text."""
+        """Do nothing: no state is kept for a sequence."""
 
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
         """Return the tokens after the latest earlier occurrence of the longest suffix of the text."""
@@ -72,7 +72,7 @@ class PromptLookup:
         return []
 
     def end(self) -> None:
-        """Do nothing: no state is kept for a text."""
+        """Do nothing: no state is kept for a sequence."""
 
 
 class DraftModel:
@@ -165,7 +165,8 @@ def speculate(
 ) -> Iterator[Token]:
     """Yield the tokens that `generate` yields for the same arguments, prompt by prompt, with fewer calls of the model.
 
-    guess  source of guesses for the next tokens tally  counts of the run, which this function updates
+    guess  source of guesses for the next tokens
+    tally  counts of the run, which this function updates
 
     Raises UsageError at the call as `generate` does, and for a model whose rows cannot be rolled back.
     """

@@ -122,7 +122,7 @@ def tied_table(tokens: t.i64["B S"], *, bad: bool = False):
 
 @t.model
 def odd_width(x: t.f32["B S 64"], *, bad: bool = False):
-    """Products whose weights are quantized in groups of 32; bad: one has rows of 80 elements."""
+    """Linear layers, quantized in groups of 32. If `bad`, one weight has rows of 80 elements, not a multiple of 32."""
     y = t.linear(t.gelu(t.linear(x, 80 if bad else 96, name="up")), 64, name="down")
     return x + y
 

@@ -108,7 +108,7 @@ class Opened:
 
 
 def tour(chromium: Any, path: Path, *, accessible: bool = True) -> None:
-    """Go through a whole report."""
+    """Check every interactive feature of a report in Chromium."""
     opened = Opened(chromium, path)
     tabs(opened)
     folding(opened)

@@ -111,7 +111,7 @@ def test_what_is_no_number_is_alike_or_endlessly_far(ours: object, theirs: objec
 
 
 def test_a_python_that_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match="'/nowhere/python' is not a Python that runs: No such file") as error:
+    with pytest.raises(UsageError, match="cannot run the Python interpreter '/nowhere/python': No such file") as error:
         Side({"side": "openvino", "threads": 1}, "/nowhere/python")
     assert sys.executable in str(error.value.hint)
 

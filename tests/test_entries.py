@@ -151,7 +151,12 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "no layout": ("in panels(4)", "in 4", "not a layout", "4"),
     "unknown layout": ("in panels(4)", "in rows(4)", "unknown layout 'rows'", "rows(4)"),
     "no width": ("in panels(4)", "in panels", "invalid panel width", "panels"),
-    "two widths": ("in panels(4)", "in panels(4, 4)", "panels has no '4'", "panels(4, 4)"),
+    "two widths": (
+        "in panels(4)",
+        "in panels(4, 4)",
+        "unknown or repeated option '4' of",
+        "panels(4, 4)",
+    ),
     "a layout of no matrix": ("w: f32[8, 4], w_2", "w: f32[8] in panels(4), w_2", "w has rank 1", "panels(4), w_2"),
     "relayout to no layout": ("to=panels(4)", "to=panels(0)", "invalid panel width", "panels(0)"),
     "passed in another layout": ("to=panels(4)", "to=panels(5)", "passes h.0.w_2 in another", "h(x) with h.0"),

@@ -96,12 +96,12 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "runs of a layout": (
         runs(64),
         runs(65),
-        ("blocks has no '64:65'", "blocks(16, 262, 2, 0:1, 1:2, 2:3, 3:4, 4", None),
+        ("unknown or repeated option '64:65' of layout blocks", "blocks(16, 262, 2, 0:1, 1:2, 2:3, 3:4, 4", None),
     ),
     "digits of a layout": (
         lambda: parse_layout("panels(000000016)"),
         lambda: parse_layout("panels(0000000016)"),
-        ("panels has no '0000000016'", "panels(0000000016)", None),
+        ("unknown or repeated option '0000000016' of layout panels", "panels(0000000016)", None),
     ),
     "width of panels": (
         lambda: parse_layout("panels(65536)"),
@@ -116,7 +116,7 @@ LIMITS: dict[str, tuple[Callable[[], object], Callable[[], object], tuple[str, s
     "digits of an encoding": (
         lambda: parse_encoding("int4_groups(000032)"),
         lambda: parse_encoding("int4_groups(0000032)"),
-        ("int4_groups has no '0000032'", "int4_groups(0000032)", None),
+        ("unknown or repeated option '0000032' of form int4_groups", "int4_groups(0000032)", None),
     ),
     "the smallest group": (
         lambda: [Encoding("int4_groups", group) for group in (16, 32, 64, 128, 256)],

@@ -92,7 +92,7 @@ def test_places_are_shared_by_what_is_never_there_at_once() -> None:
     assert share_places([]) == []
 
 
-def test_what_lies_in_a_result_is_what_dies_before_it_is_written() -> None:
+def test_temporaries_dead_before_a_result_is_written_share_its_memory() -> None:
     """A value that dies before the result is written is stored in the result's memory if it fits there. The arena then
     holds only the remaining values.
     """

@@ -110,7 +110,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[1,1,4,4] x, float[1,1,3,3] w",
         "y = Conv<kernel_shape = [2, 3]>(x, w)",
-        "kernel_shape differs from the weight's",
+        "kernel_shape differs from the kernel shape of the weight",
     ),
     (
         "float[1,1,4,4] x, float[1,1,3,3] w",
@@ -310,7 +310,7 @@ OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, the refusal
         18,
         "float[1,1,8] x, float[1,1,K] w",
         "y = Conv<kernel_shape = [3]>(x, w)",
-        "kernel_shape is [3], the weight's is K",
+        "kernel_shape is [3], but the weight's kernel has shape [K]",
     ),
     (18, "float[N,3] x", "y = ReduceProd(x)", "the size of an axis is N, and must be a number"),
     (

@@ -282,7 +282,7 @@ def test_what_may_be_written_over(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_is_linear(name: str) -> None:
+def test_linear_groups_name_every_linear_operand(name: str) -> None:
     """Check that the op is nonlinear in every float operand that its `linear` groups omit. test_axis_rules checks the
     groups.
     """

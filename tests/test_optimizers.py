@@ -323,9 +323,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "another shape": (lambda: Schedule(1.0, steps=9, shape="cosin"), "unknown schedule shape 'cosin'"),  # type: ignore[arg-type]
     "a fall without an end": (
         lambda: Schedule(1.0, shape="cosine"),
-        "a cosine schedule falls after its peak at step 1",
+        "a cosine schedule needs steps after step 1 to decay",
     ),
-    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule falls after its peak at"),
+    "all warmup": (lambda: Schedule(1.0, 9, 9, "linear"), "a linear schedule needs steps after step"),
     "an end above the peak": (
         lambda: Schedule(1.0, 0, 9, "linear", 1.5),
         "the end of a schedule must be between 0 and 1",

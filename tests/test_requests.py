@@ -1,6 +1,4 @@
-"""The server's interpretation of a request's body, at each limit and one beyond. test_serving sends requests over
-HTTP.
-"""
+"""Parsing and validation of request bodies, at each limit and one past it. test_serving sends requests over HTTP."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def once(x: Array, y: Array, z: Array) -> Array:
 
 @dataclass(frozen=True)
 class Sums(Kernel):
-    """y = a sum with a product, in one expression or in two, for `lanes` elements in a vector"""
+    """A kernel for a * b +- c on vectors of `lanes` elements: one expression (FMA), or a named product (no FMA)."""
 
     how: str
     lanes: int

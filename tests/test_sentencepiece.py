@@ -244,7 +244,7 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SMALL + b"\xff", "ends inside a number", 108),
         (SMALL + b"\xff" * 12, "more than 10 bytes", 108),
         (SMALL + b"\x0b", "not a SentencePiece vocabulary", 108),
-        (SMALL + b"\x00\x01", "there is no field 0", 108),
+        (SMALL + b"\x00\x01", "invalid protobuf field number 0", 108),
         (SMALL + held(1, held(1, b"\xff")), "is not UTF-8", 110),
         (SMALL + held(1, varint(2 << 3 | 5) + struct.pack("<f", np.inf)), "must be a finite number", 110),
         (SMALL + held(1, varint(2 << 3) + b"\x01"), "must be a 32-bit number", 110),

@@ -197,8 +197,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "main left out": (lambda r: r["functions"].pop(), "the last function is not main"),
     "an argument less": (lambda r: r["functions"][0]["takes"].pop(), "h takes 16 and returns 1 values"),
-    "an operand less": (lambda r: block(r, "linear")["reads"].pop(), "linear reads 2 and returns 1 values"),
-    "a result more": (lambda r: block(r, "linear")["gives"].append("[-]"), "linear reads 3 and returns 2 values"),
+    "an operand less": (
+        lambda r: block(r, "linear")["reads"].pop(),
+        "the plan has 2 operands and 1 results for",
+    ),
+    "a result more": (
+        lambda r: block(r, "linear")["gives"].append("[-]"),
+        "the plan has 3 operands and 2 results",
+    ),
     "a long op": (
         set_in("functions", 0, "nodes", 0, "op", "x" * 90),
         f"ValueError: layer_norm is recorded as {'x' * 80}",

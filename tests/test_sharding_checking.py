@@ -42,8 +42,9 @@ def all_placed(texts: str) -> tuple[MeshPlacement, ...]:
 def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str | None = None) -> ShardingPlan:
     """Return the plan of a small graph, with the placements that these texts describe.
 
-    takes  placement of each input nodes  placements of operands -> result | factors that are split gives  placement of
-    the output; None: the placement of the last node's result
+    takes  placement of each input
+    nodes  placements of operands -> result | factors that are split
+    gives  placement of the output; None: the placement of the last node's result
     """
     b = Builder(Graph("small"))
     b.outputs(y=model(b))

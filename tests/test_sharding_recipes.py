@@ -222,7 +222,7 @@ def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
     stepped = blocks()
     with pytest.raises(PassError, match="only a graph with one entry and no states can be sharded"):
         plan_sharding(stepped, mesh, Wanted(), find_machine("h100"), {"B": 1, "S": 1})
-    with pytest.raises(SizeError, match="costs need a size for B, S") as error:
+    with pytest.raises(SizeError, match="cost estimates need sizes for B, S") as error:
         plan_sharding(recognized("gpt2"), mesh, Wanted(), find_machine("h100"), {})
     assert error.value.hint == "B=128"
 

@@ -259,7 +259,7 @@ def test_a_state_is_written_at_the_end_and_as_often_as_it_is_said(train: Treadle
 
 def test_a_state_with_all_steps_behind_it_is_refused(train: Treadle) -> None:
     write_weights(Path("done"), {}, {"format": FORMAT, "steps": "4"})
-    refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the state already has 4 steps", "--steps 8")
+    refused(train(f"gpt2 texts.txt {SMALL} --resume done"), "the training state is already at step 4", "--steps 8")
 
 
 OTHER_BATCHES = {
@@ -526,13 +526,16 @@ REFUSED = {
     "--schedule step": ("unknown schedule shape 'step'", "one of constant, cosine, linear"),
     "--learning-rate 0": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
     "--learning-rate nan": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
-    "--schedule cosine --warmup 4": ("a cosine schedule falls after its peak at step 4", "more --steps"),
-    "--schedule linear --steps 1": ("a linear schedule falls after its peak at step 1", "more --steps"),
+    "--schedule cosine --warmup 4": ("a cosine schedule needs steps after step 4 to decay", "more --steps"),
+    "--schedule linear --steps 1": ("a linear schedule needs steps after step 1 to decay", "more --steps"),
     "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be formed from",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would overwrite a file that is not a state", "another file, or --replace"),
-    "--state run.pt": ("a state is not a pickle, as its name suggests", "run.state"),
+    "--state run.pt": (
+        "a training state is not stored as a pickle, but the file name",
+        "run.state",
+    ),
     f"--state {'n' * 300}": ("the state cannot be written", "too long"),
     f"-o {'n' * 300}": ("the folder cannot be written", "too long"),
     f"--resume {'n' * 300}": ("there is no file nnn", "a file that --state wrote"),

@@ -424,7 +424,7 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
 @pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
 def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
     """`restore` would refuse a file with such a name."""
-    with pytest.raises(UsageError, match="a state is not a pickle, as its name suggests") as caught:
+    with pytest.raises(UsageError, match="a training state is not stored as a pickle") as caught:
         small().save_state(tmp_path / name)
     assert caught.value.hint == "run.state"
     assert not os.listdir(tmp_path)

@@ -141,7 +141,7 @@ def test_tensors_of_any_dtype_and_scalars_meet(world: World) -> None:
         assert total.shape == () and total == 3
 
 
-def test_ranks_meet_in_the_groups_of_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_communicate_in_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Process groups along one mesh axis and along both. The group of all ranks is torch.distributed's default
     group.
     """

@@ -194,7 +194,7 @@ def test_an_undecided_integer_may_differ() -> None:
 
 
 def test_masks_do_not_hide_the_rest() -> None:
-    """Float32's lowest number in a result does not decide the tolerance of the others; infinities must agree."""
+    """Tolerance next to a masked element (float32's lowest number): it does not change. Infinities must match."""
     least = float(np.finfo(np.float32).min)
     expected = np.array([least, 1.0, -np.inf])
     eps, moved = f32.spacing, unmoved(expected)

@@ -403,9 +403,9 @@ def test_a_fill_is_no_addend_where_another_fill_masks(fill: float, dtype: str) -
     assert "case " in reason
 
 
-def test_what_overflows_in_its_own_dtype_is_seen() -> None:
+def test_an_overflow_only_in_float32_is_detected() -> None:
     """A fully masked row: with float32's lowest number for all keys, the result is an average. Adding the number twice
-    overflows in float32, but not in float64.
+    overflows in float32, but not in float64. So the check must also run in float32.
     """
     b = Builder(Graph("g"))
     x, row = b.input("x", "f32[B, S, S]"), b.input("row", "bool[B, S, 1]")

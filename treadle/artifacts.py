@@ -243,7 +243,7 @@ def _refuse_model(path: PathLike) -> None:
     else:
         return
     raise CheckpointError(
-        f"not an artifact, a {SUFFIX} file",
+        f"not an artifact (a {SUFFIX} file)",
         received=kind,
         within=shown_path(path),
         hint=f"treadle.compile({text!r})" + (f", or treadle.load({text!r}) for its tasks" if for_tasks else ""),

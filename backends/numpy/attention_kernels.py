@@ -223,7 +223,10 @@ def hidden_by(mask: Array, axes: str, out: Array) -> Array:
 
 
 def t5_relative(text: str, table: Array, queries: Array, keys: Array, apart: Array, bucket: Array, out: Array) -> Array:
-    """Return table[bucket(j - i), h]; `apart` and `bucket` [s, t] hold intermediate results, out is [s, t, h]."""
+    """Return the T5 relative position bias, table[bucket_of(j - i), h], in out [s, t, h].
+
+    `apart` and `bucket` are scratch arrays [s, t].
+    """
     kind = _read(text)
     assert isinstance(kind, T5Relative)
     far = kind.max_distance

@@ -342,7 +342,7 @@ def _repeat_interleave(site: TorchSite) -> Made:
 
 
 def _repeated(b: Builder, x: Expr, axis: int, times: Size, *, whole: bool) -> Expr:
-    """Repeat an axis as a whole, or element by element."""
+    """Repeat along an axis: the whole axis like `repeat`, or each element like `repeat_interleave`."""
     before, place = x.shape, axis if whole else axis + 1
     if before[axis] == ONE:
         return expanded(b, x, [times if i == axis else n for i, n in enumerate(before)])

@@ -257,7 +257,7 @@ def name_symbols(
     for argument, axis, name, size in dims:
         if isinstance(size, int) or size.node.expr.is_Integer:
             raise FrontendError(
-                f"dimension {axis} of {argument} is always {int(size)}",
+                f"torch.export specialized dimension {axis} of {argument} to {int(size)}",
                 received=f"dynamic= calls it {name}",
                 hint="leave it out of dynamic="
                 + (

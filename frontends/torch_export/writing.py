@@ -246,7 +246,7 @@ def _at_truths(site: TorchSite, x: Expr, indices: Sequence[Expr | None], values:
     """x[..., mask] = values, if the values are the same for all elements that the mask selects."""
     b, given = site.b, [i for i in indices if i is not None]
     if len(given) > 1:
-        site.refuse("a mask together with another index is not supported", "torch.where")
+        site.refuse("indexing with a boolean mask together with another index is not supported", "torch.where")
     (mask,) = given
     first = next(k for k, i in enumerate(indices) if i is not None)
     behind = x.rank - first - mask.rank

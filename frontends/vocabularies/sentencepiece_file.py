@@ -176,7 +176,7 @@ def _fields(data: bytes, at: int, end: int, shown: str) -> Iterator[_Field]:
         tag, at = _varint(data, at, end, shown)
         number, wire = tag >> 3, tag & 7
         if number == 0:
-            raise _damaged("there is no field 0", begun, shown)
+            raise _damaged("invalid protobuf field number 0", begun, shown)
         value, start = 0, at
         if wire == _VARINT:
             value, at = _varint(data, at, end, shown)

@@ -197,9 +197,10 @@ class Combination:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to one of the questions step, pack and split. Its truth value is True if no encounter forbids it.
+    """The answer to whether an axis may be stepped, packed or split. It is true if no encounter forbids this.
 
-    against  encounters that forbid it combine  encounters at which partial results must be combined (for `split`)
+    against  encounters that forbid it
+    combine  encounters at which partial results must be combined (for `split`)
     """
 
     question: str

@@ -249,7 +249,7 @@ def parse_encoding(text: str) -> Encoding:
         number = number.strip()
         digits = number.removeprefix("-") if name == "axis" else number
         if name not in found or name in given or not (digits.isascii() and digits.isdigit() and len(digits) < 7):
-            raise GraphError(f"{match[1]} has no {word!r}", received=text[:40])
+            raise GraphError(f"unknown or repeated option {word!r} of form {match[1]}", received=text[:40])
         found[name] = int(number)
         given.add(name)
     return Encoding(match[1], found["group"], found["axis"])

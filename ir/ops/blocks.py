@@ -91,8 +91,8 @@ class Decode(Primitive):
 class Encode(Primitive):
     """y = x by, encoded: each number is rounded to a value that the blocks can hold
 
-    by  a vector over the axis of the blocks; None: all ones to  the encoding of the result (`treadle.ir.encodings`), of
-    a form that can be encoded
+    by  a vector over the axis of the blocks; None: all ones
+    to  the encoding of the result (`treadle.ir.encodings`), of a form that can be encoded
     """
 
     is_word = False

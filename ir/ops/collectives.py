@@ -149,7 +149,8 @@ class AllReduce(Collective):
 class _Along(Collective):
     """A collective that changes the size of a dimension.
 
-    axis  the dimension size  the size of the dimension in the result
+    axis  the dimension
+    size  the size of the dimension in the result
     """
 
     axis: int
@@ -279,7 +280,7 @@ class PassOn(Awaited):
 
     @property
     def rounds(self) -> float:
-        """The number of shares that are sent: the whole part, which is `ways` shares."""
+        """Number of shares (1/ways of the payload) that a rank sends: `ways`, since it sends its whole part."""
         return self.ways
 
     @property
@@ -321,7 +322,7 @@ class HandOn(Collective):
 
     @property
     def rounds(self) -> float:
-        """The number of shares that are sent: the whole value, which is `ways` shares."""
+        """Number of shares (1/ways of the payload) that a rank sends: `ways`, since it sends the whole value."""
         return self.ways
 
     @property

@@ -72,7 +72,7 @@ class _Pool(Composite):
         if not self.kernel:
             raise RuleError("kernel must have one number per spatial axis, is ()")
         if len(self.kernel) > x.rank:
-            raise RuleError(f"kernel has {len(self.kernel)} numbers, x has {x.rank} axes")
+            raise RuleError(f"kernel has {len(self.kernel)} dimensions, more than the {x.rank} of x")
         for size, before, after, stride, dilation in self.places:
             positive(kernel=size, strides=stride, dilations=dilation)
             span = (size - 1) * dilation + 1

@@ -82,8 +82,9 @@ class Inner:
 class Host:
     """A result of the entry. Temporaries that are dead before the result is written may use its memory.
 
-    first  the first step that writes the result early  the storages that no kernel needs from that step on bytes  the
-    size of the result in bytes
+    first  the first step that writes the result
+    early  the storages that no kernel needs from that step on
+    bytes  the size of the result in bytes
     """
 
     first: int

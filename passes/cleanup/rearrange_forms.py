@@ -129,7 +129,9 @@ class PatternAtom:
 
 
 def _read(pattern: str, type: Type) -> tuple[list[list[str]], list[list[str]], dict[str, PatternAtom]]:
-    """Return a pattern's dimensions before and after as factor names, without factors of size 1, and the factors."""
+    """Parse a rearrange pattern. Return the input and the output dimensions, each as lists of factor names, and the
+    factors by name. Factors of size 1 are omitted.
+    """
     application = Rearrange(pattern=pattern).apply([type])
     sized = {n: d.size for n, d in application.dims.items() if not d.is_one}
     given = Rearrange(pattern=pattern).rule([type.rank]).known_sizes

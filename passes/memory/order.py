@@ -44,13 +44,14 @@ class Buffer:
 
 @dataclass(frozen=True)
 class OrderProblem:
-    """Steps by index, in program order.
+    """The input of the search for an order of steps with the lowest peak memory. Steps are indices in program order.
 
     before   for each step, the steps that must come before it
     buffers  buffers, each live from the step that computes it to the last step that reads it
     extra    additional bytes of each step while it runs: the memory of a callee. Negative if a callee computes a value
              that already counts as a buffer
-    over     for each step: the buffer that it computes, and a buffer that it may overwrite if it is the last to use it
+    over     for each step: pairs of an output buffer and an operand buffer. The output may overwrite the operand if the
+             step is the last use of the operand
     """
 
     before: tuple[tuple[int, ...], ...]

@@ -31,8 +31,8 @@ class Placement:
     offsets  a multiple of the alignment for each buffer, in the order of the arguments
     size     the number of bytes that the arena needs, a multiple of the alignment
     bound    a lower bound of the size of every placement
-    method   the method: GREEDY, SEARCHED, or the reason for which there was no search
-    seconds  the time of the computation
+    method   GREEDY, SEARCHED, or the reason why the search did not run
+    seconds  the time spent on the placement
     """
 
     offsets: tuple[int, ...]

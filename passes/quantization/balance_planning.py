@@ -1,7 +1,8 @@
-"""Plan the products that are smoothed (SmoothQuant). In every call, the rows of such a product come from a norm, and
-its weights are used only with that norm.
+"""Plan SmoothQuant: choose the matmuls to smooth. The input of such a matmul is always the output of a norm, and its
+weights are used only with that norm.
 
-layer.{0..5}.attn.balance   layer.{0..5}.attn.{q,k,v}.weight   gain and shift of the norm that projections read
+Example: `layer.{0..5}.attn.balance` is the smoothing vector for `layer.{0..5}.attn.{q,k,v}.weight`, and is folded into
+the gain and shift of the preceding norm.
 """
 
 from __future__ import annotations

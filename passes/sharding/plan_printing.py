@@ -278,7 +278,7 @@ class _FactsOf:
         return [None if p is None else p.text(self.plan.mesh) for p in placements]
 
     def content(self, planned: PlannedFunction) -> dict[str, Any]:
-        """Return a function's nodes, and the moves at its end."""
+        """Return a JSON-serializable dict of a function's nodes and of the redistributions of its results."""
         return {
             "nodes": [self.node(each) for each in planned.nodes],
             "moves": self.moves(planned.moves, planned.function.results),

@@ -153,7 +153,10 @@ class _Reader:
         gives = tuple([self.placed(text) for text in _list(said["gives"])])
         held = [v for v in node.operands if v is not None] if node.op.callee is not None else node.operands
         if (len(reads), len(gives)) != (len(held), len(node.results)):
-            raise ValueError(f"{node.op.name} reads {len(reads)} and returns {len(gives)} values")
+            raise ValueError(
+                f"the plan has {len(reads)} operands and {len(gives)} results for {node.op.name}, "
+                f"which has {len(held)} and {len(node.results)}"
+            )
         callee = body = None
         if node.op.callee is not None:
             callee = self.functions[_text(said["callee"])]

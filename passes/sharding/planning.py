@@ -64,7 +64,7 @@ def plan_sharding(
         raise PassError("only a graph with one entry and no states can be sharded", received=repr(graph))
     missing = sorted(set(graph.symbols) - set(sizes))
     if missing:
-        raise SizeError(f"costs need a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
+        raise SizeError(f"cost estimates need sizes for {', '.join(missing)}", hint=f"{missing[0]}=128")
     planner = _Planner(graph, mesh, wanted, machine, sizes)
     takes = [HeldArgument(MeshPlacement.whole(v.type.rank)) for v in graph.main.inputs]
     takes += [HeldArgument(wanted.weights[name], stored, is_weight=True) for name in graph.main.parameters]

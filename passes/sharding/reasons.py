@@ -34,7 +34,8 @@ def origin_of(
     """Return the origin of partial results: the node itself, if it sums over a split factor, otherwise the origin of
     its operands.
 
-    by_body  True if the node runs its body, whose factors the node does not list origins  origins of earlier values
+    by_body  True if the node runs its body, whose factors the node does not list
+    origins  origins of earlier values
     """
     names: list[str] = []
     for name in shares:

@@ -4,10 +4,10 @@
     with communicator.running("B=2, S=16"):      # the collectives of the rank's program run here
         outputs = executable(**inputs)
 
-The parts of ranks may have different sizes, and a rank's program knows only its own part. When a run with new sizes
-first reaches a collective, the ranks of the group exchange the kind of the collective and the sizes of their parts;
-later runs with these sizes reuse this information. If ranks are in different collectives, or have different dtypes,
-this exchange raises an error.
+The shards of the ranks may have different sizes, and a rank's program knows only the size of its own shard. When a run
+with new sizes first reaches a collective, the ranks of the group exchange the kind of the collective and the sizes of
+their shards; later runs with these sizes reuse this information. If ranks are in different collectives, or have
+different dtypes, this exchange raises an error.
 
 A rank that sends a value (`hand_on`) continues immediately. A rank that starts an asynchronous gather or pass
 (`start_gather`, `start_pass`) continues until it needs the result. Tensors stay on their device.

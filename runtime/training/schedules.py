@@ -58,7 +58,7 @@ class Schedule:
             )
         if self.shape != "constant" and (self.steps is None or self.steps <= self._first):
             raise UsageError(
-                f"a {self.shape} schedule falls after its peak at step {self._first}, and no steps are left",
+                f"a {self.shape} schedule needs steps after step {self._first} to decay",
                 received=f"steps={self.steps}",
                 hint=Hint(f"steps={max(1000, 10 * self._first)}", "a shorter --warmup, or more --steps"),
             )

@@ -75,7 +75,7 @@ class Side:
             )
         except OSError as error:
             raise UsageError(
-                f"{python!r} is not a Python that runs: {error.strerror or error}",
+                f"cannot run the Python interpreter {python!r}: {error.strerror or error}",
                 hint=Hint(f"python={sys.executable!r}", f"--python {sys.executable}"),
             ) from error
         self.answer = self._read()

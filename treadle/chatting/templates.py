@@ -147,7 +147,7 @@ class _Worker:
         self._end = weakref.finalize(self, _end_process, self.process)
 
     def ask(self, request: str, seconds: float) -> str | None:
-        """Return the answer's line: empty if the process has ended, None on a timeout."""
+        """Send a request to the process. Return its response line: "" if the process has exited, None on a timeout."""
         stream = self.process.stdin
         assert stream is not None
         try:

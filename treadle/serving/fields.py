@@ -1,7 +1,7 @@
 """Fields of a request's body: each is read once with its type; fields that were not read are refused by name.
 
-fields = Fields({"model": "smollm2", "max_tokens": 16}) fields.text("model"); fields.whole("max_tokens", least=0);
-fields.end()
+fields = Fields({"model": "smollm2", "max_tokens": 16})
+fields.text("model"); fields.whole("max_tokens", least=0); fields.end()
 """
 
 from __future__ import annotations

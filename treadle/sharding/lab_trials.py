@@ -45,7 +45,7 @@ class LabTrial:
         return all(difference <= NEAR for difference in self.differences.values())
 
     def facts(self) -> dict[str, Any]:
-        """Return the result for JSON."""
+        """Return the result as a JSON-serializable dict."""
         facts = {"differences": dict(self.differences), "sizes": dict(self.sizes), "collectives": self.collectives}
         return {"passed": self.passed, "ranks": self.ranks, **facts}
 

@@ -58,7 +58,10 @@ class QuestionAnswerer:
         opened = OpenedModel.open(program, HEAD)
         (logits,) = (port for port in opened.model.outputs if port.name == "logits")
         if logits.type.shape[-1].constant != 2:
-            raise UsageError("an answer has a start and an end", received=f"a head of {logits.type.shape[-1]} labels")
+            raise UsageError(
+                "a question-answering head must have 2 labels, start and end",
+                received=f"{logits.type.shape[-1]} labels",
+            )
         return cls(opened)
 
     def answer(

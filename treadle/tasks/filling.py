@@ -1,6 +1,7 @@
-"""Fill masks: predict the tokens behind a text's masks.
+"""Fill masks: predict the masked tokens of a text.
 
-filler = MaskFiller.open(Program("folder")) filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
+filler = MaskFiller.open(Program("folder"))
+filler.fill(["The capital of France is [MASK]."])[0].masks[0][0].token
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Label images: predict which of the model's labels an image file shows.
 
-labeller = ImageLabeller.open(Program("folder")) labeller.label(["cat.jpg"])[0][0].label
+labeller = ImageLabeller.open(Program("folder"))
+labeller.label(["cat.jpg"])[0][0].label
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _RESIZED = ("dinov2",)
 
 @dataclass(frozen=True)
 class ImageLabeller:
-    """A model that labels images."""
+    """An image classifier."""
 
     model: Compiled
     images: ImageReader

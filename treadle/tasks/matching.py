@@ -1,8 +1,8 @@
 """Match images and texts: the probability of each text given an image, among all texts (Radford et al. 2021) or by
 itself (Zhai et al. 2023).
 
-matcher = ImageMatcher.open(Program("folder")) matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a
-dog"])[0].best.label
+    matcher = ImageMatcher.open(Program("folder"))
+    matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a dog"])[0].best.label
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Open a task's model: the folder's class must have the head, and config.json names the labels.
 
-opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm") for row, logits in
-enumerate(opened.run(opened.tokenizer.encode(texts))): ...
+opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm")
+for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
 """
 
 from __future__ import annotations

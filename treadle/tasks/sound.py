@@ -88,7 +88,10 @@ def resample(samples: Floats, given: int, wanted: int) -> Floats:
 
 
 def _values(padded: Floats, past: Floats, nearest: npt.NDArray[np.int64], around: Any, cutoff: float) -> Floats:
-    """Return the sound at times that are `past` the samples `nearest`; times with equal offsets share their weights."""
+    """Return the audio interpolated at offsets `past` after the samples `nearest`.
+
+    Times with equal offsets use the same filter weights.
+    """
     alike, which = np.unique(np.round(past, 9), return_inverse=True)
     found = np.empty(len(past))
     reach = len(around) // 2

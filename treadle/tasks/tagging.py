@@ -158,5 +158,5 @@ class TokenTagger:
 
 
 def _kind(label: str) -> str:
-    """Return a label without the prefix that marks the begin or the inside of a span."""
+    """Return a label without its B- or I- prefix."""
     return label[2:] if label.startswith(("B-", "I-")) else label

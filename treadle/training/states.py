@@ -128,7 +128,9 @@ def _refuse_pickle(path: PathLike) -> None:
     name = Path(path)
     if name.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(
-            "a state is not a pickle, as its name suggests", received=shown_path(path), hint=f"{name.stem}.state"
+            "a training state is not stored as a pickle, but the file name has a pickle extension",
+            received=shown_path(path),
+            hint=f"{name.stem}.state",
         )
 
 

@@ -132,9 +132,9 @@ class TextTraining:
         )
         if self.trainer.steps >= settings.steps:
             raise UsageError(
-                f"the state already has {self.trainer.steps:,} steps",
+                f"the training state is already at step {self.trainer.steps:,}",
                 received=f"--steps {settings.steps}",
-                hint=f"--steps {2 * self.trainer.steps}, which includes these",
+                hint=f"--steps {2 * self.trainer.steps}, including the {self.trainer.steps:,} completed steps",
             )
 
     def _teacher(self) -> dict[str, Any]:

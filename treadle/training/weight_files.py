@@ -33,7 +33,7 @@ _ALIGNMENT = 8
 class WrittenTensor:
     """A tensor of the file.
 
-    dtype   by its name here: f32, bf16, ...
+    dtype   Treadle's name of the dtype: f32, bf16, ...
     values  returns its elements, little-endian, in NumPy's dtype of the same size: u16 for bf16
     """
 

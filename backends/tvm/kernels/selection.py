@@ -209,8 +209,8 @@ class TopK(Kernel):
 
 
 class _Heap:
-    """A heap in a row of the results. In the order of results, each element comes after its children, so the root is
-    last.
+    """A heap stored in a row of the top-k results. Each element ranks below its children, so the root is the
+    lowest-ranked element.
     """
 
     def __init__(self, k: Emitter, values: Any, indices: Any, at: list[Expr], dtype: DType, size: int) -> None:

@@ -238,7 +238,7 @@ class MatrixProduct:
         return groups
 
     def _copy_all(self) -> list[list[str]]:
-        """Copy all terms to new memory, with every batch letter in one order."""
+        """Copy all operands to new buffers with the same order of batch subscripts."""
         columns = [self.column] if self.column is not None else []
         self.x = self.x.copied(self.w, [*self.batch, *self.rows, *self.k], self.sizes)
         self.y = self.y.copied(self.w, [*self.batch, *self.k, *columns], self.sizes)

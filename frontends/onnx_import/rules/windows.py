@@ -54,11 +54,12 @@ def kernel_sizes(site: OnnxSite, weight: Expr) -> tuple[Size, ...]:
     if declared is None:
         return found
     if len(declared) != len(found) or any(s.constant not in (None, n) for n, s in zip(declared, found, strict=True)):
-        site.malformed("kernel_shape differs from the weight's")
+        site.malformed("kernel_shape differs from the kernel shape of the weight")
     symbolic = next((size for size in found if size.constant is None), None)
     if symbolic is not None:
         site.refuse_symbolic(
-            f"kernel_shape is {list(declared)}, the weight's is {', '.join(map(str, found))}", symbolic
+            f"kernel_shape is {list(declared)}, but the weight's kernel has shape [{', '.join(map(str, found))}]",
+            symbolic,
         )
     return found
 

@@ -226,7 +226,7 @@ class _StepWriter(_CacheWriter):
         span, spans = self._spans(begin, end)
 
         def before(cost: Expr) -> Expr:
-            """Return the number of spans whose middle is below `cost`, in the costs of one head."""
+            """Return the number of spans of one head whose midpoint has a cumulative cost below `cost`."""
             some = k.select(cost < end - begin, self._ceil(begin + cost - SPAN // 2, SPAN) - span, spans)
             some = k.select(cost > k.index(0), some, k.index(0))
             return self._index(k.greatest(k.least(some, spans), k.index(0)), "before")  # positions may overflow

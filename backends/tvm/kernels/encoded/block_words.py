@@ -158,8 +158,8 @@ class WordForm(ABC):
 class HeldScales:
     """d and c of all spans of a block, for several vectors of columns. They are computed once for all uses.
 
-    made  d and c for each vector, if the form has one span held  for other forms, in memory: for each span, d of all
-    vectors and then c
+    made  d and c for each vector, if the form has one span
+    held  for other forms, in memory: for each span, d of all vectors and then c
     """
 
     form: WordForm

@@ -65,9 +65,7 @@ class PackedForm:
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
-        """Return d and c like `scales`, for blocks whose bytes are stored in pairs: `load` takes the number
-        of a pair.
-        """
+        """Return d and c like `scales`, for blocks with bytes stored in pairs: `load` takes the index of a pair."""
 
         def half(place: int) -> Expr:
             return k.cast(k.bits(load(k.index(place)), f16, lanes), f32, lanes)

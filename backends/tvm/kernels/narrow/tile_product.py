@@ -48,15 +48,20 @@ begins.
 
 @dataclass(frozen=True)
 class TileProduct(FinishedProduct):
-    """c = epilogue(a @ w), for bf16 numbers in tiles, with float32 sums.
+    """c = epilogue(a @ w) for bf16 tiles, with float32 accumulation.
 
-    epilogue a chain whose first input is the sum; None: the sum is stored unchanged
+    epilogue a chain whose first input is the accumulator; None: the accumulator is stored unchanged
     extras   form of the chain's other inputs: see `Finishing`
     whole    True if n is a multiple of a panel's width at every call
     tiled    True if c is rounded to bf16 and stored in tiles, as the next product's a; requires `whole`
 
-    Arguments: a, as `RoundRows` writes tiles; w, in pairs(32); the extras, c; m, k, n; the strides of rows of `m` and
-    `mn` extras and of c (unused for tiles).
+    Arguments, in order:
+        a        tiles, as `RoundRows` writes them
+        w        layout pairs(32)
+        extras   the chain's other inputs
+        c        the output
+        m, k, n  the sizes
+        strides  row strides of the `m` and `mn` extras and of c (unused for tiles)
     """
 
     epilogue: Chain | None = None
