@@ -296,7 +296,7 @@ def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, p
 
 def test_rounded_weights_are_told_and_differ() -> None:
     sizes = {"B": 1, "S": 5}
-    found = bench_model(replace(SMALL, keywords={**SMALL.chosen, "quantize": "int4"}), [], sizes=sizes, rounds=1)
+    found = bench_model(replace(SMALL, keywords={**SMALL.keywords, "quantize": "int4"}), [], sizes=sizes, rounds=1)
     assert found.rows[0].note == "the numpy backend, weights in int4"
     assert found.as_dict()["quantize"] == "int4"
 

@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "an-array": (np.array(["hidden", "pooled"]), "outputs= must be a list"),
     "what-is-read-once": (iter(["hidden"]), "outputs= must be a list"),
     "twice": (["hidden", "hidden[:, 0]"], "output hidden is named twice"),
-    "too-many-axes": (["hidden[:, :, :, 0]"], r"output hidden: f32\[B, S, 16\] has no part .*: it has 3 axes"),
+    "too-many-axes": (["hidden[:, :, :, 0]"], r"output hidden: f32\[B, S, 16\] has no part .*: the output has 3 axes"),
     "past-the-end": (["hidden[:, :, 16]"], "from 16 to 17 is outside an axis of size 16"),
     "before-the-start": (["hidden[:, :, -17:]"], "outside an axis of size 16"),
     "backwards": (["hidden[:, 5:2]"], "from 5 to 2 is outside an axis"),

@@ -42,7 +42,8 @@ GROUP: Any = typer.main.get_command(app)
 TASKS = ["classify", "answer", "tag", "fill", "label", "match", "translate", "summarize", "transcribe", "perplexity"]
 ENTRIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("inspect", "compile", "verify", "shard", "export", "bench", "train", "embed")},
-    **dict.fromkeys(("run", "roofline"), ("compile",)),
+    **dict.fromkeys(("run", "roofline", "report"), ("compile",)),
+    "diff": ("inspect",),
     **dict.fromkeys(("generate", "serve", "chat"), ("generate",)),
     **dict.fromkeys(TASKS, ("task",)),
     "explain": tuple(f"explain {subject}" for subject in EXPLAINED),
@@ -54,13 +55,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     **{name: {"backend": "tvm"} for name in ("bench", "roofline")},
     "train": {"backend": "torch"},
 }
-OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes")}
+OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes"), ("report", "sizes")}
 """Options with another meaning in a command."""
 
 ARGUMENTS = {
     **dict.fromkeys(ENTRIES, "gpt2"),
     "shard": "gpt2 --mesh tp=2 --recipe megatron",
-    "export": "gpt2 -o a.onnx",
+    "export": "gpt2 -o a.json --to json",
     "explain": "gpt2 fusion",
     **dict.fromkeys(("embed", "generate", "train", *TASKS), "gpt2 text"),
     "answer": "gpt2 question text",

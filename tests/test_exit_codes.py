@@ -88,7 +88,7 @@ def test_a_fault_of_our_own_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys:
     def broken(*given: object, **more: object) -> None:
         raise KeyError("a fault")
 
-    monkeypatch.setattr("treadle.resolving.resolve", broken)
+    monkeypatch.setattr("treadle.program.source.ModelSource.open", broken)
     for more in ([], ["--json"]):
         assert code_of(["inspect", "m.py:small", *more], monkeypatch) == 1
     said = capsys.readouterr()

@@ -79,7 +79,7 @@ def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
     ("words", "what"),
     [
         (("sharding",), "sharding needs a mesh"),
-        (("sharding", "--mesh", "tp=2"), "nothing says how to split"),
+        (("sharding", "--mesh", "tp=2"), "the split of the model is not specified"),
         (("sharding", "--mesh", "tp=2", "--against", "x"), "--against applies to memory only"),
         (("memory", "--mesh", "tp=2"), "--mesh, --recipe, --axis and --device apply to sharding only"),
         (("fusion", "--sizes", "B=2"), "explain fusion does not take sizes"),

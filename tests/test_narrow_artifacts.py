@@ -38,7 +38,7 @@ def test_weights_that_are_read_in_bf16_alone_are_stored_so(backend: str, tmp_pat
     tables = (50 + 60) * 32 * 4
     assert narrow.stat().st_size - tables < 0.55 * (whole.stat().st_size - tables) + 2000  # and both graphs
     tokens = np.arange(12).reshape(2, 6)
-    again = t.load(narrow)
+    again = t.load_artifact(narrow)
     (made,), (reloaded,) = exe(tokens=tokens).values(), again(tokens=tokens).values()
     assert made.tobytes() == reloaded.tobytes()
     again.save(tmp_path / "again.treadle")

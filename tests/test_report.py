@@ -132,7 +132,7 @@ def test_the_backends_passes_continue_the_numbers(exe: t.Compiled) -> None:
 def test_an_artifact_has_the_declared_and_the_optimized_graph(exe: t.Compiled, tmp_path: Path) -> None:
     path = tmp_path / "small.treadle"
     exe.save(path)
-    stages = stages_of(t.load(path).optimized)
+    stages = stages_of(t.load_artifact(path).optimized)
     assert [s.name for s in stages[:2]] == ["declared", "optimized"]
     declared = {node.op.name: number for _, node, number in stages[0].walk()}
     optimized = {node.op.name: number for _, node, number in stages[1].walk()}

@@ -279,7 +279,7 @@ def test_a_file_with_a_wrong_plan_is_refused_with_its_section(
             made.save(path)
 
     write(set_in("weights", "wte.weight", "[-, tp]"))
-    for reads in (load_sharded, treadle.load, open_artifact):
+    for reads in (load_sharded, treadle.load_artifact, open_artifact):
         with pytest.raises(PassError, match="not stored in the placement in which main reads it") as error:
             reads(path)
         assert f"{path}: section sharding" in str(error.value)

@@ -107,5 +107,5 @@ def parse_side(side: str, text: str | None) -> dict[str, Any]:
     except Exception as error:
         if not hasattr(error, "format_message"):  # an error of typer's own, as those of options are
             raise
-        raise UsageError(f"{side}: {error.format_message()}", received=text, hint="treadle diff --help") from None
+        raise UsageError(f"{side}: {error.format_message()}", received=text, hint=f'{side} "--quantize int8"') from None
     return values

@@ -81,11 +81,13 @@ def _export_graph(
     from treadle.files.shown_names import printable
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
+    from treadle.program.options import CompileOptions
     from treadle.progress import working
     from treadle.reporting.counts import counted, human
 
+    CompileOptions.of("export", keywords)  # refuses options that do not apply
     with working(f"exporting {model}", shown=not as_json):
-        build = open_build(model, name=model, **keywords)
+        build = open_build(model, name=model, **{name: v for name, v in keywords.items() if name != "seed"})
         at = choose_sizes(build.graph, parse_sizes(sizes))
         facts = NodeFacts(build.graph, at, build)
         if to == "dot":

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from treadle.comparing.differences import COUNTS, QUANTITIES, BuildComparison, Quantity
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
-from treadle.ir.errors import GraphError, UsageError
+from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.op_registry import OPS, find_op
 from treadle.program.budgets import BYTE_UNITS
 
@@ -63,7 +63,8 @@ class DiffCondition:
     def holds(self, quantity: Quantity) -> bool:
         """Return True if the condition holds. Raises UsageError if the backend does not determine the quantity."""
         if quantity.b is None or (self.is_ratio and quantity.a is None):
-            hint = "--backend tvm" if self.quantity in ("kernels", "generic") else "--backend numpy, torch or tvm"
+            needs = "tvm" if self.quantity in ("kernels", "generic") else "numpy"
+            hint = Hint(f'backend="{needs}"', f"--backend {needs}")
             raise UsageError(f"{self.quantity} is not known in both builds", received=self.text, hint=hint)
         limit = self.number * Fraction(quantity.a or 0) if self.is_ratio else self.number
         return _COMPARISONS[self.comparison](Fraction(quantity.b), limit)

@@ -29,7 +29,7 @@ from treadle.explaining.sharding import report_of as sharding_report
 from treadle.files.shown_names import printable, shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.analysis.cost import parameter_bytes
-from treadle.ir.errors import PassError, UsageError
+from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, PassManager
@@ -267,7 +267,9 @@ class _Collected:
             raise UsageError(
                 "only a model without states, compiled for the tvm backend, can be profiled",
                 received=f"{self.model.name} on {self.model.backend}",
-                hint=f"{self.command} --backend tvm --profile {rounds}",
+                hint=Hint(
+                    't.compile(model, backend="tvm").report()', f"{self.command} --backend tvm --profile {rounds}"
+                ),
             )
         calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()
