@@ -255,7 +255,7 @@ def test_a_machine_of_which_we_know_nothing_is_named(monkeypatch: pytest.MonkeyP
         host_isa.__wrapped__()
 
 
-def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_the_compiler_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import tvm
 
     words = "x" * 2500

@@ -546,7 +546,7 @@ def test_a_server_says_what_it_has_and_who_may_ask(
         (["nothing-here"], "nothing-here"),
     ],
 )
-def test_what_cannot_be_served_is_told(folder: Path, tmp_path: Path, words: list[str], report: str) -> None:
+def test_a_model_that_cannot_be_served_is_refused(folder: Path, tmp_path: Path, words: list[str], report: str) -> None:
     (tmp_path / "empty").write_text("\n")
     given = [word.format(folder=folder, empty=tmp_path / "empty") for word in words]
     command = [sys.executable, "-m", "treadle", "serve", *given]

@@ -382,7 +382,7 @@ def a_step_left_out(p: Plant) -> None:
     p.function("main", steps=main_of(p.plan).steps[:-1])
 
 
-def what_is_given_and_told_to_be_made(p: Plant) -> None:
+def donated_and_created_by_the_callee(p: Plant) -> None:
     p.place("given", how=How.OWN)
 
 
@@ -457,7 +457,7 @@ def a_part_of_what_is_not_made_of_it(p: Plant) -> None:
 
 
 FAULTS: dict[Callable[[Plant], None], str] = {
-    what_is_given_and_told_to_be_made: "an argument's storage is not marked as given by the caller",
+    donated_and_created_by_the_callee: "an argument's storage is not marked as given by the caller",
     what_is_given_and_written: "an argument is marked as written by a step",
     a_value_made_at_another_step: "it is computed at step 1, but the plan has another step",
     an_output_that_dies_too_soon: "output out is dead at the end",

@@ -203,7 +203,7 @@ def test_a_rank_says_what_it_does_and_whether_it_waits(clock: SimpleNamespace) -
 
 
 @pytest.mark.parametrize(("silent", "report"), [(10 * PERIOD, "in a"), (2.5, "in a, silent for 2.5 s")])
-def test_only_a_long_silence_is_told(silent: float, report: str, clock: SimpleNamespace) -> None:
+def test_only_a_long_silence_is_reported(silent: float, report: str, clock: SimpleNamespace) -> None:
     assert str(waits("a", 0, silent)) == report
 
 

@@ -170,7 +170,7 @@ def meeting(rank: int, **attributes: Any) -> Graph:
         ({"name": ""}, "ranks wait for others that do not arrive"),
     ],
 )
-def test_ranks_that_do_not_meet_are_told_and_nobody_waits(other: dict[str, Any], report: str) -> None:
+def test_ranks_whose_plans_differ_raise_without_waiting(other: dict[str, Any], report: str) -> None:
     b = Builder(Graph("alone"))
     b.outputs(y=b.tanh(b.input("tokens", "f32[B, 4]")))
     plan = shard(b.graph, "tp=2", axes={"tokens[0]": "tp"})
