@@ -61,6 +61,7 @@ class Scale(Kernel):
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the kernels that the process has loaded."""
     monkeypatch.setattr(kernel_cache, "_loaded", {})
+    monkeypatch.setattr(kernel_cache, "_launchers", {})
 
 
 def scaled(cache: KernelCache, kernel: Scale, count: int = 5) -> np.ndarray:
@@ -117,6 +118,21 @@ def test_a_damaged_file_is_compiled_again(damage: str, tmp_path: Path, monkeypat
     np.testing.assert_array_equal(scaled(again, kernel), expected(5.0))
     assert again.compiled == 1
     assert path.read_bytes() == data
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_runner_that_is_not_stored_is_compiled_before_kernels_are_loaded(tmp_path: Path) -> None:
+    """Another process may have stored a kernel, and kept its runner in memory."""
+    cache, kernel = KernelCache(host_isa(), tmp_path), Scale(6.0)
+    scaled(cache, kernel)
+    path = cache.path(Runner())
+    assert path is not None
+    path.unlink()
+    kernel_cache._loaded.clear()
+    kernel_cache._launchers.clear()
+    again = KernelCache(host_isa(), tmp_path)
+    np.testing.assert_array_equal(scaled(again, kernel), expected(6.0))
+    assert again.compiled == 1
 
 
 FILL = """

@@ -99,14 +99,13 @@ class KernelCache:
         Raises BackendError if the instruction set is another machine's, or if a kernel does not compile.
         """
         self.refuse_other_machine()
-        wanted = list(
-            dict.fromkeys([Runner(), *kernels])
-        )  # the runner first: other kernels launch their loops through it
+        runner = Runner()  # the first, since a library cannot be loaded before it: its loops are launched through it
+        wanted = [runner, *(k for k in dict.fromkeys(kernels) if k != runner)]
         with _lock:
-            absent = [k for k in wanted if self._key(k) not in _loaded and not self._found(k)]
-            for group in (absent[:1], absent[1:]):
-                if group:
-                    self._compile(group)
+            for group in (wanted[:1], wanted[1:]):
+                absent = [k for k in group if self._key(k) not in _loaded and not self._found(k)]
+                if absent:
+                    self._compile(absent)
         return {kernel: _loaded[self._key(kernel)] for kernel in wanted}
 
     def refuse_other_machine(self) -> None:
