@@ -4,8 +4,13 @@ code.
     class Mine(StagedBackend):
         name = "mine"
 
-        def keeps(self, op, types): return op.name in ("linear", "softmax")
-        def pipeline(self, target): return (Legalize(self.keeps), HoistWeights(), PlanStorage())
+        def capabilities(self, target):
+            return Capabilities("mine", keeps=lambda op, types: op.name in ("linear", "softmax"))
+
+        def pipeline(self, target):
+            mine = self.capabilities(target)
+            return (Legalize(mine), HoistWeights(mine), PlanStorage(mine))
+
         def emit(self, graph, target, weights, declared, plan): ...  # the lowered graph, as an `Executable`
 
 The passes run under the pass manager, like the portable passes. Each is recorded, verified, printed by `inspect
@@ -27,6 +32,7 @@ from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Optimized, Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
@@ -78,6 +84,12 @@ class StagedBackend(ABC):
         if reason is not None:
             raise BackendError(f"backend {self.name} is not available", received=reason)
         refuse_nodes(graph, self.name, self.supports)
+
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return what the backend's kernels compute, read and write, for the passes of `pipeline`. By default, the
+        backend emits primitives only.
+        """
+        return Capabilities(self.name)
 
     @abstractmethod
     def pipeline(self, target: Target) -> Sequence[Pass]:

@@ -94,7 +94,7 @@ class Compiled:
         """The result of fitting a run into the budget of `compile(memory=...)`: what is computed in parts, and the
         slowdown; None without a budget.
         """
-        return next((record.fit for record in self.optimized.stages if record.fit is not None), None)
+        return next((fit for record in self.optimized.stages if (fit := record.product(MemoryFit)) is not None), None)
 
     @property
     def static(self) -> tuple[str, ...]:

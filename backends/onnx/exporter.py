@@ -33,6 +33,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass, PassManager
 from treadle.passes.framework.pass_log import PassLog
 from treadle.passes.lowering.legalize import Legalize
@@ -257,7 +258,7 @@ class _Model:
 
     def pipeline(self) -> Sequence[Pass]:
         """Return the passes that follow the portable ones: ops without an operator are replaced by their bodies."""
-        return (Legalize(self.w.keeps),)
+        return (Legalize(Capabilities(keeps=self.w.keeps)),)
 
     def _write(self) -> dict[str, Tensor]:
         for value in self.main.inputs:

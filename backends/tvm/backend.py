@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
@@ -23,22 +23,21 @@ from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
-from treadle.backends.tvm.lowering.chains import PLAN
-from treadle.backends.tvm.lowering.encoded_rules import takes_blocks
 from treadle.backends.tvm.lowering.program import kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
-from treadle.backends.tvm.weight_packing import multiplies_rows, pack_weights, wants, wants_blocks
+from treadle.backends.tvm.weight_packing import pack_weights
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
-from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks, in_blocks
+from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks
 from treadle.passes.lowering.round_sooner import RoundSooner
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -74,14 +73,18 @@ class TvmBackend(StagedBackend):
         isa_of(target)
         refuse_nodes(graph, self.name, self.supports)
 
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return the ops that our kernels compute, the layouts in which they read operands, and their chains."""
+        return capabilities(isa_of(target))
+
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, choose weight layouts, move computations on weights into `bind`, plan
         storage.
         """
-        isa = isa_of(target)
-        layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
-        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(takes_blocks), RoundSooner())
-        return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
+        mine = self.capabilities(target)
+        products = (Legalize(mine), DecodeNarrow(), DecodeLast(), MultiplyBlocks(mine), RoundSooner())
+        layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
+        return (*products, *layouts, planning(mine))
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""

@@ -15,7 +15,8 @@ from treadle.ir.errors import UsageError
 if TYPE_CHECKING:
     from treadle.ir.graph import Graph
     from treadle.ir.target import Target
-    from treadle.passes.framework.manager import Optimized
+    from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.framework.manager import Optimized
 
 
 @command("inspect", takes=["inspect"])
@@ -101,7 +102,7 @@ def inspect_graph(
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"
-        plan = optimized.plan_of(after) if after else None
+        plan = optimized.products_of(after).get(StoragePlan) if after else None
         if plan is not None:
             facts["plan"] = plan.as_dict()
             shown = f"{shown}\n# storage of each value\n{plan}"

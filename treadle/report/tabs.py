@@ -23,6 +23,7 @@ from treadle.ir.attention.seen_keys import live_pairs, reach_of
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
+from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.sharding.timetable import Busy
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.report.memory_tab import memory_facts
@@ -52,7 +53,7 @@ def overview(program: ReportProgram, target: Target, sizes: Mapping[str, int]) -
     """Return the facts of the model: parameters, cost, inputs and outputs, and the ops of a run."""
     optimized = program.optimized
     stages = optimized.stages
-    fit = next((record.fit for record in stages if record.fit is not None), None)
+    fit = next((fit for record in stages if (fit := record.product(MemoryFit)) is not None), None)
     return {
         **graph_facts(optimized.graph, sizes),
         "backend": program.backend,
