@@ -25,19 +25,26 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from treadle.backends.donation import check_names
-from treadle.backends.fitted_pipeline import Budget, check_budget, pipeline_within
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
+from treadle.passes.budget.fitted_pipeline import (
+    MemoryLimit,
+    before_planning,
+    check_limit,
+    with_donated,
+    with_fit,
+)
+from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.capabilities import Capabilities
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
-from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.stages import Budget, Lower, run
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class StagedBackend(ABC):
         target: Target,
         *,
         certify: bool | None = None,
-        budget: Budget | None = None,
+        budget: MemoryLimit | None = None,
         donate: Sequence[str] = (),
         verified: bool = False,
     ) -> Optimized:
@@ -145,19 +152,18 @@ class StagedBackend(ABC):
         Raises BackendError as `refuse` does, and if no plan fits.
         """
         self.refuse(graph, target)
+        donated = check_names(graph, donate)
+        passes: Sequence[Pass] = self.pipeline(target)
+        if donated and budget is None and before_planning(passes)[1] is None:
+            raise BackendError(f"backend {self.name} does not plan storage, so no input can be donated")
+        passes = with_donated(passes, donated)
         if budget is not None:
-            graph, passes = pipeline_within(self, graph, target, budget, check_names(graph, donate))
-            verified = False
-        else:
-            passes = self.pipeline(target)
-            if donate:
-                *before, plan = passes
-                if not isinstance(plan, PlanStorage):
-                    raise BackendError(f"backend {self.name} does not plan storage, so no input can be donated")
-                passes = (*before, replace(plan, donated=check_names(graph, donate)))
-        lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
+            start = run(graph, [Budget(budget, self, target, donated)])
+            graph, verified = start.graph, False
+            passes = with_fit(passes, start.products[MemoryFit])
+        lowered = run(graph, [Lower(tuple(passes))], certify=certify, target=target, verified=verified)
         if budget is not None:
-            check_budget(self, lowered, target, budget)
+            check_limit(self, lowered, target, budget)
         return lowered
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
@@ -198,7 +204,7 @@ def build(
     weights: Mapping[str, Any],
     *,
     certify: bool | None = None,
-    budget: Budget | None = None,
+    budget: MemoryLimit | None = None,
     donate: Sequence[str] = (),
     verified: bool = False,
 ) -> tuple[Executable, Optimized]:

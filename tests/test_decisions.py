@@ -21,7 +21,7 @@ from tests.sharded_models import small_options
 from tests.stepped_models import MODELS as STEPPED
 from tests.test_explaining_layouts import without_lines
 from tests.test_models import ZOO
-from treadle.backends.fitted_pipeline import Budget, search_of
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, search_of
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.isa import isa_of
@@ -174,7 +174,7 @@ def test_a_sharding(family: str, mesh: str, recipe: str, golden: Golden) -> None
 def test_a_budget(golden: Golden) -> None:
     """A model that is computed in parts: the resulting graph, and the report on the parts."""
     pytest.importorskip("tvm")
-    budget = Budget(400_000, {"B": 4, "S": 64})
+    budget = MemoryLimit(400_000, {"B": 4, "S": 64})
     found = TvmBackend().lower(optimized(LLAMA.graph()).graph, Target("x86-64-v4", threads=1), budget=budget)
     text = [found.log.explain(), print_graph(found.after("fit-memory"), sources=False)]
     golden("decisions/budget.txt", without_lines("\n".join(text)))

@@ -13,7 +13,7 @@ import pytest
 
 import treadle as t
 from tests.backend_checks import needs_tvm
-from treadle.backends.fitted_pipeline import search_of
+from treadle.passes.budget.fitted_pipeline import search_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled

@@ -13,8 +13,8 @@ import pytest
 
 import treadle as t
 from tests.error_texts import raises_freely
-from treadle.backends import fitted_pipeline
-from treadle.backends.fitted_pipeline import Budget, check_budget
+from treadle.passes.budget import fitted_pipeline
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, check_limit
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
@@ -75,9 +75,9 @@ def test_what_was_made_is_held_against_the_budget() -> None:
     exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])
-    check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak, CASES["bert"]))
+    check_limit(backend, exe.optimized.lowered, ALONE, MemoryLimit(peak, CASES["bert"]))
     with pytest.raises(BackendError, match="more memory than the search for a plan predicted"):
-        check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak - 1, CASES["bert"]))
+        check_limit(backend, exe.optimized.lowered, ALONE, MemoryLimit(peak - 1, CASES["bert"]))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])

@@ -21,7 +21,7 @@ import treadle as t
 from tests.stepped_models import MODELS
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
-from treadle.backends.fitted_pipeline import Budget
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
@@ -435,9 +435,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
     "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
     "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain does not plan storage"),
-    "no budget": (lambda _: built(budget=Budget(64, {"B": 2})), BackendError, "backend plain does not plan memory"),
+    "no budget": (lambda _: built(budget=MemoryLimit(64, {"B": 2})), BackendError, "backend plain does not plan memory"),
     "a budget of states": (
-        lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
         BackendError,
         "a budget needs a graph with one entry",
     ),
@@ -447,7 +447,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         "the numpy backend needs a storage plan",
     ),
     "a budget of one that only compiles": (
-        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
         BackendError,
         "backend whole does not plan memory",
     ),

@@ -67,7 +67,7 @@ class Pass:
     @property
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
-        return _hyphenated(type(self).__name__)
+        return hyphenated(type(self).__name__)
 
     @property
     def rule_names(self) -> tuple[str, ...]:
@@ -106,7 +106,8 @@ class Pass:
 
 
 @cache  # read at every site
-def _hyphenated(name: str) -> str:
+def hyphenated(name: str) -> str:
+    """Return a class's name in lower case, with hyphens between its words."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 

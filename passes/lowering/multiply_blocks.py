@@ -14,7 +14,7 @@ from treadle.ir.operation import Composite
 from treadle.ir.ops.blocks import ROWS, STEPS, Encode, EncodedLinear, multiplied_with
 from treadle.ir.ops.products import Linear, MatMul, MixedProduct
 from treadle.passes.capabilities import PRIMITIVES, Capabilities
-from treadle.passes.framework.facts import LEGAL, UNPLANNED, Facts
+from treadle.passes.framework.facts import BEFORE_LOWERING, LEGAL, UNPLANNED, Facts
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 
@@ -25,6 +25,8 @@ class OpenBlockProducts(SiteRewrite[Site]):
     The pass applies to activations that are rounded to 8-bit rows at every call, because a backend's kernel for the
     whole op reads numbers, not blocks.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk(into=True):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import treadle
-from treadle.backends import fitted_pipeline
+from treadle.passes.budget import fitted_pipeline
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
 from treadle.ir.errors import BackendError, TreadleError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.fitted_pipeline import Budget
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
@@ -45,7 +45,7 @@ def parse_bytes(memory: int | str | None) -> int | None:
     return found
 
 
-def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> Budget | None:
+def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> MemoryLimit | None:
     """Return the memory budget of a run and the sizes it holds for, see `choose_sizes`. None if memory is None.
 
     Raises UsageError as `parse_bytes` and `choose_sizes` do, and for sizes without memory.
@@ -59,7 +59,7 @@ def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: 
                 hint=Hint('pass memory="300MB", or leave sizes out', "pass --memory 300MB, or leave --sizes out"),
             )
         return None
-    return Budget(most, choose_sizes(graph, sizes or {}))
+    return MemoryLimit(most, choose_sizes(graph, sizes or {}))
 
 
 def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
