@@ -27,7 +27,8 @@ from typing import Any, ClassVar
 from treadle.backends.donation import check_names
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
-from treadle.ir.errors import BackendError
+from treadle.backends.registry import find_backend
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
@@ -185,6 +186,16 @@ def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> Non
             received=f"{graph.name}: entries {', '.join(entries)}; {len(graph.states)} states",
             hint="an executable that is a treadle.backends.protocol.StatefulExecutable",
         )
+
+
+def capabilities_of(backend: str, target: Target) -> Capabilities:
+    """Return the capabilities of a backend on a target. Raises UsageError for an unknown backend, and for one without
+    passes.
+    """
+    chosen = find_backend(backend)
+    if not isinstance(chosen, StagedBackend):
+        raise UsageError(f"backend {backend} has no passes", hint="numpy, torch or tvm")
+    return chosen.capabilities(target)
 
 
 def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:

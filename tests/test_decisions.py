@@ -21,7 +21,6 @@ from tests.sharded_models import small_options
 from tests.stepped_models import MODELS as STEPPED
 from tests.test_explaining_layouts import without_lines
 from tests.test_models import ZOO
-from treadle.passes.budget.fitted_pipeline import MemoryLimit, search_of
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.isa import isa_of
@@ -34,11 +33,13 @@ from treadle.ir.target import Target
 from treadle.ir.text.printer import print_graph
 from treadle.ir.transforms.fixing import bounded
 from treadle.models.llama import llama
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, search_of
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.pass_log import count_ops
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stages import run
 from treadle.passes.stepping.derivation import derive_step
-from treadle.program.precision import computing_in
+from treadle.program.options import CompileOptions
 from treadle.program.weights import initial_weights
 from treadle.sharding import shard_model
 
@@ -55,8 +56,8 @@ def file_name(title: str) -> str:
 
 
 def optimized(graph: Graph, dtype: str | None = None, quantize: str | None = None) -> Optimized:
-    passes, _ = computing_in(dtype, DEFAULT, (), quantize)
-    return PassManager(passes, certify=False).run(graph)
+    stages = CompileOptions(dtype=dtype, quantize=quantize).stages()
+    return run(graph, stages, certify=False)
 
 
 def lowered(graph: Graph, isa: str) -> tuple[Optimized, KernelProgram]:

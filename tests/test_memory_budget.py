@@ -13,8 +13,6 @@ import pytest
 
 import treadle as t
 from tests.error_texts import raises_freely
-from treadle.passes.budget import fitted_pipeline
-from treadle.passes.budget.fitted_pipeline import MemoryLimit, check_limit
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
@@ -22,8 +20,9 @@ from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.budget import fitting
+from treadle.passes.budget import fitted_pipeline, fitting
 from treadle.passes.budget.candidates import Candidate, Variant, few_of
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, check_limit
 from treadle.passes.memory.frame_placement import place_frames
 from treadle.program.budgets import parse_bytes
 

@@ -21,7 +21,6 @@ import treadle as t
 from tests.stepped_models import MODELS
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
-from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
@@ -77,6 +76,7 @@ from treadle.ir.types import f32, parse_type
 from treadle.loading import load
 from treadle.models.registry import find_family
 from treadle.npy_files import write_npy
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.framework.rewrite import Rewrite
@@ -435,7 +435,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
     "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
     "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain does not plan storage"),
-    "no budget": (lambda _: built(budget=MemoryLimit(64, {"B": 2})), BackendError, "backend plain does not plan memory"),
+    "no budget": (
+        lambda _: built(budget=MemoryLimit(64, {"B": 2})),
+        BackendError,
+        "backend plain does not plan memory",
+    ),
     "a budget of states": (
         lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
         BackendError,

@@ -13,7 +13,8 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
-from treadle.passes.framework.manager import PassManager, debug_level
+from treadle.passes.framework.manager import debug_level
+from treadle.passes.stages import run
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -30,8 +31,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     the first call with each new value: `treadle.specializing`.
     """
     where = options.where
-    run, _ = options.precision()
-    manager = PassManager(run, certify=options.certify, target=where)
+    stages = options.stages()
     chosen = find_backend(options.backend)
     parse_bytes(options.memory)  # before anything is read
 
@@ -39,7 +39,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
 
     def make(static: Mapping[str, Any]) -> Compiled:
         resolved = options.resolve(source, **static)
-        optimized = manager.run(resolved.graph)
+        optimized = run(resolved.graph, stages, certify=options.certify, target=where)
         bound, drawn = weights_of(resolved, optimized.graph, options.arrays, options.seed)
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
@@ -71,6 +71,5 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     try:
         return make({})
     except StaticArgumentNeeded as needed:
-        _, widen = options.precision()
-        inputs = source.inputs(widen, options.config)
+        inputs = source.inputs(options.widened, options.config)
         return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)

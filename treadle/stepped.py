@@ -21,8 +21,9 @@ from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
@@ -96,7 +97,7 @@ def step_of(
 
     Raises PassError with the reasons if the model has no step; BackendError if the backend does not support states.
     """
-    derived = derive_step(graph, cache=cache)
+    derived = run(graph, [Step(cache)]).products[DerivedStep]
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
     assert isinstance(executable, StatefulExecutable)  # other backends are refused where executables are built
     return SteppedModel(name, derived, optimized, executable, backend)
@@ -120,7 +121,6 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
         resolved = chosen.resolve(source, longest=scaling.context)
     if chosen.arrays is None and resolved.weights is None:
         raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    passes, _ = chosen.precision()
-    graph = PassManager(passes, certify=chosen.certify).run(resolved.graph).graph
+    graph = run(resolved.graph, chosen.stages(), certify=chosen.certify, target=chosen.where).graph
     weights, _ = weights_of(resolved, graph, chosen.arrays, 0)
     return step_of(resolved.name, graph, chosen.backend, chosen.where, weights, chosen.cache)

@@ -18,7 +18,7 @@ from treadle.ir.ops.layout import Relayout
 from treadle.ir.transforms.clone import clone_node, clone_value
 from treadle.passes.capabilities import PRIMITIVES, Capabilities
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
-from treadle.passes.framework.facts import PORTABLE, UNBOUND, UNPLANNED, Facts
+from treadle.passes.framework.facts import PORTABLE, UNBOUND, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -51,7 +51,6 @@ class HoistWeights(Pass):
     """
 
     rewrites: ClassVar[bool] = False
-    requires: ClassVar[Facts] = frozenset({UNBOUND, UNPLANNED})
     ends: ClassVar[Facts] = frozenset({UNBOUND, PORTABLE})
     backend: Capabilities = PRIMITIVES
 

@@ -80,9 +80,9 @@ class PlanStorage(Pass):
                 peaks[function.name] = self._peak(plan, planned, peaks, graph.symbols)
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
-        plan = StoragePlan(functions, self.strided, self.in_results, self.copies)
-        log.products[StoragePlan] = plan
-        log.notes.insert(0, plan.note)
+        made = StoragePlan(functions, self.strided, self.in_results, self.copies)
+        log.products[StoragePlan] = made
+        log.notes.insert(0, made.note)
         log.touched = set()
         return 0
 

@@ -30,13 +30,12 @@ from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.passes.cleanup.cut_sooner import CutSooner
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stages import Merge, Recognize, left_out, run
 from treadle.program.budgets import choose_sizes
 
 Array = np.ndarray[Any, Any]
 
-_FOR_OTHERS = tuple(each for each in DEFAULT if not isinstance(each, CutSooner))
+_FOR_OTHERS = left_out([Recognize(), Merge()], [CutSooner().name])
 """The passes for the ONNX file that other tools read: all outputs of the model, in ops that they support."""
 
 
@@ -157,7 +156,7 @@ def bench_model(
     """
     names = peers_of(list(against))
     find_backend(workload.options.backend)
-    workload.options.precision()  # refuses unknown names
+    workload.options.stages()  # refuses unknown names
     if shutil.which(python) is None:
         raise UsageError(
             "there is no such Python", received=python, hint="the path of a Python that runs, such as python3"
@@ -167,7 +166,7 @@ def bench_model(
     with tempfile.TemporaryDirectory() as place:
         spec = _spec(workload, graph, chosen, Path(place))
         if any(PEERS[name].reads == "onnx" for name in names):
-            made = export_onnx(PassManager(_FOR_OTHERS).run(graph).graph, weights, Path(place) / "model.onnx")
+            made = export_onnx(run(graph, _FOR_OTHERS).graph, weights, Path(place) / "model.onnx")
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}

@@ -15,8 +15,7 @@ from treadle.ir.errors import UsageError
 if TYPE_CHECKING:
     from treadle.ir.graph import Graph
     from treadle.ir.target import Target
-    from treadle.passes.memory.storage_plan import StoragePlan
-from treadle.passes.framework.manager import Optimized
+    from treadle.passes.framework.manager import Optimized
 
 
 @command("inspect", takes=["inspect"])
@@ -58,6 +57,7 @@ def inspect_graph(
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
+    from treadle.passes.memory.storage_plan import StoragePlan
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.program.options import CompileOptions
@@ -127,9 +127,9 @@ def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -
 def stepped_entry(graph: Graph, entry: str) -> Graph:
     """Return one entry of the step derived from a graph."""
     from treadle.explaining.step import entry_alone
-    from treadle.passes.stepping.derivation import derive_step
+    from treadle.passes.stages import Step, run
 
-    derived = derive_step(graph).graph
+    derived = run(graph, [Step()]).graph
     if entry not in derived.entry_names:
         raise UsageError(f"unknown entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
     return entry_alone(derived, entry)

@@ -24,9 +24,10 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.passes.stages import Custom, Lower, passes_of, run
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 
@@ -128,11 +129,12 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
                 hint="the model that it was compiled from",
             )
     else:
-        pipeline, _ = asked.precision()
+        pipeline = passes_of(asked.stages())
         ran = (*[each.name for each in pipeline],)
         _refuse_unknown_pass(model, stage, (*ran, *[each.name for each in own]))
         resolved = asked.resolve(model)
-        optimized = PassManager(_until(pipeline, stage), certify=asked.certify, target=where).run(resolved.graph)
+        until = Custom(_until(pipeline, stage))
+        optimized = run(resolved.graph, [until], certify=asked.certify, target=where)
         known = resolved.name
     of_backend = bool(stage) and stage not in ran
     if of_backend:
@@ -141,7 +143,7 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
     if isinstance(chosen, StagedBackend):
         if of_backend:
             chosen.refuse(optimized.graph, where)
-            lowered = PassManager(_until(own, stage), target=where).run(optimized.graph, verified=True)
+            lowered = run(optimized.graph, [Lower(_until(own, stage))], target=where, verified=True)
         else:
             lowered = chosen.lower(optimized.graph, where, verified=True)
     if name is None:

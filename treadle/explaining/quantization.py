@@ -9,8 +9,8 @@ from treadle.ir.errors import UsageError
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
+from treadle.passes.stages import QUANTIZED, Quantize
 from treadle.program.options import CompileOptions
-from treadle.program.precision import QUANTIZED
 from treadle.program.source import AnyModel
 
 
@@ -24,10 +24,10 @@ def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
         hint = "explain the model that it was compiled from"
         raise UsageError("an artifact does not record how it was compiled", received=str(model), hint=hint)
     chosen = CompileOptions.of("explain quantization", options, quantize=QUANTIZED[0])
-    chosen.precision()  # refuses an unknown scheme
+    chosen.stages()  # refuses an unknown scheme
     scheme = chosen.quantize
     assert scheme is not None
-    graph = chosen.but(quantize=None).optimized(model)[1].graph
+    graph = chosen.but(quantize=None).optimized(model, before=Quantize)[1].graph
     plan = plan_quantization(graph, scheme)
     check_quantization(plan, graph)
     return plan

@@ -16,7 +16,8 @@ from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -131,7 +132,7 @@ def explain_step(model: AnyModel, **options: Any) -> StepExplained:
     """
     chosen = CompileOptions.of("explain step", options)
     name, graph = optimized_for(model, chosen)
-    return step_of(name, derive_step(graph, cache=chosen.cache), graph)
+    return step_of(name, run(graph, [Step(chosen.cache)]).products[DerivedStep], graph)
 
 
 def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> StepExplained:

@@ -31,7 +31,7 @@ def stages_of(build: Build) -> Iterator[Stage]:
     else:
         yield "optimized", build.optimized.graph
     if build.lowered is not None:
-        records = [r for r in build.lowered.log if r.changed or r.plan is not None]
+        records = [r for r in build.lowered.log if r.changed or r.products]
         for record in records:
             is_last = record is records[-1]
             graph = build.lowered.graph if is_last else record.graph  # the plan refers to values of this graph

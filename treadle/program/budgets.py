@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 
 DEFAULT_SIZE = 128
 """Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from treadle.passes.framework.manager import Optimized, Pass
+    from treadle.passes.stages import Stage
     from treadle.program.resolved import Resolved
     from treadle.program.source import AnyModel, ModelSource
 
@@ -278,18 +279,28 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """The target. Raises UsageError for an unknown name."""
         return self.target if isinstance(self.target, Target) else Target(self.target)
 
-    def precision(self, passes: Sequence[Pass] | None = None) -> tuple[tuple[Pass, ...], str | Iterable[str]]:
-        """Return the pipeline, and the dtypes to widen when the model is read: see `...precision.computing_in`.
+    def stages(self, *more: Stage) -> tuple[Stage, ...]:
+        """Return the stages of these options and more, in the order of `treadle.passes.stages`.
 
-        passes  the pipeline before the passes of `dtype` and `quantize`; None: that of `self.passes`
-
-        Raises UsageError for an unknown dtype or scheme, and for passes that are not passes.
+        Raises UsageError for an unknown dtype or scheme, for passes that are not passes or are in an order that is not
+        possible, and for a pass in `without` that no stage has; ParseError for a text that is not a pipeline.
         """
-        from treadle.passes.pipelines import DEFAULT
-        from treadle.program.precision import checked_passes, computing_in, left_out
+        from treadle.passes.framework.facts import INITIAL
+        from treadle.passes.stages import Custom, Merge, Precision, Quantize, Recognize, arranged, left_out
+        from treadle.program.precision import checked_passes
 
-        pipeline = passes if passes is not None else DEFAULT if self.passes is None else checked_passes(self.passes)
-        return computing_in(self.dtype, left_out(pipeline, self.without), self.widen, self.quantize)
+        given = None if self.passes is None else checked_passes(self.passes, self.where)
+        stages = [Recognize(), Merge(), *more] if given is None else [Custom(given), *more]
+        stages += [] if self.quantize is None else [Quantize(self.quantize)]
+        stages += [] if self.dtype is None else [Precision(self.dtype)]
+        return arranged(left_out(stages, self.without), INITIAL)
+
+    @property
+    def widened(self) -> str | Iterable[str]:
+        """The dtypes to widen when the model is read."""
+        from treadle.program.precision import widened
+
+        return widened(self.dtype, self.widen)
 
     @property
     def arrays(self) -> Mapping[str, Array] | None:
@@ -311,11 +322,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """
         from treadle.program.source import ModelSource
 
-        _, widen = self.precision()
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
-            return source.resolve(widen=widen, config={**self.config, **config}, **reading)
+            return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise
@@ -323,16 +333,19 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     def optimized(
         self,
         model: AnyModel,
-        passes: Sequence[Pass] | None = None,
         *,
+        before: type[Stage] | None = None,
         deferred: bool = False,
     ) -> tuple[Resolved, Optimized]:
-        """Return the model that MODEL names, and its graph after the pipeline. Raises as `resolve` and passes do."""
-        from treadle.passes.framework.manager import PassManager
+        """Return the model that MODEL names, and its graph after all stages, or after those before a row of the table.
 
-        pipeline, _ = self.precision(passes)
+        Raises as `stages`, `resolve` and passes do.
+        """
+        from treadle.passes.stages import rows_before, run
+
+        stages = self.stages() if before is None else rows_before(before, self.stages())
         resolved = self.resolve(model, deferred=deferred)
-        return resolved, PassManager(pipeline, certify=self.certify).run(resolved.graph)
+        return resolved, run(resolved.graph, stages, certify=self.certify, target=self.where)
 
     def refuse_for_artifact(self, model: object, *, also: Collection[str] = ()) -> None:
         """Raise UsageError for options that cannot change an artifact, which is already configured and optimized.

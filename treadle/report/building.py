@@ -32,12 +32,10 @@ from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.pipelines import MERGING
-from treadle.passes.sharding.gather_ahead import GatherAhead
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.sharding.rank_programs import rank_program
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.budgets import budget_of, choose_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -46,6 +44,7 @@ from treadle.report.programs import ReportProgram, program_facts
 from treadle.report.stages import OPTIMIZED
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
+from treadle.sharding.plans import rank_optimized
 from treadle.stepped import SteppedModel
 
 TABS = {
@@ -135,9 +134,7 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
     """
     asked = CompileOptions.of("compile", options)
     where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
-    passes, _ = asked.precision()
-    resolved = asked.resolve(model, deferred=True)
-    optimized = PassManager(passes, certify=asked.certify, target=where).run(resolved.graph)
+    resolved, optimized = asked.optimized(model, deferred=True)
     executable = None
     if isinstance(chosen, StagedBackend):
         budget = budget_of(asked.memory, asked.sizes, optimized.graph)
@@ -250,7 +247,7 @@ class _Collected:
         graph = self.model.optimized.graph
         if graph.entry_names[-1] != "main":
             raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
-        derived = derive_step(graph, cache=self.cache)
+        derived = run(graph, [Step(self.cache)]).products[DerivedStep]
         facts = tabs.step_facts(self.model.name, derived, graph)
         programs.append(_step_program(derived, self.model.backend, self.model.target))
         return facts
@@ -292,14 +289,13 @@ def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportP
     found = find_backend(backend)
     if isinstance(found, StagedBackend):
         return ReportProgram("step", found.lower(derived.graph, target), backend, None, "derived")
-    return ReportProgram("step", PassManager(()).run(derived.graph), backend, None, "derived")
+    return ReportProgram("step", run(derived.graph, ()), backend, None, "derived")
 
 
 def _rank(plan: ShardingPlan) -> ReportProgram:
     """Return the program of the last rank, whose parts are the largest."""
     rank = plan.devices.ranks - 1
-    made = PassManager([*MERGING, GatherAhead()]).run(rank_program(plan, rank))
-    return ReportProgram(f"rank {rank}", made, "", None, "sharded")
+    return ReportProgram(f"rank {rank}", rank_optimized(plan, rank), "", None, "sharded")
 
 
 def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:

@@ -11,11 +11,11 @@ from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import PassManager
 from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.sharding.gather_ahead import bytes_ahead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes, Timetable, timetable_of
+from treadle.passes.stages import Lower, run
 from treadle.program.budgets import choose_sizes
 from treadle.reporting.counts import human
 from treadle.sharding.plans import rank_graph
@@ -162,6 +162,6 @@ def _peak(program: Graph, sizes: Mapping[str, int]) -> int:
     """
     numpy, target = find_backend("numpy"), Target("cpu")
     assert isinstance(numpy, StagedBackend)
-    lowered = PassManager(numpy.pipeline(target), target=target).run(program)
+    lowered = run(program, [Lower(tuple(numpy.pipeline(target)))], target=target)
     assert lowered.plan is not None
     return max((n for _, n in live_at(frames_of(lowered.plan), lowered.graph.main.name, sizes)), default=0)

@@ -32,12 +32,12 @@ from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights
-from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
+from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weight
@@ -183,7 +183,7 @@ class RankPart:
         chosen = CompileOptions.of("rank", options)
         source = chosen.open(model)
         ranks.doing(f"planning {source}")
-        resolved, optimized = chosen.optimized(source, RECOGNITION, deferred=True)
+        resolved, optimized = chosen.optimized(source, before=Shard, deferred=True)
         plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
@@ -205,7 +205,7 @@ class RankPart:
         own, loaded = load_part(plan, ranks.rank, held, seed)
         source.check()  # the weights were read long after their files were opened
         ranks.doing("compiling")
-        program = rank_graph(plan, ranks.rank)
+        program = rank_graph(plan, ranks.rank, chosen)
         given = {name: own[name] for name in program.parameters}
         drawn = None if held is not None else seed
         return cls(resolved.name, plan, program, given, communicator, backend, where, loaded, drawn)

@@ -23,9 +23,9 @@ from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
-from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
@@ -84,7 +84,7 @@ def sharded(
     Raises as both do.
     """
     chosen = CompileOptions.of("shard", options)
-    resolved, optimized = chosen.optimized(model, RECOGNITION)
+    resolved, optimized = chosen.optimized(model, before=Shard)
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
     bound, drawn = weights_of(resolved, optimized.graph, chosen.arrays, chosen.seed)
     for name, value in optimized.graph.parameters.items():

@@ -23,8 +23,7 @@ from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.stages import Recognize, run
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
@@ -163,7 +162,7 @@ def _check_model(model: str, graph: Graph, objective: str) -> None:
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
             hint=Hint("t.Trainer, with batches of your own", "in Python: treadle.Trainer, with batches of your own"),
         )
-    if objective == NEXT_TOKEN and not follow(PassManager(RECOGNITION).run(graph).graph, axis).step():
+    if objective == NEXT_TOKEN and not follow(run(graph, [Recognize()]).graph, axis).step():
         raise UsageError(
             f"{shown} sees the tokens that it must predict: it is not a causal language model",
             received=f"objective {NEXT_TOKEN}",

@@ -31,7 +31,7 @@ from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
 from treadle.ir.transforms.chosen_outputs import choose_outputs
-from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
+from treadle.ir.transforms.gradients import GRADIENT
 from treadle.ir.transforms.padding_rows import with_padding_rows
 from treadle.ir.transforms.training_losses import (
     COUNTED,
@@ -43,10 +43,8 @@ from treadle.ir.transforms.training_losses import (
     with_own_loss,
 )
 from treadle.ir.types import f32
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT, RECOGNITION
+from treadle.passes.stages import Gradient, Merge, Precision, Recognize, passes_of, run
 from treadle.program.options import CompileOptions, with_options
-from treadle.program.precision import computing_in
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS, AnyModel
 from treadle.program.weights import weights_of
@@ -160,19 +158,21 @@ class Trainer:
         self._classes = scores.shape[-1].constant if scores.rank else None
         known = self.resolved.learned if trained is None else None
         self.trained = self._chosen(("*",) if trained is None else trained, known)
-        recognized = PassManager(RECOGNITION, differentiated=True).run(graph).graph
-        self.trained = tuple([name for name in self.trained if name in recognized.parameters])
-        made = gradient_graph(recognized, LOSS, self.trained, recompute=gradient_checkpointing)
+        recognized = run(graph, [Recognize(differentiated=True)])
+        self.trained = tuple([name for name in self.trained if name in recognized.graph.parameters])
+        made = run(recognized, [Gradient(LOSS, self.trained, gradient_checkpointing)]).graph
         reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
         if not reached:
             raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
         if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
-            self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=gradient_checkpointing)
+            self.trained, made = reached, run(recognized, [Gradient(LOSS, reached, gradient_checkpointing)]).graph
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
-        passes, _ = computing_in(asked.dtype, DEFAULT, (), computed=True)
-        self._options = CompileOptions(backend=backend, target=where, passes=passes)
+        precision = [] if asked.dtype is None else [Precision(asked.dtype, computed=True)]
+        self._options = CompileOptions(
+            backend=backend, target=where, passes=passes_of([Recognize(), Merge(), *precision])
+        )
         self.gradient = compile_model(made, self._options.but(weights=frozen))
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
