@@ -43,6 +43,7 @@ from treadle.passes.framework.facts import (
     PORTABLE,
     RECOGNIZED,
     STATELESS,
+    UNLIMITED,
     UNMERGED,
     UNPLANNED,
     UNSHARDED,
@@ -248,7 +249,7 @@ class Step(TransformStage):
     cache  the dtype in which caches store keys and values; None: the dtype in the model
     """
 
-    requires: ClassVar[Facts] = frozenset({STATELESS, PORTABLE})
+    requires: ClassVar[Facts] = frozenset({STATELESS, UNLIMITED, PORTABLE})
     ends: ClassVar[Facts] = frozenset({STATELESS})
     cache: str | DType | None = None
 
@@ -269,7 +270,8 @@ class Budget(TransformStage):
     donated  inputs of the last entry that callers donate
     """
 
-    requires: ClassVar[Facts] = frozenset({STATELESS, PORTABLE, UNPLANNED})
+    requires: ClassVar[Facts] = frozenset({STATELESS, UNLIMITED, PORTABLE, UNPLANNED})
+    ends: ClassVar[Facts] = frozenset({UNLIMITED})
     limit: MemoryLimit
     backend: PlansMemory = field(repr=False)
     target: Target

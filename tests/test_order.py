@@ -186,7 +186,9 @@ def test_a_graph_is_reordered_where_that_needs_less(plan: PlanStorage) -> None:
     assert str(main.reordered) in str(main)
     plain = lowered(graph, replace(plan, ordered=False))
     assert plain.plan is not None and plain.plan.functions["main"].reordered is None
-    assert [s.root for s in plain.plan.functions["main"].steps] == [s.root for s in plan.backend.grouped(plain.graph.main)]
+    assert [s.root for s in plain.plan.functions["main"].steps] == [
+        s.root for s in plan.backend.grouped(plain.graph.main)
+    ]
 
 
 @each_backend

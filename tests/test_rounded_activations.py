@@ -14,7 +14,7 @@ import pytest
 
 import treadle
 from tests.backend_checks import graph_of
-from tests.test_quantization import EVERY, MODELS, optimized
+from tests.test_quantization import EVERY, MODELS
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.registry import backend_names, find_backend
 from treadle.explaining.quantization import explain_quantization
@@ -37,6 +37,7 @@ from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.passes.stages import Recognize, run
 from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
@@ -112,7 +113,7 @@ def test_what_the_plan_says_as_json(every: Graph) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> None:
-    graph = optimized(name)
+    graph = run(MODELS[name].graph(), [Recognize()]).graph  # as at the stage `quantize`
     plan = plan_quantization(graph, "int8")
     check_quantization(plan, graph)
     assert plan.activations

@@ -65,12 +65,13 @@ UNMERGED = Fact("unmerged", "ops have not been merged into ops that one kernel c
 UNSHARDED = Fact("unsharded", "the graph computes the whole model, not the part of a rank")
 FULL_PRECISION = Fact("full-precision", "products have the dtypes that the model declares")
 STATELESS = Fact("stateless", "the graph has one entry and no states", refutes=_stateful)
+UNLIMITED = Fact("unlimited", "no memory limit has been applied")
 PORTABLE = Fact("portable", "no backend's pass has run")
 UNBOUND = Fact("unbound", "computations on weights have not been moved to `bind`")
 LEGAL = Fact("legal", "the backend can emit each op", initial=False)
 UNPLANNED = Fact("unplanned", "no storage has been planned, since the plan holds for one graph")
 
-FACTS = (RECOGNIZED, UNMERGED, UNSHARDED, FULL_PRECISION, STATELESS, PORTABLE, UNBOUND, LEGAL, UNPLANNED)
+FACTS = (RECOGNIZED, UNMERGED, UNSHARDED, FULL_PRECISION, STATELESS, UNLIMITED, PORTABLE, UNBOUND, LEGAL, UNPLANNED)
 """All facts, in the order in which errors name them."""
 
 Facts = frozenset[Fact]

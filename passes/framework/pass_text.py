@@ -239,6 +239,18 @@ class _Parser:
         raise _MismatchError
 
 
+_TYPES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    DType: "a dtype",
+    Capabilities: "the name of a backend",
+}
+
+
 def _type_text(type: Any) -> str:
     """Return a type as an error prints it."""
-    return type.__name__ if isinstance(type, builtins.type) and not get_args(type) else str(type).replace("typing.", "")
+    if get_origin(type) is tuple:
+        return f"a list, each element {_type_text(get_args(type)[0])}"
+    return _TYPES.get(type) or f"{{...}} with the fields of {type.__name__}"
