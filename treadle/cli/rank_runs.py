@@ -1,4 +1,4 @@
-"""`treadle run --mesh` and `generate --mesh`: this process as one of the ranks of a model; rank 0 prints the result."""
+"""`treadle run --mesh` and `generate --mesh`: this process runs one rank of a model, and rank 0 prints the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
 def opened_on_ranks(
     mesh: str | None, recipe: str | None, axis: Sequence[str], timeout: float, asked: str
 ) -> Iterator[Callable[..., SteppedModel]]:
-    """A function that opens the step of a model: this rank's part if there is a mesh. Only rank 0 prints.
+    """Yield a function that opens the step of a model: this rank's part if there is a mesh. Only rank 0 prints.
 
     asked  the request, which must be equal on all ranks
     """
@@ -62,7 +62,7 @@ def run_rank(
     keywords: Mapping[str, Any],
     as_json: bool,
 ) -> None:
-    """Run a model as a rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
+    """Run a model as one rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
     import hashlib
 
     import numpy as np
