@@ -54,7 +54,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two different stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
-        (["inspect", "gpt2", "--sizes", "S=2000"], ["S cannot be 2000", "S <= 1024"]),
+        (["inspect", "gpt2", "--sizes", "S=2000"], ["the size of S cannot be 2000", "S <= 1024"]),
         (["inspect", SMALL, "--follow", "Q"], ["there is no axis 'Q'"]),
         (["compile", SMALL, "--backend", "nump"], ["there is no backend 'nump'", "numpy"]),
         (["compile", SMALL, "--target", "abacus"], ["unknown target 'abacus'", "cpu"]),

@@ -107,7 +107,7 @@ def test_the_command_says_what_the_function_says(backend: str) -> None:
 
 
 def test_sizes_outside_their_bounds_are_refused() -> None:
-    with pytest.raises(UsageError, match="S cannot be 4000"):
+    with pytest.raises(UsageError, match="the size of S cannot be 4000"):
         explain_memory("gpt2", sizes={"S": 4000})
     with pytest.raises(UsageError, match="has no symbolic axis T"):
         explain_memory("gpt2", sizes={"T": 4})

@@ -79,8 +79,9 @@ def node_groups(
 ) -> tuple[NodeGroup, ...]:
     """Group the nodes that only one side has.
 
-    nodes  the nodes to group whole  all nodes of that side other  maps a scope to the corresponding scope of the other
-    side; None if it is in a layer that the other side lacks
+    nodes  the nodes to group
+    whole  all nodes of that side
+    other  maps a scope to the corresponding scope of the other side; None if it is in a layer that the other side lacks
     """
     found, alone = list(nodes), Counter[tuple[str, ...]]()
     for each in found:

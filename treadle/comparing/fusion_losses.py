@@ -61,7 +61,8 @@ class LostFusion:
 def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> tuple[LostFusion, ...]:
     """Return the fusions of a that b lacks, the most frequent first. Equal fusions of several layers share an entry.
 
-    declared  the matching of the declared graphs, a first matching  the matching of the compared graphs, a first
+    declared  the matching of the declared graphs, a first
+    matching  the matching of the compared graphs, a first
     """
     ours, theirs = _sites(a, declared.a.nodes), _sites(b, declared.b.nodes)
     in_a = {node: match.a for match in declared.matches for node in match.b}

@@ -1,4 +1,4 @@
-"""The meaning of `dtype=` and `quantize=`: the dtype of computation, and the encoding of weights."""
+"""The meaning of `dtype=` and `quantize=`: the dtype of the computation, and the encoding of weights."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def computing_in(
 
     dtype     None: as declared. "f32": bf16 and f16 values become f32. "bf16": the same, and then products with weights
               and attention have bf16 operands and f32 sums
-    scheme    one of `QUANTIZED`, or None: weights are not quantized
-    computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
-              computed matrices
+    scheme    one of `QUANTIZED`; None: weights are not quantized
+    computed  True if "bf16" applies to the product of any two matrices, as in training, where weights are inputs and
+              gradients are computed matrices
 
-    Raises UsageError for another name.
+    Raises UsageError for an unknown dtype or scheme.
     """
     if scheme is not None:
         if scheme not in QUANTIZED:
@@ -54,8 +54,8 @@ def computing_in(
 
 
 def checked_passes(passes: object) -> tuple[Pass, ...]:
-    """Return the pipeline as a tuple. Raises UsageError if it is neither a sequence of passes nor text, ParseError for
-    text that is not a pipeline.
+    """Return the pipeline as a tuple. Raises UsageError if `passes` is neither a sequence of passes nor a string, and
+    ParseError for a string that is not a pipeline.
     """
     if isinstance(passes, str):
         from treadle.passes.framework.pass_text import parse_pipeline
@@ -71,7 +71,7 @@ def checked_passes(passes: object) -> tuple[Pass, ...]:
 
 
 def left_out(passes: Sequence[Pass], without: Sequence[str]) -> tuple[Pass, ...]:
-    """Return the pipeline without the passes of these names. Raises UsageError for a name that is not in it."""
+    """Return the pipeline without the passes of these names. Raises UsageError for a name that the pipeline lacks."""
     known = [each.name for each in passes]
     for name in without:
         if name not in known:
