@@ -59,8 +59,8 @@ def compile(
               declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
               from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     seed      an integer, 0 or more
-    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
-              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
+              graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
@@ -111,8 +111,8 @@ def load(
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
-              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
+              graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
