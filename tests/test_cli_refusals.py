@@ -134,7 +134,7 @@ def test_an_option_of_compile_is_no_option_of_a_model(command: str, treadle_comm
         pytest.importorskip("prometheus_client")
     flags = {**flags_of(command), "limits": "--limit"}
     for name in ("quantize", "dtype", "backend", "target", "limits"):
-        meant = f"{flags[name]}, an option of treadle {command}" if name in flags else "no option"
+        meant = f"{flags[name]}, an option of treadle {command}" if name in flags else "not part of a model"
         refused_freely(command, name, meant)
 
 
