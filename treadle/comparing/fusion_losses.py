@@ -128,7 +128,7 @@ def _broken_form(match: NodeMatch, matching: Matching) -> str:
         if each.number in read or any(kind == "result" and name in own for kind, name, _ in each.reads)
     ]
     beside = f"; {', '.join(dict.fromkeys(near))} is next to them in one build only" if near else ""
-    return f"the ops there have none of its forms: {ops}{beside}"
+    return f"the ops in its place have none of the fusable forms: {ops}{beside}"
 
 
 def _fusion(key: tuple[Any, ...], nodes: Iterable[RunNode]) -> LostFusion:

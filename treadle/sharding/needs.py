@@ -26,7 +26,7 @@ class DeviceNeeds:
     """The needs of the last rank at the plan's sizes. No other rank has larger parts.
 
     weights  bytes of the rank's parts of the weights
-    values   bytes of values alive at the peak, by the storage plan of the rank's program for the NumPy backend; includes
+    values   bytes of values alive at the peak, by the storage plan of the rank's program for the NumPy backend, with
              weights that are gathered ahead for the next call
     ports    bytes of the inputs, which every rank gets whole, and of the rank's parts of the outputs
     memory   bytes of memory of the device
