@@ -188,8 +188,8 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
     [
         ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
         ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp runs with one row here"),
-        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports tokens alone"),
-        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports tokens alone"),
+        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports only tokens as input"),
+        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports only tokens as input"),
     ],
 )
 def test_what_llama_cpp_is_not_given(
@@ -285,7 +285,7 @@ def test_the_command() -> None:
         (Workload("bert", keywords={"backend": "tvmm"}), sys.executable, "there is no backend 'tvmm'"),
         (Workload("bert", keywords={"dtype": "f16"}), sys.executable, "unknown computation dtype 'f16'"),
         (Workload("bert", keywords={"quantize": "int5"}), sys.executable, "unknown quantization scheme 'int5'"),
-        (Workload("bert"), "/no/python", "there is no such Python"),
+        (Workload("bert"), "/no/python", "there is no such Python interpreter"),
     ],
 )
 def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, python: str, what: str) -> None:
