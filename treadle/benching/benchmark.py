@@ -69,7 +69,7 @@ class BenchRow:
 class MachineLimits:
     """The limits of the machine, measured with the benchmark's number of threads.
 
-    rates   operations per second of each dtype, of the unit that multiplies it; if the backend has no kernels of its own,
+    rates   operations per second of each dtype, by the unit that multiplies it; for a backend without own kernels,
             NumPy's rate in float32
     read    bytes per second of a plain read
     kernels the minimum seconds of Treadle's kernels at these rates; None if there are none
