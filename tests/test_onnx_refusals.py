@@ -95,7 +95,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
         "there is neither a value nor packed keys and values",
     ),
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 does not split into 3 heads"),
-    (X, "y = Constant<value_int = 1, value_float = 1.0>()", "has 2 attributes, not one"),
+    (X, "y = Constant<value_int = 1, value_float = 1.0>()", "must have one attribute, but has 2"),
     (
         X,
         "s = Constant<value_ints = [2]>() y = ConstantOfShape<value = int64[2] {1, 2}>(s)",

@@ -107,7 +107,7 @@ def _transpose(site: OnnxSite) -> Made:
 
 
 def expanded(b: Builder, x: Expr, sizes: Sequence[Size]) -> Expr:
-    """Return x broadcast with a shape: where one side has 1, the other side's size is used."""
+    """Return x broadcast with a shape: if one side has size 1, the other side's size is used."""
     rank = max(x.rank, len(sizes))
     held = [ONE] * (rank - x.rank) + list(x.shape)
     wanted = [ONE] * (rank - len(sizes)) + list(sizes)
