@@ -42,7 +42,7 @@ class Scope:
 
 
 def domain_of(node: Any) -> str:
-    """Return a node's domain. ONNX's own domain has two names; one is returned for both."""
+    """Return a node's domain: "" for ONNX's own domain, which has two names."""
     return "" if node.domain == "ai.onnx" else str(node.domain)
 
 

@@ -60,7 +60,7 @@ def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
 
 
 def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
-    """Round toward zero. For integers of less than a byte, round to nearest, and wrap values out of range."""
+    """Drop the fraction. For integers of less than a byte, values out of range are wrapped."""
     if to.name == "UINT64":
         wide = x.cast(f64)
         half = b.constant(2.0**63, f64)

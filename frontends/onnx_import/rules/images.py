@@ -115,8 +115,8 @@ def _coordinates(
     are scalars of the graph.
 
     ends    the old size and the new size
-    scale   None: the ratio of the sizes. Positions are multiplied before they are divided, so that a position on an
-            element, or halfway between two, is exact
+    scale   None: the ratio of the sizes. Then a position is multiplied by the old size before it is divided by the new
+            one, so that a position on an element, or halfway between two, is exact
     """
     old, new = ends
     whole = new if scale is None else old * scale  # the new size before rounding
