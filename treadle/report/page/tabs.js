@@ -1,9 +1,9 @@
 "use strict";
-// The tabs. Each returns the elements of its facts; a tab with damaged data shows its error.
+// The tabs. Each function returns the elements that show the data of a tab. A tab with damaged data shows the error.
 
 const Tabs = { held: new Map() };
 
-/** The elements of a tab of its own section, or why it has none. */
+/** Return the elements of a tab with its own section, or the reason why it has no data. */
 Tabs.of = async (app, name) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
@@ -260,7 +260,7 @@ Tabs.log = (app, data) => {
 
 // -- tabs of a program -----------------------------------------------------------------------------------------------
 
-/** The lines of a stage's text: numbers of the table of lines. */
+/** Return the lines of a stage's text, as numbers in the table of lines; null if it has no text. */
 Tabs.stageLines = (text, stage) => {
   let held = text.stages[stage];
   if (typeof held === "number") held = text.stages[held];
