@@ -187,7 +187,7 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
     ("arrays", "gguf", "why"),
     [
         ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
-        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp runs with one row here"),
+        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp can only run one row here"),
         ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports only tokens as input"),
         (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports only tokens as input"),
     ],
@@ -218,10 +218,10 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     assert row.note == "dynamic int8" and row.difference is not None and row.difference < 1e-5
     assert capfd.readouterr() == ("", "")
     reason = found.missing["llama.cpp"]
-    assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, and this model is not one")
+    assert reason in ("llama_cpp is not installed", "llama.cpp can only run a GGUF file, and this model is not one")
     declared = bench_model(SMALL, peers[:1], sizes={"S": 3}, python=str(python))
     assert declared.missing == {
-        "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, and this model is not one"
+        "ctranslate2-int8": "CTranslate2 can only run a folder of Hugging Face's, and this model is not one"
     }
 
 

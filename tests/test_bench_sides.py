@@ -418,7 +418,11 @@ def test_ctranslate2_is_given_ids_and_lengths(
 @pytest.mark.parametrize(
     ("folder", "arrays", "why"),
     [
-        ("", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 reads a folder of Hugging Face's, and this model is"),
+        (
+            "",
+            {"ids": np.ones((1, 3), np.int64)},
+            "CTranslate2 can only run a folder of Hugging Face's, and this model is",
+        ),
         ("t5", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 cannot run a t5 by itself"),
         ("t5", {"x": np.ones(3)}, "CTranslate2 supports only tokens as input, and this model has 1 inputs"),
     ],

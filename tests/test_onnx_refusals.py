@@ -60,7 +60,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,4] x, float[2,1] s",
         "y = QuantizeLinear(x, s)",
-        "scales of shape [2, 1], with blocks of 0",
+        "scales of shape [2, 1] do not fit blocks of 0",
     ),
     (X, "s = Constant<value_ints = [2, 3]>() y = Resize(x, , , s)", "2 sizes do not fit 3 axes"),
     (X, "s = Constant<value_floats = [1.0, 2.0]>() y = Resize(x, , s)", "scales [1.0, 2.0] do not fit 3 axes"),
@@ -120,7 +120,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,3,8] x, int64[2,3] i, float[9,0] c",
         "y = com.microsoft.RotaryEmbedding(x, i, c, c)",
-        "neither num_heads nor rotary_embedding_dim gives the number of heads",
+        "the number of heads is unknown without num_heads or rotary_embedding_dim",
     ),
     (
         "float[2,3,8] x, int32[2] r",
@@ -131,7 +131,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,3,8] x, int32[2] r, int32 n",
         "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2, causal = 2>(x, x, x, , , r, n)",
-        "causal=2 with a window of -1",
+        "causal must be 1, or 0 without a window, but is 2 with a window of -1",
     ),
     (
         "float[2,3,0] x, int32[2] r, int32 n",

@@ -297,9 +297,9 @@ class Importer:
                 return 1, None
             raise unsupported(node, None, where, "there is no such operator in this opset") from None
         if len(node.input) > schema.max_input or len(node.output) > schema.max_output:
-            raise FrontendError("a node has more inputs or outputs than its operator", within=where)
+            raise FrontendError("a node has more inputs or outputs than its operator allows", within=where)
         if len(node.input) < schema.min_input:
-            raise FrontendError("a node has fewer inputs than its operator", within=where)
+            raise FrontendError("a node has fewer inputs than its operator requires", within=where)
         return schema.since_version, schema
 
     def _handle(

@@ -288,7 +288,7 @@ def open_ctranslate2(spec: Spec) -> Opened:
     import ctranslate2
 
     if not spec["folder"]:
-        raise Unfit("CTranslate2 reads a folder of Hugging Face's, and this model is not one")
+        raise Unfit("CTranslate2 can only run a folder of Hugging Face's, and this model is not one")
     ids, kind = tokens_of(spec, "CTranslate2"), config_of(spec["folder"]).get("model_type")
     if kind in _NO_ENCODER:
         raise Unfit(f"CTranslate2 cannot run a {kind} by itself")
@@ -335,10 +335,10 @@ def open_llama(spec: Spec) -> Opened:
     from llama_cpp import Llama
 
     if not spec["gguf"]:
-        raise Unfit("llama.cpp reads a GGUF file, and this model is not one")
+        raise Unfit("llama.cpp can only run a GGUF file, and this model is not one")
     ids = tokens_of(spec, "llama.cpp")
     if len(ids) != 1:
-        raise Unfit("llama.cpp runs with one row here: B=1")
+        raise Unfit("llama.cpp can only run one row here: B=1")
     count = ids.shape[1]
     sizes = {"n_ctx": count, "n_batch": count, "n_ubatch": count}
     threads = {"n_threads": spec["threads"], "n_threads_batch": spec["threads"]}

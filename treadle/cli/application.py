@@ -22,8 +22,8 @@ from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
 LEFT = 128 + 13
-"""The exit code of a command whose exit code is its answer, if the reader of its output closed the pipe before the end:
-the code that a shell reports for a program ended by SIGPIPE.
+"""The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
+pipe too early. Shells report this code for a program that SIGPIPE ended.
 """
 
 

@@ -131,7 +131,7 @@ def run_rank(
             print(f"\n{name} = {json.dumps(shown['values'])}")
     where = f"in {options.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}")
-    print(f"of rank 0: its weights {weights}")
+    print(f"weights of rank 0: {weights}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")
     for file in files:

@@ -174,7 +174,7 @@ def _refuse_unknown_pass(model: object, stage: str, passes: Sequence[str]) -> No
     if stage and stage not in passes:
         near = NearestNames(passes).of(stage, 2)
         hint = f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(dict.fromkeys(passes))
-        raise UsageError(f"no pass {printable(stage)} is run", received=printable(f"{model}@{stage}"), hint=hint)
+        raise UsageError(f"there is no pass {printable(stage)}", received=printable(f"{model}@{stage}"), hint=hint)
 
 
 def _until(passes: Sequence[Pass], stage: str) -> tuple[Pass, ...]:

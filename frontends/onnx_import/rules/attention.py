@@ -43,7 +43,7 @@ def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks
     """
     b = site.b
     if mask.rank > 4:
-        site.malformed(f"a mask of rank {mask.rank}")
+        site.malformed(f"the mask must have at most 4 axes, but has {mask.rank}")
     own = full[4 - mask.rank :]
     kept = [size for size, whole in zip(mask.shape, own, strict=True) if size != ONE or whole == ONE]
     names = [

@@ -210,7 +210,7 @@ def _rotary(site: OnnxSite) -> Made:
             size = site.number(cos.shape[-1] * 2, "twice the number of the tables' columns")
             wide = site.number(x.shape[-1], "the width of x")
             if not size or not wide:
-                site.malformed("neither num_heads nor rotary_embedding_dim gives the number of heads")
+                site.malformed("the number of heads is unknown without num_heads or rotary_embedding_dim")
             heads = wide // size
         x = heads_apart(site, x, heads)
     if positions.rank == 1:

@@ -181,7 +181,7 @@ def _grouped(site: OnnxSite) -> Made:
     )  # attributes of unsupported cases
     is_causal = site.int("causal", 1)
     if is_causal not in (0, 1) or (window != -1 and not is_causal):
-        site.malformed(f"causal={is_causal} with a window of {window}")
+        site.malformed(f"causal must be 1, or 0 without a window, but is {is_causal} with a window of {window}")
     if site.has(1):
         parts = [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
     else:

@@ -26,7 +26,7 @@ class Pool:
     def __init__(self, site: OnnxSite) -> None:
         self.x, kernel = site.x(0), site.ints("kernel_shape")
         if not kernel or min(kernel) < 1:
-            site.malformed(f"kernel_shape is {list(kernel or ())}")
+            site.malformed(f"kernel_shape must have positive sizes, but is {list(kernel or ())}")
         self.kernel = kernel
         self.asked = self.found = windows_of(site, self.x, [Size.of(k) for k in kernel])
         if site.int("ceil_mode", 0) and site.text("auto_pad", "NOTSET") in ("NOTSET", "VALID"):

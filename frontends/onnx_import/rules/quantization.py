@@ -38,7 +38,7 @@ def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int)
             site.mismatched(f"{x.shape[0]} scales do not fit an axis of {like[axis]}", x.shape[0], like[axis])
         return reshaped(b, x, [x.shape[0] if i == axis else ONE for i in range(rank)])[0]
     if x.rank != rank or not block:
-        site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}], with blocks of {block}")
+        site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}] do not fit blocks of {block}")
     times = x.shape[axis]
     apart, _ = reshaped(b, x, [*x.shape[: axis + 1], ONE, *x.shape[axis + 1 :]])
     again = b.expand(apart, shape=(*x.shape[: axis + 1], Size.of(block), *x.shape[axis + 1 :]))

@@ -27,7 +27,7 @@ def _reshape(site: OnnxSite) -> Made:
                 site.malformed(f"the shape has 0 at {i}, but the operand has rank {x.rank}")
             size = x.shape[i]
         elif size.constant is not None and size.constant < 0:
-            site.malformed(f"the shape has a size of {size}")
+            site.malformed(f"the shape has a negative size: {size}")
         sizes.append(size)
     if free is not None:
         rest = product(s for i, s in enumerate(sizes) if i != free)
