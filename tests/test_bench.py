@@ -186,7 +186,7 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("arrays", "gguf", "why"),
     [
-        ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
+        ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp can only run a GGUF file"),
         ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp can only run one row here"),
         ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports only tokens as input"),
         (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports only tokens as input"),

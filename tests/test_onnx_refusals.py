@@ -19,7 +19,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
         "s = Constant<value_ints = [2, 3, 4, 0]>() y = Reshape(x, s)",
         "the shape has 0 at 3, but the operand has rank 3",
     ),
-    (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a size of -2"),
+    (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a negative size: -2"),
     (X, "y = Flatten<axis = 4>(x)", "there is no axis 4 in a tensor of rank 3"),
     (X, "s = Constant<value_ints = [1]>() y = Squeeze(x, s)", "dimension 1 is 3, not 1"),
     (X, "s = Constant<value_ints = [3]>() y = Squeeze(x, s)", "there is no axis 3 in a tensor of rank 3"),
