@@ -30,9 +30,7 @@ def node_times(compiled: Compiled, sizes: Mapping[str, int], *, seed: int = 0) -
     for each in run_of(lowered.graph).nodes:
         places[each.node].append(each)
     times: dict[int, float] = defaultdict(float)
-    seen: dict[tuple[int, Node], int] = defaultdict(
-        int
-    )  # number of calls of each step so far; layers are called in order
+    seen: dict[tuple[int, Node], int] = defaultdict(int)  # calls of a step so far; layers come in order
     for call in time_calls(exe, arrays, ROUNDS):
         node = call.step.node
         if node is None or not places[node]:

@@ -256,9 +256,7 @@ def _spread(level: Sequence[int], targets: Sequence[float], half: Sequence[float
     """Set the centers of a row as near as possible to their targets. Items that would overlap are placed next to each
     other, around the mean of their targets.
     """
-    groups: list[
-        tuple[float, int, float]
-    ] = []  # each group of touching items: its start, the number of items, its width
+    groups: list[tuple[float, int, float]] = []  # touching items: start, number, total width
     for item, want in zip(level, targets, strict=True):
         start, number, wide = want - half[item], 1, 2 * half[item]
         while groups and groups[-1][0] + groups[-1][2] > start:
