@@ -76,7 +76,7 @@ Charts.arena = (timeline, memory, sizes, onpick) => {
     T.svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Arena over time; the peak is ${T.human(live[peak], "B")} at step ${peak} of ${timeline.steps}` }, shapes),
     Charts.legend(ranks),
     T.el("p", { class: "note" }, own
-      ? "Time runs to the right, in steps of a run; a rectangle is the life of a storage at its offset. The line is the number of bytes alive."
+      ? "Time runs to the right, in steps of a run; a rectangle is the lifetime of a storage at its offset. The line is the number of bytes alive."
       : "At these sizes the storages are stacked: the formulas give their bytes, and a run at these sizes computes their offsets."),
   ];
 };
