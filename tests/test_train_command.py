@@ -282,7 +282,7 @@ def test_a_run_with_other_batches_is_not_resumed(train: Treadle, words: str) -> 
     Path("others.txt").write_text("one more text", encoding="utf-8")
     assert train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --state half").code == 0
     said = train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --resume half --steps 6 {words}")
-    refused(said, "a run is resumed with the batches that it began with", *OTHER_BATCHES[words])
+    refused(said, "a resumed run needs the same batches as the original run", *OTHER_BATCHES[words])
     assert len(FakeTrainer.made) == 1, "it is refused before anything is compiled"
 
 

@@ -233,10 +233,10 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     trainer = Trainer("gpt2", **SMALL)
     trainer.save_state(tmp_path / "state")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"optimizer": SGD()}, "the state belongs to another optimizer"),
-        ({"layers": 1}, "the state belongs to other weights"),
+        ({"optimizer": SGD()}, "the state was written by another optimizer"),
+        ({"layers": 1}, "the state and the model differ in the names of"),
         ({"dim": 18, "heads": 3}, "must be f32"),
-        ({"trained": ["h.0.*"]}, "the state belongs to other weights"),
+        ({"trained": ["h.0.*"]}, "the state and the model differ in the names of"),
     ]
     for options, expected in cases:
         other = Trainer("gpt2", **{**SMALL, **options})
@@ -337,7 +337,7 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], expected: st
 def test_a_teacher_and_what_it_teaches_go_together() -> None:
     with pytest.raises(UsageError, match="the teacher has no output logits"):
         Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
-    with pytest.raises(UsageError, match="the teacher has other classes than the model") as caught:
+    with pytest.raises(UsageError, match="the teacher's classes differ from the model's") as caught:
         Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "vocab": 21}), **SMALL)
     assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
     student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)

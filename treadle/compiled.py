@@ -170,9 +170,7 @@ class Compiled:
         The options are those of `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`.
         Raises UsageError as `report_of` does.
         """
-        made: Report = import_module("treadle.report.building").report_of(
-            self, **options
-        )  # that module imports this one
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
         return made
 
     def save(self, path: str | Path) -> str:

@@ -84,9 +84,7 @@ class SteppedModel:
 
     def report(self, **options: Any) -> Report:
         """Return the report on the step, as `treadle.compiled.Compiled.report` does for a model."""
-        made: Report = import_module("treadle.report.building").report_of(
-            self, **options
-        )  # that module imports this one
+        made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
         return made
 
 

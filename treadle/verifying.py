@@ -50,14 +50,9 @@ def verify_model(
     if is_artifact(model):
         chosen.refuse_for_artifact(model, also=("seed",))
         held = open_artifact(str(model), limits=chosen.limits)
-        source = quantized_alike(
-            held.optimized.source, held.optimized.graph
-        )  # an artifact stores only the quantized blocks
+        source = quantized_alike(held.optimized.source, held.optimized.graph)  # the file has only the blocks
         optimized, given = replace(held.optimized, source=source), dict(held.weights)
-        for (
-            name,
-            value,
-        ) in optimized.source.parameters.items():  # an artifact does not store parameters that no output needs
+        for name, value in optimized.source.parameters.items():  # parameters that no output needs are not in the file
             given.setdefault(
                 name, np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy or np.float32)
             )
