@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
-    """Draw arrays for the inputs of a language model's trainer; a third of the targets are ignored."""
+    """Return random arrays for the inputs of a language model's trainer. A third of the targets are ignored."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for port in trainer.inputs:
@@ -54,7 +54,7 @@ def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dic
 def train_in_torch(
     model: Any, batches: list[dict[str, Array]], optimizer: AdamW | SGD, rate: float, clip: float | None
 ) -> list[tuple[float, float]]:
-    """Return the losses and norms of a Hugging Face model trained on our batches."""
+    """Return the losses and gradient norms of a Hugging Face model that PyTorch trains on our batches."""
     import torch
 
     from tests.hf_models import _INPUTS
@@ -86,8 +86,8 @@ MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5",
 def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
     """The model is read from its folder. Backends and optimizers are tested one after the other.
 
-    eps is large, because AdamW turns the rounding error of a zero gradient, such as that of the biases of keys, into a
-    full step.
+    eps is large, because AdamW turns the rounding error of a zero gradient, such as the gradient of the biases of keys,
+    into a full step.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -116,13 +116,15 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding tokens add no gradient to their row of the embedding table; logits that are tied to the table do."""
+    """Padding tokens add no gradient to their row of the embedding table. Logits add a gradient if they are tied to the
+    table.
+    """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     model = save(name, tmp_path / "before")
-    if name == "llama":  # Llama has no such row by default
+    if name == "llama":  # Llama has no padding token by default
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
@@ -182,7 +184,7 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
-    """Micro-batches are weighted by the number of their positions, not equally."""
+    """The gradients of micro-batches are weighted by their numbers of counted positions."""
     whole = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
     parts = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), gradient_accumulation_steps=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
@@ -373,7 +375,7 @@ def rooted(x: t.f32["B 4"]):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    """The loss is finite, but the gradient of a square root at 0 is not."""
+    """The loss is finite, but the gradient of the square root at 0 is infinite."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
     with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
@@ -405,7 +407,9 @@ def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> Non
 
 
 def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
-    """The cause is a weight of the checkpoint, or a value that the model computes, not the learning rate."""
+    """The error's cause is a weight of the checkpoint, or a computed value, so its hint does not mention the learning
+    rate.
+    """
     x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer = Trainer(scored, loss="loss")
     trainer.state.weights["w.weight"][0, 2] = np.nan
@@ -423,7 +427,7 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
 
 @pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
 def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
-    """`restore` would refuse a file with such a name."""
+    """`restore` would refuse a file with the extension of a pickle."""
     with pytest.raises(UsageError, match="a training state is not stored as a pickle") as caught:
         small().save_state(tmp_path / name)
     assert caught.value.hint == "run.state"
@@ -446,8 +450,8 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """A model in which only a comparison reads `gate`, only floor reads `round`, and only an output that is not the
-    loss reads `unread`.
+    """A model with weights that get no gradient: only a comparison reads `gate`, only floor reads `round`, and
+    `unread` is read only by an output that is not the loss.
     """
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):

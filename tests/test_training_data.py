@@ -1,5 +1,5 @@
-"""Texts prepared for a model: documents of files, inputs and targets of the objective, and errors for texts that do not
-fit.
+"""Training data from texts: documents in files, inputs and targets of each objective, and errors for texts that do not
+fit the model.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) 
 
 
 def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
-    """Blocks have 48 positions, as the model, not the default of 128 tokens."""
+    """The default of 128 tokens per block is reduced to the model's 48 positions."""
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
 
