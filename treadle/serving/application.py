@@ -146,7 +146,7 @@ class Server:
             except RequestRefusal as refusal:
                 response = _json(refusal.body, refusal.status, refusal.headers)
             except ClientDisconnect:
-                response = Response(status_code=GONE)  # the client has gone, so nobody receives this
+                response = Response(status_code=GONE)  # the client has gone and does not read it
             except Exception as error:
                 print(f"{method} {path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 response = _json(RequestRefusal(500, "the server failed to answer", code="internal").body, 500)
