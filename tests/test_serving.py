@@ -363,7 +363,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ),
     ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a string"),
-    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a string"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a nonempty string"),
     ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "generates text, and has no embeddings"),
     ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
     ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),

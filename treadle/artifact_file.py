@@ -197,7 +197,7 @@ class SectionFile:
             self.fail("the artifact has no seal", "header", _DAMAGED)
         record, expected = self._file[_SEAL], sha256(self._file.head).digest()
         if record.end != max(r.end for r in self._records()) or self._file.raw(_SEAL).tobytes() != expected:
-            self.fail("the header is not the one that was sealed", f"byte {record.begin}, section {_SEAL}", _DAMAGED)
+            self.fail("the header has changed since it was sealed", f"byte {record.begin}, section {_SEAL}", _DAMAGED)
         return expected.hex()
 
     def _check_layout(self) -> None:
@@ -227,7 +227,7 @@ class SectionFile:
         if received != self._hashes[name]:
             record = self._file[name]
             self.fail(
-                "the section's bytes are not those that were written",
+                "the section's bytes have changed since they were written",
                 f"bytes {record.begin} to {record.end}, section {printable(name)}",
                 _DAMAGED,
                 received=f"sha256 {received}, recorded {printable(self._hashes[name])}",

@@ -1,6 +1,7 @@
 """The decoding step of a model: derived, compiled for a backend and target, and run with the model's own weights.
 
-model = open_stepped("smollm2", backend="tvm") session = model.session(rows=8, capacity=2048)
+model = open_stepped("smollm2", backend="tvm")
+session = model.session(rows=8, capacity=2048)
 """
 
 from __future__ import annotations

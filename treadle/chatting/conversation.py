@@ -65,7 +65,8 @@ class Conversation:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Yield the reply to a user's message piece by piece. When the reply has ended, both are added to `messages`.
+        """Yield the reply to a user's message piece by piece. When the reply has ended, the message and the reply are
+        added to `messages`.
 
         rules  token rules; None: the folder's rules
 

@@ -1,8 +1,8 @@
 """Fields of a request's body. Each is read once with its type. Fields that were not read are errors that name the
 field.
 
-fields = Fields({"model": "smollm2", "max_tokens": 16}) fields.text("model"); fields.whole("max_tokens", least=0);
-fields.end()
+    fields = Fields({"model": "smollm2", "max_tokens": 16})
+    fields.text("model"); fields.whole("max_tokens", least=0); fields.end()
 """
 
 from __future__ import annotations

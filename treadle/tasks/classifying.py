@@ -1,7 +1,7 @@
 """Classify texts, or pairs of texts, with one label for the whole input: sentiment, topic, entailment.
 
-classifier = TextClassifier.open(Program("folder")) classifier.classify(["I like it.", ("A man sleeps.", "A man is
-awake.")])
+classifier = TextClassifier.open(Program("folder"))
+classifier.classify(["I like it.", ("A man sleeps.", "A man is awake.")])
 """
 
 from __future__ import annotations

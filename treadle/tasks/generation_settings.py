@@ -1,8 +1,10 @@
 """A folder's settings for text generation, as Hugging Face reads them: from generation_config.json, or else from
 config.json.
 
-settings = GenerationSettings.read(folder, config) settings.start, settings.end, settings.rules, settings.beams,
-settings.most asked = FolderRules.read(ModelSource.open(folder)) asked.rules, asked.end, asked.options, asked.file
+    settings = GenerationSettings.read(folder, config)
+    settings.start, settings.end, settings.rules, settings.beams, settings.most
+    asked = FolderRules.read(ModelSource.open(folder))
+    asked.rules, asked.end, asked.options, asked.file
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Open a task's model: check that the folder's class has the head, and read the labels from config.json.
 
-opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm") for row, logits in
-enumerate(opened.run(opened.tokenizer.encode(texts))): ...
+opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm")
+for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
 """
 
 from __future__ import annotations
