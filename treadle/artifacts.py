@@ -205,10 +205,10 @@ def load_artifact(
     memory, sizes    memory budget of a run, and the maximum sizes it applies to, as in `compile`
     donate           inputs that callers donate, as in `compile`
 
-    The file's code is not run, since it has none, and no pass runs: the backend lowers the optimized graph. A sharding
-    plan in the file is not applied. Raises CheckpointError, ParseError or VerifyError, with section and place, if the
-    file is damaged, is not an artifact, or exceeds a limit; PassError for an invalid sharding plan; BackendError as
-    `compile` does.
+    The file contains no code, and loading runs no pass: the backend lowers the optimized graph. A sharding plan in the
+    file is not applied. Raises CheckpointError, ParseError or VerifyError, with section and place, if the file is
+    damaged, is not an artifact, or exceeds a limit; PassError for an invalid sharding plan; BackendError as `compile`
+    does.
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)

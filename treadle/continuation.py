@@ -230,7 +230,7 @@ class TextWriter:
         return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
-        """The chat template that the model was trained with. Raises UsageError if the model has none."""
+        """Return the chat template that the model was trained with. Raises UsageError if the model has none."""
         from treadle.chatting.templates import ChatTemplate
 
         if self.template is None:

@@ -34,7 +34,7 @@ class RequestRefusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Return the error object."""
+        """The error object, as OpenAI's API returns it."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
 

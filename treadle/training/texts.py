@@ -58,8 +58,8 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
 
 
 def next_token_targets(tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> Tokens:
-    """Return the next-token targets of tokens [B, S], in the same shape. The last position of a row has the target
-    -100.
+    """Return the next token of each position of tokens [B, S], as targets in the same shape. The last position of a row
+    has the target -100.
 
     lengths  [B], number of tokens of each row without padding
     """

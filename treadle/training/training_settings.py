@@ -78,7 +78,7 @@ class TrainingSettings:
             raise UsageError(f"{option} only applies together with --teacher", hint="--teacher MODEL as well")
 
     def schedule_of_rates(self) -> Schedule:
-        """The schedule of learning rates. Raises UsageError if the learning rate is not a number above 0."""
+        """Return the schedule of learning rates. Raises UsageError if the learning rate is not a number above 0."""
         from treadle.runtime.training.schedules import Schedule
 
         rate = self.learning_rate
@@ -92,7 +92,7 @@ class TrainingSettings:
         return Schedule(rate, warmup=self.warmup, steps=None if shape == "constant" else self.steps, shape=shape)
 
     def optimizer_of_weights(self) -> Optimizer:
-        """The optimizer. Raises UsageError for an unknown name."""
+        """Return the optimizer. Raises UsageError for an unknown name."""
         from treadle.runtime.training.optimizers import SGD, AdamW
 
         if self.optimizer == "adamw":
