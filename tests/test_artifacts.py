@@ -326,10 +326,10 @@ HOSTILE: list[tuple[Any, str, str]] = [
         )
     ),
     (drop_weight, "a weight is missing", "section weight/wte.weight"),
-    (extra_weight, "a weight that the graph does not take", "section weight/more"),
+    (extra_weight, "a weight that the graph does not use", "section weight/more"),
     (other_weight, "the weight must be f32[11, 12]", "section weight/wte.weight"),
     (unknown_section, "the format has no such section", "section code"),
-    (other_version, "the artifact has another version", "__metadata__, version"),
+    (other_version, "the artifact has an unsupported version", "__metadata__, version"),
     (unknown_field, "the format has no such field", "__metadata__, hook"),
     (replace("graph", "attention(", "attenshun("), "unknown op", "section graph, line"),
     (replace("declared", "main(", "main[("), "expected '('", "section declared, line"),

@@ -192,7 +192,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
     assert talk.messages == said[:1]
     again = "".join(piece.text for piece in talk.say("the cat", most=12))
     assert again == said[2]["content"]
-    with pytest.raises(UsageError, match="a reply has 1 token or more"):
+    with pytest.raises(UsageError, match="a reply must have 1 token or more"):
         list(talk.say("the cat", most=0))
     with pytest.raises(UsageError, match="a row of the session takes 20"):
         list(Conversation.open(writer, capacity=20).say("the cat " * 20))

@@ -322,7 +322,7 @@ def test_a_turn_is_read_as_the_template_wrote_it() -> None:
     with pytest.raises(UsageError, match="the conversation has 4 tokens, the model takes 3") as error:
         next(talk.say("c"))
     assert error.value.hint == "a new conversation"
-    with pytest.raises(UsageError, match="a reply has 1 token or more") as error:
+    with pytest.raises(UsageError, match="a reply must have 1 token or more") as error:
         next(talk.say("c", most=0))
     assert error.value.received == "0"
     assert talk.messages == before

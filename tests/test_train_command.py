@@ -534,7 +534,7 @@ REFUSED = {
     "--learning-rate nan": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
     "--schedule cosine --warmup 4": ("a cosine schedule needs steps after step 4 to decay", "more --steps"),
     "--schedule linear --steps 1": ("a linear schedule needs steps after step 1 to decay", "more --steps"),
-    "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
+    "--length 49": ("a block must have 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be formed from",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would overwrite a file that is not a state", "another file, or --replace"),

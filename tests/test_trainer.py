@@ -316,8 +316,8 @@ def test_what_a_step_holds_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"gradient_accumulation_steps": 0}, "an update needs the gradients of 1 call or more"),
-        ({"gradient_accumulation_steps": True}, "an update needs the gradients of 1 call or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps must be 1 or more"),
         ({"trained": ["h.9.*"]}, "no weight matches 'h.9.*'"),
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
@@ -348,7 +348,7 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
         student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher cannot be combined with a custom loss"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
-    with pytest.raises(UsageError, match="a model with several outputs is trained for one of them"):
+    with pytest.raises(UsageError, match="the model has several outputs: the output to train is not set"):
         Trainer(pulled)
 
 
@@ -441,7 +441,7 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
     assert read_notes(tmp_path / "noted") == {"seed": "3", "texts": "a b"}
     small().restore(tmp_path / "noted")
     write_weights(tmp_path / "weights", {})
-    with pytest.raises(CheckpointError, match="this is not a training state"):
+    with pytest.raises(CheckpointError, match="not a training state"):
         read_notes(tmp_path / "weights")
 
 

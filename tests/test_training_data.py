@@ -165,8 +165,8 @@ def test_another_tokenizer_serves_a_model_without_a_folder(gpt2: Path, corpus: s
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"objective": "both"}, "there is no objective 'both'"),
-    ("gpt2", {"length": 49}, "a block has 2 tokens or more and at most 48, the maximum of the model"),
-    ("gpt2", {"length": 1}, "a block has 2 tokens or more"),
+    ("gpt2", {"length": 49}, "a block must have 2 tokens or more and at most 48, the maximum of the model"),
+    ("gpt2", {"length": 1}, "a block must have 2 tokens or more"),
     ("gpt2", {"holdout": 1.0}, "the held-out fraction of blocks must be 0 or more and below 1"),
     ("gpt2", {"holdout": -0.1}, "the held-out fraction of blocks must be 0 or more and below 1"),
     ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be formed from"),
@@ -192,7 +192,7 @@ def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, mo
     monkeypatch.setattr("treadle.program.source.ModelSource.resolve", lambda *_, **__: short)
     options: dict[str, Any] = {"teacher": str(gpt2)}
     assert TextData.open(str(gpt2), [corpus], model, **options).length == 24
-    with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, the maximum of the teacher"):
+    with pytest.raises(UsageError, match="2 tokens or more and at most 24, the maximum of the teacher"):
         TextData.open(str(gpt2), [corpus], model, length=25, **options)
 
 

@@ -48,7 +48,7 @@ def test_what_is_too_short_says_what_was_received() -> None:
         "  received  3 tokens in 2 documents\n"
         "  try       more text, or shorter blocks"
     )
-    with pytest.raises(UsageError, match="a block has 1 token or more"):
+    with pytest.raises(UsageError, match="a block must have 1 token or more"):
         blocks_of([[1, 2]], 0, end=None)
 
 

@@ -143,7 +143,7 @@ class SectionFile:
         version = metadata.pop("version", "")
         if version != VERSION:
             self.fail(
-                "the artifact has another version",
+                "the artifact has an unsupported version",
                 "__metadata__, version",
                 f"this Treadle reads version {VERSION}",
                 received=printable(version),

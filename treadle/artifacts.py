@@ -315,7 +315,7 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
     records = file.weights
     for name in [*graph.parameters, *records]:
         if name not in records or name not in graph.parameters:
-            what = "a weight that the graph does not take" if name in records else "a weight is missing"
+            what = "a weight that the graph does not use" if name in records else "a weight is missing"
             file.fail(what, f"section weight/{printable(name)}")
     narrow = read_only_in(bf16, graph)
     for name, value in graph.parameters.items():

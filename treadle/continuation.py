@@ -147,7 +147,7 @@ class TextWriter:
             raise UsageError(
                 f"{printable(source.label)} does not continue text: it is not a causal language model",
                 received=error.what,
-                hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds",
+                hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
             ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
@@ -236,7 +236,7 @@ class TextWriter:
         if self.template is None:
             raise UsageError(
                 f"{self.model.name} has no chat template: it was not trained for conversations",
-                hint="use a model that was, or a prompt to continue",
+                hint="a chat model, or a prompt to continue",
             )
         return ChatTemplate(self.template, self.tokenizer.special_names)
 

@@ -113,7 +113,7 @@ class SentenceEmbedder:
             raise UsageError(
                 f"{made.name} does not embed sentences",
                 received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
-                hint="a model from tokens and lengths to hidden, such as an encoder without a head",
+                hint="a model with inputs tokens and lengths and output hidden, such as an encoder without a head",
             )
         tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=token_positions(made))
         return cls(made, tokenizer, pooling)

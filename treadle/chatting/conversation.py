@@ -74,7 +74,7 @@ class Conversation:
         become too long for the model.
         """
         if count_of(most) < 1:
-            raise UsageError("a reply has 1 token or more", received=repr(most))
+            raise UsageError("a reply must have 1 token or more", received=repr(most))
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.writer.tokens([self.template.render(asked)], special=False)[0]
         if len(ids) > self.session.capacity:

@@ -115,7 +115,7 @@ class PerplexityMeter:
         positions = token_positions(self.model)
         if window < 2 or (positions is not None and window > positions):
             bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
-            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
+            raise UsageError(f"a window must have at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
         if len(ids) < 2:
             raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []
@@ -190,6 +190,6 @@ def _causal(model: Compiled, named: Any) -> Compiled:
         raise UsageError(
             f"{printable(str(named))} has no perplexity: it is not a causal language model of tokens alone",
             received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
-            hint="use a model that is, such as smollm2",
+            hint="a causal language model, such as smollm2",
         )
     return model

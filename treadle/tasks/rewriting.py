@@ -65,9 +65,9 @@ class TextRewriter:
         made = program.stepped()
         if made.derived.prologue != ("tokens",):
             raise UsageError(
-                f"{made.name} does not rewrite texts",
-                received=f"a row begins with {', '.join(made.derived.prologue) or 'nothing'}",
-                hint="use a model with an encoder and a decoder of tokens",
+                f"{made.name} is not an encoder-decoder model of tokens, and does not rewrite texts",
+                received=f"inputs of a row: {', '.join(made.derived.prologue) or 'none'}",
+                hint="an encoder-decoder model such as T5, BART or Marian",
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
@@ -135,7 +135,7 @@ class TextRewriter:
         settings = GenerationSettings.read(self.place, self.config, said)
         if settings.start is None:
             raise CheckpointError(
-                "the folder does not name the token with which a decoder begins",
+                "the folder does not name the decoder's start token",
                 within=self.place.shown,
                 hint="decoder_start_token_id in config.json",
             )
@@ -196,6 +196,6 @@ class TextRewriter:
 
 def _most_tokens(most: int | None, settings: GenerationSettings, model: SteppedModel) -> int:
     if most is not None and most < 1:
-        raise UsageError("a text has 1 token or more", received=repr(most))
+        raise UsageError("a text must have 1 token or more", received=repr(most))
     wanted = most or settings.most or _MOST
     return wanted if model.derived.context is None else min(wanted, model.derived.context)

@@ -248,7 +248,7 @@ class Written:
         text = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
             return text
-        marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
+        marks = f", which adds {', '.join(writer.marks)}" if writer.marks else ""
         return f"{text} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 

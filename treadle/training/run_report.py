@@ -101,7 +101,7 @@ class RunReport:
             found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
-                found.append(f"its config.json is a copy of the one in {self.folder}, without {given}")
+                found.append(f"its config.json is copied from {self.folder}, without {given}")
             elif given:
                 found.append(f"its configuration is not saved: {given}")
         if not count:

@@ -166,9 +166,7 @@ class FolderSaver:
         _make(self.target)
         for below in sorted({name.rpartition("/")[0] for name in self.settings} - {""}):
             if (self.target / below).is_symlink():
-                raise UsageError(
-                    "a link leads out of the folder that is written", received=below, within=str(self.target)
-                )
+                raise UsageError("a link leads out of the output folder", received=below, within=str(self.target))
             _make(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
@@ -319,7 +317,7 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     above = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
         raise UsageError(
-            "the folder cannot be written", received=shown, within=shown_path(above), hint="a folder that can"
+            "the folder cannot be written", received=shown, within=shown_path(above), hint="a writable folder"
         )
     return path
 

@@ -141,5 +141,5 @@ def _opened(path: PathLike) -> SafetensorsFile:
     file = SafetensorsFile.open(path)
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:
-        raise CheckpointError("this is not a training state", received=printable(form)[:300], within=shown_path(path))
+        raise CheckpointError("not a training state", received=printable(form)[:300], within=shown_path(path))
     return file

@@ -138,7 +138,7 @@ def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
     if length < 2 or (most is not None and length > most):
         taker = "the teacher" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model"
         bound = "" if most is None else f" and at most {most:,}, the maximum of {taker}"
-        raise UsageError(f"a block has 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
+        raise UsageError(f"a block must have 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
     return length
 
 
@@ -220,6 +220,6 @@ def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int
     if isinstance(rows, int) and largest >= rows:
         raise UsageError(
             f"the tokenizer has tokens that {resolved.name} does not have",
-            received=f"token {largest:,}, of a model of {rows:,} tokens",
+            received=f"token {largest:,}; the model has {rows:,} tokens",
             hint=Hint(f"vocab={len(tokenizer.vocabulary())}", f"--set vocab={len(tokenizer.vocabulary())}"),
         )

@@ -39,7 +39,7 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
     The incomplete block at the end is dropped. Raises UsageError if there is no complete block.
     """
     if length < 1:
-        raise UsageError("a block has 1 token or more", received=f"length={length}")
+        raise UsageError("a block must have 1 token or more", received=f"length={length}")
     parts: list[Tokens] = []
     for number, document in enumerate(token_ids):
         ids = np.asarray(document, np.int64)

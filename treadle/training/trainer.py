@@ -141,7 +141,7 @@ class Trainer:
             raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
         if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
             raise UsageError(
-                "an update needs the gradients of 1 call or more",
+                "gradient_accumulation_steps must be 1 or more",
                 received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
             )
         asked = CompileOptions.of("train", options)
@@ -201,7 +201,7 @@ class Trainer:
         if "logits" in outputs or len(outputs) == 1:
             return "logits" if "logits" in outputs else outputs[0]
         raise UsageError(
-            "a model with several outputs is trained for one of them",
+            "the model has several outputs: the output to train is not set",
             received=", ".join(outputs),
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
