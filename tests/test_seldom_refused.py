@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
     "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m is not an encoder-decoder model"),
-    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image inputs must have three channels"),
+    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "images must have three channels"),
     "ids that are none": (
         lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
         CheckpointError,

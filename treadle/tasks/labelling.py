@@ -70,9 +70,7 @@ def image_sides(model: Compiled) -> tuple[int, int]:
     pixels = next(port for port in model.inputs if port.name == "pixels")
     channels, height, width = (size.constant for size in pixels.type.shape[1:])
     if channels != 3 or height is None or width is None:
-        raise CheckpointError(
-            "image inputs must have three channels and a fixed size", received=f"the model needs {pixels}"
-        )
+        raise CheckpointError("images must have three channels and a fixed size", received=f"the model needs {pixels}")
     return height, width
 
 
