@@ -309,11 +309,11 @@ def with_fields() -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (with_objects, "not hold plain numbers"),
+        (with_objects, "not hold an array of numbers"),
         (cut_short, "truncated"),
         (promising_too_much, "x.npy"),
         (no_array, "not a .npy file"),
-        (with_fields, "not hold plain numbers"),
+        (with_fields, "not hold an array of numbers"),
     ],
 )
 def test_a_hostile_npy_file_is_refused(treadle_command: Treadle, make: Callable[[], None], part: str) -> None:
