@@ -322,14 +322,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
     "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
-    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
-    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three channels"),
+    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m is not an encoder-decoder model"),
+    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "images must have three channels"),
     "ids that are none": (
         lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
         CheckpointError,
         "suppress_ids must be a list of ids",
     ),
-    "a short text": (lambda _: _most_tokens(0, fake, fake), UsageError, "a text has 1 token or more"),
+    "a short text": (lambda _: _most_tokens(0, fake, fake), UsageError, "a text must have 1 token or more"),
     "a file with a head": (
         lambda p: checked_folder(Program.of(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
     ),

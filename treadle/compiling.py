@@ -27,13 +27,13 @@ Array = np.ndarray[Any, Any]
 def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     """Compile a model: see `treadle.compile`.
 
-    If an input of an ONNX file determines shapes and the configuration does not give its value, the file is compiled at
-    the first call with each new value: `treadle.specializing`.
+    If an input of an ONNX file determines shapes, and the configuration does not set the input's value, the file is
+    compiled at the first call with each new value: see `treadle.specializing`.
     """
     where = options.where
     stages = options.stages()
     chosen = find_backend(options.backend)
-    parse_bytes(options.memory)  # before anything is read
+    parse_bytes(options.memory)  # raises before any file is read
 
     source = options.open(model)
 

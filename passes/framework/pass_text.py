@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
-from treadle.ir.errors import ParseError, UsageError
+from treadle.ir.errors import ParseError, TreadleError, UsageError
 from treadle.ir.types import DTYPES, DType
 from treadle.passes.capabilities import PRIMITIVES, Capabilities
 from treadle.passes.framework.manager import Pass
@@ -38,7 +38,7 @@ _DEEPEST = 8
 
 
 Backends = Callable[[str], Capabilities]
-"""A function that returns the capabilities of a backend by its name. It raises UsageError for an unknown name."""
+"""A function that returns the capabilities of a backend by its name. It raises a TreadleError for an unknown name."""
 
 
 def spell_pass(each: Pass) -> str:
@@ -168,7 +168,7 @@ class _Parser:
             except _MismatchError:
                 self.at = place
                 self.fail(f"{field} of {name} must be {_type_text(types[field])}")
-            except UsageError as error:  # an unknown backend
+            except TreadleError as error:  # an unknown backend
                 self.at = place
                 self.fail(error.what, str(error.hint) if error.hint else None)
         self.take("}")

@@ -114,7 +114,7 @@ def inspect_graph(
 
 
 def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -> Optimized:
-    """Return the graph after the backend's passes, if one of them is requested."""
+    """Return the optimized graph with its lowering, if pass `name` is one of the backend's; else unchanged."""
     from treadle.backends.registry import find_backend
     from treadle.backends.staged import StagedBackend
 

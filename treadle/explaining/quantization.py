@@ -1,4 +1,4 @@
-"""`explain_quantization`: for every weight of a model, its current or planned encoding, and the reason."""
+"""`explain_quantization`: the current or planned encoding of every weight of a model, and the reason."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from treadle.program.source import AnyModel
 
 
 def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
-    """Return the checked plan of `compile(model, quantize=...)`; by default, quantize is "int8-weights".
+    """Return the checked plan of `compile(model, quantize=...)`. By default, quantize is "int8-weights".
 
-    Weights that a file stores in blocks are listed as they are. Raises as `compile` does; UsageError for an artifact,
-    whose quantization is already decided.
+    Weights that a file stores in blocks are listed in that encoding. Raises as `compile` does; UsageError for an
+    artifact, since its weights are already quantized or not.
     """
     if is_artifact(model):
         hint = "explain the model that it was compiled from"

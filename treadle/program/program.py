@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Program:
-    """A model and its options, the argument of every task's `open`.
+    """A model and its options: the argument of every task's `open`.
 
     program = Program.of("folder", backend="tvm", dtype="bf16")
 
@@ -29,12 +29,12 @@ class Program:
 
     @classmethod
     def of(cls, model: AnyModel, entry: str = "load", /, **options: Any) -> Program:
-        """Return a model with options of an entry function. Raises UsageError as `CompileOptions.of` does."""
+        """Return a model with the options of an entry function. Raises UsageError as `CompileOptions.of` does."""
         return cls(model, CompileOptions.of(entry, options))
 
     @cached_property
     def source(self) -> ModelSource:
-        """The model, found at the first use. Raises UsageError if there is none."""
+        """The opened model, found at the first use. Raises UsageError if there is none."""
         return self.options.open(self.model)
 
     @property
@@ -47,15 +47,15 @@ class Program:
         return Program(self.source, self.options.but(**changes))
 
     def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
-        """Compile the model as declared, with these optional inputs, and all outputs or these. Raises as
-        `treadle.compile` does.
+        """Compile the model as declared, with these optional inputs and only these outputs (None: all outputs). Raises
+        as `treadle.compile` does.
         """
         from treadle.compiling import compile_model
 
         return compile_model(self.source, self.options.but(inputs=inputs, outputs=outputs, cache=None))
 
     def stepped(self) -> SteppedModel:
-        """Compile the step for generation. Raises as `treadle.stepped.open_stepped` does."""
+        """Compile the model's step for generation. Raises as `treadle.stepped.open_stepped` does."""
         from treadle.stepped import open_stepped
 
         return open_stepped(self.source, **self.options.keywords())

@@ -60,7 +60,7 @@ TABS = {
     "attention": "Attention",
     "log": "Pass log",
 }
-"""The tabs with sections of their own, in order. The page adds the selected op, the IR text and the source."""
+"""The tabs with sections of their own, in order. The page adds tabs for the selected op, the IR text and the source."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Report:
         return target
 
     def _repr_html_(self) -> str:
-        """Return the page in a frame, for notebooks."""
+        """Return the page in an iframe, for notebooks."""
         return (
             f'<iframe title="{escape(self.name)}" sandbox="allow-scripts" srcdoc="{escape(self.html())}"'
             ' style="width: 100%; height: 46em; border: 1px solid #8884; border-radius: 6px"></iframe>'
@@ -101,9 +101,9 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model as far as a report needs it: without weights.
+    """The parts of a compiled model that a report needs. Weights are not needed.
 
-    optimized   the stages, with those of the backend
+    optimized   the stages, including the backend's
     executable  the backend's executable, for its code; None if no code was generated
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
@@ -129,7 +129,7 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
 
     options  as in `treadle.compile`
 
-    Code is generated for weights of zeros; if they have more than `MOST_ZEROS` bytes, the subject has no code. Raises
+    Code is generated with zeros as weights. If these take more than `MOST_ZEROS` bytes, the subject has no code. Raises
     as `compile` does.
     """
     asked = CompileOptions.of("compile", options)
@@ -146,7 +146,7 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
 
 
 MOST_ZEROS = 1 << 30
-"""The most bytes of weights of zeros."""
+"""Limit on the bytes of zeros that stand for weights."""
 
 
 def _zeros(graph: Graph) -> dict[str, Any]:
@@ -169,12 +169,12 @@ def report_of(
     """Return the report on a model, on a decoding step, or on a sharding plan.
 
     sizes     sizes of symbolic axes, for operations, bytes and memory; by default 1 for a batch and 128 for other axes
-    sharding  a report on the model over a mesh; the page then has the program of the last rank, too
+    sharding  a report on the model over a mesh; the page then also has the program of the last rank
     cache     the dtype of the caches of the derived step
-    profile   number of timed runs, on inputs drawn from `seed`; 0: nothing is run. A compiled model on TVM only
-    command   the command line without its options, which tabs without data name
+    profile   number of timed runs, on inputs drawn from `seed`, of a compiled model on TVM; 0: nothing is run
+    command   the command line without its options; tabs without data show it with the option that would add the data
 
-    Raises UsageError for sizes outside their bounds, and for a profile of another model.
+    Raises UsageError for sizes outside their bounds, and for a profile of any other model.
     """
     if isinstance(model, SteppedModel):
         return _of_step(model, sizes or {})
@@ -285,7 +285,7 @@ class _Collected:
 
 
 def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportProgram:
-    """Return the derived step, through the passes of a backend that has any."""
+    """Return the derived step after the backend's passes, if the backend has any."""
     found = find_backend(backend)
     if isinstance(found, StagedBackend):
         return ReportProgram("step", found.lower(derived.graph, target), backend, None, "derived")
@@ -293,7 +293,7 @@ def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportP
 
 
 def _rank(plan: ShardingPlan) -> ReportProgram:
-    """Return the program of the last rank, whose parts are the largest."""
+    """Return the program of the last rank. No other rank has larger parts."""
     rank = plan.devices.ranks - 1
     return ReportProgram(f"rank {rank}", rank_optimized(plan, rank), "", None, "sharded")
 
@@ -343,7 +343,7 @@ def _report(
     sections_by_key: Mapping[str, Tab],
     times: Mapping[Node, float],
 ) -> Report:
-    """Put the parts together. Operations and bytes of a program are those at its own sizes."""
+    """Build the report from its parts. Operations and bytes of a program are evaluated at the sizes of that program."""
     sections: dict[str, Any] = {
         "head": {
             "model": name,

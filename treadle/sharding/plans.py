@@ -35,12 +35,12 @@ def shard_model(
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
 
     model            as in `treadle.compile`
-    mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
+    mesh             axes with their sizes, the axis with the most traffic first: "tp=8,dp=2"
     recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
                      replicates an axis that the recipe splits
     device           the device of each rank: "h100", "a100", "cpu", or a `Machine`
-    options          as in `treadle.compile`; `sizes` are those for which costs are compared
+    options          as in `treadle.compile`; costs are compared at `sizes`
 
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
@@ -58,7 +58,7 @@ def plan_graph(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph with all composites recognized, and check the plan: see `shard_model`."""
+    """Plan a graph whose composites are all recognized, and check the plan: see `shard_model`."""
     choose_sizes(graph, sizes or {})  # refuses sizes that the graph does not allow
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)
