@@ -6,6 +6,7 @@ of calls (`executable`). TVM is imported only when a kernel has to be compiled.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,7 @@ from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
-from treadle.backends.tvm.lowering.program import kernels_of
+from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
 from treadle.backends.tvm.weight_packing import pack_weights
@@ -49,6 +50,9 @@ class TvmBackend(StagedBackend):
     """
 
     name = "tvm"
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Graph], StoragePlan, Target, KernelProgram] | None = None
 
     def available(self) -> str | None:
         """Return None if TVM is installed, else a message."""
@@ -86,14 +90,27 @@ class TvmBackend(StagedBackend):
         layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
         return (*products, *layouts, planning(mine))
 
+    def _program(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
+        """Return the calls of kernels of a lowered graph.
+
+        The last program is kept until it is emitted, since a memory limit is checked on it before.
+        """
+        if self._last is not None:
+            of, planned, on, program = self._last
+            if of() is graph and planned is plan and on == target:
+                return program
+        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        self._last = weakref.ref(graph), plan, target, program
+        return program
+
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""
-        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        program = self._program(graph, target, plan)
         return {routine.name: routine.frame for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
         """Return the kernels that each routine calls."""
-        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        program = self._program(graph, target, plan)
         return tuple(
             [
                 KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
@@ -117,7 +134,8 @@ class TvmBackend(StagedBackend):
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = lower(graph, needed_plan(plan, self.name), isa, RULES, target.cores())
+        program = self._program(graph, target, needed_plan(plan, self.name))
+        self._last = None
         cache = KernelCache(isa)
         threads = target.cores() or 1
         needed = kernels_of(program)
