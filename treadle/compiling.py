@@ -14,11 +14,10 @@ from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.passes.framework.manager import debug_level
-from treadle.passes.stages import run
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import weights_of
 from treadle.specializing import Specializing
 
 Array = np.ndarray[Any, Any]
@@ -38,9 +37,9 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     source = options.open(model)
 
     def make(static: Mapping[str, Any]) -> Compiled:
-        resolved = options.resolve(source, **static)
-        optimized = run(resolved.graph, stages, certify=options.certify, target=where)
-        bound, drawn = weights_of(resolved, optimized.graph, options.arrays, options.seed)
+        program = Program(source, options).declared(**static).through(*stages)
+        resolved, optimized = program.resolved, program.optimized
+        bound, drawn = program.weights()
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
             chosen,

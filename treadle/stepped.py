@@ -25,8 +25,8 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import Step, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
 
 if TYPE_CHECKING:
@@ -117,13 +117,14 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     """
     chosen = CompileOptions.of("session", options)
     source = chosen.open(model)
-    resolved = chosen.resolve(source)
+    program = Program(source, chosen).declared()
+    resolved = program.resolved
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")
     if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
-        resolved = chosen.resolve(source, longest=scaling.context)
-    if chosen.arrays is None and resolved.weights is None:
+        program = Program(source, chosen).declared(longest=scaling.context)
+    if chosen.arrays is None and program.resolved.weights is None:
         raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    graph = run(resolved.graph, chosen.stages(), certify=chosen.certify, target=chosen.where).graph
-    weights, _ = weights_of(resolved, graph, chosen.arrays, 0)
-    return step_of(resolved.name, graph, chosen.backend, chosen.where, weights, chosen.cache)
+    program = program.through(*chosen.stages())
+    weights, _ = program.weights()
+    return step_of(resolved.name, program.graph, chosen.backend, chosen.where, weights, chosen.cache)

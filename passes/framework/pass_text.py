@@ -167,7 +167,7 @@ class _Parser:
                 values[field] = self.converted(value, types[field])
             except _MismatchError:
                 self.at = place
-                self.fail(f"{field} of {name} must be {_type_text(types[field])}")
+                self.fail(f"{field} of {name} must be {type_text(types[field])}")
             except TreadleError as error:  # an unknown backend
                 self.at = place
                 self.fail(error.what, str(error.hint) if error.hint else None)
@@ -249,8 +249,8 @@ _TYPES = {
 }
 
 
-def _type_text(type: Any) -> str:
+def type_text(type: Any) -> str:
     """Return a type as an error prints it."""
     if get_origin(type) is tuple:
-        return f"a list, each element {_type_text(get_args(type)[0])}"
+        return f"a list, each element {type_text(get_args(type)[0])}"
     return _TYPES.get(type) or f"{{...}} with the fields of {type.__name__}"

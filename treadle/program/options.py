@@ -342,11 +342,12 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
         Raises as `stages`, `resolve` and passes do.
         """
-        from treadle.passes.stages import rows_before, run
+        from treadle.passes.stages import rows_before
+        from treadle.program.program import Program
 
         stages = self.stages() if before is None else rows_before(before, self.stages())
-        resolved = self.resolve(model, deferred=deferred)
-        return resolved, run(resolved.graph, stages, certify=self.certify, target=self.where)
+        made = Program(model, self).declared(deferred=deferred).through(*stages)
+        return made.resolved, made.optimized
 
     def refuse_for_artifact(self, model: object, *, also: Collection[str] = ()) -> None:
         """Raise UsageError for options that cannot change an artifact, which is already configured and optimized.
