@@ -39,7 +39,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.memory.frame_placement import place_frames
 from treadle.passes.memory.frames import Frame, parts_of
-from treadle.passes.stages import Lower, Merge, Recognize, run
+from treadle.passes.stages import Lower, MergeOps, Recognize, run
 from treadle.program.flag_values import parse_config
 from treadle.program.options import declared_options
 from treadle.resolving import resolve
@@ -71,7 +71,7 @@ def planning_ms(backend: StagedBackend, graph: Graph, target: Target) -> tuple[O
 def rows_of(name: str, config: Mapping[str, Any], backend: StagedBackend, runs: int) -> list[dict[str, Any]]:
     """Return a row for each of three sizes."""
     target = Target("cpu")
-    graph = run(resolve(name, **config).graph, [Recognize(), Merge()]).graph
+    graph = run(resolve(name, **config).graph, [Recognize(), MergeOps()]).graph
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
     planned = [planning_ms(backend, graph, target) for _ in range(runs)]
     lowered, plan_ms = planned[-1][0], statistics.median(took for _, took in planned)

@@ -1,7 +1,7 @@
 """The stages of a compilation: one table with their order, what each requires of a graph, and what it ensures.
 
-    optimized = run(graph, arranged([Recognize(), Merge(), Precision("bf16")]))
-    derived = run(optimized, [Step()]).product(DerivedStep)
+    optimized = run(graph, arranged([Recognize(), MergeOps(), Precision("bf16")]))
+    derived = run(optimized, [DeriveStep()]).product(DerivedStep)
     optimized.log                     # one record per pass, in a form that parses back
 
     stage      result                                                       docs
@@ -16,9 +16,10 @@
     budget     a graph whose runs fit into a memory limit                   memory.md
     lower      the ops of a backend, and a place in memory for each value   adding-a-backend.md
 
-Compilation, training, ranks and sessions select rows of this table; `arranged` puts them in order. A stage whose
-requirement was lost is repeated if it can be: a gradient is written in primitives, so `recognize` follows it as well.
-An order that is not possible is refused before anything runs.
+Compilation, training, ranks and sessions select rows of this table; `arranged` puts them in order. A stage whose result
+was lost is repeated: a gradient is written in primitives, so `recognize` follows it as well. If ranks share the work,
+`precision` comes directly before `shard`, so that they communicate fewer bits. An order that is not possible is refused
+before anything runs.
 
 A stage is either a list of passes, which the pass manager runs, or a transform that returns another graph. Backends add
 passes of their own to `lower` by `StagedBackend.pipeline`.
@@ -74,8 +75,11 @@ QUANTIZED = tuple(SCHEMES)
 
 
 @dataclass(frozen=True)
-class Stage:
+class CompileStage:
     """A row of the table. Its fields are its options."""
+
+    row: ClassVar[str] = ""
+    """The name, if it differs from the class's name in lower case."""
 
     requires: ClassVar[Facts] = frozenset()
     """Facts that must hold before the stage; see `treadle.passes.framework.facts`."""
@@ -88,12 +92,12 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """The class's name in lower case."""
-        return hyphenated(type(self).__name__)
+        """The row's name in the table."""
+        return self.row or hyphenated(type(self).__name__)
 
 
 @dataclass(frozen=True)
-class PassStage(Stage):
+class PassStage(CompileStage):
     """A stage that is a list of passes."""
 
     def passes(self) -> Sequence[Pass]:
@@ -106,7 +110,7 @@ class PassStage(Stage):
 
 
 @dataclass(frozen=True)
-class TransformStage(Stage):
+class TransformStage(CompileStage):
     """A stage that returns another graph."""
 
     def transformed(self, graph: Graph) -> tuple[Graph, Mapping[type[Any], Any]]:
@@ -180,7 +184,7 @@ class Shard(TransformStage):
     plan  the plan over a mesh; rank: the number of the rank in it
     """
 
-    requires: ClassVar[Facts] = frozenset({RECOGNIZED, UNMERGED, UNSHARDED, FULL_PRECISION, STATELESS, PORTABLE})
+    requires: ClassVar[Facts] = frozenset({RECOGNIZED, UNMERGED, UNSHARDED, STATELESS, PORTABLE})
     ends: ClassVar[Facts] = frozenset({UNSHARDED})
     plan: ShardingPlan = field(repr=False)
     rank: int
@@ -194,10 +198,11 @@ class Shard(TransformStage):
 
 
 @dataclass(frozen=True)
-class Merge(PassStage):
+class MergeOps(PassStage):
     """Several ops become one op, which one kernel computes."""
 
-    requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, FULL_PRECISION, STATELESS, UNPLANNED})
+    row: ClassVar[str] = "merge"
+    requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, STATELESS, UNPLANNED})
     ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def passes(self) -> Sequence[Pass]:
@@ -242,13 +247,14 @@ class Overlap(PassStage):
 
 
 @dataclass(frozen=True)
-class Step(TransformStage):
+class DeriveStep(TransformStage):
     """Entries that compute one token after another, over states: see `treadle.passes.stepping.derivation`. The stage
     makes a `DerivedStep`.
 
     cache  the dtype in which caches store keys and values; None: the dtype in the model
     """
 
+    row: ClassVar[str] = "step"
     requires: ClassVar[Facts] = frozenset({STATELESS, UNLIMITED, PORTABLE})
     ends: ClassVar[Facts] = frozenset({STATELESS})
     cache: str | DType | None = None
@@ -315,14 +321,25 @@ class Custom(PassStage):
         return self.chosen
 
 
-STAGES: tuple[type[Stage], ...] = (Recognize, Gradient, Quantize, Shard, Merge, Precision, Overlap, Step, Budget, Lower)
+STAGES: tuple[type[CompileStage], ...] = (
+    Recognize,
+    Gradient,
+    Quantize,
+    Shard,
+    MergeOps,
+    Precision,
+    Overlap,
+    DeriveStep,
+    Budget,
+    Lower,
+)
 """The stages in their order."""
 
 
 # -- pipelines of stages -----------------------------------------------------------------------------------------------
 
 
-def arranged(stages: Iterable[Stage], facts: Facts) -> tuple[Stage, ...]:
+def arranged(stages: Iterable[CompileStage], facts: Facts) -> tuple[CompileStage, ...]:
     """Return stages in the order of the table. A stage is repeated before another one that requires a fact which a
     stage between them ended.
 
@@ -330,8 +347,10 @@ def arranged(stages: Iterable[Stage], facts: Facts) -> tuple[Stage, ...]:
 
     Raises UsageError for a requirement that no order fulfils.
     """
-    ordered = sorted(stages, key=_row)
-    made: list[Stage] = []
+    chosen = list(stages)
+    sharded = any(isinstance(each, Shard) for each in chosen)
+    ordered = sorted(chosen, key=lambda each: _position(each, sharded))
+    made: list[CompileStage] = []
     held = facts
     for stage in ordered:
         for fact in sorted(stage.requires - held, key=str):
@@ -345,7 +364,7 @@ def arranged(stages: Iterable[Stage], facts: Facts) -> tuple[Stage, ...]:
     return tuple(made)
 
 
-def check_order(stages: Sequence[Stage], facts: Facts) -> Facts:
+def check_order(stages: Sequence[CompileStage], facts: Facts) -> Facts:
     """Return the facts that hold after stages in this order. Raises UsageError for a stage, or a pass of one, that
     stands where its requirement does not hold.
     """
@@ -356,17 +375,17 @@ def check_order(stages: Sequence[Stage], facts: Facts) -> Facts:
     return facts
 
 
-def rows_before(kind: type[Stage], stages: Iterable[Stage]) -> tuple[Stage, ...]:
+def rows_before(kind: type[CompileStage], stages: Iterable[CompileStage]) -> tuple[CompileStage, ...]:
     """Return the stages that stand before a row of the table."""
-    return tuple([each for each in stages if _row(each) < STAGES.index(kind)])
+    return tuple([each for each in stages if _position(each, kind is Shard) < STAGES.index(kind)])
 
 
-def passes_of(stages: Iterable[Stage]) -> Pipeline:
+def passes_of(stages: Iterable[CompileStage]) -> Pipeline:
     """Return the passes of the stages that are lists of passes."""
     return Pipeline(made for each in stages if isinstance(each, PassStage) for made in each.passes())
 
 
-def left_out(stages: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]:
+def left_out(stages: Sequence[CompileStage], names: Sequence[str]) -> tuple[CompileStage, ...]:
     """Return the stages without the passes of these names. Raises UsageError for a name that is not in them."""
     known = [each.name for each in passes_of(stages)]
     for name in names:
@@ -381,7 +400,7 @@ def left_out(stages: Sequence[Stage], names: Sequence[str]) -> tuple[Stage, ...]
 
 def run(
     start: Graph | Optimized,
-    stages: Sequence[Stage],
+    stages: Sequence[CompileStage],
     *,
     certify: bool | None = None,
     target: Target | None = None,
@@ -429,17 +448,20 @@ def run(
     return replace(made, products={**products, **made.products}, facts=held)
 
 
-def _ends(stage: Stage) -> Facts:
+def _ends(stage: CompileStage) -> Facts:
     passes = stage.passes() if isinstance(stage, PassStage) else ()
     return stage.ends.union(*[each.ends for each in passes])
 
 
-def _row(stage: Stage) -> int:
-    """Return the stage's row. A user's passes stand where the stage stands that they replace."""
+def _position(stage: CompileStage, sharded: bool) -> float:
+    """Return the stage's position in the table. A user's passes stand where the stage stands that they replace.
+
+    sharded  True if ranks share the work: `precision` then comes directly before `shard`
+    """
     kind = type(stage)
     if isinstance(stage, Custom):
-        kind = Merge if stage.of is None else type(stage.of)
-    return STAGES.index(kind)
+        kind = MergeOps if stage.of is None else type(stage.of)
+    return STAGES.index(Shard) - 0.5 if sharded and kind is Precision else STAGES.index(kind)
 
 
-_SUGGESTED = (Recognize(), Merge())
+_SUGGESTED = (Recognize(), MergeOps())

@@ -14,7 +14,7 @@ from treadle.passes.framework.facts import FACTS, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.option_text import value_text
 from treadle.passes.framework.pass_text import pass_classes, type_text
-from treadle.passes.stages import STAGES, Stage
+from treadle.passes.stages import STAGES, CompileStage
 
 HEAD = """\
 # Pipelines
@@ -71,7 +71,7 @@ only when and where values are computed, which is compared as expressions; other
 def _stages() -> Iterator[str]:
     yield STAGES_HEAD
     for kind in STAGES:
-        yield f"| `{kind.__name__.lower()}` | {_first(kind)} | {_declared(kind)} |"
+        yield f"| `{kind.row or kind.__name__.lower()}` | {_first(kind)} | {_declared(kind)} |"
 
 
 def _facts() -> Iterator[str]:
@@ -96,7 +96,7 @@ def _passes() -> Iterator[str]:
         yield ""
 
 
-def _declared(kind: type[Pass] | type[Stage]) -> str:
+def _declared(kind: type[Pass] | type[CompileStage]) -> str:
     return " | ".join([_names(kind.requires), _names(kind.ensures), _names(kind.ends)])
 
 
@@ -114,7 +114,7 @@ def _option(field: dataclasses.Field[Any], type: Any) -> str:
     return f"`{field.name}={value_text(field.default)}`"
 
 
-def _first(kind: type[Pass] | type[Stage]) -> str:
+def _first(kind: type[Pass] | type[CompileStage]) -> str:
     """Return the first paragraph of the class's docstring on one line."""
     return " ".join((inspect.getdoc(kind) or "").partition("\n\n")[0].split()).replace("|", "\\|")
 

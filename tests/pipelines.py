@@ -8,7 +8,7 @@ from treadle.ir.target import Target
 from treadle.passes.budget.fitted_pipeline import with_donated, with_fit
 from treadle.passes.budget.memory_fit import Chunk, MemoryFit
 from treadle.passes.framework.manager import Pass
-from treadle.passes.stages import QUANTIZED, Merge, Overlap, Precision, Quantize, Recognize, passes_of
+from treadle.passes.stages import QUANTIZED, MergeOps, Overlap, Precision, Quantize, Recognize, passes_of
 
 FIT = MemoryFit(
     *(1_000, {"B": 1, "S": 64}, 2_000, 900, 1.25),
@@ -32,9 +32,9 @@ def _of_backends() -> dict[str, tuple[Pass, ...]]:
 _BACKENDS = _of_backends()
 
 PIPELINES: dict[str, tuple[Pass, ...]] = {
-    "default": passes_of([Recognize(), Merge()]),
-    "ranks": passes_of([Merge(), Precision("bf16"), Overlap()]),
-    "training": passes_of([Recognize(), Merge(), Precision("bf16", computed=True)]),
+    "default": passes_of([Recognize(), MergeOps()]),
+    "ranks": passes_of([MergeOps(), Precision("bf16"), Overlap()]),
+    "training": passes_of([Recognize(), MergeOps(), Precision("bf16", computed=True)]),
     **{f"quantized to {scheme}": passes_of([Quantize(scheme), Precision("f32")]) for scheme in QUANTIZED},
     **_BACKENDS,
     **{f"{name}, with a budget": with_fit(with_donated(passes, ["x"]), FIT) for name, passes in _BACKENDS.items()},

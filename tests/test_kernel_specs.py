@@ -15,7 +15,7 @@ pytest.importorskip("tvm")
 
 from tests.backend_checks import graph_of
 from tests.op_checks import TESTED, Case
-from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention

@@ -10,7 +10,7 @@ import pytest
 
 import treadle.frontends.language as t
 from tests.backend_checks import graph_of
-from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.routine_writer import lower

@@ -18,7 +18,7 @@ from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.training_losses import LOSS, with_cross_entropy
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
-from treadle.passes.stages import Merge, Precision, Recognize, Stage, passes_of, run
+from treadle.passes.stages import CompileStage, MergeOps, Precision, Recognize, passes_of, run
 from treadle.program.weights import initial_weights
 from treadle.resolving import resolve
 
@@ -40,9 +40,9 @@ def batch(family: str) -> dict[str, Array]:
     return {**initial_weights(resolve(family, **SMALL).graph), "tokens": tokens, "targets": np.roll(tokens, -1, 1)}
 
 
-def stages(dtype: str | None) -> list[Stage]:
+def stages(dtype: str | None) -> list[CompileStage]:
     """Return the stages of a gradient's graph."""
-    return [Recognize(), Merge(), *([] if dtype is None else [Precision(dtype, computed=True)])]
+    return [Recognize(), MergeOps(), *([] if dtype is None else [Precision(dtype, computed=True)])]
 
 
 def compiled(family: str, backend: str, dtype: str | None) -> Compiled:

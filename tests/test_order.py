@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from benchmarks.order import random_problem
 from tests.backend_checks import compiled, each_backend, graph_of
 from tests.random_programs import random_program
-from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph

@@ -383,7 +383,7 @@ def test_a_plan_prints_with_layers_folded() -> None:
     assert lines[0] == "llama, int4: 22 of 29 weights in blocks, 70,528 bytes of 468,736"
     assert lines[2].split() == ["weight", "type", "encoding", "bytes", "was", "why"]
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[3:]}
-    assert rows["layer.{0..2}.attn.q.weight"] == "f32[64, 64] int4_groups(32) 6,912 49,152 multiplied by projections"
+    assert rows["layer.{0..2}.attn.q.weight"] == "f32[64, 64] int4_groups(32) 6,912 49,152 multiplied by linear"
     assert rows["norm.weight"] == "f32[64] stays 256 256 not a matrix: it has rank 1"
     assert len(rows) == 11
 

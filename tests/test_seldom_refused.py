@@ -442,8 +442,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "a budget of states": (
         lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
-        BackendError,
-        "a budget needs a graph with one entry",
+        UsageError,
+        "budget needs a graph with one entry",
     ),
     "no plan": (
         lambda _: NumpyBackend().emit(read("relu(x)"), Target("cpu"), {}, read("relu(x)"), None),

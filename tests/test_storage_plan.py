@@ -18,7 +18,7 @@ from tests.random_programs import random_program
 from tests.stateful_graphs import blocks
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.staged import StagedBackend
-from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import PassError, UsageError
@@ -191,7 +191,7 @@ def test_positions_are_one_row() -> None:
 def test_no_pass_may_follow_the_plan() -> None:
     graph = graph_of(lambda b: b.gelu(b.input("x", "f32[S]")))
     assert PassManager((Legalize(), STRIDED)).run(graph).plan is not None
-    with pytest.raises(UsageError, match="legalize cannot stand here: it needs that no storage has been planned") as no:
+    with pytest.raises(UsageError, match="legalize needs a graph without a storage plan") as no:
         PassManager((STRIDED, Legalize())).run(graph)
     assert no.value.hint == "legalize before plan-storage"
 

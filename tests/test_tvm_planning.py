@@ -15,8 +15,8 @@ import pytest
 from tests.backend_checks import graph_of
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm import executable
-from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.executable import KernelExecutable
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels.calling import POINTER, address
 from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.backends.tvm.lowering.routine_writer import lower

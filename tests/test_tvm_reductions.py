@@ -11,7 +11,7 @@ import pytest
 
 from tests.backend_checks import assert_near, compiled, graph_of
 from tests.op_checks import EPSILON, Case
-from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind

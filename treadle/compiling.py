@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,3 +72,10 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     except StaticArgumentNeeded as needed:
         inputs = source.inputs(options.widened, options.config)
         return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)
+
+
+def compile_program(program: Program, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
+    """Compile a program's model as declared, with these optional inputs, and all outputs or these. Raises as
+    `treadle.compile` does.
+    """
+    return compile_model(program.source, program.options.but(inputs=inputs, outputs=outputs, cache=None))

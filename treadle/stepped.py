@@ -22,9 +22,8 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized
-from treadle.passes.stages import Step, run
+from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
-from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.runtime.session import CHUNK, Full, Session
@@ -99,7 +98,7 @@ def step_of(
     Raises PassError, with the reasons, if no step can be derived from the model; BackendError if the backend does not
     support states.
     """
-    derived = run(graph, [Step(cache)]).products[DerivedStep]
+    derived = run(graph, [DeriveStep(cache)]).products[DerivedStep]
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
     assert isinstance(executable, StatefulExecutable)  # `build_executable` refuses other backends
     return SteppedModel(name, derived, optimized, executable, backend)
@@ -115,8 +114,12 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
 
     Raises as `compile` does; UsageError if the model has no weights; PassError if no step can be derived.
     """
-    chosen = CompileOptions.of("session", options)
-    source = chosen.open(model)
+    return stepped_program(Program.of(model, "session", **options))
+
+
+def stepped_program(program: Program) -> SteppedModel:
+    """Compile the decoding step of a program's model, as `open_stepped` does."""
+    chosen, source = program.options, program.source
     program = Program(source, chosen).declared()
     resolved = program.resolved
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}

@@ -17,6 +17,7 @@ from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, quantized_alike
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weights
 from treadle.runtime.verification import verify_backends
@@ -57,7 +58,8 @@ def verify_model(
                 name, np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy or np.float32)
             )
     else:
-        resolved, optimized = chosen.optimized(model)
+        program = Program(model, chosen).optimize()
+        resolved, optimized = program.resolved, program.optimized
         found = chosen.arrays if chosen.arrays is not None else resolved.weights
         given = initial_weights(optimized.source, chosen.seed) if found is None else dict(found)
         if chosen.quantize is not None:  # quantized weights are compared with their decoded values

@@ -15,9 +15,9 @@ from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
-from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
+from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
 from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here

@@ -23,7 +23,7 @@ class Fact:
     """A property of a graph.
 
     name     the name, as docs and errors print it
-    meaning  a clause that completes "the pass needs that ..."
+    meaning  a phrase that completes "the pass needs ..."
     initial  True if the fact holds for every graph that a frontend builds
     refutes  returns the reason why the fact does not hold for a graph, None if it holds or cannot be read from it
     """
@@ -60,16 +60,16 @@ def _stateful(graph: Graph) -> str | None:
     return f"the graph has the entries {', '.join(entries)}" if len(entries) > 1 else None
 
 
-RECOGNIZED = Fact("recognized", "ops that are written in primitives have been recognized", initial=False)
-UNMERGED = Fact("unmerged", "ops have not been merged into ops that one kernel computes")
-UNSHARDED = Fact("unsharded", "the graph computes the whole model, not the part of a rank")
-FULL_PRECISION = Fact("full-precision", "products have the dtypes that the model declares")
-STATELESS = Fact("stateless", "the graph has one entry and no states", refutes=_stateful)
-UNLIMITED = Fact("unlimited", "no memory limit has been applied")
-PORTABLE = Fact("portable", "no backend's pass has run")
-UNBOUND = Fact("unbound", "computations on weights have not been moved to `bind`")
-LEGAL = Fact("legal", "the backend can emit each op", initial=False)
-UNPLANNED = Fact("unplanned", "no storage has been planned, since the plan holds for one graph")
+RECOGNIZED = Fact("recognized", "a graph in which ops have been recognized", initial=False)
+UNMERGED = Fact("unmerged", "a graph in which ops have not been merged into ops that one kernel computes")
+UNSHARDED = Fact("unsharded", "a graph of the whole model, not of one rank")
+FULL_PRECISION = Fact("full-precision", "products in the dtypes that the model declares")
+STATELESS = Fact("stateless", "a graph with one entry and no states", refutes=_stateful)
+UNLIMITED = Fact("unlimited", "a graph without a memory limit")
+PORTABLE = Fact("portable", "a graph before the passes of a backend")
+UNBOUND = Fact("unbound", "a graph in which computations on weights have not been moved to `bind`")
+LEGAL = Fact("legal", "a graph of ops that the backend emits", initial=False)
+UNPLANNED = Fact("unplanned", "a graph without a storage plan, since a plan holds for one graph")
 
 FACTS = (RECOGNIZED, UNMERGED, UNSHARDED, FULL_PRECISION, STATELESS, UNLIMITED, PORTABLE, UNBOUND, LEGAL, UNPLANNED)
 """All facts, in the order in which errors name them."""
@@ -116,10 +116,17 @@ def refuse_misplaced(each: Declares, facts: Facts, before: Sequence[Declares], o
     if ended is not None:
         hint = f"{each.name} before {ended}"
     else:
-        makers = dict.fromkeys(other.name for other in others if fact in other.ensures)
-        hint = f"{' or '.join(makers)} before {each.name}" if makers else f"leave {each.name} out"
+        makers = [other.name for other in others if fact in other.ensures] or _makers(fact)
+        hint = f"{' or '.join(dict.fromkeys(makers))} before {each.name}" if makers else f"leave {each.name} out"
     raise UsageError(
-        f"{each.name} cannot stand here: it needs that {fact.meaning}",
-        received=", ".join([*(other.name for other in before), each.name]) or None,
+        f"{each.name} needs {fact.meaning}",
+        received=", ".join([*(other.name for other in before), each.name]),
         hint=hint,
     )
+
+
+def _makers(fact: Fact) -> list[str]:
+    """Return the names of passes that ensure a fact."""
+    from treadle.passes.framework.pass_text import pass_classes
+
+    return [name for name, kind in pass_classes().items() if fact in kind.ensures]

@@ -30,12 +30,12 @@ from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.passes.cleanup.cut_sooner import CutSooner
-from treadle.passes.stages import Merge, Recognize, left_out, run
+from treadle.passes.stages import MergeOps, Recognize, left_out, run
 from treadle.program.budgets import choose_sizes
 
 Array = np.ndarray[Any, Any]
 
-_FOR_OTHERS = left_out([Recognize(), Merge()], [CutSooner().name])
+_FOR_OTHERS = left_out([Recognize(), MergeOps()], [CutSooner().name])
 """The passes for the ONNX file that other tools read: all outputs of the model, in ops that they support."""
 
 

@@ -145,6 +145,7 @@ def _export_onnx(
     from treadle.backends.onnx.exporter import export_onnx
     from treadle.files.shown_names import printable
     from treadle.program.options import CompileOptions
+    from treadle.program.program import Program
     from treadle.program.weights import weights_of
     from treadle.progress import working
     from treadle.reporting.counts import counted, human
@@ -156,7 +157,8 @@ def _export_onnx(
             held = open_artifact(model, limits=options.limits)
             graph, weights = held.optimized.graph, held.weights
         else:
-            resolved, optimized = options.optimized(model)
+            program = Program(model, options).optimize()
+            resolved, optimized = program.resolved, program.optimized
             graph = optimized.graph
             weights, _ = weights_of(resolved, graph, None, options.seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)

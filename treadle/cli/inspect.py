@@ -61,6 +61,7 @@ def inspect_graph(
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.program.options import CompileOptions
+    from treadle.program.program import Program
     from treadle.progress import working
     from treadle.reporting.followed_axes import following_facts, following_text
     from treadle.reporting.graphs import backend_source, graph_facts, graph_header
@@ -83,7 +84,7 @@ def inspect_graph(
             optimized = open_artifact(model, limits=options.limits).optimized
             graph = optimized.source if raw else optimized.graph
         else:
-            optimized = options.optimized(model)[1]
+            optimized = Program(model, options).optimize().optimized
             if after is not None:
                 optimized = lowered_for(after, options.backend, options.where, optimized)
             graph = optimized.after(after) if after else optimized.graph
@@ -127,9 +128,9 @@ def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -
 def stepped_entry(graph: Graph, entry: str) -> Graph:
     """Return one entry of the step derived from a graph."""
     from treadle.explaining.step import entry_alone
-    from treadle.passes.stages import Step, run
+    from treadle.passes.stages import DeriveStep, run
 
-    derived = run(graph, [Step()]).graph
+    derived = run(graph, [DeriveStep()]).graph
     if entry not in derived.entry_names:
         raise UsageError(f"unknown entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
     return entry_alone(derived, entry)

@@ -24,7 +24,7 @@ from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sites.fusion_sites import KINDS
-from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 
 
@@ -135,7 +135,8 @@ def explain_fusion(model: AnyModel, *, expect: Mapping[str, int] | None = None, 
             received=str(model),
             hint="explain the model that it was compiled from",
         )
-    resolved, optimized = CompileOptions.of("explain fusion", options).optimized(model)
+    program = Program.of(model, "explain fusion", **options).optimize()
+    resolved, optimized = program.resolved, program.optimized
     return fusion_of(resolved.name, optimized, dict(expect or {}))
 
 

@@ -23,6 +23,7 @@ from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized
 from treadle.program.budgets import budget_of
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.reporting.counts import human
 
@@ -134,7 +135,8 @@ def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]
     Raises as `compile` does; UsageError for options that would change an artifact's graph.
     """
     if not is_artifact(model):
-        resolved, optimized = options.optimized(model)
+        program = Program(model, options).optimize()
+        resolved, optimized = program.resolved, program.optimized
         return resolved.name, optimized.graph
     options.refuse_for_artifact(model, also=("cache",))
     held = open_artifact(str(model), limits=options.limits)

@@ -11,6 +11,7 @@ from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
 from treadle.passes.stages import QUANTIZED, Quantize
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 
 
@@ -27,7 +28,7 @@ def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
     chosen.stages()  # refuses an unknown scheme
     scheme = chosen.quantize
     assert scheme is not None
-    graph = chosen.but(quantize=None).optimized(model, before=Quantize)[1].graph
+    graph = Program(model, chosen).optimize(before=Quantize).graph
     plan = plan_quantization(graph, scheme)
     check_quantization(plan, graph)
     return plan

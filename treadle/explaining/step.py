@@ -16,7 +16,7 @@ from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
-from treadle.passes.stages import Step, run
+from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.options import CompileOptions
@@ -132,7 +132,7 @@ def explain_step(model: AnyModel, **options: Any) -> StepExplained:
     """
     chosen = CompileOptions.of("explain step", options)
     name, graph = optimized_for(model, chosen)
-    return step_of(name, run(graph, [Step(chosen.cache)]).products[DerivedStep], graph)
+    return step_of(name, run(graph, [DeriveStep(chosen.cache)]).products[DerivedStep], graph)
 
 
 def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> StepExplained:

@@ -3,7 +3,7 @@ it.
 
     chosen = CompileOptions.of("verify", {"dtype": "bf16", "layers": 2})
     chosen.dtype, chosen.config                     # "bf16", {"layers": 2}
-    resolved, optimized = chosen.optimized("gpt2")  # read, traced, and through the pipeline
+    program = Program("gpt2", chosen).optimize()  # read, traced, and after the stages
 
 An entry function takes `**options` and passes them to `CompileOptions.of`. A name that is not an option here configures
 the model's declaration. These are derived from the fields of `CompileOptions`: the signature of `treadle.compile`, its
@@ -32,8 +32,8 @@ from treadle.program.option_declarations import Flag, Option, declare, declared
 if TYPE_CHECKING:
     import numpy as np
 
-    from treadle.passes.framework.manager import Optimized, Pass
-    from treadle.passes.stages import Stage
+    from treadle.passes.framework.manager import Pass
+    from treadle.passes.stages import CompileStage
     from treadle.program.resolved import Resolved
     from treadle.program.source import AnyModel, ModelSource
 
@@ -280,18 +280,18 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """The target to compile for. Raises UsageError for an unknown name."""
         return self.target if isinstance(self.target, Target) else Target(self.target)
 
-    def stages(self, *more: Stage) -> tuple[Stage, ...]:
+    def stages(self, *more: CompileStage) -> tuple[CompileStage, ...]:
         """Return the stages of these options and more, in the order of `treadle.passes.stages`.
 
         Raises UsageError for an unknown dtype or scheme, for passes that are not passes or are in an order that is not
         possible, and for a pass in `without` that no stage has; ParseError for a text that is not a pipeline.
         """
         from treadle.passes.framework.facts import INITIAL
-        from treadle.passes.stages import Custom, Merge, Precision, Quantize, Recognize, arranged, left_out
+        from treadle.passes.stages import Custom, MergeOps, Precision, Quantize, Recognize, arranged, left_out
         from treadle.program.precision import checked_passes
 
         given = None if self.passes is None else checked_passes(self.passes, self.where)
-        stages = [Recognize(), Merge(), *more] if given is None else [Custom(given), *more]
+        stages = [Recognize(), MergeOps(), *more] if given is None else [Custom(given), *more]
         stages += [] if self.quantize is None else [Quantize(self.quantize)]
         stages += [] if self.dtype is None else [Precision(self.dtype)]
         return arranged(left_out(stages, self.without), INITIAL)
@@ -330,24 +330,6 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         except TreadleError as error:
             self._point_to_option(error)
             raise
-
-    def optimized(
-        self,
-        model: AnyModel,
-        *,
-        before: type[Stage] | None = None,
-        deferred: bool = False,
-    ) -> tuple[Resolved, Optimized]:
-        """Return the model that MODEL names, and its graph after all stages, or after those before a row of the table.
-
-        Raises as `stages`, `resolve` and passes do.
-        """
-        from treadle.passes.stages import rows_before
-        from treadle.program.program import Program
-
-        stages = self.stages() if before is None else rows_before(before, self.stages())
-        made = Program(model, self).declared(deferred=deferred).through(*stages)
-        return made.resolved, made.optimized
 
     def refuse_for_artifact(self, model: object, *, also: Collection[str] = ()) -> None:
         """Raise UsageError for options that cannot change an artifact, which is already configured and optimized.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,12 @@ from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
 
 if TYPE_CHECKING:
-    from treadle.compiled import Compiled
     from treadle.ir.graph import Graph
     from treadle.passes.framework.manager import Optimized
     from treadle.passes.framework.pass_log import PassLog
-    from treadle.passes.stages import Stage
+    from treadle.passes.stages import CompileStage
     from treadle.program.resolved import Resolved
     from treadle.program.source import AnyModel, ModelSource
-    from treadle.stepped import SteppedModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Program:
     the log. Each method returns another program.
 
         program = Program.of("folder", backend="tvm", dtype="bf16")     # the argument of every task's `open`
-        program.declared().through(*program.options.stages()).graph
+        program.optimize().graph
 
     model  a folder, a GGUF file, a fetched model's name, a declaration, or an opened model
     """
@@ -69,12 +67,22 @@ class Program:
         resolved = self.options.resolve(self.model, deferred=deferred, **config)
         return replace(self, _resolved=resolved, _optimized=None)
 
-    def through(self, *stages: Stage) -> Program:
+    def through(self, *stages: CompileStage) -> Program:
         """Return the program after these stages. Raises as `treadle.passes.stages.run` does."""
         from treadle.passes.stages import run
 
         made = run(self._optimized or self.graph, stages, certify=self.options.certify, target=self.options.where)
         return replace(self, _optimized=made)
+
+    def optimize(self, *, before: type[CompileStage] | None = None, deferred: bool = False) -> Program:
+        """Return the program as declared, after all stages of its options, or those before a row of the table.
+
+        Raises as `CompileOptions.stages`, `declared` and `through` do.
+        """
+        from treadle.passes.stages import rows_before
+
+        stages = self.options.stages()
+        return self.declared(deferred=deferred).through(*(stages if before is None else rows_before(before, stages)))
 
     @property
     def graph(self) -> Graph:
@@ -109,21 +117,5 @@ class Program:
     def optimized(self) -> Optimized:
         """The graph after stages, with the log and what passes made. Raises UsageError before `through`."""
         if self._optimized is None:
-            raise UsageError("no stage has run", hint="program.through(*program.options.stages())")
+            raise UsageError("no stage has run", hint="program.optimize()")
         return self._optimized
-
-    # -- executables -------------------------------------------------------------------------------------------
-
-    def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
-        """Compile the model as declared, with these optional inputs, and all outputs or these. Raises as
-        `treadle.compile` does.
-        """
-        from treadle.compiling import compile_model
-
-        return compile_model(self.source, self.options.but(inputs=inputs, outputs=outputs, cache=None))
-
-    def stepped(self) -> SteppedModel:
-        """Compile the step for generation. Raises as `treadle.stepped.open_stepped` does."""
-        from treadle.stepped import open_stepped
-
-        return open_stepped(self.source, **self.options.keywords())

@@ -34,10 +34,11 @@ from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.stages import Step, run
+from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.budgets import budget_of, choose_sizes
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.report import tabs
 from treadle.report.programs import ReportProgram, program_facts
@@ -134,7 +135,8 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
     """
     asked = CompileOptions.of("compile", options)
     where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
-    resolved, optimized = asked.optimized(model, deferred=True)
+    program = Program(model, asked).optimize(deferred=True)
+    resolved, optimized = program.resolved, program.optimized
     executable = None
     if isinstance(chosen, StagedBackend):
         budget = budget_of(asked.memory, asked.sizes, optimized.graph)
@@ -247,7 +249,7 @@ class _Collected:
         graph = self.model.optimized.graph
         if graph.entry_names[-1] != "main":
             raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
-        derived = run(graph, [Step(self.cache)]).products[DerivedStep]
+        derived = run(graph, [DeriveStep(self.cache)]).products[DerivedStep]
         facts = tabs.step_facts(self.model.name, derived, graph)
         programs.append(_step_program(derived, self.model.backend, self.model.target))
         return facts

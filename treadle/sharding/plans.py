@@ -20,6 +20,7 @@ from treadle.passes.sharding.recipes import shard
 from treadle.passes.stages import Overlap, Shard, rows_before, run
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 
 
@@ -45,8 +46,8 @@ def shard_model(
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
     chosen = CompileOptions.of("shard", options)
-    _, optimized = chosen.optimized(model, before=Shard, deferred=True)
-    return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
+    graph = Program(model, chosen).optimize(before=Shard, deferred=True).graph
+    return plan_graph(graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
 
 
 def plan_graph(

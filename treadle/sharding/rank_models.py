@@ -39,6 +39,7 @@ from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_siz
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weight
 from treadle.runtime.distributed.communicator import Communicator
@@ -185,8 +186,9 @@ class RankPart:
         chosen = CompileOptions.of("rank", options)
         source = chosen.open(model)
         ranks.doing(f"planning {source}")
-        resolved, optimized = chosen.optimized(source, before=Shard, deferred=True)
-        plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
+        program = Program(source, chosen).optimize(before=Shard, deferred=True)
+        resolved = program.resolved
+        plan = plan_graph(program.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
                 raise PassError(
@@ -207,10 +209,10 @@ class RankPart:
         own, loaded = load_part(plan, ranks.rank, held, seed)
         source.check()  # weights were read long after their files were opened
         ranks.doing("compiling")
-        program = rank_graph(plan, ranks.rank, chosen)
-        given = {name: own[name] for name in program.parameters}
+        own_program = rank_graph(plan, ranks.rank, chosen)
+        given = {name: own[name] for name in own_program.parameters}
         drawn = None if held is not None else seed
-        return cls(resolved.name, plan, program, given, communicator, backend, where, loaded, drawn)
+        return cls(resolved.name, plan, own_program, given, communicator, backend, where, loaded, drawn)
 
 
 class _MetExecutable:

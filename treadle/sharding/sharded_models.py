@@ -28,8 +28,8 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
 from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import weights_of
 from treadle.sharding.plans import plan_graph, rank_graph
 
 Array = np.ndarray[Any, Any]
@@ -86,9 +86,10 @@ def sharded(
     Raises as these two do.
     """
     chosen = CompileOptions.of("shard", options)
-    resolved, optimized = chosen.optimized(model, before=Shard)
+    program = Program(model, chosen).optimize(before=Shard)
+    resolved, optimized = program.resolved, program.optimized
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
-    bound, drawn = weights_of(resolved, optimized.graph, chosen.arrays, chosen.seed)
+    bound, drawn = program.weights()
     for name, value in optimized.graph.parameters.items():
         if np.shape(bound[name]) != value.type.storage_type.static_shape:
             raise UsageError(

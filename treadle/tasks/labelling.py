@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from treadle.compiled import Compiled
+from treadle.compiling import compile_program
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
@@ -44,7 +45,7 @@ class ImageLabeller:
         kind = image_kind(config)
         if kind in _RESIZED and (sides := ImageReader.open(place, kind).sides) is not None:
             program = program.but(config={"height": sides[0], "width": sides[1], **program.options.config})
-        made = program.compile()
+        made = compile_program(program)
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         return cls(made, reader, read_labels(config), config)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
+from treadle.compiling import compile_program
 from treadle.files.contained_files import PathLike
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
@@ -73,7 +74,7 @@ class ImageMatcher:
         """
         place, config = checked_folder(program, HEAD)
         kind = str(config.get("model_type"))
-        made = program.compile(["lengths"])
+        made = compile_program(program, ["lengths"])
         reader = ImageReader.open(place, kind, sides=image_sides(made))
         context = token_positions(made)
         if kind != "siglip":

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.compiled import Compiled
+from treadle.compiling import compile_program
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
@@ -71,7 +72,7 @@ class OpenedModel:
         inputs = ["lengths"]
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
-        made = program.compile(inputs, outputs)
+        made = compile_program(program, inputs, outputs)
         return cls(made.name, config, made, program.source.tokenizer(context=token_positions(made)))
 
     def run(

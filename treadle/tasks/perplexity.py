@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from treadle.compiled import Compiled
+from treadle.compiling import compile_program
 from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
@@ -94,9 +95,9 @@ class PerplexityMeter:
         source = program.source
         need_for_text(source)
         tokenizer = source.tokenizer(cut=False)
-        made = _causal(program.compile(), source.label)
+        made = _causal(compile_program(program), source.label)
         fewer = program.options.quantize is not None or program.options.dtype is not None
-        other = program.but(quantize=None, dtype=None).compile() if fewer and not alone else None
+        other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:

@@ -19,7 +19,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import generate
-from treadle.stepped import SteppedModel
+from treadle.stepped import SteppedModel, stepped_program
 from treadle.tasks.batching import batches_by_length
 from treadle.tasks.classifying import Progress
 from treadle.tasks.generation_settings import GenerationSettings
@@ -62,7 +62,7 @@ class TextRewriter:
         file, and the errors of `compile`.
         """
         place, config = checked_folder(program, HEAD)
-        made = program.stepped()
+        made = stepped_program(program)
         if made.derived.prologue != ("tokens",):
             raise UsageError(
                 f"{made.name} is not an encoder-decoder model of tokens, and does not rewrite texts",

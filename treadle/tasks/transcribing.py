@@ -24,7 +24,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.runtime.generation import generate
 from treadle.runtime.token_rules import TokenRules
-from treadle.stepped import SteppedModel
+from treadle.stepped import SteppedModel, stepped_program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.generation_settings import GenerationSettings
 from treadle.tasks.opening import Head, checked_folder
@@ -93,7 +93,7 @@ class Transcriber:
             place, config = checked_folder(program, HEAD)
             found = GenerationSettings.read(place, config).rules
             rules = TokenRules(banned=found.banned, banned_first=found.banned_first)
-        made = program.stepped()
+        made = stepped_program(program)
         if made.derived.prologue != ("mel",):
             raise UsageError(f"{made.name} does not transcribe speech", hint="a Whisper folder")
         positions = made.derived.graph.parameters["encoder.positions.weight"].type.shape[0].constant

@@ -43,7 +43,7 @@ from treadle.ir.transforms.training_losses import (
     with_own_loss,
 )
 from treadle.ir.types import f32
-from treadle.passes.stages import Gradient, Merge, Precision, Recognize, passes_of, run
+from treadle.passes.stages import Gradient, MergeOps, Precision, Recognize, passes_of, run
 from treadle.program.options import CompileOptions, with_options
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS, AnyModel
@@ -172,7 +172,7 @@ class Trainer:
         frozen = {name: held[name] for name in made.parameters}
         precision = [] if asked.dtype is None else [Precision(asked.dtype, computed=True)]
         self._options = CompileOptions(
-            backend=backend, target=where, passes=passes_of([Recognize(), Merge(), *precision])
+            backend=backend, target=where, passes=passes_of([Recognize(), MergeOps(), *precision])
         )
         self.gradient = compile_model(made, self._options.but(weights=frozen))
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
