@@ -12,7 +12,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -259,8 +260,13 @@ opened.model = SimpleNamespace(
     inputs=[Port("pixels", parse_type("f32[B, 1, 8, 8]"))],
 )
 
-decoder: Any = SimpleNamespace(stepped=lambda: SimpleNamespace(name="m", derived=SimpleNamespace(prologue=())))
-"""Options of a model whose rows begin empty."""
+
+def open_decoder(_: Path) -> None:
+    """Open a model whose rows begin empty for rewriting."""
+    made = SimpleNamespace(name="m", derived=SimpleNamespace(prologue=()))
+    with patch.object(rewriting, "stepped_program", lambda program: made):
+        TextRewriter.open(cast(Any, SimpleNamespace()))
+
 
 fake: Any = None
 """A placeholder for a model that is unused, because the call is refused first."""
@@ -322,7 +328,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
     "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
-    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m is not an encoder-decoder model"),
+    "a decoder alone": (open_decoder, UsageError, "m is not an encoder-decoder model"),
     "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "images must have three channels"),
     "ids that are none": (
         lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
@@ -625,7 +631,8 @@ def test_a_model_that_is_no_whisper(
     weights = {"encoder.positions.weight": SimpleNamespace(type=parse_type(positions))}
     derived = SimpleNamespace(prologue=prologue, graph=SimpleNamespace(parameters=weights))
     source = SimpleNamespace(kind="folder", tokenizer=lambda cut: fake)
-    options: Any = SimpleNamespace(source=source, stepped=lambda: SimpleNamespace(name="m", derived=derived))
+    options: Any = SimpleNamespace(source=source)
+    monkeypatch.setattr(transcribing, "stepped_program", lambda program: SimpleNamespace(name="m", derived=derived))
     monkeypatch.setattr(transcribing, "checked_folder", lambda options, head: (ModelFolder.find(tmp_path), {}))
     with pytest.raises((UsageError, CheckpointError)) as caught:
         transcribing.Transcriber.open(options)
@@ -640,7 +647,8 @@ def test_a_siglip_without_a_token_that_pads(monkeypatch: pytest.MonkeyPatch) -> 
         return SimpleNamespace(id_of=lambda name: None, special_names={})
 
     place, source = SimpleNamespace(path=fake), SimpleNamespace(tokenizer=tokenizer)
-    made = SimpleNamespace(compile=lambda inputs: fake, source=source)
+    made = SimpleNamespace(source=source)
+    monkeypatch.setattr(matching, "compile_program", lambda program, inputs: fake)
     monkeypatch.setattr(matching, "checked_folder", lambda options, head: (place, {"model_type": "siglip"}))
     monkeypatch.setattr(matching, "image_sides", lambda made: (8, 8))
     monkeypatch.setattr(ImageReader, "open", lambda *_, **__: fake)
