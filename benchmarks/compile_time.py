@@ -33,14 +33,13 @@ TVM_RUNS = 3
 def seconds(layers: int, runs: int) -> list[float]:
     """Return times in this process; the first is cold."""
     from treadle.models.bert import FAMILY
-    from treadle.passes.framework.manager import PassManager
-    from treadle.passes.pipelines import DEFAULT
+    from treadle.passes.stages import MergeOps, Recognize, run
 
     model = FAMILY.model.configure(layers=layers)
     found = []
     for _ in range(runs):
         started = time.perf_counter()
-        optimized = PassManager(DEFAULT).run(model.graph())
+        optimized = run(model.graph(), [Recognize(), MergeOps()])
         found.append(time.perf_counter() - started)
         assert sum(len(f.nodes) for f in optimized.graph.functions.values()) < 100, "the blocks did not fold"
     return found

@@ -47,9 +47,9 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.call import Call
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.sites.fusion_sites import find_sites
+from treadle.passes.stages import MergeOps, Recognize, run
 
 TOLERANCE = 2e-5
 """Relative to the largest number: float32 sums of some dozens of terms, through a few layers, in another order."""
@@ -244,7 +244,7 @@ def measure(case: Case, folder: Path) -> Row:
         found = import_onnx(path)
         row.import_s = time.perf_counter() - started
         started = time.perf_counter()
-        optimized = PassManager(DEFAULT).run(found.graph)
+        optimized = run(found.graph, [Recognize(), MergeOps()])
         row.optimize_s = time.perf_counter() - started
         row.nodes = sum(found.notes.operators.values())
         row.given = attentions(found.graph)
@@ -409,7 +409,7 @@ def scale(folder: Path, profile: bool) -> int:
             profiler.enable()
         found = import_onnx(kept)
         imported = time.perf_counter()
-        optimized = PassManager(DEFAULT, certify=False).run(found.graph)
+        optimized = run(found.graph, [Recognize(), MergeOps()], certify=False)
         profiler.disable()
         done, processor = time.perf_counter(), time.process_time() - processor
         nodes, fused = sum(found.notes.operators.values()), attentions(optimized.graph)

@@ -113,13 +113,12 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     from treadle.backends.tvm.backend import TvmBackend
     from treadle.benching.workload import Workload, opened
     from treadle.ir.target import Target
-    from treadle.passes.framework.manager import PassManager
     from treadle.passes.memory.frame_placement import place_frames
-    from treadle.passes.pipelines import DEFAULT
+    from treadle.passes.stages import MergeOps, Recognize, run
 
     config = SETTINGS.get(name, {"layers": 2})
     declared, weights = opened(Workload(name, keywords={"config": config}))
-    graph = PassManager(DEFAULT).run(declared).graph
+    graph = run(declared, [Recognize(), MergeOps()]).graph
     target = Target("cpu", threads=1)
     lowered = TvmBackend().lower(graph, target)
     assert lowered.plan is not None

@@ -32,7 +32,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.cleanup.canonicalize import Canonicalize
-from treadle.passes.framework.manager import PassManager
+from treadle.passes.stages import Custom, run
 from treadle.report.building import Report, Subject, lowered_subject, report_of
 from treadle.reporting.counts import human
 
@@ -166,7 +166,7 @@ def main() -> None:
 
 def large_report(graph: Graph) -> Report:
     """Return the report on a graph through one pass, without a backend."""
-    return report_of(Subject("large", PassManager([Canonicalize()]).run(graph), "", Target("cpu")))
+    return report_of(Subject("large", run(graph, [Custom((Canonicalize(),))]), "", Target("cpu")))
 
 
 if __name__ == "__main__":
