@@ -225,7 +225,7 @@ def test_a_text_of_no_length_may_be_as_long_as_there_is_room() -> None:
     assert Asked(writer).post("/v1/chat/completions", {"model": "tiny", "messages": messages})[0] == 503
 
 
-def test_what_a_request_may_take() -> None:
+def test_limits_of_a_request() -> None:
     assert Limits() == Limits(body=2**20, arrival=30.0, seconds=600.0)
 
 
@@ -261,7 +261,7 @@ def test_a_body_that_is_late_or_too_long_is_refused() -> None:
     ("given", "status"),
     [(None, 401), ("Bearer a-key", 200), ("bearer  a-key", 200), ("Basic a-key", 401), ("Bearer a-key2", 401)],
 )
-def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
+def test_requests_with_the_key_are_served(given: str | None, status: int) -> None:
     """The server's health can be queried without a key."""
     asked = Asked(Writer(lambda orders: None), key="a-key")
     headers = {} if given is None else {"authorization": given}
@@ -274,7 +274,7 @@ def test_who_shows_the_key_may_ask(given: str | None, status: int) -> None:
     assert asked("GET", "/metrics", **headers)[0] == status
 
 
-def test_what_is_served_is_listed() -> None:
+def test_served_models_are_listed() -> None:
     asked = Asked(Writer(lambda orders: None))
     asked.server.started = 7
     facts = {"id": "tiny", "object": "model", "created": 7, "owned_by": "treadle"}

@@ -109,7 +109,7 @@ def test_every_dtype_comes_back(tmp_path: Path) -> None:
     assert all(np.array_equal(again()[name][:2], array) for name, array in arrays.items())
 
 
-def test_what_a_rule_matched_and_where_it_ended_comes_back(tmp_path: Path) -> None:
+def test_matches_and_near_misses_are_read_back(tmp_path: Path) -> None:
     """A near miss, and a refusal that names ops. In files written before these facts were fields, the reason contains
     both.
     """
@@ -165,7 +165,7 @@ def test_another_backend_than_it_was_made_for(tmp_path: Path) -> None:
         load_artifact(path, backend="numpy", target="cuda")
 
 
-def test_what_it_cannot_do(tmp_path: Path) -> None:
+def test_unsupported_tasks(tmp_path: Path) -> None:
     path = tmp_path / "small.treadle"
     save_small(path)
     with pytest.raises(UsageError, match="an artifact is compiled already"):
@@ -551,7 +551,7 @@ def saving(target: Path, fate: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files are locked by flock")
-def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+def test_files_of_a_killed_save_are_removed_by_the_next(tmp_path: Path) -> None:
     target = tmp_path / "m.treadle"
     assert saving(target, "killed").wait() == -9
     (left,) = os.listdir(tmp_path)
@@ -576,7 +576,9 @@ def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.onnx", "x.gguf", "folder", "gpt2", "minilm", "m.py:model"])
-def test_what_is_no_artifact_is_told_what_reads_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_artifacts_name_their_reader(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for file in ("x.onnx", "x.gguf"):

@@ -456,7 +456,7 @@ def test_terms_are_given_as_text_too() -> None:
 
 
 @pytest.mark.parametrize("terms", [(5,), "causal", 5, (("causal",),)])
-def test_what_is_no_sequence_of_terms_is_refused(terms: Any) -> None:
+def test_terms_must_be_a_sequence(terms: Any) -> None:
     with pytest.raises(GraphError, match=r"attention: terms must be a tuple of terms, is"):
         Attention(terms=terms)
 

@@ -51,7 +51,7 @@ def test_drawn_chains_keep_their_numbers(part: int) -> None:
     assert sum(fused(draw_attention(seed)) for seed in range(90 * part, 90 * part + 90)) >= 60
 
 
-def test_what_is_multiplied_after_a_cast_is_not_multiplied_before_it() -> None:
+def test_scales_do_not_move_across_casts() -> None:
     """A mask with f16's lowest number, added twice in f32, is not -inf. So a masked row is an average."""
     drawn = draw_attention(1006973)
     assert drawn.text.endswith("in f32, times 2, plain") and not fused(drawn)

@@ -149,7 +149,7 @@ _MISTRAL = ("MistralForCausalLM", {**FAMILIES["llama"][1], "sliding_window": 3})
 
 
 @pytest.mark.parametrize("family", _SDPA)
-def test_what_models_mask_is_read(family: str) -> None:
+def test_masks_of_models_are_recognized(family: str) -> None:
     module = built(*{**FAMILIES, "mistral": _MISTRAL}[family])
     example = tokens(2, 7)
     model = treadle.from_torch(module, example, dynamic={"input_ids": "B S", "attention_mask": "B S"})

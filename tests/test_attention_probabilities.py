@@ -272,7 +272,7 @@ def block(gives: str, *last: str) -> str:
     )
 
 
-def test_what_a_block_gives_is_followed_to_all_its_calls() -> None:
+def test_results_of_a_block_are_followed_to_all_its_calls() -> None:
     moved = 'm = rearrange(r, pattern="b h s t -> b s t h")'
     text = block("r: f32[B, S, S, 2]", moved, "return y = two, p = p, r = m")
     optimized = optimize(text, FuseAttention())

@@ -344,7 +344,7 @@ def test_the_dtype_of_a_number(rule: str, dtypes: list[DType | None], position: 
     assert number_dtype(operand_entries(rule, len(dtypes)), position, dtypes) is wanted
 
 
-def test_what_a_rule_gives_is_remembered_for_types_with_their_labels() -> None:
+def test_rule_results_are_cached_by_types_and_labels() -> None:
     tanh = find_op("tanh")()
     plain, labelled = parse_type("f32[B, 8]"), parse_type("f32[B, heads=8]")
     assert plain == labelled

@@ -113,7 +113,7 @@ def test_shapes_of_the_same_atoms_have_common_pieces(atoms: list[str], cuts: lis
 
 
 @given(ATOMS, ATOMS, st.lists(st.integers(0, 6), max_size=3), st.lists(st.integers(0, 6), max_size=3))
-def test_what_holds_for_symbols_holds_for_their_values(
+def test_bounds_of_symbols_hold_for_their_values(
     atoms: list[str], other: list[str], cuts: list[int], others: list[int]
 ) -> None:
     before, after = grouped(atoms, cuts), grouped(other, others)

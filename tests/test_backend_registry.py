@@ -103,7 +103,7 @@ def test_an_op_that_is_left_without_a_form_is_named(backend: str, said: str, mon
         found.compile(graph, CPU, {})
 
 
-def test_what_a_gpu_does_not_multiply_is_refused_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_products_on_a_gpu_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     said = "PyTorch does not multiply matrices of integers on a GPU"

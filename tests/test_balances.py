@@ -127,7 +127,7 @@ def test_a_wrong_balance_is_caught(declared: Graph, change: dict[str, Any], what
     assert what in str(error.value)
 
 
-def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not() -> None:
+def test_values_that_share_a_weight_with_an_unbalanced_value_are_not_balanced() -> None:
     lines = (
         "e = gather($tied.weight, i, axis=0)",
         "u = linear(e, $twice.weight)",
@@ -142,7 +142,7 @@ def test_what_shares_a_weight_with_an_earlier_value_that_is_not_balanced_is_not(
     assert report["n"] == "not smoothed: other products read twice.weight"
 
 
-def test_what_shares_a_weight_with_what_is_not_balanced_in_another_call_is_not() -> None:
+def test_values_unbalanced_in_another_call_are_not_balanced() -> None:
     """Calls of `second` use `one.w` and `two.w`. In main, another product reads `two.w` with an operand that is not
     smoothed.
     """
@@ -256,7 +256,7 @@ NAMED = """graph g {
 }"""
 
 
-def test_what_decodes_weights_says_where_it_is_from(golden: Golden) -> None:
+def test_decodes_of_weights_name_their_source(golden: Golden) -> None:
     """Decoded weights have scopes and lines, too. Numbers times a vector have the weight's scope, and the line of its
     first reader.
     """
@@ -283,7 +283,7 @@ def test_the_name_of_a_vector(weights: tuple[str, ...], taken: tuple[str, ...], 
     assert balanced_name(weights, taken.__contains__) == name
 
 
-def test_what_no_norm_gives_has_no_gain() -> None:
+def test_values_without_a_norm_have_no_gain() -> None:
     b = Builder(Graph("g"))
     x, gain, shift = b.input("x", "f32[2, 8]"), b.parameter("g", "f32[8]"), b.parameter("s", "f32[8]")
     y, total = b.add_layer_norm(x, x, gain, shift)

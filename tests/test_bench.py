@@ -103,7 +103,7 @@ def test_outputs_are_matched_by_name_or_by_shape(theirs: dict[str, object], off:
         ([1.0, -np.inf], [1.0, np.inf], np.inf),
     ],
 )
-def test_what_is_no_number_is_alike_or_endlessly_far(ours: object, theirs: object, off: float, tmp_path: Path) -> None:
+def test_nan_is_equal_to_nan_or_infinitely_far(ours: object, theirs: object, off: float, tmp_path: Path) -> None:
     save_arrays(tmp_path / "ours.npz", {"y": ours})
     save_arrays(tmp_path / "theirs.npz", {"y": theirs})
     with np.errstate(all="raise"):  # no warning may reach the user
@@ -192,7 +192,7 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
         (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports only tokens as input"),
     ],
 )
-def test_what_llama_cpp_is_not_given(
+def test_models_that_llama_cpp_cannot_run(
     arrays: dict[str, Any], gguf: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=None))
@@ -288,7 +288,7 @@ def test_the_command() -> None:
         (Workload("bert"), "/no/python", "there is no such Python interpreter"),
     ],
 )
-def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, python: str, what: str) -> None:
+def test_missing_peers_are_refused_before_a_side_starts(workload: Workload, python: str, what: str) -> None:
     with pytest.raises(TreadleError, match=what) as error:
         bench_model(workload, ["eager"], python=python)
     assert error.value.hint

@@ -121,7 +121,7 @@ def test_others_are_given_all_that_a_model_declares(sides: list[_Side], monkeypa
     assert [str(node.result.type) for node in given[0].main.nodes] == ["f32[9, B]", "f32[9, B]", "f32[B]"]
 
 
-def test_what_a_benchmark_does_when_nothing_is_said(sides: list[_Side]) -> None:
+def test_defaults_of_a_benchmark(sides: list[_Side]) -> None:
     _Side.seconds = {"treadle": iter([1.0] * 16)}
     found = bench_model(Workload("m"), [])
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
@@ -427,7 +427,7 @@ def test_ctranslate2_is_given_ids_and_lengths(
         ("t5", {"x": np.ones(3)}, "CTranslate2 supports only tokens as input, and this model has 1 inputs"),
     ],
 )
-def test_what_ctranslate2_is_not_given(
+def test_models_that_ctranslate2_cannot_run(
     folder: str, arrays: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ctranslate2", SimpleNamespace())

@@ -21,7 +21,7 @@ def imported(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_a_benchmark_imports_exists(path: Path) -> None:
+def test_imports_of_benchmarks_exist(path: Path) -> None:
     for module, name in imported(path):
         try:
             found = importlib.import_module(module)

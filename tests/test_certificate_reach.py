@@ -52,7 +52,7 @@ def rows_with(b: Builder, keys: Expr) -> Expr:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["rows-of-these-keys", "rows-of-others"])
-def test_what_is_known_of_a_mask_holds_however_large_the_rest_is(tied: bool) -> None:
+def test_facts_about_a_mask_hold_for_large_graphs(tied: bool) -> None:
     b = Builder(Graph("g"))
     keys, x = b.input("keys", "bool[B, S]"), b.input("x", "f32[B, S]")
     rows = keys if tied else b.input("others", "bool[B, S]")
@@ -68,7 +68,7 @@ def test_what_is_known_of_a_mask_holds_however_large_the_rest_is(tied: bool) -> 
     assert [c.cases > 0 for c in certificates(found)] == [True] * tied
 
 
-def test_what_may_never_be_is_a_note_and_nothing_is_undone() -> None:
+def test_failures_on_unreachable_values_are_notes() -> None:
     """Both masks come from a call, and the claim's region does not extend into calls. So it is unknown if the masks are
     related.
     """
@@ -140,7 +140,7 @@ def test_sizes_that_numbers_are_tied_to_stay() -> None:
         assert first(number) == {60}, number
 
 
-def test_what_fails_only_at_sizes_for_which_its_numbers_may_not_be_is_a_note() -> None:
+def test_failures_at_unreachable_sizes_are_notes() -> None:
     wide = program("x: f32[B, 33554432]", "y: f32[B, 33554432]", "a = mul(x, 0.37)", "return y = a")
     rule = Planted(lambda p, x, y: x * 0.37, lambda b, m: m.x * 0.38)
     found = certified(wide, rule)
@@ -202,7 +202,7 @@ def test_small_numbers_are_of_no_size(number: float) -> None:
     assert has_numbers(region_of(8, 1.1e-4)) and has_numbers(region_of(8, 4.0)) and has_numbers(region_of(8, 2.5))
 
 
-def test_what_a_certificate_says() -> None:
+def test_text_of_a_certificate() -> None:
     made = Certificate("rule", "0123", 7, 3, ((("B", 2), ("S", 3)), ()), 1e-8, 2e-7)
     assert str(made) == "rule 0123: 3 cases, largest error 1e-08 (at most 2e-07), at B=2, S=3, seed 7"
     more = replace(made, sizes=(), refused="too short", undecided=2, note="large axes made small")
@@ -223,6 +223,6 @@ def test_what_a_certificate_says() -> None:
     assert Certificate.read(said) == made
 
 
-def test_what_a_counterexample_says() -> None:
+def test_text_of_a_counterexample() -> None:
     assert str(Counterexample("plain", (("B", 2), ("S", 3)), 7, "off")) == "off (case plain, at B=2, S=3, seed 7)"
     assert str(Counterexample("plain", (), 7, "off")) == "off (case plain, seed 7)"

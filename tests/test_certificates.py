@@ -222,7 +222,7 @@ def test_a_claim_does_not_grow_with_what_was_rewritten_before_it() -> None:
     assert len(certificates(optimized)) == 1  # all thirty layers share it
 
 
-def test_what_is_too_large_to_run_is_said_to_be() -> None:
+def test_models_too_large_to_run_are_named() -> None:
     graph = parse_graph(program("x: f32[B, S]", "y: f32[B, S]", "a = pow(x, 2.0)", "return y = a"))
     graph.bound("S", Bounds(1 << 26))
     (found,) = certificates(certified(graph, PowTwo()))
@@ -230,7 +230,7 @@ def test_what_is_too_large_to_run_is_said_to_be() -> None:
     assert "too large" in str(found)
 
 
-def test_what_fails_when_it_is_small_and_is_too_large_else_is_undone() -> None:
+def test_rewrites_that_fail_at_small_sizes_are_undone() -> None:
     rule = Planted(lambda p, x, y: p.tanh(x), lambda b, m: b.sigmoid(m.x))
     graph = parse_graph(program("x: f32[B, 33554432]", "y: f32[B, 33554432]", "a = tanh(x)", "return y = a"))
     optimized = certified(graph, rule)

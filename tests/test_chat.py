@@ -100,7 +100,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
-def test_what_hostile_templates_come_to(template: str) -> None:
+def test_hostile_templates_end_in_errors(template: str) -> None:
     """A hostile template fails with an error that names the cause, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
     made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # starts the process
@@ -115,7 +115,7 @@ def test_what_hostile_templates_come_to(template: str) -> None:
     made.close()
 
 
-def test_what_a_template_refuses_and_what_is_no_conversation() -> None:
+def test_refusals_of_templates_and_invalid_conversations() -> None:
     made = ChatTemplate("{% if messages | length > 2 %}{{ raise_exception('too many') }}{% endif %}")
     with pytest.raises(UsageError, match="refuses the conversation") as refused:
         made.render(TALK)
@@ -198,7 +198,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
         list(Conversation.open(writer, capacity=20).say("the cat " * 20))
 
 
-def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_tokens_are_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
     fed: list[tuple[int, int]] = []  # for each call: length of the row before, number of new tokens
     prefill = type(talk.session).prefill
@@ -238,7 +238,7 @@ def test_the_commands(folder: Path) -> None:
     assert report["texts"][0]["prompt"] == "a"
 
 
-def test_what_renders_templates_is_missing_or_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_or_failing_template_renderers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(templates, "_WORKER", tmp_path / "missing.py")
     with pytest.raises(FrontendError, match="the process that renders chat templates did not start"):
         ChatTemplate("{{ messages }}").render(TALK)

@@ -38,7 +38,7 @@ def called(graph: Graph) -> list[str]:
     return [node.op.callee for node in graph.main.nodes if node.op.callee is not None]
 
 
-def test_what_no_other_needs_is_not_computed() -> None:
+def test_unneeded_values_are_not_computed() -> None:
     both = treadle.compile("bert", head="pooler", **SMALL)
     assert [p.name for p in both.outputs] == ["hidden", "pooled"]
     assert called(both.graph) == ["layer", "layer"]
@@ -142,7 +142,7 @@ def test_outputs_at_the_same_positions_share_an_input() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_output_is_refused(name: str) -> None:
+def test_unknown_outputs_are_refused(name: str) -> None:
     outputs, reason = REFUSED[name]
     with pytest.raises(UsageError, match=reason):
         treadle.compile("bert", outputs=outputs, **SMALL)

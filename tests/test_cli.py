@@ -127,7 +127,7 @@ def test_compile_as_json(treadle_command: Treadle) -> None:
     assert report["ops"]["attention"] == 2
 
 
-def test_what_is_written_is_told(treadle_command: Treadle) -> None:
+def test_written_files_are_reported(treadle_command: Treadle) -> None:
     said = treadle_command("compile", SMALL, "-o", "a.treadle")
     size, seal = human(Path("a.treadle").stat().st_size, "B"), open_artifact("a.treadle").seal
     assert said.out.splitlines()[-1] == f"wrote a.treadle, {size}, seal {seal}"
@@ -176,7 +176,7 @@ def test_run_on_numbers(treadle_command: Treadle) -> None:
     assert (report["y"]["min"], report["y"]["mean"], report["y"]["max"]) == (2, 7, 12)
 
 
-def test_what_a_run_tells_as_json(treadle_command: Treadle) -> None:
+def test_run_results_as_json(treadle_command: Treadle) -> None:
     words = ["run", "model.py:scale", "--input", "x=1,2,3", "--seed", "5"]
     report = treadle_command(*words, "--output", "out", "--json").json
     assert list(report) == ["model", "backend", "target", "weights", "seconds", "outputs", "files"]
@@ -204,7 +204,7 @@ def test_an_optional_input_that_is_given_is_included(treadle_command: Treadle) -
     np.testing.assert_allclose(hidden[1, :1], np.load("alone/hidden.npy")[0], rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_not_finite_is_counted_and_is_null(treadle_command: Treadle) -> None:
+def test_nonfinite_numbers_are_counted_and_null_in_json(treadle_command: Treadle) -> None:
     report = treadle_command("run", "model.py:scale", "--input", "x=Infinity,1,2", "--json").json["outputs"]
     assert report["y"]["values"] == [[None, 2, 4]]
     assert report["y"]["not_finite"] == 1

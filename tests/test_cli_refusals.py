@@ -75,7 +75,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["embed", "gpt2", "A sentence.", "--file", "x"], ["given both as arguments"]),
     ],
 )
-def test_what_does_not_exist_is_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
+def test_missing_files_are_refused(treadle_command: Treadle, words: list[str], parts: list[str]) -> None:
     refused(treadle_command(*words), *parts)
 
 

@@ -82,7 +82,7 @@ def test_hand_on_is_between_two_of_a_line() -> None:
 
 
 @pytest.mark.parametrize(("start", "awaited"), [("start_gather", "all_gather"), ("start_pass", "pass_on")])
-def test_what_has_begun_means_what_it_does_where_it_is_waited_for(start: str, awaited: str) -> None:
+def test_a_started_collective_equals_the_waited_one(start: str, awaited: str) -> None:
     attributes = {"over": "dp", "ways": 2, "axis": 0, "size": 5, "because": "why"}
     op = find_op(start).make(**attributes)
     x = np.ones((2, 3), np.float32)
@@ -153,7 +153,7 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
         ("hand_on", {"ways": 2, "source": 1, "target": 2}, "not 1 and 2"),
     ],
 )
-def test_what_it_cannot_be_is_refused(name: str, attributes: dict[str, Any], report: str) -> None:
+def test_impossible_placements_are_refused(name: str, attributes: dict[str, Any], report: str) -> None:
     b = Builder(Graph("wrong"))
     with pytest.raises(RuleError, match=report):
         b.apply(name, b.input("x", "f32[4, 6]"), over="tp", **attributes)
@@ -223,7 +223,7 @@ SENDS = {
 
 
 @pytest.mark.parametrize(("name", "attributes"), CASES)
-def test_what_a_rank_sends_is_that_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
+def test_collectives_have_the_cost_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
     """Payload of rounds in a ring, messages that a rank waits for, and the payload if 10 bytes become 40."""
     op: Any = find_op(name).make(over="tp", ways=4, **attributes)
     assert (op.rounds, op.messages, op.payload(10, 40)) == SENDS[name]
@@ -237,7 +237,7 @@ def test_a_gradient_flows_among_the_same_ranks(name: str) -> None:
     assert (back.over, back.ways, back.because, getattr(back, "ahead", False)) == ("tp", 2, "why", False)
 
 
-def test_what_must_be_alike_is_all_but_the_sizes_of_parts() -> None:
+def test_ranks_differ_only_in_the_sizes_of_parts() -> None:
     one, other = ({"axis": 0, "size": size, "onto": 1, "whole": size + 1} for size in (2, 3))
     first, second, third = (
         find_op("all_to_all").make(over=over, ways=2, **each)

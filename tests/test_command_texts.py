@@ -221,7 +221,7 @@ def test_classified_texts(said: Callable[..., Any]) -> None:
         ),
     ],
 )
-def test_what_a_server_says(words: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_responses_of_a_server(words: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for package in ("starlette", "uvicorn", "prometheus_client"):
         pytest.importorskip(package)
     from treadle.serving.models import Opening, ServedWriter

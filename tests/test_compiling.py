@@ -39,7 +39,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_it_does_not_take_is_refused(case: str) -> None:
+def test_unsupported_inputs_are_refused(case: str) -> None:
     use, said = REFUSED[case]
     with pytest.raises(TreadleError) as caught:
         use()

@@ -87,9 +87,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_the_folder_asks_of_tokens_is_done_as_hugging_face_does_it(
-    folder: Path, name: str, tmp_path: Path
-) -> None:
+def test_token_rules_of_a_folder_match_hugging_face(folder: Path, name: str, tmp_path: Path) -> None:
     place, prompts = said_by_file(folder, tmp_path, **RULES[name]), ["the cat", "a", "what is the name"]
     model = transformers.GPT2LMHeadModel.from_pretrained(place).eval()
     writer = TextWriter.open(place)
@@ -149,7 +147,7 @@ def test_a_list_of_prompts_gives_a_list_of_texts(folder: Path) -> None:
         model.stream(wrong[0])
 
 
-def test_what_is_no_causal_model_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_models_that_are_not_causal_are_named_as_what_they_are(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
@@ -294,7 +292,7 @@ def test_a_chat_model_that_ends_at_once_says_so(
     assert "chat" not in generated(str(folder), "the cat").stderr
 
 
-def test_what_no_family_reads_is_told_before_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_unknown_families_are_reported_before_the_tokenizer(folder: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     for file in folder.iterdir():
         if file.name != "tokenizer.json":

@@ -88,7 +88,7 @@ def cut(takes: str, gives: str, lines: Sequence[str], weights: Sequence[str] = (
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_what_is_read_alone_is_computed(name: str) -> None:
+def test_only_values_that_are_read_are_computed(name: str) -> None:
     (takes, gives), before, after = FORMS[name]
     done = PassManager([CutSooner()], certify=True).run(parse_graph(cut(takes, gives, before)))
     assert done.graph == parse_graph(cut(takes, gives, after))
@@ -175,7 +175,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_what_is_left_alone(name: str) -> None:
+def test_programs_that_stay_unchanged(name: str) -> None:
     takes, gives, lines = STAYS[name]
     text = cut(takes, gives, lines)
     done = optimize(text, CutSooner())

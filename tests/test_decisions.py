@@ -150,7 +150,7 @@ SPELLED = ("llama, windows beside full layers", "t5 gated", "vit distilled")
 
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
 @pytest.mark.parametrize("name", SPELLED)
-def test_what_is_spelled(name: str, backend: str, golden: Golden) -> None:
+def test_emitted_ops(name: str, backend: str, golden: Golden) -> None:
     """The emitted Python code: the calls, and the memory that each value is written to."""
     if backend == "torch":
         pytest.importorskip("torch")
@@ -211,7 +211,7 @@ def test_an_export(name: str, opset: int, golden: Golden, tmp_path: Path) -> Non
     golden(f"decisions/onnx/{file_name(name)}_{opset}.txt", "\n".join(lines))
 
 
-def test_what_is_nearly_attention(golden: Golden) -> None:
+def test_near_misses_of_attention(golden: Golden) -> None:
     """The report on each program that looks like attention but is not, or that is attention with other terms."""
     lines: list[str] = []
     for each in NEAR_MISSES:

@@ -170,7 +170,7 @@ def rope(kind: str, **options: Any) -> dict[str, Any]:
         ("opt", {"architectures": ["OPTForSequenceClassification"]}, "architectures is"),
     ],
 )
-def test_what_is_not_supported_is_named(name: str, options: dict[str, Any], what: str) -> None:
+def test_unsupported_features_are_named(name: str, options: dict[str, Any], what: str) -> None:
     tiny = DECODERS[name]
     config = getattr(transformers, tiny.architecture).config_class(**tiny.config).to_dict()
     config = json.loads(json.dumps({**config, "architectures": [tiny.architecture], **options}))

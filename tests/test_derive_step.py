@@ -190,7 +190,7 @@ def test_a_derived_graph_is_read_back_as_it_is_printed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_mixes_tokens_otherwise_is_refused_by_name_and_line(name: str) -> None:
+def test_other_token_mixing_ops_are_refused_by_name_and_line(name: str) -> None:
     model, op, words = REFUSED[name]
     with pytest.raises(PassError) as caught:
         derive_step(optimized(model), "S")
@@ -220,7 +220,7 @@ def test_rows_that_read_each_other_are_refused(model: Model, what: str) -> None:
 
 
 @pytest.mark.parametrize("name", AS_IT_IS_BUILT)
-def test_what_a_step_cannot_hold_is_refused_as_it_is_built(name: str) -> None:
+def test_models_too_large_for_a_step_are_refused_when_it_is_built(name: str) -> None:
     model, why, received, words = AS_IT_IS_BUILT[name]
     with pytest.raises(PassError) as caught:
         derive_step(optimized(model))

@@ -222,7 +222,7 @@ def test_a_value_that_is_several_operands_of_a_composite() -> None:
     np.testing.assert_allclose(at_once["x"], apart["q"] + apart["k"] + apart["v"], rtol=1e-12, atol=1e-13)
 
 
-def test_what_does_not_reach_the_output_has_no_gradient() -> None:
+def test_weights_that_do_not_reach_the_output_have_no_gradient() -> None:
     def make(b: Builder, x: Expr, y: Expr) -> Expr:
         b.exp(y)
         return x * 2.0

@@ -68,7 +68,7 @@ def test_nothing_is_written_over_unless_it_is_donated(backend: str) -> None:
 
 
 @each_backend
-def test_what_is_read_later_is_not_written_over(backend: str) -> None:
+def test_values_with_later_readers_are_not_overwritten(backend: str) -> None:
     def later(b: Builder) -> dict[str, Expr]:
         x = b.input("x", "f32[S, 8]")
         first = x + 1.0
@@ -115,7 +115,7 @@ UNFIT: dict[str, tuple[Any, Any, str]] = {
 
 @each_backend
 @pytest.mark.parametrize("kind", UNFIT)
-def test_what_cannot_be_written_over_is_refused_before_anything_is_written(backend: str, kind: str) -> None:
+def test_unwritable_targets_are_refused_before_writing(backend: str, kind: str) -> None:
     exe = donating(backend, graph_of(residual), "x")
     x, y, why = UNFIT[kind]
     before = np.array(x)
@@ -219,7 +219,7 @@ def test_a_plan_that_writes_over_what_is_not_donated_is_refused(backend: str) ->
 
 
 @each_backend
-def test_who_reads_what_is_donated_comes_first(backend: str) -> None:
+def test_readers_of_donated_inputs_come_first(backend: str) -> None:
     """In program order, x is read after the step that could overwrite x. Its readers are moved before that step."""
 
     def early(b: Builder) -> dict[str, Expr]:

@@ -70,7 +70,7 @@ def test_extreme_numbers_are_zero_level_or_wide(over: str, most: float) -> None:
     ("dtype", "numbers"),
     [("f32", [-1e9, -1e4, -1e30, -float(np.finfo(np.float32).max)]), ("f16", [-65504.0, -1e4, -65504.0, -65504.0])],
 )
-def test_what_is_added_before_an_exponential_masks_by_numbers(dtype: str, numbers: list[float]) -> None:
+def test_addends_of_an_exponential_mask_by_finite_numbers(dtype: str, numbers: list[float]) -> None:
     """All keys of a row, half of them, or none are masked."""
     pair = sides(f"{dtype}[R, T]", f"{dtype}[R, T]")
     for case, number in zip(MASKED, numbers, strict=True):
@@ -81,7 +81,7 @@ def test_what_is_added_before_an_exponential_masks_by_numbers(dtype: str, number
         assert not np.any(drawn(pair, "plain") == number)
 
 
-def test_what_an_exponential_is_taken_of_is_masked_by_infinity() -> None:
+def test_operands_of_an_exponential_are_masked_by_infinity() -> None:
     assert share(np.all(drawn(sides("f32[R, T]"), "masked") == -math.inf, axis=1)) == THIRD
     assert np.all(np.isfinite(drawn(sides("f32[R, T]", over="neg"), "masked")))
     assert np.all(np.isfinite(draw_inputs(sides("f32[R, T]"), SIZES, "masked", [0], frozenset("x"))["x"]))

@@ -47,7 +47,7 @@ def test_sizes_at_which_a_dimension_would_be_negative_are_left_out() -> None:
     assert str(caught.value.hint) == "sizes=[{'B': N, 'S': N}], with sizes that fit"
 
 
-def test_what_is_drawn() -> None:
+def test_drawn_values() -> None:
     graph = inputs("f32[B]", "i64[B]", "bool[B]", "i8[B]", "bf16[B]", "f16[B]")
     drawn = draw_inputs(graph, {"B": 4000}, [3])
     again, other = draw_inputs(graph, {"B": 4000}, [3]), draw_inputs(graph, {"B": 4000}, [4])

@@ -689,7 +689,7 @@ def test_every_op_is_a_word() -> None:
 
 
 @pytest.mark.parametrize("module", [t, t.ops])
-def test_what_begins_with_an_underscore_is_no_word(module: Any) -> None:
+def test_names_with_an_underscore_are_not_vocabulary(module: Any) -> None:
     """Python looks up such names in modules, and expects AttributeError."""
     with pytest.raises(AttributeError) as caught:
         _ = module._no_such_word

@@ -143,7 +143,7 @@ def test_families_embed_as_sentence_transformers_does(name: str, tmp_path: Path)
     assert cosine_distances(vectors, theirs(folder, TEXTS)).max() < TOLERANCE
 
 
-def test_what_is_cut_is_told(folder: Path) -> None:
+def test_truncation_is_reported(folder: Path) -> None:
     embedded = embedder(folder).embed_reporting(TEXTS)
     assert embedded.tokens == (5, 3, 2, 8, 8, 4)  # each with [CLS] and [SEP], and at most 8
     assert embedded.cut == (3, 4)

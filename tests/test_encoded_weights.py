@@ -128,7 +128,7 @@ def test_a_copy_of_a_function_takes_no_other_functions_name() -> None:
     np.testing.assert_array_equal(interpret(encoded, x, held)["y"], interpret(graph, x, meant)["y"])
 
 
-def test_what_is_encoded_is_told_by_the_graphs_names() -> None:
+def test_encodings_are_reported_by_the_graphs_names() -> None:
     """Parameters are reported under the graph's names, not under the parameter names inside blocks."""
     once = encode_parameters(called_twice(), {"a": Encoding("q8_0")})
     with pytest.raises(GraphError, match="parameter a is encoded already"):
@@ -288,7 +288,7 @@ def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
     ]
 
 
-def test_what_reads_no_blocks_has_its_weights_decoded_once() -> None:
+def test_weights_are_decoded_once_for_readers_without_blocks() -> None:
     graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights())
     assert not any(n.op.decodes for n in graph.main.nodes)
     assert len([n for n in notes if "is decoded once: " in n]) == 4

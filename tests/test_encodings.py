@@ -123,7 +123,7 @@ def test_blocks_along_another_axis_are_the_transposed_ones(text: str) -> None:
 
 @pytest.mark.parametrize("text", OURS)
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_not_encoded(text: str, wrong: float) -> None:
+def test_nonfinite_values_are_not_encoded(text: str, wrong: float) -> None:
     values = np.zeros((2, 64), np.float32)
     values[1, 5] = wrong
     with pytest.raises(GraphError, match=r"holds finite values") as error:
@@ -187,7 +187,7 @@ def test_a_form_is_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", [*GGUF, *OURS])
-def test_what_is_done_in_parts_is_done_to_all(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computing_in_parts_covers_all_elements(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding, encoding and the search for a NaN or infinite scale work in parts. The last part may be shorter, or a
     block may be larger than a part.
     """
@@ -270,7 +270,7 @@ def test_a_number_in_a_text_has_six_digits_at_most() -> None:
         parse_encoding("int8_rows(axis=1000000)")
 
 
-def test_what_float32_does_not_hold_is_not_encoded() -> None:
+def test_values_beyond_float32_are_not_encoded() -> None:
     with pytest.raises(GraphError, match="int8_rows holds finite values") as error:
         parse_encoding("int8_rows").encode(np.array([[1.0, 1e300]]))
     assert error.value.received == "inf at [0, 1]"
@@ -369,7 +369,7 @@ def test_graphs_that_differ_in_an_encoding_or_its_bytes_are_not_equal(graph: Gra
         assert parse_graph(other) != graph
 
 
-def test_what_blocks_mean_is_what_is_computed(graph: Graph) -> None:
+def test_computed_blocks_equal_decoded_blocks(graph: Graph) -> None:
     weights, rng = weights_of(graph), np.random.default_rng(5)
     inputs = {"x": rng.standard_normal((2, 64)).astype(np.float32), "i": np.array([2, 0])}
     state = drawn(parse_encoding("int8_rows"), (3, 9, 64), 7)

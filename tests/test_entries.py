@@ -94,7 +94,7 @@ def test_the_text_of_entries_reads_back(graph: Graph) -> None:
     ]
 
 
-def test_what_statements_of_bind_name_is_made(graph: Graph) -> None:
+def test_statements_of_bind_define_the_names_that_they_use(graph: Graph) -> None:
     assert list(graph.derived_weights) == ["h.0.w_2", "h.0.odd name", "first", "a b", "twice", "bias"]
     assert graph.main.parameters["h.0.w_2"].layout == panels(4) == graph.derived_weights["h.0.w_2"].layout
     assert graph.main.parameters["first"].layout == panels(4)
@@ -111,7 +111,7 @@ def test_each_entry_holds_the_weights_that_it_reads(graph: Graph) -> None:
     assert list(graph.parameters) == ["h.0.w", "h.0.v", "h.1.w", "h.1.v", "both", "free"]
 
 
-def test_what_a_block_makes_under_other_names_is_named_one_by_one(graph: Graph) -> None:
+def test_results_of_a_block_under_other_names_are_listed(graph: Graph) -> None:
     """`$h.0.*` stands for all results of a block, and is not used for some of them."""
     assert graph.bind is not None
     outputs = graph.bind.outputs
@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told_with_its_place(name: str) -> None:
+def test_errors_name_the_place(name: str) -> None:
     right, wrong, what, marked = WRONG[name]
     assert right in TEXT
     text = TEXT.replace(right, wrong, 1)
@@ -329,7 +329,7 @@ def test_when_and_in_which_layout_count(graph: Graph) -> None:
     assert canonical_form(lying) != canonical_form(graph)
 
 
-def test_what_an_entry_holds_and_does_not_read_is_the_same_graph(graph: Graph) -> None:
+def test_unread_arguments_of_an_entry_do_not_change_the_graph(graph: Graph) -> None:
     """The text names a graph's weights once, for all entries, and marks the entries that read them."""
     held(graph.main, "h.1.v", f32[8, 4])
     held(graph.main, "a b", f32[8, 4])
@@ -386,7 +386,7 @@ def test_blocks_unfold_within_their_entries(graph: Graph) -> None:
     same(interpret(graph, inputs_of(graph), drawn), interpret(flat, inputs_of(graph), drawn))
 
 
-def test_what_an_entry_needs(graph: Graph) -> None:
+def test_functions_that_an_entry_needs(graph: Graph) -> None:
     assert [f.name for f in graph.needed_by(bind_of(graph))] == ["bind_h", "bind"]
     assert [f.name for f in graph.needed_by(graph.main)] == ["h", "main"]
     assert [f.name for f in graph.needed_by(graph.functions["h"])] == ["h"]

@@ -122,7 +122,7 @@ def test_a_block_is_passed_the_symbols_that_its_arguments_do_not_tell(backend: s
     np.testing.assert_array_equal(exe(x=x_value).y, np.tile(x_value, 2).reshape(3, 2) * 2)
 
 
-def test_what_stands_for_an_op_is_placed_where_it_was() -> None:
+def test_replacements_have_the_position_of_the_op() -> None:
     b = Builder(Graph("g"))
     b.source = SourceLine("model.py", 3)
     x, weight = b.input("x", "f32[B, 8]"), b.parameter("w", "f32[8]")
@@ -454,7 +454,7 @@ def test_an_array_may_be_laid_out_backwards(backend: str) -> None:
 
 
 @each_backend
-def test_what_a_call_says_of_wrong_inputs(backend: str, golden: Golden) -> None:
+def test_errors_of_calls_with_wrong_inputs(backend: str, golden: Golden) -> None:
     def build(b: Builder) -> Expr:
         graph = b.graph
         ids, mask = b.input("ids", "i64[B, S]"), b.input("mask", "f32[B, S]")
@@ -535,7 +535,7 @@ TOO_SHORT: dict[str, tuple[Callable[[Builder, Expr], Expr], str]] = {
 
 @pytest.mark.parametrize("name", TOO_SHORT)
 @each_backend
-def test_what_an_op_needs_of_a_symbolic_axis_is_looked_at_in_each_call(name: str, backend: str) -> None:
+def test_requirements_on_symbolic_axes_are_checked_in_each_call(name: str, backend: str) -> None:
     build, text = TOO_SHORT[name]
     graph = graph_of(lambda b: build(b, b.input("x", "f32[B, S]")))
     exe = compiled(backend, graph)
@@ -559,7 +559,7 @@ def test_a_size_that_is_no_multiple_is_refused(backend: str) -> None:
 
 
 @each_backend
-def test_what_is_converted(backend: str) -> None:
+def test_conversions(backend: str) -> None:
     exe = compiled(backend, graph_of(lambda b: b.input("x", "i64[N]").cast("f32") + b.input("y", "f32[N]")))
     y = np.array([0.5, 0.5], np.float32)
     for x in (np.array([1, 2], np.int32), np.array([1, 2], np.uint8), [1, 2], (1, 2), np.array([1, 2], ">i8")):

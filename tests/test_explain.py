@@ -293,7 +293,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
         (["gpt2.treadle", "fusion"], "an artifact does not record how it was compiled"),
     ],
 )
-def test_what_cannot_be_explained_says_so(arguments: list[str], said: str) -> None:
+def test_unexplained_cases_are_named(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["explain", *arguments])
     assert result.exit_code == 2
     assert said in result.output + (result.stderr if result.stderr_bytes else "")
@@ -414,7 +414,7 @@ def test_a_pipeline_without_the_pass_is_told() -> None:
     assert only(parse_graph(text), passes=[FuseLinear()]).reason == "the pipeline has no fuse-gelu"
 
 
-def test_what_no_one_reads_is_told() -> None:
+def test_unread_values_are_reported() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[B, S, 8]")
     b.source = SourceLine("model.py", 1)

@@ -70,7 +70,7 @@ def without_lines(text: str) -> str:
 
 
 @pytest.mark.parametrize("backend", TARGETS)
-def test_how_a_backend_reads_each_weight(backend: str, golden: Golden) -> None:
+def test_the_way_a_backend_reads_each_weight(backend: str, golden: Golden) -> None:
     usable(backend)
     found = explain_layouts("bert", backend=backend, target=TARGETS[backend], layers=2)
     golden(f"explain/layouts_{backend}.txt", without_lines(str(found)))
@@ -101,7 +101,7 @@ def test_bytes_are_those_of_the_weights_and_of_what_is_made() -> None:
     assert "attn.projections.weight.panels" in weights and "attn.q.weight" not in weights
 
 
-def test_what_is_about_fusion_is_refused() -> None:
+def test_fusion_options_are_refused() -> None:
     result = CliRunner().invoke(app, ["explain", "bert", "layouts", "--expect", "attention=2"])
     assert result.exit_code == 2
     said = result.output + (result.stderr if result.stderr_bytes else "")

@@ -35,7 +35,7 @@ def gpt2(backend: str, **config: int) -> MemoryReport:
 
 
 @each_backend
-def test_what_lives_at_the_peak_adds_up_to_it(backend: str) -> None:
+def test_live_values_at_the_peak_add_up_to_the_peak(backend: str) -> None:
     found = gpt2(backend)
     assert sum(each.bytes for each in found.alive) == found.peak > 0
     assert all(0 <= each.saves <= each.bytes for each in found.alive)
@@ -159,7 +159,7 @@ def test_the_legend_has_the_colour_of_each_ops_boxes() -> None:
         end = text[0] + 6 * len(word.text or "")
 
 
-def test_what_lies_in_no_arena_has_no_drawing() -> None:
+def test_values_outside_the_arena_are_not_drawn() -> None:
     with pytest.raises(UsageError, match="there is no arena to draw"):
         draw_memory(replace(gpt2("numpy"), placed=None))
 

@@ -86,7 +86,7 @@ def test_the_command_says_what_the_function_says(tmp_path: Path) -> None:
         (("sharding", "--mesh", "tp=2", "--recipe", "dp"), "recipe dp splits over a mesh axis dp"),
     ],
 )
-def test_what_cannot_be_told_is_refused(words: tuple[str, ...], what: str) -> None:
+def test_ambiguous_arguments_are_refused(words: tuple[str, ...], what: str) -> None:
     result = CliRunner().invoke(app, ["explain", "gpt2", *words, *SETTINGS])
     assert result.exit_code == 2
     assert what in " ".join(result.output.split())
@@ -293,7 +293,7 @@ def test_a_timetable_by_hand() -> None:
     ],
     ids=str,
 )
-def test_what_a_time_is_limited_by(changed: dict[str, Any], limits: dict[str, float]) -> None:
+def test_limits_of_a_time(changed: dict[str, Any], limits: dict[str, float]) -> None:
     assert timetable_of(two_blocks(), Mesh.of("tp=2"), replace(ROUND, **changed), {}).by_limit() == limits
 
 
@@ -310,7 +310,7 @@ def needing(held: int, memory: float, work: float, meeting: float, seconds: floa
     return DeviceNeeds(held - 7, 3, 4, memory, times)
 
 
-def test_what_a_device_needs_in_known_numbers(golden: Golden) -> None:
+def test_device_needs_of_a_known_case(golden: Golden) -> None:
     """A plan fits to the last byte; overlapping work is reported from a hundredth of the time on."""
     assert needing(100, 100, 1.0, 0.0, 1.0).fits and not needing(101, 100, 1.0, 0.0, 1.0).fits
     assert "overlapped" not in needing(100, 100, 1.0, 0.5, 1.486).run_line()
@@ -340,7 +340,7 @@ def test_a_time_has_three_digits(seconds: float, expected: str) -> None:
     assert milliseconds(seconds) == expected
 
 
-def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
+def test_the_largest_saving_of_a_known_case(golden: Golden) -> None:
     """A change that saves less than half a percent is not reported; if the plan does not fit, a change that fits is."""
     fits, full = needing(2000, 80e9, 1.0, 0.5, 1.0), needing(2000, 1500, 1.0, 0.5, 1.0)
 
@@ -363,7 +363,7 @@ def test_what_would_save_the_most_in_known_numbers(golden: Golden) -> None:
     golden("pages/changes.txt", "\n\n".join("\n".join(case._changes()) for case in cases))
 
 
-def test_what_the_lab_says_in_known_numbers() -> None:
+def test_lab_results_of_a_known_case() -> None:
     near, far = LabTrial({"y": 1e-11}, {}, 3, 2), LabTrial({"y": 0.0, "z": 1.01e-11}, {"B": 5, "S": 6}, 3, 2)
     assert str(near) == "lab: 2 ranks in float64, 3 collectives\n  y: 1.0e-11 from the whole model\n  equal"
     assert str(far).startswith("lab: 2 ranks in float64 at B=5, S=6, 3 collectives\n  y: 0.0e+00 from")

@@ -203,7 +203,7 @@ def test_a_hostile_or_damaged_archive_is_refused(
 @pytest.mark.parametrize(
     "content", [b"", b"not an archive", pack()[:-30], pack()[300:]], ids=["empty", "text", "cut", "headless"]
 )
-def test_what_is_no_whole_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_incomplete_archives_are_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         fetch_wheel(pin(content), cache=tmp_path, download=giving(content))
     assert files_below(tmp_path) == set()
@@ -340,7 +340,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
     assert cache_folder() == tmp_path / "local" / "treadle" / "cache"
 
 
-def test_what_was_not_used_for_two_months_goes(tmp_path: Path) -> None:
+def test_files_unused_for_two_months_are_removed(tmp_path: Path) -> None:
     """Files and folders with matching names are deleted, but not the target of a link."""
     ages = {"a.old": 61, "b.old": 61, "c.new": 61, "d.old": 59, "e.old": 61}
     (tmp_path / "kept").mkdir()
@@ -413,7 +413,7 @@ def test_a_pin_is_complete(wheel: PinnedWheel) -> None:
     assert "\n" not in wheel.about
 
 
-def test_what_is_fetched(golden: Golden) -> None:
+def test_fetched_files(golden: Golden) -> None:
     golden("fetch/pins.txt", pformat(dict(PINNED), width=118, sort_dicts=False, underscore_numbers=True))
 
 
@@ -509,7 +509,7 @@ def test_pip_is_asked_for_one_wheel_and_its_last_words_are_told(
     assert (asked["encoding"], asked["errors"]) == ("utf-8", "replace")
 
 
-def test_what_is_there_of_a_download_only_grows(tmp_path: Path) -> None:
+def test_a_partial_download_only_grows(tmp_path: Path) -> None:
     """A complete file leaves the folder. A file that is moved while sizes are added up is not counted."""
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "a").write_bytes(bytes(7))

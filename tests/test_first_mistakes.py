@@ -256,7 +256,7 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: 1.0 in x, "`in` cannot look into a tensor", "x == y"),
     ],
 )
-def test_what_python_asks_of_a_tensor(body: Body, said: str, tried: str | None) -> None:
+def test_python_protocols_on_tensors(body: Body, said: str, tried: str | None) -> None:
     error = refusal(body)
     assert said in error.what
     assert (error.received or "").startswith(("f32[B, S, ", "bool[B, S, "))
@@ -346,7 +346,7 @@ SPELLED = sorted({*OTHER_WORDS.values(), *OTHER_METHODS.values()})
 
 
 @pytest.mark.parametrize("spelled", [s for s in SPELLED if not s.startswith(("@", "t.compile"))])
-def test_what_is_said_of_another_librarys_word_works(spelled: str) -> None:
+def test_hints_for_other_libraries_names_work(spelled: str) -> None:
     follow(spelled.partition("  #")[0])
 
 
@@ -413,7 +413,7 @@ def test_masks_and_biases_take_arrays(dtype: str) -> None:
     assert traced(arrays, dtype, "1 4 8") == traced(constants, dtype, "1 4 8")
 
 
-def test_what_is_no_tensor_and_no_array_is_refused_as_a_bias() -> None:
+def test_a_bias_must_be_a_tensor_or_an_array() -> None:
     error = refusal(lambda x: t.alibi(2))
     assert (error.what, error.hint) == (
         "slopes must be a tensor of the model, or an array",
@@ -574,7 +574,7 @@ def test_a_long_argument_is_cut() -> None:
     assert caught.value.received == ("'" + "default" * 40)[:80]
 
 
-def test_what_can_be_shared_is_declared_before() -> None:
+def test_shared_modules_are_declared_before_use() -> None:
     """If no name is similar, the hint shows how to declare a parameter."""
     assert refusal(lambda x: x * t.shared_parameter("w")).hint == "declare it first"
 

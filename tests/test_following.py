@@ -226,7 +226,7 @@ def test_an_axis_of_another_length_is_named() -> None:
         assert refused(build, t.f32["B S 8"], "S", reason), build.__name__
 
 
-def test_what_is_made_from_the_length_is_followed() -> None:
+def test_values_computed_from_the_length_are_followed() -> None:
     def from_the_end(x: t.Tensor) -> t.Tensor:
         back = t.reduce_max(t.iota(size="S"), axes=(0,)) - t.iota(size="S")
         return x + t.rearrange(back.cast("f32"), pattern="s -> s 1")
@@ -322,7 +322,7 @@ def test_an_unknown_axis_is_an_error_that_lists_the_known() -> None:
     assert "heads" in (error.value.hint or "") and "S" in (error.value.hint or "")
 
 
-def test_what_is_followed_shows_as_one_line() -> None:
+def test_a_followed_axis_prints_as_one_line() -> None:
     found = follow(gpt2.configure(layers=2, dim=8, heads=2, vocab=10).graph(), "S")
     for shown in (found, found.split(), found.step(), *found.encounters):
         assert len(repr(shown)) < 200

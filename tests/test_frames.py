@@ -28,7 +28,7 @@ FRAMES = {
 }
 
 
-def test_what_lives_at_each_step() -> None:
+def test_live_values_at_each_step() -> None:
     assert FRAMES["main"].alive(0) == [GIVEN, LONG]
     assert FRAMES["main"].alive(1) == [LONG, SHORT]
     assert FRAMES["main"].alive(2) == [LONG] and FRAMES["main"].made_at(2) == [MADE.storage]

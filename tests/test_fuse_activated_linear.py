@@ -94,7 +94,7 @@ def test_a_product_that_is_used_elsewhere_stays(lines: list[str], weights: list[
         (["m = matmul(x, $w)", "a = add(m, z)", "y = relu(a)"], ACROSS[:1], ", z: f32[B, S, 8]"),  # no bias
     ],
 )
-def test_what_is_another_thing_is_left_alone(lines: list[str], weights: list[str], more: str) -> None:
+def test_similar_programs_are_not_rewritten(lines: list[str], weights: list[str], more: str) -> None:
     made = optimize(activated(*lines, weights=weights, more=more), FuseActivatedLinear())
     assert made.graph == made.source
     assert "epilogue" not in [site.kind for site in find_sites(made.graph)]
@@ -196,7 +196,7 @@ def test_a_spelled_out_gelu_is_fused_twice_and_both_are_told() -> None:
     assert "expected linear=1: met, 1 within activated_linear" in str(report)
 
 
-def test_what_is_counted_within_another_op_may_be_too_few() -> None:
+def test_counts_inside_other_ops_are_lower_bounds() -> None:
     report = explain_fusion(parse_graph(activated(*FORMS["with-bias"][1])), expect={"gelu": 2})
     assert not report.met
     assert "expected gelu=2: NOT MET, there are 1, 1 within activated_linear" in str(report)

@@ -335,7 +335,7 @@ def test_decomposed_models_are_fused_again(name: str) -> None:
     assert [terms_of(op) for op in attentions(again.graph)] == [terms_of(op) for op in attentions(graph)]
 
 
-def test_what_has_no_body_is_not_decomposed() -> None:
+def test_ops_without_a_body_are_not_decomposed() -> None:
     text = program("x: f32[B, 8], w: f32[8, 8]", "y: f32[B, 8]", "y = matmul(x, w)", "return y = y")
     with pytest.raises(PassError, match="matmul has no body, so it cannot be decomposed"):
         optimize(text, Decompose(("matmul",)))
@@ -379,7 +379,7 @@ def test_a_scale_that_overflows_is_refused() -> None:
     assert "which f32 cannot hold" in log[0].refusals[0].reason
 
 
-def test_what_a_fused_product_gives_is_no_mask() -> None:
+def test_results_of_fused_products_are_not_masks() -> None:
     """The fused product computes finite numbers from finite numbers, as the unfused product does; an input may be
     infinite.
     """
@@ -416,7 +416,7 @@ def test_a_band_is_said_by_limits_that_keep_the_same(rows: int, columns: int) ->
     assert band_of(holed) is None
 
 
-def test_what_an_addend_may_hold_is_that_of_all_that_it_is_made_of() -> None:
+def test_ranges_of_an_addend_include_all_its_operands() -> None:
     b = Builder(Graph("g"))
     x, w = b.input("x", "f32[S]"), b.parameter("w", "f32[S]")
     for addend, held in (

@@ -169,7 +169,7 @@ def test_a_near_miss_is_refused_with_its_reason(name: str) -> None:
         ),  # the bias broadcasts the product
     ],
 )
-def test_what_is_no_gate_is_left_alone(lines: list[str], weights: list[str]) -> None:
+def test_other_products_are_not_fused_as_gates(lines: list[str], weights: list[str]) -> None:
     made = optimize(gated(*lines, weights=weights), FuseGatedLinear())
     assert made.graph == made.source
     assert [refusal for event in made.log for refusal in event.refusals] == []
@@ -227,7 +227,7 @@ def test_a_gate_is_found_where_it_is_spelled_out_or_of_two_values() -> None:
     assert "gate" in sites(parse_graph(gated(*halves[0], weights=halves[1])))
 
 
-def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
+def test_refused_gates_report_what_remains() -> None:
     """If a gate is refused, the report names what is fused instead: the activation with its product, or both
     products. The report of a fused gate has neither.
     """

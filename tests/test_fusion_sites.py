@@ -258,7 +258,7 @@ SITES: dict[str, tuple[Build, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", SITES)
-def test_what_is_a_site(name: str) -> None:
+def test_fusion_sites(name: str) -> None:
     """The sites that are found, except fused ops."""
     build, expected = SITES[name]
     b = Builder(Graph("g"))

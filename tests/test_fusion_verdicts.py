@@ -123,7 +123,7 @@ def test_the_activation_of_a_gate_is_no_gate_itself() -> None:
     assert explanation.sites == {"fused": 2, "already": 1, "refused": 0, "nearly": 0, "missed": 0}
 
 
-def test_what_a_scale_went_into_is_told_of_each() -> None:
+def test_folded_scales_are_reported_one_by_one() -> None:
     """Each line of the graph's text is a site with its own event, although all come from one line of the Python
     program.
     """

@@ -71,7 +71,7 @@ def test_sampling_follows_the_distribution() -> None:
         (Sampling(temperature=0.5), [1, 0, 2, 3], [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),
     ],
 )
-def test_what_may_be_drawn(sampling: Sampling, ids: list[int], probabilities: list[float]) -> None:
+def test_drawable_values(sampling: Sampling, ids: list[int], probabilities: list[float]) -> None:
     order, found = sampling.distribution(np.log(np.array([0.25, 0.5, 0.15, 0.1])))
     assert list(order) == ids
     np.testing.assert_allclose(found, probabilities, rtol=1e-12)

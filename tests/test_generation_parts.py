@@ -28,7 +28,7 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 # -- selected tokens ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_meant_where_nothing_is_said() -> None:
+def test_defaults_of_missing_settings() -> None:
     assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p=0.0)
     assert TokenRules() == TokenRules(1.0, 0.0, 0, (), (), 0, 0, None, None, ())
     assert Token(1, 2) == Token(1, 2, None, 0.0, ())
@@ -160,7 +160,7 @@ def test_a_draw_is_told_its_row_and_step(rules: TokenRules | None) -> None:
     assert asked == [([-np.inf if rules else 0.0, 0.0], {"row": 5, "step": 3})]
 
 
-def test_what_is_asked_of_all_texts_where_nothing_is_said() -> None:
+def test_default_rules_of_all_texts() -> None:
     def defaults(function: Any) -> dict[str, Any]:
         return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
 
@@ -223,7 +223,7 @@ def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
         (PromptLookup(), [1, 1], 9, [1]),
     ],
 )
-def test_what_followed_before_is_guessed(
+def test_tokens_that_followed_before_are_proposed(
     lookup: PromptLookup, tokens: list[int], most: int, guessed: list[int]
 ) -> None:
     assert lookup.follow(tokens, most) == guessed
@@ -301,7 +301,7 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
 
 
 @pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
-def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
+def test_the_number_of_beams_stays_if_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
     """Each continuation needs a row. The first continuation of a beam takes the beam's row, the others take forks. The
     row of a beam without a continuation is closed.
     """
@@ -344,7 +344,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
         (range(20), [99, *range(19)], False, 0),
     ],
 )
-def test_what_a_held_text_is_worth(tokens: Any, other: Any, whole: bool, worth: int) -> None:
+def test_value_of_a_cached_text(tokens: Any, other: Any, whole: bool, worth: int) -> None:
     assert slots(whole=whole).worth(list(tokens), list(other)) == worth
 
 
@@ -394,7 +394,7 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     assert row == Row([])
 
 
-def test_where_no_slot_is_free_but_the_texts_own_it_is_cut_back() -> None:
+def test_the_own_slot_is_truncated_if_no_other_is_free() -> None:
     made, text = slots(1), list(range(30))
     made.rows[made.take()] = Row(text, written=30)
     made.close(0, keep=True)
@@ -624,6 +624,6 @@ def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
     assert events == [Token(0, 1), Ended()]
 
 
-def test_what_nobody_foresaw_is_told_shortly() -> None:
+def test_unexpected_errors_are_short() -> None:
     error = scheduler._unforeseen(ValueError("e" * 300))
     assert (error.what, error.received) == ("a step failed", "ValueError: " + "e" * 288)

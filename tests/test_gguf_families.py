@@ -143,7 +143,7 @@ def test_the_largest_gemma_scales_scores_by_another_width(tmp_path: Path) -> Non
         assert model.config["scale"] == scale
 
 
-def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
+def test_unsupported_features_are_named(tmp_path: Path) -> None:
     write(tmp_path / "model.gguf", "qwen3", expert_count=8)
     with pytest.raises(CheckpointError, match="expert_count is not supported"):
         resolve(tmp_path / "model.gguf")

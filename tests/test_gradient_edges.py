@@ -112,7 +112,7 @@ def test_a_certificate_tries_gradients_where_the_graph_will_be_differentiated(mo
     assert any(node.op.name == "attention" for _, node in recognized(graph, certify=True).walk())
 
 
-def test_nothing_is_stopped_where_nothing_is_differentiated() -> None:
+def test_stop_gradient_is_removed_without_a_gradient() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", "f32[N, 4]")
     b.outputs(y=b.softmax(b.stop_gradient(x)))

@@ -124,7 +124,7 @@ def test_weights_that_are_not_trained_stay_weights(recompute: bool) -> None:
         np.testing.assert_allclose(array, wanted[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_what_only_moves_is_not_kept() -> None:
+def test_views_are_not_saved() -> None:
     @t.model
     def model(x: t.f32["B S 8"]):
         for _ in t.stack("h", 2):
@@ -245,7 +245,7 @@ def test_a_loss_of_the_models_own_counts_as_one() -> None:
         (lambda g: with_cross_entropy(with_cross_entropy(g, "logits"), "loss"), UsageError, "has no classes"),
     ],
 )
-def test_what_has_no_loss_or_gradient_is_refused(make: Any, error: type[Exception], report: str) -> None:
+def test_models_without_a_loss_or_gradient_are_refused(make: Any, error: type[Exception], report: str) -> None:
     with pytest.raises(error, match=report):
         make(with_scores(2, 3, 5))
 

@@ -58,7 +58,7 @@ def test_weights_of_weights_are_parameters_with_recipes(merged: Graph) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_one_recipe_makes_another_may_begin_with(backend: str) -> None:
+def test_derived_weights_may_be_read_by_other_recipes(backend: str) -> None:
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
@@ -116,7 +116,7 @@ def test_a_block_leaves_it_to_its_callers(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_made_of_the_same_weights_is_made_once(backend: str) -> None:
+def test_equal_derived_weights_are_computed_once(backend: str) -> None:
     """Equal values of the same weights are shared, and so are values computed from them; not values of other weights or
     with other attributes.
     """
@@ -163,7 +163,7 @@ def test_names_that_are_taken_are_numbered() -> None:
     assert list(hoisted(graph).derived_weights) == ["exp", "exp_3", "exp_4"]
 
 
-def test_what_reads_an_input_or_constants_alone_stays() -> None:
+def test_values_of_inputs_or_constants_are_not_hoisted() -> None:
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", 4]), b.parameter("w", f32[4])
@@ -173,7 +173,7 @@ def test_what_reads_an_input_or_constants_alone_stays() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_depends_on_the_size_of_an_input_stays(backend: str) -> None:
+def test_values_that_depend_on_input_sizes_are_not_hoisted(backend: str) -> None:
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", "S"]), b.parameter("w", f32[6])
@@ -215,7 +215,7 @@ def test_weights_that_a_recipe_cannot_take_are_told_with_the_line(backend: str) 
     assert "gather(table, rows, axis=0)" in str(error.value) and "model.py:7" in str(error.value)
 
 
-def test_what_does_not_fit_leaves_room_for_what_does() -> None:
+def test_smaller_values_are_hoisted_if_larger_ones_do_not_fit() -> None:
     graph = Graph("g")
     b = Builder(graph)
     b.source = SourceLine("model.py", 7)
@@ -283,7 +283,7 @@ def test_calls_that_multiply_do_not_fill_the_memory() -> None:
     assert lowered.log[0].notes == ["the graph is too large to be compared with the graph before this pass"]
 
 
-def test_what_would_fill_the_memory_stays() -> None:
+def test_values_that_would_fill_the_memory_are_not_hoisted() -> None:
     graph = Graph("g")
     b = Builder(graph)
     x, w = b.input("x", f32["B", 1000]), b.parameter("w", f32[1, 1000])
@@ -432,7 +432,7 @@ def test_dead_work_of_a_block_is_left_alone() -> None:
     assert hoisted(graph) == graph
 
 
-def test_what_only_moves_between_blocks_is_a_change() -> None:
+def test_moves_between_blocks_count_as_changes() -> None:
     """The block's weight is an input of main. So values computed from it move to main, and nothing moves to bind."""
     graph = Graph("g")
     block = Function("h")

@@ -85,7 +85,7 @@ def needs(all_placed: dict[str, PlacedFrame], frame: Frame, sizes: dict[str, int
     return max([*ends, *(placed.callees[at] + size for at, size in calls.items())], default=0)
 
 
-def test_what_is_proven_holds_at_every_size() -> None:
+def test_proofs_hold_at_every_size() -> None:
     """A run takes the values that live when the result is written, placed by themselves, or at most the reported
     bound.
     """
@@ -110,7 +110,7 @@ def test_what_is_proven_holds_at_every_size() -> None:
     assert 5 < proven < 25
 
 
-def test_what_is_told_of_some_frames() -> None:
+def test_reports_of_some_frames() -> None:
     """The search visits a limited number of boxes of sizes; more boxes would not change most bounds."""
     found = [hostings(drawn_frames(seed), "main")[0].most_apart(BOUNDS, 64, 200_000) for seed in range(10)]
     assert found == [19200, 122176, 124224, 165568, 2112, 29120, 144448, 17984, 135744, 6976]
@@ -276,7 +276,7 @@ def test_parts_of_what_comes_before_lie_in_the_output_too() -> None:
 
 
 @needs_tvm
-def test_what_lies_in_an_output_as_it_is_is_not_cut() -> None:
+def test_values_stored_in_an_output_are_not_split() -> None:
     """The softmax of 700 needs more than the softmax of 600. Only the latter runs after y is written, and is split."""
 
     @t.model

@@ -87,7 +87,7 @@ def test_a_server_in_a_thread_leaves_signals_alone(uvicorn: _Uvicorn) -> None:
     assert uvicorn.handlers == before
 
 
-def test_what_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Socket:
@@ -105,7 +105,7 @@ def test_what_is_listened_at(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == [(family, socket.SOCK_STREAM), reuse, ("bind", (host, 5)), ("listen", 2048)]
 
 
-def test_where_nobody_can_listen_is_told() -> None:
+def test_unavailable_addresses_are_reported() -> None:
     with pytest.raises(UsageError, match=r"the server cannot listen at 127\.0\.0\.1, port 99999") as error:
         running._listen("127.0.0.1", 99_999)
     hint: Any = error.value.hint
@@ -166,7 +166,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     assert closed == [1]
 
 
-def test_who_waits_to_embed_is_counted() -> None:
+def test_waiting_embedding_requests_are_counted() -> None:
     waiting: list[int] = []
     embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts: waiting.append(served._waiting))
     served = ServedEmbedder("m", embedder, queue=1)

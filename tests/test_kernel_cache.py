@@ -168,7 +168,7 @@ def test_processes_that_fill_it_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is POSIX's")
 @pytest.mark.usefixtures("fresh")
-def test_what_is_killed_at_any_moment_leaves_no_wrong_kernel(tmp_path: Path) -> None:
+def test_processes_killed_at_any_moment_leave_no_wrong_kernel(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -314,7 +314,7 @@ def test_threads_are_the_callers_choice(monkeypatch: pytest.MonkeyPatch) -> None
         assert tvm_runtime.threads() == count
 
 
-def test_what_the_runtime_lacks_or_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_refused_runtime_features_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tvm_runtime, "version", lambda: "the version")
     with pytest.raises(BackendError, match=r"TVM's runtime has no runtime\.Nothing") as caught:
         tvm_runtime._call("runtime.Nothing")

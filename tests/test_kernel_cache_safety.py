@@ -146,7 +146,7 @@ def test_a_whole_file_that_does_not_load_is_compiled_again(tmp_path: Path) -> No
     assert filled(Fill(3.0), tmp_path) == ([3.0] * 3, 0)
 
 
-def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path) -> None:
+def test_files_of_killed_writers_are_removed_after_a_day(tmp_path: Path) -> None:
     left = []
     for name in ("old.so", "new.so"):
         with replacing(tmp_path / name) as file:

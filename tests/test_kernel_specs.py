@@ -139,7 +139,7 @@ SPECS: list[tuple[Kernel, str, str]] = [
 ]  # fmt: skip
 
 
-def test_what_a_kernel_says_of_itself() -> None:
+def test_descriptions_of_kernels() -> None:
     """The name in a listing, the numbers that the kernel multiplies, the element-by-element flag, and the number of
     operations.
     """

@@ -21,7 +21,7 @@ FOUND = [
 
 
 @pytest.mark.parametrize("found", FOUND, ids=["certificate", "counterexample"])
-def test_what_is_kept_comes_back_in_another_process(found: Certificate | Counterexample, tmp_path: Path) -> None:
+def test_cached_texts_are_read_by_another_process(found: Certificate | Counterexample, tmp_path: Path) -> None:
     assert read(written(found)) == found
     one, another = Store(tmp_path / "s.sqlite"), Store(tmp_path / "s.sqlite")
     assert another.get("key") is None
@@ -37,7 +37,7 @@ def test_a_damaged_store_holds_nothing(tmp_path: Path) -> None:
     assert store.get("key") is None
 
 
-def test_what_a_test_means_by_itself_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expectations_of_a_test_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, own = attention_graph(Causal()), attention_graph(EveryOther())
     assert is_ours((plain, plain))
     assert not is_ours((plain, own))

@@ -106,7 +106,7 @@ def test_there_is_one_rank_or_more(machine: _Machine) -> None:
         ([(0.5, 2, None), (0.0, -signal.SIGKILL, None), (0.5, 3, None)], 3, 0.5, ["rank 1 was ended by SIGKILL"]),
     ],
 )
-def test_who_is_left_after_a_failure_is_ended(
+def test_remaining_ranks_are_stopped_after_a_failure(
     plans: list[Plan],
     code: int,
     ended: float,

@@ -111,7 +111,7 @@ def test_the_text_of_a_layout_reads_back(text: str) -> None:
         ("pairs(48, flat, flat)", "unknown or repeated option 'flat' of layout pairs"),
     ],
 )
-def test_what_is_no_layout_is_refused(text: str, what: str) -> None:
+def test_invalid_layouts_are_refused(text: str, what: str) -> None:
     with pytest.raises(GraphError, match=re.escape(what)) as caught:
         parse_layout(text)
     assert "treadle" not in str(caught.value)
@@ -211,7 +211,7 @@ def relayouts(function: Function) -> int:
     return sum(isinstance(node.op, Relayout) for node in function.nodes)
 
 
-def test_one_relayout_serves_all_who_want_the_layout() -> None:
+def test_one_relayout_serves_all_readers_of_a_layout() -> None:
     graph = assigned(readers("four", "four"))
     assert [node.op.name for node in graph.main.nodes] == ["relayout", "linear", "linear"]
     assert read_layouts(graph) == ["panels(4)"] * 2
@@ -229,12 +229,12 @@ def test_a_reader_of_any_layout_takes_the_first() -> None:
     assert read_layouts(graph) == ["panels(8)", "panels(8)", "panels(4)", "panels(8)"]
 
 
-def test_where_nobody_wants_a_layout_nothing_changes() -> None:
+def test_nothing_changes_without_a_requested_layout() -> None:
     for graph in (readers("any", "any"), readers("", "any"), readers("", "")):
         assert assigned(graph) == graph
 
 
-def test_who_reads_row_major_still_does() -> None:
+def test_row_major_readers_keep_row_major_operands() -> None:
     graph = assigned(readers("", "four"))
     assert read_layouts(graph) == ["None", "panels(4)"]
 
@@ -258,7 +258,7 @@ def test_the_log_says_who_wants_what() -> None:
         assert re.fullmatch(r"w in panels\(4\): linear reads it, .*test_layouts.py:\d+, scope four", note)
 
 
-def test_what_varies_and_what_is_no_matrix_is_left_alone() -> None:
+def test_varying_values_and_vectors_keep_their_layout() -> None:
     b = Builder(Graph("g"))
     x, y = b.input("x", f32["B", 4]), b.input("y", f32[6, 4])
     both = y + b.parameter("w", f32[6, 4])
@@ -273,7 +273,7 @@ def test_what_varies_and_what_is_no_matrix_is_left_alone() -> None:
     assert assigned(b.graph) == b.graph
 
 
-def test_what_is_computed_of_weights_is_laid_out_after_it_is_computed() -> None:
+def test_derived_weights_get_their_layout_after_they_are_computed() -> None:
     b = Builder(Graph("g"))
     x = b.input("x", f32["B", 4])
     joined = b.concat(b.parameter("q", f32[3, 4]), b.parameter("k", f32[3, 4]), axis=0)
@@ -485,7 +485,7 @@ def test_order_and_dead_nodes_do_not_count() -> None:
     assert check_same_expressions(b.graph, other.graph)
 
 
-def test_what_is_too_large_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_graphs_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit counts the nodes that run, once for each call, not the nodes in the text."""
     # two calls of a block of four nodes, and three nodes of main
     monkeypatch.setattr(same_expressions, "MOST_NODES", 11)

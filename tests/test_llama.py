@@ -52,7 +52,7 @@ def test_equals_hugging_face_in_part_and_whole(layout: str, turned: int) -> None
     np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-13)
 
 
-def test_what_may_be_stepped() -> None:
+def test_axes_that_can_be_stepped() -> None:
     """Positions can continue from past tokens; frequencies that depend on the length of the sequence cannot."""
     import treadle
 
@@ -209,7 +209,7 @@ def test_how_much_of_a_head_turns() -> None:
             read({"partial_rotary_factor": part}, model_type="gpt_neox")
 
 
-def test_what_a_kind_has_where_its_config_is_silent() -> None:
+def test_defaults_of_missing_config_keys() -> None:
     """The defaults of Hugging Face's classes, for options whose effect is not visible in a small graph."""
     windows = {"use_sliding_window": True, "sliding_window": 5, "num_hidden_layers": 30}
     assert read({}, model_type="qwen3", **windows)["full_layers"] == tuple(range(28))

@@ -125,7 +125,7 @@ def test_the_best_is_the_first() -> None:
     assert Matched(fits, (0.5, 0.2)).best is fits[0]
 
 
-def test_what_is_said_of_a_model_is_how_it_will_be_compiled() -> None:
+def test_explanations_match_compilation() -> None:
     """Nothing is read before the first call."""
     assert load("minilm").program == Program.of("minilm")
     how: dict[str, Any] = {"backend": "torch", "target": "cuda", "dtype": "bf16", "quantize": "int4", "cache": "f16"}

@@ -38,7 +38,7 @@ def test_pages_of_a_view_are_given_back_and_read_again(file: Path) -> None:
     assert int(view.sum(dtype=np.int64)) == before
 
 
-def test_what_was_written_to_a_mapping_of_its_own_stays(file: Path) -> None:
+def test_writes_to_a_private_mapping_stay(file: Path) -> None:
     mapped = np.memmap(file, np.uint8, "c")
     mapped[:] = 7
     give_back(mapped)

@@ -67,7 +67,7 @@ def test_a_run_that_needs_nothing_fits_at_once() -> None:
     assert np.array_equal(made, np.full((3, 8), 2))
 
 
-def test_what_was_made_is_held_against_the_budget() -> None:
+def test_the_result_is_checked_against_the_budget() -> None:
     """The executable itself is checked against the budget, because passes that run afterwards may change the predicted
     graph.
     """
@@ -105,7 +105,7 @@ def test_every_smaller_size_fits_as_well(family: str) -> None:
             assert arena(kept, B=b, S=s) <= budget, (b, s)
 
 
-def test_what_is_larger_than_the_budgets_sizes_is_refused() -> None:
+def test_sizes_beyond_the_budget_are_refused() -> None:
     kept = within("bert", peak_of("bert"))
     with pytest.raises(BackendError, match="B"):
         kept(tokens=tokens(B=9, S=24))
@@ -122,7 +122,7 @@ def test_less_memory_never_takes_less_time_nor_more_memory_more() -> None:
     assert times[0] == 1.0 < times[-1]
 
 
-def test_what_does_not_fit_says_how_far_it_came() -> None:
+def test_budget_refusals_report_the_smallest_peak() -> None:
     peak = peak_of("gpt2")
     with pytest.raises(BackendError, match="does not fit") as refused:
         within("gpt2", peak // 5)
@@ -175,7 +175,7 @@ def test_sizes_of_memory(text: int | str | None, count: int | None) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "3XB", "1e9", "0", 0, -1, 2.5, True, "3 MB MB", "9" * 40])
-def test_what_is_no_size_of_memory(text: Any) -> None:
+def test_invalid_memory_sizes(text: Any) -> None:
     with pytest.raises(UsageError, match="memory must be a number of bytes"):
         t.compile("gpt2", memory=text, **SMALL)
 

@@ -203,7 +203,7 @@ def test_another_order_is_taken_where_it_is_better() -> None:
     assert place(lives, seconds=0).size == 7
 
 
-def test_nothing_and_sizes_of_zero_take_no_place() -> None:
+def test_empty_values_take_no_memory() -> None:
     assert (place([]).size, place([]).proven) == (0, True)
     lives = [Lifetime("x", 0, 2, 0), Lifetime("y", 0, 2, 8), Lifetime("z", 1, 3, 0)]
     assert place(lives, capacity=8).offsets == (0, 0, 0)
@@ -270,7 +270,7 @@ def test_the_search_gives_the_same_placement_each_time() -> None:
         ([], {"capacity": -1}, "capacity must not be negative"),
     ],
 )
-def test_what_is_no_instance_is_refused(lives: list[Lifetime], arguments: dict[str, int], message: str) -> None:
+def test_other_types_are_refused(lives: list[Lifetime], arguments: dict[str, int], message: str) -> None:
     with pytest.raises(PassError, match=message):
         place(lives, **arguments)  # type: ignore[arg-type]
 

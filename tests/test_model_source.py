@@ -310,7 +310,7 @@ def test_only_a_declaration_takes_weights_of_a_folder(model: str, gpt2: Path, mi
         ModelSource.open(given, weights=gpt2)
 
 
-def test_what_has_no_files_has_no_tokenizer(mine: str) -> None:
+def test_models_without_files_have_no_tokenizer(mine: str) -> None:
     for model in (mine, "gpt2", resolve(mine).graph):
         with pytest.raises(UsageError, match=r"is a (declaration|graph)( of the zoo)?, without weights"):
             ModelSource.open(model).tokenizer()

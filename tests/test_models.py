@@ -310,7 +310,7 @@ def test_defaults_of_a_config() -> None:
         (read_factors, [[1], [0.5] * (1 << 15)], [[], [1.0] * ((1 << 15) + 1), 1.0, [0]]),
     ],
 )
-def test_what_an_option_of_a_config_may_be(read: Callable[..., Any], taken: list[Any], refused: list[Any]) -> None:
+def test_allowed_values_of_config_keys(read: Callable[..., Any], taken: list[Any], refused: list[Any]) -> None:
     for value in taken:
         found = read({"n": value}, "n")
         assert found == (tuple(value) if isinstance(value, list) else value)

@@ -48,7 +48,7 @@ def test_operators_of_our_own(operator: DropReturned, before: str, after: str) -
     assert mutate_code(before, operator, 0) == after
 
 
-def test_what_no_test_could_notice_is_not_drawn() -> None:
+def test_mutations_without_effect_are_not_drawn() -> None:
     source = """
 if TYPE_CHECKING:
     a = 1 + 1
@@ -105,7 +105,7 @@ def test_an_op_has_the_cases_that_the_suite_makes_of_it() -> None:
     ]
 
 
-def test_what_is_declared_is_looked_at_by_tests_of_all_modules() -> None:
+def test_declarations_are_tested_by_all_modules() -> None:
     lines = ["LIMIT = 4", "class A:", "    x: int = 3", "    def f(self, y=2):", "        return y", "async def g("]
     source = "\n".join([*lines, "    z=1,", "):", "    z += 1", "LAST = 5"])
     assert [n for n in range(1, 11) if _is_outside(source, n)] == [1, 2, 3, 4, 6, 7, 8, 10]
@@ -195,7 +195,7 @@ def test_a_module_that_was_mapped_again_is_known_as_it_is_now(tmp_path) -> None:
     assert LineMap(tmp_path).closest("ir/axes.py", last, 10)[:2] == ["tests/test_a.py::x", "tests/test_b.py::z"]
 
 
-def test_what_a_process_runs_that_a_test_starts_counts_for_the_test(tmp_path, monkeypatch) -> None:
+def test_lines_run_by_child_processes_count_for_the_test(tmp_path, monkeypatch) -> None:
     settings = tmp_path / "settings.ini"
     settings.write_text(_SETTINGS.format(folder=tmp_path, sources=ROOT / "ir", context=CONTEXT))
     monkeypatch.setenv("COVERAGE_PROCESS_START", str(settings))

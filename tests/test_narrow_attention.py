@@ -65,7 +65,7 @@ def test_queries_keys_and_values_are_rounded_and_biases_are_not() -> None:
     assert lines(PassManager([NarrowAttention()]).run(made).graph) == lines(made)
 
 
-def test_what_a_product_gives_in_parts_is_rounded_as_it_is_stored() -> None:
+def test_results_of_a_product_are_rounded_when_they_are_stored() -> None:
     def block(b: Builder) -> Expr:
         y = b.linear(b.input("x", f32["B", 8]), b.parameter("w", f32[6, 8]))
         left, right = b.slice(y, axis=1, stop=3), b.slice(y, axis=1, start=3)

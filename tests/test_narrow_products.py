@@ -139,7 +139,7 @@ def test_matrices_that_are_no_weights_are_left_alone() -> None:
     assert "the matrix is a constant" in refused(fixed)
 
 
-def test_what_is_made_of_weights_alone_is_a_weight() -> None:
+def test_values_of_weights_alone_are_weights() -> None:
     def scaled(b: Builder) -> Expr:
         return b.linear(b.input("x", f32["B", 8]), b.parameter("w", f32[4, 8]) * b.parameter("scale", f32[8]))
 
@@ -324,7 +324,7 @@ def test_an_einsum_is_the_product_that_it_is(
     )
 
 
-def test_what_several_products_read_is_rounded_once() -> None:
+def test_an_operand_of_several_products_is_rounded_once() -> None:
     """The gradients of a linear are g times the weight, and g times x; g is rounded once."""
 
     def build(b: Builder) -> Expr:
@@ -369,7 +369,7 @@ STAY: list[tuple[str, Callable[[Builder], Expr]]] = [
 
 
 @pytest.mark.parametrize(("reason", "build"), STAY)
-def test_what_is_no_product_of_two_matrices_stays_as_it_is(reason: str, build: Callable[[Builder], Expr]) -> None:
+def test_other_products_stay_unchanged(reason: str, build: Callable[[Builder], Expr]) -> None:
     made = of_any(build)
     assert made.graph == graph_of(build)
     assert reason in made.log.explain()

@@ -29,6 +29,6 @@ def test_many_names_are_searched_by_their_parts_as_if_one_by_one(wanted: str, ot
     assert NearestNames(names).of(wanted) == get_close_matches(wanted, names, 1, 0.6)
 
 
-def test_what_is_compared_is_bounded() -> None:
+def test_compared_values_are_bounded() -> None:
     assert NearestNames(["x" * 201]).of("x" * 200) == NearestNames(["x" * 200]).of("x" * 201) == []
     assert NearestNames(["x" * 200]).of("x" * 200) == ["x" * 200]

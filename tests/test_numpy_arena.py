@@ -169,7 +169,7 @@ def gapped(b: Builder) -> dict[str, Expr]:
     return {"y": b.exp(b.gelu(part)), "z": b.exp(b.gelu_tanh(part))}
 
 
-def test_what_has_gaps_is_activated_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strided_rows_are_activated_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", 7)
     graph, x = graph_of(gapped), np.random.default_rng(0).standard_normal((9, 10)).astype(np.float32)
     exe = compiled("numpy", graph)
@@ -179,7 +179,7 @@ def test_what_has_gaps_is_activated_by_chunks(monkeypatch: pytest.MonkeyPatch) -
         np.testing.assert_allclose(exe(x=x)[name], wanted, rtol=1e-5)
 
 
-def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
+def test_views_without_strides_are_copied() -> None:
     """A view that strides cannot express is copied, also at sizes at which it could be a view. Results for the caller
     are never in the arena.
     """
@@ -204,7 +204,7 @@ def test_what_no_strides_say_is_copied_to_its_place_or_to_the_caller() -> None:
         assert all(np.array_equal(outputs[name], array) for name, array in wanted.items())
 
 
-def test_what_is_foreign_is_told() -> None:
+def test_foreign_memory_is_reported() -> None:
     """For ops that run by their references, and for float16, a library allocates the result, and the plan counts it."""
 
     def build(b: Builder) -> Expr:

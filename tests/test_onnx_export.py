@@ -246,7 +246,7 @@ def test_standard_operators_from_their_opset_on(tmp_path: Path) -> None:
     }
 
 
-def test_what_a_query_that_sees_no_key_gets(tmp_path: Path) -> None:
+def test_queries_without_visible_keys_return_zeros(tmp_path: Path) -> None:
     """Zeros, if a mask, an infinite bias or both hide all keys; ONNX Runtime's Attention agrees."""
     q = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
     mask = np.array([[True, False, False], [False, False, False], [False, True, True]])
@@ -351,7 +351,7 @@ def test_sizes_are_expressions(opset: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 @pytest.mark.parametrize("saturate", [True, False])
-def test_what_is_past_bf16_becomes_its_largest_number_or_infinite(saturate: bool, dtype: str, tmp_path: Path) -> None:
+def test_values_beyond_bf16_become_the_largest_number_or_infinite(saturate: bool, dtype: str, tmp_path: Path) -> None:
     graph = graph_of(lambda b: b.round_to(b.input("x", f"{dtype}[8]"), format="bf16", saturate=saturate))
     x = np.array([1 + 2.0**-8, 3.4e38, -3.4e38, np.inf, -np.inf, np.nan, 1e-45, -0.0], DTYPES[dtype].numpy)
     made, wanted = in_runtime(graph, tmp_path, {"x": x})["y"], interpret(graph, {"x": x})["y"]

@@ -97,7 +97,7 @@ def test_quotients_of_integers_are_rounded_towards_zero() -> None:
 
 @pytest.mark.parametrize("mode", ["edge", "wrap", "reflect"])
 @pytest.mark.parametrize("pads", [(2, 0), (0, 2), (1, 2)])
-def test_what_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
+def test_values_that_a_border_repeats(mode: str, pads: tuple[int, int]) -> None:
     body = f'p = Constant<value_ints = [{pads[0]}, {pads[1]}]>() y = Pad<mode = "{mode}">(x, p)'
     for length in ("3", "N"):
         same_as_runtime(model(f"(float[{length}] x) => (float[M] y)", body), {"x": np.float32([3, 1, 2])})

@@ -152,7 +152,7 @@ WRONG: dict[str, tuple[Callable[[onnx.ModelProto], None], str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_named(what: str) -> None:
+def test_errors_name_the_cause(what: str) -> None:
     proto = small()
     change, why = WRONG[what]
     change(proto)
@@ -261,7 +261,7 @@ def test_branches_in_branches_are_limited(inlined: bool) -> None:
         import_onnx(proto, limits=OnnxLimits(nesting=needs - 1))
 
 
-def test_what_a_file_may_ask_for_at_first() -> None:
+def test_default_limits_of_a_file() -> None:
     assert OnnxLimits() == OnnxLimits(bytes=2**31 - 1, nodes=200_000, nesting=32, rank=24)
     proto = model("(float[2] x) => (float[2] y)", "a = Exp(x) b = Exp(a) y = Exp(b)")
     with pytest.raises(FrontendError, match="more nodes than the limit") as caught:
@@ -358,7 +358,7 @@ def test_fields_with_other_values_do_not_crash() -> None:
         _attempt(proto)
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_invalid_models_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     for data in (b"", b"\xff" * 50, b"PK\x03\x04" + bytes(30)):
         path.write_bytes(data)

@@ -168,7 +168,7 @@ def test_a_reduction_over_no_axes_does_what_remains_of_it(kind: str, axes: str) 
     )
 
 
-def test_what_a_border_holds_is_a_number_where_it_is_known() -> None:
+def test_known_border_values_are_numbers() -> None:
     given = "p = Constant<value = int64[4] {0, 1, 1, 1}>() v = Constant<value_float = 1.5>()"
     text = str(import_onnx(model("(float[2,3] x) => (float[3,5] y)", f"{given} y = Pad(x, p, v)", opset=19)).graph)
     assert text.count("value=1.5") == text.count("pad(") == 2

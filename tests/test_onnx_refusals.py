@@ -337,7 +337,7 @@ OPSETS: list[tuple[int, str, str, str]] = [  # opset, inputs, body, the refusal
 
 
 @pytest.mark.parametrize(("opset", "inputs", "body", "why"), OPSETS, ids=[body for _, _, body, _ in OPSETS])
-def test_what_is_refused_in_an_opset(opset: int, inputs: str, body: str, why: str) -> None:
+def test_refusals_of_an_opset(opset: int, inputs: str, body: str, why: str) -> None:
     proto = model(f"({inputs}) => (float y)", body, opset=opset)
     with pytest.raises(FrontendError) as caught:
         import_onnx(proto)

@@ -46,7 +46,7 @@ def run_ops(graph: Graph) -> Counter[str]:
 
 @pytest.mark.parametrize("opset", [17, 23])
 @pytest.mark.parametrize("name", [name for name in ZOO if name != "clip"])  # its towers are tested, and it is large
-def test_what_comes_back_is_the_same_model(name: str, opset: int, tmp_path: Path) -> None:
+def test_a_saved_model_is_read_back_equal(name: str, opset: int, tmp_path: Path) -> None:
     declared = ZOO[name][0].graph()
     optimized = PassManager(DEFAULT).run(declared).graph
     weights = weights_of(declared)

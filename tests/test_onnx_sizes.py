@@ -297,7 +297,7 @@ def test_an_input_that_determines_a_shape_is_asked_for_by_name() -> None:
     assert str(found.graph.main.outputs["y"].type) == "f32[2, 3]"
 
 
-def test_what_is_computed_from_an_input_asks_for_that_input() -> None:
+def test_shapes_computed_from_an_input_request_its_value() -> None:
     body = "one = Constant<value_ints = [1]>() more = Add(k, one) values, places = TopK(x, more)"
     with pytest.raises(StaticArgumentNeeded) as caught:
         import_onnx(model("(float[6] x, int64[1] k) => (float values)", body))
@@ -339,7 +339,7 @@ def test_a_static_argument_tells_its_axes() -> None:
         ("float[N,N]", [[1, 2]], "differs from the declared shape", "a value of FLOAT[N, N]"),
     ],
 )
-def test_what_a_static_argument_may_be(declared: str, given: Any, what: str | None, hint: str) -> None:
+def test_allowed_static_arguments(declared: str, given: Any, what: str | None, hint: str) -> None:
     proto = model(f"({declared} k, float[3] x) => (float[3] y)", "y = Exp(x)")
     if what is None:
         assert [v.name for v in import_onnx(proto, static={"k": given}).graph.main.inputs] == ["x"]

@@ -154,12 +154,12 @@ def is_linear_in(case: Case, position: int) -> bool:
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_only_moves(name: str) -> None:
+def test_ops_that_only_move_elements(name: str) -> None:
     assert all(case.op.only_moves for case in cases(name)) == all(map(hands_elements_on, cases(name)))
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_commutes(name: str) -> None:
+def test_ops_that_commute(name: str) -> None:
     """If operands are exchanged, the results are equal; `ties` distinguishes the operands of a maximum by their
     gradients.
     """
@@ -171,7 +171,7 @@ def test_what_commutes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_is_elementwise(name: str) -> None:
+def test_elementwise_ops(name: str) -> None:
     ranks = [[None if t is None else t.rank for t in case.types] for case in cases(name)]
     claimed = [case.op.is_elementwise(r) for case, r in zip(cases(name), ranks, strict=True)]
     found = [works_on_each_element(case) for case in cases(name)]
@@ -180,7 +180,7 @@ def test_what_is_elementwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_is_a_view(name: str) -> None:
+def test_ops_that_are_views(name: str) -> None:
     """NumPy returns views for some results of these ops, and never for results of other ops."""
     shares = [np.shares_memory(r, x) for c in cases(name) for r in c.results for x in present(c.operands)]
     assert all(case.op.is_view for case in cases(name)) == any(shares)
@@ -271,7 +271,7 @@ NOT_SEEN = {
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_may_be_written_over(name: str) -> None:
+def test_operands_that_may_be_overwritten(name: str) -> None:
     missed = False
     for case in cases(name):
         claimed = {*case.op.in_place(case.types)}
@@ -297,7 +297,7 @@ def test_linear_groups_name_every_linear_operand(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_reads_positions(name: str) -> None:
+def test_ops_that_read_positions(name: str) -> None:
     """If an op declares that it reads positions along an axis, a permutation of elements along the axis does not
     permute the results in the same way.
 
@@ -318,7 +318,7 @@ def test_what_reads_positions(name: str) -> None:
             assert are_same([turned], [result]) == (factor not in case.op.positional), factor
 
 
-def test_what_is_made_of_contractions() -> None:
+def test_ops_that_are_contractions() -> None:
     """The ops are contractions themselves, and composites whose body of primitives contains a contraction."""
     holding = {name for name in TESTED if any(holds_contraction(c.op, _values(c)) for c in cases(name))}
     fused = {"activated_linear", "gated_linear", "projections", "conv"}
@@ -389,7 +389,7 @@ def _attributes(op: Op) -> str:
     return ", ".join(f"{name}={attribute_text(value)}" for name, value in op.attributes.items())
 
 
-def test_what_ops_say(golden: Golden) -> None:
+def test_facts_of_ops(golden: Golden) -> None:
     """One table with all facts, in which every changed number, flag or rule shows."""
     golden(
         "text_form/ops.txt",

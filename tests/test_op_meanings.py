@@ -93,7 +93,7 @@ def test_gradients_at_special_points_are_finite() -> None:
         assert gradients(lambda b, x, name=name: b.apply(name, x), "f64[1]", [0.0])[0].tolist() == [0.0]
 
 
-def test_where_stops_the_gradient_of_what_it_does_not_choose() -> None:
+def test_where_stops_the_gradient_of_the_other_operand() -> None:
     (grad,) = gradients(lambda b, x: b.where(x > 0.0, x, b.log(x)), "f64[2]", [2.0, 4.0])
     assert grad.tolist() == [1.0, 1.0]
 

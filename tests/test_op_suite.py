@@ -198,7 +198,7 @@ def is_refused(run: str, graph: Graph, inputs: Mapping[str, Array]) -> bool:
 
 
 @each_op
-def test_what_does_not_fit_is_refused(name: str) -> None:
+def test_misfits_are_refused(name: str) -> None:
     with every_case() as each:
         for number, (sample, text) in enumerate(OPS[name].errors):
             with each(f"{name}-{number}"):

@@ -222,7 +222,7 @@ ODD = {"none": 0.0, "an infinity": math.inf, "its negative": -math.inf, "no numb
 @each_optimizer
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("kind", ODD)
-def test_what_is_not_finite_goes_where_it_does_in_torch(
+def test_nonfinite_values_propagate_as_in_torch(
     optimizer: Optimizer, kind: str, clip: float | None, backend: str
 ) -> None:
     """One element that is not finite, and a first step of all zeros; then steps with finite gradients continue from the
@@ -336,7 +336,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_makes_no_sense_is_refused_with_a_hint(kind: str) -> None:
+def test_contradictory_arguments_are_refused_with_a_hint(kind: str) -> None:
     call, what = REFUSED[kind]
     with pytest.raises(UsageError) as caught:
         call()

@@ -158,7 +158,7 @@ def test_a_file_of_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["1,x", "[1,", "[" * 100_000, "1," * 2**19 + "1"], ids=["word", "open", "deep", "long"]
 )
-def test_what_are_no_numbers_is_shown_in_part(text: str) -> None:
+def test_nonnumeric_values_are_shown_in_part(text: str) -> None:
     error = refusal(lambda: parse_inputs([f"x={text}"], {"x": 1}))
     assert error.what == "input x is neither a .npy file nor numbers"
     assert error.hint == "x=ids.npy, x=1,2,3 or x=[[1,2],[3,4]]"
@@ -207,7 +207,7 @@ def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.Mo
         (b"a" * 11, "the text is longer than the limit", "limit 10 bytes"),
     ],
 )
-def test_what_are_no_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(given_texts, "_TEXT_BYTES", 10)
     monkeypatch.setattr(sys, "stdin", Input(data))
     error = refusal(lambda: read_sentences([], None))

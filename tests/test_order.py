@@ -108,7 +108,7 @@ def test_memory_for_a_callee_is_taken_while_little_lives() -> None:
     assert find_order(problem) == Order((1, 0, 2), 104, 104)
 
 
-def test_what_is_kept_lives_at_all_steps_that_must_come_later() -> None:
+def test_kept_values_are_live_until_their_last_reader() -> None:
     buffers = (Buffer(100, (0,), True), Buffer(50, (2,)), Buffer(7, (1,), True))
     assert lower_bound(OrderProblem(((), (), (0,)), buffers, (0, 0, 0), ((),) * 3)) == 150
 
@@ -244,7 +244,7 @@ UPDATED_LATE = """graph updated {
 """
 
 
-def test_who_reads_a_state_comes_before_its_update() -> None:
+def test_readers_of_a_state_come_before_its_update() -> None:
     main = parse_graph(UPDATED_LATE).main
     before = must_precede(main, each_alone(main))
     assert before[3] == (0, 1)  # exp reads a view of the state's old value
@@ -252,7 +252,7 @@ def test_who_reads_a_state_comes_before_its_update() -> None:
 
 
 @pytest.mark.parametrize("merged", [True, False])
-def test_what_lies_as_its_reader_wants_it_is_written_over_nothing(merged: bool) -> None:
+def test_values_in_the_readers_layout_overwrite_nothing(merged: bool) -> None:
     """The storage has the reader's layout, so another order of steps saves no memory there."""
 
     def build(b: Builder) -> Expr:

@@ -42,7 +42,7 @@ def _place(array: Any) -> int:
     return int(array.ctypes.data)
 
 
-def test_what_was_let_go_of_is_used_again(model: t.Compiled) -> None:
+def test_freed_slots_are_used_again(model: t.Compiled) -> None:
     places = {_place(_run(model, _given(n))) for n in range(8)}
     assert len(places) == 1
 

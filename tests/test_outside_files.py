@@ -109,7 +109,7 @@ def test_a_name_that_is_long_is_staged_by_its_beginning(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [target.name]
 
 
-def test_what_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+def test_failed_writes_leave_only_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(TypeError), replacing(tmp_path / "a") as file:
         file.write(b"half") + file.write(None)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def test_a_file_of_which_nobody_can_tell_whether_it_is_locked_stays(
 
 
 @posix
-def test_what_is_no_file_of_the_users_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_others_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f".a-{n:012x}" for n in range(3)]
     os.mkfifo(tmp_path / names[0])
     (tmp_path / names[1]).symlink_to(tmp_path / names[2])
@@ -249,7 +249,7 @@ def test_limits_are_given_by_name_or_all() -> None:
         ({"bytes": "9" * 100}, "the limit bytes must be a positive integer", "'" + "9" * 79, None),
     ],
 )
-def test_what_is_no_limit_is_refused(given: Any, what: str, received: str | None, hint: str | None) -> None:
+def test_invalid_limits_are_refused(given: Any, what: str, received: str | None, hint: str | None) -> None:
     with pytest.raises(UsageError) as error:
         limits_of(_Limits, given)
     assert (error.value.what, error.value.received, error.value.hint) == (what, received, hint)

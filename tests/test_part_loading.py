@@ -160,7 +160,7 @@ def test_a_part_of_a_deferred_array_is_that_part_of_the_converted_one(tmp_path: 
     assert np.array_equal(doubled[0], 2 * wanted[0])
 
 
-def test_what_does_not_fit_a_narrower_dtype_is_refused_where_it_is_taken(tmp_path: Path) -> None:
+def test_values_too_large_for_a_narrower_dtype_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"w": np.array([1.0, 1e6], np.float32)}, path)
     found = bind({"w": ((2,), "f16")}, {}, SafetensorsFile.open(path), deferred=True).arrays["w"]

@@ -161,7 +161,7 @@ def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
     golden("text_form/parts_of_programs.txt", "\n".join(shown))
 
 
-def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
+def test_collectives_are_neither_split_nor_recomputed() -> None:
     """Collectives are neither computed in parts nor recomputed: other ranks communicate exactly as often as their own
     programs say.
     """
@@ -177,7 +177,7 @@ def test_where_ranks_meet_is_neither_in_parts_nor_again() -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_is_computed_again_changes_no_number(seed: int) -> None:
+def test_recomputation_changes_no_number(seed: int) -> None:
     graph = random_program(seed)
     given, weights = inputs_of(graph, {"B": 2, "S": 4})
     wanted = interpret(graph, given, weights)["y"]
@@ -268,7 +268,7 @@ AGAIN = """graph g {
         ("n, m = top_k(x, k=96)", False),
     ],
 )
-def test_what_is_cheap_is_computed_for_each_that_reads_it(line: str, again: bool) -> None:
+def test_cheap_values_are_recomputed_for_each_reader(line: str, again: bool) -> None:
     """A cheap value is recomputed for each reader if its operands live anyway, here until the end."""
     graph = parse_graph(
         "graph g { parameters { w: f32[96, 96] v: f32[97, 96] }"
@@ -282,7 +282,7 @@ def test_what_is_cheap_is_computed_for_each_that_reads_it(line: str, again: bool
     assert len(graph.main.nodes) == count + again
 
 
-def test_what_nobody_reads_later_is_not_kept_to_compute_again() -> None:
+def test_values_without_later_readers_are_not_kept() -> None:
     for line, again in (("c = tanh(x)", True), ("c = tanh(a)", False)):
         graph = parse_graph(
             f"graph g {{ main(x: f32[8, 8]) -> (b: f32[], c: f32[8, 8]) {{ n = exp(x) a = softmax(n)"
@@ -424,7 +424,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("change", "report"), WRONG, ids=[change.__name__ for change, _ in WRONG])
-def test_what_is_wrong_of_parts_is_found(change: Callable[[Graph, Parted], None], report: str) -> None:
+def test_wrong_parts_are_found(change: Callable[[Graph, Parted], None], report: str) -> None:
     graph, parted = parted_attention()
     change(graph, parted)
     with pytest.raises(PassError, match=report):
@@ -484,7 +484,7 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("change", "report"), CALLS, ids=[change.__name__ for change, _ in CALLS])
-def test_what_is_wrong_of_calls_in_parts_is_found(change: Callable[[Graph, Parted], None], report: str) -> None:
+def test_wrong_calls_in_parts_are_found(change: Callable[[Graph, Parted], None], report: str) -> None:
     graph, parted = parted_layers()
     change(graph, parted)
     with pytest.raises(PassError, match=report):

@@ -135,7 +135,7 @@ def test_rules_that_rewrite_their_own_output_forever_are_stopped() -> None:
         (lambda p, x: p.exp("x"), "must consist of terms and numbers"),
     ],
 )
-def test_what_is_no_pattern_says_why(spelled: Any, message: str) -> None:
+def test_invalid_patterns_are_refused_with_the_reason(spelled: Any, message: str) -> None:
     with pytest.raises(PassError) as caught:
         Pattern.trace(spelled)
     assert message in str(caught.value)

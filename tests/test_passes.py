@@ -588,7 +588,7 @@ FUSED = [
 ]
 
 
-def test_what_folds_to_no_number_warns_of_nothing() -> None:
+def test_folding_to_nan_warns_of_nothing() -> None:
     text = program("x: f32[B]", "y: f32[B]", "a = div(1.0, 0.0)", "b = mul(x, a)", "return y = b")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

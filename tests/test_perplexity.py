@@ -158,7 +158,7 @@ def test_logarithms_are_of_large_numbers_too() -> None:
         (0, 16, "perplexity needs a text of two tokens or more", "0"),
     ],
 )
-def test_what_has_no_perplexity(
+def test_models_without_a_perplexity(
     folder: Path, ids: list[int], count: int, window: int, report: str, received: str
 ) -> None:
     meter = PerplexityMeter.open(Program.of(folder))

@@ -216,7 +216,7 @@ def test_a_heavy_end_has_a_stage_of_its_own() -> None:
     assert sum(name.startswith("h.") for name in first.weights) > sum(name.startswith("h.") for name in last.weights)
 
 
-def test_what_follows_from_inputs_is_not_handed_on() -> None:
+def test_values_computed_from_inputs_are_not_saved() -> None:
     """BERT's mask, which all layers read, depends only on inputs, so each stage computes it.
 
     T5's biases depend on weights and positions, and are the same for all micro-batches. So they are sent once.

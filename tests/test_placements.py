@@ -79,13 +79,13 @@ def test_a_mesh_reads_back(text: str) -> None:
         ("", "not a mesh"),
     ],
 )
-def test_what_is_no_mesh_is_refused(text: str, report: str) -> None:
+def test_invalid_meshes_are_refused(text: str, report: str) -> None:
     with pytest.raises(UsageError, match=report):
         Mesh.of(text)
 
 
 @pytest.mark.parametrize("text", ["ep", "tp:(1)3", "tp:(3)2", "tp:(1)16"])
-def test_what_a_mesh_has_not_is_refused(text: str) -> None:
+def test_unknown_mesh_axes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="has no"):
         Mesh.of("tp=8").parts_of(text)
 
@@ -232,7 +232,7 @@ def test_machines_that_are_planned_for() -> None:
         find_machine("tpu")
 
 
-def test_what_holds_a_value_in_blocks_is_split_by_bytes() -> None:
+def test_containers_of_blocks_are_split_by_bytes() -> None:
     mesh = Mesh.of("tp=2,dp=2")
     blocks = parse_type("f32[8, 128] as int8_groups(32)")  # 36 bytes a block
     assert blocks.storage_type == parse_type("u8[8, 144]")

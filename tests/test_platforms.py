@@ -188,7 +188,7 @@ def _intel(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["agree", "emulator", "masked-list", "false-cpuid", "one-fails", "no-cpuid", "no-list", "neither"],
 )  # fmt: skip
 @pytest.mark.usefixtures("_intel")
-def test_what_the_cpu_says_counts_if_it_executes(
+def test_cpuid_counts_if_the_instructions_run(
     cpuid: frozenset[str] | None,
     listed: frozenset[str] | None,
     executed: frozenset[str] | None,

@@ -93,7 +93,7 @@ def test_a_line_that_reads_what_is_dead_computes_with_nan(backend: str, monkeypa
 
 
 @needs_torch
-def test_what_a_library_allocated_is_filled_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_memory_is_poisoned_when_it_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op is a norm: PyTorch cannot write its result into a given destination."""
     monkeypatch.setenv("TREADLE_POISON", "1")
     backend, target = find_backend("torch"), Target("cpu")
@@ -116,7 +116,7 @@ def test_what_a_library_allocated_is_filled_when_it_dies(monkeypatch: pytest.Mon
 
 
 @each_backend
-def test_what_the_caller_gave_stays_as_it_is(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_of_the_caller_stay_unchanged(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREADLE_POISON", "1")
     graph, weights = block_model()
     held = {name: array.copy() for name, array in weights.items()}

@@ -115,7 +115,7 @@ def run(model: str, backend: str, **options: Any) -> Array:
 # -- the plan ------------------------------------------------------------------------------------------------------
 
 
-def test_what_becomes_of_each_weight_and_why(every: Graph) -> None:
+def test_explanations_of_each_weight(every: Graph) -> None:
     plan = plan_quantization(every, "int4")
     check_quantization(plan, every)
     message = {w.name: (str(w.encoding), w.reason) for w in plan.weights}
@@ -306,7 +306,7 @@ def test_outputs_stay_near(name: str, scheme: str, least: float, backend: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_fuses_in_the_float_model_fuses(name: str) -> None:
+def test_quantized_models_fuse_like_float_models(name: str) -> None:
     made = PassManager((*DEFAULT, QuantizeWeights("int4"))).run(MODELS[name].graph())
     nodes = [[n.op.name for n in f.nodes if not n.op.decodes] for f in made.graph.functions.values()]
     assert nodes == [[n.op.name for n in f.nodes] for f in optimized(name).functions.values()]

@@ -26,7 +26,7 @@ def count(graph: Graph) -> int:
     return str(graph).count("= all_reduce(")
 
 
-def test_nobody_reads_it_and_it_stays() -> None:
+def test_unread_results_stay() -> None:
     b = Builder(Graph("unread"))
     x = b.input("x", "f32[8]")
     reduced(b, x)

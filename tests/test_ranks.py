@@ -298,7 +298,7 @@ GPT2 = ("run", "gpt2", *SMALL, "--mesh")
         (("generate", "gpt2", "a", "--mesh", "tp=3", "--recipe", "megatron"), "gpt2"),
     ],
 )
-def test_what_all_ranks_refuse_is_told_once(forked: ForkedRanks, words: tuple[str, ...], what: str) -> None:
+def test_refusals_of_all_ranks_are_printed_once(forked: ForkedRanks, words: tuple[str, ...], what: str) -> None:
     if "cuda" in words and pytest.importorskip("torch").cuda.is_available():
         pytest.skip("there is a CUDA device")
     refused(forked.launch(3, *words), what)
@@ -429,7 +429,7 @@ def test_a_process_that_nobody_started_as_a_rank_is_told_how(monkeypatch: pytest
         ),
     ],
 )
-def test_who_does_not_come_to_the_start_is_told(
+def test_ranks_that_do_not_start_are_reported(
     rank: int, met: Exception | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.distributed import HashStore

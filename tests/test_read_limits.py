@@ -54,7 +54,7 @@ READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = 
 
 
 @pytest.mark.parametrize(("module", "name", "read", "limits"), READERS, ids=[f"{m}-{n}" for m, n, _, _ in READERS])
-def test_what_may_be_read(
+def test_readable_files(
     module: str,
     name: str,
     read: Callable[[Any, Path], object],

@@ -367,7 +367,7 @@ def test_before_and_after_as_text() -> None:
     assert optimized.log[0].refusals == [] == optimized.log[0].near_misses
 
 
-def test_what_says_nothing_by_position_stays_as_it_is() -> None:
+def test_masks_that_do_not_depend_on_positions_stay() -> None:
     text = program(
         "q: f32[B, 4, S, 6], k: f32[B, 2, S, 6], v: f32[B, 2, S, 6], m: bool[B, S, S], a: f32[4, S, S], n: i64[B]",
         "y: f32[B, 4, S, 6]",

@@ -101,7 +101,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_what_bodies_mean(golden: Golden) -> None:
+def test_bodies_equal_their_references(golden: Golden) -> None:
     lines: list[str] = []
     for kind, body in BODIES:
         lines.append(f"# {kind}: {json.dumps(body)[:200]}")
@@ -146,7 +146,7 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
             fields.texts("texts", most=1)
 
 
-def test_what_is_counted() -> None:
+def test_counted_quantities() -> None:
     """Metrics by name, route, model and kind. The library's own lines, such as a counter's creation time, are left
     out.
     """

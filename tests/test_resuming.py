@@ -160,7 +160,7 @@ def test_a_ring_is_cut_back_as_far_as_it_holds() -> None:
     session.close(row, keep=True)
 
 
-def test_where_it_would_change_bits_or_states_cannot_be_cut_back_it_is_not_done(exe: Compiled) -> None:
+def test_prefixes_are_not_reused_if_bits_would_change(exe: Compiled) -> None:
     session = exe.session(rows=2)
     assert not session.resumes, "a row of NumPy's has other bits where it is cut otherwise"
     text = drawn(40)

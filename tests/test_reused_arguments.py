@@ -88,7 +88,7 @@ def test_blocks_do_not_lie_where_their_numbers_did(encoded: str) -> None:
     assert made.plan.functions["block"].reuses == ()
 
 
-def test_what_is_read_after_the_call_is_kept() -> None:
+def test_values_read_after_a_call_are_kept() -> None:
     made = plan_of(stacked(residual, kept=True))
     assert made.plan is not None
     main = made.plan.functions["main"]
@@ -159,7 +159,7 @@ def test_a_call_that_takes_all_and_gives_all_is_no_part() -> None:
     assert plan.functions["block"].reuses == ()
 
 
-def test_what_is_passed_twice_is_not_written_over() -> None:
+def test_arguments_passed_twice_are_not_overwritten() -> None:
     made = plan_of(stacked(residual, twice=True))
     assert made.plan is not None
     main = made.plan.functions["main"]

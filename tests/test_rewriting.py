@@ -131,7 +131,7 @@ TASKS = {
 }
 
 
-def test_what_the_folder_says_of_a_task(tmp_path: Path) -> None:
+def test_task_settings_of_a_folder(tmp_path: Path) -> None:
     model, tokenizer = saved(tmp_path, "t5", task_specific_params=TASKS)
     loaded = t.load(tmp_path)
     given = texts(10)

@@ -126,7 +126,7 @@ MADE = Roofline(
 )
 
 
-def test_what_is_told_and_drawn(golden: Golden) -> None:
+def test_reports_and_drawings(golden: Golden) -> None:
     golden("roofline/report.txt", f"{MADE}\n\n{replace(MADE, sizes={}, threads=2)}\n")
     golden("roofline/drawn.svg", draw_roofline(MADE))
     first = {"kernel": "product_1", "what": "linear+gelu", "calls": 4, "seconds": 3e-3, "flops": 6_000_000_000}

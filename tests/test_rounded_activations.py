@@ -55,7 +55,7 @@ def normal(*shape: int, seed: int = 0) -> Array:
 # -- the plan ------------------------------------------------------------------------------------------------------
 
 
-def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
+def test_explanations_of_values_that_weights_multiply(every: Graph) -> None:
     plan = plan_quantization(every, "int8")
     check_quantization(plan, every)
     message = {(a.function, a.name): (str(a.encoding), a.reason) for a in plan.activations}
@@ -90,7 +90,7 @@ def test_what_becomes_of_each_value_that_weights_multiply(every: Graph) -> None:
     assert plan_quantization(every, "int8-weights").activations == ()
 
 
-def test_what_the_plan_says_as_json(every: Graph) -> None:
+def test_the_plan_as_json(every: Graph) -> None:
     facts = json.loads(json.dumps(plan_quantization(every, "int8").as_dict()))
     assert (facts["scheme"], facts["bytes"], facts["bytes_before"]) == ("int8", 36252, 40000)
     message = {each["name"]: each for part in ("weights", "activations") for each in facts[part] if each["name"] != "x"}
@@ -222,7 +222,7 @@ def test_other_encodings_are_refused() -> None:
         b.encoded_linear(rows, four, of="q4_1", rows="int8_groups(32)")
 
 
-def test_what_each_encoding_of_a_weight_has_its_activations_rounded_to() -> None:
+def test_activation_encodings_for_each_weight_encoding() -> None:
     message = {text: str(rounded_for(parse_encoding(text))) for text in FORMS_OF_WEIGHTS}
     assert message == FORMS_OF_WEIGHTS
 

@@ -394,7 +394,7 @@ def test_a_limit_is_a_positive_integer(field: str, value: Any) -> None:
         CheckpointLimits(**{field: value})
 
 
-def test_what_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
     refusal(folder)

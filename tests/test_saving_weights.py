@@ -89,7 +89,7 @@ def parts(draw: st.DrawFn) -> tuple[Source, tuple[int, ...]]:
 
 
 @given(parts())
-def test_what_is_written_to_a_part_is_read_from_it_and_the_rest_stays(case: tuple[Source, tuple[int, ...]]) -> None:
+def test_writes_to_a_part_leave_the_rest(case: tuple[Source, tuple[int, ...]]) -> None:
     source, shape = case
     before = np.arange(np.prod(shape, dtype=int)).reshape(shape)
     after = before.copy()
@@ -111,7 +111,7 @@ def save_folder(source: Path, weights: Mapping[str, Array], target: Path, *, rep
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_was_saved_is_read_again(name: str, tmp_path: Path) -> None:
+def test_saved_files_are_read_again(name: str, tmp_path: Path) -> None:
     """Each parameter's new values are stored at the parameter's place. No tensor is lost, and no tensor without a
     parameter is changed.
 
@@ -366,7 +366,7 @@ def test_nothing_outside_is_read(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "to").exists()
 
 
-def test_what_cannot_be_saved_is_told_before_there_is_anything_to_save(source: Path, tmp_path: Path) -> None:
+def test_unsavable_models_are_refused_before_training(source: Path, tmp_path: Path) -> None:
     resolved = resolve(source)
     with pytest.raises(UsageError, match="the model's own folder cannot be overwritten"):
         saver_for(resolved, source, replace=True)

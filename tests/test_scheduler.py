@@ -120,7 +120,7 @@ def test_texts_that_begin_alike_read_it_once(model: Compiled) -> None:
     assert session.rows == ()
 
 
-def test_who_waits_for_the_prompt_of_one_that_goes_away_goes_on_alone(model: Compiled) -> None:
+def test_requests_that_share_a_cancelled_prompt_continue(model: Compiled) -> None:
     session = model.session(rows=3, capacity=CAPACITY, chunk=8, resumes=True)
     scheduler, system = Scheduler(session), tuple(range(20))
     prompts = [(*system, *range(30, 50)), (*system, 40, 41), (*system, 40, 41)]
@@ -142,7 +142,7 @@ def test_who_waits_for_the_prompt_of_one_that_goes_away_goes_on_alone(model: Com
     scheduler.close()
 
 
-def test_where_a_session_does_not_resume_a_prompt_alone_is_shared(model: Compiled, session: Session) -> None:
+def test_sessions_that_do_not_resume_share_only_prompts(model: Compiled, session: Session) -> None:
     assert not session.resumes
     scheduler, system = Scheduler(session), tuple(range(20))
     prompts = [(*system, 30), (*system, 40), (*system, 30)]
@@ -154,7 +154,7 @@ def test_where_a_session_does_not_resume_a_prompt_alone_is_shared(model: Compile
     scheduler.close()
 
 
-def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Scheduler) -> None:
+def test_cancelled_requests_free_their_row(model: Compiled, scheduler: Scheduler) -> None:
     long = Choosing(40)
     first = [Heard() for _ in range(3)]
     started, cancelled = threading.Event(), threading.Event()
@@ -181,7 +181,7 @@ def test_who_goes_away_gives_the_row_to_the_next(model: Compiled, scheduler: Sch
         assert each.wait() == alone(model, (1, 2), long)
 
 
-def test_what_a_receiver_raises_ends_its_own_text_alone(model: Compiled, scheduler: Scheduler) -> None:
+def test_errors_of_a_receiver_end_only_its_text(model: Compiled, scheduler: Scheduler) -> None:
     def fail(report: Token | Ended) -> None:
         raise RuntimeError("the receiver is broken")
 
@@ -217,7 +217,7 @@ def test_a_text_whose_choice_fails_ends_alone(model: Compiled, scheduler: Schedu
     assert (end.why.what, end.why.received) == ("a step failed", "ZeroDivisionError: by nothing")
 
 
-def test_what_waits_when_nothing_was_begun_is_told_of_the_end(session: Session) -> None:
+def test_waiting_requests_are_told_that_the_server_stops(session: Session) -> None:
     scheduler, heard = Scheduler(session), Heard()
     scheduler.submit([(TextOrder((5,), Choosing(4)), heard)])
     assert scheduler.load().waiting == 1

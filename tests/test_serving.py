@@ -195,7 +195,7 @@ def test_several_prompts_and_choices_are_told_apart(server: Running, writer: Tex
     assert again.choices[0].text == first
 
 
-def test_what_prompts_share_is_read_once_and_told(server: Running, writer: TextWriter) -> None:
+def test_shared_prefixes_are_computed_once_and_reported(server: Running, writer: TextWriter) -> None:
     def counted(kind: str) -> int:
         line = next(x for x in server.metrics().splitlines() if x.startswith(f'treadle_tokens_total{{kind="{kind}"'))
         return int(float(line.split()[-1]))
@@ -372,7 +372,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "status", "place", "report"), WRONG)
-def test_what_cannot_be_is_told_with_the_field(
+def test_impossible_values_are_refused_with_the_field(
     server: Running, path: str, body: Any, status: int, place: str | None, report: str
 ) -> None:
     """The error names the invalid field. If no single field is wrong, it has a code."""
@@ -409,7 +409,7 @@ def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
 
 
-def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, writer: TextWriter) -> None:
+def test_requests_beyond_the_queue_are_asked_to_retry(server: Running, writer: TextWriter) -> None:
     def size(seed: int) -> int:
         return len(list(writer.continued(["a"], most=60, sampling=Sampling(temperature=1.0, seed=seed))))
 
@@ -423,7 +423,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
     assert len({each.choices[0].index for each in first}) == 40
 
 
-def test_who_goes_away_is_given_up(server: Running) -> None:
+def test_requests_of_closed_connections_are_cancelled(server: Running) -> None:
     """If the client disconnects, the request's rows are free before its texts would have ended."""
 
     def generated() -> float:

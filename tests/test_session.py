@@ -228,7 +228,7 @@ def test_inputs_may_be_named_as_a_step_names_its_rows() -> None:
     near(session.step({row: 3})[row], wanted[0, -1])
 
 
-def test_what_is_wrong_is_said_before_anything_is_appended(exe: Compiled) -> None:
+def test_errors_are_raised_before_anything_is_appended(exe: Compiled) -> None:
     session = exe.session(rows=2, capacity=16)
     row = session.open()
     session.prefill({row: [1, 2]})
@@ -276,7 +276,7 @@ def test_bytes_are_those_of_the_caches(exe: Compiled) -> None:
     assert session.nbytes == 2 * 2 * 3 * 20 * 32 * 4, "keys and values of two layers in float32"
 
 
-def test_what_a_row_brings_once_is_its_own() -> None:
+def test_inputs_passed_once_belong_to_their_row() -> None:
     exe = t.compile(MODELS["t5"], seed=2)
     rng = np.random.default_rng(4)
     session = exe.session(rows=3, capacity=12, memory={"S": 9})

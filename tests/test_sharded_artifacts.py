@@ -79,7 +79,7 @@ def test_blocks_come_back(tmp_path: Path) -> None:
     assert try_in_lab(read.plan, weights=read.weights).passed
 
 
-def test_what_is_not_split_is_told(tmp_path: Path) -> None:
+def test_unsplit_axes_are_reported(tmp_path: Path) -> None:
     treadle.compile("gpt2", **SMALL).save(tmp_path / "x.treadle")
     assert open_artifact(tmp_path / "x.treadle").sharding is None
     with pytest.raises(UsageError, match="a model that is not sharded"):
@@ -250,7 +250,7 @@ def test_a_plan_that_is_wrong_is_refused(name: str, made: ShardedModel) -> None:
     [set_in("notes", ["x" * 1000]), set_in("mesh", "tp=2,dp=2048"), set_in("machine", "latency", 0)],
     ids=["a long text", "as many ranks as may be", "links without latency"],
 )
-def test_what_is_just_within_the_limits_is_read(change: Change, made: ShardedModel) -> None:
+def test_values_at_the_limits_are_read(change: Change, made: ShardedModel) -> None:
     record = again(plan_record(made.plan))
     change(record)
     assert again(plan_record(read_plan(record, made.plan.graph, most_ranks=4096))) == record

@@ -148,7 +148,7 @@ def test_a_device_holds_what_its_program_needs() -> None:
     assert stream < needs[0].values < 8 * stream
 
 
-def test_what_is_had_in_two_placements_moves_from_the_nearer_one() -> None:
+def test_a_value_in_two_placements_moves_from_the_nearer_one() -> None:
     """Weights in blocks move from the only placement that permits it."""
     mesh, b = Mesh.of("tp=4"), Builder(Graph("g"))
     rows, columns, whole = (parse_placement(text, mesh) for text in ("[tp, -]", "[-, tp]", "[-, -]"))
@@ -159,7 +159,7 @@ def test_what_is_had_in_two_placements_moves_from_the_nearer_one() -> None:
     assert values.conversion_to(w, whole)[1] == rows
 
 
-def test_what_is_read_twice_moves_once_and_what_comes_after_it_too() -> None:
+def test_a_value_with_two_readers_moves_once() -> None:
     b = Builder(Graph("alike"))
     x, v = b.input("x", "f32[2, 4, 8, 6]"), b.input("v", "f32[2, 4, 8, 6]")
     b.outputs(y=b.attention(x, x, v))

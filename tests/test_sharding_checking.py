@@ -172,12 +172,12 @@ WRONG: dict[str, tuple[ShardingPlan, str]] = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_lies_as_the_rules_say_is_taken(name: str) -> None:
+def test_inputs_with_the_expected_strides_are_accepted(name: str) -> None:
     check_sharding(SOUND[name])
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_lies_otherwise_is_refused(name: str) -> None:
+def test_inputs_with_other_strides_are_refused(name: str) -> None:
     plan, expected = WRONG[name]
     with pytest.raises(PassError, match=expected):
         check_sharding(plan)

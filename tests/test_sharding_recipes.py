@@ -198,7 +198,7 @@ def test_a_weight_that_is_an_output_is_whole_too(asked: dict[str, str], gathered
     np.testing.assert_equal(run_lab(whole, inputs, weights).outputs, wanted)
 
 
-def test_what_is_gathered_for_use_already_is_gathered_once() -> None:
+def test_weights_with_several_readers_are_gathered_once() -> None:
     b = Builder(Graph("returned"))
     w = b.parameter("up", "f32[18, 12]")
     b.outputs(y=b.linear(b.input("x", "f32[B, 12]"), w), w=w)
@@ -217,7 +217,7 @@ def test_without_a_node_no_weight_is_gathered() -> None:
         with_whole_outputs(shard(b.graph, "tp=2", axes={"up[0]": "tp"}))
 
 
-def test_what_is_planned_has_one_entry_and_a_size_for_each_symbol() -> None:
+def test_plans_need_one_entry_and_a_size_for_each_symbol() -> None:
     mesh = Mesh.of("tp=2")
     stepped = blocks()
     with pytest.raises(PassError, match="only a graph with one entry and no states can be sharded"):
@@ -238,7 +238,7 @@ def test_two_readers_of_a_weight_gather_it_once() -> None:
 
 
 @pytest.mark.parametrize(("family", "block"), [("t5", "decoder_block"), ("bart", "decoder_layer")])
-def test_what_all_layers_read_is_gathered_once_before_them(family: str, block: str) -> None:
+def test_weights_of_all_layers_are_gathered_once_before_them(family: str, block: str) -> None:
     """The value is an encoder's states, which are split by tokens; every decoder layer needs them whole."""
     plan = shard(recognized(family), "tp=2", recipe="sequence")
     check_sharding(plan)
@@ -357,7 +357,7 @@ def test_models_in_fewer_bits_are_split_as_others_are(options: dict[str, str], m
     assert device_needs(plan).weights < device_needs(shard_model("gpt2", mesh, recipe=recipe, layers=2)).weights / 2
 
 
-def test_what_is_made_of_a_weight_stays_split_as_the_weight_and_is_gathered_in_fewer_bits() -> None:
+def test_values_derived_from_a_weight_stay_split_and_are_gathered_in_fewer_bits() -> None:
     """Weights are split, and cast to bf16 in parts: megatron gathers none of them, and fsdp sends half the bytes."""
     small: dict[str, Any] = {"layers": 2, "dim": 64, "heads": 4, "vocab": 96, "context": 32}
     reduced = shard_model("gpt2", "tp=2", recipe="megatron", dtype="bf16", **small)
@@ -387,7 +387,7 @@ def test_the_vocabulary_is_one_dimension_of_a_weight() -> None:
     assert vocabulary(b.graph) == ["w[0]", "u[0]"]
 
 
-def test_as_many_ranks_as_heads_have_one_each() -> None:
+def test_each_rank_has_one_head_if_there_are_as_many_ranks() -> None:
     plan = shard_model("gpt2", "tp=12", axes={"heads": "tp"}, layers=1)
     assert plan.weights["h.0.attn.q.weight"].text(plan.mesh) == "[tp, -]"
     assert plan.notes == ()

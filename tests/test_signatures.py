@@ -31,7 +31,7 @@ def imported(dotted: str) -> Any:
         pytest.skip(f"{dotted} needs {error.name}")
 
 
-def test_what_functions_take(golden: Golden) -> None:
+def test_parameters_of_functions(golden: Golden) -> None:
     """Every public function, class and method of the package's own folder, with its defaults."""
     lines: list[str] = []
     for path in sorted((ROOT / "treadle").rglob("*.py")):

@@ -68,7 +68,7 @@ def test_a_site_reads_what_came_in_the_place_of_another() -> None:
     assert_same_numbers(parse_graph(text), optimized.graph)
 
 
-def test_what_is_used_elsewhere_stays() -> None:
+def test_values_with_other_readers_stay() -> None:
     text = program("x: f32[S]", "y: f32[S], z: f32[S]", "a = neg(x)", "b = neg(a)", "return y = a, z = b")
     assert lines(optimize(text, DoubleNegation()).graph) == ["neg -> a", "mul -> b"]
 
@@ -143,7 +143,7 @@ def test_near_misses_are_told_but_of_what_was_taken_and_of_too_many() -> None:
     assert all(len(event.original_nodes) == 1 for event in record.near_misses)
 
 
-def test_what_had_a_name_keeps_it_when_it_is_decomposed() -> None:
+def test_decomposed_ops_keep_their_name() -> None:
     text = program("x: f32[S, 4]", "y: f32[S, 4]", "h = softmax(x, axis=-1)", "y = exp(h)", "return y = y")
     optimized = optimize(text, Decompose())
     assert lines(optimized.graph)[-2:] == ["div -> h", "exp -> y"]

@@ -279,7 +279,7 @@ def test_as_linear(size: Size, linear: tuple[str, int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [Size.of(3), S * T, S * S, S + T, S // 2])
-def test_what_is_not_linear_in_one_symbol(size: Size) -> None:
+def test_sizes_that_are_not_linear_in_one_symbol(size: Size) -> None:
     assert size.as_linear is None
 
 

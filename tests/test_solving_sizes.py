@@ -21,7 +21,7 @@ from treadle.ir.types import parse_type
         ("f32[]", (), {"S": 7}, {"S": 7}),
     ],
 )
-def test_what_is_told(type: str, shape: tuple[int, ...], known: dict[str, int], found: dict[str, int]) -> None:
+def test_reported_facts(type: str, shape: tuple[int, ...], known: dict[str, int], found: dict[str, int]) -> None:
     assert solve_sizes(parse_type(type), shape, known) is None
     assert known == found
 
@@ -39,5 +39,5 @@ def test_what_is_told(type: str, shape: tuple[int, ...], known: dict[str, int], 
         ("f32[S, 2*S]", (3, 5), {}, "dimension 1 must be 2*S (S = 3), is 5"),
     ],
 )
-def test_what_does_not_fit(type: str, shape: tuple[int, ...], known: dict[str, int], report: str) -> None:
+def test_misfits(type: str, shape: tuple[int, ...], known: dict[str, int], report: str) -> None:
     assert solve_sizes(parse_type(type), shape, known) == report

@@ -217,7 +217,7 @@ def test_a_damaged_weight_is_refused_as_ever(tmp_path: Path) -> None:
         opened(tmp_path, proto)(x=np.ones((2, 128), np.float32), k=2)
 
 
-def test_what_is_kept_is_bounded(tmp_path: Path, runs: list[str]) -> None:
+def test_the_number_of_kept_entries_is_bounded(tmp_path: Path, runs: list[str]) -> None:
     proto = model("(float[B,1] x, int64[2] shape) => (float y)", "y = Expand(x, shape)")
     exe = opened(tmp_path, proto, passes=[Counting()])
     x = np.ones((2, 1), np.float32)
@@ -273,7 +273,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[TreadleError], str]] = {
 
 
 @pytest.mark.parametrize("case", CALLS)
-def test_what_does_not_fit_is_refused_and_not_kept(tmp_path: Path, case: str) -> None:
+def test_misfits_are_refused_and_not_cached(tmp_path: Path, case: str) -> None:
     given, kind, words = CALLS[case]
     exe = opened(tmp_path, TOP)
     with pytest.raises(kind, match=words) as caught:
@@ -330,7 +330,7 @@ ASKED: dict[str, Callable[[treadle.Compiled, Path], object]] = {
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_what_depends_on_the_value_says_so(tmp_path: Path, asked: str) -> None:
+def test_dependence_on_values_is_reported(tmp_path: Path, asked: str) -> None:
     exe = opened(tmp_path, TOP)
     exe(x=ROWS, k=3)
     with pytest.raises(UsageError, match="on the value of k") as caught:
@@ -339,7 +339,7 @@ def test_what_depends_on_the_value_says_so(tmp_path: Path, asked: str) -> None:
     assert not (tmp_path / "any.treadle").exists()
 
 
-def test_what_the_file_declares_is_held(tmp_path: Path) -> None:
+def test_declarations_of_the_file_are_kept(tmp_path: Path) -> None:
     path = saved(tmp_path, TOP)
     for given, words in (
         (2.5, "must be of type INT64"),
@@ -351,7 +351,7 @@ def test_what_the_file_declares_is_held(tmp_path: Path) -> None:
     assert treadle.compile(path, k=3)(x=ROWS)["values"].shape == (2, 3)
 
 
-def test_those_who_need_one_graph_ask_for_the_value(tmp_path: Path) -> None:
+def test_callers_that_need_one_graph_request_the_value(tmp_path: Path) -> None:
     with pytest.raises(StaticArgumentNeeded, match="input k determine a shape") as caught:
         verify_model(saved(tmp_path, TOP))
     assert (caught.value.argument, caught.value.hint) == ("k", "k=VALUE as an argument")

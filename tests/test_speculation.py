@@ -89,7 +89,7 @@ def test_look_up_finds_the_latest_of_the_longest() -> None:
     assert guess.follow([1, 2, 9, 1, 2], 1) == [9]
 
 
-def test_what_cannot_be_speculated() -> None:
+def test_models_without_speculation() -> None:
     model = t.compile("gpt2", seed=3, **SMALL)
     with pytest.raises(UsageError, match="prompt 1 of 1 has no tokens"):
         speculate(model.session(rows=1), [[]], most=3, guess=PromptLookup())

@@ -169,7 +169,7 @@ def test_its_passes_are_recorded_after_ours() -> None:
     assert [line.split()[0] for line in rows] == ["legalize", "hoist-weights", "plan-storage"]
 
 
-def test_one_that_does_all_in_compile_still_works() -> None:
+def test_a_backend_with_compile_alone_still_works() -> None:
     graph, weights = block_model()
     exe, numpy = (t.compile(graph, backend=backend, weights=weights) for backend in ("whole", "numpy"))
     assert [record.name for record in exe.log] == [each.name for each in DEFAULT]
@@ -181,7 +181,7 @@ def test_one_that_does_all_in_compile_still_works() -> None:
         np.testing.assert_allclose(exe(tokens=tokens)[name], array, rtol=0, atol=64 * 2.0**-23)
 
 
-def test_what_it_says_is_the_last_record() -> None:
+def test_notes_are_the_last_record() -> None:
     graph, weights = block_model()
     exe = t.compile(graph, backend="noted", weights=weights)
     assert [record.name for record in exe.log][-1] == "lower-to-whole"
@@ -189,7 +189,7 @@ def test_what_it_says_is_the_last_record() -> None:
     assert exe.optimized.after("lower-to-whole") is exe.graph
 
 
-def test_what_it_cannot_run_is_refused_before_it_is_lowered() -> None:
+def test_unsupported_nodes_are_refused_before_lowering() -> None:
     graph, weights = block_model()
     text = message(lambda: t.compile(graph, backend="choosy", weights=weights))
     assert "the primitive backend cannot run tiny" in text and "it has no softmax" in text
@@ -197,7 +197,7 @@ def test_what_it_cannot_run_is_refused_before_it_is_lowered() -> None:
     assert "backend primitive is not available" in text and "its device is not plugged in" in text
 
 
-def test_what_is_no_backend_is_told_what_to_write() -> None:
+def test_invalid_backends_are_refused_with_a_hint() -> None:
     text = message(lambda: find_backend("half"))
     assert "backend 'half' is not complete" in text and "a class without emit" in text
     assert "name, pipeline(target), and emit(graph, target, weights), as treadle.backends.staged says" in text

@@ -49,7 +49,7 @@ OTHER: dict[str, Callable[[Graph], object]] = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_what_differs_in_states_is_another_graph(name: str) -> None:
+def test_graphs_with_different_states_differ(name: str) -> None:
     graph = blocks()
     known = structural_hash(graph)
     OTHER[name](graph)
@@ -307,7 +307,7 @@ def test_the_interpreter_takes_and_returns_states() -> None:
     np.testing.assert_array_equal(states["count"][:, 0], [1, 1, 3])
 
 
-def test_what_is_made_may_be_given_to_the_interpreter() -> None:
+def test_results_may_be_inputs_of_the_interpreter() -> None:
     graph = optimized(blocks(), HoistWeights())
     assert graph.bind is None  # no weights are derived from these
     text = """graph g {

@@ -144,7 +144,7 @@ def test_products_over_a_cache(backend: str, dtype: str, ring: bool) -> None:
 
 
 @each_backend
-def test_what_was_read_before_an_update_stays(backend: str) -> None:
+def test_values_read_before_an_update_stay(backend: str) -> None:
     pair = Pair(parse_graph(OLD), backend)
     rng = np.random.default_rng(1)
     given = []
@@ -225,7 +225,7 @@ def test_two_states_of_one_executable_are_apart(backend: str) -> None:
     assert repr(second) == "<1 states of product, R=1, C=20: 480 bytes>"
 
 
-def test_what_waits_for_an_update_is_known() -> None:
+def test_pending_updates_are_known() -> None:
     """`twice` and `linear` may be computed until the update, even if their results are read after it."""
     graph = parse_graph(OLD)
     found = {node.results[0].name: at for node, at in deadlines(graph.main).items()}
@@ -275,7 +275,7 @@ REFUSED: dict[str, tuple[Callable[[Any, States], object], str]] = {
 }
 
 
-def test_what_states_take_and_are_is_told_in_numbers() -> None:
+def test_state_memory_is_reported_in_numbers() -> None:
     exe: Any = compiled(product(), "numpy")
     sizes = {"R": 2**20, "C": 2**20}
     with pytest.raises(BackendError, match="not enough memory for its states") as caught:
@@ -294,7 +294,7 @@ def test_what_states_take_and_are_is_told_in_numbers() -> None:
 
 @each_backend
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name: str, backend: str) -> None:
+def test_refusals(name: str, backend: str) -> None:
     exe = compiled(product(), backend)
     ask, what = REFUSED[name]
     with pytest.raises(BackendError, match=what) as caught:

@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_told(name: str) -> None:
+def test_errors_are_reported(name: str) -> None:
     right, wrong, what = WRONG[name]
     assert right in BLOCKS
     with pytest.raises(ParseError, match=re.escape(what)):

@@ -142,7 +142,7 @@ def test_outputs_are_written_where_the_caller_has_them() -> None:
     assert {place.how for name, place in places.items() if place.storage is main.results["y"]} == {How.INTO}
 
 
-def test_what_two_readers_want_has_a_storage_of_its_own() -> None:
+def test_values_with_two_readers_have_their_own_storage() -> None:
     def build(b: Builder) -> Expr:
         x = b.exp(b.input("x", "f32[S, 4]"), name="x")
         return b.concat(x, x, b.tanh(x), axis=0)
@@ -214,7 +214,7 @@ def test_any_program_has_a_plan(plan: PlanStorage, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1, 6])
-def test_what_orders_share_changes_no_plan(seed: int) -> None:
+def test_shared_prefixes_of_orders_change_no_plan(seed: int) -> None:
     """A function's second plan equals the plan that it would have had as its first."""
 
     def planned_as(of: PlacedFunction, over: Over) -> str:
@@ -636,7 +636,7 @@ def test_a_plan_of_another_graph_is_refused() -> None:
 # -- plans too large to enumerate ----------------------------------------------------------------------------------
 
 
-def test_what_is_too_large_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_values_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements that are adjacent in all views form one cell: halves of 2 times 3 rows, at the drawn sizes."""
     plant = Plant(joined_block())
     assert check_storage(plant.made.graph, plant.plan) == []
@@ -689,7 +689,7 @@ def test_an_update_lies_where_its_state_does(plan: PlanStorage) -> None:
     assert all("append" not in v.name for values in made.functions["h"].dead_after().values() for v in values)
 
 
-def test_who_reads_a_state_is_not_moved_past_its_update() -> None:
+def test_readers_of_a_state_are_not_moved_past_its_update() -> None:
     steps = main_of(planned(parse_graph(LATE), PLAN)).steps
     assert [[node.op.name for node in step.nodes] for step in steps] == [["add"], ["append"], ["mul"]]
 

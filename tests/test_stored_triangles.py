@@ -57,5 +57,5 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_none_stays_a_tensor(name: str) -> None:
+def test_none_stays_a_tensor(name: str) -> None:
     assert triangle_of(OTHERS[name]) is None

@@ -59,7 +59,7 @@ def test_words_that_python_writes_are_read() -> None:
         (b'{"a": [1, 2, 3, 4, 5]}', "the text holds more values than the limit", 19),
     ],
 )
-def test_what_is_refused_is_told_with_its_byte(text: bytes, what: str, byte: int) -> None:
+def test_refusals_name_the_byte_offset(text: bytes, what: str, byte: int) -> None:
     with pytest.raises(CheckpointError) as error:
         read_json_object(text, "a text", nesting=3, values=5)
     assert (error.value.what, error.value.within) == (what, f"a text, byte {byte}")

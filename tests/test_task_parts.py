@@ -211,7 +211,7 @@ def test_a_word_that_begins_with_what_continues_one_is_one() -> None:
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_may_be_looked_at_behind_a_mask() -> None:
+def test_keys_that_a_mask_leaves_visible() -> None:
     ids = {"cat": 3, "[MASK]": 9}
     opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(id_of=ids.get, encode=lambda texts: []))
     filler = MaskFiller(opened, "[MASK]")

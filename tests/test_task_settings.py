@@ -89,7 +89,7 @@ def test_when_a_search_ends(said: object, early: object, tmp_path: Path) -> None
     assert found.beams == Beams(2, length_penalty=-99, early=early)  # type: ignore[arg-type]
 
 
-def test_what_is_asked_of_each_token(tmp_path: Path) -> None:
+def test_rules_of_each_token(tmp_path: Path) -> None:
     said = {
         "repetition_penalty": 1e-6, "no_repeat_ngram_size": 2**20, "bad_words_ids": [[5], [6], [3], [3, 4]],
         "eos_token_id": 3,
@@ -114,7 +114,7 @@ def test_what_is_asked_of_each_token(tmp_path: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_not_as_it_must_be(said: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_contents(said: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         settings(tmp_path, said)
     ((name, value),) = said.items()
@@ -195,7 +195,7 @@ def test_how_images_may_be_read(said: dict[str, Any], good: bool, tmp_path: Path
         ImageReader.open(ModelFolder.find(tmp_path), "vit")
 
 
-def test_what_stands_where_a_folder_says_no_more(tmp_path: Path) -> None:
+def test_defaults_of_incomplete_folders(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     (tmp_path / "config.json").write_text("{}")
     half = (0.5, 0.5, 0.5)

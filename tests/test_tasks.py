@@ -374,7 +374,7 @@ def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, opt
         signature.bind("the cat", **words)
 
 
-def test_what_is_loaded_and_is_not_there_is_told_with_what_is() -> None:
+def test_missing_files_are_reported_with_existing_ones() -> None:
     with pytest.raises(UsageError, match="there is no model 'nope'"):
         t.load("nope")
     with pytest.raises(UsageError, match="bert is a declaration of the zoo"):

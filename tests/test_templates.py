@@ -44,7 +44,7 @@ def rendered(template: str, most: int = 1000, **values: Any) -> dict[str, Any]:
         ("{{ 'a-b'.split('-')[1].upper() }}{{ {'a': 1}.get('b', 2) }}", "B2"),
     ],
 )  # fmt: skip
-def test_what_templates_may_do(template: str, text: str) -> None:
+def test_allowed_template_features(template: str, text: str) -> None:
     assert rendered(template) == {"text": text}
 
 
@@ -64,7 +64,7 @@ def test_what_templates_may_do(template: str, text: str) -> None:
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "it is nested too deeply"),
     ],
 )
-def test_what_templates_may_not_do(template: str, error: str) -> None:
+def test_forbidden_template_features(template: str, error: str) -> None:
     assert rendered(template) == {"error": error}
 
 
@@ -193,7 +193,7 @@ def test_a_template_is_given_what_it_may_name(processes: list[_Worker]) -> None:
         (None, CheckpointError, "it takes longer than 0.25 s", False),
     ],
 )
-def test_what_is_told_of_a_rendering_that_fails(
+def test_errors_of_failing_renderings(
     said: str | None, kind: type[Exception], received: str, lives: bool, processes: list[_Worker]
 ) -> None:
     """If the process has exited or was killed, a new process renders the next conversation."""

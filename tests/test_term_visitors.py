@@ -102,7 +102,7 @@ def test_a_kind_without_a_case_is_refused_and_is_not_standard() -> None:
     assert not Attention(terms=(Causal(), Stripes())).has_standard_terms
 
 
-def test_what_is_derived_from_a_standard_kind_is_run_by_its_own_body() -> None:
+def test_subclasses_of_standard_modules_run_their_own_code() -> None:
     """Visitors only handle the base kind, with the base's meaning, so the body of the derived kind must be used."""
 
     @dataclass(frozen=True, repr=False)

@@ -231,7 +231,7 @@ def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
     assert [row for row in seen(said) if row.strip()] == ["a line", "done"]
 
 
-def test_nothing_of_it_goes_to_a_pipe_or_where_json_is_asked() -> None:
+def test_progress_is_not_printed_to_pipes_or_with_json() -> None:
     done = piped("-c", SLOW)
     assert (done.stdout, done.stderr) == ("a line\ndone\n", "")
     code, said = on_terminal("-c", SLOW, "--json")
@@ -292,7 +292,7 @@ def test_progress_is_for_terminals_to_which_nothing_else_is_written(
     assert progress._is_watched() == watched
 
 
-def test_what_is_shown_is_taken_away_and_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_erased_and_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.progress.Progress", lambda *columns, **how: how)
     how: Any = progress._progress()
     assert how.pop("console").stderr

@@ -137,7 +137,7 @@ def test_an_error_quotes_up_to_400_characters(length: int, shown: str) -> None:
     assert (error.what, error.received) == (shown, shown)
 
 
-def test_what_is_found_is_told_by_its_first_40_characters() -> None:
+def test_long_findings_are_truncated_to_40_characters() -> None:
     assert Scanner("a" * 41, TextLimits()).found() == repr("a" * 40)
     assert Scanner('  "a b" c', TextLimits()).found() == repr('"a b"')
     assert Scanner("# all", TextLimits()).found() == "the end of the text"
@@ -217,7 +217,7 @@ def test_a_value_without_a_text_form_is_shown_by_80_characters() -> None:
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_text_may_ask_for_by_default() -> None:
+def test_default_limits_of_text() -> None:
     assert asdict(TextLimits()) == {
         "characters": 256 * 2**20,
         "functions": 10_000,
@@ -248,7 +248,7 @@ STATEMENTS = {
 }
 
 
-def test_what_statements_count_as_work() -> None:
+def test_statements_that_are_measured() -> None:
     """Tokens, nodes, ops on new types and skipped text count as work. The counts are fixed, so that a sufficient limit
     stays sufficient in later versions.
     """

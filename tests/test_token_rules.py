@@ -15,7 +15,7 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 VOCAB = 12
 
 
-def test_what_each_rule_does() -> None:
+def test_effects_of_each_rule() -> None:
     logits = np.array([2.0, -2.0, 1.0, 0.0, 3.0])
     found = TokenRules(repetition_penalty=2.0).apply(logits, prompt=[0, 1, 0], generated=[])
     np.testing.assert_array_equal(found, [1, -4, 1, 0, 3])
@@ -144,7 +144,7 @@ def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, c
     assert StopStrings(strings).split(text) == (certain, ends)
 
 
-def test_what_was_told_is_never_taken_back() -> None:
+def test_streamed_text_is_never_retracted() -> None:
     """For random texts, character by character: the emitted text only grows, and ends where a stop string is
     complete.
     """

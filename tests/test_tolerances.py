@@ -34,7 +34,7 @@ def test_the_coarsest_dtype_of_a_graph_tells_its_spacing() -> None:
     assert coarsest_spacing(graph(["f32", "bf16", "f16"])) == 2**-7
 
 
-def test_where_nothing_is_computed_nothing_is_rounded() -> None:
+def test_graphs_without_computation_round_nothing() -> None:
     b = Builder(Graph("g"))
     b.outputs(y=b.input("x", "f32[3]"))
     assert coarsest_spacing(b.graph) == 0.0

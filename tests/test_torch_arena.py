@@ -90,7 +90,7 @@ def test_a_run_touches_the_arena_up_to_what_was_planned(name: str) -> None:
         assert -(-(max(touched) + 1) // 64) * 64 == planned <= arena.nbytes
 
 
-def test_what_is_foreign_is_what_the_plan_says() -> None:
+def test_foreign_memory_matches_the_plan() -> None:
     """A run of one block allocates one array for each value that is not planned, of the value's size.
 
     PyTorch's operators also need memory inside: a norm's means, attention's intermediate values, checks of indices.
@@ -123,7 +123,7 @@ def test_a_residual_stream_is_added_to_where_it_lies() -> None:
     assert report.foreign == max(count for _, count in live_at(parts_of(frames)[1], "main", report.sizes))
 
 
-def test_what_is_handed_out_is_the_callers_own() -> None:
+def test_results_belong_to_the_caller() -> None:
     """Results that would be stored in the arena are new tensors, so the next run leaves them unchanged."""
 
     def build(b: Builder) -> dict[str, Expr]:
@@ -176,7 +176,7 @@ def test_without_memory_for_the_arena_it_says_so_and_works_again(monkeypatch: py
 
 
 @pytest.mark.parametrize("name", TESTED)
-def test_what_is_no_view_lies_in_memory_of_its_own(name: str) -> None:
+def test_copies_have_their_own_memory(name: str) -> None:
     """If the result were a view, a plan in which the operand is dead would store other values in the view's memory."""
     op = OPS[name]
     for number in range(len(op.samples)):

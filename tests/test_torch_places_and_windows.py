@@ -366,7 +366,7 @@ def test_views_by_open_strides() -> None:
         (lambda x: F.adaptive_avg_pool1d(x, 3), "cannot be split into 3 parts"),
     ],
 )
-def test_what_is_not_taken_says_so(rule: Any, words: str) -> None:
+def test_rejected_inputs_are_named(rule: Any, words: str) -> None:
     with pytest.raises(treadle.TreadleError, match=words) as caught:
         treadle.from_torch(Rule(rule), (some(4, 6),), dynamic={"args_0": "B S"})
     assert ".py:" in str(caught.value)

@@ -55,7 +55,7 @@ class Counting(nn.Module):  # type: ignore[misc]
     ],
     ids=["branch", "operator", "mask", "complex", "training", "buffer", "attribute"],
 )
-def test_what_is_not_taken_is_refused(module: Any, words: str) -> None:
+def test_unknown_arguments_are_refused(module: Any, words: str) -> None:
     with pytest.raises(treadle.TreadleError, match=words) as caught:
         treadle.from_torch(module, (torch.randn(3, 4),))
     if isinstance(module, Applied | DataBranch):
@@ -90,7 +90,7 @@ def test_dimensions_may_be_counted_from_the_end() -> None:
     assert [str(v.type) for v in model.graph.main.inputs] == ["f32[B, S]"]
 
 
-def test_what_is_shown_is_cut() -> None:
+def test_long_texts_are_truncated() -> None:
     def fails(x: Any) -> Any:
         raise ValueError("long" * 99)
 
@@ -146,7 +146,7 @@ def test_a_size_from_data_is_called_that_and_no_branch(rule: Any) -> None:
     assert "torch.arange(size) < n" in str(caught.value)
 
 
-def test_what_is_tried_in_place_of_a_size_from_data_works() -> None:
+def test_the_hint_for_sizes_from_data_works() -> None:
     cut = Rule(lambda x, n: x[:, :n].sum(1))
     masked = Rule(lambda x, n: torch.where(torch.arange(x.shape[1]) < n, x, 0).sum(1))
     x = torch.randn(4, 8)
@@ -343,7 +343,7 @@ OPEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("form", OPEN)
-def test_what_open_sizes_leave_untold_is_refused(form: str) -> None:
+def test_undetermined_sizes_are_refused(form: str) -> None:
     rule, words = OPEN[form]
     with pytest.raises(treadle.TreadleError, match=words) as caught:
         treadle.from_torch(Applied(rule), (torch.randn(2, 8, 3),), dynamic={"x": "B S T"})

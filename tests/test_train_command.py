@@ -164,7 +164,7 @@ def only() -> FakeTrainer:
 # -- calls of the trainer ------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_is_its_default(train: Treadle) -> None:
+def test_missing_settings_have_their_default(train: Treadle) -> None:
     said = train("gpt2 texts.txt --steps 1 --batch 3")
     assert said.code == 0, said.err
     assert str(only().model) == "gpt2"
@@ -333,7 +333,7 @@ def test_a_state_without_settings_is_resumed_and_that_is_reported(train: Treadle
 
 
 @pytest.mark.parametrize("words", ["", "--json"])
-def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+def test_training_is_saved_after_ctrl_c(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     """After Ctrl-C, the current step is completed, and so is the update that the step belongs to."""
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
     before = signal.getsignal(signal.SIGINT)
@@ -372,9 +372,7 @@ def test_the_first_ctrl_c_says_what_a_second_one_does(train: Treadle, monkeypatc
 
 
 @pytest.mark.parametrize("words", ["", "--every 1", "--save-every 1", "--json"])
-def test_what_was_trained_until_a_step_failed_is_saved(
-    train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str
-) -> None:
+def test_training_is_saved_after_a_failed_step(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     monkeypatch.setattr(FakeTrainer, "fail_at", 4)
     said = train(f"gpt2 texts.txt {SMALL} -o out --state s {words}")
     assert said.code == 2
@@ -428,7 +426,7 @@ def test_ctrl_c_before_the_first_step_saves_nothing(train: Treadle, monkeypatch:
     assert "nothing was trained, so nothing was saved" in said.out
 
 
-def test_what_was_trained_is_saved_where_nobody_reads_on(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_saved_if_the_reader_of_the_output_is_gone(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
     def leaves(*_: object) -> str:
         raise BrokenPipeError
 
@@ -454,9 +452,7 @@ PAGES = {
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_what_it_says(
-    name: str, train: Treadle, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_its_text(name: str, train: Treadle, golden: Golden, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("treadle.compile", lambda *_, **__: None)
     if name == "zoo":
         (tmp_path / "gpt2").unlink()
@@ -556,7 +552,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_compiled(train: Treadle, words: str) -> None:
+def test_misfits_are_refused_before_compilation(train: Treadle, words: str) -> None:
     Path("full").mkdir()
     Path("full", "notes").write_text("mine")
     refused(train(f"gpt2 texts.txt {SMALL} {words}"), *REFUSED[words])

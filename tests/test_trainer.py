@@ -303,7 +303,7 @@ def test_a_model_may_say_its_own_loss() -> None:
     assert np.array_equal(exe(x=x)["y"], again), "what is compiled has weights of its own"
 
 
-def test_what_a_step_holds_is_told() -> None:
+def test_the_contents_of_a_step_are_reported() -> None:
     kept, again = (Trainer("gpt2", gradient_checkpointing=r, **{**SMALL, "layers": 3}) for r in (False, True))
     reports = [each.memory(B=2, S=8) for each in (kept, again)]
     assert reports[1].arena < 0.7 * reports[0].arena
@@ -331,7 +331,7 @@ def test_what_a_step_holds_is_told() -> None:
         ({"distillation_weight": 0.0}, "distillation_weight= only applies together with teacher="),
     ],
 )
-def test_what_cannot_be_trained_is_refused(options: dict[str, Any], expected: str) -> None:
+def test_untrainable_models_are_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=expected.replace("*", r"\*")):
         Trainer("gpt2", **{**SMALL, **options})
 

@@ -177,7 +177,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "report"), REFUSED, ids=[report[:40] for _, _, report in REFUSED])
-def test_what_does_not_fit_is_refused(
+def test_misfits_are_refused(
     name: str, options: dict[str, Any], report: str, gpt2: Path, bert: Path, corpus: str
 ) -> None:
     places = {"gpt2": gpt2, "bert": bert}

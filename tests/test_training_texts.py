@@ -40,7 +40,7 @@ def test_a_document_that_ends_with_the_end_of_text_gets_no_second() -> None:
     assert blocks_of([[1, 0], [2], [], [3, 0]], 1, end=0).ravel().tolist() == [1, 0, 2, 0, 0, 3, 0]
 
 
-def test_what_is_too_short_says_what_was_received() -> None:
+def test_short_values_are_refused_with_what_was_received() -> None:
     with pytest.raises(UsageError) as caught:
         blocks_of([[1, 2], [3]], 1024, end=None)
     assert str(caught.value) == (
@@ -114,7 +114,7 @@ def test_of_the_masked_8_of_10_are_hidden_1_is_another_and_1_is_as_it_was() -> N
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.01])
-def test_what_is_no_part_is_refused(rate: float) -> None:
+def test_invalid_parts_are_refused(rate: float) -> None:
     with pytest.raises(UsageError, match="above 0 and at most 1"):
         mask_tokens(np.ones((1, 2), np.int64), np.random.default_rng(0), mask=0, vocab=2, special=(), rate=rate)
 

@@ -179,7 +179,7 @@ def test_a_run_ends_when_all_that_was_handed_on_has_come(world: World) -> None:
     assert all(world.sent)
 
 
-def test_what_is_waited_for_is_what_was_begun_first(world: World) -> None:
+def test_waits_are_in_the_order_of_starts(world: World) -> None:
     """Collectives of one kind, over the same axes, must be awaited in the order in which they started."""
     starts = [
         find_op("start_gather").make(over="tp", ways=3, axis=axis, size=6, because=f"axis {axis}") for axis in (0, 1)
@@ -219,7 +219,7 @@ def test_outputs_are_sent_and_received(world: World) -> None:
     assert [own.tolist() for own in first] == [(part.T * 2).tolist(), part.T.tolist()]
 
 
-def test_what_a_rank_waits_for_is_told() -> None:
+def test_waiting_ranks_report_what_they_wait_for() -> None:
     """Also the message of an error of torch.distributed, for which another error stands in."""
     report: list[str] = []
 

@@ -389,7 +389,7 @@ class EveryOther(MaskTerm):
         return kept
 
 
-def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
+def test_cases_without_a_kernel_run_by_the_body() -> None:
     """Float64, and a term that no backend supports, with a row that sees no key, at several sizes with one compilation.
 
     The op suite also runs its samples in float64 and in 16 bits, and their gradients, by the body.
@@ -532,7 +532,7 @@ def kept(*types: str, **attributes: Any) -> bool:
     return keeps(Attention(**attributes), parsed)
 
 
-def test_what_the_kernel_covers() -> None:
+def test_cases_that_the_kernel_covers() -> None:
     own = ("f32[B,4,S,8]", "f32[B,2,T,8]", "f32[B,2,T,6]")
     assert kept(*own)
     assert not kept(*own, terms=(EveryOther(),))
@@ -547,7 +547,7 @@ def test_the_bias_by_distance_is_one_row_a_head() -> None:
     assert [type(kernel) for kernel in exe.kernels] == [RelativeBias, FlashAttention]
 
 
-def test_what_the_next_head_reads_is_fetched_while_one_is_computed() -> None:
+def test_keys_of_the_next_head_are_prefetched() -> None:
     """A cache line of each of the head's queries, keys and values, and of each written row, is prefetched. Heads of 16
     have one line.
     """

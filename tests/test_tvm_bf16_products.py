@@ -343,7 +343,7 @@ def test_a_forked_child_may_use_tiles_too() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_where_tiles_are_refused_the_next_best_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_best_instruction_set_is_used_without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ISAS["x86-64-amx"].needs <= instruction_sets.cpu_flags():
         pytest.skip("no matrix unit")
     monkeypatch.setattr(instruction_sets, "may_use_tiles", lambda: False)
@@ -372,7 +372,7 @@ def test_a_row_of_a_batch_has_the_bits_that_it_has_alone(isa: str, family: str) 
     np.testing.assert_array_equal(exe(tokens=tokens[2:3])[name][0], whole[2])
 
 
-def test_what_is_written_in_place_of_rounded_rows_is_rounded_anew() -> None:
+def test_replaced_rows_are_rounded_again() -> None:
     """-x takes over the storage of x, whose rows are already rounded, so -x must be rounded again."""
 
     def made(b: Builder) -> Expr:

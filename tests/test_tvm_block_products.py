@@ -168,7 +168,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -
         exe(i=np.array([[70]]))
 
 
-def test_what_no_kernel_reads_is_decoded_once_and_told() -> None:
+def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     graph = encode_parameters(
         llama.configure(vocab=96, dim=64, heads=4, layers=1, hidden=128, tied=True).graph(),
         {"layer.0.attn.out.weight": Encoding("int8_groups", 32), "layer.0.mlp.down.weight": Encoding("q8_0")},

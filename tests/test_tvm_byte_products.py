@@ -386,7 +386,7 @@ def test_rows_are_multiplied_with_a_vector_before_they_are_rounded(isa: str, row
     np.testing.assert_array_equal(made["near"], STEPS.decode(STEPS.encode(x * by, computed=True)))
 
 
-def test_what_a_tile_meets_is_fetched_while_its_sums_are_made() -> None:
+def test_operands_of_a_tile_are_prefetched() -> None:
     """For each row of a tile, three cache lines of the residual are prefetched, and three of the result that
     replaces it. Without a residual, none are.
     """

@@ -342,7 +342,7 @@ def test_a_row_outside_the_slots_is_told_and_the_others_go_on() -> None:
     np.testing.assert_array_equal(call(exe, given), wanted)
 
 
-def test_what_the_kernel_does_not_cover_runs_by_its_body() -> None:
+def test_cases_without_a_kernel_run_by_the_body() -> None:
     terms = (Causal(), Window(9), TensorBias("b t"))
     assert kernel_of(compiled(cached_graph(terms, 6, 2, "1")))
     exe = compiled(cached_graph(terms, 6, 2, "1", ring=True))

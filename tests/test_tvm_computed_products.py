@@ -241,7 +241,7 @@ def test_without_instructions_for_pairs_both_are_widened() -> None:
     assert sum(title.startswith("matmul") for title in made) == 2
 
 
-def test_what_a_product_of_computed_matrices_makes_is_finished_as_it_is_stored() -> None:
+def test_epilogues_of_computed_products_run_when_results_are_stored() -> None:
     def build(b: Builder) -> Expr:
         x, w = narrow(b, b.input("x", f32["M", 64])), narrow(b, b.input("w", f32[96, 64]))
         return b.gelu(b.linear(x, w, b.input("bias", f32[96]), to=f32)) + b.input("r", f32["M", 96])
@@ -265,7 +265,7 @@ def test_a_cast_that_others_read_too_is_made(isa: str) -> None:
 
 
 @needs_pairs
-def test_what_is_cast_from_may_be_written_over() -> None:
+def test_operands_of_a_cast_may_be_overwritten() -> None:
     """Sides are laid out at the cast. So -x may take the memory of x before the product reads its side."""
 
     def build(b: Builder) -> dict[str, Expr]:

@@ -76,7 +76,7 @@ def test_a_call_fills_in_what_moves_and_nothing_else(looked_up: KernelExecutable
     assert set(moved[Input("indices")]) == {address(held[-1]["indices"])}
 
 
-def test_what_stays_is_an_address_in_the_plan(looked_up: KernelExecutable) -> None:
+def test_persistent_values_are_addresses_in_the_plan(looked_up: KernelExecutable) -> None:
     looked_up(**given([0, 1]))
     plan = the_plan(looked_up)
     moving = np.concatenate([at for at, _ in plan.moves.values()])

@@ -299,7 +299,7 @@ def test_float32_is_within_units_in_the_last_place(name: str, isa: Isa) -> None:
 
 @each_level
 @pytest.mark.parametrize("name", ONE)
-def test_what_tends_to_one_is_one_from_some_number_on(name: str, isa: Isa) -> None:
+def test_functions_that_tend_to_one_reach_one(name: str, isa: Isa) -> None:
     x, y = on_singles(isa)[name]
     far = np.abs(x) >= ONE[name]
     assert np.count_nonzero(far) > 1000
@@ -308,7 +308,7 @@ def test_what_tends_to_one_is_one_from_some_number_on(name: str, isa: Isa) -> No
 
 @each_level
 @pytest.mark.parametrize("name", EXPONENT)
-def test_what_is_made_of_an_exponential_is_off_by_its_exponent(name: str, isa: Isa) -> None:
+def test_errors_of_an_exponential_grow_with_its_exponent(name: str, isa: Isa) -> None:
     """x / (1 + e^u) has five roundings (two in e^u, the sum, the division, the result), and |u| times the error of
     u.
     """
@@ -478,7 +478,7 @@ def test_casts_call_nothing_of_a_compilers_library(isa: Isa, tmp_path: Path) -> 
 
 
 @best_and_least
-def test_what_an_integer_cannot_hold_is_its_least_number(isa: Isa) -> None:
+def test_values_beyond_an_integer_become_its_minimum(isa: Isa) -> None:
     x = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 2.0**31, 2.0**63, 3.9, -3.9], np.float32)
     narrow, wide = run([chain("cast", "f32", to=DTYPES[to]) for to in ("i32", "i64")], [[x], [x]], isa)
     np.testing.assert_array_equal(narrow, [-(2**31)] * 7 + [3, -3])

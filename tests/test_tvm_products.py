@@ -307,7 +307,7 @@ def test_instruction_sets(name: str) -> None:
         assert_sums(made["z"], expected @ v, 20 * 50)
 
 
-def test_what_is_brought_into_the_cache_ahead_changes_no_bits() -> None:
+def test_prefetching_changes_no_bits() -> None:
     """As on CPUs that prefetch too little by themselves: there, the first tile of a panel is computed separately."""
     plain = ISAS["x86-64-v3"]
     if not runs_here(plain):

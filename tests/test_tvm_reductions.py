@@ -243,7 +243,7 @@ def test_a_nan_is_the_extremum_and_found_first(axis: int) -> None:
         np.testing.assert_array_equal(out[name], array, err_msg=name)
 
 
-def test_what_is_empty_sums_to_zero() -> None:
+def test_empty_sums_are_zero() -> None:
     y = np.full((2, 3), 5, np.float32)
     empty = np.zeros((2, 0, 3), np.float32)
     bind(Reduce("sum", "f32", "columns"), [empty, y], [2, 3, 1, 0, 0, 1, 0, 3, 3, 1])()
@@ -362,7 +362,7 @@ def titles(graph: Graph) -> list[str]:
     return [step.kernel.title for step in steps_of(lower(lowered.graph, lowered.plan, HERE[0], RULES))]
 
 
-def test_what_has_a_kernel_is_one_step() -> None:
+def test_ops_with_a_kernel_are_one_step() -> None:
     assert titles(Case.of("layer_norm", 0).forward_graph()) == ["layer_norm_f32"]
     assert titles(Case.of("rms_norm", 0, "bf16").forward_graph()) == ["rms_norm_bf16"]
     assert titles(Case.of("softmax", 0, "f16").forward_graph()) == ["softmax_f16"]

@@ -33,7 +33,7 @@ def run(cache: KernelCache, kernel: UnitRate, factors: np.ndarray, tasks: int, s
 
 
 @pytest.mark.parametrize("name", ISAS)
-def test_what_multiplies_a_dtype(name: str) -> None:
+def test_ops_that_multiply_a_dtype(name: str) -> None:
     assert tuple(unit_of(dtype, ISAS[name]) for dtype in DTYPES) == UNITS[name]
 
 

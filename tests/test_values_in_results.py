@@ -41,7 +41,7 @@ def frame_of(result: int, *lives: tuple[int, int, int], first: int = 2) -> Frame
     return Frame("main", (None,) * 4, own, {}, (Life(made, first, 4),))
 
 
-def test_what_dies_before_lies_in_the_result_and_the_rest_in_the_arena() -> None:
+def test_early_temporaries_are_stored_in_the_result() -> None:
     frame = frame_of(1000, (320, 0, 1), (320, 1, 1), (160, 1, 2), (16, 3, 3))
     placed = place_frames({"main": frame}, {})["main"]
     early, again, late, last = (life.storage for life in frame.lives)
@@ -60,7 +60,7 @@ def test_what_dies_before_lies_in_the_result_and_the_rest_in_the_arena() -> None
         frame_of(1000, (160, 0, 1), (160, 2, 3)),  # the arena would not be smaller
     ],
 )
-def test_nothing_lies_there_where_it_does_not_fit_or_does_not_help(frame: Frame) -> None:
+def test_outputs_hold_temporaries_only_if_they_fit_and_help(frame: Frame) -> None:
     placed = place_frames({"main": frame}, {})["main"]
     assert placed.host is None and not placed.hosted
     assert placed.size == place_frames({"main": replace(frame, handed_out=())}, {})["main"].size

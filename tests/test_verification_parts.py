@@ -58,7 +58,7 @@ def test_the_worse_of_two_is_further_past_its_tolerance() -> None:
     assert str(half) == "1e-06 (at most 2e-06)"
 
 
-def test_what_is_told_of_an_op() -> None:
+def test_explanation_of_an_op() -> None:
     fault = OpFault("gelu", "h.0", "m.py:7", FAR, None, {"B": 2})
     assert str(fault) == "gelu differs by 0.1 (at most 1e-05)    m.py:7, scope h.0"
     facts = {"op": "gelu", "scope": "h.0", "source": "m.py:7", "failure": None, "sizes": {"B": 2}}
@@ -228,7 +228,7 @@ def origins(graph: Graph, inputs: dict[str, Any], weights: dict[str, Any] | None
     return [(each.output, each.kind, each.count, each.of, each.origin, each.from_a_weight) for each in found]
 
 
-def test_where_numbers_that_are_none_come_from() -> None:
+def test_sources_of_nan() -> None:
     b = Builder(Graph("none"))
     x, w = b.input("x", "f32[3]"), b.parameter("w", "f32[3]")
     b.outputs(y=b.tanh(b.log(x)), z=x * w, c=x + float("inf"), i=b.cast(x > 0.0, to=i64))

@@ -241,7 +241,7 @@ def test_a_badly_conditioned_model_is_not_called_wrong() -> None:
     assert all(1e-5 < b.difference.value < b.difference.tolerance < 0.1 for b in ran)
 
 
-def test_where_roundings_decide_the_result_nothing_is_claimed() -> None:
+def test_nothing_is_claimed_if_roundings_decide_the_result() -> None:
     @t.model
     def chaos(x: t.f32["B 8"]):
         for _ in range(40):
@@ -255,7 +255,7 @@ def test_where_roundings_decide_the_result_nothing_is_claimed() -> None:
     assert "inconclusive" in str(report)
 
 
-def test_what_roundings_make_nan_is_undecided_and_a_constant_exponent_is_exact() -> None:
+def test_nan_by_rounding_is_undecided_and_constant_exponents_are_exact() -> None:
     expected = np.array([1.0, 2.0])
     assert list(unmoved(expected, np.array([1.0, np.nan])).by) == [0.0, np.inf]
 
@@ -366,7 +366,7 @@ def test_positions_are_not_indices_of_what_they_count() -> None:
     assert (drawn.min(), drawn.max()) == (0, 10)
 
 
-def test_what_indexes_nothing_is_drawn_as_lengths_are() -> None:
+def test_integers_that_index_nothing_are_drawn_as_lengths() -> None:
     b = Builder(Graph("padded"))
     b.outputs(lengths=b.input("lengths", "i64[B]"), real=b.input("real", "bool[B]"))
     drawn = [draw_inputs(b.graph, {"B": 7}, [seed]) for seed in range(100)]

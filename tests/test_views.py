@@ -84,7 +84,7 @@ def test_a_view_is_repeated_as_numpy_broadcasts() -> None:
     assert view.broadcast(sizes(2, 3, 4)).strides == (ZERO, ONE, ZERO)
 
 
-def test_what_is_contiguous_and_what_lies_alike() -> None:
+def test_contiguous_views_and_equal_views() -> None:
     view, _ = whole(1, 4, 3)
     other = View(view.storage, view.shape, (Size.of(7), *view.strides[1:]), view.offset)
     assert view.is_contiguous and other.is_contiguous and view.lies_as(other) and other.lies_as(view)

@@ -96,7 +96,7 @@ def waits(doing: str, since: float, silent: float = 0.0) -> RankStatus:
         ),
     ],
 )
-def test_who_does_not_come_is_told_after_the_timeout(
+def test_missing_ranks_are_reported_after_the_timeout(
     said: list[RankStatus], report: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names the ranks that have been behind for half of the timeout of 4 s, or otherwise all ranks behind;
@@ -279,7 +279,7 @@ def test_rank_0_takes_what_ranks_say(clock: SimpleNamespace) -> None:
     assert stranger.closed
 
 
-def test_who_fails_tells_by_itself(clock: SimpleNamespace) -> None:
+def test_failing_ranks_report_their_error(clock: SimpleNamespace) -> None:
     watch = Watch(0, 3, 30.0)
     assert watch._hear(_Spoken([{"failed": "w", "received": "r"}], rank=2))  # type: ignore[arg-type]
     assert watch.failure == Failure("w", "r", teller=2)
@@ -439,7 +439,7 @@ def test_a_line_brings_whole_messages(line: tuple[RankConnection, socket.socket]
     assert own.received() is None
 
 
-def test_what_is_said_last_is_heard_though_something_is_unread(line: tuple[RankConnection, socket.socket]) -> None:
+def test_last_messages_arrive_despite_unread_data(line: tuple[RankConnection, socket.socket]) -> None:
     """The last message arrives even if the other side has not acknowledged earlier data, which can take tens of
     milliseconds.
     """

@@ -191,7 +191,7 @@ def test_the_bytes_of_a_file_are_checked_on_demand(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(packed(graph, weights, cache), right)
 
 
-def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
+def test_unused_cache_files_are_removed(tmp_path: Path) -> None:
     graph = linear_graph()
     cache = tmp_path / "cache"
     packed(graph, mapped_weights(tmp_path), cache)

@@ -172,7 +172,7 @@ def test_a_whisper_of_another_kind_is_refused(folder: Path, name: str, array: Ar
     assert caught.value.within == str(folder / "model.bin")
 
 
-def test_what_else_may_have_that_name(folder: Path, tmp_path: Path) -> None:
+def test_names_with_several_meanings(folder: Path, tmp_path: Path) -> None:
     (folder / "model.bin").write_bytes(b"PK\x03\x04" + bytes(60))
     with pytest.raises(CheckpointError, match="pickles") as caught:
         treadle.compile(folder)

@@ -43,7 +43,7 @@ EXACT = 1e-7
         ({"recipe": "megatron", "device": "tpu"}, "unknown device 'tpu'"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(options: dict[str, Any], report: str) -> None:
+def test_unplannable_graphs_are_refused(options: dict[str, Any], report: str) -> None:
     with pytest.raises(UsageError, match=report):
         shard(recognized("gpt2"), "tp=2", **options)
 

@@ -192,7 +192,7 @@ class BlindlyCausal(Rewrite):
         return b.attention(m.q, m.k, m.v, terms=(Causal(),), scale=0.5)
 
 
-def test_what_stands_above_a_match_counts_where_a_side_no_longer_reads_it() -> None:
+def test_ops_above_a_match_count_if_a_side_no_longer_reads_them() -> None:
     """At first the mask is a free value. Followed up to its positions, it is a triangle, or is off by one."""
     right = certified(attention(lambda b: triangle(b)), BlindlyCausal())
     assert [e.rule for e in right.log[0].matches] == ["blindly-causal"]
@@ -281,7 +281,7 @@ def test_a_wrong_pass_is_undone(each: Pass) -> None:
     assert PassManager([each], certify=False).run(parse_graph(MIXED)).graph != parse_graph(MIXED)
 
 
-def test_what_gives_several_results_is_undone_as_a_whole() -> None:
+def test_rewrites_with_several_results_are_undone_together() -> None:
     @dataclass(frozen=True)
     class SwapsQueriesAndKeys(Pass):
         def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
