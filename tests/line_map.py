@@ -35,7 +35,7 @@ LEAST = 20  # tests that are run whatever their duration
 FOLDERS = ("backends", "files", "frontends", "ir", "models", "passes", "runtime", "treadle")
 
 OF_ALL = (
-    "tests/test_signatures.py::test_what_functions_take",
+    "tests/test_signatures.py::test_parameters_of_functions",
     "tests/test_signatures.py::test_data_that_is_not_plain_and_frozen",
     "tests/test_pages.py::test_commands_and_their_options",
 )
