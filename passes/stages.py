@@ -369,7 +369,8 @@ def check_order(stages: Sequence[CompileStage], facts: Facts) -> Facts:
     stands where its requirement does not hold.
     """
     for at, stage in enumerate(stages):
-        refuse_misplaced(stage, facts, stages[:at], [*stages[at + 1 :], *_SUGGESTED])
+        before = [each for one in stages[:at] for each in (one.chosen if isinstance(one, Custom) else [one])]
+        refuse_misplaced(stage, facts, before, [*stages[at + 1 :], *_SUGGESTED])
         inside = facts_after(stage.passes(), facts) if isinstance(stage, PassStage) else facts
         facts = (inside - stage.ends) | stage.ensures
     return facts

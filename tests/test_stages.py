@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import treadle as t
 from tests.op_checks import Array
 from tests.pipelines import PIPELINES
 from treadle.backends.registry import find_backend
@@ -128,7 +129,10 @@ def test_an_order_that_is_not_possible_is_refused(stages: list[CompileStage], me
 def test_a_pass_that_stands_wrong_is_refused_before_the_model_is_read() -> None:
     with pytest.raises(UsageError, match="fuse-gelu needs a graph before the passes of a backend") as refused:
         CompileOptions(passes="legalize{backend=numpy}, fuse-gelu").stages()
-    assert refused.value.hint == "fuse-gelu before legalize"
+    assert refused.value.hint == "fuse-gelu before legalize, or a pipeline without legalize"
+    with pytest.raises(UsageError, match="lower needs a graph before the passes of a backend") as refused:
+        t.compile("no such model", passes="legalize{backend=numpy}", backend="numpy")
+    assert refused.value.hint == "lower before legalize, or a pipeline without legalize"
     with pytest.raises(UsageError, match="decode-last needs a graph of ops that the backend emits") as refused:
         CompileOptions(passes="decode-last, legalize").stages()
     assert refused.value.hint == "legalize before decode-last"

@@ -193,7 +193,7 @@ def test_no_pass_may_follow_the_plan() -> None:
     assert PassManager((Legalize(), STRIDED)).run(graph).plan is not None
     with pytest.raises(UsageError, match="legalize needs a graph without a storage plan") as no:
         PassManager((STRIDED, Legalize())).run(graph)
-    assert no.value.hint == "legalize before plan-storage"
+    assert no.value.hint == "legalize before plan-storage, or a pipeline without plan-storage"
 
 
 # -- every plan passes its checker, which runs after the pass ----------------------------------------------------------

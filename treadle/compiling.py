@@ -13,7 +13,9 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
+from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import debug_level
+from treadle.passes.stages import Lower, check_order
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
@@ -31,8 +33,9 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     """
     where = options.where
     stages = options.stages()
+    check_order((*stages, Lower(())), INITIAL)  # raises before any file is read, as the following two do
     chosen = find_backend(options.backend)
-    parse_bytes(options.memory)  # raises before any file is read
+    parse_bytes(options.memory)
 
     source = options.open(model)
 

@@ -21,8 +21,9 @@ from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import Optimized
-from treadle.passes.stages import DeriveStep, run
+from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
@@ -120,6 +121,8 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
 def stepped_program(program: Program) -> SteppedModel:
     """Compile the decoding step of a program's model, as `open_stepped` does."""
     chosen, source = program.options, program.source
+    stages = chosen.stages()
+    check_order((*stages, DeriveStep(), Lower(())), INITIAL)
     program = Program(source, chosen).declared()
     resolved = program.resolved
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
@@ -128,6 +131,6 @@ def stepped_program(program: Program) -> SteppedModel:
         program = Program(source, chosen).declared(longest=scaling.context)
     if chosen.arrays is None and program.resolved.weights is None:
         raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    program = program.through(*chosen.stages())
+    program = program.through(*stages)
     weights, _ = program.weights()
     return step_of(resolved.name, program.graph, chosen.backend, chosen.where, weights, chosen.cache)

@@ -114,7 +114,7 @@ def refuse_misplaced(each: Declares, facts: Facts, before: Sequence[Declares], o
         return
     ended = next((other.name for other in reversed(before) if fact in other.ends), None)
     if ended is not None:
-        hint = f"{each.name} before {ended}"
+        hint = f"{each.name} before {ended}, or a pipeline without {ended}"
     else:
         makers = [other.name for other in others if fact in other.ensures] or _makers(fact)
         hint = f"{' or '.join(dict.fromkeys(makers))} before {each.name}" if makers else f"leave {each.name} out"
