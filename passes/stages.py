@@ -7,7 +7,7 @@
     stage      result                                                       docs
     recognize  ops that are written in primitives become ops                passes.md
     gradient   a loss and its gradients, as another graph                   training.md
-    quantize   weights are stored in fewer bits                             quantization.md
+    quantize   weights are quantized                                        quantization.md
     shard      the program of one rank                                      sharding.md
     merge      several ops become one op, which one kernel computes         passes.md
     precision  products have operands of another dtype                      passes.md
@@ -18,8 +18,8 @@
 
 Compilation, training, ranks and sessions select rows of this table; `arranged` puts them in order. A stage whose result
 was lost is repeated: a gradient is written in primitives, so `recognize` follows it as well. If ranks share the work,
-`precision` comes directly before `shard`, so that they communicate fewer bits. An order that is not possible is refused
-before anything runs.
+`precision` comes directly before `shard`, so that they communicate fewer bytes. An impossible order is refused before
+anything runs.
 
 A stage is either a list of passes, which the pass manager runs, or a transform that returns another graph. Backends add
 passes of their own to `lower` by `StagedBackend.pipeline`.
@@ -159,8 +159,7 @@ class Gradient(TransformStage):
 
 @dataclass(frozen=True)
 class Quantize(PassStage):
-    """Weights are stored in fewer bits. They are quantized before ranks split them, so the scales do not depend on the
-    mesh.
+    """Weights are quantized, before ranks split them, so the scales do not depend on the mesh.
 
     Raises UsageError for an unknown scheme.
     """
@@ -298,27 +297,27 @@ class Lower(PassStage):
     requires: ClassVar[Facts] = frozenset({PORTABLE, UNPLANNED})
     ensures: ClassVar[Facts] = frozenset({LEGAL})
     ends: ClassVar[Facts] = frozenset({PORTABLE})
-    chosen: tuple[Pass, ...]
+    pipeline: tuple[Pass, ...]
 
     def passes(self) -> Sequence[Pass]:
-        return self.chosen
+        return self.pipeline
 
 
 @dataclass(frozen=True)
 class Custom(PassStage):
     """A user's passes, in place of the stages `recognize` and `merge`, or of one stage.
 
-    chosen  the passes
-    of      the stage that they replace; None: both
+    pipeline  the passes
+    of        the stage that they replace; None: both
     """
 
     requires: ClassVar[Facts] = frozenset({PORTABLE, UNPLANNED})
     ensures: ClassVar[Facts] = frozenset({RECOGNIZED})
-    chosen: tuple[Pass, ...]
+    pipeline: tuple[Pass, ...]
     of: PassStage | None = None
 
     def passes(self) -> Sequence[Pass]:
-        return self.chosen
+        return self.pipeline
 
 
 STAGES: tuple[type[CompileStage], ...] = (
@@ -369,7 +368,7 @@ def check_order(stages: Sequence[CompileStage], facts: Facts) -> Facts:
     stands where its requirement does not hold.
     """
     for at, stage in enumerate(stages):
-        before = [each for one in stages[:at] for each in (one.chosen if isinstance(one, Custom) else [one])]
+        before = [each for one in stages[:at] for each in (one.pipeline if isinstance(one, Custom) else [one])]
         refuse_misplaced(stage, facts, before, [*stages[at + 1 :], *_SUGGESTED])
         inside = facts_after(stage.passes(), facts) if isinstance(stage, PassStage) else facts
         facts = (inside - stage.ends) | stage.ensures

@@ -148,17 +148,17 @@ class _Parser:
             self.fail(f"{name} needs {missing[0]}", f"{name}{{{missing[0]}=...}}")
         return kind(**values)
 
-    def fields(self, known: Sequence[str], name: str, types: Mapping[str, Any]) -> dict[str, Any]:
+    def fields(self, names: Sequence[str], name: str, types: Mapping[str, Any]) -> dict[str, Any]:
         """Parse the fields of a pass up to the closing brace."""
         values = dict[str, Any]()
         while self.peek() != "}":
             if values:
                 self.take(",")
             place, field = self.at, self.take()
-            if field not in known or field in values:
+            if field not in names or field in values:
                 self.at = place
-                near = NearestNames(known).of(field)
-                takes = "takes " + ", ".join(known) if known else "takes no options"
+                near = NearestNames(names).of(field)
+                takes = "takes " + ", ".join(names) if names else "takes no options"
                 self.fail(f"{name} has no option {printable(field)!r}", f"{near[0]}?" if near else takes)
             self.take("=")
             place = self.at
