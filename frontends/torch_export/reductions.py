@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.recipes.activations import root
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size, product
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64, u8
 
 # -- reductions ----------------------------------------------------------------------------------------------------
