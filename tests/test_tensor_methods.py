@@ -180,6 +180,16 @@ def test_heads_are_split_as_the_layer_splits_them() -> None:
     assert [n.op.name for n in compile(by_hand, backend="numpy").graph.main.nodes] == ["rearrange"]
 
 
+def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
+    def body(x: t.Tensor) -> t.Tensor:
+        q, k, v = (t.linear(x, 8, name=n).view(*x.shape[:2], 2, 4).transpose(1, 2) for n in ("q", "k", "v"))
+        y = ((q @ k.mT / math.sqrt(q.size(-1))).softmax(-1) @ v).transpose(1, 2).reshape(*x.shape)
+        return y * (y.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * t.parameter("norm", 8)
+
+    names = [node.op.name for node in compile(traced(body), backend="numpy").graph.main.nodes]
+    assert [name for name in names if name != "rearrange"] == ["projections", "attention", "rms_norm"]
+
+
 @pytest.mark.parametrize(
     ("body", "said", "tried"),
     [
