@@ -18,6 +18,7 @@ import pytest
 
 import treadle
 from tests.golden import Golden
+from tests.svg_frames import outside
 from treadle.backends.registry import find_backend
 from treadle.ir.analysis.cost import graph_cost
 from treadle.ir.errors import UsageError
@@ -129,6 +130,7 @@ MADE = Roofline(
 def test_what_is_told_and_drawn(golden: Golden) -> None:
     golden("roofline/report.txt", f"{MADE}\n\n{replace(MADE, sizes={}, threads=2)}\n")
     golden("roofline/drawn.svg", draw_roofline(MADE))
+    assert not outside(draw_roofline(MADE))
     first = {"kernel": "product_1", "what": "linear+gelu", "calls": 4, "seconds": 3e-3, "flops": 6_000_000_000}
     report = MADE.as_dict()
     assert report.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
