@@ -82,7 +82,7 @@ def _drawn(report: MemoryReport, arena: int, line: Timeline) -> Iterator[str]:
     yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
     yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(report.model)}{escape(where)}</text>'
     yield (
-        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(report.arena, "B")}; at most {human(report.peak, "B")}'
+        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(arena, "B")}; at most {human(report.peak, "B")}'
         f" live at once, in {escape(report.step)}</text>"
     )
     for part in range(5):
