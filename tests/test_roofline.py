@@ -159,9 +159,9 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
         nbytes, threads = 1000, 2
 
     rows = [
-        replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, moved={1 << 20: 10}, least=0.0),
-        replace(MADE.rows[0], calls=1, seconds=1.0, flops=1000, moved={1 << 20: 8000, 1 << 14: 1000}, least=0.0),
-        replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, moved={1 << 14: 10}, least=0.0),
+        replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, traffic={1 << 20: 10}, least=0.0),
+        replace(MADE.rows[0], calls=1, seconds=1.0, flops=1000, traffic={1 << 20: 8000, 1 << 14: 1000}, least=0.0),
+        replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, traffic={1 << 14: 10}, least=0.0),
     ]
     asked: list[Any] = []
     monkeypatch.setattr(roofline, "KernelExecutable", Kernels)
@@ -242,7 +242,7 @@ def test_no_kernel_is_faster_than_its_limit() -> None:
     """Most values of a small model are in a cache; at the bandwidth of memory their kernels would be too fast."""
     found = measure_roofline(treadle.compile("bert", backend="tvm", **SMALL), SIZES, rounds=2)
     assert all(row.least <= row.seconds * (1 + 1e-9) for row in found.rows)
-    assert all(set(row.moved) <= set(found.reads) for row in found.rows)
+    assert all(set(row.traffic) <= set(found.reads) for row in found.rows)
     rates = list(found.reads.values())
     assert rates == sorted(rates, reverse=True), "nearer memory is at least as fast"
 

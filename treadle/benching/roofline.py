@@ -44,7 +44,7 @@ class KernelRow:
     calls     number of calls in a run
     seconds   of one call, the median
     flops     of one call
-    moved     the bytes of one call by their reuse distance, see `reuse_distances`; of the call with the shortest
+    traffic   the bytes of one call by their reuse distance, see `reuse_distances`; of the call with the shortest
     dtype     the dtype of its products: f32, bf16 or int8
     least     the least seconds of one call at the machine's rates
     source    the user's line of the node that it computes last
@@ -55,7 +55,7 @@ class KernelRow:
     calls: int
     seconds: float
     flops: int
-    moved: Mapping[int, int]
+    traffic: Mapping[int, int]
     dtype: str
     least: float
     source: str
@@ -63,7 +63,7 @@ class KernelRow:
     @property
     def bytes(self) -> int:
         """The bytes of one call."""
-        return sum(self.moved.values())
+        return sum(self.traffic.values())
 
     @property
     def total(self) -> float:
@@ -182,7 +182,7 @@ def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall
     rates = {d: measure_unit(d, isa, threads) for d in DTYPES if any(row.dtype == d for row in rows)}
     for row in rows:  # on a busy machine the measured rate may be too low
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
-    distances = sorted({distance for row in rows for distance in row.moved})
+    distances = sorted({distance for row in rows for distance in row.traffic})
     reads = _raised({distance: measure_read(distance, isa, threads) for distance in distances}, rows)
     bounded = [replace(row, least=max(row.flops / rates[row.dtype], _moving(row, reads))) for row in rows]
     name, target = model.name, str(model.target)
@@ -201,14 +201,14 @@ def _raised(reads: Mapping[int, float], rows: Sequence[KernelRow]) -> dict[int, 
 
 def _far(row: KernelRow, distance: int) -> int:
     """Return the bytes of a kernel whose reuse distance is this or longer."""
-    return sum(count for reach, count in row.moved.items() if reach >= distance)
+    return sum(count for reach, count in row.traffic.items() if reach >= distance)
 
 
 def _moving(row: KernelRow, reads: Mapping[int, float]) -> float:
     """Return the least seconds to move a kernel's bytes. At each distance, these are the bytes that are as far or
     farther, at the rate of this distance.
     """
-    return max((_far(row, distance) / reads[distance] for distance in row.moved), default=0.0)
+    return max((_far(row, distance) / reads[distance] for distance in row.traffic), default=0.0)
 
 
 def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]]:
@@ -223,7 +223,7 @@ def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]
     recent: dict[int, tuple[int, int]] = {}  # by address, the bytes and the call; the last touched last
     found: list[dict[int, int]] = []
     for number, spans in enumerate([*touched, *touched]):
-        moved: dict[int, int] = {}
+        traffic: dict[int, int] = {}
         for start, count in spans.items():
             passed: dict[int, int] = {}
             for at in reversed(recent):
@@ -233,12 +233,12 @@ def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]
                     break
                 passed[call] = passed.get(call, 0) + length
             distance = 1 << (max(sum(passed.values()) + count, LEAST).bit_length() - 1)
-            moved[distance] = moved.get(distance, 0) + count
+            traffic[distance] = traffic.get(distance, 0) + count
         for start, count in spans.items():
             recent.pop(start, None)
             recent[start] = count, number
         if number >= len(touched):
-            found.append(moved)
+            found.append(traffic)
     return found
 
 
@@ -267,7 +267,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
     for key, numbers in alike.items():
         for number in numbers:
             touched[number] = _touched(calls[number], computed[key])
-    moved = reuse_distances(touched)
+    traffic = reuse_distances(touched)
     rows: dict[tuple[str, str, int, int], KernelRow] = {}
     for key, numbers in alike.items():
         (title, _, node), nodes = key, computed[key]
@@ -275,7 +275,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
         flops = sum(node_cost(each, at).flops for each in nodes)
         what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
         source = describe_source(node.source, "") or "" if node is not None else ""
-        nearest = min((moved[number] for number in numbers), key=_reach)
+        nearest = min((traffic[number] for number in numbers), key=_reach)
         row = KernelRow(title, what, len(numbers), seconds[key], flops, nearest, step.kernel.multiplies, 0.0, source)
         place = (title, what, flops, row.bytes)
         rows[place] = _joined(rows.get(place), row)
@@ -286,14 +286,14 @@ def _joined(other: KernelRow | None, row: KernelRow) -> KernelRow:
     """Add the same kernel at the same sizes in another place of the model."""
     if other is None:
         return row
-    calls, nearest = row.calls + other.calls, min(other.moved, row.moved, key=_reach)
+    calls, nearest = row.calls + other.calls, min(other.traffic, row.traffic, key=_reach)
     seconds, source = (row.total + other.total) / calls, other.source or row.source
-    return replace(other, calls=calls, seconds=seconds, moved=nearest, source=source)
+    return replace(other, calls=calls, seconds=seconds, traffic=nearest, source=source)
 
 
-def _reach(moved: Mapping[int, int]) -> int:
+def _reach(traffic: Mapping[int, int]) -> int:
     """Return a number that orders the bytes of calls of one kernel by their reuse distances."""
-    return sum(distance * count for distance, count in moved.items())
+    return sum(distance * count for distance, count in traffic.items())
 
 
 def _touched(call: TimedCall, nodes: Sequence[Node]) -> dict[int, int]:
