@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import treadle.frontends.language as t
 from tests.test_first_mistakes import traced
 from treadle.entry_functions import compile
 from treadle.ir.errors import TreadleError
 from treadle.ir.expressions import Expr
+from treadle.ir.interpreter import interpret
 from treadle.ir.tensors.methods import TensorMethods
 from treadle.ir.transforms.gradients import gradient_graph
 
@@ -104,6 +107,8 @@ REDUCED: dict[str, Body] = {
     "std": lambda x: x.std((1, 2)),
     "amax": lambda x: x.amax((0, 1)),
     "amin": lambda x: x.amin(),
+    "any": lambda x: (x > 1).any(-1),
+    "all": lambda x: (x > -1).all((0, 2), keepdim=True),
     "max": lambda x: x.max(),
     "max values": lambda x: x.max(-1).values,
     "max indices": lambda x: x.max(-1)[1],
@@ -155,6 +160,65 @@ def test_the_same_code_on_pytorchs_tensors_gives_the_same_numbers(case: str, sha
     assert result.shape == expected.shape
     assert result.dtype == expected.dtype
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+EDGES = st.none() | st.integers(-9, 9)
+ITEMS = st.one_of(
+    st.integers(-3, 2),
+    st.builds(slice, EDGES, EDGES, st.none() | st.integers(1, 4)),
+    st.none(),
+    st.just(Ellipsis),
+    st.lists(st.integers(-2, 1), min_size=1, max_size=3),
+)
+
+
+@given(st.lists(ITEMS, max_size=5), st.sampled_from(["B S 4 3", "2 3 4 3", "2 S 4 3"]))
+def test_any_index_selects_what_it_selects_in_pytorch(items: list[Any], shape: str) -> None:
+    """What has no meaning in a graph is refused; on a symbolic axis, this includes positions past its end."""
+    x = np.arange(72.0, dtype=np.float32).reshape(2, 3, 4, 3)
+    index = tuple(items)
+    try:
+        expected = torch.from_numpy(x)[index].numpy()
+    except (IndexError, ValueError):
+        with pytest.raises(TreadleError):
+            interpret(traced(lambda t: t[index], shape=shape), {"x": x})
+        return
+    try:
+        (result,) = interpret(traced(lambda t: t[index], shape=shape), {"x": x}).values()
+    except TreadleError:
+        several = sum(isinstance(item, list) for item in items) > 1 or items.count(Ellipsis) > 1
+        assert several or shape != "2 3 4 3", "a constant shape, one index tensor, and one ellipsis"
+        return
+    np.testing.assert_array_equal(result, expected)
+
+
+SIZES = st.lists(st.sampled_from([1, 2, 3, 4, 6]), max_size=4)
+
+
+@given(SIZES, SIZES)
+def test_any_reshape_keeps_the_order_of_the_elements_or_shows_the_rearrange(
+    before: list[int], after: list[int]
+) -> None:
+    count = math.prod(before)
+    after = [*after, -1] if count % math.prod(after) == 0 else after
+    x = np.arange(count, dtype=np.float32).reshape(before)
+
+    def reshapes(x: t.Tensor) -> t.Tensor:
+        return x.reshape(*after)
+
+    shape = " ".join(map(str, before))
+    if -1 not in after:
+        with pytest.raises(TreadleError, match="elements, but the shape has"):
+            traced(reshapes, shape=shape)
+        return
+    try:
+        (result,) = interpret(traced(reshapes, shape=shape), {"x": x}).values()
+    except TreadleError as error:
+        code = (error.hint or "").partition("  #")[0]
+        (shown,) = interpret(traced(lambda x: eval(code, {"t": t, "x": x}), shape=shape), {"x": x}).values()
+        assert shown.shape == x.reshape(after).shape, "the hint has the requested shape"
+        return
+    np.testing.assert_array_equal(result, x.reshape(after))
 
 
 @pytest.mark.parametrize("case", [*INDEXED, *SHAPED])

@@ -353,6 +353,14 @@ class TensorMethods(CastMethods):
         """Return the least element over axes, or over all."""
         return self.builder.reduce_min(self._expr, axes=self._axes(dim), keep=keepdim)
 
+    def any(self, dim: Axes = None, keepdim: bool = False) -> Expr:
+        """Return True where an element over axes, or over all, is not 0."""
+        return self.builder.reduce_max(self.bool().to(u8), axes=self._axes(dim), keep=keepdim).bool()
+
+    def all(self, dim: Axes = None, keepdim: bool = False) -> Expr:
+        """Return True where no element over axes, or over all, is 0."""
+        return self.builder.reduce_min(self.bool().to(u8), axes=self._axes(dim), keep=keepdim).bool()
+
     @overload
     def max(self, dim: None = None) -> Expr: ...
     @overload

@@ -92,7 +92,7 @@ def _drawn(report: MemoryReport, arena: int, line: Timeline) -> Iterator[str]:
     if line.top > arena and report.host is not None:
         yield f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(arena)}" y2="{y(arena)}" stroke="#222222"/>'
         yield (
-            f'<text x="{WIDTH - _RIGHT}" y="44" text-anchor="end" fill="#555555">above the line: values in the'
+            f'<text x="{WIDTH - _RIGHT}" y="24" text-anchor="end" fill="#555555">above the line: values in the'
             f" memory of {escape(report.host)}, before it is written</text>"
         )
     for box in boxes:
