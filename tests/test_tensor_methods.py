@@ -303,6 +303,11 @@ def test_what_pytorch_code_computes_by_hand_is_recognized() -> None:
         (lambda x: x.to("cuda"), ".to takes a dtype of Treadle, not 'cuda'", "x.to(t.f32)"),
         (lambda x: x.add_(1), "a tensor of a model has no .add_", "x = x.add(...)"),
         (lambda x: x.eq(1), "a tensor of a model has no .eq", "x == x"),
+        (
+            lambda x: x - x.max(-1, keepdim=True),
+            "sub: an operand must be a tensor",
+            "one of its tensors: .values, .ind",
+        ),
         (lambda x: x.exp(axis=1), "exp got an unexpected keyword argument 'axis'", None),
     ],
 )
@@ -354,3 +359,13 @@ def test_every_method_has_a_docstring() -> None:
     assert len(methods) > 40
     assert all(inspect.getdoc(method) for method in methods)
     assert Expr.reshape.__doc__ == Expr.view.__doc__
+
+
+def test_elementwise_ops_are_listed_and_described_as_methods() -> None:
+    def body(x: t.Tensor) -> None:
+        assert {"exp", "maximum", "relu", "sum", "shape"} <= set(dir(x))
+        assert not {"linear", "where", "softplus_", "cached_attention"} & set(dir(x))
+        assert x.exp.__doc__ == t.exp.__doc__
+        assert hasattr(x, "relu") and not hasattr(x, "linear") and not hasattr(x, "__array_interface__")
+
+    traced(body)

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any
 
 from treadle.ir.errors import GraphError
-from treadle.ir.op_registry import find_op
+from treadle.ir.op_registry import OPS, find_op
 from treadle.ir.operation import Op
 from treadle.ir.rules.axis_rule_text import parse_rule
 from treadle.ir.wording.op_signatures import op_signature
@@ -53,3 +53,6 @@ class ElementwiseMethods(PythonProtocols):
         method.__signature__ = op_signature(cls)  # type: ignore[attr-defined]
         setattr(ElementwiseMethods, name, method)
         return getattr(self, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name, cls in OPS.items() if is_method(cls))})
