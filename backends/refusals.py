@@ -84,11 +84,23 @@ def unavailable(name: str, missing: str) -> BackendError:
     return BackendError(f"the {name} backend is not available", received=reason, hint=hint)
 
 
+def code_hint(op: str, place: str) -> Hint:
+    """Return the hint for an op that a backend has no code for. `place` is the table that lists the code of ops."""
+    added = f"to add code for {op}: {place} (docs/adding-an-op.md)"
+    return Hint(f'backend="numpy" runs every op by its reference; {added}', f"--backend numpy; {added}")
+
+
 def refuse_nodes(
-    graph: Graph, backend: str, supports: Callable[[Node], str | None], *, hint: str | None = None
+    graph: Graph,
+    backend: str,
+    supports: Callable[[Node], str | None],
+    *,
+    hint: str | Callable[[Node], Hint | None] | None = None,
 ) -> None:
     """Raise one BackendError that lists every unsupported node with its source line. Also raise for states in a
     quantized encoding, which none of our backends supports.
+
+    hint  the error's hint, or a function that returns it for the first unsupported node
     """
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
         what = f"the {backend} backend does not support quantized states"
@@ -104,5 +116,5 @@ def refuse_nodes(
         f"the {backend} backend cannot run {graph.name}",
         received=_listed(lines),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
-        hint=hint,
+        hint=hint(refused[0][0]) if callable(hint) else hint,
     )

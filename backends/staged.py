@@ -28,7 +28,7 @@ from treadle.backends.donation import check_names
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
 from treadle.backends.registry import find_backend
-from treadle.ir.errors import BackendError, UsageError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
@@ -83,6 +83,12 @@ class StagedBackend(ABC):
         """
         return None
 
+    def where_to_add(self, node: Node) -> Hint | None:
+        """Return a hint with the table in which a refused node's op has no code; None if the node is refused for
+        another reason. By default return None.
+        """
+        return None
+
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError if the backend is not available, does not support the target, or does not support a node.
 
@@ -91,7 +97,7 @@ class StagedBackend(ABC):
         reason = self.available()
         if reason is not None:
             raise BackendError(f"backend {self.name} is not available", received=reason)
-        refuse_nodes(graph, self.name, self.supports)
+        refuse_nodes(graph, self.name, self.supports, hint=self.where_to_add)
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return what the backend's kernels compute, read and write, for the passes of `pipeline`. By default, the

@@ -14,7 +14,7 @@ from treadle.ir.source_lines import user_line
 from treadle.ir.wording.call_spelling import nearest_option, spelled_call
 from treadle.ir.wording.other_spellings import OTHER_WORDS
 
-_CALL = re.compile(r"(?:\w+\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
+_CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword argument|takes)(.*)")
 
 
 class UnknownNameError(FrontendError, AttributeError):
@@ -42,20 +42,26 @@ def nearest_op(name: str) -> str | None:
 
 
 def call_hint(error: BaseException) -> str | None:
-    """Return the hint for a TypeError of a DSL call: the nearest option, and the call's signature.
+    """Return the hint for a TypeError of a DSL call or a tensor's method: the nearest option, and the signature.
 
     None for any other error, and if the called function is the user's own function under a DSL name.
     """
     import treadle.frontends.language as language
 
     match = _CALL.match(str(error)) if isinstance(error, TypeError) else None
-    layer = vars(language).get(match[1]) if match else None
-    if match is None or not inspect.isfunction(layer) or _called(match[1], error) not in (None, layer):
+    if match is None:
         return None
-    signature = inspect.signature(layer)
-    wanted = re.search(r"'(\w+)'", match[3]) if match[2].startswith("got") else None
+    owner, name, problem, rest = match.groups()
+    of_tensors = any(owner == base.__name__ for base in language.Tensor.__mro__)
+    function = getattr(language.Tensor, name, None) if of_tensors else vars(language).get(name)
+    if not inspect.isfunction(function) or not (of_tensors or _called(name, error) in (None, function)):
+        return None
+    signature = inspect.signature(function)
+    wanted = re.search(r"'(\w+)'", rest) if problem.startswith("got") else None
     near = nearest_option(wanted[1], signature) if wanted else None
-    return (f"did you mean {near}=? " if near else "") + f"t.{spelled_call(match[1], signature)}"
+    if of_tensors:
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    return (f"did you mean {near}=? " if near else "") + f"{'x' if of_tensors else 't'}.{spelled_call(name, signature)}"
 
 
 def _called(name: str, error: BaseException) -> object:

@@ -190,9 +190,12 @@ class Builder(OpMethods):
                     values[i], known[i] = size.value, size.dtype
                     continue
                 if isinstance(given[i], list | tuple) and any(isinstance(x, Expr) for x in given[i]):
+                    fields = getattr(given[i], "_fields", ())
                     raise GraphError(
                         f"{op.name}: an operand must be a tensor, not a {type(given[i]).__name__} of tensors",
-                        hint=f"tensors one by one, as in {op.name}(x, y)",
+                        hint=f"one of its tensors: {', '.join(f'.{name}' for name in fields)}"
+                        if fields
+                        else f"tensors one by one, as in {op.name}(x, y)",
                     )
                 literal = Literal.of(given[i], number_dtype(entries, i, known))
                 values[i], known[i] = Value.constant(literal), literal.dtype

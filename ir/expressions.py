@@ -9,8 +9,8 @@ import numpy as np
 from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.sizing.sizes import Size
+from treadle.ir.tensors.methods import TensorMethods
 from treadle.ir.types import DType, Type
-from treadle.ir.wording.python_protocols import PythonProtocols
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder
@@ -19,7 +19,7 @@ ExprLike: TypeAlias = "Expr | Value | Size | float | np.generic | np.ndarray[Any
 """An operand as an op accepts it: numbers and arrays become constants, and a size becomes its value at each call."""
 
 
-class Expr(PythonProtocols):
+class Expr(TensorMethods):
     """A value and its builder. Operators build nodes; a number gets the dtype of the other operand."""
 
     __slots__ = ("builder", "value")

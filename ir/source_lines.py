@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import os
 import sys
 from dataclasses import dataclass
@@ -32,11 +34,15 @@ checkout.
 """
 _LIBRARY = os.path.dirname(os.__file__) + os.sep
 _NUMPY = os.path.dirname(np.__file__) + os.sep
+_CALLED = tuple(
+    f"{os.sep}site-packages{os.sep}{name}{os.sep}" for name in ("torch", "jax", "scipy", "einops", "pandas")
+)
+"""Parts of the paths of libraries that a model may call by mistake with its tensors. NumPy's path is known."""
 
 
 class _CompilerFiles(dict[str, bool]):
-    """A dictionary from file names to booleans: True for files of the compiler, Python and NumPy. Frames of such files
-    are between the user's line and the call in the compiler.
+    """A dictionary from file names to booleans: True for files of the compiler, Python, NumPy and libraries like it.
+    Frames of such files are between the user's line and the call in the compiler.
 
     Missing entries are computed on lookup. The dictionary saves time, since the search for an op's line passes about
     ten frames of such files.
@@ -45,7 +51,7 @@ class _CompilerFiles(dict[str, bool]):
     def __missing__(self, filename: str) -> bool:
         path = os.path.abspath(filename)
         known = path.startswith(_COMPILER) or os.path.dirname(path) == _FRONT_DOOR or filename.startswith("<frozen ")
-        known = known or path.startswith(_NUMPY)
+        known = known or path.startswith(_NUMPY) or any(part in path for part in _CALLED)
         self[filename] = known or (path.startswith(_LIBRARY) and "site-packages" not in path)
         return self[filename]
 
@@ -87,10 +93,33 @@ def user_line(*, beyond: int = 0) -> SourceLine | None:
 
     beyond  number of frames, from the caller on, known to be the compiler's: checking each takes time
     """
-    frame: FrameType | None = sys._getframe(beyond + 1)
+    frame = _user_frame(sys._getframe(beyond + 1))
+    return None if frame is None else _source(frame.f_code.co_filename, frame.f_lineno)
+
+
+def user_call() -> str | None:
+    """Return the called function as the user's line writes it, such as `math.sqrt`. None if the line calls none, or if
+    its text cannot be read.
+    """
+    frame = _user_frame(sys._getframe(1))
+    if frame is None:
+        return None
+    line, last, start, stop = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+    if line is None or line != last:
+        return None
+    text = linecache.getline(frame.f_code.co_filename, line).encode()[start:stop].decode(errors="replace")
+    try:
+        call = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+    return ast.unparse(call.func) if isinstance(call, ast.Call) else None
+
+
+def _user_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame of the user, from this frame on."""
     while frame is not None:
         code = frame.f_code
         if not _is_compiler[code.co_filename] and _is_users(code):  # tested first, since most frames are the compiler's
-            return _source(code.co_filename, frame.f_lineno)
+            return frame
         frame = frame.f_back
     return None

@@ -11,6 +11,7 @@ from treadle.frontends import attention_layers, layers
 from treadle.ir.builder import Builder
 from treadle.ir.op_registry import OPS
 from treadle.ir.operation import Op
+from treadle.ir.tensors.elementwise import is_method
 from treadle.ir.wording.op_signatures import BUILDER, LANGUAGE, PATTERN, Spelling, op_signature
 
 WIDTH = 120
@@ -80,11 +81,24 @@ class OpTerms:
 '''
 
 
+TENSORS = '''\
+"""The elementwise ops as methods of tensors, from their classes: elementwise.py as type checkers see it. Written by
+`make golden`.
+"""
+
+from treadle.ir.expressions import Expr, ExprLike
+from treadle.ir.wording.python_protocols import PythonProtocols
+
+class ElementwiseMethods(PythonProtocols):
+'''
+
+
 def stubs() -> dict[str, str]:
     """Return the text of each stub, by its path in the tree."""
     return {
         "ir/op_methods.pyi": METHODS + _methods(BUILDER),
         "passes/framework/op_terms.pyi": TERMS + _methods(PATTERN),
+        "ir/tensors/elementwise.pyi": TENSORS + "\n".join(_tensor_methods()),
         "frontends/operations.pyi": FUNCTIONS + _functions(),
         "treadle/entry_functions.pyi": _entry_functions(),
     }
@@ -114,6 +128,14 @@ def _ops() -> list[type[Op]]:
 
 def _methods(spelling: Spelling) -> str:
     return "".join(_spelled(cls.name, op_signature(cls, spelling), indent="    ") for cls in _ops())
+
+
+def _tensor_methods() -> Iterator[str]:
+    for cls in filter(is_method, _ops()):
+        signature = op_signature(cls, BUILDER)
+        own = list(signature.parameters.values())[1:]
+        doc = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+        yield _spelled(cls.name, signature.replace(parameters=own), indent="    ", doc=doc)
 
 
 def _functions() -> str:

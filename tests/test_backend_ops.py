@@ -5,15 +5,17 @@ lacks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.backend_checks import assert_near, compiled, each_backend, graph_of, message, needs_torch
+from tests.backend_checks import assert_near, compiled, each_backend, graph_of, message, needs_torch, needs_tvm
 from tests.op_checks import EPSILON, TESTED, Case, held, refusal
 from treadle.backends.numpy import attention_kernels
 from treadle.backends.numpy import kernels as numpy_kernels
@@ -23,6 +25,7 @@ from treadle.entry_functions import compile
 from treadle.ir.attention.attention_terms import BooleanMask, Causal, MaskTerm, Padding, TensorBias, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.composites import body_of
+from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS, op
@@ -31,6 +34,8 @@ from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.error_function import erf
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.types import DTYPES
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # -- meanings that libraries leave open ------------------------------------------------------------------------------
 
@@ -350,23 +355,51 @@ def test_float32_erf() -> None:
 # -- ops without a form ------------------------------------------------------------------------------------------------
 
 
-@needs_torch
-def test_torch_refuses_a_primitive_that_it_cannot_spell() -> None:
-    try:
+@pytest.fixture
+def tripled() -> Iterator[Graph]:
+    """A graph with a primitive that no backend has code for."""
 
-        @op("triple", axes="... -> ...", dtypes="f -> f")
-        class Triple(Primitive):
-            """y = 3 x"""
+    @op("triple", axes="... -> ...", dtypes="f -> f")
+    class Triple(Primitive):
+        """y = 3 x"""
 
-            x = Operand()
+        x = Operand()
 
-            def reference(self, x: Any) -> Any:
-                return 3 * x
+        def reference(self, x: Any) -> Any:
+            return 3 * x
 
-        graph = graph_of(lambda b: b.triple(b.input("x", "f32[N]")))
-    finally:
-        OPS.pop("triple", None)
-    assert "PyTorch cannot express triple" in message(lambda: compiled("torch", graph))
+    yield graph_of(lambda b: b.triple(b.input("x", "f32[N]")))
+    OPS.pop("triple", None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "said", "place"),
+    [
+        pytest.param(
+            "torch", "PyTorch cannot express triple", "SPELLINGS of backends/torch/spelling.py", marks=needs_torch
+        ),
+        pytest.param(
+            "tvm",
+            "triple has no kernel for f32",
+            "FUNCTIONS of backends/tvm/kernels/arithmetic/vector_math.py",
+            marks=needs_tvm,
+        ),
+    ],
+)
+def test_a_primitive_without_code_is_refused_with_the_table_to_add_it_to(
+    backend: str, said: str, place: str, tripled: Graph
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        compiled(backend, tripled)
+    assert said in str(caught.value.received)
+    assert str(caught.value.hint).startswith('backend="numpy" runs every op by its reference; to add code for triple:')
+    assert f"{place} (docs/adding-an-op.md)" in str(caught.value.hint)
+    table, path = place.split(" of ")
+    assert re.search(rf"^{table}\b", (ROOT / path).read_text("utf-8"), re.MULTILINE)
+
+
+def test_a_primitive_without_code_runs_on_numpy_by_its_reference(tripled: Graph) -> None:
+    graph = tripled
     exe = compiled("numpy", graph)  # runs by the op's reference
     assert "reference.triple(x)" in exe.source
     assert exe(x=np.ones(2, np.float32)).y.tolist() == [3, 3]

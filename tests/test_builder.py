@@ -167,11 +167,11 @@ def chained_comparison(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
 
 
 def iteration(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
-    return list(x)
+    return list(b.input("y", "f32[S]"))
 
 
 def method_of_other_libraries(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
-    return x.unsqueeze(0)
+    return x.movedim(0, 1)
 
 
 def parameter_of_two_types(b: Builder, x: Expr, i: Expr, m: Expr) -> Any:
@@ -203,8 +203,8 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (truth_of_a_value, GraphError, "where(condition, a, b) selects elementwise"),
     (equality_of_values, GraphError, "a tensor of a model has no truth value"),
     (chained_comparison, GraphError, "a tensor of a model has no truth value"),
-    (iteration, GraphError, "a tensor of a model cannot be iterated over"),
-    (method_of_other_libraries, GraphError, "a tensor of a model has no .unsqueeze"),
+    (iteration, GraphError, "a tensor cannot be iterated over along an axis whose size differs from call to call: S"),
+    (method_of_other_libraries, GraphError, "a tensor of a model has no .movedim"),
     (parameter_of_two_types, GraphError, "received  f32[4], then f32[5]"),
 ]
 

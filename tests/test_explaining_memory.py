@@ -15,9 +15,11 @@ import pytest
 
 import treadle
 from tests.backend_checks import needs_tvm
+from tests.svg_frames import outside
 from tests.test_explaining_layouts import SMALL, report
 from treadle.explaining.memory import MemoryReport, compare_memory, explain_memory, read_memory
-from treadle.explaining.memory_drawing import HEIGHT, WIDTH, draw_memory, write_drawing
+from treadle.explaining.memory_drawing import HEIGHT, WIDTH, _legend, draw_memory, write_drawing
+from treadle.explaining.memory_timeline import timeline_of
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
 
@@ -142,6 +144,25 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
         for x2, y2, w2, h2 in boxes[:i]:
             apart = x + w <= x2 + 0.02 or x2 + w2 <= x + 0.02 or y + h <= y2 + 0.02 or y2 + h2 <= y + 0.02
             assert apart
+
+
+@pytest.mark.parametrize("model", ["gpt2", "whisper", "t5"])
+@each_backend
+def test_every_coordinate_of_the_drawing_is_in_its_frame(model: str, backend: str) -> None:
+    """Also where values share the memory of an output: then most bytes that are alive are not in the arena."""
+    found = explain_memory(model, backend=backend)
+    assert (found.host is not None) is (backend == "tvm"), "TVM writes these models' logits last"
+    assert not outside(draw_memory(found))
+    line = timeline_of(found)
+    assert max(line.live) <= line.top
+    assert max(line.live) >= (found.peak if backend == "tvm" else found.arena or 0)
+    assert line.top >= (found.arena or 0)
+
+
+def test_a_legend_has_the_entries_that_fit_in_a_row() -> None:
+    legend = _legend([f"a_rather_long_name_of_an_op_{i}" for i in range(12)])
+    assert 0 < len(legend) < 10
+    assert max(legend.values()) < WIDTH
 
 
 @needs_tvm

@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.golden import Golden
+from tests.svg_frames import outside
 from tests.test_explaining_layouts import SMALL, report, without_lines
 from treadle.cli.application import app
 from treadle.explaining.sharding import ShardingReport, explain_sharding
@@ -401,3 +402,4 @@ def test_a_drawing_of_known_times(golden: Golden) -> None:
     golden("pages/known_times.svg", draw_sharding(report))
     full = replace(report, needs=replace(needs, memory=8000.0, times=Timetable(busy[:2], ())), changes=())
     golden("pages/known_times_too_large.svg", draw_sharding(full))
+    assert not [place for each in (report, full, plain()) for place in outside(draw_sharding(each))]

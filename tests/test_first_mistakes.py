@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from treadle.entry_functions import compile
 from treadle.ir.errors import FrontendError, SizeError, TreadleError
 from treadle.ir.graph import Graph
 from treadle.ir.source_lines import raising_line
-from treadle.ir.wording.other_spellings import OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
+from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_OPTIONS, OTHER_WORDS
 
 Body = Callable[..., Any]
 
@@ -237,10 +238,13 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: np.add.reduce(x), "NumPy's reduce takes arrays", None),
         (lambda x: np.array([x, x]), "a tensor of a model is not an array", "t.concat(a, b, axis=1)"),
         (lambda x: t.mlp(x, 8, act=np.tanh), "NumPy's tanh takes arrays", "t.tanh(x)"),
-        (lambda x: len(x), "a tensor of a model has no len()", "x.shape[0]"),
         (lambda x: float(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: int(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
-        (lambda x: math.sqrt(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
+        (lambda x: math.sqrt(x), "a tensor of a model is not a Python number", "t.sqrt(x)"),
+        (lambda x: x * math.exp(x) + 1, "a tensor of a model is not a Python number", "t.exp(x)"),
+        (lambda x: sqrt(x), "a tensor of a model is not a Python number", "t.sqrt(x)"),
+        (lambda x: math.log2(x), "a tensor of a model is not a Python number", "t.log(x) / 0.69"),
+        (lambda x: math.erfc(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: range(x), "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: [1, 2][x], "a tensor of a model is not a Python number", "x.cast(t.f32)"),
         (lambda x: round(x), "a tensor of a model is not a Python number", "t.round(x)"),
@@ -251,8 +255,8 @@ def test_a_size_beside_a_number_that_no_tensor_holds() -> None:
         (lambda x: x and x, "no data-dependent branches", "t.where(condition, a, b)"),
         (lambda x: not x, "no data-dependent branches", "t.where(condition, a, b)"),
         (lambda x: max(x, x), "no data-dependent branches", "t.where(condition, a, b)"),
-        (lambda x: sum(x), "a tensor of a model cannot be iterated over", None),
-        (lambda x: [*x], "a tensor of a model cannot be iterated over", None),
+        (lambda x: sum(x), "a tensor cannot be iterated over along an axis whose size differs", None),
+        (lambda x: [*x], "a tensor cannot be iterated over along an axis whose size differs", None),
         (lambda x: 1.0 in x, "`in` cannot look into a tensor", "x == y"),
     ],
 )
@@ -263,6 +267,52 @@ def test_python_protocols_on_tensors(body: Body, said: str, tried: str | None) -
     if tried is not None:
         assert re.match(re.escape(tried.replace("x == y", "x == value")), error.hint or ""), error.hint
         follow(tried)
+
+
+@pytest.mark.parametrize(
+    ("call", "function", "tried"),
+    [
+        (lambda torch, x: torch.relu(x), "relu", "t.relu(x)"),
+        (lambda torch, x: torch.nn.functional.softmax(x, dim=-1), "softmax", "t.softmax(x, axis=-1)"),
+        (lambda torch, x: torch.nn.functional.gelu(x), "gelu", "t.gelu(x)"),
+        (lambda torch, x: torch.cat([x, x], dim=1), "cat", "t.concat(x, x, axis=1)"),
+        (lambda torch, x: torch.matmul(x, x), "matmul", "t.matmul(x, y)"),
+        (lambda torch, x: torch.ones(8).view_as(x), "view_as", "x.reshape(x.shape)"),
+        (lambda torch, x: torch.nn.Linear(8, 8)(x), "linear", 't.linear(x, 64, name="f")'),
+        (lambda torch, x: torch.nn.LayerNorm(8)(x), "layer_norm", 't.layer_norm(x, name="ln")'),
+        (lambda torch, x: torch.einsum("bsd,btd->bst", x, x), "einsum", 't.einsum(x, x, equation="b s d, b t d'),
+        (lambda torch, x: torch.where(x > 0, x, x), "where", "t.where(x, y, z)"),
+        (lambda torch, x: torch.nn.functional.scaled_dot_product_attention(x, x, x), "scaled", "t.attention(q, k, v"),
+        (lambda torch, x: torch.fft.fft(x), "fft_fft", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+)
+def test_a_function_of_pytorch_is_refused_at_the_users_line(call: Any, function: str, tried: str | None) -> None:
+    torch = pytest.importorskip("torch")
+    error = refusal(lambda x: call(torch, x))
+    assert error.what.startswith(f"PyTorch's {function}")
+    assert (error.hint is None) == (tried is None)
+    assert (error.hint or "").startswith(tried or "")
+
+
+def test_operators_beside_tensors_of_pytorch_are_ops() -> None:
+    torch = pytest.importorskip("torch")
+    a = torch.linspace(1, 2, 8)
+
+    def body(x: Any, where: Callable[..., Any]) -> Any:
+        return (
+            (a + x)
+            - (a - x) * a
+            + (a[None] @ x.mT[..., :1]) / (a**x)
+            + where(a < x, a, x)
+            + a // x
+            + a % x
+            + a.add(x) / a
+        )
+
+    x = np.full((1, 1, 8), 1.5, np.float32)
+    (y,) = compile(traced(lambda x: body(x, t.where)), backend="numpy")(x=x).values()
+    np.testing.assert_allclose(y, body(torch.from_numpy(x), torch.where).numpy(), rtol=1e-6)
 
 
 def test_operators_beside_arrays_and_numbers_of_numpy_are_ops() -> None:
@@ -342,7 +392,7 @@ def test_a_size_is_an_integer_to_a_layer() -> None:
 
 # -- words of other libraries --------------------------------------------------------------------------------------
 
-SPELLED = sorted({*OTHER_WORDS.values(), *OTHER_METHODS.values()})
+SPELLED = sorted({*OTHER_METHODS.values(), *OTHER_FUNCTIONS.values()})
 
 
 @pytest.mark.parametrize("spelled", [s for s in SPELLED if not s.startswith(("@", "t.compile"))])
@@ -361,12 +411,10 @@ def test_no_word_of_ours_is_told_to_be_anothers(word: str) -> None:
 @pytest.mark.parametrize(
     ("body", "tried"),
     [
-        (lambda x: x.T, 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: x.transpose(1, 2), 't.rearrange(x, pattern="b s d -> b d s")'),
-        (lambda x: x.mean(-1), "t.reduce_mean(x, axes=(-1,))"),
-        (lambda x: x.view(-1), 't.rearrange(x, pattern="b s (h=2 d) -> b h s d")'),
-        (lambda x: x.softmax(-1), "t.softmax(x, axis=-1)"),
-        (lambda x: x.half(), "x.cast(t.f16)"),
+        (lambda x: x.astype("f2"), "x.cast(t.f32)"),
+        (lambda x: x.eq(0), "x == x"),
+        (lambda x: x.cuda(), "t.compile(model)(...)"),
+        (lambda x: x.norm(), "t.sqrt(t.reduce_sum(x * x, axes=(-1,)))"),
         (lambda x: t.permute(x), 't.rearrange(x, pattern="b s d -> b d s")'),
         (lambda x: t.dropout(x, 0.1), "x  # a compiled model is only used for inference: leave it out"),
         (lambda x: t.Softmax(x), "did you mean t.softmax"),
@@ -385,6 +433,7 @@ def test_options_of_other_libraries_are_options_of_nothing_here_under_that_name(
     import inspect
 
     words = [getattr(t, name) for name in dir(t) if name != "ops"]
+    words += [getattr(t.Tensor, name) for name in dir(t.Tensor)]
     ours = {p for word in words if inspect.isfunction(word) for p in inspect.signature(word).parameters}
     assert {here for meanings in OTHER_OPTIONS.values() for here in meanings} <= ours
 

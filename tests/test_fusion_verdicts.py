@@ -5,10 +5,11 @@ from it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
+import treadle.frontends.language as t
 from tests.attention_programs import FORMS as ATTENTION_FORMS
 from tests.attention_programs import Form, graph_of
 from tests.pass_programs import program
@@ -177,3 +178,78 @@ def test_a_turn_of_what_a_sine_was_in_is_a_site() -> None:
     b.outputs(y=b.concat(one * cos - two * sin, two * cos + one * sin, axis=3))
     (site,) = find_sites(b.graph)
     assert (site.kind, site.anchor.op.name) == ("rotary", "add")
+
+
+# -- sites that no rule recognized -------------------------------------------------------------------------------------
+
+
+def heads(x: t.Tensor) -> Iterator[t.Tensor]:
+    return (t.split_heads(t.linear(x, 16, name=name), 2) for name in "qkv")
+
+
+def relu_of_heads(x: t.Tensor) -> t.Tensor:
+    return t.relu(t.split_heads(t.linear(x, 16, name="q"), 2))
+
+
+def rms_with_eps_outside(x: t.Tensor) -> t.Tensor:
+    return x / ((x * x).mean(-1, keepdim=True).sqrt() + 1e-6) * t.parameter("w", 16)
+
+
+def layer_norm_with_eps_outside(x: t.Tensor) -> t.Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / ((centered * centered).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+def rms_with_a_maximum(x: t.Tensor) -> t.Tensor:
+    return x * (x * x).mean(-1, keepdim=True).maximum(1e-6).rsqrt()
+
+
+def talking_heads(x: t.Tensor) -> t.Tensor:
+    """Scores and probabilities are mixed over the heads (Shazeer et al. 2020)."""
+    q, k, v = heads(x)
+    scores = t.einsum(q @ k.mT, t.parameter("before", 2, 2), equation="b h s t, h g -> b g s t")
+    mixed = t.einsum(scores.softmax(-1), t.parameter("after", 2, 2), equation="b h s t, h g -> b g s t")
+    return t.merge_heads(mixed @ v)
+
+
+def probabilities_divided_again(x: t.Tensor) -> t.Tensor:
+    q, k, v = heads(x)
+    scores = t.einsum(q @ k.mT, t.parameter("before", 2, 2), equation="b h s t, h g -> b g s t")
+    p = scores.softmax(-1)
+    return t.merge_heads((p / (p.sum(-1, keepdim=True) + 1e-6)) @ v)
+
+
+def softmax_plus_one(x: t.Tensor) -> t.Tensor:
+    q, k, v = heads(x)
+    scores = q @ k.mT
+    e = (scores - scores.amax(-1, keepdim=True)).exp()
+    return t.merge_heads((e / (e.sum(-1, keepdim=True) + 1.0)) @ v)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "rule", "matched", "edge", "reason"),
+    [
+        (relu_of_heads, "epilogue", "fuse-activated-linear", 1, "operand 0 of relu", ", found rearrange"),
+        (rms_with_eps_outside, "normalization", "rms-norm", 1, "operand 1 of div", "expected sqrt, found add"),
+        (layer_norm_with_eps_outside, "normalization", "layer-norm", 3, "operand 1 of div", "expected sqrt, found add"),
+        (rms_with_a_maximum, "normalization", "rms-norm", 2, "operand 0 of rsqrt", "expected add, found maximum"),
+        (talking_heads, "attention", "fuse-attention", 2, "einsum", "does not sum over the axis of the softmax"),
+        (probabilities_divided_again, "attention", "fuse-attention", 3, "softmax", "used elsewhere, by reduce_sum"),
+        (softmax_plus_one, "attention", "fuse-softmax", 4, "operand 1 of div", "expected reduce_sum, found add"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_site_that_no_rule_recognized_names_the_edge_of_the_nearest_pattern(
+    body: Callable[[t.Tensor], t.Tensor], kind: str, rule: str, matched: int, edge: str, reason: str
+) -> None:
+    def model(x: t.Tensor) -> t.Tensor:
+        return body(x)
+
+    model.__annotations__["x"] = t.f32["B S 16"]
+    explanation = explained(t.model(model).graph())
+    (verdict,) = (v for block in explanation.blocks for v in block.verdicts if v.kind == kind)
+    assert (verdict.rules, verdict.edge) == ((rule,), edge)
+    assert len(verdict.matched) == matched
+    assert reason in verdict.reason
+    assert verdict.hint or kind == "attention"
+    assert all(place.startswith("tests/test_fusion_verdicts.py:") for place in verdict.places)

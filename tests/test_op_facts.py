@@ -405,7 +405,7 @@ SPELLERS = (
     *("backends/onnx", "backends/tvm/kernels"),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("attention", "cache", "encoded", "indexing")),
     *(f"backends/tvm/lowering/{subject}_rules.py" for subject in ("normalization", "product", "reduction", "shape")),
-    *("ir/builder.py", "ir/expressions.py", "passes/framework/pattern.py"),
+    *("ir/builder.py", "ir/expressions.py", "ir/tensors/", "passes/framework/pattern.py"),
     *("ir/wording/other_spellings.py", "ir/wording/python_protocols.py", "ir/sizing/size_numbers.py"),
     "passes/memory/instances.py",  # columns of files
     "treadle/tasks/option_hints.py",  # options of other libraries

@@ -154,12 +154,21 @@ def test_a_roofline_of_known_numbers(golden: Golden) -> None:
     """The table, the lines above and below it, and the plot."""
     rows = (
         KernelRow(
-            "matmul_64_gelu", "activated_linear", 12, 1e-4, 50_000_000, 400_000, "f32", 8e-5, "m.py:12, scope mlp"
+            "matmul_64_gelu",
+            "activated_linear",
+            12,
+            1e-4,
+            50_000_000,
+            {1 << 18: 400_000},
+            "f32",
+            8e-5,
+            "m.py:12, scope mlp",
         ),
-        KernelRow("pair_product_48", "linear", 24, 2e-5, 20_000_000, 100_000, "bf16", 1.8e-5, "m.py:9"),
-        KernelRow("copy", "rearrange", 1, 3e-6, 0, 30_000, "f32", 2e-6, ""),
+        KernelRow("pair_product_48", "linear", 24, 2e-5, 20_000_000, {1 << 16: 100_000}, "bf16", 1.8e-5, "m.py:9"),
+        KernelRow("copy", "rearrange", 1, 3e-6, 0, {1 << 14: 30_000}, "f32", 2e-6, ""),
     )
-    made = Roofline("small", "x86-64-v4", 2, {"B": 1, "S": 16}, rows, {"f32": 6e11, "bf16": 1.2e12}, 1.5e10, 9_000_000)
+    reads = {1 << 14: 2e11, 1 << 16: 1e11, 1 << 18: 1.5e10}
+    made = Roofline("small", "x86-64-v4", 2, {"B": 1, "S": 16}, rows, {"f32": 6e11, "bf16": 1.2e12}, reads, 9_000_000)
     golden("pages/roofline.txt", str(made))
     golden("pages/roofline.svg", draw_roofline(made))
 

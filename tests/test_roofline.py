@@ -18,6 +18,7 @@ import pytest
 
 import treadle
 from tests.golden import Golden
+from tests.svg_frames import outside
 from treadle.backends.registry import find_backend
 from treadle.ir.analysis.cost import graph_cost
 from treadle.ir.errors import UsageError
@@ -28,7 +29,7 @@ if find_backend("tvm").available():
 from typer.testing import CliRunner
 
 from treadle.backends.tvm.kernels.isa import ISAS
-from treadle.backends.tvm.profiling import time_calls
+from treadle.backends.tvm.profiling import TimedCall, time_calls
 from treadle.benching import roofline
 from treadle.benching.roofline import KernelRow, Roofline, _joined, measure_roofline
 from treadle.benching.roofline_drawing import _Drawing, draw_roofline
@@ -116,12 +117,12 @@ MADE = Roofline(
     1,
     {"B": 2, "S": 9},
     (
-        KernelRow("product_1", "linear+gelu", 4, 3e-3, 6_000_000_000, 2_000_000, "f32", 2e-3, "m.py:7"),
-        KernelRow("product_2", "linear", 2, 1e-3, 1_000_000_000, 4_000, "int8", 4e-4, ""),
-        KernelRow("moved", "transpose", 1, 1e-5, 0, 120_000, "f32", 6e-6, "m.py:9"),
+        KernelRow("product_1", "linear+gelu", 4, 3e-3, 6_000_000_000, {1 << 20: 2_000_000}, "f32", 2e-3, "m.py:7"),
+        KernelRow("product_2", "linear", 2, 1e-3, 1_000_000_000, {1 << 14: 4_000}, "int8", 4e-4, ""),
+        KernelRow("moved", "transpose", 1, 1e-5, 0, {1 << 16: 120_000}, "f32", 6e-6, "m.py:9"),
     ),
     {"f32": 3e12, "int8": 9e12},
-    2e10,
+    {1 << 14: 2e11, 1 << 20: 2e10},
     3_000_000,
 )
 
@@ -129,10 +130,12 @@ MADE = Roofline(
 def test_reports_and_drawings(golden: Golden) -> None:
     golden("roofline/report.txt", f"{MADE}\n\n{replace(MADE, sizes={}, threads=2)}\n")
     golden("roofline/drawn.svg", draw_roofline(MADE))
+    assert not outside(draw_roofline(MADE))
     first = {"kernel": "product_1", "what": "linear+gelu", "calls": 4, "seconds": 3e-3, "flops": 6_000_000_000}
     report = MADE.as_dict()
     assert report.pop("kernels")[0] == {**first, "bytes": 2_000_000, "dtype": "f32", "least": 2e-3, "source": "m.py:7"}
     rates = {"rates": {"f32": 3e12, "int8": 9e12}, "read": 2e10, "held": 3_000_000}
+    assert report.pop("reads") == {"16384": 2e11, "1048576": 2e10}
     assert report == {"model": "m", "target": "cpu", "threads": 1, "sizes": {"B": 2, "S": 9}, **rates}
 
 
@@ -156,9 +159,9 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
         nbytes, threads = 1000, 2
 
     rows = [
-        replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, bytes=10, least=0.0),
-        replace(MADE.rows[0], calls=1, seconds=1.0, flops=1000, bytes=9000, least=0.0),
-        replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, bytes=10, least=0.0),
+        replace(MADE.rows[0], calls=2, seconds=1.0, flops=100, traffic={1 << 20: 10}, least=0.0),
+        replace(MADE.rows[0], calls=1, seconds=1.0, flops=1000, traffic={1 << 20: 8000, 1 << 14: 1000}, least=0.0),
+        replace(MADE.rows[1], calls=1, seconds=0.5, flops=900, traffic={1 << 14: 10}, least=0.0),
     ]
     asked: list[Any] = []
     monkeypatch.setattr(roofline, "KernelExecutable", Kernels)
@@ -166,18 +169,27 @@ def test_a_kernel_is_held_to_the_longer_of_its_operations_and_its_bytes(monkeypa
     monkeypatch.setattr(roofline, "time_calls", lambda exe, inputs, rounds: asked.append(("timed", rounds)))
     monkeypatch.setattr(roofline, "_rows", lambda model, calls: iter(rows))
     units = {"f32": 800.0, "int8": 2000.0}
-    monkeypatch.setattr(roofline, "measured_read", lambda *given: asked.append(given) or 90.0)
+    speeds = {1 << 14: 7000.0, 1 << 20: 90.0}
+    monkeypatch.setattr(roofline, "measure_read", lambda *given: asked.append(given) or speeds[given[0]])
     monkeypatch.setattr(roofline, "measure_unit", lambda *given: asked.append(given) or units[given[0]])
     graph = SimpleNamespace(states={})
     model: Any = SimpleNamespace(executable=Kernels(), graph=graph, name="m", target=Target("x86-64-v3"), backend="tvm")
     found = measure_roofline(model, {"B": 1})
     isa = ISAS["x86-64-v3"]
-    assert asked == [("drawn", {"B": 1}, [0]), ("timed", 9), ("f32", isa, 2), ("int8", isa, 2), (1000,)]
+    assert asked == [
+        ("drawn", {"B": 1}, [0]),
+        ("timed", 9),
+        ("f32", isa, 2),
+        ("int8", isa, 2),
+        (1 << 14, isa, 2),
+        (1 << 20, isa, 2),
+    ]
     assert found.rates == {"f32": 1000.0, "int8": 2000.0}
-    assert [row.least for row in found.rows] == [10 / 90, 100.0, 0.45]
-    assert (found.seconds, found.least) == (3.5, 2 * (10 / 90) + 100.0 + 0.45)
+    assert found.reads == {1 << 14: 9000.0, 1 << 20: 8000.0}, "the second kernel moves 8000 far bytes in a second"
+    assert [row.least for row in found.rows] == [100 / 1000, 1.0, 0.45]
+    assert (found.seconds, found.least) == (3.5, 2 * 0.1 + 1.0 + 0.45)
     assert (found.model, found.target, found.threads, found.sizes) == ("m", "x86-64-v3", 2, {"B": 1})
-    assert (found.read, found.held) == (90.0, 1000)
+    assert (found.read, found.held) == (8000.0, 1000)
     asked.clear()
     assert measure_roofline(model, {"B": 1}, rounds=3, seed=4).rates == found.rates
     assert asked[:2] == [("drawn", {"B": 1}, [4]), ("timed", 3)]
@@ -197,10 +209,52 @@ def test_bytes_are_of_each_storage_once_the_largest_view_of_it() -> None:
     arena, status = (SimpleNamespace(kind=kind, elements=elements(6)) for kind in (kinds.LOCAL, kinds.STATUS))
     weight = SimpleNamespace(kind=kinds.CONSTANT, elements=elements(5))
     pointers = [view(arena, [2]), view(arena, [1, 1]), view(status, [6]), view(weight, None)]
-    step: Any = SimpleNamespace(pointers=pointers)
-    assert roofline._bytes(step, {"B": 3}) == 4 * 3 * 3 + 4 * 5 * 3
+
+    def touched(addresses: tuple[int, ...]) -> dict[int, int]:
+        call = TimedCall(SimpleNamespace(pointers=pointers), 1.0, {"B": 3}, addresses)  # type: ignore[arg-type]
+        return roofline._touched(call, ())
+
+    assert touched((164, 100, 7, 500)) == {100: 4 * 3 * 3, 500: 4 * 5 * 3}
     pointers[:] = [view(arena, [9])]
-    assert roofline._bytes(step, {"B": 3}) == 4 * 6 * 3, "no more than the storage has"
+    assert touched((100,)) == {100: 4 * 6 * 3}, "no more than the storage has"
+
+
+def test_the_reuse_distance_is_what_a_run_touches_in_between() -> None:
+    """Weights come around once a run; a value that was just written is near. Runs follow each other."""
+    weights, kib = 1 << 30, 1024
+    calls = [
+        {0: 16 * kib, weights: 4096 * kib},
+        {0: 16 * kib},
+        {0: 16 * kib, weights + 4096 * kib: 4096 * kib},
+    ]
+    first, second, third = roofline.reuse_distances(calls)
+    assert first == {16 * kib: 16 * kib, 8192 * kib: 4096 * kib}
+    assert second == {16 * kib: 16 * kib}, "the weights of the call before are touched at the same time"
+    assert third == {16 * kib: 16 * kib, 8192 * kib: 4096 * kib}
+    (alone,) = roofline.reuse_distances([{0: 5}])
+    assert alone == {1 << 14: 5}, "the smallest distance that is measured"
+    (inside, _, far) = roofline.reuse_distances([{64: 20_000}, {1 << 20: 70_000}, {0: 100_000, 1 << 30: 500_000}])
+    assert inside == {1 << 14: 20_000}, "a part of a value that was touched last"
+    assert far == {1 << 17: 100_000, 1 << 19: 500_000}
+
+
+def test_no_kernel_is_faster_than_its_limit() -> None:
+    """Most values of a small model are in a cache; at the bandwidth of memory their kernels would be too fast."""
+    found = measure_roofline(treadle.compile("bert", backend="tvm", **SMALL), SIZES, rounds=2)
+    assert all(row.least <= row.seconds * (1 + 1e-9) for row in found.rows)
+    assert all(set(row.traffic) <= set(found.reads) for row in found.rows)
+    rates = list(found.reads.values())
+    assert rates == sorted(rates, reverse=True), "nearer memory is at least as fast"
+
+
+def test_calls_know_the_addresses_of_their_pointers() -> None:
+    exe = treadle.compile("bert", backend="tvm", **SMALL)
+    calls = time_calls(exe.executable, {"tokens": np.ones((2, 9), np.int64)}, 1)  # type: ignore[arg-type]
+    assert all(len(call.addresses) == len(call.step.pointers) and all(call.addresses) for call in calls)
+    layers: dict[Any, set[tuple[int, ...]]] = {}
+    for call in calls:
+        layers.setdefault(call.step, set()).add(call.addresses)
+    assert any(len(addresses) == 2 for addresses in layers.values()), "each layer has weights of its own"
 
 
 def test_a_model_with_states_has_no_roofline() -> None:

@@ -54,8 +54,11 @@ def outer(tokens: Tokens, *, dim: int = 8) -> t.Tensor:
     t.softmax(x, axes=1)  # wrong
     t.softmax("x")  # wrong
     t.self_attention(x, 4, casual=True)  # wrong
-    x.mean()  # wrong
-    x[0]  # wrong
+    x[:, 0].mean(-1).reshape(-1, x.size(0)).exp().maximum(x.max(-1).values)
+    first, *rest = x.chunk(2, dim=-1)
+    x.meen()  # wrong
+    x.exp(1)  # wrong
+    x["b"]  # wrong
     return t.ops.layer_norm(x, eps=1e-6)
 
 

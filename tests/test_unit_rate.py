@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 
 from tests.tiles_in_memory import stand_in
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.backends.tvm.kernels import unit_rate
+from treadle.backends.tvm.kernels import read_rate, unit_rate
 from treadle.backends.tvm.kernels.cache import KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import bind
 from treadle.backends.tvm.kernels.isa import ISAS, Isa, host_isa, runs_here
+from treadle.backends.tvm.kernels.read_rate import ReadRate, measure_read
 from treadle.backends.tvm.kernels.unit_rate import UnitRate, measure_unit, unit_of
 
 DTYPES = ("f32", "bf16", "int8")
@@ -147,3 +149,30 @@ def test_factors_are_drawn() -> None:
     )
     signed = unit_rate._factors("quads", "int8").view(np.int8)
     assert signed.min() < -100 and signed.max() > 100
+
+
+@pytest.mark.parametrize("isa", HERE, ids=str)
+def test_a_plain_read_reads_every_number_in_each_pass(isa: Isa) -> None:
+    block = 8 * isa.lanes()
+    numbers = np.random.default_rng(2).integers(-9, 9, (2, 5, block)).astype(np.float32)
+    sums = np.zeros((2, block), np.float32)
+    bind(ReadRate(), [numbers, sums], [2, 5, 3], cache=KernelCache(isa))()
+    np.testing.assert_array_equal(sums, 3 * numbers.sum(1))
+
+
+def test_the_rate_of_a_read_counts_the_bytes_of_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, list[int]]] = []
+
+    def bound(kernel: Any, arrays: Any, sizes: list[int], isa: Isa) -> Any:
+        calls.append((arrays[0].nbytes, sizes))
+        return lambda: None
+
+    times = iter([0.0, 0.0, 1.0, 1.5, 2.0])  # the end of the search, then a call of half a second
+    monkeypatch.setattr(read_rate, "bind", bound)
+    monkeypatch.setattr(read_rate, "time", SimpleNamespace(perf_counter=lambda: next(times), process_time=None))
+    isa = host_isa()
+    rate = measure_read(1 << 20, isa, 2)
+    ((held, (tasks, blocks, passes)),) = calls
+    assert (tasks, held) == (2, 2 * blocks * 8 * isa.lanes() * 4)
+    assert held <= 1 << 20 < held + 2 * 8 * isa.lanes() * 4
+    assert rate == held * passes / 1.0 or rate == held * passes / 0.5

@@ -208,7 +208,8 @@ def spell(line: OnnxLine) -> list[Tensor]:
     """
     spelling = SPELLINGS.get(line.op.name)
     if spelling is None:
-        raise line.w.refusal("cannot be expressed in ONNX")
+        place = "a line in SPELLINGS of backends/onnx/spelling.py (docs/adding-an-op.md)"
+        raise line.w.refusal("cannot be expressed in ONNX", f"to add a form for {line.op.name}: {place}")
     made = line.add(spelling, *line.present) if isinstance(spelling, str) else spelling(line)
     return [made] if isinstance(made, Tensor) else list(made)
 

@@ -18,7 +18,16 @@ from treadle.backends.protocol import Executable, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
-from treadle.backends.refusals import layout_of, misfit, out_of_memory, refuse_nodes, shape_fits, shown, unavailable
+from treadle.backends.refusals import (
+    code_hint,
+    layout_of,
+    misfit,
+    out_of_memory,
+    refuse_nodes,
+    shape_fits,
+    shown,
+    unavailable,
+)
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
@@ -76,11 +85,16 @@ class TorchBackend(StagedBackend):
         given = [v.type.encoding for v in (*node.inputs, *node.results)]
         for encoding in [each for each in given if each not in (None, ROWS, STEPS, GROUPS)]:
             return f"PyTorch supports {encoding} blocks only as weights, which are decoded once"
-        for op, _ in primitives(node.op, [None if v is None else v.type for v in node.operands], keeps):
-            if op.name not in SPELLINGS and not op.meets_ranks:
-                inside = "" if op is node.op else f", which is in the body of {node.op.name}"
-                return f"PyTorch cannot express {op.name}{inside}"
-        return None
+        op = _without_code(node)
+        if op is None:
+            return None
+        inside = "" if op is node.op else f", which is in the body of {node.op.name}"
+        return f"PyTorch cannot express {op.name}{inside}"
+
+    def where_to_add(self, node: Node) -> Hint | None:
+        """Return a hint with the table of PyTorch's code."""
+        op = _without_code(node)
+        return None if op is None else code_hint(op.name, "a line in SPELLINGS of backends/torch/spelling.py")
 
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError if PyTorch is not installed, if the target's device is missing, or if a node is not
@@ -111,7 +125,7 @@ class TorchBackend(StagedBackend):
             on_device = "PyTorch does not multiply matrices of integers on a GPU" if integers and on_gpu else None
             return self.supports(node) or on_device
 
-        refuse_nodes(graph, self.name, refusal)
+        refuse_nodes(graph, self.name, refusal, hint=self.where_to_add)
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
@@ -153,6 +167,14 @@ class TorchBackend(StagedBackend):
         namespace = {"constants": constants, "device": device, "reference": SimpleNamespace(**met)}
         namespace["poison"] = partial(_poison, arena, held)
         return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan)
+
+
+def _without_code(node: Node) -> Op | None:
+    """Return the first op of a node's body that the backend has no code for, or None."""
+    if node.op.callee is not None or is_decoded_once(node):
+        return None
+    opened = primitives(node.op, [None if v is None else v.type for v in node.operands], keeps)
+    return next((op for op, _ in opened if op.name not in SPELLINGS and not op.meets_ranks), None)
 
 
 class PlainTorch(TorchBackend):

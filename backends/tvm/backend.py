@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
-from treadle.backends.refusals import refuse_nodes, unavailable
+from treadle.backends.refusals import code_hint, refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
@@ -28,7 +28,9 @@ from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
 from treadle.backends.tvm.weight_packing import pack_weights
+from treadle.ir.errors import Hint
 from treadle.ir.graph import Graph, Node
+from treadle.ir.operation import Op
 from treadle.ir.target import Target
 from treadle.ir.types import Type
 from treadle.passes.capabilities import Capabilities
@@ -60,14 +62,22 @@ class TvmBackend(StagedBackend):
 
     def supports(self, node: Node) -> str | None:
         """Return None if the node can be run, else the reason."""
-        if node.op.callee is not None or is_decoded_once(node):
+        op, why = _without_kernel(node)
+        return why if op is None or op is node.op else f"{why}, which is in the body of {node.op.name}"
+
+    def where_to_add(self, node: Node) -> Hint | None:
+        """Return a hint with the table of TVM's kernels."""
+        op, _ = _without_kernel(node)
+        if op is None:
             return None
-        types: list[Type | None] = [None if v is None else v.type for v in node.operands]
-        for op, operands in primitives(node.op, types, keeps):
-            why = supported(op, operands)
-            if why is not None:
-                return why if op is node.op else f"{why}, which is in the body of {node.op.name}"
-        return None
+        ranks = [None if v is None else v.type.rank for v in node.operands]
+        if op.name in RULES:
+            place = f"a case in the rule of backends/tvm/lowering/{RULES[op.name].__module__.rpartition('.')[2]}.py"
+        elif op is node.op and op.is_elementwise(ranks):
+            place = "a line in FUNCTIONS of backends/tvm/kernels/arithmetic/vector_math.py"
+        else:
+            place = "a rule in RULES of a module of backends/tvm/lowering, see docs/kernels.md"
+        return code_hint(op.name, place)
 
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError if TVM is not installed, the target is unsupported, or a node is unsupported."""
@@ -75,7 +85,7 @@ class TvmBackend(StagedBackend):
         if missing is not None:
             raise unavailable(self.name, missing)
         isa_of(target)
-        refuse_nodes(graph, self.name, self.supports)
+        refuse_nodes(graph, self.name, self.supports, hint=self.where_to_add)
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that our kernels compute, the layouts in which they read operands, and their chains."""
@@ -150,3 +160,14 @@ class TvmBackend(StagedBackend):
         refused = refused_here(isa)
         executable.notes = (*([refused] if refused else []), *cache.notes, *executable.notes)
         return executable
+
+
+def _without_kernel(node: Node) -> tuple[Op | None, str | None]:
+    """Return the first op of a node's body that no kernel computes, and the reason; None and None if there is none."""
+    if node.op.callee is None and not is_decoded_once(node):
+        types: list[Type | None] = [None if v is None else v.type for v in node.operands]
+        for op, operands in primitives(node.op, types, keeps):
+            why = supported(op, operands)
+            if why is not None:
+                return op, why
+    return None, None

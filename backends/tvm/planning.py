@@ -82,6 +82,12 @@ class Plan:
     begins: dict[Moving, int] = field(default_factory=dict)
     """The start address of each moving space in the last call."""
 
+    def addresses(self, number: int) -> tuple[int, ...]:
+        """Return the addresses in a record's arguments, in the order of the pointers, as of the last call."""
+        first = (int(self.table[number, 2]) - address(self.words)) // 16
+        words = self.words[first : first + int(self.table[number, 3])]
+        return tuple(words[words[:, 0] == POINTER, 1].tolist())
+
     def put(self, space: Moving, begin: int) -> None:
         """Write the addresses of all words in this space, which starts at `begin`."""
         if self.begins.get(space) != begin and space in self.moves:

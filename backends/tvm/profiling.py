@@ -20,11 +20,14 @@ from treadle.backends.tvm.lowering.program import KernelStep
 
 @dataclass(frozen=True)
 class TimedCall:
-    """A kernel call: its step, the median of its times in seconds, and the sizes of the run's symbols."""
+    """A kernel call: its step, the median of its times in seconds, the sizes of the run's symbols, and the address of
+    each of its pointers.
+    """
 
     step: KernelStep
     seconds: float
     sizes: Mapping[str, int]
+    addresses: tuple[int, ...]
 
 
 def time_calls(exe: KernelExecutable, arrays: Mapping[str, Any], rounds: int) -> list[TimedCall]:
@@ -33,4 +36,7 @@ def time_calls(exe: KernelExecutable, arrays: Mapping[str, Any], rounds: int) ->
     Raises BackendError as a call does.
     """
     plan, sizes, times = exe.timed(arrays, rounds + 1)
-    return [TimedCall(step, statistics.median(of[1:]), sizes) for step, of in zip(plan.steps, times, strict=True)]
+    return [
+        TimedCall(step, statistics.median(of[1:]), sizes, plan.addresses(number))
+        for number, (step, of) in enumerate(zip(plan.steps, times, strict=True))
+    ]

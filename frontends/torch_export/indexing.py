@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from treadle.frontends.recipes.positions import extent
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
-from treadle.frontends.torch_export.shapes import expanded, permuted
+from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.tensors.shapes import permuted, reshaped
 from treadle.ir.transforms.padding_rows import without_gradient
 from treadle.ir.types import i64, u8
 

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 
 from treadle.frontends.recipes.matrix_products import matmul
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.attention.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size
+from treadle.ir.tensors.shapes import reshaped
 
 
 @operator("linear.default")

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 
 from treadle.frontends.recipes.activations import root
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
-from treadle.ir.builder import Builder, Expr
+from treadle.ir.builder import Expr
 from treadle.ir.sizing.sizes import ONE, Size, product
+from treadle.ir.tensors.methods import reversed_order
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64, u8
 
 # -- reductions ----------------------------------------------------------------------------------------------------
@@ -230,15 +231,6 @@ def _cumsum(site: TorchSite) -> Made:
     return x if x.rank == 0 else site.b.cumsum(x, axis=site.axis("dim"))
 
 
-def reversed_order(b: Builder, x: Expr) -> Expr:
-    """Return numbers whose order is the reverse of the order of x: -x, and for integers -1 - x, which does not
-    overflow.
-    """
-    if x.dtype.is_float:
-        return -x
-    return b.constant(255, x.dtype) - x if x.dtype is u8 else b.constant(-1, x.dtype) - x
-
-
 def _flat(site: TorchSite) -> tuple[Expr, int, bool]:
     """Return the operand, the axis, and True if the axis is kept. Without a `dim`, all axes are flattened."""
     x, keep = site.x("self"), site.flag("keepdim")
@@ -261,7 +253,7 @@ def _argmax(site: TorchSite) -> Made:
 @operator("argmin.default")
 def _argmin(site: TorchSite) -> Made:
     x, axis, keep = _flat(site)
-    return site.b.argmax(reversed_order(site.b, x), axis=axis, keep=keep)
+    return site.b.argmax(reversed_order(x), axis=axis, keep=keep)
 
 
 @operator("max.dim", "min.dim")
@@ -269,7 +261,7 @@ def _extremum_and_place(site: TorchSite) -> Made:
     b, least = site.b, site.node.target._schema.name.endswith("min")
     x, axis, keep = _flat(site)
     found = b.apply("reduce_min" if least else "reduce_max", x, axes=(axis,), keep=keep, ties="first")
-    return [found.cast(site.dtype()), b.argmax(reversed_order(b, x) if least else x, axis=axis, keep=keep)]
+    return [found.cast(site.dtype()), b.argmax(reversed_order(x) if least else x, axis=axis, keep=keep)]
 
 
 @operator("topk.default")
@@ -279,8 +271,8 @@ def _topk(site: TorchSite) -> Made:
         site.refuse(f"{k} elements are not supported")
     if site.flag("largest"):
         return list(b.top_k(x, k=k, axis=axis))
-    values, indices = b.top_k(reversed_order(b, x), k=k, axis=axis)
-    return [reversed_order(b, values), indices]
+    values, indices = b.top_k(reversed_order(x), k=k, axis=axis)
+    return [reversed_order(values), indices]
 
 
 @operator("sort.default", "sort.stable")
@@ -299,8 +291,8 @@ def _sort(site: TorchSite) -> Made:
         site.refuse("bools are not supported", "x.int()")
     if site.flag("descending"):
         return list(b.top_k(x, k=size, axis=axis))
-    values, indices = b.top_k(reversed_order(b, x), k=size, axis=axis)
-    return [reversed_order(b, values), indices]
+    values, indices = b.top_k(reversed_order(x), k=size, axis=axis)
+    return [reversed_order(values), indices]
 
 
 @operator("bincount.default", "nonzero.default", "item.default", "_local_scalar_dense.default", "masked_select.default")

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from treadle.frontends.recipes.positions import flipped
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.tensors.shapes import permuted, reshaped, selected, swapped
 
 # -- views ---------------------------------------------------------------------------------------------------------
 
@@ -22,60 +22,11 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size
 @operator("flatten.using_ints", "unflatten.int", "view_as.default", "reshape_as.default", "unsqueeze.default")
 def _view(site: TorchSite) -> Made:
     x, shape = site.x("self"), site.shape()
-    pattern = cut_across(x.shape, shape)
-    if pattern is not None:
-        return site.b.rearrange(x, pattern=pattern)
     made, axes_match = reshaped(site.b, x, shape)
     if not axes_match and all(s.constant != 0 for s in x.shape):
         before, after = (", ".join(map(str, s)) for s in (x.shape, shape))
         site.importer.opaque.append(f"{site.node.name}: [{before}] to [{after}]")
     return made
-
-
-def cut_across(before: Sequence[Size], after: Sequence[Size]) -> str | None:
-    """Return the pattern of a view that combines parts of several axes into several others: [S, B, 16] -> [S, 2*B, 8]
-    is "a b (c=2 d) -> a (b c) d". None if `reshaped` handles the view, or if the axes have no common parts.
-    """
-    sides = [[(i, n) for i, n in enumerate(shape) if n != ONE] for shape in (before, after)]
-    if any(n == ZERO for n in (*before, *after)) or not all(sides):
-        return None
-    taken = {s for n in (*before, *after) for s in n.symbols}
-    if 2 * (len(before) + len(after)) + len(taken) > 50:
-        return None
-    letters = iter(axis_letters(2 * (len(before) + len(after)), taken))
-    parts: list[tuple[str, Size, int, int]] = []
-    (i, left), (j, right) = sides[0].pop(0), sides[1].pop(0)
-    while True:
-        part = left if right.divide(left) is not None else right
-        rest, other = left.divide(part), right.divide(part)
-        if rest is None or other is None:
-            return None
-        parts.append((next(letters), part, i, j))
-        left, right = rest, other
-        if left == right == ONE and not sides[0] and not sides[1]:
-            break
-        if (left == ONE and not sides[0]) or (right == ONE and not sides[1]):
-            return None
-        if left == ONE:
-            i, left = sides[0].pop(0)
-        if right == ONE:
-            j, right = sides[1].pop(0)
-    split = {k for _, _, k, _ in parts if sum(p[2] == k for p in parts) > 1}
-    joined = {k for _, _, _, k in parts if sum(p[3] == k for p in parts) > 1}
-    if not any(i in split and j in joined for _, _, i, j in parts):
-        return None  # each axis is split, joined or unchanged
-    texts = []
-    for k in range(len(before)):
-        own = [p for p in parts if p[2] == k]
-        hard = [p for p in own if p[1].constant is None and p[1].as_symbol is None]
-        if len(hard) > 1:
-            return None
-        free = hard[0] if hard else own[-1] if own else None
-        words = [p[0] if p is free else f"{p[0]}={p[1]}" for p in own]
-        texts.append("1" if not own else words[0] if len(own) == 1 else f"({' '.join(words)})")
-    whole = [[p[0] for p in parts if p[3] == k] for k in range(len(after))]
-    joins = ["1" if not names else names[0] if len(names) == 1 else f"({' '.join(names)})" for names in whole]
-    return f"{' '.join(texts)} -> {' '.join(joins)}"
 
 
 @operator("squeeze.default", "squeeze.dim", "squeeze.dims")
@@ -93,14 +44,6 @@ def _squeeze(site: TorchSite) -> Made:
     return reshaped(site.b, x, site.shape())[0]
 
 
-def permuted(b: Builder, x: Expr, order: Sequence[int]) -> Expr:
-    """Return x with its axes in another order."""
-    if list(order) == list(range(x.rank)):
-        return x
-    names = axis_letters(x.rank)
-    return b.rearrange(x, pattern=f"{' '.join(names)} -> {' '.join(names[i] for i in order)}")
-
-
 @operator("permute.default", "permute_copy.default")
 def _permute(site: TorchSite) -> Made:
     x = site.x("self")
@@ -112,15 +55,6 @@ def _transpose(site: TorchSite) -> Made:
     x = site.x("self")
     names = [a.name for a in site.node.target._schema.arguments][1:3]
     return swapped(site.b, x, *(site.axis(name) for name in names))
-
-
-def swapped(b: Builder, x: Expr, first: int, second: int) -> Expr:
-    """Return x with two axes exchanged."""
-    if x.rank == 0:
-        return x
-    order = list(range(x.rank))
-    order[first], order[second] = order[second], order[first]
-    return permuted(b, x, order)
 
 
 @operator("t.default", "numpy_T.default", "mT.default", "matrix_H.default")
@@ -222,12 +156,6 @@ def _select(site: TorchSite) -> Made:
     if at.constant is not None and at.constant < 0:
         at = at + x.shape[axis]
     return selected(site.b, x, axis, at)
-
-
-def selected(b: Builder, x: Expr, axis: int, at: Size) -> Expr:
-    """Return x at one position of an axis, without that axis."""
-    picked = b.slice(x, axis=axis, start=at, stop=at + 1)
-    return reshaped(b, picked, [s for i, s in enumerate(picked.shape) if i != axis])[0]
 
 
 @operator("split.Tensor", "split_with_sizes.default", "split.sizes", "chunk.default", "tensor_split.sections")

@@ -7,13 +7,13 @@ from functools import cmp_to_key
 
 import numpy as np
 
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
-from treadle.frontends.torch_export.shapes import expanded, permuted
+from treadle.frontends.torch_export.shapes import expanded
 from treadle.ir.builder import Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.ops.pooling import padding_for_ceil
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.tensors.shapes import permuted, reshaped
 
 # -- pooling -------------------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.frontends.torch_export.indexing import broadcast, counted_axis, from_start, rows_at
 from treadle.frontends.torch_export.operators import Made, TorchSite, operator
-from treadle.frontends.torch_export.shapes import expanded, permuted, replaced
+from treadle.frontends.torch_export.shapes import expanded, replaced
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Value
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.tensors.shapes import permuted, reshaped
 from treadle.ir.types import i64
 
 # -- along one axis ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ _NUMBERS = "t.compile(model)(...)  # returns arrays; x has no elements yet"
 _WORDS = {
     "transpose permute swapaxes moveaxis movedim": _PERMUTED,
     "view flatten ravel unflatten": _SPLIT,
+    "reshape_as view_as": "x.reshape(x.shape)",
     "unsqueeze squeeze expand_dims": 't.rearrange(x, pattern="b s d -> b 1 s d")  # and "b 1 s d -> b s d"',
     "mean average": "t.reduce_mean(x, axes=(-1,))",
     "sum": "t.reduce_sum(x, axes=(-1,))",
@@ -68,26 +69,16 @@ _WORDS = {
     "bool": "t.boolean",
 }
 _METHODS = {
-    "T mT H": _PERMUTED,
-    "reshape": _SPLIT,
-    "to astype type_as float": "x.cast(t.f32)",
-    "double": "x.cast(t.f64)",
-    "half": "x.cast(t.f16)",
-    "bfloat16": "x.cast(t.bf16)",
-    "long": "x.cast(t.i64)",
-    "int": "x.cast(t.i32)",
-    "bool": "x.cast(t.boolean)",
-    "size ndim dim numel": "x.shape, x.rank",
-    "softmax": "t.softmax(x, axis=-1)",
-    "log_softmax": "t.log_softmax(x, axis=-1)",
-    "argmax": "t.argmax(x, axis=-1)",
-    "cumsum": "t.cumsum(x, axis=-1)",
-    "pow": "x ** 2",
-    "add": "x + x",
+    "H": "x.mT",
+    "eq": "x == x",
+    "ne": "x != x",
+    "lt": "x < x",
+    "le": "x <= x",
+    "gt": "x > x",
+    "ge": "x >= x",
     "sub": "x - x",
-    "mul": "x * x",
-    "div": "x / x",
-    "matmul": "x @ t.rearrange(x, pattern='b s d -> b d s')",
+    "matmul": "x @ x.mT",
+    "astype": "x.cast(t.f32)",
     "item numpy tolist cpu cuda device": _NUMBERS,
 }
 
@@ -97,13 +88,26 @@ OTHER_WORDS = {word: spelled for words, spelled in _WORDS.items() for word in wo
 OTHER_METHODS = OTHER_WORDS | {word: spelled for words, spelled in _METHODS.items() for word in words.split()}
 """The replacement for each method or property that a model's tensor lacks."""
 
+OTHER_FUNCTIONS = {word.lower(): spelled for word, spelled in OTHER_WORDS.items() if word[0].isupper()} | {
+    "layer_norm": OTHER_WORDS["LayerNorm"],
+    "rms_norm": OTHER_WORDS["RMSNorm"],
+    "reshape": _SPLIT,
+    "softmax": "t.softmax(x, axis=-1)",
+    "log_softmax": "t.log_softmax(x, axis=-1)",
+    "argmax": "t.argmax(x, axis=-1)",
+    "cumsum": "t.cumsum(x, axis=-1)",
+    "einsum": 't.einsum(x, x, equation="b s d, b t d -> b s t")',
+}
+"""The replacement for a function of another library whose name the DSL has too, with other arguments."""
+
 OTHER_OPTIONS: dict[str, tuple[str, ...]] = {
     "dim": ("axis", "axes"),
     "dims": ("axes", "axis"),
-    "axis": ("axes",),
-    "axes": ("axis",),
+    "axis": ("axes", "dim"),
+    "axes": ("axis", "dim"),
+    "keep": ("keepdim",),
     "keepdim": ("keep",),
-    "keepdims": ("keep",),
+    "keepdims": ("keep", "keepdim"),
     "stride": ("strides",),
     "dilation": ("dilations",),
     "kernel_size": ("kernel",),

@@ -1,17 +1,18 @@
 """Python and NumPy protocols that a graph's value cannot support. Each error names the replacement.
 
-`len(x)`, `float(x)`, `if x:`, `x[0]`, `x.mean()`, `numpy.tanh(x)`, ...: while a graph is built, values have no
-elements.
+`float(x)`, `if x:`, `x[0] = 1`, `numpy.tanh(x)`, `torch.relu(x)`, ...: while a graph is built, values have no elements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import builtins
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from treadle.ir.errors import GraphError
 from treadle.ir.op_registry import OPS
-from treadle.ir.wording.other_spellings import OTHER_METHODS, OTHER_WORDS
+from treadle.ir.source_lines import user_call
+from treadle.ir.wording.other_spellings import OTHER_FUNCTIONS, OTHER_METHODS, OTHER_WORDS
 
 if TYPE_CHECKING:
     from treadle.ir.builder import Builder
@@ -22,6 +23,21 @@ class NoSuchMethod(GraphError, AttributeError):
     """A traced value lacks a method that arrays of other libraries have."""
 
 
+def replacement(name: str, operands: int) -> str | None:
+    """Return the call that replaces a function of another library, or None if there is none."""
+    spelled = OTHER_WORDS.get(name) or OTHER_FUNCTIONS.get(name)
+    return spelled or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS and OPS[name].is_word else None)
+
+
+def _each(values: Any) -> Iterator[Any]:
+    """Yield the arguments of a call, and the items of its lists, tuples and dictionaries."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, list | tuple | dict):
+            yield from _each(value)
+        else:
+            yield value
+
+
 _OPERATORS = {
     **{"add": "add", "subtract": "sub", "multiply": "mul", "divide": "div", "floor_divide": "floor_divide"},
     **{"remainder": "mod", "power": "pow", "float_power": "pow", "matmul": "matmul"},
@@ -29,6 +45,12 @@ _OPERATORS = {
     **{"equal": "equal", "not_equal": "not_equal", "bitwise_and": "logical_and", "bitwise_or": "logical_or"},
 }
 """The op for each NumPy function that Python calls for an operator with an array or a NumPy number on the left."""
+
+_PYTORCHS_OPERATORS = {
+    **{"sub": "sub", "mul": "mul", "div": "div", "true_divide": "div", "__floordiv__": "floor_divide", "pow": "pow"},
+    **{"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal", "ne": "not_equal"},
+}
+"""The op for each further function of PyTorch that Python calls for an operator with a PyTorch tensor on the left."""
 
 
 class PythonProtocols:
@@ -61,10 +83,34 @@ class PythonProtocols:
     def __array_function__(self, function: Callable[..., Any], *_: Any) -> NoReturn:
         raise self._not_numpys(function.__name__, 1)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, operands: Any = (), options: Any = None) -> Any:
+        """Handle PyTorch's functions: operators with a PyTorch tensor on the left become ops, others raise
+        GraphError.
+        """
+        ours = [x for x in _each((operands, options or {})) if isinstance(x, PythonProtocols)]
+        name = function.__name__
+        op = _OPERATORS.get(name.strip("_")) or _PYTORCHS_OPERATORS.get(name)
+        if op is not None and len(operands) == 2 and not options and not isinstance(operands[0], PythonProtocols):
+            return ours[0].builder.apply(op, *operands, name="x")
+        raise ours[0]._refusal(
+            f"PyTorch's {name} takes PyTorch's tensors, not tensors of a model",
+            replacement(name, len(ours) if len(ours) == len(operands) else 1),
+        )
+
     def _not_numpys(self, name: str, operands: int) -> GraphError:
-        return self._refusal(
-            f"NumPy's {name} takes arrays, not tensors of a model",
-            OTHER_WORDS.get(name) or (f"t.{name}({', '.join('xyz'[:operands])})" if name in OPS else None),
+        return self._refusal(f"NumPy's {name} takes arrays, not tensors of a model", replacement(name, operands))
+
+    def _no_such_method(self, name: str) -> NoSuchMethod:
+        """Return the error for a method that tensors lack, which names the replacement."""
+        spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
+        if name.endswith("_") and hasattr(self, name[:-1]):
+            spelled = f"x = x.{name[:-1]}(...)  # values do not change"
+        return NoSuchMethod(
+            f"a tensor of a model has no .{name}: use an op instead",
+            received=str(self.type),
+            source=self.builder.place(),
+            hint=spelled or "dir(treadle) lists the ops",
         )
 
     def _refusal(self, what: str, hint: str | None) -> GraphError:
@@ -72,38 +118,8 @@ class PythonProtocols:
 
     if not TYPE_CHECKING:  # only at run time, since type checkers report these operators themselves
 
-        def __getitem__(self, index: Any) -> NoReturn:
-            raise self._refusal(
-                "a tensor of a model has no [ ]: use ops to slice and index its axes",
-                "t.slice(x, axis=1, start=0, stop=4) for a part of an axis, t.gather(x, 0, axis=1) for one position",
-            )
-
-        def __getattr__(self, name: str) -> NoReturn:
-            """Raise NoSuchMethod, which names the replacement."""
-            if name.startswith("__"):
-                raise AttributeError(name)
-            spelled = OTHER_METHODS.get(name) or (f"t.{name}(x)" if name in OPS else None)
-            raise NoSuchMethod(
-                f"a tensor of a model has no .{name}: use an op instead",
-                received=str(self.type),
-                source=self.builder.place(),
-                hint=spelled or "dir(treadle) lists the ops",
-            )
-
-        def __iter__(self) -> NoReturn:
-            raise self._refusal(
-                "a tensor of a model cannot be iterated over",
-                "t.gather(x, i, axis=0) returns position i of an axis, for i in range(...) if its size is a number",
-            )
-
         def __contains__(self, value: Any) -> NoReturn:
             raise self._refusal("`in` cannot look into a tensor", "x == value compares each element")
-
-        def __len__(self) -> NoReturn:
-            raise self._refusal(
-                "a tensor of a model has no len()",
-                "x.shape[0] is the size of its first axis, x.rank the number of axes",
-            )
 
         def __array__(self, *_: Any, **__: Any) -> NoReturn:
             raise self._refusal(
@@ -111,10 +127,18 @@ class PythonProtocols:
                 "t.concat(a, b, axis=1) joins tensors; ops accept arrays and tensors together",
             )
 
+        def __setitem__(self, index: Any, value: Any) -> NoReturn:
+            raise self._refusal(
+                "a tensor of a model cannot be changed: ops return new tensors",
+                "t.where(condition, a, b) selects elementwise; t.concat(a, b, axis=1) joins parts",
+            )
+
         def _no_number(self, *_: Any) -> NoReturn:
+            called = user_call() or ""
             raise self._refusal(
                 "a tensor of a model is not a Python number: it has elements only when the compiled model is called",
-                "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
+                (replacement(called.rpartition(".")[2], 1) if not hasattr(builtins, called) else None)
+                or "x.cast(t.f32) and x.cast(t.i64) for another dtype; x.shape[1] for a size",
             )
 
         __float__ = __int__ = __index__ = __complex__ = _no_number

@@ -46,12 +46,15 @@ class Edge:
 class Miss:
     """The point at which the furthest attempt stopped: the matched nodes, the number of matched leaves, and the
     mismatch.
+
+    unfit   the number of operands of the node at the edge that do not fit, including the one at the edge
     """
 
     nodes: tuple[Node, ...]
     leaves: int
     edge: Edge
     wanted: Any
+    unfit: int = 1
 
     @property
     def ops(self) -> int:
@@ -111,6 +114,7 @@ class Search:
         self._values: dict[OpTerm, Value] = {}
         self._nodes: list[Node] = []
         self._leaves = 0
+        self._unfit: dict[Node, int] = {}
 
     def run(self, root: Node) -> Iterator[Found]:
         """Yield every match of the pattern with its root at this node."""
@@ -174,6 +178,7 @@ class Search:
         for order in orders:
             found = [node.operands[i] for i in order]
             unfit.append([i for i, t in enumerate(term.operands) if not self._plausible(t, found[i])])
+        self._unfit[node] = min(map(len, unfit))
         fitting = [order for order, wrong in zip(orders, unfit, strict=True) if not wrong]
         if fitting:
             return fitting
@@ -234,7 +239,8 @@ class Search:
     def _missed(self, edge: Edge, wanted: Any) -> None:
         best = self.miss
         if best is None or (len(self._nodes), self._leaves) > best.progress:
-            self.miss = Miss(tuple(self._nodes), self._leaves, edge, wanted)
+            unfit = max(self._unfit.get(edge.node, 1), 1)
+            self.miss = Miss(tuple(self._nodes), self._leaves, edge, wanted, unfit)
 
 
 def _sorted(goals: Sequence[_Goal], ops: _Goals, leaves: _Goals) -> tuple[_Goals, _Goals]:

@@ -198,7 +198,7 @@ class _Finder:
         scaled = self._search(
             self._readers(root[-1]),
             self._readers,
-            lambda n: isinstance(n.op, (Reciprocal, Div, Cast, Expand)),
+            lambda n: isinstance(n.op, (Reciprocal, Div, Cast, Expand, Add, Maximum)),
             _is_scaling,
         )
         spread = [user for last in scaled[-1:] for user in self._readers(last) if isinstance(user.op, (Mul, Add, Cast))]

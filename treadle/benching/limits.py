@@ -45,7 +45,11 @@ def machine_limits(spec: Spec) -> dict[str, Any]:
             return {"rates": dict(found.rates), "read": found.read, "least": found.least}
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((_LARGE, _LARGE), np.float32) for _ in range(2))
-    return {"rates": {"f32": 2 * _LARGE**3 / best(lambda: {"": a @ b})}, "read": measured_read(), "least": None}
+    return {
+        "rates": {"f32": 2 * _LARGE**3 / best(lambda: {"": a @ b})},
+        "read": measured_read(spec["threads"]),
+        "least": None,
+    }
 
 
 if __name__ == "__main__":

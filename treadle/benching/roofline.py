@@ -7,14 +7,15 @@ A kernel's operations are the operations of its nodes. Its bytes are the bytes o
 once. Its minimum time is the larger of two times:
 
     operations divided by the rate of the unit that multiplies their dtype, measured without loads (`measure_unit`)
-    bytes divided by the rate of a plain read of a buffer as large as the model's weights and arena
+    bytes divided by the rate of plain reads (`measure_read`)
 
-A kernel whose operands are in a near cache may be faster than this.
+Most activations are still in a cache, while weights come from memory. So the rate for an operand is the rate of a plain
+read of as many bytes as the run has touched since it last touched this operand: the reuse distance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,10 @@ import numpy as np
 
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.isa import isa_of
+from treadle.backends.tvm.kernels.read_rate import LEAST, measure_read
 from treadle.backends.tvm.kernels.unit_rate import measure_unit
 from treadle.backends.tvm.lowering.listing import unique_titles
-from treadle.backends.tvm.lowering.program import KernelStep
 from treadle.backends.tvm.profiling import TimedCall, time_calls
-from treadle.benching.serving import measured_read
 from treadle.compiled import Compiled
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
@@ -47,7 +47,7 @@ class KernelRow:
     calls     number of calls in a run
     seconds   median seconds of one call
     flops     operations of one call
-    bytes     bytes of one call
+    traffic   bytes of one call by their reuse distance (`reuse_distances`); of the call with the shortest distances
     dtype     the dtype of its products: f32, bf16 or int8
     least     the minimum seconds of one call at the machine's rates
     source    the user's line of the last node that it computes
@@ -58,10 +58,15 @@ class KernelRow:
     calls: int
     seconds: float
     flops: int
-    bytes: int
+    traffic: Mapping[int, int]
     dtype: str
     least: float
     source: str
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of one call."""
+        return sum(self.traffic.values())
 
     @property
     def total(self) -> float:
@@ -74,7 +79,8 @@ class Roofline:
     """All kernels of a run, the longest first.
 
     rates  operations per second of each dtype, on the same number of threads: the multiply unit's, or a faster kernel's
-    read   bytes per second of a plain read of `held` bytes
+    reads  bytes per second by reuse distance, on the same number of threads: of a plain read of as many bytes, or a
+           faster kernel's
     held   bytes of the model's weights and arena
     """
 
@@ -84,8 +90,13 @@ class Roofline:
     sizes: Mapping[str, int]
     rows: tuple[KernelRow, ...]
     rates: Mapping[str, float]
-    read: float
+    reads: Mapping[int, float]
     held: int
+
+    @property
+    def read(self) -> float:
+        """Bytes per second of a plain read of the bytes that a run touches."""
+        return self.reads[max(self.reads)]
 
     @property
     def seconds(self) -> float:
@@ -107,6 +118,7 @@ class Roofline:
             "sizes": dict(self.sizes),
             "rates": dict(self.rates),
             "read": self.read,
+            "reads": {str(count): rate for count, rate in self.reads.items()},
             "held": self.held,
             "kernels": [{name: getattr(row, name) for name in names} for row in self.rows],
         }
@@ -120,8 +132,9 @@ class Roofline:
         plural = "s" * (self.threads != 1)
         yield f"{self.model}{at} on {self.target}, {self.threads} thread{plural}: {total * 1e3:.3g} ms in kernels"
         peaks = [rate_text(rate, dtype) for dtype, rate in self.rates.items()]
-        reads = f"a plain read of the {human(self.held, 'B')} that it holds {human(self.read, 'B')}/s"
-        yield f"this machine multiplies {' and '.join(peaks)}, {reads}"
+        yield f"this machine multiplies {' and '.join(peaks)}"
+        reads = ", ".join(f"{human(rate, 'B')}/s of {human(count, 'B')}" for count, rate in self.reads.items())
+        yield f"it reads, by the bytes since the same values were last read: {reads}"
         yield ""
         head = ("share", "calls", "us", "FLOP", "bytes", "FLOP/s", "B/s", "of least", "kernel")
         cells = [head, *(self._cells(row, total) for row in self.rows)]
@@ -168,15 +181,69 @@ def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall
     """Compare the timed calls of a run of a model of the TVM backend with the machine's limits."""
     exe = model.executable
     assert isinstance(exe, KernelExecutable)
-    held = exe.nbytes
+    isa, threads = isa_of(model.target), exe.threads
     rows = list(_rows(model, calls))
-    isa = isa_of(model.target)
-    rates = {d: measure_unit(d, isa, exe.threads) for d in DTYPES if any(row.dtype == d for row in rows)}
+    rates = {d: measure_unit(d, isa, threads) for d in DTYPES if any(row.dtype == d for row in rows)}
     for row in rows:  # if a kernel was faster, the measured rate was too low, as on a busy machine
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
-    read = measured_read(held)
-    bounded = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
-    return Roofline(model.name, str(model.target), exe.threads, dict(sizes), tuple(bounded), rates, read, held)
+    distances = sorted({distance for row in rows for distance in row.traffic})
+    reads = _raised({distance: measure_read(distance, isa, threads) for distance in distances}, rows)
+    bounded = [replace(row, least=max(row.flops / rates[row.dtype], _moving(row, reads))) for row in rows]
+    name, target = model.name, str(model.target)
+    return Roofline(name, target, threads, dict(sizes), tuple(bounded), rates, reads, exe.nbytes)
+
+
+def _raised(reads: Mapping[int, float], rows: Sequence[KernelRow]) -> dict[int, float]:
+    """Return the rates by distance, in order. A rate is raised to the rate at a longer distance, and so far that no
+    kernel moves its bytes faster: on a busy machine the measured rates may be too low.
+    """
+    found: dict[int, float] = {}
+    for count in sorted(reads, reverse=True):
+        found[count] = max(reads[count], *found.values(), *(_far(row, count) / row.seconds for row in rows))
+    return dict(reversed(found.items()))
+
+
+def _far(row: KernelRow, distance: int) -> int:
+    """Return the bytes of a kernel whose reuse distance is this or longer."""
+    return sum(count for reach, count in row.traffic.items() if reach >= distance)
+
+
+def _moving(row: KernelRow, reads: Mapping[int, float]) -> float:
+    """Return the least seconds to move a kernel's bytes. At each distance, these are the bytes that are as far or
+    farther, at the rate of this distance.
+    """
+    return max((_far(row, distance) / reads[distance] for distance in row.traffic), default=0.0)
+
+
+def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]]:
+    """Return for each call of a run the bytes of its operands and results by their reuse distance.
+
+    touched  for each call, the bytes at each address
+
+    The distance is the number of bytes that calls have touched since the last call that touched an operand, and the
+    operand's own bytes. It is rounded down to a power of two. Runs follow each other, so that the first call follows
+    the last.
+    """
+    recent: dict[int, tuple[int, int]] = {}  # by address, the bytes and the call; the last touched last
+    found: list[dict[int, int]] = []
+    for number, spans in enumerate([*touched, *touched]):
+        traffic: dict[int, int] = {}
+        for start, count in spans.items():
+            passed: dict[int, int] = {}
+            for at in reversed(recent):
+                length, call = recent[at]
+                if start < at + length and at < start + count:
+                    passed.pop(call, None)  # a call touches its operands at the same time
+                    break
+                passed[call] = passed.get(call, 0) + length
+            distance = 1 << (max(sum(passed.values()) + count, LEAST).bit_length() - 1)
+            traffic[distance] = traffic.get(distance, 0) + count
+        for start, count in spans.items():
+            recent.pop(start, None)
+            recent[start] = count, number
+        if number >= len(touched):
+            found.append(traffic)
+    return found
 
 
 def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
@@ -188,28 +255,34 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
     exe = model.executable
     assert isinstance(exe, KernelExecutable)
     titles = unique_titles(exe.kernels)
-    alike: dict[tuple[str, tuple[int, ...], Node | None], list[TimedCall]] = {}
-    for call in calls:
+    alike: dict[tuple[str, tuple[int, ...], Node | None], list[int]] = {}
+    for number, call in enumerate(calls):
         sizes = tuple([size.evaluate(call.sizes) for size in call.step.sizes])
-        alike.setdefault((titles[call.step.kernel], sizes, call.step.node), []).append(call)
+        alike.setdefault((titles[call.step.kernel], sizes, call.step.node), []).append(number)
+    seconds = {key: float(np.median([calls[n].seconds for n in numbers])) for key, numbers in alike.items()}
     longest: dict[Node, float] = {}
-    for (_, _, node), found in alike.items():
+    for (_, _, node), taken in seconds.items():
         if node is not None:
-            longest[node] = max(longest.get(node, 0.0), _middle(found))
+            longest[node] = max(longest.get(node, 0.0), taken)
+    computed = {
+        key: groups.get(key[2], ()) if key[2] is not None and seconds[key] == longest[key[2]] else () for key in alike
+    }
+    touched = [dict[int, int]()] * len(calls)
+    for key, numbers in alike.items():
+        for number in numbers:
+            touched[number] = _touched(calls[number], computed[key])
+    traffic = reuse_distances(touched)
     rows: dict[tuple[str, str, int, int], KernelRow] = {}
-    for (title, _, node), found in alike.items():
-        step, at = found[0].step, found[0].sizes
-        seconds = _middle(found)
-        nodes = groups.get(node, ()) if node is not None and seconds == longest[node] else ()
+    for key, numbers in alike.items():
+        (title, _, node), nodes = key, computed[key]
+        step, at = calls[numbers[0]].step, calls[numbers[0]].sizes
         flops = sum(node_cost(each, at).flops for each in nodes)
-        moved, dtype = _bytes(step, at), step.kernel.multiplies
-        if nodes:  # a gather reads only some rows of its table
-            moved = min(moved, sum(node_cost(each, at).bytes for each in nodes))
         what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
         source = describe_source(node.source, "") or "" if node is not None else ""
-        row = KernelRow(title, what, len(found), seconds, flops, moved, dtype, 0.0, source)
-        key = (title, what, flops, moved)
-        rows[key] = _joined(rows.get(key), row)
+        nearest = min((traffic[number] for number in numbers), key=_reach)
+        row = KernelRow(title, what, len(numbers), seconds[key], flops, nearest, step.kernel.multiplies, 0.0, source)
+        place = (title, what, flops, row.bytes)
+        rows[place] = _joined(rows.get(place), row)
     return iter(sorted(rows.values(), key=lambda row: -row.total))
 
 
@@ -217,23 +290,33 @@ def _joined(other: KernelRow | None, row: KernelRow) -> KernelRow:
     """Return the row of two places of the model that call the same kernel at the same sizes."""
     if other is None:
         return row
-    calls = row.calls + other.calls
-    return replace(other, calls=calls, seconds=(row.total + other.total) / calls, source=other.source or row.source)
+    calls, nearest = row.calls + other.calls, min(other.traffic, row.traffic, key=_reach)
+    seconds, source = (row.total + other.total) / calls, other.source or row.source
+    return replace(other, calls=calls, seconds=seconds, traffic=nearest, source=source)
 
 
-def _middle(calls: list[TimedCall]) -> float:
-    return float(np.median([call.seconds for call in calls]))
+def _reach(traffic: Mapping[int, int]) -> int:
+    """Return a number that orders the bytes of calls of one kernel by their reuse distances."""
+    return sum(distance * count for distance, count in traffic.items())
 
 
-def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of a kernel's operands and results. Each storage counts once, with its largest view."""
-    found: dict[int, int] = {}
-    for view in step.pointers:
+def _touched(call: TimedCall, nodes: Sequence[Node]) -> dict[int, int]:
+    """Return the bytes of a kernel's operands and results by their addresses; each storage counts once, by its largest
+    view.
+
+    nodes  the nodes that the kernel computes. A gather among them reads only some rows of its table
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for view, address in zip(call.step.pointers, call.addresses, strict=True):
         if view.storage.kind is not StorageKind.STATUS:
-            held = view.storage.elements.evaluate(sizes)
-            shown = held
+            shown = view.storage.elements.evaluate(call.sizes)
             if view.panels is None:
-                shown = min(held, int(np.prod([n.evaluate(sizes) for n in view.shape], dtype=np.int64)))
-            taken = shown * view.dtype.bytes
-            found[id(view.storage)] = max(found.get(id(view.storage), 0), taken)
-    return sum(found.values())
+                shown = min(shown, int(np.prod([n.evaluate(call.sizes) for n in view.shape], dtype=np.int64)))
+            start, count = found.get(id(view.storage), (address, 0))
+            found[id(view.storage)] = min(start, address), max(count, shown * view.dtype.bytes)
+    spans = dict(found.values())
+    if nodes and spans:
+        largest = max(spans, key=lambda start: spans[start])
+        unread = sum(spans.values()) - sum(node_cost(each, call.sizes).bytes for each in nodes)
+        spans[largest] -= min(max(unread, 0), spans[largest])
+    return spans

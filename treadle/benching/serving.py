@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -379,10 +380,11 @@ def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     return min(times)
 
 
-def measured_read(held: int = 1 << 28) -> float:
-    """Return the bytes per second of a plain read of a buffer of `held` bytes."""
-    numbers = np.ones(max(held // 4, 1 << 18), np.float32)
-    return numbers.nbytes / best(lambda: {"": np.asarray(numbers.max())})
+def measured_read(threads: int) -> float:
+    """Return the bytes per second of a plain read of 256 MiB from memory, on this number of threads."""
+    parts = np.array_split(np.ones(1 << 26, np.float32), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return (1 << 28) / best(lambda: {str(i): x for i, x in enumerate(pool.map(np.max, parts))})
 
 
 if __name__ == "__main__":

@@ -11,22 +11,31 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from treadle.ir.graph import Node
+from treadle.ir.graph import Node, Value
 from treadle.ir.ops.activated_products import ACTIVATIONS
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassRecord
+from treadle.passes.framework.pattern_search import Edge
+from treadle.passes.pipelines import DEFAULT
 from treadle.passes.sites.fusion_sites import KINDS, FusionSite, find_sites
+from treadle.passes.sites.nearest_patterns import nearest_miss
 
 FUSED, ALREADY, REFUSED, NEARLY, MISSED = STATUSES = ("fused", "already", "refused", "nearly", "missed")
 UNFUSED = (REFUSED, NEARLY, MISSED)
 _PLACES = 4
 _ACTIVATIONS = f"{', '.join(ACTIVATIONS[:-1])} or {ACTIVATIONS[-1]}"
 _FORMS = {
-    "gate": f"act(x g) * (x u), both of one width, with {_ACTIVATIONS} for act",
-    "epilogue": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
-    "scale": "the number times a product without a bias, or times a norm",
+    "fuse-attention": "softmax(q k^T * scale + masks and biases) v; only moves and casts after the softmax",
+    "fuse-normalization": "x / sqrt(mean(x^2) + eps), or the same of x - mean(x); eps is inside the root",
+    "fuse-rotary": "x cos a + turned(x) sin a, where turned swaps the halves or the pairs of x and negates one of them",
+    "fuse-residual-norm": "a norm of x + residual, both of one shape",
+    "fuse-embedding-sum": "a sum of embeddings alone",
+    "merge-projections": "linear or matmul of one value with several weights, all with or all without a bias",
+    "fuse-gated-linear": f"act(x g) * (x u), both of one width, with {_ACTIVATIONS} for act",
+    "fuse-activated-linear": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
+    "fold-scale": "the number times a product without a bias, or times a norm",
 }
-"""The forms that the rules of each kind accept: a hint for sites written in another form."""
+"""The forms that the rules of each pass accept: a hint for sites written in another form."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class FusionVerdict:
     """The outcome of one site, or of several equal sites in one block.
 
     kind      attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
-    status    fused, already, refused (by a rule that recognized it), nearly (a pattern matched in part) or missed
+    status    fused, already, refused (by a rule that recognized it), nearly (at least half of a pattern matched) or
+              missed; then the rule is the nearest one
     op        the site's op in the optimized graph, if it was fused or was one op already
     rules     the rules that fused it, or came nearest
     matched   the ops that matched, by name, in the order in which the rule visited them; empty for a refused site that
@@ -129,12 +139,13 @@ def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
 def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[FusionSite, FusionVerdict]]:
     sites = find_sites(optimized.source, unfused)
     records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
+    work = [(node, optimized.lineage.of((node,))) for _, node in optimized.graph.walk()]
     by_kind = {kind: _KindEvents(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
     for site in sites:
         verdict = by_kind[site.kind].verdict(site)
         if verdict.status == MISSED:
-            reason, hint = _why_missed(site, optimized)
-            verdict = replace(verdict, reason=reason, hint=hint)
+            nodes = [node for node, originals in work if not originals.isdisjoint(site.nodes)]
+            verdict = _why_missed(verdict, site, optimized, nodes)
         yield site, verdict
 
 
@@ -225,20 +236,51 @@ def _made(kind: str, fused: Sequence[Event]) -> str:
     return (of_kind or made or list(ops))[-1]
 
 
-def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
-    """Return the reason why a site has no event, and a hint."""
+def _why_missed(verdict: FusionVerdict, site: FusionSite, optimized: Optimized, nodes: Sequence[Node]) -> FusionVerdict:
+    """Return the verdict on a site without an event, with the nearest pattern and the edge at which it fails.
+
+    nodes   the nodes of the result that do the work of the site
+    """
     name = KINDS[site.kind][0]
     if all(record.name != name for record in optimized.log):
-        return f"the pipeline has no {name}", ""
+        return replace(verdict, reason=f"the pipeline has no {name}")
     if not optimized.covered.intersection(site.anchors):
-        return "other passes removed it", ""
-    around = f"the ops around the {site.anchor.op.name} have none of the fusable forms"
-    return f"no rule of {name} matches in part: {around}", _FORMS.get(site.kind, "")
+        return replace(verdict, reason="other passes removed it")
+    form = _FORMS.get(name, "")
+    nearest = nearest_miss(name, nodes)
+    if nearest is None or _is_merged_later(nearest[1].edge, name):
+        nearest = nearest_miss(name, site.nodes) or nearest
+    if nearest is None:
+        around = f"no pattern of {name} begins with an op of the site around the {site.anchor.op.name}"
+        return replace(verdict, reason=around, hint=form)
+    rule, miss = nearest
+    place = _place_of(miss.edge.node)
+    return replace(
+        verdict,
+        rules=(rule.name,),
+        matched=tuple([node.op.name for node in miss.nodes]),
+        edge=str(miss.edge),
+        at=place if place != _place(site) else "",
+        reason=miss.reason,
+        hint=form,
+    )
+
+
+def _is_merged_later(edge: Edge, name: str) -> bool:
+    """Return True if the value at an edge is computed by an op that a pass after `name` built."""
+    found = edge.found
+    node = found.node if isinstance(found, Value) else None
+    order = [each.name for each in DEFAULT]
+    later = order[order.index(name) + 1 :] if name in order else []
+    return node is not None and any(made in later and node.op.name in ops for made, ops in KINDS.values())
 
 
 def _place(site: FusionSite) -> str:
-    node = site.anchor
-    return "  ".join(part for part in (str(node.source or ""), node.scope) if part) or site.function
+    return _place_of(site.anchor) or site.function
+
+
+def _place_of(node: Node) -> str:
+    return "  ".join(part for part in (str(node.source or ""), node.scope) if part)
 
 
 def grouped(verdicts: Sequence[FusionVerdict]) -> tuple[FusionVerdict, ...]:

@@ -2,7 +2,8 @@
 
     Path("gpt2.svg").write_text(draw_memory(explain_memory("gpt2", backend="tvm")))
 
-Calls are drawn one after the other, each at its offset in the caller's frame. A line shows the bytes alive at each
+Calls are drawn one after the other, each at its offset in the caller's frame. Values that share the memory of an output
+are drawn above the arena. A line shows the bytes alive at each
 step, and the step of the peak is marked. Tooltips show names, bytes and the user's lines.
 """
 
@@ -13,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from treadle.explaining.memory import MemoryReport
-from treadle.explaining.memory_timeline import Band, TimelineBox, timeline_of
+from treadle.explaining.memory_timeline import Timeline, TimelineBox, timeline_of
 from treadle.files.shown_names import shown_path
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import Hint, UsageError
@@ -42,8 +43,8 @@ def write_drawing(path: Path, text: str) -> None:
 
 
 def draw_memory(report: MemoryReport) -> str:
-    """Return the drawing as the text of an SVG file. It shows only the arena, without values that share the memory of
-    an output.
+    """Return the drawing as the text of an SVG file. Above the arena, it shows the values that share the memory of an
+    output.
 
     Raises UsageError for a backend without an arena.
     """
@@ -53,14 +54,12 @@ def draw_memory(report: MemoryReport) -> str:
             hint=Hint('backend="tvm"', "--backend tvm"),
         )
     line = timeline_of(report)
-    return "\n".join(_drawn(report, line.boxes, line.bands, line.live, max(line.steps, 1))) + "\n"
+    return "\n".join(_drawn(report, report.arena, line)) + "\n"
 
 
-def _drawn(
-    report: MemoryReport, boxes: Sequence[TimelineBox], bands: Sequence[Band], live: Sequence[int], end: int
-) -> Iterator[str]:
-    assert report.arena is not None
-    top = max(report.arena, 1)
+def _drawn(report: MemoryReport, arena: int, line: Timeline) -> Iterator[str]:
+    boxes, bands, live, end = line.boxes, line.bands, line.live, max(line.steps, 1)
+    top = max(arena, line.top, 1)
     across, up = (WIDTH - _LEFT - _RIGHT) / end, (HEIGHT - _TOP - _BOTTOM) / top
 
     def x(step: float) -> float:
@@ -73,7 +72,8 @@ def _drawn(
     for box in boxes:
         totals[box.op] = totals.get(box.op, 0) + box.bytes * (box.end - box.first)
     ops = sorted(totals, key=lambda op: (-totals[op], op))
-    colours = {op: _COLOURS[i] if i < _LEGEND else _BESIDE for i, op in enumerate(ops)}
+    legend = _legend(ops)
+    colours = dict.fromkeys(ops, _BESIDE) | dict(zip(legend, _COLOURS, strict=False))
     where = f" at {sizes_text(report.sizes)}" if report.sizes else ""
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
@@ -82,13 +82,19 @@ def _drawn(
     yield f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
     yield f'<text x="{_LEFT}" y="24" font-size="16" font-weight="600">{escape(report.model)}{escape(where)}</text>'
     yield (
-        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(report.arena, "B")}; at most {human(report.peak, "B")}'
+        f'<text x="{_LEFT}" y="44" fill="#555555">arena {human(arena, "B")}; at most {human(report.peak, "B")}'
         f" live at once, in {escape(report.step)}</text>"
     )
     for part in range(5):
         count = top * part / 4
         yield f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(count)}" y2="{y(count)}" stroke="#e6e6e6"/>'
         yield f'<text x="{_LEFT - 8}" y="{y(count) + 4}" text-anchor="end" fill="#555555">{human(count, "B")}</text>'
+    if line.top > arena and report.host is not None:
+        yield f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(arena)}" y2="{y(arena)}" stroke="#222222"/>'
+        yield (
+            f'<text x="{WIDTH - _RIGHT}" y="24" text-anchor="end" fill="#555555">above the line: values in the'
+            f" memory of {escape(report.host)}, before it is written</text>"
+        )
     for box in boxes:
         wide, high = round((box.end - box.first) * across, 2), round(box.bytes * up, 2)
         yield (
@@ -127,12 +133,21 @@ def _drawn(
                 f'<text x="{x(band.first) + wide / 2:.2f}" y="{low + 11}" text-anchor="middle" fill="#333333"'
                 f' font-size="11" pointer-events="none">{escape(band.name)}</text>'
             )
-    at = float(_LEFT)
-    for op in ops[:_LEGEND]:
+    for op, at in legend.items():
         yield f'<rect x="{at}" y="{HEIGHT - 30}" width="12" height="12" fill="{colours[op]}"/>'
         yield f'<text x="{at + 17}" y="{HEIGHT - 20}" fill="#333333">{escape(op)}</text>'
-        at += 17 + 7.2 * len(op) + 18
     yield "</svg>"
+
+
+def _legend(ops: Sequence[str]) -> dict[str, float]:
+    """Return the positions of the legend's entries: the first ops, as many as fit in one row."""
+    found, at = {}, float(_LEFT)
+    for op in ops[:_LEGEND]:
+        wide = 17 + 7.2 * len(op)
+        if at + wide > WIDTH - _RIGHT:
+            break
+        found[op], at = at, at + wide + 18
+    return found
 
 
 def _described(box: TimelineBox) -> str:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from treadle.explaining.memory import MemoryReport
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Node
 from treadle.ir.storage.views import Storage
-from treadle.passes.memory.frames import Frame, live_at, parts_of
+from treadle.passes.memory.frames import Frame, aligned, parts_of
 
 
 @dataclass(frozen=True)
 class TimelineBox:
-    """The lifetime of a storage, from step `first` until before step `end`, at offset `low` of the arena.
+    """The lifetime of a storage, from step `first` until before step `end`, at `low` bytes of the arena. Storages that
+    share the memory of an output are stacked above the arena.
 
     function  the function that it belongs to
     node      the node at the storage's first step; None for the copy of an output
@@ -64,11 +66,18 @@ class Band:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The lifetimes of all storages of the arena, the functions that run, and the bytes alive at each step."""
+    """The lifetimes of all storages of the arena and of the output that shares its memory, the functions that run, and
+    the bytes of these storages at each step.
+    """
 
     boxes: tuple[TimelineBox, ...]
     bands: tuple[Band, ...]
     live: tuple[int, ...]
+
+    @property
+    def top(self) -> int:
+        """The end of the highest storage in bytes."""
+        return max((box.low + box.bytes for box in self.boxes), default=0)
 
     @property
     def steps(self) -> int:
@@ -77,11 +86,16 @@ class Timeline:
 
 
 def timeline_of(report: MemoryReport) -> Timeline:
-    """Return the timeline of a run's arena, without values that share the memory of an output."""
+    """Return the timeline of the arena; it has no boxes if there is no arena."""
     report, entry = replace(report, frames=parts_of(report.frames)[0]), report.at[0][0]
-    live = live_at(report.frames, entry, report.sizes, report.unit)
     boxes = () if report.placed is None else tuple(_boxes(report, entry, 0, 0))
-    return Timeline(boxes, tuple(_bands(report, entry, 0, 0)), tuple([count for _, count in live]))
+    bands = tuple(_bands(report, entry, 0, 0))
+    changes = [0] * (bands[0].end + 1)
+    for box in boxes:
+        count = aligned(box.bytes, report.unit)
+        changes[box.first] += count
+        changes[box.end] -= count
+    return Timeline(boxes, bands, tuple(accumulate(changes[:-1])))
 
 
 def _lengths(report: MemoryReport, name: str) -> list[int]:
@@ -103,15 +117,16 @@ def _starts(report: MemoryReport, name: str, begin: int) -> list[int]:
 def _boxes(report: MemoryReport, name: str, begin: int, base: int) -> Iterator[TimelineBox]:
     assert report.placed is not None
     frame, placed, starts = report.frames[name], report.placed[name], _starts(report, name, begin)
+    above = aligned(report.arena or 0, report.unit)
     for life in frame.lives:
         count = life.storage.nbytes.evaluate(report.sizes)
-        if count and life.storage not in placed.hosted:
+        if count:
             end = starts[min(life.last + 1, len(frame.steps))]
-            low = base + placed.offsets[life.storage]
+            low = (above if life.storage in placed.hosted else base) + placed.offsets[life.storage]
             yield TimelineBox(starts[life.first], end, low, count, life.storage, name, _maker(frame, life.first))
     for at, call in frame.calls.items():
-        if at not in placed.hosted:
-            yield from _boxes(report, call.callee, starts[at], base + placed.callees[at])
+        low = (above if at in placed.hosted else base) + placed.callees[at]
+        yield from _boxes(report, call.callee, starts[at], low)
 
 
 def _maker(frame: Frame, at: int) -> Node | None:

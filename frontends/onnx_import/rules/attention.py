@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.attention.masking import (
     Biases,
     Masks,
@@ -17,6 +16,7 @@ from treadle.ir.attention.masking import (
 )
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, ZERO, Size
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64
 
 _NO_MASKS, _NO_BIASES = Masks(), Biases()

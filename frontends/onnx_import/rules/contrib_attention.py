@@ -15,10 +15,10 @@ from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.attention import bottom_right, heads_apart, heads_together, masked_by, turned
 from treadle.frontends.onnx_import.rules.contrib import MICROSOFT
 from treadle.frontends.recipes.positions import extent
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.attention.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64
 
 

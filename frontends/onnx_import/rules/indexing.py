@@ -8,10 +8,10 @@ import numpy as np
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.recipes.positions import extent
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, Size, product
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64
 
 

@@ -11,9 +11,9 @@ from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.elements import named
 from treadle.frontends.onnx_import.values import Known, tidied
 from treadle.frontends.recipes.positions import extent, flipped
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ZERO, Size
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import i64
 
 

@@ -17,9 +17,9 @@ from treadle.frontends.onnx_import.rules.elements import Element, named
 from treadle.frontends.onnx_import.rules.products import convolution
 from treadle.frontends.onnx_import.values import Known
 from treadle.frontends.recipes.matrix_products import matmul
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size, product
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import f32, f64, i32, i64
 
 # -- scales and zero points ----------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.arithmetic import in_order
 from treadle.frontends.recipes.activations import root
 from treadle.frontends.recipes.positions import flipped
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import product
+from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import f32, i64, u8
 
 # -- reductions ----------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
-from treadle.frontends.recipes.reshaping import reshaped
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE, ZERO, Size, product
+from treadle.ir.tensors.shapes import reshaped
 
 
 @operator("Reshape", latest=25, first=5, moves=(0,))

@@ -155,10 +155,17 @@ class _Finder:
             self.work.refuse(self.rule, replace(mismatch.refusal, matched=(*before, *mismatch.matched)))
 
     def _nodes_before(self, weighting: Weighting) -> tuple[Node, ...]:
-        """Return the nodes from a softmax up to the product of queries and keys, including that product."""
-        axes = Axes()
-        try:
-            found = find_scores(axes, weighting, axes.of(weighting.scores), self.work.readers, rounded=True)
-        except Mismatch:
-            return ()
-        return () if any(map(is_weight, (found.left.value, found.right.value))) else found.nodes[::-1]
+        """Return the nodes from a softmax up to the product of queries and keys, including that product, also through
+        one product with a weight: talking heads mix the scores of the heads (Shazeer et al. 2020).
+        """
+        axes, above = Axes(), weighting
+        for _ in range(2):
+            try:
+                found = find_scores(axes, above, axes.of(above.scores), self.work.readers, rounded=True)
+            except Mismatch:
+                return ()
+            computed = [side.value for side in (found.left, found.right) if not is_weight(side.value)]
+            if len(computed) != 1:
+                return tuple(dict.fromkeys((*above.nodes, *found.nodes)))[::-1] if computed else ()
+            above = replace(above, scores=computed[0], nodes=(*above.nodes, *found.nodes), anchor=found.product)
+        return ()
