@@ -6,16 +6,34 @@ and a suggestion.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+
 
 class Hint(str):
-    """A suggestion in Python. `command` is the same suggestion for the command line, if it differs."""
+    """A suggestion in Python. `command` is the same suggestion for the command line, if it differs.
+
+    replaces  an argument of the command line: the suggestion is the same command line with `words` in its place
+    """
 
     command: str
+    replaces: str | None
+    words: tuple[str, ...]
 
-    def __new__(cls, text: str, command: str) -> Hint:
+    def __new__(cls, text: str, command: str, *, replaces: str | None = None, words: tuple[str, ...] = ()) -> Hint:
         made = super().__new__(cls, text)
-        made.command = command
+        made.command, made.replaces, made.words = command, replaces, words
         return made
+
+    def on_command_line(self, words: Sequence[str]) -> str:
+        """Return the suggestion for a command that was started with these words."""
+        for at, word in enumerate(words):
+            name, _, rest = word.rpartition("=")  # `serve NAME=MODEL`
+            if self.replaces is not None and self.replaces in (word, rest):
+                first, *more = self.words
+                named = f"{name}={first}" if word != self.replaces else first
+                return shlex.join([*words[:at], named, *more, *words[at + 1 :]])
+        return self.command
 
 
 class TreadleError(Exception):

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 
 from treadle.frontends.declarations import Model
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.source_lines import raising_line
+
+
+def python_file(model: Model) -> Path | None:
+    """Return the file in which a model is declared; None for a declaration in a notebook or an interactive session."""
+    try:
+        found = inspect.getsourcefile(model.function)
+    except TypeError:
+        return None
+    return Path(found) if found is not None and Path(found).is_file() else None
 
 
 def load_declaration(path: Path, function: str) -> Model:

@@ -94,6 +94,8 @@ def load(
     *,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
+    tokenizer: str | None = None,
+    weights: Mapping[str, Array] | str | Path | None = None,
     passes: Sequence[Pass] | str | None = None,
     without: Sequence[str] = (),
     certify: bool | None = None,
@@ -104,13 +106,17 @@ def load(
     cache: str | None = None,
     **config: Any,
 ) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
-    answers, translates, ...
+    """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
+    `weights`: "file.py:function". The result classifies, answers, translates, ...
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    tokenizer another model, whose tokenizer, chat template and end tokens are used
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
+              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
+              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
               as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
@@ -148,6 +154,7 @@ class Trainer(_Trainer):
         gradient_accumulation_steps: int = 1,
         inputs: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
+        tokenizer: str | None = None,
         weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,

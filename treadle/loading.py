@@ -2,6 +2,7 @@
 
 treadle.load("folder").classify("I like it.").label
 treadle.load("smollm2").generate("The capital of France is")
+treadle.load("models.py:my_gpt", weights="trained").generate("Once")
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from treadle.artifacts import is_artifact
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.program.options import describe_options
-from treadle.program.places import GGUF_SUFFIX, is_fetched
+from treadle.program.places import ONNX_SUFFIX, is_fetched
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
 from treadle.tasks.loaded import LoadedModel
 
 
 def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
-    answers, translates, ...
+    """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
+    `weights`: "file.py:function". The result classifies, answers, translates, ...
 
     OPTIONS
 
@@ -41,7 +42,7 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     program = Program.of(model if isinstance(model, ModelSource) else name, **options)
     if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
         place = program.source.place
-        if not place.is_dir() and place.suffix != GGUF_SUFFIX:
+        if place.is_file() and place.suffix == ONNX_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"
             raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
     return LoadedModel(program)

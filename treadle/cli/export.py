@@ -158,7 +158,7 @@ def _export_onnx(
         else:
             resolved, optimized = options.optimized(model)
             graph = optimized.graph
-            weights, _ = weights_of(resolved, graph, None, options.seed)
+            weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:

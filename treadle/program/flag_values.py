@@ -14,6 +14,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import TreadleError, UsageError
 
 _INLINE_BYTES = 1 << 20
+_WORD = re.compile(r"t\.[A-Za-z]\w*")
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -37,8 +38,15 @@ def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
         if name in reserved:
             raise UsageError(f"--set {name}= is no option of a model", option=name)
-        config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+        config[name] = config_value(text if _WORD.fullmatch(text) else _json_or_text(text))
     return config
+
+
+def config_value(value: Any) -> Any:
+    """Return a value of a model's configuration that is stored as JSON: "t.relu" is a word of the DSL. Raises
+    FrontendError if there is no such word.
+    """
+    return _word(value[2:]) if isinstance(value, str) and _WORD.fullmatch(value) else value
 
 
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:

@@ -103,6 +103,13 @@ class ReadingOptions:
         "Raise a limit on an input file, as named in its error. Repeatable.",
         Flag("limit", "NAME=N", flag_values.parse_limits, many=True),
     )
+    tokenizer: str | None = _option(
+        None,
+        "another model, whose tokenizer, chat template and end tokens are used",
+        "Use another model's tokenizer.",
+        Flag("tokenizer", "MODEL", complete="model"),
+        but=_ENTRIES.difference({"load", "session", "generate", "embed", "task", "train"}),
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,9 @@ class WeightOptions:
         "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a declaration, "
         "the folder or .safetensors file that holds them. If there are none, initial values are drawn from `seed`. "
         "Arrays are not copied, so the caller must not modify them afterwards",
-        but={"load", "artifact", "task", "inspect", "export", "bench", *_EXPLAIN},
+        "For a declaration: the folder or the .safetensors file with its weights.",
+        Flag("weights", "FOLDER"),
+        but={"artifact"},
     )
     seed: int = _option(
         0,
@@ -266,8 +275,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Return the options that are set as JSON, for the record of an artifact, with the configuration under
         `config`. It has no weights, and no passes, backend or target, which an artifact records itself.
         """
-        recorded = self.but(weights=None, passes=None, limits=None).keywords()
-        return {name: _as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
+        recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None).keywords()
+        return {name: as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
 
     def but(self, **changes: Any) -> Self:
         """Return the options with changes."""
@@ -301,7 +310,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.program.source import ModelSource
 
         stored = self.weights if isinstance(self.weights, str | Path) else None
-        return ModelSource.open(model, weights=stored, limits=self.limits)
+        return ModelSource.open(model, weights=stored, tokenizer=self.tokenizer, limits=self.limits)
 
     def resolve(self, model: AnyModel, *, deferred: bool = False, **config: Any) -> Resolved:
         """Read and trace the model that MODEL names: see `ModelSource.resolve`, whose errors it raises.
@@ -364,12 +373,12 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Return a value as JSON: functions of the DSL as on the command line, `t.relu`, and other objects by name."""
     if isinstance(value, Mapping):
-        return {str(name): _as_json(each) for name, each in value.items()}
+        return {str(name): as_json(each) for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_as_json(each) for each in value]
+        return [as_json(each) for each in value]
     if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
         return value
     name = getattr(value, "__name__", None)

@@ -56,6 +56,7 @@ class FolderRules:
     @classmethod
     def read(cls, source: ModelSource) -> FolderRules:
         """Read a folder's files, or the end tokens in a file. Raises CheckpointError if an option is invalid."""
+        source = source.text_source
         if source.kind == "gguf":
             return cls(end=source.end_tokens)
         place = source.folder

@@ -23,6 +23,7 @@ class RunReport:
     first        number of updates before this run
     has_teacher  True if the losses include a teacher's part, so that they have no perplexity
     config       the given configuration of a model of `folder`
+    folder       the folder whose config.json is copied
     lines        of several updates each, in order
     before, after  the mean loss over the held-out blocks
     settings     the settings of the run, as its state stores them
@@ -101,8 +102,6 @@ class RunReport:
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
                 found.append(f"its config.json is a copy of the one in {self.folder}, without {given}")
-            elif given:
-                found.append(f"its configuration is not saved: {given}")
         if not count:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:

@@ -8,15 +8,21 @@
     trained/config.json, ...        settings, vocabulary and chat template, byte for byte
 
 Shards become one file. A parameter that a checkpoint stores twice (an embedding that is also the output's matrix) is
-written to both tensors. A model without a folder gets `weights.safetensors` alone, under parameter names.
+written to both tensors.
+
+    trained/weights.safetensors     the weights of a declaration, under parameter names
+    trained/tokenizer.json, ...     its tokenizer and chat template
+    trained/config.json             a reference to the declaration (`treadle.program.trained_folders`), the end of text
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +42,8 @@ from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
+from treadle.program.trained_folders import DeclarationReference
+from treadle.training.text_data import TextFiles
 from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights
 
 Array = npt.NDArray[Any]
@@ -75,6 +83,9 @@ class Saver(Protocol):
         Raises UsageError if a file cannot be written, or a weight is out of the range of the checkpoint's dtype.
         """
 
+    def with_texts(self, texts: TextFiles) -> Saver:
+        """Return a saver that also writes the files of the tokenizer with which a declaration is trained."""
+
 
 def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
     """Return a saver of a model's trained weights for a folder.
@@ -85,32 +96,57 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     folder is the model's own, is not a folder, cannot be written or is not empty, and CheckpointError as
     `open_checkpoint` does.
     """
-    if resolved.source.kind in ("graph", "declaration"):
-        config = {} if resolved.model is None else resolved.model.config
-        return WeightsSaver(_checked_target(target, replace), resolved.name, config)
+    source = resolved.source
+    if source.kind == "graph":
+        return WeightsSaver(_checked_target(target, replace), resolved.name)
+    if source.kind == "declaration":
+        assert resolved.model is not None
+        path = source.path
+        own = path if path is None or path.is_dir() else path.parent
+        return WeightsSaver(_checked_target(target, replace, own), resolved.name, source.reference(resolved.model))
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
 
 @dataclass(frozen=True)
 class WeightsSaver:
-    """Writes the weights of a model without a folder, such as a family of the zoo.
+    """Writes the weights of a declaration or a graph under parameter names.
 
-    config  configuration that differs from the declaration's
+    reference  the declaration, which config.json refers to; None for a graph, whose folder has weights alone
+    texts      the files of its tokenizer
     """
 
     target: Path
     model: str
-    config: Mapping[str, Any]
+    reference: DeclarationReference | None = None
+    texts: TextFiles = field(default_factory=lambda: TextFiles({}))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """See `Saver`."""
         _make(self.target)
-        path = self.target / WEIGHTS
-        write_weights(path, weights)
-        given = "".join(f", {name}={value!r}" for name, value in self.config.items())
-        made = f"treadle.compile({self.model!r}, weights={os.fspath(self.target)!r}{given})"
-        return SavedModel(self.target, (path,), made)
+        written = [self.target / WEIGHTS]
+        write_weights(written[0], weights)
+        files = dict(self.texts.files)
+        if self.reference is not None:  # last: without it the folder is weights alone
+            end = {"eos_token_id": list(self.texts.end)} if self.texts.end else {}
+            files[_CONFIG] = json.dumps({**self.reference.record(), **end}, indent=2).encode() + b"\n"
+        for name, data in files.items():
+            written.append(self.target / name)
+            _write(written[-1], data)
+        return SavedModel(self.target, tuple(written), self._loading())
+
+    def _loading(self) -> str:
+        folder = os.fspath(self.target)
+        if self.reference is None:
+            return f"treadle.compile({self.model}, weights={folder!r})"
+        if self.reference.is_family:
+            return Hint(f"treadle.compile({folder!r})", f"treadle run {folder}")
+        label = self.reference.label
+        return Hint(f"treadle.compile({label!r}, weights={folder!r})", f"treadle run {label} --weights {folder}")
+
+    def with_texts(self, texts: TextFiles) -> WeightsSaver:
+        """See `Saver`."""
+        return dataclasses.replace(self, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -175,6 +211,10 @@ class FolderSaver:
             _write(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
+
+    def with_texts(self, texts: TextFiles) -> FolderSaver:
+        """Return itself: a checkpoint keeps the files of its folder."""
+        return self
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
         """Return the tensors to write: updated ones, their copies, and all others."""
