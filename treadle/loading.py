@@ -30,7 +30,7 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     an option of artifacts.
     """
     name = model.label if isinstance(model, ModelSource) else os.fspath(model)
-    if is_artifact(name) and os.path.exists(name):
+    if is_artifact(name) and os.path.exists(name) and not Program.of(model, **options).source.text_files():
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",
             received=name,

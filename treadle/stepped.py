@@ -23,8 +23,8 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.program.options import CompileOptions
-from treadle.program.source import AnyModel
+from treadle.program.options import CompileOptions, declared_options
+from treadle.program.source import AnyModel, ArtifactSource
 from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
 
@@ -109,10 +109,17 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
     `longest` is given.
 
-    options  as in `treadle.compile`, and `cache`, the dtype of its caches
+    options  as in `treadle.compile`, and `cache`, the dtype of its caches; for an artifact, which is compiled already,
+             only `backend`, `target`, `limits` and `cache`
     """
     chosen = CompileOptions.of("session", options)
     source = chosen.open(model)
+    if isinstance(source, ArtifactSource):
+        chosen.refuse_for_artifact(source.label, also=("cache", "tokenizer"))
+        held = source.content
+        backend = chosen.backend if declared_options()["backend"].is_set(chosen.backend) else held.backend
+        target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
+        return step_of(held.name, held.optimized.graph, backend, target, held.weights, chosen.cache)
     resolved = chosen.resolve(source)
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")

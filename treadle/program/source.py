@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Table
@@ -31,7 +31,7 @@ from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declaration_files import load_declaration, python_file
 from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint, open_weights
+from treadle.frontends.huggingface import Checkpoint, MemoryFolder, ModelFolder, open_checkpoint, open_weights
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
 from treadle.frontends.text import VOCABULARIES, TextTokenizer, folder_chat_template, read_text_files
@@ -51,13 +51,16 @@ from treadle.models.checkpoints import (
 )
 from treadle.models.family import Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
-from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
+from treadle.program.places import ARTIFACT_SUFFIX, GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
 from treadle.program.resolved import Resolved
 from treadle.program.trained_folders import DeclarationReference, family_of_declaration
 
+if TYPE_CHECKING:
+    from treadle.artifacts import Artifact
+
 Limits = Mapping[str, int] | None
 
-Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx"]
+Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
 
 BLOCKS = "blocks"
 """A value of `widen` in addition to narrow dtypes."""
@@ -150,7 +153,8 @@ class ModelSource:
         if declared:
             return _Declared(text, find_family(text).model, None, weights, limits)
         place = find_place(text)
-        kind = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}.get("" if place.is_dir() else place.suffix, _Folder)
+        kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx, ARTIFACT_SUFFIX: ArtifactSource}
+        kind = kinds.get("" if place.is_dir() else place.suffix, _Folder)
         return kind(text, place, limits)
 
     def resolve(
@@ -229,9 +233,7 @@ class ModelSource:
         tokenizer lacks.
         """
         self._refuse_unsupported()
-        if self.text_source is not self:
-            return self.text_source.tokenizer(max_tokens=max_tokens, context=context, cut=cut)
-        return self._own_tokenizer(max_tokens, context, cut)
+        return self.text_source._own_tokenizer(max_tokens, context, cut)
 
     def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
         return TextTokenizer.open(self.folder, max_tokens=max_tokens, context=context, cut=cut)
@@ -365,21 +367,25 @@ class _Folder(ModelSource):
         return find_ctranslate2(self.folder)
 
     @cached_property
+    def stored(self) -> DeclarationReference | None:
+        """The reference to a declaration, if the folder has weights of one."""
+        return DeclarationReference.read(self.folder)
+
+    @cached_property
     def declared(self) -> _Declared | None:
         """The declaration of the zoo to whose weights the folder belongs; None for another folder.
 
         Raises UsageError if the declaration is in a Python file, which only the user may name.
         """
-        found = DeclarationReference.read(self.folder)
-        if found is None:
+        if self.stored is None:
             return None
-        if not found.is_family:
-            raise found.needs_file(self.label)
-        return _Declared(self.label, found.family, None, self.place, self.limits)
+        if not self.stored.is_family:
+            raise self.stored.needs_file(self.label)
+        return _Declared(self.label, self.stored.family, None, self.place, self.limits)
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
-        if self.declared is not None:
+        if self.stored is not None:
             return "declaration"
         return "safetensors" if self.converted is None else "ctranslate2"
 
@@ -481,6 +487,41 @@ class _Onnx(ModelSource):
             error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
             raise
         return ReadModel(made.graph.name, made.graph, None, made.weights)
+
+
+class ArtifactSource(ModelSource):
+    """A compiled model in a file. It has a decoding step and a tokenizer if it was compiled from a language model."""
+
+    kind = "artifact"
+
+    @cached_property
+    def content(self) -> Artifact:
+        from treadle.artifacts import open_artifact  # which loads the compiler
+
+        return open_artifact(self.place, limits=self.limits)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return MemoryFolder.of(self.content.files, self.label)
+
+    def check(self) -> None:
+        """Do nothing: every section has a hash."""
+
+    def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        if not self.content.files:
+            raise UsageError(
+                f"the artifact {printable(self.label)} has no tokenizer",
+                received="a model that was compiled without one, or that does not continue text",
+                hint=Hint(
+                    'tokenizer="FOLDER", of a model with the same vocabulary',
+                    "--tokenizer FOLDER, of a model with the same vocabulary",
+                ),
+            )
+        return super()._own_tokenizer(max_tokens, context, cut)
+
+    def _read(self, options: ReadOptions) -> ReadModel:
+        hint = Hint(f"treadle.load_artifact({self.label!r})", f"treadle run {self.label}")
+        raise UsageError("an artifact is compiled already", received=self.label, hint=hint)
 
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
