@@ -181,9 +181,9 @@ class LoadedModel:
         return found if _many(prompts) else found[0]
 
     @with_option_hints
-    def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
-        """Return the perplexity of the model on the first `most` tokens of a text, read `window` tokens at a time. For
-        a model compiled to a lower precision, compare with the original precision.
+    def perplexity(self, text: str, *, window: int | None = None, most: int | None = None) -> Perplexity:
+        """Return the perplexity of the model on the first `most` tokens of a text, read `window` tokens at a time: 512,
+        or the model's maximum. For a model compiled to a lower precision, compare with the original precision.
         """
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 

@@ -28,7 +28,7 @@ from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.types import i64
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
@@ -102,19 +102,29 @@ class PerplexityMeter:
         """Return the first `most` ids of a text. Raises UsageError for a text that is not valid Unicode."""
         return [number for part in self.tokenizer.encode([text])[0] for number in part.ids][:most]
 
-    def measure(self, ids: Sequence[int], *, window: int = WINDOW, progress: Progress | None = None) -> Perplexity:
+    @property
+    def window(self) -> int:
+        """The default number of tokens of a window: 512, or the model's maximum."""
+        positions = token_positions(self.model)
+        return WINDOW if positions is None else min(WINDOW, positions)
+
+    def measure(
+        self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None
+    ) -> Perplexity:
         """Measure the perplexity of a text's tokens.
 
-        window    tokens that are read at a time
+        window    tokens that are read at a time; None: 512, or the model's maximum
         progress  called with the number of finished windows
 
         Raises UsageError for fewer than two tokens, for a window with fewer than two or more than the model supports,
         and if logits are not finite.
         """
         positions = token_positions(self.model)
+        window = self.window if window is None else window
         if window < 2 or (positions is not None and window > positions):
             bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
-            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
+            hint = Hint(f"window={self.window}", f"--window {self.window}")
+            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint=hint)
         if len(ids) < 2:
             raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []
