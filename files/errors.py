@@ -26,14 +26,18 @@ class Hint(str):
         return made
 
     def on_command_line(self, words: Sequence[str]) -> str:
-        """Return the suggestion for a command that was started with these words."""
-        for at, word in enumerate(words):
-            name, _, rest = word.rpartition("=")  # `serve NAME=MODEL`
-            if self.replaces is not None and self.replaces in (word, rest):
-                first, *more = self.words
-                named = f"{name}={first}" if word != self.replaces else first
-                return shlex.join([*words[:at], named, *more, *words[at + 1 :]])
-        return self.command
+        """Return the suggestion for a command that was started with these words. The first of `self.words` replaces
+        every argument, also in `NAME=MODEL`; the others follow the first argument.
+        """
+        named = [at for at, word in enumerate(words) if self.replaces in (word, word.partition("=")[2])]
+        places = [at for at in named if not words[at - 1].startswith("-")] or named[:1]
+        if self.replaces is None or not places:
+            return self.command
+        made = list(words)
+        for at in places:
+            name = words[at].removesuffix(str(self.replaces))  # "NAME=", or nothing
+            made[at] = name + self.words[0]
+        return shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]])
 
 
 class TreadleError(Exception):

@@ -112,12 +112,12 @@ class ModelSource:
     def _refuse_other_choices(self, weights: str | Path | None, tokenizer: AnyModel | None, limits: Limits) -> None:
         """Raise UsageError for choices that differ from those with which the model was opened."""
         differs = {
-            "weights": weights is not None and (self.path is None or Path(weights) != self.path),
-            "tokenizer": tokenizer is not None and str(tokenizer) != self.text_source.label,
-            "limits": limits not in (None, self.limits),
+            "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
+            "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,
+            "limits of an opened model are": limits not in (None, self.limits),
         }
         for what in [name for name, other in differs.items() if other]:
-            raise UsageError(f"{what} of an opened model are chosen when it is opened", received=self.label)
+            raise UsageError(f"{what} chosen when it is opened", received=self.label)
 
     @staticmethod
     def _find(model: AnyModel, weights: str | Path | None, limits: Limits) -> ModelSource:

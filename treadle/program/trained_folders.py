@@ -93,8 +93,8 @@ class DeclarationReference:
         )
         if not is_whole:
             raise CheckpointError(
-                f"config.json: {_KEY} must name a declaration",
-                received=printable(repr(found)),
+                "config.json does not name the declaration of the folder's weights",
+                received=f"{_KEY}: {printable(repr(found))}",
                 within=shown,
                 hint="train the model again, or restore the file",
             )
@@ -148,7 +148,7 @@ class DeclarationReference:
         path = os.path.join(folder.shown, weights)
         raise CheckpointError(
             f"{self.label} is not the declaration with which these weights were trained",
-            received=f"{model.name}: {received or 'not of the zoo'}, recorded {recorded}",
+            received=f"{model.name}: {_short(received or 'not of the zoo')}, recorded {_short(str(recorded))}",
             within=folder.show(CONFIG),
             hint=Hint(
                 f"the file as it was then, or weights={path!r}, which is read without the comparison",
@@ -182,6 +182,10 @@ def family_of_declaration(model: Model) -> str | None:
     """Return the family of the zoo that a declaration is; None if it is the user's own."""
     is_family = model.name in family_names() and find_family(model.name).model.function is model.function
     return model.name if is_family else None
+
+
+def _short(text: str) -> str:
+    return f"graph {text[:12]}" if _DIGEST.fullmatch(text) else text
 
 
 def _graph_digest(model: Model, config: Mapping[str, Any]) -> str:

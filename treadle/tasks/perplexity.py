@@ -108,9 +108,7 @@ class PerplexityMeter:
         positions = token_positions(self.model)
         return WINDOW if positions is None else min(WINDOW, positions)
 
-    def measure(
-        self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None
-    ) -> Perplexity:
+    def measure(self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None) -> Perplexity:
         """Measure the perplexity of a text's tokens.
 
         window    tokens that are read at a time; None: 512, or the model's maximum
