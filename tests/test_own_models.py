@@ -206,16 +206,21 @@ def test_a_vocabulary_is_the_same_for_the_same_texts() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["generate out the --tokens 2", "embed out the", "verify out --backend numpy", "run out --input tokens=1,2"]
-    + [
+    [
+        "generate out the --tokens 2",
+        "embed out the",
+        "verify out --backend numpy",
+        "run out --input tokens=1,2",
         "inspect out",
         "compile out",
         "explain out fusion",
+        "explain out step",
         "perplexity out corpus.txt",
         "export out -o a.onnx",
         "diff out out",
-    ]
-    + [f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}", "explain out step", "report out -o a.html"],
+        "report out -o a.html",
+        f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}",
+    ],
 )
 def test_a_folder_alone_says_which_command_works(command: str, trained: Treadle) -> None:
     text = Path("models.py").read_text()

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -496,9 +497,10 @@ class ArtifactSource(ModelSource):
 
     @cached_property
     def content(self) -> Artifact:
-        from treadle.artifacts import open_artifact  # which loads the compiler
-
-        return open_artifact(self.place, limits=self.limits)
+        opened: Artifact = import_module("treadle.artifacts").open_artifact(  # which imports this module
+            self.place, limits=self.limits
+        )
+        return opened
 
     @cached_property
     def folder(self) -> ModelFolder:
