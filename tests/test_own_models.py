@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,9 +311,9 @@ def test_a_command_that_works_is_quoted(tmp_path: Path, treadle_command: Treadle
 # -- what is missing, and the flag that gives it -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+@pytest.mark.parametrize("command", ["generate OWN the", "generate OWN the --tokenizer out", "chat OWN", "serve OWN"])
 def test_missing_weights(command: str, trained: Treadle) -> None:
-    said = trained(f"{command} {OWN} {'the' if command == 'generate' else ''}")
+    said = trained(command.replace("OWN", OWN))
     refused(said, f"{OWN} is a declaration, without weights")
     assert hint_of(said).startswith("--weights FOLDER")
 
@@ -385,6 +386,18 @@ def test_a_model_that_does_not_continue_text_stores_no_tokenizer(trained: Treadl
     exe = t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",))
     assert not exe.text_files
     assert t.compile(OWN, weights="out").text_files
+
+
+@pytest.mark.parametrize(
+    "damage", [{"tokenizer.json": b"{}"}, {"tokenizer.json": b""}, {"tokenizer_config.json": b"["}]
+)
+def test_a_damaged_tokenizer_in_an_artifact(damage: dict[str, bytes], trained: Treadle) -> None:
+    exe = t.compile(OWN, weights="out")
+    texts = {**exe.text_files, **damage, "../outside": b"x"}
+    replace(exe, texts=lambda: texts).save("a.treadle")
+    refused(trained("generate a.treadle the"), "a.treadle")
+    assert trained("run a.treadle --input tokens=1,2").code == 0
+    assert not Path("..", "outside").exists()
 
 
 def test_an_artifact_holds_no_path_of_the_machine(trained: Treadle) -> None:

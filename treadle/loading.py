@@ -26,11 +26,12 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
 
     OPTIONS
 
-    A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
-    an option of artifacts.
+    An artifact of a model that continues text is loaded, too, for that task. A model is compiled when its first task
+    runs. Raises UsageError if there is no such model, for another artifact, and for an option of artifacts.
     """
     name = model.label if isinstance(model, ModelSource) else os.fspath(model)
-    if is_artifact(name) and os.path.exists(name) and not Program.of(model, **options).source.text_files():
+    program = Program.of(model if isinstance(model, ModelSource) else name, **options)
+    if is_artifact(name) and os.path.exists(name) and not program.source.text_files():
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",
             received=name,
@@ -39,7 +40,6 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     if "check" in options:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
-    program = Program.of(model if isinstance(model, ModelSource) else name, **options)
     if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
         place = program.source.place
         if place.is_file() and place.suffix == ONNX_SUFFIX:

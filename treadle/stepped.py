@@ -16,9 +16,7 @@ import numpy as np
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.files.shown_names import printable
 from treadle.frontends.rotary import LongRope
-from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, PassManager
@@ -126,7 +124,7 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
         resolved = chosen.resolve(source, longest=scaling.context)
     if chosen.arrays is None and resolved.weights is None:
-        raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
+        raise source.without_weights()
     passes, _ = chosen.precision()
     graph = PassManager(passes, certify=chosen.certify).run(resolved.graph).graph
     weights, _ = weights_of(resolved, graph, chosen.arrays, 0)

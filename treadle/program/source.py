@@ -208,10 +208,11 @@ class ModelSource:
     def place(self) -> Path:
         """Its folder or file. Raises UsageError for a declaration or a graph, which has none."""
         if self.path is None:
-            raise self._no_files()
+            raise self.without_weights()
         return self.path
 
-    def _no_files(self) -> UsageError:
+    def without_weights(self) -> UsageError:
+        """Return the error for a model without weights, where a command needs them."""
         return UsageError(
             f"{printable(self.label)} is a {self.kind}, without weights",
             hint="a folder with a checkpoint of it, or a fetched model",
@@ -322,7 +323,7 @@ class _Declared(ModelSource):
     def reference(self, model: Model) -> DeclarationReference:
         return DeclarationReference.of(model, self.label, self.file)
 
-    def _no_files(self) -> UsageError:
+    def without_weights(self) -> UsageError:
         is_family = family_of_declaration(self.model) is not None
         other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
         trained = "treadle train MODEL FILES --tokenizer FOLDER -o FOLDER"
