@@ -37,6 +37,9 @@ VOCABULARIES = (_FILE, *_OLDER)
 """The files of which a folder with a tokenizer has one."""
 
 _TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE)
+TOKENIZER_FILES = (*_TEXT_FILES, *_OLDER, "merges.txt")
+"""The files of a tokenizer and its chat template in all forms."""
+
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 for no limit

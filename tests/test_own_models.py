@@ -180,6 +180,17 @@ def test_the_tokenizer_of_another_model_is_saved_with_its_template(treadle_comma
     assert ModelSource.open(OWN, weights="out").chat_template == "{{ messages }}"
 
 
+def test_a_checkpoint_that_is_trained_with_another_tokenizer_gets_that_one(trained: Treadle, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
+    how = TRAIN.replace("--vocab 300", "--tokenizer out")
+    assert trained(f"train gpt2 corpus.txt -o tuned {how}").code == 0
+    assert Path("tuned", "tokenizer.json").read_bytes() == Path("out", "tokenizer.json").read_bytes()
+    assert json.loads(Path("tuned", "generation_config.json").read_text()) == {"eos_token_id": [0]}
+    assert not {"vocab.json", "merges.txt"} & {path.name for path in Path("tuned").iterdir()}
+    assert trained("generate tuned the --tokens 2").code == 0
+
+
 def test_weights_of_the_zoo_need_no_file(treadle_command: Treadle) -> None:
     sizes = "--set vocab=300 --set context=32 --set dim=16 --set heads=2 --set layers=1"
     assert treadle_command(f"train gpt2 corpus.txt -o out {TRAIN} {sizes}").code == 0
@@ -350,6 +361,7 @@ def test_training_that_cannot_work(how: str, report: str, trained: Treadle) -> N
 
 
 def test_an_artifact_continues_text_as_its_model_does(trained: Treadle) -> None:
+    Path("out", "chat_template.jinja").write_text("{{ messages }}")
     Path("out", "generation_config.json").write_text('{"repetition_penalty": 1.5, "eos_token_id": 0}')
     for how in ("", "--quantize int4"):
         assert trained(f"compile {OWN} --weights out -o a.treadle {how}").code == 0
@@ -360,6 +372,7 @@ def test_an_artifact_continues_text_as_its_model_does(trained: Treadle) -> None:
         assert found["from_folder"]["options"] == {"repetition_penalty": 1.5}
         Path("away").rename("out")
     assert t.load("a.treadle").generate("the cat", most=6) == wanted["texts"][0]["text"]
+    assert ModelSource.open("a.treadle").chat_template == "{{ messages }}"
     t.load_artifact("a.treadle").save("b.treadle")
     assert Path("a.treadle").read_bytes() == Path("b.treadle").read_bytes()
 

@@ -36,6 +36,7 @@ from treadle.files.whole_files import replacing
 from treadle.frontends.binding import Source, alternatives, bind
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.text import TOKENIZER_FILES
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
@@ -54,7 +55,7 @@ MODEL, WEIGHTS = "model.safetensors", "weights.safetensors"
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the files that a model needs in addition to weights: config.json, vocab.txt, tokenizer.model, ..."""
 _WEIGHTS_INDEX = ".index.json"
-_CONFIG, _MODULES = "config.json", "modules.json"
+_CONFIG, _GENERATION, _MODULES = "config.json", "generation_config.json", "modules.json"
 _FILE_BYTES = 256 << 20
 _ROUNDED = ("f16", "bf16")
 _FIRST = 4096  # bytes by which tensors mostly differ already
@@ -84,7 +85,7 @@ class Saver(Protocol):
         """
 
     def with_texts(self, texts: TextFiles) -> Saver:
-        """Return a saver that also writes the files of the tokenizer with which a declaration is trained."""
+        """Return a saver that writes the files of the tokenizer with which the model is trained."""
 
 
 def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
@@ -158,6 +159,7 @@ class FolderSaver:
     added   for parameters whose tensor the checkpoint left out: its name, and the tensor that replaces it. It is
             written if training gave another parameter of that tensor other values
     settings  the files that are copied
+    texts     the files of another tokenizer, with which the model is trained; None: the folder's own are copied
     """
 
     checkpoint: Checkpoint
@@ -166,6 +168,7 @@ class FolderSaver:
     copies: Mapping[str, str]
     added: Mapping[str, tuple[str, str]]
     settings: tuple[str, ...]
+    texts: TextFiles | None = None
 
     @classmethod
     def open(
@@ -206,6 +209,9 @@ class FolderSaver:
             _make(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
+        for name, data in self.texts.files.items() if self.texts is not None else ():
+            written.append(self.target / name)
+            _write(written[-1], data)
         for name in self.settings:  # config.json last: without it the folder is not a model
             written.append(self.target / name)
             _write(written[-1], place.read(name, _FILE_BYTES))
@@ -213,8 +219,10 @@ class FolderSaver:
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
 
     def with_texts(self, texts: TextFiles) -> FolderSaver:
-        """Return itself: a checkpoint keeps the files of its folder."""
-        return self
+        """See `Saver`. Ids of the folder's generation_config.json are of its own tokenizer, and are left out."""
+        kept = tuple(name for name in self.settings if name not in (*TOKENIZER_FILES, _GENERATION))
+        ends = json.dumps({"eos_token_id": list(texts.end)} if texts.end else {}).encode()
+        return dataclasses.replace(self, settings=kept, texts=TextFiles({**texts.files, _GENERATION: ends}, texts.end))
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
         """Return the tensors to write: updated ones, their copies, and all others."""

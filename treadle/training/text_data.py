@@ -44,7 +44,7 @@ class TextData:
     batches   the training batches
     heldout   held-out blocks [N, S], the last of the texts; N may be 0
     digest    SHA-256 of the texts, in hexadecimal
-    texts     the tokenizer, for the folder of the trained model; None if the model's own folder has it
+    texts     the tokenizer, for the folder of the trained model; None: that of a checkpoint's own folder
     """
 
     objective: Objective
@@ -142,8 +142,8 @@ class TextFiles:
 
 
 def _text_files(source: ModelSource, tokenizer: TextTokenizer, end: int | None, vocab: int | None) -> TextFiles | None:
-    """Return the tokenizer's files if the model is a declaration, whose folder they belong in."""
-    if source.kind != "declaration":
+    """Return the tokenizer's files, for a checkpoint only if they are not in its own folder."""
+    if source.kind != "declaration" and source.text_source is source:
         return None
     if vocab is not None:
         return TextFiles(tokenizer.text_files(), () if end is None else (end,))
