@@ -22,12 +22,12 @@ from treadle.tasks.loaded import LoadedModel
 
 def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
-    `weights`: "file.py:function". The result classifies, answers, translates, ...
+    `weights`: "file.py:function". Return an object whose methods are the model's tasks: classify, answer, ...
 
     OPTIONS
 
-    An artifact of a model that continues text is loaded, too, for that task. A model is compiled when its first task
-    runs. Raises UsageError if there is no such model, for another artifact, and for an option of artifacts.
+    An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
+    runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.
     """
     name = model.label if isinstance(model, ModelSource) else os.fspath(model)
     program = Program.of(model if isinstance(model, ModelSource) else name, **options)
@@ -40,7 +40,7 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     if "check" in options:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
-    if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
+    if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is looked up at its first task
         place = program.source.place
         if place.is_file() and place.suffix == ONNX_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"
