@@ -208,9 +208,9 @@ class MemoryFolder(ModelFolder):
     contents: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, contents: Mapping[str, bytes], shown: str) -> MemoryFolder:
-        """Return a folder of these files; `shown` is its name in errors."""
-        return cls(Path(shown), Path(shown), shown, CheckpointLimits(), contents=contents)
+    def of(cls, contents: Mapping[str, bytes], label: str) -> MemoryFolder:
+        """Return a folder of these files; `label` is its name in errors."""
+        return cls(Path(label), Path(label), label, CheckpointLimits(), contents=contents)
 
     def has(self, name: str) -> bool:
         """Return True if there is a file of this name."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,7 +277,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         Weights are left out, and so are passes, backend and target, which an artifact records itself.
         """
         recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None).keywords()
-        return {name: as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
+        return {
+            name: flag_values.as_json(value) for name, value in recorded.items() if name not in ("backend", "target")
+        }
 
     def but(self, **changes: Any) -> Self:
         """Return a copy of the options with changes."""
@@ -388,20 +389,6 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
             )
-
-
-def as_json(value: Any) -> Any:
-    """Return a value as JSON. A function of the DSL becomes text as on the command line, `t.relu`; other objects become
-    their name.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): as_json(each) for name, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [as_json(each) for each in value]
-    if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    name = getattr(value, "__name__", None)
-    return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
 def declared_options() -> Mapping[str, Option]:

@@ -27,7 +27,7 @@ from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.hashing import structural_hash
 from treadle.models.family import MOST_LAYERS
 from treadle.models.registry import family_names, find_family
-from treadle.program.flag_values import config_value
+from treadle.program.flag_values import as_json, config_value
 
 CONFIG, KIND = "config.json", "treadle"
 """The file with the reference, and its `model_type`."""
@@ -118,8 +118,6 @@ class DeclarationReference:
 
     def record(self) -> dict[str, Any]:
         """Return config.json's entries."""
-        from treadle.program.options import as_json
-
         if self.is_family:
             said: dict[str, Any] = {"family": self.function}
         else:
