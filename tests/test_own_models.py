@@ -341,6 +341,15 @@ def test_a_missing_tokenizer(trained: Treadle) -> None:
         ModelSource.open(ModelSource.open(OWN, weights="out"), tokenizer="words")
 
 
+def test_a_model_without_lengths_does_not_embed(trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    plain = text.replace("lengths: Lengths | None = None, ", "")
+    Path("models.py").write_text(plain.replace("None if lengths is None else t.padding(lengths)", "None"))
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    said = trained(f"embed {OWN} the --weights out")
+    refused(said, f"{OWN} does not embed sentences", "my_gpt has no input lengths")
+
+
 @pytest.mark.parametrize(
     ("how", "report"),
     [
