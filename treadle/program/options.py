@@ -109,7 +109,7 @@ class ReadingOptions:
         "another model, whose tokenizer, chat template and end tokens are used",
         "Use another model's tokenizer.",
         Flag("tokenizer", "MODEL", complete="model"),
-        but=_ENTRIES.difference({"load", "session", "generate", "embed", "task", "train"}),
+        but=_ENTRIES.difference({"load", "session", "rank", "generate", "embed", "task", "train"}),
     )
 
 
