@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import py_compile
 import re
 import runpy
 import shlex
@@ -279,6 +281,22 @@ def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
         assert "--weights out/weights.safetensors" in hint_of(said)
     Path("models.py").write_text(text.replace("4 * dim", "4 * dim, act=t.relu"))
     assert trained(f"generate {OWN} the --weights out/weights.safetensors --tokens 2").code == 0
+
+
+def test_no_bytecode_runs_in_place_of_the_file(trained: Treadle) -> None:
+    """A __pycache__ next to the file may come from someone else, like the file's time."""
+    source, text = Path("models.py"), Path("models.py").read_text()
+    other = "raise SystemExit('the bytecode was run')"
+    source.write_text(other + " " * (len(text.encode()) - len(other)))
+    cached = py_compile.compile("models.py", doraise=True)
+    assert cached is not None and Path(cached).exists()
+    stamp = source.stat()
+    source.write_text(text)
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    shutil.rmtree("__pycache__")
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    assert not Path("__pycache__").exists(), "nothing is written next to the user's file"
 
 
 DAMAGED: dict[str, Any] = {

@@ -90,7 +90,7 @@ def compile(
     """
 
 def load(
-    model: PathLike | ModelSource,
+    model: PathLike | AnyModel,
     *,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
@@ -107,7 +107,8 @@ def load(
     **config: Any,
 ) -> LoadedModel:
     """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
-    `weights`: "file.py:function". Return an object whose methods are the model's tasks: classify, answer, ...
+    `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
+    answer, ...
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks

@@ -159,7 +159,7 @@ class DeclarationReference:
         words = (self.label, "--weights", folder)
         if self.file is None:
             hint = Hint(
-                f"t.load(t.ModelSource.open({self.function}, weights={folder!r}))",
+                f"t.load({self.function}, weights={folder!r})",
                 f"write {self.function} to a file, and name FILE.py:{self.function} --weights {shown_path(folder)}",
             )
         else:
