@@ -6,16 +6,38 @@ and a suggestion.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
+
 
 class Hint(str):
-    """A suggestion in Python. `command` is the same suggestion for the command line, if it differs."""
+    """A suggestion in Python. `command` is the same suggestion for the command line, if it differs.
+
+    replaces  an argument of the command line: the suggestion is the same command line with `words` in its place
+    """
 
     command: str
+    replaces: str | None
+    words: tuple[str, ...]
 
-    def __new__(cls, text: str, command: str) -> Hint:
+    def __new__(cls, text: str, command: str, *, replaces: str | None = None, words: tuple[str, ...] = ()) -> Hint:
         made = super().__new__(cls, text)
-        made.command = command
+        made.command, made.replaces, made.words = command, replaces, words
         return made
+
+    def on_command_line(self, words: Sequence[str]) -> str:
+        """Return the suggestion for a command that was started with these words. The first of `self.words` replaces
+        every argument, also in `NAME=MODEL`; the others follow the first argument.
+        """
+        named = [at for at, word in enumerate(words) if self.replaces in (word, word.partition("=")[2])]
+        places = [at for at in named if not words[at - 1].startswith("-")] or named[:1]
+        if self.replaces is None or not places:
+            return self.command
+        made = list(words)
+        for at in places:
+            name = words[at].removesuffix(str(self.replaces))  # "NAME=", or nothing
+            made[at] = name + self.words[0]
+        return shlex.join([*made[: places[0] + 1], *self.words[1:], *made[places[0] + 1 :]])
 
 
 class TreadleError(Exception):

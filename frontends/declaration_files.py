@@ -1,14 +1,27 @@
-"""Model declarations in a user's Python file: `file.py:function`. The file is imported."""
+"""Model declarations in a user's Python file: `file.py:function`. The file is run as it is: no bytecode is read or
+written, since a stale one (of equal size and time) is other code than the file that the user names.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
+from importlib.abc import SourceLoader
 from pathlib import Path
 
 from treadle.frontends.declarations import Model
 from treadle.ir.errors import FrontendError, TreadleError, UsageError
 from treadle.ir.source_lines import raising_line
+
+
+def python_file(model: Model) -> Path | None:
+    """Return the file in which a model is declared; None for a declaration in a notebook or an interactive session."""
+    try:
+        found = inspect.getsourcefile(model.function)
+    except TypeError:
+        return None
+    return Path(found) if found is not None and Path(found).is_file() else None
 
 
 def load_declaration(path: Path, function: str) -> Model:
@@ -20,12 +33,13 @@ def load_declaration(path: Path, function: str) -> Model:
         raise UsageError(f"there is no file {path}")
     name = f"treadle_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(spec.loader, SourceLoader):
         raise UsageError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        code = spec.loader.source_to_code(spec.loader.get_data(str(path)), str(path))
+        exec(code, vars(module))
     except TreadleError:
         raise
     except SyntaxError as error:

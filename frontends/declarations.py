@@ -34,6 +34,10 @@ else:
     P, R = ParamSpec("P"), TypeVar("R")
 
 
+class UnknownInputError(FrontendError):
+    """The declaration has no input of the requested name."""
+
+
 # -- models ----------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +141,7 @@ class Model(Generic[P, R]):
     def _lacks(self, kind: str, unknown: Sequence[str], known: Sequence[str]) -> FrontendError:
         near = NearestNames(known).of(unknown[0], 1, 0.5)
         one_of = "one of " + ", ".join(known) if known else f"it has no {kind}s"
-        return FrontendError(
+        return (UnknownInputError if kind == "input" else FrontendError)(
             f"model {self.name} has no {kind} {', '.join(unknown)}",
             source=_definition(self.function),
             hint=f"did you mean {near[0]}? {one_of}" if near else one_of,

@@ -198,6 +198,43 @@ class ModelFolder:
         return _entries(self.path)
 
 
+@dataclass(frozen=True)
+class MemoryFolder(ModelFolder):
+    """A model folder whose files are in memory, such as the tokenizer in an artifact.
+
+    contents  the files by name
+    """
+
+    contents: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, contents: Mapping[str, bytes], label: str) -> MemoryFolder:
+        """Return a folder of these files; `label` is its name in errors."""
+        return cls(Path(label), Path(label), label, CheckpointLimits(), contents=contents)
+
+    def has(self, name: str) -> bool:
+        """Return True if there is a file of this name."""
+        return name in self.contents
+
+    def file(self, name: str) -> Path:
+        """Raise CheckpointError: a file in memory has no path."""
+        raise CheckpointError("the files of this model are in memory", received=printable(name), within=self.shown)
+
+    def read(self, name: str, limit: int, setting: str | None = None) -> bytes:
+        """Return the bytes of a file, at most `limit`. Raises CheckpointError for a missing or a longer file."""
+        if name not in self.contents:
+            raise CheckpointError("there is no such file", received=printable(name), within=self.shown)
+        data = self.contents[name]
+        if len(data) > limit:
+            what = "the file is longer than the limit"
+            raise CheckpointError(what, received=f"{len(data)} bytes, limit {limit}", within=self.show(name))
+        return data
+
+    def entries(self) -> list[str]:
+        """Return the names of the files, sorted."""
+        return sorted(self.contents)
+
+
 class Checkpoint:
     """A model's configuration and its tensors by name. A file is mapped when one of its tensors is first requested.
 

@@ -12,6 +12,7 @@ project's own padding replaces the file's.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,9 +30,16 @@ from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sent
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
-_FILE, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
+_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
 """Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
+VOCABULARIES = (_FILE, *_OLDER)
+"""The files of which a folder with a tokenizer has one."""
+
+_TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE)
+TOKENIZER_FILES = (*_TEXT_FILES, *_OLDER, "merges.txt")
+"""The files of a tokenizer and its chat template in all forms."""
+
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 for no limit
@@ -256,6 +264,17 @@ class TextTokenizer:
         decoder = self._tokenizer.decoder
         return str(decoder.decode(list(names))) if decoder is not None else " ".join(names)
 
+    def serialized(self) -> bytes:
+        """Return the tokenizer as a tokenizer.json, which truncates no text."""
+        made = copy.deepcopy(self._tokenizer)
+        made.no_truncation()
+        return str(made.to_str()).encode()
+
+    def text_files(self, template: str | None = None) -> dict[str, bytes]:
+        """Return the files of a folder with this tokenizer and a chat template, by name."""
+        settings = {**self.special_names, **({} if template is None else {"chat_template": template})}
+        return {_FILE: self.serialized(), _SETTINGS: json.dumps(settings, indent=2).encode()}
+
     def vocabulary(self) -> dict[str, int]:
         """Return the ids of all tokens, by name."""
         return dict(self._tokenizer.get_vocab())
@@ -337,6 +356,18 @@ def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
     return template if isinstance(template, str) else None
+
+
+def read_text_files(folder: PathLike | ModelFolder) -> dict[str, bytes]:
+    """Return the files of a folder's tokenizer and chat template by name, without those that it lacks. An older
+    vocabulary becomes a tokenizer.json. Raises CheckpointError if a file is too long, damaged or leads out of the
+    folder.
+    """
+    place = ModelFolder.find(folder)
+    found = {name: place.read(name, _FILE_BYTES, "limit_bytes=") for name in _TEXT_FILES if place.has(name)}
+    if _FILE not in found and any(map(place.has, _OLDER)):
+        found[_FILE] = TextTokenizer.open(place, cut=False).serialized()
+    return found
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -59,7 +59,7 @@ from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
-from treadle.program.source import AnyModel, ModelSource
+from treadle.program.source import AnyModel
 from treadle.runtime.training.optimizers import Optimizer
 from treadle.runtime.training.schedules import Schedule
 from treadle.tasks.loaded import LoadedModel

@@ -73,6 +73,8 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "outputs": ("pooled,hidden[:, 0]", ("pooled", "hidden[:, 0]")),
     "widen": ("bf16,f16", ("bf16", "f16")),
     "limits": ("tensors=7", {"tensors": 7}),
+    "tokenizer": ("gpt2", "gpt2"),
+    "weights": ("trained", "trained"),
     "seed": ("7", 7),
     "certify": ("", True),
     "passes": ("fuse-gelu, fuse-linear", "fuse-gelu, fuse-linear"),
@@ -88,7 +90,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
 }
 """A text and a value of each option that has a flag."""
 
-VALUES = {**{name: value for name, (_, value) in SAMPLES.items()}, "weights": {"w": np.ones(1)}}
+VALUES = {name: value for name, (_, value) in SAMPLES.items()}
 
 
 def flagged(*entries: str) -> list[Option]:

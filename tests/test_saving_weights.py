@@ -280,16 +280,15 @@ def test_two_parameters_of_one_tensor_get_one_each_where_they_were_trained_apart
 # -- models without a folder ---------------------------------------------------------------------------------------
 
 
-def test_a_model_without_a_folder_gets_its_weights_alone(tmp_path: Path) -> None:
+def test_a_model_of_the_zoo_gets_a_folder_that_is_read_alone(tmp_path: Path) -> None:
     sizes = {"vocab": 11, "context": 8, "dim": 8, "heads": 2, "layers": 1}
     exe = t.compile("gpt2", **sizes)
     made = saver_for(resolve("gpt2", **sizes), tmp_path / "to").save(exe.weights)
-    assert made.files == (tmp_path / "to" / "weights.safetensors",)
-    options = "vocab=11, context=8, dim=8, heads=2, layers=1"
-    assert made.loading == f"treadle.compile('gpt2', weights={str(tmp_path / 'to')!r}, {options})"
-    again = eval(made.loading, {"treadle": t})
+    assert [path.name for path in made.files] == ["weights.safetensors", "config.json"]
+    assert made.loading == f"treadle.compile({str(tmp_path / 'to')!r})"
     tokens = np.arange(6).reshape(2, 3)
-    np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
+    for again in (eval(made.loading, {"treadle": t}), t.compile("gpt2", weights=tmp_path / "to")):
+        np.testing.assert_array_equal(exe(tokens=tokens)["logits"], again(tokens=tokens)["logits"])
 
 
 def test_weights_of_every_element_are_written_as_safetensors_reads_them(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_each_option_reaches_what_it_is_for(train: Treadle, monkeypatch: pytest.
 
 def test_batches_are_those_of_the_texts_in_the_order_of_the_seed(train: Treadle, folders: dict[str, Path]) -> None:
     train(f"gpt2 texts.txt {SMALL} --seed 3")
-    data = TextData.open(str(folders["gpt2"]), ["texts.txt"], resolve(folders["gpt2"]), length=16, batch=2, seed=3)
+    data = TextData.open(["texts.txt"], resolve(folders["gpt2"]), length=16, batch=2, seed=3)
     for call, tokens in zip(only().calls, data.batches.after(), strict=False):
         np.testing.assert_array_equal(call["tokens"], tokens)
         np.testing.assert_array_equal(call["targets"][:, :-1], tokens[:, 1:])

@@ -21,6 +21,7 @@ pytest.importorskip("tokenizers")
 from tests.task_models import byte_level, save, texts, without_specials, wordpiece
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, TreadleError, UsageError
+from treadle.program.source import ModelSource
 from treadle.resolving import resolve
 from treadle.training.documents import read_documents
 from treadle.training.objectives import MaskedToken, NextToken
@@ -111,7 +112,7 @@ def test_ids_are_those_of_encode(make: Any, special: bool, tmp_path: Path) -> No
 
 def test_the_next_token_of_documents_with_the_end_of_text_between(gpt2: Path, corpus: str) -> None:
     resolved = resolve(gpt2)
-    data = TextData.open(str(gpt2), [corpus], resolved, length=16, batch=4, holdout=0.25, seed=3)
+    data = TextData.open([corpus], resolved, length=16, batch=4, holdout=0.25, seed=3)
     tokenizer = TextTokenizer.open(gpt2, cut=False)
     end = tokenizer.id_of("<|endoftext|>")
     assert end is not None
@@ -128,7 +129,7 @@ def test_the_next_token_of_documents_with_the_end_of_text_between(gpt2: Path, co
 
 
 def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) -> None:
-    data = TextData.open(str(bert), [corpus], resolve(bert), objective="masked-token", length=24, batch=2, seed=5)
+    data = TextData.open([corpus], resolve(bert), objective="masked-token", length=24, batch=2, seed=5)
     tokenizer = TextTokenizer.open(bert, cut=False)
     ids = {name: tokenizer.id_of(name) for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")}
     assert isinstance(data.objective, MaskedToken)
@@ -147,19 +148,19 @@ def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) 
 
 def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
     """The default of 128 tokens per block is reduced to the model's 48 positions."""
-    assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
-    assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
+    assert TextData.open([corpus], resolve(gpt2)).length == 48
+    assert TextData.open([corpus], resolve(gpt2), length=48, batch=1).length == 48
 
 
 def test_another_tokenizer_serves_a_model_without_a_folder(gpt2: Path, corpus: str) -> None:
     vocabulary = len(TextTokenizer.open(gpt2).vocabulary())
     sizes = {"context": 32, "dim": 8, "heads": 2, "layers": 1}
-    made = resolve("gpt2", vocab=vocabulary, **sizes)
-    data = TextData.open("gpt2", [corpus], made, tokenizer=str(gpt2))
-    own = TextData.open(str(gpt2), [corpus], resolve(gpt2), length=32)
+    source = ModelSource.open("gpt2", tokenizer=str(gpt2))
+    data = TextData.open([corpus], source.resolve(vocab=vocabulary, **sizes))
+    own = TextData.open([corpus], resolve(gpt2), length=32)
     np.testing.assert_array_equal(data.batches.blocks, own.batches.blocks)
     with pytest.raises(UsageError, match="the tokenizer has tokens that gpt2 does not have") as caught:
-        TextData.open("gpt2", [corpus], resolve("gpt2", vocab=50, **sizes), tokenizer=str(gpt2))
+        TextData.open([corpus], source.resolve(vocab=50, **sizes))
     assert str(caught.value.hint) == f"vocab={vocabulary}"
 
 
@@ -183,7 +184,7 @@ def test_misfits_are_refused(
     places = {"gpt2": gpt2, "bert": bert}
     options = {**options, **({"teacher": str(gpt2)} if "teacher" in options else {})}
     with pytest.raises(TreadleError, match=report):
-        TextData.open(str(places[name]), [corpus], resolve(places[name]), **options)
+        TextData.open([corpus], resolve(places[name]), **options)
 
 
 def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +192,15 @@ def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, mo
     model = resolve(gpt2)
     monkeypatch.setattr("treadle.program.source.ModelSource.resolve", lambda *_, **__: short)
     options: dict[str, Any] = {"teacher": str(gpt2)}
-    assert TextData.open(str(gpt2), [corpus], model, **options).length == 24
+    assert TextData.open([corpus], model, **options).length == 24
     with pytest.raises(UsageError, match="2 tokens or more and at most 24, the maximum of the teacher"):
-        TextData.open(str(gpt2), [corpus], model, length=25, **options)
+        TextData.open([corpus], model, length=25, **options)
 
 
 def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextTokenizer, "mask", None)
     with pytest.raises(CheckpointError, match="the folder's vocabulary has no mask token"):
-        TextData.open(str(bert), [corpus], resolve(bert), objective="masked-token")
+        TextData.open([corpus], resolve(bert), objective="masked-token")
 
 
 @pytest.mark.parametrize(
@@ -212,4 +213,4 @@ def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monk
 )
 def test_models_that_texts_do_not_train(model: str, report: str, corpus: str) -> None:
     with pytest.raises(UsageError, match=report):
-        TextData.open(model, [corpus], resolve(model, layers=1))
+        TextData.open([corpus], resolve(model, layers=1))

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -41,7 +42,7 @@ ALIGNMENT = 64
 _HASH = "sha256:"
 _SEAL = "seal"
 _PADDING = "padding/"
-_WEIGHT = "weight/"
+_WEIGHT, _FILE = "weight/", "file/"
 _TEXTS = ("declared", "graph", "log")
 _OPTIONAL = ("sharding",)
 _DAMAGED = "write the file again, or fetch it again: it was changed after it was written"
@@ -71,13 +72,19 @@ class Section:
 
 
 def write_sections(
-    path: Path, texts: Mapping[str, bytes], weights: Mapping[str, tuple[DType, Array]], metadata: Mapping[str, str]
+    path: Path,
+    texts: Mapping[str, bytes],
+    weights: Mapping[str, tuple[DType, Array]],
+    metadata: Mapping[str, str],
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
-    """Write texts and weights to one file, completely or not at all. Return the seal, in hexadecimal digits.
+    """Write texts, weights and the files of a tokenizer to one file, completely or not at all. Return the seal, in
+    hexadecimal digits.
 
     Equal arguments give equal bytes. Raises UsageError if the file cannot be written.
     """
-    sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in texts.items()]
+    plain = {**texts, **{_FILE + name: data for name, data in files.items()}}
+    sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in plain.items()]
     sections += [Section(_WEIGHT + name, dtype, values) for name, (dtype, values) in weights.items()]
     entries = {"format": FORMAT, "version": VERSION, **metadata}
     header: dict[str, Any] = {"__metadata__": entries}
@@ -178,6 +185,12 @@ class SectionFile:
         return name in self._file
 
     @property
+    def files(self) -> dict[str, bytes]:
+        """The files of the tokenizer by name; an empty mapping for a model without one."""
+        names = [name for name in self._file if name.startswith(_FILE)]
+        return {name.removeprefix(_FILE): self._file.raw(name).tobytes() for name in names}
+
+    @property
     def weights(self) -> dict[str, TensorRecord]:
         """The record of each weight in the file, by the weight's name."""
         return {n.removeprefix(_WEIGHT): self._file[n] for n in self._file if n.startswith(_WEIGHT)}
@@ -212,7 +225,7 @@ class SectionFile:
                 if record.dtype != "u8" or len(data) >= ALIGNMENT or data.any():
                     self.fail("padding must be fewer than 64 bytes, all zero", _place(record), _DAMAGED)
                 continue
-            if record.name not in (*_TEXTS, *_OPTIONAL) and not record.name.startswith(_WEIGHT):
+            if record.name not in (*_TEXTS, *_OPTIONAL) and not record.name.startswith((_WEIGHT, _FILE)):
                 self.fail("the format has no such section", _place(record), f"this Treadle reads version {VERSION}")
             if record.begin % ALIGNMENT:
                 self.fail(f"a section must begin at a multiple of {ALIGNMENT}", _place(record), _DAMAGED)

@@ -36,6 +36,7 @@ def save(compiled: Compiled, path: PathLike) -> str:
         compiled.weights,
         compiled.seed,
         options=compiled.options,
+        files=compiled.text_files,
     )
 
 
@@ -49,11 +50,13 @@ def write_artifact(
     seed: int | None,
     plan: ShardingPlan | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:
     """Write the contents of an artifact (`treadle.artifacts.Artifact`). Return the file's seal.
 
     plan     the sharding plan of the optimized graph
     options  the options that the model was compiled with (`CompileOptions.record`)
+    files    the files of the model's tokenizer by name (`treadle.artifact_texts`)
 
     Raises UsageError if the file cannot be written.
     """
@@ -73,7 +76,7 @@ def write_artifact(
         "seed": "" if seed is None else str(seed),
         "options": _json(dict(options)).decode(),
     }
-    return write_sections(Path(path), texts, sections, metadata)
+    return write_sections(Path(path), texts, sections, metadata, files)
 
 
 def _json(facts: Mapping[str, Any]) -> bytes:

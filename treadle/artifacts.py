@@ -129,6 +129,7 @@ class Artifact:
     weights                              the weights by name, memory-mapped
     seal                                 64 hexadecimal digits that identify the content
     sharding                             the checked sharding plan of the optimized graph, or None
+    files                                the files of the tokenizer by name, for a model that continues text
     """
 
     name: str
@@ -141,6 +142,7 @@ class Artifact:
     seal: str
     sharding: ShardingPlan | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict, repr=False)
 
 
 @collection_paused()
@@ -180,6 +182,7 @@ def open_artifact(
         seal=file.seal,
         sharding=_read_sharding(file, graph, known) if SHARDING in file else None,
         options=_read_options(file, metadata["options"]),
+        files=file.files,
     )
 
 
@@ -226,7 +229,17 @@ def load_artifact(
             within=f"{printable(str(path))}: section graph",
         ) from error
     optimized = replace(held.optimized, lowered=lowered)
-    return Compiled(held.name, optimized, executable, chosen, where, held.weights, seed=held.seed, options=held.options)
+    return Compiled(
+        held.name,
+        optimized,
+        executable,
+        chosen,
+        where,
+        held.weights,
+        seed=held.seed,
+        options=held.options,
+        texts=lambda: held.files,
+    )
 
 
 def _refuse_model(path: PathLike) -> None:

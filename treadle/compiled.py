@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 
+from treadle.artifact_texts import continues_text
 from treadle.artifact_writing import save
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.files.shown_names import printable
@@ -46,6 +47,7 @@ class Compiled:
     unread      the keys of config.json that the model's family does not know
     options     the options that were set when the model was compiled (`CompileOptions.record`)
     seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
+    texts       returns the files of the model's tokenizer by name
 
     If the values of some inputs determine shapes, `treadle.compile` returns the subclass
     `treadle.specializing.Specializing`, which has a graph for each combination of these values.
@@ -61,6 +63,7 @@ class Compiled:
     seed: int | None = None
     unread: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    texts: Callable[[], Mapping[str, bytes]] = field(default=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", HeldWeights(self.weights))
@@ -69,6 +72,13 @@ class Compiled:
     def graph(self) -> Graph:
         """The optimized graph."""
         return self.optimized.graph
+
+    @cached_property
+    def text_files(self) -> Mapping[str, bytes]:
+        """The files of the tokenizer that an artifact stores, by name; an empty mapping if the model does not continue
+        text or has no tokenizer.
+        """
+        return self.texts() if continues_text(self.graph) else {}
 
     @property
     def log(self) -> PassLog:

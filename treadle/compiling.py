@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from treadle.artifact_texts import stored_texts
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
@@ -68,6 +70,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             drawn,
             resolved.unread,
             options.record(),
+            partial(stored_texts, source),
         )
 
     try:

@@ -22,6 +22,7 @@ from treadle.compiled import Compiled
 from treadle.compiling import compile_model
 from treadle.files.shown_names import printable
 from treadle.files.strict_json import JsonReader
+from treadle.frontends.declarations import UnknownInputError
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
@@ -108,13 +109,12 @@ class SentenceEmbedder:
             made = compile_model(source, chosen.but(outputs=wanted))
         except UnknownOutputError:
             made = compile_model(source, chosen)
+        except UnknownInputError as error:
+            raise _does_not_embed(source.label, error.what) from error
         takes, gives = [p.name for p in made.inputs], [p.name for p in made.outputs]
         if takes != ["tokens", "lengths"] or gives != ["hidden"]:
-            raise UsageError(
-                f"{made.name} does not embed sentences",
-                received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
-                hint="a model with inputs tokens and lengths and output hidden, such as an encoder without a head",
-            )
+            ports = f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})"
+            raise _does_not_embed(made.name, ports)
         tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=token_positions(made))
         return cls(made, tokenizer, pooling)
 
@@ -149,6 +149,14 @@ class SentenceEmbedder:
                 counts[i] = int(length)
                 cut += [i] if was_cut else []
         return Embedded(vectors, tuple(counts), tuple(sorted(cut)))
+
+
+def _does_not_embed(name: str, received: str) -> UsageError:
+    return UsageError(
+        f"{printable(name)} does not embed sentences",
+        received=received,
+        hint="a model with inputs tokens and lengths and output hidden, such as an encoder without a head",
+    )
 
 
 def read_pooling(place: ModelFolder) -> Pooling:

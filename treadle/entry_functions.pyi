@@ -12,7 +12,7 @@ from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Pass
-from treadle.program.source import AnyModel, ModelSource
+from treadle.program.source import AnyModel
 from treadle.runtime.training.optimizers import Optimizer
 from treadle.runtime.training.schedules import Schedule
 from treadle.tasks.loaded import LoadedModel
@@ -90,10 +90,12 @@ def compile(
     """
 
 def load(
-    model: PathLike | ModelSource,
+    model: PathLike | AnyModel,
     *,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
+    tokenizer: str | None = None,
+    weights: Mapping[str, Array] | str | Path | None = None,
     passes: Sequence[Pass] | str | None = None,
     without: Sequence[str] = (),
     certify: bool | None = None,
@@ -104,13 +106,18 @@ def load(
     cache: str | None = None,
     **config: Any,
 ) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. Return an object whose
-    methods are the model's tasks: classify, answer, translate, ...
+    """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
+    `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
+    answer, ...
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    tokenizer another model, whose tokenizer, chat template and end tokens are used
+    weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
+              declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
+              from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
               graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
@@ -126,8 +133,8 @@ def load(
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
 
-    The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
-    for an option that only artifacts have.
+    An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
+    runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.
     """
 
 class Trainer(_Trainer):
@@ -148,6 +155,7 @@ class Trainer(_Trainer):
         gradient_accumulation_steps: int = 1,
         inputs: Sequence[str] | None = None,
         limits: Mapping[str, int] | None = None,
+        tokenizer: str | None = None,
         weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,

@@ -2,6 +2,7 @@
 
 treadle.load("folder").classify("I like it.").label
 treadle.load("smollm2").generate("The capital of France is")
+treadle.load("models.py:my_gpt", weights="trained").generate("Once")
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ from treadle.artifacts import is_artifact
 from treadle.files.contained_files import PathLike
 from treadle.ir.errors import UsageError
 from treadle.program.options import describe_options
-from treadle.program.places import GGUF_SUFFIX, is_fetched
+from treadle.program.places import ONNX_SUFFIX, is_fetched
 from treadle.program.program import Program
-from treadle.program.source import ModelSource
+from treadle.program.source import AnyModel
 from treadle.tasks.loaded import LoadedModel
 
 
-def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. Return an object whose
-    methods are the model's tasks: classify, answer, translate, ...
+def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
+    """Load a checkpoint folder with its tokenizer, a GGUF file, a fetched model's name, or a declaration with
+    `weights`: "file.py:function", or the function. Return an object whose methods are the model's tasks: classify,
+    answer, ...
 
     OPTIONS
 
-    The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
-    for an option that only artifacts have.
+    An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
+    runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.
     """
-    name = model.label if isinstance(model, ModelSource) else os.fspath(model)
-    if is_artifact(name) and os.path.exists(name):
+    path = str(os.fspath(model)) if isinstance(model, str | os.PathLike) else None
+    program = Program.of(model if path is None else path, **options)  # type: ignore[arg-type]
+    name = program.source.label if path is None else path
+    if is_artifact(name) and os.path.exists(name) and not program.source.text_files():
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",
             received=name,
@@ -38,10 +42,9 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     if "check" in options:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
-    program = Program.of(model if isinstance(model, ModelSource) else name, **options)
-    if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is looked up at its first task
+    if path is None or not is_fetched(path):  # a fetched model is looked up at its first task
         place = program.source.place
-        if not place.is_dir() and place.suffix != GGUF_SUFFIX:
+        if place.is_file() and place.suffix == ONNX_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"
             raise UsageError(what, received=name, hint=f"treadle.compile({name!r})")
     return LoadedModel(program)

@@ -16,17 +16,16 @@ import numpy as np
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
-from treadle.files.shown_names import printable
 from treadle.frontends.rotary import LongRope
-from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
+from treadle.program.options import declared_options
 from treadle.program.program import Program
-from treadle.program.source import AnyModel
+from treadle.program.source import AnyModel, ArtifactSource
 from treadle.runtime.session import CHUNK, Full, Session
 
 if TYPE_CHECKING:
@@ -111,7 +110,8 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
     `longest` is passed.
 
-    options  the options of `treadle.compile`, and `cache`, the dtype of the caches
+    options  the options of `treadle.compile`, and `cache`, the dtype of the caches; for an artifact, which is compiled
+             already, only `backend`, `target`, `limits` and `cache`
 
     Raises as `compile` does; UsageError if the model has no weights; PassError if no step can be derived.
     """
@@ -121,6 +121,12 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
 def stepped_program(program: Program) -> SteppedModel:
     """Compile the decoding step of a program's model, as `open_stepped` does."""
     chosen, source = program.options, program.source
+    if isinstance(source, ArtifactSource):
+        chosen.refuse_for_artifact(source.label, also=("cache", "tokenizer"))
+        held = source.content
+        backend = chosen.backend if declared_options()["backend"].is_set(chosen.backend) else held.backend
+        target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
+        return step_of(held.name, held.optimized.graph, backend, target, held.weights, chosen.cache)
     stages = chosen.stages()
     check_order((*stages, DeriveStep(), Lower(())), INITIAL)
     program = Program(source, chosen).declared()
@@ -130,7 +136,7 @@ def stepped_program(program: Program) -> SteppedModel:
     if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
         program = Program(source, chosen).declared(longest=scaling.context)
     if chosen.arrays is None and program.resolved.weights is None:
-        raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
+        raise source.without_weights()
     program = program.through(*stages)
     weights, _ = program.weights()
     return step_of(resolved.name, program.graph, chosen.backend, chosen.where, weights, chosen.cache)

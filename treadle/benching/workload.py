@@ -73,4 +73,5 @@ def opened(workload: Workload) -> tuple[Graph, Mapping[str, Array]]:
         return quantized_alike(held.optimized.source, held.optimized.graph), held.weights
     resolved = chosen.but(dtype=None).resolve(workload.model)
     graph = resolved.graph
-    return graph, initial_weights(graph, chosen.seed) if resolved.weights is None else resolved.weights
+    given = resolved.weights if chosen.arrays is None else chosen.arrays
+    return graph, initial_weights(graph, chosen.seed) if given is None else given

@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import treadle
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.files.nearest_names import NearestNames
-from treadle.ir.errors import TreadleError
+from treadle.ir.errors import Hint, TreadleError
 
 LEFT = 128 + 13
 """The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
@@ -140,7 +140,8 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
         from treadle.reporting.errors import error_facts, error_text
         from treadle.reporting.tables import console
 
-        error.hint = getattr(error.hint, "command", error.hint)
+        if isinstance(error.hint, Hint):
+            error.hint = error.hint.on_command_line(["treadle", *sys.argv[1:]])
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
         with saying():

@@ -65,3 +65,5 @@ def compile_model(
         print("", fitted(str(made.memory), fit_prose), sep="\n")
     if output is not None:
         print(f"wrote {output}, {human(output.stat().st_size, 'B')}, seal {written['seal']}")
+        if made.text_files:
+            print("its tokenizer is in the file: `generate`, `chat` and `serve` take it as MODEL")

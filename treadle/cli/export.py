@@ -160,7 +160,7 @@ def _export_onnx(
             program = Program(model, options).optimize()
             resolved, optimized = program.resolved, program.optimized
             graph = optimized.graph
-            weights, _ = weights_of(resolved, graph, None, options.seed)
+            weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
         made = export_onnx(graph, weights, output, opset=opset, external_above=external_above)
     files = [path for path in (made.path, made.data) if path is not None]
     if as_json:

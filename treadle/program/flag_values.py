@@ -6,6 +6,7 @@ A value is parsed as JSON, or else taken as a string. Nothing is evaluated as Py
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import TreadleError, UsageError
 
 _INLINE_BYTES = 1 << 20
+_WORD = re.compile(r"t\.[A-Za-z]\w*")
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -40,8 +42,29 @@ def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
         if name in reserved:
             raise UsageError(f"--set {name}= is not part of a model's configuration", option=name)
-        config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
+        config[name] = config_value(text if _WORD.fullmatch(text) else _json_or_text(text))
     return config
+
+
+def config_value(value: Any) -> Any:
+    """Return a value of a model's configuration that is stored as JSON: "t.relu" is a word of the DSL. Raises
+    FrontendError if there is no such word.
+    """
+    return _word(value[2:]) if isinstance(value, str) and _WORD.fullmatch(value) else value
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON. A function of the DSL becomes text as on the command line, `t.relu`; other objects become
+    their name.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): as_json(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [as_json(each) for each in value]
+    if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    name = getattr(value, "__name__", None)
+    return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:

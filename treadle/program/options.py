@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +104,13 @@ class ReadingOptions:
         "Raise a limit on an input file, as named in its error. Repeatable.",
         Flag("limit", "NAME=N", flag_values.parse_limits, many=True),
     )
+    tokenizer: str | None = _option(
+        None,
+        "another model, whose tokenizer, chat template and end tokens are used",
+        "Use another model's tokenizer.",
+        Flag("tokenizer", "MODEL", complete="model"),
+        but=_ENTRIES.difference({"load", "session", "rank", "generate", "embed", "task", "train"}),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,9 @@ class WeightOptions:
         "arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a declaration, "
         "the folder or .safetensors file that holds them. If there are none, initial values are drawn from `seed`. "
         "Arrays are not copied, so the caller must not modify them afterwards",
-        but={"load", "artifact", "task", "inspect", "export", "bench", *_EXPLAIN},
+        "For a declaration: the folder or the .safetensors file with its weights.",
+        Flag("weights", "FOLDER"),
+        but={"artifact"},
     )
     seed: int = _option(
         0,
@@ -268,8 +276,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Return the options that are set as JSON, for the record of an artifact; the configuration is under `config`.
         Weights are left out, and so are passes, backend and target, which an artifact records itself.
         """
-        recorded = self.but(weights=None, passes=None, limits=None).keywords()
-        return {name: _as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
+        recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None).keywords()
+        return {
+            name: flag_values.as_json(value) for name, value in recorded.items() if name not in ("backend", "target")
+        }
 
     def but(self, **changes: Any) -> Self:
         """Return a copy of the options with changes."""
@@ -313,7 +323,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.program.source import ModelSource
 
         stored = self.weights if isinstance(self.weights, str | Path) else None
-        return ModelSource.open(model, weights=stored, limits=self.limits)
+        return ModelSource.open(model, weights=stored, tokenizer=self.tokenizer, limits=self.limits)
 
     def resolve(self, model: AnyModel, *, deferred: bool = False, **config: Any) -> Resolved:
         """Read and trace the model that MODEL names: see `ModelSource.resolve`, whose errors it raises.
@@ -361,20 +371,6 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
             )
-
-
-def _as_json(value: Any) -> Any:
-    """Return a value as JSON. A function of the DSL becomes text as on the command line, `t.relu`; other objects become
-    their name.
-    """
-    if isinstance(value, Mapping):
-        return {str(name): _as_json(each) for name, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_as_json(each) for each in value]
-    if value is None or isinstance(value, str | int | bool) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    name = getattr(value, "__name__", None)
-    return f"t.{name}" if name is not None else str(value) if isinstance(value, float) else type(value).__name__
 
 
 def declared_options() -> Mapping[str, Option]:

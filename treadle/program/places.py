@@ -14,6 +14,7 @@ from treadle.wheels.pinned_models import PINNED
 
 GGUF_SUFFIX = ".gguf"
 ONNX_SUFFIX = ".onnx"
+ARTIFACT_SUFFIX = ".treadle"
 
 
 def is_fetched(name: str) -> bool:
@@ -30,11 +31,8 @@ def find_place(name: str) -> Path:
             raise UsageError(
                 "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
             )
-        if name.endswith(".treadle"):
-            hint = Hint(f"treadle.load_artifact({name!r})", f"treadle run {name}")
-            raise UsageError("an artifact is compiled already", received=name, hint=hint)
         return Path(name)
-    if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ".treadle"):
+    if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ARTIFACT_SUFFIX):
         raise UsageError(f"there is no file {name}")
     if name not in PINNED:
         known = [*family_names(), *PINNED]

@@ -6,6 +6,9 @@
     gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
 
+    out                 weights of a declaration, in a folder that training wrote (`treadle.program.trained_folders`)
+    model.treadle       a compiled model, for its step and its tokenizer
+
 An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model. The
 weights of a declaration may be in a folder: `ModelSource.open("file.py:function", weights="trained")`.
 
@@ -19,22 +22,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Table
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
-from treadle.frontends.declaration_files import load_declaration
+from treadle.frontends.declaration_files import load_declaration, python_file
 from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
-from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint, open_weights
+from treadle.frontends.huggingface import Checkpoint, MemoryFolder, ModelFolder, open_checkpoint, open_weights
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
-from treadle.frontends.text import TextTokenizer, folder_chat_template
+from treadle.frontends.text import VOCABULARIES, TextTokenizer, folder_chat_template, read_text_files
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
-from treadle.ir.errors import Hint, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
@@ -48,12 +52,16 @@ from treadle.models.checkpoints import (
 )
 from treadle.models.family import Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
-from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
+from treadle.program.places import ARTIFACT_SUFFIX, GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
 from treadle.program.resolved import Resolved
+from treadle.program.trained_folders import DeclarationReference, family_of_declaration
+
+if TYPE_CHECKING:
+    from treadle.artifacts import Artifact
 
 Limits = Mapping[str, int] | None
 
-Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx"]
+Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
 
 BLOCKS = "blocks"
 """The value of `widen` that decodes the blocks of a GGUF file."""
@@ -66,6 +74,7 @@ class ModelSource:
     path    the model's folder or file; None for a declaration or a graph without weights in files
     limits  limits on the contents of files
     kind    the form of the model
+    text_source  the model whose tokenizer, chat template and end tokens are used: this one, or another that `open` got
 
     Each file is opened once, when it is first needed. If a file has changed when another one is opened, or when its
     weights are read, CheckpointError is raised.
@@ -75,21 +84,44 @@ class ModelSource:
 
     def __init__(self, label: str, path: Path | None, limits: Limits = None) -> None:
         self.label, self.path, self.limits = label, path, limits
+        self.text_source: ModelSource = self
 
     @staticmethod
-    def open(model: AnyModel, *, weights: str | Path | None = None, limits: Limits = None) -> ModelSource:
+    def open(
+        model: AnyModel,
+        *,
+        weights: str | Path | None = None,
+        tokenizer: AnyModel | None = None,
+        limits: Limits = None,
+    ) -> ModelSource:
         """Find the model that MODEL names. If it is a source, return it unchanged.
 
-        weights  for a declaration, the folder or the .safetensors file that holds its weights under their own names
-        limits   limits on what a file may contain: {"tensors": 1_000_000}
+        weights    for a declaration, the folder or the .safetensors file that holds its weights under their own names
+        tokenizer  another model, whose tokenizer, chat template and end tokens are used
+        limits     limits on what a file may contain: {"tensors": 1_000_000}
 
         Raises UsageError if there is no such model. Files are opened, and their errors raised, when they are needed.
         """
         if isinstance(model, ModelSource):
-            if weights is not None or limits not in (None, model.limits):
-                what = "weights" if weights is not None else "limits"
-                raise UsageError(f"{what} of an opened model are chosen when it is opened", received=model.label)
+            model._refuse_other_choices(weights, tokenizer, limits)
             return model
+        found = ModelSource._find(model, weights, limits)
+        if tokenizer is not None:
+            found.text_source = ModelSource.open(tokenizer)
+        return found
+
+    def _refuse_other_choices(self, weights: str | Path | None, tokenizer: AnyModel | None, limits: Limits) -> None:
+        """Raise UsageError for choices that differ from those with which the model was opened."""
+        differs = {
+            "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
+            "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,
+            "limits of an opened model are": limits not in (None, self.limits),
+        }
+        for what in [name for name, other in differs.items() if other]:
+            raise UsageError(f"{what} chosen when it is opened", received=self.label)
+
+    @staticmethod
+    def _find(model: AnyModel, weights: str | Path | None, limits: Limits) -> ModelSource:
         given: object = limits
         if given is not None and not isinstance(given, Mapping):
             what, hint = "limits of a model must be a mapping by name", '{"tensors": 1_000_000}'
@@ -111,18 +143,19 @@ class ModelSource:
                 hint="file.py:function, or a family of the zoo",
             )
         if isinstance(model, Model):
-            return _Declared(model.name, model.name, model, weights, limits)
+            return _Declared(model.name, model, python_file(model), weights, limits)
         if isinstance(model, Graph | TorchModel):
             return _Given(model)
         if not isinstance(model, str | Path):
             raise refuse_object(model)
         if in_python:
             loaded = load_declaration(Path(path), function)
-            return _Declared(text, loaded.name, loaded, weights, limits)
+            return _Declared(text, loaded, Path(path), weights, limits)
         if declared:
-            return _Declared(text, text, find_family(text).model, weights, limits)
+            return _Declared(text, find_family(text).model, None, weights, limits)
         place = find_place(text)
-        kind = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx}.get("" if place.is_dir() else place.suffix, _Folder)
+        kinds = {GGUF_SUFFIX: _GGUF, ONNX_SUFFIX: _Onnx, ARTIFACT_SUFFIX: ArtifactSource}
+        kind = kinds.get("" if place.is_dir() else place.suffix, _Folder)
         return kind(text, place, limits)
 
     def resolve(
@@ -175,12 +208,15 @@ class ModelSource:
     def place(self) -> Path:
         """The model's folder or file. Raises UsageError for a declaration or a graph, which has none."""
         if self.path is None:
-            of_zoo = " of the zoo" if self.label in family_names() else ""
-            raise UsageError(
-                f"{printable(self.label)} is a {self.kind}{of_zoo}, without weights",
-                hint="a folder with a checkpoint of it, or a fetched model",
-            )
+            raise self.without_weights()
         return self.path
+
+    def without_weights(self) -> UsageError:
+        """Return the error for a model without weights, where a command needs them."""
+        return UsageError(
+            f"{printable(self.label)} is a {self.kind}, without weights",
+            hint="a folder with a checkpoint of it, or a fetched model",
+        )
 
     @cached_property
     def folder(self) -> ModelFolder:
@@ -201,17 +237,35 @@ class ModelSource:
         before any error of the tokenizer.
         """
         self._refuse_unsupported()
+        return self.text_source._own_tokenizer(max_tokens, context, cut)
+
+    def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
         return TextTokenizer.open(self.folder, max_tokens=max_tokens, context=context, cut=cut)
+
+    def text_files(self) -> dict[str, bytes]:
+        """Return the files of its tokenizer and chat template by name, as a folder has them; an empty mapping if it has
+        none.
+        """
+        if self.text_source is not self:
+            return self.text_source.text_files()
+        return {} if self.path is None else self._own_text_files()
+
+    def _own_text_files(self) -> dict[str, bytes]:
+        return read_text_files(self.folder)
 
     @property
     def chat_template(self) -> str | None:
         """The model's chat template; None if it has none."""
-        return folder_chat_template(self.folder)
+        return folder_chat_template(self.folder) if self.text_source is self else self.text_source.chat_template
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
         """The ids of the tokens that end a text, used if a model has no generation settings."""
         return ()
+
+    def reference(self, model: Model) -> DeclarationReference:
+        """Return the reference for a folder of weights of `model`, the configured declaration."""
+        return DeclarationReference.of(model, self.label, None)
 
     def _refuse_unsupported(self) -> None:
         """Raise CheckpointError for a model that no family reads."""
@@ -247,9 +301,9 @@ class _Declared(ModelSource):
 
     kind = "declaration"
 
-    def __init__(self, label: str, name: str, model: Model, weights: str | Path | None, limits: Limits) -> None:
+    def __init__(self, label: str, model: Model, file: Path | None, weights: str | Path | None, limits: Limits) -> None:
         super().__init__(label, None if weights is None else Path(weights), limits)
-        self.model, self.name = model, name
+        self.model, self.file = model, file
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -259,20 +313,84 @@ class _Declared(ModelSource):
     def folder(self) -> ModelFolder:
         return self.checkpoint.folder
 
+    @cached_property
+    def stored(self) -> DeclarationReference | None:
+        """The reference in the folder of its weights. Raises CheckpointError if it is to another declaration."""
+        place = self.place
+        found = DeclarationReference.read(self.folder) if place.is_dir() else None
+        if found is not None:
+            found.check(self.model, self.file, self.folder, self.checkpoint.files[0])
+        return found
+
+    def reference(self, model: Model) -> DeclarationReference:
+        return DeclarationReference.of(model, self.label, self.file)
+
+    def without_weights(self) -> UsageError:
+        is_family = family_of_declaration(self.model) is not None
+        other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
+        trained = "treadle train MODEL FILES --tokenizer FOLDER -o FOLDER"
+        return UsageError(
+            f"{printable(self.label)} is a declaration{' of the zoo' * is_family}, without weights",
+            hint=Hint(
+                f'{other}weights="FOLDER", a folder that `treadle train` wrote',
+                f"{other}--weights FOLDER, a folder that `{trained}` wrote",
+            ),
+        )
+
+    def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        place = self.folder
+        if not any(map(place.has, VOCABULARIES)):
+            raise CheckpointError(
+                f"the weights of {printable(self.label)} are in a folder without a tokenizer",
+                received=", ".join(map(printable, place.entries()[:8])),
+                within=place.shown,
+                hint=Hint(
+                    'tokenizer="FOLDER", of a model with the same vocabulary',
+                    "--tokenizer FOLDER, of a model with the same vocabulary",
+                ),
+            )
+        return super()._own_tokenizer(max_tokens, context, cut)
+
+    def _refuse_unsupported(self) -> None:
+        if self.path is not None:
+            self.stored  # noqa: B018
+
     def _read(self, options: ReadOptions) -> ReadModel:
-        weights = None if self.path is None else self.checkpoint
-        return read_declaration(self.name, self.model, weights, options)
+        if self.path is None:
+            return read_declaration(self.model.name, self.model, None, options)
+        if self.stored is not None:
+            options = replace(options, config={**self.stored.config, **self.model.config, **options.config})
+        return read_declaration(self.model.name, self.model, self.checkpoint, options)
 
 
 class _Folder(ModelSource):
-    """A folder with config.json and safetensors files, or a folder in CTranslate2's layout."""
+    """A folder with config.json and safetensors files, in CTranslate2's layout, or with weights of a declaration."""
 
     @cached_property
     def converted(self) -> CTranslate2File | None:
         return find_ctranslate2(self.folder)
 
+    @cached_property
+    def stored(self) -> DeclarationReference | None:
+        """The reference to a declaration, if the folder has weights of one."""
+        return DeclarationReference.read(self.folder)
+
+    @cached_property
+    def declared(self) -> _Declared | None:
+        """The declaration of the zoo to whose weights the folder belongs; None for another folder.
+
+        Raises UsageError if the declaration is in a Python file, which only the user may name.
+        """
+        if self.stored is None:
+            return None
+        if not self.stored.is_family:
+            raise self.stored.needs_file(self.label)
+        return _Declared(self.label, self.stored.family, None, self.place, self.limits)
+
     @property
     def kind(self) -> Kind:  # type: ignore[override]
+        if self.stored is not None:
+            return "declaration"
         return "safetensors" if self.converted is None else "ctranslate2"
 
     @cached_property
@@ -282,13 +400,15 @@ class _Folder(ModelSource):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return open_checkpoint(self.folder).config
+        return open_checkpoint(self.folder).config if self.declared is None else self.folder.config
 
     def _refuse_unsupported(self) -> None:
-        if self.converted is None:
+        if self.declared is None and self.converted is None:
             self.meaning  # noqa: B018
 
     def _read(self, options: ReadOptions) -> ReadModel:
+        if self.declared is not None:
+            return self.declared._read(options)
         if self.converted is not None:
             return read_ctranslate2(self.converted, options)
         return read_checkpoint(open_checkpoint(self.folder), *self.meaning, options)
@@ -311,16 +431,19 @@ class _GGUF(ModelSource):
         if "file" in vars(self):
             self.file.file.check()
 
-    def tokenizer(
-        self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
-    ) -> TextTokenizer:
-        self.meaning  # noqa: B018 - an unsupported model is refused first
+    def _refuse_unsupported(self) -> None:
+        self.meaning  # noqa: B018
+
+    def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
         most = min((n for n in (max_tokens, context) if n is not None), default=None) if cut else None
         return gguf_text_tokenizer(self.file, max_tokens=most)
 
+    def _own_text_files(self) -> dict[str, bytes]:
+        return self.tokenizer(cut=False).text_files(gguf_chat_template(self.file))
+
     @property
     def chat_template(self) -> str | None:
-        return gguf_chat_template(self.file)
+        return gguf_chat_template(self.file) if self.text_source is self else self.text_source.chat_template
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -368,6 +491,42 @@ class _Onnx(ModelSource):
             error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
             raise
         return ReadModel(made.graph.name, made.graph, None, made.weights)
+
+
+class ArtifactSource(ModelSource):
+    """A compiled model in a file. It has a decoding step and a tokenizer if it was compiled from a language model."""
+
+    kind = "artifact"
+
+    @cached_property
+    def content(self) -> Artifact:
+        opened: Artifact = import_module("treadle.artifacts").open_artifact(  # which imports this module
+            self.place, limits=self.limits
+        )
+        return opened
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        return MemoryFolder.of(self.content.files, self.label)
+
+    def check(self) -> None:
+        """Do nothing: every section has a hash."""
+
+    def _own_tokenizer(self, max_tokens: int | None, context: int | None, cut: bool) -> TextTokenizer:
+        if not self.content.files:
+            raise UsageError(
+                f"the artifact {printable(self.label)} has no tokenizer",
+                received="a model that was compiled without one, or that does not continue text",
+                hint=Hint(
+                    'tokenizer="FOLDER", of a model with the same vocabulary',
+                    "--tokenizer FOLDER, of a model with the same vocabulary",
+                ),
+            )
+        return super()._own_tokenizer(max_tokens, context, cut)
+
+    def _read(self, options: ReadOptions) -> ReadModel:
+        hint = Hint(f"treadle.load_artifact({self.label!r})", f"treadle run {self.label}")
+        raise UsageError("an artifact is compiled already", received=self.label, hint=hint)
 
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource

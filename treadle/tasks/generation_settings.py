@@ -59,6 +59,7 @@ class FolderRules:
         """Return the rules in a folder's files. For a model in a single file, return only the end tokens. Raises
         CheckpointError if an option is invalid.
         """
+        source = source.text_source
         if source.kind == "gguf":
             return cls(end=source.end_tokens)
         place = source.folder

@@ -183,9 +183,10 @@ class LoadedModel:
         return found if _many(prompts) else found[0]
 
     @with_option_hints
-    def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
-        """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens. A
-        quantized or reduced-precision model is compared with the model in its original precision.
+    def perplexity(self, text: str, *, window: int | None = None, most: int | None = None) -> Perplexity:
+        """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens: 512,
+        or the model's maximum. A quantized or reduced-precision model is compared with the model in its original
+        precision.
         """
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 

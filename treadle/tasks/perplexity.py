@@ -29,7 +29,7 @@ from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.types import i64
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
@@ -104,19 +104,27 @@ class PerplexityMeter:
         """Return the first `most` token ids of a text. Raises UsageError if the text is not valid Unicode."""
         return [number for part in self.tokenizer.encode([text])[0] for number in part.ids][:most]
 
-    def measure(self, ids: Sequence[int], *, window: int = WINDOW, progress: Progress | None = None) -> Perplexity:
+    @property
+    def window(self) -> int:
+        """The default number of tokens of a window: 512, or the model's maximum."""
+        positions = token_positions(self.model)
+        return WINDOW if positions is None else min(WINDOW, positions)
+
+    def measure(self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None) -> Perplexity:
         """Return the perplexity of the model on the tokens of a text.
 
-        window    number of tokens of a window
+        window    number of tokens of a window; None: 512, or the model's maximum
         progress  called with the number of finished windows
 
         Raises UsageError if there are fewer than two tokens, if a window has fewer than two tokens or more than the
         model supports, or if logits are not finite.
         """
         positions = token_positions(self.model)
+        window = self.window if window is None else window
         if window < 2 or (positions is not None and window > positions):
             bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
-            raise UsageError(f"a window must have at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
+            hint = Hint(f"window={self.window}", f"--window {self.window}")
+            raise UsageError(f"a window must have at least 2 tokens{bound}", received=f"{window:,}", hint=hint)
         if len(ids) < 2:
             raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []

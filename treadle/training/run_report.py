@@ -23,6 +23,7 @@ class RunReport:
     first        number of updates before this run
     has_teacher  True if the losses include a teacher's part, so that no perplexity can be computed from them
     config       configuration options that the user set for a model of `folder`
+    folder       the folder whose config.json is copied
     lines        the printed lines, in order; each covers several updates
     before, after  mean loss over the held-out blocks, before and after the run
     settings     the settings of the run, as the training state stores them
@@ -102,8 +103,6 @@ class RunReport:
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
                 found.append(f"its config.json is copied from {self.folder}, without {given}")
-            elif given:
-                found.append(f"its configuration is not saved: {given}")
         if not count:
             found.append("nothing was trained, so nothing was saved")
         elif self.state is None and self.saved is None:

@@ -8,15 +8,21 @@
     trained/config.json, ...        settings, vocabulary and chat template, byte for byte
 
 Shards become one file. A parameter that a checkpoint stores twice (an embedding that is also the output matrix) is
-written to both tensors. For a model without a folder, only `weights.safetensors` is written, with parameter names.
+written to both tensors.
+
+    trained/weights.safetensors     the weights of a declaration, under parameter names
+    trained/tokenizer.json, ...     its tokenizer and chat template
+    trained/config.json             a reference to the declaration (`treadle.program.trained_folders`), the end of text
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +36,15 @@ from treadle.files.whole_files import replacing
 from treadle.frontends.binding import Source, alternatives, bind
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.text import TOKENIZER_FILES
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
 from treadle.ir.types import DTYPES
 from treadle.models.registry import family_of
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
+from treadle.program.trained_folders import DeclarationReference
+from treadle.training.text_data import TextFiles
 from treadle.training.weight_files import WrittenTensor, write_tensors, write_weights
 
 Array = npt.NDArray[Any]
@@ -46,7 +55,7 @@ MODEL, WEIGHTS = "model.safetensors", "weights.safetensors"
 _SETTINGS = (".json", ".txt", ".model", ".jinja")
 """Suffixes of the files that a model needs in addition to weights: config.json, vocab.txt, tokenizer.model, ..."""
 _WEIGHTS_INDEX = ".index.json"
-_CONFIG, _MODULES = "config.json", "modules.json"
+_CONFIG, _GENERATION, _MODULES = "config.json", "generation_config.json", "modules.json"
 _FILE_BYTES = 256 << 20
 _ROUNDED = ("f16", "bf16")
 _FIRST = 4096  # bytes to compare first: tensors that differ mostly differ here
@@ -75,6 +84,9 @@ class Saver(Protocol):
         Raises UsageError if a file cannot be written, or if a weight is out of the range of the checkpoint's dtype.
         """
 
+    def with_texts(self, texts: TextFiles) -> Saver:
+        """Return a saver that writes the files of the tokenizer with which the model is trained."""
+
 
 def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
     """Return a saver that writes a model's trained weights to a folder.
@@ -85,32 +97,57 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     target is the model's own folder, is not a folder, cannot be written or is not empty; and CheckpointError as
     `open_checkpoint` does.
     """
-    if resolved.source.kind in ("graph", "declaration"):
-        config = {} if resolved.model is None else resolved.model.config
-        return WeightsSaver(_checked_target(target, replace), resolved.name, config)
+    source = resolved.source
+    if source.kind == "graph":
+        return WeightsSaver(_checked_target(target, replace), resolved.name)
+    if source.kind == "declaration":
+        assert resolved.model is not None
+        path = source.path
+        own = path if path is None or path.is_dir() else path.parent
+        return WeightsSaver(_checked_target(target, replace, own), resolved.name, source.reference(resolved.model))
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
 
 @dataclass(frozen=True)
 class WeightsSaver:
-    """A writer of the weights of a model without a folder, such as a family of the zoo.
+    """A writer of the weights of a declaration or a graph, under parameter names.
 
-    config  configuration that differs from the declaration's defaults
+    reference  the declaration, to which config.json refers; None for a graph, whose folder has weights alone
+    texts      the files of the model's tokenizer
     """
 
     target: Path
     model: str
-    config: Mapping[str, Any]
+    reference: DeclarationReference | None = None
+    texts: TextFiles = field(default_factory=lambda: TextFiles({}))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """Write `weights.safetensors`: see `Saver`."""
         _make(self.target)
-        path = self.target / WEIGHTS
-        write_weights(path, weights)
-        given = "".join(f", {name}={value!r}" for name, value in self.config.items())
-        made = f"treadle.compile({self.model!r}, weights={os.fspath(self.target)!r}{given})"
-        return SavedModel(self.target, (path,), made)
+        written = [self.target / WEIGHTS]
+        write_weights(written[0], weights)
+        files = dict(self.texts.files)
+        if self.reference is not None:  # last: without it the folder is weights alone
+            end = {"eos_token_id": list(self.texts.end)} if self.texts.end else {}
+            files[_CONFIG] = json.dumps({**self.reference.record(), **end}, indent=2).encode() + b"\n"
+        for name, data in files.items():
+            written.append(self.target / name)
+            _write(written[-1], data)
+        return SavedModel(self.target, tuple(written), self._loading())
+
+    def _loading(self) -> str:
+        folder = os.fspath(self.target)
+        if self.reference is None:
+            return f"treadle.compile({self.model}, weights={folder!r})"
+        if self.reference.is_family:
+            return Hint(f"treadle.compile({folder!r})", f"treadle run {folder}")
+        label = self.reference.label
+        return Hint(f"treadle.compile({label!r}, weights={folder!r})", f"treadle run {label} --weights {folder}")
+
+    def with_texts(self, texts: TextFiles) -> WeightsSaver:
+        """See `Saver`."""
+        return dataclasses.replace(self, texts=texts)
 
 
 @dataclass(frozen=True)
@@ -122,6 +159,7 @@ class FolderSaver:
     added   by parameter that the checkpoint does not store separately: the name of its own tensor, and the tensor that
             it shares. Its own tensor is written if training gave the sharing parameters different values
     settings  the files that are copied
+    texts     the files of another tokenizer, with which the model is trained; None: the folder's own are copied
     """
 
     checkpoint: Checkpoint
@@ -130,6 +168,7 @@ class FolderSaver:
     copies: Mapping[str, str]
     added: Mapping[str, tuple[str, str]]
     settings: tuple[str, ...]
+    texts: TextFiles | None = None
 
     @classmethod
     def open(
@@ -170,11 +209,20 @@ class FolderSaver:
             _make(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
+        for name, data in self.texts.files.items() if self.texts is not None else ():
+            written.append(self.target / name)
+            _write(written[-1], data)
         for name in self.settings:  # config.json last: without it the folder is not a model
             written.append(self.target / name)
             _write(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
+
+    def with_texts(self, texts: TextFiles) -> FolderSaver:
+        """See `Saver`. Ids of the folder's generation_config.json are of its own tokenizer, and are left out."""
+        kept = tuple(name for name in self.settings if name not in (*TOKENIZER_FILES, _GENERATION))
+        ends = json.dumps({"eos_token_id": list(texts.end)} if texts.end else {}).encode()
+        return dataclasses.replace(self, settings=kept, texts=TextFiles({**texts.files, _GENERATION: ends}, texts.end))
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
         """Return the tensors to write: the updated tensors, their copies, and all other tensors of the checkpoint."""

@@ -1,6 +1,6 @@
 """Training data from texts: documents, tokenized and split into blocks, with a training objective.
 
-    data = TextData.open("folder", ["novel.txt"], resolved, objective="next-token", length=128, batch=8)
+    data = TextData.open(["novel.txt"], resolved, objective="next-token", length=128, batch=8)
     for tokens in data.batches.after(0):
         trainer.step(**data.objective.asked(tokens, 0))
 
@@ -10,7 +10,7 @@ If the data does not fit the model, this raises before a model is compiled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from treadle.continuation import need_for_text
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.trained_vocabularies import train_tokenizer
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
@@ -42,12 +43,14 @@ class TextData:
     batches   the training batches
     heldout   held-out blocks [N, S], from the end of the texts; N may be 0
     digest    SHA-256 of the texts, in hexadecimal
+    texts     the tokenizer, for the folder of the trained model; None: that of a checkpoint's own folder
     """
 
     objective: Objective
     batches: BlockBatches
     heldout: Tokens
     digest: str = ""
+    texts: TextFiles | None = None
 
     @property
     def length(self) -> int:
@@ -65,7 +68,6 @@ class TextData:
     @classmethod
     def open(
         cls,
-        model: str,
         files: Sequence[str],
         resolved: Resolved,
         *,
@@ -74,16 +76,16 @@ class TextData:
         batch: int = 8,
         holdout: float = 0.0,
         seed: int = 0,
-        tokenizer: str | None = None,
+        vocab: int | None = None,
         teacher: str | None = None,
     ) -> TextData:
         """Read and tokenize the texts of files, and split them into blocks.
 
-        model      the model whose tokenizer is used; `resolved` is the same model
+        resolved   the model; its source has the tokenizer
         length     tokens per block; None: 128, or the model's maximum if that is smaller
         batch      blocks per batch
         holdout    fraction of blocks to hold out; if it is not 0, at least one block
-        tokenizer  a model whose tokenizer is used instead, needed if `model` has no folder or no tokenizer
+        vocab      train a new tokenizer of up to as many tokens from the texts
         teacher    a model with the same vocabulary, which must support blocks of this length
 
         Raises UsageError for data that does not fit, and the errors of reading files and the tokenizer.
@@ -95,28 +97,57 @@ class TextData:
                 "the held-out fraction of blocks must be 0 or more and below 1", received=f"{holdout:g}", hint="0.05"
             )
         graphs = [resolved.graph]
-        other = None if tokenizer is None else ModelSource.open(tokenizer)
+        source = resolved.source
         taught_by = None if teacher is None else ModelSource.open(teacher)
         if taught_by is not None:
             graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
         length = _checked_length(graphs, length)
-        _check_model(model, resolved.graph, objective)
-        opened = _tokenizer(model, resolved, other)
+        _check_model(source.label, resolved.graph, objective)
+        documents: Sequence[str] = ()
+        if vocab is None:
+            opened = _tokenizer(source)
+        else:
+            _refuse_vocab(source)
+            documents = read_documents(files)
+            opened = train_tokenizer(documents, vocab, mask=objective == MASKED_TOKEN)
         if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
             raise UsageError(
                 "a teacher must have the same vocabulary as the model that it teaches",
                 received=f"the vocabulary of {printable(taught_by.label)} differs",
             )
         asked = _objective(objective, opened, seed)
-        documents = read_documents(files)
-        end = _end_of_text(other or resolved.source, opened) if objective == NEXT_TOKEN else None
+        documents = documents or read_documents(files)
+        end = _end_of_text(None if vocab is not None else source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
         _check_vocabulary(
             resolved, opened, max(int(blocks.max()), asked.vocab - 1 if isinstance(asked, MaskedToken) else 0)
         )
         apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
         kept = len(blocks) - apart
-        return cls(asked, BlockBatches(blocks[:kept], batch, seed), blocks[kept:], _digest(documents))
+        batches = BlockBatches(blocks[:kept], batch, seed)
+        return cls(asked, batches, blocks[kept:], _digest(documents), _text_files(source, opened, end, vocab))
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The tokenizer of a trained model, as files.
+
+    files  contents by name: tokenizer.json, tokenizer_config.json, chat_template.jinja, ...
+    end    ids that end a text
+    """
+
+    files: Mapping[str, bytes]
+    end: tuple[int, ...] = ()
+
+
+def _text_files(source: ModelSource, tokenizer: TextTokenizer, end: int | None, vocab: int | None) -> TextFiles | None:
+    """Return the tokenizer's files, for a checkpoint only if they are not in its own folder."""
+    if source.kind != "declaration" and source.text_source is source:
+        return None
+    if vocab is not None:
+        return TextFiles(tokenizer.text_files(), () if end is None else (end,))
+    ends = FolderRules.read(source).end
+    return TextFiles(source.text_files(), ends if end is None or end in ends else (end, *ends))
 
 
 def _digest(documents: Sequence[str]) -> str:
@@ -170,22 +201,33 @@ def _check_model(model: str, graph: Graph, objective: str) -> None:
         )
 
 
-def _tokenizer(model: str, resolved: Resolved, other: ModelSource | None) -> TextTokenizer:
-    """Return the tokenizer of `other`, or, if that is None, of the model. Raises UsageError if the model then has no
-    folder.
+def _tokenizer(source: ModelSource) -> TextTokenizer:
+    """Return the tokenizer of a model, or of the other model whose tokenizer it uses. Raises UsageError if that model
+    has no folder.
     """
-    need_packages(f"training {printable(model)} on texts", "tokenizers")
-    if other is None and resolved.source.path is None:
+    need_packages(f"training {printable(source.label)} on texts", "tokenizers")
+    if source.text_source.path is None:
         raise UsageError(
-            f"{printable(model)} has no folder, and so no tokenizer",
+            f"{printable(source.label)} has no folder, and so no tokenizer",
             hint=Hint(
-                "tokenizer=FOLDER, of a model with the intended vocabulary",
-                "--tokenizer FOLDER, of a model with the intended vocabulary",
+                "tokenizer=FOLDER, of a model with the intended vocabulary; or vocab=8000 trains a new one",
+                "--tokenizer FOLDER, of a model with the intended vocabulary; or --vocab 8000, which trains a new one",
             ),
         )
-    source = other or resolved.source
-    need_for_text(source)
+    need_for_text(source.text_source)
     return source.tokenizer(cut=False)
+
+
+def _refuse_vocab(source: ModelSource) -> None:
+    """Raise UsageError for a new vocabulary in place of one that is chosen or that weights were trained with."""
+    need_packages(f"training {printable(source.label)} on texts", "tokenizers")
+    if source.text_source is not source or source.path is not None:
+        has = "weights" if source.text_source is source else f"the tokenizer of {source.text_source}"
+        raise UsageError(
+            "a new vocabulary is trained for a declaration without weights and without another tokenizer",
+            received=f"{printable(source.label)} with {printable(has)}",
+            hint="leave out one of them",
+        )
 
 
 def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
@@ -206,16 +248,17 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
     return MaskedToken(mask, len(tokenizer.vocabulary()), tuple(sorted(special)), seed)
 
 
-def _end_of_text(source: ModelSource, tokenizer: TextTokenizer) -> int | None:
-    """Return the id of the end-of-text token that the folder's files name, or None."""
+def _end_of_text(source: ModelSource | None, tokenizer: TextTokenizer) -> int | None:
+    """Return the id of the end-of-text token that the tokenizer or the folder's files name, or None."""
     named = tokenizer.special_names.get("eos_token")
     found = None if named is None else tokenizer.id_of(named)
-    return next(iter(FolderRules.read(source).end), None) if found is None else found
+    return next(iter(FolderRules.read(source).end), None) if found is None and source is not None else found
 
 
 def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:
     """Raise UsageError if the tokenizer has token ids that are not in the model's vocabulary."""
-    rows = None if resolved.model is None else resolved.model.config.get("vocab")
+    model = resolved.model
+    rows = None if model is None else {**model.defaults, **model.config}.get("vocab")
     if isinstance(rows, int) and largest >= rows:
         raise UsageError(
             f"the tokenizer has tokens that {resolved.name} does not have",

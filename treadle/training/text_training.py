@@ -90,9 +90,11 @@ class TextTraining:
         settings.schedule_of_rates(), settings.optimizer_of_weights()
         resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
         saver = None if output is None else saver_for(resolved, output, replace=replace)
-        chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("objective", "length", "batch", "holdout")}
-        shared: dict[str, Any] = {"tokenizer": settings.tokenizer, "teacher": settings.teacher, "seed": options.seed}
-        data = TextData.open(model, files, resolved, **chosen, **shared)
+        names = ("objective", "length", "batch", "holdout", "vocab", "teacher")
+        chosen: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        data = TextData.open(files, resolved, seed=options.seed, **chosen)
+        if saver is not None and data.texts is not None:
+            saver = saver.with_texts(data.texts)
         recorded = _recorded(model, data, settings, options)
         changed = {} if resume is None else changed_settings(resume, recorded)
         return cls(model, settings, options, resolved, data, saver, recorded, changed, state, save_every, resume)
@@ -129,7 +131,7 @@ class TextTraining:
             self.changed,
             settings.teacher is not None,
             self.options.config,
-            self.resolved.source.path,
+            self.resolved.source.path if self.resolved.source.kind == "safetensors" else None,
         )
         if self.trainer.steps >= settings.steps:
             raise UsageError(

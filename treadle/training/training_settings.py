@@ -60,8 +60,10 @@ class TrainingSettings:
         "With --teacher: weight of the teacher's part of the loss. By default 0.5.",
         flag=Flag("distillation-weight", "X", least=0, most=1),
     )
-    tokenizer: str | None = declare(
-        None, "Use another model's tokenizer.", flag=Flag("tokenizer", "MODEL", complete="model")
+    vocab: int | None = declare(
+        None,
+        "Train a new tokenizer of up to N tokens from the texts (byte-level BPE).",
+        flag=Flag("vocab", "N", least=1),
     )
     holdout: float = declare(
         0.0,

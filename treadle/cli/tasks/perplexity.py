@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 def measure_text(
     program: Program,
     file: Annotated[str, typer.Argument(metavar="FILE", help="Text file; - is standard input.", show_default=False)],
-    window: Annotated[int, typer.Option(metavar="N", min=2, help="Number of tokens in a window.")] = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Number of tokens in a window. By default 512, or the model's maximum.",
+            show_default=False,
+        ),
+    ] = None,
     most: Annotated[
         int | None,
         typer.Option(
@@ -45,6 +53,7 @@ def measure_text(
     with working(f"compiling {program.model}", shown=not as_json):
         meter = PerplexityMeter.open(program, alone=alone)
     ids = meter.tokens(text, most)
+    window = meter.window if window is None else window
     total = len(list(windows(len(ids), window)))
     with counting("reading", total, shown=not as_json) as progress:
         found = meter.measure(ids, window=window, progress=progress)

@@ -1,0 +1,466 @@
+"""A model of one's own: the commands of docs/own-models.md, the folder that training writes, and bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import py_compile
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+
+import treadle as t
+from tests.command_line import Result, Treadle, commands_in, refused
+from tests.task_models import save, without_specials
+from treadle.frontends.huggingface import MemoryFolder
+from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.trained_vocabularies import END, train_tokenizer
+from treadle.ir.errors import CheckpointError, TreadleError, UsageError
+from treadle.program.source import ModelSource
+from treadle.resolving import resolve
+from treadle.training.saving import saver_for
+from treadle.training.text_data import TextData
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "own-models.md").read_text(encoding="utf-8")
+BLOCKS = [(match[1], match[2]) for match in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)]
+DECLARATION, IN_PYTHON = (text for kind, text in BLOCKS if kind == "python")
+ANIMALS = ("cat", "dog", "bird", "fox")
+CORPUS = (
+    "\n".join(f"the {a} {verb} the {b}." for a in ANIMALS for verb in ("sees", "likes", "hears") for b in ANIMALS) * 4
+)
+TRAIN = "--vocab 300 --steps 2 --length 16 --batch 2 --learning-rate 0.01 --backend numpy"
+OWN = "models.py:my_gpt"
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as training writes it, with weights that were drawn."""
+    place = tmp_path_factory.mktemp("own")
+    (place / "models.py").write_text(DECLARATION, encoding="utf-8")
+    (place / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        resolved = resolve(OWN)
+        data = TextData.open(["corpus.txt"], resolved, vocab=300, length=16, batch=2)
+        assert data.texts is not None
+        saver_for(resolved, "out").with_texts(data.texts).save(t.compile(OWN, seed=5).weights)
+    return place / "out"
+
+
+@pytest.fixture
+def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
+    """Run a command line in a folder with the page's models.py and corpus.txt."""
+    (tmp_path / "models.py").write_text(DECLARATION, encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    run = commands_in(tmp_path, capsys, monkeypatch)
+    return lambda *lines: run(*shlex.split(" ".join(lines)))
+
+
+@pytest.fixture
+def trained(treadle_command: Treadle, own_folder: Path) -> Treadle:
+    """The same, with the folder `out` of a model."""
+    shutil.copytree(own_folder, "out")
+    return treadle_command
+
+
+def hint_of(said: Result) -> str:
+    """Return the suggestion of an error."""
+    return said.err.partition("  try       ")[2].strip()
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def served(words: list[str]) -> None:
+    """Start a server on a free port, request a completion, and interrupt the server."""
+    pytest.importorskip("uvicorn")
+    words[words.index("--port") + 1] = "0"
+    command = [sys.executable, "-m", "treadle", *words, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        try:
+            said = "".join(iter(server.stdout.readline, "}\n"))
+            assert said, server.stderr.read()
+            ready = json.loads(said + "}")
+            asked = {"model": ready["models"][0]["name"], "prompt": "the cat", "max_tokens": 3, "temperature": 0}
+            request = urllib.request.Request(
+                f"{ready['address']}/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                assert json.load(answer)["usage"]["completion_tokens"] >= 1
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=30)
+
+
+def test_every_command_of_the_page_runs(
+    treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("jinja2", "onnx"):
+        pytest.importorskip(name)
+    count = 0
+    for kind, text in BLOCKS:
+        if kind == "jinja":
+            Path("out", "chat_template.jinja").write_text(text, encoding="utf-8")
+        if kind == "python" and text == IN_PYTHON:
+            Path("use.py").write_text(text, encoding="utf-8")
+            runpy.run_path("use.py")
+            printed = capsys.readouterr().out.splitlines()
+            assert {"(32,)", "(1, 3, 300)"} <= set(printed)
+        for line in text.splitlines() if kind == "sh" else ():
+            count += 1
+            words = shlex.split(line)
+            assert words[0] == "treadle", line
+            if words[1] == "serve":
+                served(words[1:])
+                continue
+            if words[1] == "chat":
+                monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
+            said = treadle_command(shlex.join(words[1:]))
+            assert said.code == 0, f"{line}\n{said.out}{said.err}"
+    assert count > 12
+
+
+# -- the folder ----------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_folder_has_all_that_a_command_reads(treadle_command: Treadle) -> None:
+    assert treadle_command(f"train {OWN} corpus.txt -o out {TRAIN}").code == 0
+    assert {path.name for path in Path("out").iterdir()} == {
+        "weights.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads(Path("out", "config.json").read_text())
+    said = config["declaration"]
+    assert (said["file"], said["function"], config["model_type"]) == ("models.py", "my_gpt", "treadle")
+    tokenizer = TextTokenizer.open("out")
+    assert config["eos_token_id"] == [tokenizer.id_of(END)]
+    assert tokenizer.text(tokenizer.ids(["the cat, Œuvre"])[0]) == "the cat, Œuvre"
+
+
+def test_the_configuration_of_training_applies(treadle_command: Treadle) -> None:
+    assert treadle_command(f"train {OWN} corpus.txt -o out {TRAIN} --set layers=1 --set dim=16").code == 0
+    source = ModelSource.open(OWN, weights="out")
+    made = source.resolve().model
+    assert made is not None and (made.config["layers"], made.config["dim"]) == (1, 16)
+    assert treadle_command(f"generate {OWN} the --weights out --tokens 2").code == 0
+    refused(treadle_command(f"generate {OWN} the --weights out --set dim=32"), "wpe.weight")
+    text = Path("models.py").read_text()
+    Path("models.py").write_text(text.replace("layers=2", "depth=2").replace("layers)", "depth)"))
+    said = treadle_command(f"generate {OWN} the --weights out")
+    refused(said, "is not the declaration with which these weights were trained", "has no option layers")
+
+
+def test_the_tokenizer_of_another_model_is_saved_with_its_template(treadle_command: Treadle, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
+    (tmp_path / "gpt2" / "chat_template.jinja").write_text("{{ messages }}")
+    how = TRAIN.replace("--vocab 300", "--tokenizer gpt2")
+    how += " " + hint_of(treadle_command(f"train {OWN} corpus.txt {how}"))
+    assert how.endswith("--set vocab=401")
+    assert treadle_command(f"train {OWN} corpus.txt -o out {how}").code == 0
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert Path("out", name).read_bytes() == Path("gpt2", name).read_bytes()
+    assert ModelSource.open(OWN, weights="out").chat_template == "{{ messages }}"
+
+
+def test_a_checkpoint_that_is_trained_with_another_tokenizer_gets_that_one(trained: Treadle, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
+    how = TRAIN.replace("--vocab 300", "--tokenizer out")
+    assert trained(f"train gpt2 corpus.txt -o tuned {how}").code == 0
+    assert Path("tuned", "tokenizer.json").read_bytes() == Path("out", "tokenizer.json").read_bytes()
+    assert json.loads(Path("tuned", "generation_config.json").read_text()) == {"eos_token_id": [0]}
+    assert not {"vocab.json", "merges.txt"} & {path.name for path in Path("tuned").iterdir()}
+    assert trained("generate tuned the --tokens 2").code == 0
+
+
+def test_weights_of_the_zoo_need_no_file(treadle_command: Treadle) -> None:
+    sizes = "--set vocab=300 --set context=32 --set dim=16 --set heads=2 --set layers=1"
+    assert treadle_command(f"train gpt2 corpus.txt -o out {TRAIN} {sizes}").code == 0
+    said = treadle_command("generate out the --tokens 2 --json")
+    assert said.code == 0 and said.json["model"] == "gpt2"
+    again = treadle_command("generate gpt2 the --weights out --tokens 2 --json")
+    assert again.json["texts"] == said.json["texts"]
+    refused(treadle_command(f"generate {OWN} the --weights out"), "gpt2 is not the declaration")
+    assert treadle_command(f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}").code == 0
+
+
+def test_a_vocabulary_is_the_same_for_the_same_texts() -> None:
+    one, two = (train_tokenizer([CORPUS, "Œuvre"], 290) for _ in range(2))
+    assert one.serialized() == two.serialized()
+    assert len(one.vocabulary()) == 290
+    assert train_tokenizer([CORPUS], 290, mask=True).mask == "<mask>"
+    again = TextTokenizer.open(MemoryFolder.of(one.text_files("{{ messages }}"), "memory"))
+    assert again.ids(["the cat"]) == one.ids(["the cat"])
+    with pytest.raises(UsageError, match="257 tokens or more"):
+        train_tokenizer([CORPUS], 256)
+
+
+# -- Python code runs only if its file is named --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate out the --tokens 2",
+        "embed out the",
+        "verify out --backend numpy",
+        "run out --input tokens=1,2",
+        "inspect out",
+        "compile out",
+        "explain out fusion",
+        "explain out step",
+        "perplexity out corpus.txt",
+        "export out -o a.onnx",
+        "diff out out",
+        "report out -o a.html",
+        f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}",
+    ],
+)
+def test_a_folder_alone_says_which_command_works(command: str, trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    Path("models.py").write_text("raise SystemExit('the file was run')")
+    said = trained(command)
+    refused(said, f"out has the weights of {OWN}", "never runs code")
+    Path("models.py").write_text(text)
+    words = shlex.split(hint_of(said))
+    assert words[:2] == ["treadle", command.split()[0]] and "--weights" in words
+    again = trained(shlex.join(words[1:]))
+    assert again.code == 0, again.err
+
+
+def test_a_folder_alone_is_refused_in_python(trained: Treadle) -> None:
+    model = t.load("out")
+    with pytest.raises(UsageError, match="a declaration in Python") as caught:
+        model.generate("the")
+    made = eval(str(caught.value.hint), {"t": t})
+    assert made.generate("the", most=2) is not None
+
+
+def test_a_declaration_without_a_file(trained: Treadle, tmp_path: Path) -> None:
+    """A declaration of a notebook has no file: the folder names the function alone."""
+    namespace: dict[str, Any] = {}
+    exec(DECLARATION, namespace)
+    model = namespace["my_gpt"]
+    saver_for(resolve(model), tmp_path / "to").save(t.compile(model).weights)
+    with pytest.raises(UsageError, match="has the weights of my_gpt") as caught:
+        t.compile(tmp_path / "to")
+    made = eval(str(caught.value.hint), {"t": t, "my_gpt": model})
+    assert made.program.source.resolve().weights is not None
+
+
+def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    Path("models.py").write_text("# a comment\n" + text)
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0, "the graph is the same"
+    Path("other.py").write_text(text.replace("my_gpt", "renamed"))
+    assert trained("generate other.py:renamed the --weights out --tokens 2").code == 0, "the graph is the same"
+    for old, new in (("4 * dim", "4 * dim, act=t.relu"), ("layers=2", "layers=3"), ("context=64", "context=32")):
+        Path("models.py").write_text(text.replace(old, new))  # some of the same size, within a second
+        said = trained(f"generate {OWN} the --weights out --tokens 2")
+        refused(said, "is not the declaration with which these weights were trained", "out/config.json")
+        assert "--weights out/weights.safetensors" in hint_of(said)
+    Path("models.py").write_text(text.replace("4 * dim", "4 * dim, act=t.relu"))
+    assert trained(f"generate {OWN} the --weights out/weights.safetensors --tokens 2").code == 0
+
+
+def test_no_bytecode_runs_in_place_of_the_file(trained: Treadle) -> None:
+    """A __pycache__ next to the file may come from someone else, like the file's time."""
+    source, text = Path("models.py"), Path("models.py").read_text()
+    other = "raise SystemExit('the bytecode was run')"
+    source.write_text(other + " " * (len(text.encode()) - len(other)))
+    cached = py_compile.compile("models.py", doraise=True)
+    assert cached is not None and Path(cached).exists()
+    stamp = source.stat()
+    source.write_text(text)
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    shutil.rmtree("__pycache__")
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    assert not Path("__pycache__").exists(), "nothing is written next to the user's file"
+
+
+DAMAGED: dict[str, Any] = {
+    "nothing": None,
+    "a list": [],
+    "no function": {"file": "models.py", "graph_sha256": "0" * 64},
+    "no hash": {"file": "models.py", "function": "my_gpt"},
+    "a hash of another form": {"file": "models.py", "function": "my_gpt", "graph_sha256": "0"},
+    "a flag as a file": {"file": "--help.py", "function": "my_gpt", "graph_sha256": "0" * 64},
+    "no file of Python": {"file": "models.sh", "function": "my_gpt", "graph_sha256": "0" * 64},
+    "control characters": {"file": "\x1b[2Jmodels.py", "function": "my_gpt", "graph_sha256": "0" * 64},
+    "a command as a function": {"file": "models.py", "function": "f; rm -rf x", "graph_sha256": "0" * 64},
+    "an unknown family": {"family": "os"},
+    "a configuration that is a list": {"family": "gpt2", "config": []},
+    "too many layers": {"family": "gpt2", "config": {"layers": 10**9}},
+    "no word of the language": {"family": "gpt2", "config": {"act": "t.nothing"}},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_reference_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "treadle", "declaration": DAMAGED[name]}))
+    (tmp_path / "weights.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(TreadleError) as caught:
+        t.compile(tmp_path)
+    assert "\x1b" not in str(caught.value) and "internal" not in str(caught.value).lower()
+    if "family" not in str(DAMAGED[name]) or name == "an unknown family":
+        assert isinstance(caught.value, CheckpointError)
+
+
+def test_a_command_that_works_is_quoted(tmp_path: Path, treadle_command: Treadle) -> None:
+    reference = {"file": "a b;$(touch gone).py", "function": "f", "graph_sha256": "0" * 64}
+    (tmp_path / "o'ut").mkdir()
+    (tmp_path / "o'ut" / "config.json").write_text(json.dumps({"model_type": "treadle", "declaration": reference}))
+    said = treadle_command("generate", shlex.quote("o'ut"), "'a prompt'")
+    assert shlex.split(hint_of(said)) == [
+        *("treadle", "generate", "a b;$(touch gone).py:f", "--weights", "o'ut", "a prompt"),
+    ]
+
+
+# -- what is missing, and the flag that gives it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate OWN the", "generate OWN the --tokenizer out", "chat OWN", "serve OWN"])
+def test_missing_weights(command: str, trained: Treadle) -> None:
+    said = trained(command.replace("OWN", OWN))
+    refused(said, f"{OWN} is a declaration, without weights")
+    assert hint_of(said).startswith("--weights FOLDER")
+
+
+def test_a_missing_tokenizer(trained: Treadle) -> None:
+    Path("out", "tokenizer.json").rename("tokenizer.json")
+    said = trained(f"generate {OWN} the --weights out --tokens 2")
+    refused(said, f"the weights of {OWN} are in a folder without a tokenizer")
+    assert hint_of(said).startswith("--tokenizer FOLDER")
+    Path("words").mkdir()
+    Path("tokenizer.json").rename("words/tokenizer.json")
+    assert trained(f"generate {OWN} the --weights out --tokens 2 --tokenizer words").code == 0
+    with pytest.raises(UsageError, match="the tokenizer of an opened model is chosen"):
+        ModelSource.open(ModelSource.open(OWN, weights="out"), tokenizer="words")
+
+
+def test_a_model_without_lengths_does_not_embed(trained: Treadle) -> None:
+    text = Path("models.py").read_text()
+    plain = text.replace("lengths: Lengths | None = None, ", "")
+    Path("models.py").write_text(plain.replace("None if lengths is None else t.padding(lengths)", "None"))
+    assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0
+    said = trained(f"embed {OWN} the --weights out")
+    refused(said, f"{OWN} does not embed sentences", "my_gpt has no input lengths")
+
+
+@pytest.mark.parametrize(
+    ("how", "report"),
+    [
+        ("", "has no folder, and so no tokenizer"),
+        ("--vocab 100", "257 tokens or more"),
+        ("--vocab 300 --tokenizer out", "a new vocabulary is trained for a declaration without weights"),
+        ("--vocab 300 --weights out", "a new vocabulary is trained for a declaration without weights"),
+        ("--vocab 400 --set vocab=280", "the tokenizer has tokens that my_gpt does not have"),
+        ("--weights out -o out --replace", "the model's own folder cannot be overwritten"),
+    ],
+)
+def test_training_that_cannot_work(how: str, report: str, trained: Treadle) -> None:
+    options = TRAIN.replace("--vocab 300", "")
+    refused(trained(f"train {OWN} corpus.txt {how} {options}" + (" -o new" if "-o" not in how else "")), report)
+
+
+# -- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_continues_text_as_its_model_does(trained: Treadle) -> None:
+    Path("out", "chat_template.jinja").write_text("{{ messages }}")
+    Path("out", "generation_config.json").write_text('{"repetition_penalty": 1.5, "eos_token_id": 0}')
+    for how in ("", "--quantize int4"):
+        assert trained(f"compile {OWN} --weights out -o a.treadle {how}").code == 0
+        wanted = trained(f"generate {OWN} 'the cat' --weights out --tokens 6 --json {how}").json
+        Path("out").rename("away")  # the file needs no other
+        found = trained("generate a.treadle 'the cat' --tokens 6 --json").json
+        assert found["texts"] == wanted["texts"] and found["sampling"] == wanted["sampling"]
+        assert found["from_folder"]["options"] == {"repetition_penalty": 1.5}
+        Path("away").rename("out")
+    assert t.load("a.treadle").generate("the cat", most=6) == wanted["texts"][0]["text"]
+    assert ModelSource.open("a.treadle").chat_template == "{{ messages }}"
+    t.load_artifact("a.treadle").save("b.treadle")
+    assert Path("a.treadle").read_bytes() == Path("b.treadle").read_bytes()
+
+
+def test_an_artifact_has_its_own_backend(trained: Treadle) -> None:
+    pytest.importorskip("torch")
+    assert trained(f"compile {OWN} --weights out -o a.treadle --backend torch").code == 0
+    assert trained("generate a.treadle the --tokens 2 --json").json["backend"] == "torch"
+
+
+def test_an_artifact_without_a_tokenizer_says_so(trained: Treadle) -> None:
+    assert trained(f"compile {OWN} -o a.treadle").code == 0
+    said = trained("generate a.treadle the --tokens 2")
+    refused(said, "the artifact a.treadle has no tokenizer")
+    assert hint_of(said).startswith("--tokenizer FOLDER")
+    assert trained("generate a.treadle the --tokens 2 --tokenizer out").code == 0
+    with pytest.raises(UsageError, match="not a model for tasks"):
+        t.load("a.treadle")
+    refused(trained("generate a.treadle the --tokenizer out --quantize int4"), "does not accept --quantize")
+    refused(trained("compile a.treadle"), "an artifact is compiled already")
+
+
+def test_a_model_that_does_not_continue_text_stores_no_tokenizer(trained: Treadle) -> None:
+    exe = t.compile(OWN, weights="out", inputs=("lengths",), outputs=("hidden",))
+    assert not exe.text_files
+    assert t.compile(OWN, weights="out").text_files
+
+
+@pytest.mark.parametrize(
+    "damage", [{"tokenizer.json": b"{}"}, {"tokenizer.json": b""}, {"tokenizer_config.json": b"["}]
+)
+def test_a_damaged_tokenizer_in_an_artifact(damage: dict[str, bytes], trained: Treadle) -> None:
+    exe = t.compile(OWN, weights="out")
+    texts = {**exe.text_files, **damage, "../outside": b"x"}
+    replace(exe, texts=lambda: texts).save("a.treadle")
+    refused(trained("generate a.treadle the"), "a.treadle")
+    assert trained("run a.treadle --input tokens=1,2").code == 0
+    assert not Path("..", "outside").exists()
+
+
+def test_an_artifact_holds_no_path_of_the_machine(trained: Treadle) -> None:
+    place = Path("out", "tokenizer_config.json")
+    place.write_text(json.dumps({**json.loads(place.read_text()), "name_or_path": "/home/someone/model"}))
+    t.compile(OWN, weights="out").save("a.treadle")
+    assert b"/home/someone" not in Path("a.treadle").read_bytes()
+    assert t.load("a.treadle").generate("the", most=2) == t.load(OWN, weights="out").generate("the", most=2)
+
+
+def test_weights_are_the_trained_ones(trained: Treadle) -> None:
+    held, alone = (t.compile(OWN, weights=name) for name in ("out", "out/weights.safetensors"))
+    drawn = t.compile(OWN)
+    tokens = np.array([[1, 2, 3]])
+    np.testing.assert_array_equal(held(tokens=tokens)["logits"], alone(tokens=tokens)["logits"])
+    assert not np.allclose(held(tokens=tokens)["logits"], drawn(tokens=tokens)["logits"])
+
+
+@pytest.fixture(autouse=True)
+def _modules() -> Iterator[None]:
+    """Forget the modules of the declarations."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("treadle_model_"):
+            del sys.modules[name]
