@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.passes.framework.manager import PassManager, debug_level
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -32,7 +32,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     where = options.where
     run, _ = options.precision()
     manager = PassManager(run, certify=options.certify, target=where)
-    chosen = find_backend(options.backend)
+    check_backend(options.backend)
     parse_bytes(options.memory)  # before anything is read
 
     source = options.open(model)
@@ -40,10 +40,11 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     def make(static: Mapping[str, Any]) -> Compiled:
         resolved = options.resolve(source, **static)
         optimized = manager.run(resolved.graph)
+        chosen = choose_backend(options.backend, optimized.graph, where)
         bound, drawn = weights_of(resolved, optimized.graph, options.arrays, options.seed)
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
-            chosen,
+            chosen.backend,
             optimized.graph,
             where,
             bound,
@@ -51,6 +52,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             budget=budget,
             donate=options.donate,
             verified=True,
+            why=chosen.why,
         )
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
@@ -59,7 +61,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             resolved.name,
             optimized,
             executable,
-            options.backend,
+            chosen.name,
             where,
             bound,
             resolved.unused,

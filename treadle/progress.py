@@ -35,6 +35,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 
     progress = _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress.add_task(what, total=None)
+    _shown.append(progress)
     turn, is_begun, is_over = threading.Lock(), threading.Event(), threading.Event()
 
     def begin() -> None:
@@ -57,6 +58,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
         yield tell
     finally:
         timer.cancel()
+        _shown.remove(progress)
         with turn:
             is_over.set()
             progress.stop()
@@ -90,6 +92,21 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
     task = progress.add_task(what, total=total)
     with progress:
         yield lambda count: progress.update(task, completed=min(count, total))
+
+
+def announce(line: str) -> None:
+    """Show a line on standard error, above the progress message. Each line is shown once in a process."""
+    if line in _announced or not _is_watched():
+        return
+    _announced.add(line)
+    from treadle.reporting.tables import console
+
+    (_shown[-1].console if _shown else console(stderr=True)).print(line, soft_wrap=True)
+
+
+_announced: set[str] = set()
+_shown: list[Progress] = []
+"""The progress messages that are shown now."""
 
 
 def _is_watched() -> bool:

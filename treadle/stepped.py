@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.backends.protocol import StatefulExecutable
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import LongRope
@@ -23,6 +22,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.program.backend_choice import choose_backend
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
@@ -97,9 +97,10 @@ def step_of(
     Raises PassError with the reasons if the model has no step; BackendError if the backend does not support states.
     """
     derived = derive_step(graph, cache=cache)
-    executable, optimized = build(find_backend(backend), derived.graph, target, weights)
+    chosen = choose_backend(backend, derived.graph, target)
+    executable, optimized = build(chosen.backend, derived.graph, target, weights, why=chosen.why)
     assert isinstance(executable, StatefulExecutable)  # other backends are refused where executables are built
-    return SteppedModel(name, derived, optimized, executable, backend)
+    return SteppedModel(name, derived, optimized, executable, chosen.name)
 
 
 def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:

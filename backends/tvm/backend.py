@@ -50,6 +50,7 @@ class TvmBackend(StagedBackend):
     """
 
     name = "tvm"
+    first_run = "the first run of a model compiles its kernels, which are cached"
 
     def available(self) -> str | None:
         """Return None if TVM is installed, else a message."""

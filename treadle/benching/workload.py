@@ -14,6 +14,7 @@ from treadle.artifacts import is_artifact, open_artifact
 from treadle.fetch import fetched_model
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
+from treadle.program.backend_choice import AUTO, fastest_installed
 from treadle.program.flag_values import parse_config
 from treadle.program.options import CompileOptions, declared_options
 from treadle.program.weights import initial_weights
@@ -37,8 +38,9 @@ class Workload:
 
     @property
     def options(self) -> CompileOptions:
-        """The options of our side."""
-        return CompileOptions.of("bench", self.keywords, backend="tvm")
+        """The options of our side. "auto" is the fastest installed backend, which decides the threads."""
+        chosen = CompileOptions.of("bench", self.keywords)
+        return chosen.but(backend=fastest_installed()) if chosen.backend == AUTO else chosen
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON, with the model's configuration as texts: `act=t.relu`."""

@@ -38,6 +38,7 @@ from treadle.passes.sharding.gather_ahead import GatherAhead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of, choose_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -134,18 +135,19 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
     as `compile` does.
     """
     asked = CompileOptions.of("compile", options)
-    where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
+    where = asked.where
+    check_backend(asked.backend)
     passes, _ = asked.precision()
     resolved = asked.resolve(model, deferred=True)
     optimized = PassManager(passes, certify=asked.certify, target=where).run(resolved.graph)
-    executable = None
-    if isinstance(chosen, StagedBackend):
+    choice, executable = choose_backend(asked.backend, optimized.graph, where), None
+    if isinstance(chosen := choice.backend, StagedBackend):
         budget = budget_of(asked.memory, asked.sizes, optimized.graph)
         lowered = chosen.lower(optimized.graph, where, budget=budget, donate=asked.donate, verified=True)
         optimized = replace(optimized, lowered=lowered)
         if parameter_bytes(optimized.graph) <= MOST_ZEROS:
             executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
-    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread)
+    return Subject(resolved.name, optimized, choice.name, where, executable, resolved.unused, resolved.unread)
 
 
 MOST_ZEROS = 1 << 30

@@ -26,6 +26,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.program.backend_choice import AUTO
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
@@ -66,7 +67,7 @@ class ShardedModel:
 
         `treadle.load` reads such a file as the whole model. Raises UsageError if it cannot be written.
         """
-        what = self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan
+        what = self.name, AUTO, "cpu", self.optimized, self.weights, self.seed, self.plan
         return write_artifact(path, *what, options=self.options)
 
 

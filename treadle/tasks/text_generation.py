@@ -119,7 +119,7 @@ class TextGeneration:
         )
 
     def _facts(self) -> dict[str, Any]:
-        made = {"model": self.writer.model.name, "backend": self.options.backend}
+        made = {"model": self.writer.model.name, "backend": self.writer.model.backend}
         return {**made, "from_folder": self.rules.as_dict()}
 
     def facts(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class TextTraining:
         shared: dict[str, Any] = {"tokenizer": settings.tokenizer, "teacher": settings.teacher, "seed": options.seed}
         data = TextData.open(model, files, resolved, **chosen, **shared)
         recorded = _recorded(model, data, settings, options)
-        changed = {} if resume is None else changed_settings(resume, recorded)
+        changed = {} if resume is None else changed_settings(resume, recorded)  # refuses other batches at once
         return cls(model, settings, options, resolved, data, saver, recorded, changed, state, save_every, resume)
 
     def compile(self) -> None:
@@ -115,11 +115,13 @@ class TextTraining:
             **self._teacher(),
             **{**self.options.keywords(), "backend": self.options.backend},
         )
+        self.recorded["backend"] = self.trainer.backend
         if self.resume is not None:
+            self.changed = changed_settings(self.resume, self.recorded)
             self.trainer.restore(self.resume)
         self.report = RunReport(
             self.model,
-            self.options.backend,
+            self.trainer.backend,
             settings.objective,
             self.data,
             settings.gradient_accumulation_steps,

@@ -79,7 +79,7 @@ def talk_with_model(
         if not as_json:
             print(flush=True)
     if as_json:
-        facts = {"model": writer.model.name, "backend": program.backend, "from_folder": asked.as_dict()}
+        facts = {"model": writer.model.name, "backend": writer.model.backend, "from_folder": asked.as_dict()}
         print_json({**facts, "messages": list(map(dict, talk.messages))})
 
 
