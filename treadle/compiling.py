@@ -32,7 +32,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     where = options.where
     run, _ = options.precision()
     manager = PassManager(run, certify=options.certify, target=where)
-    check_backend(options.backend)
+    requested = check_backend(options.backend)
     parse_bytes(options.memory)  # before anything is read
 
     source = options.open(model)
@@ -75,4 +75,4 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     except StaticArgumentNeeded as needed:
         _, widen = options.precision()
         inputs = source.inputs(widen, options.config)
-        return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)
+        return Specializing(inputs, needed.argument, make, backend=requested, target=where)

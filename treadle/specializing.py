@@ -85,6 +85,7 @@ class Specializing(Compiled):
 
     static           the inputs known to determine shapes, so far
     specializations  the cached specializations
+    backend          the backend of the latest specialization; "auto" before the first, if it was not named
 
     A call, or `at`, compiles for new values, and caches up to `MOST_KEPT` specializations, the most recently used ones.
     `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value: here they
@@ -227,6 +228,7 @@ class Specializing(Compiled):
                 raise
             with self._lock:
                 _keep(self._kept, way, compiled, MOST_KEPT)
+                object.__setattr__(self, "backend", compiled.backend)
             return compiled
 
     def _chosen(self, port: Port, given: Any) -> StaticValue:

@@ -37,69 +37,79 @@ class BackendChoice:
     why: str = ""
 
 
-def check_backend(name: str) -> None:
-    """Raise BackendError if there is no backend of this name, and it is not "auto"."""
-    if (named := _named(name)) != AUTO:
+def check_backend(name: str) -> str:
+    """Return the name of the requested backend: for "auto" the one that TREADLE_BACKEND names, if it is set.
+
+    Raises BackendError if there is no such backend.
+    """
+    named = (os.environ.get("TREADLE_BACKEND") or AUTO) if name == AUTO else name
+    if named != AUTO:
         find_backend(named)
+    return named
 
 
 def fastest_installed() -> str:
     """Return the name of the fastest installed backend, or the one that TREADLE_BACKEND names."""
-    named = _named(AUTO)
-    return named if named != AUTO else next(name for name in FASTEST_FIRST if find_backend(name).available() is None)
+    named = check_backend(AUTO)
+    return named if named != AUTO else next(name for name in FASTEST_FIRST if _is_installed(name))
 
 
 def choose_backend(name: str, graph: Graph, target: Target, *, before: Sequence[str] = ()) -> BackendChoice:
     """Return the backend of this name; for "auto" the one that TREADLE_BACKEND names, or else the fastest installed one
     that accepts the graph on the target.
 
-    before  backends that "auto" prefers to faster ones
+    before  backends that "auto" prefers to others
 
     For "auto", the reason is shown on standard error, if that is a terminal. Raises BackendError if there is no such
     backend; for "auto", if no backend accepts the graph, with the reason of each.
     """
-    named = _named(name)
+    named = check_backend(name)
     if named != AUTO and (name != AUTO or not before):
         return BackendChoice(named, find_backend(named))
+    preferred = [each for each in before if each != AUTO]
     refusals: dict[str, BackendError] = {}
-    for each in dict.fromkeys(
-        (*(each for each in before if each != AUTO), *(FASTEST_FIRST if named == AUTO else (named,)))
-    ):
+    for each in dict.fromkeys([*preferred, *(FASTEST_FIRST if named == AUTO else [named])]):
         try:
-            backend = find_backend(each)
-            if isinstance(backend, StagedBackend):
-                backend.refuse(graph, target)
-            elif (missing := backend.available()) is not None:
-                raise unavailable(each, missing)
+            backend = _accepting(each, graph, target)
         except BackendError as error:
             refusals[each] = error
             continue
-        if each in before or named != AUTO:
+        if each in preferred or named != AUTO:
             return BackendChoice(each, backend)
         why = f"backend {each}, the fastest installed one that accepts {printable(graph.name)}"
         if refusals:
-            why += f" ({', '.join(f'{other}: {_reason(error)}' for other, error in refusals.items())})"
+            why += f" ({'; '.join(_reason(other, error) for other, error in refusals.items())})"
         if isinstance(backend, StagedBackend) and backend.first_run:
             why += f"; {backend.first_run}"
         announce(why)
         return BackendChoice(each, backend, why)
-    installed = [error for each, error in refusals.items() if _is_installed(each)]
-    chosen = (installed or list(refusals.values()))[0]
+    first, *others = [error for each, error in refusals.items() if _is_installed(each)] or refusals.values()
+    if not others:
+        raise first
     raise BackendError(
         f"no installed backend accepts {printable(graph.name)} on {target}",
-        received="\n".join(f"{each}: {_reason(error)}" for each, error in refusals.items()),
-        source=chosen.source,
-        hint=chosen.hint,
+        received="\n".join(_reason(each, error) for each, error in refusals.items()),
+        source=first.source,
+        hint=first.hint,
     )
 
 
-def _named(name: str) -> str:
-    return os.environ.get("TREADLE_BACKEND") or AUTO if name == AUTO else name
+def _accepting(name: str, graph: Graph, target: Target) -> Backend:
+    """Return a backend. Raises BackendError if it is not installed, or does not accept the graph."""
+    backend = find_backend(name)
+    if isinstance(backend, StagedBackend):
+        backend.refuse(graph, target)
+    elif (missing := backend.available()) is not None:
+        raise unavailable(name, missing)
+    return backend
 
 
-def _reason(error: BackendError) -> str:
+def _reason(name: str, error: BackendError) -> str:
     """Return the first reason of a refusal in one line."""
-    return error.received.splitlines()[0] if error.received else error.what
+    received = error.received.splitlines()[0] if error.received else ""
+    if received and not _is_installed(name):
+        return received
+    return f"{error.what}: {received}" if received else error.what
 
 
 def _is_installed(name: str) -> bool:

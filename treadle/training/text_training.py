@@ -113,7 +113,7 @@ class TextTraining:
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             **self._teacher(),
-            **{**self.options.keywords(), "backend": self.options.backend},
+            **self.options.keywords(),
         )
         self.recorded["backend"] = self.trainer.backend
         if self.resume is not None:
