@@ -24,6 +24,7 @@ from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
+from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
@@ -63,7 +64,7 @@ class TorchBackend(StagedBackend):
     def available(self) -> str | None:
         """Return None if PyTorch is installed, else a message."""
         if importlib.util.find_spec("torch") is None:
-            return "PyTorch is not installed: pip install 'treadle[torch]'"
+            return f"PyTorch is not installed: {pip_install('torch')}"
         return None
 
     def supports(self, node: Node) -> str | None:
