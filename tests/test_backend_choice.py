@@ -152,7 +152,7 @@ def test_a_line_is_shown_once_and_only_on_a_terminal(
     monkeypatch.setattr(progress, "_announced", set())
     progress.announce("backend numpy")
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     with progress.working("compiling"):
         progress.announce("backend numpy")
         progress.announce("backend numpy")

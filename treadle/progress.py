@@ -28,7 +28,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 
     Yields a function that prints a line to standard output meanwhile, above the progress line.
     """
-    if not shown or not _is_watched():
+    if not shown or not is_watched():
         yield partial(print, flush=True)
         return
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -67,7 +67,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 @contextmanager
 def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a bar of downloaded bytes. Yields a function that takes the number of bytes so far."""
-    if not shown or not _is_watched():
+    if not shown or not is_watched():
         yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -82,7 +82,7 @@ def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callabl
 @contextmanager
 def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a bar of finished items. Yields a function that takes their number. A single item gets no bar."""
-    if not shown or total < 2 or not _is_watched():
+    if not shown or total < 2 or not is_watched():
         yield lambda _: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -96,7 +96,7 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
 
 def announce(line: str) -> None:
     """Show a line on standard error, above the progress message. Each line is shown once in a process."""
-    if line in _announced or not _is_watched():
+    if line in _announced or not is_watched():
         return
     _announced.add(line)
     from treadle.reporting.tables import console
@@ -109,7 +109,7 @@ _shown: list[Progress] = []
 """The progress messages that are shown now."""
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
     return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.fetch import fetched_model
+from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
 from treadle.program.backend_choice import AUTO, fastest_installed
@@ -61,6 +62,8 @@ def files_of(model: str) -> tuple[Path | None, Path | None]:
     place = Path(model)
     if model in PINNED:
         place = fetched_model(model) or place
+    elif is_hub_name(model) and not place.exists():
+        place = cached_hub_model(model)
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     gguf = files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
     return place if (place / "config.json").is_file() else None, gguf

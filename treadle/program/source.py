@@ -5,6 +5,7 @@
     path/to/file.gguf   metadata and weights in one file
     gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
+    organization/name   a model of the Hugging Face hub in the user's cache, see `treadle.hub_models`; also hf:NAME
 
 An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model. A
 declaration may have weights of its own, in a folder: `ModelSource.open("file.py:function", weights="trained")`.
