@@ -22,12 +22,12 @@ def pip_install(*extras: str, options: str = "") -> str:
 
     options  options of pip
     """
-    chosen = f"[{','.join(extras)}]"
+    suffix = f"[{','.join(extras)}]"
     if (_PACKAGE / "pyproject.toml").is_file():
         place = "." if Path.cwd() == _PACKAGE else str(_PACKAGE)
-        requirement = f"{place}{chosen}"
+        requirement = f"{place}{suffix}"
     else:
-        requirement = _requirement(_recorded_address(), chosen)
+        requirement = _requirement(_recorded_address(), suffix)
     return " ".join(filter(None, ["pip install", options, shlex.quote(requirement)]))
 
 
@@ -40,11 +40,11 @@ def _recorded_address() -> dict[str, Any]:
     return {}
 
 
-def _requirement(address: dict[str, Any], chosen: str) -> str:
+def _requirement(address: dict[str, Any], suffix: str) -> str:
     url = address.get("url", "")
     if url.startswith("file:"):
         path = url2pathname(urlsplit(url).path)
-        return f"{path if os.path.exists(path) else os.path.basename(path)}{chosen}"
+        return f"{path if os.path.exists(path) else os.path.basename(path)}{suffix}"
     if (control := address.get("vcs_info")) and isinstance(control, dict):
         url = f"{control.get('vcs', 'git')}+{url}"
-    return f"{NAME}{chosen} @ {url}" if url else f"{NAME}{chosen}"
+    return f"{NAME}{suffix} @ {url}" if url else f"{NAME}{suffix}"

@@ -60,16 +60,16 @@ def cached_hub_model(name: str) -> Path:
         return _folder(repository)
 
 
-def fetch_hub_model(name: str, *, shown: bool = False) -> Path:
+def fetch_hub_model(name: str, *, bars: bool = False) -> Path:
     """Download a model to the user's Hugging Face cache, without code and pickles. Return its folder.
 
-    shown  show the library's progress bars on standard error
+    bars  show the library's progress bars on standard error
 
     Files that are in the cache already are not downloaded again. Raises UsageError for a malformed name, FrontendError
     without the package huggingface_hub or if the download fails, and CheckpointError as `cached_hub_model` does.
     """
     repository = _repository(name)
-    with _errors(name), _bars(shown):
+    with _errors(name), _bars(bars):
         _snapshot(repository, ignore_patterns=list(IGNORED))
         return _folder(repository)
 
@@ -122,11 +122,11 @@ def _errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
+def _bars(bars: bool) -> Iterator[None]:
     """Hide the library's progress bars in the block, unless they are to be shown."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if shown or are_progress_bars_disabled():
+    if bars or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()

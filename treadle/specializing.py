@@ -157,13 +157,13 @@ class Specializing(Compiled):
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name, compiled for the values of the inputs that determine shapes.
+    def __call__(self, /, *ordered: Any, **arrays: Any) -> Outputs:
+        """Run on arrays by name or in order, compiled for the values of the inputs that determine shapes.
 
         Raises BackendError if arrays do not match `inputs`, and the errors of `compile` if the model does not accept
         the values; nothing is cached then.
         """
-        self._refuse_unnamed(unnamed)
+        arrays = self._named(ordered, arrays)
         self._signature.check_names(arrays)
         way, compiled = self._found(arrays)
         chosen = {c.name for c in way}

@@ -19,7 +19,7 @@ from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
 from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import layout_of, misfit, out_of_memory, refuse_nodes, shape_fits, shown, unavailable
-from treadle.backends.signature import as_numpy, refuse_dtype
+from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
@@ -32,7 +32,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
-from treadle.ir.types import DType, Type, f32
+from treadle.ir.types import DType, Type, f32, f64
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast
@@ -246,6 +246,11 @@ class _TorchArrays:
         wanted = self._dtype(port.dtype)
         if value.dtype != wanted:
             held = self._dtypes.get(value.dtype)
+            if held is f64 and port.dtype is f32:
+                rounded = value.detach().to(self.device, wanted)
+                if bool((rounded.isinf() & value.detach().to(self.device).isfinite()).any()):
+                    raise refuse_overflow(port, value.shape)
+                return rounded
             if held is None or not _widens(held, port.dtype):
                 shown = str(value.dtype).removeprefix("torch.")
                 raise refuse_dtype(port, shown, f"{port.name}.to(torch.{DTYPES[port.dtype.name]})", value.shape)

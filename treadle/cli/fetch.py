@@ -34,7 +34,7 @@ def fetch_pinned(
     from treadle.wheels.pinned_models import PINNED
 
     if is_hub_name(name):
-        path = fetch_hub_model(name, shown=is_watched() and not as_json)
+        path = fetch_hub_model(name, bars=is_watched() and not as_json)
         print_json({"name": name, "path": str(path)}) if as_json else print(path)
         return
 
