@@ -206,7 +206,7 @@ def as_numpy(port: Port, value: Any) -> Array:
             return array
         if _kind(array.dtype) == _kind(wanted) and np.can_cast(array.dtype, wanted, "safe"):
             return array.astype(wanted)
-        if (array.dtype, wanted) == (np.float64, np.float32):
+        if array.dtype == np.float64 and wanted == np.float32:
             with np.errstate(over="ignore"):
                 rounded = array.astype(wanted)
             if _overflows(array, rounded):

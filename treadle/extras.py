@@ -57,7 +57,7 @@ EXTRAS = {each.module: each.extra for each in OPTIONAL_PACKAGES}
 
 
 def need_packages(what: str, *packages: str) -> None:
-    """Raise FrontendError, with one command that installs them, if some of these packages are missing."""
+    """Raise FrontendError if some of these packages are missing. The hint is one command that installs all of them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         plural = "s" * (len(missing) > 1)

@@ -23,8 +23,8 @@ def is_fetched(name: str) -> bool:
 
 
 def find_place(name: str) -> Path:
-    """Return the folder or file of a checkpoint: a path, a fetched model's name, or a name of the Hugging Face hub, for
-    a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
+    """Return the path of the folder or file that MODEL names: a path, a fetched model's name, or a name of the Hugging
+    Face hub, for a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
     """
     if Path(name).exists():
         if name.endswith(".py"):

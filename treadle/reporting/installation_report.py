@@ -101,7 +101,7 @@ def _gpus() -> list[str] | None:
     try:
         import torch
 
-        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return [str(torch.cuda.get_device_properties(i).name) for i in range(torch.cuda.device_count())]
     except (ImportError, OSError, RuntimeError):  # not installed, a library is missing, or a driver fails
         return None
 
