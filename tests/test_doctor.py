@@ -94,3 +94,10 @@ def test_with_everything_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("an optional package is not installed")
     assert doctor().endswith("every command has its packages\n")
     assert json.loads(doctor("--json"))["missing"] == []
+
+
+def test_a_roofline_without_tvm_names_no_other_backend(bare: None) -> None:
+    done = CliRunner().invoke(app, ["roofline", "gpt2"])
+    assert done.exit_code == 2
+    assert "a roofline needs the kernels of the tvm backend" in done.stderr
+    assert done.stderr.splitlines()[-1] == "  try       pip install '.[tvm]'"
