@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -189,7 +190,12 @@ def treadle(home: Path, endpoint: str, *words: str) -> subprocess.CompletedProce
 @links
 def test_a_model_is_fetched_once_and_then_found_without_the_network(hub: Hub, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    done = treadle(home, hub.address, "fetch", f"hf:{NAME}", "--json")
+    done = treadle(home, hub.address, "run", NAME, "--json")
+    hint = json.loads(done.stdout)["error"]["try"]
+    assert (done.returncode, hub.asked) == (2, [])
+    command = re.match(r"treadle (fetch \S+), ", hint)
+    assert command is not None, hint
+    done = treadle(home, hub.address, *command[1].split(), "--json")
     assert done.returncode == 0, done.stderr
     folder = Path(json.loads(done.stdout)["path"])
     assert {each.name for each in folder.iterdir()} == {*hub.files} - {"pytorch_model.bin", "modeling.py"}
