@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -77,7 +77,8 @@ def _machine() -> Facts:
         "memory": _memory_bytes(),
         "gpus": _gpus(),
     }
-    for name, look in (("isa", lambda: host_isa().name), ("cache", lambda: str(cache_folder()))):
+    looks: dict[str, Callable[[], str]] = {"isa": lambda: host_isa().name, "cache": lambda: str(cache_folder())}
+    for name, look in looks.items():
         try:
             found[name], found[f"{name}_error"] = look(), None
         except TreadleError as error:
