@@ -72,6 +72,7 @@ class Executable(Protocol):
         """Run on arrays by name. Raises BackendError if they do not match `inputs`.
 
         An array of another dtype of the same kind is converted if no value can change (int32 for i64, float16 for f32).
+        A float64 array is rounded to f32.
         Python numbers and lists, which have no dtype, are converted if every number is representable.
         """
         ...

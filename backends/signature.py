@@ -184,13 +184,19 @@ def refuse_dtype(port: Port, found: str, hint: str, shape: Sequence[int] | None 
     )
 
 
+def refuse_overflow(port: Port, shape: Sequence[int]) -> BackendError:
+    """Return the error for a float64 array with a finite number that float32 cannot represent."""
+    limit = float(np.finfo(np.float32).max)
+    return refuse_dtype(port, f"float64 with a number beyond {limit:.2g}", "numbers that float32 represents", shape)
+
+
 def as_numpy(port: Port, value: Any) -> Array:
     """Convert an argument to a NumPy array of the port's dtype, which must be a dtype of NumPy.
 
     An array of that dtype is returned unchanged. Another dtype of the same kind is converted if each of its values is
-    representable (int32 for i64, float16 for f32). Python numbers and lists have no dtype: integers are converted to
-    any integer or float dtype that represents them exactly, floats are rounded to a float dtype. Raises BackendError
-    for anything else.
+    representable (int32 for i64, float16 for f32). A float64 array, NumPy's default, is rounded to f32. Python numbers
+    and lists have no dtype: integers are converted to any integer or float dtype that represents them exactly, floats
+    are rounded to a float dtype. Raises BackendError for anything else, and if rounding would make a number infinite.
     """
     wanted = port.dtype.numpy
     assert wanted is not None
@@ -200,6 +206,12 @@ def as_numpy(port: Port, value: Any) -> Array:
             return array
         if _kind(array.dtype) == _kind(wanted) and np.can_cast(array.dtype, wanted, "safe"):
             return array.astype(wanted)
+        if array.dtype == np.float64 and wanted == np.float32:
+            with np.errstate(over="ignore"):
+                rounded = array.astype(wanted)
+            if _overflows(array, rounded):
+                raise refuse_overflow(port, array.shape)
+            return rounded
         hint = Hint(f"{port.name}.astype({wanted.name!r})", f"a .npy file of {wanted.name} for --input {port.name}=")
         raise refuse_dtype(port, str(array.dtype), hint, array.shape)
     given, an_array = f"a {type(value).__name__}", f"an array of {port.dtype}"
@@ -213,9 +225,16 @@ def as_numpy(port: Port, value: Any) -> Array:
     with np.errstate(all="ignore"):
         converted = array.astype(wanted)
         exact = _kind(array.dtype) != "i" or np.array_equal(converted.astype(array.dtype), array)
+    if _kind(array.dtype) == "f" and _overflows(array, converted):
+        raise refuse_dtype(port, f"{given} of numbers beyond {port.dtype}", an_array)
     if not exact:
         raise refuse_dtype(port, f"{given} of numbers that {port.dtype} cannot represent exactly", an_array)
     return converted
+
+
+def _overflows(array: Array, rounded: Array) -> bool:
+    """Return True if a finite number became infinite."""
+    return bool((np.isinf(rounded) & np.isfinite(array)).any())
 
 
 def numpy_taken(port: Port, value: Any) -> Array:

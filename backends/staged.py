@@ -70,6 +70,8 @@ class StagedBackend(ABC):
     """A backend that consists of a pipeline and a code generator; see `treadle.backends.protocol.Backend`."""
 
     name: ClassVar[str]
+    first_run: ClassVar[str] = ""
+    """Additional work of the first run of a model, for messages."""
 
     def available(self) -> str | None:
         """Return None if the backend can be used here, else the reason. By default return None."""
@@ -224,15 +226,17 @@ def build(
     budget: MemoryLimit | None = None,
     donate: Sequence[str] = (),
     verified: bool = False,
+    why: str = "",
 ) -> tuple[Executable, Optimized]:
     """Return an executable of an optimized graph, and the graph after the backend's passes.
 
     budget    a memory budget; the executable then accepts the budget's sizes and smaller ones
     donate    names of inputs that callers donate
     verified  True if a pass manager has verified the graph
+    why       the reason for the choice of the backend, for the log; may be empty
 
-    The last record of the log has the executable's notes: lines that name slow steps and the reasons. A backend that is
-    not a `StagedBackend` has no passes. Raises BackendError as the backend does.
+    The last record of the log has this reason and the executable's notes: lines that name slow steps and the reasons.
+    A backend that is not a `StagedBackend` has no passes. Raises BackendError as the backend does.
     """
     if budget is not None:
         if not isinstance(backend, StagedBackend):
@@ -247,7 +251,7 @@ def build(
         lowered = Optimized(graph, graph, PassLog(()))
         executable = backend.compile(graph, target, weights)
     _refuse_without_entries(executable, graph, backend.name)
-    notes = list(getattr(executable, "notes", ()))
+    notes = [*filter(None, [why]), *getattr(executable, "notes", ())]
     if notes:
         ops = count_ops(lowered.graph)
         record = PassRecord(f"lower-to-{backend.name}", "", ops, ops, notes=notes, graph=lowered.graph)

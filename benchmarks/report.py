@@ -136,7 +136,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         graph = unrolled(asked.ops)
-        compiled = t.compile(graph)
+        compiled = t.compile(graph, backend="numpy")
         rows.append(measured(f"{len(graph.main.nodes):,} ops", compiled.report, folder, asked.rounds))
         large = unrolled(asked.large)
         rows.append(measured(f"{len(large.main.nodes):,} ops", lambda: large_report(large), folder, asked.rounds))

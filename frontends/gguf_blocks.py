@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import FORMS, Encoding
@@ -79,6 +80,6 @@ def import_gguf() -> Any:
         import gguf
     except ImportError as error:
         raise FrontendError(
-            "reading GGUF files needs the package gguf", received=str(error), hint="pip install 'treadle[gguf]'"
+            "reading GGUF files needs the package gguf", received=str(error), hint=pip_install("gguf")
         ) from error
     return gguf

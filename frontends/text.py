@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
+from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer
@@ -143,7 +144,7 @@ class TextTokenizer:
             raise FrontendError(
                 "reading text needs the package tokenizers",
                 received=str(error),
-                hint="pip install 'treadle[text]'",
+                hint=pip_install("text"),
             ) from error
         place = ModelFolder.find(folder)
         shown = place.show(_FILE)

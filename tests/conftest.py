@@ -12,6 +12,7 @@ from functools import cache
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")  # idle threads of TVM's pool sleep at once
+os.environ["TREADLE_BACKEND"] = "numpy"  # "auto", so that results do not depend on the installed packages
 
 import pytest
 import typer.main

@@ -191,19 +191,19 @@ def test_torch_is_imported_only_when_it_is_used() -> None:
 
 def test_without_torch_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'treadle[torch]'" in str(find_backend("torch").available())
+    assert "pip install '.[torch]'" in str(find_backend("torch").available())
     with pytest.raises(BackendError, match="torch backend is not available") as caught:
         compiled("torch", block_model()[0])
     assert caught.value.received == "PyTorch is not installed"
-    assert str(caught.value.hint) == "pip install 'treadle[torch]', or backend=\"numpy\""
+    assert str(caught.value.hint) == "pip install '.[torch]', or backend=\"numpy\""
 
 
 def test_without_tvm_the_backend_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The three cases are: TVM is not installed, only a folder of its name exists, or its libraries are missing."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'treadle[tvm]'" in str(find_backend("tvm").available())
+    assert "pip install '.[tvm]'" in str(find_backend("tvm").available())
     report = message(lambda: compiled("tvm", block_model()[0]))
-    assert "tvm backend is not available" in report and "pip install 'treadle[tvm]'" in report
+    assert "tvm backend is not available" in report and "pip install '.[tvm]'" in report
     tvm_runtime._libraries.cache_clear()
     with pytest.raises(BackendError, match="tvm backend is not available") as caught:
         tvm_runtime.launcher()

@@ -127,7 +127,7 @@ def test_defaults_of_a_benchmark(sides: list[_Side]) -> None:
     assert (found.rounds, len(found.rows), found.missing) == (15, 1, {})
     assert "onnx" not in sides[0].spec, "the specification is unused"
     assert Workload("m") == Workload("m", 1, {}) and Workload("m").options == CompileOptions(
-        backend="tvm", entry="bench"
+        backend="numpy", entry="bench"
     )
 
 
@@ -280,7 +280,7 @@ def test_limits_of_kernels_are_those_of_a_roofline(monkeypatch: pytest.MonkeyPat
     ours = SimpleNamespace(graph=SimpleNamespace(states=()))
     monkeypatch.setattr(limits, "compiled", lambda spec: given.append(spec) or ours)
     monkeypatch.setattr(roofline, "measure_roofline", lambda *args, **how: given.append((args, how)) or found)
-    spec = {**Workload("m", 1, {"seed": 7}).as_dict(), "sizes": {"B": 2}}
+    spec = {**Workload("m", 1, {"backend": "tvm", "seed": 7}).as_dict(), "sizes": {"B": 2}}
     assert limits.machine_limits(spec) == {"rates": {"f32": 3e9, "int8": 9e9}, "read": 4e9, "least": 0.25}
     assert given == [spec, ((ours, {"B": 2}), {"seed": 7})]
     ours.graph.states = ("keys",)

@@ -193,7 +193,9 @@ def test_embedded_sentences(said: Callable[..., Any], monkeypatch: pytest.Monkey
 
 def test_classified_texts(said: Callable[..., Any]) -> None:
     found = [Classified(BEST, 4, False), Classified(BEST, 9, True)]
-    classifier = SimpleNamespace(classify=lambda texts, *_, **__: found[: len(texts)], opened=OWN, model=OWN)
+    classifier = SimpleNamespace(
+        classify=lambda texts, *_, **__: found[: len(texts)], opened=SimpleNamespace(name="m", model=OWN)
+    )
     lines = "good 0.7500, bad 0.1875  a\ngood 0.7500, bad 0.1875  b (cut)\n"
     assert said(TextClassifier, classifier, "classify m a b --top 2").stdout == lines
     facts = json.loads(said(TextClassifier, classifier, "classify m a b --pair c --pair d --json").stdout)

@@ -51,9 +51,8 @@ ENTRIES: dict[str, tuple[str, ...]] = {
 """The entry functions whose options a command has."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "run": {"backend": None, "target": None},
-    **{name: {"backend": "tvm"} for name in ("bench", "roofline")},
-    "train": {"backend": "torch"},
+    "run": {"target": None},
+    "roofline": {"backend": "tvm"},
 }
 OWN = {("verify", "backend"), ("verify", "sizes"), ("roofline", "sizes"), ("report", "sizes")}
 """Options with another meaning in a command."""
@@ -104,12 +103,12 @@ def own_parameters(command: str) -> set[str]:
 
 
 def test_every_command_and_every_option_is_in_these_tests() -> None:
-    assert set(COMMANDS) - set(ENTRIES) == {"launch", "models", "fetch"}
+    assert set(COMMANDS) - set(ENTRIES) == {"launch", "models", "fetch", "doctor"}
     assert set(SAMPLES) == {each.name for each in declared_options().values() if each.flag is not None}
     assert set(VALUES) == set(declared_options())
     for name, each in declared_options().items():
         assert each.about and each.takers and each.is_set(VALUES[name]) and not each.is_set(each.default), name
-        assert each.flag is None or each.help[0].isupper() or each.help.startswith(("numpy", "cpu")), name
+        assert each.flag is None or each.help[0].isupper() or each.help.startswith(("auto", "cpu")), name
 
 
 # -- flags -----------------------------------------------------------------------------------------------------------
@@ -328,7 +327,7 @@ def test_keywords_give_the_same_options() -> None:
 def test_none_is_every_default() -> None:
     chosen = CompileOptions.of("bench", dict.fromkeys(declared_options()), backend="tvm")
     assert chosen.backend == "tvm"
-    assert chosen.but(backend="numpy").keywords() == {}
+    assert chosen.but(backend="auto").keywords() == {}
 
 
 # -- derived texts ---------------------------------------------------------------------------------------------------

@@ -165,11 +165,11 @@ def test_packages_that_are_missing_are_named_together_before_anything_is_read(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FrontendError, match="needs the packages tokenizers, gguf, jinja2") as caught:
         need_for_text(tmp_path / "a.gguf", chat=True)
-    assert str(caught.value.hint) == "pip install 'treadle[text,gguf,chat]'"
+    assert str(caught.value.hint) == "pip install '.[text,gguf,chat]'"
     with pytest.raises(FrontendError, match="needs the package tokenizers"):
         TextWriter.open(folder)
     done = CliRunner().invoke(app, ["chat", str(folder)], input="hi\n")
-    assert done.exit_code == 2 and "treadle[text,chat]" in done.stderr
+    assert done.exit_code == 2 and ".[text,chat]" in done.stderr
 
 
 def test_text_streams_in_whole_characters(folder: Path) -> None:

@@ -484,7 +484,7 @@ def test_errors_of_calls_with_wrong_inputs(backend: str, golden: Golden) -> None
         "a near name": {"ids": good["ids"], "mask": good["mask"], "pair": good["pairs"]},
         "missing": {"ids": good["ids"]},
         "another kind of number": good | {"ids": good["mask"]},
-        "a dtype that may not fit": good | {"mask": np.ones((2, 4))},
+        "a dtype that may not fit": good | {"pairs": np.ones(8, np.int64)},
         "a list of floats for integers": good | {"ids": [[1.5, 2, 3, 4]]},
         "a number that is too great": good | {"pairs": [1, 2, 3, 300, 5, 6, 7, 8]},
         "rows of several lengths": good | {"ids": [[1, 2], [3]]},

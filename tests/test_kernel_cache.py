@@ -199,7 +199,7 @@ def test_processes_killed_at_any_moment_leave_no_wrong_kernel(tmp_path: Path) ->
 def test_without_a_linker_that_works_kernels_live_in_the_process(
     linkers: tuple[tuple[str, ...], ...], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linking, "_linkers", lambda: linkers)
+    monkeypatch.setattr(linking, "linkers", lambda: linkers)
     monkeypatch.setattr(linking, "_failures", {})
     monkeypatch.setattr(linking, "this_platform", lambda: Platform("Linux", "x86_64"))
     cache = KernelCache(host_isa(), tmp_path)
@@ -215,10 +215,10 @@ def test_without_a_linker_that_works_kernels_live_in_the_process(
 def test_another_linker_stands_in_for_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = tmp_path / "calls"
     broken = ("/bin/sh", "-c", f"echo . >> {calls}; exit 1")
-    installed = linking._linkers()
+    installed = linking.linkers()
     if not installed:
         pytest.skip("no linker")
-    monkeypatch.setattr(linking, "_linkers", lambda: (broken, *installed))
+    monkeypatch.setattr(linking, "linkers", lambda: (broken, *installed))
     monkeypatch.setattr(linking, "_failures", {})
     cache = KernelCache(host_isa(), tmp_path / "kernels")
     np.testing.assert_array_equal(scaled(cache, Scale(7.5)), expected(7.5))

@@ -176,7 +176,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 
 if sys.argv[2] == "in memory":
-    linking._linkers = lambda: ()
+    linking.linkers = lambda: ()
 b = Builder(Graph("forked"))
 b.outputs(y=b.tanh(b.input("x", "f32[N]")))
 program = find_backend("tvm").compile(b.graph, Target("cpu"), {})

@@ -115,7 +115,7 @@ def test_pieces_of_several_texts_are_put_together() -> None:
     assert [piece.text for piece in model.stream("a", most=2)] == ["a0", "a1"]
     plain = {"sampling": None, "rules": None}
     assert [how for _, how in said] == [{**plain, "most": m, "stop": s} for m, s in ((128, ()), (3, ("c",)), (2, ()))]
-    assert repr(model) == "<model m for tasks, on numpy>"
+    assert repr(model) == "<model m for tasks, backend auto>"
 
 
 def test_the_best_is_the_first() -> None:

@@ -249,7 +249,7 @@ def test_without_numba_the_result_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.size > found.bound == peak(lives) and not found.proven
     with pytest.raises(PassError, match="numba") as error:
         place(lives, capacity=peak(lives))
-    assert error.value.hint == "pip install 'treadle[memory]'"
+    assert error.value.hint == "pip install '.[memory]'"
 
 
 @needs_numba

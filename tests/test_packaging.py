@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,24 @@ def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     for file in json.loads(result.stdout):
         assert Path(file).is_relative_to(tmp_path / "site")
+
+
+def test_the_command_that_adds_an_extra_to_an_installed_wheel_works(wheel: Path, tmp_path: Path) -> None:
+    """Hints name the command. It is followed up to the download."""
+    options, site = ["--no-deps", "--no-index", "--quiet"], tmp_path / "site"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    run("-m", "pip", "install", *options, "--target", str(site), str(wheel))
+    hint = run("-c", "from treadle.files.installation import pip_install; print(pip_install('text'))")
+    assert hint == f"pip install '{wheel}[text]'"
+    run("-m", *shlex.split(hint), *options, "--dry-run", "--ignore-installed")
 
 
 def test_a_checkout_works_without_being_installed(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_a_benchmark_of_known_numbers(golden: Golden, capsys: pytest.CaptureFixt
         BenchRow("openvino", "OpenVINO 2025", 0.001, 0.5, (0.5, 0.5), None, 2.0, 700_000_000),
     )
     missing = {"onnxruntime-int8": "the package is not installed", "openvino-int8": "it ended"}
-    work = Workload("small", 2, {"dtype": "bf16", "quantize": "int8-weights"})
+    work = Workload("small", 2, {"backend": "tvm", "dtype": "bf16", "quantize": "int8-weights"})
     cost = graph_cost(graph, {"B": 1000})
     kernels = MachineLimits({"bf16": 2e11, "int8": 4e11}, 1e10, 0.0016)
     found = Benchmark(work, graph, {"B": 1000}, rows, missing, cost, kernels, rounds=15)

@@ -77,7 +77,7 @@ def test_platforms_without_a_wheel_are_named(
     monkeypatch.setattr(tvm_runtime.importlib.util, "find_spec", lambda name: None)
     if lacks is None:
         assert here.lacks_wheel() is None
-        assert tvm_runtime.missing() == "TVM is not installed: pip install 'treadle[tvm]'"
+        assert tvm_runtime.missing() == "TVM is not installed: pip install '.[tvm]'"
     else:
         assert (tvm_runtime.missing() or "").startswith(f"TVM has no wheel for {lacks}, only for Linux on x86-64")
 
@@ -153,7 +153,7 @@ def test_the_command_that_links(
 
     monkeypatch.setattr(linking, "this_platform", lambda: here)
     monkeypatch.setattr(linking.shutil, "which", lambda name: name if name in installed else None)
-    monkeypatch.setattr(linking, "_linkers", linking._linkers.__wrapped__)
+    monkeypatch.setattr(linking, "linkers", linking.linkers.__wrapped__)
     monkeypatch.setattr(linking, "_failures", {})
     monkeypatch.setattr(linking.subprocess, "run", run)
     monkeypatch.setattr(Path, "is_file", lambda path: str(path) == "y")

@@ -287,8 +287,18 @@ def test_other_inputs_are_checked_as_ever(tmp_path: Path) -> None:
     exe = opened(tmp_path, TOP)
     with pytest.raises(BackendError, match="input x must be f32"):
         exe(x=ROWS.astype(np.int64), k=1)
-    with pytest.raises(BackendError, match="inputs must be passed by name"):
-        exe(ROWS, k=1)
+    with pytest.raises(BackendError, match="input x is passed twice"):
+        exe(ROWS, x=ROWS, k=1)
+
+
+def test_inputs_are_passed_in_order_too(tmp_path: Path) -> None:
+    exe = opened(tmp_path, TOP)
+    expected = exe(x=ROWS, k=1)
+    for outputs in (exe(ROWS, 1), exe(ROWS.astype(np.float64), k=1)):
+        np.testing.assert_array_equal(outputs["values"], expected["values"])
+    values, places = exe.run(["values", "places"], {"x": ROWS, "k": 1})
+    np.testing.assert_array_equal(values, expected["values"])
+    np.testing.assert_array_equal(places, expected["places"])
 
 
 def test_a_value_of_another_shape_is_told_the_shape(tmp_path: Path) -> None:

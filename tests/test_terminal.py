@@ -268,7 +268,7 @@ class Bar:
 def test_a_bar_is_never_beyond_its_end(bar: Any, columns: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Bar] = []
     monkeypatch.setattr(progress, "_progress", lambda *columns: made.append(Bar(*columns)) or made[-1])
-    monkeypatch.setattr(progress, "_is_watched", lambda: True)
+    monkeypatch.setattr(progress, "is_watched", lambda: True)
     with bar("a file", 9) as tell:
         tell(4)
         tell(10)
@@ -277,7 +277,7 @@ def test_a_bar_is_never_beyond_its_end(bar: Any, columns: tuple[str, ...], monke
         tell(4)
     with counting("one thing", 1) as tell:
         tell(1)
-    monkeypatch.setattr(progress, "_is_watched", lambda: False)
+    monkeypatch.setattr(progress, "is_watched", lambda: False)
     with bar("a file", 9) as tell:
         tell(4)
     assert not made
@@ -289,7 +289,7 @@ def test_progress_is_for_terminals_to_which_nothing_else_is_written(
 ) -> None:
     monkeypatch.setenv("TREADLE_DEBUG", debug)
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: terminal))
-    assert progress._is_watched() == watched
+    assert progress.is_watched() == watched
 
 
 def test_progress_is_erased_and_leaves_the_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 
 from treadle.artifact_file import SectionFile
 from treadle.artifact_writing import save as save
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.files.contained_files import PathLike
@@ -48,6 +47,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_reading import read_plan
+from treadle.program.backend_choice import AUTO, choose_backend
 from treadle.program.budgets import budget_of
 from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, is_fetched
 
@@ -201,7 +201,9 @@ def load_artifact(
 ) -> Compiled:
     """Load a compiled model from a file written by `save`.
 
-    backend, target  override the backend and the target that the model was compiled for
+    backend          as in `compile`; by default the one that the model was compiled for, or "auto" if that one is not
+                     installed
+    target           overrides the target that the model was compiled for
     widen            "bf16", "f16", or both: values of these dtypes are computed in f32, as in `compile`
     limits           limits on the file: `ArtifactLimits`, or a mapping of the limits that differ from the defaults
     check            True to compare every weight with its hash, which reads the whole file once
@@ -215,16 +217,18 @@ def load_artifact(
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
-    chosen = held.backend if backend is None else backend
-    found = find_backend(chosen)
+    asked = (AUTO, held.backend) if backend is None else (backend,)
     budget = budget_of(memory, sizes, held.optimized.graph)
     try:
-        executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget, donate=donate)
+        chosen = choose_backend(asked[0], held.optimized.graph, where, before=asked[1:])
+        executable, lowered = build(
+            chosen.backend, held.optimized.graph, where, held.weights, budget=budget, donate=donate, why=chosen.why
+        )
     except TreadleError:
         raise
     except Exception as error:  # our frontends make no such graph, and the backend's own error would not help
         raise CheckpointError(
-            f"backend {chosen} cannot lower the graph that the artifact holds",
+            f"backend {asked[-1]} cannot lower the graph that the artifact holds",
             received=f"{type(error).__name__}: {printable(str(error))}",
             within=f"{printable(str(path))}: section graph",
         ) from error
@@ -233,7 +237,7 @@ def load_artifact(
         held.name,
         optimized,
         executable,
-        chosen,
+        chosen.name,
         where,
         held.weights,
         seed=held.seed,

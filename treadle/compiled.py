@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled model: call it with arrays by name, and inspect what the compiler did.
+    """A compiled model: call it with arrays, by name or in order, and inspect what the compiler did.
 
     name        the model's name
     optimized   the graph as declared, the graph after all passes, and the pass log
@@ -123,17 +123,48 @@ class Compiled:
             raise UsageError(f"{self.name} has no input {names} that determines a shape", received=repr(self))
         return self
 
-    def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run the model on arrays by name. Return the outputs by name. Raises BackendError if the arrays do not match
-        `inputs`.
-        """
-        self._refuse_unnamed(unnamed)
-        return self.executable(**arrays)
+    def __call__(self, /, *ordered: Any, **arrays: Any) -> Outputs:
+        """Run the model on arrays by name, or in the order of `inputs`. Return the outputs by name.
 
-    def _refuse_unnamed(self, unnamed: Sequence[Any]) -> None:
-        if unnamed:
-            names = ", ".join(f"{port.name}=..." for port in self.inputs)
-            raise BackendError("inputs must be passed by name", hint=f"exe({names})")
+        An array of another dtype of the same kind is converted if no value can change (int32 for i64, float16 for f32).
+        In addition, a float64 array is rounded to f32, since float64 is NumPy's default. Raises BackendError if arrays
+        do not match `inputs`.
+        """
+        return self.executable(**self._named(ordered, arrays))
+
+    def run(self, names: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Any]:
+        """Run as ONNX Runtime's `InferenceSession.run` does: return the outputs of these names as a list; None: all.
+
+        Raises BackendError as a call does, and for a name that is not an output's.
+        """
+        if not isinstance(inputs, Mapping):
+            raise BackendError(
+                "run takes the inputs as a mapping by name",
+                received=type(inputs).__name__,
+                hint=f"exe.run(None, {{{', '.join(f'{port.name!r}: ...' for port in self.inputs)}}})",
+            )
+        outputs = self(**inputs)
+        chosen = list(outputs) if names is None else [names] if isinstance(names, str) else list(names)
+        if unknown := [printable(str(name)) for name in chosen if name not in outputs]:
+            what = f"{self.name} has no output {', '.join(unknown)}"
+            raise BackendError(what, hint=f"None for all, or some of {', '.join(outputs)}")
+        return [outputs[name] for name in chosen]
+
+    def _named(self, ordered: Sequence[Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the inputs of a call by name. Raises BackendError if there are too many, or one is passed twice."""
+        names = [port.name for port in self.inputs]
+        wrong = ""
+        if len(ordered) == 1 and isinstance(ordered[0], Mapping):
+            raise BackendError("an input is an array, not a mapping", within=repr(self), hint="exe(**inputs)")
+        if len(ordered) > len(names):
+            wrong = f"{self.name} takes {len(names)} input{'s' * (len(names) != 1)}"
+        elif twice := [name for name in names[: len(ordered)] if name in arrays]:
+            wrong = f"input {', '.join(twice)} is passed twice"
+        if wrong:
+            received = ", ".join([f"{len(ordered)} by position", *(f"{printable(name)}=..." for name in arrays)])
+            hint = f"exe({', '.join(f'{name}=...' for name in names)})"
+            raise BackendError(wrong, received=received, within=repr(self), hint=hint)
+        return {**dict(zip(names, ordered, strict=False)), **arrays}
 
     @cached_property
     def stepped(self) -> SteppedModel:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from treadle.artifact_texts import stored_texts
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import debug_level
 from treadle.passes.stages import Lower, check_order
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
@@ -35,8 +35,8 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     """
     where = options.where
     stages = options.stages()
-    check_order((*stages, Lower(())), INITIAL)  # raises before any file is read, as the following two do
-    chosen = find_backend(options.backend)
+    check_order((*stages, Lower(())), INITIAL)  # raises before any file is read, as the next two lines do
+    requested = check_backend(options.backend)
     parse_bytes(options.memory)
 
     source = options.open(model)
@@ -44,10 +44,11 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     def make(static: Mapping[str, Any]) -> Compiled:
         program = Program(source, options).declared(**static).through(*stages)
         resolved, optimized = program.resolved, program.optimized
+        chosen = choose_backend(options.backend, optimized.graph, where)
         bound, drawn = program.weights()
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
-            chosen,
+            chosen.backend,
             optimized.graph,
             where,
             bound,
@@ -55,6 +56,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             budget=budget,
             donate=options.donate,
             verified=True,
+            why=chosen.why,
         )
         optimized = replace(optimized, lowered=lowered)
         if debug_level() >= 4:
@@ -63,7 +65,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
             resolved.name,
             optimized,
             executable,
-            options.backend,
+            chosen.name,
             where,
             bound,
             resolved.unused,
@@ -77,7 +79,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
         return make({})
     except StaticArgumentNeeded as needed:
         inputs = source.inputs(options.widened, options.config)
-        return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)
+        return Specializing(inputs, needed.argument, make, backend=requested, target=where)
 
 
 def compile_program(program: Program, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:

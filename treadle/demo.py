@@ -29,6 +29,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.text.printer import print_function
 from treadle.models.bert import bert
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.program.backend_choice import fastest_installed
 from treadle.progress import downloading, working
 from treadle.reporting.arrays import similarity_table
 from treadle.reporting.compilations import compiled_lines, pass_table
@@ -158,7 +159,7 @@ def _continue(out: Console, prompt: str, most: int) -> TextWriter:
     """Print a continuation while it is generated, on the fastest installed backend. Return the writer, to generate
     more.
     """
-    backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
+    backend = fastest_installed()
     with working(f"compiling smollm2 for {backend}"):
         started = time.perf_counter()
         writer = TextWriter.open("smollm2", backend=backend)

@@ -34,7 +34,7 @@ def compile(
     certify: bool | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    backend: str = "numpy",
+    backend: str = "auto",
     target: str | Target = "cpu",
     memory: int | str | None = None,
     sizes: Mapping[str, int] | None = None,
@@ -69,7 +69,8 @@ def compile(
               bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
               quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
               (docs/quantization.md). None: as stored
-    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
+              registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`
     memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
               (docs/memory.md)
@@ -101,7 +102,7 @@ def load(
     certify: bool | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    backend: str = "numpy",
+    backend: str = "auto",
     target: str | Target = "cpu",
     cache: str | None = None,
     **config: Any,
@@ -128,7 +129,8 @@ def load(
               bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
               quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
               (docs/quantization.md). None: as stored
-    backend   "numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`
+    backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
+              registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
@@ -159,7 +161,7 @@ class Trainer(_Trainer):
         weights: Mapping[str, Array] | str | Path | None = None,
         seed: int = 0,
         dtype: str | None = None,
-        backend: str = "numpy",
+        backend: str = "auto",
         target: str | Target = "cpu",
         **config: Any,
     ) -> None:

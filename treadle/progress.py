@@ -28,13 +28,14 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 
     Yields a function that prints a line to standard output meanwhile, above the progress line.
     """
-    if not shown or not _is_watched():
+    if not shown or not is_watched():
         yield partial(print, flush=True)
         return
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
     progress = _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     progress.add_task(what, total=None)
+    _shown.append(progress)
     turn, is_begun, is_over = threading.Lock(), threading.Event(), threading.Event()
 
     def begin() -> None:
@@ -57,6 +58,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
         yield tell
     finally:
         timer.cancel()
+        _shown.remove(progress)
         with turn:
             is_over.set()
             progress.stop()
@@ -65,7 +67,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 @contextmanager
 def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a progress bar of downloaded bytes. Yields a function that takes the number of bytes downloaded so far."""
-    if not shown or not _is_watched():
+    if not shown or not is_watched():
         yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -82,7 +84,7 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
     """Show a progress bar of finished items. Yields a function that takes the number of items finished so far. If
     `total` is 1, there is no bar.
     """
-    if not shown or total < 2 or not _is_watched():
+    if not shown or total < 2 or not is_watched():
         yield lambda _: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -94,7 +96,22 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
         yield lambda count: progress.update(task, completed=min(count, total))
 
 
-def _is_watched() -> bool:
+def announce(line: str) -> None:
+    """Show a line on standard error, above the progress message. Each line is shown once in a process."""
+    if line in _announced or not is_watched():
+        return
+    _announced.add(line)
+    from treadle.reporting.tables import console
+
+    (_shown[-1].console if _shown else console(stderr=True)).print(line, soft_wrap=True)
+
+
+_announced: set[str] = set()
+_shown: list[Progress] = []
+"""The progress messages that are shown now."""
+
+
+def is_watched() -> bool:
     """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
     return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
 

@@ -86,6 +86,7 @@ class Specializing(Compiled):
 
     static           names of the inputs that are known so far to determine shapes
     specializations  the cached specializations
+    backend          the backend of the latest specialization; "auto" before the first, if it was not named
 
     A call, or `at`, compiles the model for new values, and caches up to `MOST_KEPT` specializations, the most recently
     used ones. `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value:
@@ -161,13 +162,14 @@ class Specializing(Compiled):
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run the model on arrays by name. It is compiled first if the values that determine shapes are new.
+    def __call__(self, /, *ordered: Any, **arrays: Any) -> Outputs:
+        """Run the model on arrays by name or in order. It is compiled first if the values that determine shapes are
+        new.
 
         Raises BackendError if arrays do not match `inputs`, and the errors of `compile` if the model does not accept
         the values; a failed compilation is not cached.
         """
-        self._refuse_unnamed(unnamed)
+        arrays = self._named(ordered, arrays)
         self._signature.check_names(arrays)
         way, compiled = self._found(arrays)
         chosen = {c.name for c in way}
@@ -235,6 +237,7 @@ class Specializing(Compiled):
                 raise
             with self._lock:
                 _keep(self._kept, way, compiled, MOST_KEPT)
+                object.__setattr__(self, "backend", compiled.backend)
             return compiled
 
     def _chosen(self, port: Port, given: Any) -> StaticValue:

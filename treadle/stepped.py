@@ -6,7 +6,7 @@ session = model.session(rows=8, capacity=2048)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from treadle.backends.protocol import StatefulExecutable
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.frontends.rotary import LongRope
 from treadle.ir.graph import Graph
@@ -23,6 +22,7 @@ from treadle.passes.framework.facts import INITIAL
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.stages import DeriveStep, Lower, check_order, run
 from treadle.passes.stepping.derivation import DerivedStep
+from treadle.program.backend_choice import choose_backend
 from treadle.program.options import declared_options
 from treadle.program.program import Program
 from treadle.program.source import AnyModel, ArtifactSource
@@ -90,18 +90,28 @@ class SteppedModel:
 
 
 def step_of(
-    name: str, graph: Graph, backend: str, target: Target, weights: Mapping[str, Array], cache: str | None = None
+    name: str,
+    graph: Graph,
+    backend: str,
+    target: Target,
+    weights: Mapping[str, Array],
+    cache: str | None = None,
+    *,
+    before: Sequence[str] = (),
 ) -> SteppedModel:
-    """Derive the decoding step of an optimized graph, and compile it. `cache` is the dtype of its caches; see
-    `derive_step`.
+    """Derive the decoding step of an optimized graph, and compile it.
+
+    cache   the dtype of its caches; see `derive_step`
+    before  backends that "auto" prefers to others
 
     Raises PassError, with the reasons, if no step can be derived from the model; BackendError if the backend does not
     support states.
     """
     derived = run(graph, [DeriveStep(cache)]).products[DerivedStep]
-    executable, optimized = build(find_backend(backend), derived.graph, target, weights)
+    chosen = choose_backend(backend, derived.graph, target, before=before)
+    executable, optimized = build(chosen.backend, derived.graph, target, weights, why=chosen.why)
     assert isinstance(executable, StatefulExecutable)  # `build_executable` refuses other backends
-    return SteppedModel(name, derived, optimized, executable, backend)
+    return SteppedModel(name, derived, optimized, executable, chosen.name)
 
 
 def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
@@ -124,9 +134,9 @@ def stepped_program(program: Program) -> SteppedModel:
     if isinstance(source, ArtifactSource):
         chosen.refuse_for_artifact(source.label, also=("cache", "tokenizer"))
         held = source.content
-        backend = chosen.backend if declared_options()["backend"].is_set(chosen.backend) else held.backend
         target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
-        return step_of(held.name, held.optimized.graph, backend, target, held.weights, chosen.cache)
+        graph = held.optimized.graph
+        return step_of(held.name, graph, chosen.backend, target, held.weights, chosen.cache, before=[held.backend])
     stages = chosen.stages()
     check_order((*stages, DeriveStep(), Lower(())), INITIAL)
     program = Program(source, chosen).declared()

@@ -24,6 +24,7 @@ from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
+from treadle.files.installation import pip_install
 from treadle.files.whole_files import replacing
 from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph, Value
@@ -158,7 +159,7 @@ def _refuse_opset(opset: int) -> None:
         import onnx
     except ImportError as error:
         raise BackendError(
-            "ONNX export needs the package onnx", received=str(error), hint="pip install 'treadle[onnx]'"
+            "ONNX export needs the package onnx", received=str(error), hint=pip_install("onnx")
         ) from error
     newest = min(NEWEST_OPSET, onnx.defs.onnx_opset_version())
     if not _is_integer(opset) or not OLDEST_OPSET <= opset <= newest:

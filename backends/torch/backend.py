@@ -28,11 +28,12 @@ from treadle.backends.refusals import (
     shown,
     unavailable,
 )
-from treadle.backends.signature import as_numpy, refuse_dtype
+from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
+from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
@@ -40,7 +41,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
-from treadle.ir.types import DType, Type, f32
+from treadle.ir.types import DType, Type, f32, f64
 from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
@@ -75,7 +76,7 @@ class TorchBackend(StagedBackend):
     def available(self) -> str | None:
         """Return None if PyTorch is installed, else a message."""
         if importlib.util.find_spec("torch") is None:
-            return "PyTorch is not installed: pip install 'treadle[torch]'"
+            return f"PyTorch is not installed: {pip_install('torch')}"
         return None
 
     def supports(self, node: Node) -> str | None:
@@ -275,6 +276,11 @@ class _TorchArrays:
         wanted = self._dtype(port.dtype)
         if value.dtype != wanted:
             held = self._dtypes.get(value.dtype)
+            if held is f64 and port.dtype is f32:
+                rounded = value.detach().to(self.device, wanted)
+                if bool((rounded.isinf() & value.detach().to(self.device).isfinite()).any()):
+                    raise refuse_overflow(port, value.shape)
+                return rounded
             if held is None or not _widens(held, port.dtype):
                 shown = str(value.dtype).removeprefix("torch.")
                 raise refuse_dtype(port, shown, f"{port.name}.to(torch.{DTYPES[port.dtype.name]})", value.shape)

@@ -52,6 +52,7 @@ class TvmBackend(StagedBackend):
     """
 
     name = "tvm"
+    first_run = "the first run of a model compiles its kernels, which are cached"
 
     def __init__(self) -> None:
         self._last: tuple[weakref.ref[Graph], StoragePlan, Target, KernelProgram] | None = None

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import FileState, PathLike, canonical, contained, open_regular, read_whole
+from treadle.files.installation import pip_install
 from treadle.files.limits import limits_of
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.onnx_import.rules.elements import Element, decode, element
@@ -158,7 +159,7 @@ class OnnxFile:
             import onnx
         except ImportError as error:
             raise FrontendError(
-                "reading ONNX files needs the package onnx", received=str(error), hint="pip install 'treadle[onnx]'"
+                "reading ONNX files needs the package onnx", received=str(error), hint=pip_install("onnx")
             ) from None
         if isinstance(model, onnx.ModelProto):
             return OnnxFile(model, model.graph.name or "model", None if folder is None else canonical(folder), known)

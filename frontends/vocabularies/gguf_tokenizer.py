@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.text import TextTokenizer
@@ -51,7 +52,7 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         import tokenizers
     except ImportError as error:
         raise FrontendError(
-            "reading text needs the package tokenizers", received=str(error), hint="pip install 'treadle[text]'"
+            "reading text needs the package tokenizers", received=str(error), hint=pip_install("text")
         ) from error
     kind, cut = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "default")
     if kind != "gpt2":

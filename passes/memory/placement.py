@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from treadle.files.installation import pip_install
 from treadle.ir.errors import PassError
 from treadle.passes.memory import exact
 from treadle.passes.memory.checking import check_placement
@@ -91,7 +92,7 @@ def place(
             f"no placement below the capacity was found in {seconds:g} s",
             received=f"capacity {capacity}; the best placement takes {known.reached * unit}, none takes less than"
             f" {known.bound * unit}; {method}",
-            hint="pip install 'treadle[memory]'" if method == NO_NUMBA else f"capacity={known.reached * unit}",
+            hint=pip_install("memory") if method == NO_NUMBA else f"capacity={known.reached * unit}",
         )
     places = np.zeros(len(buffers), np.int64)
     places[solid] = known.offsets * unit

@@ -25,6 +25,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError, Hint, RankError, TreadleError, UsageError
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.runtime.distributed.communicator import Communicator
@@ -217,9 +218,7 @@ def join(timeout: float = 60.0) -> Ranks:
     """
     rank, size, host = _environment()
     if importlib.util.find_spec("torch") is None:
-        raise UsageError(
-            "ranks communicate through PyTorch, which is not installed", hint="pip install 'treadle[torch]'"
-        )
+        raise UsageError("ranks communicate through PyTorch, which is not installed", hint=pip_install("torch"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # ended connections are reported by the watch
     from torch.distributed.rendezvous import rendezvous
 

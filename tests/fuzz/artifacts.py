@@ -17,6 +17,7 @@ from __future__ import annotations
 import builtins
 import copy
 import json
+import os
 import random
 import re
 import struct
@@ -331,6 +332,7 @@ def refusal(path: Path) -> str | None:
 
 
 def main() -> int:
+    os.environ["TREADLE_BACKEND"] = "numpy"  # for artifacts that name no backend
     options, tally = options_of(__doc__, hostile="the hostile files alone, no mutations"), Tally()
     tally.failures += time_hostile()
     if options.hostile:

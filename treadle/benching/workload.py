@@ -12,8 +12,10 @@ import numpy as np
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.fetch import fetched_model
+from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.encoded_weights import quantized_alike
+from treadle.program.backend_choice import AUTO, fastest_installed
 from treadle.program.flag_values import parse_config
 from treadle.program.options import CompileOptions, declared_options
 from treadle.program.weights import initial_weights
@@ -37,8 +39,9 @@ class Workload:
 
     @property
     def options(self) -> CompileOptions:
-        """The options of Treadle's side."""
-        return CompileOptions.of("bench", self.keywords, backend="tvm")
+        """The options of Treadle's side. "auto" is the fastest installed backend, which decides the threads."""
+        chosen = CompileOptions.of("bench", self.keywords)
+        return chosen.but(backend=fastest_installed()) if chosen.backend == AUTO else chosen
 
     def as_dict(self) -> dict[str, Any]:
         """Return the workload as JSON, with the model's configuration as text: `act=t.relu`."""
@@ -59,6 +62,8 @@ def files_of(model: str) -> tuple[Path | None, Path | None]:
     place = Path(model)
     if model in PINNED:
         place = fetched_model(model) or place
+    elif is_hub_name(model) and not place.exists():
+        place = cached_hub_model(model)
     files = [place] if place.is_file() else sorted(place.glob("*.gguf"))
     gguf = files[0] if len(files) == 1 and files[0].suffix == ".gguf" else None
     return place if (place / "config.json").is_file() else None, gguf

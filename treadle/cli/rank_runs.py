@@ -114,7 +114,7 @@ def run_rank(
                 "model": made.name,
                 "mesh": str(made.plan.mesh),
                 "ranks": ranks.size,
-                "backend": options.backend,
+                "backend": made.backend,
                 "target": str(options.where),
                 "weights": weights,
                 "loaded": made.loaded,
@@ -129,7 +129,7 @@ def run_rank(
     for name, shown in facts.items():
         if "values" in shown:
             print(f"\n{name} = {json.dumps(shown['values'])}")
-    where = f"in {options.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
+    where = f"in {made.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}")
     print(f"weights of rank 0: {weights}")
     for (op, over), each in moved:

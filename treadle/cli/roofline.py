@@ -26,14 +26,22 @@ def show_roofline(
 ) -> None:
     """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
     from treadle.artifacts import is_artifact
+    from treadle.backends.registry import find_backend
     from treadle.benching.roofline import measure_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
     from treadle.fitting import fit_prose, fitted
+    from treadle.ir.errors import BackendError
+    from treadle.program.backend_choice import AUTO
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
 
+    missing = find_backend("tvm").available()
+    if missing is not None and keywords["backend"] in ("tvm", AUTO):
+        reason, _, remedy = missing.partition(": ")
+        what = "a roofline needs the kernels of the tvm backend, which is not available"
+        raise BackendError(what, received=reason, hint=remedy or None)
     asked = parse_sizes(sizes)
     if "memory" in keywords:
         keywords["sizes"] = asked

@@ -15,7 +15,7 @@ from treadle.cli.options import AsJson, Axis, Mesh, ModelName, OptionKeywords, P
 from treadle.ir.errors import UsageError
 
 
-@command("run", takes=["compile"], defaults={"backend": None, "target": None})
+@command("run", takes=["compile"], defaults={"target": None})
 def run_model(
     model: ModelName,
     values: Annotated[

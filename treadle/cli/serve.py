@@ -57,12 +57,13 @@ def serve_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the server is ready.")] = False,
 ) -> None:
     """Serve completions, chat and embeddings to OpenAI clients until interrupted."""
+    from treadle.files.installation import pip_install
     from treadle.ir.errors import FrontendError, UsageError
     from treadle.progress import working
 
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client") if find_spec(name) is None]
     if missing:
-        raise FrontendError(f"serving needs the package {missing[0]}", hint="pip install 'treadle[serve]'")
+        raise FrontendError(f"serving needs the package {missing[0]}", hint=pip_install("serve"))
     from treadle.serving.application import Limits
     from treadle.serving.models import Opening, ServedWriter
     from treadle.serving.running import serve

@@ -18,7 +18,7 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C, the same for every command."""
 
 
-@command("train", takes=["train"], defaults={"backend": "torch"}, settings=[TrainingSettings])
+@command("train", takes=["train"], settings=[TrainingSettings])
 def train_model(
     model: ModelName,
     files: Annotated[
@@ -79,7 +79,7 @@ def train_model(
     from treadle.training.run_settings import change_lines
     from treadle.training.text_training import TextTraining
 
-    options = CompileOptions.of("train", keywords, backend="torch")
+    options = CompileOptions.of("train", keywords)
     with working(f"reading {model}", shown=not as_json):
         run = TextTraining.open(
             model,

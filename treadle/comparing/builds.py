@@ -29,6 +29,7 @@ from treadle.passes.framework.manager import Optimized, Pass
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
 from treadle.passes.stages import Custom, Lower, passes_of, run
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 
@@ -115,29 +116,30 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
     Raises as `compile` does; UsageError for an unknown pass, and for options that an artifact does not accept.
     """
     asked = CompileOptions.of("inspect", options)
-    where, backend = asked.where, asked.backend
-    chosen = find_backend(backend)
+    where = asked.where
+    check_backend(asked.backend)
     model, stage = split_pass(model)
-    own = tuple(chosen.pipeline(where)) if isinstance(chosen, StagedBackend) else ()
     if is_artifact(model):
         asked.refuse_for_artifact(model)
         held = open_artifact(str(model), limits=asked.limits, check=False)
         optimized, known, ran = held.optimized, held.name, (*[r.name for r in held.optimized.log],)
-        if stage and stage in ran and stage not in {each.name for each in own}:
-            raise UsageError(
-                "an artifact has only the graph after its last pass",
-                received=printable(f"{model}@{stage}"),
-                hint="the model that it was compiled from",
-            )
     else:
         pipeline = passes_of(asked.stages())
         ran = (*[each.name for each in pipeline],)
-        _refuse_unknown_pass(model, stage, (*ran, *[each.name for each in own]))
         resolved = asked.resolve(model)
         until = Custom(_until(pipeline, stage))
         optimized = run(resolved.graph, [until], certify=asked.certify, target=where)
         known = resolved.name
+    choice = choose_backend(asked.backend, optimized.graph, where)
+    chosen = choice.backend
+    own = tuple(chosen.pipeline(where)) if isinstance(chosen, StagedBackend) else ()
     of_backend = bool(stage) and stage not in ran
+    if is_artifact(model) and stage in ran and stage not in {each.name for each in own}:
+        raise UsageError(
+            "an artifact has only the graph after its last pass",
+            received=printable(f"{model}@{stage}"),
+            hint="the model that it was compiled from",
+        )
     if of_backend:
         _refuse_unknown_pass(model, stage, (*ran, *[each.name for each in own]))
     lowered = None
@@ -153,7 +155,9 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
         shown = ", ".join(f"{option}={value}" for option, value in recorded.items())
         name = f"{known}@{stage}" * bool(stage) or known
         name += f"({shown})" * bool(shown)
-    return Build(name, optimized, backend, where, lowered, stage, asked.quantize, not is_artifact(model), of_backend)
+    return Build(
+        name, optimized, choice.name, where, lowered, stage, asked.quantize, not is_artifact(model), of_backend
+    )
 
 
 def split_pass(model: AnyModel) -> tuple[AnyModel, str]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from treadle.artifacts import is_artifact, open_artifact
 from treadle.backends.made_weights import Recipe, recipes_of
-from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.builder import describe_source
@@ -21,6 +20,7 @@ from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.transforms.fixing import bounded
 from treadle.passes.framework.manager import Optimized
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
@@ -109,23 +109,24 @@ def explain_layouts(model: AnyModel, **options: Any) -> Layouts:
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """
     chosen = CompileOptions.of("explain layouts", options)
-    name, lowered = lowered_for(model, chosen)
-    return layouts_of(name, chosen.backend, lowered.graph)
+    backend, name, lowered = lowered_for(model, chosen)
+    return layouts_of(name, backend.name, lowered.graph)
 
 
-def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[str, Optimized]:
-    """Return the model's name, and the optimized graph after the backend's passes, including those for a memory budget.
+def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[StagedBackend, str, Optimized]:
+    """Return the backend, the model's name, and the graph after all passes, including those for a memory budget.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """
-    chosen = find_backend(options.backend)
-    if not isinstance(chosen, StagedBackend):
-        raise UsageError(f"backend {options.backend} has no passes of its own to explain", hint="numpy, torch or tvm")
+    check_backend(options.backend)
     name, optimized = optimized_for(model, options)
+    backend = choose_backend(options.backend, optimized, options.where).backend
+    if not isinstance(backend, StagedBackend):
+        raise UsageError(f"backend {options.backend} has no passes of its own to explain", hint="numpy, torch or tvm")
     budget = budget_of(options.memory, options.sizes, optimized)
     if budget is not None:
         optimized = bounded(optimized, budget.sizes)
-    return name, chosen.lower(optimized, options.where, budget=budget, donate=options.donate)
+    return backend, name, backend.lower(optimized, options.where, budget=budget, donate=options.donate)
 
 
 def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from treadle.backends.registry import find_backend
-from treadle.backends.staged import StagedBackend
 from treadle.explaining.layouts import lowered_for
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import shown_path
@@ -167,13 +165,12 @@ def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
     """
     options = {**options, "sizes": options.get("sizes") or None}
     chosen = CompileOptions.of("explain memory", options)
-    name, lowered = lowered_for(model, chosen if chosen.memory is not None else chosen.but(sizes=None))
-    backend = find_backend(chosen.backend)
-    if lowered.plan is None or not isinstance(backend, StagedBackend):
-        raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
+    backend, name, lowered = lowered_for(model, chosen if chosen.memory is not None else chosen.but(sizes=None))
+    if lowered.plan is None:
+        raise UsageError(f"backend {backend.name} does not plan storage", hint="numpy, torch or tvm")
     frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
     sizes = choose_sizes(lowered.graph, chosen.sizes or {})
-    return memory_of(name, chosen.backend, lowered.graph, lowered.plan, frames, sizes)
+    return memory_of(name, backend.name, lowered.graph, lowered.plan, frames, sizes)
 
 
 def memory_of(

@@ -134,10 +134,10 @@ def explain_storage(model: AnyModel, **options: Any) -> StorageReport:
     Raises as `compile` does; UsageError for a backend that does not plan storage.
     """
     chosen = CompileOptions.of("explain storage", options)
-    name, lowered = lowered_for(model, chosen)
+    backend, name, lowered = lowered_for(model, chosen)
     if lowered.plan is None:
-        raise UsageError(f"backend {chosen.backend} does not plan storage", hint="numpy, torch or tvm")
-    return storage_of(name, chosen.backend, lowered.graph, lowered.plan)
+        raise UsageError(f"backend {backend.name} does not plan storage", hint="numpy, torch or tvm")
+    return storage_of(name, backend.name, lowered.graph, lowered.plan)
 
 
 def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageReport:

@@ -187,9 +187,10 @@ class RunningOptions:
     """Options for the backend, the device, and the memory of a run."""
 
     backend: str = _option(
-        "numpy",
-        '"numpy", "torch" or "tvm", or one that is registered under the entry point group `treadle.backends`',
-        "numpy, torch, tvm, or another installed backend.",
+        "auto",
+        '"auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is '
+        "registered under the entry point group `treadle.backends`",
+        "auto, the fastest installed backend that accepts the model; numpy, torch, tvm, or another installed backend.",
         Flag("backend", "NAME", complete="backend"),
         but={"verify", "shard", *_EXPLAIN.difference(_LOWERED)},
     )

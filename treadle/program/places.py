@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from treadle.fetch import fetched_model
+from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.registry import family_names
 from treadle.wheels.pinned_models import PINNED
@@ -23,8 +24,8 @@ def is_fetched(name: str) -> bool:
 
 
 def find_place(name: str) -> Path:
-    """Return the path of the folder or file that MODEL names: a path, or a fetched model's name. Raises UsageError if
-    there is none.
+    """Return the path of the folder or file that MODEL names: a path, a fetched model's name, or a name of the Hugging
+    Face hub, for a model in the user's cache. Raises UsageError if there is none, and as `cached_hub_model` does.
     """
     if Path(name).exists():
         if name.endswith(".py"):
@@ -34,6 +35,8 @@ def find_place(name: str) -> Path:
         return Path(name)
     if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ARTIFACT_SUFFIX):
         raise UsageError(f"there is no file {name}")
+    if is_hub_name(name):
+        return cached_hub_model(name)
     if name not in PINNED:
         known = [*family_names(), *PINNED]
         near = difflib.get_close_matches(name, known, n=1)

@@ -45,11 +45,6 @@ class Program:
         """The model, found at the first use. Raises UsageError if there is none."""
         return self.options.open(self.model)
 
-    @property
-    def backend(self) -> str:
-        """The backend's name."""
-        return self.options.backend
-
     def but(self, **changes: Any) -> Program:
         """Return the same model with other options."""
         return Program(self.source, self.options.but(**changes))

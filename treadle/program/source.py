@@ -5,6 +5,7 @@
     path/to/file.gguf   metadata and weights in one file
     gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
+    organization/name   a model of the Hugging Face hub in the user's cache, see `treadle.hub_models`; also hf:NAME
 
     out                 weights of a declaration, in a folder that training wrote (`treadle.program.trained_folders`)
     model.treadle       a compiled model, for its step and its tokenizer

@@ -36,6 +36,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.stages import DeriveStep, run
 from treadle.passes.stepping.derivation import DerivedStep
+from treadle.program.backend_choice import check_backend, choose_backend
 from treadle.program.budgets import budget_of, choose_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
@@ -134,17 +135,18 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
     as `compile` does.
     """
     asked = CompileOptions.of("compile", options)
-    where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
+    where = asked.where
+    check_backend(asked.backend)
     program = Program(model, asked).optimize(deferred=True)
     resolved, optimized = program.resolved, program.optimized
-    executable = None
-    if isinstance(chosen, StagedBackend):
+    choice, executable = choose_backend(asked.backend, optimized.graph, where), None
+    if isinstance(chosen := choice.backend, StagedBackend):
         budget = budget_of(asked.memory, asked.sizes, optimized.graph)
         lowered = chosen.lower(optimized.graph, where, budget=budget, donate=asked.donate, verified=True)
         optimized = replace(optimized, lowered=lowered)
         if parameter_bytes(optimized.graph) <= MOST_ZEROS:
             executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
-    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread)
+    return Subject(resolved.name, optimized, choice.name, where, executable, resolved.unused, resolved.unread)
 
 
 MOST_ZEROS = 1 << 30

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from treadle.backends.protocol import Port
-from treadle.backends.registry import find_backend
 from treadle.ir.analysis.cost import graph_cost, parameter_bytes, parameter_count, state_bytes
 from treadle.ir.analysis.run_counts import count_calls
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.program.backend_choice import choose_backend
 from treadle.reporting import Facts
 from treadle.reporting.counts import counted, human, sizes_text
 
@@ -75,4 +75,5 @@ def backend_source(graph: Graph, backend: str) -> str:
         name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
         for name, value in graph.parameters.items()
     }
-    return find_backend(backend).compile(graph, Target("cpu"), weights).source
+    target = Target("cpu")
+    return choose_backend(backend, graph, target).backend.compile(graph, target, weights).source

@@ -38,6 +38,7 @@ from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
 from treadle.passes.stages import Shard
+from treadle.program.backend_choice import choose_backend
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
@@ -60,6 +61,7 @@ class RankModel:
     communicator  runs its collectives, and counts the bytes that they moved
     loaded        bytes that the rank's parts of the weights have in the checkpoint; 0 if they are drawn
     seed          the seed of drawn weights
+    backend       the backend's name
     """
 
     name: str
@@ -69,6 +71,7 @@ class RankModel:
     communicator: Communicator
     loaded: int
     seed: int | None
+    backend: str
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -128,7 +131,7 @@ def compile_rank(model: AnyModel, mesh: Mesh | str, ranks: Ranks, **options: Any
     """
     part = RankPart.of(model, mesh, ranks, **options)
     executable, _ = build(find_backend(part.backend), part.program, part.target, part.weights)
-    return RankModel(part.name, part.plan, ranks, executable, part.communicator, part.loaded, part.seed)
+    return RankModel(part.name, part.plan, ranks, executable, part.communicator, part.loaded, part.seed, part.backend)
 
 
 def open_rank_stepped(
@@ -200,7 +203,8 @@ class RankPart:
             check_sharding(plan)
         refuse_other_mesh(plan, ranks.size)
         held = chosen.arrays if chosen.arrays is not None else resolved.weights
-        where, seed, backend = chosen.where, chosen.seed, chosen.backend
+        where, seed = chosen.where, chosen.seed
+        backend = choose_backend(chosen.backend, plan.graph, where).name
         facts = {"version": treadle.__version__, "backend": f"{backend} on {where.kind}", "plan": plan_hash(plan)[:16]}
         facts |= {"computing": f"dtype {chosen.dtype}", "weights": _weights_text(held, seed)}
         ranks.agree({**facts, **(agree or {})})

@@ -27,6 +27,7 @@ from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
 from treadle.passes.stages import Shard
+from treadle.program.backend_choice import AUTO
 from treadle.program.options import CompileOptions
 from treadle.program.program import Program
 from treadle.program.source import AnyModel
@@ -68,7 +69,7 @@ class ShardedModel:
 
         `treadle.load` reads such a file as the unsplit model. Raises UsageError if the file cannot be written.
         """
-        what = self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan
+        what = self.name, AUTO, "cpu", self.optimized, self.weights, self.seed, self.plan
         return write_artifact(path, *what, options=self.options)
 
 

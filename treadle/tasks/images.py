@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike, read_regular
+from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
@@ -90,7 +91,7 @@ class ImageReader:
             import PIL.Image  # noqa: F401
         except ImportError as error:
             raise FrontendError(
-                "reading images needs the package pillow", received=str(error), hint="pip install 'treadle[images]'"
+                "reading images needs the package pillow", received=str(error), hint=pip_install("images")
             ) from error
         shown = place.show(_FILE)
         given: Mapping[str, Any] = place.read_settings(_FILE) if place.has(_FILE) else {}

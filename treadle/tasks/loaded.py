@@ -276,7 +276,7 @@ class LoadedModel:
         return TextWriter.open(self.program.source, **self.program.options.keywords())
 
     def __repr__(self) -> str:
-        return f"<model {self.program.model} for tasks, on {self.program.backend}>"
+        return f"<model {self.program.model} for tasks, backend {self.program.options.backend}>"
 
 
 def _many(given: object) -> bool:

@@ -96,7 +96,7 @@ class TextTraining:
         if saver is not None and data.texts is not None:
             saver = saver.with_texts(data.texts)
         recorded = _recorded(model, data, settings, options)
-        changed = {} if resume is None else changed_settings(resume, recorded)
+        changed = {} if resume is None else changed_settings(resume, recorded)  # refuses other batches at once
         return cls(model, settings, options, resolved, data, saver, recorded, changed, state, save_every, resume)
 
     def compile(self) -> None:
@@ -116,13 +116,15 @@ class TextTraining:
             gradient_checkpointing=settings.gradient_checkpointing,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
             **self._teacher(),
-            **{**self.options.keywords(), "backend": self.options.backend},
+            **self.options.keywords(),
         )
+        self.recorded["backend"] = self.trainer.backend
         if self.resume is not None:
+            self.changed = changed_settings(self.resume, self.recorded)
             self.trainer.restore(self.resume)
         self.report = RunReport(
             self.model,
-            self.options.backend,
+            self.trainer.backend,
             settings.objective,
             self.data,
             settings.gradient_accumulation_steps,

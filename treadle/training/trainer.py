@@ -143,7 +143,7 @@ class Trainer:
                 received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
             )
         asked = CompileOptions.of("train", options)
-        where, backend = asked.where, asked.backend
+        where = asked.where
         if where.kind != "cpu":
             raise UsageError(
                 f"training runs on the CPU, not on {where.kind}", hint=Hint('target="cpu"', "--target cpu")
@@ -151,7 +151,7 @@ class Trainer:
         self.resolved: Resolved = asked.but(widen=WIDENED, dtype=None).resolve(model)
         self.optimizer, self.clip, self.accumulate = optimizer, max_grad_norm, gradient_accumulation_steps
         self.schedule = schedule_of(learning_rate)
-        self.backend, self.teacher = backend, teacher
+        self.teacher = teacher
         self._output = self._scored_output(output, loss)
         graph = self._with_loss(loss, temperature, distillation_weight)
         self._signature = Signature(graph)
@@ -171,10 +171,11 @@ class Trainer:
         held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
         precision = [] if asked.dtype is None else [Precision(asked.dtype, computed=True)]
-        self._options = CompileOptions(
-            backend=backend, target=where, passes=passes_of([Recognize(), MergeOps(), *precision])
-        )
-        self.gradient = compile_model(made, self._options.but(weights=frozen))
+        passes = passes_of([Recognize(), MergeOps(), *precision])
+        compiling = CompileOptions(backend=asked.backend, target=where, passes=passes)
+        self.gradient = compile_model(made, compiling.but(weights=frozen))
+        self.backend = self.gradient.backend
+        self._options = compiling.but(backend=self.backend)
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
         self._frozen = {n: held[n] for n in held if n not in self.trained}

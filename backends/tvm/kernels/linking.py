@@ -20,7 +20,7 @@ def link(compiled: Path, library: Path) -> bool:
 
     A linker that fails is not tried again in this process.
     """
-    for command in _linkers():
+    for command in linkers():
         if command in _failures:
             continue
         try:
@@ -47,7 +47,7 @@ def why_not() -> str:
 
 
 @cache
-def _linkers() -> tuple[tuple[str, ...], ...]:
+def linkers() -> tuple[tuple[str, ...], ...]:
     """The commands of linkers that are installed."""
     platform = this_platform()
     if platform.linker_check and not _succeeds(platform.linker_check):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from treadle.backends.tvm.kernels.platforms import add_folders, this_platform
 from treadle.backends.tvm.kernels.woken_threads import WokenThreads, thread_numbers
+from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError
 
 SPINS = "TVM_THREAD_POOL_SPIN_COUNT"
@@ -30,7 +31,7 @@ _INT = 1  # the type index of an integer in an argument of the interface
 def missing() -> str | None:
     """Return None if TVM is installed, else the reason why it cannot be used."""
     if importlib.util.find_spec("tvm") is None or importlib.util.find_spec("tvm_ffi") is None:
-        return this_platform().lacks_wheel() or "TVM is not installed: pip install 'treadle[tvm]'"
+        return this_platform().lacks_wheel() or f"TVM is not installed: {pip_install('tvm')}"
     return None
 
 
@@ -150,7 +151,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
             for package, name in (("tvm_ffi", "tvm_ffi"), ("tvm", "tvm_runtime"))
         )
     except OSError as error:
-        hint = "backend numpy or torch" if platform.lacks_wheel() else "pip install --force-reinstall 'treadle[tvm]'"
+        hint = "backend numpy or torch" if platform.lacks_wheel() else pip_install("tvm", options="--force-reinstall")
         received = "\n".join(filter(None, (str(error), platform.lacks_wheel())))
         raise BackendError("TVM's runtime cannot be loaded", received=received, hint=hint) from error
     return interface, runtime

@@ -44,7 +44,14 @@ def answer_questions(
         found = answerer.answer([(question, text) for text in given], top=top, longest=longest, progress=progress)
     if as_json:
         records = [{"text": text, "answers": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": answerer.opened.name, "backend": program.backend, "question": question, "texts": records})
+        print_json(
+            {
+                "model": answerer.opened.name,
+                "backend": answerer.opened.model.backend,
+                "question": question,
+                "texts": records,
+            }
+        )
         return
     for each in found:
         for answer in each:

@@ -54,7 +54,7 @@ def classify_texts(
             }
             for number, each in enumerate(given)
         ]
-        print_json({"model": classifier.opened.name, "backend": program.backend, "texts": records})
+        print_json({"model": classifier.opened.name, "backend": classifier.opened.model.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(f"{scored_text(each.scores[:top])}  {text}{' (cut)' if each.cut else ''}")

@@ -48,7 +48,9 @@ def fill_masks(
             {"text": text, "masks": [list(map(asdict, fillings)) for fillings in each.masks]}
             for text, each in zip(given, found, strict=True)
         ]
-        print_json({"model": filler.opened.name, "backend": program.backend, "mask": filler.mask, "texts": records})
+        print_json(
+            {"model": filler.opened.name, "backend": filler.opened.model.backend, "mask": filler.mask, "texts": records}
+        )
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -33,7 +33,7 @@ def label_images(
         records = [
             {"image": path, "labels": scored_facts(each[:top])} for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": labeller.model.name, "backend": program.backend, "images": records})
+        print_json({"model": labeller.model.name, "backend": labeller.model.backend, "images": records})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each[:top])}")

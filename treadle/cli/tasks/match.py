@@ -36,7 +36,7 @@ def match_images(
             {"image": path, "texts": scored_facts(each.scores), "similarities": list(each.similarities)}
             for path, each in zip(images, found, strict=True)
         ]
-        print_json({"model": matcher.model.name, "backend": program.backend, "texts": texts, "images": records})
+        print_json({"model": matcher.model.name, "backend": matcher.model.backend, "texts": texts, "images": records})
         return
     for path, each in zip(images, found, strict=True):
         print(f"{path}: {scored_text(each.scores)}")

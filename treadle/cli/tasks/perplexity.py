@@ -58,7 +58,7 @@ def measure_text(
     with counting("reading", total, shown=not as_json) as progress:
         found = meter.measure(ids, window=window, progress=progress)
     if as_json:
-        print_json({"model": meter.model.name, "backend": program.backend, "window": window, **asdict(found)})
+        print_json({"model": meter.model.name, "backend": meter.model.backend, "window": window, **asdict(found)})
         return
     for line in perplexity_lines(found, window):
         print(line)

@@ -43,7 +43,7 @@ def summarize_texts(
         found = rewriter.summarize(given, most=most, beams=search, progress=progress)
     if as_json:
         records = [{"source": text, **asdict(each)} for text, each in zip(given, found, strict=True)]
-        print_json({"model": rewriter.model.name, "backend": program.backend, "texts": records})
+        print_json({"model": rewriter.model.name, "backend": rewriter.model.backend, "texts": records})
         return
     for each in found:
         print(each.text)

@@ -41,7 +41,7 @@ def tag_texts(
         found = tagger.tag(given, grouping=grouping, progress=progress)
     if as_json:
         records = [{"text": text, "spans": list(map(asdict, each))} for text, each in zip(given, found, strict=True)]
-        print_json({"model": tagger.opened.name, "backend": program.backend, "texts": records})
+        print_json({"model": tagger.opened.name, "backend": tagger.opened.model.backend, "texts": records})
         return
     for text, each in zip(given, found, strict=True):
         print(text)

@@ -43,7 +43,7 @@ def transcribe_recordings(
             {"recording": path, "text": each.text, "passages": list(map(asdict, each.passages))}
             for path, each in zip(recordings, found, strict=True)
         ]
-        print_json({"model": transcriber.model.name, "backend": program.backend, "recordings": records})
+        print_json({"model": transcriber.model.name, "backend": transcriber.model.backend, "recordings": records})
         return
     for each in found:
         print(each.text)

@@ -1,0 +1,113 @@
+"""Calls of a compiled model: by position, with NumPy's float64 arrays, and in the form of ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import treadle as t
+from tests.error_texts import raises_freely
+from tests.op_checks import BACKENDS
+from treadle.ir.errors import BackendError
+
+
+@t.model
+def scaled(x: t.f32["B 3"], y: t.f32["B 3"], flags: t.boolean["B"] | None):  # type: ignore[no-untyped-def]
+    """Two outputs of two inputs."""
+    return {"difference": x - y, "product": x * y}
+
+
+X = np.array([[1, 2.5, -3], [0.1, 1e30, np.inf]])
+Y = np.array([[0.1, 2, 1], [0.2, 1, 0.5]])
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def exe(request: pytest.FixtureRequest) -> t.Compiled:
+    return t.compile(scaled, backend=request.param)
+
+
+def test_inputs_are_passed_in_order(exe: t.Compiled) -> None:
+    x, y = X.astype(np.float32), Y.astype(np.float32)
+    expected = exe(x=x, y=y)
+    np.testing.assert_array_equal(expected["difference"], x - y)
+    for outputs in (exe(x, y), exe(x, y=y)):
+        assert list(outputs) == ["difference", "product"]
+        np.testing.assert_array_equal(outputs["difference"], expected["difference"])
+    assert exe([[1, 2, 3]], [[0, 0, 1]])["difference"].tolist() == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("ordered", "named", "words"),
+    [
+        ((X, Y, X), {}, "scaled takes 2 inputs"),
+        ((X,), {"x": X, "y": Y}, "input x is passed twice"),
+        ((X, Y), {"x": X, "y": Y}, "input x, y is passed twice"),
+        ((X,), {}, "no value for y"),
+        ((X,), {"z": Y}, "scaled has no input z"),
+        (({"x": X, "y": Y},), {}, "an input is an array, not a mapping"),
+    ],
+)
+def test_calls_that_do_not_match_are_refused(ordered: Any, named: Any, words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        t.compile(scaled)(*ordered, **named)
+
+
+def test_float64_is_rounded_to_float32(exe: t.Compiled) -> None:
+    expected = exe(x=X.astype(np.float32), y=Y.astype(np.float32))
+    outputs = exe(X, Y)
+    for name, array in outputs.items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, expected[name])
+    assert np.isinf(outputs["difference"][1, 2]), "infinity stays infinity"
+    np.testing.assert_array_equal(exe(X[:, ::-1], Y.T.copy().T)["product"], (X[:, ::-1] * Y).astype(np.float32))
+
+
+def test_a_number_beyond_float32_is_refused(exe: t.Compiled) -> None:
+    with raises_freely(BackendError, match="input y must be f32, is float64 with a number beyond 3.4e"):
+        exe(X, np.full((2, 3), 1e39))
+    with raises_freely(BackendError, match="input y must be f32, is a list of numbers beyond f32"):
+        exe(X, [[1e39, 1, 1]] * 2)
+
+
+def test_a_tensor_of_float64_is_rounded(exe: t.Compiled) -> None:
+    torch = pytest.importorskip("torch")
+    outputs = exe(torch.from_numpy(X), torch.from_numpy(Y))
+    np.testing.assert_array_equal(np.asarray(outputs["difference"]), exe(X, Y)["difference"])
+    with raises_freely(BackendError, match="input y must be f32, is float64 with a number beyond"):
+        exe(torch.from_numpy(X), torch.full((2, 3), 1e39, dtype=torch.float64))
+
+
+def test_other_dtypes_are_still_refused(exe: t.Compiled) -> None:
+    for array in (np.ones((2, 3), np.int64), np.ones((2, 3), bool), X.astype(np.complex128)):
+        with raises_freely(BackendError, match="input x must be f32, is"):
+            exe(array, Y)
+
+
+def test_the_form_of_onnx_runtime(exe: t.Compiled) -> None:
+    inputs = {"x": X.astype(np.float32), "y": Y.astype(np.float32)}
+    difference, product = exe.run(None, inputs)
+    expected = exe(**inputs)
+    np.testing.assert_array_equal(difference, expected["difference"])
+    np.testing.assert_array_equal(product, expected["product"])
+    (alone,) = exe.run(["product"], inputs)
+    np.testing.assert_array_equal(alone, product)
+    assert [each.tolist() for each in exe.run(["product", "difference"], inputs)] == [
+        product.tolist(),
+        difference.tolist(),
+    ]
+    assert exe.run([], inputs) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "inputs", "words"),
+    [
+        (["logits"], {"x": X, "y": Y}, "scaled has no output logits"),
+        (None, {"x": X}, "no value for y"),
+        (None, [X, Y], "run takes the inputs as a mapping by name"),
+    ],
+)
+def test_runs_that_do_not_match_are_refused(names: Any, inputs: Any, words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        t.compile(scaled).run(names, inputs)
