@@ -26,8 +26,8 @@ from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
 from treadle.explaining.sharding import ShardingReport
 from treadle.explaining.sharding import report_of as sharding_report
-from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing
+from treadle.files.shown_names import printable
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Node
@@ -82,14 +82,9 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all, and return its path. Raises UsageError if that fails."""
         target = Path(path)
-        try:
-            with replacing(target) as file:
-                file.write(self.html().encode())
-        except OSError as error:
-            what, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
-            raise UsageError(
-                "the report cannot be written", received=what, within=shown_path(target), hint=hint
-            ) from error
+        hint = "a file in a folder that exists and is writable"
+        with reporting_failed_writes("the report", target, hint=hint), replacing(target) as file:
+            file.write(self.html().encode())
         return target
 
     def _repr_html_(self) -> str:
