@@ -16,7 +16,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
-from treadle.program import given_texts
+from treadle.program import text_files
 from treadle.program.budgets import choose_sizes, parse_bytes
 from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
 from treadle.program.given_texts import read_sentences
@@ -208,7 +208,7 @@ def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_what_are_no_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(given_texts, "_TEXT_BYTES", 10)
+    monkeypatch.setattr(text_files, "TEXT_BYTES", 10)
     monkeypatch.setattr(sys, "stdin", Input(data))
     error = refusal(lambda: read_sentences([], None))
     assert (error.what, error.received, error.within) == (what, received, "standard input")

@@ -25,7 +25,8 @@ def train_model(
         list[str],
         typer.Argument(
             metavar="FILES",
-            help='Texts in UTF-8; .jsonl has one per line, as {"text": "..."}; - is standard input.',
+            help='Texts in UTF-8; .jsonl has one per line, as {"text": "..."}, .csv and .parquet one per row; - is '
+            "standard input.",
             show_default=False,
         ),
     ],

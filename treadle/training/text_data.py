@@ -25,10 +25,10 @@ from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import RECOGNITION
+from treadle.program.given_texts import read_documents
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
-from treadle.training.documents import read_documents
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
 
@@ -77,6 +77,7 @@ class TextData:
         seed: int = 0,
         tokenizer: str | None = None,
         teacher: str | None = None,
+        column: str | None = None,
     ) -> TextData:
         """Read and tokenize the texts of files, and split them into blocks.
 
@@ -86,6 +87,7 @@ class TextData:
         holdout    fraction of held-out blocks: one block at least, if it is not 0
         tokenizer  use another model's tokenizer, if the model has no folder, or no tokenizer in it
         teacher    a model whose vocabulary must be the same, and which must support as many tokens
+        column     the column of tables with the texts, as in `treadle.program.text_files.read_column`
 
         Raises UsageError for data that does not fit, and the errors of reading files and the tokenizer.
         """
@@ -109,7 +111,7 @@ class TextData:
                 received=f"the vocabulary of {printable(taught_by.label)} differs",
             )
         asked = _objective(objective, opened, seed)
-        documents = read_documents(files)
+        documents = read_documents(files, column)
         end = _end_of_text(other or resolved.source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
         _check_vocabulary(

@@ -90,7 +90,12 @@ class TextTraining:
         resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
         saver = None if output is None else saver_for(resolved, output, replace=replace)
         chosen: dict[str, Any] = {name: getattr(settings, name) for name in ("objective", "length", "batch", "holdout")}
-        shared: dict[str, Any] = {"tokenizer": settings.tokenizer, "teacher": settings.teacher, "seed": options.seed}
+        shared: dict[str, Any] = {
+            "tokenizer": settings.tokenizer,
+            "teacher": settings.teacher,
+            "column": settings.column,
+            "seed": options.seed,
+        }
         data = TextData.open(model, files, resolved, **chosen, **shared)
         recorded = _recorded(model, data, settings, options)
         changed = {} if resume is None else changed_settings(resume, recorded)
@@ -160,7 +165,7 @@ class TextTraining:
     def train(
         self, *, interrupted: Callable[[], bool], every: int, emit: Callable[[str], None], warn: Callable[[str], None]
     ) -> None:
-        """Train up to the settings' steps, and save: also if a step fails, or if `emit` meets a closed output.
+        """Train up to the settings' steps, and save: also if a step fails, or if `emit` cannot write its line.
 
         interrupted  returns True if the run must end after the current step
         every        number of updates in a line
@@ -169,12 +174,12 @@ class TextTraining:
 
         Raises the error of a step, after the trained weights are saved.
         """
-        failed: TreadleError | BrokenPipeError | None = None
+        failed: TreadleError | OSError | None = None
         since: list[Update] = []
         try:
             if not interrupted():
                 self._update(since, interrupted, every, emit)
-        except (TreadleError, BrokenPipeError) as error:
+        except (TreadleError, OSError) as error:
             failed = error
         if since:
             self.report.lines.append(Update.joined(since))

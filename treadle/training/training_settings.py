@@ -63,6 +63,9 @@ class TrainingSettings:
     tokenizer: str | None = declare(
         None, "Use another model's tokenizer.", flag=Flag("tokenizer", "MODEL", complete="model")
     )
+    column: str | None = declare(
+        None, "Column of CSV and Parquet files with the texts. By default text.", flag=Flag("column", "NAME")
+    )
     holdout: float = declare(
         0.0,
         "Fraction of held-out blocks, whose perplexity is reported before and after.",
