@@ -12,10 +12,8 @@ import typer
 
 from treadle.cli.application import command, print_json, saying
 from treadle.cli.options import AsJson, ModelName, OptionKeywords
+from treadle.interrupted_loading import INTERRUPTED
 from treadle.training.training_settings import TrainingSettings
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, as for every command."""
 
 
 @command("train", takes=["train"], defaults={"backend": "torch"}, settings=[TrainingSettings])
