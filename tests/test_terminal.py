@@ -43,12 +43,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
 
 
-def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
-    """Run Python on a terminal of 80 columns; return the exit code and all output."""
+def on_terminal(*words: str, cwd: Path = ROOT, typed: str | None = None) -> tuple[int, str]:
+    """Run Python on a terminal of 80 columns; return the exit code and all output.
+
+    typed  text typed on the terminal, which is then standard input, too
+    """
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
-    process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs, env=environment(), cwd=cwd)
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdin=None if typed is None else theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+        cwd=cwd,
+    )
     os.close(theirs)
+    os.write(ours, (typed or "").encode())
     said = b""
     while True:
         try:
