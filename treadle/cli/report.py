@@ -54,7 +54,7 @@ def report_command(
     given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:
         raise UsageError(
-            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2"
+            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2 as well"
         )
     chosen = parse_sizes(sizes)
     if "memory" in keywords:

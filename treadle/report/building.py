@@ -322,7 +322,9 @@ def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     plan = report.plan
     program = _rank(plan)
     chosen = choose_sizes(program.graph, {n: size for n, size in sizes.items() if n in program.graph.symbols})
-    compiled = missing("the model was not compiled", "treadle report MODEL --mesh tp=2 -o report.html")
+    compiled = missing(
+        "the model was not compiled", "treadle report MODEL --mesh tp=2 --recipe megatron -o report.html"
+    )
     found: dict[str, Tab] = dict.fromkeys(TABS, compiled)
     found |= {
         "sharding": tab(partial(tabs.sharding_facts, report)),
