@@ -211,6 +211,14 @@ class ModelSource:
         """The ids that end a text, according to a file without settings."""
         return ()
 
+    @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens of a text, according to its files; None if they do not say.
+
+        Rotary positions have no end, but a model was trained on this number of them.
+        """
+        return None
+
     def _refuse_unsupported(self) -> None:
         """Raise CheckpointError for a model that no family reads."""
 
@@ -282,6 +290,10 @@ class _Folder(ModelSource):
     def config(self) -> Mapping[str, Any]:
         return open_checkpoint(self.folder).config
 
+    @property
+    def positions(self) -> int | None:
+        return None if self.converted is not None else config_positions(self.config)
+
     def _refuse_unsupported(self) -> None:
         if self.converted is None:
             self.meaning  # noqa: B018
@@ -323,6 +335,11 @@ class _GGUF(ModelSource):
     @property
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
+
+    @property
+    def positions(self) -> int | None:
+        key = f"{self.file.architecture}.context_length"
+        return self.file.integer(key) if self.file.has(key) else None
 
     def _read(self, options: ReadOptions) -> ReadModel:
         return read_gguf_weights(self.file, *self.meaning, options)
@@ -370,6 +387,15 @@ class _Onnx(ModelSource):
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
 """The argument MODEL of every function that opens one."""
+
+
+def config_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a config.json declares, extended by the factor of its rotary scaling."""
+    most, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        return None
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    return int(most * factor) if isinstance(factor, int | float) and 1 < factor < most else most
 
 
 def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:

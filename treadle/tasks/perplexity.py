@@ -28,7 +28,7 @@ from treadle.continuation import need_for_text
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.types import i64
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
@@ -77,11 +77,15 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityMeter:
-    """A causal language model with its tokenizer, and the same model without quantization, if it is quantized."""
+    """A causal language model with its tokenizer, and the same model without quantization, if it is quantized.
+
+    positions  the maximum number of tokens of a text, according to its files
+    """
 
     model: Compiled
     tokenizer: TextTokenizer
     beside: Compiled | None
+    positions: int | None = None
 
     @classmethod
     def open(cls, program: Program, *, alone: bool = False) -> PerplexityMeter:
@@ -96,7 +100,7 @@ class PerplexityMeter:
         made = _causal(program.compile(), source.label)
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = program.but(quantize=None, dtype=None).compile() if fewer and not alone else None
-        return cls(made, tokenizer, other)
+        return cls(made, tokenizer, other, source.positions)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:
         """Return the first `most` ids of a text. Raises UsageError for a text that is not valid Unicode."""
@@ -111,10 +115,12 @@ class PerplexityMeter:
         Raises UsageError for fewer than two tokens, for a window with fewer than two or more than the model supports,
         and if logits are not finite.
         """
-        positions = token_positions(self.model)
-        if window < 2 or (positions is not None and window > positions):
-            bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
-            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
+        limits = [n for n in (token_positions(self.model), self.positions) if n is not None]
+        if window < 2 or (limits and window > min(limits)):
+            bound = f" and at most {min(limits):,}, the model's maximum" if limits else ""
+            size = min([WINDOW, *limits])
+            hint = Hint(f"window={size}", f"--window {size}")
+            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint=hint)
         if len(ids) < 2:
             raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []

@@ -102,7 +102,8 @@ class TextData:
         taught_by = None if teacher is None else ModelSource.open(teacher)
         if taught_by is not None:
             graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
-        length = _checked_length(graphs, length)
+        sources = [resolved.source, *([] if taught_by is None else [taught_by])]
+        length = _checked_length(graphs, sources, length)
         _check_model(model, resolved.graph, objective)
         opened = _tokenizer(model, resolved, other)
         if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
@@ -130,17 +131,23 @@ def _digest(documents: Sequence[str]) -> str:
     return found.hexdigest()
 
 
-def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
+def _checked_length(graphs: Sequence[Graph], sources: Sequence[ModelSource], length: int | None) -> int:
     """Return the tokens per block. Raises UsageError for more than a model or its teacher supports."""
-    limits = [limit for graph in graphs if (limit := _most_tokens(graph)) is not None]
-    most = min(limits, default=None)
+    found = [(_most_tokens(graph), source.positions) for graph, source in zip(graphs, sources, strict=True)]
+    own, *others = [min([n for n in limits if n is not None], default=None) for limits in found]
+    most = min([n for n in (own, *others) if n is not None], default=None)
     usual = LENGTH if most is None else min(LENGTH, most)
     if length is None:
         return usual
     if length < 2 or (most is not None and length > most):
-        taker = "the teacher" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model"
+        taker = "the teacher" if most != own else "the model"
         bound = "" if most is None else f" and at most {most:,}, the maximum of {taker}"
-        raise UsageError(f"a block has 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
+        hint = usual if length < 2 or most is None else most
+        raise UsageError(
+            f"a block has 2 tokens or more{bound}",
+            received=f"{length:,}",
+            hint=Hint(f"length={hint}", f"--length {hint}"),
+        )
     return length
 
 

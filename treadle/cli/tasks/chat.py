@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from treadle.program.program import Program
 
 _NEW, _HELP, _QUIT = "/new", "/help", "/quit"
+_MOST = 512  # tokens of a reply
 _COMMANDS = {_NEW: "start a new conversation", _HELP: "list the commands", _QUIT: "end the program"}
 _OTHER_NAMES = {"/bye": _QUIT, "/exit": _QUIT}
 
@@ -27,7 +28,7 @@ def talk_with_model(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     most: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of a reply.", min=1)
-    ] = 512,
+    ] = _MOST,
     context: Annotated[
         int | None,
         typer.Option(
@@ -69,6 +70,9 @@ def talk_with_model(
     need_for_text(program.model, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
+        if most != _MOST:  # the default applies to models with fewer positions, too
+            writer.check_count(most, "most", "--tokens")
+        writer.check_count(context or 0, "capacity", "--context")
         talk = Conversation.open(writer, system=system, capacity=context)
     asked = writer.asked.but(repetition_penalty=repetition_penalty)
     if asked.options and not as_json:
