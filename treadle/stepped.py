@@ -17,7 +17,7 @@ from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.files.shown_names import printable
-from treadle.frontends.rotary import LongRope
+from treadle.frontends.rotary import Dynamic, LongRope
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
@@ -106,8 +106,8 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     """Compile the step of the model that MODEL names, which must have weights. Raises as `compile` does; PassError for
     no step.
 
-    A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
-    `longest` is given.
+    A model whose rotary frequencies change for texts beyond a context (`Dynamic`, `LongRope`) is compiled up to this
+    context, unless `longest` is given.
 
     options  as in `treadle.compile`, and `cache`, the dtype of its caches
     """
@@ -116,7 +116,7 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     resolved = chosen.resolve(source)
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")
-    if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
+    if isinstance(scaling, Dynamic | LongRope) and known.get("longest", 0) is None:
         resolved = chosen.resolve(source, longest=scaling.context)
     if chosen.arrays is None and resolved.weights is None:
         raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
