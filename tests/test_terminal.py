@@ -226,6 +226,7 @@ with downloading("fetching it", 1000, shown="--json" not in sys.argv) as progres
 with working("telling", shown="--json" not in sys.argv) as tell:
     time.sleep(0.8)
     tell("a line")
+    tell.describe("step 3 of [9]")
     time.sleep(0.3)
 with working("never seen"):
     pass
@@ -237,6 +238,7 @@ def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
     code, said = on_terminal("-c", SLOW)
     assert code == 0
     assert "thinking hard" in said
+    assert "step 3 of [9]" in said
     assert "0.5/1.0 kB" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
     assert "never seen" not in said
     assert [row for row in seen(said) if row.strip()] == ["a line", "done"]

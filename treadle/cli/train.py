@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -104,8 +102,9 @@ def train_model(
 
     with noting_interrupts("ending after this step; Ctrl-C again ends at once") as interrupted:
         run.report.before = held_out()
-        with _telling(f"training {model}", as_json) as tell:
-            run.train(interrupted=interrupted, every=every, emit=tell, warn=_say)
+        with working(f"training {model}", shown=not as_json) as line:
+            emit = (lambda text: None) if as_json else line
+            run.train(interrupted=interrupted, every=every, emit=emit, warn=_say, describe=line.describe)
         run.report.after = held_out()
     if as_json:
         print_json(run.report.facts())
@@ -120,12 +119,3 @@ def _say(text: str) -> None:
     """Write a line to standard error, even if its reader has left."""
     with saying():
         sys.stderr.write(f"{text}\n")
-
-
-def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """Yield a function that prints lines while the block runs; it prints nothing with --json."""
-    from contextlib import nullcontext
-
-    from treadle.progress import working
-
-    return nullcontext(lambda line: None) if as_json else working(what)

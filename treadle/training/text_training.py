@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS
-from treadle.training.run_report import RunReport, line_text
+from treadle.training.run_report import RECENT, RunReport, line_text, live_text
 from treadle.training.run_settings import changed_settings, collect_settings
 from treadle.training.saving import Saver, saver_for
 from treadle.training.states import FORMAT, check_state_file
@@ -163,7 +164,13 @@ class TextTraining:
         return math.ceil(len(self.data.heldout) / self.settings.batch)
 
     def train(
-        self, *, interrupted: Callable[[], bool], every: int, emit: Callable[[str], None], warn: Callable[[str], None]
+        self,
+        *,
+        interrupted: Callable[[], bool],
+        every: int,
+        emit: Callable[[str], None],
+        warn: Callable[[str], None],
+        describe: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Train up to the settings' steps, and save: also if a step fails, or if `emit` cannot write its line.
 
@@ -171,6 +178,7 @@ class TextTraining:
         every        number of updates in a line
         emit         called with each line
         warn         called with lines about files and further errors, before an error is raised
+        describe     called after each update with the state of the run
 
         Raises the error of a step, after the trained weights are saved.
         """
@@ -178,7 +186,7 @@ class TextTraining:
         since: list[Update] = []
         try:
             if not interrupted():
-                self._update(since, interrupted, every, emit)
+                self._update(since, interrupted, every, emit, describe)
         except (TreadleError, OSError) as error:
             failed = error
         if since:
@@ -199,14 +207,22 @@ class TextTraining:
             raise failed
 
     def _update(
-        self, since: list[Update], interrupted: Callable[[], bool], every: int, emit: Callable[[str], None]
+        self,
+        since: list[Update],
+        interrupted: Callable[[], bool],
+        every: int,
+        emit: Callable[[str], None],
+        describe: Callable[[str], None],
     ) -> None:
         """Run the updates; `since` holds those after the last line."""
         steps = self.settings.steps
+        recent: deque[Update] = deque(maxlen=RECENT)
         for update in updates(
             self.trainer, self.data, steps=steps, accumulate=self.settings.gradient_accumulation_steps
         ):
             since.append(update)
+            recent.append(update)
+            describe(live_text(recent, steps))
             ends = interrupted() or update.step == steps
             if ends or update.step % every == 0:
                 self.report.lines.append(Update.joined(since))
