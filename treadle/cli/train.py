@@ -116,6 +116,6 @@ def train_model(
 
 
 def _say(text: str) -> None:
-    """Write a line to standard error, even if its reader has left."""
+    """Write a line to standard error. If its reader has closed the pipe, the line is lost."""
     with saying():
         sys.stderr.write(f"{text}\n")

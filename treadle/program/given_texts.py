@@ -1,4 +1,4 @@
-"""Texts on the command line, read once: sentences and files.
+"""Texts given on the command line, as arguments or in a file, which is read once.
 
 A text file is one document, or one sentence per line. Each row of a table (`treadle.program.text_files`) is one
 document or sentence.

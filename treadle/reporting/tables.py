@@ -1,4 +1,4 @@
-"""Tables and rows of items, as wide as the terminal or the pipe that they are printed to."""
+"""Tables, and rows of items, as wide as the terminal or the pipe that they are printed to."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _PIPED_WIDTH = 120
 
 
 class _Plain(Console):
-    """A console that leaves a broken pipe to its caller."""
+    """A console that passes BrokenPipeError on to its caller."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console for tables: as wide as the terminal, in colors only there."""
+    """Return a console for tables. It is as wide as the terminal, and uses colors only in a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return _Plain(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 @dataclass(frozen=True)
 class Items:
-    """Texts in a row, separated by commas; lines are broken only between two of them.
+    """Strings in a row, separated by commas. Lines are broken only between two of them.
 
     separator  the text between two of them; its spaces are left out at the end of a line
     """
@@ -63,7 +63,7 @@ def phrases(text: str) -> Items:
 
 
 def plain_table(*columns: str, numbers: set[str]) -> Table:
-    """Return an empty table of these columns, with those in `numbers` aligned to the right.
+    """Return an empty table with these columns. Columns in `numbers` are aligned to the right.
 
     On a narrow terminal, columns are closer together, so that fewer cells are broken.
     """

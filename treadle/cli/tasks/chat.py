@@ -66,7 +66,7 @@ def talk_with_model(
     from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
-    FolderRules().but(repetition_penalty=repetition_penalty)  # a wrong value is refused before compiling
+    FolderRules().but(repetition_penalty=repetition_penalty)  # refuse a wrong value before compiling
     need_for_text(program.model, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
