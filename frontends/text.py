@@ -300,7 +300,7 @@ class _Vocabulary:
         if not place.has(_FILE):
             older = [name for name in _OLDER if place.has(name)]
             settings = read_tokenizer_settings(place, limit_bytes)
-            made = older and _guarded(
+            made: Any = older and _guarded(
                 lambda: (
                     build_older_tokenizer(place, settings, limit_bytes)
                     or build_sentencepiece_tokenizer(place, settings, limit_bytes)

@@ -74,7 +74,7 @@ def test_more_tokens_than_positions_are_refused_with_the_maximum(name: str, fold
 
 
 def test_defaults_apply_to_small_models(folder: Path) -> None:
-    """By default, 32 tokens are added, and a reply has up to 512."""
+    """The defaults are 32 tokens for a text, and 512 for a reply."""
     run = CliRunner()
     said = run.invoke(app, ["generate", str(folder), "the cat", "--json"])
     assert json.loads(said.stdout)["texts"][0]["ending"] in ("context", "end")

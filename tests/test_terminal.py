@@ -273,10 +273,10 @@ with working("thinking hard", shown="--json" not in sys.argv):
 with downloading("fetching it", 1000, shown="--json" not in sys.argv) as progress:
     progress(500)
     time.sleep(0.3)
-with working("telling", shown="--json" not in sys.argv) as tell:
+with working("printing", shown="--json" not in sys.argv) as line:
     time.sleep(0.8)
-    tell("a line")
-    tell.describe("step 3 of [9]")
+    line("a line")
+    line.describe("step 3 of [9]")
     time.sleep(0.3)
 with working("never seen"):
     pass

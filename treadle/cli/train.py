@@ -102,9 +102,9 @@ def train_model(
 
     with noting_interrupts("ending after this step; Ctrl-C again ends at once") as interrupted:
         run.report.before = held_out()
-        with working(f"training {model}", shown=not as_json) as line:
-            emit = (lambda text: None) if as_json else line
-            run.train(interrupted=interrupted, every=every, emit=emit, warn=_say, describe=line.describe)
+        with working(f"training {model}", shown=not as_json) as work:
+            emit = (lambda text: None) if as_json else work
+            run.train(interrupted=interrupted, every=every, emit=emit, warn=_say, describe=work.describe)
         run.report.after = held_out()
     if as_json:
         print_json(run.report.facts())
