@@ -50,6 +50,24 @@ def test_a_tour(chromium: Any, tmp_path: Path, case: str) -> None:
     tour(chromium, CASES[case]().save(tmp_path / f"{case}.html"), accessible=case == "bert")
 
 
+def test_errors_of_encodings_are_columns(chromium: Any, tmp_path: Path) -> None:
+    sizes = TINY["llama"]
+    plain = {name: size for name, size in sizes.items() if name != "quantize"}
+    originals = dict(t.compile("llama", backend="numpy", **plain).weights)
+    exe = t.compile("llama", backend="numpy", weights=originals, **sizes)
+    opened = Opened(chromium, exe.report(originals=originals).save(tmp_path / "measured.html"))
+    shown = opened.tab("weights")
+    assert "largest error" in shown
+    assert re.search(r"int4_groups.*[0-9.]+%.*[0-9.]+%", shown.replace("\n", " "))
+    assert "relative to the root mean square" in shown
+    opened.close()
+    opened = Opened(chromium, exe.report().save(tmp_path / "unmeasured.html"))
+    shown = opened.tab("weights")
+    assert "largest error" not in shown
+    assert "Errors of the encodings were not measured" in shown
+    opened.close()
+
+
 def test_hostile_names_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:
     @t.model
     def hostile(x: t.f32["B 4"]):

@@ -102,6 +102,7 @@ class Subject:
     executable  the backend's executable, for its code; None if no code was generated
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
+    originals   the weights of a checkpoint, before any is encoded; None if they are not at hand
     """
 
     name: str
@@ -111,6 +112,7 @@ class Subject:
     executable: object = None
     unused: Sequence[str] = ()
     unread: Sequence[str] = ()
+    originals: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @staticmethod
     def of(model: Compiled) -> Subject:
@@ -120,7 +122,7 @@ class Subject:
 
 
 def lowered_subject(model: AnyModel, **options: Any) -> Subject:
-    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn.
+    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn here.
 
     options  as in `treadle.compile`
 
@@ -137,7 +139,8 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
         optimized = replace(optimized, lowered=lowered)
         if parameter_bytes(optimized.graph) <= MOST_ZEROS:
             executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
-    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread)
+    given = asked.arrays if asked.arrays is not None else resolved.weights
+    return Subject(resolved.name, optimized, backend, where, executable, resolved.unused, resolved.unread, given)
 
 
 MOST_ZEROS = 1 << 30
@@ -160,6 +163,7 @@ def report_of(
     profile: int = 0,
     seed: int = 0,
     command: str | None = None,
+    originals: Mapping[str, Any] | None = None,
 ) -> Report:
     """Return the report on a model, on a decoding step, or on a sharding plan.
 
@@ -168,6 +172,8 @@ def report_of(
     cache     the dtype of the caches of the derived step
     profile   number of timed runs, on inputs drawn from `seed`, of a compiled model on TVM; 0: nothing is run
     command   the command line without its options; tabs without data show it with the option that would add the data
+    originals  the weights of a quantized model before quantization, by name: the relative RMS error of each encoding is
+               measured against them
 
     Raises UsageError for sizes outside their bounds, and for a profile of any other model.
     """
@@ -176,6 +182,7 @@ def report_of(
     if isinstance(model, ShardingPlan):
         return _of_plan(sharding_report(model, {}), sizes or model.sizes)
     subject = Subject.of(model) if isinstance(model, Compiled) else model
+    subject = subject if originals is None else replace(subject, originals=originals)
     collected = _Collected(subject, sizes or {}, sharding, cache, command)
     if profile:
         collected.profile(model, profile, seed)
@@ -208,7 +215,7 @@ class _Collected:
             "overview": tab(self._overview),
             "fusion": self._fusion(),
             "memory": tab(self._memory),
-            "weights": tab(partial(tabs.weight_facts, model.optimized.graph, model.optimized.stages)),
+            "weights": tab(self._weights),
             "storage": tab(partial(tabs.storage_facts, program)) if program.last.plan is not None else self._no_plan(),
             "sharding": missing("no mesh was given", f"{self.command} --mesh tp=2 --recipe megatron"),
             "step": tab(partial(self._step, programs)),
@@ -224,6 +231,9 @@ class _Collected:
     def _overview(self) -> dict[str, Any]:
         facts = tabs.overview(self.program, self.model.target, self.sizes)
         return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
+
+    def _weights(self) -> dict[str, Any]:
+        return tabs.weight_facts(self.model.optimized.graph, self.model.optimized.stages, self.model.originals)
 
     def _fusion(self) -> Tab:
         if any(stage.name == OPTIMIZED for stage in self.program.stages):

@@ -137,21 +137,25 @@ Tabs.weights = (app, data) => {
   const forms = new Map();
   for (const each of data.weights) {
     const key = each.encoding || `plain, ${each.bits} bits`;
-    const found = forms.get(key) || { key, count: 0, bytes: 0 };
+    const found = forms.get(key) || { key, count: 0, bytes: 0, error: null };
     found.count += 1;
+    if (each.error !== null) found.error = Math.max(found.error ?? 0, each.error);
     found.bytes += each.bytes;
     forms.set(key, found);
   }
+  const errors = (name) => (data.measured ? [{ name, of: (each) => (each.error === null ? "" : `${(100 * each.error).toPrecision(3)}%`), sort: (each) => each.error ?? -1, number: true }] : []);
+  const why = data.weights.some((each) => each.encoding) && !data.measured ? T.el("p", { class: "note" }, "Errors of the encodings were not measured: the weights before quantization were not at hand. treadle report FOLDER --quantize ... reads them.") : null;
   return [
     T.el("h2", {}, "Weights"), T.el("p", { class: "big" }, `${T.human(data.bytes, "B")} in ${T.plural(data.weights.length, "weight")}`),
-    T.table([{ name: "encoding", of: (f) => f.key }, { name: "weights", of: (f) => T.count(f.count), sort: (f) => f.count, number: true }, { name: "bytes", of: (f) => T.human(f.bytes, "B"), sort: (f) => f.bytes, number: true }, { name: "share", of: (f) => T.share(f.bytes, data.bytes), number: true }],
+    T.table([{ name: "encoding", of: (f) => f.key }, { name: "weights", of: (f) => T.count(f.count), sort: (f) => f.count, number: true }, { name: "bytes", of: (f) => T.human(f.bytes, "B"), sort: (f) => f.bytes, number: true }, { name: "share", of: (f) => T.share(f.bytes, data.bytes), number: true }, ...errors("largest error")],
       [...forms.values()].sort((a, b) => b.bytes - a.bytes), { caption: "Bytes by encoding" }),
     T.el("h3", {}, "Every weight, the largest first"),
     T.table([
       { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "type", of: (w) => w.type, code: true }, { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
-      { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true },
+      { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true }, ...errors("error"),
     ], data.weights, { caption: "Every weight, the largest first" }),
     T.el("h3", {}, "Quantization"),
+    data.measured ? T.el("p", { class: "note" }, "An error is the root mean square of the difference between the decoded weight and the original one, relative to the root mean square of the original one.") : why,
     data.notes.length ? T.el("pre", { class: "code", tabindex: "0" }, data.notes.join("\n")) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
   ];
 };
