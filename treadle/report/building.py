@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ from treadle.sharding.plans import rank_optimized
 from treadle.stepped import SteppedModel
 
 TABS = {
+    "diff": "Differences",
     "overview": "Overview",
     "fusion": "Fusion",
     "memory": "Memory",
@@ -226,7 +228,7 @@ class _Collected:
         if self.sharding is not None:
             found["sharding"] = tab(partial(tabs.sharding_facts, self.sharding))
             programs.append(_rank(self.sharding.plan))
-        return _report(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
+        return report_of_programs(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
 
     def _overview(self) -> dict[str, Any]:
         facts = tabs.overview(self.program, self.model.target, self.sizes)
@@ -321,7 +323,7 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
         "log": tab(partial(tabs.log_facts, program)),
     }
     others = dict.fromkeys(("fusion", "sharding", "roofline", "profile"), no_source)
-    return _report(model.name, model.backend, str(target), chosen, [program], found | others, {})
+    return report_of_programs(model.name, model.backend, str(target), chosen, [program], found | others)
 
 
 def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
@@ -331,24 +333,24 @@ def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     compiled = missing(
         "the model was not compiled", "treadle report MODEL --mesh tp=2 --recipe megatron -o report.html"
     )
-    found: dict[str, Tab] = dict.fromkeys(TABS, compiled)
+    found: dict[str, Tab] = dict.fromkeys([key for key in TABS if key != "diff"], compiled)
     found |= {
         "sharding": tab(partial(tabs.sharding_facts, report)),
         "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
         "log": tab(partial(tabs.log_facts, program)),
     }
-    return _report(report.name, "", report.device, chosen, [program], found, {})
+    return report_of_programs(report.name, "", report.device, chosen, [program], found)
 
 
-def _report(
+def report_of_programs(
     name: str,
     backend: str,
     target: str,
     sizes: Mapping[str, int],
-    programs: list[ReportProgram],
+    programs: Sequence[ReportProgram],
     sections_by_key: Mapping[str, Tab],
-    times: Mapping[Node, float],
+    times: Mapping[Node, float] = MappingProxyType({}),
 ) -> Report:
     """Build the report from its parts. Operations and bytes of a program are evaluated at the sizes of that program."""
     sections: dict[str, Any] = {

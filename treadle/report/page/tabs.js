@@ -4,18 +4,42 @@
 const Tabs = { held: new Map() };
 
 /** Return the elements of a tab with its own section, or the reason why it has no data. */
-Tabs.of = async (app, name) => {
+Tabs.of = async (app, name, more) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
   if (found.error) return [T.el("p", { class: "error" }, found.error.split("\n")[0]), T.el("pre", { class: "code", tabindex: "0" }, found.error)];
   if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code", tabindex: "0" }, found.command)];
-  return Tabs[name](app, found.data).filter(Boolean);
+  return Tabs[name](app, found.data, more).filter(Boolean);
 };
 
 Tabs.link = (app, number, text, stage) => (number === null || number === undefined ? text : Details.op(app, number, text, stage));
 Tabs.last = (app) => app.model.passes.length - 1;
 
 Tabs.ports = (ports, most = 12) => ports.slice(0, most).map((p) => `${p.name}: ${p.dtype}[${p.axes.join(", ")}]`).join(", ") + (ports.length > most ? ` and ${ports.length - most} more` : "");
+
+/** The differences of two builds. `chosen` is an op of the second graph without a counterpart. */
+Tabs.diff = (app, data, chosen) => {
+  const names = app.head.programs;
+  const known = Object.entries(data.quantities).filter(([, each]) => each.b !== null && each.b !== undefined);
+  const side = (at) => {
+    const model = app.models[at];
+    const stage = model ? model.passes.length - 1 : 0;
+    const rows = model ? data.only[at].map((number) => model.light(number, stage)).filter(Boolean) : [];
+    const pick = (row) => (at === app.state.program ? app.go({ number: row.number, stage }) : app.pickOther(row.number));
+    return rows.length ? [T.el("h3", {}, `Only in ${T.shown(names[at], 60)}`), T.table([
+      { name: "op", of: (row) => T.el("button", { type: "button", class: "link", onclick: () => pick(row) }, row.op), sort: (row) => row.op }, { name: "type", of: (row) => row.type, code: true }, { name: "scope", of: (row) => row.scope, sort: (row) => row.scope }, { name: "line", of: (row) => row.line },
+    ], rows, { caption: `Ops that are only in ${names[at]}` })] : [];
+  };
+  return [
+    T.el("h2", {}, "Differences"),
+    chosen ? T.el("p", { class: "big" }, `${chosen.op} ${chosen.scope || chosen.name} is only in ${T.shown(names[1 - app.state.program], 60)}: ${chosen.type}  ${chosen.line}`) : null,
+    data.related && data.differs ? null : T.el("p", {}, data.text[0]),
+    T.el("p", { class: "note" }, "An op that is selected in one graph is selected in the other, too, with the ops that compute the same there."),
+    T.table([{ name: "quantity", of: ([name]) => name }, { name: "a", of: ([, each]) => T.count(each.a ?? ""), number: true }, { name: "b", of: ([, each]) => T.count(each.b), number: true }, { name: "meaning", of: ([name]) => data.about[name] }], known, { caption: "Quantities of both builds" }),
+    ...side(0), ...side(1),
+    T.el("h3", {}, "As text"), T.el("pre", { class: "code", tabindex: "0" }, data.text.join("\n")),
+  ];
+};
 
 Tabs.overview = (app, data) => {
   const ops = Object.entries(data.ops);
