@@ -24,18 +24,20 @@ Place = Sequence[Any]
 """A function, and the position of a node there."""
 
 
-def comparison_report(found: BuildComparison) -> Report:
+def comparison_report(comparison: BuildComparison) -> Report:
     """Return the report on a comparison."""
-    programs = [_program(f"{side}: {build.name}", build) for side, build in (("a", found.a), ("b", found.b))]
-    sections = {"diff": tab(partial(diff_facts, found, programs))}
+    programs = [_program(f"{side}: {build.name}", build) for side, build in (("a", comparison.a), ("b", comparison.b))]
+    sections = {"diff": tab(partial(diff_facts, comparison, programs))}
     sections["log"] = tab(partial(tabs.log_facts, programs[0]))
-    name = f"{found.a.name} and {found.b.name}"
-    return report_of_programs(name, found.b.backend, str(found.b.target), found.sizes, programs, sections)
+    name = f"{comparison.a.name} and {comparison.b.name}"
+    return report_of_programs(
+        name, comparison.b.backend, str(comparison.b.target), comparison.sizes, programs, sections
+    )
 
 
-def diff_facts(found: BuildComparison, programs: Sequence[ReportProgram]) -> dict[str, Any]:
+def diff_facts(comparison: BuildComparison, programs: Sequence[ReportProgram]) -> dict[str, Any]:
     """Return the comparison, with the numbers of the ops that correspond, and of those that only one build has."""
-    facts = found.as_dict()
+    facts = comparison.as_dict()
     numbers = [each.stages[-1].numbers for each in programs]
 
     def of(side: int, places: Sequence[Place]) -> list[int]:
@@ -45,7 +47,7 @@ def diff_facts(found: BuildComparison, programs: Sequence[ReportProgram]) -> dic
     facts["pairs"] = [[of(0, match["a"]), of(1, match["b"]), match["by"]] for match in matches]
     facts["only"] = [sorted(set(of(side, unmatched[name]))) for side, name in enumerate("ab")]
     facts["about"] = dict(QUANTITIES)
-    facts["text"] = str(found).splitlines()
+    facts["text"] = str(comparison).splitlines()
     return facts
 
 
