@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import treadle as t
-from tests.report_tour import Opened, browser, needs_browser, tour
+from tests.report_tour import Opened, browser, needs_browser, serious_faults, tour
 from tests.test_report import HOSTILE, small
 from treadle.comparing.builds import open_build
 from treadle.comparing.differences import compare
@@ -96,6 +96,21 @@ def test_two_builds_have_one_selection(chromium: Any, tmp_path: Path) -> None:
     opened.page.wait_for_function("document.querySelectorAll('.graphs h2')[0].textContent === 'b: other'")
     opened.js(f"app.go({{ number: {others[0]} }})")
     assert opened.js("[...app.other.selected.numbers]") == [number]
+    opened.close()
+
+
+def test_the_page_of_two_builds_is_narrow_and_accessible(chromium: Any, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"layers": 2, "dim": 32, "heads": 2, "vocab": 64}
+    comparison = compare(open_build("gpt2", **sizes), open_build("gpt2", quantize="int8-weights", **sizes))
+    opened = Opened(chromium, comparison_report(comparison).save(tmp_path / "diff.html"))
+    for name in opened.js("app.tabs.map(([name]) => name)"):
+        opened.tab(name)
+    opened.tab("diff")
+    assert serious_faults(opened.page) == []
+    opened.page.set_viewport_size({"width": 400, "height": 800})
+    for name in ("diff", "selected", "log"):
+        opened.tab(name)
+        assert opened.js("document.scrollingElement.scrollWidth") <= 400, name
     opened.close()
 
 
