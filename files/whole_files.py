@@ -1,9 +1,10 @@
 """Files that are written completely or not at all: written under a temporary name in the same folder, synced, and
-renamed.
+renamed. Errors of writing, with the reason: a full disk, or another one.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -14,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from treadle.files.errors import UsageError
+from treadle.files.shown_names import shown_path
 
 if sys.platform != "win32":
     import fcntl
@@ -28,8 +32,9 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A context with an open file, which replaces the target when the block ends, and is deleted if the block fails.
 
     Every reader of the target sees either the old bytes or the new ones. Temporary files of writers that were killed
-    are deleted first. Raises OSError if the folder cannot be written.
+    are deleted first. Raises OSError if the folder cannot be written, and for a path that cannot be a file's.
     """
+    _refuse_name(target)
     _sweep_dead(target)
     staged, file = _open_staged(target)
     try:
@@ -53,15 +58,52 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             os.close(folder)
 
 
+FULL = {errno.ENOSPC: "the disk is full"}
+"""Error numbers of a disk without space for a write, with descriptions."""
+if sys.platform != "win32":
+    FULL[errno.EDQUOT] = "the disk quota is used up"
+
+
+@contextmanager
+def reporting_failed_writes(
+    what: str, path: str | os.PathLike[str], *, hint: str | None = None, elsewhere: str = "another disk"
+) -> Iterator[None]:
+    """A context that raises UsageError if its block fails to write.
+
+    what       the subject of the error: "the weights"
+    path       the file or folder that is written
+    hint       what to do, unless the disk is full
+    elsewhere  another place, if it is
+    """
+    try:
+        yield
+    except OSError as error:
+        full, reason = FULL.get(error.errno or 0), error.strerror or str(error)
+        raise UsageError(
+            f"{what} cannot be written" if full is None else f"{full}: {what} cannot be written",
+            received=reason,
+            within=shown_path(path),
+            hint=hint if full is None else f"free space there, or {elsewhere}",
+        ) from error
+
+
 def check_writable(target: Path) -> None:
     """Raise OSError if `replacing` cannot write the target. This is tested by creating and deleting a
     temporary file.
     """
+    _refuse_name(target)
     with suppress(FileNotFoundError):
         os.lstat(target)
     staged, file = _open_staged(target)
     file.close()
     staged.unlink()
+
+
+def _refuse_name(target: Path) -> None:
+    """Raise OSError for paths for which Python raises ValueError."""
+    if not target.name or "\0" in str(target):
+        reason = "a null character in the path" if target.name else "the path has no file name"
+        raise OSError(errno.EINVAL, reason, str(target))
 
 
 def _open_staged(target: Path) -> tuple[Path, IO[bytes]]:

@@ -68,6 +68,10 @@ def trace() -> Trace:
     return found
 
 
+MOST_REPETITIONS = 10_000
+"""The maximum number of repetitions of a stack: the time of tracing and of compiling is proportional to it."""
+
+
 # -- inside a model --------------------------------------------------------------------------------------------
 
 
@@ -75,7 +79,8 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
     """Repeat a block under the scopes h.0, h.1, ...: `for i in t.stack("h", 12):`
 
     Repetitions with the same structure become one function of the graph. If `shared`, all repetitions use the single
-    scope h, and so have the same parameters.
+    scope h, and so have the same parameters. Raises FrontendError for a count that is not an integer from 0 to
+    MOST_REPETITIONS.
     """
     tracing = trace()
     source = user_line()
@@ -86,6 +91,13 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
             received=str(count) if isinstance(count, Size | Expr) else repr(count),
             source=describe_source(source, tracing.scope),
             hint="an integer that is known while the model is traced, such as an option of the configuration",
+        )
+    if fixed > MOST_REPETITIONS:
+        raise FrontendError(
+            f"stack {name!r} has more than {MOST_REPETITIONS:,} repetitions, each of which is traced",
+            received=f"{fixed:,}",
+            source=describe_source(source, tracing.scope),
+            hint="fewer repetitions of a larger block",
         )
     before, declared = dict(tracing.declared), dict(tracing.declared)
     for i in range(fixed):

@@ -78,7 +78,8 @@ class Dynamic:
     """A base that grows with the sequence's length past the context: Hugging Face's "dynamic" (NTK)
 
     base' = base (factor length / context - factor + 1) ** (dims / (dims - 2)) for length > context. The graph computes
-    the frequencies from the length, so each call has its own frequencies. Such a model has no step.
+    the frequencies from the length, so each call has its own frequencies, and such a model has no step. If the sequence
+    is bounded by the context, the frequencies are constants, and the model has a step.
     """
 
     factor: float
@@ -155,6 +156,8 @@ def rotary_frequencies(
     frequencies = base**exponents
     if isinstance(scaling, LongRope):
         return _chosen(frequencies, scaling, length)
+    if isinstance(scaling, Dynamic) and length is not None and _within(length, scaling.context):
+        scaling = None
     if not isinstance(scaling, Dynamic):
         return b.constant((frequencies if scaling is None else scaling.apply(frequencies)).astype(np.float32), f32)
     if length is None or dims == 2:
@@ -176,15 +179,18 @@ def _chosen(frequencies: Frequencies, scaling: LongRope, length: SizeLike | None
         b.constant(Divided(factors).apply(frequencies).astype(np.float32), f32)
         for factors in (scaling.short, scaling.long)
     )
-    size = Size.of(length)
-    symbol = size.as_symbol
-    most = size.constant if symbol is None else b.graph.symbols[symbol].upper
-    if most is not None and most <= scaling.context:
+    if _within(length, scaling.context):
         return short
-    is_long = b.greater(b.size(value=size), scaling.context)
+    is_long = b.greater(b.size(value=Size.of(length)), scaling.context)
     made = b.where(is_long, long, short, name="frequencies")
     assert isinstance(made, Tensor)
     return made
+
+
+def _within(length: SizeLike, context: int) -> bool:
+    """Return True if a sequence can be no longer than the context."""
+    upper = Size.of(length).bounds(trace().graph.symbols).upper
+    return upper is not None and upper <= context
 
 
 def temperature_of(scaling: Scaling | None) -> float:

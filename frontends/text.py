@@ -25,7 +25,7 @@ from treadle.files.contained_files import PathLike
 from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
-from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer
+from treadle.frontends.vocabularies.older_vocabularies import build_older_tokenizer, kind_names
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import FILES as _SENTENCEPIECE
 from treadle.frontends.vocabularies.sentencepiece_vocabularies import build_sentencepiece_tokenizer
 from treadle.frontends.vocabularies.special_tokens import read_special_tokens, read_tokenizer_settings
@@ -41,6 +41,9 @@ _TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json",
 TOKENIZER_FILES = (*_TEXT_FILES, *_OLDER, "merges.txt")
 """The files of a tokenizer and its chat template in all forms."""
 
+_UNREAD = ("source.spm", "target.spm")
+_UNCONVERTED = {"marian", "m2m_100", "m2m100", "fsmt"}
+"""Kinds, as `kind_names` returns them, whose tokenizers transformers cannot convert to tokenizer.json."""
 _INPUT_NAMES = ("input_ids", "attention_mask")
 _FILE_BYTES = 64 << 20  # the largest of known models is 33 MB
 _UNLIMITED = 1 << 31  # files say 10^30 for no limit
@@ -314,10 +317,10 @@ class _Vocabulary:
         import tokenizers
 
         shown = place.show(_FILE)
-        older = [name for name in _OLDER if place.has(name)]
-        if older and not place.has(_FILE):
+        if not place.has(_FILE):
+            older = [name for name in _OLDER if place.has(name)]
             settings = read_tokenizer_settings(place, limit_bytes)
-            made = _guarded(
+            made: Any = older and _guarded(
                 lambda: (
                     build_older_tokenizer(place, settings, limit_bytes)
                     or build_sentencepiece_tokenizer(place, settings, limit_bytes)
@@ -325,14 +328,12 @@ class _Vocabulary:
                 "the vocabulary is damaged",
                 place.show(older[0]),
             )
-            if made is None:
+            if not made:
                 raise CheckpointError(
                     f"the folder has no {_FILE}, which holds the vocabulary and how text is tokenized",
-                    received=", ".join(older),
+                    received=", ".join(each for each in (*older, *_UNREAD) if place.has(each)) or "no vocabulary",
                     within=place.shown,
-                    hint="create it with transformers, in Python:\n"
-                    f"from transformers import AutoTokenizer\n"
-                    f"AutoTokenizer.from_pretrained({place.shown!r}).save_pretrained({place.shown!r})",
+                    hint=_way_to_get(place, settings, bool(older)),
                 )
         else:
             data = place.read(_FILE, limit_bytes, "limit_bytes=")
@@ -344,6 +345,20 @@ class _Vocabulary:
         made = copy.deepcopy(self._tokenizer) if self._taken else self._tokenizer
         self._taken = True
         return made, self._truncation
+
+
+def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], has_vocabulary: bool) -> str:
+    """Return a hint on how to get a folder's tokenizer.json."""
+    if set(kind_names(place, settings)[:1]) & _UNCONVERTED:
+        return (
+            f"put a {_FILE} of the same model there, such as its ONNX export has: transformers tokenizes this kind in "
+            "Python, and cannot write one"
+        )
+    name = place.shown if has_vocabulary else "NAME OF THE MODEL"
+    return (
+        "create it with transformers, in Python:\nfrom transformers import AutoTokenizer\n"
+        f"AutoTokenizer.from_pretrained({name!r}).save_pretrained({place.shown!r})"
+    )
 
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:

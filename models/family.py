@@ -14,6 +14,7 @@ from typing import Any
 from treadle.files.shown_names import printable
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.declarations import Model
+from treadle.frontends.dsl import MOST_REPETITIONS
 from treadle.ir.errors import CheckpointError
 from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig
@@ -27,7 +28,6 @@ or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
 """The end of a hint: other ways to import a model that no family of the zoo supports."""
 
 _LARGEST = 2**31 - 1
-MOST_LAYERS = 10_000  # tracing time is proportional to their number
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def read_int(config: Config, name: str, default: int | None = None, *, least: in
 
 def read_layers(config: Config, name: str, default: int | None = None) -> int:
     """Return a number of layers: a positive integer, which is limited because each layer is traced."""
-    return read_int(config, name, default, most=MOST_LAYERS)
+    return read_int(config, name, default, most=MOST_REPETITIONS)
 
 
 def read_float(config: Config, name: str, default: float) -> float:

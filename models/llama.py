@@ -81,8 +81,8 @@ def llama(
     softcap            scores become c tanh(scores / c)
     embedding_scale    factor of embeddings; residual_scale, of a layer's residual terms; logit_scale, of logits
     logit_softcap      logits become c tanh(logits / c)
-    longest            maximum number of tokens of a text; None: no limit. Up to the context of `LongRope` the model
-                       has a step
+    longest            maximum number of tokens of a text; None: no limit. Up to the context of `Dynamic` and
+                       `LongRope` scaling the model has a step
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")

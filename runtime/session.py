@@ -111,13 +111,20 @@ class Session:
                 hint="one of " + ", ".join(wanted) if wanted else "memory is not needed",
             )
         for name, symbol in wanted.items():
-            most = memory.get(name, self.derived.graph.symbols.get(symbol, Bounds()).upper)
+            upper = self.derived.graph.symbols.get(symbol, Bounds()).upper
+            most = memory.get(name, upper)
             if most is None:
                 raise UsageError(
                     f"each row keeps values along {name}, whose maximum size is missing",
                     hint=f"memory={{{name!r}: 512}}",
                 )
             sizes[symbol] = _positive(name, most)
+            if upper is not None and sizes[symbol] > upper:
+                raise UsageError(
+                    f"a row keeps at most {upper:,} values along {name}",
+                    received=f"memory={{{name!r}: {most}}}",
+                    hint=f"memory={{{name!r}: {upper}}}, or no memory=",
+                )
 
     # -- rows --------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ pytest.importorskip("tokenizers")
 
 import treadle as t
 from tests.task_models import byte_level
+from tests.test_terminal import on_terminal, seen
 from treadle.chatting import templates
 from treadle.chatting.conversation import Conversation
 from treadle.chatting.templates import ChatTemplate
@@ -236,6 +237,35 @@ def test_the_commands(folder: Path) -> None:
     assert single.stdout == str(talk.messages[1]["content"]) + "\n"
     report = json.loads(run.invoke(app, ["generate", str(folder), "a", "--chat", "--system", "Be", "--json"]).stdout)
     assert report["texts"][0]["prompt"] == "a"
+
+
+def test_lines_that_are_commands_are_no_messages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = CliRunner()
+    plain = run.invoke(app, ["chat", str(folder), "--tokens", "3"], input="the cat\n/etc/hosts is a file\n")
+    assert "/help" not in plain.stderr
+    asked = "/help\nthe cat\n/hepl\n /Quit\n/\n/etc/hosts is a file\n/quit\nnever sent\n"
+    said = run.invoke(app, ["chat", str(folder), "--tokens", "3"], input=asked)
+    assert said.exit_code == 0
+    assert said.stdout == plain.stdout
+    listed = [line.split()[0] for line in said.stderr.splitlines() if line.startswith("/")]
+    assert listed == ["/new", "/help", "/quit"] * 4
+    assert [line for line in said.stderr.splitlines() if "no command" in line] == [
+        "there is no command /hepl",
+        "there is no command /Quit",
+        "there is no command /",
+    ]
+    for name in ("/quit", "/exit", "/bye"):
+        report = run.invoke(app, ["chat", str(folder), "--json"], input=f"/help\n{name}\nnever sent\n")
+        assert json.loads(report.stdout)["messages"] == []
+
+
+def test_a_terminal_shows_the_commands_at_the_start(folder: Path) -> None:
+    code, said = on_terminal("-m", "treadle", "chat", str(folder), typed="/help\n/quit\n")
+    rows = seen(said)
+    assert code == 0
+    assert "Each line is a message. /help lists the commands, /quit ends the program." in rows
+    assert any("/new    start a new conversation" in row for row in rows)
+    assert max(map(len, rows)) <= 80
 
 
 def test_missing_or_failing_template_renderers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from treadle.models.registry import family_of
 from treadle.resolving import resolve
 from treadle.stepped import open_stepped
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tests.decoder_models import DECODERS
@@ -101,10 +101,45 @@ def test_longrope_turns_by_a_texts_length(backend: str, tmp_path: Path) -> None:
         tokens = TOKENS[:, :length]
         wanted = answer(theirs, {"tokens": tokens})["logits"]
         assert np.abs(exe(tokens=tokens)["logits"] - wanted).max() < TOLERANCE * np.abs(wanted).max()
-    with pytest.raises(PassError, match="size: the axis is sliced"):
+    with pytest.raises(PassError, match="size: the axis is sliced") as caught:
         exe.session(rows=1)
+    assert "longest=N, up to the number of positions before scaling" in (caught.value.hint or "")
+    assert t.compile(tmp_path, backend=backend, longest=8).session(rows=1).capacity == 8  # as the hint says
     session = open_stepped(tmp_path, backend=backend).session(rows=1)
     assert session.capacity == 8
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_sessions_of_scaled_rotary_positions(scaling: str, tmp_path: Path) -> None:
+    """Frequencies that depend on the length are constants up to the number of positions before scaling."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 8}
+    rope = {"rope_type": scaling, "factor": 2.0, "rope_theta": 10000.0, **(factors if scaling == "longrope" else {})}
+    sizes = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    most = 8 if scaling == "dynamic" else 16
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=most, rope_parameters=rope
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    session = open_stepped(tmp_path, backend="numpy").session(rows=1)
+    assert session.capacity == 8
+    tokens = np.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    wanted = answer(theirs, {"tokens": tokens})["logits"]
+    row = session.open()
+    found = [
+        session.prefill({row: tokens[0, :3].tolist()})[row],
+        *(session.step({row: int(i)})[row] for i in tokens[0, 3:]),
+    ]
+    np.testing.assert_allclose(np.stack(found), wanted[0, 2:], atol=TOLERANCE * np.abs(wanted).max())
+    exe = t.compile(tmp_path, backend="numpy")
+    with pytest.raises(PassError, match="has no axis that may be stepped") as caught:
+        exe.session(rows=1)
+    assert "longest=N" in (caught.value.hint or "")
+    assert t.compile(tmp_path, backend="numpy", longest=8).session(rows=1).capacity == 8  # as the hint says
+    longer = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
+    wanted = answer(theirs, {"tokens": longer})["logits"]
+    np.testing.assert_allclose(exe(tokens=longer)["logits"], wanted, atol=TOLERANCE * np.abs(wanted).max())
 
 
 # -- the config ------------------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -15,6 +13,7 @@ import pytest
 
 import treadle.cli
 from treadle.cli.application import LEFT
+from treadle.interrupted_loading import is_command
 
 MODEL = """
 import treadle as t
@@ -113,16 +112,71 @@ def test_wrong_usage_is_one_object_of_json(
     assert said.err == ""
 
 
-def test_an_interrupt_while_the_command_line_is_loaded_ends_it_quietly() -> None:
-    class Interrupted:
-        """A module finder that raises KeyboardInterrupt during the import of the command line."""
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------
 
-        @staticmethod
-        def find_spec(name: str, path: object = None, target: object = None) -> None:
-            if name == "treadle.cli":
-                raise KeyboardInterrupt
 
-    program = f"{textwrap.dedent(inspect.getsource(Interrupted))}\nimport sys, runpy\n"
-    program += "sys.meta_path.insert(0, Interrupted)\nrunpy.run_module('treadle', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+INTERRUPTING = """
+import os, signal, sys
+
+class Interrupting:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == os.environ["INTERRUPTED_MODULE"]:
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting)
+"""
+
+
+def interrupted_at(module: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run Python, which gets a Ctrl-C while it imports a module."""
+    (folder / "sitecustomize.py").write_text(INTERRUPTING)
+    path = os.pathsep.join([str(folder), str(Path(treadle.cli.__file__).parent.parent.parent)])
+    environment = os.environ | {"PYTHONPATH": path, "INTERRUPTED_MODULE": module}
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", [["-m", "treadle", "--version"], ["-m", "treadle.demo"], ["treadle", "--version"]])
+@pytest.mark.parametrize("module", ["numpy", "treadle.ir.errors"])
+def test_an_interrupt_while_a_command_is_loaded_ends_it_quietly(module: str, words: list[str], tmp_path: Path) -> None:
+    if words[0] != "-m":  # the script that pip installs
+        Path("treadle").write_text("import sys\nfrom treadle.__main__ import main\nsys.exit(main())\n")
+    done = interrupted_at(module, tmp_path, *words)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("module", ["treadle.cli", "treadle.cli.models", "treadle.reporting.zoo"])
+def test_an_interrupt_of_a_command_ends_it_quietly(module: str, tmp_path: Path) -> None:
+    """The last module is loaded by the command itself."""
+    for more in ([], ["--json"]):
+        done = interrupted_at(module, tmp_path, "-m", "treadle", "models", *more)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_program_that_imports_treadle_keeps_its_interrupts(tmp_path: Path) -> None:
+    program = "import signal\nimport treadle\nprint(signal.getsignal(2) is signal.default_int_handler)"
+    Path("program.py").write_text(program)
+    for words in (["-c", program], ["program.py"], ["-m", "program"]):
+        assert interrupted_at("", tmp_path, *words).stdout == "True\n"
+        assert "KeyboardInterrupt" in interrupted_at("numpy", tmp_path, *words).stderr
+
+
+def test_commands_are_recognized_by_their_arguments() -> None:
+    for words, python in (
+        (["/usr/bin/treadle", "models"], ["python", "/usr/bin/treadle", "models"]),
+        (["/venv/treadle.exe"], []),
+        (["/venv/treadle-script.py"], []),
+        (["-m", "models"], ["python", "-m", "treadle", "models"]),
+        (["-m"], ["python", "-X", "dev", "-mtreadle"]),
+        (["-m"], ["python", "-P", "-m", "treadle.demo"]),
+    ):
+        assert is_command(words, python)
+    for words, python in (
+        ([""], ["python"]),
+        ([], []),
+        (["-c"], ["python", "-c", "import treadle"]),
+        (["train.py", "treadle"], ["python", "train.py", "treadle"]),
+        (["-m", "treadle"], ["python", "-m", "pytest", "treadle"]),
+        (["-m"], ["python", "-m", "treadle.chatting.template_worker"]),
+    ):
+        assert not is_command(words, python)

@@ -551,6 +551,9 @@ def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
     model.derived.graph.symbols = {"C_S": SimpleNamespace(upper=9)}
     assert not opened(model, capacity=5)[1].resumes
     assert sizes == {"C_S": 9}
+    with pytest.raises(UsageError, match="a row keeps at most 9 values along S") as caught:
+        opened(model, capacity=5, memory={"S": 10})
+    assert caught.value.hint == "memory={'S': 9}, or no memory="
     with pytest.raises(UsageError, match="a session needs a capacity"):
         opened(model)
 

@@ -16,7 +16,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import FrontendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.sizing.size_bounds import Bounds
-from treadle.program import given_texts
+from treadle.program import text_files
 from treadle.program.budgets import choose_sizes, parse_bytes
 from treadle.program.flag_values import input_names, parse_config, parse_inputs, parse_limits, parse_sizes
 from treadle.program.given_texts import read_sentences
@@ -53,9 +53,12 @@ def test_a_value_is_json_or_a_word_or_else_a_text(assignment: str, value: object
 def test_limits_are_positive_integers() -> None:
     assert parse_limits(["nodes=7", "work=10"]) == {"nodes": 7, "work": 10}
     assert parse_limits([]) is None
-    for value in ("0", "-1", "1.5", "x", "1" * 19):
+    for value in ("0", "00", "-1", "1.5", "x", "1_000", "\u0661"):
         error = refusal(lambda: parse_limits([f"nodes={value}"]))  # noqa: B023
         assert (error.what, error.received) == ("the limit nodes must be a positive integer", value)
+    error = refusal(lambda: parse_limits([f"nodes={10**18}"]))
+    assert (error.what, error.received) == ("the limit nodes is larger than the maximum", str(10**18))
+    assert error.hint == f"--limit nodes={10**18 - 1}, or less"
     assert parse_limits([f"nodes={'9' * 18}"]) == {"nodes": 10**18 - 1}
 
 
@@ -87,9 +90,15 @@ def test_an_assignment_has_two_sides(text: str, received: str) -> None:
 def test_sizes_are_positive_integers() -> None:
     assert parse_sizes("B=1, S=128") == {"B": 1, "S": 128}
     assert parse_sizes(None) == parse_sizes("") == {}
-    for value in ("0", "-3", "x", "1" * 13):
+    for value in ("0", "-3", "x"):
         error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
         assert (error.what, error.received) == ("the size of S must be a positive integer", value)
+        assert parse_sizes(str(error.hint).removeprefix("--sizes ")) == {"S": 8}
+    for value in (str(10**12), "9" * 5000):
+        error = refusal(lambda: parse_sizes(f"S={value}"))  # noqa: B023
+        assert error.what == "the size of S is larger than the maximum"
+        assert parse_sizes(str(error.hint).removeprefix("--sizes ").removesuffix(", or less")) == {"S": 10**12 - 1}
+    assert parse_sizes("S=08") == {"S": 8}
     assert parse_sizes(f"S={'9' * 12}") == {"S": 10**12 - 1}
 
 
@@ -208,7 +217,7 @@ def test_sentences_are_given_or_are_lines(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_invalid_sentences(data: bytes, what: str, received: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(given_texts, "_TEXT_BYTES", 10)
+    monkeypatch.setattr(text_files, "TEXT_BYTES", 10)
     monkeypatch.setattr(sys, "stdin", Input(data))
     error = refusal(lambda: read_sentences([], None))
     assert (error.what, error.received, error.within) == (what, received, "standard input")

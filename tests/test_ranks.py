@@ -37,6 +37,7 @@ from tests.forked_ranks import ROOT, ForkedRanks, Job
 from tests.fuzz.killed_ranks import JOB, is_left
 from tests.test_part_loading import CONFIG, shapes, written
 from treadle.cli.application import app
+from treadle.cli.launch import rank_commands
 from treadle.cli.rank_runs import opened_on_ranks
 from treadle.ir.errors import RankError, UsageError
 from treadle.runtime.distributed import ranks
@@ -467,6 +468,10 @@ def test_ranks_need_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "gpt2", "--mesh", "tp=2"], "this process was not started as a rank"),
         (["launch", "-n", "2", "--", "dance"], "unknown command 'dance'"),
         (["launch", "-n", "2", "--", "run", "gpt2", "--recipe", "megatron"], "ranks run a model that is split"),
+        (["launch", "-n", "2", "--", "train", "gpt2", "a.txt"], "train cannot run as ranks"),
+        (["launch", "-n", "2", "--", "train", "gpt2", "a.txt", "--mesh", "tp=2"], "train cannot run as ranks"),
+        (["launch", "-n", "2", "--", "serve", "gpt2"], "serve cannot run as ranks"),
+        (["launch", "-n", "2", "--", "shard", "gpt2", "--mesh", "tp=2"], "shard cannot run as ranks"),
     ],
 )
 def test_a_wrong_command_is_refused(words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,6 +479,21 @@ def test_a_wrong_command_is_refused(words: list[str], expected: str, monkeypatch
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 2
     assert expected in done.output
+
+
+def test_the_commands_of_ranks_are_those_with_a_mesh_and_a_time_limit() -> None:
+    assert rank_commands() == ["run", "generate"]
+
+
+def test_the_hint_of_launch_runs(tmp_path: Path) -> None:
+    """The hint about a missing mesh, followed word by word, is a command that runs."""
+    done = CliRunner().invoke(app, ["launch", "-n", "2", "--", "run", "gpt2"])
+    (hint,) = [line.split("try", 1)[1] for line in done.output.splitlines() if line.startswith("  try")]
+    small = [word for each in ("layers=1", "dim=8", "heads=2", "vocab=11") for word in ("--set", each)]
+    command = [sys.executable, "-m", "treadle", "launch", "-n", "2", "--", "run", "gpt2", *hint.split(), *small]
+    done = subprocess.run([*command, "--input", "tokens=1,2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "gpt2 ran in" in done.stdout
 
 
 def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = 
         lambda m, p: m.read_memory(p / "a.json"),
         {"bytes": 64 * MIB, "nesting": 16, "values": 1_000_000},
     ),
-    ("program.given_texts", "a.txt", lambda m, p: m.read_sentences([], str(p / "a.txt")), {"bytes": 256 * MIB}),
+    ("program.text_files", "a.txt", lambda m, p: m.read_text(str(p / "a.txt")), {"bytes": 256 * MIB}),
 ]
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,10 +24,13 @@ from tests.command_line import SMALL, Treadle, commands_in
 from treadle.explaining.fusion import explain_fusion
 from treadle.explaining.memory import explain_memory
 from treadle.ir.builder import Builder
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.printer import print_graph
+from treadle.ir.transforms.balances import balances_of
+from treadle.ir.transforms.encoded_weights import decode_weights, encode_parameters, encode_weights, encoding_errors
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.report import layout
@@ -545,6 +549,42 @@ def test_a_notebook_shows_the_page_in_a_frame(report: Report) -> None:
     assert html.unescape(document) == report.html()
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8-weights", "int8"])
+def test_errors_of_encodings_are_measured_against_the_original_weights(scheme: str) -> None:
+    """int8 smooths some products: the error is measured on the smoothed numbers."""
+    sizes: dict[str, Any] = {"vocab": 64, "context": 16, "dim": 64, "heads": 2, "layers": 2}
+    plain = t.compile("gpt2", backend="numpy", **sizes)
+    originals = dict(plain.weights)
+    exe = t.compile("gpt2", backend="numpy", weights=originals, quantize=scheme, **sizes)
+    found = {each["name"]: each for each in exe.report(originals=originals).sections["weights"]["data"]["weights"]}
+    decoded = decode_weights(exe.graph, exe.weights)
+    encoded = [name for name, value in exe.graph.parameters.items() if value.type.encoding is not None]
+    assert encoded
+    smoothed = {name for balance in balances_of(exe.graph) for name in balance.weights}
+    for name, each in found.items():
+        if name not in encoded:
+            assert each["error"] is None
+            continue
+        assert 1e-4 < each["error"] < (0.2 if scheme == "int4" else 0.02)
+        if name not in smoothed:
+            difference = decoded[name].astype(np.float64) - originals[name]
+            wanted = np.sqrt((difference**2).mean() / (originals[name].astype(np.float64) ** 2).mean())
+            assert each["error"] == pytest.approx(wanted, rel=1e-6)
+    data = exe.report().sections["weights"]["data"]
+    assert not data["measured"]
+    assert all(each["error"] is None for each in data["weights"])
+
+
+def test_a_weight_in_blocks_or_of_zeros_has_no_error() -> None:
+    b = Builder(Graph("g"))
+    b.outputs(y=b.matmul(b.input("x", "f32[B, 64]"), b.parameter("w", "f32[64, 64]")))
+    graph = encode_parameters(b.graph, {"w": parse_encoding("int4_groups(32)")})
+    assert encoding_errors(graph, {"w": np.zeros((64, 64), np.float32)}) == {}
+    blocks = encode_weights(graph, {"w": np.ones((64, 64), np.float32)})
+    assert encoding_errors(graph, blocks) == encoding_errors(graph, {}) == {}
+    assert 0 <= encoding_errors(graph, {"w": np.ones((64, 64), np.float32)})["w"] < 0.1
+
+
 def test_a_report_that_cannot_be_written_says_so(report: Report, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
         report.save(tmp_path / "missing" / "report.html")
@@ -579,6 +619,21 @@ def test_the_command_reports_a_mesh_a_quantized_model_and_an_artifact(treadle_co
     assert treadle_command("report", "small.treadle").code == 0
     found = unpacked(Page((tmp_path / "report.html").read_text(encoding="utf-8")))
     assert "missing" in found["fusion"]
+
+
+def test_the_command_measures_the_errors_of_a_checkpoint(treadle_command: Treadle, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.hf_models import save
+
+    save("gpt2", tmp_path / "folder")
+    assert treadle_command("report", "folder", "--quantize", "int8-weights").code == 0
+    data = unpacked(Page((tmp_path / "report.html").read_text(encoding="utf-8")))["weights"]["data"]
+    errors = {each["name"]: each["error"] for each in data["weights"] if each["encoding"] is not None}
+    assert data["measured"] and errors
+    assert all(1e-4 < error < 0.02 for error in errors.values())
+    assert treadle_command("report", "folder").code == 0
+    assert not unpacked(Page((tmp_path / "report.html").read_text(encoding="utf-8")))["weights"]["data"]["measured"]
 
 
 def test_the_command_refuses_what_does_not_apply(treadle_command: Treadle) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 import treadle as t
-from tests.report_tour import Opened, browser, needs_browser, tour
+from tests.report_tour import Opened, browser, needs_browser, serious_faults, tour
 from tests.test_report import HOSTILE, small
+from treadle.comparing.builds import open_build
+from treadle.comparing.differences import compare
 from treadle.report.building import Report, lowered_subject, report_of
+from treadle.report.comparison import comparison_report
 
 TINY: dict[str, dict[str, Any]] = {
     "bert": {"layers": 2, "dim": 32, "heads": 2, "hidden": 64, "vocab": 100},
@@ -48,6 +51,81 @@ CASES: dict[str, Callable[[], Report]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_tour(chromium: Any, tmp_path: Path, case: str) -> None:
     tour(chromium, CASES[case]().save(tmp_path / f"{case}.html"), accessible=case == "bert")
+
+
+def test_errors_of_encodings_are_columns(chromium: Any, tmp_path: Path) -> None:
+    sizes = TINY["llama"]
+    plain = {name: size for name, size in sizes.items() if name != "quantize"}
+    originals = dict(t.compile("llama", backend="numpy", **plain).weights)
+    exe = t.compile("llama", backend="numpy", weights=originals, **sizes)
+    opened = Opened(chromium, exe.report(originals=originals).save(tmp_path / "measured.html"))
+    shown = opened.tab("weights")
+    assert "largest error" in shown
+    assert re.search(r"int4_groups.*[0-9.]+%.*[0-9.]+%", shown.replace("\n", " "))
+    assert "relative to the root mean square" in shown
+    opened.close()
+    opened = Opened(chromium, exe.report().save(tmp_path / "unmeasured.html"))
+    shown = opened.tab("weights")
+    assert "largest error" not in shown
+    assert "Errors of the encodings were not measured" in shown
+    opened.close()
+
+
+def test_two_builds_have_one_selection(chromium: Any, tmp_path: Path) -> None:
+    sizes = {"layers": 2, "dim": 32, "heads": 2, "vocab": 64}
+    builds = [
+        open_build("gpt2", name=name, without=without, **sizes)
+        for name, without in (("fused", ()), ("other", ("fuse-activated-linear",)))
+    ]
+    opened = Opened(chromium, comparison_report(compare(*builds)).save(tmp_path / "diff.html"))
+    assert opened.js("[...document.querySelectorAll('.graphs h2')].map((each) => each.textContent)") == [
+        "a: fused",
+        "b: other",
+    ]
+    shown = opened.tab("diff")
+    assert "fuse-activated-linear" in shown or "activated_linear" in shown
+    pair = """app.pairs[0].size && [...app.pairs[0]].find(([number, others]) => others.length === 2)"""
+    number, others = opened.js(pair)
+    assert opened.js(f"app.model.light({number}, app.state.stage).op") == "activated_linear"
+    opened.js(f"app.go({{ number: {number} }})")
+    assert sorted(opened.js("[...app.other.selected.numbers]")) == sorted(others)
+    assert opened.js("[...app.view.selected.numbers]") == [number]
+    opened.js(f"app.other.options.onnode({others[1]})")
+    assert opened.js("[...app.view.selected.numbers]") == [number], "a click in the other graph selects here, too"
+    opened.js("app.setProgram(1)")
+    opened.page.wait_for_function("document.querySelectorAll('.graphs h2')[0].textContent === 'b: other'")
+    opened.js(f"app.go({{ number: {others[0]} }})")
+    assert opened.js("[...app.other.selected.numbers]") == [number]
+    opened.close()
+
+
+def test_the_page_of_two_builds_is_narrow_and_accessible(chromium: Any, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"layers": 2, "dim": 32, "heads": 2, "vocab": 64}
+    comparison = compare(open_build("gpt2", **sizes), open_build("gpt2", quantize="int8-weights", **sizes))
+    opened = Opened(chromium, comparison_report(comparison).save(tmp_path / "diff.html"))
+    for name in opened.js("app.tabs.map(([name]) => name)"):
+        opened.tab(name)
+    opened.tab("diff")
+    assert serious_faults(opened.page) == []
+    opened.page.set_viewport_size({"width": 400, "height": 800})
+    for name in ("diff", "selected", "log"):
+        opened.tab(name)
+        assert opened.js("document.scrollingElement.scrollWidth") <= 400, name
+    opened.close()
+
+
+def test_an_op_of_one_build_alone_is_described(chromium: Any, tmp_path: Path) -> None:
+    builds = [
+        open_build("gpt2", name=name, layers=2, dim=32, heads=2, vocab=64, **more)
+        for name, more in (("plain", {}), ("small", {"quantize": "int8-weights"}))
+    ]
+    opened = Opened(chromium, comparison_report(compare(*builds)).save(tmp_path / "diff.html"))
+    (number, *_) = opened.js("Data.section('diff').then((found) => found.data.only[1])")
+    opened.js(f"app.other.options.onnode({number})")
+    opened.page.wait_for_function("document.getElementById('body').textContent.includes('is only in b: small')")
+    assert opened.js("[...app.view.selected.numbers]") == []
+    assert opened.js("[...app.other.selected.numbers]") == [number]
+    opened.close()
 
 
 def test_hostile_names_are_shown_as_text(chromium: Any, tmp_path: Path) -> None:

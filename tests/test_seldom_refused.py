@@ -364,7 +364,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: traced(lambda x: t.rotary_frequencies(4, scaling=Dynamic(2.0, 8))), FrontendError, "dynamic scaling"
     ),
     "dynamic of two": (
-        lambda _: traced(lambda x: t.rotary_frequencies(2, scaling=Dynamic(2.0, 8), length=4)),
+        lambda _: traced(lambda x: t.rotary_frequencies(2, scaling=Dynamic(2.0, 8), length=16)),
         FrontendError,
         "dynamic scaling needs the sequence's length, and more than 2 dims",
     ),

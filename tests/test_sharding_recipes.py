@@ -159,6 +159,36 @@ def test_dp_needs_no_collective_and_fsdp_gathers_each_weight_where_it_is_used() 
     assert plan.weight_bytes() == pytest.approx(shard(graph, "dp=4", recipe="dp").weight_bytes() / 4, rel=0.05)
 
 
+def test_a_recipe_that_splits_nothing_says_so() -> None:
+    b = Builder(Graph("plain"))
+    b.outputs(y=b.relu(b.input("x", "f32[B, 3]")))
+    plan = shard(b.graph, "tp=4", recipe="megatron")
+    assert plan.axes == {}
+    idle = "nothing is split over tp: its 4 ranks compute the same; plain has no axis heads or ffn or vocab"
+    assert plan.notes == (idle,)
+    text = str(plan).splitlines()
+    assert text[:2] == ["sharding of plain over tp=4, 4 ranks, megatron: nothing", f"note: {idle}"]
+    assert shard(b.graph, "dp=4", recipe="dp").notes == shard(b.graph, "tp=1", recipe="megatron").notes == ()
+
+
+def test_a_mesh_axis_that_splits_nothing_is_named() -> None:
+    graph = recognized("gpt2")
+    for mesh, recipe, idle in (
+        ("dp=2,tp=2", "dp", ["tp"]),
+        ("pp=2,zz=2", "gpipe", ["zz"]),
+        ("tp=2,dp=2", "megatron", []),
+        ("dp=2", "fsdp", []),
+        ("pp=2,tp=2", "gpipe", []),
+        ("cp=2,tp=2", "context", []),
+    ):
+        plan = shard(graph, mesh, recipe=recipe)
+        assert plan.idle_axes == idle
+        assert [note for note in plan.notes if note.startswith("nothing is split over")] == [
+            f"nothing is split over {name}: its 2 ranks compute the same" for name in idle
+        ]
+    assert shard(graph, "tp=3,dp=2", axes={"heads": "tp"}).idle_axes == ["dp"]
+
+
 def test_a_machine_of_ones_own_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(find_machine("h100"), fast=1e6)
     graph = recognized("gpt2")

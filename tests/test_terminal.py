@@ -25,11 +25,12 @@ from treadle import progress
 from treadle.cli import app
 from treadle.cli.completing import complete_model
 from treadle.fetch import fetched_model
-from treadle.fitting import fit_code, fit_graph, fit_prose
+from treadle.fitting import fit_code, fit_error, fit_graph, fit_prose
 from treadle.ir.text.parser import parse_graph
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.pipelines import DEFAULT
 from treadle.progress import counting, downloading, working
+from treadle.reporting.tables import phrases
 from treadle.resolving import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +44,23 @@ def environment(**more: str) -> dict[str, str]:
     return {**known, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", **more}
 
 
-def on_terminal(*words: str, cwd: Path = ROOT) -> tuple[int, str]:
-    """Run Python on a terminal of 80 columns; return the exit code and all output."""
+def on_terminal(*words: str, cwd: Path = ROOT, typed: str | None = None) -> tuple[int, str]:
+    """Run Python on a terminal of 80 columns; return the exit code and all output.
+
+    typed  text typed on the terminal, which is then standard input, too
+    """
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
-    process = subprocess.Popen([sys.executable, *words], stdout=theirs, stderr=theirs, env=environment(), cwd=cwd)
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdin=None if typed is None else theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(),
+        cwd=cwd,
+    )
     os.close(theirs)
+    os.write(ours, (typed or "").encode())
     said = b""
     while True:
         try:
@@ -146,6 +158,55 @@ def test_lines_are_broken_between_arguments_and_never_in_a_text_or_a_type() -> N
     assert fit_prose("one averylongword a-long-name", 9) == "one\n  averylongword\n  a-long-name"
 
 
+def test_lines_with_columns_are_broken_between_columns() -> None:
+    row = "  h.0  f32[B, S]  read by the loss  models/m.py:3, scope h"
+    assert fit_prose(row, 80) == row
+    assert fit_prose(row, 40) == "  h.0  f32[B, S]  read by the loss\n    models/m.py:3, scope h"
+    assert fit_prose(row, 20) == "  h.0  f32[B, S]\n    read by the loss\n    models/m.py:3,\n    scope h"
+    assert fit_prose("one two  three", 9) == "one two\n  three"
+    assert fit_prose("one two three  four", 9) == "one two\n  three\n  four"
+
+
+def test_errors_continue_under_the_text_after_their_label() -> None:
+    text = "what is wrong\n  received  x: f32[2]\n              of y\n  try       one of aaa, bbb, ccc, ddd, eee"
+    assert fit_error(text, 80) == text
+    assert fit_error(text, 32) == text.replace("bbb, ", "bbb,\n            ")
+    path = "a/path/of/several/folders/that/is/long"
+    assert fit_error(f"wrong\n  in        in {path}", 30) == f"wrong\n  in        in\n            {path}"
+
+
+def test_errors_fit_80_columns_on_a_terminal_and_a_pipe_gets_lines_whole() -> None:
+    words = ["-m", "treadle", "inspect", "gpt3"]
+    code, said = on_terminal(*words)
+    rows = seen(said)
+    assert code == 2
+    assert max(map(len, rows)) <= WIDTH
+    assert len(rows) > 4, "the list of models takes several lines"
+    whole = piped(*words).stderr
+    assert max(map(len, whole.split("\n"))) > WIDTH
+    assert " ".join(whole.split()) == " ".join(" ".join(rows).split())
+
+
+def test_cells_are_not_broken_inside_brackets() -> None:
+    from rich.console import Console
+
+    out = Console(width=24)
+    with out.capture() as said:
+        out.print(phrases("hidden states [B, S, dim] of tokens [B, S], or [not closed"))
+    rows = said.get().split("\n")
+    assert rows[:3] == ["hidden states", "[B, S, dim] of tokens", "[B, S], or [not closed"]
+
+
+def test_the_table_of_passes_and_of_arrays_break_no_cell() -> None:
+    small = [word for each in ("layers=1", "dim=8", "heads=2") for word in ("--set", each)]
+    code, said = on_terminal("-m", "treadle", "run", "gpt2", *small, "--backend", "numpy", "--input", "tokens=1,2")
+    assert code == 0
+    assert any("1 x 2 x 50257" in row for row in seen(said))
+    code, said = on_terminal("-m", "treadle", "compile", "gpt2", *small, "--backend", "numpy")
+    assert code == 0
+    assert any("+1 activated_linear," in row for row in seen(said))
+
+
 def test_tables_keep_paths_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from treadle.reporting.tables import console
     from treadle.reporting.zoo import zoo_tables
@@ -212,9 +273,10 @@ with working("thinking hard", shown="--json" not in sys.argv):
 with downloading("fetching it", 1000, shown="--json" not in sys.argv) as progress:
     progress(500)
     time.sleep(0.3)
-with working("telling", shown="--json" not in sys.argv) as tell:
+with working("printing", shown="--json" not in sys.argv) as line:
     time.sleep(0.8)
-    tell("a line")
+    line("a line")
+    line.describe("step 3 of [9]")
     time.sleep(0.3)
 with working("never seen"):
     pass
@@ -226,6 +288,7 @@ def test_work_that_lasts_is_shown_on_a_terminal_and_taken_away() -> None:
     code, said = on_terminal("-c", SLOW)
     assert code == 0
     assert "thinking hard" in said
+    assert "step 3 of [9]" in said
     assert "0.5/1.0 kB" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said)
     assert "never seen" not in said
     assert [row for row in seen(said) if row.strip()] == ["a line", "done"]

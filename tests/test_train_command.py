@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,15 +27,18 @@ pytest.importorskip("tokenizers")
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.golden import Golden
 from tests.task_models import save, texts, without_specials, wordpiece
+from tests.test_terminal import on_terminal, piped, seen
 from treadle.frontends.safetensors_file import SafetensorsFile
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
+from treadle.reporting.counts import lasting
 from treadle.resolving import resolve
 from treadle.runtime.training.optimizers import SGD, AdamW
 from treadle.runtime.training.schedules import Schedule
 from treadle.training.interrupts import noting_interrupts
 from treadle.training.objectives import MaskedToken
+from treadle.training.run_report import live_text
 from treadle.training.states import FORMAT, NOTE
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, held_out_loss, updates
@@ -327,6 +331,51 @@ def test_a_state_without_settings_is_resumed_and_that_is_reported(train: Treadle
     said = train(f"gpt2 texts.txt {SMALL} --resume plain --json")
     assert said.code == 0 and said.json["changed"] is None
     assert "the state does not store the seed, batches and texts that it was trained with" in said.err
+
+
+# -- the line of a run in progress ---------------------------------------------------------------------------------
+
+
+def test_the_state_of_a_run_is_described_after_each_update(train: Treadle, monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[str] = []
+    monkeypatch.setattr("treadle.progress.WorkLine.describe", lambda line, what: described.append(what))
+    assert train(f"gpt2 texts.txt {SMALL} --every 4").code == 0
+    assert described == [
+        "step 1 of 4, loss 4.9000, 64 tokens/s, 2 s left",
+        "step 2 of 4, loss 4.8000, 64 tokens/s, 1 s left",
+        "step 3 of 4, loss 4.7000, 64 tokens/s, 0 s left",
+        "step 4 of 4, loss 4.6000, 64 tokens/s, 0 s left",
+    ]
+
+
+def test_a_terminal_shows_the_line_and_a_pipe_does_not(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
+    words = ["-m", "treadle", "train", str(folders["gpt2"]), "texts.txt", "--backend", "numpy", "--every", "300"]
+    words += ["--length", "16", "--batch", "2", "--steps", "300"]
+    code, said = on_terminal(*words, cwd=tmp_path)
+    assert code == 0
+    line = r"step [0-9]+ of 300, loss [0-9.]+, [0-9,]+ tokens/s, [0-9]+ s left"
+    assert re.search(line, said)
+    rows = seen(said)
+    assert not any(re.search(line, row) for row in rows), "the line is removed"
+    assert max(map(len, rows)) <= 80
+    done = piped(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "left" not in done.stdout
+
+
+def test_the_time_left_follows_the_recent_updates() -> None:
+    updates = [Update(n, 2.5, 1.0, 0.1, 1000, seconds, 900) for n, seconds in ((7, 2.0), (8, 4.0))]
+    assert live_text(updates, 1208) == "step 8 of 1,208, loss 2.5000, 333 tokens/s, 1 h 0 min left"
+    assert live_text([replace(updates[0], seconds=0.0)], 9) == "step 7 of 9, loss 2.5000"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59.4, "59 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (274_000, "3 d 4 h")],
+)
+def test_times_are_written_in_two_units(seconds: float, text: str) -> None:
+    assert lasting(seconds) == text
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ pytest.importorskip("tokenizers")
 from tests.task_models import byte_level, save, texts, without_specials, wordpiece
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, TreadleError, UsageError
+from treadle.program.given_texts import read_documents
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
-from treadle.training.documents import read_documents
 from treadle.training.objectives import MaskedToken, NextToken
 from treadle.training.text_data import TextData
 from treadle.training.texts import NOT_COUNTED

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import treadle
 from treadle.backends.registry import backend_names
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.whisper import whisper
 from treadle.resolving import resolve
 
@@ -116,3 +117,19 @@ def test_follow() -> None:
         assert not verdict
         assert "conv: the axis is sliced, padded, joined or strided" in str(verdict)
         assert "models/whisper.py:" in str(verdict)
+
+
+def test_a_session_holds_the_longest_recording_by_default() -> None:
+    """The number of frames bounds the number of encoded positions, which each row keeps."""
+    sizes = {"dim": 16, "heads": 2, "layers": 1, "hidden": 16, "vocab": 20, "context": 10, "decoder_context": 8}
+    decoder = {"decoder_heads": 2, "decoder_layers": 1, "decoder_hidden": 16}
+    exe = treadle.compile("whisper", backend="numpy", **sizes, **decoder)
+    session = exe.session(rows=1)
+    mel = np.random.default_rng(0).standard_normal((80, 20)).astype(np.float32)
+    row = session.open(mel=mel)
+    wanted = exe(mel=mel[None], decoder_tokens=[[3, 1]])["logits"][0, -1]
+    np.testing.assert_allclose(session.prefill({row: [3, 1]})[row], wanted, atol=1e-5)
+    with pytest.raises(UsageError, match="a row keeps at most 10 values along memory") as caught:
+        exe.session(rows=1, memory={"memory": 512})
+    assert caught.value.hint == "memory={'memory': 10}, or no memory="
+    exe.session(rows=1, memory={"memory": 10}).open(mel=mel)

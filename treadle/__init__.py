@@ -13,10 +13,14 @@ subclasses of `TreadleError`. `compile`, `Trainer`, `fetch_model`, `from_torch`,
 they are first used.
 """
 
-from importlib import import_module as _import_module
-from pathlib import Path as _Path
-from typing import TYPE_CHECKING
-from typing import Any as _Any
+from treadle.interrupted_loading import end_on_interrupt as _end_on_interrupt
+
+_end_on_interrupt()
+
+from importlib import import_module as _import_module  # noqa: E402
+from pathlib import Path as _Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+from typing import Any as _Any  # noqa: E402
 
 __version__ = "0.1.0"
 

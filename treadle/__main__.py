@@ -1,15 +1,14 @@
 """Entry point of `treadle` and of `python -m treadle`."""
 
-import sys
+from treadle.interrupted_loading import interruptible
 
 
 def main() -> None:
-    """Run the command line. Exit with status 130, without a traceback, if an interrupt arrives during the import."""
-    try:
-        from treadle.cli import main as run
-    except KeyboardInterrupt:
-        sys.exit(130)
-    run()
+    """Run the command line. Ctrl-C ends it with exit code 130."""
+    from treadle.cli import main as run
+
+    with interruptible():
+        run()
 
 
 if __name__ == "__main__":

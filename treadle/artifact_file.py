@@ -24,7 +24,7 @@ import numpy as np
 from treadle.files.contained_files import PathLike
 from treadle.files.limits import limit_hint
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.safetensors_file import CheckpointLimits as HeaderLimits
 from treadle.frontends.safetensors_file import SafetensorsFile
@@ -109,14 +109,11 @@ def write_sections(
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     head = len(text).to_bytes(8, "little") + text
     seal = sha256(head)
-    try:
-        with replacing(path) as file:
-            file.write(head)
-            for section in padded:
-                file.write(section.bytes)
-            file.write(seal.digest())
-    except OSError as error:
-        raise UsageError("the artifact cannot be written", received=str(error), within=shown_path(path)) from error
+    with reporting_failed_writes("the artifact", path), replacing(path) as file:
+        file.write(head)
+        for section in padded:
+            file.write(section.bytes)
+        file.write(seal.digest())
     return seal.hexdigest()
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.extras import need_packages
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.passes.stepping.derivation import NoStep
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel, ModelSource
@@ -108,13 +108,25 @@ class GrowingText:
 class TextWriter:
     """A causal language model with its tokenizer, and with its chat template if it has one.
 
-    asked  the folder's generation settings: the token rules, and the ids that end a text
+    asked      the folder's generation settings: the token rules, and the ids that end a text
+    positions  the maximum number of tokens of a text, according to its files
     """
 
     model: SteppedModel
     tokenizer: TextTokenizer
     asked: FolderRules
     template: str | None = None
+    positions: int | None = None
+
+    def check_count(self, count: int, keyword: str, flag: str) -> None:
+        """Raise UsageError for a number of tokens, the value of an option, that is above the model's maximum."""
+        limits = [n for n in (self.model.derived.context, self.positions) if n is not None]
+        if limits and count > min(limits):
+            raise UsageError(
+                f"{self.model.name} has {min(limits):,} positions",
+                received=f"{count:,} tokens",
+                hint=Hint(f"{keyword}={min(limits)}", f"{flag} {min(limits)}"),
+            )
 
     @property
     def end(self) -> tuple[int, ...]:
@@ -155,7 +167,7 @@ class TextWriter:
                 received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
                 hint="an encoder-decoder model, or one with optional inputs, runs in a session of `compile`",
             )
-        return cls(made, tokenizer, asked, template)
+        return cls(made, tokenizer, asked, template, source.positions)
 
     def continued(
         self,

@@ -23,6 +23,7 @@ from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.declarations import Model
+from treadle.interrupted_loading import interruptible
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import TreadleError
 from treadle.ir.graph import Graph
@@ -262,4 +263,5 @@ def _warm_seconds(run: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()

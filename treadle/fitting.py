@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from treadle.reporting.tables import console
 
@@ -21,13 +21,17 @@ _NOTE = "   # "
 _OPENING, _CLOSING = "([{", ")]}"
 
 
-def fitted(text: str, fit: Callable[[str, int], str]) -> str:
-    """Return text for standard output: fitted to the width on a terminal, otherwise unchanged."""
-    return fit(text, console().width) if sys.stdout.isatty() else text
+def fitted(text: str, fit: Callable[[str, int], str], *, stderr: bool = False) -> str:
+    """Return text for standard output or standard error: fitted to the width on a terminal, otherwise unchanged."""
+    stream = sys.stderr if stderr else sys.stdout
+    return fit(text, console(stderr=stderr).width) if stream.isatty() else text
 
 
 def fit_prose(text: str, width: int) -> str:
-    """Return lines of words with long lines broken between words. Continuation lines keep the line's indentation."""
+    """Return lines of words with long lines broken between words. Continuation lines keep the line's indentation.
+
+    A line with columns, between which there are two spaces or more, is broken between two columns if they fit.
+    """
     return "\n".join(each for line in text.split("\n") for each in _words_wrapped(line, width))
 
 
@@ -131,16 +135,39 @@ def _outside_quotes(line: str) -> Iterator[tuple[int, str, int]]:
             yield at, sign, len(opened)
 
 
-def _words_wrapped(line: str, width: int) -> Iterable[str]:
+def fit_error(text: str, width: int) -> str:
+    """Fit an error: long lines continue under the text after their label."""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        label = re.match(r"  (?:received|in|from|try) +| {12}", line)
+        if label is None or len(line) <= width:
+            lines += _words_wrapped(line, width)
+        else:
+            lines += _wrapped(line[label.end() :], width, label[0], " " * 12)
+    return "\n".join(lines)
+
+
+def _words_wrapped(line: str, width: int) -> list[str]:
     if len(line) <= width:
         return [line]
     match = re.match(r" *(?:# )?", line)
     lead = match[0] if match is not None else ""
+    hang = f"{lead}  "
+    lines, current = [], lead
+    for part in re.findall(r" *(?:\S| (?=\S))+", line[len(lead) :]):  # a column, and the spaces before it
+        if len(current) + len(part) <= width:
+            current += part
+            continue
+        if current.strip(" #"):
+            lines.append(current.rstrip())
+            current = hang
+        *whole, current = _wrapped(part.strip(), width, current, hang)
+        lines += whole
+    return [*lines, current]
+
+
+def _wrapped(text: str, width: int, lead: str, hang: str) -> list[str]:
+    """Return a text in lines, the first after `lead` and the others after `hang`, broken between words."""
     return textwrap.wrap(
-        line[len(lead) :],
-        width,
-        initial_indent=lead,
-        subsequent_indent=f"{lead}  ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+        text, width, initial_indent=lead, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False
+    ) or [lead]

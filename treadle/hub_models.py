@@ -124,7 +124,7 @@ def _errors(name: str) -> Iterator[None]:
 @contextmanager
 def _bars(bars: bool) -> Iterator[None]:
     """Hide the library's progress bars in the block, unless they are to be shown."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if bars or are_progress_bars_disabled():
         yield

@@ -10,14 +10,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from treadle.files.contained_files import open_regular
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.files.whole_files import replacing, reporting_failed_writes
+from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
@@ -61,16 +61,23 @@ def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
     Raises UsageError if a file cannot be written.
     """
     written = []
-    try:
+    with reporting_failed_writes("the arrays", folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in arrays.items():
             target = folder / f"{name}.npy"
             with replacing(target) as file:
-                np.lib.format.write_array(file, array, allow_pickle=False)
+                _write_array(file, array)
             written.append(target)
-    except OSError as error:
-        raise UsageError("the arrays cannot be written", received=str(error), within=shown_path(folder)) from error
     return written
+
+
+def _write_array(file: IO[bytes], array: Array) -> None:
+    """Write one array in row-major order. `np.lib.format.write_array` reports a full disk without its reason."""
+    rows = np.asarray(array, order="C")
+    if rows.dtype.hasobject:
+        raise ValueError("an array of Python objects cannot be written")
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+    file.write(rows.reshape(-1).view(np.uint8).data)
 
 
 def _refusal(what: str, received: str, shown: str) -> CheckpointError:

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,46 +21,71 @@ if TYPE_CHECKING:
 _PATIENCE = 0.5  # seconds before a message appears, so that short work does not flicker
 
 
-@contextmanager
-def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Show a description of the work and the elapsed time while the block runs. Quick work is not shown.
+class WorkLine:
+    """The line about work in progress. If it is not shown, `describe` does nothing.
 
-    Yields a function that prints a line to standard output meanwhile, above the progress line.
+    Call it with a line to print it to standard output, above the work's own line.
     """
+
+    def __call__(self, line: str) -> None:
+        print(line, flush=True)
+
+    def describe(self, what: str) -> None:
+        """Replace the description of the work."""
+
+
+class _ShownWork(WorkLine):
+    """A spinner, the description and the elapsed time. It appears when the work has lasted for a while."""
+
+    def __init__(self, what: str) -> None:
+        from rich.progress import SpinnerColumn, TimeElapsedColumn
+
+        self.progress = _progress(SpinnerColumn(), _description(), TimeElapsedColumn())
+        self._task = self.progress.add_task(what, total=None)
+        self._turn = threading.Lock()
+        self._is_begun = self._is_over = False
+
+    def __call__(self, line: str) -> None:
+        with self._turn:
+            self.progress.stop()
+            super().__call__(line)
+            if self._is_begun:
+                self.progress.start()
+
+    def describe(self, what: str) -> None:
+        self.progress.update(self._task, description=what)
+
+    def begin(self) -> None:
+        """Show the line, unless the work is over."""
+        with self._turn:
+            if not self._is_over:
+                self._is_begun = True
+                self.progress.start()
+
+    def end(self) -> None:
+        """Remove the line."""
+        with self._turn:
+            self._is_over = True
+            self.progress.stop()
+
+
+@contextmanager
+def working(what: str, *, shown: bool = True) -> Iterator[WorkLine]:
+    """Show a description of the work and the elapsed time while the block runs. Quick work is not shown."""
     if not shown or not is_watched():
-        yield partial(print, flush=True)
+        yield WorkLine()
         return
-    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    progress = _progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    progress.add_task(what, total=None)
-    _shown.append(progress)
-    turn, is_begun, is_over = threading.Lock(), threading.Event(), threading.Event()
-
-    def begin() -> None:
-        with turn:
-            if not is_over.is_set():
-                is_begun.set()
-                progress.start()
-
-    def tell(line: str) -> None:
-        with turn:
-            progress.stop()
-            print(line, flush=True)
-            if is_begun.is_set():
-                progress.start()
-
-    timer = threading.Timer(_PATIENCE, begin)
+    line = _ShownWork(what)
+    _shown.append(line.progress)
+    timer = threading.Timer(_PATIENCE, line.begin)
     timer.daemon = True
     timer.start()
     try:
-        yield tell
+        yield line
     finally:
         timer.cancel()
-        _shown.remove(progress)
-        with turn:
-            is_over.set()
-            progress.stop()
+        _shown.remove(line.progress)
+        line.end()
 
 
 @contextmanager
@@ -70,9 +94,14 @@ def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callabl
     if not shown or not is_watched():
         yield lambda _: None
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TimeRemainingColumn()
+    columns = (
+        _description(),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     progress = _progress(*columns)
     task = progress.add_task(what, total=size)
     with progress:
@@ -87,9 +116,14 @@ def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
     if not shown or total < 2 or not is_watched():
         yield lambda _: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        _description(),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     progress = _progress(*columns)
     task = progress.add_task(what, total=total)
     with progress:
@@ -114,6 +148,12 @@ _shown: list[Progress] = []
 def is_watched() -> bool:
     """Return True if standard error is a terminal, and TREADLE_DEBUG does not write to it."""
     return sys.stderr.isatty() and os.environ.get("TREADLE_DEBUG", "") in ("", "0")
+
+
+def _description() -> ProgressColumn:
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False)  # a name may have brackets
 
 
 def _progress(*columns: ProgressColumn) -> Progress:

@@ -15,7 +15,7 @@ import numpy as np
 
 from treadle.backends.protocol import StatefulExecutable
 from treadle.backends.staged import build
-from treadle.frontends.rotary import LongRope
+from treadle.frontends.rotary import Dynamic, LongRope
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.framework.facts import INITIAL
@@ -117,8 +117,8 @@ def step_of(
 def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     """Compile the decoding step of the model that MODEL names. The model must have weights.
 
-    A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
-    `longest` is passed.
+    A model whose rotary frequencies change for texts beyond a context (`Dynamic`, `LongRope`) is compiled up to this
+    context, unless `longest` is given.
 
     options  the options of `treadle.compile`, and `cache`, the dtype of the caches; for an artifact, which is compiled
              already, only `backend`, `target`, `limits` and `cache`
@@ -143,7 +143,7 @@ def stepped_program(program: Program) -> SteppedModel:
     resolved = program.resolved
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")
-    if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
+    if isinstance(scaling, Dynamic | LongRope) and known.get("longest", 0) is None:
         program = Program(source, chosen).declared(longest=scaling.context)
     if chosen.arrays is None and program.resolved.weights is None:
         raise source.without_weights()

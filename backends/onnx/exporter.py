@@ -25,8 +25,8 @@ from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.installation import pip_install
-from treadle.files.whole_files import replacing
-from treadle.ir.errors import BackendError, Hint, UsageError
+from treadle.files.whole_files import replacing, reporting_failed_writes
+from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.ops.blocks import Encode
@@ -112,11 +112,8 @@ def export_onnx(
     places = _places(outside)
     proto = model.proto(tensors, places, data.name)
     _refuse_size(graph, proto.ByteSize(), external_above)
-    try:
+    with reporting_failed_writes("the ONNX file", target, hint="another path"):
         _write(target, proto.SerializeToString(deterministic=True), data, outside, places)
-    except (OSError, ValueError) as error:  # ValueError: the path is empty or has a null character
-        why = getattr(error, "strerror", None) or error
-        raise UsageError("the ONNX file cannot be written", received=f"{target}: {why}", hint="another path") from error
     return Exported(
         target,
         data if outside else None,
@@ -233,7 +230,7 @@ def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places
     """
     for path in (target, data):
         if path.is_dir():
-            raise IsADirectoryError(0, f"{path.name} is a folder")
+            raise IsADirectoryError(0, f"{path.name or path} is a folder")
     with replacing(target) as model:
         model.write(proto)
         model.flush()

@@ -126,14 +126,49 @@ def encode_weights(
 
     Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
     """
-    made, factors = dict(weights), dict[str, Any]()
+    made = dict(weights)
+    vectors, factors = _balancing(graph, weights, balances)
+    made |= vectors
+    parameters = graph.parameters
+    return {name: _in_blocks(parameters.get(name), array, factors.get(name)) for name, array in made.items()}
+
+
+def encoding_errors(graph: Graph, weights: Mapping[str, Any]) -> dict[str, float]:
+    """Return the relative RMS error of each encoded weight: |decode(encode(w)) - w| / |w|.
+
+    weights  the numbers, before they are encoded; a weight that is in blocks already, or zero, has no error
+
+    The error of a weight that is smoothed by s is the error of w s, the numbers that are encoded.
+
+    Raises GraphError as `encode_weights` does.
+    """
+    _, factors = _balancing(graph, weights, None)
+    found = {}
+    for name, value in graph.parameters.items():
+        encoding, array = value.type.encoding, weights.get(name)
+        if encoding is None or array is None:
+            continue
+        held = _blocks_of(value, array, factors.get(name))
+        if held is None:
+            continue
+        numbers = _balanced(value, array, factors.get(name)).astype(np.float64)
+        norm = float(np.linalg.norm(numbers))
+        if norm:
+            found[name] = float(np.linalg.norm(encoding.decode(held) - numbers)) / norm
+    return found
+
+
+def _balancing(
+    graph: Graph, weights: Mapping[str, Any], balances: Sequence[Balance] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the vectors of balances by name, and the factors s of the weights that they smooth."""
+    vectors, factors = dict[str, Any](), dict[str, Any]()
     for balance in balances_of(graph) if balances is None else balances:
         s = balance.factors(graph, weights)
         if s is not None:
-            made[balance.vector] = 1 / s
+            vectors[balance.vector] = 1 / s
             factors |= dict.fromkeys(balance.weights, s)
-    parameters = graph.parameters
-    return {name: _in_blocks(parameters.get(name), array, factors.get(name)) for name, array in made.items()}
+    return vectors, factors
 
 
 def given_parameters(graph: Graph) -> list[str]:
@@ -143,19 +178,33 @@ def given_parameters(graph: Graph) -> list[str]:
 
 
 def _in_blocks(value: Value | None, array: Any, factors: Any = None) -> Any:
-    encoding = None if value is None else value.type.encoding
-    held = np.asarray(array) if encoding is not None else None
-    if value is None or encoding is None or held is None or held.shape != value.type.static_shape:
-        return array  # the consumer of the array reports the mismatch
-    if held.dtype.kind != "f" or not encoding.block.encodes:
-        return array
-    if factors is not None:
-        held = held * np.expand_dims(factors, 1 if encoding.axis == 0 else 0)
+    held = None if value is None else _blocks_of(value, array, factors)
+    return array if held is None else held
+
+
+def _blocks_of(value: Value, array: Any, factors: Any) -> Any | None:
+    """Return the numbers of a weight as blocks; None for a plain weight, and for an array that is blocks already, or
+    has another shape, which the consumer of the array reports.
+    """
+    encoding = value.type.encoding
+    if encoding is None:
+        return None
+    held = np.asarray(array)
+    if held.shape != value.type.static_shape or held.dtype.kind != "f" or not encoding.block.encodes:
+        return None
     try:
-        return encoding.encode(held)
+        return encoding.encode(_balanced(value, held, factors))
     except GraphError as error:
         error.within = error.within or f"weight {value.name}: {value.type}"
         raise
+
+
+def _balanced(value: Value, array: Any, factors: Any) -> Any:
+    """Return the numbers of a weight, multiplied by the factors of its balance, if it has one."""
+    held, encoding = np.asarray(array), value.type.encoding
+    if factors is None or encoding is None:
+        return held
+    return held * np.expand_dims(factors, 1 if encoding.axis == 0 else 0)
 
 
 def _number(value: Value) -> Value:

@@ -233,6 +233,17 @@ class ShardingPlan:
         return self.mesh if self.pipeline is None else Mesh(self.mesh.axes[:-1])
 
     @property
+    def idle_axes(self) -> list[str]:
+        """The names of mesh axes over which nothing is split: their ranks compute the same."""
+        placed = [
+            *self.weights.values(),
+            *(p for f in self.functions for p in (*f.takes, *(q for _, q in made_items(f)))),
+        ]
+        used = {part.axis for each in placed for part in each.used}
+        used |= set() if self.pipeline is None else {self.pipeline.over, self.pipeline.turns}
+        return [name for name, size in self.mesh.axes if size > 1 and name not in used]
+
+    @property
     def turns(self) -> SubAxes:
         """The parts of the mesh axis of micro-batches; empty without a pipeline."""
         return () if self.pipeline is None else self.mesh.parts_of(self.pipeline.turns)

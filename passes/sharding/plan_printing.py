@@ -38,7 +38,7 @@ def plan_text(plan: ShardingPlan) -> str:
     """Return the whole plan as text: the request, placements of weights, every function, and the collectives by
     reason.
     """
-    asked = ", ".join(f"{name} over {over}" for name, over in plan.axes.items())
+    asked = ", ".join(f"{name} over {over}" for name, over in plan.axes.items()) or "nothing"
     lines = [f"sharding of {plan.graph.name} over {plan.mesh}, {plan.devices.ranks} ranks, {plan.recipe}: {asked}"]
     if plan.stored:
         lines.append(f"weights are stored in parts over {plan.stored}, and gathered for use")

@@ -122,7 +122,18 @@ def shard(
     given = _default_sizes(graph, ways(mesh.parts_of(chosen.get("batch", "")))) | dict(sizes or {})
     recipe_name = recipe or "by hand"
     plan = plan_sharding(graph, mesh, wanted, machine, given, recipe=recipe_name, axes=chosen, stored=stored)
-    return cut_in_stages(plan, staged) if staged else plan
+    plan = cut_in_stages(plan, staged) if staged else plan
+    return replace(plan, notes=(*plan.notes, *(_idle_note(plan, name) for name in plan.idle_axes)))
+
+
+def _idle_note(plan: ShardingPlan, name: str) -> str:
+    """Describe a mesh axis over which nothing is split, with the axes that the recipe would split over it."""
+    missing = (
+        [axis for axis, over in RECIPES[plan.recipe].axes.items() if over == name] if plan.recipe in RECIPES else []
+    )
+    missing = [axis for axis in missing if axis not in plan.axes]
+    reason = f"; {plan.graph.name} has no axis {' or '.join(missing)}" if missing else ""
+    return f"nothing is split over {name}: its {dict(plan.mesh.axes)[name]} ranks compute the same{reason}"
 
 
 def _with_turns(graph: Graph, mesh: Mesh, staged: str, batch: str, sizes: Mapping[str, int]) -> Mesh:

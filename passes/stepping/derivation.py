@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import PassError, UsageError
+from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.naming import free_name
+from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import DTYPES, DType, bf16, f16, f32
@@ -107,6 +108,8 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     kept = [v.name for v in graph.main.inputs if main.kind(v) is Kind.KEPT]
     if kept:
         Prologue(survey, made, states).build(made.add_entry("prologue"))
+    for name, size in states.memories.items():
+        made.bound(f"{CAPACITY}_{name}", Bounds(1, size.bounds(graph.symbols).upper))
     verify(made)
     symbols = sorted({s for value in made.states.values() for s in value.type.symbols})
     _refuse_symbols(graph, symbols)
@@ -132,6 +135,7 @@ def _stepped_axis(graph: Graph) -> str:
     found: list[str] = []
     mapped: list[str] = []
     against: list[str] = []
+    measured: list[str] = []
     first = {s for v in graph.main.inputs if v.type.rank for s in v.type.shape[0].symbols}
     for symbol in symbols:
         following = follow(graph, symbol)
@@ -140,12 +144,17 @@ def _stepped_axis(graph: Graph) -> str:
             (found if following.encounters else mapped).append(symbol)
         elif not verdict:
             against.append(str(verdict))
+            if any(isinstance(each.node.op, SizeOf) for each in following.encounters):
+                measured.append(symbol)
     found = found or mapped
     if len(found) == 1:
         return found[0]
     if found:
         raise PassError(f"{graph.name} may be stepped along several axes", hint="name one of " + ", ".join(found))
-    raise NoStep("\n".join([f"{graph.name} has no axis that may be stepped", *against]))
+    bound = "an option of the model that bounds {}: for rotary positions that are scaled by the length, {}N, up to the "
+    bound += "number of positions before scaling"
+    hint = Hint(*(bound.format(measured[0], each) for each in ("longest=", "--set longest="))) if measured else None
+    raise NoStep("\n".join([f"{graph.name} has no axis that may be stepped", *against]), hint=hint)
 
 
 def _refuse_symbols(graph: Graph, names: Sequence[str]) -> None:

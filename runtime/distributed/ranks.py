@@ -39,8 +39,9 @@ LAUNCHER = "TREADLE_LAUNCHER"
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HINT = Hint(
-    "a script under torchrun, or under treadle launch -n 2 -- python SCRIPT",
-    "treadle launch -n 2 -- run MODEL --mesh tp=2, or torchrun --nproc-per-node 2 -m treadle run MODEL --mesh tp=2",
+    "a script under torchrun, or under treadle launch -n 2 -- SCRIPT.py",
+    "treadle launch -n 2 -- run MODEL --mesh tp=2 --recipe megatron, or torchrun --nproc-per-node 2 -m treadle run "
+    "MODEL --mesh tp=2 --recipe megatron",
 )
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PAUSE = 0.01  # between two polls for messages of other ranks

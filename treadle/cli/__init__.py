@@ -15,7 +15,9 @@ from importlib import import_module
 from typing import Any
 
 from treadle.cli.application import app as app
-from treadle.cli.application import forget_output, print_json, saying
+from treadle.cli.application import forget_output, print_error, print_json, saying
+from treadle.files.whole_files import FULL
+from treadle.ir.errors import UsageError
 
 _OWN = (
     *("inspect", "compile", "explain", "report", "diff", "run", "launch", "verify", "shard", "export"),
@@ -54,7 +56,25 @@ def main() -> None:
     except BrokenPipeError:
         forget_output()
         code = 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _report_full_disk(error, as_json="--json" in words)
+        code = 2
     sys.exit(code)
+
+
+def _report_full_disk(error: OSError, *, as_json: bool) -> None:
+    """Report a disk without space, on which the output itself may be written."""
+    what = UsageError(FULL[error.errno or 0], received=str(error), hint="free space there, or another disk")
+    for is_object in (True, False) if as_json else (False,):
+        try:
+            with saying():
+                return print_error(what, as_json=is_object)
+        except OSError:
+            continue
+        finally:
+            forget_output()
 
 
 def _run_as_json(words: list[str]) -> int:

@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import treadle
 from treadle.cli.options import flags_of, keywords_of, settings_flags, settings_of
 from treadle.files.nearest_names import NearestNames
+from treadle.files.whole_files import FULL
 from treadle.ir.errors import Hint, TreadleError
 
 LEFT = 128 + 13
@@ -137,21 +138,16 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
     except TreadleError as error:
         if error.is_reported:
             raise typer.Exit(2) from None
-        from treadle.reporting.errors import error_facts, error_text
-        from treadle.reporting.tables import console
-
         if isinstance(error.hint, Hint):
             error.hint = error.hint.on_command_line(["treadle", *sys.argv[1:]])
         if error.option is not None:
             error.hint = _own_option(error.option, name, error.hint)
         with saying():
-            _trace_if_asked()
-            if as_json:
-                print_json({"error": error_facts(error)})
-            else:
-                console(stderr=True).print(error_text(error), soft_wrap=True)
+            print_error(error, as_json=as_json)
         raise typer.Exit(2) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise  # `treadle.cli.main` reports it
         what = f"Treadle has failed, which is a fault of Treadle: {type(error).__name__}: {error}"
         how = "TREADLE_DEBUG=1 with the same command shows where; please report it with that text"
         with saying():
@@ -161,6 +157,18 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
             else:
                 print(f"{what}\n  try       {how}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def print_error(error: TreadleError, *, as_json: bool) -> None:
+    """Print an error in the house's form to standard error, or as the one object of `--json`."""
+    from treadle.reporting.errors import error_facts, error_text
+    from treadle.reporting.tables import console
+
+    _trace_if_asked()
+    if as_json:
+        print_json({"error": error_facts(error)})
+    else:
+        console(stderr=True).print(error_text(error), soft_wrap=True)
 
 
 def _own_option(option: str, name: str, hint: str | None) -> str:
@@ -188,12 +196,12 @@ def saying() -> Iterator[None]:
 
 
 def forget_output() -> None:
-    """Discard further output: the reader, such as `head`, has closed the pipe, which is not an error."""
+    """Discard further output to streams that fail: a reader has closed one, as `head` does, or the disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,10 @@ def diff_builds(
         typer.Option(metavar="CONDITIONS", help="Exit with 1 if one of these conditions holds.", show_default=False),
     ] = None,
     sizes: Sizes = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write both graphs, side by side, to an HTML file.", show_default=False),
+    ] = None,
     *,
     keywords: OptionKeywords,
     as_json: AsJson = False,
@@ -71,6 +76,7 @@ def diff_builds(
     from treadle.fitting import fit_prose, fitted
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
+    from treadle.report.comparison import comparison_report
 
     conditions = parse_conditions(fail_if) if fail_if is not None else ()
     asked = parse_sizes(sizes) or None
@@ -86,11 +92,16 @@ def diff_builds(
         builds.append(made)
     found = compare(*builds, sizes=asked)
     outcomes = check_conditions(conditions, found)
+    if report is not None:
+        with working(f"writing {report}", shown=not as_json):
+            comparison_report(found).save(report)
     if as_json:
         print_json(found.as_dict() | {"conditions": [each.as_dict() for each in outcomes]})
     else:
         lines = [str(found), *([""] if outcomes else []), *map(str, outcomes)]
         print(fitted("\n".join(lines), fit_prose))
+        if report is not None:
+            print(f"wrote {report}")
     if any(each.holds for each in outcomes):
         raise typer.Exit(1)
 

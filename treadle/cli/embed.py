@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from treadle.cli.application import command, print_json
-from treadle.cli.options import AsJson, ModelName, OptionKeywords
+from treadle.cli.options import AsJson, Column, ModelName, OptionKeywords
 
 
 @command("embed", takes=["embed"])
@@ -24,6 +24,7 @@ def embed_sentences(
     file: Annotated[
         str | None, typer.Option(metavar="PATH", help="Text file with one sentence per line; - is standard input.")
     ] = None,
+    column: Column = None,
     similarity: Annotated[
         bool, typer.Option("--similarity", help="Print pairwise similarities instead of vectors.")
     ] = False,
@@ -43,7 +44,7 @@ def embed_sentences(
     from treadle.reporting.counts import counted
     from treadle.reporting.tables import console
 
-    texts = read_sentences(sentences or [], file)
+    texts = read_sentences(sentences or [], file, column)
     with working(f"compiling {model}", shown=not as_json):
         embedder = SentenceEmbedder.open(model, **keywords)
     with working(f"embedding {counted(len(texts), 'sentence')}", shown=not as_json):

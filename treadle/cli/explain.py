@@ -199,7 +199,9 @@ def _sharding(
     from treadle.progress import working
 
     if split["mesh"] is None:
-        raise UsageError("sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2,dp=2")
+        raise UsageError(
+            "sharding needs a mesh", received=f"explain {model} sharding", hint="--mesh tp=2 --recipe megatron"
+        )
     asked = {name: value for name, value in split.items() if value is not None}
     with working(f"planning {model}", shown=not as_json):
         found = explain_sharding(model, **asked, **keywords)

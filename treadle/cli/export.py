@@ -128,14 +128,10 @@ def _measured(model: str, sizes: dict[str, int], keywords: dict[str, Any]) -> di
 
 
 def _write(path: Path, text: str) -> None:
-    from treadle.files.whole_files import replacing
+    from treadle.files.whole_files import replacing, reporting_failed_writes
 
-    try:
-        with replacing(path) as file:
-            file.write(text.encode("utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: a path with a null character
-        why = getattr(error, "strerror", None) or error
-        raise UsageError("the file cannot be written", received=f"{path}: {why}", hint="another path") from error
+    with reporting_failed_writes("the file", path, hint="another path"), replacing(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def _export_onnx(

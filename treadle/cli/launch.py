@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Annotated
 
 import typer
 
-from treadle.cli.application import command
+from treadle.cli.application import app, command
+from treadle.cli.options import Mesh
+from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 
 
@@ -18,7 +21,8 @@ def launch_command(
         list[str],
         typer.Argument(
             metavar="-- COMMAND...",
-            help="A treadle command with --mesh, such as run gpt2 --mesh tp=2; or a Python file with its arguments.",
+            help="A treadle command with --mesh, such as run gpt2 --mesh tp=2 --recipe megatron; or a Python file with "
+            "its arguments.",
             show_default=False,
         ),
     ],
@@ -28,20 +32,33 @@ def launch_command(
     from treadle.runtime.distributed.launching import launch_ranks
 
     has_mesh = any(word == "--mesh" or word.startswith("--mesh=") for word in words)
+    received, able = printable(" ".join(words), 80), rank_commands()
     if words[0].endswith(".py"):
         started = [sys.executable, *words]
-    elif words[0] in COMMANDS and not has_mesh:
+    elif words[0] not in able:
+        is_command = words[0] in COMMANDS
+        what = f"{words[0]} cannot run as ranks" if is_command else f"unknown command {words[0]!r}"
+        alone = f", or treadle {words[0]} without launch" if is_command else ""
+        names = ", ".join(f"{name} MODEL --mesh tp={count} --recipe megatron" for name in able)
+        raise UsageError(what, received=received, hint=f"{names}, a Python file{alone}")
+    elif not has_mesh:
         raise UsageError(
-            "ranks run a model that is split over a mesh", received=" ".join(words)[:80], hint=f"--mesh tp={count}"
+            "ranks run a model that is split over a mesh",
+            received=received,
+            hint=f"--mesh tp={count} --recipe megatron",
         )
-    elif words[0] in COMMANDS:
-        started = [sys.executable, "-m", "treadle", *words]
     else:
-        raise UsageError(
-            f"unknown command {words[0]!r}",
-            received=" ".join(words)[:80],
-            hint="run, generate, or a Python file: a command with its options, including --mesh",
-        )
+        started = [sys.executable, "-m", "treadle", *words]
     code = launch_ranks(started, count)
     if code:
         raise typer.Exit(code)
+
+
+def rank_commands() -> list[str]:
+    """Return the commands that run as one of several ranks."""
+    found = {each.name: inspect.signature(each.callback) for each in app.registered_commands if each.callback}
+    return [
+        name
+        for name, signature in found.items()
+        if name and Mesh in {p.annotation for p in signature.parameters.values()}
+    ]

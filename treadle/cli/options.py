@@ -75,6 +75,14 @@ Sizes = Annotated[
     str | None,
     typer.Option("--sizes", metavar="B=1,S=128", help="Sizes of symbolic axes. By default small ones."),
 ]
+Column = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Column with the texts, if --file is a .csv, .tsv, .parquet or .jsonl file. By default text.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _CONFIG: Any = Annotated[

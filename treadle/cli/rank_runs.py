@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
     """Raise UsageError for sharding options without a mesh."""
     if recipe is not None or axis:
-        raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2")
+        raise UsageError("sharding options need a mesh", received=recipe or ", ".join(axis), hint="--mesh tp=2 as well")
 
 
 @contextmanager
@@ -120,6 +120,7 @@ def run_rank(
                 "loaded": made.loaded,
                 "seconds": seconds,
                 "collectives": traffic,
+                "notes": list(made.plan.notes),
                 "outputs": facts,
                 "files": list(map(str, files)),
             }
@@ -132,6 +133,8 @@ def run_rank(
     where = f"in {made.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}")
     print(f"weights of rank 0: {weights}")
+    for note in made.plan.notes:
+        print(f"note: {note}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")
     for file in files:

@@ -46,6 +46,7 @@ def report_command(
     from treadle.explaining.sharding import explain_sharding
     from treadle.program.flag_values import parse_axes, parse_sizes
     from treadle.program.options import CompileOptions, taken_by
+    from treadle.program.program import Program
     from treadle.progress import working
     from treadle.report.building import Subject, lowered_subject, report_of
     from treadle.reporting.counts import human
@@ -54,12 +55,12 @@ def report_command(
     given: dict[str, Any] = {name: value for name, value in split.items() if value is not None}
     if mesh is None and given:
         raise UsageError(
-            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2"
+            "--recipe, --axis and --device apply to a mesh", received=f"report {model}", hint="--mesh tp=2 as well"
         )
     chosen = parse_sizes(sizes)
     if "memory" in keywords:
         keywords["sizes"] = chosen
-    sharding = None
+    sharding = originals = None
     subject: Subject | Compiled
     with working(f"compiling {model}", shown=not as_json):
         if is_artifact(model):
@@ -68,6 +69,7 @@ def report_command(
             subject = load_with_options(model, keywords, also=("seed",))
         elif profile:
             subject = treadle.compile(model, **keywords)
+            originals = Program.of(model, "compile", **keywords).declared(deferred=True).resolved.weights
         else:
             subject = lowered_subject(model, **keywords)
     if mesh is not None:
@@ -85,6 +87,7 @@ def report_command(
             profile=profile,
             seed=seed,
             command=f"treadle report {model} -o {output}",
+            originals=originals,
         )
         report.save(output)
     count = output.stat().st_size

@@ -68,7 +68,7 @@ def shard_command(
         plan = made.plan
     else:
         if mesh is None:
-            raise UsageError("sharding needs a mesh", received=f"shard {model}", hint="--mesh tp=2,dp=2")
+            raise UsageError("sharding needs a mesh", received=f"shard {model}", hint="--mesh tp=2 --recipe megatron")
         asked: dict[str, Any] = {
             "recipe": recipe,
             "axes": parse_axes(axis or ()),

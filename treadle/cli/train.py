@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,10 +10,8 @@ import typer
 
 from treadle.cli.application import command, print_json, saying
 from treadle.cli.options import AsJson, ModelName, OptionKeywords
+from treadle.interrupted_loading import INTERRUPTED
 from treadle.training.training_settings import TrainingSettings
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C, the same for every command."""
 
 
 @command("train", takes=["train"], settings=[TrainingSettings])
@@ -25,7 +21,8 @@ def train_model(
         list[str],
         typer.Argument(
             metavar="FILES",
-            help='Texts in UTF-8; .jsonl has one per line, as {"text": "..."}; - is standard input.',
+            help='Texts in UTF-8; .jsonl has one per line, as {"text": "..."}, .csv and .parquet one per row; - is '
+            "standard input.",
             show_default=False,
         ),
     ],
@@ -105,8 +102,9 @@ def train_model(
 
     with noting_interrupts("ending after this step; Ctrl-C again ends at once") as interrupted:
         run.report.before = held_out()
-        with _telling(f"training {model}", as_json) as tell:
-            run.train(interrupted=interrupted, every=every, emit=tell, warn=_say)
+        with working(f"training {model}", shown=not as_json) as work:
+            emit = (lambda text: None) if as_json else work
+            run.train(interrupted=interrupted, every=every, emit=emit, warn=_say, describe=work.describe)
         run.report.after = held_out()
     if as_json:
         print_json(run.report.facts())
@@ -121,12 +119,3 @@ def _say(text: str) -> None:
     """Write a line to standard error. If its reader has closed the pipe, the line is lost."""
     with saying():
         sys.stderr.write(f"{text}\n")
-
-
-def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """Yield a function that prints a line while the block runs. With --json it prints nothing."""
-    from contextlib import nullcontext
-
-    from treadle.progress import working
-
-    return nullcontext(lambda line: None) if as_json else working(what)

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from treadle.explaining.memory import MemoryReport
 from treadle.explaining.memory_timeline import Timeline, TimelineBox, timeline_of
-from treadle.files.shown_names import shown_path
-from treadle.files.whole_files import replacing
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.errors import Hint, UsageError
 from treadle.reporting.counts import human, sizes_text
 
@@ -32,14 +31,9 @@ _LEGEND = 10  # number of entries; further ops share the last color
 
 def write_drawing(path: Path, text: str) -> None:
     """Write an SVG file atomically. Raises UsageError if that is not possible."""
-    try:
-        with replacing(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        reason, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
-        raise UsageError(
-            "the drawing cannot be written", received=reason, within=shown_path(path), hint=hint
-        ) from error
+    hint = "a file in a folder that exists and is writable"
+    with reporting_failed_writes("the drawing", path, hint=hint), replacing(path) as file:
+        file.write(text.encode())
 
 
 def draw_memory(report: MemoryReport) -> str:

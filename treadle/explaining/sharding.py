@@ -94,7 +94,7 @@ class ShardingReport:
         return "\n\n".join("\n".join(lines) for lines in blocks)
 
     def _head(self) -> list[str]:
-        asked = ", ".join(f"{name} over {over}" for name, over in self.plan.axes.items())
+        asked = ", ".join(f"{name} over {over}" for name, over in self.plan.axes.items()) or "nothing"
         stored = f"weights are stored in parts over {self.plan.stored}, and gathered for use"
         notes = [f"note: {note}" for note in self.plan.notes]
         return [self.title, f"splits {asked}", *([stored] if self.plan.stored else []), *notes]

@@ -16,6 +16,8 @@ from treadle.ir.errors import TreadleError, UsageError
 
 _INLINE_BYTES = 1 << 20
 _WORD = re.compile(r"t\.[A-Za-z]\w*")
+_MOST_SIZE = 10**12 - 1
+_MOST_LIMIT = 10**18 - 1
 
 
 def names_of(text: str) -> tuple[str, ...]:
@@ -71,9 +73,7 @@ def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
     """Parse `nodes=400000`, limits on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
     for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
-        if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
-            raise UsageError(f"the limit {name} must be a positive integer", received=printable(value))
-        limits[name] = int(value)
+        limits[name] = _positive(f"the limit {name}", value, _MOST_LIMIT, f"--limit {name}")
     return limits or None
 
 
@@ -82,11 +82,20 @@ def parse_sizes(text: str | None) -> dict[str, int]:
     sizes = {}
     for part in (text or "").split(",") if text else []:
         name, value = _assignment(part, "--sizes B=1,S=128")
-        if not re.fullmatch(r"[1-9][0-9]{0,11}", value):
-            what = f"the size of {name} must be a positive integer"
-            raise UsageError(what, received=printable(value), hint=f"--sizes {name}=8")
-        sizes[name] = int(value)
+        sizes[name] = _positive(f"the size of {name}", value, _MOST_SIZE, f"--sizes {name}")
     return sizes
+
+
+def _positive(what: str, text: str, most: int, option: str) -> int:
+    """Return a positive integer up to `most`. Raises UsageError for other text, with the reason."""
+    if re.fullmatch(r"0*[1-9][0-9]*", text, re.ASCII):
+        digits = text.lstrip("0")
+        if len(digits) <= len(str(most)) and int(digits) <= most:
+            return int(digits)
+        raise UsageError(
+            f"{what} is larger than the maximum", received=printable(text), hint=f"{option}={most}, or less"
+        )
+    raise UsageError(f"{what} must be a positive integer", received=printable(text), hint=f"{option}=8")
 
 
 def parse_axes(assignments: Iterable[str]) -> dict[str, str]:

@@ -1,23 +1,31 @@
-"""Texts given on the command line, as arguments or in a file, which is read once."""
+"""Texts given on the command line, as arguments or in a file, which is read once.
+
+A text file is one document, or one sentence per line. Each row of a table (`treadle.program.text_files`) is one
+document or sentence.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from treadle.files.contained_files import read_regular
+from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
+from treadle.program.text_files import read_column, read_text, shown_source
 
-_TEXT_BYTES = 256 << 20  # limit on the bytes of a text
 
+def read_sentences(
+    given: Sequence[str], file: str | None, column: str | None = None, *, command: str = "embed minilm"
+) -> list[str]:
+    """Return sentences from the command line, or nonblank lines of a file or of standard input, or rows of a table.
 
-def read_sentences(given: Sequence[str], file: str | None, command: str = "embed minilm") -> list[str]:
-    """Return sentences from the command line, or nonblank lines of a file or of standard input.
-
+    column   the column of a table, as in `read_column`
     command  the command that reads them, for the hint of an error
 
-    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8.
+    Raises UsageError if there is no sentence, or if the text is too long or not UTF-8, and the errors of `read_column`.
     """
+    if column is not None and file is None:
+        raise UsageError("a column is a column of a file", received=f"--column {column}", hint="--file as well")
     if given and file is not None:
         raise UsageError(
             "sentences were given both as arguments and in a file",
@@ -28,26 +36,27 @@ def read_sentences(given: Sequence[str], file: str | None, command: str = "embed
         return list(given)
     if file is None and sys.stdin.isatty():
         raise UsageError("there is no sentence", hint=f'treadle {command} "A sentence."')
-    text, shown = _read(file)
-    found = [line for line in map(str.strip, text.splitlines()) if line]
+    rows = None if file is None else read_column(file, column)
+    lines = read_text(file or "-").splitlines() if rows is None else rows
+    found = [line for line in map(str.strip, lines) if line]
     if not found:
-        raise UsageError("there is no sentence", received="no line of text", within=shown)
+        raise UsageError("there is no sentence", received="no line of text", within=shown_source(file))
     return found
 
 
-def read_text(file: str) -> str:
-    """Return the text of a file; `-` is standard input. Raises UsageError if it is too long or not UTF-8."""
-    return _read(file)[0]
+def read_documents(files: Sequence[str], column: str | None = None) -> list[str]:
+    """Return the documents of all files, in order: a text file is one document, and so is a row of a table. `-` is
+    standard input. Blank documents are left out.
 
+    column  the column of tables, as in `read_column`
 
-def _read(file: str | None) -> tuple[str, str]:
-    """Return the text of a file, or of standard input for None and `-`, and its name for errors."""
-    piped = file in (None, "-")
-    shown = "standard input" if piped else str(file)
-    data = sys.stdin.buffer.read(_TEXT_BYTES + 1) if piped else read_regular(str(file), _TEXT_BYTES)
-    if len(data) > _TEXT_BYTES:
-        raise UsageError("the text is longer than the limit", received=f"limit {_TEXT_BYTES} bytes", within=shown)
-    try:
-        return data.decode("utf-8"), shown
-    except UnicodeDecodeError as error:
-        raise UsageError("the text is not UTF-8", received=f"byte {error.start}", within=shown) from None
+    Raises UsageError if there is no document, and the errors of `read_text` and `read_column`.
+    """
+    found: list[str] = []
+    for file in files:
+        rows = read_column(file, column)
+        found += [read_text(file)] if rows is None else rows
+    found = [text for text in found if text.strip()]
+    if not found:
+        raise UsageError("there is no text", received=", ".join(map(printable, files)), hint="a file with a text in it")
+    return found

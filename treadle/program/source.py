@@ -268,6 +268,14 @@ class ModelSource:
         """Return the reference for a folder of weights of `model`, the configured declaration."""
         return DeclarationReference.of(model, self.label, None)
 
+    @property
+    def positions(self) -> int | None:
+        """The maximum number of tokens of a text, according to its files; None if they do not say.
+
+        Rotary positions have no end, but a model was trained on this number of them.
+        """
+        return None
+
     def _refuse_unsupported(self) -> None:
         """Raise CheckpointError for a model that no family reads."""
 
@@ -403,6 +411,10 @@ class _Folder(ModelSource):
     def config(self) -> Mapping[str, Any]:
         return open_checkpoint(self.folder).config if self.declared is None else self.folder.config
 
+    @property
+    def positions(self) -> int | None:
+        return None if self.converted is not None else config_positions(self.config)
+
     def _refuse_unsupported(self) -> None:
         if self.declared is None and self.converted is None:
             self.meaning  # noqa: B018
@@ -449,6 +461,11 @@ class _GGUF(ModelSource):
     @property
     def end_tokens(self) -> tuple[int, ...]:
         return gguf_end_tokens(self.file)
+
+    @property
+    def positions(self) -> int | None:
+        key = f"{self.file.architecture}.context_length"
+        return self.file.integer(key) if self.file.has(key) else None
 
     def _read(self, options: ReadOptions) -> ReadModel:
         return read_gguf_weights(self.file, *self.meaning, options)
@@ -532,6 +549,15 @@ class ArtifactSource(ModelSource):
 
 AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
 """The argument MODEL of every function that opens one."""
+
+
+def config_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a config.json declares, extended by the factor of its rotary scaling."""
+    most, scaling = config.get("max_position_embeddings"), config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        return None
+    factor = scaling.get("factor") if isinstance(scaling, Mapping) else None
+    return int(most * factor) if isinstance(factor, int | float) and 1 < factor < most else most
 
 
 def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:

@@ -22,10 +22,10 @@ from typing import Any
 from treadle.files.contained_files import read_regular
 from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.declarations import Model
+from treadle.frontends.dsl import MOST_REPETITIONS
 from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, Hint, TreadleError, UsageError
 from treadle.ir.hashing import structural_hash
-from treadle.models.family import MOST_LAYERS
 from treadle.models.registry import family_names, find_family
 from treadle.program.flag_values import as_json, config_value
 
@@ -89,7 +89,7 @@ class DeclarationReference:
             and (file is None or (isinstance(file, str) and _FILE.fullmatch(file) and file.isprintable()))
             and all(each is None or (isinstance(each, str) and _DIGEST.fullmatch(each)) for each in digests)
             and ("family" in said or digests[1] is not None)
-            and not any("layers" in key and isinstance(n, int) and n > MOST_LAYERS for key, n in config.items())
+            and not any("layers" in key and isinstance(n, int) and n > MOST_REPETITIONS for key, n in config.items())
         )
         if not is_whole:
             raise CheckpointError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from treadle.files.nearest_names import NearestNames
+from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
 from treadle.program.resolved import Resolved
+from treadle.reporting.counts import human
 
 Array = np.ndarray[Any, Any]
 
@@ -36,11 +39,28 @@ def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """Return initial values of every weight. Each value depends only on the seed and the weight's name, so adding a
     weight does not change the others.
 
-    Raises UsageError for a negative seed, or a weight that cannot be drawn.
+    Raises UsageError for a negative seed, a weight that cannot be drawn, and weights that need more memory than this
+    machine has.
     """
     if seed < 0:
         raise UsageError(f"a seed is 0 or more, not {seed}")
+    memory = machine_memory()
+    need = sum(v.type.bytes_at({}) for v in graph.parameters.values() if v.type.static_shape is not None)
+    if memory is not None and need > memory:
+        raise UsageError(
+            f"the weights of {printable(graph.name)} need more memory than this machine has",
+            received=f"{human(need, 'B')} of weights, {human(memory, 'B')} of memory",
+            hint="a smaller configuration of the model",
+        )
     return {name: initial_weight(graph, name, seed) for name in graph.parameters}
+
+
+def machine_memory() -> int | None:
+    """Return the bytes of this machine's memory; None if the system does not report them."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def initial_weight(graph: Graph, name: str, seed: int = 0) -> Array:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
 from treadle.explaining.sharding import ShardingReport
 from treadle.explaining.sharding import report_of as sharding_report
-from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing
+from treadle.files.shown_names import printable
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Node
@@ -50,6 +51,7 @@ from treadle.sharding.plans import rank_optimized
 from treadle.stepped import SteppedModel
 
 TABS = {
+    "diff": "Differences",
     "overview": "Overview",
     "fusion": "Fusion",
     "memory": "Memory",
@@ -83,14 +85,9 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Write the page to a file, whole or not at all, and return its path. Raises UsageError if that fails."""
         target = Path(path)
-        try:
-            with replacing(target) as file:
-                file.write(self.html().encode())
-        except OSError as error:
-            what, hint = error.strerror or str(error), "a file in a folder that exists and is writable"
-            raise UsageError(
-                "the report cannot be written", received=what, within=shown_path(target), hint=hint
-            ) from error
+        hint = "a file in a folder that exists and is writable"
+        with reporting_failed_writes("the report", target, hint=hint), replacing(target) as file:
+            file.write(self.html().encode())
         return target
 
     def _repr_html_(self) -> str:
@@ -109,6 +106,7 @@ class Subject:
     executable  the backend's executable, for its code; None if no code was generated
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
+    originals   the weights of a checkpoint, before any is encoded; None if they are not at hand
     """
 
     name: str
@@ -118,6 +116,7 @@ class Subject:
     executable: object = None
     unused: Sequence[str] = ()
     unread: Sequence[str] = ()
+    originals: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @staticmethod
     def of(model: Compiled) -> Subject:
@@ -127,7 +126,7 @@ class Subject:
 
 
 def lowered_subject(model: AnyModel, **options: Any) -> Subject:
-    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn.
+    """Optimize the model that MODEL names, and lower it for a backend. No weight is read or drawn here.
 
     options  as in `treadle.compile`
 
@@ -146,7 +145,8 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
         optimized = replace(optimized, lowered=lowered)
         if parameter_bytes(optimized.graph) <= MOST_ZEROS:
             executable = chosen.emit(lowered.graph, where, _zeros(optimized.graph), optimized.graph, lowered.plan)
-    return Subject(resolved.name, optimized, choice.name, where, executable, resolved.unused, resolved.unread)
+    given = asked.arrays if asked.arrays is not None else resolved.weights
+    return Subject(resolved.name, optimized, choice.name, where, executable, resolved.unused, resolved.unread, given)
 
 
 MOST_ZEROS = 1 << 30
@@ -169,6 +169,7 @@ def report_of(
     profile: int = 0,
     seed: int = 0,
     command: str | None = None,
+    originals: Mapping[str, Any] | None = None,
 ) -> Report:
     """Return the report on a model, on a decoding step, or on a sharding plan.
 
@@ -177,6 +178,8 @@ def report_of(
     cache     the dtype of the caches of the derived step
     profile   number of timed runs, on inputs drawn from `seed`, of a compiled model on TVM; 0: nothing is run
     command   the command line without its options; tabs without data show it with the option that would add the data
+    originals  the weights of a quantized model before quantization, by name: the relative RMS error of each encoding is
+               measured against them
 
     Raises UsageError for sizes outside their bounds, and for a profile of any other model.
     """
@@ -185,6 +188,7 @@ def report_of(
     if isinstance(model, ShardingPlan):
         return _of_plan(sharding_report(model, {}), sizes or model.sizes)
     subject = Subject.of(model) if isinstance(model, Compiled) else model
+    subject = subject if originals is None else replace(subject, originals=originals)
     collected = _Collected(subject, sizes or {}, sharding, cache, command)
     if profile:
         collected.profile(model, profile, seed)
@@ -217,7 +221,7 @@ class _Collected:
             "overview": tab(self._overview),
             "fusion": self._fusion(),
             "memory": tab(self._memory),
-            "weights": tab(partial(tabs.weight_facts, model.optimized.graph, model.optimized.stages)),
+            "weights": tab(self._weights),
             "storage": tab(partial(tabs.storage_facts, program)) if program.last.plan is not None else self._no_plan(),
             "sharding": missing("no mesh was given", f"{self.command} --mesh tp=2 --recipe megatron"),
             "step": tab(partial(self._step, programs)),
@@ -228,11 +232,14 @@ class _Collected:
         if self.sharding is not None:
             found["sharding"] = tab(partial(tabs.sharding_facts, self.sharding))
             programs.append(_rank(self.sharding.plan))
-        return _report(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
+        return report_of_programs(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
 
     def _overview(self) -> dict[str, Any]:
         facts = tabs.overview(self.program, self.model.target, self.sizes)
         return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
+
+    def _weights(self) -> dict[str, Any]:
+        return tabs.weight_facts(self.model.optimized.graph, self.model.optimized.stages, self.model.originals)
 
     def _fusion(self) -> Tab:
         if any(stage.name == OPTIMIZED for stage in self.program.stages):
@@ -320,32 +327,34 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
         "log": tab(partial(tabs.log_facts, program)),
     }
     others = dict.fromkeys(("fusion", "sharding", "roofline", "profile"), no_source)
-    return _report(model.name, model.backend, str(target), chosen, [program], found | others, {})
+    return report_of_programs(model.name, model.backend, str(target), chosen, [program], found | others)
 
 
 def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     plan = report.plan
     program = _rank(plan)
     chosen = choose_sizes(program.graph, {n: size for n, size in sizes.items() if n in program.graph.symbols})
-    compiled = missing("the model was not compiled", "treadle report MODEL --mesh tp=2 -o report.html")
-    found: dict[str, Tab] = dict.fromkeys(TABS, compiled)
+    compiled = missing(
+        "the model was not compiled", "treadle report MODEL --mesh tp=2 --recipe megatron -o report.html"
+    )
+    found: dict[str, Tab] = dict.fromkeys([key for key in TABS if key != "diff"], compiled)
     found |= {
         "sharding": tab(partial(tabs.sharding_facts, report)),
         "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
         "log": tab(partial(tabs.log_facts, program)),
     }
-    return _report(report.name, "", report.device, chosen, [program], found, {})
+    return report_of_programs(report.name, "", report.device, chosen, [program], found)
 
 
-def _report(
+def report_of_programs(
     name: str,
     backend: str,
     target: str,
     sizes: Mapping[str, int],
-    programs: list[ReportProgram],
+    programs: Sequence[ReportProgram],
     sections_by_key: Mapping[str, Tab],
-    times: Mapping[Node, float],
+    times: Mapping[Node, float] = MappingProxyType({}),
 ) -> Report:
     """Build the report from its parts. Operations and bytes of a program are evaluated at the sizes of that program."""
     sections: dict[str, Any] = {

@@ -23,6 +23,7 @@ from treadle.ir.attention.seen_keys import live_pairs, reach_of
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
+from treadle.ir.transforms.encoded_weights import encoding_errors
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.sharding.timetable import Busy
 from treadle.passes.stepping.derivation import DerivedStep
@@ -110,8 +111,12 @@ def storage_facts(program: ReportProgram) -> dict[str, Any]:
     return facts
 
 
-def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
-    """Return every weight with its stored encoding, the largest first, and the report of the quantization."""
+def weight_facts(graph: Graph, log: Any, originals: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return every weight with its stored encoding, the largest first, and the report of the quantization.
+
+    originals  the weights before they are encoded: the relative RMS error of each encoding is measured against them
+    """
+    errors = {} if originals is None else encoding_errors(graph, originals)
     weights: list[dict[str, Any]] = []
     for name, value in graph.parameters.items():
         encoding = value.type.encoding
@@ -123,11 +128,17 @@ def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
                 "encoding": None if encoding is None else str(encoding),
                 "bytes": count,
                 "bits": 8 * count / elements if elements else 0,
+                "error": errors.get(name),
             }
         )
     weights.sort(key=lambda each: (-each["bytes"], each["name"]))
     notes = [note for record in log if record.name == "quantize-weights" for note in record.notes]
-    return {"weights": weights, "bytes": sum(each["bytes"] for each in weights), "notes": notes}
+    return {
+        "weights": weights,
+        "bytes": sum(each["bytes"] for each in weights),
+        "notes": notes,
+        "measured": bool(errors),
+    }
 
 
 def attention_facts(program: ReportProgram, sizes: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -24,6 +24,15 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{ending}"
 
 
+def lasting(seconds: float) -> str:
+    """Return a time in its two largest units: `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    left = round(seconds)
+    for size, unit, smaller, name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
+        if left >= size:
+            return f"{left // size} {unit} {left % size // smaller} {name}"
+    return f"{left} s"
+
+
 def sizes_text(sizes: Mapping[str, int]) -> str:
     """Return `B=1, S=128`."""
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from treadle.fitting import fit_error, fitted
 from treadle.ir.errors import TreadleError
 from treadle.reporting import Facts
 
@@ -21,6 +22,7 @@ def error_facts(error: TreadleError) -> Facts:
 
 
 def error_text(error: TreadleError) -> Text:
-    text = Text(str(error))
+    """Return an error in colors, fitted to the terminal of standard error."""
+    text = Text(fitted(str(error), fit_error, stderr=True))
     text.stylize("bold red", 0, len(error.what))
     return text

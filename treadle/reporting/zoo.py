@@ -11,7 +11,7 @@ from rich.text import Text
 from treadle.ir.analysis.cost import parameter_count
 from treadle.reporting import Facts
 from treadle.reporting.counts import human
-from treadle.reporting.tables import Items, plain_table
+from treadle.reporting.tables import Items, phrases, plain_table
 
 
 def zoo_facts() -> Facts:
@@ -55,7 +55,7 @@ def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
     zoo = plain_table("zoo", "description", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
         defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])
-        zoo.add_row(each["name"], each["description"], human(each["parameters"]), defaults)
+        zoo.add_row(each["name"], phrases(each["description"]), human(each["parameters"]), defaults)
     yield zoo
     pinned = plain_table("fetch", "description", "download", "", numbers={"download"})
     for each in facts["fetched"]:

@@ -111,6 +111,9 @@ def load_sharded(
     """
     held = open_artifact(path, limits=limits, check=check)
     if held.sharding is None:
-        hint = Hint('sharded(model, "tp=2", recipe="megatron").save(path)', "treadle shard MODEL --mesh tp=2 -o FILE")
+        hint = Hint(
+            'sharded(model, "tp=2", recipe="megatron").save(path)',
+            "treadle shard MODEL --mesh tp=2 --recipe megatron -o FILE",
+        )
         raise UsageError("the file contains a model that is not sharded", received=shown_path(path), hint=hint)
     return ShardedModel(held.name, held.sharding, held.optimized, held.weights, held.seed, held.options)

@@ -78,11 +78,15 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityMeter:
-    """A causal language model with its tokenizer. If it is quantized, also the model without quantization."""
+    """A causal language model with its tokenizer. If it is quantized, also the model without quantization.
+
+    positions  the maximum number of tokens of a text, according to its files
+    """
 
     model: Compiled
     tokenizer: TextTokenizer
     beside: Compiled | None
+    positions: int | None = None
 
     @classmethod
     def open(cls, program: Program, *, alone: bool = False) -> PerplexityMeter:
@@ -98,7 +102,7 @@ class PerplexityMeter:
         made = _causal(compile_program(program), source.label)
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
-        return cls(made, tokenizer, other)
+        return cls(made, tokenizer, other, source.positions)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:
         """Return the first `most` token ids of a text. Raises UsageError if the text is not valid Unicode."""
@@ -107,8 +111,12 @@ class PerplexityMeter:
     @property
     def window(self) -> int:
         """The default number of tokens of a window: 512, or the model's maximum."""
-        positions = token_positions(self.model)
-        return WINDOW if positions is None else min(WINDOW, positions)
+        return min([WINDOW, *self._limits])
+
+    @property
+    def _limits(self) -> list[int]:
+        """The maximum numbers of tokens of the model and of its files."""
+        return [n for n in (token_positions(self.model), self.positions) if n is not None]
 
     def measure(self, ids: Sequence[int], *, window: int | None = None, progress: Progress | None = None) -> Perplexity:
         """Return the perplexity of the model on the tokens of a text.
@@ -119,10 +127,10 @@ class PerplexityMeter:
         Raises UsageError if there are fewer than two tokens, if a window has fewer than two tokens or more than the
         model supports, or if logits are not finite.
         """
-        positions = token_positions(self.model)
+        limits = self._limits
         window = self.window if window is None else window
-        if window < 2 or (positions is not None and window > positions):
-            bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
+        if window < 2 or (limits and window > min(limits)):
+            bound = f" and at most {min(limits):,}, the model's maximum" if limits else ""
             hint = Hint(f"window={self.window}", f"--window {self.window}")
             raise UsageError(f"a window must have at least 2 tokens{bound}", received=f"{window:,}", hint=hint)
         if len(ids) < 2:

@@ -15,7 +15,7 @@ from typing import Any
 
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.program import Program
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import generate
@@ -197,5 +197,12 @@ class TextRewriter:
 def _most_tokens(most: int | None, settings: GenerationSettings, model: SteppedModel) -> int:
     if most is not None and most < 1:
         raise UsageError("a text must have 1 token or more", received=repr(most))
+    context = model.derived.context
+    if most is not None and context is not None and most > context:
+        raise UsageError(
+            f"{model.name} has {context:,} positions",
+            received=f"{most:,} tokens",
+            hint=Hint(f"most={context}", f"--tokens {context}"),
+        )
     wanted = most or settings.most or _MOST
-    return wanted if model.derived.context is None else min(wanted, model.derived.context)
+    return wanted if context is None else min(wanted, context)

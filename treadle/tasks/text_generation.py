@@ -59,11 +59,13 @@ class TextGeneration:
 
         stepped  the function that opens the model's step, as `treadle.stepped.open_stepped` does
 
-        Raises as `TextWriter.open` does.
+        Raises as `TextWriter.open` does, and UsageError for more tokens than the model has positions.
         """
         chosen = CompileOptions.of("generate", options)
         need_for_text(model, chat=settings.chat)
         writer = TextWriter.open(model, stepped=stepped, **options)
+        if settings.most != DecodingSettings.most:  # the default applies to models with fewer positions, too
+            writer.check_count(settings.most, "most", "--tokens")
         guess: Guess | None = PromptLookup() if settings.speculate else None
         if settings.draft is not None:
             how: dict[str, Any] = {"backend": chosen.backend, "target": chosen.target, "cache": chosen.cache}

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from treadle.files.contained_files import PathLike
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.program.program import Program
 from treadle.runtime.generation import generate
 from treadle.runtime.token_rules import TokenRules
@@ -137,7 +137,13 @@ class Transcriber:
             prompt += [self.languages[language], self._special("transcribe")]
         prompt.append(plain)
         room = session.capacity - len(prompt)
-        count = min(room, self.context) if most is None else min(room, most)
+        if most is not None and most > room:
+            raise UsageError(
+                f"{self.model.name} has {room:,} positions for the tokens of a piece",
+                received=f"{most:,} tokens",
+                hint=Hint(f"most={room}", f"--tokens {room}"),
+            )
+        count = min(room, self.context) if most is None else most
         stop, given = [last], [{"mel": mel}]
         tokens = [k.id for k in generate(session, [prompt], most=count, rules=self.rules, stop=stop, inputs=given)]
         return Passage(self.tokenizer.text(tokens), start / RATE, end / RATE, tuple(tokens), language)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from treadle.reporting.counts import counted, human
+from treadle.reporting.counts import counted, human, lasting
 from treadle.training.saving import SavedModel
 from treadle.training.text_data import TextData
 from treadle.training.text_runs import Update, perplexity_of
@@ -137,6 +137,20 @@ def line_text(update: Update, steps: int) -> str:
         f"step {update.step:{len(str(steps))}}  loss {update.loss:.4f}  norm {update.norm:.3g}  rate {update.rate:.3g}"
     )
     return line + ("" if pace is None else f"  {pace:,.0f} tokens/s")
+
+
+RECENT = 20
+"""Number of updates over which the pace of a run is measured."""
+
+
+def live_text(recent: Sequence[Update], steps: int) -> str:
+    """Describe the state of a run: the last update out of `steps`, the pace of recent ones, and the time left."""
+    last, joined = recent[-1], Update.joined(recent)
+    parts = [f"step {last.step:,} of {steps:,}", f"loss {last.loss:.4f}"]
+    if joined.seconds > 0:
+        left = (steps - last.step) * joined.seconds / len(recent)
+        parts += [f"{joined.tokens / joined.seconds:,.0f} tokens/s", f"{lasting(left)} left"]
+    return ", ".join(parts)
 
 
 def line_facts(update: Update) -> dict[str, Any]:

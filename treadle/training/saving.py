@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import replacing
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.frontends.binding import Source, alternatives, bind
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
@@ -345,11 +345,11 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     """Return the folder to write. Raises UsageError as `saver_for` does."""
     path = Path(target)
     shown = shown_path(path)
-    try:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(path)
-    except OSError as error:  # such as a name that is too long
-        raise UsageError("the folder cannot be written", received=str(error), hint="another name") from error
+    with (
+        reporting_failed_writes("the folder", path, hint="another name"),  # a name that is too long
+        suppress(FileNotFoundError, NotADirectoryError),
+    ):
+        os.lstat(path)
     if path.exists() and not path.is_dir():
         raise UsageError("weights are saved in a folder, but this is a file", received=shown, hint="another name")
     if source is not None and path.exists() and path.resolve() == source.resolve():
@@ -372,15 +372,10 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
 
 def _make(folder: Path) -> None:
     """Create a folder unless it exists. Raises UsageError if this fails."""
-    try:
+    with reporting_failed_writes("the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError("the folder cannot be created", received=str(error), within=shown_path(folder)) from error
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        with replacing(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise UsageError("the file cannot be written", received=str(error), within=shown_path(path)) from error
+    with reporting_failed_writes("the file", path), replacing(path) as file:
+        file.write(data)

@@ -16,7 +16,7 @@ import numpy as np
 from treadle.files.contained_files import PathLike
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable, shown_path
-from treadle.files.whole_files import check_writable
+from treadle.files.whole_files import check_writable, reporting_failed_writes
 from treadle.frontends.safetensors_file import PICKLE_SUFFIXES, SafetensorsFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.training.weight_files import write_weights
@@ -54,10 +54,8 @@ class TrainingState:
 def check_state_file(path: PathLike) -> None:
     """Raise UsageError if `write_state` could not write a state to this path. Nothing is written."""
     _refuse_pickle(path)
-    try:
+    with reporting_failed_writes("the state", path):
         check_writable(Path(path))
-    except OSError as error:
-        raise UsageError("the state cannot be written", received=str(error), within=shown_path(path)) from error
 
 
 def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[str, str]) -> None:

@@ -25,10 +25,10 @@ from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
+from treadle.program.given_texts import read_documents
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
-from treadle.training.documents import read_documents
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
 
@@ -78,6 +78,7 @@ class TextData:
         seed: int = 0,
         vocab: int | None = None,
         teacher: str | None = None,
+        column: str | None = None,
     ) -> TextData:
         """Read and tokenize the texts of files, and split them into blocks.
 
@@ -87,6 +88,7 @@ class TextData:
         holdout    fraction of blocks to hold out; if it is not 0, at least one block
         vocab      train a new tokenizer of up to as many tokens from the texts
         teacher    a model with the same vocabulary, which must support blocks of this length
+        column     the column of tables with the texts, as in `treadle.program.text_files.read_column`
 
         Raises UsageError for data that does not fit, and the errors of reading files and the tokenizer.
         """
@@ -101,14 +103,15 @@ class TextData:
         taught_by = None if teacher is None else ModelSource.open(teacher)
         if taught_by is not None:
             graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
-        length = _checked_length(graphs, length)
+        sources = [source, *([] if taught_by is None else [taught_by])]
+        length = _checked_length(graphs, sources, length)
         _check_model(source.label, resolved.graph, objective)
         documents: Sequence[str] = ()
         if vocab is None:
             opened = _tokenizer(source)
         else:
             _refuse_vocab(source)
-            documents = read_documents(files)
+            documents = read_documents(files, column)
             opened = train_tokenizer(documents, vocab, mask=objective == MASKED_TOKEN)
         if taught_by is not None and taught_by.tokenizer(cut=False).vocabulary() != opened.vocabulary():
             raise UsageError(
@@ -116,7 +119,7 @@ class TextData:
                 received=f"the vocabulary of {printable(taught_by.label)} differs",
             )
         asked = _objective(objective, opened, seed)
-        documents = documents or read_documents(files)
+        documents = documents or read_documents(files, column)
         end = _end_of_text(None if vocab is not None else source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
         _check_vocabulary(
@@ -158,17 +161,23 @@ def _digest(documents: Sequence[str]) -> str:
     return found.hexdigest()
 
 
-def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
+def _checked_length(graphs: Sequence[Graph], sources: Sequence[ModelSource], length: int | None) -> int:
     """Return the number of tokens per block. Raises UsageError if the model or its teacher supports fewer."""
-    limits = [limit for graph in graphs if (limit := _most_tokens(graph)) is not None]
-    most = min(limits, default=None)
+    found = [(_most_tokens(graph), source.positions) for graph, source in zip(graphs, sources, strict=True)]
+    own, *others = [min([n for n in limits if n is not None], default=None) for limits in found]
+    most = min([n for n in (own, *others) if n is not None], default=None)
     usual = LENGTH if most is None else min(LENGTH, most)
     if length is None:
         return usual
     if length < 2 or (most is not None and length > most):
-        taker = "the teacher" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model"
+        taker = "the teacher" if most != own else "the model"
         bound = "" if most is None else f" and at most {most:,}, the maximum of {taker}"
-        raise UsageError(f"a block must have 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
+        hint = usual if length < 2 or most is None else most
+        raise UsageError(
+            f"a block must have 2 tokens or more{bound}",
+            received=f"{length:,}",
+            hint=Hint(f"length={hint}", f"--length {hint}"),
+        )
     return length
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from treadle.ir.errors import TreadleError, UsageError
 from treadle.program.options import CompileOptions
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS
-from treadle.training.run_report import RunReport, line_text
+from treadle.training.run_report import RECENT, RunReport, line_text, live_text
 from treadle.training.run_settings import changed_settings, collect_settings
 from treadle.training.saving import Saver, saver_for
 from treadle.training.states import FORMAT, check_state_file
@@ -90,7 +91,7 @@ class TextTraining:
         settings.schedule_of_rates(), settings.optimizer_of_weights()
         resolved = options.but(widen=("bf16", "f16", BLOCKS), dtype=None).resolve(model, deferred=True)
         saver = None if output is None else saver_for(resolved, output, replace=replace)
-        names = ("objective", "length", "batch", "holdout", "vocab", "teacher")
+        names = ("objective", "length", "batch", "holdout", "vocab", "teacher", "column")
         chosen: dict[str, Any] = {name: getattr(settings, name) for name in names}
         data = TextData.open(files, resolved, seed=options.seed, **chosen)
         if saver is not None and data.texts is not None:
@@ -163,24 +164,31 @@ class TextTraining:
         return math.ceil(len(self.data.heldout) / self.settings.batch)
 
     def train(
-        self, *, interrupted: Callable[[], bool], every: int, emit: Callable[[str], None], warn: Callable[[str], None]
+        self,
+        *,
+        interrupted: Callable[[], bool],
+        every: int,
+        emit: Callable[[str], None],
+        warn: Callable[[str], None],
+        describe: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Train until the settings' number of steps, then save. Weights and state are also saved if a step fails, or if
-        the output that `emit` writes to is closed.
+        `emit` cannot write its line.
 
         interrupted  returns True if the run must end after the current step
         every        number of updates per line
         emit         called with each line
         warn         called with lines about saved files and further errors, before an error is raised
+        describe     called after each update with the state of the run
 
         Raises the error of a step, after the trained weights are saved.
         """
-        failed: TreadleError | BrokenPipeError | None = None
+        failed: TreadleError | OSError | None = None
         since: list[Update] = []
         try:
             if not interrupted():
-                self._update(since, interrupted, every, emit)
-        except (TreadleError, BrokenPipeError) as error:
+                self._update(since, interrupted, every, emit, describe)
+        except (TreadleError, OSError) as error:
             failed = error
         if since:
             self.report.lines.append(Update.joined(since))
@@ -200,14 +208,22 @@ class TextTraining:
             raise failed
 
     def _update(
-        self, since: list[Update], interrupted: Callable[[], bool], every: int, emit: Callable[[str], None]
+        self,
+        since: list[Update],
+        interrupted: Callable[[], bool],
+        every: int,
+        emit: Callable[[str], None],
+        describe: Callable[[str], None],
     ) -> None:
         """Run the updates. `since` collects the updates that no line covers yet."""
         steps = self.settings.steps
+        recent: deque[Update] = deque(maxlen=RECENT)
         for update in updates(
             self.trainer, self.data, steps=steps, accumulate=self.settings.gradient_accumulation_steps
         ):
             since.append(update)
+            recent.append(update)
+            describe(live_text(recent, steps))
             ends = interrupted() or update.step == steps
             if ends or update.step % every == 0:
                 self.report.lines.append(Update.joined(since))

@@ -65,6 +65,9 @@ class TrainingSettings:
         "Train a new tokenizer of up to N tokens from the texts (byte-level BPE).",
         flag=Flag("vocab", "N", least=1),
     )
+    column: str | None = declare(
+        None, "Column of CSV and Parquet files with the texts. By default text.", flag=Flag("column", "NAME")
+    )
     holdout: float = declare(
         0.0,
         "Fraction of held-out blocks, whose perplexity is reported before and after.",

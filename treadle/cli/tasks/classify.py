@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import File, Top, scored_facts, scored_text, task_command
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def classify_texts(
         typer.Argument(metavar="TEXTS", help="Texts to classify. By default the lines of --file or of standard input."),
     ] = None,
     file: File = None,
+    column: Column = None,
     pair: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Second text of a pair, for each text in order. Repeatable."),
@@ -35,7 +37,7 @@ def classify_texts(
     from treadle.progress import counting, working
     from treadle.tasks.classifying import Text, TextClassifier
 
-    given = read_sentences(texts or [], file, f"classify {program.model}")
+    given = read_sentences(texts or [], file, column, command=f"classify {program.model}")
     if pair and len(pair) != len(given):
         raise UsageError(f"{len(pair)} second texts for {len(given)} texts", hint="--pair for each text")
     asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]

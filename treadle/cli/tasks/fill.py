@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import File, Top, task_command
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def fill_masks(
         ),
     ] = None,
     file: File = None,
+    column: Column = None,
     top: Top = 5,
     among: Annotated[
         list[str] | None,
@@ -38,7 +40,7 @@ def fill_masks(
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
 
-    given = read_sentences(texts or [], file, f"fill {program.model}")
+    given = read_sentences(texts or [], file, column, command=f"fill {program.model}")
     with working(f"compiling {program.model}", shown=not as_json):
         filler = MaskFiller.open(program)
     with counting("filling", len(given), shown=not as_json) as progress:

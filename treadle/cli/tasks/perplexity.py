@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import task_command
 
 if TYPE_CHECKING:
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 @task_command("perplexity")
 def measure_text(
     program: Program,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Text file; - is standard input.", show_default=False)],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Text file, or a table with texts; - is standard input.", show_default=False
+        ),
+    ],
+    column: Column = None,
     window: Annotated[
         int | None,
         typer.Option(
@@ -45,11 +52,11 @@ def measure_text(
     as_json: bool,
 ) -> None:
     """Print the perplexity of a causal language model on a text, with and without quantization."""
-    from treadle.program.given_texts import read_text
+    from treadle.program.given_texts import read_documents
     from treadle.progress import counting, working
     from treadle.tasks.perplexity import PerplexityMeter, windows
 
-    text = read_text(file)
+    text = "\n\n".join(read_documents([file], column))
     with working(f"compiling {program.model}", shown=not as_json):
         meter = PerplexityMeter.open(program, alone=alone)
     ids = meter.tokens(text, most)

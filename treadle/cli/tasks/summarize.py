@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import BeamCount, File, LengthPenalty, Most, beams_of, task_command
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def summarize_texts(
         ),
     ] = None,
     file: File = None,
+    column: Column = None,
     most: Most = None,
     beams: BeamCount = None,
     length_penalty: LengthPenalty = 1.0,
@@ -35,7 +37,7 @@ def summarize_texts(
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 
-    given = read_sentences(texts or [], file, f"summarize {program.model}")
+    given = read_sentences(texts or [], file, column, command=f"summarize {program.model}")
     search = beams_of(beams, length_penalty)
     with working(f"compiling {program.model}", shown=not as_json):
         rewriter = TextRewriter.open(program)

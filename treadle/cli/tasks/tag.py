@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import File, task_command
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def tag_texts(
         typer.Argument(metavar="TEXTS", help="Texts to tag. By default the lines of --file or of standard input."),
     ] = None,
     file: File = None,
+    column: Column = None,
     grouping: Annotated[
         str,
         typer.Option(metavar="HOW", help="Aggregation of tokens to spans: none, simple, first, average or max."),
@@ -34,7 +36,7 @@ def tag_texts(
     from treadle.progress import counting, working
     from treadle.tasks.tagging import TokenTagger
 
-    given = read_sentences(texts or [], file, f"tag {program.model}")
+    given = read_sentences(texts or [], file, column, command=f"tag {program.model}")
     with working(f"compiling {program.model}", shown=not as_json):
         tagger = TokenTagger.open(program)
     with counting("tagging", len(given), shown=not as_json) as progress:

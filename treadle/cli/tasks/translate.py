@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treadle.cli.application import print_json
+from treadle.cli.options import Column
 from treadle.cli.tasks.asking import BeamCount, File, LengthPenalty, Most, beams_of, task_command
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def translate_texts(
         ),
     ] = None,
     file: File = None,
+    column: Column = None,
     source: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +55,7 @@ def translate_texts(
     from treadle.progress import counting, working
     from treadle.tasks.rewriting import TextRewriter
 
-    given = read_sentences(texts or [], file, f"translate {program.model}")
+    given = read_sentences(texts or [], file, column, command=f"translate {program.model}")
     search = beams_of(beams, length_penalty)
     with working(f"compiling {program.model}", shown=not as_json):
         rewriter = TextRewriter.open(program)

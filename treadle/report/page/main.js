@@ -34,6 +34,7 @@ class App {
       onopen: () => this.crumbs(),
       onfacts: () => T.id("panel").focus(),
     });
+    this.pairs = await this.beside();
     this.listen();
     try {
       await this.load(0);
@@ -46,6 +47,71 @@ class App {
     await this.fromLink(true);
     window.addEventListener("hashchange", () => this.fromLink(false));
     document.documentElement.dataset.ready = "yes";
+  }
+
+  // -- two builds side by side -----------------------------------------------------------------------------------
+
+  /** Show a second graph if the report compares two builds. Return the corresponding ops of each. */
+  async beside() {
+    if (!this.hasTab("diff")) return null;
+    const found = await Data.section("diff").catch(() => null);
+    if (!found || !found.data || this.head.programs.length !== 2) return null;
+    this.state.tab = "diff";
+    const host = T.el("div", { id: "other", class: "graph" });
+    T.id("graph").after(host);
+    const pick = (number) => {
+      const numbers = this.partners(number, 1 - this.state.program);
+      if (numbers.length) this.go({ number: numbers[0], stage: Tabs.last(this) });
+      else this.pickOther(number);
+    };
+    this.other = new GraphView(host, { onnode: (number) => pick(number), onbox: () => {}, onvalue: () => {}, onvalues: () => {}, onopen: () => {}, onfacts: () => T.id("panel").focus() });
+    this.other.scroll.setAttribute("aria-label", "Graph of the other build");
+    const pairs = [new Map(), new Map()];
+    for (const sides of found.data.pairs) {
+      for (const side of [0, 1]) for (const number of sides[side]) pairs[side].set(number, [...new Set([...(pairs[side].get(number) || []), ...sides[1 - side]])]);
+    }
+    return pairs;
+  }
+
+  /** Return the ops of the other build that correspond to an op of this one. */
+  partners(number, program) {
+    return this.pairs[program].get(number) || [];
+  }
+
+  /** Load the other build into the second graph. */
+  async loadOther() {
+    const program = 1 - this.state.program;
+    if (!this.models[program]) this.models[program] = new GraphModel(await Data.section(`graph:${program}`));
+    const model = this.models[program];
+    this.other.load(model);
+    this.other.show(model.passes.length - 1, false);
+    this.other.fit();
+    for (const [host, at] of [["graph", this.state.program], ["other", program]]) {
+      const old = T.id(host).querySelector("h2");
+      if (old) old.remove();
+      T.id(host).prepend(T.el("h2", {}, T.shown(this.head.programs[at], 60)));
+    }
+  }
+
+  /** Select ops in the second graph, and show the first of them. */
+  markOther(numbers) {
+    const { other } = this;
+    const key = numbers.length ? other.reveal(numbers[0]) : null;
+    other.selected.key = key;
+    other.refresh();
+    other.select({ numbers, key });
+    if (key) other.center(key);
+  }
+
+  /** Select an op of the other build that has no counterpart in this one. */
+  pickOther(number) {
+    const node = this.other.model.light(number, this.other.stage);
+    Object.assign(this.state, { number: null, path: null, item: null, value: null, numbers: null });
+    this.view.selected.key = null;
+    this.view.select({});
+    this.markOther([number]);
+    this.say(`${node.op} ${node.name} is only in ${this.head.programs[1 - this.state.program]}`);
+    this.showTab("diff", node);
   }
 
   // -- programs and passes ---------------------------------------------------------------------------------------
@@ -75,6 +141,7 @@ class App {
     this.view.show(this.state.stage, T.id("hold").checked);
     this.openAround();
     this.view.fit();
+    if (this.pairs) await this.loadOther();
     this.saidPass();
     this.section("details").then((details) => {
       if (!details) return;
@@ -165,6 +232,10 @@ class App {
 
   marks() {
     const { state, view } = this;
+    if (this.pairs && this.other.model) {
+      const numbers = state.numbers || (state.number === null ? [] : [state.number]);
+      this.markOther([...new Set(numbers.flatMap((number) => this.partners(number, state.program)))]);
+    }
     view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key });
   }
 
@@ -296,7 +367,7 @@ class App {
     try {
       if (name === "selected") parts = await this.selected();
       else if (name === "text" || name === "source") parts = await Tabs[name](this, more);
-      else parts = await Tabs.of(this, name);
+      else parts = await Tabs.of(this, name, more);
     } catch (error) {
       parts = [T.el("h2", {}, (this.tabs.find(([each]) => each === name) || [])[1] || name), T.el("p", { class: "error" }, error.message)];
     }

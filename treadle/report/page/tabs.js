@@ -4,18 +4,42 @@
 const Tabs = { held: new Map() };
 
 /** Return the elements of a tab with its own section, or the reason why it has no data. */
-Tabs.of = async (app, name) => {
+Tabs.of = async (app, name, more) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
   if (found.error) return [T.el("p", { class: "error" }, found.error.split("\n")[0]), T.el("pre", { class: "code", tabindex: "0" }, found.error)];
   if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code", tabindex: "0" }, found.command)];
-  return Tabs[name](app, found.data).filter(Boolean);
+  return Tabs[name](app, found.data, more).filter(Boolean);
 };
 
 Tabs.link = (app, number, text, stage) => (number === null || number === undefined ? text : Details.op(app, number, text, stage));
 Tabs.last = (app) => app.model.passes.length - 1;
 
 Tabs.ports = (ports, most = 12) => ports.slice(0, most).map((p) => `${p.name}: ${p.dtype}[${p.axes.join(", ")}]`).join(", ") + (ports.length > most ? ` and ${ports.length - most} more` : "");
+
+/** The differences of two builds. `chosen` is an op of the second graph without a counterpart. */
+Tabs.diff = (app, data, chosen) => {
+  const names = app.head.programs;
+  const known = Object.entries(data.quantities).filter(([, each]) => each.b !== null && each.b !== undefined);
+  const side = (at) => {
+    const model = app.models[at];
+    const stage = model ? model.passes.length - 1 : 0;
+    const rows = model ? data.only[at].map((number) => model.light(number, stage)).filter(Boolean) : [];
+    const pick = (row) => (at === app.state.program ? app.go({ number: row.number, stage }) : app.pickOther(row.number));
+    return rows.length ? [T.el("h3", {}, `Only in ${T.shown(names[at], 60)}`), T.table([
+      { name: "op", of: (row) => T.el("button", { type: "button", class: "link", onclick: () => pick(row) }, row.op), sort: (row) => row.op }, { name: "type", of: (row) => row.type, code: true }, { name: "scope", of: (row) => row.scope, sort: (row) => row.scope }, { name: "line", of: (row) => row.line },
+    ], rows, { caption: `Ops that are only in ${names[at]}` })] : [];
+  };
+  return [
+    T.el("h2", {}, "Differences"),
+    chosen ? T.el("p", { class: "big" }, `${chosen.op} ${chosen.scope || chosen.name} is only in ${T.shown(names[1 - app.state.program], 60)}: ${chosen.type}  ${chosen.line}`) : null,
+    data.related && data.differs ? null : T.el("p", {}, data.text[0]),
+    T.el("p", { class: "note" }, "An op that is selected in one graph is selected in the other, too, with the ops that compute the same there."),
+    T.table([{ name: "quantity", of: ([name]) => name }, { name: "a", of: ([, each]) => T.count(each.a ?? ""), number: true }, { name: "b", of: ([, each]) => T.count(each.b), number: true }, { name: "meaning", of: ([name]) => data.about[name] }], known, { caption: "Quantities of both builds" }),
+    ...side(0), ...side(1),
+    T.el("h3", {}, "As text"), T.el("pre", { class: "code", tabindex: "0" }, data.text.join("\n")),
+  ];
+};
 
 Tabs.overview = (app, data) => {
   const ops = Object.entries(data.ops);
@@ -137,21 +161,25 @@ Tabs.weights = (app, data) => {
   const forms = new Map();
   for (const each of data.weights) {
     const key = each.encoding || `plain, ${each.bits} bits`;
-    const found = forms.get(key) || { key, count: 0, bytes: 0 };
+    const found = forms.get(key) || { key, count: 0, bytes: 0, error: null };
     found.count += 1;
+    if (each.error !== null) found.error = Math.max(found.error ?? 0, each.error);
     found.bytes += each.bytes;
     forms.set(key, found);
   }
+  const errors = (name) => (data.measured ? [{ name, of: (each) => (each.error === null ? "" : `${(100 * each.error).toPrecision(3)}%`), sort: (each) => each.error ?? -1, number: true }] : []);
+  const why = data.weights.some((each) => each.encoding) && !data.measured ? T.el("p", { class: "note" }, "Errors of the encodings were not measured: the weights before quantization were not at hand. treadle report FOLDER --quantize ... reads them.") : null;
   return [
     T.el("h2", {}, "Weights"), T.el("p", { class: "big" }, `${T.human(data.bytes, "B")} in ${T.plural(data.weights.length, "weight")}`),
-    T.table([{ name: "encoding", of: (f) => f.key }, { name: "weights", of: (f) => T.count(f.count), sort: (f) => f.count, number: true }, { name: "bytes", of: (f) => T.human(f.bytes, "B"), sort: (f) => f.bytes, number: true }, { name: "share", of: (f) => T.share(f.bytes, data.bytes), number: true }],
+    T.table([{ name: "encoding", of: (f) => f.key }, { name: "weights", of: (f) => T.count(f.count), sort: (f) => f.count, number: true }, { name: "bytes", of: (f) => T.human(f.bytes, "B"), sort: (f) => f.bytes, number: true }, { name: "share", of: (f) => T.share(f.bytes, data.bytes), number: true }, ...errors("largest error")],
       [...forms.values()].sort((a, b) => b.bytes - a.bytes), { caption: "Bytes by encoding" }),
     T.el("h3", {}, "Every weight, the largest first"),
     T.table([
       { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "type", of: (w) => w.type, code: true }, { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
-      { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true },
+      { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true }, ...errors("error"),
     ], data.weights, { caption: "Every weight, the largest first" }),
     T.el("h3", {}, "Quantization"),
+    data.measured ? T.el("p", { class: "note" }, "An error is the root mean square of the difference between the decoded weight and the original one, relative to the root mean square of the original one.") : why,
     data.notes.length ? T.el("pre", { class: "code", tabindex: "0" }, data.notes.join("\n")) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
   ];
 };
