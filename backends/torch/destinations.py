@@ -65,7 +65,7 @@ DESTINATIONS: dict[str, Spelling] = {
     "concat": lambda line: f"torch.cat(({line.arrays},), dim={line.op.axis}, out={line.out})",
     "softmax": lambda line: f"torch.softmax({line.array('x')}, {line.op.axis}, out={line.out})",
     "embedding": lambda line: (
-        f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}, out={line.out})"
+        f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}, out={line.out}{line.report_args})"
     ),
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("sum", "sum"), ("mean", "mean"))},
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("max", "amax"), ("min", "amin"))},

@@ -264,35 +264,37 @@ def _conv(line: Line) -> str:
 
 @_spells("embedding")
 def _embedding(line: Line) -> str:
-    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')})"
+    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}{line.report_args})"
 
 
 @_spells("gather")
 def _gather(line: Line) -> str:
-    return f"kernels.take({line.array('x')}, {index_text(line, 'indices', 'i32')}, {line.op.axis})"
+    return f"kernels.take({line.array('x')}, {index_text(line, 'indices', 'i32')}, {line.op.axis}{line.report_args})"
 
 
 @_spells("index_add")
 def _index_add(line: Line) -> str:
     operands = f"{line.array('target')}, {index_text(line, 'indices', 'i32')}, {line.array('added')}"
-    return f"kernels.index_add({operands}, {line.op.axis})"
+    return f"kernels.index_add({operands}, {line.op.axis}{line.report_args})"
 
 
 @_spells("append")
 def _append(line: Line) -> str:
     operands = f"{line.array('state')}, {line.array('x')}, {line.array('rows')}, {line.array('start')}"
-    return f"kernels.append({operands}, {place(line.op.axis, line.type('state').rank)}, ring={line.op.ring})"
+    axis = place(line.op.axis, line.type("state").rank)
+    return f"kernels.append({operands}, {axis}, ring={line.op.ring}{line.report_args})"
 
 
 @_spells("take_along_axis")
 def _take_along_axis(line: Line) -> str:
-    return f"kernels.take_along_axis({line.array('x')}, {index_text(line, 'indices')}, {line.op.axis})"
+    operands = f"{line.array('x')}, {index_text(line, 'indices')}"
+    return f"kernels.take_along_axis({operands}, {line.op.axis}{line.report_args})"
 
 
 @_spells("scatter_add")
 def _scatter_add(line: Line) -> str:
-    indices = index_text(line, "indices")
-    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('added')}, {line.op.axis})"
+    operands = f"{line.array('target')}, {index_text(line, 'indices')}, {line.array('added')}"
+    return f"kernels.scatter_add({operands}, {line.op.axis}{line.report_args})"
 
 
 def index_text(line: Line, name: str, also: str = "i64") -> str:
@@ -310,7 +312,8 @@ def _iota(line: Line) -> str:
 
 @_spells("size")
 def _size(line: Line) -> str:
-    return f"torch.tensor({line.size(line.op.value)}, dtype={dtype_text(line.op.dtype)}, device=device)"
+    # torch.tensor would copy the number from the host at each call
+    return f"torch.full((), {line.size(line.op.value)}, dtype={dtype_text(line.op.dtype)}, device=device)"
 
 
 def _reduction(function: str) -> Callable[[Line], str]:
@@ -419,7 +422,7 @@ def _cached_attention(line: Line) -> str:
     arguments = [line.arrays, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
     arguments += ["ring=True"] if line.op.ring else []
-    return f"kernels.cached_attention({', '.join(arguments)})"
+    return f"kernels.cached_attention({', '.join(arguments)}{line.report_args})"
 
 
 def _met(line: Line) -> str:
