@@ -108,9 +108,14 @@ class Line:
         return "".join(f", {name}={text}" for name, text in arguments if text is not None)
 
     @property
+    def on_device(self) -> bool:
+        """True if the host cannot read values during a call."""
+        return self._writer.program.dialect.reports
+
+    @property
     def report_args(self) -> str:
         """The argument of a call that records errors: `, report=(status, 3)`. Empty if the call raises them."""
-        return f", report=(status, {self._writer.reporter(self.node)})" if self._writer.program.dialect.reports else ""
+        return f", report=(status, {self._writer.reporter(self.node)})" if self.on_device else ""
 
     def as_read_by(self, kind: type[Line]) -> Line:
         """Return the same node as another kind of line."""

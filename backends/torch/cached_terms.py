@@ -1,4 +1,4 @@
-"""Masks and biases of attention over a cache, for queries from a given position on, and the keys that they may see."""
+"""Masks and biases of attention for a part of the queries and keys, and the range of keys that they may see."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from treadle.ir.attention.cached_positions import live_positions
 from treadle.ir.attention.seen_keys import reach_of
 from treadle.ir.attention.term_visitor import TermVisitor
 
+BLOCK = 128
+"""Number of queries of a block."""
+
 BUCKET = 128
 """The numbers of keys that a device reads are multiples of this, or the capacity."""
 
@@ -32,12 +35,11 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
     """Terms as tensors that broadcast against [b, h, s, t].
 
     i, j   the positions of the queries, [b, 1, s, 1], and of the keys that are read, [b, 1, 1, t], or with b of 1
-    rows   the indices of these rows in the operands
-    keys   the positions in the slot of these keys
+    parts  the indices of these rows, queries and keys in the operands, by axis; a missing axis is read as a whole
     """
 
-    def __init__(self, i: Tensor, j: Tensor, rows: slice, keys: slice) -> None:
-        self.i, self.j, self.rows, self.keys = i, j, rows, keys
+    def __init__(self, i: Tensor, j: Tensor, **parts: slice) -> None:
+        self.i, self.j, self.parts = i, j, parts
 
     def biases(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the biases of all terms."""
@@ -74,8 +76,7 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
     def _laid_out(self, x: Tensor, axes: str) -> Tensor:
         """Return an operand as a tensor with all axes, for these rows and keys, with size 1 for missing axes."""
         held = axes.split()
-        parts = {"b": self.rows, "t": self.keys}
-        x = x[tuple(parts.get(axis, slice(None)) for axis in held)]
+        x = x[tuple(self.parts.get(axis, slice(None)) for axis in held)]
         sizes = dict(zip(held, x.shape, strict=True))
         return x.reshape([sizes.get(axis, 1) for axis in "bhst"])
 
@@ -99,7 +100,8 @@ class LiveTerms(CachedTerms):
             keys = slice(0, capacity)
             newest = live.stop - 1
             j = newest - (newest - torch.arange(capacity, device=device)) % capacity
-        super().__init__(i, j[None, None, None], rows, keys)
+        super().__init__(i, j[None, None, None], b=rows, t=keys)
+        self.keys = keys
 
     def masks(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the masks of all terms, except masks of positions that hide no live key, such as causal for a single
@@ -107,25 +109,54 @@ class LiveTerms(CachedTerms):
         """
         made = [self.j >= self.live.start] if self.wraps and len(self.live) < self.j.shape[-1] else []
         for term, operands in zip(terms, given, strict=True):
-            if not isinstance(term, BiasTerm) and not self._keeps_all(term):
+            # the lengths already bound the live keys
+            shown = isinstance(term, BiasTerm | Padding) or keeps_all(term, self.start, self.queries, self.live)
+            if not shown:
                 made.append(term.accept(self, *operands))
         return made
 
-    def _keeps_all(self, term: Term) -> bool:
-        if not isinstance(term, Causal | Window):
-            return isinstance(term, Padding)  # the lengths already bound the live keys
-        low, high = term.reach
-        oldest, newest = self.live.start - (self.start + self.queries - 1), self.live.stop - 1 - self.start
-        return (low is None or low <= oldest) and (high is None or newest <= high)
+
+def keeps_all(term: Term, start: int, queries: int, keys: range) -> bool:
+    """Return True if a mask of positions hides none of these keys from queries from `start` on."""
+    if not isinstance(term, Causal | Window):
+        return False
+    low, high = term.reach
+    oldest, newest = keys.start - (start + queries - 1), keys.stop - 1 - start
+    return (low is None or low <= oldest) and (high is None or newest <= high)
+
+
+class BlockTerms(CachedTerms):
+    """Terms for a block of queries, and the keys that their positions allow.
+
+    keys  the positions of these keys
+    """
+
+    def __init__(self, terms: Sequence[Term], first: int, queries: int, keys: int, device: torch.device) -> None:
+        """`first` is the position of the block's first query, `keys` the number of all keys."""
+        self.first, self.queries = first, queries
+        self.live = live_positions(terms, first, queries, keys, (), ring=False)
+        self.keys = slice(self.live.start, self.live.stop)
+        i = counted(first + queries, device)[first:, None]
+        j = counted(keys, device)[self.keys]
+        super().__init__(i[None, None], j[None, None, None], s=slice(first, first + queries), t=self.keys)
+
+    def masks(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the masks of all terms, except masks of positions that hide none of the keys."""
+        hiding = [
+            (term, operands)
+            for term, operands in zip(terms, given, strict=True)
+            if not isinstance(term, BiasTerm) and not keeps_all(term, self.first, self.queries, self.live)
+        ]
+        return [term.accept(self, *operands) for term, operands in hiding]
 
 
 class MaskedCache:
     """The keys that rows of different positions read together, with masks. No value is read back from the device.
 
-    keys                     the positions in the slots that are read: a range that includes the live keys of all rows
-    terms                    the terms at these positions
-    masks                    the masks of all terms
-    every_query_sees_a_key   True if this follows from the terms, whatever the operands hold
+    keys     the positions in the slots that are read: a range that includes the live keys of all rows
+    terms    the terms at these positions
+    masks    the masks of all terms
+    all_see  True if every query sees a key, whatever the operands hold
     """
 
     def __init__(
@@ -149,7 +180,7 @@ class MaskedCache:
             j = newest - (newest - counted(capacity, start.device)) % capacity
         else:
             j = counted(capacity, start.device)[self.keys][None, None, None]
-        self.terms = CachedTerms(i, j, slice(None), self.keys)
+        self.terms = CachedTerms(i, j, t=self.keys)
         self._live = self._live_keys(terms, given, first, queries, ring=ring)
         by_position = queries == 1  # the live keys are then exactly the keys that masks of positions keep
         self.masks = [self._live] if by_position else [j >= 0] if ring else []
@@ -159,7 +190,7 @@ class MaskedCache:
         kinds = {type(term) for term in terms if not isinstance(term, BiasTerm)}
         holds_own = ring or (bool(starts) and max(starts or (0,)) + queries <= capacity)
         sees_own = kinds <= {Causal} or (kinds <= {Causal, Window} and holds_own)
-        self.every_query_sees_a_key = sees_own and not any(isinstance(term, TensorBias) for term in terms)
+        self.all_see = sees_own and not any(isinstance(term, TensorBias) for term in terms)
 
     def _live_keys(
         self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]], first: Tensor, queries: int, *, ring: bool

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from treadle.backends.outside_axis import NoRoom, OutsideAxis, Report
-from treadle.backends.torch.cached_terms import LiveTerms, MaskedCache
-from treadle.backends.torch.counting import counted, t5_buckets
+from treadle.backends.torch.cached_terms import BLOCK, BlockTerms, LiveTerms, MaskedCache
+from treadle.backends.torch.counting import counted, parsed_terms, t5_buckets
 from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     decode_groups,
     decode_int8_rows,
@@ -23,9 +22,8 @@ from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     encoded_linear,
 )
 from treadle.backends.torch.status import At, record
-from treadle.ir.attention.attention_terms import Padding, Term
+from treadle.ir.attention.attention_terms import Padding
 from treadle.ir.attention.cached_positions import live_positions
-from treadle.ir.attention.term_text import parse_term
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -97,6 +95,9 @@ def _within(indices: Tensor, size: int, report: At | None = None) -> Tensor:
     """
     if report is not None and not indices.numel():
         return indices
+    if (known := on_host(indices, report)) is not None:
+        _refuse_outside(known, size)
+        return indices
     if report is not None and size:
         inside = indices.clamp(0, size - 1)
         record(report, Report.OUTSIDE_AXIS, size, indices, inside != indices)
@@ -152,38 +153,28 @@ def append(
     """
     capacity, count = state.shape[axis], x.shape[axis]
     last = None if ring else capacity - count  # the greatest start
-    slots, at = on_host(rows, report), on_host(start, report)
-    if slots is not None:
-        _refuse_outside(slots, state.shape[0])
-    if at is not None:
-        _refuse_without_room(at, last, capacity)
-    if slots is not None and at is not None:
-        lost, held, first = None, rows, start
-    elif report is None:
-        held = _within(rows, state.shape[0])
-        lost, first = None, start
-        without = _without_room(start, last)
-        if bool(without.any()):
+    slots, first, lost = _within(rows, state.shape[0], report), start, None
+    if (known := on_host(start, report)) is not None:
+        for row, at in enumerate(known):
+            if at < 0 or (last is not None and at > last):
+                raise NoRoom(row, at, capacity)
+    elif start.numel():
+        without = (start < 0) if last is None else (start < 0) | (start > last)
+        if report is not None:
+            record(report, Report.NO_ROOM, capacity, start, without)
+            first, lost = start.clamp(0, last), without
+        elif bool(without.any()):
             row = int(without.nonzero()[0])
             raise NoRoom(row, int(start[row]), capacity)
-    else:
-        held = _within(rows, state.shape[0], report)
-        without = _without_room(start, last)
-        if start.numel():
-            record(report, Report.NO_ROOM, capacity, start, without)
-        first = start.clamp(0, last)
-        lost = without | (held != rows)
+    if slots is not rows:
+        lost = slots != rows if lost is None else lost | (slots != rows)
     places = first[:, None] + (counted(count, start.device) if report else torch.arange(count, device=start.device))
-    where = held[:, None], places % capacity if ring else places
+    where = slots[:, None], places % capacity if ring else places
     written, moved = x.movedim(axis, 1), state.movedim(axis, 1)
     if lost is not None:
         written = torch.where(lost.view(-1, *[1] * (x.dim() - 1)), moved[where], written)
     moved[where] = written
     return state
-
-
-def _without_room(start: Tensor, last: int | None) -> Tensor:
-    return start < 0 if last is None else (start < 0) | (start > last)
 
 
 def on_host(x: Tensor, report: At | None) -> list[int] | None:
@@ -195,12 +186,6 @@ def _refuse_outside(indices: Sequence[int], size: int) -> None:
     for index in indices:
         if not 0 <= index < size:
             raise OutsideAxis(index, size)
-
-
-def _refuse_without_room(start: Sequence[int], last: int | None, capacity: int) -> None:
-    for row, at in enumerate(start):
-        if at < 0 or (last is not None and at > last):
-            raise NoRoom(row, at, capacity)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -254,18 +239,20 @@ def attention(
     masks: Sequence[Tensor] = (),
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
-    all_see: bool = False,
+    all_see: bool | None = None,
 ) -> Tensor:
     """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.attention`.
 
     Masks and biases broadcast against [b, h, s, t]. A query without visible keys gets zeros, which PyTorch's own
-    function does not guarantee. If `all_see`, there are no such queries.
+    function does not guarantee.
+
+    all_see  True if every query sees a key; False if a query may see none; None: read the mask to find out
     """
     mask = _joined(masks, biases)
     if softcap is not None:
         return _weighted(_probabilities(q, k, scale, softcap, mask, all_see), v)
-    empty = None if all_see else _empty_rows(mask)
+    empty = _empty_rows(mask, all_see)
     if mask is not None and empty is not None:  # a row of NaN would spread to other rows in a bfloat16 product
         mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -281,12 +268,47 @@ def attention_with_probabilities(
     masks: Sequence[Tensor] = (),
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
+    all_see: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the result of `attention`, and the probabilities [b, h, s, t], which are also zeros for a query without
     visible keys.
     """
-    p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
+    p = _probabilities(q, k, scale, softcap, _joined(masks, biases), all_see)
     return _weighted(p, v), p
+
+
+def attention_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *operands: Tensor,
+    terms: Sequence[str],
+    scale: float,
+    softcap: float | None = None,
+    all_see: bool = False,
+) -> Tensor:
+    """Compute attention as `attention` does, for a block of queries at a time, over the keys that positions allow.
+
+    terms  in their text form; their operands follow v in that order. One of them limits the keys by position.
+
+    No mask is larger than a block's: for a window, the work grows with the window, and not with the number of keys.
+    """
+    read, rest = parsed_terms(tuple(terms)), iter(operands)
+    given = [[next(rest) for _ in term.operands] for term in read]
+    parts = []
+    for first in range(0, q.shape[2], BLOCK):
+        some = q[:, :, first : first + BLOCK]
+        block = BlockTerms(read, first, some.shape[2], k.shape[2], q.device)
+        keys, values = k[:, :, block.keys], v[:, :, block.keys]
+        masks, biases = block.masks(read, given), block.biases(read, given)
+        if keys.shape[2]:
+            made = attention(
+                some, keys, values, scale=scale, masks=masks, biases=biases, softcap=softcap, all_see=all_see
+            )
+        else:
+            made = some.new_zeros((*some.shape[:3], v.shape[-1]))
+        parts.append(made)
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
 
 
 def cached_attention(
@@ -313,13 +335,13 @@ def cached_attention(
     With `report`, nothing is read back from the device: all rows are computed together, over a range of keys that
     includes the live keys of all of them, with masks.
     """
-    read, rest = _read(tuple(terms)), iter(operands)
+    read, rest = parsed_terms(tuple(terms)), iter(operands)
     given = [[next(rest) for _ in term.operands] for term in read]
     if report is not None:
         masked = MaskedCache(read, given, start, on_host(start, report), q.shape[2], k.shape[2], ring=ring)
         keys, values = (masked.part_of(x.to(q.dtype)) for x in _slots_of((k, v), rows, masked.keys, report))
         biases = masked.terms.biases(read, given)
-        all_see = masked.every_query_sees_a_key
+        all_see = masked.all_see
         return attention(
             q, keys, values, scale=scale, masks=masked.masks, biases=biases, softcap=softcap, all_see=all_see
         )
@@ -344,19 +366,10 @@ def cached_attention(
 
 def _slots_of(states: Sequence[Tensor], rows: Tensor, keys: slice, report: At) -> list[Tensor]:
     """Return a range of keys of the rows' slots: views if the host knows that the slots are consecutive, else copies."""
-    count, slots = states[0].shape[0], on_host(rows, report)
-    if slots is None:
-        held = _within(rows, count, report)
-        return [state[:, :, keys].index_select(0, held) for state in states]
-    _refuse_outside(slots, count)
+    held, slots = _within(rows, states[0].shape[0], report), on_host(rows, report)
     if slots and slots == list(range(slots[0], slots[0] + len(slots))):
         return [state[slots[0] : slots[-1] + 1, :, keys] for state in states]
-    return [state[:, :, keys].index_select(0, rows) for state in states]
-
-
-@lru_cache(maxsize=256)
-def _read(terms: tuple[str, ...]) -> tuple[Term, ...]:
-    return tuple(map(parse_term, terms))
+    return [state[:, :, keys].index_select(0, held) for state in states]
 
 
 def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
@@ -372,18 +385,19 @@ def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
     return mask
 
 
-def _empty_rows(mask: Tensor | None) -> Tensor | None:
-    """Return a condition [..., s, 1], true for queries without visible keys, or None if there are no such queries. On a
-    GPU, the check would wait for all pending work, so the condition is always returned if there is a mask.
+def _empty_rows(mask: Tensor | None, all_see: bool | None) -> Tensor | None:
+    """Return a condition [..., s, 1], true for queries without visible keys, or None if there are no such queries.
+
+    With `all_see` of None, the host reads the mask. On a device it would wait for all pending work.
     """
-    if mask is None:
+    if mask is None or all_see:
         return None
     empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
-    return empty if mask.device.type != "cpu" or bool(empty.any()) else None
+    return empty if all_see is False or bool(empty.any()) else None
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None, all_see: bool = False
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None, all_see: bool | None
 ) -> Tensor:
     """Return probabilities [b, h, s, t], zeros for a query without visible keys. PyTorch's own attention does not
     return probabilities, and has no soft-cap.
@@ -394,7 +408,7 @@ def _probabilities(
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
     p = torch.softmax(scores, -1)
-    empty = None if all_see else _empty_rows(mask)
+    empty = _empty_rows(mask, all_see)
     return p if empty is None else p.masked_fill_(empty, 0.0)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 
 from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
 from treadle.backends.torch.term_spelling import spelled_term
 from treadle.ir.attention.attention_terms import Causal
+from treadle.ir.attention.seen_keys import leave_a_key, reach_of
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import BackendError
@@ -399,10 +401,13 @@ def _attention(line: Line) -> str:
     scale.
     """
     scale, to = scale_of(line), line.op.to
-    own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
-    if line.op.softcap is not None or not own:
-        factors = () if to is None else [f"{x}.to({dtype_text(to)})" for x in (line.q, line.k, line.v)]
-        return attention(line, spelled_term, factors)
+    if form_of(line.op, line.on_device) is not Form.FUSED:
+        factors = [line.q, line.k, line.v]
+        if to is not None:
+            factors = [f"{x}.to({dtype_text(to)})" for x in factors]
+        if form_of(line.op, line.on_device) is Form.BLOCKS:
+            return _in_blocks_of_queries(line, factors)
+        return attention(line, spelled_term, factors, options=_seeing(line))
     options = ", is_causal=True" if line.op.terms else ""
     options += f", scale={float_text(scale)}"
     options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
@@ -413,7 +418,45 @@ def _attention(line: Line) -> str:
 @_spells("attention_with_probabilities")
 def _attention_with_probabilities(line: Line) -> str:
     """Return a call of our kernel, since PyTorch's own call does not return probabilities."""
-    return attention(line, spelled_term)
+    return attention(line, spelled_term, options=_seeing(line))
+
+
+def _seeing(line: Line) -> str:
+    """Return the argument that says if every query sees a key. On the CPU, a mask of data is read to find out."""
+    q, k = line.type("q"), line.type("k")
+    if not line.op.terms:
+        return ""
+    all_see = leave_a_key(line.op.terms, q.shape[2], k.shape[2])
+    return f", all_see={all_see}" if all_see or line.on_device else ""
+
+
+def _in_blocks_of_queries(line: Line, factors: Sequence[str]) -> str:
+    terms = "".join(f'"{term}", ' for term in line.op.terms)
+    operands = [line.array(name) for name in line.names[3:]]
+    arguments = [*factors, *operands, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
+    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
+    return f"kernels.attention_in_blocks({', '.join(arguments)}{_seeing(line)})"
+
+
+class Form(Enum):
+    """The form in which PyTorch computes an attention."""
+
+    FUSED = "PyTorch's own function, without a mask"
+    MASKED = "PyTorch's own function, with a mask"
+    BLOCKS = "blocks of queries, with a mask for each block"
+    PROBABILITIES = "a product, softmax and a product"
+
+
+def form_of(op: Attending, on_device: bool) -> Form:
+    """Return the form of an attention. On a device, masks of positions do not become a mask of all pairs."""
+    if op.name == "attention_with_probabilities":
+        return Form.PROBABILITIES
+    scale = 1.0 if op.scale is None else op.scale
+    if op.softcap is None and (op.terms == () or (op.terms == (Causal(),) and scale > 0)):
+        return Form.FUSED
+    if on_device and reach_of(op.terms) != (None, None):
+        return Form.BLOCKS if op.name == "attention" else Form.MASKED
+    return Form.PROBABILITIES if op.softcap is not None else Form.MASKED
 
 
 @_spells("cached_attention")

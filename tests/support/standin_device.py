@@ -133,6 +133,8 @@ class StandInTensor(torch.Tensor):
         made = func(*inner_args, **inner_kwargs)
         if not func._schema.is_mutable and not func.is_view and isinstance(made, torch.Tensor | tuple | list):
             _count("allocation")
+        for x in tensors if func._schema.is_mutable else ():
+            assert x.shape == _inner(x).shape, f"{func} resized a result, which the stand-in cannot show"
         wrapped = tree_map_only(torch.Tensor, StandInTensor, made)
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
@@ -186,6 +188,11 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> to
     return StandInTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
 
 
+def _arange(*bounds: Any, dtype: Any = None, **_: Any) -> torch.Tensor:
+    _count("allocation")
+    return StandInTensor(torch.arange(*bounds, dtype=dtype))
+
+
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     _count_copy(source, into=isinstance(target, StandInTensor), waits=not non_blocking)
     _inner(target).copy_(_inner(source))
@@ -195,6 +202,8 @@ def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = 
 _LIBRARY = torch.library.Library("aten", "IMPL", "PrivateUse1")
 _LIBRARY.impl("empty.memory_format", _empty)
 _LIBRARY.impl("empty_strided", _empty_strided)
+for _name in ("arange", "arange.start", "arange.start_step"):  # PyTorch's own resize their result
+    _LIBRARY.impl(_name, _arange)
 _LIBRARY.impl("_copy_from", _copy_from)
 
 
@@ -219,12 +228,12 @@ def moved(states: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def standin(device: TorchDevice | None = None) -> Iterator[Counts]:
-    """Let the torch backend use this device, by default the stand-in, for the target `cuda`. Yield new counts."""
+def standin(device: TorchDevice | None = None, *, kind: str = "cuda") -> Iterator[Counts]:
+    """Let the torch backend use this device, by default the stand-in, for targets of this kind. Yield new counts."""
     chosen, real = device or StandInDevice(), torch_backend.find_device
 
     def find_device(target: Target) -> TorchDevice:
-        return chosen if target.kind == "cuda" else real(target)
+        return chosen if target.kind == kind else real(target)
 
     COUNTS.clear()
     with pytest.MonkeyPatch.context() as patch:
