@@ -1,7 +1,7 @@
 """Errors for data-dependent indices that are out of bounds. They are the same in all backends, and name the input that
 contains the index, and the bound. A kernel raises the error; `located` adds the node.
 
-A kernel that cannot raise an error writes four status words: a `Report`, the index (or the start), the size of the axis
+A kernel that cannot raise an error writes four status words: a `StatusKind`, the index (or the start), the size of the axis
 (or the capacity), and the row. `error_of` returns their error.
 """
 
@@ -56,7 +56,7 @@ class NoRoom(BackendError):
         return found
 
 
-class Report(IntEnum):
+class StatusKind(IntEnum):
     """The first status word: the kind of error."""
 
     OUTSIDE_AXIS = 1
@@ -66,7 +66,7 @@ class Report(IntEnum):
 def error_of(words: Sequence[int]) -> OutsideAxis | NoRoom:
     """Return the error that four status words report."""
     what, index, size, row = words
-    return OutsideAxis(index, size) if what == Report.OUTSIDE_AXIS else NoRoom(row, index, size)
+    return OutsideAxis(index, size) if what == StatusKind.OUTSIDE_AXIS else NoRoom(row, index, size)
 
 
 def _indices(node: Node) -> list[Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,15 +15,17 @@ import treadle as t
 from tests.backend_checks import graph_of, message
 from tests.many_cases import every_case
 from tests.op_checks import TESTED
+from tests.random_sessions import play
 from treadle.backends.registry import find_backend
+from treadle.ir.attention.masking import attend, causal, padding, window
 from treadle.ir.errors import BackendError, UsageError
-from treadle.ir.text.parser import parse_graph
 from treadle.ir.target import Target
+from treadle.ir.text.parser import parse_graph
 
 torch = pytest.importorskip("torch", minversion="2.9")
 
-from tests.standin_checks import FORMS, check_model, check_op, model_cases
-from tests.support.standin_device import DEVICE, HOST, Counts, MixedDevices, StandInTensor, moved, standin
+from tests.standin_checks import check_model, check_op, model_cases
+from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInTensor, moved, standin
 from treadle.backends.torch import kernels
 from treadle.backends.torch.devices import TorchDevice
 
@@ -141,22 +144,33 @@ def test_a_tensor_on_another_device_is_refused() -> None:
 # -- indices out of range ---------------------------------------------------------------------------------------
 
 INDEXED: dict[str, tuple[Callable[[Any], Any], dict[str, Array]]] = {
-    "embedding": (lambda b: b.embedding(b.input("x", "f32[5,4]"), b.input("i", "i64[2,3]")), {"i": np.ones((2, 3), int)}),
-    "gather": (lambda b: b.gather(b.input("x", "f32[5,4]"), b.input("i", "i32[2]"), axis=0), {"i": np.ones(2, np.int32)}),
+    "embedding": (
+        lambda b: b.embedding(b.input("x", "f32[5,4]"), b.input("i", "i64[2,3]")),
+        {"i": np.ones((2, 3), int)},
+    ),
+    "gather": (
+        lambda b: b.gather(b.input("x", "f32[5,4]"), b.input("i", "i32[2]"), axis=0),
+        {"i": np.ones(2, np.int32)},
+    ),
     "take_along_axis": (
         lambda b: b.take_along_axis(b.input("x", "f32[5,4]"), b.input("i", "i64[2,4]"), axis=0),
         {"i": np.ones((2, 4), int)},
     ),
     "scatter_add": (
-        lambda b: b.scatter_add(b.input("x", "f32[5,4]"), b.input("i", "i64[2,4]"), b.constant(np.ones((2, 4), np.float32)), axis=0),
+        lambda b: b.scatter_add(
+            b.input("x", "f32[5,4]"), b.input("i", "i64[2,4]"), b.constant(np.ones((2, 4), np.float32)), axis=0
+        ),
         {"i": np.ones((2, 4), int)},
     ),
     "index_add": (
-        lambda b: b.index_add(b.input("x", "f32[5,4]"), b.input("i", "i64[2]"), b.constant(np.ones((2, 4), np.float32)), axis=0),
+        lambda b: b.index_add(
+            b.input("x", "f32[5,4]"), b.input("i", "i64[2]"), b.constant(np.ones((2, 4), np.float32)), axis=0
+        ),
         {"i": np.ones(2, int)},
     ),
     "an index that is computed": (
-        lambda b: b.gather(b.input("x", "f32[5,4]"), b.input("i", "i64[2]") * 2, axis=0), {"i": np.ones(2, int)},
+        lambda b: b.gather(b.input("x", "f32[5,4]"), b.input("i", "i64[2]") * 2, axis=0),
+        {"i": np.ones(2, int)},
     ),
 }
 
@@ -330,7 +344,9 @@ def test_a_program_is_captured_as_one_graph(name: str, as_a_device: TorchDevice)
 @pytest.mark.parametrize("name", STEPPED)
 def test_a_step_is_captured_as_one_graph(name: str, as_a_device: TorchDevice) -> None:
     with standin(as_a_device):
-        here, there = (t.compile(name, backend="torch", target="cuda", **MODELS[name]).session(rows=2, capacity=40) for _ in "ab")
+        here, there = (
+            t.compile(name, backend="torch", target="cuda", **MODELS[name]).session(rows=2, capacity=40) for _ in "ab"
+        )
         text = {here.open(): [1, 2, 3], here.open(): [4, 5, 6, 7]}
         assert {there.open(), there.open()} == set(text)
         here.prefill(text), there.prefill(text)
@@ -338,3 +354,87 @@ def test_a_step_is_captured_as_one_graph(name: str, as_a_device: TorchDevice) ->
         capture(there._step)
         for token in (1, 2):
             _assert_near(here.step({0: token, 1: 9}), there.step({0: token, 1: 9}))
+
+
+# -- attention --------------------------------------------------------------------------------------------------
+
+LENGTH = 300
+FORMS_OF_ATTENTION: dict[str, tuple[Any, dict[str, Array], bool, str]] = {
+    "causal with padding": (
+        lambda b: causal & padding(b.input("lengths", "i64[B]")),
+        {"lengths": np.array([LENGTH, 0, 131])},
+        False,
+        "in blocks of queries, each with its own mask; flash attention does not support padding",
+    ),
+    "causal with a window": (
+        lambda b: causal & window(40),
+        {},
+        True,
+        "in blocks of queries, each with its own mask; flash attention does not support window(40)",
+    ),
+    "causal": (lambda b: causal, {}, True, "without a mask, which may use flash attention"),
+    "padding": (
+        lambda b: padding(b.input("lengths", "i64[B]")),
+        {"lengths": np.array([LENGTH, 0, 131])},
+        False,
+        "with a mask; flash attention does not support padding",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FORMS_OF_ATTENTION)
+def test_no_attention_has_a_mask_of_all_pairs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, given, all_see, note = FORMS_OF_ATTENTION[case]
+    rng = np.random.default_rng(0)
+    given = {**given, **{n: rng.standard_normal((3, 2, LENGTH, 8)).astype(np.float32) for n in "qkv"}}
+
+    def build(b: Any) -> Any:
+        q, k, v = (b.input(n, "f32[B, 2, S, 8]") for n in "qkv")
+        return attend(b, q, k, v, masks=masks(b))
+
+    shapes, empty, whole = [], [], kernels.F.scaled_dot_product_attention
+
+    def watched(*operands: Any, attn_mask: Any = None, **options: Any) -> Any:
+        shapes.append(() if attn_mask is None else tuple(attn_mask.shape[-2:]))
+        return whole(*operands, attn_mask=attn_mask, **options)
+
+    def watched_rows(mask: Any, all_see: bool | None) -> Any:
+        empty.append(found := _empty_rows(mask, all_see))
+        return found
+
+    _empty_rows = kernels._empty_rows
+    wanted = treadle.compile(graph_of(build), backend="torch")(**given)
+    with standin() as counts:
+        exe = treadle.compile(graph_of(build), backend="torch", target="cuda")
+        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", watched)
+        monkeypatch.setattr(kernels, "_empty_rows", watched_rows)
+        made = exe(**given)
+        assert counts.waits == 1
+    for output, expected in wanted.items():
+        np.testing.assert_allclose(made[output], expected, atol=1e-5)
+    assert shapes and all(math.prod(shape or (0,)) < LENGTH * LENGTH / 2 for shape in shapes), shapes
+    assert all(found is None for found in empty) == all_see
+    (line,) = exe.optimized.lowered.log[-1].notes
+    assert note in line and "test_standin_device.py:" in line
+
+
+def test_a_step_has_no_mask_of_all_pairs_and_no_rows_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, whole = [], kernels.F.scaled_dot_product_attention
+
+    def watched(*operands: Any, attn_mask: Any, **options: Any) -> Any:
+        shapes.append(tuple(attn_mask.shape))
+        return whole(*operands, attn_mask=attn_mask, **options)
+
+    with standin():
+        session = t.compile("gpt2", backend="torch", target="cuda", **SMALL).session(rows=2, capacity=400)
+        session.prefill({session.open(): [1] * 20, session.open(): [2] * 140})
+        monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", watched)
+        session.step({0: 1, 1: 2})
+        assert shapes == [(2, 1, 1, 256)] * 2  # the 141 live keys in a bucket
+
+
+@pytest.mark.parametrize("seed", [1006])
+def test_a_random_session_returns_the_logits_of_whole_texts(seed: int) -> None:
+    """A sample of tests/fuzz/standin.py."""
+    with standin(kind="cpu"):
+        assert play(seed, "torch", moves=8).checked > 5

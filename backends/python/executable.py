@@ -28,7 +28,6 @@ from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import StoragePlan
 
-
 Failure = tuple[int, Sequence[int]]
 """The number of a line among the program's `reporters`, and its status words (`treadle.backends.outside_axis`)."""
 
@@ -80,9 +79,7 @@ class Arrays(Protocol):
         """
         ...
 
-    def leave(
-        self, outputs: Outputs, given: Collection[type], status: list[Any]
-    ) -> tuple[Outputs, Failure | None]:
+    def leave(self, outputs: Outputs, given: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         """Copy outputs to the host, if they belong there. Also return the first failure that the program recorded."""
         ...
 
@@ -104,6 +101,7 @@ class PythonExecutable(EntryExecutable):
         backend: str,
         arena: PythonArena | None = None,
         plan: StoragePlan | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Execute the module.
 
@@ -111,9 +109,10 @@ class PythonExecutable(EntryExecutable):
         namespace  the names that the text uses in addition to its imports
         arena      the destinations of planned values; None if no value is planned
         plan       determines the donated inputs; None: no input is donated
+        notes      lines for the log
         """
         super().__init__(graph, backend, arrays.zeros)
-        self.source, self.program = program.text, program
+        self.source, self.program, self.notes = program.text, program, notes
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]

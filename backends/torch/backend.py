@@ -22,6 +22,7 @@ from treadle.backends.python.executable import Failure, PythonExecutable, Settin
 from treadle.backends.refusals import layout_of, misfit, out_of_memory, refuse_nodes, shape_fits, shown, unavailable
 from treadle.backends.signature import as_numpy, refuse_dtype
 from treadle.backends.staged import StagedBackend, needed_plan
+from treadle.backends.torch.attention_forms import notes_on_attention
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
@@ -135,7 +136,8 @@ class TorchBackend(StagedBackend):
         met = {name: _Met(node.op) for name, node in program.references.items()}
         namespace = {"constants": constants, "device": device.device, "reference": SimpleNamespace(**met)}
         namespace["poison"] = partial(_poison, arena, arrays, held)
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan)
+        notes = tuple(notes_on_attention(graph)) if device.is_asynchronous else ()
+        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
 
 
 class PlainTorch(TorchBackend):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.backends.outside_axis import NoRoom, OutsideAxis, Report
+from treadle.backends.outside_axis import NoRoom, OutsideAxis, StatusKind
 from treadle.backends.torch.cached_terms import BLOCK, BlockTerms, LiveTerms, MaskedCache
 from treadle.backends.torch.counting import counted, parsed_terms, t5_buckets
 from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
@@ -100,7 +100,7 @@ def _within(indices: Tensor, size: int, report: At | None = None) -> Tensor:
         return indices
     if report is not None and size:
         inside = indices.clamp(0, size - 1)
-        record(report, Report.OUTSIDE_AXIS, size, indices, inside != indices)
+        record(report, StatusKind.OUTSIDE_AXIS, size, indices, inside != indices)
         return inside
     outside = (indices < 0) | (indices >= size)
     if bool(outside.any()):
@@ -161,7 +161,7 @@ def append(
     elif start.numel():
         without = (start < 0) if last is None else (start < 0) | (start > last)
         if report is not None:
-            record(report, Report.NO_ROOM, capacity, start, without)
+            record(report, StatusKind.NO_ROOM, capacity, start, without)
             first, lost = start.clamp(0, last), without
         elif bool(without.any()):
             row = int(without.nonzero()[0])
@@ -308,7 +308,9 @@ def attention_in_blocks(
         else:
             made = some.new_zeros((*some.shape[:3], v.shape[-1]))
         parts.append(made)
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+    return (
+        torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+    )
 
 
 def cached_attention(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
 
 from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
+from treadle.backends.torch.attention_forms import AttentionForm, form_of
 from treadle.backends.torch.term_spelling import spelled_term
-from treadle.ir.attention.attention_terms import Causal
-from treadle.ir.attention.seen_keys import leave_a_key, reach_of
+from treadle.ir.attention.seen_keys import leave_a_key
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import BackendError
@@ -396,16 +395,13 @@ def _rms_norm(line: Line) -> str:
 def _attention(line: Line) -> str:
     """Return a call of PyTorch's own function if it computes the same: without terms, or with only causal and a visible
     key for every query. Otherwise return a call of our kernel.
-
-    With `is_causal`, PyTorch also multiplies the -inf of its mask by the scale, which stays -inf only for a positive
-    scale.
     """
     scale, to = scale_of(line), line.op.to
-    if form_of(line.op, line.on_device) is not Form.FUSED:
+    if form_of(line.op, line.on_device) is not AttentionForm.FUSED:
         factors = [line.q, line.k, line.v]
         if to is not None:
             factors = [f"{x}.to({dtype_text(to)})" for x in factors]
-        if form_of(line.op, line.on_device) is Form.BLOCKS:
+        if form_of(line.op, line.on_device) is AttentionForm.BLOCKS:
             return _in_blocks_of_queries(line, factors)
         return attention(line, spelled_term, factors, options=_seeing(line))
     options = ", is_causal=True" if line.op.terms else ""
@@ -436,27 +432,6 @@ def _in_blocks_of_queries(line: Line, factors: Sequence[str]) -> str:
     arguments = [*factors, *operands, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
     return f"kernels.attention_in_blocks({', '.join(arguments)}{_seeing(line)})"
-
-
-class Form(Enum):
-    """The form in which PyTorch computes an attention."""
-
-    FUSED = "PyTorch's own function, without a mask"
-    MASKED = "PyTorch's own function, with a mask"
-    BLOCKS = "blocks of queries, with a mask for each block"
-    PROBABILITIES = "a product, softmax and a product"
-
-
-def form_of(op: Attending, on_device: bool) -> Form:
-    """Return the form of an attention. On a device, masks of positions do not become a mask of all pairs."""
-    if op.name == "attention_with_probabilities":
-        return Form.PROBABILITIES
-    scale = 1.0 if op.scale is None else op.scale
-    if op.softcap is None and (op.terms == () or (op.terms == (Causal(),) and scale > 0)):
-        return Form.FUSED
-    if on_device and reach_of(op.terms) != (None, None):
-        return Form.BLOCKS if op.name == "attention" else Form.MASKED
-    return Form.PROBABILITIES if op.softcap is not None else Form.MASKED
 
 
 @_spells("cached_attention")

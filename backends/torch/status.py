@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from treadle.backends.outside_axis import Report
+from treadle.backends.outside_axis import StatusKind
 
 
 class Record(NamedTuple):
@@ -28,7 +28,7 @@ class Record(NamedTuple):
     """
 
     line: int
-    report: Report
+    report: StatusKind
     size: int
     failed: Tensor
     index: Tensor
@@ -42,7 +42,7 @@ At = tuple[Status, int]
 """A line's access to the status: the records, and the line's number."""
 
 
-def record(at: At, report: Report, size: int, values: Tensor, failed: Tensor) -> None:
+def record(at: At, report: StatusKind, size: int, values: Tensor, failed: Tensor) -> None:
     """Record a check of values on the device. `failed` has the shape of `values`, which must not be empty."""
     status, line = at
     any_failed, row = failed.reshape(-1).max(0)

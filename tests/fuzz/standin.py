@@ -1,7 +1,7 @@
 """Run everything on the stand-in device: `python tests/fuzz/standin.py [--only gpt2] [--ops | --models]`.
 
-Every op on every sample and dtype, forward and gradient, and every model of the zoo in float32, bf16 and three
-quantizations. Prints each failure, and at the end the numbers of cases. A few minutes.
+Every op on every sample and dtype, forward and gradient, random sessions, and every model of the zoo in float32, bf16
+and three quantizations. Prints each failure, and at the end the numbers of cases. A few minutes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.op_checks import TESTED
+from tests.random_sessions import play
 from tests.standin_checks import check_model, check_op, model_cases
+from tests.support.standin_device import standin
 
 
 def check_call(name: str, form: str) -> None:
     counts = check_model(name, form)
     assert counts.waits == 1 and counts.copies_in <= 1, f"waits: {counts.lines('wait')}"
+
+
+def check_session(seed: int) -> None:
+    with standin(kind="cpu"):
+        play(seed, "torch", sessions=2)
 
 
 def main() -> None:
@@ -33,6 +40,7 @@ def main() -> None:
     if not options.models:
         cases |= {f"op {name}": partial(check_op, name) for name in TESTED}
     if not options.ops:
+        cases |= {f"session {seed}": partial(check_session, seed) for seed in range(1000, 1020)}
         cases |= {f"{name}, {form}": partial(check_call, name, form) for name, form in model_cases()}
     failed = 0
     for what, check in cases.items():
