@@ -1,8 +1,8 @@
 """Errors for data-dependent indices that are out of bounds. They are the same in all backends, and name the input that
 contains the index, and the bound. A kernel raises the error; `located` adds the node.
 
-A kernel that cannot raise an error writes four status words: a `StatusKind`, the index (or the start), the size of the axis
-(or the capacity), and the row. `error_of` returns their error.
+A kernel that cannot raise an error writes four status words: a `StatusKind`, the index (or the start), the size of the
+axis (or the capacity), and the row. `error_of` returns their error.
 """
 
 from __future__ import annotations

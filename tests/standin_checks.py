@@ -25,8 +25,8 @@ FORMS: dict[str, dict[str, Any]] = {
 """The compile options of each form of the weights."""
 
 _APART = {"f32": 1e-5, "int8-weights": 1e-5, "int4": 1e-5, "int8": 0.05, "bf16": 0.05}
-"""The allowed difference from the CPU, relative to the largest result. Products in bf16 round at other places, as on the
-CPU their bias and activation are fused, and a rounded activation may become another number of 8 bits.
+"""The allowed difference from the CPU, relative to the largest result. Products in bf16 round at other places, as on
+the CPU their bias and activation are fused, and a rounded activation may become another number of 8 bits.
 """
 
 

@@ -196,9 +196,9 @@ class _PythonEntry:
         settings = arrays.settings()
         try:
             with settings, module.exclusive(self._name):
-                arguments = arrays.enter(arguments)
-                self._donated.check(self.inputs, given, arguments, (*module.arrays_held, *held.values()))
-                return self._called(given, arguments, sizes, held)
+                entered = arrays.enter(arguments)
+                self._donated.check(self.inputs, given, entered, (*module.arrays_held, *held.values()))
+                return self._called(given, entered, sizes, held)
         finally:
             settings.restore()
 

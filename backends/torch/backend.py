@@ -86,13 +86,11 @@ class TorchBackend(StagedBackend):
         return None
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError if PyTorch is not installed, if the target's device is missing, or if a node is not
-        supported.
-        """
+        """Raise BackendError if PyTorch is not installed, or does not support the target or a node."""
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
-        on_gpu = find_device(target).device.type != "cpu"
+        on_gpu = find_device(target).is_asynchronous
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
@@ -105,7 +103,7 @@ class TorchBackend(StagedBackend):
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
         once, and plan the lifetime of each tensor.
         """
-        on_cpu = find_device(target).device.type == "cpu"
+        on_cpu = not find_device(target).is_asynchronous
         layouts = (AssignLayouts(wants, alone=True),) if on_cpu and can_pack() else ()
         plan = PlanStorage(placed=is_placed, over=written_over)
         products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
@@ -255,8 +253,7 @@ class _TorchArrays:
         own, other = self.device, value.device
         if other.type == "cpu" or own.type != other.type:
             return other.type == "cpu"
-        current = self.torch.cuda.current_device() if own.type == "cuda" and own.index is None else own.index
-        return current in (None, other.index)
+        return other.index == (self.torch.cuda.current_device() if str(own) == "cuda" else own.index)
 
     def _rounded(self, port: Port, value: Any) -> torch.Tensor:
         wide = self.torch.from_numpy(as_numpy(Port(port.name, port.type.with_dtype(f32)), value).copy())
@@ -274,6 +271,8 @@ class _TorchArrays:
         """
         if not self.on.is_asynchronous:
             return arguments
+        if self.on.missing is not None:
+            raise self.on.missing.with_traceback(None)
         entered = list(arguments)
         outside = [at for at, array in enumerate(arguments) if array.device.type == "cpu"]
         for at, moved in zip(outside, self.on.to_device([arguments[at] for at in outside]), strict=True):

@@ -25,14 +25,17 @@ class TorchDevice:
 
     device           the device itself
     is_asynchronous  True if reading a value on the host waits for the device
+    missing          the error of a call if this machine lacks the device; `device` is then the CPU, which holds weights
     """
 
     has_inference_mode = True
     """True if programs run in PyTorch's inference mode."""
 
-    def __init__(self, device: torch.device, *, is_asynchronous: bool | None = None) -> None:
+    def __init__(
+        self, device: torch.device, *, is_asynchronous: bool | None = None, missing: BackendError | None = None
+    ) -> None:
         """`is_asynchronous` is by default True for all devices except the CPU."""
-        self.device = device
+        self.device, self.missing = device, missing
         self.is_asynchronous = device.type != "cpu" if is_asynchronous is None else is_asynchronous
 
     def storage(self, array: torch.Tensor) -> int:
@@ -88,17 +91,12 @@ class TorchDevice:
 
 
 def find_device(target: Target) -> TorchDevice:
-    """Return the device of a target. Raises BackendError if this machine lacks it, or if PyTorch does not generate
-    code for it.
+    """Return the device of a target. If this machine lacks the device, programs for it can be inspected but not called.
+
+    Raises BackendError for a CPU by its instruction set, for which PyTorch does not generate code.
     """
     import torch
 
-    if target.kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "PyTorch finds no CUDA device",
-            received=f"torch {torch.__version__}",
-            hint=Hint('target="cpu"', "--target cpu"),
-        )
     if target.kind == "isa":
         raise BackendError(
             f"the torch backend does not generate code for {target}",
@@ -106,4 +104,34 @@ def find_device(target: Target) -> TorchDevice:
                 'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
             ),
         )
-    return TorchDevice(torch.device(target.kind))
+    if target.kind == "cpu":
+        return TorchDevice(torch.device("cpu"))
+    missing = _missing(target)
+    if missing is not None:
+        return TorchDevice(torch.device("cpu"), is_asynchronous=True, missing=missing)
+    return TorchDevice(torch.device("cuda") if target.index is None else torch.device("cuda", target.index))
+
+
+def _missing(target: Target) -> BackendError | None:
+    """Return the error of a call for a GPU that this machine lacks; None if it has the GPU."""
+    import torch
+
+    built = f"torch {torch.__version__}, " + (
+        f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    )
+    hint = Hint('target="cpu"', "--target cpu")
+    if not torch.cuda.is_available():
+        what = "PyTorch finds no CUDA device"
+        return BackendError(
+            what if not target.is_elsewhere else f"{what}, {target} is needed", received=built, hint=hint
+        )
+    count = torch.cuda.device_count()
+    if target.index is not None and target.index >= count:
+        return BackendError(f"this machine has no CUDA device {target.index}", received=f"{count} devices", hint=hint)
+    if target.is_elsewhere:
+        name = torch.cuda.get_device_name()
+        if target.name.upper() not in name.upper().replace(" ", ""):
+            return BackendError(
+                f"the GPU of this machine is not {target}", received=name, hint=Hint('target="cuda"', "--target cuda")
+            )
+    return None

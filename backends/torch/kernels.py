@@ -367,7 +367,7 @@ def cached_attention(
 
 
 def _slots_of(states: Sequence[Tensor], rows: Tensor, keys: slice, report: At) -> list[Tensor]:
-    """Return a range of keys of the rows' slots: views if the host knows that the slots are consecutive, else copies."""
+    """Return a range of keys of the rows' slots: views if the host knows that they are consecutive, else copies."""
     held, slots = _within(rows, states[0].shape[0], report), on_host(rows, report)
     if slots and slots == list(range(slots[0], slots[0] + len(slots))):
         return [state[slots[0] : slots[-1] + 1, :, keys] for state in states]

@@ -264,8 +264,9 @@ def _conv(line: Line) -> str:
 
 
 @_spells("embedding")
-def _embedding(line: Line) -> str:
-    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}{line.report_args})"
+def embedding(line: Line, options: str = "") -> str:
+    """Return a call of our kernel. `options` are further arguments, each after a comma."""
+    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}{options}{line.report_args})"
 
 
 @_spells("gather")

@@ -23,7 +23,7 @@ class Record(NamedTuple):
     report   the kind of error
     size     the size of the axis, or the capacity
     failed   bool[]: true if the check failed
-    index    i64[] or i32[]: the first index that is out of range; otherwise undefined
+    value    i64[] or i32[]: the first index that is out of range; otherwise undefined
     row      i64[]: its position among the indices
     """
 
@@ -31,7 +31,7 @@ class Record(NamedTuple):
     report: StatusKind
     size: int
     failed: Tensor
-    index: Tensor
+    value: Tensor
     row: Tensor
 
 
@@ -51,7 +51,7 @@ def record(at: At, report: StatusKind, size: int, values: Tensor, failed: Tensor
 
 def packed(status: Status) -> Tensor:
     """Return i64[n, 3] for n records: 1 if the check failed, the index, and the row."""
-    return torch.stack([word for each in status for word in (each.failed, each.index, each.row)]).view(-1, 3)
+    return torch.stack([word for each in status for word in (each.failed, each.value, each.row)]).view(-1, 3)
 
 
 def first_failure(status: Status, words: Sequence[Sequence[int]]) -> tuple[int, tuple[int, int, int, int]] | None:

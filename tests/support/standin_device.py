@@ -5,11 +5,11 @@
         exe(tokens=tokens)
     counts.waits, counts.copies_in, counts.by_line
 
-A program for a GPU runs on it with the GPU's rules: an op on tensors of two devices raises MixedDevices. Each wait of the
-host for the device, each copy and each allocation is counted, by line of the emitted source.
+A program for a GPU runs on it with the GPU's rules: an op on tensors of two devices raises MixedDevices. Each wait of
+the host for the device, each copy and each allocation is counted, by line of the emitted source.
 
-It registers PyTorch's dispatch key PrivateUse1 from Python, with an experimental function of torch 2.9 and later; tested
-with torch 2.13. PyTorch's inference mode refuses views of such tensors, so programs run without it.
+It registers PyTorch's dispatch key PrivateUse1 from Python, with an experimental function of torch 2.9 and later;
+tested with torch 2.13. PyTorch's inference mode refuses views of such tensors, so programs run without it.
 """
 
 from __future__ import annotations
