@@ -66,9 +66,8 @@ def _gpu(
     capability: tuple[int, int],
     shared_kib: int,
     cores: int,
-    *,
     links: tuple[int, float, float],
-    **rates: float,
+    rates: Mapping[str, float],
 ) -> Hardware:
     node, fast, slow = links
     return Hardware(
@@ -76,7 +75,7 @@ def _gpu(
         "cuda",
         description,
         bandwidth,
-        MappingProxyType(rates),
+        MappingProxyType(dict(rates)),
         memory=memory,
         capability=capability,
         shared_memory=shared_kib * 1024,
@@ -89,6 +88,10 @@ def _gpu(
 
 
 _NVLINK3, _NVLINK4, _NVLINK5, _PCIE4 = (8, 300e9, 25e9), (8, 450e9, 50e9), (8, 900e9, 50e9), (1, 25e9, 25e9)
+_A100 = {"f32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "f16": 312e12, "int8": 624e12}
+_B200 = {"f32": 75e12, "tf32": 1.1e15, "bf16": 2.25e15, "f16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15}
+_L4 = {"f32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "f16": 121e12, "fp8": 242e12, "int8": 242e12}
+_RTX4090 = {"f32": 82.6e12, "tf32": 82.6e12, "bf16": 165e12, "f16": 165e12, "fp8": 330e12, "int8": 660e12}
 _HOPPER = {"f32": 67e12, "tf32": 495e12, "bf16": 989e12, "f16": 989e12, "fp8": 1979e12, "int8": 1979e12}
 
 _ROWS = (
@@ -101,28 +104,12 @@ _ROWS = (
     _cpu("x86-64-v2", "isa", "a CPU with SSE4.2", 15e9, 15e9),
     _cpu("x86-64", "isa", "any 64-bit x86 CPU", 15e9, 15e9),
     _cpu("arm64", "isa", "a 64-bit Arm CPU, with NEON", 30e9, 20e9),
-    _gpu(
-        *("a100", "NVIDIA A100 SXM with 80 GB", 2.0e12, 80e9, (8, 0), 163, 108),
-        links=_NVLINK3,
-        **{"f32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "f16": 312e12, "int8": 624e12},
-    ),
-    _gpu("h100", "NVIDIA H100 SXM with 80 GB", 3.35e12, 80e9, (9, 0), 227, 132, links=_NVLINK4, **_HOPPER),
-    _gpu("h200", "NVIDIA H200 SXM with 141 GB", 4.8e12, 141e9, (9, 0), 227, 132, links=_NVLINK4, **_HOPPER),
-    _gpu(
-        *("b200", "NVIDIA B200 with 180 GB", 7.7e12, 180e9, (10, 0), 227, 148),
-        links=_NVLINK5,
-        **{"f32": 75e12, "tf32": 1.1e15, "bf16": 2.25e15, "f16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15},
-    ),
-    _gpu(
-        *("l4", "NVIDIA L4 with 24 GB", 300e9, 24e9, (8, 9), 99, 58),
-        links=_PCIE4,
-        **{"f32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "f16": 121e12, "fp8": 242e12, "int8": 242e12},
-    ),
-    _gpu(
-        *("rtx4090", "NVIDIA GeForce RTX 4090 with 24 GB", 1.008e12, 24e9, (8, 9), 99, 128),
-        links=_PCIE4,
-        **{"f32": 82.6e12, "tf32": 82.6e12, "bf16": 165e12, "f16": 165e12, "fp8": 330e12, "int8": 660e12},
-    ),
+    _gpu("a100", "NVIDIA A100 SXM with 80 GB", 2.0e12, 80e9, (8, 0), 163, 108, _NVLINK3, _A100),
+    _gpu("h100", "NVIDIA H100 SXM with 80 GB", 3.35e12, 80e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
+    _gpu("h200", "NVIDIA H200 SXM with 141 GB", 4.8e12, 141e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
+    _gpu("b200", "NVIDIA B200 with 180 GB", 7.7e12, 180e9, (10, 0), 227, 148, _NVLINK5, _B200),
+    _gpu("l4", "NVIDIA L4 with 24 GB", 300e9, 24e9, (8, 9), 99, 58, _PCIE4, _L4),
+    _gpu("rtx4090", "NVIDIA GeForce RTX 4090 with 24 GB", 1.008e12, 24e9, (8, 9), 99, 128, _PCIE4, _RTX4090),
 )
 
 HARDWARE: dict[str, Hardware] = {row.name: row for row in _ROWS}

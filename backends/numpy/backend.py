@@ -198,7 +198,7 @@ class _NumpyArrays:
     def enter(self, arguments: Sequence[Any]) -> Sequence[Any]:
         return arguments
 
-    def leave(self, outputs: Outputs, given: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         return outputs, None
 
 

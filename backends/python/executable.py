@@ -79,7 +79,7 @@ class Arrays(Protocol):
         """
         ...
 
-    def leave(self, outputs: Outputs, given: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         """Copy outputs to the host, if they belong there. Also return the first failure that the program recorded."""
         ...
 

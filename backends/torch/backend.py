@@ -305,7 +305,7 @@ class _TorchArrays:
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
         return array if self.on.is_asynchronous or self._gives_tensors(given) else self._as_numpy(array)
 
-    def leave(self, outputs: Outputs, given: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         """Copy outputs and status words to the host, with one wait. Outputs stay on the device if the caller passed
         tensors.
         """
@@ -313,7 +313,7 @@ class _TorchArrays:
             return outputs, None
         from treadle.backends.torch.status import first_failure, packed
 
-        leaving = {} if self._gives_tensors(given) else dict(outputs)
+        leaving = {} if self._gives_tensors(kinds) else dict(outputs)
         words = [packed(status)] if status else []
         copies = self.on.to_host([*leaving.values(), *words])
         failure = first_failure(status, copies.pop().tolist()) if words else None
@@ -321,9 +321,9 @@ class _TorchArrays:
             outputs[name] = self._as_numpy(copy)
         return outputs, failure
 
-    def _gives_tensors(self, given: Collection[type]) -> bool:
+    def _gives_tensors(self, kinds: Collection[type]) -> bool:
         """Return True if the caller gets tensors: one of the arguments is a tensor."""
-        return any(issubclass(each, self.torch.Tensor) for each in given)
+        return any(issubclass(each, self.torch.Tensor) for each in kinds)
 
     def _as_numpy(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
         wide = array.float() if array.dtype == self.torch.bfloat16 else array

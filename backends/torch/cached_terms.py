@@ -41,9 +41,9 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
     def __init__(self, i: Tensor, j: Tensor, **parts: slice) -> None:
         self.i, self.j, self.parts = i, j, parts
 
-    def biases(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def biases(self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the biases of all terms."""
-        return [t.accept(self, *x) for t, x in zip(terms, given, strict=True) if isinstance(t, BiasTerm)]
+        return [t.accept(self, *x) for t, x in zip(terms, operands, strict=True) if isinstance(t, BiasTerm)]
 
     # -- a term --------------------------------------------------------------------------------------------------
 
@@ -103,16 +103,16 @@ class LiveTerms(CachedTerms):
         super().__init__(i, j[None, None, None], b=rows, t=keys)
         self.keys = keys
 
-    def masks(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def masks(self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the masks of all terms, except masks of positions that hide no live key, such as causal for a single
         query.
         """
         made = [self.j >= self.live.start] if self.wraps and len(self.live) < self.j.shape[-1] else []
-        for term, operands in zip(terms, given, strict=True):
+        for term, own in zip(terms, operands, strict=True):
             # the lengths already bound the live keys
             shown = isinstance(term, BiasTerm | Padding) or keeps_all(term, self.start, self.queries, self.live)
             if not shown:
-                made.append(term.accept(self, *operands))
+                made.append(term.accept(self, *own))
         return made
 
 
@@ -140,14 +140,14 @@ class BlockTerms(CachedTerms):
         j = counted(keys, device)[self.keys]
         super().__init__(i[None, None], j[None, None, None], s=slice(first, first + queries), t=self.keys)
 
-    def masks(self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def masks(self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the masks of all terms, except masks of positions that hide none of the keys."""
         hiding = [
-            (term, operands)
-            for term, operands in zip(terms, given, strict=True)
+            (term, own)
+            for term, own in zip(terms, operands, strict=True)
             if not isinstance(term, BiasTerm) and not keeps_all(term, self.first, self.queries, self.live)
         ]
-        return [term.accept(self, *operands) for term, operands in hiding]
+        return [term.accept(self, *own) for term, own in hiding]
 
 
 class MaskedCache:
@@ -162,7 +162,7 @@ class MaskedCache:
     def __init__(
         self,
         terms: Sequence[Term],
-        given: Sequence[Sequence[Tensor]],
+        operands: Sequence[Sequence[Tensor]],
         start: Tensor,
         starts: Sequence[int] | None,
         queries: int,
@@ -181,26 +181,26 @@ class MaskedCache:
         else:
             j = counted(capacity, start.device)[self.keys][None, None, None]
         self.terms = CachedTerms(i, j, t=self.keys)
-        self._live = self._live_keys(terms, given, first, queries, ring=ring)
+        self._live = self._live_keys(terms, operands, first, queries, ring=ring)
         by_position = queries == 1  # the live keys are then exactly the keys that masks of positions keep
         self.masks = [self._live] if by_position else [j >= 0] if ring else []
-        for term, operands in zip(terms, given, strict=True):
+        for term, own in zip(terms, operands, strict=True):
             if not isinstance(term, BiasTerm) and not (by_position and isinstance(term, Causal | Window | Padding)):
-                self.masks.append(term.accept(self.terms, *operands))
+                self.masks.append(term.accept(self.terms, *own))
         kinds = {type(term) for term in terms if not isinstance(term, BiasTerm)}
         holds_own = ring or (bool(starts) and max(starts or (0,)) + queries <= capacity)
         sees_own = kinds <= {Causal} or (kinds <= {Causal, Window} and holds_own)
         self.all_see = sees_own and not any(isinstance(term, TensorBias) for term in terms)
 
     def _live_keys(
-        self, terms: Sequence[Term], given: Sequence[Sequence[Tensor]], first: Tensor, queries: int, *, ring: bool
+        self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]], first: Tensor, queries: int, *, ring: bool
     ) -> Tensor:
         """Return bool[b, 1, 1, t]: keys that some query of the row may see, by position and by the row's length."""
         low, high = reach_of(terms)
         bounds = [] if high is None else [self.terms.j <= first + (queries - 1 + high)]
         bounds += [] if low is None else [self.terms.j >= first + low]
         bounds += [self.terms.j >= 0] if ring else []
-        bounds += [t.accept(self.terms, *x) for t, x in zip(terms, given, strict=True) if isinstance(t, Padding)]
+        bounds += [t.accept(self.terms, *x) for t, x in zip(terms, operands, strict=True) if isinstance(t, Padding)]
         live = bounds[0]  # causal or padding is among the terms
         for bound in bounds[1:]:
             live = live & bound

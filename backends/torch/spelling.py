@@ -264,7 +264,11 @@ def _conv(line: Line) -> str:
 
 
 @_spells("embedding")
-def embedding(line: Line, options: str = "") -> str:
+def _embedding(line: Line) -> str:
+    return embedding_call(line)
+
+
+def embedding_call(line: Line, options: str = "") -> str:
     """Return a call of our kernel. `options` are further arguments, each after a comma."""
     return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}{options}{line.report_args})"
 
