@@ -4,8 +4,13 @@ code.
     class Mine(StagedBackend):
         name = "mine"
 
-        def keeps(self, op, types): return op.name in ("linear", "softmax")
-        def pipeline(self, target): return (Legalize(self.keeps), HoistWeights(), PlanStorage())
+        def capabilities(self, target):
+            return Capabilities("mine", keeps=lambda op, types: op.name in ("linear", "softmax"))
+
+        def pipeline(self, target):
+            mine = self.capabilities(target)
+            return (Legalize(mine), HoistWeights(mine), PlanStorage(mine))
+
         def emit(self, graph, target, weights, declared, plan): ...  # the lowered graph, as an `Executable`
 
 The passes run under the pass manager, like the portable passes. Each is recorded, verified, printed by `inspect
@@ -20,18 +25,27 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from treadle.backends.donation import check_names
-from treadle.backends.fitted_pipeline import Budget, check_budget, pipeline_within
 from treadle.backends.protocol import Backend, Executable, StatefulExecutable
 from treadle.backends.refusals import refuse_nodes
-from treadle.ir.errors import BackendError
+from treadle.backends.registry import find_backend
+from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.budget.fitted_pipeline import (
+    MemoryLimit,
+    before_planning,
+    check_limit,
+    with_donated,
+    with_fit,
+)
+from treadle.passes.budget.memory_fit import MemoryFit
+from treadle.passes.capabilities import Capabilities
+from treadle.passes.framework.manager import Optimized, Pass
 from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
 from treadle.passes.memory.frames import Frame, frames_of
-from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.stages import Budget, Lower, run
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,12 @@ class StagedBackend(ABC):
             raise BackendError(f"backend {self.name} is not available", received=reason)
         refuse_nodes(graph, self.name, self.supports)
 
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return what the backend's kernels compute, read and write, for the passes of `pipeline`. By default, the
+        backend emits primitives only.
+        """
+        return Capabilities(self.name)
+
     @abstractmethod
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes that follow the portable ones."""
@@ -121,7 +141,7 @@ class StagedBackend(ABC):
         target: Target,
         *,
         certify: bool | None = None,
-        budget: Budget | None = None,
+        budget: MemoryLimit | None = None,
         donate: Sequence[str] = (),
         verified: bool = False,
     ) -> Optimized:
@@ -133,19 +153,18 @@ class StagedBackend(ABC):
         Raises BackendError as `refuse` does, and if no plan fits.
         """
         self.refuse(graph, target)
+        donated = check_names(graph, donate)
+        passes: Sequence[Pass] = self.pipeline(target)
+        if donated and budget is None and before_planning(passes)[1] is None:
+            raise BackendError(f"backend {self.name} does not plan storage, so no input can be donated")
+        passes = with_donated(passes, donated)
         if budget is not None:
-            graph, passes = pipeline_within(self, graph, target, budget, check_names(graph, donate))
-            verified = False
-        else:
-            passes = self.pipeline(target)
-            if donate:
-                *before, plan = passes
-                if not isinstance(plan, PlanStorage):
-                    raise BackendError(f"backend {self.name} does not plan storage, so no input can be donated")
-                passes = (*before, replace(plan, donated=check_names(graph, donate)))
-        lowered = PassManager(passes, certify=certify, target=target).run(graph, verified=verified)
+            start = run(graph, [Budget(budget, self, target, donated)])
+            graph, verified = start.graph, False
+            passes = with_fit(passes, start.products[MemoryFit])
+        lowered = run(graph, [Lower(tuple(passes))], certify=certify, target=target, verified=verified)
         if budget is not None:
-            check_budget(self, lowered, target, budget)
+            check_limit(self, lowered, target, budget)
         return lowered
 
     def compile(self, graph: Graph, target: Target, weights: Mapping[str, Any]) -> Executable:
@@ -169,6 +188,16 @@ def _refuse_without_entries(made: Executable, graph: Graph, backend: str) -> Non
         )
 
 
+def capabilities_of(backend: str, target: Target) -> Capabilities:
+    """Return the capabilities of a backend on a target. Raises UsageError for an unknown backend, and for one without
+    passes.
+    """
+    chosen = find_backend(backend)
+    if not isinstance(chosen, StagedBackend):
+        raise UsageError(f"backend {backend} has no passes", hint="numpy, torch or tvm")
+    return chosen.capabilities(target)
+
+
 def needed_plan(plan: StoragePlan | None, backend: str) -> StoragePlan:
     """Return the storage plan that `emit` needs. Raises BackendError if the pipeline created no plan."""
     if plan is None:
@@ -186,7 +215,7 @@ def build(
     weights: Mapping[str, Any],
     *,
     certify: bool | None = None,
-    budget: Budget | None = None,
+    budget: MemoryLimit | None = None,
     donate: Sequence[str] = (),
     verified: bool = False,
 ) -> tuple[Executable, Optimized]:

@@ -34,12 +34,12 @@ from treadle.ir.collector_pause import collection_paused
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.models.registry import family_names
-from treadle.passes.framework.manager import Optimized, PassManager
+from treadle.passes.budget.fitted_pipeline import before_planning
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.memory.frame_placement import place_frames
 from treadle.passes.memory.frames import Frame, parts_of
-from treadle.passes.memory.storage_checking import check_storage
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stages import Lower, Merge, Recognize, run
 from treadle.program.flag_values import parse_config
 from treadle.program.options import declared_options
 from treadle.resolving import resolve
@@ -56,22 +56,22 @@ def of_a_run(frames: Mapping[str, Frame], name: str) -> int:
 
 def planning_ms(backend: StagedBackend, graph: Graph, target: Target) -> tuple[Optimized, float]:
     """Return a lowered graph, and the CPU time of planning its storage and of checking the plan."""
-    *before, plan = backend.pipeline(target)
-    lowered = PassManager(before, target=target).run(graph)
+    before, plan = before_planning(backend.pipeline(target))
+    assert plan is not None
+    lowered = run(graph, [Lower(tuple(before))], target=target)
     record = PassRecord(plan.name, plan.options, {})
     with collection_paused():  # as in the manager
         started = time.process_time()
         plan.run_graph(lowered.graph, record)
-        assert record.plan is not None
-        check_storage(lowered.graph, record.plan)
+        plan.check_products(lowered.graph, record)
         took = time.process_time() - started
-    return Optimized(lowered.source, lowered.graph, lowered.log, plan=record.plan), took * 1e3
+    return Optimized(lowered.source, lowered.graph, lowered.log, products=record.products), took * 1e3
 
 
 def rows_of(name: str, config: Mapping[str, Any], backend: StagedBackend, runs: int) -> list[dict[str, Any]]:
     """Return a row for each of three sizes."""
     target = Target("cpu")
-    graph = PassManager(DEFAULT).run(resolve(name, **config).graph).graph
+    graph = run(resolve(name, **config).graph, [Recognize(), Merge()]).graph
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
     planned = [planning_ms(backend, graph, target) for _ in range(runs)]
     lowered, plan_ms = planned[-1][0], statistics.median(took for _, took in planned)

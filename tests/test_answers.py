@@ -149,7 +149,7 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
         (QueueFull("5 texts wait"), 429, ("5 texts wait; try again later", "rate_limit_error", "queue_full")),
         (Closed("closed"), 503, ("the server is being shut down", "server_error", "shutting_down")),
         (UsageError("no room", received="9"), 400, ("no room; received 9", "invalid_request_error")),
-        (Cut.LATE, 408, ("the answer took longer than a request may", "invalid_request_error", "timeout")),
+        (Cut.LATE, 408, ("the request exceeded the time limit", "invalid_request_error", "timeout")),
         (Cut.CLOSED, 503, ("the server is being shut down", "server_error", "shutting_down")),
         (UsageError("a step\nfailed", hint="less"), 500, ("a step failed; less", "server_error")),
     ],
@@ -185,7 +185,7 @@ def test_a_stream_that_is_given_up_ends_with_the_error() -> None:
     first, last, rest = body.split("\n\n")
     assert (status, rest) == (200, "")
     assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
-    late = error("the answer took longer than a request may", "invalid_request_error", "timeout")
+    late = error("the request exceeded the time limit", "invalid_request_error", "timeout")
     assert json.loads(last.removeprefix("data: ")) == late
     assert len(writer.cancelled) >= 2
 
@@ -243,7 +243,7 @@ def test_a_failure_of_the_server_is_told_to_both(capsys: pytest.CaptureFixture[s
 
     asked = Asked(ServedEmbedder("vectors", SimpleNamespace(embed_reporting=fail, width=2), queue=1))  # type: ignore[arg-type]
     status, body = asked.post("/v1/embeddings", {"model": "vectors", "input": "a"})
-    assert (status, json.loads(body)) == (500, error("the server failed to answer this", "server_error", "internal"))
+    assert (status, json.loads(body)) == (500, error("the server failed to answer", "server_error", "internal"))
     assert capsys.readouterr().err == "POST /v1/embeddings: ZeroDivisionError: by nothing\n"
 
 
@@ -283,11 +283,11 @@ def test_what_is_served_is_listed() -> None:
     status, body = asked("GET", f"/v1/models/{'x' * 99}")
     missing = error(f"no model '{'x' * 80}' is served; tiny", "not_found_error", "model_not_found", "model")
     assert (status, json.loads(body)) == (404, missing)
-    assert json.loads(asked("GET", "/v1/nothing")[1]) == error("there is nothing at this address", "not_found_error")
+    assert json.loads(asked("GET", "/v1/nothing")[1]) == error("there is no route with this path", "not_found_error")
     assert asked("GET", "/health/")[0] == 404
     for path in ("/v1/models", "/v1/completions"):
         status, body = asked("PUT", path)
-        other = error("this address needs another method", "invalid_request_error")
+        other = error("this path does not support this method", "invalid_request_error")
         assert (status, json.loads(body)) == (405, other)
     asked("GET", "/metrics")
     assert asked.headers["content-type"].startswith("text/plain; version=0.0.4")

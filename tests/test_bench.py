@@ -186,10 +186,10 @@ def test_llama_cpp_is_given_the_file_and_one_row(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("arrays", "gguf", "why"),
     [
-        ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp reads a GGUF file"),
-        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp runs with one row here"),
-        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports tokens alone"),
-        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports tokens alone"),
+        ({"tokens": np.ones((1, 3), np.int64)}, "", "llama.cpp can only run a GGUF file"),
+        ({"tokens": np.ones((2, 3), np.int64)}, "model.gguf", "llama.cpp can only run one row here"),
+        ({"x": np.ones((1, 3))}, "model.gguf", "llama.cpp supports only tokens as input"),
+        (dict.fromkeys("ab", np.ones((1, 3), np.int64)), "model.gguf", "llama.cpp supports only tokens as input"),
     ],
 )
 def test_what_llama_cpp_is_not_given(
@@ -218,10 +218,10 @@ def test_peers_that_read_files_of_the_models_own_are_given_them(
     assert row.note == "dynamic int8" and row.difference is not None and row.difference < 1e-5
     assert capfd.readouterr() == ("", "")
     reason = found.missing["llama.cpp"]
-    assert reason in ("llama_cpp is not installed", "llama.cpp reads a GGUF file, and this model is not one")
+    assert reason in ("llama_cpp is not installed", "llama.cpp can only run a GGUF file, and this model is not one")
     declared = bench_model(SMALL, peers[:1], sizes={"S": 3}, python=str(python))
     assert declared.missing == {
-        "ctranslate2-int8": "CTranslate2 reads a folder of Hugging Face's, and this model is not one"
+        "ctranslate2-int8": "CTranslate2 can only run a folder of Hugging Face's, and this model is not one"
     }
 
 
@@ -285,7 +285,7 @@ def test_the_command() -> None:
         (Workload("bert", keywords={"backend": "tvmm"}), sys.executable, "there is no backend 'tvmm'"),
         (Workload("bert", keywords={"dtype": "f16"}), sys.executable, "unknown computation dtype 'f16'"),
         (Workload("bert", keywords={"quantize": "int5"}), sys.executable, "unknown quantization scheme 'int5'"),
-        (Workload("bert"), "/no/python", "there is no such Python"),
+        (Workload("bert"), "/no/python", "there is no such Python interpreter"),
     ],
 )
 def test_what_there_is_not_is_refused_before_a_side_starts(workload: Workload, python: str, what: str) -> None:

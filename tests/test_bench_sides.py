@@ -418,9 +418,13 @@ def test_ctranslate2_is_given_ids_and_lengths(
 @pytest.mark.parametrize(
     ("folder", "arrays", "why"),
     [
-        ("", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 reads a folder of Hugging Face's, and this model is"),
-        ("t5", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 runs no part of a t5 by itself"),
-        ("t5", {"x": np.ones(3)}, "CTranslate2 supports tokens alone, and this model has 1 inputs"),
+        (
+            "",
+            {"ids": np.ones((1, 3), np.int64)},
+            "CTranslate2 can only run a folder of Hugging Face's, and this model is",
+        ),
+        ("t5", {"ids": np.ones((1, 3), np.int64)}, "CTranslate2 cannot run a t5 by itself"),
+        ("t5", {"x": np.ones(3)}, "CTranslate2 supports only tokens as input, and this model has 1 inputs"),
     ],
 )
 def test_what_ctranslate2_is_not_given(

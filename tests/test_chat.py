@@ -1,4 +1,6 @@
-"""Chat: templates render as in Hugging Face, hostile templates meet limits, and conversations continue."""
+"""Chat: templates render as in Hugging Face, hostile templates hit limits, and conversations continue over several
+turns.
+"""
 
 from __future__ import annotations
 
@@ -99,14 +101,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE, ids=range(len(HOSTILE)))
 def test_what_hostile_templates_come_to(template: str) -> None:
-    """The error names the cause within the time limit, and the next conversation is rendered."""
+    """A hostile template fails with an error that names the cause, and the next conversation is rendered."""
     made = ChatTemplate(template, seconds=1.5, memory=400 << 20, characters=100_000)
-    made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # start the process
+    made._ask(json.dumps({"template": "", "values": {}, "most": 1}))  # starts the process
     started = time.monotonic()
     with pytest.raises(CheckpointError, match="cannot be rendered") as refused:
         made.render(TALK)
     assert refused.value.received
-    assert time.monotonic() - started < 60  # far above 1.5 s, since machines may be busy
+    assert time.monotonic() - started < 60  # far above 1.5 s: the test machine may be busy
     made.template = "{{ messages[1].content }}"
     made.seconds = 60.0
     assert made.render(TALK) == "the cat"
@@ -145,7 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)
-    model.generation_config.repetition_penalty = 1.3  # replies follow the folder's rules, too
+    model.generation_config.repetition_penalty = 1.3  # the folder's rules apply to replies, too
     model.save_pretrained(place)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(place)
@@ -190,7 +192,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
     assert talk.messages == said[:1]
     again = "".join(piece.text for piece in talk.say("the cat", most=12))
     assert again == said[2]["content"]
-    with pytest.raises(UsageError, match="a reply has 1 token or more"):
+    with pytest.raises(UsageError, match="a reply must have 1 token or more"):
         list(talk.say("the cat", most=0))
     with pytest.raises(UsageError, match="a row of the session takes 20"):
         list(Conversation.open(writer, capacity=20).say("the cat " * 20))
@@ -198,7 +200,7 @@ def test_a_conversation_goes_on_as_the_whole_would(folder: Path) -> None:
 
 def test_what_the_row_holds_is_not_computed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = Conversation.open(TextWriter.open(folder))
-    fed: list[tuple[int, int]] = []  # tokens that the row held, and number of tokens that were read
+    fed: list[tuple[int, int]] = []  # for each call: length of the row before, number of new tokens
     prefill = type(talk.session).prefill
 
     def counted(self: Any, tokens: Any) -> Any:

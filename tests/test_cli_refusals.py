@@ -54,7 +54,7 @@ def test_a_fault_in_a_model_names_its_line(treadle_command: Treadle, function: s
         (["inspect", SMALL, "--after", "dead-code", "--raw"], ["two different stages"]),
         (["inspect", SMALL, "--sizes", "Q=3"], ["no symbolic axis Q", "one of B, S"]),
         (["inspect", SMALL, "--sizes", "S=-3"], ["size of S must be a positive integer"]),
-        (["inspect", "gpt2", "--sizes", "S=2000"], ["S cannot be 2000", "S <= 1024"]),
+        (["inspect", "gpt2", "--sizes", "S=2000"], ["the size of S cannot be 2000", "S <= 1024"]),
         (["inspect", SMALL, "--follow", "Q"], ["there is no axis 'Q'"]),
         (["compile", SMALL, "--backend", "nump"], ["there is no backend 'nump'", "numpy"]),
         (["compile", SMALL, "--target", "abacus"], ["unknown target 'abacus'", "cpu"]),
@@ -134,7 +134,7 @@ def test_an_option_of_compile_is_no_option_of_a_model(command: str, treadle_comm
         pytest.importorskip("prometheus_client")
     flags = {**flags_of(command), "limits": "--limit"}
     for name in ("quantize", "dtype", "backend", "target", "limits"):
-        meant = f"{flags[name]}, an option of treadle {command}" if name in flags else "no option"
+        meant = f"{flags[name]}, an option of treadle {command}" if name in flags else "not part of a model"
         refused_freely(command, name, meant)
 
 
@@ -309,11 +309,11 @@ def with_fields() -> None:
 @pytest.mark.parametrize(
     ("make", "part"),
     [
-        (with_objects, "not hold plain numbers"),
+        (with_objects, "not hold an array of numbers"),
         (cut_short, "truncated"),
         (promising_too_much, "x.npy"),
         (no_array, "not a .npy file"),
-        (with_fields, "not hold plain numbers"),
+        (with_fields, "not hold an array of numbers"),
     ],
 )
 def test_a_hostile_npy_file_is_refused(treadle_command: Treadle, make: Callable[[], None], part: str) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.fuzz.combinations import BACKENDS, BUDGETS, Combination, combinations, outcomes
-from treadle.backends import fitted_pipeline
 from treadle.backends.registry import find_backend
+from treadle.passes.budget import fitted_pipeline
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -115,7 +115,7 @@ LIKELY = [
             "one\n",
             [
                 "stopped after 2 tokens: the model ended the text at once. It is a chat model: --chat puts the prompt "
-                "into its chat template, with its marks <s>, <e>"
+                "into its chat template, which adds <s>, <e>"
             ],
         ),
         (

@@ -181,7 +181,7 @@ def test_models_with_nothing_in_common_are_one_line() -> None:
 def test_sizes_are_within_the_bounds_of_both() -> None:
     a, b = open_build("gpt2", layers=1, context=64), open_build("gpt2", layers=1, context=16)
     assert compare(a, b).sizes["S"] == 16
-    with pytest.raises(UsageError, match="S cannot be 32"):
+    with pytest.raises(UsageError, match="the size of S cannot be 32"):
         compare(a, b, sizes={"S": 32})
     with pytest.raises(UsageError, match="neither model has a symbolic axis Q"):
         compare(a, b, sizes={"Q": 32})

@@ -239,7 +239,7 @@ def test_an_option_is_no_configuration(command: str) -> None:
         done = CliRunner().invoke(app, f"{command} {ARGUMENTS[command]} --set {name}=int4")
         assert done.exit_code == 2, (name, done.output)
         first, hint = done.stderr.splitlines()
-        assert first == f"--set {name}= is no option of a model"
+        assert first == f"--set {name}= is not part of a model's configuration"
         flag = option.flag and f"--{option.flag.name}"
         if flag in flags:
             assert hint == f"  try       {flag}, an option of treadle {command}"

@@ -287,7 +287,7 @@ def test_a_chat_model_that_ends_at_once_says_so(
     text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
     (tmp_path / place).write_text(text, encoding="utf-8")
     monkeypatch.setattr(Sampling, "choose", lambda *_, **__: 0)
-    assert "It is a chat model: --chat puts the prompt into its chat template, with its marks <end>" in (
+    assert "It is a chat model: --chat puts the prompt into its chat template, which adds <end>" in (
         generated(str(tmp_path), "the cat").stderr
     )
     assert json.loads(generated(str(tmp_path), "the cat", "--json").stdout)["chat_template"] is True

@@ -21,7 +21,6 @@ from tests.sharded_models import small_options
 from tests.stepped_models import MODELS as STEPPED
 from tests.test_explaining_layouts import without_lines
 from tests.test_models import ZOO
-from treadle.backends.fitted_pipeline import Budget, search_of
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.tvm.backend import TvmBackend
 from treadle.backends.tvm.kernels.isa import isa_of
@@ -34,11 +33,13 @@ from treadle.ir.target import Target
 from treadle.ir.text.printer import print_graph
 from treadle.ir.transforms.fixing import bounded
 from treadle.models.llama import llama
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, search_of
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.framework.pass_log import count_ops
 from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stages import run
 from treadle.passes.stepping.derivation import derive_step
-from treadle.program.precision import computing_in
+from treadle.program.options import CompileOptions
 from treadle.program.weights import initial_weights
 from treadle.sharding import shard_model
 
@@ -55,8 +56,8 @@ def file_name(title: str) -> str:
 
 
 def optimized(graph: Graph, dtype: str | None = None, quantize: str | None = None) -> Optimized:
-    passes, _ = computing_in(dtype, DEFAULT, (), quantize)
-    return PassManager(passes, certify=False).run(graph)
+    stages = CompileOptions(dtype=dtype, quantize=quantize).stages()
+    return run(graph, stages, certify=False)
 
 
 def lowered(graph: Graph, isa: str) -> tuple[Optimized, KernelProgram]:
@@ -174,7 +175,7 @@ def test_a_sharding(family: str, mesh: str, recipe: str, golden: Golden) -> None
 def test_a_budget(golden: Golden) -> None:
     """A model that is computed in parts: the resulting graph, and the report on the parts."""
     pytest.importorskip("tvm")
-    budget = Budget(400_000, {"B": 4, "S": 64})
+    budget = MemoryLimit(400_000, {"B": 4, "S": 64})
     found = TvmBackend().lower(optimized(LLAMA.graph()).graph, Target("x86-64-v4", threads=1), budget=budget)
     text = [found.log.explain(), print_graph(found.after("fit-memory"), sources=False)]
     golden("decisions/budget.txt", without_lines("\n".join(text)))

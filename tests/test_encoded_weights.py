@@ -28,6 +28,7 @@ from treadle.ir.verifier import verify
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 from treadle.models.llama import llama
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
@@ -274,7 +275,7 @@ def test_blocks_are_joined_and_cut_as_blocks() -> None:
 
 
 def test_hoisting_stops_at_a_decode_before_what_reads_blocks() -> None:
-    graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights(reads_blocks=reads_blocks))
+    graph, notes = lowered(parse_graph(JOINED), DecodeLast(), HoistWeights(Capabilities(reads_blocks=reads_blocks)))
     assert graph.bind is not None
     made = {name: str(value.type) for name, value in graph.derived_weights.items()}
     joined = [t for t in made.values() if "as q8_0" in t]

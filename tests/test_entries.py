@@ -24,8 +24,9 @@ from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.inline import inline_calls, inline_function
 from treadle.ir.types import Type, f32
 from treadle.ir.verifier import verify
+from treadle.passes.capabilities import Capabilities, Reads
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.lowering.assign_layouts import AssignLayouts, Reads
+from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize
 
@@ -432,7 +433,7 @@ def lowered(graph: Graph) -> Graph:
     """Return a graph in primitives, with layouts assigned to its weights and everything that depends only on them
     hoisted.
     """
-    passes = (Legalize(lambda op, types: False), AssignLayouts(wants), HoistWeights())
+    passes = (Legalize(), AssignLayouts(Capabilities(layouts=wants)), HoistWeights())
     made = PassManager(passes).run(graph)
     assert made.log[-1].graph == made.graph
     return made.graph
@@ -452,7 +453,7 @@ def test_hoisting_keeps_what_random_graphs_mean(make: Callable[[int], Graph], se
     assert again == after and print_graph(again) == text
     inputs, weights = inputs_of(before), weights_of(before)
     try:
-        meant = interpret(PassManager((Legalize(lambda op, types: False),)).run(before).graph, inputs, weights)
+        meant = interpret(PassManager((Legalize(),)).run(before).graph, inputs, weights)
     except TreadleError:
         pytest.skip("random operands that an op refuses when it runs")
     same(meant, interpret(after, inputs, weights))

@@ -286,7 +286,7 @@ def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() 
         (["gpt2", "memory", "--expect", "attention=2"], "--expect applies to fusion only"),
         (["gpt2", "fusion", "--expect", "attention"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "attention=-1"], "an expected count must be OP=NUMBER"),
-        (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is no option of a model"),
+        (["gpt2", "fusion", "--set", "passes=3"], "--set passes= is not part of a model's configuration"),
         (["gpt2", "fusion", "--expect", "=3"], "an expected count must be OP=NUMBER"),
         (["gpt2", "fusion", "--expect", "atention=3"], "unknown op 'atention'"),
         (["no-such-model", "fusion"], "there is no model"),

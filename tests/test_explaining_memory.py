@@ -61,14 +61,14 @@ def test_the_formula_gives_the_peak_at_every_size() -> None:
             {"arena": 9_000, "host": "logits"},
             [
                 "one arena of 9,000 bytes for values that are alive when logits is written, or later",
-                "values that die before share the memory of logits, which a run allocates anyway",
+                "values that die earlier share the memory of logits, which a run allocates anyway",
             ],
         ),
         (
             {"arena": 9_000, "foreign": 1_000},
             [
                 "one arena of 9,000 bytes for results that are written at planned offsets",
-                "foreign to it, since calls of numpy allocate their results: at most 1,000 bytes at once",
+                "outside it, calls of numpy allocate their results: at most 1,000 bytes at once",
             ],
         ),
     ],
@@ -107,7 +107,7 @@ def test_the_command_says_what_the_function_says(backend: str) -> None:
 
 
 def test_sizes_outside_their_bounds_are_refused() -> None:
-    with pytest.raises(UsageError, match="S cannot be 4000"):
+    with pytest.raises(UsageError, match="the size of S cannot be 4000"):
         explain_memory("gpt2", sizes={"S": 4000})
     with pytest.raises(UsageError, match="has no symbolic axis T"):
         explain_memory("gpt2", sizes={"T": 4})

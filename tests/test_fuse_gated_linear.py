@@ -239,7 +239,7 @@ def test_what_a_gate_that_is_refused_leaves_is_told() -> None:
     lines, _, reason = REFUSED["of-two-values"]
     assert report(*lines) == {"gate": reason, "epilogue": "activated_linear"}
     made = report("a = linear(x, $g)", "s = exp(a)", "v = linear(x, $u)", "y = mul(s, v)")
-    assert made.pop("gate").startswith("no rule of fuse-gated-linear came near")
+    assert made.pop("gate").startswith("no rule of fuse-gated-linear matches in part")
     assert made == {"projection": "projections"}
     assert report(X, G, "v = linear(x, $u)", "y = mul(s, v)") == {"gate": "gated_linear"}
 

@@ -1,4 +1,4 @@
-"""Sampling, and generation by steps of a model."""
+"""Sampling, and generation with the decoding steps of a model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_sampling_follows_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.25, 0.15, 0.1]))
     sampling = Sampling(temperature=1.0, seed=11)
     draws = np.bincount([sampling.choose(logits, step=i) for i in range(20_000)], minlength=4) / 20_000
-    # Four standard deviations of a binomial share at 20,000 draws are at most 0.0142.
+    # 20,000 draws: four standard deviations of a binomial share are at most 0.0142.
     np.testing.assert_allclose(draws, [0.5, 0.25, 0.15, 0.1], atol=0.0142)
 
 

@@ -1,5 +1,5 @@
-"""Parts of generation, tested without a model: selection of tokens, reasons for a row's end, slots, and calls of a
-session.
+"""Parts of generation, tested without a model: choice of tokens, reasons for the end of a row, slots, and session
+calls.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_an_end_that_the_model_has_no_logit_of_is_no_matter() -> None:
     ],
 )
 def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) -> None:
-    """If several reasons apply, the first counts; `until` is still called for each token."""
+    """If several reasons apply, the first one in order is reported. `until` is called for every token."""
     asked: list[tuple[int, int]] = []
 
     def until(number: int, token: int) -> bool:
@@ -179,7 +179,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 
 
 def held(full: str = "error", **more: Any) -> Any:
-    """Return a session that follows a test's script."""
+    """Return a stand-in for a session, with these properties."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
     return SimpleNamespace(**{**facts, **more})
 
@@ -237,7 +237,7 @@ def test_how_near_the_second_was() -> None:
 
 
 class _Draft:
-    """A draft model's session: each next token is one more than the last."""
+    """A stand-in for a draft model's session. Its most likely next token is the last token plus one."""
 
     capacity, chunk, free = 20, 8, 1
     derived = SimpleNamespace(carries=False, graph=SimpleNamespace(name="m"))
@@ -283,7 +283,9 @@ class _Draft:
 def test_a_draft_guesses_as_much_as_its_row_takes(
     count: int, given: int, most: int, length: int, guessed: list[int], read: bool
 ) -> None:
-    """If there are too many new tokens to read them together with a proposal, they are prefilled first."""
+    """If the new tokens and the drafted tokens do not fit into one call, all new tokens but the last are prefilled
+    first.
+    """
     own: Any = _Draft(length)
     draft = DraftModel(own, count=count)
     draft.begin()
@@ -300,8 +302,8 @@ def test_a_draft_guesses_as_much_as_its_row_takes(
 
 @pytest.mark.parametrize(("ends", "shares"), [((0,), (0.9, 0.0)), ((0, 5), (0.45, 0.4))])
 def test_as_many_beams_go_on_where_each_may_end(ends: tuple[int, ...], shares: tuple[float, float]) -> None:
-    """Each continuation has a row: the first takes its beam's own row, the others take forks. A row that is not
-    continued is closed.
+    """Each continuation needs a row. The first continuation of a beam takes the beam's row, the others take forks. The
+    row of a beam without a continuation is closed.
     """
     rows, closed = iter(range(1, 99)), list[int]()
     own: Any = SimpleNamespace(capacity=99, full="error", fork=lambda row: next(rows), close=closed.append)
@@ -334,7 +336,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
     [
         (range(20), range(16), False, 16),
         (range(20), range(15), False, 0),
-        (range(16), range(16), False, 0),  # the logits of the last token are needed
+        (range(16), range(16), False, 0),  # the logits of the last token must be computed
         (range(17), range(17), False, 16),
         (range(20), [*range(18), 99], False, 18),
         (range(20), [*range(18), 99], True, 0),
@@ -404,7 +406,7 @@ def test_where_no_slot_is_free_but_the_texts_own_it_is_cut_back() -> None:
 
 
 class _Model:
-    """A stepped model whose entries record the calls; the logits of each token are the id before it."""
+    """A stand-in for a stepped model that records calls. The logits of each token encode the id before it."""
 
     def __init__(self, **facts: Any) -> None:
         graph = SimpleNamespace(name="m", states={}, symbols={})
@@ -479,7 +481,7 @@ def test_prompts_are_cut_and_padded(opened: Any) -> None:
     own.prefill({one: range(17), other: range(30)})
     assert model.calls == [("prefill", ((2, 32), [50, 3]))]
     model.calls.clear()
-    own.prefill({one: range(17), other: range(17)})  # the first has no room for them with padding
+    own.prefill({one: range(17), other: range(17)})  # padded to one length, the tokens do not fit into the first row
     assert model.calls == [("prefill", ((1, 17), [67])), ("prefill", ((1, 32), [33]))]
     model.calls.clear()
     step = own.step({one: 5, other: 6})

@@ -69,7 +69,7 @@ def test_refused_files_load_under_higher_limits(tmp_path: Path) -> None:
         path.write_bytes(hostile_file(SHAPES[name]))
         header = HeaderLimits(values=100_000)
         if name == "too many sections":  # the graph does not accept this number
-            with pytest.raises(CheckpointError, match="a weight that the graph does not take"):
+            with pytest.raises(CheckpointError, match="a weight that the graph does not use"):
                 open_artifact(path, limits=ArtifactLimits(header=header))
         else:
             assert open_artifact(path, limits=ArtifactLimits(graph=TextLimits())).name == "g"

@@ -13,7 +13,6 @@ import pytest
 
 import treadle as t
 from tests.backend_checks import needs_tvm
-from treadle.backends.fitted_pipeline import search_of
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
@@ -27,6 +26,7 @@ from treadle.ir.storage.views import Storage, StorageKind
 from treadle.ir.target import Target
 from treadle.ir.transforms.fixing import bounded
 from treadle.ir.types import f32
+from treadle.passes.budget.fitted_pipeline import search_of
 from treadle.passes.budget.fitting import Fitting
 from treadle.passes.budget.partitions import FunctionTable
 from treadle.passes.framework.manager import PassManager

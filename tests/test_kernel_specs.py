@@ -15,6 +15,7 @@ pytest.importorskip("tvm")
 
 from tests.backend_checks import graph_of
 from tests.op_checks import TESTED, Case
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.appending import Append
 from treadle.backends.tvm.kernels.attention.cached_attention import CachedFlashAttention
@@ -51,7 +52,6 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.shaping import FoldWindows, Iota
 from treadle.backends.tvm.kernels.softmax import Softmax
-from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.routine_writer import lower, steps_of
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.backends.tvm.output_memory import OutputMemory, _Given
@@ -64,8 +64,11 @@ from treadle.ir.ops.attention import Attention
 from treadle.ir.ops.blocks import EncodedLinear
 from treadle.ir.ops.collectives import AllReduce
 from treadle.ir.types import f32
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.legalize import Legalize
+
+PLAN = planning(capabilities(ISAS["x86-64-v3"]))
 
 ADDED = Chain(("f32", "f32"), (Instruction("add", (0, 1), "f32"), Instruction("relu", (2,), "f32")))
 BYTE_ROWS = packed_form(parse_encoding("int8_rows"))
@@ -236,7 +239,7 @@ def test_tiles_are_asked_for_where_linux_has_them(
 
 def steps(graph: Graph) -> int:
     """Return the number of kernel calls for a graph; nothing is compiled."""
-    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    lowered = PassManager((Legalize(Capabilities(keeps=keeps)), PLAN)).run(graph)
     assert lowered.plan is not None
     return len(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES).main.steps)
 
@@ -326,7 +329,9 @@ def test_a_step_writes_what_its_kernel_stores_to() -> None:
     looked_at: dict[tuple[type[Kernel], int, int], Kernel] = {}
     for name in TESTED:
         for sample in range(len(OPS[name].samples)):
-            lowered = PassManager((Legalize(keeps), PLAN), certify=False).run(Case.of(name, sample).forward_graph())
+            lowered = PassManager((Legalize(Capabilities(keeps=keeps)), PLAN), certify=False).run(
+                Case.of(name, sample).forward_graph()
+            )
             assert lowered.plan is not None
             for step in steps_of(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES)):
                 if not step.kernel.on_host:

@@ -22,12 +22,13 @@ from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.differentiate import backward
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import f32, i64
+from treadle.passes.capabilities import Capabilities, Reads
 from treadle.passes.certificates import same_expressions
 from treadle.passes.certificates.same_expressions import check_same_expressions
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering import assign_layouts
-from treadle.passes.lowering.assign_layouts import AssignLayouts, Reads
+from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
 
 # -- layouts ---------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def wants(node: Node, position: int) -> Layout | Reads:
 
 def assigned(graph: Graph, alone: bool = False) -> Graph:
     """Return a graph after the pass; the pass manager verifies it."""
-    return PassManager((AssignLayouts(wants, alone=alone),)).run(graph).graph
+    return PassManager((AssignLayouts(Capabilities(layouts=wants), alone=alone),)).run(graph).graph
 
 
 def readers(*scopes: str) -> Graph:
@@ -250,8 +251,8 @@ def test_alone_refuses_where_a_weight_would_be_there_twice() -> None:
 
 
 def test_the_log_says_who_wants_what() -> None:
-    log = PassManager((AssignLayouts(wants, alone=True),)).run(readers("four", "four")).log
-    assert log[0].options == "alone" and log[0].changes == 1
+    log = PassManager((AssignLayouts(Capabilities(layouts=wants), alone=True),)).run(readers("four", "four")).log
+    assert log[0].options == "backend=unnamed,alone=true" and log[0].changes == 1
     assert len(log[0].notes) == 2
     for note in log[0].notes:
         assert re.fullmatch(r"w in panels\(4\): linear reads it, .*test_layouts.py:\d+, scope four", note)
@@ -335,7 +336,7 @@ def test_a_tied_table_is_there_once_where_its_reader_takes_any_layout() -> None:
     def tied(node: Node, position: int) -> Layout | Reads:
         return panels(4) if node.op.name == "linear" else Reads.ANY
 
-    graph = PassManager((AssignLayouts(tied, alone=True), HoistWeights())).run(b.graph).graph
+    graph = PassManager((AssignLayouts(Capabilities(layouts=tied), alone=True), HoistWeights())).run(b.graph).graph
     assert list(graph.main.parameters) == ["wte.panels"] == list(graph.derived_weights)
     assert list(graph.parameters) == ["wte"]
     inputs, weights = {"ids": np.array([3, 10])}, {"wte": np.random.default_rng(0).standard_normal((11, 4), np.float32)}

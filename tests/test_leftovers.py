@@ -10,8 +10,8 @@ import pytest
 
 import treadle.frontends.language as t
 from tests.backend_checks import graph_of
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.kernels.isa import ISAS
-from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps
@@ -19,17 +19,20 @@ from treadle.entry_functions import compile
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.models.registry import find_family
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.legalize import Legalize
 from treadle.passes.pipelines import DEFAULT
 from treadle.resolving import resolve
+
+PLAN = planning(capabilities(ISAS["x86-64-v3"]))
 
 pytest.importorskip("tvm")
 
 
 def notes(graph: Graph) -> tuple[str, ...]:
     """Return the leftovers of a graph without further passes; nothing is compiled."""
-    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    lowered = PassManager((Legalize(Capabilities(keeps=keeps)), PLAN)).run(graph)
     assert lowered.plan is not None
     return find_leftovers(lower(lowered.graph, lowered.plan, ISAS["x86-64-v3"], RULES), graph.symbols)
 

@@ -13,8 +13,6 @@ import pytest
 
 import treadle as t
 from tests.error_texts import raises_freely
-from treadle.backends import fitted_pipeline
-from treadle.backends.fitted_pipeline import Budget, check_budget
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.compiled import Compiled
@@ -22,8 +20,9 @@ from treadle.explaining.memory import explain_memory
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.budget import fitting
+from treadle.passes.budget import fitted_pipeline, fitting
 from treadle.passes.budget.candidates import Candidate, Variant, few_of
+from treadle.passes.budget.fitted_pipeline import MemoryLimit, check_limit
 from treadle.passes.memory.frame_placement import place_frames
 from treadle.program.budgets import parse_bytes
 
@@ -75,9 +74,9 @@ def test_what_was_made_is_held_against_the_budget() -> None:
     exe, backend = within("bert", peak_of("bert")), find_backend("tvm")
     assert isinstance(backend, StagedBackend) and exe.optimized.lowered is not None
     peak = arena(exe, **CASES["bert"])
-    check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak, CASES["bert"]))
+    check_limit(backend, exe.optimized.lowered, ALONE, MemoryLimit(peak, CASES["bert"]))
     with pytest.raises(BackendError, match="more memory than the search for a plan predicted"):
-        check_budget(backend, exe.optimized.lowered, ALONE, Budget(peak - 1, CASES["bert"]))
+        check_limit(backend, exe.optimized.lowered, ALONE, MemoryLimit(peak - 1, CASES["bert"]))
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])

@@ -172,7 +172,7 @@ def test_layers_that_share_weights_share_the_joined_one(backend: str) -> None:
     b.outputs(y=x)
     merged = run(graph, MergeProjections()).graph
     assert ops(merged).count("projections") == 2
-    lowered = PassManager((Legalize(lambda op, types: False), HoistWeights())).run(merged).graph
+    lowered = PassManager((Legalize(), HoistWeights())).run(merged).graph
     assert len(lowered.derived_weights) == 1
     inputs = {"x": np.random.default_rng(0).standard_normal((3, 8), np.float32)}
     drawn = initial_weights(graph)

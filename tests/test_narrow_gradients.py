@@ -17,8 +17,8 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
 from treadle.ir.transforms.training_losses import LOSS, with_cross_entropy
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT, RECOGNITION
-from treadle.program.precision import computing_in
+from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.stages import Merge, Precision, Recognize, Stage, passes_of, run
 from treadle.program.weights import initial_weights
 from treadle.resolving import resolve
 
@@ -40,9 +40,13 @@ def batch(family: str) -> dict[str, Array]:
     return {**initial_weights(resolve(family, **SMALL).graph), "tokens": tokens, "targets": np.roll(tokens, -1, 1)}
 
 
+def stages(dtype: str | None) -> list[Stage]:
+    """Return the stages of a gradient's graph."""
+    return [Recognize(), Merge(), *([] if dtype is None else [Precision(dtype, computed=True)])]
+
+
 def compiled(family: str, backend: str, dtype: str | None) -> Compiled:
-    passes, _ = computing_in(dtype, DEFAULT, (), computed=True)
-    return treadle.compile(gradients(family), backend=backend, passes=passes)
+    return treadle.compile(gradients(family), backend=backend, passes=passes_of(stages(dtype)))
 
 
 @cache
@@ -72,8 +76,7 @@ def assert_within_rounding(got: dict[str, Array], family: str) -> None:
 )
 def test_gradients_in_bf16_are_those_in_float32_but_for_rounding(backend: str, family: str) -> None:
     if backend == "interpreter":
-        passes, _ = computing_in("bf16", DEFAULT, (), computed=True)
-        made = PassManager(passes).run(gradients(family)).graph
+        made = run(gradients(family), stages("bf16")).graph
         assert_within_rounding(dict(interpret(made, batch(family), {})), family)
         return
     exe = compiled(family, backend, "bf16")

@@ -236,7 +236,7 @@ def test_automatic_padding_that_sizes_do_not_tell_is_refused_with_what_to_say() 
     [
         ("kernel_shape = [3], ceil_mode = 1", None),
         ("kernel_shape = [3], pads = [3, 0]", "padding must be from 0 to 2"),
-        ("kernel_shape = [0]", "kernel_shape is [0]"),
+        ("kernel_shape = [0]", "kernel_shape must have positive sizes, but is [0]"),
         ("kernel_shape = [9]", "a window spans 9 elements"),
         ("kernel_shape = [2, 2]", "a kernel of 2 axes"),
         ("kernel_shape = [2], strides = [0]", "strides [0]"),

@@ -19,7 +19,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
         "s = Constant<value_ints = [2, 3, 4, 0]>() y = Reshape(x, s)",
         "the shape has 0 at 3, but the operand has rank 3",
     ),
-    (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a size of -2"),
+    (X, "s = Constant<value_ints = [-2, 12]>() y = Reshape(x, s)", "a negative size: -2"),
     (X, "y = Flatten<axis = 4>(x)", "there is no axis 4 in a tensor of rank 3"),
     (X, "s = Constant<value_ints = [1]>() y = Squeeze(x, s)", "dimension 1 is 3, not 1"),
     (X, "s = Constant<value_ints = [3]>() y = Squeeze(x, s)", "there is no axis 3 in a tensor of rank 3"),
@@ -60,7 +60,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,4] x, float[2,1] s",
         "y = QuantizeLinear(x, s)",
-        "scales of shape [2, 1], with blocks of 0",
+        "scales of shape [2, 1] do not fit blocks of 0",
     ),
     (X, "s = Constant<value_ints = [2, 3]>() y = Resize(x, , , s)", "2 sizes do not fit 3 axes"),
     (X, "s = Constant<value_floats = [1.0, 2.0]>() y = Resize(x, , s)", "scales [1.0, 2.0] do not fit 3 axes"),
@@ -95,7 +95,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
         "there is neither a value nor packed keys and values",
     ),
     (X, "y = com.microsoft.MultiHeadAttention<num_heads = 3>(x, x, x)", "a width of 4 does not split into 3 heads"),
-    (X, "y = Constant<value_int = 1, value_float = 1.0>()", "has 2 attributes, not one"),
+    (X, "y = Constant<value_int = 1, value_float = 1.0>()", "must have one attribute, but has 2"),
     (
         X,
         "s = Constant<value_ints = [2]>() y = ConstantOfShape<value = int64[2] {1, 2}>(s)",
@@ -120,7 +120,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,3,8] x, int64[2,3] i, float[9,0] c",
         "y = com.microsoft.RotaryEmbedding(x, i, c, c)",
-        "neither num_heads nor rotary_embedding_dim gives the number of heads",
+        "the number of heads is unknown without num_heads or rotary_embedding_dim",
     ),
     (
         "float[2,3,8] x, int32[2] r",
@@ -131,7 +131,7 @@ MALFORMED: list[tuple[str, str, str]] = [  # inputs, body, the violation
     (
         "float[2,3,8] x, int32[2] r, int32 n",
         "y = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 2, causal = 2>(x, x, x, , , r, n)",
-        "causal=2 with a window of -1",
+        "causal must be 1, or 0 without a window, but is 2 with a window of -1",
     ),
     (
         "float[2,3,0] x, int32[2] r, int32 n",

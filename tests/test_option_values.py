@@ -62,7 +62,7 @@ def test_limits_are_positive_integers() -> None:
 def test_an_option_of_compilation_is_no_option_of_a_model() -> None:
     for name in declared_options():
         error = refusal(lambda: parse_config([f"{name}=x"], declared_options()))  # noqa: B023
-        assert (error.what, error.option) == (f"--set {name}= is no option of a model", name)
+        assert (error.what, error.option) == (f"--set {name}= is not part of a model's configuration", name)
     assert parse_config(["recipe=dp"], declared_options()) == {"recipe": "dp"}
 
 
@@ -114,7 +114,7 @@ def test_a_size_that_is_not_asked_for_lies_within_bounds() -> None:
     b.graph.bound("S", Bounds(20, 40))
     for size in (19, 41):
         error = refusal(lambda: choose_sizes(b.graph, {"S": size}))  # noqa: B023
-        assert (error.what, error.within, error.hint) == (f"S cannot be {size}", "g", "20 <= S <= 40")
+        assert (error.what, error.within, error.hint) == (f"the size of S cannot be {size}", "g", "20 <= S <= 40")
 
 
 def test_a_symbol_that_there_is_not() -> None:

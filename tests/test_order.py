@@ -17,18 +17,22 @@ from hypothesis import strategies as st
 from benchmarks.order import random_problem
 from tests.backend_checks import compiled, each_backend, graph_of
 from tests.random_programs import random_program
-from treadle.backends.tvm.lowering.chains import PLAN
+from treadle.backends.tvm.capabilities import capabilities, planning
+from treadle.backends.tvm.kernels.isa import ISAS
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.text.parser import parse_graph
+from treadle.passes.capabilities import Capabilities, each_alone
 from treadle.passes.framework.manager import Optimized, PassManager
 from treadle.passes.memory.frames import frame_of
 from treadle.passes.memory.order import MOST_LOOKS, Buffer, Order, OrderProblem, _Sets, find_order, lower_bound
 from treadle.passes.memory.ordering import _Making, drawn_sizes, have_one_order, must_precede
-from treadle.passes.memory.plan_storage import PlanStorage, each_alone, over_nothing
+from treadle.passes.memory.plan_storage import PlanStorage
+
+PLAN = planning(capabilities(ISAS["x86-64-v3"]))
 
 
 def peak_by_hand(problem: OrderProblem, order: Sequence[int]) -> int:
@@ -182,7 +186,9 @@ def test_a_graph_is_reordered_where_that_needs_less(plan: PlanStorage) -> None:
     assert str(main.reordered) in str(main)
     plain = lowered(graph, replace(plan, ordered=False))
     assert plain.plan is not None and plain.plan.functions["main"].reordered is None
-    assert [s.root for s in plain.plan.functions["main"].steps] == [s.root for s in plan.grouped(plain.graph.main)]
+    assert [s.root for s in plain.plan.functions["main"].steps] == [
+        s.root for s in plan.backend.grouped(plain.graph.main)
+    ]
 
 
 @each_backend
@@ -253,12 +259,12 @@ def test_what_lies_as_its_reader_wants_it_is_written_over_nothing(merged: bool) 
         y = b.exp(b.tanh(b.input("x", "f32[S, 2, 4]")))
         return b.softmax(b.rearrange(y, pattern="s h d -> h s d") if merged else y)
 
-    plan = replace(PLAN, ordered=False, over=over_nothing, grouped=each_alone)
+    plan = replace(PLAN, ordered=False, backend=Capabilities())
     made = PassManager((plan,)).run(graph_of(build)).plan
     assert made is not None
     main = made.functions["main"]
     frame = frame_of(main, {}, strided=True)
     before = must_precede(main.function, main.steps)
-    over = _Making(main, frame, before, PLAN.over).over
+    over = _Making(main, frame, before, PLAN.backend.over).over
     names = [step.root.op.name for step in main.steps]
     assert over[names.index("exp")] == (() if merged else ((1, 0),))

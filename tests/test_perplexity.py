@@ -152,8 +152,8 @@ def test_logarithms_are_of_large_numbers_too() -> None:
 @pytest.mark.parametrize(
     ("count", "window", "report", "received"),
     [
-        (30, 1, "a window has at least 2 tokens and at most 40, the model's maximum", "1"),
-        (30, 41, "a window has at least 2 tokens and at most 40, the model's maximum", "41"),
+        (30, 1, "a window must have at least 2 tokens and at most 40, the model's maximum", "1"),
+        (30, 41, "a window must have at least 2 tokens and at most 40, the model's maximum", "41"),
         (1, 16, "perplexity needs a text of two tokens or more", "1"),
         (0, 16, "perplexity needs a text of two tokens or more", "0"),
     ],
@@ -185,7 +185,7 @@ def test_one_token_has_no_error_and_sizes_may_be_open(folder: Path, ids: list[in
     found = made.measure(range(2), window=10**6)
     assert found.perplexity == pytest.approx(8) and found.error is None
     assert made.measure([3] * 1000, window=100).error == pytest.approx(0, abs=1e-12)
-    with pytest.raises(UsageError, match=r"^a window has at least 2 tokens\n"):
+    with pytest.raises(UsageError, match=r"^a window must have at least 2 tokens\n"):
         made.measure(range(2), window=1)
     steep: Any = Model(0.0)
     # the probability of all tokens except token 0 is below float's resolution

@@ -239,7 +239,7 @@ def test_a_rank_tells_what_it_ran_and_what_met(monkeypatch: pytest.MonkeyPatch, 
     assert shown[ran - 2] == f"logits = {json.dumps(facts['values'])}"
     assert re.fullmatch(r"gpt2 ran in \d+\.\d ms in numpy on 1 rank, tp=1", shown[ran])
     assert shown[ran + 1 :] == [
-        "of rank 0: its weights drawn from seed 0",
+        "weights of rank 0: drawn from seed 0",
         "  1 x all_gather over dp, 8 B together",
         "  3 x all_reduce over tp, 4.1 kB together",
         f"wrote {tmp_path / 'logits.npy'}",

@@ -142,7 +142,7 @@ def test_texts_are_a_megabyte_long_at_most() -> None:
             continue
         with pytest.raises(RequestRefusal, match="text must be a string of at most 1048576 characters"):
             fields.text("text")
-        with pytest.raises(RequestRefusal, match="texts must be a string, or a list of at most 1; none of them empty"):
+        with pytest.raises(RequestRefusal, match="texts must be a nonempty string, or a list of at most 1 nonempty"):
             fields.texts("texts", most=1)
 
 

@@ -160,7 +160,7 @@ def test_what_the_folder_says_of_a_task(tmp_path: Path) -> None:
     [
         ({"num_beams": "many"}, "num_beams must be an integer"),
         ({"bad_words_ids": [1, 2]}, "bad_words_ids must be a list of words, each a list of ids"),
-        ({"decoder_start_token_id": None}, "the token with which a decoder begins"),
+        ({"decoder_start_token_id": None}, "the decoder's start token"),
         ({"length_penalty": 1e9}, "length_penalty must be a number"),
         ({"forced_bos_token_id": -3}, "forced_bos_token_id must be a token id"),
         ({"suppress_tokens": [10**6]}, "token 1000000 is not in the vocabulary"),

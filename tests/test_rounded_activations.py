@@ -14,7 +14,7 @@ import pytest
 
 import treadle
 from tests.backend_checks import graph_of
-from tests.test_quantization import EVERY, MODELS, optimized
+from tests.test_quantization import EVERY, MODELS
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.registry import backend_names, find_backend
 from treadle.explaining.quantization import explain_quantization
@@ -28,6 +28,8 @@ from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS, EncodedLinear, rounded_fo
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import f32, parse_type
+from treadle.passes.capabilities import PRIMITIVES, Capabilities
+from treadle.passes.framework.facts import INITIAL, LEGAL
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
 from treadle.passes.pipelines import DEFAULT
@@ -35,6 +37,7 @@ from treadle.passes.products.narrow_products import NarrowProducts
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.passes.stages import Recognize, run
 from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +113,7 @@ def test_what_the_plan_says_as_json(every: Graph) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_product_with_weights_of_a_model_reads_rounded_rows(name: str) -> None:
-    graph = optimized(name)
+    graph = run(MODELS[name].graph(), [Recognize()]).graph  # as at the stage `quantize`
     plan = plan_quantization(graph, "int8")
     check_quantization(plan, graph)
     assert plan.activations
@@ -181,8 +184,10 @@ def test_the_product_is_one_of_whole_numbers(encoding: Encoding) -> None:
     np.testing.assert_allclose(op.reference(held, weight, bias), near, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("takes", "taken"), [((), [5, 6]), ((lambda weight: True,), [2, 5, 6])])
-def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("backend", "taken"), [(PRIMITIVES, [5, 6]), (Capabilities(takes=lambda weight: True), [2, 5, 6])]
+)
+def test_products_that_stay_stand_in_nobodys_way(backend: Capabilities, taken: list[int]) -> None:
     """Products of unquantized numbers, of blocks that do not fit, along another axis, or of unsupported blocks do not
     prevent the rounding of others.
     """
@@ -196,7 +201,7 @@ def test_products_that_stay_stand_in_nobodys_way(takes: tuple[Any, ...], taken: 
     made = [b.linear(x, eight), b.linear(rows, four), b.linear(groups, four), b.linear(groups, eight)]
     made += [b.matmul(rows, eight), b.linear(rows, eight), b.matmul(rows, across)]
     b.outputs(**{f"y{n}": y for n, y in enumerate(made)})
-    results = PassManager([MultiplyBlocks(*takes)]).run(b.graph).graph.main.results
+    results = PassManager([MultiplyBlocks(backend)]).run(b.graph, facts=INITIAL | {LEGAL}).graph.main.results
     ops = [v.node.op.name for v in results if v.node is not None]
     assert [n for n, op in enumerate(ops) if op == "encoded_linear"] == taken
     assert len(ops) == len(made)

@@ -352,7 +352,7 @@ def test_nothing_outside_is_written(source: Path, tmp_path: Path) -> None:
     (source / "1_Pooling" / "config.json").write_text("{}")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "to" / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="a link leads out of the folder that is written"):
+    with pytest.raises(UsageError, match="a link leads out of the output folder"):
         save_folder(source, weights_in(source), tmp_path / "to", replace=True)
     assert not os.listdir(tmp_path / "elsewhere")
 

@@ -21,7 +21,6 @@ import treadle as t
 from tests.stepped_models import MODELS
 from treadle.artifact_file import write_sections
 from treadle.artifacts import ArtifactLimits
-from treadle.backends.fitted_pipeline import Budget
 from treadle.backends.numpy.backend import NumpyBackend
 from treadle.backends.onnx.exporter import export_onnx
 from treadle.backends.protocol import Port
@@ -77,6 +76,7 @@ from treadle.ir.types import f32, parse_type
 from treadle.loading import load
 from treadle.models.registry import find_family
 from treadle.npy_files import write_npy
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.framework.rewrite import Rewrite
@@ -322,14 +322,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
     "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
-    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m does not rewrite texts"),
-    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "image files have three channels"),
+    "a decoder alone": (lambda _: TextRewriter.open(decoder), UsageError, "m is not an encoder-decoder model"),
+    "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "images must have three channels"),
     "ids that are none": (
         lambda p: _converted_rules(ModelFolder.find(bare(p, ("config.json", "model.bin"), '{"suppress_ids": [-1]}'))),
         CheckpointError,
         "suppress_ids must be a list of ids",
     ),
-    "a short text": (lambda _: _most_tokens(0, fake, fake), UsageError, "a text has 1 token or more"),
+    "a short text": (lambda _: _most_tokens(0, fake, fake), UsageError, "a text must have 1 token or more"),
     "a file with a head": (
         lambda p: checked_folder(Program.of(str(bare(p, ("m.gguf",)) / "m.gguf")), HEAD), UsageError, "to classify"
     ),
@@ -435,9 +435,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     "no pattern": (lambda _: PassManager((Idle(),)).run(read("relu(x)")), PassError, ""),
     "no sites": (lambda _: PassManager((Sought(),)).run(read("relu(x)")), PassError, ""),
     "no memory": (lambda _: built(budget=None, donate=("x",)), BackendError, "backend plain does not plan storage"),
-    "no budget": (lambda _: built(budget=Budget(64, {"B": 2})), BackendError, "backend plain does not plan memory"),
+    "no budget": (
+        lambda _: built(budget=MemoryLimit(64, {"B": 2})),
+        BackendError,
+        "backend plain does not plan memory",
+    ),
     "a budget of states": (
-        lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        lambda _: build(NumpyBackend(), parse_graph(STATE), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
         BackendError,
         "a budget needs a graph with one entry",
     ),
@@ -447,7 +451,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         "the numpy backend needs a storage plan",
     ),
     "a budget of one that only compiles": (
-        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=Budget(64, {"B": 2})),
+        lambda _: build(Whole(), read("relu(x)"), Target("cpu"), {}, budget=MemoryLimit(64, {"B": 2})),
         BackendError,
         "backend whole does not plan memory",
     ),

@@ -1,4 +1,4 @@
-"""The server over HTTP: requests of OpenAI's client, their responses, and error responses for invalid requests."""
+"""The server over HTTP: requests of OpenAI's client, their responses, and error responses to invalid requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ KEY = "a-key"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny GPT-2 with a byte-level tokenizer and a chat template."""
+    """Return a folder with a tiny GPT-2, a byte-level tokenizer and a chat template."""
     place = tmp_path_factory.mktemp("served") / "tiny"
     tokenizer = byte_level()
     torch.manual_seed(4)
@@ -57,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(4)  # far from uniform logits, so that continuations differ
-    model.generation_config.repetition_penalty = 1.3  # replies follow the folder's rules, too
+            weight.mul_(4)  # makes logits far from uniform, so that continuations differ
+    model.generation_config.repetition_penalty = 1.3  # the folder's rules apply to replies, too
     model.save_pretrained(place)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(place)
@@ -79,7 +79,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Running:
-    """A server in a process of its own."""
+    """A server in a separate process."""
 
     def __init__(self, *words: str) -> None:
         command = [sys.executable, "-m", "treadle", "serve", *words, "--port", "0", "--json"]
@@ -91,13 +91,13 @@ class Running:
         self.place = urlsplit(self.address)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Return its exit code and its standard error."""
+        """End the server by a signal. Return its exit code and its standard error."""
         self.process.send_signal(number)
         _, error = self.process.communicate(timeout=60)
         return self.process.returncode, error
 
     def post(self, path: str, body: bytes | object, **headers: str) -> tuple[int, dict[str, Any]]:
-        """Return status and body of a response."""
+        """Return the status and the body of the response to a POST."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.ask("POST", path, data, **{"content-type": "application/json", **headers})
 
@@ -254,7 +254,7 @@ def test_embeddings_are_those_of_the_embedder(server: Running, encoder: Path) ->
 
     texts = ["the cat sat", "a dog"]
     wanted = SentenceEmbedder.open(encoder).embed(texts)
-    found = server.client().embeddings.create(model="vectors", input=texts)  # as base64, which the client reads
+    found = server.client().embeddings.create(model="vectors", input=texts)  # the client decodes base64
     np.testing.assert_allclose([each.embedding for each in found.data], wanted, rtol=0, atol=1e-6)
     status, plain = server.post("/embeddings", {"model": "vectors", "input": texts})
     assert status == 200
@@ -313,7 +313,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of selects among"),
     ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
     ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
-    ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "none of them empty"),
+    ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "nonempty strings"),
     ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
     ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "needs stream to be true"),
     (
@@ -363,7 +363,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ),
     ("/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ("/embeddings", {"model": "vectors"}, 400, "input", "input must be a string"),
-    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a string"),
+    ("/embeddings", {**EMBEDDING, "input": [1, 2]}, 400, "input", "input must be a nonempty string"),
     ("/embeddings", {**EMBEDDING, "model": "tiny"}, 400, "model", "generates text, and has no embeddings"),
     ("/embeddings", {**EMBEDDING, "dimensions": 8}, 400, "dimensions", "dimensions asks for shorter"),
     ("/embeddings", {**EMBEDDING, "encoding_format": "hex"}, 400, "encoding_format", "float or base64"),
@@ -375,7 +375,7 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
 def test_what_cannot_be_is_told_with_the_field(
     server: Running, path: str, body: Any, status: int, place: str | None, report: str
 ) -> None:
-    """Or, if no single field is wrong, with a code."""
+    """The error names the invalid field. If no single field is wrong, it has a code."""
     found, answer = server.post(path, body)
     assert found == status, answer
     assert report in answer["error"]["message"]
@@ -404,7 +404,7 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
 def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None:
     assert server.ask("GET", "/nothing")[0] == 404
     status, answer = server.ask("GET", "/completions")
-    assert (status, answer["error"]["message"]) == (405, "this address needs another method")
+    assert (status, answer["error"]["message"]) == (405, "this path does not support this method")
     status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
 
@@ -413,10 +413,10 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
     def size(seed: int) -> int:
         return len(list(writer.continued(["a"], most=60, sampling=Sampling(temperature=1.0, seed=seed))))
 
-    seed = next(seed for seed in range(50) if size(seed) == 60)  # from a text that does not end by itself earlier
+    seed = next(seed for seed in range(50) if size(seed) == 60)  # this seed's text does not end earlier by itself
     options = {**COMPLETION, "prompt": ["a"] * 40, "max_tokens": 60, "temperature": 1, "seed": seed}
     first = server.client().completions.create(**options, stream=True)
-    next(iter(first))  # so that it waits
+    next(iter(first))  # waits for the first token
     with pytest.raises(openai.RateLimitError, match="texts wait; try again later") as caught:
         server.client().completions.create(**options)
     assert caught.value.response.headers["retry-after"] == "1"
@@ -424,7 +424,7 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(server: Running, wri
 
 
 def test_who_goes_away_is_given_up(server: Running) -> None:
-    """The row of an abandoned stream is free before its text would have ended."""
+    """If the client disconnects, the request's rows are free before its texts would have ended."""
 
     def generated() -> float:
         line = next(x for x in server.metrics().splitlines() if x.startswith('treadle_tokens_total{kind="generated"'))
@@ -450,11 +450,13 @@ def test_who_goes_away_is_given_up(server: Running) -> None:
 
 
 def test_events_that_are_ready_go_out_at_once_and_the_loop_has_turns(writer: TextWriter) -> None:
-    """The loop learns in its turns that a caller has disconnected: no two parts of a body are sent in one turn."""
+    """The event loop notices a disconnected client only between two parts of a body, so no two parts are sent in one
+    turn of the loop.
+    """
     served = ServedWriter("tiny", writer, rows=1, capacity=64, queue=4)
 
     def submit(orders: list[tuple[TextOrder, Any]]) -> list[Ticket]:
-        """Submit all texts at once, as a scheduler that is faster than the loop may deliver them."""
+        """Report all tokens at once, like a scheduler that is faster than the event loop."""
         for _, tell in orders:
             for number in range(40):
                 tell(Token(0, 5 + number, "count" if number == 39 else None))
@@ -505,7 +507,7 @@ def test_a_key_is_asked_for_and_a_late_answer_is_cut(folder: Path, tmp_path: Pat
     assert server.ask("GET", "/models")[0] == 401
     client = server.client(api_key=KEY)
     assert client.models.list().data[0].id == "tiny"
-    with pytest.raises(openai.APIStatusError, match="longer than a request may") as caught:
+    with pytest.raises(openai.APIStatusError, match="exceeded the time limit") as caught:
         client.completions.create(model="tiny", prompt=["a"] * 100, max_tokens=90)
     assert caught.value.status_code == 408
     assert server.end(signal.SIGINT)[0] == 0
@@ -556,7 +558,7 @@ def test_a_model_that_cannot_be_served_is_refused(folder: Path, tmp_path: Path, 
 
 
 def test_changed_requests_are_answered_or_refused() -> None:
-    """The short form of tests/fuzz/requests.py."""
+    """Randomly changed requests are answered or rejected. A short version of tests/fuzz/requests.py."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.requests", "--count", "300"],
         capture_output=True,

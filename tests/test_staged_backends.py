@@ -51,7 +51,7 @@ class Primitive(StagedBackend):
     name = "primitive"
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        return (Legalize(lambda op, types: False), HoistWeights(), PlanStorage())
+        return (Legalize(), HoistWeights(), PlanStorage())
 
     def emit(
         self,

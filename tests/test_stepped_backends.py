@@ -23,10 +23,9 @@ from treadle.ir.interpreter import interpret
 from treadle.ir.target import Target
 from treadle.ir.types import f32
 from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT
 from treadle.passes.products.narrow_attention import NarrowAttention
+from treadle.passes.stages import Merge, Precision, Recognize, passes_of
 from treadle.passes.stepping.derivation import DerivedStep, derive_step
-from treadle.program.precision import computing_in
 from treadle.runtime.roundings import Moved, moved_by_rounding
 
 Array = np.ndarray[Any, Any]
@@ -155,7 +154,7 @@ def test_on_tvm_a_step_of_a_model_in_bf16_has_the_bits_of_the_whole_with_product
     """
     if reason := find_backend("tvm").available():
         pytest.skip(reason)
-    passes, _ = computing_in("bf16", DEFAULT, ())
+    passes = passes_of([Recognize(), Merge(), Precision("bf16")])
     narrow, products = (
         PassManager(each).run(MODELS[name].graph()).graph
         for each in (passes, [p for p in passes if not isinstance(p, NarrowAttention)])

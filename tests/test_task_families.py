@@ -1,4 +1,6 @@
-"""Tasks with model families newer than BERT: results equal Hugging Face's pipelines, on one backend each."""
+"""Tasks with model families newer than BERT. Results equal those of Hugging Face's pipelines; each runs on one
+backend.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Parts of tasks, checked by hand: windows and spans of answers, tags of tokens and words, tokens after masks, chunks
-of recordings.
+"""Parts of tasks, compared with results computed by hand: windows and spans of answers, tags of tokens and words,
+tokens for masks, pieces of recordings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from treadle.tasks.tagging import TaggedSpan, TokenTagger
 
 
 class Cut:
-    """A tokenizer of words that records its truncation settings."""
+    """A stand-in for a tokenizer of words that records its truncation settings."""
 
     def __init__(self, most: int | None) -> None:
         self.max_tokens, self.asked = most, ()
@@ -50,8 +50,8 @@ class Cut:
 def test_windows_share_a_third_unless_the_question_is_long(
     most: int | None, words: int, windows: tuple[int, int]
 ) -> None:
-    """A pair has two special tokens more than a single text, and the text must be at least one token longer than the
-    overlap.
+    """A pair has two more special tokens than a single text, and the window's part of the text must be at least one
+    token longer than the overlap.
     """
     cut = Cut(most)
     opened: Any = SimpleNamespace(tokenizer=cut)
@@ -67,9 +67,7 @@ def test_a_question_needs_a_place_for_one_token() -> None:
 
 
 def window(*words: str, question: int = 1) -> EncodedText:
-    """Return a window whose tokens are single words: a special token, the question, a special token, the text, a
-    special token.
-    """
+    """Return a window whose tokens are single words: special token, question, special token, text, special token."""
     text, at = [], 0
     for word in words:
         text.append((at, at + len(word)))
@@ -86,8 +84,8 @@ def window(*words: str, question: int = 1) -> EncodedText:
 
 
 def test_spans_of_a_window_are_the_likeliest_pairs() -> None:
-    """A span's end is not before its start, and not beyond the maximal length. The first token has a score, but is not
-    a span.
+    """The end of a span is not before its start, and the span is not longer than `longest`. The first token has a
+    score, but no span begins or ends there.
     """
     asked, logits = window("a", "b", "c"), np.full((7, 2), -1e9)
     logits[[0, 3, 5], 0] = np.log([0.5, 0.25, 0.25])
@@ -130,7 +128,7 @@ def test_an_answer_of_two_windows_is_told_once_with_its_better_score() -> None:
 
 
 def test_progress_is_told_input_by_input() -> None:
-    """The task computes its inputs in an order of its own."""
+    """Progress counts finished inputs, although the task computes them in another order."""
     scores = np.array([1.0, 2.0])
     opened: Any = SimpleNamespace(
         config={"num_labels": 2, "id2label": {"0": "a", "1": "b"}},
@@ -153,15 +151,15 @@ def test_progress_is_told_input_by_input() -> None:
 
 
 def tagger(**tokenizer: Any) -> TokenTagger:
-    """Return a tagger in whose vocabulary token i is "ti", and which joins the names of tokens with +."""
+    """Return a tagger with a vocabulary in which token i has the name "ti". Names are joined with +."""
     parts = {"unknown": 99, "word_prefix": None, "name_of": "t{}".format, "join": "+".join, **tokenizer}
     opened: Any = SimpleNamespace(tokenizer=SimpleNamespace(**parts))
     return TokenTagger(opened, ("O", "B-X", "I-X", "I-Y"))
 
 
 def scored(*best: int) -> Any:
-    """Return scores whose maximum in each row is at the given label: 0.9 in the first row, and 0.1 less in each further
-    row.
+    """Return scores [rows, labels]. The maximum of row i is at label best[i]: 0.9 in the first row, and 0.1 less in
+    each further row.
     """
     rows = np.zeros((len(best), 4))
     for n, label in enumerate(best):
@@ -170,8 +168,8 @@ def scored(*best: int) -> Any:
 
 
 def test_tokens_that_continue_a_word() -> None:
-    """With a word-piece prefix, a token continues a word if its name is longer than its text. Otherwise it does if
-    there is no space before it or at its start.
+    """With a word-piece prefix, a token continues a word if its name is longer than its text. Without a prefix, a token
+    continues a word if there is no space before it or at its start.
     """
     text = "ab c-d"
     asked = EncodedText((1, 2, 99, 3), (0,) * 4, ((0, 2), (3, 4), (4, 5), (5, 6)), (0, 0, 0, 0), (0, 1, 1, 1), False)
@@ -197,7 +195,7 @@ def test_tokens_that_continue_a_word() -> None:
     ],
 )
 def test_ways_to_make_spans(grouping: str, spans: list[tuple[str, float, str, int, int]]) -> None:
-    """Words of two tokens each, with the labels B-X I-X and B-X I-Y."""
+    """The input has two words of two tokens each, with the labels B-X I-X and B-X I-Y."""
     pieces = [tagging._Piece(f"t{n}", row, n, n + 1, n % 2 == 1) for n, row in enumerate(scored(1, 2, 1, 3))]
     found = tagger()._grouped(pieces, grouping)
     assert [(s.label, s.text, s.start, s.end) for s in found] == [(label, *rest) for label, _, *rest in spans]
@@ -279,7 +277,9 @@ def test_tokens_that_a_converted_whisper_never_says(ids: Any, good: bool, tmp_pa
 
 
 def test_a_recording_is_cut_at_the_middle_of_the_quietest_tenth_of_a_second() -> None:
-    """The search covers the chunk's last five seconds, or the last half of a short recording."""
+    """The quietest tenth of a second is searched in the last five seconds of the piece, or in the last half if the
+    maximum length is below ten seconds.
+    """
     rate = 16_000
     samples = np.ones(31 * rate)
     quiet = 26 * rate + 100
@@ -313,7 +313,7 @@ def test_how_many_tokens_a_model_takes(tokens: str, bounds: dict[str, Bounds], p
 
 
 def test_rows_go_through_the_model_in_batches_of_like_lengths() -> None:
-    """If there is one number for each token, a row ends with its text. Only the model's inputs are passed."""
+    """An output with a value per token is sliced to the text's length. Only inputs that the model has are passed."""
     taken: list[dict[str, Any]] = []
 
     def run(**given: Any) -> Any:

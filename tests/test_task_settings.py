@@ -1,4 +1,6 @@
-"""A folder's settings for a task: the last accepted value, the first refused value, and the default."""
+"""A folder's settings for a task: for each setting the extreme accepted value, the first rejected value, and the
+default.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def test_special_tokens_alone_are_config_jsons_where_there_is_the_other_file(tmp
     ],
 )  # fmt: skip
 def test_how_many_tokens_at_most(said: dict[str, Any], most: int | None, tmp_path: Path) -> None:
-    """The tokens that the text begins with are subtracted from max_length."""
+    """max_length includes the start token of the decoder, so that one is subtracted."""
     assert settings(tmp_path, said).most == most
 
 
@@ -75,7 +77,7 @@ def test_a_task_goes_before(tmp_path: Path) -> None:
     ],
 )
 def test_how_many_tokens_at_least(said: dict[str, Any], rules: TokenRules, tmp_path: Path) -> None:
-    """min_length counts the tokens that the decoder begins with; min_new_tokens does not."""
+    """min_length includes the start token of the decoder; min_new_tokens does not."""
     assert settings(tmp_path, said).rules == rules
 
 
@@ -217,8 +219,8 @@ def test_what_stands_where_a_folder_says_no_more(tmp_path: Path) -> None:
 
 
 def test_the_middle_of_an_image() -> None:
-    """Cropping removes pixels at both ends, one more at the end; padding adds black at both ends, one more at the
-    start.
+    """If the numbers of rows to crop or to pad are odd, cropping removes one more at the end, and padding adds one more
+    black row at the start.
     """
     row = np.arange(1, 6)[None, None, :].repeat(3, axis=0)
     assert _middle(row, (1, 2))[0].tolist() == [[2, 3]]

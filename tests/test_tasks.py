@@ -42,7 +42,7 @@ Folders = Callable[..., tuple[Path, Any]]
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Return the folders that all backends read, each with its model, created once."""
+    """Return a function that creates a folder with a model once, for the tests of all backends."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def folder_of(architecture: str, tokenizer: Any, **config: Any) -> tuple[Path, Any]:
@@ -63,7 +63,7 @@ _ANSWERS: dict[str, Any] = {}
 
 
 def answered(task: str, place: Path, given: Any, **options: Any) -> Any:
-    """Return the result of Hugging Face's pipeline for one of the shared folders, computed once."""
+    """Return the result of Hugging Face's pipeline for one of the shared folders. Each is computed once."""
     key = json.dumps([task, str(place), given, options])
     if key not in _ANSWERS:
         _ANSWERS[key] = pipeline(task, place, **options)(given)
@@ -192,7 +192,7 @@ def test_among_some_tokens(tmp_path: Path) -> None:
 
 
 def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longest: int) -> tuple[float, int, int]:
-    """Return the best span by the definition, trying all spans, over windows from the library's own tokenizer."""
+    """Return (score, start, end) of the best span by trying all spans, over windows from Hugging Face's tokenizer."""
     best = (-1.0, 0, 0)
     encoded = tokenizer(
         question,
@@ -212,7 +212,7 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
             out = model(**given)
         of_text = [part == 1 for part in encoding.sequence_ids]
         known = torch.tensor(of_text)
-        known[0] |= encoding.sequence_ids[0] is None  # a special token represents "no answer" there
+        known[0] |= encoding.sequence_ids[0] is None  # the first token stands for "no answer"
         start, end = (
             torch.softmax(logits[0].double().masked_fill(~known, -torch.inf), -1)
             for logits in (out.start_logits, out.end_logits)
@@ -235,7 +235,9 @@ def reference_answer(model: Any, tokenizer: Any, question: str, text: str, longe
     ],
 )
 def test_answers_by_the_best_span(architecture: str, tokenizer: Any, backend: str, kept: Folders) -> None:
-    """transformers 5 has no such pipeline: compared with the definition of transformers 4's."""
+    """transformers 5 has no question-answering pipeline, so results are compared with the definition in transformers
+    4.
+    """
     made = tokenizer()
     place, theirs = kept(architecture, tokenizer)
     questions, given = texts(50, longest=5), texts(50, seed=2, longest=60)
@@ -359,7 +361,7 @@ OTHER_NAMES = [
 
 @pytest.mark.parametrize(("method", "option", "tried"), OTHER_NAMES)
 def test_an_option_of_another_name_is_told_as_it_is_called_here(method: str, option: str, tried: str) -> None:
-    """Before anything is read; the hint names the method's own option."""
+    """The error is raised before the model is read, and its hint has the method's own name of the option."""
     model = LoadedModel(Program.of("no-such-folder"))
     with pytest.raises(UsageError, match=f"{method} has no option '{option}'") as caught:
         getattr(model, method)("the cat", **{option: 1})

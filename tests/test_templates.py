@@ -31,7 +31,7 @@ def rendered(template: str, most: int = 1000, **values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("  {% if 1 %}\n a\n  {% endif %}\nb", " a\nb"),  # lines that hold only statements leave no text
+        ("  {% if 1 %}\n a\n  {% endif %}\nb", " a\nb"),  # lines with only statements leave no text
         ("{% generation %}a{% set b = 1 %}{% endgeneration %}{{ b is defined }}", "aFalse"),
         ("{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "13"),
         ("{{ {'é': '<'} | tojson }}", '{"é": "<"}'),
@@ -92,7 +92,7 @@ def test_a_process_that_renders_has_memory_and_nothing_else(monkeypatch: pytest.
     def setrlimit(name: str, limit: tuple[int, int]) -> None:
         limits[name] = limit
         if name == "files":
-            raise ValueError("not allowed")  # the other limits are set nevertheless
+            raise ValueError("not allowed")  # the other limits must still be set
 
     names = {"RLIMIT_AS": "memory", "RLIMIT_FSIZE": "files", "RLIMIT_CORE": "core"}
     monkeypatch.setitem(sys.modules, "resource", SimpleNamespace(setrlimit=setrlimit, **names))
@@ -134,7 +134,7 @@ def test_requests_are_answered_line_by_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class _Worker:
-    """A stand-in for the process: its answers, its end, or its timeout."""
+    """A stand-in for the process: it answers, exits, or times out."""
 
     said: list[str | None] = []
     made: list[_Worker] = []
@@ -196,7 +196,7 @@ def test_a_template_is_given_what_it_may_name(processes: list[_Worker]) -> None:
 def test_what_is_told_of_a_rendering_that_fails(
     said: str | None, kind: type[Exception], received: str, lives: bool, processes: list[_Worker]
 ) -> None:
-    """If a process has ended or was killed, a new process renders the next conversation."""
+    """If the process has exited or was killed, a new process renders the next conversation."""
     _Worker.said = ["ready", said, *(["ready"] if not lives else []), '{"text": "b"}']
     made = ChatTemplate("t", seconds=0.25, memory=5, characters=6)
     with pytest.raises(kind, match="the model's chat template") as error:
@@ -227,7 +227,7 @@ def test_a_template_is_a_megabyte_long_at_most(processes: list[_Worker]) -> None
 
 
 def test_a_process_is_given_nothing_but_its_folder_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process does not get this process's environment variables. A daemon thread reads its output."""
+    """The process gets no environment variables of its parent. A daemon thread reads its output."""
     started: dict[str, Any] = {}
     threads: list[Any] = []
     ended: list[str] = []
@@ -288,7 +288,7 @@ def test_a_conversation_is_as_long_as_the_model_takes(context: int | None, asked
 
 
 def test_a_turn_is_read_as_the_template_wrote_it() -> None:
-    """A turn has only its own special tokens; draws differ from turn to turn."""
+    """Each turn is tokenized without added special tokens, and draws other random numbers."""
     asked: list[Any] = []
     chosen = iter([4, 9, 4, 4])
     session = SimpleNamespace(
@@ -322,7 +322,7 @@ def test_a_turn_is_read_as_the_template_wrote_it() -> None:
     with pytest.raises(UsageError, match="the conversation has 4 tokens, the model takes 3") as error:
         next(talk.say("c"))
     assert error.value.hint == "a new conversation"
-    with pytest.raises(UsageError, match="a reply has 1 token or more") as error:
+    with pytest.raises(UsageError, match="a reply must have 1 token or more") as error:
         next(talk.say("c", most=0))
     assert error.value.received == "0"
     assert talk.messages == before

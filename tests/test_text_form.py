@@ -1,4 +1,4 @@
-"""The IR's text: golden prints, texts that parse back, equality and hashes, errors of the parser, hostile texts."""
+"""The IR's text form: golden prints, parsing back, equality and hashes, errors of the parser, hostile texts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def transformer(layers: int = 3) -> Graph:
-    """Return a graph with attention blocks, called with separate weights, and tied embeddings."""
+    """Return a graph with attention blocks that are calls of one function with separate weights, and with tied
+    embeddings.
+    """
     graph = Graph("tiny")
     graph.bound("B", Bounds())
     graph.bound("S", Bounds(1, 1024))
@@ -83,7 +85,7 @@ def transformer(layers: int = 3) -> Graph:
 
 
 class at:
-    """A context in which nodes get one source line and scope."""
+    """A context manager: nodes created inside get one source line and one scope."""
 
     def __init__(self, b: Builder, file: str, line: int, scope: str) -> None:
         self.b, self.place = b, (scope, SourceLine(file, line))
@@ -124,7 +126,7 @@ def constants() -> Graph:
 
 
 def odd_names() -> Graph:
-    """Return a graph with quoted names, functions named like ops, and calls whose weights follow no prefix."""
+    """Return a graph with quoted names, functions named like ops, and calls whose weights do not share a prefix."""
     graph = Graph("x y")
     graph.bound("S", Bounds(1, 7))
     block = Function("add")
@@ -589,7 +591,7 @@ def test_the_bytes_of_constants_are_limited() -> None:
 
 
 def least_work(text: str) -> int:
-    """Return the smallest limit of work under which a text can be read."""
+    """Return the smallest work limit with which the text parses."""
 
     def reads(work: int) -> bool:
         try:
@@ -616,7 +618,7 @@ LONGER = {
 
 @pytest.mark.parametrize("kind", LONGER)
 def test_all_text_counts_as_work(kind: str) -> None:
-    """Each statement has at least three tokens, and each token counts, even if nothing follows."""
+    """Each statement has at least three tokens. Each token counts, even if no statement follows."""
     few, many = (least_work(f"graph g {{ {LONGER[kind](count)} }}") for count in (10, 200))
     assert many - few >= 3 * (200 - 10)
 
@@ -631,8 +633,8 @@ def test_doubling_functions_do_not_unfold_without_end() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_text_is_refused_or_verifies(seed: int) -> None:
-    """If the parser accepts a randomly edited text, the graph verifies and its text parses back. All errors are
-    typed.
+    """If the parser accepts a randomly edited text, the graph verifies and its text parses back. Otherwise it raises a
+    TreadleError.
     """
     rng = random.Random(seed)
     texts = [print_graph(random_graph(s)) for s in range(seed * 20, seed * 20 + 20)]

@@ -1,4 +1,4 @@
-"""Limits of a graph's text, exact to the character: the width of lines, the length of an error, the work of reading."""
+"""Exact limits of a graph's text: the width of lines, the length of an error, the work of parsing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from treadle.ir.wording.marked_text import marked, marked_name
 
 
 def text_of(outputs: list[str], scopes: tuple[str, ...] = (), hints: tuple[str, ...] = ()) -> list[str]:
-    """Return the lines of a main that returns its input under these names."""
+    """Return the text's lines for a graph whose `main` returns its input under these names."""
     b = Builder(Graph("g"))
     x = b.input("x", "f32[2]")
     for hint in hints:
@@ -196,7 +196,7 @@ def test_a_name_is_marked_where_it_stands_by_itself() -> None:
 
 def test_integers_of_64_bits_are_attributes() -> None:
     text = "graph g {{ main(x: f32[2]) -> (y: f32[2]) {{ y = softmax(x, axis={}) return y = y }} }}"
-    for number in (2**63 - 1, -(2**63)):  # these are not axes, and are accepted
+    for number in (2**63 - 1, -(2**63)):  # valid integers, but not valid axes
         with pytest.raises(ParseError, match="axis"):
             parse_graph(text.format(number))
     for number in (2**63, -(2**63) - 1):
@@ -249,8 +249,8 @@ STATEMENTS = {
 
 
 def test_what_statements_count_as_work() -> None:
-    """Tokens, nodes, ops on new types and skipped text count as work. The counts are fixed, so that a limit that is
-    sufficient stays sufficient in later versions.
+    """Tokens, nodes, ops on new types and skipped text count as work. The counts are fixed, so that a sufficient limit
+    stays sufficient in later versions.
     """
     text = "graph g {{ main(x: f32[2]) -> (y: f32[2]) {{ {} return y = x }} }}"
     empty = least_work(text.format(""))

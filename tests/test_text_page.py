@@ -1,4 +1,4 @@
-"""docs/text.md: its examples run with small random folders that have the names on the page."""
+"""Examples in docs/text.md, run with small random folders under the names on the page."""
 
 from __future__ import annotations
 

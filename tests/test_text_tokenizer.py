@@ -1,4 +1,4 @@
-"""Texts as ids, and ids as texts, with a small vocabulary whose ids are listed here."""
+"""Tokenization and detokenization with a small vocabulary whose ids are listed in this file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.text import EncodedText, TextTokenizer, folder_chat_template
 from treadle.ir.errors import CheckpointError, UsageError
 
-END, UNKNOWN, A, CAT = 1, 2, 3, 4  # ids of SMALL, which merges unknown pieces
+END, UNKNOWN, A, CAT = 1, 2, 3, 4  # ids in the vocabulary SMALL, which merges adjacent unknown pieces
 
 
 def opened(place: Path, settings: dict[str, Any] | None = None, **options: Any) -> TextTokenizer:
@@ -69,7 +69,9 @@ def test_texts_with_their_places(tmp_path: Path) -> None:
 
 
 def test_a_pairs_second_text_in_windows(tmp_path: Path) -> None:
-    """Each window has the first text, and overlaps the next window; the tokenizer's usual truncation is unchanged."""
+    """Each window has the first text, and overlaps the next window. The tokenizer's own truncation settings are
+    unchanged.
+    """
     tokenizer = opened(tmp_path, max_tokens=4)
     (windows,) = tokenizer.encode([("a", "cat a cat a")], windows=(5, 1))
     assert [w.ids for w in windows] == [(A, END, CAT, A, END), (A, END, A, CAT, END), (A, END, CAT, A, END)]

@@ -1,6 +1,6 @@
-"""`treadle train`: its calls of a trainer, its output, the files it saves, and its refusals before anything runs.
+"""`treadle train`: its calls of a trainer, its output, the files it saves, and its errors before anything runs.
 
-The trainer is a stand-in that returns the same losses each time; the code that trains models has its own tests.
+The trainer is a stand-in that returns the same losses each time. The real trainer has its own tests.
 """
 
 from __future__ import annotations
@@ -53,14 +53,16 @@ class FakeResult:
 
 
 class FakeTrainer:
-    """A trainer that records its calls. Losses fall by a tenth with each call; a call takes half a second."""
+    """A trainer that records its calls. Each call's loss is a tenth lower than the last; each call takes half a
+    second.
+    """
 
     fail_at = 0
-    """The call of `step` whose loss is NaN; 0: none."""
+    """Number of the call of `step` whose loss is NaN; 0: none."""
 
     made: list[FakeTrainer] = []
     interrupt_at = 0
-    """The call of `step` during which Ctrl-C is pressed; 0: none."""
+    """Number of the call of `step` during which Ctrl-C is pressed; 0: none."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self.model, self.options = model, options
@@ -126,7 +128,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Tiny models: with 48 positions, one causal and one masked language model."""
+    """Return folders of two tiny models with 48 positions: a causal and a masked language model."""
     made = {}
     for name, architecture, tokenizer in (
         ("gpt2", "GPT2LMHeadModel", without_specials()),
@@ -141,7 +143,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def train(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Treadle:
-    """Run `treadle train` in a folder with `gpt2`, `bert` and `texts.txt`, of at least 20 blocks of 16 tokens."""
+    """A function that runs `treadle train` in a folder with `gpt2`, `bert` and `texts.txt`, at least 20 blocks of 16
+    tokens.
+    """
     for name, place in folders.items():
         (tmp_path / name).symlink_to(place)
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
@@ -278,11 +282,13 @@ OTHER_BATCHES = {
 
 @pytest.mark.parametrize("words", OTHER_BATCHES)
 def test_a_run_with_other_batches_is_not_resumed(train: Treadle, words: str) -> None:
-    """Its batches would repeat some blocks and leave others out, and held-out blocks would be trained on."""
+    """With other batches, the resumed run would repeat some blocks and skip others, and might train on held-out
+    blocks.
+    """
     Path("others.txt").write_text("one more text", encoding="utf-8")
     assert train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --state half").code == 0
     said = train(f"gpt2 texts.txt {SMALL} --holdout 0.2 --resume half --steps 6 {words}")
-    refused(said, "a run is resumed with the batches that it began with", *OTHER_BATCHES[words])
+    refused(said, "a resumed run needs the same batches as the original run", *OTHER_BATCHES[words])
     assert len(FakeTrainer.made) == 1, "it is refused before anything is compiled"
 
 
@@ -328,7 +334,7 @@ def test_a_state_without_settings_is_resumed_and_that_is_reported(train: Treadle
 
 @pytest.mark.parametrize("words", ["", "--json"])
 def test_what_was_trained_until_ctrl_c_is_saved(train: Treadle, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """The current step is completed, and so is the update that it is a part of."""
+    """After Ctrl-C, the current step is completed, and so is the update that the step belongs to."""
     monkeypatch.setattr(FakeTrainer, "interrupt_at", 3)
     before = signal.getsignal(signal.SIGINT)
     said = train(f"gpt2 texts.txt {SMALL} --gradient-accumulation-steps 2 --holdout 0.2 -o out --state s {words}")
@@ -471,7 +477,7 @@ def test_numbers_are_means_over_what_counted(train: Treadle) -> None:
 
 
 class Losses:
-    """A trainer with given losses, for batches of one row each."""
+    """A trainer that returns given losses, for batches of one row each."""
 
     steps = 0
 
@@ -486,7 +492,7 @@ class Losses:
 
 
 class Counted:
-    """A trainer that takes each row's first token as its number of targets, and records the seeds of its draws."""
+    """A trainer that takes the first token of each row as the row's number of targets, and records random seeds."""
 
     def __init__(self) -> None:
         self.numbers: list[tuple[int, ...]] = []
@@ -528,7 +534,7 @@ REFUSED = {
     "--learning-rate nan": ("a learning rate must be a number above 0", "--learning-rate 1e-4"),
     "--schedule cosine --warmup 4": ("a cosine schedule needs steps after step 4 to decay", "more --steps"),
     "--schedule linear --steps 1": ("a linear schedule needs steps after step 1 to decay", "more --steps"),
-    "--length 49": ("a block has 2 tokens or more and at most 48", "48"),
+    "--length 49": ("a block must have 2 tokens or more and at most 48", "48"),
     "--batch 4000": ("a batch of 4,000 rows cannot be formed from",),
     "--objective other": ("there is no objective 'other'", "one of next-token, masked-token"),
     "--state texts.txt": ("the state would overwrite a file that is not a state", "another file, or --replace"),

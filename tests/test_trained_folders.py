@@ -1,5 +1,5 @@
-"""`treadle train` with a trainer: trained models predict better, two runs equal one, and transformers reads the
-models.
+"""`treadle train` with a real trainer: trained models predict better, a run in two parts equals one run, and
+transformers reads the saved models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 @pytest.fixture
 def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
-    """Run commands in a folder with `gpt2`, `bert` and `texts.txt`."""
+    """A function that runs commands in a folder with `gpt2`, `bert` and `texts.txt`."""
     save(tmp_path / "gpt2", "GPT2LMHeadModel", without_specials(), scale=1.0)
     save(tmp_path / "bert", "BertForMaskedLM", wordpiece(), scale=1.0)
     (tmp_path / "texts.txt").write_text("\n".join(texts(60, 5)), encoding="utf-8")
@@ -36,7 +36,7 @@ HOW = "--length 16 --batch 4 --learning-rate 0.01 --holdout 0.1 --json"
 
 
 def held_out(said: Any) -> tuple[float, float]:
-    """Return the perplexity on held-out texts before and after training."""
+    """Return the reported perplexity on held-out blocks before and after training."""
     assert said.code == 0, said.out + said.err
     found = said.json["held_out"]
     return found["before"]["perplexity"], found["after"]["perplexity"]
@@ -54,8 +54,8 @@ def test_a_run_in_two_parts_is_the_same_as_a_whole_one_to_the_bit(treadle_comman
 
 
 def test_transformers_foretells_as_well_with_what_was_saved(treadle_command: Treadle) -> None:
-    """The mean loss over the held-out blocks, the last of the texts, equals the loss that transformers computes with
-    the saved model.
+    """Compare the reported loss on held-out blocks, which are the last blocks of the texts, with the loss that
+    transformers computes with the saved model.
     """
     before, after = held_out(treadle_command(f"train gpt2 texts.txt {HOW} --steps 8 -o out"))
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")

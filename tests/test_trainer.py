@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly_planned")
 
 
 def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dict[str, Array]:
-    """Draw arrays for the inputs of a language model's trainer; a third of the targets are ignored."""
+    """Return random arrays for the inputs of a language model's trainer. A third of the targets are ignored."""
     rng = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for port in trainer.inputs:
@@ -54,7 +54,7 @@ def batch_of(trainer: Trainer, seed: int, rows: int = 3, length: int = 7) -> dic
 def train_in_torch(
     model: Any, batches: list[dict[str, Array]], optimizer: AdamW | SGD, rate: float, clip: float | None
 ) -> list[tuple[float, float]]:
-    """Return the losses and norms of a Hugging Face model trained on our batches."""
+    """Return the losses and gradient norms of a Hugging Face model that PyTorch trains on our batches."""
     import torch
 
     from tests.hf_models import _INPUTS
@@ -86,8 +86,8 @@ MODELS = ["gpt2", "bert-masked-lm", "albert-masked-lm", "bert-classifier", "t5",
 def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
     """The model is read from its folder. Backends and optimizers are tested one after the other.
 
-    eps is large, because AdamW turns the rounding error of a zero gradient, such as that of the biases of keys, into a
-    full step.
+    eps is large, because AdamW turns the rounding error of a zero gradient, such as the gradient of the biases of keys,
+    into a full step.
     """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
@@ -116,13 +116,15 @@ def test_a_model_of_the_hub_is_trained_as_by_pytorch(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["bert-masked-lm", "bart", "albert-masked-lm", "llama"])
 def test_rows_of_padding_and_buffers_are_trained_as_by_pytorch(name: str, tmp_path: Path) -> None:
-    """Padding tokens add no gradient to their row of the embedding table; logits that are tied to the table do."""
+    """Padding tokens add no gradient to their row of the embedding table. Logits add a gradient if they are tied to the
+    table.
+    """
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from tests.hf_models import save
 
     model = save(name, tmp_path / "before")
-    if name == "llama":  # Llama has no such row by default
+    if name == "llama":  # Llama has no padding token by default
         model.config.pad_token_id = model.model.embed_tokens.padding_idx = 5
         model.save_pretrained(tmp_path / "before")
     pad = model.get_input_embeddings().padding_idx
@@ -182,7 +184,7 @@ def test_backends_train_alike_whether_blocks_are_kept_or_computed_again(backend:
 
 
 def test_a_batch_in_parts_makes_the_update_of_the_whole() -> None:
-    """Micro-batches are weighted by the number of their positions, not equally."""
+    """The gradients of micro-batches are weighted by their numbers of counted positions."""
     whole = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), **SMALL)
     parts = Trainer("gpt2", learning_rate=0.02, optimizer=AdamW(eps=1e-3), gradient_accumulation_steps=2, **SMALL)
     batch = batch_of(whole, 0, rows=4)
@@ -233,10 +235,10 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     trainer = Trainer("gpt2", **SMALL)
     trainer.save_state(tmp_path / "state")
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"optimizer": SGD()}, "the state belongs to another optimizer"),
-        ({"layers": 1}, "the state belongs to other weights"),
+        ({"optimizer": SGD()}, "the state was written by another optimizer"),
+        ({"layers": 1}, "the state and the model differ in the names of"),
         ({"dim": 18, "heads": 3}, "must be f32"),
-        ({"trained": ["h.0.*"]}, "the state belongs to other weights"),
+        ({"trained": ["h.0.*"]}, "the state and the model differ in the names of"),
     ]
     for options, expected in cases:
         other = Trainer("gpt2", **{**SMALL, **options})
@@ -314,8 +316,8 @@ def test_what_a_step_holds_is_told() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"gradient_accumulation_steps": 0}, "an update needs the gradients of 1 call or more"),
-        ({"gradient_accumulation_steps": True}, "an update needs the gradients of 1 call or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be 1 or more"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps must be 1 or more"),
         ({"trained": ["h.9.*"]}, "no weight matches 'h.9.*'"),
         ({"loss": "perplexity"}, "the model has no output perplexity"),
         ({"output": "hidden"}, "the model has no output hidden"),
@@ -337,7 +339,7 @@ def test_what_cannot_be_trained_is_refused(options: dict[str, Any], expected: st
 def test_a_teacher_and_what_it_teaches_go_together() -> None:
     with pytest.raises(UsageError, match="the teacher has no output logits"):
         Trainer("gpt2", teacher=t.compile(pulled), **SMALL)
-    with pytest.raises(UsageError, match="the teacher has other classes than the model") as caught:
+    with pytest.raises(UsageError, match="the teacher's classes differ from the model's") as caught:
         Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "vocab": 21}), **SMALL)
     assert caught.value.received == "logits: f32[B, S, 21] of the teacher, f32[B, S, 19] of the model"
     student = Trainer("gpt2", teacher=t.compile("gpt2", **{**SMALL, "context": 5}), **SMALL)
@@ -346,7 +348,7 @@ def test_a_teacher_and_what_it_teaches_go_together() -> None:
         student.step(**batch_of(student, 0, length=7))
     with pytest.raises(UsageError, match="a teacher cannot be combined with a custom loss"):
         Trainer(pulled, loss="far", teacher=t.compile(pulled))
-    with pytest.raises(UsageError, match="a model with several outputs is trained for one of them"):
+    with pytest.raises(UsageError, match="the model has several outputs: the output to train is not set"):
         Trainer(pulled)
 
 
@@ -373,7 +375,7 @@ def rooted(x: t.f32["B 4"]):
 
 
 def test_a_gradient_that_is_no_number_changes_nothing() -> None:
-    """The loss is finite, but the gradient of a square root at 0 is not."""
+    """The loss is finite, but the gradient of the square root at 0 is infinite."""
     trainer = Trainer(rooted, loss="loss")
     before = {name: array.copy() for name, array in trainer.weights.items()}
     with pytest.raises(UsageError, match=r"gradient\.w\.weight is NaN, infinite or too large after 0 updates"):
@@ -405,7 +407,9 @@ def test_a_batch_with_nan_is_reported_by_input_and_position(value: float) -> Non
 
 
 def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None:
-    """The cause is a weight of the checkpoint, or a value that the model computes, not the learning rate."""
+    """The error's cause is a weight of the checkpoint, or a computed value, so its hint does not mention the learning
+    rate.
+    """
     x, y = np.ones((3, 4), np.float32), np.zeros((3, 1), np.float32)
     trainer = Trainer(scored, loss="loss")
     trainer.state.weights["w.weight"][0, 2] = np.nan
@@ -423,7 +427,7 @@ def test_a_loss_that_is_nan_before_any_update_is_no_matter_of_the_rate() -> None
 
 @pytest.mark.parametrize("name", ["run.bin", "run.pt", "run.PTH", "run.ckpt", "run.pkl", "run.pickle"])
 def test_a_state_is_not_written_under_the_name_of_a_pickle(name: str, tmp_path: Path) -> None:
-    """`restore` would refuse a file with such a name."""
+    """`restore` would refuse a file with the extension of a pickle."""
     with pytest.raises(UsageError, match="a training state is not stored as a pickle") as caught:
         small().save_state(tmp_path / name)
     assert caught.value.hint == "run.state"
@@ -437,7 +441,7 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
     assert read_notes(tmp_path / "noted") == {"seed": "3", "texts": "a b"}
     small().restore(tmp_path / "noted")
     write_weights(tmp_path / "weights", {})
-    with pytest.raises(CheckpointError, match="this is not a training state"):
+    with pytest.raises(CheckpointError, match="not a training state"):
         read_notes(tmp_path / "weights")
 
 
@@ -446,8 +450,8 @@ def test_a_state_gives_back_the_notes_that_were_saved(tmp_path: Path) -> None:
 
 @t.model
 def gated(x: t.f32["B S 4"]):
-    """A model in which only a comparison reads `gate`, only floor reads `round`, and only an output that is not the
-    loss reads `unread`.
+    """A model with weights that get no gradient: only a comparison reads `gate`, only floor reads `round`, and
+    `unread` is read only by an output that is not the loss.
     """
     y = t.linear(x, 4, name="w")
     for _ in t.stack("h", 2):

@@ -1,5 +1,5 @@
-"""Texts prepared for a model: documents of files, inputs and targets of the objective, and errors for texts that do not
-fit.
+"""Training data from texts: documents in files, inputs and targets of each objective, and errors for texts that do not
+fit the model.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def test_masked_tokens_hide_none_of_those_around_texts(bert: Path, corpus: str) 
 
 
 def test_a_block_is_as_long_as_the_model_takes_unless_it_is_said(gpt2: Path, corpus: str) -> None:
-    """Blocks have 48 positions, as the model, not the default of 128 tokens."""
+    """The default of 128 tokens per block is reduced to the model's 48 positions."""
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2)).length == 48
     assert TextData.open(str(gpt2), [corpus], resolve(gpt2), length=48, batch=1).length == 48
 
@@ -165,8 +165,8 @@ def test_another_tokenizer_serves_a_model_without_a_folder(gpt2: Path, corpus: s
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"objective": "both"}, "there is no objective 'both'"),
-    ("gpt2", {"length": 49}, "a block has 2 tokens or more and at most 48, the maximum of the model"),
-    ("gpt2", {"length": 1}, "a block has 2 tokens or more"),
+    ("gpt2", {"length": 49}, "a block must have 2 tokens or more and at most 48, the maximum of the model"),
+    ("gpt2", {"length": 1}, "a block must have 2 tokens or more"),
     ("gpt2", {"holdout": 1.0}, "the held-out fraction of blocks must be 0 or more and below 1"),
     ("gpt2", {"holdout": -0.1}, "the held-out fraction of blocks must be 0 or more and below 1"),
     ("gpt2", {"batch": 500}, "a batch of 500 rows cannot be formed from"),
@@ -192,7 +192,7 @@ def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, mo
     monkeypatch.setattr("treadle.program.source.ModelSource.resolve", lambda *_, **__: short)
     options: dict[str, Any] = {"teacher": str(gpt2)}
     assert TextData.open(str(gpt2), [corpus], model, **options).length == 24
-    with pytest.raises(UsageError, match="a block has 2 tokens or more and at most 24, the maximum of the teacher"):
+    with pytest.raises(UsageError, match="2 tokens or more and at most 24, the maximum of the teacher"):
         TextData.open(str(gpt2), [corpus], model, length=25, **options)
 
 

@@ -1,5 +1,5 @@
-"""Texts as batches: no token is lost or doubled, targets are the next tokens or the masked ones, and a run resumes at
-any step.
+"""Batches of texts: no token is lost or repeated, targets are the next or the masked tokens, and a run resumes at any
+step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_what_is_too_short_says_what_was_received() -> None:
         "  received  3 tokens in 2 documents\n"
         "  try       more text, or shorter blocks"
     )
-    with pytest.raises(UsageError, match="a block has 1 token or more"):
+    with pytest.raises(UsageError, match="a block must have 1 token or more"):
         blocks_of([[1, 2]], 0, end=None)
 
 
@@ -57,7 +57,7 @@ def test_what_is_too_short_says_what_was_received() -> None:
 
 @pytest.mark.parametrize("tokens", [np.array([[7, 1, 65535]], np.uint16), [[7, 1, 65535]]], ids=["uint16", "list"])
 def test_tokens_of_any_integers_are_taken(tokens: Any) -> None:
-    """Token files are mostly uint16, which cannot hold -100."""
+    """Files of tokens are often uint16, which cannot hold the target -100."""
     wanted = np.array([[1, 65535, NOT_COUNTED]])
     found = next_token_targets(tokens)
     assert found.dtype == np.int64
@@ -100,8 +100,8 @@ def test_masking_hides_some_of_each_row_and_asks_for_these_alone(
 
 
 def test_of_the_masked_8_of_10_are_hidden_1_is_another_and_1_is_as_it_was() -> None:
-    """24,000 of 160,000 tokens are chosen. The standard error of each fraction of them is below 0.003, a tenth of
-    0.03.
+    """160,000 tokens: 24,000 are chosen. The standard error of each fraction of the chosen tokens is below 0.003, a
+    fifth of the tolerance.
     """
     tokens = np.full((400, 400), 7)
     inputs, targets = mask_tokens(tokens, np.random.default_rng(0), mask=3, vocab=1000, special=[3])

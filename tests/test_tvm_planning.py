@@ -15,10 +15,10 @@ import pytest
 from tests.backend_checks import graph_of
 from treadle.backends.registry import find_backend
 from treadle.backends.tvm import executable
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.calling import POINTER, address
 from treadle.backends.tvm.kernels.isa import ISAS
-from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.backends.tvm.planning import Plan
@@ -28,8 +28,11 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.legalize import Legalize
+
+PLAN = planning(capabilities(ISAS["x86-64-v3"]))
 
 Array = np.ndarray[Any, Any]
 WEIGHT = np.arange(15, dtype=np.float32).reshape(5, 3)
@@ -99,7 +102,7 @@ def test_a_kernel_that_needs_what_the_plan_has_dead_is_found() -> None:
     b = Builder(Graph("short"))
     x = b.softmax(b.input("x", "f32[S, 4]"), name="kept")
     b.outputs(y=b.softmax(x @ b.softmax(b.rearrange(x, pattern="s d -> d s"))))
-    lowered = PassManager((Legalize(keeps), PLAN)).run(b.graph)
+    lowered = PassManager((Legalize(Capabilities(keeps=keeps)), PLAN)).run(b.graph)
     assert lowered.plan is not None
     isa = ISAS["x86-64-v3"]
     lower(lowered.graph, lowered.plan, isa, RULES)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.backend_checks import assert_near, compiled, graph_of
 from tests.op_checks import EPSILON, Case
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import assembly
 from treadle.backends.tvm.kernels.calling import bind
@@ -21,15 +22,17 @@ from treadle.backends.tvm.kernels.reduction import Reduce, RunningSum, SizeValue
 from treadle.backends.tvm.kernels.rotary import Rotary
 from treadle.backends.tvm.kernels.selection import ArgMax, TopK
 from treadle.backends.tvm.kernels.softmax import Softmax
-from treadle.backends.tvm.lowering.chains import PLAN
 from treadle.backends.tvm.lowering.routine_writer import lower, steps_of
 from treadle.backends.tvm.lowering.rules import RULES, keeps
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.op_registry import OPS
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.legalize import Legalize
+
+PLAN = planning(capabilities(ISAS["x86-64-v3"]))
 
 pytestmark = pytest.mark.skipif(tvm_runtime.missing() is not None, reason=str(tvm_runtime.missing()))
 
@@ -354,7 +357,7 @@ def test_rotary_of_far_positions_on_views_of_a_projection(pairs: int, layout: st
 
 def titles(graph: Graph) -> list[str]:
     """Return the titles of a graph's kernels, step by step."""
-    lowered = PassManager((Legalize(keeps), PLAN)).run(graph)
+    lowered = PassManager((Legalize(Capabilities(keeps=keeps)), PLAN)).run(graph)
     assert lowered.plan is not None
     return [step.kernel.title for step in steps_of(lower(lowered.graph, lowered.plan, HERE[0], RULES))]
 

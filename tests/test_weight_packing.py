@@ -24,6 +24,7 @@ from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph
 from treadle.ir.layouts import Layout, blocks, pairs, panels, quads
 from treadle.ir.target import Target
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.hoist_weights import HoistWeights
@@ -221,7 +222,7 @@ def test_panels_in_memory_share_an_array_that_begins_with_a_large_page(tmp_path:
     b = Builder(Graph("two"))
     x, names = b.input("x", f"f32[N, {SHAPE[1]}]"), ("v", "w", "z")
     b.outputs(**{n: b.linear(x, b.parameter(n, f"f32[{SHAPE[0] + i}, {SHAPE[1]}]")) for i, n in enumerate(names)})
-    graph = PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
+    graph = PassManager((AssignLayouts(Capabilities(layouts=wants(ISA))), HoistWeights())).run(b.graph).graph
     weights = {n: np.full((SHAPE[0] + i, SHAPE[1]), i + 1, np.float32) for i, n in enumerate(names)}
     made = pack_weights(graph, recipes_of(graph), weights, folder=tmp_path)
     starts = sorted(array.ctypes.data for array in made.values())
@@ -248,7 +249,7 @@ def test_a_matrix_and_its_transpose_are_no_one_file(tmp_path: Path) -> None:
     matrix = np.memmap(tmp_path / "weights.bin", np.float32, "r", shape=square)
     b = Builder(Graph("one"))
     b.outputs(y=b.linear(b.input("x", "f32[N, 600]"), b.parameter("w", "f32[600, 600]")))
-    graph = PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
+    graph = PassManager((AssignLayouts(Capabilities(layouts=wants(ISA))), HoistWeights())).run(b.graph).graph
     one, other = (packed(graph, {"w": each}, tmp_path / "cache") for each in (matrix, matrix.T))
     np.testing.assert_array_equal(one, pack(matrix, panels(panel_width(600, ISA))))
     np.testing.assert_array_equal(other, pack(matrix.T, panels(panel_width(600, ISA))))
@@ -279,7 +280,7 @@ def linear_graph() -> Graph:
     b = Builder(Graph("one"))
     x, w = b.input("x", f"f32[N, {SHAPE[1]}]"), b.parameter("w", f"f32[{SHAPE[0]}, {SHAPE[1]}]")
     b.outputs(y=b.linear(x, w))
-    return PassManager((AssignLayouts(wants(ISA)), HoistWeights())).run(b.graph).graph
+    return PassManager((AssignLayouts(Capabilities(layouts=wants(ISA))), HoistWeights())).run(b.graph).graph
 
 
 def mapped_weights(folder: Path, name: str = "weights.bin", seed: int = 0) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def test_ranks_whose_plans_differ_raise_without_waiting(other: dict[str, Any], r
         ("tp=2,tp=2", None, None, "the mesh has two axes tp"),
         ("tp=13", {"heads": "tp"}, None, "heads: 12 cannot be split over tp"),
         ("tp=2", {"rows": "tp"}, None, "gpt2 has no axis 'rows' to split"),
-        ("tp=2", None, {"S": 5000}, "S cannot be 5000"),
+        ("tp=2", None, {"S": 5000}, "the size of S cannot be 5000"),
         ("tp=2", None, {"Q": 5}, "gpt2 has no symbolic axis Q"),
     ],
 )

@@ -8,9 +8,9 @@
     exe = t.compile(tiny, backend="numpy")
     exe(tokens=ids)
 
-This module has the functions and types of the DSL (see `treadle.frontends.language`); `compile`, `Trainer`,
-`fetch_model`, `from_torch`, `Graph` and `Target`, which are imported when first used; and the errors, all of them
-`TreadleError`.
+This module exports the functions and types of the DSL (see `treadle.frontends.language`) and the errors, which are all
+subclasses of `TreadleError`. `compile`, `Trainer`, `fetch_model`, `from_torch`, `Graph` and `Target` are imported when
+they are first used.
 """
 
 from importlib import import_module as _import_module
@@ -20,8 +20,8 @@ from typing import Any as _Any
 
 __version__ = "0.1.0"
 
-# In a checkout, subpackages such as `treadle.ir` are the folders next to this one. When installed, they are inside it,
-# and there is no pyproject.toml above.
+# In a checkout, subpackages such as `treadle.ir` are folders next to the folder of this file. In an installed package,
+# they are inside it, and there is no pyproject.toml above.
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "pyproject.toml").is_file():
     __path__.append(str(_checkout))
@@ -85,7 +85,7 @@ _LAZY = {
 }
 
 
-if not TYPE_CHECKING:  # type checkers know every name, and report unknown ones
+if not TYPE_CHECKING:  # type checkers know all names, and report unknown names
 
     def __getattr__(name: str) -> _Any:
         if name in _LAZY:

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; an interrupt during its import ends as quietly as a later one."""
+    """Run the command line. Exit with status 130, without a traceback, if an interrupt arrives during the import."""
     try:
         from treadle.cli import main as run
     except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""A `.treadle` file as a container: named sections with hashes, in the layout of safetensors.
+"""The container format of a `.treadle` file: named sections with hashes, in the layout of safetensors.
 
     8 bytes   n, an unsigned little-endian integer
-    n bytes   the header, JSON: `__metadata__` (text to text), then each section's dtype, shape and range
-    the rest  the sections, each at a multiple of 64 bytes; bytes between two belong to a section `padding/i` of zeros;
-              the last section, `seal`, is the SHA-256 of everything before the first
+    n bytes   the header, JSON: `__metadata__` (strings by name), then each section's dtype, shape and byte range
+    the rest  the sections, each at a multiple of 64 bytes. A gap between two is a section `padding/i` of zeros.
+              The last section, `seal`, is the SHA-256 of all bytes before the first section.
 
 The metadata holds the SHA-256 of every section under `sha256:NAME`, so the seal covers the file. docs/artifacts.md
 describes the sections; docs/decisions/0004-artifact-format.md gives the reasons for this layout.
@@ -52,7 +52,9 @@ _DAMAGED = "write the file again, or fetch it again: it was changed after it was
 
 @dataclass(frozen=True)
 class Section:
-    """A named array, as stored in the file. `dtype` is the IR's: bf16 is passed as float32."""
+    """A named array, as stored in the file. `dtype` is the IR's dtype; the array of a bf16 section is passed as
+    float32.
+    """
 
     name: str
     dtype: DType
@@ -60,7 +62,7 @@ class Section:
 
     @property
     def bytes(self) -> memoryview:
-        """Its bytes, little-endian and row-major: a view if the array is already stored so."""
+        """The array's bytes, little-endian and row-major: a view if the array has this layout, otherwise a copy."""
         values = self.values
         if self.dtype is bf16:
             return memoryview(Literal.of(values, bf16).data)
@@ -71,9 +73,9 @@ class Section:
 def write_sections(
     path: Path, texts: Mapping[str, bytes], weights: Mapping[str, tuple[DType, Array]], metadata: Mapping[str, str]
 ) -> str:
-    """Write texts and weights as one file, completely or not at all; return the seal, in hexadecimal digits.
+    """Write texts and weights to one file, completely or not at all. Return the seal, in hexadecimal digits.
 
-    The bytes are a function of the arguments. Raises UsageError if the file cannot be written.
+    Equal arguments give equal bytes. Raises UsageError if the file cannot be written.
     """
     sections = [Section(name, _U8, np.frombuffer(text, np.uint8)) for name, text in texts.items()]
     sections += [Section(_WEIGHT + name, dtype, values) for name, (dtype, values) in weights.items()]
@@ -119,18 +121,19 @@ def _entry(dtype: str, shape: list[int], begin: int, size: int) -> dict[str, Any
 
 
 class SectionFile:
-    """An artifact's sections, memory-mapped, with checked layout and hashes.
+    """The sections of an artifact, memory-mapped. Layout and hashes are checked.
 
     metadata  the metadata that the writer stored
-    seal      the SHA-256 of the head, which identifies the file's content, in hexadecimal digits
+    seal      the SHA-256 of the bytes before the first section, in hexadecimal digits; it identifies the file's content
     """
 
     def __init__(self, path: PathLike, limits: HeaderLimits, *, check: bool = True) -> None:
-        """Map the file and check its layout, the seal, and the hashes of its texts.
+        """Map the file, and check its layout, its seal, and the hashes of its texts.
 
-        check  also read every weight and compare its hash
+        check  True to read every weight, too, and compare its hash
 
-        Raises CheckpointError, with the section or the byte, for a file that is damaged, foreign or beyond a limit.
+        Raises CheckpointError if the file is damaged, is not an artifact, or exceeds a limit. The error names the
+        section or the byte.
         """
         self.path = shown_path(path)
         self._file = SafetensorsFile.open(path, limits)
@@ -140,7 +143,7 @@ class SectionFile:
         version = metadata.pop("version", "")
         if version != VERSION:
             self.fail(
-                "the artifact has another version",
+                "the artifact has an unsupported version",
                 "__metadata__, version",
                 f"this Treadle reads version {VERSION}",
                 received=printable(version),
@@ -154,8 +157,8 @@ class SectionFile:
                 self._check_hash(name)
 
     def text(self, name: str, most_bytes: int, setting: str) -> str:
-        """Return a section's text. Raises CheckpointError if it exceeds the limit, whose setting is named, or is not
-        UTF-8.
+        """Return a section's text. Raises CheckpointError if the text is not UTF-8, or exceeds `most_bytes`; the error
+        then names `setting`, the limit to raise.
         """
         data = self._file.raw(name)
         if len(data) > most_bytes:
@@ -180,11 +183,11 @@ class SectionFile:
         return {n.removeprefix(_WEIGHT): self._file[n] for n in self._file if n.startswith(_WEIGHT)}
 
     def weight(self, name: str) -> Array:
-        """Return a weight, read-only, in the mapped file's memory; bf16 is widened to float32, a copy."""
+        """Return a read-only weight: a view of the mapped file, or, for bf16, a copy in float32."""
         return self._file.array(_WEIGHT + name)
 
     def fail(self, what: str, place: str, hint: str | None = None, *, received: str | None = None) -> NoReturn:
-        """Raise CheckpointError about a place in the file."""
+        """Raise CheckpointError about a place in the file; `what` is the error's message."""
         raise CheckpointError(what, received=received, within=f"{self.path}: {place}", hint=hint)
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -194,11 +197,13 @@ class SectionFile:
             self.fail("the artifact has no seal", "header", _DAMAGED)
         record, expected = self._file[_SEAL], sha256(self._file.head).digest()
         if record.end != max(r.end for r in self._records()) or self._file.raw(_SEAL).tobytes() != expected:
-            self.fail("the header is not the one that was sealed", f"byte {record.begin}, section {_SEAL}", _DAMAGED)
+            self.fail("the header has changed since it was sealed", f"byte {record.begin}, section {_SEAL}", _DAMAGED)
         return expected.hex()
 
     def _check_layout(self) -> None:
-        """Check that every section is known and aligned, has a hash unless it is padding, and that padding is zero."""
+        """Check that every section is known and aligned, that padding is zero, and that every other section has a
+        hash.
+        """
         for record in self._records():
             if record.name == _SEAL:
                 continue
@@ -222,7 +227,7 @@ class SectionFile:
         if received != self._hashes[name]:
             record = self._file[name]
             self.fail(
-                "the section's bytes are not those that were written",
+                "the section's bytes have changed since they were written",
                 f"bytes {record.begin} to {record.end}, section {printable(name)}",
                 _DAMAGED,
                 received=f"sha256 {received}, recorded {printable(self._hashes[name])}",

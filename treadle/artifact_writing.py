@@ -18,14 +18,14 @@ from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_record
 
 if TYPE_CHECKING:
-    from treadle.compiled import Compiled  # which imports this module to save itself
+    from treadle.compiled import Compiled  # that module imports this one for `Compiled.save`
 
 
 def save(compiled: Compiled, path: PathLike) -> str:
-    """Write a compiled model to one file; return the file's seal, which identifies its content (64 hexadecimal digits).
+    """Write a compiled model to one file. Return the file's seal, 64 hexadecimal digits that identify the content.
 
-    Equal models, options and weights give equal bytes: no times, no paths of this machine. An existing file is replaced
-    in one step. Raises UsageError if the file cannot be written.
+    Equal models, options and weights give equal bytes: the file holds no times and no local paths. An existing file is
+    replaced atomically. Raises UsageError if the file cannot be written.
     """
     return write_artifact(
         path,
@@ -50,10 +50,10 @@ def write_artifact(
     plan: ShardingPlan | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """Write the contents of an artifact (`treadle.artifacts.Artifact`); return the file's seal.
+    """Write the contents of an artifact (`treadle.artifacts.Artifact`). Return the file's seal.
 
     plan     the sharding plan of the optimized graph
-    options  the options that it was compiled with (`CompileOptions.record`)
+    options  the options that the model was compiled with (`CompileOptions.record`)
 
     Raises UsageError if the file cannot be written.
     """

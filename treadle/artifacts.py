@@ -5,8 +5,8 @@
     exe = treadle.load_artifact("gpt2.treadle")
     exe(tokens=ids)                       # bitwise identical results
 
-The file holds the declared and the optimized graph (text), the weights, the pass log, and the choices of backend,
-target and passes. It holds no code: loading passes the optimized graph to a backend, without running a pass.
+The file holds the text of the declared and of the optimized graph, the weights, the pass log, and the chosen backend,
+target and passes. The file holds no code: loading passes the optimized graph to a backend, and runs no pass.
 docs/artifacts.md describes the layout and the checks.
 """
 
@@ -53,7 +53,7 @@ from treadle.program.places import GGUF_SUFFIX, ONNX_SUFFIX, is_fetched
 
 SUFFIX = ".treadle"
 SHARDING = "sharding"
-"""The section of a sharding plan, if there is one."""
+"""Name of the section that holds the sharding plan, if the artifact has a plan."""
 
 HEADER_LIMITS = HeaderLimits(header_bytes=4 * 2**20, tensors=10_000, values=10_000)
 GRAPH_LIMITS = TextLimits(
@@ -75,21 +75,21 @@ GRAPH_LIMITS = TextLimits(
 )
 """Limits for each of an artifact's two graphs."""
 
-_OPTION_VALUES = 10_000  # of the recorded options
+_OPTION_VALUES = 10_000  # maximum number of values in the recorded options
 _FIELDS = ("name", "backend", "target", "passes", "seed", "options")
 
 
 @dataclass(frozen=True)
 class ArtifactLimits:
-    """Limits on an artifact; every field may be raised.
+    """Limits on an artifact. Every field may be raised.
 
-    header      of the file: its length, the number of sections
-    graph       of each of the two graphs: characters, nodes, operands, parameters, ...
+    header      limits on the file's header: its length, the number of sections
+    graph       limits on each of the two graphs: characters, nodes, operands, parameters, ...
     log_bytes   length of the pass log
-    log_values  number of values in it, and of op counts carried from pass to pass
-    plan_bytes  length of a sharding plan
-    plan_values number of values in it
-    plan_ranks  number of ranks of its mesh
+    log_values  number of values in the pass log; also of the op counts that are kept from pass to pass
+    plan_bytes  length of the sharding plan
+    plan_values number of values in the sharding plan
+    plan_ranks  number of ranks of the sharding plan's mesh
     """
 
     header: HeaderLimits = field(default_factory=lambda: HEADER_LIMITS)
@@ -102,7 +102,9 @@ class ArtifactLimits:
 
     @classmethod
     def of(cls, limits: ArtifactLimits | Mapping[str, int] | None) -> ArtifactLimits:
-        """Return limits by name, including those of the header and of the graphs. Raises UsageError."""
+        """Return the limits for a mapping of limits by name, which may include fields of `header` and `graph`. Raises
+        UsageError for an unknown name.
+        """
         if not isinstance(limits, Mapping):
             return limits_of(cls, limits)
         own = cls()
@@ -119,13 +121,13 @@ def is_artifact(model: object) -> bool:
 
 @dataclass(frozen=True)
 class Artifact:
-    """The contents of a file, before a backend lowers them.
+    """The contents of an artifact, before a backend lowers them.
 
-    name, backend, target, passes, seed  as chosen at compile time
+    name, backend, target, passes, seed  the choices at compile time
     options                              the other options that were set at compile time, as JSON
-    optimized                            the declared and the optimized graph, and the log without times
-    weights                              by name, memory-mapped
-    seal                                 identifies the content, 64 hexadecimal digits
+    optimized                            the declared graph, the optimized graph, and the pass log without times
+    weights                              the weights by name, memory-mapped
+    seal                                 64 hexadecimal digits that identify the content
     sharding                             the checked sharding plan of the optimized graph, or None
     """
 
@@ -147,11 +149,11 @@ def open_artifact(
 ) -> Artifact:
     """Read an artifact without compiling it.
 
-    check  compare every weight with its hash, which reads the whole file once; otherwise weights are read when they
-           are used, and only the texts are compared
+    check  True to compare every weight with its hash, which reads the whole file once. If False, only the texts are
+           compared, and weights are read when they are used.
 
-    Raises CheckpointError, ParseError or VerifyError, with section and place, if the file is damaged, foreign or beyond
-    a limit; PassError for an invalid sharding plan.
+    Raises CheckpointError, ParseError or VerifyError, with section and place, if the file is damaged, is not an
+    artifact, or exceeds a limit; PassError for an invalid sharding plan.
     """
     known = ArtifactLimits.of(limits)
     _refuse_model(path)
@@ -196,16 +198,17 @@ def load_artifact(
 ) -> Compiled:
     """Load a compiled model from a file written by `save`.
 
-    backend, target  in place of those that it was compiled for
+    backend, target  override the backend and the target that the model was compiled for
     widen            "bf16", "f16", or both: values of these dtypes are computed in f32, as in `compile`
-    limits           limits on the file: `ArtifactLimits`, or a mapping of those that differ
-    check            compare every weight with its hash, which reads the whole file once
+    limits           limits on the file: `ArtifactLimits`, or a mapping of the limits that differ from the defaults
+    check            True to compare every weight with its hash, which reads the whole file once
     memory, sizes    memory budget of a run, and the maximum sizes it applies to, as in `compile`
     donate           inputs that callers donate, as in `compile`
 
-    No pass and no code of the file runs: the backend lowers the optimized graph, unsplit even if there is a sharding
-    plan. Raises CheckpointError, ParseError or VerifyError, with section and place, for a file that is damaged, foreign
-    or beyond a limit; PassError for an invalid sharding plan; BackendError as `compile` does.
+    The file contains no code, and loading runs no pass: the backend lowers the optimized graph. A sharding plan in the
+    file is not applied. Raises CheckpointError, ParseError or VerifyError, with section and place, if the file is
+    damaged, is not an artifact, or exceeds a limit; PassError for an invalid sharding plan; BackendError as `compile`
+    does.
     """
     held = _widened(open_artifact(path, limits=limits, check=check), narrow_dtypes(widen))
     where = target if isinstance(target, Target) else Target(held.target if target is None else target)
@@ -216,7 +219,7 @@ def load_artifact(
         executable, lowered = build(found, held.optimized.graph, where, held.weights, budget=budget, donate=donate)
     except TreadleError:
         raise
-    except Exception as error:  # no frontend of ours makes such a graph: the backend's own error would not help
+    except Exception as error:  # our frontends make no such graph, and the backend's own error would not help
         raise CheckpointError(
             f"backend {chosen} cannot lower the graph that the artifact holds",
             received=f"{type(error).__name__}: {printable(str(error))}",
@@ -227,8 +230,8 @@ def load_artifact(
 
 
 def _refuse_model(path: PathLike) -> None:
-    """Refuse a model that `treadle.compile` reads, by its name: a folder, a file of weights, a declaration, a model's
-    name.
+    """Raise UsageError if `path` names a model that `treadle.compile` reads instead: a folder, a file of weights, a
+    declaration, or a model's name.
     """
     text = os.fspath(path)
     for_tasks = os.path.isdir(text) or Path(text).suffix == GGUF_SUFFIX or is_fetched(text)
@@ -251,13 +254,13 @@ def _refuse_model(path: PathLike) -> None:
 
 
 def _widened(held: Artifact, narrow: frozenset[DType]) -> Artifact:
-    """Return the artifact with the values and weights of narrow dtypes in f32."""
+    """Return the artifact with all values and weights of the dtypes in `narrow` widened to f32."""
     if not narrow:
         return held
     declared, graph = (widen_graph(g, narrow) for g in (held.optimized.source, held.optimized.graph))
     kept = {name: v.type.dtype for name, v in held.optimized.graph.parameters.items()}
     weights = {n: np.asarray(w, np.float32) if kept[n] in narrow else w for n, w in held.weights.items()}
-    # a sharding plan refers to the stored graph
+    # the sharding plan is dropped: it refers to the stored graph
     return replace(held, optimized=Optimized(declared, graph, held.optimized.log), weights=weights, sharding=None)
 
 
@@ -284,8 +287,8 @@ def _read_sharding(file: SectionFile, graph: Graph, limits: ArtifactLimits) -> S
 
 
 def _check_pair(file: SectionFile, declared: Graph, graph: Graph) -> None:
-    """Check that both graphs have the same inputs and outputs, and that the optimized one has no weights of its own
-    except smoothing vectors of products.
+    """Check that both graphs have the same inputs and outputs, and that the optimized graph adds no weights except the
+    smoothing vectors of products.
     """
     for what, of in (("inputs", _inputs), ("outputs", _outputs)):
         if of(declared.main) != of(graph.main):
@@ -306,11 +309,13 @@ def _outputs(main: Function) -> list[tuple[str, Any]]:
 
 
 def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
-    """Return exactly the graph's weights, with its types. A float32 weight that is only read in bf16 may be in bf16."""
+    """Return the graph's weights, checked against the graph's types. A section for any other weight is an error. A
+    float32 weight that is only read in bf16 may be stored in bf16.
+    """
     records = file.weights
     for name in [*graph.parameters, *records]:
         if name not in records or name not in graph.parameters:
-            what = "a weight that the graph does not take" if name in records else "a weight is missing"
+            what = "a weight that the graph does not use" if name in records else "a weight is missing"
             file.fail(what, f"section weight/{printable(name)}")
     narrow = read_only_in(bf16, graph)
     for name, value in graph.parameters.items():
@@ -325,13 +330,13 @@ def _read_weights(file: SectionFile, graph: Graph) -> dict[str, Any]:
 
 
 def _read_options(file: SectionFile, text: str) -> dict[str, Any]:
-    """Return the recorded options: a JSON object that is shown, and that nothing depends on."""
+    """Return the recorded options, a JSON object. They are only displayed."""
     place = f"{file.path}: __metadata__, options"
     return read_json_object(text.encode(errors="replace"), place, nesting=16, values=_OPTION_VALUES)
 
 
 def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: ArtifactLimits) -> PassLog:
-    """Return the log, with ops counted in the declared graph and from there on by each pass's changes.
+    """Return the pass log. Op counts start with the declared graph's, and each pass's changes are added.
 
     Times and intermediate graphs are not stored.
     """
@@ -353,18 +358,18 @@ def _read_log(file: SectionFile, declared: Graph, graph: Graph, limits: Artifact
         try:
             records.append(_read_record(said, counts))
         except (TypeError, KeyError, AttributeError, ValueError):
-            file.fail("the pass log is not as it is written", f"section log, pass {number}")
+            file.fail("the pass log has an invalid record", f"section log, pass {number}")
         counts = records[-1].after
     if +counts != count_ops(graph):
-        file.fail("the pass log ends at other ops than the optimized graph has", "section log")
+        file.fail("the op counts at the end of the pass log differ from the optimized graph's", "section log")
     if records:
         records[-1].graph = graph
     return PassLog(records)
 
 
 def _read_record(said: Any, before: Counter[str]) -> PassRecord:
-    """Return one pass record, as written by `PassRecord.as_dict`. Raises Python's own errors, or ValueError, if it
-    differs.
+    """Return one pass record from the JSON that `PassRecord.as_dict` writes. If the JSON has another form, raises
+    ValueError, TypeError, KeyError or AttributeError.
     """
     ops, changes = said["ops"], said["changes"]
     after = before.copy()
@@ -389,17 +394,15 @@ def _read_record(said: Any, before: Counter[str]) -> PassRecord:
 
 
 def _read_event(said: Any) -> Event:
-    """Return an event; events written before the fields `matched` and `edge` existed have both in the text of the
-    reason.
-    """
+    """Return an event. In old files, without the fields `matched` and `edge`, both are part of the reason's text."""
     matched = said.get("matched", [])
     if {"given", "made"}.intersection(said) or not isinstance(matched, list):
-        raise TypeError("not a field of an event")
+        raise TypeError("not a list of ops, or a field that events do not have")
     fields: dict[str, Any] = {name: _text(value) for name, value in said.items() if name != "matched"}
     return Event(**fields, matched=tuple([_text(op) for op in matched]))
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError("not a text")
+        raise TypeError("not a string")
     return value

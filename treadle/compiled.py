@@ -37,17 +37,18 @@ class Compiled:
     """A compiled model: call it with arrays by name, and inspect what the compiler did.
 
     name        the model's name
-    optimized   the graph as declared and after every pass, and the log
+    optimized   the graph as declared, the graph after all passes, and the pass log
     executable  the backend's executable
     backend     the backend's name
-    target      the target that it was compiled for
+    target      the target that the model was compiled for
     weights     the weights by name, read-only (`treadle.held_weights`); memory-mapped if they come from a checkpoint
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
-    options     the options that were set when it was compiled (`CompileOptions.record`)
-    seed        the seed of random weights, or None if a checkpoint or the caller provided them
+    options     the options that were set when the model was compiled (`CompileOptions.record`)
+    seed        the seed of random weights, or None if a checkpoint or the caller provided the weights
 
-    If inputs determine shapes, this is a `treadle.specializing.Specializing`, with a graph for each of their values.
+    If the values of some inputs determine shapes, `treadle.compile` returns the subclass
+    `treadle.specializing.Specializing`, which has a graph for each combination of these values.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Compiled:
 
     @property
     def log(self) -> PassLog:
-        """The log of all passes: their changes, and what they refused and why."""
+        """The log of all passes: their changes, the rewrites that they refused, and the reasons."""
         return self.optimized.stages
 
     @property
@@ -86,24 +87,26 @@ class Compiled:
 
     @property
     def source(self) -> str:
-        """The generated code, readable."""
+        """The generated code, as readable text."""
         return self.executable.source
 
     @property
     def memory(self) -> MemoryFit | None:
-        """The result of fitting a run into the budget of `compile(memory=...)`: what is computed in parts, and the
-        slowdown; None without a budget.
+        """The result of fitting a run into the budget of `compile(memory=...)`: the regions that are computed in parts,
+        and the slowdown. None if there is no budget.
         """
-        return next((record.fit for record in self.optimized.stages if record.fit is not None), None)
+        return next((fit for record in self.optimized.stages if (fit := record.product(MemoryFit)) is not None), None)
 
     @property
     def static(self) -> tuple[str, ...]:
-        """The inputs whose values determine shapes, so that the model is compiled for each value; usually none."""
+        """Names of the inputs whose values determine shapes, so that the model is compiled for each value. Usually
+        empty.
+        """
         return ()
 
     def at(self, /, **static: Any) -> Compiled:
-        """Return the model compiled for values of these inputs: itself, if there are none. Raises UsageError for any
-        other name.
+        """Return the model compiled for these values of the inputs in `static`. Without such inputs, return the model
+        itself. Raises UsageError for any other name.
         """
         if static:
             names = ", ".join(map(printable, static))
@@ -111,7 +114,9 @@ class Compiled:
         return self
 
     def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name; return outputs by name. Raises BackendError if they do not match `inputs`."""
+        """Run the model on arrays by name. Return the outputs by name. Raises BackendError if the arrays do not match
+        `inputs`.
+        """
         self._refuse_unnamed(unnamed)
         return self.executable(**arrays)
 
@@ -122,9 +127,9 @@ class Compiled:
 
     @cached_property
     def stepped(self) -> SteppedModel:
-        """The decoding step, derived from the graph and compiled for the same backend on first use.
+        """The decoding step, derived from the graph and compiled for the same backend at the first access.
 
-        Raises PassError if the model has no step, with the reason.
+        Raises PassError, with the reason, if no step can be derived from the model.
         """
         return self._stepped_with(None)
 
@@ -135,7 +140,7 @@ class Compiled:
 
     @cached_property
     def _steps(self) -> dict[str | None, SteppedModel]:
-        """The decoding step for each dtype of caches."""
+        """The compiled decoding steps, by the dtype of their caches."""
         return {}
 
     def session(
@@ -149,8 +154,7 @@ class Compiled:
         resumes: bool | None = None,
         cache: str | None = None,
     ) -> Session:
-        """Return a session: rows of text that grow token by token, over caches with these numbers of rows and
-        positions.
+        """Open a session: rows of tokens that grow token by token, with caches for `rows` rows of `capacity` positions.
 
         cache   dtype of stored keys and values, "f32", "bf16" or "f16"; by default the model's own
 
@@ -161,10 +165,10 @@ class Compiled:
         )
 
     def report(self, **options: Any) -> Report:
-        """Return the report on the model, which a notebook shows, and whose `save` writes it to one HTML file.
+        """Return a report on the model. Notebooks display the report, and its method `save` writes one HTML file.
 
         The options are those of `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`.
-        Raises UsageError as it does.
+        Raises UsageError as `report_of` does.
         """
         made: Report = import_module("treadle.report.building").report_of(self, **options)  # which imports this module
         return made
@@ -172,7 +176,7 @@ class Compiled:
     def save(self, path: str | Path) -> str:
         """Write the model to one `.treadle` file, which `treadle.load_artifact` reads. See `treadle.artifacts.save`.
 
-        Raises UsageError if the model has a memory budget: a budget belongs to a backend, and a file has none.
+        Raises UsageError if the model has a memory budget: a budget applies to one backend, and a file stores none.
         """
         if self.memory is not None:
             raise UsageError(
@@ -188,7 +192,7 @@ class Compiled:
         return f"<compiled {self.name} on {self.backend}: ({takes}) -> ({gives})>"
 
     def _repr_html_(self) -> str:
-        """Return HTML for notebooks: inputs, outputs and, folded, the graph, the pass log, and the code."""
+        """Return HTML for notebooks: the inputs and outputs, and, collapsed, the graph, the pass log, and the code."""
         log = self.log.table() + "\n\n" + self.log.explain()
         ops, passes = sum(len(f.nodes) for f in self.graph.functions.values()), len(self.log)
         return "".join(
@@ -207,7 +211,7 @@ class Compiled:
             ("", "name", "dtype", "axes"), [(kind, p.name, str(p.dtype), ", ".join(p.axes)) for kind, p in rows]
         )
 
-    # A compiled model is immutable, and holds what cannot be copied: code and mapped files.
+    # A compiled model is immutable, so a copy is the model itself. Its code and mapped files cannot be copied.
 
     def __copy__(self) -> Self:
         return self

@@ -13,11 +13,11 @@ from treadle.backends.registry import find_backend
 from treadle.backends.staged import build
 from treadle.compiled import Compiled
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
-from treadle.passes.framework.manager import PassManager, debug_level
+from treadle.passes.framework.manager import debug_level
 from treadle.program.budgets import budget_of, parse_bytes
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import weights_of
 from treadle.specializing import Specializing
 
 Array = np.ndarray[Any, Any]
@@ -26,21 +26,20 @@ Array = np.ndarray[Any, Any]
 def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     """Compile a model: see `treadle.compile`.
 
-    If an input of an ONNX file determines shapes and the configuration does not give its value, the file is compiled at
-    the first call with each new value: `treadle.specializing`.
+    If an input of an ONNX file determines shapes, and the configuration does not set the input's value, the file is
+    compiled at the first call with each new value: see `treadle.specializing`.
     """
     where = options.where
-    run, _ = options.precision()
-    manager = PassManager(run, certify=options.certify, target=where)
+    stages = options.stages()
     chosen = find_backend(options.backend)
-    parse_bytes(options.memory)  # before anything is read
+    parse_bytes(options.memory)  # raises before any file is read
 
     source = options.open(model)
 
     def make(static: Mapping[str, Any]) -> Compiled:
-        resolved = options.resolve(source, **static)
-        optimized = manager.run(resolved.graph)
-        bound, drawn = weights_of(resolved, optimized.graph, options.arrays, options.seed)
+        program = Program(source, options).declared(**static).through(*stages)
+        resolved, optimized = program.resolved, program.optimized
+        bound, drawn = program.weights()
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(
             chosen,
@@ -71,6 +70,5 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     try:
         return make({})
     except StaticArgumentNeeded as needed:
-        _, widen = options.precision()
-        inputs = source.inputs(widen, options.config)
+        inputs = source.inputs(options.widened, options.config)
         return Specializing(inputs, needed.argument, make, backend=options.backend, target=where)

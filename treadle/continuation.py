@@ -37,14 +37,15 @@ MOST_ROWS = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """One token of a row's continuation, yielded as soon as it is known.
+    """One token of a row's continuation, yielded as soon as the token is chosen.
 
-    row     the prompt's number
-    text    new text; empty while a character's bytes are incomplete, or while a stop string may have begun
-    id      the token
-    ending  why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it continues
+    row     the index of the prompt
+    text    new text; empty while a character's bytes are incomplete, or while the text may begin a stop string
+    id      the token's id
+    ending  the reason why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it
+            does not end
     logprob the natural logarithm of the probability that the model gave the token
-    likely  the most likely tokens at this position with their logprobs, as many as requested
+    likely  the most likely tokens at this position with their logprobs, as many as the caller requested
     """
 
     row: int
@@ -66,8 +67,8 @@ class FoundText:
 
     text    the text without the end token
     tokens  the ids, including the end token
-    score   the score by which a prompt's continuations are ranked
-    ending  why the text ends
+    score   the score by which the continuations of a prompt are ranked
+    ending  the reason why the text ends, as in `Piece.ending`
     """
 
     text: str
@@ -77,7 +78,7 @@ class FoundText:
 
 
 class GrowingText:
-    """The text of a row, up to the last character that can no longer change."""
+    """The decoded text of a row, without the last characters while further tokens can still change them."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
         self.tokenizer, self.stop = tokenizer, stop
@@ -85,13 +86,15 @@ class GrowingText:
         self.whole = self.emitted = ""
 
     def add(self, token: int) -> bool:
-        """Add a token. Return True if a stop string ends the text with it."""
+        """Add a token. Return True if the text now contains a stop string."""
         self.ids.append(token)
         self.whole = self.tokenizer.text(self.ids)
         return self.stop.split(self.whole)[1]
 
     def tell(self, is_last: bool) -> str:
-        """Return the text that is new and final. If the row has ended, return all text up to a stop string."""
+        """Return the text that is new and final. If the row has ended (`is_last`), return all remaining text, up to a
+        stop string.
+        """
         certain, ends = self.stop.split(self.whole)
         if is_last and not ends:
             certain = self.whole
@@ -103,9 +106,9 @@ class GrowingText:
 
 @dataclass(frozen=True)
 class TextWriter:
-    """A causal language model, its tokenizer, and its chat template if it has one.
+    """A causal language model with its tokenizer, and with its chat template if it has one.
 
-    asked  what its folder asks of each token, and the ids that end a text
+    asked  the folder's generation settings: the token rules, and the ids that end a text
     """
 
     model: SteppedModel
@@ -126,12 +129,12 @@ class TextWriter:
         stepped: Callable[..., SteppedModel] = open_stepped,
         **options: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer; options as in `treadle.compile`, and `cache`.
+        """Compile a model that has a tokenizer. The options are those of `treadle.compile`, and `cache`.
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 
-        Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. An
-        unsupported model is reported before anything that its tokenizer lacks.
+        Raises UsageError if MODEL has no weights or is not a causal language model, and the errors of reading it. If
+        the model is unsupported and the tokenizer has an error, too, the error is about the model.
         """
         chosen = CompileOptions.of("generate", options)
         source = chosen.open(model)
@@ -144,7 +147,7 @@ class TextWriter:
             raise UsageError(
                 f"{printable(source.label)} does not continue text: it is not a causal language model",
                 received=error.what,
-                hint="use a model that is, such as smollm2; treadle embed, classify, fill and others run other kinds",
+                hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
             ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
@@ -167,15 +170,17 @@ class TextWriter:
         tally: SpeculationTally | None = None,
         special: bool = True,
     ) -> Iterator[Piece]:
-        """Continue each prompt by up to `most` tokens, to the model's end of text, or to a stop string.
+        """Continue each prompt by up to `most` tokens, to the model's end-of-text token, or to a stop string.
 
-        rules   token rules (logits processors); None: those of the folder
-        stop    strings that end a text; they are not part of it
+        rules   token rules (logits processors); None: the folder's rules
+        stop    strings that end a text; they are not part of the text
         likely  number of most likely tokens to report with each token
-        guess   the guesser of speculative decoding, used for one prompt after another; `tally` counts accepted guesses
-        special True if the tokenizer adds its special tokens to a prompt; a chat template has added them already
+        guess   the draft method of speculative decoding; prompts are then continued one after another
+        tally   counts the drafted tokens and the accepted ones
+        special True if the tokenizer adds its special tokens to a prompt; pass False for prompts from a chat template,
+                which already has them
 
-        Raises UsageError at once for an empty prompt, or one that leaves no room.
+        Raises UsageError at once for an empty prompt, or for a prompt that leaves no room for a token.
         """
         watch, rows = StopStrings(stop), self.tokens(prompts, special=special)
         growing = [GrowingText(self.tokenizer, watch) for _ in rows]
@@ -200,8 +205,8 @@ class TextWriter:
         rules: TokenRules | None = None,
         special: bool = True,
     ) -> list[list[FoundText]]:
-        """Return the best continuations of each prompt that a beam search finds, best first. Rules and errors are those
-        of `continued`.
+        """Return the best continuations of each prompt that a beam search finds, best first. Rules and errors are as in
+        `continued`.
         """
         rows = self.tokens(prompts, special=special)
         session = self._session(rows, most, beams.count)
@@ -213,8 +218,8 @@ class TextWriter:
         ]
 
     def tokens(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the ids of each prompt. Raises UsageError if there is no prompt, or one is not a string or not valid
-        Unicode.
+        """Return the token ids of each prompt. Raises UsageError if there are no prompts, or if a prompt is not a
+        string or not valid Unicode.
         """
         if not prompts:
             raise UsageError("there is no text")
@@ -225,15 +230,13 @@ class TextWriter:
         return [list(whole.ids) for (whole,) in self.tokenizer.encode(prompts, special=special)]
 
     def chat_template(self) -> ChatTemplate:
-        """The template in which the model expects a conversation. Raises UsageError if the model was not trained for
-        conversations.
-        """
+        """Return the chat template that the model was trained with. Raises UsageError if the model has none."""
         from treadle.chatting.templates import ChatTemplate
 
         if self.template is None:
             raise UsageError(
                 f"{self.model.name} has no chat template: it was not trained for conversations",
-                hint="use a model that was, or a prompt to continue",
+                hint="a chat model, or a prompt to continue",
             )
         return ChatTemplate(self.template, self.tokenizer.special_names)
 
@@ -269,7 +272,9 @@ class TextWriter:
 
 
 def need_for_text(model: AnyModel, *, chat: bool = False) -> None:
-    """Raise FrontendError if a package is missing that text generation, or a conversation, needs with this model."""
+    """Raise FrontendError if a package is missing that text generation with this model needs, or, if `chat`, a
+    conversation with it.
+    """
     source = ModelSource.open(model)
     of_file = ["gguf"] if source.kind == "gguf" else []
     need_packages(f"text from {printable(source.label)}", "tokenizers", *of_file, *(["jinja2"] if chat else []))

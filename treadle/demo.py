@@ -1,4 +1,4 @@
-"""The demo, `make demo`: a model declared, compiled, inspected, and run on real weights on every backend."""
+"""The demo, `make demo`: declare a model, compile it, inspect it, and run it with real weights on every backend."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SENTENCES = (
 
 @t.model
 def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, eps: float = 1e-5) -> t.Tensor:
-    """A transformer's feed-forward part in plain arithmetic, as in a paper's equations."""
+    """The feed-forward part of a transformer in plain arithmetic, like the equations of a paper."""
     centred = x - t.reduce_mean(x, axes=(2,), keep=True)
     variance = t.reduce_mean(centred**2, axes=(2,), keep=True)
     y = centred / t.sqrt(variance + eps) * t.parameter("norm.weight", 64, init="ones")
@@ -61,7 +61,7 @@ def feed_forward(x: Annotated[t.Tensor, t.f32["B S 64"]], *, hidden: int = 256, 
 
 
 def main() -> None:
-    """Run the demo. Exit with status 2 if something is not available, usually the network."""
+    """Run the demo. Exit with status 2 if a package or the network is not available."""
     out = console()
     try:
         demonstrate(out)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def demonstrate(out: Console) -> None:
-    """Print the demo. Raises TreadleError if the model cannot be fetched, or fails to run."""
+    """Print the demo. Raises TreadleError if the model cannot be fetched, or if a run fails."""
     out.print("\n[bold]Treadle[/], a compiler for transformers", markup=True)
     numbers = count(1)
 
@@ -155,7 +155,9 @@ def _bring(out: Console, name: str) -> None:
 
 
 def _continue(out: Console, prompt: str, most: int) -> TextWriter:
-    """Print a continuation while it is generated, on the fastest installed backend. Return the writer."""
+    """Print a continuation while it is generated, on the fastest installed backend. Return the writer, to generate
+    more.
+    """
     backend = next(name for name in ("tvm", "torch", "numpy") if find_backend(name).available() is None)
     with working(f"compiling smollm2 for {backend}"):
         started = time.perf_counter()
@@ -191,7 +193,7 @@ def _say(out: Console, text: str) -> None:
 
 
 def _show_code(out: Console, text: str, fit: Callable[[str, int], str] = fit_code) -> None:
-    """Print code, in colors and fitted to the width on a terminal, unchanged in a pipe."""
+    """Print code: with colors and fitted to the width on a terminal, unchanged in a pipe."""
     if not out.is_terminal:
         out.print(text.rstrip(), soft_wrap=True)
         return
@@ -200,7 +202,7 @@ def _show_code(out: Console, text: str, fit: Callable[[str, int], str] = fit_cod
 
 
 def _body(model: Model) -> str:
-    """Return a declaration's source without its docstring and comments for type checkers."""
+    """Return the source of a declaration without its docstring and without comments for type checkers."""
     first, quotes, rest = re.sub(r"  # type: ignore.*", "", model.source).partition('    """')
     return first + rest.partition('"""\n')[2] if quotes else first
 
@@ -217,7 +219,7 @@ def _routine(source: str, name: str) -> str:
 
 
 def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, SentenceEmbedder]:
-    """Open MiniLM on each of our backends that is installed."""
+    """Open MiniLM on each of our backends that is installed. Return the embedders by backend."""
     found = {"numpy": on_numpy}
     for name in ("torch", "tvm"):
         reason = find_backend(name).available()
@@ -230,7 +232,7 @@ def _embedders(out: Console, on_numpy: SentenceEmbedder) -> Mapping[str, Sentenc
 
 
 def _open_timed(name: str, backend: str) -> tuple[SentenceEmbedder, float]:
-    """Open a model on a backend. Return it with its compile time in seconds, without the load time of the libraries."""
+    """Open a model on a backend. Return the model with its compile time in seconds, without the import of libraries."""
     with working(f"compiling {name} for {backend}"):
         t.compile(feed_forward, backend=backend)  # loads the libraries
         started = time.perf_counter()
@@ -249,7 +251,7 @@ def _embed_on_backends(out: Console, embedders: Mapping[str, SentenceEmbedder]) 
 
 
 def _warm_seconds(run: Callable[[], object]) -> float:
-    """Return the median time of five runs, after two in which threads start and caches fill."""
+    """Return the median time of five runs in seconds, after two warm-up runs that start threads and fill caches."""
     seconds = []
     for _ in range(7):
         started = time.perf_counter()

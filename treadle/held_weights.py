@@ -15,10 +15,10 @@ Array = np.ndarray[Any, Any]
 
 
 class HeldWeights(Mapping[str, Array]):
-    """Weights by name, each a read-only view; nothing is copied.
+    """A mapping of weights by name to read-only views. Nothing is copied.
 
-    The executable has its own layouts of the weights, so a write could reach some of them and not others. To use other
-    weights, compile again: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
+    The executable may hold copies of weights in other layouts, so a write would change the results only in part. To use
+    other weights, compile again: `t.compile(model, weights={**exe.weights, "wte.weight": other})`.
     """
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class HeldWeights(Mapping[str, Array]):
 
 
 def _unwritable(array: Any) -> Any:
-    """Return a read-only view of a NumPy array; other objects, such as tensors, unchanged."""
+    """Return a read-only view of a NumPy array. Return any other object, such as a torch tensor, unchanged."""
     if not isinstance(array, np.ndarray):
         return array
     view = array.view()

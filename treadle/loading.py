@@ -20,13 +20,13 @@ from treadle.tasks.loaded import LoadedModel
 
 
 def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
-    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. The result classifies,
-    answers, translates, ...
+    """Load a checkpoint folder with its tokenizer, a GGUF file, or a fetched model's name. Return an object whose
+    methods are the model's tasks: classify, answer, translate, ...
 
     OPTIONS
 
-    A model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and for
-    an option of artifacts.
+    The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
+    for an option that only artifacts have.
     """
     name = model.label if isinstance(model, ModelSource) else os.fspath(model)
     if is_artifact(name) and os.path.exists(name):
@@ -39,7 +39,7 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
         what = "a model that is loaded for tasks does not accept check"
         raise UsageError(what, received=name, hint=f"treadle.load_artifact({name!r}, check=False)")
     program = Program.of(model if isinstance(model, ModelSource) else name, **options)
-    if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is found at its first task
+    if isinstance(model, ModelSource) or not is_fetched(name):  # a fetched model is looked up at its first task
         place = program.source.place
         if not place.is_dir() and place.suffix != GGUF_SUFFIX:
             what = "a model for tasks is a folder or a GGUF file"

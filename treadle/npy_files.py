@@ -1,4 +1,4 @@
-"""Arrays in .npy files: read under limits and without pickle, written completely or not at all.
+"""Arrays in .npy files: read with size limits and without pickle; written completely or not at all.
 
 Source: the .npy format, https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
@@ -27,8 +27,8 @@ _READ_BYTES = 4 << 30
 def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
     """Return the array in a .npy file.
 
-    Raises CheckpointError if the file does not exist, is damaged or truncated, or holds Python objects (which would be
-    unpickled), or more bytes than the limit.
+    Raises CheckpointError if the file does not exist, is damaged or truncated, holds Python objects (which would need
+    pickle), or holds more bytes than the limit.
     """
     shown = shown_path(path)
     with open_regular(path, shown) as file:
@@ -44,7 +44,7 @@ def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
         except (ValueError, EOFError, OverflowError, SyntaxError, TypeError, TokenError) as error:
             raise _refusal("not a .npy file", printable(str(error)), shown) from None
         if dtype.hasobject or dtype.names is not None:
-            raise _refusal("the file does not hold plain numbers", f"dtype {printable(str(dtype))}", shown)
+            raise _refusal("the file does not hold an array of numbers", f"dtype {printable(str(dtype))}", shown)
         declared, held = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
         if any(n < 0 for n in shape) or declared > held:
             raise _refusal("the file is truncated", f"{held} bytes of shape {list(shape)}, {dtype}", shown)
@@ -55,9 +55,10 @@ def read_npy(path: str | Path, *, limit_bytes: int = _READ_BYTES) -> Array:
 
 
 def write_npy(folder: Path, arrays: Mapping[str, Array]) -> list[Path]:
-    """Write each array to `folder/NAME.npy`, creating the folder if necessary; existing files are replaced.
+    """Write each array to `folder/NAME.npy`, and return the paths. The folder is created if necessary, and existing
+    files are replaced.
 
-    Raises UsageError if this fails.
+    Raises UsageError if a file cannot be written.
     """
     written = []
     try:

@@ -1,9 +1,9 @@
-"""Progress messages on standard error while work lasts. If standard error is not a terminal, nothing is shown.
+"""Progress messages on standard error during long work. If standard error is not a terminal, nothing is printed.
 
     with working("compiling gpt2"):
         made = treadle.compile("gpt2")
 
-Messages are removed when the work ends, so that only results stay on a terminal.
+Messages are erased when the work ends, so that only results remain on the terminal.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-_PATIENCE = 0.5  # seconds before work is shown, so that short work does not flicker
+_PATIENCE = 0.5  # seconds before a message appears, so that short work does not flicker
 
 
 @contextmanager
 def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
-    """Show a description of the work and its elapsed time while the block runs; quick work is not shown.
+    """Show a description of the work and the elapsed time while the block runs. Quick work is not shown.
 
     Yields a function that prints a line to standard output meanwhile, above the progress line.
     """
@@ -64,7 +64,7 @@ def working(what: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]
 
 @contextmanager
 def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar of downloaded bytes. Yields a function that takes the number of bytes so far."""
+    """Show a progress bar of downloaded bytes. Yields a function that takes the number of bytes downloaded so far."""
     if not shown or not _is_watched():
         yield lambda _: None
         return
@@ -79,7 +79,9 @@ def downloading(what: str, size: int, *, shown: bool = True) -> Iterator[Callabl
 
 @contextmanager
 def counting(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar of finished items. Yields a function that takes their number. A single item gets no bar."""
+    """Show a progress bar of finished items. Yields a function that takes the number of items finished so far. If
+    `total` is 1, there is no bar.
+    """
     if not shown or total < 2 or not _is_watched():
         yield lambda _: None
         return
@@ -102,7 +104,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
     from treadle.reporting.tables import console
 
-    # The streams are not redirected: output printed meanwhile goes to its own stream.
+    # The streams are not redirected: text printed meanwhile goes to its own stream.
     return Progress(
         *columns, console=console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
     )

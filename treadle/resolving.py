@@ -1,4 +1,4 @@
-"""Resolve MODEL in one step, for a caller that needs nothing else of it."""
+"""Resolve MODEL in one call, for callers that do not need the opened `ModelSource`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def resolve(
     outputs: Sequence[str] | None = None,
     **config: Any,
 ) -> Resolved:
-    """Trace the model that MODEL names, with the files of `ModelSource.open` and the choices of `ModelSource.resolve`.
-    Raises as these do.
+    """Trace the model that MODEL names: call `ModelSource.open`, then `ModelSource.resolve`. Raises as these methods
+    do.
     """
     source = ModelSource.open(model, limits=limits)
     return source.resolve(inputs=inputs, outputs=outputs, widen=widen, deferred=deferred, **config)

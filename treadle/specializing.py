@@ -6,12 +6,12 @@
     exe(x=rows, k=3)                                         # runs the first compilation
     exe.at(k=3).graph                                        # properties that depend on the value
 
-These inputs are found while the file is imported: the import stops at the first value that it needs, and continues once
-it has it, perhaps to the next. An input may be needed for some values of another input only (a branch of an If). So the
-path to a specialization is followed step by step: (), where k is needed; (k = 3), where n is needed; (k = 3, n = 2),
-which is compiled.
+These inputs are found while the file is imported. The import stops at the first input whose value it needs. When the
+value is known, the import starts again, and may stop at another input. An input may be needed only for some values of
+another input (a branch of an If). So a specialization is reached by a path of values: at (), k is needed; at (k = 3), n
+is needed; (k = 3, n = 2) is compiled.
 
-The file is parsed once, and its weights are read once. The cache of specializations is bounded for any calls.
+The file is parsed once, and its weights are read once. The cache of specializations has a fixed maximum size.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Array = np.ndarray[Any, Any]
 Held = TypeVar("Held")
 
 MOST_KEPT = 16
-"""Maximum number of cached specializations; the least recently used one is dropped for a new one."""
+"""Maximum number of cached specializations. A new one replaces the least recently used one."""
 MOST_ELEMENTS = 4096
 """Maximum number of elements of an input that determines shapes."""
-_STEPS_KEPT = 16 * MOST_KEPT  # on the paths to them: values, and the input that is needed next
+_STEPS_KEPT = 16 * MOST_KEPT  # limit for cached prefixes of paths, each with the input needed next
 
 
 class StaticValue(NamedTuple):
-    """The value of an input, hashable: compared by the bytes of its elements in the dtype of the input."""
+    """The value of an input, hashable. Two values are equal if their elements have equal bytes in the input's dtype."""
 
     name: str
     dtype: str
@@ -66,13 +66,13 @@ class StaticValue(NamedTuple):
 
 
 Way = tuple[StaticValue, ...]
-"""Values in the order in which they are needed."""
+"""A path: values of inputs, in the order in which the import needs them."""
 
 
 class Specialization(NamedTuple):
     """A compilation for values of the inputs that determine shapes.
 
-    static    the values by name; they are not inputs of the compiled model
+    static    the values by name; these inputs are constants in the compiled model
     compiled  the compiled model
     """
 
@@ -81,15 +81,17 @@ class Specialization(NamedTuple):
 
 
 class Specializing(Compiled):
-    """A model in which inputs determine shapes. Call it as any other; `treadle.compile` returns it for such a file.
+    """A model in which inputs determine shapes. It is called like any compiled model; `treadle.compile` returns it for
+    such a file.
 
-    static           the inputs known to determine shapes, so far
+    static           names of the inputs that are known so far to determine shapes
     specializations  the cached specializations
 
-    A call, or `at`, compiles for new values, and caches up to `MOST_KEPT` specializations, the most recently used ones.
-    `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value: here they
-    raise UsageError, and the result of `at` has them. Threads may share it: one compiles at a time, while others run.
-    docs/decisions/0007-static-arguments.md explains why it is a `Compiled`.
+    A call, or `at`, compiles the model for new values, and caches up to `MOST_KEPT` specializations, the most recently
+    used ones. `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value:
+    they raise UsageError on this object, and are available on the result of `at`. Threads may share the object: one
+    thread compiles at a time, while others run. docs/decisions/0007-static-arguments.md explains why this class is a
+    subclass of `Compiled`.
     """
 
     def __init__(
@@ -101,8 +103,11 @@ class Specializing(Compiled):
         backend: str,
         target: Target,
     ) -> None:
-        """inputs: a graph of the inputs alone. static: the input at which the import of the file stopped. make: imports
-        the file with values of inputs, and compiles it.
+        """Create the model without compiling it.
+
+        inputs  a graph that has only the model's inputs
+        static  the name of the input at which the import of the file stopped
+        make    a function that imports the file with these values of inputs, and compiles it
         """
         for name, value in (("name", inputs.name), ("backend", backend), ("target", target)):
             object.__setattr__(self, name, value)
@@ -119,7 +124,7 @@ class Specializing(Compiled):
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """Inputs of a call: name, dtype, axes; including those that determine shapes."""
+        """Inputs of a call (name, dtype, axes), including the inputs that determine shapes."""
         return self._signature.ports
 
     @property
@@ -157,10 +162,10 @@ class Specializing(Compiled):
     # -- running ---------------------------------------------------------------------------------------------------
 
     def __call__(self, /, *unnamed: Any, **arrays: Any) -> Outputs:
-        """Run on arrays by name, compiled for the values of the inputs that determine shapes.
+        """Run the model on arrays by name. It is compiled first if the values that determine shapes are new.
 
         Raises BackendError if arrays do not match `inputs`, and the errors of `compile` if the model does not accept
-        the values; nothing is cached then.
+        the values; a failed compilation is not cached.
         """
         self._refuse_unnamed(unnamed)
         self._signature.check_names(arrays)
@@ -169,9 +174,10 @@ class Specializing(Compiled):
         return compiled(**{name: array for name, array in arrays.items() if name not in chosen})
 
     def at(self, /, **static: Any) -> Compiled:
-        """Return the model compiled for these values; it is compiled now unless it is cached.
+        """Return the model compiled for these values. It is compiled now unless it is in the cache.
 
-        Raises UsageError if a value is missing, or does not determine a shape; other errors as in a call.
+        Raises UsageError if a value is missing, or if an input in `static` does not determine a shape; and the errors
+        of a call.
         """
         way, compiled = self._found(static)
         more = [name for name in static if name not in {c.name for c in way}]
@@ -200,7 +206,9 @@ class Specializing(Compiled):
             way = (*way, self._chosen(self._ports[found], given[found]))
 
     def _look(self, way: Way) -> Compiled | str | None:
-        """Return the cache entry at the end of a path: a compiled model, or the input that is needed next."""
+        """Return the cache entry at the end of a path: a compiled model, or the name of the input that is needed next.
+        Return None if there is no entry.
+        """
         with self._lock:
             for known in (self._kept, self._needed):
                 if way in known:
@@ -230,12 +238,14 @@ class Specializing(Compiled):
             return compiled
 
     def _chosen(self, port: Port, given: Any) -> StaticValue:
-        """Check the value that a caller passed for an input. Raises BackendError."""
+        """Return the value that a caller passed for an input, checked. Raises BackendError if it does not match the
+        input.
+        """
         if port.dtype.numpy is None:
             raise BackendError(f"{port.dtype} cannot determine a shape", within=str(port))
         array = numpy_taken(port, given)
         if not array.ndim and all(size.constant == 1 for size in port.type.shape):
-            array = array.reshape([1] * port.type.rank)  # a number for a tensor with one element
+            array = array.reshape([1] * port.type.rank)  # a scalar is accepted for a tensor of one element
         wrong = solve_sizes(port.type, array.shape, {})
         hint = f"an array [{', '.join(port.axes)}]" if port.axes else "a number"
         if wrong is None and prod(array.shape) > MOST_ELEMENTS:

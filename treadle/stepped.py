@@ -1,4 +1,4 @@
-"""The decoding step of a model: derived, compiled for a backend and target, over the same weights as the model itself.
+"""The decoding step of a model: derived, compiled for a backend and target, and run with the model's own weights.
 
 model = open_stepped("smollm2", backend="tvm")
 session = model.session(rows=8, capacity=2048)
@@ -21,11 +21,12 @@ from treadle.frontends.rotary import LongRope
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.framework.manager import Optimized
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.options import CompileOptions
+from treadle.program.program import Program
 from treadle.program.source import AnyModel
-from treadle.program.weights import weights_of
 from treadle.runtime.session import CHUNK, Full, Session
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class SteppedModel:
-    """The compiled step that sessions of a model share.
+    """The compiled decoding step that sessions of a model share.
 
     name        the model's name
-    derived     the graph of entries
-    optimized   the graph after the backend's passes
+    derived     the step's graph, with one function per entry
+    optimized   the step's graph after the backend's passes
     executable  the compiled entries
     backend     the backend's name
     """
@@ -64,11 +65,11 @@ class SteppedModel:
         """Open a session, whose rows grow token by token; see `treadle.runtime.session.Session`.
 
         rows      maximum number of open rows
-        capacity  maximum number of tokens of each row; None: as many as the model supports
+        capacity  maximum number of tokens of each row; None: the model's maximum
         chunk     maximum number of tokens of a row in one call
         full      what happens to a row that is full: "error", or "slide", which drops the older half
-        memory    largest sizes of inputs that a row passes once, such as a source text, by name (`{"S": 512}`)
-        resumes   True if rows reuse cached prefixes of slots; None: if the results stay bitwise identical
+        memory    maximum sizes of inputs that are passed once per row, such as a source text, by symbol (`{"S": 512}`)
+        resumes   True if rows reuse cached prefixes of slots; None: only if results stay bitwise identical
 
         Raises UsageError for sizes that the model does not support, BackendError if there is not enough memory.
         """
@@ -92,35 +93,38 @@ class SteppedModel:
 def step_of(
     name: str, graph: Graph, backend: str, target: Target, weights: Mapping[str, Array], cache: str | None = None
 ) -> SteppedModel:
-    """Derive the step of an optimized graph, and compile it; `cache` is the dtype of its caches, see `derive_step`.
+    """Derive the decoding step of an optimized graph, and compile it. `cache` is the dtype of its caches; see
+    `derive_step`.
 
-    Raises PassError with the reasons if the model has no step; BackendError if the backend does not support states.
+    Raises PassError, with the reasons, if no step can be derived from the model; BackendError if the backend does not
+    support states.
     """
-    derived = derive_step(graph, cache=cache)
+    derived = run(graph, [Step(cache)]).products[DerivedStep]
     executable, optimized = build(find_backend(backend), derived.graph, target, weights)
-    assert isinstance(executable, StatefulExecutable)  # other backends are refused where executables are built
+    assert isinstance(executable, StatefulExecutable)  # `build_executable` refuses other backends
     return SteppedModel(name, derived, optimized, executable, backend)
 
 
 def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
-    """Compile the step of the model that MODEL names, which must have weights. Raises as `compile` does; PassError for
-    no step.
+    """Compile the decoding step of the model that MODEL names. The model must have weights.
 
     A model whose rotary frequencies change for longer texts (`LongRope`) is compiled up to its full context, unless
-    `longest` is given.
+    `longest` is passed.
 
-    options  as in `treadle.compile`, and `cache`, the dtype of its caches
+    options  the options of `treadle.compile`, and `cache`, the dtype of the caches
+
+    Raises as `compile` does; UsageError if the model has no weights; PassError if no step can be derived.
     """
     chosen = CompileOptions.of("session", options)
     source = chosen.open(model)
-    resolved = chosen.resolve(source)
+    program = Program(source, chosen).declared()
+    resolved = program.resolved
     known = {} if resolved.model is None else {**resolved.model.defaults, **resolved.model.config}
     scaling = known.get("scaling")
     if isinstance(scaling, LongRope) and known.get("longest", 0) is None:
-        resolved = chosen.resolve(source, longest=scaling.context)
-    if chosen.arrays is None and resolved.weights is None:
+        program = Program(source, chosen).declared(longest=scaling.context)
+    if chosen.arrays is None and program.resolved.weights is None:
         raise UsageError(f"{printable(source.label)} has no weights", hint="a folder with a checkpoint, or a GGUF file")
-    passes, _ = chosen.precision()
-    graph = PassManager(passes, certify=chosen.certify).run(resolved.graph).graph
-    weights, _ = weights_of(resolved, graph, chosen.arrays, 0)
-    return step_of(resolved.name, graph, chosen.backend, chosen.where, weights, chosen.cache)
+    program = program.through(*chosen.stages())
+    weights, _ = program.weights()
+    return step_of(resolved.name, program.graph, chosen.backend, chosen.where, weights, chosen.cache)

@@ -33,16 +33,18 @@ def verify_model(
     emit: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> VerificationReport:
-    """Run a model in every backend on random inputs, and compare with the float64 reference, whole and op by op.
+    """Run a model on random inputs in every backend, and compare the results with the float64 reference: the outputs,
+    and each op.
 
     model     as in `treadle.compile`, or an artifact, whose own graphs and weights are then verified
-    backends  names of backends; default: all that are registered
-    sizes     sizes of symbols; a small size is chosen for a missing symbol, and a few sets of small sizes by default
-    emit      called with each line of the report as soon as it is known
-    options   as in `treadle.compile`; `seed` also draws the inputs
+    backends  names of backends; default: all registered backends
+    sizes     mappings of symbols to sizes; default: a few mappings of small sizes. A missing symbol gets a small
+              size.
+    emit      called with each line of the report as soon as the line is complete
+    options   the options of `treadle.compile`; `seed` also draws the inputs
 
-    The reference computes every op in float64, so a large model takes long. Raises as `compile` does for a model that
-    cannot be read or traced, and UsageError if no input can be drawn; a backend that fails is in the report.
+    The reference computes every op in float64, so a large model takes long. Raises as `compile` does if the model
+    cannot be read or traced, and UsageError if no input can be drawn. The failure of a backend is part of the report.
     """
     chosen = CompileOptions.of("verify", options)
     if is_artifact(model):

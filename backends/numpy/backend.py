@@ -25,6 +25,7 @@ from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, bf16
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
@@ -43,6 +44,8 @@ _WITHOUT_BF16 = Hint(
 
 
 _WITHOUT_BF16_CACHES = Hint('cache="f16", or backend="torch"', "--cache f16, or --backend torch")
+
+_CAPABILITIES = Capabilities("numpy", keeps=keeps, placed=is_placed, over=written_over, workspaces=workspace)
 
 
 class NumpyBackend(StagedBackend):
@@ -79,11 +82,15 @@ class NumpyBackend(StagedBackend):
         held = any(value.type.dtype is bf16 for value in graph.states.values())
         refuse_nodes(graph, self.name, self.supports, hint=_WITHOUT_BF16_CACHES if held else _WITHOUT_BF16)
 
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return the ops that NumPy computes, and the places that they can write to."""
+        return _CAPABILITIES
+
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, compute derived weights once, and plan storage and lifetime of each array."""
-        products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
-        plan = PlanStorage(placed=is_placed, over=written_over, workspaces=workspace, copies=True)
-        return (*products, HoistWeights(), plan)
+        mine = self.capabilities(target)
+        products = (OpenBlockProducts(), Legalize(mine), DecodeLast(), MultiplyBlocks(mine))
+        return (*products, HoistWeights(mine), PlanStorage(mine, copies=True))
 
     def emit(
         self,

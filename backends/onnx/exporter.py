@@ -33,9 +33,11 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.inline import inline_calls
 from treadle.ir.types import Type, bf16
-from treadle.passes.framework.manager import Pass, PassManager
+from treadle.passes.capabilities import Capabilities
+from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassLog
 from treadle.passes.lowering.legalize import Legalize
+from treadle.passes.stages import Lower, run
 
 Array = np.ndarray[Any, Any]
 
@@ -250,14 +252,14 @@ class _Model:
     def __init__(self, graph: Graph, opset: int) -> None:
         self.graph = graph
         self.w = OnnxWriter(graph, opset, keeps(opset), spell)
-        self.lowered = PassManager(self.pipeline()).run(inline_calls(graph))
+        self.lowered = run(inline_calls(graph), [Lower(self.pipeline())])
         self.main = self.lowered.graph.main
         self.tensors: dict[Value, Tensor] = {}
         self.outputs = self._write()
 
-    def pipeline(self) -> Sequence[Pass]:
+    def pipeline(self) -> tuple[Pass, ...]:
         """Return the passes that follow the portable ones: ops without an operator are replaced by their bodies."""
-        return (Legalize(self.w.keeps),)
+        return (Legalize(Capabilities(keeps=self.w.keeps)),)
 
     def _write(self) -> dict[str, Tensor]:
         for value in self.main.inputs:

@@ -25,7 +25,7 @@ from treadle.ir.literals import Literal
 from treadle.ir.sizing.sizes import Quotient, Size
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.types import DType, Type, i64
-from treadle.passes.lowering.legalize import Keeps
+from treadle.passes.capabilities import Keeps
 
 NAMED |= {f"tensor(float{ours[1:]})": dtype for ours, (_, dtype) in NARROW.items()}
 

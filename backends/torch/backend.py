@@ -35,6 +35,7 @@ from treadle.ir.ops.blocks import GROUPS, ROWS, STEPS
 from treadle.ir.ops.products import Einsum, MatMul
 from treadle.ir.target import Target
 from treadle.ir.types import DType, Type, f32
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast
@@ -54,6 +55,8 @@ _KNOWN = 4096
 """Maximum number of integers of an input that the host keeps besides the device."""
 
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+
+_CAPABILITIES = Capabilities("torch", keeps=keeps, layouts=wants, placed=is_placed, over=written_over)
 
 
 class TorchBackend(StagedBackend):
@@ -99,15 +102,18 @@ class TorchBackend(StagedBackend):
 
         refuse_nodes(graph, self.name, refusal)
 
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return the ops that PyTorch computes, and the places that they can write to."""
+        return _CAPABILITIES
+
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
         once, and plan the lifetime of each tensor.
         """
-        on_cpu = not find_device(target).is_asynchronous
-        layouts = (AssignLayouts(wants, alone=True),) if on_cpu and can_pack() else ()
-        plan = PlanStorage(placed=is_placed, over=written_over)
-        products = (OpenBlockProducts(), Legalize(keeps), DecodeLast(), MultiplyBlocks())
-        return (*products, *layouts, HoistWeights(), plan)
+        mine, on_cpu = self.capabilities(target), not find_device(target).is_asynchronous
+        layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
+        products = (OpenBlockProducts(), Legalize(mine), DecodeLast(), MultiplyBlocks(mine))
+        return (*products, *layouts, HoistWeights(mine), PlanStorage(mine))
 
     def emit(
         self,
@@ -142,7 +148,8 @@ class PlainTorch(TorchBackend):
     """The PyTorch backend without packed layouts, for measuring a model that uses PyTorch's own functions."""
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
-        return (Legalize(keeps), HoistWeights(), PlanStorage())
+        mine = self.capabilities(target)
+        return (Legalize(mine), HoistWeights(mine), PlanStorage())
 
 
 def _fill(array: torch.Tensor) -> None:

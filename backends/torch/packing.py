@@ -25,7 +25,7 @@ from treadle.ir.layouts import Layout
 from treadle.ir.ops.activated_products import ActivatedLinear
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.types import bf16, f32
-from treadle.passes.lowering.assign_layouts import Reads
+from treadle.passes.capabilities import Reads
 
 if TYPE_CHECKING:
     import torch

@@ -6,15 +6,16 @@ of calls (`executable`). TVM is imported only when a kernel has to be compiled.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.protocol import Executable
 from treadle.backends.refusals import refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
+from treadle.backends.tvm.capabilities import capabilities, planning
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
@@ -23,22 +24,21 @@ from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
 from treadle.backends.tvm.kernels.runner import Runner
-from treadle.backends.tvm.lowering.chains import PLAN
-from treadle.backends.tvm.lowering.encoded_rules import takes_blocks
-from treadle.backends.tvm.lowering.program import kernels_of
+from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
-from treadle.backends.tvm.weight_packing import multiplies_rows, pack_weights, wants, wants_blocks
+from treadle.backends.tvm.weight_packing import pack_weights
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
 from treadle.ir.types import Type
+from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
-from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks, in_blocks
+from treadle.passes.lowering.read_blocks import DecodeWhereRead, ReadBlocks
 from treadle.passes.lowering.round_sooner import RoundSooner
 from treadle.passes.memory.frames import Frame
 from treadle.passes.memory.storage_plan import StoragePlan
@@ -50,6 +50,9 @@ class TvmBackend(StagedBackend):
     """
 
     name = "tvm"
+
+    def __init__(self) -> None:
+        self._last: tuple[weakref.ref[Graph], StoragePlan, Target, KernelProgram] | None = None
 
     def available(self) -> str | None:
         """Return None if TVM is installed, else a message."""
@@ -74,23 +77,40 @@ class TvmBackend(StagedBackend):
         isa_of(target)
         refuse_nodes(graph, self.name, self.supports)
 
+    def capabilities(self, target: Target) -> Capabilities:
+        """Return the ops that our kernels compute, the layouts in which they read operands, and their chains."""
+        return capabilities(isa_of(target))
+
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, choose weight layouts, move computations on weights into `bind`, plan
         storage.
         """
-        isa = isa_of(target)
-        layouts = (ReadBlocks(wants_blocks(isa), partial(multiplies_rows, isa=isa)), AssignLayouts(wants(isa)))
-        products = (Legalize(keeps), DecodeNarrow(), DecodeLast(), MultiplyBlocks(takes_blocks), RoundSooner())
-        return (*products, *layouts, HoistWeights(in_blocks), DecodeWhereRead(), PLAN)
+        mine = self.capabilities(target)
+        products = (Legalize(mine), DecodeNarrow(), DecodeLast(), MultiplyBlocks(mine), RoundSooner())
+        layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
+        return (*products, *layouts, planning(mine))
+
+    def _program(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
+        """Return the calls of kernels of a lowered graph.
+
+        The last program is kept until it is emitted, since a memory limit is checked on it before.
+        """
+        if self._last is not None:
+            of, planned, on, program = self._last
+            if of() is graph and planned is plan and on == target:
+                return program
+        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        self._last = weakref.ref(graph), plan, target, program
+        return program
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""
-        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        program = self._program(graph, target, plan)
         return {routine.name: routine.frame for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
         """Return the kernels that each routine calls."""
-        program = lower(graph, plan, isa_of(target), RULES, target.cores())
+        program = self._program(graph, target, plan)
         return tuple(
             [
                 KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
@@ -114,7 +134,8 @@ class TvmBackend(StagedBackend):
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = lower(graph, needed_plan(plan, self.name), isa, RULES, target.cores())
+        program = self._program(graph, target, needed_plan(plan, self.name))
+        self._last = None
         cache = KernelCache(isa)
         threads = target.cores() or 1
         needed = kernels_of(program)

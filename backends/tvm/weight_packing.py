@@ -33,8 +33,8 @@ from treadle.ir.ops.indexing import Embedding, Gather
 from treadle.ir.ops.products import Linear, MatMul
 from treadle.ir.sizing.sizes import Size
 from treadle.ir.types import Type, bf16, f32, f64
-from treadle.passes.lowering.assign_layouts import Reads, Wants
-from treadle.passes.lowering.read_blocks import WantsBlocks, in_blocks
+from treadle.passes.capabilities import Reads, Wants, WantsBlocks
+from treadle.passes.lowering.read_blocks import in_blocks
 
 Array = np.ndarray[Any, Any]
 

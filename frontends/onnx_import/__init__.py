@@ -1,1 +1,1 @@
-"""ONNX import: a file or a ModelProto as a graph with weights. `importer.import_onnx` is the entry point."""
+"""ONNX import: from a file or a ModelProto to a graph with weights. `importer.import_onnx` is the entry point."""

@@ -1,8 +1,8 @@
 """Axes of an ONNX file's inputs: their names in the file, the sizes that the caller gives, and their symbols.
 
 A file declares an axis by a name (`dim_param`), a size (`dim_value`), or neither. A size of -1, and a name without a
-letter or a digit such as `?`, are ignored: exporters write them for axes that they do not know, two of which may
-differ. Such an axis is named after its position, `x_0`.
+letter or a digit such as `?`, are ignored: exporters write them for unknown axes, and two such axes may differ in size.
+Such an axis is named after its position: `x_0`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def number_of(dim: Any) -> int | None:
 
 
 def name_of(dim: Any) -> str | None:
-    """Return the name that a file declares for an axis, if it identifies the axis."""
+    """Return the name that a file declares for an axis. None if there is none, or if it does not identify the axis."""
     return dim.dim_param if _is_a_name(dim.dim_param) else None
 
 
@@ -43,7 +43,9 @@ def _placed(declared: Any, position: int) -> str:
 
 
 def _names(declared: Any) -> list[str]:
-    """Return the names that a caller may use for an input's axes: names, the names in an expression, or positions."""
+    """Return the names that a caller may use for an input's axes: their names, the names in an expression, or names by
+    position (`x_0`).
+    """
     found = []
     for position, dim in enumerate(declared.type.tensor_type.shape.dim):
         if (name := name_of(dim)) is not None:
@@ -55,13 +57,13 @@ def _names(declared: Any) -> list[str]:
 
 
 def _spelled(name: str) -> str:
-    """Return a name as a symbol's name: letters, digits and _."""
+    """Return a valid symbol name for a name of the file: letters, digits and _."""
     base = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_")[:64] or "n"
     return f"n{base}" if base[0].isdigit() else base
 
 
 def _expression(name: str) -> Size | None:
-    """Return a name such as `past + seq` as an expression of other axes."""
+    """Parse a name such as `past + seq` as an expression of other axes. None if it is not one."""
     if not re.search(r"[-+*/]", name):
         return None
     try:
@@ -73,10 +75,10 @@ def _expression(name: str) -> Size | None:
 class DeclaredAxes:
     """The axes of one import.
 
-    dims     by name: a size, or another axis's name; `import_onnx` calls it dims
+    dims     for names of axes, a size or the name of an equal axis: the `dims` of `import_onnx`
     shown    the file's name in errors
     symbols  the size of each name requested so far
-    bounds   of the graph's symbols
+    bounds   the bounds of the graph's symbols
     """
 
     def __init__(
@@ -86,9 +88,8 @@ class DeclaredAxes:
         self.shown, self.symbols, self.bounds = shown, symbols, bounds
 
     def check(self, inputs: Sequence[Any]) -> None:
-        """Convert the names to the file's, and refuse a name of no axis, and a value that is neither a name nor a size.
-
-        Raises FrontendError.
+        """Convert the caller's names to the file's. Raises FrontendError for a name that is not an axis of the file,
+        and for a value that is neither a name nor a size.
         """
         axes = dict.fromkeys(axis for declared in inputs for axis in _names(declared))
         for name, value in list(self.dims.items()):
@@ -114,7 +115,7 @@ class DeclaredAxes:
                 )
 
     def size(self, declared: Any, position: int) -> Size:
-        """Return the size of an input's axis. Raises FrontendError for an impossible size."""
+        """Return the size of an input's axis. Raises FrontendError for a negative or too large size."""
         dim = declared.type.tensor_type.shape.dim[position]
         if (name := name_of(dim)) is not None:
             return self.named(name)
@@ -131,7 +132,9 @@ class DeclaredAxes:
         return Size.of(number)
 
     def settle(self, dim: Any, size: int) -> bool:
-        """Return True if an axis may have a size, by the file and the caller; its name then has that size."""
+        """Return True if the file and the caller allow this size for an axis. If the axis has a name, the name gets
+        this size.
+        """
         if (name := name_of(dim)) is not None:
             known = self.dims.setdefault(name, size)
             return not isinstance(known, int) or known == size
@@ -139,7 +142,7 @@ class DeclaredAxes:
         return number is None or number == size
 
     def named(self, name: str) -> Size:
-        """Return the size for a name: a symbol, or an expression of several."""
+        """Return the size for a name: a number, a symbol, or an expression of several symbols."""
         found = self.symbols.get(name)
         if found is None:
             found = self.symbols[name] = self._new(name)
@@ -165,7 +168,7 @@ class DeclaredAxes:
 
 
 def declared_sizes(declared: Any) -> list[str]:
-    """Return the sizes of an input as the file declares them, for an error."""
+    """Return the sizes of an input as the file declares them, for an error message."""
     sizes = []
     for dim in declared.type.tensor_type.shape.dim:
         number = number_of(dim)

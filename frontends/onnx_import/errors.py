@@ -8,7 +8,7 @@ from treadle.ir.errors import FrontendError
 class UnsupportedOnnx(FrontendError):
     """A node, a type or an attribute that the importer does not support.
 
-    op       the operator, with its domain unless it is ONNX's own
+    op       the operator; with its domain, unless it is in ONNX's own domain
     version  the operator's version, or None if it is unknown
     """
 
@@ -17,7 +17,7 @@ class UnsupportedOnnx(FrontendError):
 
 
 class StaticArgumentNeeded(FrontendError):
-    """A shape, an axis or a bound depends on the values of an input, which import needs.
+    """Raised if a shape, an axis or a bound depends on the values of an input, so that the import needs these values.
 
     argument   the input's name; pass `static={argument: value}`
     """

@@ -1,10 +1,10 @@
-"""An ONNX file and its external data: opened, bounded, and checked for the requirements of every graph.
+"""An ONNX file and its external data: opened, limited in size, and checked for the requirements of every graph.
 
     model.onnx            a ModelProto
-    model.onnx.data       tensors' bytes, named by location, offset and length in the ModelProto
+    model.onnx.data       the bytes of tensors; the ModelProto refers to them by location, offset and length
 
-Reading runs no code of the file. External data is mapped, not copied; it must be a regular file in the model's own
-folder, not behind a link (in a hub cache: inside its `models--org--name`), and hold every byte that a tensor claims.
+Reading runs no code of the file. External data is mapped, not copied. It must be a regular file in the model's own
+folder, not behind a link (in a hub cache: inside its `models--org--name`), and contain every byte that a tensor claims.
 
 Sources: onnx.proto; https://github.com/onnx/onnx/blob/main/docs/ExternalData.md
 """
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 _ANOTHER_FILE = "export the file again, or fetch it again: it is damaged, or not an ONNX file"
-_WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller tensor is usually a constant of the graph
+_WORTH_HOLDING = 1 << 12  # bytes of a tensor; a smaller one is usually a constant of the graph
 _DATA_FIELDS = ("raw_data", "float_data", "double_data", "int32_data", "int64_data", "uint64_data")
 
 
 @dataclass(frozen=True)
 class OnnxLimits:
-    """Limits of a file's sizes; a file past one is refused.
+    """Limits on a file's contents. A file that exceeds a limit is refused.
 
-    bytes     of the ModelProto (external data does not count)
-    nodes     in all, with functions inlined and branches taken
-    nesting   of functions and subgraphs
-    rank      dimensions of a tensor
+    bytes     size of the ModelProto, without external data
+    nodes     total number of nodes, with functions inlined and branches taken
+    nesting   depth of nested functions and subgraphs
+    rank      number of dimensions of a tensor
     """
 
     bytes: int = 2**31 - 1
@@ -60,7 +60,7 @@ Limits = OnnxLimits | Mapping[str, int] | None
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: its type, and its elements, which are read on access.
+    """A tensor of the file: its type, its shape, and its elements, which are read on access.
 
     name    its name in errors
     type    its element type
@@ -79,7 +79,7 @@ class StoredTensor:
         return prod(self.shape)
 
     def array(self) -> Array:
-        """The elements in the carrier's dtype (bf16 as float32), a view of the file where possible.
+        """Return the elements in the carrier's dtype (bf16 as float32). The result is a view of the file if possible.
 
         Raises FrontendError if the bytes are missing, too few or too many.
         """
@@ -100,12 +100,12 @@ class StoredTensor:
         return self._typed(size)
 
     def _typed(self, size: int) -> Array:
-        """Return the bytes of elements in int32_data, float_data, ..."""
+        """Return the bytes of elements that are stored in a typed field: int32_data, float_data, ..."""
         given = np.asarray(getattr(self._proto, self.type.field))
         bits = self.type.bits
         if self.type.field == "int32_data":
             given = given.astype(np.int32)
-            # Elements smaller than a byte are packed; a number of the field holds the elements of one byte.
+            # Elements smaller than a byte are packed: each number in the field contains the elements of one byte.
             data = given.astype(f"<i{max(bits, 8) // 8}").view(np.uint8)
         elif self.type.field == "uint64_data":
             data = given.astype(f"<u{bits // 8}").view(np.uint8)
@@ -131,10 +131,10 @@ class StoredTensor:
 class OnnxFile:
     """A ModelProto with its location.
 
-    proto    the model
+    proto         the model
     display_name  its name in errors and in source lines
-    folder   the canonical folder of external data, or None if there is none
-    held     initializers that were read once for all imports, see `hold_weights`
+    folder        the canonical folder of external data, or None if there is none
+    held          initializers that are read once for all imports, see `hold_weights`
     """
 
     def __init__(self, proto: onnx.ModelProto, display_name: str, folder: Path | None, limits: OnnxLimits) -> None:
@@ -148,10 +148,10 @@ class OnnxFile:
 
     @staticmethod
     def open(model: PathLike | onnx.ModelProto, limits: Limits = None, folder: PathLike | None = None) -> OnnxFile:
-        """Read a file, or take a model in memory; `folder` then holds its external data.
+        """Read a file, or take a model in memory, for which `folder` holds the external data.
 
-        Raises FrontendError without the package onnx or if the bytes are not a ModelProto, CheckpointError if the file
-        does not exist or is past the limit.
+        Raises FrontendError if the package onnx is missing or the bytes are not a ModelProto, CheckpointError if the
+        file does not exist or exceeds the limit.
         """
         known = limits_of(OnnxLimits, limits)
         try:
@@ -193,10 +193,10 @@ class OnnxFile:
     # -- tensors -----------------------------------------------------------------------------------------------
 
     def hold_weights(self) -> None:
-        """Read the initializers once, for a file from which several graphs are built: their arrays are then shared.
+        """Read the initializers once, so that several graphs built from the file share their arrays.
 
-        Their bytes are removed from the message, which would store them a second time. A tensor that cannot be read
-        stays in the message, and is refused when a node needs it.
+        The bytes are removed from the message, which would store them a second time. A tensor that cannot be read stays
+        in the message, and is refused when a node needs it.
         """
         for tensor in self.proto.graph.initializer:
             try:
@@ -207,11 +207,12 @@ class OnnxFile:
                 self.held[tensor.name] = array
                 for field in _DATA_FIELDS:
                     tensor.ClearField(field)
-        # A parsed message keeps all the bytes that it was parsed from, so the rest of it is parsed again.
+        # A parsed message keeps all the bytes that it was parsed from. Serialize and parse it, to free the removed
+        # bytes.
         self.proto = type(self.proto).FromString(self.proto.SerializeToString())
 
     def tensor(self, proto: Any, name: str, *, bf16_in_f32: bool = False, array: Array | None = None) -> StoredTensor:
-        """Return a TensorProto with its type and shape checked. Its elements are read later, unless `held` has them."""
+        """Return a tensor with its type and shape checked. Its elements are read on access, unless `array` has them."""
         try:
             kind = element(proto.data_type, bf16_in_f32=bf16_in_f32)
         except FrontendError as error:
@@ -229,7 +230,7 @@ class OnnxFile:
         return StoredTensor(name, kind, shape, proto, self, array)
 
     def external(self, tensor: StoredTensor, size: int) -> Array:
-        """Map the bytes of a tensor in another file of the model's folder."""
+        """Map the bytes of a tensor that are in another file of the model's folder."""
         entries = {entry.key: entry.value for entry in tensor._proto.external_data}
         location = entries.get("location", "")
         offset, length = (self._number(tensor, entries, key) for key in ("offset", "length"))
@@ -296,7 +297,7 @@ class OnnxFile:
 
 
 def _texts(proto: Any) -> Iterator[object]:
-    """Yield every text of a model that the importer reads. Protobuf returns a text that is not UTF-8 as bytes."""
+    """Yield every string of a model that the importer reads. Protobuf returns a string that is not UTF-8 as bytes."""
     for entry in proto.opset_import:
         yield entry.domain
     yield from (proto.producer_name, proto.producer_version)
@@ -345,7 +346,7 @@ def _texts_of_tensor(tensor: Any) -> Iterator[object]:
 
 
 def describe(node: Any, index: int | None = None) -> str:
-    """Return a node's name for errors: `node /encoder/MatMul (MatMul)`."""
+    """Return a node's description for errors: `node /encoder/MatMul (MatMul)`."""
     domain = f"{node.domain}." if node.domain not in ("", "ai.onnx") else ""
     name = printable(node.name) if node.name else f"{'' if index is None else index} making {printable(_first(node))}"
     return f"node {name} ({printable(domain + node.op_type)})"
@@ -356,7 +357,7 @@ def _first(node: Any) -> str:
 
 
 def subgraphs(node: Any) -> Iterator[Any]:
-    """Yield the graphs among a node's attributes."""
+    """Yield the graphs in a node's attributes."""
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -382,7 +383,7 @@ def captured(node: Any, nesting: int) -> Iterator[str]:
 def live_nodes(nodes: Any, outputs: Any, nesting: int) -> list[tuple[int, Any]]:
     """Return the nodes that the outputs need, with their positions, in order.
 
-    Raises FrontendError if two nodes compute one value, or if a value is used before the node that computes it: a
+    Raises FrontendError if two nodes compute the same value, or if a value is used before the node that computes it: a
     cycle, or nodes out of order.
     """
     maker: dict[str, int] = {}

@@ -1,9 +1,9 @@
-"""Evaluating nodes at import: numbers by the handler of the operator, sizes by their arithmetic.
+"""Constant folding of nodes at import. Operands may be numbers, or sizes with symbols.
 
-Numbers: the node is built in a separate graph and interpreted, so that its meaning is the same as in the model. Sizes:
-an operator that only moves elements is evaluated on their positions, and the sizes are substituted afterwards; the
-arithmetic of exporters (Add, Mul, Div, Equal, ...) is in `treadle.ir.sizing.sizes`, if the result is the same for all
-values of the symbols.
+Numbers: the operator's handler builds the node in a separate graph, which is interpreted. So the node has the same
+meaning as in the model. Sizes: if an operator only moves elements, it is evaluated on their positions, and the sizes
+are substituted afterwards. The arithmetic of exporters on sizes (Add, Mul, Div, Equal, ...) is in
+`treadle.ir.sizing.sizes`; it is evaluated if the result is the same for all values of the symbols.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import ZERO, Size, product
 
 _MOST_BETWEEN = 1 << 16
-"""Maximum number of elements of a value between the known operands and the known results."""
+"""Maximum number of elements of an intermediate value."""
 
 Fold = Callable[[Sequence[Known | None], Builder], list[Known | None]]
-"""Runs the node's handler on other operands, in another graph, and returns its results, in order."""
+"""Runs the node's handler on other operands, in another graph, and returns the results in order."""
 
 
 def evaluated(
     site: OnnxSite, operator: Operator, kinds: Sequence[Element | None], run: Fold
 ) -> list[Known | None] | None:
-    """Return the results of a node whose operands are all known, or None if it is not evaluated.
+    """Return the results of a node whose operands are all known. None if the node cannot be evaluated.
 
-    kinds  the element types of its outputs, if the specification gives them
+    kinds   the element types of its outputs, if the specification gives them
     """
     present = [v for i, v in enumerate(site.inputs) if v is not None and i not in operator.types]
     contents = [c for v in present if (c := v.content) is not None]
@@ -73,7 +73,7 @@ def _of_numbers(inputs: Sequence[Known | None], run: Fold) -> list[Known | None]
 
 
 def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | None] | None:
-    """Evaluate a node that moves elements on their positions."""
+    """Evaluate a node that only moves elements: run it on the positions of the elements."""
     moving = range(len(site.inputs)) if moves == (-1,) else moves
     places: list[Size] = []
     inputs: list[Known | None] = []
@@ -86,7 +86,7 @@ def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | No
             continue
         content = value.content
         assert content is not None
-        if value.type.is_float:  # these are not sizes
+        if value.type.is_float:  # float values are not sizes
             return None
         kind = value.type
         index = np.arange(len(places), len(places) + content.size, dtype=np.int64).reshape(content.shape)
@@ -131,7 +131,9 @@ def _elementwise(
 
 
 def is_at_least(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> bool | None:
-    """Return True if x >= y for all values of the symbols; None if it holds for some, or is unknown."""
+    """Return True if x >= y for all values of the symbols, False if for none; None if it depends on them, or is
+    unknown.
+    """
     bounds = (x - y).bounds(symbols)
     if bounds.lower >= 0:
         return True
@@ -139,7 +141,9 @@ def is_at_least(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> bool | None:
 
 
 def _quotient(x: Size, y: Size, symbols: Mapping[str, Bounds]) -> Size | None:
-    """Return x / y as ONNX divides integers: toward zero, which is floor division if neither is negative."""
+    """Return x / y by ONNX's division of integers, toward zero: floor division if neither is negative. None if
+    unknown.
+    """
     exact = x.divide(y)
     if exact is not None:
         return exact

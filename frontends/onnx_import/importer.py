@@ -2,9 +2,9 @@
 
     graph, weights, notes = import_onnx("model.onnx")
 
-Axes that the file names (dim_param) become symbols. Shape arithmetic is evaluated at import; an input whose values it
-needs is a static argument, passed as `static={"k": 3}`. Weights are parameters by their names in the file, views of the
-file if they are stored outside the model's own message.
+Axes that the file names (dim_param) become symbols. Shape arithmetic is evaluated at import. If it needs the values of
+an input, that input is a static argument, passed as `static={"k": 3}`. Weights become parameters under their names in
+the file. They are views of the file if they are stored outside the ModelProto.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def import_onnx(
 ) -> Imported:
     """Import a file, or a model in memory.
 
-    static       values of inputs that determine shapes, axes or bounds; they are not inputs of the graph
-    dims         for names of axes: another name, if two axes are equal, or a size
-    bf16_in_f32  carry bfloat16 in f32, every result rounded, for backends without bfloat16
-    folder       of external data, for a model in memory
-    limits       limits of the file's sizes: `OnnxLimits`, or the limits that differ, by name
+    static       values of inputs that determine shapes, axes or bounds; these are not inputs of the graph
+    dims         for names of axes, a size, or another name if two axes are equal
+    bf16_in_f32  carry bfloat16 in f32 and round every result, for backends without bfloat16
+    folder       the folder of external data, for a model in memory
+    limits       limits on the file's contents: `OnnxLimits`, or the limits that differ, by name
 
     Raises UnsupportedOnnx (with the operator, the node and the version) for an unsupported node, StaticArgumentNeeded
     for an input that must be static, FrontendError for a file that is damaged or breaks the specification,
@@ -78,7 +78,7 @@ def import_opened(
     dims: Mapping[str, str | int] | None = None,
     bf16_in_f32: bool = False,
 ) -> Imported:
-    """Import an open file, as `import_onnx` does; it can be imported again with other values."""
+    """Import an open file as `import_onnx` does. The file can be imported again with other values."""
     with collection_paused():
         try:
             return Importer(file, dict(static or {}), dict(dims or {}), bf16_in_f32).run()
@@ -89,8 +89,8 @@ def import_opened(
 def declared_inputs(
     file: OnnxFile, *, static: Mapping[str, Any] | None = None, dims: Mapping[str, str | int] | None = None
 ) -> Graph:
-    """Return a graph with the inputs that an import would declare, including inputs that determine shapes, and no
-    nodes.
+    """Return a graph without nodes that has the inputs an import would declare, including inputs that determine
+    shapes.
     """
     importer = Importer(file, dict(static or {}), dict(dims or {}), False)
     importer.declare()
@@ -145,7 +145,7 @@ class Importer:
         return Imported(self.graph, weights, self.notes)
 
     def declare(self) -> Scope:
-        """Return the names of the main graph before any node: weights and inputs."""
+        """Return the initial names of the main graph: weights and inputs."""
         self._check_opset(self.file.opsets)
         scope = Scope({}, self.file.opsets)
         self._initializers(self.file.proto.graph, scope)
@@ -179,7 +179,7 @@ class Importer:
             scope.values[tensor.name] = self.tensor(tensor, tensor.name, scope, held.get(tensor.name))
 
     def tensor(self, proto: Any, name: str, scope: Scope, held: Array | None = None) -> Known:
-        """Return a tensor of the file, under a unique weight name; `held` is its array, if it was already read."""
+        """Return a tensor of the file, under a unique weight name. `held` is its array, if it has already been read."""
         stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, array=held)
         wanted = base = f"{scope.path}.{name}" if scope.path else name
         count = 1
@@ -190,7 +190,7 @@ class Importer:
         return made
 
     def element(self, number: int) -> Element:
-        """Return the element type of a number."""
+        """Return the element type with this number in TensorProto.DataType."""
         return element(number, bf16_in_f32=self.bf16_in_f32)
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class Importer:
             raise FrontendError(error.what, received=received, within=where, hint=hint) from error
         except RecursionError:
             raise
-        except Exception as error:  # a damaged node may raise any error in a handler; the caller must get a typed error
+        except Exception as error:  # a damaged node may raise any error in a handler; callers get a typed one
             raise FrontendError(
                 f"{printable(node.op_type)} cannot be read",
                 received=f"{type(error).__name__}: {error}"[:200],
@@ -297,9 +297,9 @@ class Importer:
                 return 1, None
             raise unsupported(node, None, where, "there is no such operator in this opset") from None
         if len(node.input) > schema.max_input or len(node.output) > schema.max_output:
-            raise FrontendError("a node has more inputs or outputs than its operator", within=where)
+            raise FrontendError("a node has more inputs or outputs than its operator allows", within=where)
         if len(node.input) < schema.min_input:
-            raise FrontendError("a node has fewer inputs than its operator", within=where)
+            raise FrontendError("a node has fewer inputs than its operator requires", within=where)
         return schema.since_version, schema
 
     def _handle(
@@ -347,7 +347,9 @@ class Importer:
         line: int,
         defaults: Sequence[Any] = (),
     ) -> list[Known | None]:
-        """Inline a function's body; `defaults`, for attributes that the call omits, come from its specification."""
+        """Inline a function's body. `defaults`, for attributes that the call omits, come from the function's
+        specification.
+        """
         opsets = dict(self.file.opsets)
         opsets.update({"" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import})
         self._check_opset(opsets)

@@ -1,4 +1,4 @@
-"""The inputs of an ONNX file: inputs of the graph, or static arguments."""
+"""The inputs of an ONNX file: they become inputs of the graph, or static arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def declare_inputs(work: Importer, proto: Any, scope: Scope) -> None:
-    """Declare the graph's inputs, and their names in the scope; the values of static arguments are known."""
+    """Declare the graph's inputs, and add their names to the scope. Static arguments are added with their values."""
     given = set(work.static)
     weights = set(scope.values) | {t.name for t in proto.initializer}
     inputs = [v for v in proto.input if v.name not in weights]
@@ -79,7 +79,7 @@ def _static_input(work: Importer, declared: Any, scope: Scope) -> None:
         what = f"a static argument's value must be of type {kind}"
         raise FrontendError(what, received=printable(repr(given)), within=where, hint=hint)
     if not array.ndim and all(dim.dim_value == 1 for dim in type.shape.dim):
-        array = array.reshape([1] * len(type.shape.dim))  # a number for a tensor of one element
+        array = array.reshape([1] * len(type.shape.dim))  # a number may be passed for a tensor of one element
     if array.ndim != len(type.shape.dim):
         what = f"a static argument must have rank {len(type.shape.dim)}, but has rank {array.ndim}"
         raise FrontendError(what, within=where, hint=hint)
@@ -92,7 +92,9 @@ def _static_input(work: Importer, declared: Any, scope: Scope) -> None:
 
 
 def _holds(kind: Element, given: Any) -> bool:
-    """Return True if the value has the type's integers, or bools; floating-point types accept any number."""
+    """Return True if the value's dtype fits the element type: integers or bools. Floating-point types accept any
+    number.
+    """
     array = np.asarray(given)
     if kind.carrier is boolean:
         return array.dtype.kind == "b"

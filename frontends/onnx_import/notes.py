@@ -18,14 +18,14 @@ from treadle.ir.sizing.sizes import Size
 class ImportNotes:
     """Notes of an import.
 
-    opsets      the model's, by domain
+    opsets      the model's opset for each domain
     producer    the program that wrote the file, as the file records it
     inputs      the element type of each input in the file; `carrier` is its dtype in the graph
     outputs     the element type of each output
     static      the static arguments
     symbols     the symbol, or the size, for each name of an axis in the file
-    operators   number of imported nodes of each operator, including functions' nodes
-    folded      number of them that were evaluated at import
+    operators   number of imported nodes of each operator, including the nodes of functions
+    folded      number of imported nodes that were evaluated at import
     opaque      the nodes whose reshapes could not be resolved into axes
     dead        number of nodes that no output needs
     """

@@ -1,14 +1,14 @@
-"""The table of ONNX operators, and a handler's view of a node.
+"""The table of ONNX operators, and the interface through which a handler reads a node.
 
     @operator("Gelu", latest=20)
     def _gelu(site: Site) -> Made:
         tanh = site.text("approximate", "none") == "tanh"
         return site.b.gelu_tanh(site.x(0)) if tanh else site.b.gelu(site.x(0))
 
-A handler is registered for its operator's versions up to the latest version that it implements; a later version, from a
-newer opset than this table knows, is refused. An operator without a handler, or whose handler leaves a case to it, is
-replaced by its specification's function body, if there is one. An attribute that a handler did not read is refused: it
-might change the meaning.
+A handler is registered for its operator's versions up to the latest version that it implements. Later versions, from
+newer opsets, are refused. If an operator has no handler, or its handler calls `decompose`, the node is replaced by the
+function body in the operator's specification, if there is one. If the handler did not read an attribute, the node is
+refused, since the attribute might change the meaning.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from treadle.frontends.onnx_import.scopes import Scope
 
 Result = Known | Expr | Array | None
-"""A value with its element type, a value of the specification's type, known content, or nothing."""
+"""A result of a handler: a value with its element type, a value of the specification's type, known content, or None."""
 Made: TypeAlias = Any
-"""A handler's result: a `Result`, or one for each output; results past the node's outputs are dropped. (Any, as the
-results of ops in a body: a builder's methods are Any.)
+"""The return type of a handler: a `Result`, or one for each output. Results beyond the node's outputs are dropped.
+(Any, as a builder's methods, and so the results of ops, are Any.)
 """
 Handler = Callable[["OnnxSite"], Made]
 
 
 class Decomposed(Exception):
-    """Raised by a handler that leaves the node to its operator's function body."""
+    """Raised by a handler to replace the node by its operator's function body."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Operator:
     """A handler, and the versions of its operator that it implements.
 
     first, latest  the versions, by the opsets that introduced them
-    moves          positions of the inputs whose elements it moves without computing; None: it computes
-    types          positions of the inputs whose element type is read, but not their elements
+    moves          positions of the inputs whose elements it only moves; None: it computes
+    types          positions of the inputs of which it reads only the element type
     """
 
     name: str
@@ -86,16 +86,16 @@ def operator(
     return register
 
 
-Number = int  # int names a method within OnnxSite
+Number = int  # inside OnnxSite, int is a method
 
 
 class OnnxSite:
     """One node during its import: its operands and attributes, and the builder for its translation.
 
     b        the builder
-    version  of the operator: the opset that introduced the form which this model uses
+    version  the operator's version: the opset that introduced the form which this model uses
     wanted   for each output, True if it is used
-    scope    the names around the node
+    scope    the names that the node may refer to
     """
 
     def __init__(
@@ -122,22 +122,22 @@ class OnnxSite:
         return position < len(self.inputs) and self.inputs[position] is not None
 
     def value(self, position: int) -> Known:
-        """Return an input. Raises FrontendError if it is missing."""
+        """Return an input's value. Raises FrontendError if it is missing."""
         found = self.inputs[position] if position < len(self.inputs) else None
         if found is None:
             self.malformed(f"input {position} is missing")
         return found
 
     def x(self, position: int) -> Expr:
-        """Return an input's graph value."""
+        """Return an input as a value of the graph."""
         return self.value(position).expr(self.b)
 
     def maybe(self, position: int) -> Expr | None:
-        """Return an input's graph value, or None if an optional input is absent."""
+        """Return an input as a value of the graph, or None if it is optional and absent."""
         return self.x(position) if self.has(position) else None
 
     def all(self) -> list[Expr]:
-        """Return every input, none of them optional."""
+        """Return all inputs as values of the graph. Raises FrontendError if one is missing."""
         return [self.x(i) for i in range(len(self.inputs))]
 
     def element(self, position: int) -> Element:
@@ -150,7 +150,9 @@ class OnnxSite:
     # -- values that must be known at import --------------------------------------------------------------------------
 
     def content(self, position: int) -> Array:
-        """Return an input's elements. Raises StaticArgumentNeeded if an input of the model would determine them."""
+        """Return an input's elements, which must be known at import. Raises StaticArgumentNeeded if they depend on an
+        input of the model, UnsupportedOnnx if they depend on other data.
+        """
         value = self.value(position)
         if value.content is not None:
             return value.content
@@ -168,7 +170,7 @@ class OnnxSite:
         self.refuse(f"needs the elements of {printable(name)}, which depend on data")
 
     def numbers(self, position: int) -> tuple[int, ...]:
-        """Return an input's elements as integers, without symbols."""
+        """Return an input's elements as integers. Refuses symbolic sizes."""
         content = self.content(position)
         if content.dtype == object:
             self.refuse(f"{printable(self.node.input[position])} must not depend on a symbolic size")
@@ -186,7 +188,7 @@ class OnnxSite:
         return sizes[0]
 
     def scalar(self, position: int) -> Any:
-        """Return an input's only element, a number."""
+        """Return an input's only element as a number."""
         content = self.content(position)
         if content.size != 1 or content.dtype == object:
             self.refuse(f"{printable(self.node.input[position])} must be one number")
@@ -197,7 +199,7 @@ class OnnxSite:
         return size.bounds(self.importer.graph.symbols)
 
     def axis(self, axis: int, rank: int) -> int:
-        """Return the position of an axis argument."""
+        """Return an axis argument as a position, with negative numbers counted from the last axis."""
         if not -rank <= axis < rank:
             self.malformed(f"there is no axis {axis} in a tensor of rank {rank}")
         return place(axis, rank)
@@ -221,7 +223,7 @@ class OnnxSite:
         return default if found is None else int(found.i)
 
     def float(self, name: str, default: Any = None) -> Any:
-        """Return a float attribute; the default is a float32 as well."""
+        """Return a float attribute. The default is rounded to float32, too."""
         found = self._attribute(name, 1)
         if found is None:
             return None if default is None else float(np.float32(default))
@@ -236,11 +238,11 @@ class OnnxSite:
         return None if found is None else tuple(found.ints)
 
     def ignore(self, *names: str) -> None:
-        """Mark attributes that do not change the numbers as read."""
+        """Mark attributes as read that do not change the numbers."""
         self.read.update(names)
 
     def unread(self) -> list[str]:
-        """Return the attributes that the handler did not read."""
+        """Return the names of the attributes that the handler did not read."""
         return [name for name in self.attributes if name not in self.read]
 
     # -- building blocks for handlers -------------------------------------------------------------------------
@@ -250,7 +252,7 @@ class OnnxSite:
         return self.b.constant(np.asarray(value), dtype)
 
     def decompose(self) -> NoReturn:
-        """Leave this node to its operator's function body."""
+        """Replace this node by its operator's function body."""
         raise Decomposed
 
     # -- refusals ----------------------------------------------------------------------------------------------
@@ -260,13 +262,13 @@ class OnnxSite:
         raise unsupported(self.node, self.version, self.where, why, hint)
 
     def number(self, size: Size, what: str) -> Number:
-        """Return a size that must be a number here. Refuses a size with symbols."""
+        """Return a size as a number. Refuses a size with symbols."""
         if size.constant is None:
             self.refuse_symbolic(f"{what} is {size}, and must be a number", size)
         return size.constant
 
     def refuse_symbolic(self, why: str, *sizes: Size) -> NoReturn:
-        """Refuse a case that is unsupported for symbolic sizes, with a hint how to fix the sizes."""
+        """Refuse a case that is unsupported for symbolic sizes, with a hint on how to fix the sizes."""
         symbols = sorted(frozenset().union(*(size.symbols for size in sizes)))
         given = ", ".join(f"{s}=8" for s in symbols)
         dims = ", ".join(f"{s!r}: 8" for s in symbols)
@@ -274,13 +276,15 @@ class OnnxSite:
         self.refuse(why, Hint(f"numbers: treadle.compile(..., {given}), or dims={{{dims}}} of import_onnx", on_line))
 
     def mismatched(self, why: str, *sizes: Size) -> NoReturn:
-        """Refuse sizes that must be equal: a damaged node, or, if they hold symbols, an unsupported case."""
+        """Refuse sizes that must be equal. Without symbols, the node is damaged; with symbols, the case is
+        unsupported.
+        """
         if all(size.constant is not None for size in sizes):
             self.malformed(why)
         self.refuse_symbolic(why, *sizes)
 
     def malformed(self, why: str) -> NoReturn:
-        """Raise FrontendError for a node that breaks its operator's specification."""
+        """Raise FrontendError for a node that violates its operator's specification."""
         raise FrontendError(f"{printable(self.node.op_type)}: {why}", within=self.where)
 
 

@@ -1,4 +1,4 @@
-"""Results of ONNX operators' handlers, as values of the file's own types."""
+"""Results of operators' handlers, converted to values of the file's own element types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treadle.ir.errors import FrontendError
 
 
 def as_known(b: Builder, made: Result, kind: Element | None, found: Operator) -> Known | None:
-    """Return a handler's result as a value of the file's own type."""
+    """Convert a handler's result to a value of the file's own element type."""
     if made is None:
         return None
     if isinstance(made, Known):
@@ -37,9 +37,10 @@ def as_known(b: Builder, made: Result, kind: Element | None, found: Operator) ->
 def keep_weights(
     b: Builder, found: Operator, inputs: Sequence[Known | None], results: Sequence[Known | None], run: Fold
 ) -> None:
-    """Keep weights that a node only moves as weights of the graph: a small weight does not become a constant.
+    """If a node only moves the elements of weights, keep its result as moved weights: a small one does not become a
+    constant.
 
-    Its elements are still known to nodes that need them.
+    The elements are still known to nodes that need them.
     """
     if found.moves is None or len(results) != 1 or (made := results[0]) is None or made.content is None:
         return

@@ -13,14 +13,14 @@ from treadle.frontends.onnx_import.values import Known
 
 @dataclass
 class Scope:
-    """Names that nodes may refer to: in the main graph, in a branch within it, or in a function's body.
+    """Names that nodes may refer to: in the main graph, in a branch of an If, or in a function's body.
 
-    values  by name
-    outer   the scope around a branch
-    opsets  by domain
-    path    in scopes of the graph's nodes and in names of weights
+    values  the values, by name
+    outer   the enclosing scope of a branch
+    opsets  the opset of each domain
+    path    prefix of the scopes of the graph's nodes and of the names of weights
     depth   number of enclosing scopes
-    line    source line of its nodes: the call's line in the main graph
+    line    source line of its nodes: the line of the call in the main graph
     absent  the inputs of a function that its call left out
     """
 
@@ -42,7 +42,7 @@ class Scope:
 
 
 def domain_of(node: Any) -> str:
-    """Return a node's domain; ONNX's own domain has two names."""
+    """Return a node's domain: "" for ONNX's own domain, which has two names."""
     return "" if node.domain == "ai.onnx" else str(node.domain)
 
 
@@ -56,7 +56,7 @@ def path_of(node: Any, index: int, scope: Scope) -> str:
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes" and len(entry.value) < 10_000:
             modules = [a or b for a, b in _SCOPE_NAMES.findall(entry.value)]
-            if len(modules) > 1 and modules[-2]:  # the last is the node itself
+            if len(modules) > 1 and modules[-2]:  # the last part is the node itself
                 path = f"{modules[-2]}.{path}"
     path = printable(path, 400)
     return f"{scope.path}.{path}" if scope.depth and scope.path else path

@@ -1,4 +1,4 @@
-"""Operator specifications from onnx's own tables: their types, and their function bodies, if they have any."""
+"""Operator specifications from the package onnx: types, and function bodies if there are any."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _formal_types(name: str, opset: int, domain: str) -> tuple[tuple[str, ...], 
     alone = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
 
     def side(formals: Any) -> tuple[str, ...]:
-        """Return types by name; a variable that allows only one type is replaced by it."""
+        """Return types by name. A type variable that allows only one type is replaced by that type."""
         names = [f.type_str for f in formals]
         return tuple(alone[n][0] if len(alone.get(n, ())) == 1 else n for n in names)
 
@@ -40,7 +40,7 @@ def _formal_types(name: str, opset: int, domain: str) -> tuple[tuple[str, ...], 
 
 
 def output_elements(schema: Any, node: Any, inputs: Sequence[Known | None]) -> list[Element | None]:
-    """Return the element type of each output, if the operator's specification derives it from the inputs'.
+    """Return the element type of each output, if the operator's specification derives it from the types of the inputs.
 
     Raises FrontendError if inputs that must have the same type differ.
     """
@@ -78,7 +78,9 @@ _CONCRETE = {
 
 
 def function_body(schema: Any, node: Any, opset: int, inputs: Sequence[Known | None]) -> Any:
-    """Return the operator's function body, in other operators, from its specification, or None."""
+    """Return the function body in the operator's specification, which expresses it by other operators. None if there is
+    none.
+    """
     import onnx
 
     if schema is None:
@@ -115,7 +117,7 @@ def _type_proto(value: Known) -> Any:
 
 
 def with_attributes(node: Any, given: Mapping[str, Any], absent: frozenset[str], nesting: int) -> Any:
-    """Return a function's node with references replaced by the call's attributes, and without absent inputs."""
+    """Return a node of a function's body with references replaced by the call's attributes, without absent inputs."""
     inputs_absent = any(name in absent for name in node.input)
     refers = any(a.ref_attr_name for a in node.attribute)
     inner = list(subgraphs(node))

@@ -1,7 +1,7 @@
 """Values of an ONNX file during import: their graph values, and their elements if these are known.
 
-Exporters compute shapes with tensors: Shape, Gather, Mul, Concat, Reshape. Such elements are known at import, as
-numbers or as sizes over the graph's symbols, and a value whose elements are known enters the graph only if an op reads
+Exporters compute shapes with tensors: Shape, Gather, Mul, Concat, Reshape. Their elements are known at import, as
+numbers or as sizes with the graph's symbols. A value whose elements are known is added to the graph only if an op reads
 it.
 """
 
@@ -24,9 +24,9 @@ from treadle.ir.sizing.sizes import Size
 Array = npt.NDArray[Any]
 
 MOST_KNOWN = 4096
-"""Maximum number of elements of a value that are evaluated at import."""
+"""Maximum number of elements of a value that is evaluated at import."""
 MOST_SYMBOLIC = 256
-"""Maximum number of elements that may be sizes."""
+"""Maximum number of elements of a value that is evaluated at import, if they are symbolic sizes."""
 _IN_PLACE = 16
 """Maximum number of elements of a stored float tensor that becomes a constant of the graph; larger tensors are
 weights.
@@ -39,8 +39,8 @@ class Known:
     type      its element type
     content   its elements: an array of numbers (in the carrier's dtype), an array of objects that are `Size`s, or None
     stored    its tensor in the file, or None
-    roots     the inputs that a small value is computed from: they would have to be static for it to be known
-    moved     for known elements that are weights' elements, moved: a function that builds that move in the graph
+    roots     for a small value, the inputs that it is computed from: if they were static, its elements would be known
+    moved     for a value that consists of moved elements of weights: a function that builds the move in the graph
     """
 
     __slots__ = ("_content", "_expr", "_shape", "moved", "name", "roots", "stored", "type")
@@ -62,7 +62,7 @@ class Known:
 
     @property
     def is_weight(self) -> bool:
-        """True if its graph value is a weight, or moved weights."""
+        """True if its graph value is a weight, or consists of moved elements of weights."""
         if self.moved is not None:
             return True
         return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)
@@ -98,7 +98,9 @@ class Known:
         return self._expr
 
     def expr(self, b: Builder) -> Expr:
-        """Return its graph value; a known value becomes a constant, a weight or sizes on first access."""
+        """Return its graph value. On first access, a known value is added to the graph as a constant, a weight or
+        sizes.
+        """
         if self._expr is None:
             stored = self.stored
             if self.moved is not None:
@@ -119,7 +121,7 @@ class Known:
 
 
 def constant(b: Builder, content: Array, type: Element) -> Expr:
-    """Return a constant of the graph, bitwise identical to the elements."""
+    """Return a constant of the graph with bitwise identical elements."""
     dtype = type.carrier
     if dtype.numpy is None:
         return b.constant(content, dtype)
@@ -144,7 +146,7 @@ def _of_sizes(b: Builder, content: Array, type: Element) -> Expr:
 
 
 def tidied(content: Iterable[Any], shape: Sequence[int], dtype: Any = np.int64) -> Array:
-    """Return sizes and numbers as an array: of numbers if all are numbers, else of sizes."""
+    """Return an array of numbers if all elements are numbers, else an array of sizes."""
     sizes = [Size.of(x) if isinstance(x, Size) else Size.of(int(x)) for x in content]
     numbers = [s.constant for s in sizes]
     if all(n is not None for n in numbers):

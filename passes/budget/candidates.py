@@ -75,8 +75,7 @@ def planned(graph: Graph, plan: PlanStorage) -> StoragePlan:
     """Return the storage plan that the pass builds for a graph."""
     record = PassRecord(plan.name, "", count_ops(graph))
     plan.run_graph(graph, record)
-    assert record.plan is not None
-    return record.plan
+    return record.products[StoragePlan]  # type: ignore[no-any-return]
 
 
 class Candidates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph
@@ -12,6 +13,7 @@ from treadle.passes.budget.fitting import apply_chunks
 from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.budget.part_checking import check_parts
 from treadle.passes.budget.parts import NoPart
+from treadle.passes.framework.facts import STATELESS, UNPLANNED, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -25,11 +27,8 @@ class FitMemory(Pass):
     A symbol whose only possible value is 1 becomes a constant. The parts are always checked against the original nodes.
     """
 
+    requires: ClassVar[Facts] = frozenset({STATELESS, UNPLANNED})
     fit: MemoryFit = field(repr=False)
-
-    @property
-    def options(self) -> str:
-        return f"{self.fit.budget} bytes"
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         fix_single_sizes(graph)
@@ -40,5 +39,5 @@ class FitMemory(Pass):
         except NoPart as error:
             raise PassError("an op of a planned run cannot be computed in parts", received=str(self.fit)) from error
         log.notes += str(self.fit).splitlines()
-        log.fit = self.fit
+        log.products[MemoryFit] = self.fit
         return 1 + made

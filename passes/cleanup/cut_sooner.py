@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import ClassVar
 
 from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.literals import Literal
@@ -18,6 +19,7 @@ from treadle.ir.sizing.sizes import Size
 from treadle.ir.transforms.clone import clone_function
 from treadle.ir.types import Type
 from treadle.passes.cleanup.parts_read import CutNode, FoundParts, PartRead, PartsRead, Picked, part_taken
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -34,6 +36,8 @@ class CutSooner(Pass):
     whole; to products with a weight along the axis. Refuses: an op that cannot be computed on a part of an axis that it
     maps; a call that computes the positions at which its other results are read.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         cutting = _Cutting(self.name, graph, log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.composites import inline
@@ -11,6 +12,7 @@ from treadle.ir.errors import PassError
 from treadle.ir.graph import Graph, Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
@@ -31,6 +33,8 @@ class Decompose(SiteRewrite[Site]):
 
     The fusing passes of the default pipeline undo this pass. Raises PassError for an op that has no body.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     ops: tuple[str, ...] = FUSED
 

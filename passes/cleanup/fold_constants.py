@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from treadle.ir.errors import SizeError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.literals import Literal
 from treadle.ir.operation import Op
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -26,6 +28,8 @@ class FoldConstants(Pass):
     Refuses: results over those limits; bf16, which NumPy does not support; ops whose reference fails. Functions of
     calls are not folded at the call: a function is folded once for all its calls.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     limit_bytes: int = 1 << 20
     small_bytes: int = 1 << 10

@@ -16,10 +16,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
@@ -30,11 +30,13 @@ from treadle.ir.verifier import verify
 from treadle.passes.certificates.certificate import Counterexample
 from treadle.passes.certificates.regions import Claim, Reader, Recorded
 from treadle.passes.certificates.same_expressions import Expressions, Numbers, check_same_expressions
+from treadle.passes.framework.facts import UNPLANNED, Facts, facts_after, initial_facts
 from treadle.passes.framework.lineage import Lineage, NodeNumbers
-from treadle.passes.framework.option_text import value_text
-from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, count_ops
-from treadle.passes.memory.storage_checking import check_storage
-from treadle.passes.memory.storage_plan import StoragePlan
+from treadle.passes.framework.option_text import options_text
+from treadle.passes.framework.pass_log import Event, PassLog, PassRecord, Product, count_ops
+
+if TYPE_CHECKING:
+    from treadle.passes.memory.storage_plan import StoragePlan
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,19 @@ class Pass:
     changes_numbers: ClassVar[bool] = False
     """True if the pass is meant to change numbers, as quantization of weights is; such a pass is not certified."""
 
+    requires: ClassVar[Facts] = frozenset({UNPLANNED})
+    """Facts that must hold before the pass; see `treadle.passes.framework.facts`."""
+
+    ensures: ClassVar[Facts] = frozenset()
+    """Facts that hold after the pass."""
+
+    ends: ClassVar[Facts] = frozenset()
+    """Facts that no longer hold after the pass."""
+
     @property
     def name(self) -> str:
         """The class's name in lower case: `fuse-gelu`."""
-        return _hyphenated(type(self).__name__)
+        return hyphenated(type(self).__name__)
 
     @property
     def rule_names(self) -> tuple[str, ...]:
@@ -66,12 +77,18 @@ class Pass:
     @property
     def options(self) -> str:
         """The fields that differ from their default, as text; see `treadle.passes.framework.pass_text`."""
-        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
-        return ",".join(f"{name}={value_text(value)}" for name, value, default in fields if value != default)
+        return options_text(self)
 
     def run(self, function: Function, graph: Graph, log: PassRecord) -> int:
         """Transform one function, and log what was matched or refused. Return the number of changes."""
         return 0
+
+    def check_products(self, graph: Graph, log: PassRecord) -> Sequence[str]:
+        """Check what the pass made in addition to the graph, independently of how it was made. Return notes.
+
+        Raises PassError for a product that is wrong.
+        """
+        return ()
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         """Transform the whole graph: by default every function, callees first."""
@@ -89,7 +106,8 @@ class Pass:
 
 
 @cache  # read at every site
-def _hyphenated(name: str) -> str:
+def hyphenated(name: str) -> str:
+    """Return a class's name in lower case, with hyphens between its words."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
@@ -109,7 +127,8 @@ class Optimized:
 
     lineage  for each node of the result, the nodes of the source whose work it does, where passes recorded it
     lowered  the result after a backend's own passes; None if the backend has none
-    plan     where each value of the result is stored, if a pass planned it
+    products  what passes made for the result in addition to the graph, by type
+    facts    the facts that hold for the result
     """
 
     source: Graph
@@ -117,7 +136,19 @@ class Optimized:
     log: PassLog = field(repr=False)  # displayed as a table
     lineage: Lineage = field(default_factory=Lineage, repr=False, compare=False)
     lowered: Optimized | None = field(default=None, repr=False, compare=False)
-    plan: StoragePlan | None = field(default=None, repr=False, compare=False)
+    products: Mapping[type[Any], Any] = field(default_factory=dict, repr=False, compare=False)
+    facts: Facts = field(default=frozenset(), repr=False, compare=False)
+
+    def product(self, kind: type[Product]) -> Product | None:
+        """Return what a pass made of this type for the result, or None."""
+        return self.products.get(kind)
+
+    @property
+    def plan(self) -> StoragePlan | None:
+        """The storage of each value of the result, if a pass planned it."""
+        from treadle.passes.memory.storage_plan import StoragePlan
+
+        return self.product(StoragePlan)
 
     @cached_property
     def covered(self) -> frozenset[Node]:
@@ -145,9 +176,9 @@ class Optimized:
         known = ", ".join(dict.fromkeys(r.name for r in stages))
         raise UsageError(f"no pass {name!r} was run", hint=f"one of {known}" if known else None)
 
-    def plan_of(self, name: str) -> StoragePlan | None:
-        """Return the plan of the (last) pass of that name, or None if it made none."""
-        return next((record.plan for record in reversed(self.stages) if record.name == name), None)
+    def products_of(self, name: str) -> Mapping[type[Any], Any]:
+        """Return what the (last) pass of that name made in addition to the graph, by type."""
+        return next((record.products for record in reversed(self.stages) if record.name == name), {})
 
 
 class PassManager:
@@ -173,16 +204,19 @@ class PassManager:
         self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
         self.target = target or Target("cpu")
 
-    def run(self, graph: Graph, *, verified: bool = False) -> Optimized:
+    def run(self, graph: Graph, *, verified: bool = False, facts: Facts | None = None) -> Optimized:
         """Optimize a copy of the graph.
 
         verified  True if another manager has just verified the whole graph; it is not verified again
+        facts     the facts that hold for the graph; None: those that the graph shows
 
-        Raises VerifyError if the input graph is already broken, UsageError if a pass's options do not fit the model,
-        and BrokenPassError (a PassError) if a pass fails.
+        Raises UsageError, before any pass runs, if a pass stands where its requirement does not hold; VerifyError if
+        the input graph is already broken, UsageError if a pass's options do not fit the model, and BrokenPassError (a
+        PassError) if a pass fails.
         """
+        after = facts_after(self.passes, initial_facts(graph) if facts is None else facts)
         with collection_paused():
-            return self._run(graph, verified)
+            return dataclasses.replace(self._run(graph, verified), facts=after)
 
     def _run(self, graph: Graph, verified: bool) -> Optimized:
         debug = debug_level()
@@ -195,7 +229,7 @@ class PassManager:
         expressions = Expressions()
         numbers: Numbers | None = None  # of the last snapshot, if known
         is_verified = True  # the whole current graph is verified
-        plan: StoragePlan | None = None
+        products: dict[type[Any], Any] = {}
         for each in self.passes:
             certify = self.certify and each.rewrites and not each.changes_numbers
             record = PassRecord(
@@ -220,10 +254,12 @@ class PassManager:
                     if certify and _undo_what_fails(each, record, recorded, snapshot, working):
                         record.after = count_ops(working)
                         verify(working)
-                    plan = None  # planned for the graph before this change
-                if record.plan is not None:
-                    plan = record.plan
-                    record.notes += check_storage(working, plan)
+                    products = {}  # made for the graph before this change
+                products |= record.products
+                record.notes += each.check_products(working, record)
+                for fact in each.ensures:
+                    if (reason := fact.refutes(working)) is not None:
+                        raise PassError(f"afterwards, the graph is not {fact}", received=reason)
             except UsageError:  # the pass's options do not fit the model
                 raise
             except Exception as error:
@@ -252,7 +288,7 @@ class PassManager:
         if debug >= 3:
             print(log.explain(), log.certified(), sep="\n", file=sys.stderr)
         kept = lineage.restricted(node for _, node in working.walk())
-        return Optimized(graph, working, log, kept, plan=plan)
+        return Optimized(graph, working, log, kept, products=products)
 
 
 def _untouched(snapshot: Graph, record: PassRecord) -> dict[str, Function]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.ir.wording.notebook_html import html_code, html_table
-from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.certificates.certificate import Certificate, Counterexample
 from treadle.passes.certificates.certifying import certify
 from treadle.passes.certificates.regions import Claim
 from treadle.passes.framework.lineage import Lineage, NodeHistory
-from treadle.passes.memory.storage_plan import StoragePlan
+
+Product = TypeVar("Product")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,7 @@ class PassRecord:
     ops      the number of nodes of each op in the distinct functions, before and after
     notes    the pass's own lines: weights removed, folds skipped
     certificates  the certificates of the distinct rewrites, if certification is on
-    plan     the result of a planning pass, which prints its own text
-    fit      the fit of a run into a memory budget, if a pass planned it
+    products  what the pass made in addition to the graph, by type: a storage plan, the fit into a memory budget
     history  a number for each node of `graph`, and the nodes that the pass replaced, for a log of this process
 
     The pass reads these fields while it runs: certifying (True if each rewrite is certified before it is kept),
@@ -117,8 +116,7 @@ class PassRecord:
     notes: list[str] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
     graph: Graph | None = None
-    plan: StoragePlan | None = None
-    fit: MemoryFit | None = None
+    products: dict[type[Any], Any] = field(default_factory=dict)
     certifying: bool = field(default=False, repr=False, compare=False)
     differentiated: bool = field(default=False, repr=False, compare=False)
     display_values: dict[Value, Value] = field(default_factory=dict, repr=False, compare=False)
@@ -127,6 +125,10 @@ class PassRecord:
     history: NodeHistory = field(default_factory=NodeHistory, repr=False, compare=False)
     touched: set[str] | None = field(default=None, repr=False, compare=False)
     rules: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def product(self, kind: type[Product]) -> Product | None:
+        """Return what the pass made of this type, or None."""
+        return self.products.get(kind)
 
     def match(
         self,

@@ -28,6 +28,7 @@ from treadle.ir.errors import PassError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.target import Target
 from treadle.passes.certificates.regions import claim_of_match
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.pattern import Pattern, Vocabulary
@@ -74,6 +75,8 @@ class Rewrite(Pass):
     Subclasses define `pattern` and `rewrite`, and if needed `fits` and `check`.
     """
 
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+
     def pattern(self, p: Vocabulary, *wildcards: Any, **options: Any) -> Any:
         """Return the expression to find, over wildcards named by this method's parameters. See
         `treadle.passes.framework.pattern`.
@@ -106,6 +109,7 @@ class Rewrite(Pass):
 class RewriteSet(Pass):
     """A pass that applies several rewrites in one sweep; earlier ones are tried first."""
 
+    requires: ClassVar[Facts] = BEFORE_LOWERING
     rules: ClassVar[tuple[Rewrite, ...]] = ()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Node, Value
@@ -12,6 +13,7 @@ from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.elementwise import Cast, Neg
 from treadle.ir.ops.embedding_sums import MOST_TABLES, EmbeddingSum
 from treadle.ir.ops.indexing import Embedding, Gather
+from treadle.passes.framework.facts import BEFORE_LOWERING, UNMERGED, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 _SCALINGS = (Mul, Div, Cast, Neg)
@@ -30,6 +32,9 @@ class FuseEmbeddingSum(SiteRewrite["_Sum"]):
     fused without it if they are added to each other first); an embedding, or a partial sum, that is used elsewhere;
     embeddings of different widths; more than eight embeddings.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+    ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def sites(self, work: Rewriting) -> Iterator[_Sum]:
         if sum(lookup_of(node) is not None for node in work.function.nodes) < 2:

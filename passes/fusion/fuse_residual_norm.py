@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node
 from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.elementwise import Cast
+from treadle.passes.framework.facts import BEFORE_LOWERING, UNMERGED, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 FUSED: Mapping[str, str] = {"layer_norm": "add_layer_norm", "rms_norm": "add_rms_norm"}
@@ -26,6 +28,9 @@ class FuseResidualNorm(SiteRewrite["_Residual"]):
     Refuses: a sum that broadcasts; a weight or a constant as an addend (a bias); a sum that is cast before the norm; a
     second norm of one sum; a weight of the norm that is computed after the sum is first read.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+    ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def sites(self, work: Rewriting) -> Iterator[_Residual]:
         found = _Residuals(work, self.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from treadle.ir.ops.products import Einsum
 from treadle.ir.ops.rotary import LAYOUTS
 from treadle.ir.ops.shapes import Expand, Rearrange
 from treadle.passes.cleanup.canonicalize import TidyLayout
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Placed
 from treadle.passes.fusion.axis_tracking import Axes, Layout, narrowed
@@ -42,6 +44,8 @@ class FuseRotary(SiteRewrite["_Turned"]):
     integers; angles that are not a product of positions and frequencies; an x whose elements are not the elements of
     one tensor in order.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     tidying = TidyLayout()
 

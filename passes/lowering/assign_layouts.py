@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import values_of_weights
@@ -12,28 +10,17 @@ from treadle.ir.builder import describe_source
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.layout import Relayout
+from treadle.passes.capabilities import PRIMITIVES, Capabilities, Reads
+from treadle.passes.framework.facts import UNBOUND, UNPLANNED, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
-
-
-class Reads(Enum):
-    """The way in which a node reads an operand for which it requires no particular layout."""
-
-    ROW_MAJOR = "row-major"
-    ANY = "any layout"
-
-
-Wants = Callable[[Node, int], Layout | Reads]
-"""A function that returns the way in which a node reads an operand. It is called for operands that depend on weights
-alone.
-"""
 
 
 @dataclass(frozen=True)
 class AssignLayouts(Pass):
     """linear(x, w)   -->   linear(x, relayout(w, to=panels(16)))     if w depends on weights alone
 
-    wants   returns the way in which a node of the backend reads an operand
+    backend  the backend, whose nodes read operands in layouts
     alone   True to change a layout only if all readers of w require the same layout and w is not an output: otherwise w
             would be stored twice
 
@@ -43,12 +30,9 @@ class AssignLayouts(Pass):
     """
 
     rewrites: ClassVar[bool] = False
-    wants: Wants = field(repr=False)
+    requires: ClassVar[Facts] = frozenset({UNBOUND, UNPLANNED})
+    backend: Capabilities = PRIMITIVES
     alone: bool = False
-
-    @property
-    def options(self) -> str:
-        return "alone" if self.alone else ""
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         fixed = values_of_weights(graph)
@@ -91,7 +75,7 @@ class AssignLayouts(Pass):
         """Return the way in which a node reads an operand. A call reads it row-major, since the callee changes the
         layout itself.
         """
-        return Reads.ROW_MAJOR if node.op.callee is not None else self.wants(node, at)
+        return Reads.ROW_MAJOR if node.op.callee is not None else self.backend.layouts(node, at)
 
 
 def _relayout(value: Value, layout: Layout, reader: Node) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import Builder, Expr
@@ -11,6 +12,7 @@ from treadle.ir.errors import RuleError
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.blocks import Decode
 from treadle.ir.ops.elementwise import Cast
+from treadle.passes.framework.facts import LEGAL, UNPLANNED, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 
@@ -25,6 +27,8 @@ class DecodeLast(SiteRewrite[Site]):
 
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
+
+    requires: ClassVar[Facts] = frozenset({LEGAL, UNPLANNED})
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
@@ -57,6 +61,8 @@ class DecodeNarrow(SiteRewrite[Site]):
 
     Readers of the result may then read the blocks of w.
     """
+
+    requires: ClassVar[Facts] = frozenset({LEGAL, UNPLANNED})
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():

@@ -5,7 +5,7 @@ them by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import weight_only_nodes
@@ -16,7 +16,9 @@ from treadle.ir.naming import free_name
 from treadle.ir.ops.call import Call
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.transforms.clone import clone_node, clone_value
+from treadle.passes.capabilities import PRIMITIVES, Capabilities
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.framework.facts import PORTABLE, UNBOUND, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 
@@ -30,10 +32,6 @@ _MOST_MOVED = (
 )  # derived weights of one block; if blocks call other blocks twice, and so on, their number doubles at each level
 
 
-ReadsBlocks = Callable[[Node, int], bool]
-"""A function that returns True if a node of the backend reads a decoded operand as blocks."""
-
-
 @dataclass(frozen=True)
 class HoistWeights(Pass):
     """main: y = linear(x, concat($a, $b))   -->   bind: $ab = concat($a, $b)      main: y = linear(x, $ab)
@@ -44,8 +42,8 @@ class HoistWeights(Pass):
     Values that several entries compute from the same weights are computed once, and all of these entries read the
     result.
 
-    reads_blocks  returns True if a node reads encoded weights as blocks: the decode stays directly before that node,
-                  and `bind` stores the blocks
+    backend  the backend. If a node of it reads encoded weights as blocks, the decode stays directly before that node,
+             and `bind` stores the blocks
 
     Refuses: a graph that already has `bind`. Values that would make `bind` hold more than eight times the bytes of all
     weights, and more than a megabyte, are computed at every call, as before. If some reader of a decode reads only
@@ -53,11 +51,8 @@ class HoistWeights(Pass):
     """
 
     rewrites: ClassVar[bool] = False
-    reads_blocks: ReadsBlocks | None = field(default=None, repr=False)
-
-    @property
-    def options(self) -> str:
-        return ""
+    ends: ClassVar[Facts] = frozenset({UNBOUND, PORTABLE})
+    backend: Capabilities = PRIMITIVES
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         if graph.bind is not None:
@@ -67,7 +62,7 @@ class HoistWeights(Pass):
             return 0
         _rename_bind(graph)
         held = sum(v.type.decoded.bytes_at({}) for v in graph.parameters.values() if not v.type.symbols)
-        hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log, self.reads_blocks or _reads_none)
+        hoisting = _Hoisting(graph, MOST_GROWTH * held + _ALWAYS, log, self.backend.reads_blocks)
         for function in list(graph.functions.values()):
             hoisting.call_made(function)
             # if several layers share weights (ALBERT), values that they derive from these weights are computed once
@@ -94,7 +89,7 @@ class _Moved:
 
 
 class _Hoisting:
-    def __init__(self, graph: Graph, budget: int, log: PassRecord, reads_blocks: ReadsBlocks) -> None:
+    def __init__(self, graph: Graph, budget: int, log: PassRecord, reads_blocks: Callable[[Node, int], bool]) -> None:
         self.graph, self.budget, self.log, self.reads_blocks = graph, budget, log, reads_blocks
         self.moved: dict[str, _Moved] = {}
         self.makers: dict[str, Function] = {}
@@ -311,10 +306,6 @@ def _readers(value: Value, uses: Mapping[Value, Sequence[Use]]) -> list[Use]:
     for node, at in uses.get(value, ()):
         found += _readers(node.result, uses) if isinstance(node.op, Relayout) else [(node, at)]
     return found
-
-
-def _reads_none(node: Node, position: int) -> bool:
-    return False
 
 
 def _path(node: Node, value: Value) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.composites import inline, lowering_of
@@ -11,34 +12,32 @@ from treadle.ir.graph import Graph, Value
 from treadle.ir.operation import Composite, Op
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.types import Type
+from treadle.passes.capabilities import PRIMITIVES, Capabilities, Keeps
+from treadle.passes.framework.facts import LEGAL, PORTABLE, UNPLANNED, Facts
 from treadle.passes.framework.pass_log import PassRecord, count_ops
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
-
-Keeps = Callable[[Op, Sequence[Type | None]], bool]
-"""A function that returns True if a backend emits an op on operands of these types without lowering it."""
 
 
 @dataclass(frozen=True)
 class Legalize(SiteRewrite[Site]):
     """attention(q, k, v, ...)   -->   its body, if the backend does not emit attention
 
-    keeps  returns True for the composites that the backend emits
+    backend  the backend, which keeps the composites that it emits
 
     Composites in the body of another composite are replaced as well, until only calls, primitives and composites that
     the backend emits remain. The new nodes get the scope, name and source line of the replaced node.
     """
 
-    keeps: Keeps = field(repr=False)
-
-    @property
-    def options(self) -> str:
-        return ""
+    requires: ClassVar[Facts] = frozenset({UNPLANNED})
+    ensures: ClassVar[Facts] = frozenset({LEGAL})
+    ends: ClassVar[Facts] = frozenset({PORTABLE})
+    backend: Capabilities = PRIMITIVES
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         """Yield every composite that the backend does not emit, also in the body of another composite."""
         for node in work.walk(into=True):
             types = [None if v is None else v.type for v in node.operands]
-            if isinstance(node.op, Composite) and not self.keeps(node.op, types):
+            if isinstance(node.op, Composite) and not self.backend.keeps(node.op, types):
                 yield Site(node)
 
     def build(self, b: Builder, site: Site) -> Sequence[Value]:
@@ -49,7 +48,7 @@ class Legalize(SiteRewrite[Site]):
 
 def legalized(graph: Graph, keeps: Keeps) -> Graph:
     """Return a copy of a graph that consists of calls, primitives and the composites that the backend emits."""
-    made, legalize = clone_graph(graph), Legalize(keeps)
+    made, legalize = clone_graph(graph), Legalize(Capabilities(keeps=keeps))
     legalize.run_graph(made, PassRecord(legalize.name, "", count_ops(graph)))
     return made
 

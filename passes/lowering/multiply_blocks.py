@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
@@ -13,6 +13,8 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.operation import Composite
 from treadle.ir.ops.blocks import ROWS, STEPS, Encode, EncodedLinear, multiplied_with
 from treadle.ir.ops.products import Linear, MatMul, MixedProduct
+from treadle.passes.capabilities import PRIMITIVES, Capabilities
+from treadle.passes.framework.facts import BEFORE_LOWERING, LEGAL, UNPLANNED, Facts
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 
@@ -23,6 +25,8 @@ class OpenBlockProducts(SiteRewrite[Site]):
     The pass applies to activations that are rounded to 8-bit rows at every call, because a backend's kernel for the
     whole op reads numbers, not blocks.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk(into=True):
@@ -42,7 +46,7 @@ class MultiplyBlocks(SiteRewrite[Site]):
 
     matmul(decode(x), decode(w))   -->   encoded_linear(x, rearrange(w, "k n -> n k"))
 
-    takes  returns True if the backend multiplies rounded values with weights of an encoding as integers
+    backend  the backend, which multiplies rounded values with weights of some encodings as integers
 
     The two sides are equal up to rounding, so no certificate is required: decoded values are rounded to float32 before
     they are multiplied, integers are not. Products of integers are summed exactly over each block, and then multiplied
@@ -51,11 +55,8 @@ class MultiplyBlocks(SiteRewrite[Site]):
     """
 
     changes_numbers: ClassVar[bool] = True
-    takes: Callable[[Encoding], bool] = field(default=lambda weight: weight == ROWS, repr=False)
-
-    @property
-    def options(self) -> str:
-        return ""
+    requires: ClassVar[Facts] = frozenset({LEGAL, UNPLANNED})
+    backend: Capabilities = PRIMITIVES
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
@@ -71,7 +72,7 @@ class MultiplyBlocks(SiteRewrite[Site]):
                 or rounded not in multiplied_with(encoding.along(-1))
             ):
                 continue
-            if not self.takes(encoding.along(-1)):
+            if not self.backend.takes(encoding.along(-1)):
                 continue
             yield Site(node, tuple([v.node for v in (x, w) if v is not None and v.node is not None]))
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from treadle.ir.analysis.weight_only import values_of_weights
@@ -12,15 +11,10 @@ from treadle.ir.graph import Function, Graph, Node, Value, needed_nodes
 from treadle.ir.layouts import Layout
 from treadle.ir.ops.layout import Relayout
 from treadle.ir.transforms.clone import clone_node
+from treadle.passes.capabilities import PRIMITIVES, Capabilities
+from treadle.passes.framework.facts import UNBOUND, UNPLANNED, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
-
-WantsBlocks = Callable[[Node, int, Layout | None], Layout | str]
-"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason for which it
-reads numbers. The last argument is the layout in which other nodes read these blocks directly, if there are any.
-"""
-Multiplies = Callable[[Node, int], Layout | None]
-"""A function that returns the layout in which a node reads an encoded operand directly, or None."""
 
 
 def unpacking(value: Value | None) -> Node | None:
@@ -42,20 +36,15 @@ def in_blocks(node: Node, position: int) -> bool:
 class ReadBlocks(Pass):
     """linear(x, decode(w))   -->   linear(x, decode(relayout(w, to=panels(32))))     if w depends on weights alone
 
-    wants       returns the way in which a node of the backend reads blocks
-    multiplies  returns the layout in which a node reads an encoded operand that is not decoded for it
+    backend  the backend, some of whose nodes read blocks, or encoded operands that are not decoded for them
 
     `HoistWeights` then computes the relayout of the blocks once. Refuses: a decode with a reader that reads numbers, or
     that requires another layout: blocks and numbers of one weight would be stored twice.
     """
 
     rewrites: ClassVar[bool] = False
-    wants: WantsBlocks = field(repr=False)
-    multiplies: Multiplies = field(default=lambda node, at: None, repr=False)
-
-    @property
-    def options(self) -> str:
-        return ""
+    requires: ClassVar[Facts] = frozenset({UNBOUND, UNPLANNED})
+    backend: Capabilities = PRIMITIVES
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         log.touched = set()
@@ -91,7 +80,7 @@ class ReadBlocks(Pass):
     ) -> Layout | None:
         """Return the one layout in which all readers read the blocks. If there is none, log a note and return None."""
         beside = self._beside(node, uses)
-        wanted = [self.wants(reader, at, beside) for reader, at in uses.get(node.result, ())]
+        wanted = [self.backend.blocks(reader, at, beside) for reader, at in uses.get(node.result, ())]
         layouts = {each for each in wanted if isinstance(each, Layout)}
         whys = [each for each in wanted if isinstance(each, str)]
         if node.result in function.results:
@@ -114,9 +103,9 @@ class ReadBlocks(Pass):
         found: list[Layout | str | None] = []
         for reader, at in uses.get(node.inputs[0], ()):
             if reader.op.decodes and reader.results[0].type != node.result.type:
-                found += [self.wants(each, place, None) for each, place in uses.get(reader.result, ())]
+                found += [self.backend.blocks(each, place, None) for each, place in uses.get(reader.result, ())]
             elif not reader.op.decodes:
-                found.append(self.multiplies(reader, at))
+                found.append(self.backend.multiplies(reader, at))
         return next((each for each in found if isinstance(each, Layout)), None)
 
 

@@ -16,6 +16,7 @@ from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import Einsum, Linear, MatMul
 from treadle.ir.types import f32
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.framework.facts import LEGAL, UNPLANNED, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.returned_values import readers_of
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
@@ -31,6 +32,8 @@ class RoundSooner(SiteRewrite[Site]):
     The pass applies to a float32 product if all parts of its result are rounded in this way, and it has no other
     readers.
     """
+
+    requires: ClassVar[Facts] = frozenset({LEGAL, UNPLANNED})
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
 

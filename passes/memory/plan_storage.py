@@ -4,43 +4,25 @@ defines its contents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.ir.sizing.sizes import Size
-from treadle.ir.storage.views import View
+from treadle.passes.capabilities import PRIMITIVES, Capabilities, over_nothing
+from treadle.passes.framework.facts import PORTABLE, UNPLANNED, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.memory.argument_reuse import reused_arguments
 from treadle.passes.memory.frames import frame_of, peak_of
-from treadle.passes.memory.library_places import LibraryPlanning, Workspaces, allocates, nothing_beside
+from treadle.passes.memory.library_places import LibraryPlanning
 from treadle.passes.memory.ordering import choices, have_one_order, must_precede, needs_less
+from treadle.passes.memory.storage_checking import check_storage
 from treadle.passes.memory.storage_plan import FunctionPlan, How, Step, StoragePlan
-from treadle.passes.memory.strided_places import Parts, StridedPlanning
+from treadle.passes.memory.strided_places import StridedPlanning
 from treadle.passes.memory.value_places import Over, PlacedFunction
-
-Grouping = Callable[[Function], Sequence[Step]]
-"""A function that partitions a function's nodes into steps that are computed together, in order. Each node is in one
-step.
-"""
-
-
-def each_alone(function: Function) -> Sequence[Step]:
-    """Return a step for each node."""
-    return [Step((node,)) for node in function.nodes]
-
-
-def every_part(step: Step, view: View) -> bool:
-    """Return True: every step can write its result through any view."""
-    return True
-
-
-def over_nothing(step: Step) -> Sequence[Value]:
-    """Return no operands: no step overwrites its operands."""
-    return ()
 
 
 @dataclass(frozen=True)
@@ -55,13 +37,9 @@ class PlanStorage(Pass):
       the storage of an operand that is dead after this step, if the backend overwrites it, or for a call its callee
       a new one, in the order in which y's only reader needs it: "b s (h d) -> b h s d" is then a view
 
+    backend  the backend: the nodes that it computes together, the operands that it overwrites, its workspaces
     strided  kernels read and write by strides, as planned. Otherwise a library chooses strides and allocates its
              results: a value that is not a view has its own storage, or the storage of an operand that is dead by then
-    grouped  the nodes that the backend computes together, so that only the last of them needs a storage
-    parts    a predicate: a step can write its result as a part of another value
-    over     the operands that a step may overwrite with its result, element by element
-    placed   with a library: the nodes whose result it writes to a given destination
-    workspaces  memory that calls of these nodes need in addition to their result, while the step runs
     copies   with a library: the result of a view that strides cannot express is a copy, which is placed
     donated  inputs of the last entry, by name, that the caller donates: a step may overwrite them like a value of the
              run, and kernels that write by strides may write the one output there
@@ -75,22 +53,13 @@ class PlanStorage(Pass):
     """
 
     rewrites: ClassVar[bool] = False
+    ends: ClassVar[Facts] = frozenset({UNPLANNED, PORTABLE})
+    backend: Capabilities = PRIMITIVES
     strided: bool = False
-    grouped: Grouping = field(default=each_alone, repr=False)
-    parts: Parts = field(default=every_part, repr=False)
-    over: Over = field(default=over_nothing, repr=False)
-    placed: Callable[[Node], bool] = field(default=allocates, repr=False)
-    workspaces: Workspaces = field(default=nothing_beside, repr=False)
     copies: bool = False
     donated: tuple[str, ...] = ()
     in_results: bool = False
     ordered: bool = True
-
-    @property
-    def options(self) -> str:
-        said = (("strided", self.strided), ("in program order", not self.ordered))
-        words = [word for word, holds in said if holds]
-        return ", ".join([*words, *(f"{name} donated" for name in self.donated)])
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         functions: dict[str, FunctionPlan] = {}
@@ -99,7 +68,7 @@ class PlanStorage(Pass):
             given_away = self.donated if function is graph.main else ()
             planned = PlacedFunction(function, functions, function in graph.entries, given_away)
             over = self._over(functions)
-            plan = self._plan(planned, self.grouped(function), over)
+            plan = self._plan(planned, self.backend.grouped(function), over)
             if self.ordered:
                 plan = self._reordered(plan, planned, over, peaks, graph.symbols)
             if self.strided:
@@ -111,16 +80,22 @@ class PlanStorage(Pass):
                 peaks[function.name] = self._peak(plan, planned, peaks, graph.symbols)
             if plan.reordered is not None:
                 log.notes.append(f"{function.name}: {plan.reordered}")
-        log.plan = StoragePlan(functions, self.strided, self.in_results, self.copies)
-        log.notes.insert(0, log.plan.note)
+        made = StoragePlan(functions, self.strided, self.in_results, self.copies)
+        log.products[StoragePlan] = made
+        log.notes.insert(0, made.note)
         log.touched = set()
         return 0
+
+    def check_products(self, graph: Graph, log: PassRecord) -> Sequence[str]:
+        """Check the plan against the graph (`treadle.passes.memory.storage_checking`). Return notes."""
+        return check_storage(graph, log.products[StoragePlan])
 
     def _plan(self, planned: PlacedFunction, steps: Sequence[Step], over: Over) -> FunctionPlan:
         """Return the plan of a function with these steps in this order."""
         if self.strided:
-            return StridedPlanning(planned, steps, self.parts, over).plan()
-        return LibraryPlanning(planned, steps, over, self.placed, self.workspaces, self.copies).plan()
+            return StridedPlanning(planned, steps, self.backend.parts, over).plan()
+        mine = self.backend
+        return LibraryPlanning(planned, steps, over, mine.placed, mine.workspaces, self.copies).plan()
 
     def _over(self, callees: Mapping[str, FunctionPlan]) -> Over:
         """Return the operands that each step may overwrite; for a call, the operands that its callee may overwrite."""
@@ -128,7 +103,7 @@ class PlanStorage(Pass):
         def over(step: Step) -> Sequence[Value]:
             callee = step.root.op.called_in(callees)
             if callee is None:
-                return self.over(step)
+                return self.backend.over(step)
             given = step.root.operands
             operands = zip(callee.function.arguments, given, strict=True)
             return [v for formal, v in operands if v is not None and formal in callee.reuses and given.count(v) == 1]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.passes.framework.facts import UNMERGED, Facts
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Rewrite
 from treadle.passes.products.product_patterns import is_product, product_with, weight_axes
@@ -19,6 +20,8 @@ class FuseActivatedLinear(Rewrite):
     act is gelu, gelu_tanh, quick_gelu, silu, relu, tanh or sigmoid. A weight keeps its layout, [out, in] for linear and
     [in, out] for matmul. Refuses: a product, or its sum with the bias, that is used elsewhere as well.
     """
+
+    ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def pattern(self, p: Vocabulary, x: Any, weight: Any, bias: Any) -> Any:
         product = product_with(p, "product", x, weight, bias)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.passes.framework.facts import UNMERGED, Facts
 from treadle.passes.framework.pattern import Vocabulary
 from treadle.passes.framework.rewrite import Match, Refusal, Rewrite, RewriteSet
 from treadle.passes.products.product_patterns import is_product, product_with, weight_axes
@@ -99,6 +100,7 @@ class FuseGatedLinear(RewriteSet):
     product, its activation or its sum with the bias that is used elsewhere as well.
     """
 
+    ends: ClassVar[Facts] = frozenset({UNMERGED})
     rules: ClassVar[tuple[Rewrite, ...]] = (GatedLinear(), MergedGate())
 
 

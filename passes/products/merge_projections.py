@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import ClassVar
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Function, Node, Value
@@ -12,6 +13,7 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.arithmetic import Add
 from treadle.ir.ops.merged_products import MOST_PROJECTIONS
 from treadle.ir.ops.products import Linear, MatMul
+from treadle.passes.framework.facts import BEFORE_LOWERING, UNMERGED, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 
@@ -29,6 +31,9 @@ class MergeProjections(SiteRewrite["_Merged"]):
     constant in place of a weight; a bias that is computed, perhaps after the first of the products. Skips products with
     a fused activation or gate: their results are stored activated, and slicing them would read them again.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+    ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def sites(self, work: Rewriting) -> Iterator[_Merged]:
         function = work.function

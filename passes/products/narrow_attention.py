@@ -12,6 +12,7 @@ from treadle.ir.graph import Value
 from treadle.ir.ops.attention import Attention
 from treadle.ir.types import DType, bf16, f32
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
@@ -23,6 +24,9 @@ class NarrowAttention(SiteRewrite[Site]):
     Scores, biases, the softmax and sums stay float32. A CPU that multiplies pairs also rounds probabilities before it
     multiplies values with them. Attention over a cache is unchanged: it reads keys and values in the cache's dtype.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+    ends: ClassVar[Facts] = frozenset({FULL_PRECISION})
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
     dtype: DType = bf16

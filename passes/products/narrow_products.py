@@ -13,6 +13,7 @@ from treadle.ir.graph import Node, Value
 from treadle.ir.ops.products import Einsum, MixedProduct
 from treadle.ir.types import DType, bf16, f32
 from treadle.passes.cleanup.common_subexpressions import CommonSubexpressions
+from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.products.einsum_as_product import as_product
@@ -35,6 +36,9 @@ class NarrowProducts(SiteRewrite[Site]):
     at every call; a batch of matrices, so that products of attention are unchanged in decomposed form and in gradients;
     an einsum that is not a product with a matrix; a product whose operand a quantizing pass rounds at every call.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
+    ends: ClassVar[Facts] = frozenset({FULL_PRECISION})
 
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
     dtype: DType = bf16

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.composites import inline
 from treadle.ir.graph import Value
 from treadle.ir.ops.convolution import Conv
+from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 
 
@@ -20,6 +22,8 @@ class PatchesAsProducts(SiteRewrite[Site]):
 
     Refuses: windows that overlap, whose elements would be copied several times; windows of one element; groups.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING | {FULL_PRECISION}
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():

@@ -13,6 +13,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
@@ -42,6 +43,7 @@ class QuantizeWeights(Pass):
     changes.
     """
 
+    requires: ClassVar[Facts] = BEFORE_LOWERING | {FULL_PRECISION}
     changes_numbers: ClassVar[bool] = True
     scheme: str
 

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 
 import treadle
-from treadle.backends import fitted_pipeline
 from treadle.backends.registry import find_backend
 from treadle.compiled import Compiled
 from treadle.ir.errors import BackendError, TreadleError
 from treadle.ir.target import Target
+from treadle.passes.budget import fitted_pipeline
 from treadle.passes.framework.manager import BrokenPassError
 
 Array = np.ndarray[Any, Any]

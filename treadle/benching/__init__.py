@@ -1,1 +1,1 @@
-"""`treadle bench`: compare a model with the tools that its users come from, each in its own process, in turns."""
+"""`treadle bench`: compare a model with other tools. Each tool runs in its own process; the tools take turns."""

@@ -1,9 +1,9 @@
-"""`bench_model`: compare a model with other tools. Outputs are compared first; then all sides run in turns.
+"""`bench_model`: compare a model with other tools. Outputs are compared first. Then all sides run in turns.
 
     found = bench_model("bert", ["eager", "onnxruntime"], sizes={"S": 128}, threads=1)
-    print(found.rows[1].ratio)      # its time, divided by ours
+    print(found.rows[1].ratio)      # eager's time divided by Treadle's
 
-On a busy machine every run is slower, so sides run in turns, and a ratio is the median of the ratios within a turn.
+On a busy machine every run is slower. So sides run in turns, and a ratio is the median of the ratios within a turn.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.passes.cleanup.cut_sooner import CutSooner
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT
+from treadle.passes.stages import Merge, Recognize, left_out, run
 from treadle.program.budgets import choose_sizes
 
 Array = np.ndarray[Any, Any]
 
-_FOR_OTHERS = tuple(each for each in DEFAULT if not isinstance(each, CutSooner))
+_FOR_OTHERS = left_out([Recognize(), Merge()], [CutSooner().name])
 """The passes for the ONNX file that other tools read: all outputs of the model, in ops that they support."""
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """The results of one side.
+    """The results of one side: Treadle or another tool.
 
     seconds     the median of its runs
-    ratio       its time, divided by ours: the median over turns; 1 for ours
+    ratio       its time divided by Treadle's: the median over turns; 1 for Treadle
     between     the quartiles of these ratios
-    difference  the largest difference of its outputs from ours, relative to our largest element; infinite if one is
-                NaN or infinite and the other is not; None if no output has our shape
-    opened      seconds until its first run had ended
+    difference  the largest difference of its outputs from Treadle's, relative to the largest element of Treadle's;
+                infinite if one is NaN or infinite and the other is not; None if no output has the same shape
+    opened      seconds until the end of its first run
     peak        peak resident bytes of its process
     """
 
@@ -65,12 +64,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """The limits of the machine, on the same number of threads.
+    """The limits of the machine, measured with the benchmark's number of threads.
 
-    rates   operations per second of each dtype, of the unit that multiplies it; for backends without kernels of ours,
+    rates   operations per second of each dtype, by the unit that multiplies it; for a backend without own kernels,
             NumPy's rate in float32
     read    bytes per second of a plain read
-    kernels the least seconds of our kernels at these rates; None if there are none
+    kernels the minimum seconds of Treadle's kernels at these rates; None if there are none
     """
 
     rates: Mapping[str, float]
@@ -78,17 +77,19 @@ class MachineLimits:
     kernels: float | None
 
     def least(self, cost: Cost) -> float:
-        """Return the least seconds of a run: of our kernels, or of the graph's operations in float32."""
+        """Return the minimum seconds of a run at these rates: of Treadle's kernels, or else of the graph's float32
+        operations.
+        """
         return max(cost.flops / self.rates["f32"], cost.bytes / self.read) if self.kernels is None else self.kernels
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All sides of one workload.
+    """The results of all sides for one workload.
 
-    rows     ours first
-    missing  by peer, why it did not run
-    cost     operations, and the least bytes read and written
+    rows     the results, Treadle's first
+    missing  for each peer that did not run, the reason
+    cost     the number of operations, and the minimum of bytes read and written
     machine  the limits of the machine
     """
 
@@ -102,7 +103,7 @@ class Benchmark:
     rounds: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the same as plain data."""
+        """Return the results as plain data."""
         return {
             "model": self.graph.name,
             "backend": self.workload.options.backend,
@@ -146,28 +147,30 @@ def bench_model(
 ) -> Benchmark:
     """Compare a model with peers.
 
-    against  their names (`PEERS`)
+    against  names of peers (`PEERS`)
     sizes    sizes of the symbols; small ones by default
-    rounds   number of turns, after one for warmup
-    python   the Python for peers that do not need Treadle (all but PyTorch's), if this one lacks them
-    emit     called with a line as each side is opened
+    rounds   number of turns, after one turn for warmup
+    python   the Python interpreter for peers that do not need Treadle (all but PyTorch's), if this one lacks them
+    emit     called with a line of text when a side is opened
 
-    Raises UsageError for an unknown peer, dtype, scheme, Python or size, or if our side does not run, and as
-    `treadle.compile` does for the model and the backend.
+    Raises UsageError for an unknown peer, dtype, scheme, Python interpreter or size, or if Treadle's side does not run;
+    and as `treadle.compile` does for the model and the backend.
     """
     names = peers_of(list(against))
     find_backend(workload.options.backend)
-    workload.options.precision()  # refuses unknown names
+    workload.options.stages()  # refuses unknown names
     if shutil.which(python) is None:
         raise UsageError(
-            "there is no such Python", received=python, hint="the path of a Python that runs, such as python3"
+            "there is no such Python interpreter",
+            received=python,
+            hint="the path of an interpreter, such as python3",
         )
     graph, weights = opened(workload)
     chosen = choose_sizes(graph, sizes or {})
     with tempfile.TemporaryDirectory() as place:
         spec = _spec(workload, graph, chosen, Path(place))
         if any(PEERS[name].reads == "onnx" for name in names):
-            made = export_onnx(PassManager(_FOR_OTHERS).run(graph).graph, weights, Path(place) / "model.onnx")
+            made = export_onnx(run(graph, _FOR_OTHERS).graph, weights, Path(place) / "model.onnx")
             spec |= {"onnx": str(made.path), "renamed": dict(made.inputs)}
         sides: dict[str, Side] = {}
         missing: dict[str, str] = {}
@@ -184,7 +187,7 @@ def bench_model(
                         raise UsageError(f"{graph.name} did not run", received=missing[name])
                 else:
                     sides[name] = side
-            machine = _machine(spec)  # while all others wait
+            machine = _machine(spec)  # while all other sides wait
             emit("running")
             times = _in_turns(sides, rounds)
             rows = [_row(name, side, times, Path(place)) for name, side in sides.items()]
@@ -205,7 +208,7 @@ def _machine(spec: Mapping[str, Any]) -> MachineLimits:
 
 
 def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Path) -> dict[str, Any]:
-    """Return the specification that all sides get."""
+    """Return the specification that is passed to every side's process."""
     save_arrays(place / "inputs.npz", draw_inputs(graph, sizes, [workload.options.seed]))
     folder, gguf = files_of(workload.model)
     return {
@@ -218,7 +221,7 @@ def _spec(workload: Workload, graph: Graph, sizes: Mapping[str, int], place: Pat
 
 
 def _in_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each side's runs, one run per turn."""
+    """Run the sides in turns, one run of each side per turn. Return the seconds of each side's runs."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
@@ -245,9 +248,11 @@ def _row(name: str, side: Side, times: Mapping[str, Sequence[float]], place: Pat
 
 
 def difference(ours: Path, theirs: Path) -> float | None:
-    """Return the largest difference of outputs, relative to our largest number; None if no output corresponds to ours.
+    """Return the largest difference between the outputs of two files, relative to the largest element of ours. None if
+    no output corresponds.
 
-    An output of theirs corresponds to ours if it has the same name, or if it alone has the same shape.
+    An output of theirs corresponds to an output of ours if it has the same name, or if it is the only one of the same
+    shape.
     """
     if not ours.exists():
         return None
@@ -261,8 +266,8 @@ def difference(ours: Path, theirs: Path) -> float | None:
 
 
 def _apart(ours: Array, theirs: Array) -> float:
-    """Return the largest difference, relative to our largest number. NaN equals NaN, and is infinitely far from
-    numbers.
+    """Return the largest difference relative to the largest element of ours. NaN equals NaN, and its difference from
+    any number is infinite.
     """
     alike = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     finite = np.abs(ours[np.isfinite(ours)])

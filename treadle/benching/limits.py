@@ -1,8 +1,8 @@
-"""Measure the machine's limits for our side, in a process of its own like each side of a benchmark.
+"""Measure the machine's limits for Treadle's side, in a separate process like each side of a benchmark.
 
     python limits.py '{"backend": "tvm", "model": "bert", "sizes": {"B": 1, "S": 128}, ...}'
 
-Prints one line of JSON: operations per second by dtype, bytes per second, and the least seconds of our kernels.
+Prints one line of JSON: operations per second by dtype, bytes per second, and the minimum seconds of Treadle's kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from treadle.benching.serving import Spec, best, compiled, measured_read, say, why_missing
 
-_LARGE = 1536  # size of the square product by which NumPy is measured
+_LARGE = 1536  # size of the square product that measures NumPy's rate
 
 
 def main() -> None:
@@ -30,8 +30,8 @@ def main() -> None:
 
 
 def machine_limits(spec: Spec) -> dict[str, Any]:
-    """Return operations per second of each dtype, bytes per second of a plain read, and the least seconds of our
-    kernels, if there are kernels; without kernels the operations are NumPy's in float32.
+    """Return operations per second of each dtype, bytes per second of a plain read, and the minimum seconds of the
+    model's kernels. If the backend has no kernels, the operations are NumPy's in float32.
     """
     from treadle.benching.workload import Workload
 

@@ -1,4 +1,4 @@
-"""A benchmark's report for people."""
+"""The text of a benchmark's report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treadle.reporting.counts import counted, human, rate_text, sizes_text
 from treadle.reporting.tables import plain_table
 
 ALIKE = 1e-3
-"""Float32 outputs with a larger difference, relative to the largest element, are reported as different."""
+"""Tolerance for float32 outputs, relative to the largest element. Larger differences are reported."""
 
 
 def report_lines(found: Benchmark) -> Iterator[str | Table]:
@@ -42,7 +42,7 @@ def report_lines(found: Benchmark) -> Iterator[str | Table]:
 
 
 def _limits(found: Benchmark) -> str:
-    """Return a line on the least time and the rates from which it follows."""
+    """Return a line of text on the minimum time, and on the rates from which it follows."""
     machine, least = found.machine, found.machine.least(found.cost)
     work = f"{human(found.cost.flops, 'FLOPs')} and {human(found.cost.bytes, 'B')}"
     peaks = ", ".join(rate_text(rate, dtype) for dtype, rate in machine.rates.items())

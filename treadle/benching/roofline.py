@@ -3,10 +3,13 @@
     found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
     print(found)
 
-A kernel's operations are the operations of its nodes; its bytes are the bytes of its operands and results, each
-counted once. Its least time is the larger of two: operations divided by the rate of the unit that multiplies numbers of
-their dtype, with nothing to load (`measure_unit`), and bytes divided by the rate of a plain read of as many bytes as
-the model's weights and arena have. A kernel whose operands are in a near cache may be faster.
+A kernel's operations are the operations of its nodes. Its bytes are the bytes of its operands and results, each counted
+once. Its minimum time is the larger of two times:
+
+    operations divided by the rate of the unit that multiplies their dtype, measured without loads (`measure_unit`)
+    bytes divided by the rate of a plain read of a buffer as large as the model's weights and arena
+
+A kernel whose operands are in a near cache may be faster than this.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from treadle.ir.storage.views import StorageKind
 from treadle.reporting.counts import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
-"""The dtypes of products, each of which has a rate."""
+"""The dtypes of products. Each has its own rate."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class KernelRow:
     """A kernel at its sizes.
 
     calls     number of calls in a run
-    seconds   of one call, the median
-    flops     of one call
-    bytes     of one call
+    seconds   median seconds of one call
+    flops     operations of one call
+    bytes     bytes of one call
     dtype     the dtype of its products: f32, bf16 or int8
-    least     the least seconds of one call at the machine's rates
-    source    the user's line of the node that it computes last
+    least     the minimum seconds of one call at the machine's rates
+    source    the user's line of the last node that it computes
     """
 
     kernel: str
@@ -62,7 +65,7 @@ class KernelRow:
 
     @property
     def total(self) -> float:
-        """Seconds of all its calls."""
+        """Total seconds of its calls."""
         return self.calls * self.seconds
 
 
@@ -70,9 +73,9 @@ class KernelRow:
 class Roofline:
     """All kernels of a run, the longest first.
 
-    rates  operations per second of each dtype, on as many threads: of its multiply unit, or of a faster kernel
-    read   bytes per second of a plain read of as many bytes as the model holds
-    held   bytes of its weights and its arena
+    rates  operations per second of each dtype, on the same number of threads: the multiply unit's, or a faster kernel's
+    read   bytes per second of a plain read of `held` bytes
+    held   bytes of the model's weights and arena
     """
 
     model: str
@@ -91,11 +94,11 @@ class Roofline:
 
     @property
     def least(self) -> float:
-        """The least seconds of all calls at these rates."""
+        """The minimum seconds of all calls at these rates."""
         return sum(row.calls * row.least for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the same as plain data."""
+        """Return the roofline as plain data."""
         names = ("kernel", "what", "calls", "seconds", "flops", "bytes", "dtype", "least", "source")
         return {
             "model": self.model,
@@ -145,7 +148,8 @@ class Roofline:
 
 
 def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int = 9, seed: int = 0) -> Roofline:
-    """Run a model of the TVM backend call by call, at sizes for its symbols, on random inputs.
+    """Run a model of the TVM backend kernel by kernel, at sizes for its symbols, on random inputs. Compare with the
+    machine.
 
     Raises UsageError for another backend, and for a model with states.
     """
@@ -168,7 +172,7 @@ def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall
     rows = list(_rows(model, calls))
     isa = isa_of(model.target)
     rates = {d: measure_unit(d, isa, exe.threads) for d in DTYPES if any(row.dtype == d for row in rows)}
-    for row in rows:  # on a busy machine the measured rate may be too low
+    for row in rows:  # if a kernel was faster, the measured rate was too low, as on a busy machine
         rates[row.dtype] = max(rates[row.dtype], row.flops / row.seconds)
     read = measured_read(held)
     bounded = [replace(row, least=max(row.flops / rates[row.dtype], row.bytes / read)) for row in rows]
@@ -176,7 +180,7 @@ def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall
 
 
 def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
-    """Yield a row for each kernel at its sizes, without the least time."""
+    """Yield a row for each kernel at its sizes. Minimum times are not set yet."""
     lowered = model.optimized.lowered
     assert lowered is not None
     assert lowered.plan is not None
@@ -210,7 +214,7 @@ def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
 
 
 def _joined(other: KernelRow | None, row: KernelRow) -> KernelRow:
-    """Add the same kernel at the same sizes in another place of the model."""
+    """Return the row of two places of the model that call the same kernel at the same sizes."""
     if other is None:
         return row
     calls = row.calls + other.calls
@@ -222,7 +226,7 @@ def _middle(calls: list[TimedCall]) -> float:
 
 
 def _bytes(step: KernelStep, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of a kernel's operands and results; each storage counts once, by its largest view."""
+    """Return the bytes of a kernel's operands and results. Each storage counts once, with its largest view."""
     found: dict[int, int] = {}
     for view in step.pointers:
         if view.storage.kind is not StorageKind.STATUS:

@@ -2,8 +2,8 @@
 
     Path("bert.svg").write_text(draw_roofline(measure_roofline(exe, {"B": 1, "S": 128})))
 
-Both axes are logarithmic. A dot's area is the kernel's share of the run; the largest are numbered and listed. Tooltips
-show times and the user's line. The slanted line is the memory limit; a flat line is the rate of the unit that
+Both axes are logarithmic. A dot's area is the kernel's share of the run. The slowest kernels are numbered and listed.
+Tooltips show times and the user's line. The slanted line is the memory limit. A flat line is the rate of the unit that
 multiplies a dtype.
 """
 
@@ -19,7 +19,7 @@ from treadle.reporting.counts import human, rate_text, sizes_text
 WIDTH, HEIGHT = 1000, 620
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 30, 64, 64
 _COLOURS = {"f32": "#4e79a7", "bf16": "#f28e2b", "int8": "#59a14f"}
-_LISTED = 8  # number of kernels with a number: the slowest
+_LISTED = 8  # number of kernels that are numbered and listed: the slowest
 
 
 def draw_roofline(found: Roofline) -> str:

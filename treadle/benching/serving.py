@@ -2,9 +2,10 @@
 
     python serving.py '{"side": "onnxruntime", "threads": 1, "inputs": "inputs.npz", "outputs": "out.npz", ...}'
 
-Once the model is open it prints a line of JSON, and writes the model's outputs. Then it answers each line that it
-reads: a number with the seconds of that number of runs (CPU time on one thread), an empty line with its peak memory.
-Only Treadle's sides and PyTorch's need Treadle: any Python with another tool can run this file.
+When the model is open, the process writes the model's outputs and prints a line of JSON. Then it reads lines. It
+answers a number with the seconds of that number of runs (CPU time on one thread), and an empty line with its peak
+memory. Only the sides of Treadle and PyTorch need Treadle. For other tools, any Python interpreter that has the tool
+can run this file.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ Array = np.ndarray[Any, Any]
 Spec = Mapping[str, Any]
 Run = Callable[[], Mapping[str, Array]]
 Opened = tuple[Run, str]
-"""A function that runs the model once, and a line that describes it."""
+"""A function that runs the model once, and a line of text that describes it."""
 
 
 class Unfit(Exception):
-    """A side cannot run this; the message contains the reason."""
+    """The side cannot run this model or workload. The message contains the reason."""
 
 
 _MARK = "array "
@@ -49,7 +50,7 @@ def main() -> None:
     save_arrays(spec["outputs"], outputs)
     say(answers, {"opened": opened, "note": note})
     for line in sys.stdin:
-        # On one thread, CPU time is not lengthened by other processes, unlike wall-clock time.
+        # Unlike wall-clock time, CPU time on one thread does not include other processes.
         clock = time.process_time if spec["threads"] == 1 else time.perf_counter
         counted = [timed(run, clock) for _ in range(int(line.strip() or 0))]
         say(answers, {"seconds": counted} if line.strip() else {"peak": peak_bytes()})
@@ -86,7 +87,7 @@ def peak_bytes() -> int:
 
 
 def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
-    """Write arrays under any names; each gets a prefix, since NumPy interprets some names as options."""
+    """Write arrays under any names. Each name gets a prefix, since NumPy interprets some names as options."""
     save: Any = np.savez
     save(path, **{f"{_MARK}{name}": np.asarray(array) for name, array in arrays.items()})
 
@@ -98,16 +99,16 @@ def read_arrays(path: str | Path) -> dict[str, Array]:
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """Return a folder's config.json."""
+    """Return the contents of a folder's config.json."""
     found: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return found
 
 
 def tokens_of(spec: Spec, side: str) -> Array:
-    """Return the one input of a side that supports tokens alone. Raises Unfit for other models."""
+    """Return the only input of a side that supports only tokens. Raises Unfit for a model with other inputs."""
     inputs = list(inputs_of(spec).values())
     if len(inputs) != 1 or inputs[0].dtype != np.int64:
-        raise Unfit(f"{side} supports tokens alone, and this model has {len(inputs)} inputs")
+        raise Unfit(f"{side} supports only tokens as input, and this model has {len(inputs)} inputs")
     return inputs[0]
 
 
@@ -135,7 +136,7 @@ def compiled(spec: Spec) -> Any:
     from treadle.ir.target import Target
 
     options = Workload.from_dict(spec).options
-    alone = options.backend == "numpy"  # it takes its threads from the environment
+    alone = options.backend == "numpy"  # numpy takes its threads from the environment
     options = options.but(target=Target("cpu", None if alone else spec["threads"]))
     if is_artifact(spec["model"]):
         how = {name: value for name, value in options.keywords().items() if name != "seed"}
@@ -144,7 +145,8 @@ def compiled(spec: Spec) -> Any:
 
 
 def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: function) -> Opened:
-    """Open PyTorch in eager mode: Hugging Face's own module of a folder with one, else the graph as declared.
+    """Open PyTorch in eager mode. For a folder of Hugging Face's, run its own module; otherwise run the graph as
+    declared.
 
     around  transforms the module or the function before it is called
     """
@@ -163,7 +165,7 @@ def open_eager(spec: Spec, around: Callable[[Any], Any] = lambda function: funct
 
 
 def open_compiled(spec: Spec) -> Opened:
-    """Open the same with torch.compile and frozen weights."""
+    """Open the module or function of `open_eager` with torch.compile and frozen weights."""
     import torch
     import torch._inductor.config as inductor
 
@@ -174,11 +176,11 @@ def open_compiled(spec: Spec) -> Opened:
 
 
 Called = tuple[Any, Callable[[Any], Any], str]
-"""A module or a function of PyTorch, a function that calls it on the inputs, and a line that describes it."""
+"""A PyTorch module or function, a function that calls it on the inputs, and a line of text that describes it."""
 
 
 def _own_module(spec: Spec) -> Called | None:
-    """Return Hugging Face's module, if the model is a folder of theirs with tokens as the only input."""
+    """Return Hugging Face's module, if the model is one of their folders and tokens are its only input."""
     inputs = list(inputs_of(spec).values())
     if not spec["folder"] or len(inputs) != 1 or inputs[0].dtype != np.int64:
         return None
@@ -193,9 +195,9 @@ def _own_module(spec: Spec) -> Called | None:
 
 
 def _declared(spec: Spec) -> Called:
-    """Return a function of PyTorch calls, one for each op of the model's own text, on unchanged weights.
+    """Return a function of PyTorch calls, one for each op of the model's graph as declared, on unchanged weights.
 
-    It is called directly, not through an executable, whose argument checks torch.compile would have to trace.
+    The function is called directly. In an executable, torch.compile would have to trace the checks of arguments, too.
     """
     import torch
 
@@ -251,7 +253,7 @@ def open_openvino(spec: Spec) -> Opened:
     if spec["side"].endswith("int8"):
         import nncf
 
-        # Calibrated on the benchmark's own input, which can only flatter it.
+        # Calibrated on the benchmark's own input, which can only improve NNCF's accuracy.
         model = nncf.quantize(model, nncf.Dataset([given]), model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
         note = "int8 by NNCF, static, the rest in bf16"
     settings = {
@@ -270,7 +272,7 @@ def open_openvino(spec: Spec) -> Opened:
 
 
 def _renamed(spec: Spec) -> dict[str, Array]:
-    """Return the inputs under their names in the ONNX file."""
+    """Return the inputs under the names that they have in the ONNX file."""
     return {spec["renamed"][name]: array for name, array in inputs_of(spec).items()}
 
 
@@ -286,10 +288,10 @@ def open_ctranslate2(spec: Spec) -> Opened:
     import ctranslate2
 
     if not spec["folder"]:
-        raise Unfit("CTranslate2 reads a folder of Hugging Face's, and this model is not one")
+        raise Unfit("CTranslate2 can only run a folder of Hugging Face's, and this model is not one")
     ids, kind = tokens_of(spec, "CTranslate2"), config_of(spec["folder"]).get("model_type")
     if kind in _NO_ENCODER:
-        raise Unfit(f"CTranslate2 runs no part of a {kind} by itself")
+        raise Unfit(f"CTranslate2 cannot run a {kind} by itself")
     form = "int8" if spec["side"].endswith("int8") else "float32"
     made = Path(spec["outputs"]).with_suffix(f".{form}")
     folder = _with_words(Path(spec["folder"]), made.with_suffix(".words"))
@@ -312,7 +314,7 @@ def open_ctranslate2(spec: Spec) -> Opened:
 
 
 def _with_words(folder: Path, place: Path) -> Path:
-    """Return the folder, or a copy with a tokenizer's vocabulary, which CTranslate2 requires."""
+    """Return the folder, or a copy that also has the tokenizer's vocabulary, if CTranslate2 needs it."""
     if any((folder / name).exists() for name in _TOKENIZERS):
         return folder
     import tokenizers
@@ -333,10 +335,10 @@ def open_llama(spec: Spec) -> Opened:
     from llama_cpp import Llama
 
     if not spec["gguf"]:
-        raise Unfit("llama.cpp reads a GGUF file, and this model is not one")
+        raise Unfit("llama.cpp can only run a GGUF file, and this model is not one")
     ids = tokens_of(spec, "llama.cpp")
     if len(ids) != 1:
-        raise Unfit("llama.cpp runs with one row here: B=1")
+        raise Unfit("llama.cpp can only run one row here: B=1")
     count = ids.shape[1]
     sizes = {"n_ctx": count, "n_batch": count, "n_ubatch": count}
     threads = {"n_threads": spec["threads"], "n_threads_batch": spec["threads"]}
@@ -370,7 +372,7 @@ OPENERS: Mapping[str, Callable[[Spec], Opened]] = {
 
 
 def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Return the least seconds of a few runs: three, or as many as fit into half a second."""
+    """Return the minimum seconds of several runs: at least three, and at least half a second in total."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < 0.5:
         times.append(timed(run, clock))
@@ -378,7 +380,7 @@ def best(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def measured_read(held: int = 1 << 28) -> float:
-    """Return the bytes per second of a plain read of `held` bytes."""
+    """Return the bytes per second of a plain read of a buffer of `held` bytes."""
     numbers = np.ones(max(held // 4, 1 << 18), np.float32)
     return numbers.nbytes / best(lambda: {"": np.asarray(numbers.max())})
 

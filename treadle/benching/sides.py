@@ -1,4 +1,4 @@
-"""The sides of a benchmark: the peers, their requirements, and a process for each."""
+"""The sides of a benchmark: the peers, their requirements, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from treadle.ir.errors import Hint, UsageError
 
 SERVING, LIMITS = "serving.py", "limits.py"
-"""The scripts that a side's process runs, files next to this one."""
+"""The scripts that a side's process can run: files next to this one."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Peer:
     reads    "onnx" if it reads the output of `treadle export`; "torch" if it runs a module of PyTorch; "folder" or
              "gguf" if it reads the model's own file of this kind
     package  the packages to install with pip
-    summary  a line that describes it
+    summary  a line of text that describes it
     """
 
     reads: str
@@ -60,7 +60,7 @@ class Side:
     def __init__(self, spec: Mapping[str, Any], python: str = sys.executable, script: str = SERVING) -> None:
         """Start the process, and wait until the model is open or has failed: see `answer`. `script` is the file to run.
 
-        Raises UsageError for a Python that cannot be started.
+        Raises UsageError for a Python interpreter that cannot be started.
         """
         threads = str(spec["threads"])
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -85,7 +85,7 @@ class Side:
         return list(self._ask(str(count))["seconds"])
 
     def peak(self) -> int:
-        """Return the peak resident memory in bytes."""
+        """Return the peak resident memory of the process in bytes."""
         return int(self._ask("")["peak"])
 
     def close(self) -> None:

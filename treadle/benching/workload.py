@@ -26,9 +26,9 @@ Array = np.ndarray[Any, Any]
 class Workload:
     """A model and its options.
 
-    model    a name, as on the command line
-    threads  of every tool
-    keywords  the options that are set, as keywords of `treadle.compile`
+    model     a name, as on the command line
+    threads   the number of threads of every tool
+    keywords  the options that are set, as keyword arguments of `treadle.compile`
     """
 
     model: str
@@ -37,11 +37,11 @@ class Workload:
 
     @property
     def options(self) -> CompileOptions:
-        """The options of our side."""
+        """The options of Treadle's side."""
         return CompileOptions.of("bench", self.keywords, backend="tvm")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the options as JSON, with the model's configuration as texts: `act=t.relu`."""
+        """Return the workload as JSON, with the model's configuration as text: `act=t.relu`."""
         chosen = self.options.keywords() | {"backend": self.options.backend}
         config = chosen.pop("config", {})
         texts = [f"{n}={f't.{v.__name__}' if callable(v) else json.dumps(v)}" for n, v in config.items()]
@@ -49,13 +49,13 @@ class Workload:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Workload:
-        """Return the workload of `as_dict`."""
+        """Return the workload that `as_dict` returned as JSON."""
         config = parse_config(facts["config"], declared_options())
         return cls(facts["model"], facts["threads"], {**facts["options"], "config": config})
 
 
 def files_of(model: str) -> tuple[Path | None, Path | None]:
-    """Return the model's Hugging Face folder and its GGUF file, None for a file that it does not have."""
+    """Return the model's Hugging Face folder and its GGUF file; None for what it does not have."""
     place = Path(model)
     if model in PINNED:
         place = fetched_model(model) or place

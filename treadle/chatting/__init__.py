@@ -1,1 +1,1 @@
-"""Conversations: untrusted chat templates, rendered within limits, and a model that replies."""
+"""Conversations with chat models, and rendering of untrusted chat templates within limits."""

@@ -1,11 +1,11 @@
-"""A conversation with a chat model, its history kept in one row of a session.
+"""A conversation with a chat model, whose history stays in one row of a session.
 
     chat = Conversation.open(TextWriter.open("smollm2"), system="You are brief.")
     for piece in chat.say("What is the capital of France?", most=64):
         print(piece.text, end="")
 
-The model's chat template renders the whole conversation again at every turn. The tokens that it shares with the row as
-a prefix are not recomputed.
+The model's chat template renders the whole conversation again at every turn. If the rendered tokens have a prefix in
+common with the row, that prefix is not recomputed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CAPACITY = 4096
 
 @dataclass
 class Conversation:
-    """The messages of a conversation, and a model that replies. Create it with `open`."""
+    """The messages of a conversation, and the model that replies. Create it with `open`."""
 
     writer: TextWriter
     template: ChatTemplate
@@ -43,10 +43,10 @@ class Conversation:
 
     @classmethod
     def open(cls, writer: TextWriter, *, system: str | None = None, capacity: int | None = None) -> Conversation:
-        """Begin a conversation.
+        """Start a conversation.
 
         system    the system prompt
-        capacity  maximum number of tokens of the whole; None: as many as the model supports, up to CAPACITY
+        capacity  maximum number of tokens of the conversation; None: the model's maximum, but at most CAPACITY
 
         Raises UsageError for a model without a chat template.
         """
@@ -65,15 +65,16 @@ class Conversation:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Yield the reply to a user's message piece by piece; both join the conversation once the reply has ended.
+        """Yield the reply to a user's message piece by piece. When the reply has ended, the message and the reply are
+        added to `messages`.
 
-        rules  token rules; None: those of the folder
+        rules  token rules; None: the folder's rules
 
-        If the reply is not read to its end, the conversation is unchanged. Raises UsageError if the conversation has
+        If the caller stops before the reply ends, `messages` is unchanged. Raises UsageError if the conversation has
         become too long for the model.
         """
         if count_of(most) < 1:
-            raise UsageError("a reply has 1 token or more", received=repr(most))
+            raise UsageError("a reply must have 1 token or more", received=repr(most))
         asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.writer.tokens([self.template.render(asked)], special=False)[0]
         if len(ids) > self.session.capacity:
@@ -90,7 +91,7 @@ class Conversation:
             lambda _, token: growing.add(token),
         )
         (row, logits), made, reply = self._read(ids), list[int](), ""
-        turn = len(asked)  # draws differ from turn to turn
+        turn = len(asked)  # a different random draw at each turn
         while True:
             chosen = choosing.choose(logits, turn, ids, made)
             made.append(chosen)
@@ -105,11 +106,13 @@ class Conversation:
             logits = self.session.step({row: chosen})[row]
 
     def forget(self) -> None:
-        """Begin again with the same system prompt."""
+        """Start the conversation again, with the same system prompt."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def _read(self, ids: list[int]) -> tuple[int, Array]:
-        """Return the row that holds these tokens, reusing a prefix that it holds already, and the logits after them."""
+        """Return the row that holds these tokens, and the logits after them. A prefix that the row already holds is
+        reused.
+        """
         if self._row is not None:
             self.session.close(self._row, keep=True)
         self._row = self.session.resume(ids)

@@ -1,8 +1,8 @@
 """The process in which chat templates are rendered: Jinja's sandbox, with limits on memory, files and processes.
 
-It is run by its path, outside the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. It reads requests and
-writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` sends the requests, and kills
-the process on a timeout.
+The file is run by its path, outside the package: `python -I template_worker.py JINJA'S_FOLDER MEMORY`. The process
+reads requests and writes answers, each a line of JSON, until its input ends. `treadle.chatting.templates` sends the
+requests, and kills the process on a timeout.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TEXT |= frozenset(
 TEXT |= {"isalpha", "isdigit", "isspace"}
 MAPPING = frozenset({"get", "items", "keys", "values"})
 SEQUENCE = frozenset({"count", "index"})
-"""The methods that templates may call, of strings, objects and lists."""
+"""Methods that templates may call: of strings (TEXT), of objects (MAPPING) and of lists (SEQUENCE)."""
 
 
 def environment() -> Any:
-    """Return the sandbox: the functions that Hugging Face provides to templates, and only the attributes that they
-    need.
+    """Return the Jinja environment: it has the functions that Hugging Face provides to templates, and allows only the
+    attributes that templates need.
     """
     from jinja2 import nodes
     from jinja2.exceptions import SecurityError, TemplateError
@@ -37,7 +37,9 @@ def environment() -> Any:
     from jinja2.utils import Cycler, Joiner, Namespace
 
     class Generation(Extension):
-        """{% generation %} ... {% endgeneration %}: marks the assistant's text, which matters only in training."""
+        """The tag {% generation %} ... {% endgeneration %}. It marks the assistant's text for training; here it has no
+        effect.
+        """
 
         tags = {"generation"}
 
@@ -55,12 +57,12 @@ def environment() -> Any:
             return isinstance(obj, kinds) and not attr.startswith("_")
 
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-            if isinstance(obj, dict) and attribute in obj:  # an entry with the name of a method
+            if isinstance(obj, dict) and attribute in obj:  # an entry whose key is also the name of a method
                 return obj[attribute]
             raise SecurityError(f"it accesses {attribute} of {type(obj).__name__}")
 
         def wrap_str_format(self, value: Any) -> None:
-            """Refuse `str.format`, which accepts any width and is not needed by templates."""
+            """Return None, so that `str.format` is refused: it accepts any width, and templates do not need it."""
 
     def refuse(message: object) -> None:
         raise TemplateError(str(message))
@@ -77,7 +79,9 @@ def environment() -> Any:
 
 
 def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Return the text of a template, or the error. `refused` is an error that the template raises itself."""
+    """Return {"text": ...} with the rendered template, or {"error": ...}. `refused` is true if the template itself
+    raised the error.
+    """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     most = request["most"]
@@ -103,7 +107,7 @@ def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def confine(memory: int) -> None:
-    """Limit memory, files and processes to what rendering needs, as far as the system supports it."""
+    """Limit memory, files and processes to the needs of rendering, as far as the operating system supports it."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -114,7 +118,7 @@ def confine(memory: int) -> None:
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
+    """Answer requests from standard input until it ends."""
     sys.path.append(sys.argv[1])
     made = environment()
     made.from_string("{{ 'a' | trim }}").render()

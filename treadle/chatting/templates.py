@@ -3,8 +3,8 @@
     template = ChatTemplate("{% for m in messages %}...{% endfor %}", {"bos_token": "<s>"})
     template.render([{"role": "user", "content": "Hello"}])
 
-A template is a program in Jinja's language from a model's file. It runs in Jinja's sandbox, in a separate process that
-has limited memory, cannot write files or start processes, and is killed on a timeout.
+A template is a program in Jinja's language, and comes from a model's file. It runs in Jinja's sandbox, in a separate
+process. The process has limited memory, cannot write files or start processes, and is killed on a timeout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 Message = Mapping[str, Any]
-"""A message: "role" ("system", "user" or "assistant") and "content", and further keys that a template knows."""
+"""A message: "role" ("system", "user" or "assistant"), "content", and further keys that the template may use."""
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _START_SECONDS = 60.0
@@ -36,7 +36,7 @@ _TEMPLATE_CHARACTERS = 1 << 20
 
 
 class ChatTemplate:
-    """A template and the special tokens that it may name."""
+    """A template and the special tokens that it may refer to."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class ChatTemplate:
         memory: int = _MEMORY,
         characters: int = _CHARACTERS,
     ) -> None:
-        """No process starts before a conversation is rendered.
+        """Check the template's length. The process starts when the first conversation is rendered.
 
-        special     the names of special tokens by their roles, such as bos_token
+        special     special tokens by their roles, such as bos_token
         seconds     time limit of a rendering
-        memory      memory limit of the process in bytes, if the system enforces it
+        memory      memory limit of the process in bytes, if the operating system enforces it
         characters  maximum length of the rendered text
 
         Raises CheckpointError for a template that is too long, and FrontendError if jinja2 is not installed.
@@ -73,10 +73,10 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, reply: bool = True, **values: Any) -> str:
         """Return the text of a conversation.
 
-        reply   True if the text ends with the start of a reply
+        reply   True to end the text with the start of a reply
         values  further variables of the template, such as tools=[...]
 
-        Raises UsageError if the template refuses the conversation, and CheckpointError if it fails or exceeds its
+        Raises UsageError if the template rejects the conversation; CheckpointError if the template fails or exceeds its
         limits.
         """
         try:
@@ -108,7 +108,7 @@ class ChatTemplate:
         raise CheckpointError("the model's chat template cannot be rendered", received=what, within="chat template")
 
     def close(self) -> None:
-        """End the process; another starts with the next conversation."""
+        """Kill the process. The next rendering starts another one."""
         with self._turn:
             self._end()
 
@@ -133,7 +133,7 @@ class ChatTemplate:
 
 
 class _Worker:
-    """A process that answers each line with a line."""
+    """A process that answers each line of input with a line of output."""
 
     def __init__(self, folder: str, memory: int) -> None:
         command = [sys.executable, "-I", str(_WORKER), folder, str(memory)]
@@ -158,7 +158,7 @@ class _Worker:
         return self.answer(seconds)
 
     def answer(self, seconds: float) -> str | None:
-        """Return the next line."""
+        """Return the next line, without the line break: "" if the process has exited, None on a timeout."""
         try:
             return self._lines.get(timeout=seconds).strip()
         except queue.Empty:
@@ -170,7 +170,7 @@ class _Worker:
 
 
 def _pass_on(stream: Any, lines: queue.SimpleQueue[str]) -> None:
-    """Put a process's lines into a queue, and an empty one at the end."""
+    """Put the lines of a process's output into a queue, and an empty line at the end of the output."""
     for line in stream:
         lines.put(line)
     lines.put("")

@@ -3,9 +3,9 @@
 docs/cli.md describes each command. Each command has a file of its name in this folder, or in `tasks/` if it applies a
 model to a task such as classification.
 
-An error that Treadle raises on purpose is printed in the house's form and ends with exit code 2, and so do wrong
-options. Any other exception is reported as a fault of Treadle, with exit code 1. With `--json`, standard output has one
-object and nothing else. Commands import what they need when they run, so that `--help` is fast.
+A TreadleError is printed in the house's form, with exit code 2; so is an error in the options. Any other exception is
+reported as a fault of Treadle, with exit code 1. With `--json`, standard output contains one JSON object and nothing
+else. Commands import what they need when they run, so that `--help` is fast.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _TASKS = (
     *("translate", "summarize", "transcribe", "perplexity"),
 )
 COMMANDS = (*_OWN, *_TASKS)
-"""In the order of `--help`."""
+"""All commands, in the order of `--help`."""
 
 for _name in _OWN:
     import_module(f"{__name__}.{_name}")
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _run_as_json(words: list[str]) -> int:
-    """Run a command whose one object on standard output may be a usage error."""
+    """Run a command with --json, and return its exit code. A usage error, too, is printed as one JSON object."""
     try:
         return int(app(prog_name="treadle", standalone_mode=False) or 0)
     except Exception as raised:
@@ -73,7 +73,7 @@ def _run_as_json(words: list[str]) -> int:
 
 
 def _is_of_usage(error: Any) -> bool:
-    """Return True for an error of typer's own, as all errors of options and arguments are."""
+    """Return True if typer raised the error, as it does for options and arguments."""
     return hasattr(error, "format_message")
 
 

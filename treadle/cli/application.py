@@ -1,4 +1,4 @@
-"""The application, the decorator of commands, the printing of errors, and JSON output."""
+"""The typer application, the decorator of commands, the printing of errors, and JSON output."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from treadle.files.nearest_names import NearestNames
 from treadle.ir.errors import TreadleError
 
 LEFT = 128 + 13
-"""The exit code if a reader closed our output before a command that answers by its exit code was finished: the code
-that a shell reports for a program ended by SIGPIPE.
+"""The exit code of a command such as `verify`, whose exit code is its answer, if the reader of its output closed the
+pipe too early. Shells report this code for a program that SIGPIPE ended.
 """
 
 
@@ -64,14 +64,14 @@ def command(
     settings: Sequence[type] = (),
     judges: Callable[[dict[str, Any]], bool] = lambda options: False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function the command of this name, with its errors printed.
+    """Make a function the command of this name, which prints its errors.
 
-    takes     entry functions: the command has the flags of their options (`treadle.program.options`), which the
-              function gets as one parameter with the annotation `OptionKeywords`, a mapping of those that were set
-    defaults  defaults of these options that differ from their own
-    settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields, and a
-              parameter with such a class as its annotation gets an instance
-    judges    returns True if the exit code is an answer, given the options
+    takes     entry functions: the command has the flags of their options (`treadle.program.options`). The function gets
+              the options that were set as a mapping, in its parameter with the annotation `OptionKeywords`
+    defaults  defaults of these options in this command, if they differ from the options' own
+    settings  dataclasses (`treadle.program.option_declarations`): the command has the flags of their fields. The
+              function gets an instance in its parameter with this class as its annotation
+    judges    returns True if the exit code is the command's answer, given the options
     """
     kinds = {kind.__name__: kind for kind in settings}
 
@@ -109,13 +109,13 @@ def command(
 
 
 def print_json(facts: Any) -> None:
-    """Print the one object of `--json`."""
+    """Print the one JSON object of `--json`."""
     print(json.dumps(facts, indent=2, allow_nan=False))
 
 
 @contextmanager
 def _reader_may_leave(code: int) -> Iterator[None]:
-    """Exit quietly if the reader of our output has closed it, as `head` does."""
+    """Exit quietly if the reader of the output, such as `head`, has closed the pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -125,12 +125,12 @@ def _reader_may_leave(code: int) -> Iterator[None]:
 
 @contextmanager
 def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
-    """Print an error raised in the block, in the command of this name, and exit."""
+    """If the block raises an error, print it as an error of the command of this name, and exit."""
     try:
         yield
         sys.stdout.flush()
     except typer.Exit:
-        sys.stdout.flush()  # while it is known whether the exit code is an answer that its reader does not get
+        sys.stdout.flush()  # a closed pipe must be noticed here, where its exit code is known
         raise
     except (typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
@@ -163,7 +163,9 @@ def _printing_errors(name: str, as_json: bool) -> Iterator[None]:
 
 
 def _own_option(option: str, name: str, hint: str | None) -> str:
-    """The flag of the command that a name after --set means, or else the hint, or where its flags are listed."""
+    """Return a hint for a name after --set that belongs to an option: the command's flag for it, if there is one, else
+    the given hint, or the command's --help.
+    """
     group: Any = typer.main.get_command(app)
     spelled = [flag for param in group.commands[name].params for flag in param.opts if flag.startswith("--")]
     flags = {flag[2:].replace("-", "_"): flag for flag in spelled}
@@ -175,7 +177,7 @@ def _own_option(option: str, name: str, hint: str | None) -> str:
 
 @contextmanager
 def saying() -> Iterator[None]:
-    """Print an error; a closed output changes no exit code."""
+    """Allow a block to print an error: if the output is closed, the exit code is unchanged."""
     try:
         yield
         sys.stdout.flush()
@@ -185,7 +187,7 @@ def saying() -> Iterator[None]:
 
 
 def forget_output() -> None:
-    """Discard further output: its reader has closed it, as `head` does, which is not an error."""
+    """Discard further output: the reader, such as `head`, has closed the pipe, which is not an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -39,7 +39,7 @@ def bench_beside(
     keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
-    """Compare a model with other tools, each in its own process, in turns."""
+    """Compare a model with other tools. Each tool runs in its own process; the tools take turns."""
     from treadle.benching.benchmark import bench_model
     from treadle.benching.report import report_lines
     from treadle.benching.workload import Workload

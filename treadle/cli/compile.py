@@ -28,7 +28,7 @@ def compile_model(
     keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a model; print what each pass changed, the compile time, and which kernels run."""
+    """Compile a model; print the changes of each pass, the compile time, and the kernels that run."""
     from treadle.artifacts import SUFFIX, is_artifact
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working

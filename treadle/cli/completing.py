@@ -1,4 +1,4 @@
-"""Shell completion of values: models, fetchable names, backends, targets."""
+"""Shell completion of values: models, models that can be fetched, backends, targets."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from treadle.ir.errors import UsageError
 
 
 def _side_command() -> typer.Typer:
-    """Return a command with the options of one side, as `--a` and `--b` contain them."""
+    """Return a command whose options are those of one build, for parsing the text of `--a` and `--b`."""
     flags = flags_of(["inspect"], {"backend": None}, ())
 
     def side(**given: Any) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def diff_builds(
     for side, name, text in (("--a", model, a), ("--b", model if other is None else other, b)):
         own = parse_side(side, text)
         for each in ("config", "limits"):
-            if each in own and each in keywords:  # the later value of a name counts
+            if each in own and each in keywords:  # the last value of a name counts
                 own[each] = {**keywords[each], **own[each]}
         shown = " ".join(filter(None, (name, text)))
         with working(f"building {shown}", shown=not as_json):
@@ -96,7 +96,7 @@ def diff_builds(
 
 
 def parse_side(side: str, text: str | None) -> dict[str, Any]:
-    """Return the options in the text of `--a` or `--b` that are set. Raises UsageError for any other option."""
+    """Return the options that are set in the text of `--a` or `--b`. Raises UsageError for text that is not options."""
     if text is None:
         return {}
     try:
@@ -105,7 +105,7 @@ def parse_side(side: str, text: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{side} must be options: {error}", received=text, hint=f'{side} "--quantize int8"') from None
     except Exception as error:
-        if not hasattr(error, "format_message"):  # an error of typer's own, as those of options are
+        if not hasattr(error, "format_message"):  # an error of typer's own, such as an unknown option
             raise
         raise UsageError(f"{side}: {error.format_message()}", received=text, hint=f'{side} "--quantize int8"') from None
     return values

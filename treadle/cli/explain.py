@@ -141,11 +141,11 @@ _DOING = {
     "quantization": "planning the quantization of {model}",
     "step": "deriving the step of {model}",
 }
-"""The line that is shown while a subject's report is made."""
+"""The status line that is shown while the report on a subject is computed."""
 
 
 def _report(model: str, doing: str, explain: Callable[..., Any], keywords: dict[str, Any], as_json: bool) -> None:
-    """Print the report of a function."""
+    """Call `explain` on a model, and print the report that it returns."""
     from treadle.fitting import fit_prose, fitted
     from treadle.progress import working
 

@@ -48,7 +48,7 @@ def continue_texts(
             else:
                 _print_searched(run, searched)
             return
-        pieces = run.pieces()  # a refused prompt is not echoed
+        pieces = run.pieces()  # a refused prompt is not printed
         stream = len(prompts) == 1 and not as_json
         if stream and not settings.chat:
             print(prompts[0], end="", flush=True)
@@ -79,7 +79,7 @@ def _print_searched(run: TextGeneration, searched: Sequence[Sequence[FoundText]]
 
 
 def _print_written(run: TextGeneration, *, is_streamed: bool) -> None:
-    """Print texts that were not streamed, their tokens' log probabilities, and the reasons why they stopped."""
+    """Print texts that were not streamed, the log probabilities of their tokens, and the reasons why they ended."""
     for each in run.continuations if not is_streamed else []:
         print(f"{'' if run.settings.chat else each.prompt}{each.text}\n")
     for each in run.continuations if run.settings.logprobs is not None else []:

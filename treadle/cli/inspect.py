@@ -57,6 +57,7 @@ def inspect_graph(
     from treadle.fitting import fit_code, fit_graph, fit_prose, fitted
     from treadle.ir.analysis.following import follow as follow_axis
     from treadle.ir.text.printer import print_graph
+    from treadle.passes.memory.storage_plan import StoragePlan
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.program.options import CompileOptions
@@ -101,7 +102,7 @@ def inspect_graph(
     else:
         shown = facts["graph"] = print_graph(graph, unfold=unfold)
         shown = f"{graph_header(facts, stage)}{shown}"
-        plan = optimized.plan_of(after) if after else None
+        plan = optimized.products_of(after).get(StoragePlan) if after else None
         if plan is not None:
             facts["plan"] = plan.as_dict()
             shown = f"{shown}\n# storage of each value\n{plan}"
@@ -113,7 +114,7 @@ def inspect_graph(
 
 
 def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -> Optimized:
-    """Return the graph after the backend's passes, if one of them is requested."""
+    """Return the optimized graph with its lowering, if pass `name` is one of the backend's; else unchanged."""
     from treadle.backends.registry import find_backend
     from treadle.backends.staged import StagedBackend
 
@@ -126,9 +127,9 @@ def lowered_for(name: str, backend: str, target: Target, optimized: Optimized) -
 def stepped_entry(graph: Graph, entry: str) -> Graph:
     """Return one entry of the step derived from a graph."""
     from treadle.explaining.step import entry_alone
-    from treadle.passes.stepping.derivation import derive_step
+    from treadle.passes.stages import Step, run
 
-    derived = derive_step(graph).graph
+    derived = run(graph, [Step()]).graph
     if entry not in derived.entry_names:
         raise UsageError(f"unknown entry {entry!r}", hint="one of " + ", ".join(derived.entry_names))
     return entry_alone(derived, entry)

@@ -1,4 +1,4 @@
-"""`treadle launch`: start the ranks of one run as processes of this machine."""
+"""`treadle launch`: start the ranks of a run as processes on this machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def launch_command(
         ),
     ],
 ) -> None:
-    """Run a command on N ranks of this machine, which end together."""
+    """Run a command as N ranks on this machine. If one rank fails, all end."""
     from treadle.cli import COMMANDS
     from treadle.runtime.distributed.launching import launch_ranks
 

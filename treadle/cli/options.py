@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share; flags of compile options follow from `treadle.program.options`."""
+"""Arguments and options that several commands share. Flags of compile options follow from `treadle.program.options`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 NOTHING_CERTIFIED = "no pass changed anything that needs a certificate"
 
 OptionKeywords = dict[str, Any]
-"""The annotation of a command's parameter that gets the compile options that were set, as keywords of an entry
-function. `treadle.cli.application.command` replaces the parameter by their flags."""
+"""The annotation of a command's parameter that gets the compile options that were set, as keyword arguments of an entry
+function. `treadle.cli.application.command` replaces the parameter by the flags of these options.
+"""
 
 ModelName = Annotated[
     str,
@@ -95,10 +96,10 @@ _KINDS: dict[str, Any] = {"int": int, "float": float, "Path": Path}
 
 
 def flags_of(entries: Iterable[str], defaults: Mapping[str, Any], own: Iterable[str]) -> list[inspect.Parameter]:
-    """Return the flags of the options that one of these entry functions takes, as parameters of a command.
+    """Return the flags of the options that any of these entry functions takes, as parameters of a command.
 
     defaults  defaults that differ from the options' own
-    own       names of parameters that the command declares itself
+    own       names of the parameters that the command declares itself
     """
     found = [_parameter("config", _CONFIG, None)]
     for each in taken_by(*entries):
@@ -116,13 +117,15 @@ def settings_flags(kind: type) -> list[inspect.Parameter]:
 
 
 def settings_of(kind: type, given: Mapping[str, Any]) -> Any:
-    """Return the settings that a command's flags give. Raises UsageError for a malformed value."""
+    """Return an instance of a dataclass of settings with the values of a command's flags. Raises UsageError for a
+    malformed value.
+    """
     known = declared(kind)
     return kind(**{n: known[n].flag.parse(v) for n, v in given.items() if v is not None})  # type: ignore[union-attr]
 
 
 def keywords_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the compile options that a command's flags set, as keywords of an entry function.
+    """Return the compile options that a command's flags set, as keyword arguments of an entry function.
 
     defaults  defaults that differ from the options' own
 
@@ -141,9 +144,9 @@ def keywords_of(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
 
 
 def load_with_options(artifact: str, keywords: Mapping[str, Any], *, also: Iterable[str] = ()) -> Compiled:
-    """Load an artifact with the options of a command. Raises UsageError for options that cannot change it.
+    """Load an artifact with the options of a command. Raises UsageError for options that cannot change an artifact.
 
-    also  options that the command reads itself
+    also  names of the options that the command reads itself
     """
     from treadle.artifacts import load_artifact
 
@@ -168,7 +171,7 @@ def _annotation(option: Option) -> Any:
 
 
 def _shown_default(option: Option) -> Any:
-    """Return the default that `--help` shows: a number, a name, or none."""
+    """Return the default that `--help` shows: a number or a name. None if it shows no default."""
     if option.flag is not None and not option.flag.metavar:
         return False
     return option.default if isinstance(option.default, int | float | str) else None

@@ -1,4 +1,4 @@
-"""`treadle run --mesh` and `generate --mesh`: this process as one of the ranks of a model; rank 0 prints the result."""
+"""`treadle run --mesh` and `generate --mesh`: this process runs one rank of a model, and rank 0 prints the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refuse_without_mesh(recipe: str | None, axis: Sequence[str]) -> None:
 def opened_on_ranks(
     mesh: str | None, recipe: str | None, axis: Sequence[str], timeout: float, asked: str
 ) -> Iterator[Callable[..., SteppedModel]]:
-    """A function that opens the step of a model: this rank's part if there is a mesh. Only rank 0 prints.
+    """Yield a function that opens the step of a model: this rank's part if there is a mesh. Only rank 0 prints.
 
     asked  the request, which must be equal on all ranks
     """
@@ -62,7 +62,7 @@ def run_rank(
     keywords: Mapping[str, Any],
     as_json: bool,
 ) -> None:
-    """Run a model as a rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
+    """Run a model as one rank. Raises the errors of `compile_rank` and of a run, and UsageError for an artifact."""
     import hashlib
 
     import numpy as np
@@ -131,7 +131,7 @@ def run_rank(
             print(f"\n{name} = {json.dumps(shown['values'])}")
     where = f"in {options.backend} on {counted(ranks.size, 'rank')}, {made.plan.mesh}"
     print(f"\n{made.name} ran in {seconds * 1e3:.1f} ms {where}")
-    print(f"of rank 0: its weights {weights}")
+    print(f"weights of rank 0: {weights}")
     for (op, over), each in moved:
         print(f"  {each.times} x {op} over {over}, {human(each.bytes, 'B')} together")
     for file in files:

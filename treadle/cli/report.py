@@ -1,4 +1,4 @@
-"""`treadle report`: write the report on a model as one HTML file."""
+"""`treadle report`: write a report on a model as one HTML file."""
 
 from __future__ import annotations
 

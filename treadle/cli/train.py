@@ -15,7 +15,7 @@ from treadle.cli.options import AsJson, ModelName, OptionKeywords
 from treadle.training.training_settings import TrainingSettings
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as for every command."""
+"""The exit code after Ctrl-C, the same for every command."""
 
 
 @command("train", takes=["train"], defaults={"backend": "torch"}, settings=[TrainingSettings])
@@ -118,13 +118,13 @@ def train_model(
 
 
 def _say(text: str) -> None:
-    """Write a line to standard error, even if its reader has left."""
+    """Write a line to standard error. If its reader has closed the pipe, the line is lost."""
     with saying():
         sys.stderr.write(f"{text}\n")
 
 
 def _telling(what: str, as_json: bool) -> AbstractContextManager[Callable[[str], None]]:
-    """Yield a function that prints lines while the block runs; it prints nothing with --json."""
+    """Yield a function that prints a line while the block runs. With --json it prints nothing."""
     from contextlib import nullcontext
 
     from treadle.progress import working

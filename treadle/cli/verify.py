@@ -1,4 +1,4 @@
-"""`treadle verify`: every backend compared with the float64 reference of a model."""
+"""`treadle verify`: compare every backend with the float64 reference of a model."""
 
 from __future__ import annotations
 

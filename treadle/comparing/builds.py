@@ -1,10 +1,11 @@
-"""Builds: a model that is optimized and lowered with some options, but neither compiled nor run.
+"""Builds: models that are optimized and lowered with some options, but neither compiled nor run.
 
     a = open_build("gpt2", backend="tvm")
     b = open_build("gpt2@fuse-gelu", backend="tvm", quantize="int8-weights")
 
-A build is a declaration, a file or an artifact, or one of these up to a pass: `gpt2@fuse-gelu` is the graph after that
-pass. Weights are neither drawn nor read; the weights of an artifact are not checked against their hashes.
+A build is made from a declaration, a file or an artifact. With `@PASS`, it ends after that pass: `gpt2@fuse-gelu` is
+the graph after fuse-gelu. Weights are neither drawn nor read; the weights of an artifact are not checked against their
+hashes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, Pass, PassManager
+from treadle.passes.framework.manager import Optimized, Pass
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantize import QuantizeWeights
+from treadle.passes.stages import Custom, Lower, passes_of, run
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 
@@ -35,14 +37,14 @@ from treadle.program.source import AnyModel
 class Build:
     """One of two builds that are compared.
 
-    name       the name under which reports show it
-    optimized  the graph as declared, and after the portable passes, or after the last of them that was requested
+    name       the build's name in reports
+    optimized  the graph as declared, and the graph after the portable passes (or after the requested one of them)
     backend    the backend's name
-    target     the target that it was lowered for
-    lowered    the graph after the backend's passes, or after the last of them that was requested; None if the backend
-               has none
+    target     the target that the graph was lowered for
+    lowered    the graph after the backend's passes (or after the requested one of them); None if the backend has no
+               passes, or the requested pass precedes them
     stage      the requested pass; empty: the whole pipeline
-    scheme     the scheme by which weights were quantized, or None
+    scheme     the quantization scheme of the weights, or None
     recorded   False for an artifact, whose log does not name the nodes that a pass replaced
     is_backend_stage  True if the requested pass is one of the backend's
     """
@@ -70,7 +72,7 @@ class Build:
         return self.optimized.graph
 
     def origins(self, node: Node) -> frozenset[Node]:
-        """Return the nodes of `source` whose work a node of `graph` does; empty where no pass recorded it."""
+        """Return the nodes of `source` that a node of `graph` computes; empty if no pass recorded them."""
         if self.is_backend_stage and self.lowered is not None:
             return self.optimized.lineage.of(self.lowered.lineage.of((node,)))
         return self.optimized.lineage.of((node,))
@@ -85,7 +87,7 @@ class Build:
 
     @cached_property
     def kernels(self) -> tuple[KernelUse, ...] | None:
-        """The kernels that each function calls, or None if they are a library's, or no storage is planned."""
+        """The kernel calls of each function; None if a library chooses the kernels, or no storage is planned."""
         chosen = find_backend(self.backend)
         if self.lowered is None or self.lowered.plan is None or not isinstance(chosen, StagedBackend):
             return None
@@ -93,7 +95,7 @@ class Build:
 
     @cached_property
     def encoding_reasons(self) -> Mapping[str, str]:
-        """For each weight, the reason why it is quantized, or is not; empty if nothing was to be quantized."""
+        """For each weight, the reason why it is quantized or not; empty if quantization was not requested."""
         if self.scheme is None:
             return {}
         log = self.optimized.log
@@ -106,7 +108,7 @@ class Build:
 def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> Build:
     """Optimize and lower the model that MODEL names.
 
-    model    as in `treadle.compile`; text may end in `@PASS`, the last pass to run
+    model    as in `treadle.compile`; a string may end in `@PASS`, the last pass to run
     name     the build's name in reports; by default the model's name with these options
     options  as in `treadle.compile`
 
@@ -128,11 +130,12 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
                 hint="the model that it was compiled from",
             )
     else:
-        pipeline, _ = asked.precision()
+        pipeline = passes_of(asked.stages())
         ran = (*[each.name for each in pipeline],)
         _refuse_unknown_pass(model, stage, (*ran, *[each.name for each in own]))
         resolved = asked.resolve(model)
-        optimized = PassManager(_until(pipeline, stage), certify=asked.certify, target=where).run(resolved.graph)
+        until = Custom(_until(pipeline, stage))
+        optimized = run(resolved.graph, [until], certify=asked.certify, target=where)
         known = resolved.name
     of_backend = bool(stage) and stage not in ran
     if of_backend:
@@ -141,7 +144,7 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
     if isinstance(chosen, StagedBackend):
         if of_backend:
             chosen.refuse(optimized.graph, where)
-            lowered = PassManager(_until(own, stage), target=where).run(optimized.graph, verified=True)
+            lowered = run(optimized.graph, [Lower(_until(own, stage))], target=where, verified=True)
         else:
             lowered = chosen.lower(optimized.graph, where, verified=True)
     if name is None:
@@ -154,7 +157,9 @@ def open_build(model: AnyModel, *, name: str | None = None, **options: Any) -> B
 
 
 def split_pass(model: AnyModel) -> tuple[AnyModel, str]:
-    """Return MODEL and the pass after its last `@`, empty if there is none or the whole text is the path of a file."""
+    """Split MODEL at its last `@`. Return the model, and the name of the pass: empty if there is no `@`, or if the
+    whole string is the path of a file.
+    """
     if not isinstance(model, str) or "@" not in model or Path(model[:4096]).exists():
         return model, ""
     name, _, stage = model.rpartition("@")
@@ -171,10 +176,10 @@ def _refuse_unknown_pass(model: object, stage: str, passes: Sequence[str]) -> No
     if stage and stage not in passes:
         near = NearestNames(passes).of(stage, 2)
         hint = f"did you mean {' or '.join(near)}?" if near else "one of " + ", ".join(dict.fromkeys(passes))
-        raise UsageError(f"no pass {printable(stage)} is run", received=printable(f"{model}@{stage}"), hint=hint)
+        raise UsageError(f"there is no pass {printable(stage)}", received=printable(f"{model}@{stage}"), hint=hint)
 
 
 def _until(passes: Sequence[Pass], stage: str) -> tuple[Pass, ...]:
-    """Return the passes up to the last one of this name; all of them if there is none."""
+    """Return the passes up to the last one with this name, or all passes if none has it."""
     last = max((at for at, each in enumerate(passes) if each.name == stage), default=len(passes) - 1)
     return tuple(passes[: last + 1])

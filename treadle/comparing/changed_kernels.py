@@ -1,4 +1,4 @@
-"""The kernels of two builds: counts, and the ops that run element by element in one build only."""
+"""The kernels of two builds: the number of calls, and the ops that run element by element in one build only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from treadle.comparing.scope_alignment import ScopeAlignment
 
 @dataclass(frozen=True)
 class SlowKernel:
-    """Ops that run element by element in b, and not in a.
+    """Equal ops that run element by element in b, but not in a.
 
     op      the op of the lowered graph
     kernel  the kernel in b
     before  the kernels of the same op in the same scope of a; empty if a has no such op there
     why     the reason why no faster kernel runs it
-    scopes  the scope of each op, and `lines`, the user's lines, each once
+    scopes  the scope of each op, and `lines`, the distinct lines of user code
     """
 
     op: str
@@ -45,7 +45,7 @@ class SlowKernel:
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """The kernels of a run.
+    """The number of kernel calls in a run.
 
     kernels             the number of calls of each kernel
     element_by_element  the number of calls of kernels that run element by element
@@ -57,7 +57,7 @@ class KernelCounts:
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """A kernel call of a run: its kernel, and its place."""
+    """A kernel call of a run: the kernel, and the op, scope and line that it computes."""
 
     use: KernelUse
     op: str
@@ -66,7 +66,7 @@ class _Use:
 
 
 def kernel_counts(build: Build) -> KernelCounts | None:
-    """Count the kernel calls of a run, or return None if the kernels are a library's."""
+    """Count the kernel calls of a run. Return None if a library chooses the kernels."""
     if build.kernels is None:
         return None
     uses = _uses(build)
@@ -75,7 +75,7 @@ def kernel_counts(build: Build) -> KernelCounts | None:
 
 
 def slow_kernels(a: Build, b: Build, scopes: ScopeAlignment) -> tuple[SlowKernel, ...]:
-    """Return the ops that run element by element in b only; equal ones of several layers are one."""
+    """Return the ops that run element by element in b only. Equal ops of several layers share an entry."""
     if a.kernels is None or b.kernels is None:
         return ()
     before: dict[tuple[str | None, str], list[KernelUse]] = {}
@@ -101,7 +101,7 @@ def slow_kernels(a: Build, b: Build, scopes: ScopeAlignment) -> tuple[SlowKernel
 
 
 def _uses(build: Build) -> Sequence[_Use]:
-    """Return the kernel calls of a run, once for each time that a run reaches their function."""
+    """Return the kernel calls of a run. A call in a repeated function is listed once for each run of that function."""
     assert build.lowered is not None
     places: dict[object, list[RunNode]] = {}
     for each in run_of(build.lowered.graph).nodes:

@@ -1,4 +1,4 @@
-"""The differences between matched nodes, and the nodes that only one side has, in groups that a person can read."""
+"""The differences between matched nodes, and the nodes that only one side has, grouped for reports."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from treadle.reporting.counts import counted
 class NodeGroup:
     """Nodes that only one side has: all nodes of a scope that the other side lacks, or equal ops of several layers.
 
-    scope  the scope that is new as a whole, such as `h.12`; empty for single ops
+    scope  the scope that the other side lacks, such as `h.12`; empty for single ops
     ops    the number of nodes of each op
-    scopes the scope of each node, and `lines`, the user's lines, each once
+    scopes the scope of each node, and `lines`, the distinct lines of user code
     """
 
     scope: str
@@ -32,7 +32,7 @@ class NodeGroup:
 
     @property
     def is_layer(self) -> bool:
-        """True for a layer of a stack: a whole scope whose last part is a number."""
+        """True for a layer of a stack: a complete scope whose last part is a number."""
         return bool(self.scope) and parts_of(self.scope)[-1].isdigit()
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ class NodeChange:
 
     what    the difference: `softmax axis: -1 -> 2`, `attention -> matmul, softmax, matmul`
     kind    ops, attributes, types, constants, weights or operands
-    scopes  the scope of each match in b, and `lines`, the user's lines, each once
+    scopes  the scope of each match in b, and `lines`, the distinct lines of user code
     """
 
     kind: str
@@ -79,9 +79,9 @@ def node_groups(
 ) -> tuple[NodeGroup, ...]:
     """Group the nodes that only one side has.
 
-    nodes  these nodes
+    nodes  the nodes to group
     whole  all nodes of that side
-    other  returns the corresponding scope of the other side, None in a layer that it lacks
+    other  maps a scope to the corresponding scope of the other side; None if it is in a layer that the other side lacks
     """
     found, alone = list(nodes), Counter[tuple[str, ...]]()
     for each in found:
@@ -117,7 +117,9 @@ def _lines(nodes: Iterable[RunNode]) -> tuple[str, ...]:
 
 
 def node_changes(matching: Matching) -> tuple[NodeChange, ...]:
-    """Return the differences between matched nodes, in the order of b; equal ones of several layers are one."""
+    """Return the differences between matched nodes, in the order of b. Equal differences of several layers share an
+    entry.
+    """
     numbered = list(enumerate(matching.matches))
     homes = (
         {node.number: at for at, match in numbered for node in match.a},
@@ -138,7 +140,7 @@ def node_changes(matching: Matching) -> tuple[NodeChange, ...]:
 def _differences(
     match: NodeMatch, matching: Matching, home_a: Mapping[int, int], home_b: Mapping[int, int]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the kind and the text of each difference between the two sides of a match."""
+    """Yield each difference between the two sides of a match, as its kind and its text."""
     if len(match.a) != 1 or len(match.b) != 1 or match.a[0].op != match.b[0].op:
         ops = [Counter(each.op for each in side) for side in (match.a, match.b)]
         if ops[0] != ops[1]:
@@ -178,8 +180,8 @@ def _attribute_text(value: Any) -> str:
 def _other_operand(
     before: Read, after: Read, matching: Matching, home_a: Mapping[int, int], home_b: Mapping[int, int]
 ) -> str:
-    """Return the kind of difference between two operands, or empty: an operand that only one side computes is a
-    difference elsewhere.
+    """Return the kind of difference between two operands, or "" if there is none. If only one side computes the
+    operand, the difference belongs to the node that computes it, so the result is "".
     """
     if before[0] == after[0] == "result":
         homes = home_a.get(int(before[1])), home_b.get(int(after[1]))

@@ -1,4 +1,4 @@
-"""Comparison of the weights of two builds: changes in bits, and weights that only one build has."""
+"""The weights of two builds: weights whose dtype, encoding or size differs, and weights that only one build has."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class WeightChange:
     """Weights that changed in the same way.
 
     names   their names in b, or in a if b lacks them
-    a, b    dtype or encoding in a and in b; empty on a side without them
-    bits    bits per element in a and in b, with the scales of blocks; 0 on a side without them
-    bytes   bytes of all of them in a and in b
-    reason  the reason why b does not quantize them, if it was to quantize weights
+    a, b    dtype or encoding in a and in b; "" if a side lacks the weights
+    bits    bits per element in a and in b, including the scales of blocks; 0 if a side lacks the weights
+    bytes   total bytes in a and in b
+    reason  the reason why b does not quantize them, if quantization was requested
     """
 
     names: tuple[str, ...]
@@ -32,7 +32,7 @@ class WeightChange:
 
     @property
     def is_wider(self) -> bool:
-        """True if both builds have the weights and b takes more bits per element."""
+        """True if both builds have the weights, and b takes more bits per element."""
         return bool(self.a) and self.bits[1] > self.bits[0]
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class WeightChange:
 
 
 def weight_changes(a: Build, b: Build, scopes: ScopeAlignment) -> tuple[WeightChange, ...]:
-    """Return the weights whose dtype, encoding or size differs; first those that take more bits in b."""
+    """Return the weights whose dtype, encoding or size differs. Weights that take more bits in b come first."""
     ours, theirs = ({n: v.type for n, v in each.graph.parameters.items()} for each in (a, b))
     pairs: list[tuple[str, Type | None, Type | None]] = []
     seen = set()
@@ -70,7 +70,9 @@ def weight_changes(a: Build, b: Build, scopes: ScopeAlignment) -> tuple[WeightCh
 
 
 def weight_bits(build: Build) -> Fraction:
-    """Return the mean bits per element of all weights, with the scales of blocks; 0 for no weights."""
+    """Return the mean number of bits per element over all weights, including the scales of blocks; 0 if there are
+    none.
+    """
     types = [v.type for v in build.graph.parameters.values()]
     elements = sum(type.elements.evaluate({}) for type in types)
     return Fraction(8 * sum(type.bytes_at({}) for type in types), elements) if elements else Fraction(0)

@@ -2,7 +2,8 @@
 
     conditions = condition {"," condition}
     condition  = quantity comparison number [unit]
-    quantity   = a name of QUANTITIES, or the name of an op: its number in a run of b, alone or inside larger fused ops
+    quantity   = a name of QUANTITIES, or an op's name: the number of such ops in a run of b, including those that are
+                 part of larger fused ops
     comparison = "<" | "<=" | ">" | ">=" | "=" | "!="
     number     = digits ["." digits]
     unit       = "x" | "k" | "M" | "G" | "T" | "kB" | "MB" | "GB" | "KiB" | "MiB" | "GiB" | "B"
@@ -51,7 +52,8 @@ class DiffCondition:
     text        the condition as written
     quantity    the name of a quantity or an op
     comparison  "<", "<=", ">", ">=", "=" or "!="
-    number      the number with its unit; `is_ratio`: it multiplies the value in a
+    number      the number, multiplied by its unit
+    is_ratio    True for the unit `x`: the number multiplies the value in a
     """
 
     text: str
@@ -72,7 +74,7 @@ class DiffCondition:
 
 @dataclass(frozen=True)
 class ConditionOutcome:
-    """A condition, the quantity that it is about, and `holds`: True if it holds."""
+    """A condition, the values of its quantity, and `holds`: True if the condition holds."""
 
     condition: DiffCondition
     quantity: Quantity
@@ -91,13 +93,13 @@ class ConditionOutcome:
 def check_conditions(
     conditions: tuple[DiffCondition, ...], comparison: BuildComparison
 ) -> tuple[ConditionOutcome, ...]:
-    """Evaluate conditions. Raises UsageError as `DiffCondition.holds` does."""
+    """Evaluate conditions on a comparison. Raises UsageError as `DiffCondition.holds` does."""
     quantities = [comparison.quantity(each.quantity) for each in conditions]
     return tuple([ConditionOutcome(c, q, c.holds(q)) for c, q in zip(conditions, quantities, strict=True)])
 
 
 def parse_conditions(text: str) -> tuple[DiffCondition, ...]:
-    """Parse conditions, separated by commas. Raises UsageError with the position of a mistake."""
+    """Parse conditions that are separated by commas. Raises UsageError with the position of a syntax error."""
     return _Parser(text).conditions()
 
 
@@ -173,7 +175,7 @@ class _Parser:
             self.at += 1
 
     def _fail(self, what: str, hint: str | None = None) -> NoReturn:
-        """Raise UsageError with the text around the position, and a mark under it."""
+        """Raise UsageError with the text around the current position, and a mark below that position."""
         first = max(0, self.at - 50)
         shown = self.text[first : self.at + 30]
         plain = "".join(c if c.isprintable() else "?" for c in shown)

@@ -4,7 +4,7 @@
     print(found)
     found.quantity("peak").b               # bytes
 
-Everything is derived from the graphs, the pass log and the storage plan: no weight is read, nothing is run.
+Everything is derived from the graphs, the pass log and the storage plan. No weight is read, and nothing is run.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Quantity:
     """A quantity of both builds.
 
     name  a name of `QUANTITIES`
-    a, b  its values: numbers of ops, bytes, operations or bits. `a` is None for a count of differences; both are None
-          if the backend does not determine it
+    a, b  its values: a number of ops, bytes, operations or bits. `a` is None for a count of differences; both are None
+          if the backend does not determine the quantity
     """
 
     name: str
@@ -74,7 +74,7 @@ class Quantity:
 
     @property
     def is_equal(self) -> bool:
-        """True if b does not differ from a: a count of differences is 0. An unknown value does not count."""
+        """True if both builds have the same value, or a count of differences is 0. Also True if a value is unknown."""
         if self.name in COUNTS:
             return not self.b
         return None in (self.a, self.b) or self.a == self.b
@@ -86,7 +86,7 @@ class Quantity:
 
     @property
     def cells(self) -> tuple[str, str, str, str]:
-        """The name, both values, and the change."""
+        """The cells of a table row: the name, both values, and the change."""
         change = ""
         if self.a is not None and self.b is not None and self.a != self.b:
             ratio = f"{float(Fraction(self.b) / self.a):.4g}x" if self.a else "1x"
@@ -115,15 +115,15 @@ class BuildComparison:
 
     sizes       the sizes of symbolic axes at which quantities are evaluated
     quantities  each of `QUANTITIES`
-    ops         for each op of a run, its number in a and in b; `within` counts those inside larger fused ops
-    kernels     for each kernel of a run, its number of calls in a and in b; empty if the kernels of one are a library's
-    matching    the nodes of the compared graphs that correspond, and those without a match
-    added       the nodes that only b has, in groups, and `removed`, those that only a has
+    ops         for each op of a run, its number in a and in b; `within` counts ops that are part of larger fused ops
+    kernels     for each kernel of a run, its number of calls in a and in b; empty if a library chooses them in one
+    matching    the nodes of the compared graphs that correspond, and the nodes without a match
+    added       the nodes that only b has, in groups; `removed`: the nodes that only a has
     changes     differences between matched nodes
-    lost        fusions of a that b lacks, with the reasons, and `gained`, those of b that a lacks
+    lost        fusions of a that b lacks, with the reasons; `gained`: fusions of b that a lacks
     weights     weights that differ
     slow        ops that run element by element in b only
-    grown       what is alive at the peak of b and not at the peak of a, the largest first
+    grown       storages that are alive at the peak of b, but not at the peak of a, the largest first
     """
 
     a: Build
@@ -145,7 +145,7 @@ class BuildComparison:
 
     @property
     def is_related(self) -> bool:
-        """False if the builds have nothing in common."""
+        """True if the builds have something in common: see `Matching.is_related`."""
         return self.matching.is_related
 
     @property
@@ -159,14 +159,18 @@ class BuildComparison:
         )
 
     def quantity(self, name: str) -> Quantity:
-        """Return a quantity by its name, or the number of ops of this name in a run, alone or in larger fused ops."""
+        """Return a quantity by its name. For an op's name: the number of such ops in a run, including those that are
+        part of larger fused ops.
+        """
         if name in self.quantities:
             return self.quantities[name]
         counts = [self.ops.get(name, (0, 0))[side] + self.within[side].get(name, 0) for side in (0, 1)]
         return Quantity(name, *counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON. Nodes in `matches` and `unmatched` are their function and position there."""
+        """Return the comparison as JSON. In `matches` and `unmatched`, a node is given by its function and its position
+        there.
+        """
         sides = {side: _side_facts(build) for side, build in (("a", self.a), ("b", self.b))}
         return {
             **sides,
@@ -189,7 +193,7 @@ class BuildComparison:
         }
 
     def _match_facts(self) -> Iterator[dict[str, Any]]:
-        """Yield every distinct match of nodes of the graphs, with the number of times that a run has it."""
+        """Yield every distinct match of nodes, with the number of times that it occurs in a run."""
         counts: dict[tuple[Any, ...], int] = {}
         for match in self.matching.matches:
             sides = [tuple([(e.function, e.index) for e in nodes]) for nodes in (match.a, match.b)]
@@ -274,7 +278,7 @@ def _side_facts(build: Build) -> dict[str, Any]:
 def compare(a: Build, b: Build, *, sizes: Mapping[str, int] | None = None) -> BuildComparison:
     """Compare two builds at the given sizes of symbolic axes, by default 1 for a batch and 128 for others.
 
-    Raises UsageError for a size of an axis that neither has, or outside its bounds.
+    Raises UsageError for an axis that neither build has, and for a size outside an axis's bounds.
     """
     chosen = _common_sizes(a.graph, b.graph, sizes or {})
     at = [{name: chosen[name] for name in each.graph.symbols} for each in (a, b)]
@@ -339,7 +343,9 @@ def _within(graph: Graph) -> Mapping[str, int]:
 
 
 def _grown(before: MemoryReport | None, after: MemoryReport | None) -> tuple[Alive, ...]:
-    """Return the largest storages that are alive at the later peak and not, in this size, at the earlier one."""
+    """Return the largest storages that are alive at the later peak, but not at the earlier one with the same size.
+    Empty if the peak did not grow.
+    """
     if before is None or after is None or after.peak <= before.peak:
         return ()
     known = Counter((each.why, each.line, each.bytes) for each in before.alive)
@@ -348,7 +354,9 @@ def _grown(before: MemoryReport | None, after: MemoryReport | None) -> tuple[Ali
 
 
 def _common_sizes(a: Graph, b: Graph, requested_sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return sizes for the symbols of both graphs; by default the smaller default of two for a common symbol."""
+    """Return sizes for the symbols of both graphs. If a symbol is in both, its default is the smaller of the two
+    defaults.
+    """
     unknown = [name for name in requested_sizes if name not in a.symbols and name not in b.symbols]
     if unknown:
         known = ", ".join({**a.symbols, **b.symbols})

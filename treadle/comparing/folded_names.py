@@ -11,8 +11,8 @@ _SHOWN = 4
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Return names in printable form; names that differ only in their first number share a pattern, in order. The
-    empty scope is left out.
+    """Return names in printable form, in order, without the empty scope. Names that differ only in their first number
+    are joined in a pattern.
     """
     groups: dict[tuple[str, str] | str, list[int]] = {}
     for name in dict.fromkeys(filter(None, names)):
@@ -43,6 +43,6 @@ def _ranges(numbers: list[int]) -> list[str]:
 
 
 def few_names(names: Iterable[str]) -> str:
-    """Return the first four patterns of names, and the number of others."""
+    """Return text with the first four patterns of names, and the number of further patterns."""
     found = fold_names(names)
     return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")

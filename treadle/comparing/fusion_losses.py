@@ -1,8 +1,8 @@
-"""Fusions that one build has and another lacks, with the reason that prevented each.
+"""Fusions that one build has and another lacks, each with the reason why it was not applied.
 
-The sites of fused ops and their verdicts are those of `treadle explain MODEL fusion`
-(`treadle.explaining.fusion_verdicts`). A site of a corresponds to a site of b of the same kind with a corresponding
-anchor, or else in the corresponding scope.
+The sites of fused ops and their verdicts are the same as in `treadle explain MODEL fusion`
+(`treadle.explaining.fusion_verdicts`). A site of a corresponds to the site of b of the same kind with a corresponding
+anchor. If there is none, it corresponds to a site of the same kind in the corresponding scope.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _UNRECORDED = "an artifact does not record why"
 
 @dataclass(frozen=True)
 class LostFusion:
-    """Equal sites that are fused in a and not in b.
+    """Equal sites that are fused in a, but not in b.
 
     kind     attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
-    op       the op that they are fused into in a
-    verdict  the verdict in b: its rule, the matched ops, the reason and the hint
-    scopes   the scopes of the sites in b, and `lines`, the user's lines, each once
+    op       the fused op in a
+    verdict  the verdict in b: the rule, the matched ops, the reason and the hint
+    scopes   the scopes of the sites in b, and `lines`, the distinct lines of user code
     """
 
     kind: str
@@ -59,7 +59,7 @@ class LostFusion:
 
 
 def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> tuple[LostFusion, ...]:
-    """Return the fusions of a that b lacks, the most frequent first; equal ones of several layers are one.
+    """Return the fusions of a that b lacks, the most frequent first. Equal fusions of several layers share an entry.
 
     declared  the matching of the declared graphs, a first
     matching  the matching of the compared graphs, a first
@@ -76,7 +76,7 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
         for key in (*keys, (verdict.kind, declared.scopes.in_a(node.scope))):
             open_sites.setdefault(key, []).append((node, verdict))
     groups: dict[tuple[object, ...], list[RunNode]] = {}
-    ops = {each.op for each in matching.a.nodes}  # an artifact does not record which op a pass created
+    ops = {each.op for each in matching.a.nodes}  # an artifact does not record which ops a pass created
     counted: set[tuple[RunNode, str]] = set()
     for node, verdict in ours:
         if verdict.status not in (FUSED, ALREADY) or (verdict.kind, node) in settled:
@@ -102,8 +102,8 @@ def lost_fusions(a: Build, b: Build, declared: Matching, matching: Matching) -> 
 
 
 def _fused_only_in_a(match: NodeMatch) -> Iterator[tuple[str, str]]:
-    """Yield the kind and the fused op of each node of a that corresponds to nodes of b without an op of that kind,
-    alone or inside a larger fused op.
+    """Yield the kind and the fused op of each node of a whose match in b has no op of that kind, neither alone nor
+    inside a larger fused op.
     """
     theirs = {each.op for each in match.b}
     for each in match.b:
@@ -118,7 +118,7 @@ def _fused_only_in_a(match: NodeMatch) -> Iterator[tuple[str, str]]:
 
 
 def _broken_form(match: NodeMatch, matching: Matching) -> str:
-    """Describe the nodes of b that stand in place of a fused op, and the added nodes next to them."""
+    """Describe the nodes of b that replace a fused op of a, and the nodes next to them that only b has."""
     ops = ", ".join(each.op for each in match.b)
     own = {each.number for each in match.b}
     read = {int(name) for each in match.b for kind, name, _ in each.reads if kind == "result"}
@@ -128,7 +128,7 @@ def _broken_form(match: NodeMatch, matching: Matching) -> str:
         if each.number in read or any(kind == "result" and name in own for kind, name, _ in each.reads)
     ]
     beside = f"; {', '.join(dict.fromkeys(near))} is next to them in one build only" if near else ""
-    return f"the ops there have none of its forms: {ops}{beside}"
+    return f"the ops in its place have none of the fusable forms: {ops}{beside}"
 
 
 def _fusion(key: tuple[Any, ...], nodes: Iterable[RunNode]) -> LostFusion:
@@ -139,7 +139,7 @@ def _fusion(key: tuple[Any, ...], nodes: Iterable[RunNode]) -> LostFusion:
 
 
 def _sites(build: Build, nodes: Iterable[RunNode]) -> list[tuple[RunNode, FusionVerdict]]:
-    """Return the anchor and the verdict of every site in a run of the declared graph."""
+    """Return the anchor and the verdict of every fusion site in a run of the declared graph."""
     places: dict[object, list[RunNode]] = {}
     for each in nodes:
         places.setdefault(each.node, []).append(each)

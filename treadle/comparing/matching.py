@@ -1,16 +1,16 @@
 """The nodes of two runs that correspond to each other.
 
-Nodes are matched by the first of these that applies:
+Nodes are matched by the first of these criteria that applies:
 
-    lineage   both do the work of corresponding nodes of their declared graphs
+    lineage   both compute corresponding nodes of their declared graphs
     exact     equal scope, op, attributes and operands
-    hash      equal op, attributes and types, as all nodes above them
+    hash      equal op, attributes and types, and the same for all nodes that they depend on
     scope     equal scope and op, in order
-    layer     equal op in the same layer of a stack, in order, if both sides have the same number left
-    group     one node on one side, and all that is left in the same scope on the other, with results of one type
+    layer     equal op in the same layer of a stack, in order, if both sides have the same number of unmatched ones
+    group     one node on one side, and all unmatched nodes in the same scope on the other, with results of one type
 
 A match may have several nodes on a side: a fusion, or a decomposition. Scopes are compared after
-`treadle.comparing.scope_alignment`: the nodes of a layer that one side lacks match nothing.
+`treadle.comparing.scope_alignment`. If one side lacks a layer, the nodes of that layer have no match.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Matching:
 
     @property
     def is_related(self) -> bool:
-        """True if the runs have something in common: a node that reads a weight or a result and is matched by more than
-        its scope, or a quarter of the nodes of the smaller run.
+        """True if the runs have something in common: a node that reads a weight or a result is matched by lineage,
+        exact or hash, or at least a quarter of the smaller run's nodes are matched.
         """
         strong = [m for m in self.matches if m.by in ("lineage", "exact", "hash")]
         if any(read[0] in ("result", "parameter") for m in strong for node in m.b for read in node.reads):
@@ -69,7 +69,9 @@ class Matching:
 
 
 def match_builds(a: Build, b: Build) -> tuple[Matching, Matching]:
-    """Match the declared graphs of two builds, and then, with their lineage, the graphs that are compared."""
+    """Match the declared graphs of two builds. Then match the compared graphs, with their lineage. Return both
+    matchings.
+    """
     sources = run_of(a.source), run_of(b.source)
     scopes = ScopeAlignment.of(sources[0].nodes, sources[1].nodes)
     declared = match_runs(*sources, scopes)
@@ -86,7 +88,7 @@ def match_builds(a: Build, b: Build) -> tuple[Matching, Matching]:
 
 
 def _origins(build: Build, run: GraphRun, source: GraphRun, numbers: Mapping[RunNode, int]) -> _Ids:
-    """Return for each node of a run the numbers of the declared nodes whose work it does."""
+    """Return for each node of a run the numbers of the declared nodes that it computes."""
     places = source.by_place()
     found = []
     for each in run.nodes:
@@ -98,7 +100,8 @@ def _origins(build: Build, run: GraphRun, source: GraphRun, numbers: Mapping[Run
 def match_runs(a: GraphRun, b: GraphRun, scopes: ScopeAlignment, ids: tuple[_Ids, _Ids] | None = None) -> Matching:
     """Match the nodes of two runs.
 
-    ids  for each node of both runs, numbers of work that it does; nodes that share a number correspond
+    ids  for each node of both runs, the numbers of the declared nodes that it computes; nodes that share a number
+         correspond
     """
     matches: list[NodeMatch] = []
     left = [dict.fromkeys(a.nodes), dict.fromkeys(b.nodes)]
@@ -159,7 +162,7 @@ def _grouped(
 
 
 def _layer(each: RunNode, in_a: Mapping[RunNode, str | None]) -> tuple[tuple[str, ...], str] | None:
-    """Return the scope of the layer that a node is in, as a names it, and its op; None outside of all layers."""
+    """Return the scope of a node's layer, as a names it, and the node's op. None if the node is not in a layer."""
     parts = parts_of(in_a[each] or "")
     at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
     return None if at is None else (parts[: at + 1], each.op)
@@ -172,14 +175,14 @@ def _types(each: RunNode) -> tuple[str, ...]:
 def _operands(
     each: RunNode, run: GraphRun, in_a: Mapping[RunNode, str | None], scopes: ScopeAlignment
 ) -> tuple[Hashable, ...]:
-    """Describe operands by what is near: the scope and op of a producer, the name of a weight or an input."""
+    """Describe a node's operands: for a result, the producer's scope and op; for a weight or an input, its name."""
     found: list[Hashable] = []
     for kind, name, index in each.reads:
         if kind == "result":
             producer = run.nodes[int(name)]
             found.append((in_a[producer], producer.op, index))
         elif kind in ("parameter", "state"):
-            # a weight of b is compared under the name that it would have in a
+            # a weight of b is compared under its name in a
             found.append((kind, str(name) if in_a[each] == each.scope else scopes.in_a(str(name)), index))
         else:
             found.append((kind, name, index))
@@ -187,14 +190,16 @@ def _operands(
 
 
 class _Hashes:
-    """Structural hashes of nodes: op, attributes, types, and the same of all nodes above; weights count by type."""
+    """Structural hashes of nodes: op, attributes, types, and the hashes of all operands. Of a weight, only the type
+    counts.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[Hashable, int] = {}
         self._known: dict[RunNode, int] = {}
 
     def of(self, each: RunNode, run: GraphRun) -> int:
-        """Return a number that is equal for nodes of equal structure, also in different runs."""
+        """Return a number that is equal for nodes of equal structure, even in different runs."""
         if each not in self._known:
             for node in run.nodes:  # producers come first
                 self._known[node] = self._number(node, run)
@@ -218,8 +223,8 @@ _Groups = list[tuple[tuple[RunNode, ...], tuple[RunNode, ...]]]
 
 
 def _by_lineage(a: GraphRun, b: GraphRun, ours: _Ids, theirs: _Ids) -> _Groups:
-    """Return groups of nodes that share work: equal ops that do exactly the same work in pairs, and every other node
-    with the node of the other side with which it shares most.
+    """Return groups of nodes that compute common declared nodes. Equal ops that compute exactly the same declared nodes
+    are matched in pairs; every other node joins the node of the other side with which it shares most.
     """
     alike: list[dict[Hashable, list[RunNode]]] = [{}, {}]
     for side, (run, ids) in enumerate(((a, ours), (b, theirs))):
@@ -247,9 +252,10 @@ def _by_lineage(a: GraphRun, b: GraphRun, ours: _Ids, theirs: _Ids) -> _Groups:
 def _joined(
     ours: Mapping[int, frozenset[int]], theirs: Mapping[int, frozenset[int]]
 ) -> dict[tuple[int, int], tuple[int, int]]:
-    """Join every node with the nearest one of the other side. Return a representative for each node of both sides.
+    """Join every node with the nearest node of the other side. Return for each node, as (side, number), the
+    representative of its group.
 
-    Work that many nodes share, such as a mask that all layers read, counts little.
+    A declared node that many nodes share, such as a mask that all layers read, counts little.
     """
     sides = ours, theirs
     holders: list[dict[int, list[int]]] = [{}, {}]

@@ -1,4 +1,4 @@
-"""The nodes of one run of a graph, calls followed: each has the path of calls that leads to it and its whole scope.
+"""The nodes of one run of a graph, with calls expanded. Each node has its path of calls and its full scope.
 
 A repeated block is one function, but two builds may outline different blocks. In a run, a node of layer 3 is a node of
 layer 3 in both.
@@ -27,8 +27,8 @@ class RunNode:
 
     number    its position in the run
     path      the scopes of the calls that lead to it, each with the number of earlier calls of the same scope
-    function  the name of its function, and `index`, its position there
-    scope     the scopes of the calls and its own, joined by dots
+    function  the name of its function, and `index`, its position in that function
+    scope     the scopes of the calls and the node's own scope, joined by dots
     reads     the origin of each operand
     """
 
@@ -47,12 +47,12 @@ class RunNode:
 
     @property
     def line(self) -> str:
-        """The user's line, or empty."""
+        """The line of user code, or ""."""
         return str(self.node.source or "")
 
 
 def parts_of(scope: str) -> tuple[str, ...]:
-    """Return the parts of a scope: `h`, `0`, `attn`; none for the empty scope. Dots beyond the 32nd do not separate,
+    """Return the parts of a scope: `h`, `0`, `attn`; () for the empty scope. Only the first 32 dots separate parts,
     since a name in a file may consist of dots.
     """
     return tuple(scope.split(".", _MOST_PARTS)) if scope else ()
@@ -60,17 +60,19 @@ def parts_of(scope: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class GraphRun:
-    """All nodes of one run of a graph, entries in their order."""
+    """All nodes of one run of a graph, one entry after the other."""
 
     nodes: tuple[RunNode, ...]
 
     def by_place(self) -> Mapping[tuple[tuple[str, ...], Node], RunNode]:
-        """Return each node by its path of calls and the node of the graph."""
+        """Each node of the run, by its path of calls and its node in the graph."""
         return {(each.path, each.node): each for each in self.nodes}
 
 
 def run_of(graph: Graph) -> GraphRun:
-    """Follow the calls of every entry. Raises GraphError for more than 200,000 nodes."""
+    """Return the nodes of a run, with the calls of every entry expanded. Raises GraphError for more than 200,000
+    nodes.
+    """
     found: list[RunNode] = []
     derived: dict[str, Read] = {}
     for entry in graph.entries:
@@ -91,7 +93,7 @@ def _follow(
     origins: dict[Value, Read],
     nodes: list[RunNode],
 ) -> None:
-    """Append the nodes of a call of a function, whose arguments are `origins`, and its results to `origins`."""
+    """Append the nodes of a call to `nodes`. `origins` has its arguments; the results are added to it."""
     calls: Counter[str] = Counter()
     for index, node in enumerate(function.nodes):
         reads = tuple([_origin(value, origins) for value in node.operands])

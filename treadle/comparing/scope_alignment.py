@@ -1,10 +1,10 @@
-"""The layers of two builds that correspond, if one has more of them.
+"""The alignment of the layers of two builds, if one has more layers than the other.
 
     a:  h.0  h.1       h.2
     b:  h.0  h.1  h.2  h.3         if h.2 of b is unlike h.2 of a
 
-A stack is a scope whose parts are numbers. Every layer of the shorter stack has a partner, in equal order, so that most
-partners are equal. Other scopes correspond if their names are equal.
+A stack is a scope whose parts are numbers. Every layer of the shorter stack gets a partner, in order, such that the
+number of equal partners is largest. Other scopes correspond if their names are equal.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from itertools import zip_longest
 from treadle.comparing.run_nodes import RunNode, parts_of
 from treadle.ir.hashing import op_key
 
-_MOST_PAIRS = 5_000_000  # pairs of layers that are compared; beyond it, layers are paired in order
+_MOST_PAIRS = 5_000_000  # limit on compared pairs of layers; above it, layers are paired in order
 
 
 @dataclass(frozen=True, eq=False)
 class ScopeTree:
-    """A scope: the ops in it, and the scopes in it by name, in order."""
+    """A scope: its own ops, and its inner scopes by name, in order."""
 
     ops: list[str] = field(default_factory=list)
     parts: dict[str, ScopeTree] = field(default_factory=dict)
 
     @classmethod
     def of(cls, nodes: Iterable[RunNode]) -> ScopeTree:
-        """Return the scope that contains all nodes."""
+        """Return the root scope, which contains all nodes."""
         root = cls()
         for each in nodes:
             tree = root
@@ -40,19 +40,19 @@ class ScopeTree:
 
     @cached_property
     def signature(self) -> tuple[object, ...]:
-        """Equal for scopes with equal ops in equal order; the numbers of layers do not count."""
+        """A key that is equal for scopes with equal ops in equal order, regardless of the numbers of layers."""
         inner = [("#" if name.isdigit() else name, tree.signature) for name, tree in self.parts.items()]
         return (tuple(self.ops), tuple(inner))
 
     @property
     def layers(self) -> list[str]:
-        """The parts that are numbers, in order."""
+        """The names of the inner scopes that are numbers, in order."""
         return [name for name in self.parts if name.isdigit()]
 
 
 @dataclass(frozen=True, eq=False)
 class ScopeAlignment:
-    """For each scope of b, the corresponding scope of a; None for a layer that a does not have."""
+    """For each scope of b, the corresponding scope of a; None for a layer that a lacks."""
 
     _known: Mapping[tuple[str, ...], tuple[str, ...] | None]
     _back: Mapping[tuple[str, ...], tuple[str, ...] | None]
@@ -69,8 +69,8 @@ class ScopeAlignment:
         return ScopeAlignment(self._back, self._known)
 
     def in_a(self, scope: str) -> str | None:
-        """Return the scope of a that corresponds to a scope of b, or the scope of an equal name that a may have. None
-        for a scope in a layer that a does not have.
+        """Return the scope of a that corresponds to a scope of b; by default the scope of the same name. None for a
+        scope in a layer that a lacks.
         """
         parts = parts_of(scope)
         for length in range(len(parts), -1, -1):
@@ -84,7 +84,7 @@ class ScopeAlignment:
 def _aligned(
     a: ScopeTree, b: ScopeTree, at: tuple[str, ...], within: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...] | None, tuple[str, ...] | None]]:
-    """Yield the scopes of a below `at` and the corresponding ones of b below `within`; None for a missing layer."""
+    """Yield the scopes of a below `at` with the corresponding scopes of b below `within`; None for a missing layer."""
     yield at, within
     for name, tree in b.parts.items():
         if name in a.parts and not name.isdigit():
@@ -97,8 +97,8 @@ def _aligned(
 
 
 def _aligned_layers(a: ScopeTree, b: ScopeTree) -> Iterator[tuple[str | None, str | None]]:
-    """Yield pairs of layers in order, as many as the shorter stack has, so that most pairs are equal; of several such
-    ways, the layers without a partner are the last ones.
+    """Yield pairs of layers in order, one for each layer of the shorter stack, with the largest number of equal pairs.
+    If there are several such pairings, the one whose unpaired layers come last is chosen.
     """
     is_flipped = len(a.layers) > len(b.layers)
     short, long = (b, a) if is_flipped else (a, b)
@@ -107,7 +107,7 @@ def _aligned_layers(a: ScopeTree, b: ScopeTree) -> Iterator[tuple[str | None, st
         yield from (_pair(name, other, is_flipped) for name, other in zip_longest(short.layers, long.layers))
         return
     ours, theirs = ([tree.parts[name].signature for name in tree.layers] for tree in (short, long))
-    # best[at][skipped]: the most equal pairs of ours[at:] with theirs[at + skipped:]
+    # best[at][skipped]: the largest number of equal pairs of ours[at:] with theirs[at + skipped:]
     best = [[0] * (spare + 1) for _ in range(len(ours) + 1)]
     for at in range(len(ours) - 1, -1, -1):
         for skipped in range(spare, -1, -1):

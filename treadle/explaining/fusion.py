@@ -2,10 +2,10 @@
 
     explanation = explain_fusion("model.py:classifier")
     print(explanation)
-    explanation.counts["attention"]            # ops of the optimized graph, calls multiplied
+    explanation.counts["attention"]            # number of attention ops in a run of the optimized graph
 
-The sites are found in the graph as declared or imported (`treadle.passes.sites.fusion_sites`); the outcome of
-each is read from the pass log (`treadle.explaining.fusion_verdicts`).
+The sites are found in the graph as declared or imported (`treadle.passes.sites.fusion_sites`). The outcome of each site
+is read from the pass log (`treadle.explaining.fusion_verdicts`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from treadle.program.source import AnyModel
 
 @dataclass(frozen=True)
 class Block:
-    """The verdicts on the sites of one distinct function, and the number of times a run calls it."""
+    """The verdicts on the sites of one function, and the number of times that a run calls the function."""
 
     function: str
     calls: int
@@ -44,9 +44,9 @@ class Block:
 class Explanation:
     """The outcome of every site of a model.
 
-    counts    number of ops of each name in a run of the optimized graph, calls multiplied
+    counts    number of ops of each name in a run of the optimized graph, with calls expanded
     within    number of ops that are part of a larger fused op, by that op: {"gelu": {"activated_linear": 12}}
-    expected  the counts of `--expect`, which are compared with the sum of both
+    expected  the counts of `--expect`, which are compared with the sum of `counts` and `within`
     """
 
     model: str
@@ -58,12 +58,12 @@ class Explanation:
 
     @property
     def met(self) -> bool:
-        """True if every expected count equals the actual one."""
+        """True if every expected count equals the actual count."""
         return all(self.found(op) == wanted for op, wanted in self.expected.items())
 
     @property
     def sites(self) -> dict[str, int]:
-        """Number of sites of each status in a run, calls multiplied; each site is counted once."""
+        """Number of sites of each status in a run, with calls expanded. Each site is counted once."""
         found = dict.fromkeys(STATUSES, 0)
         for block in self.blocks:
             for verdict in block.verdicts:
@@ -71,7 +71,7 @@ class Explanation:
         return found
 
     def found(self, op: str) -> int:
-        """Return the number of ops of a name, on their own or within a larger fused op."""
+        """Return the number of ops of this name, alone or within a larger fused op."""
         return self.counts.get(op, 0) + sum(self.within.get(op, {}).values())
 
     def as_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Explanation:
         return self.text()
 
     def text(self, width: int | None = None) -> str:
-        """Return the report in lines of up to `width` characters; no path and no word is broken. None: no limit."""
+        """Return the report in lines of up to `width` characters. Paths and words are not broken. None: no limit."""
         sites = self.sites
         run, open_ = sum(sites.values()), sum(sites[status] for status in UNFUSED)
         lines = [f"{self.model}: {run} candidate site{'s' * (run != 1)} in a run, {open_} not fused"]
@@ -110,7 +110,7 @@ class Explanation:
 
 
 def _fused_ops() -> Iterator[str]:
-    """Yield the name of each fused op once, at the last kind that has it."""
+    """Yield the name of each fused op once, in the position of the last kind that lists it."""
     ops = [op for _, made in KINDS.values() for op in made]
     return reversed(dict.fromkeys(reversed(ops)))
 
@@ -120,7 +120,7 @@ def explain_fusion(model: AnyModel, *, expect: Mapping[str, int] | None = None, 
 
     model    as in `treadle.compile`
     expect   number of ops of a name that a run of the optimized graph should have, alone or within a larger fused op
-    options  as in `treadle.compile`; a rewrite that fails when it is certified makes its site refused
+    options  as in `treadle.compile`; if a rewrite fails its certification, its site counts as refused
 
     Raises as `compile` does for a model that cannot be read, UsageError for an artifact or a negative count, GraphError
     for an expected op that does not exist.
@@ -151,7 +151,7 @@ def fusion_of(name: str, optimized: Optimized, expect: Mapping[str, int]) -> Exp
 
 
 def count_within(graph: Graph) -> dict[str, dict[str, int]]:
-    """Return the number of fused ops that are parts of larger ones in a run, by their name and the larger one's."""
+    """Return the number of fused ops in a run that are part of larger ones, by their name and the larger op's name."""
     ops, calls = set(_fused_ops()), count_calls(graph)
     found: dict[str, dict[str, int]] = {}
     for function, node in graph.walk():
@@ -165,7 +165,7 @@ def count_within(graph: Graph) -> dict[str, dict[str, int]]:
 
 
 def parse_expected(texts: Sequence[str]) -> dict[str, int]:
-    """Parse `attention=12`, ... into counts by op. Raises UsageError."""
+    """Parse texts such as `attention=12` into expected counts by op. Raises UsageError for any other form."""
     found = {}
     for text in texts:
         name, _, count = text.partition("=")

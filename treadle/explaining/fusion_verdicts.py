@@ -1,8 +1,8 @@
 """Verdicts on candidate sites of fused ops, from the events in the pass log.
 
 An event names the nodes of the original graph that a rule replaced or examined (`treadle.passes.framework.lineage`). A
-site belongs to the rule that replaced its anchor, whatever that rule's own root was. If a pass does not record which
-nodes it replaced, its event is assigned to a site at its scope and source line.
+site belongs to the rule that replaced its anchor, even if the rule's own root is another node. If a pass does not
+record which nodes it replaced, its event is assigned to a site with the same scope and source line.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _FORMS = {
     "epilogue": f"{_ACTIVATIONS} of the product, or of its sum with a bias",
     "scale": "the number times a product without a bias, or times a norm",
 }
-"""The form that the rules of a kind accept, as a hint for sites written in another form."""
+"""The forms that the rules of each kind accept: a hint for sites written in another form."""
 
 
 @dataclass(frozen=True)
 class FusionVerdict:
-    """The outcome of one site, or of several equal ones in one block.
+    """The outcome of one site, or of several equal sites in one block.
 
     kind      attention, normalization, ...: see `treadle.passes.sites.fusion_sites`
     status    fused, already, refused (by a rule that recognized it), nearly (a pattern matched in part) or missed
-    op        its op in the optimized graph, if it was fused or is fused already
+    op        the site's op in the optimized graph, if it was fused or was one op already
     rules     the rules that fused it, or came nearest
     matched   the ops that matched, by name, in the order in which the rule visited them; empty for a refused site that
               matched completely
     edge      where the match stopped: the op, or its operand or attribute
     at        the place of the edge, if it is not the site's own
     reason    why it is not fused
-    hint      the smallest change that would allow it, if the rule knows one
+    hint      the smallest change that would allow the fusion, if the rule knows one
     notes     remarks of a rule on a site that it fused
     places    "gpt2.py:41  h.0.attn", or the ONNX node's name; one for each site
     """
@@ -64,10 +64,10 @@ class FusionVerdict:
         return {**facts, "sites": len(self.places)}
 
     def lines(self, width: int | None = None) -> Iterator[str]:
-        """Yield a line for the verdict and its place, and one for each further fact, none longer than `width`.
+        """Yield a line for the verdict and its place, and a line for each further fact.
 
-        Longer lines are wrapped between words and places. A place that does not fit after its verdict gets the next
-        line.
+        Lines longer than `width` are wrapped between words and places. A place that does not fit after its verdict
+        starts the next line.
         """
         how = {FUSED: f"fused into {self.op} by {', '.join(self.rules)}", ALREADY: f"{self.op} is one op already"}
         many = f"{len(self.places)} x " if len(self.places) > 1 else ""
@@ -102,7 +102,7 @@ def _label(label: str) -> str:
 
 
 def filled(start: str, parts: Sequence[str], between: str, width: int | None) -> Iterator[str]:
-    """Yield the parts after a start, in as many lines as needed; further lines are indented to the first part."""
+    """Yield `parts` after `start`, in as many lines as needed. Further lines are indented to the first part."""
     line = start + parts[0]
     for part in parts[1:]:
         if width is not None and len(line) + len(between) + len(part) > width:
@@ -114,8 +114,8 @@ def filled(start: str, parts: Sequence[str], between: str, width: int | None) ->
 
 
 def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
-    """Return a verdict on every site; products of a gate or an epilogue that was not fused may be sites of another
-    kind.
+    """Return a verdict on every site. If a gate or an epilogue was not fused, its products are judged as sites of other
+    kinds.
     """
     unfused: set[Node] = set()
     while True:
@@ -142,7 +142,7 @@ _Key = tuple[str, str, str]
 
 
 class _KindEvents:
-    """The events of the pass of one kind, by site of that kind."""
+    """The events of the pass for one kind of site, by site."""
 
     def __init__(self, kind: str, sites: Sequence[FusionSite], records: Sequence[PassRecord]) -> None:
         self.kind = kind
@@ -160,9 +160,10 @@ class _KindEvents:
         self.near_misses = self._given([e for r in records for e in r.near_misses], taken=False)
 
     def _given(self, events: Sequence[Event], *, taken: bool) -> dict[FusionSite, list[Event]]:
-        """Assign events to sites: first events that contain a site's anchor, then events with its other nodes only.
+        """Assign events to sites. An event belongs to the sites whose anchor it contains, else to the site that shares
+        most nodes.
 
-        taken   a rule replaced the nodes, so an event belongs to a site only if it contains the anchor
+        taken   True if the rule replaced the nodes: then an event belongs to a site only if it contains the anchor
         """
         found: dict[FusionSite, list[Event]] = {}
         beside: list[Event] = []
@@ -178,15 +179,15 @@ class _KindEvents:
         return found
 
     def _at_its_place(self, event: Event, found: Mapping[FusionSite, Sequence[Event]]) -> list[FusionSite]:
-        """Return the first site at an event's scope and line without an event of that rule, preferably one with its
-        op.
+        """Return the first site at an event's scope and line that has no event of the same rule yet; first among those
+        that contain the event's op.
         """
         near = self.at.get((event.function, event.scope, event.source), {})
         exact = [site for site, ops in near.items() if event.op in ops]
         return [s for s in exact or near if event.rule not in (e.rule for e in found.get(s, ()))][:1]
 
     def _nearest(self, event: Event) -> list[FusionSite]:
-        """Return the site with the most nodes in an event, the first if several have the same number."""
+        """Return the site that shares the most nodes with an event; the first of several."""
         held = max(self.sites, key=lambda site: len(event.original_nodes.intersection(site.nodes)), default=None)
         return [held] if held is not None and event.original_nodes.intersection(held.nodes) else []
 
@@ -215,8 +216,8 @@ def _is_tidying(rule: str) -> bool:
 
 
 def _made(kind: str, fused: Sequence[Event]) -> str:
-    """Return the fused op that these events produced last: one of the kind, or else the last op, such as the matmul of
-    a scaled product.
+    """Return the last op of this kind that these events produced. If there is none, return the last op, such as the
+    matmul of a scaled product.
     """
     ops = KINDS[kind][1]
     of_kind = [op for event in fused for op in event.created_ops if op in ops]
@@ -231,8 +232,8 @@ def _why_missed(site: FusionSite, optimized: Optimized) -> tuple[str, str]:
         return f"the pipeline has no {name}", ""
     if not optimized.covered.intersection(site.anchors):
         return "other passes removed it", ""
-    around = f"the ops around the {site.anchor.op.name} have none of their forms"
-    return f"no rule of {name} came near: {around}", _FORMS.get(site.kind, "")
+    around = f"the ops around the {site.anchor.op.name} have none of the fusable forms"
+    return f"no rule of {name} matches in part: {around}", _FORMS.get(site.kind, "")
 
 
 def _place(site: FusionSite) -> str:

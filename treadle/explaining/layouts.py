@@ -2,7 +2,7 @@
 
     print(explain_layouts("gpt2", backend="tvm"))
 
-It reads the graph after the backend's passes. A block's weights are listed once, for its first call.
+The report describes the graph after the backend's passes. A block's weights are listed once, for its first call.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from treadle.reporting.counts import human
 class WeightLayout:
     """A weight as a function reads it.
 
-    name     the function's name for it
+    name     the function's name for the weight
     type     its type, as text
-    layout   "row-major", or its layout
+    layout   the name of its layout, such as "row-major"
     bytes    its bytes in that layout; None if its size is known only at a call
-    made     how `bind` derives it; empty for a weight that is read as provided
-    readers  the readers: op, line and scope
+    made     the expression by which `bind` derives it; empty for a weight that is read as provided
+    readers  the ops that read it, each with line and scope
     """
 
     name: str
@@ -64,7 +64,7 @@ class Layouts:
     model: str
     backend: str
     blocks: Mapping[str, tuple[int, tuple[WeightLayout, ...]]]
-    """For each function, the number of times a run calls it, and its weights."""
+    """For each function, the number of times that a run calls it, and its weights."""
     as_they_came: int
     """Bytes of the weights that are read as provided."""
     made: int
@@ -113,7 +113,7 @@ def explain_layouts(model: AnyModel, **options: Any) -> Layouts:
 
 
 def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[str, Optimized]:
-    """Return the model's name, and its optimized graph after the backend's passes, which meet a memory budget.
+    """Return the model's name, and the optimized graph after the backend's passes, including those for a memory budget.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """
@@ -128,7 +128,8 @@ def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[str, Optimize
 
 
 def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]:
-    """Return the name and the optimized graph of a model or an artifact, which is already configured and optimized.
+    """Return the name and the optimized graph of a model, or of an artifact, which has been optimized when it was
+    compiled.
 
     Raises as `compile` does; UsageError for options that would change an artifact's graph.
     """
@@ -141,7 +142,7 @@ def optimized_for(model: AnyModel, options: CompileOptions) -> tuple[str, Graph]
 
 
 def layouts_of(name: str, backend: str, graph: Graph) -> Layouts:
-    """Describe the weights of a lowered graph."""
+    """Describe the layouts of the weights of a lowered graph."""
     made, calls, passed = recipes_of(graph), count_calls(graph), passed_weights(graph)
     blocks = {}
     for function in graph.needed_by(graph.main):
@@ -163,8 +164,8 @@ _Uses = Mapping[Value, Sequence[tuple[Node, int]]]
 
 
 def _weights(function: Function, uses: _Uses, outputs: set[Value]) -> list[Value]:
-    """Return the weights that a function reads itself; a weight that it passes on is listed in the function that reads
-    it.
+    """Return the weights that a function reads itself. A weight that it passes to a call is listed in the called
+    function.
     """
 
     def is_read(value: Value) -> bool:
@@ -174,7 +175,9 @@ def _weights(function: Function, uses: _Uses, outputs: set[Value]) -> list[Value
 
 
 def passed_weights(graph: Graph) -> dict[Value, tuple[str, str]]:
-    """Map each weight of a block to the parameter of `main` that its first call passes, and the scope of that call."""
+    """Map each weight of a block to the parameter of `main` that the block's first call passes, and the scope of that
+    call.
+    """
     found = {v: (name, "") for name, v in graph.main.parameters.items()}
     for function in reversed(graph.needed_by(graph.main)):
         for node in function.nodes:
@@ -200,7 +203,7 @@ def _lying(
     recipe_text = recipe.expression(within=scope) if recipe is not None and recipe.nodes else ""
     readers = []
     decoded = [(node, uses.get(node.result, ())) for node, _ in uses.get(value, ()) if node.op.decodes]
-    blocks = {reader for _, readers in decoded for reader, _ in readers}  # they unpack the blocks
+    blocks = {reader for _, readers in decoded for reader, _ in readers}  # these nodes unpack the blocks
     for node, _ in [use for use in uses.get(value, ()) if not use[0].op.decodes] + [u for _, us in decoded for u in us]:
         reader = node.op.name if node.op.callee is None else f"call of {node.op.callee}"
         reader += " in blocks" * (node in blocks)

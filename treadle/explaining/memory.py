@@ -2,8 +2,8 @@
 
     print(explain_memory("gpt2", backend="tvm", sizes={"B": 8, "S": 512}))
 
-It follows from the storage plan and, on TVM, from the workspaces of single kernels. Weights, states, inputs and outputs
-are counted separately: they outlive the run, or belong to the caller.
+The report follows from the storage plan and, on TVM, from the workspaces of single kernels. Weights, states, inputs and
+outputs are counted separately, since they outlive the run or belong to the caller.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Alive:
     function  the function that it belongs to
     name      the storage's name
     bytes     its size in bytes
-    size      the same, as an expression of the symbols
+    size      its size as an expression of the symbols
     why       the op that produces it, and the op that reads it last
     line      the user's line and the scope of the op that produces it
     saves     number of bytes by which the peak would be lower without it
@@ -62,18 +62,18 @@ class Alive:
 class MemoryReport:
     """The memory that a run of a model needs at some sizes.
 
-    peak      the most bytes alive at once, each storage rounded up to units of `unit` bytes
+    peak      the maximum number of bytes alive at once; each storage is rounded up to a multiple of `unit` bytes
     arena     the size of the arena that holds all or some storages. None if a library allocates everything
-    host      the output whose memory holds storages that die before it is written; None: there is none
-    foreign   the most bytes alive at once that a library allocates outside the arena
+    host      the output whose memory holds storages that die before it is written, or None
+    foreign   the maximum number of bytes alive at once that a library allocates outside the arena
     at        the place of the peak: the functions and steps that lead to it
     step      the op that runs at the peak, with the user's line
-    formula   sizes in bytes, of which the largest is the peak, before they are rounded to units
+    formula   expressions in bytes; the largest one is the peak, before storages are rounded
     alive     the storages that are alive at the peak, the largest first
     apart     bytes of weights, states, inputs and outputs
     storages  the bytes of every storage, by function and name
     donated   for each donated input, the storages that reuse its memory
-    reorders  the savings of orders of ops other than the program's
+    reorders  the savings of other orders of the ops than the program's
     frames    the storages and lifetimes of each function, with offsets if there is an arena
     """
 
@@ -124,12 +124,12 @@ class MemoryReport:
         elif self.foreign:
             lines.append(f"one arena of {self.arena:,} bytes for results that are written at planned offsets")
             theirs = f"{self.foreign:,} bytes at once"
-            lines.append(f"foreign to it, since calls of {self.backend} allocate their results: at most {theirs}")
+            lines.append(f"outside it, calls of {self.backend} allocate their results: at most {theirs}")
         elif self.host is not None:
             lines.append(
                 f"one arena of {self.arena:,} bytes for values that are alive when {self.host} is written, or later"
             )
-            lines.append(f"values that die before share the memory of {self.host}, which a run allocates anyway")
+            lines.append(f"values that die earlier share the memory of {self.host}, which a run allocates anyway")
         else:
             over = "equal to" if self.arena == self.peak else f"{self.arena / self.peak - 1:.2%} above"
             lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
@@ -158,10 +158,10 @@ class MemoryReport:
 
 
 def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
-    """Describe the memory of a run of the model that MODEL names; options as in `treadle.compile`.
+    """Describe the memory of a run of the model that MODEL names. Options as in `treadle.compile`.
 
-    `sizes` are those of the run, 1 for a batch and 128 for other axes by default; with `memory`, the run is the one
-    that fits.
+    `sizes` are the sizes of the run, by default 1 for a batch and 128 for other axes. With `memory`, the run is the one
+    that fits that budget.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage, and for sizes outside their bounds.
     """
@@ -250,7 +250,7 @@ def _host(placed: PlacedFrame, plan: FunctionPlan) -> str | None:
 
 
 def _donated(plan: FunctionPlan) -> Iterator[str]:
-    """Yield for each donated input a line on the values that are written over it."""
+    """Yield a line of text for each donated input, on the values that are written over it."""
     for value in plan.donated:
         storage = plan.places[value].storage
         over = [plan.names[v] for v, place in plan.places.items() if place.storage is storage and place.is_written]
@@ -274,7 +274,7 @@ def _step(frame: Frame, at: int) -> str:
 
 
 def _why(storage: Storage, plan: FunctionPlan, frame: Frame) -> tuple[str, Node | None]:
-    """Explain why a storage is alive, by its producer and its last reader. Return the producer, too."""
+    """Return text on a storage's producer and last reader, and the node that produces it."""
     held = [value for value, place in plan.places.items() if place.storage is storage and value.node is not None]
     if not held:
         life = next(each for each in frame.lives if each.storage is storage)
@@ -296,7 +296,7 @@ def _named(node: Node) -> str:
     return node.op.name if node.op.callee is None else f"the call {node.scope or node.op.callee}"
 
 
-_MOST_BYTES = 64 << 20  # of a file to compare with
+_MOST_BYTES = 64 << 20  # limit on a file to compare with
 
 # -- two builds ----------------------------------------------------------------------------------------------------
 
@@ -307,10 +307,10 @@ def read_memory(path: Path) -> dict[str, Any]:
 
 
 def compare_memory(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Describe what grew and shrank between two builds, each as returned by `MemoryReport.as_dict` (or written by
-    `--json`).
+    """Describe the differences between two reports, each as returned by `MemoryReport.as_dict` (or written by
+    `--json`): what grew and what shrank.
 
-    Raises UsageError if one has another form, or if their sizes differ.
+    Raises UsageError if a report has another form, or if their sizes differ.
     """
     for each in (before, after):
         counts = (

@@ -42,8 +42,8 @@ def write_drawing(path: Path, text: str) -> None:
 
 
 def draw_memory(report: MemoryReport) -> str:
-    """Return the drawing as the text of an SVG file. It shows the arena only, not values that share the memory of an
-    output.
+    """Return the drawing as the text of an SVG file. It shows only the arena, without values that share the memory of
+    an output.
 
     Raises UsageError for a backend without an arena.
     """

@@ -3,7 +3,7 @@
     line = timeline_of(explain_memory("gpt2", backend="tvm"))
     line.boxes, line.live
 
-Steps count those of the whole run: a call takes as many steps as its callee.
+Steps are numbered over the whole run: a call takes as many steps as the function that it calls.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from treadle.passes.memory.frames import Frame, live_at, parts_of
 
 @dataclass(frozen=True)
 class TimelineBox:
-    """The lifetime of a storage, from step `first` until before step `end`, at `low` bytes of the arena.
+    """The lifetime of a storage, from step `first` until before step `end`, at offset `low` of the arena.
 
     function  the function that it belongs to
-    node      the node that the storage is needed for first; None for the copy of an output
+    node      the node at the storage's first step; None for the copy of an output
     """
 
     first: int
@@ -41,20 +41,20 @@ class TimelineBox:
 
     @property
     def op(self) -> str:
-        """The op that the storage is needed for first."""
+        """The op at the storage's first step."""
         if self.node is None:
             return "workspace"
         return "a call" if self.node.op.callee is not None else self.node.op.name
 
     @property
     def line(self) -> str:
-        """The line and the scope of that op."""
+        """The user's line and the scope of `op`."""
         return "" if self.node is None else describe_source(self.node.source, self.node.scope) or ""
 
 
 @dataclass(frozen=True)
 class Band:
-    """The steps during which a function runs, and the number of its callers."""
+    """The steps during which a function runs, and `depth`, the number of calls that lead to it."""
 
     first: int
     end: int
@@ -77,7 +77,7 @@ class Timeline:
 
 
 def timeline_of(report: MemoryReport) -> Timeline:
-    """Return the timeline of the arena, without values that share the memory of an output."""
+    """Return the timeline of a run's arena, without values that share the memory of an output."""
     report, entry = replace(report, frames=parts_of(report.frames)[0]), report.at[0][0]
     live = live_at(report.frames, entry, report.sizes, report.unit)
     boxes = () if report.placed is None else tuple(_boxes(report, entry, 0, 0))
@@ -85,13 +85,15 @@ def timeline_of(report: MemoryReport) -> Timeline:
 
 
 def _lengths(report: MemoryReport, name: str) -> list[int]:
-    """Return the number of steps of the whole run that each step of a function takes."""
+    """Return for each step of a function the number of steps of the whole run that it takes."""
     frame = report.frames[name]
     return [sum(_lengths(report, frame.calls[at].callee)) if at in frame.calls else 1 for at in range(len(frame.steps))]
 
 
 def _starts(report: MemoryReport, name: str, begin: int) -> list[int]:
-    """Return the start of each step of a function, and the end of the last one."""
+    """Return the first step in the whole run of each step of a function that begins at `begin`, and the end of the last
+    one.
+    """
     starts = [begin]
     for length in _lengths(report, name):
         starts.append(starts[-1] + length)

@@ -1,4 +1,4 @@
-"""`explain_quantization`: for every weight of a model, its current or planned encoding, and the reason."""
+"""`explain_quantization`: the current or planned encoding of every weight of a model, and the reason."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from treadle.ir.errors import UsageError
 from treadle.passes.quantization.plan_checking import check_quantization
 from treadle.passes.quantization.planning import plan_quantization
 from treadle.passes.quantization.quantization_plan import QuantizationPlan
+from treadle.passes.stages import QUANTIZED, Quantize
 from treadle.program.options import CompileOptions
-from treadle.program.precision import QUANTIZED
 from treadle.program.source import AnyModel
 
 
 def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
-    """Return the checked plan of `compile(model, quantize=...)`; by default, quantize is "int8-weights".
+    """Return the checked plan of `compile(model, quantize=...)`. By default, quantize is "int8-weights".
 
-    Weights that a file stores in blocks are listed as they are. Raises as `compile` does; UsageError for an artifact,
-    whose quantization is already decided.
+    Weights that a file stores in blocks are listed in that encoding. Raises as `compile` does; UsageError for an
+    artifact, since its weights are already quantized or not.
     """
     if is_artifact(model):
         hint = "explain the model that it was compiled from"
         raise UsageError("an artifact does not record how it was compiled", received=str(model), hint=hint)
     chosen = CompileOptions.of("explain quantization", options, quantize=QUANTIZED[0])
-    chosen.precision()  # refuses an unknown scheme
+    chosen.stages()  # refuses an unknown scheme
     scheme = chosen.quantize
     assert scheme is not None
-    graph = chosen.but(quantize=None).optimized(model)[1].graph
+    graph = chosen.but(quantize=None).optimized(model, before=Quantize)[1].graph
     plan = plan_quantization(graph, scheme)
     check_quantization(plan, graph)
     return plan

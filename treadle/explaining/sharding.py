@@ -2,7 +2,7 @@
 
     print(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron", sizes={"B": 8, "S": 512}))
 
-All of it follows from the plan and the program of the last rank. No weight is read, and no device is needed.
+The report follows from the plan and the program of the last rank. No weight is read, and no device is needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from treadle.sharding.needs import DeviceNeeds, device_needs, milliseconds
 from treadle.sharding.plans import shard_model
 
 SHOWN = 3
-"""Number of changes that are listed."""
+"""Maximum number of changes that are listed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class ShardingReport:
     """The time and memory of a run of a sharded model.
 
     needs    the needs of the last rank
-    weights  bytes of its parts of the weights, by the mesh axes that they are split over: "tp dp", "" for whole ones
-    changes  plans that differ in one thing, the best first
+    weights  bytes of that rank's parts of the weights, by the mesh axes that split them: "tp dp"; "": unsplit weights
+    changes  plans that differ in one choice, the best first
     """
 
     plan: ShardingPlan
@@ -61,7 +61,9 @@ class ShardingReport:
 
     @property
     def best(self) -> Change | None:
-        """The change that saves the most: one that fits if the plan does not, else the fastest, if it is faster."""
+        """The change that saves the most. If the plan does not fit: a change that does. Else the fastest change, if it
+        is faster than the plan. None if there is none.
+        """
         return next((each for each in self.changes[:1] if self._helps(each)), None)
 
     def _helps(self, change: Change) -> bool:
@@ -106,7 +108,7 @@ class ShardingReport:
         return lines if self.needs.stages is None else [*lines, *self._stages(self.needs.stages)]
 
     def _stages(self, stages: PipelineTimes) -> list[str]:
-        """Return lines on when each stage of a pipeline works."""
+        """Return lines of text on the times at which each stage of a pipeline works."""
         assert self.plan.pipeline is not None
         rows: list[tuple[str, ...]] = [("stage", "weights", "a micro-batch", "works from", "to", "waits")]
         for number, stage in enumerate(self.plan.pipeline.stages):
@@ -174,7 +176,7 @@ def _percent(change: Change, held: int) -> str:
 
 
 def _because(cause: Cause) -> list[str]:
-    """Return lines on the reason of a collective and its place, below the row with its count."""
+    """Return lines of text on the reason of a collective and its place, to be printed below the row with its count."""
     place = ", ".join(part for part in (cause.line, cause.scope) if part)
     return [f"    {cause.because}", *([f"    {place}"] if place else [])]
 
@@ -192,7 +194,7 @@ def explain_sharding(
     device: str | Machine = "h100",
     **options: Any,
 ) -> ShardingReport:
-    """Describe the time and memory of a model split as by `shard_model`, and the savings of single changes.
+    """Describe the time and memory of a model that is split as by `shard_model`, and the savings of single changes.
 
     Raises as `shard_model` does.
     """
@@ -202,13 +204,13 @@ def explain_sharding(
 
 
 def report_of(plan: ShardingPlan, axes: Mapping[str, str]) -> ShardingReport:
-    """Return the report on a plan; `axes` are the axes that were given by name, in addition to its recipe."""
+    """Return the report on a plan. `axes` are the axes that the caller split by name, in addition to the recipe."""
     needs = device_needs(plan)
     return ShardingReport(plan, needs, _weights_by_split(plan, needs.stage), tuple(changes_of(plan, axes)))
 
 
 def _weights_by_split(plan: ShardingPlan, stage: int) -> dict[str, float]:
-    """Return the average bytes of the parts of weights in one stage, by the mesh axes that they are split over."""
+    """Return the average bytes of the weights' parts in one stage, by the mesh axes that split them."""
     found: dict[str, float] = {}
     for name in plan.weights if plan.pipeline is None else plan.pipeline.stages[stage].weights:
         used = {part.axis for part in plan.weights[name].used}

@@ -1,7 +1,7 @@
-"""Sharding plans that differ from a given plan in one thing, with their savings.
+"""Sharding plans that differ from a given plan in one choice, with their savings.
 
-A change is another recipe, an axis of the model that is not split, or a mesh of equally many ranks in another shape or
-order. None of them changes the results.
+A change is another recipe, an axis of the model that is no longer split, or a mesh with the same number of ranks in
+another shape or order. No change affects the results.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from treadle.sharding.needs import device_needs
 
 @dataclass(frozen=True)
 class Change:
-    """A plan that differs in one thing.
+    """A plan that differs in one choice.
 
     description  the change: "recipe sequence"
-    seconds  the least time of a run
-    held     bytes that a device holds
-    fits     True if the device has enough memory
+    seconds      the minimum time of a run
+    held         bytes that a device holds
+    fits         True if the device has enough memory
     """
 
     description: str
@@ -38,9 +38,10 @@ class Change:
 
 
 def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
-    """Return all changes that can be planned at the plan's sizes, sorted: plans that fit first, then by time.
+    """Return all changes that can be planned at the plan's sizes: first plans that fit, and among these, the fastest
+    first.
 
-    axes  the axes that were given by name, in addition to the recipe
+    axes   the axes that the caller split by name, in addition to the recipe
     """
     found: list[Change] = []
     known = {_identity(plan)}
@@ -59,7 +60,7 @@ def changes_of(plan: ShardingPlan, axes: Mapping[str, str]) -> list[Change]:
 
 
 def _identity(plan: ShardingPlan) -> tuple[Any, ...]:
-    """Return a key that is equal for two requests for the same plan."""
+    """Return a key of a plan. Requests that lead to the same plan have equal keys."""
     weights = tuple(placed.text(plan.mesh) for placed in plan.weights.values())
     return str(plan.mesh), weights, tuple(sorted(plan.axes.items())), plan.stored
 
@@ -79,7 +80,9 @@ def _asked(plan: ShardingPlan, axes: Mapping[str, str]) -> Iterator[_Asked]:
 
 
 def _meshes(mesh: Mesh, node: int) -> Iterator[Mesh]:
-    """Yield meshes with the least factor of an axis moved to another axis, or with two neighbors in the other order."""
+    """Yield the mesh with the smallest factor of one axis moved to another axis, and with two neighboring axes
+    swapped.
+    """
     sizes = dict(mesh.axes)
     for axis in RECIPES["megatron-fsdp"].needs:
         sizes.setdefault(axis, 1)

@@ -2,9 +2,9 @@
 
     Path("gpt2.svg").write_text(draw_sharding(explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron")))
 
-The timetable has a lane for work and one for each kind of link. Below the whole step, the block that takes the longest
-is drawn larger. For a pipeline, each stage has a lane before these, with its micro-batches. Tooltips show ops, reasons,
-times and the user's lines.
+The timetable has a lane for work and a lane for each kind of link. Below the whole step, the block that takes the
+longest is drawn enlarged. For a pipeline, lanes above these show the micro-batches in each stage. Tooltips show ops,
+reasons, times and the user's lines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NODES = ("#dbe6f1", "#fbe8d6", "#e2efdd", "#efe3ee")
 _GREY, _DARK, _RED = "#555555", "#222222", "#c0392b"
 _LANE, _GAP = 30, 8
 _COLUMNS, _ROWS = 40, 16
-"""Maximum number of ranks of the mesh that are drawn."""
+"""Maximum number of ranks of the mesh that are drawn, along each side."""
 
 
 def draw_sharding(report: ShardingReport) -> str:
@@ -92,7 +92,7 @@ def _fits(text: str, wide: float) -> bool:
 
 
 def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[str, float, str]]) -> Iterator[str]:
-    """Yield a bar of parts side by side: names, amounts, colors."""
+    """Yield a stacked bar for parts: names, amounts, colors."""
     for name, amount, colour in parts:
         part = wide * amount / max(total, 1e-30)
         if part <= 0:
@@ -107,11 +107,13 @@ def _stack(x: float, y: float, wide: float, total: float, parts: Iterable[tuple[
 
 
 def _mesh(report: ShardingReport, left: float, top: float) -> Iterator[str]:
-    """Draw ranks in a grid, the first axis along one side, all others along the other; a node has one color."""
+    """Draw ranks in a grid: the first mesh axis along one side, all others along the other. Ranks of a node share a
+    color.
+    """
     mesh, machine = report.plan.devices, report.plan.machine
     first, *others = mesh.axes
     rest = prod(size for _, size in others)
-    flat = first[1] >= rest  # the longer side to the right
+    flat = first[1] >= rest  # the longer side is horizontal
     columns, rows = (first[1], rest) if flat else (rest, first[1])
     shown = min(columns, _COLUMNS), min(rows, _ROWS)
     cell = min(36.0, 440 / shown[0], 152 / shown[1])
@@ -150,7 +152,7 @@ def _by_lane(report: ShardingReport) -> dict[str, list[Busy]]:
 
 
 def _sides(report: ShardingReport, left: float, top: float) -> Iterator[str]:
-    """Draw the limits of the times, the contents of the memory, and the savings of single changes."""
+    """Draw the times by limit, the contents of the memory, and the savings of single changes."""
     needs, wide = report.needs, WIDTH - _RIGHT - left
     limits = needs.times.by_limit()
     yield _text(left, top + 4, "times by limit")
@@ -201,7 +203,7 @@ def _sides(report: ShardingReport, left: float, top: float) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Window:
-    """A part of the step, drawn from `top` on; it maps times to x coordinates."""
+    """A section of the drawing for a part of the step, from y coordinate `top` on. It maps times to x coordinates."""
 
     begin: float
     end: float
@@ -215,7 +217,7 @@ class _Window:
         return self.top + 32 + lane * (_LANE + _GAP)
 
     def frame(self, title: str, lanes: Sequence[str]) -> Iterator[str]:
-        """Draw its title, its lanes with their labels, and ticks of time."""
+        """Draw the section's title, its lanes with their labels, and ticks of time."""
         yield _text(24, self.top + 8, title, weight=600)
         bottom = self.y(len(lanes)) - _GAP
         for part in range(9):
@@ -234,7 +236,7 @@ def _lane_names(lanes: Sequence[str]) -> list[str]:
 
 
 def _stages(times: PipelineTimes, top: float) -> Iterator[str]:
-    """Draw when each micro-batch is in each stage; neighbors differ in shade."""
+    """Draw the time of each micro-batch in each stage. Neighbors differ in shade."""
     window = _Window(0.0, times.seconds, top)
     names = [f"stage {number}" for number in range(len(times.stages))]
     yield from window.frame(str(times), names)
@@ -259,7 +261,9 @@ def _words(each: Busy) -> str:
 
 
 def _whole(report: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
-    """Draw the step; neighbors that are too narrow to be seen are joined in one bar, in the color of most of it."""
+    """Draw the whole step. Neighboring ops that are too narrow to be seen are joined in one bar, with the color of
+    most of it.
+    """
     times = report.needs.times
     window = _Window(0.0, times.seconds, top)
     yield from window.frame(f"the step of the last rank, {milliseconds(times.seconds)}", _lane_names(lanes))
@@ -290,7 +294,9 @@ def _bar(window: _Window, lane: int, gathered: Sequence[Busy], more: str = "") -
 
 
 def _block(report: ShardingReport, lanes: Sequence[str], top: float) -> Iterator[str]:
-    """Draw the middle one of the calls that take the longest together; ops that overlap with it are drawn paler."""
+    """Draw one block enlarged: the middle call of the function whose calls take the longest together. Ops of other
+    calls that overlap with it are drawn paler.
+    """
     times = report.needs.times
     if not times.calls:
         return

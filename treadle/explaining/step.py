@@ -16,7 +16,8 @@ from treadle.ir.analysis.run_counts import count_run_ops
 from treadle.ir.graph import Graph, Value
 from treadle.ir.sizing.sizes import product
 from treadle.ir.types import Type
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -28,11 +29,11 @@ class StateFacts:
     """States of one kind in repeated blocks: one line of the table.
 
     name    with the block's number as {0..11}
-    type    the type of each
+    type    the type of each state
     count   the number of states
     role    "cache" and "ring" grow with the tokens; "sum" is a running sum; "kept" is a result of the prologue, and
             "length" its valid length
-    bytes   the bytes of all of them together
+    bytes   the total bytes of all of them
     unit    the unit of these bytes: "token", "position" of a ring or of an input that rows pass once, or "slot"
     """
 
@@ -45,7 +46,7 @@ class StateFacts:
 
     @property
     def token(self) -> int:
-        """Bytes per token of a row."""
+        """Bytes per token and row."""
         return self.bytes if self.unit == "token" else 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class StateFacts:
 
 @dataclass(frozen=True)
 class Became:
-    """The step of an op that does more than map the tokens one by one.
+    """An op that does more than map the tokens one by one, and its form at a step.
 
     op      its name
     why     its dependence on the axis, and its place in the model
@@ -82,7 +83,7 @@ class StepExplained:
     states: tuple[StateFacts, ...]
     changed: tuple[Became, ...]
     ops: Mapping[str, int]
-    """Number of ops that a run of each entry computes, calls expanded."""
+    """Number of ops that a run of each entry computes, with calls expanded."""
 
     def as_dict(self) -> dict[str, Any]:
         derived = self.derived
@@ -125,17 +126,19 @@ def _grows(state: StateFacts) -> str:
 
 
 def explain_step(model: AnyModel, **options: Any) -> StepExplained:
-    """Derive the step of the model that MODEL names, and describe it; options as in `treadle.compile`, and `cache`.
+    """Derive the step of the model that MODEL names, and describe it. Options as in `treadle.compile`, and `cache`.
 
-    Raises as `compile` does; PassError for no step.
+    Raises as `compile` does; PassError if the model cannot be stepped.
     """
     chosen = CompileOptions.of("explain step", options)
     name, graph = optimized_for(model, chosen)
-    return step_of(name, derive_step(graph, cache=chosen.cache), graph)
+    return step_of(name, run(graph, [Step(chosen.cache)]).products[DerivedStep], graph)
 
 
 def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> StepExplained:
-    """Describe a derived step; without the graph that it was derived from, without the changes of ops."""
+    """Describe a derived step. The changes of ops are included if `graph`, the graph that it was derived from, is
+    passed.
+    """
     encounters = [] if graph is None else follow(graph, derived.axis).encounters
     changed = [Became(e.node.op.name, str(e), e.node.op.step or "reads them") for e in encounters]
     ops = {entry: count_run_ops(entry_alone(derived.graph, entry)).total() for entry in derived.graph.entry_names}
@@ -143,7 +146,7 @@ def step_of(name: str, derived: DerivedStep, graph: Graph | None = None) -> Step
 
 
 def entry_alone(graph: Graph, name: str) -> Graph:
-    """Return a graph with one of the entries, and the functions that it calls."""
+    """Return a graph that has only this entry, and the functions that it calls."""
     entry = graph.functions[name]
     alone = Graph(graph.name)
     alone.functions = {f.name: f for f in graph.needed_by(entry)}

@@ -2,8 +2,8 @@
 
     print(explain_storage("gpt2", backend="tvm"))
 
-It describes the storage plan at the end of the backend's passes (`treadle.passes.memory.storage_plan`), and the weights
-that `bind` derives.
+The report describes the storage plan at the end of the backend's passes (`treadle.passes.memory.storage_plan`), and the
+weights that `bind` derives.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stored:
     last     the last step that reads it; the number of steps if it is returned
     why      why it has this storage
     line     the user's line, and the scope
-    passed   True if the function only passes it on, so that it is listed in the function that reads it
+    passed   True if the function only passes it to calls: then it is listed in the called function
     """
 
     name: str
@@ -68,7 +68,7 @@ _HEAD = ("from", "value", "type", "storage", "form", "bytes", "to", "why")
 
 @dataclass(frozen=True)
 class StoredFunction:
-    """A function: the number of times a run calls it, the ops of its steps, and its values."""
+    """A function: the number of times that a run calls it, the ops of its steps, and its values."""
 
     name: str
     calls: int
@@ -77,7 +77,7 @@ class StoredFunction:
     own: int
     """Number of storages that belong to the function."""
     workspaces: tuple[str, ...] = ()
-    """Lines on the workspaces of library calls."""
+    """Lines of text on the workspaces of library calls."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class StorageReport:
 
 
 def explain_storage(model: AnyModel, **options: Any) -> StorageReport:
-    """Describe the storage of every value and weight of the model that MODEL names; options as in `treadle.compile`.
+    """Describe the storage of every value and weight of the model that MODEL names. Options as in `treadle.compile`.
 
     Raises as `compile` does; UsageError for a backend that does not plan storage.
     """
@@ -141,7 +141,7 @@ def explain_storage(model: AnyModel, **options: Any) -> StorageReport:
 
 
 def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> StorageReport:
-    """Describe a lowered graph and its plan."""
+    """Describe the storage of a lowered graph with a storage plan."""
     made, passed, calls = recipes_of(graph), passed_weights(graph), count_calls(graph)
     functions = []
     for each in plan.functions.values():
@@ -154,7 +154,7 @@ def storage_of(name: str, backend: str, graph: Graph, plan: StoragePlan) -> Stor
 
 
 def _only_passed(function: Function) -> set[Value]:
-    """Return the values that a function passes to others, and does not read or return itself."""
+    """Return the values that a function passes to calls, but neither reads nor returns itself."""
     uses, outputs = function.uses(), set(function.outputs.values())
     return {v for v, readers in uses.items() if v not in outputs and all(n.op.callee is not None for n, _ in readers)}
 
@@ -186,7 +186,7 @@ def _stored(
 
 
 def _weight(value: Value, made: Mapping[str, Recipe], passed: Mapping[Value, tuple[str, str]]) -> str:
-    """Return the origin of a weight: as provided, or the derivation that `bind` computes."""
+    """Return text on the origin of a weight: "as provided", or the expression by which `bind` derives it."""
     name, scope = passed.get(value, ("", ""))
     recipe = made.get(name)
     if recipe is None:

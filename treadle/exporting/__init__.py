@@ -1,1 +1,1 @@
-"""Graphs in the formats of other tools: Graphviz, Model Explorer, and our JSON with a published schema."""
+"""Graphs in the formats of other tools: Graphviz, Model Explorer, and JSON with a published schema."""

@@ -2,7 +2,7 @@
 
     dot -Tsvg gpt2.dot -o gpt2.svg
 
-A function is drawn once. A call points to the function's cluster. Names of nodes are numbers; names of the user's are
+A function is drawn once. A call points to the function's cluster. Node identifiers are numbers. The user's names occur
 only in labels, escaped.
 """
 
@@ -21,13 +21,13 @@ from treadle.reporting.counts import counted, human
 
 @dataclass(frozen=True, eq=False)
 class _Scope:
-    """A scope of a function: lines of its nodes, and the scopes in it by name."""
+    """A scope of a function: lines for its nodes, and its inner scopes by name."""
 
     lines: list[str] = field(default_factory=list)
     parts: dict[str, _Scope] = field(default_factory=dict)
 
     def within(self, scope: str) -> _Scope:
-        """Return the scope of this name below this one."""
+        """Return the inner scope with this path below this scope; create it if needed."""
         found = self
         for part in parts_of(scope):
             found = found.parts.setdefault(part, _Scope())
@@ -35,8 +35,8 @@ class _Scope:
 
 
 def dot_string(text: str) -> str:
-    """Return a double-quoted string of the DOT language that is displayed as this text: control characters escaped,
-    long text truncated, backslashes and the entities of HTML not interpreted.
+    """Return a double-quoted string of the DOT language that is displayed as this text. Control characters are escaped,
+    long text is truncated, and backslashes and HTML entities are not interpreted.
     """
     shown = printable(text) if text else ""
     return '"' + shown.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -45,7 +45,7 @@ def dot_string(text: str) -> str:
 def graphviz_text(graph: Graph, facts: NodeFacts) -> str:
     """Return the graph in the DOT language.
 
-    facts  of the nodes of this graph
+    facts  the facts of this graph's nodes
     """
     return "\n".join(["digraph {", *(f"  {line}" for line in _Drawing(graph, facts).lines()), "}", ""])
 

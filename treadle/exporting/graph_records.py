@@ -1,7 +1,7 @@
 """`graph_record`: a graph as plain data for JSON. docs/graph.schema.json is its schema.
 
-A function is listed once, with the number of times that a run calls it. A value is referred to by its kind and name;
-a result by the node that computes it.
+A function is listed once, with the number of times that a run calls it. References to a value consist of its kind and
+name; references to a result, of the node that computes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ FORMAT, VERSION = "treadle-graph", 1
 
 
 def graph_record(graph: Graph, facts: NodeFacts, stage: str = "optimized") -> dict[str, Any]:
-    """Return a graph as data.
+    """Return a graph as plain data.
 
-    facts  of the nodes of this graph
-    stage  "declared", "optimized", or the name of a pass
+    facts   the facts of this graph's nodes
+    stage   "declared", "optimized", or the name of a pass
     """
     calls = count_calls(graph)
     return {
@@ -41,7 +41,7 @@ def graph_record(graph: Graph, facts: NodeFacts, stage: str = "optimized") -> di
 
 
 def node_id(function: Function, index: int) -> str:
-    """Return the identifier of a node: its function and its position there, `h/3`."""
+    """Return the identifier of a node: the function's name and the node's position in it, `h/3`."""
     return f"{function.name}/{index}"
 
 
@@ -91,7 +91,7 @@ def _reference(value: Value, ids: Mapping[Node, str]) -> dict[str, Any]:
 
 
 def _constant(literal: Literal) -> float | int | bool | str | None:
-    """Return the number of a scalar, NaN and infinity as text; None for an array."""
+    """Return a scalar constant as a JSON value, with NaN and infinity as text; None for an array."""
     if literal.shape != ():
         return None
     number = literal.scalar

@@ -17,10 +17,10 @@ ROUNDS = 9
 
 
 def node_times(compiled: Compiled, sizes: Mapping[str, int], *, seed: int = 0) -> dict[int, float]:
-    """Return milliseconds by the number of a node in a run of the lowered graph: the median of 9 runs on drawn inputs.
+    """Return milliseconds by the number of a node in a run of the lowered graph: the median of 9 runs on random inputs.
 
-    A kernel's time belongs to the node that it computes last. Raises UsageError for another backend, BackendError as a
-    call does.
+    The time of a kernel that computes several nodes belongs to the last one. Raises UsageError for another backend,
+    BackendError as a call does.
     """
     exe, lowered = compiled.executable, compiled.optimized.lowered
     if not isinstance(exe, KernelExecutable) or lowered is None:
@@ -30,7 +30,7 @@ def node_times(compiled: Compiled, sizes: Mapping[str, int], *, seed: int = 0) -
     for each in run_of(lowered.graph).nodes:
         places[each.node].append(each)
     times: dict[int, float] = defaultdict(float)
-    seen: dict[tuple[int, Node], int] = defaultdict(int)  # calls of a step so far: the layers come in their order
+    seen: dict[tuple[int, Node], int] = defaultdict(int)  # calls of a step so far; layers come in order
     for call in time_calls(exe, arrays, ROUNDS):
         node = call.step.node
         if node is None or not places[node]:

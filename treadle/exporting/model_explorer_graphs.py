@@ -2,9 +2,10 @@
 
     model-explorer gpt2.json
 
-A file is one collection, with a graph for each pass that changed something. Scopes are namespaces, and calls are
-followed, so every layer has its own nodes. Facts are attributes. The format is that of `graph_builder.py` in the
-package ai-edge-model-explorer. `node_data` is a file of numbers by node, which the application shows as colors.
+A file is one collection, with a graph for each pass that changed something. Scopes become namespaces. Calls are
+expanded, so every layer has its own nodes. Facts become attributes. The format is defined by `graph_builder.py` in the
+package ai-edge-model-explorer. `node_data` makes a file with a number for each node, which the application shows as
+colors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def model_explorer_record(build: Build, sizes: Mapping[str, int]) -> dict[str, A
 
 
 def node_data(graph_id: str, values: Mapping[int, float], name: str = "milliseconds") -> dict[str, Any]:
-    """Return numbers by the number of a node in a run, for one graph of a file; `name` is displayed above them."""
+    """Return node data for one graph of a file: numbers by the number of a node in a run. `name` is displayed above
+    them.
+    """
     results = {str(number): {"value": value} for number, value in sorted(values.items())}
     gradient = [{"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#d62728"}]
     return {graph_id: {"name": name, "results": results, "gradient": gradient}}
@@ -57,7 +60,7 @@ def _nodes(graph: Graph, facts: NodeFacts) -> list[dict[str, Any]]:
 
 
 def _source(identifier: str, read: Read, value: Value) -> dict[str, Any]:
-    """Return the node of an input, a weight or a state; a weight is in the namespace of its scope."""
+    """Return the node of an input, a weight or a state. A weight is in the namespace of its scope."""
     kind, name = read[0], str(read[1])
     scope, _, last = name.rpartition(".") if kind != "input" else ("", "", name)
     return {
@@ -118,7 +121,7 @@ def _node(each: RunNode, sources: Mapping[Read, str], facts: NodeFacts) -> dict[
 
 
 def _namespace(scope: str) -> str:
-    """Return a scope as a path; a slash in a name would open a further level."""
+    """Return a scope as a path. Slashes in names are replaced, since they would open further levels."""
     return "/".join(_text(part).replace("/", "|") for part in parts_of(scope) if part)
 
 

@@ -1,4 +1,4 @@
-"""Facts of a node that every export has: attributes, axis rule, cost and, where it is planned, storage and kernel."""
+"""Facts of a node that every export contains: attributes, axis rule and cost; and its storage and kernel if planned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Stage = tuple[str, Graph]
 
 
 def stages_of(build: Build) -> Iterator[Stage]:
-    """Yield the graph as declared, and after every pass that changed it, with the name of the pass.
+    """Yield the graph as declared, and the graph after every pass that changed it, with the name of the pass.
 
-    The stages of an artifact are the graph as declared and the optimized one, then those of the backend. A pass that
-    changed the graph twice has a number in its second name.
+    The stages of an artifact are the graph as declared, the optimized graph, and then the backend's stages. If a pass
+    changed the graph twice, its second name ends in a number.
     """
     yield "declared", build.source
     names: dict[str, int] = {}
@@ -31,7 +31,7 @@ def stages_of(build: Build) -> Iterator[Stage]:
     else:
         yield "optimized", build.optimized.graph
     if build.lowered is not None:
-        records = [r for r in build.lowered.log if r.changed or r.plan is not None]
+        records = [r for r in build.lowered.log if r.changed or r.products]
         for record in records:
             is_last = record is records[-1]
             graph = build.lowered.graph if is_last else record.graph  # the plan refers to values of this graph
@@ -42,7 +42,7 @@ def stages_of(build: Build) -> Iterator[Stage]:
 class NodeFacts:
     """Facts of the nodes of one graph at the given sizes of its symbols.
 
-    build  the build that the graph is a stage of; its storage plan and kernels apply to its last stage
+    build  the build that has the graph as a stage; its storage plan and kernels apply to its last stage
     """
 
     def __init__(self, graph: Graph, sizes: Mapping[str, int], build: Build | None = None) -> None:
@@ -58,11 +58,11 @@ class NodeFacts:
             self._places.update(planned.places)
 
     def cost(self, node: Node) -> Cost:
-        """Return the operations and bytes of a node; of a call, those of its function."""
+        """Return the operations and bytes of a node. The cost of a call is the cost of its function."""
         return node_cost(node, self.sizes, self._costs)
 
     def attributes(self, node: Node) -> dict[str, str]:
-        """Return the op's attributes as text, without those that have their default."""
+        """Return the op's attributes as text, without those that have their default value."""
         fields = attribute_fields(type(node.op))
         values = {name: getattr(node.op, name) for name in fields}
         return {name: attribute_text(v) for name, v in values.items() if v != fields[name].default}
@@ -81,5 +81,5 @@ class NodeFacts:
         return "registers" if place.storage is None else f"{place.storage.name}, {place.form}".rstrip(", ")
 
     def kernel(self, node: Node) -> str:
-        """Return the kernel that computes a node; empty if it is a library's."""
+        """Return the kernel that computes a node; empty if a library chooses it."""
         return self._kernels.get(node, "")

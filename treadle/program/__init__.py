@@ -1,1 +1,1 @@
-"""The path from MODEL and its options to a program."""
+"""From the argument MODEL and the options of an entry function to a program."""

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.fitted_pipeline import Budget
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.passes.budget.fitted_pipeline import MemoryLimit
 
 DEFAULT_SIZE = 128
-"""Default size of a symbolic axis: a row of 128 tokens. A leading axis, the batch, has size 1."""
+"""Default size of a symbolic axis, such as a row of 128 tokens. A leading axis (the batch) has size 1."""
 
 
 BYTE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -45,7 +45,7 @@ def parse_bytes(memory: int | str | None) -> int | None:
     return found
 
 
-def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> Budget | None:
+def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: Graph) -> MemoryLimit | None:
     """Return the memory budget of a run and the sizes it holds for, see `choose_sizes`. None if memory is None.
 
     Raises UsageError as `parse_bytes` and `choose_sizes` do, and for sizes without memory.
@@ -59,14 +59,14 @@ def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: 
                 hint=Hint('pass memory="300MB", or leave sizes out', "pass --memory 300MB, or leave --sizes out"),
             )
         return None
-    return Budget(most, choose_sizes(graph, sizes or {}))
+    return MemoryLimit(most, choose_sizes(graph, sizes or {}))
 
 
 def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
-    """Return a size for every symbol: the given one, else 1 for a leading axis of the inputs and 128 for others, in
-    bounds.
+    """Return a size for every symbol: the requested size, or else 1 for a leading axis of the inputs and 128 for other
+    axes, clipped to the symbol's bounds.
 
-    Raises UsageError for a symbol that the graph does not have, and for a size outside its bounds.
+    Raises UsageError for a symbol that the graph does not have, and for a requested size outside its bounds.
     """
     if not isinstance(asked, Mapping):
         raise UsageError(
@@ -90,6 +90,6 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
         if name not in asked:
             size = max(bounds.lower, size if bounds.upper is None else min(size, bounds.upper))
         if size not in bounds:
-            raise UsageError(f"{name} cannot be {size}", within=graph.name, hint=bounds.around(name))
+            raise UsageError(f"the size of {name} cannot be {size}", within=graph.name, hint=bounds.around(name))
         sizes[name] = size
     return sizes

@@ -1,6 +1,6 @@
 """Parsers of command line values: `--set layers=2`, `--sizes B=1,S=128`, `--input tokens=1,2,3`.
 
-Values are JSON, or else plain words; nothing is evaluated as Python.
+A value is parsed as JSON, or else taken as a string. Nothing is evaluated as Python.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ def names_of(text: str) -> tuple[str, ...]:
 
 
 def outputs_of(text: str) -> tuple[str, ...]:
-    """Return the outputs in a list separated by commas; some may have a part in brackets."""
+    """Return the outputs in a list separated by commas. An output may be followed by a part in brackets: `hidden[:,
+    0]`.
+    """
     return tuple(name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip())
 
 
 def parse_config(assignments: Iterable[str], reserved: Collection[str]) -> dict[str, Any]:
-    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`: JSON, a word of the DSL after `t.`, or else text.
+    """Parse `layers=2`, `act=t.relu`, `head=masked_lm`. A value is JSON, a name of the DSL after `t.`, or else a
+    string.
 
     reserved  names that are options of compilation
 
-    Raises UsageError, with the name as its `option`, for such a name.
+    Raises UsageError for a reserved name; the error's `option` is that name.
     """
     config: dict[str, Any] = {}
     for name, text in (_assignment(each, "--set layers=2") for each in assignments):
         if name in reserved:
-            raise UsageError(f"--set {name}= is no option of a model", option=name)
+            raise UsageError(f"--set {name}= is not part of a model's configuration", option=name)
         config[name] = _word(text[2:]) if re.fullmatch(r"t\.\w+", text) else _json_or_text(text)
     return config
 
 
 def parse_limits(assignments: Iterable[str]) -> dict[str, int] | None:
-    """Parse `nodes=400000`, a limit on a file's contents. Raises UsageError for anything but positive integers."""
+    """Parse `nodes=400000`, limits on a file's contents. Raises UsageError for anything but positive integers."""
     limits = {}
     for name, value in (_assignment(each, "--limit nodes=400000") for each in assignments):
         if not re.fullmatch(r"[1-9][0-9]{0,17}", value):
@@ -69,12 +72,12 @@ def parse_axes(assignments: Iterable[str]) -> dict[str, str]:
 
 
 def parse_inputs(assignments: Sequence[str], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Parse `tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`. The last form is one row: the array gets a
-    leading axis of size 1 for each further axis of the input.
+    """Parse `tokens=ids.npy`, `tokens=[[1, 2], [3, 4]]`, or `tokens=1,2,3`. The last form is one row: if the input has
+    more axes, leading axes of size 1 are added.
 
     ranks  the number of axes of each known input
 
-    Raises UsageError for text in none of these forms, CheckpointError for a file that cannot be read.
+    Raises UsageError for a value in none of these forms, CheckpointError for a file that cannot be read.
     """
     inputs: dict[str, Any] = {}
     for name, text in (_assignment(each, "--input tokens=ids.npy") for each in assignments):
@@ -99,7 +102,7 @@ def input_names(assignments: Iterable[str]) -> tuple[str, ...]:
 
 def _assignment(text: str, example: str) -> tuple[str, str]:
     name, _, value = (part.strip() for part in text.partition("="))
-    if not name or not value:  # any name: an ONNX file may call an axis `?` and an input `input.1`
+    if not name or not value:  # an ONNX file may call an axis `?` and an input `input.1`, so any name is accepted
         raise UsageError("an option must be NAME=VALUE", received=printable(text) if text else "nothing", hint=example)
     return name, value
 
@@ -110,7 +113,7 @@ def _word(name: str) -> Any:
     try:
         return getattr(language, name)
     except TreadleError as error:
-        error.source = None  # not a line of a file
+        error.source = None  # the error does not refer to a line of a file
         raise
 
 

@@ -1,4 +1,4 @@
-"""Texts on the command line, read once: sentences and files."""
+"""Texts given on the command line, as arguments or in a file, which is read once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from treadle.files.contained_files import read_regular
 from treadle.ir.errors import UsageError
 
-_TEXT_BYTES = 256 << 20  # limit on sentences to embed
+_TEXT_BYTES = 256 << 20  # limit on the bytes of a text
 
 
 def read_sentences(given: Sequence[str], file: str | None, command: str = "embed minilm") -> list[str]:

@@ -18,14 +18,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Flag:
-    """An option on the command line.
+    """The flag of an option on the command line.
 
     name      without the leading dashes
-    metavar   the value in `--help`; "": the flag has no value
-    parse     converts the text, or all texts of a repeatable flag, to the option's value
+    metavar   the placeholder of the value in `--help`; "": the flag has no value
+    parse     converts the string, or all strings of a repeatable flag, to the option's value
     many      True if the flag is repeatable
     least, most  bounds of a number
-    complete  what the value names, for completion: "model", "backend" or "target"
+    complete  the kind of values for shell completion: "model", "backend" or "target"
     """
 
     name: str
@@ -41,13 +41,13 @@ class Flag:
 class Option:
     """The declaration of an option.
 
-    name     the field, and the keyword in Python
+    name     the name of the field, and of the keyword argument in Python
     type     its type, as source
     default  its default
     about    its meaning, for API documentation
     help     its meaning, for `--help`; a sentence
-    flag     None: Python only
-    takers   the entry functions that take it; empty for settings of one command
+    flag     its flag; None if the option exists in Python only
+    takers   the entry functions that take it; empty for settings of a single command
     """
 
     name: str
@@ -59,14 +59,14 @@ class Option:
     takers: frozenset[str] = frozenset()
 
     def is_set(self, value: object) -> bool:
-        """Return True if a value is not the default. None stands for every default."""
+        """Return True if a value differs from the default. None counts as the default."""
         if value is None or value is self.default:
             return False
         return not (isinstance(value, str | int | float | Sequence | set) and value == self.default)
 
 
 def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, *, takers: Collection[str] = ()) -> Any:
-    """Return a field with the declaration of an option; see `Option`. `about` is the help of a command's setting."""
+    """Return a dataclass field that declares an option; see `Option`. If `help` is empty, `about` is used for it."""
     return field(
         default=default,
         metadata={"about": about, "help": help or about, "flag": flag, "takers": frozenset(takers)},
@@ -75,7 +75,7 @@ def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, 
 
 @cache
 def declared(*subjects: type) -> Mapping[str, Option]:
-    """Return the options that dataclasses declare themselves, by name and in order."""
+    """Return the options that these dataclasses declare (not those of their base classes), by name and in order."""
     return {
         each.name: Option(each.name, str(each.type), each.default, **each.metadata)
         for subject in subjects

@@ -1,12 +1,13 @@
-"""Options of compilation. Each is declared once: type, default, texts, flag, and the entry functions that take it.
+"""Options of compilation. Each option is declared once: type, default, texts, flag, and the entry functions that take
+it.
 
     chosen = CompileOptions.of("verify", {"dtype": "bf16", "layers": 2})
     chosen.dtype, chosen.config                     # "bf16", {"layers": 2}
     resolved, optimized = chosen.optimized("gpt2")  # read, traced, and through the pipeline
 
 An entry function takes `**options` and passes them to `CompileOptions.of`. A name that is not an option here configures
-the model's declaration. The signature of `treadle.compile`, its stub and docstring, the flags of commands with their
-help, the table in docs/cli.md and the names that `--set` refuses are derived from the fields of `CompileOptions`.
+the model's declaration. These are derived from the fields of `CompileOptions`: the signature of `treadle.compile`, its
+stub and docstring, the flags of commands with their help, the table in docs/cli.md, and the names that `--set` refuses.
 
 To add an option, add a field, and read it where it applies.
 """
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from treadle.passes.framework.manager import Optimized, Pass
+    from treadle.passes.stages import Stage
     from treadle.program.resolved import Resolved
     from treadle.program.source import AnyModel, ModelSource
 
     Array = np.ndarray[Any, Any]
 
 EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step")
-"""The subjects of `treadle explain`; each is an entry function."""
+"""The subjects of `treadle explain`. Each subject has an entry function."""
 
 _LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory")}
 _EXPLAIN = {f"explain {subject}" for subject in EXPLAINED}
@@ -64,14 +66,14 @@ _ENTRIES = frozenset(
 
 
 def _option(default: Any, about: str, help: str = "", flag: Flag | None = None, *, but: Collection[str] = ()) -> Any:
-    """Declare an option; `but` are the entry functions that do not take it."""
+    """Declare an option. `but` has the entry functions that do not take it."""
     assert _ENTRIES.issuperset(but)
     return declare(default, about, help, flag, takers=_ENTRIES.difference(but))
 
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """The parts of a model that are read, and its files."""
+    """Options that select the parts of a model to read, and the limits on its files."""
 
     inputs: Sequence[str] | None = _option(
         None,
@@ -107,7 +109,7 @@ class ReadingOptions:
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """The values of weights."""
+    """Options for the values of weights."""
 
     weights: Mapping[str, Array] | str | Path | None = _option(  # noqa: RUF009
         None,
@@ -127,12 +129,12 @@ class WeightOptions:
 
 @dataclass(frozen=True)
 class ComputingOptions:
-    """The passes, and the precision of the computation."""
+    """Options for the passes, and for the precision of the computation."""
 
     passes: Sequence[Pass] | str | None = _option(
         None,
-        'the pipeline, a flat list, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph as '
-        "declared; None: `treadle.passes.pipelines.DEFAULT`",
+        'the pipeline: a list of passes, or its text, such as "fuse-gelu, fuse-linear" (docs/passes.md); []: the graph '
+        "as declared; None: `treadle.passes.pipelines.DEFAULT`",
         "Run these passes in place of the default pipeline, such as 'fuse-gelu, fuse-linear'; '': none.",
         Flag("passes", "TEXT"),
         but={"artifact", "train", "bench", *_SHARDED},
@@ -174,7 +176,7 @@ class ComputingOptions:
 
 @dataclass(frozen=True)
 class RunningOptions:
-    """The backend, the device, and the memory of a run."""
+    """Options for the backend, the device, and the memory of a run."""
 
     backend: str = _option(
         "numpy",
@@ -227,8 +229,8 @@ class RunningOptions:
 class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOptions):
     """All options of an entry function, with the configuration of the model's declaration.
 
-    entry   the function's name, for errors
-    config  configuration by name, such as {"layers": 2}; for an ONNX file, sizes of axes, and values of inputs that
+    entry   the entry function's name, for errors
+    config  the configuration by name, such as {"layers": 2}; for an ONNX file, sizes of axes, and values of inputs that
             determine shapes
     """
 
@@ -237,10 +239,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
     @classmethod
     def of(cls, entry: str, keywords: Mapping[str, Any], **defaults: Any) -> Self:
-        """Return the options among the keywords of an entry function; the others become `config`.
+        """Sort the keyword arguments of an entry function: options become fields, all others become `config`.
 
-        keywords     `config` is the model's configuration as a mapping, for names that are options, too
-        defaults  defaults of this function that differ from the options' own
+        keywords  `config` is the model's configuration as a mapping, for names that are also options
+        defaults  defaults of this function, if they differ from the options' own
 
         Raises UsageError for an option that the function does not take, and for an unknown target.
         """
@@ -256,44 +258,54 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         return made
 
     def keywords(self) -> dict[str, Any]:
-        """Return the options that are set, and the configuration, as keywords of an entry function."""
+        """Return the options that are set, and the configuration, as keyword arguments of an entry function."""
         found = {
             name: getattr(self, name) for name, each in declared_options().items() if each.is_set(getattr(self, name))
         }
         return {**found, "config": self.config} if self.config else found
 
     def record(self) -> dict[str, Any]:
-        """Return the options that are set as JSON, for the record of an artifact, with the configuration under
-        `config`. It has no weights, and no passes, backend or target, which an artifact records itself.
+        """Return the options that are set as JSON, for the record of an artifact; the configuration is under `config`.
+        Weights are left out, and so are passes, backend and target, which an artifact records itself.
         """
         recorded = self.but(weights=None, passes=None, limits=None).keywords()
         return {name: _as_json(value) for name, value in recorded.items() if name not in ("backend", "target")}
 
     def but(self, **changes: Any) -> Self:
-        """Return the options with changes."""
+        """Return a copy of the options with changes."""
         return dataclasses.replace(self, **changes)
 
     @property
     def where(self) -> Target:
-        """The target. Raises UsageError for an unknown name."""
+        """The target to compile for. Raises UsageError for an unknown name."""
         return self.target if isinstance(self.target, Target) else Target(self.target)
 
-    def precision(self, passes: Sequence[Pass] | None = None) -> tuple[tuple[Pass, ...], str | Iterable[str]]:
-        """Return the pipeline, and the dtypes to widen when the model is read: see `...precision.computing_in`.
+    def stages(self, *more: Stage) -> tuple[Stage, ...]:
+        """Return the stages of these options and more, in the order of `treadle.passes.stages`.
 
-        passes  the pipeline before the passes of `dtype` and `quantize`; None: that of `self.passes`
-
-        Raises UsageError for an unknown dtype or scheme, and for passes that are not passes.
+        Raises UsageError for an unknown dtype or scheme, for passes that are not passes or are in an order that is not
+        possible, and for a pass in `without` that no stage has; ParseError for a text that is not a pipeline.
         """
-        from treadle.passes.pipelines import DEFAULT
-        from treadle.program.precision import checked_passes, computing_in, left_out
+        from treadle.passes.framework.facts import INITIAL
+        from treadle.passes.stages import Custom, Merge, Precision, Quantize, Recognize, arranged, left_out
+        from treadle.program.precision import checked_passes
 
-        pipeline = passes if passes is not None else DEFAULT if self.passes is None else checked_passes(self.passes)
-        return computing_in(self.dtype, left_out(pipeline, self.without), self.widen, self.quantize)
+        given = None if self.passes is None else checked_passes(self.passes, self.where)
+        stages = [Recognize(), Merge(), *more] if given is None else [Custom(given), *more]
+        stages += [] if self.quantize is None else [Quantize(self.quantize)]
+        stages += [] if self.dtype is None else [Precision(self.dtype)]
+        return arranged(left_out(stages, self.without), INITIAL)
+
+    @property
+    def widened(self) -> str | Iterable[str]:
+        """The dtypes to widen when the model is read."""
+        from treadle.program.precision import widened
+
+        return widened(self.dtype, self.widen)
 
     @property
     def arrays(self) -> Mapping[str, Array] | None:
-        """The weights that are given as arrays."""
+        """The weights, if they are given as arrays; else None."""
         return self.weights if isinstance(self.weights, Mapping) else None
 
     def open(self, model: AnyModel) -> ModelSource:
@@ -311,11 +323,10 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """
         from treadle.program.source import ModelSource
 
-        _, widen = self.precision()
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
-            return source.resolve(widen=widen, config={**self.config, **config}, **reading)
+            return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)
         except TreadleError as error:
             self._point_to_option(error)
             raise
@@ -323,16 +334,20 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
     def optimized(
         self,
         model: AnyModel,
-        passes: Sequence[Pass] | None = None,
         *,
+        before: type[Stage] | None = None,
         deferred: bool = False,
     ) -> tuple[Resolved, Optimized]:
-        """Return the model that MODEL names, and its graph after the pipeline. Raises as `resolve` and passes do."""
-        from treadle.passes.framework.manager import PassManager
+        """Return the model that MODEL names, and its graph after all stages, or after those before a row of the table.
 
-        pipeline, _ = self.precision(passes)
-        resolved = self.resolve(model, deferred=deferred)
-        return resolved, PassManager(pipeline, certify=self.certify).run(resolved.graph)
+        Raises as `stages`, `resolve` and passes do.
+        """
+        from treadle.passes.stages import rows_before
+        from treadle.program.program import Program
+
+        stages = self.stages() if before is None else rows_before(before, self.stages())
+        made = Program(model, self).declared(deferred=deferred).through(*stages)
+        return made.resolved, made.optimized
 
     def refuse_for_artifact(self, model: object, *, also: Collection[str] = ()) -> None:
         """Raise UsageError for options that cannot change an artifact, which is already configured and optimized.
@@ -355,7 +370,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
 
     def _point_to_option(self, error: TreadleError) -> None:
-        """If an error is about a name that the model's declaration lacks and that resembles an option, say so."""
+        """If an error is about a name that the model's declaration lacks, and an option has a similar name, add it to
+        the hint.
+        """
         own = [each.name for each in taken_by(self.entry)]
         if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):
             command = str(getattr(error.hint, "command", error.hint) or "")
@@ -365,7 +382,9 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as JSON: functions of the DSL as on the command line, `t.relu`, and other objects by name."""
+    """Return a value as JSON. A function of the DSL becomes text as on the command line, `t.relu`; other objects become
+    their name.
+    """
     if isinstance(value, Mapping):
         return {str(name): _as_json(each) for name, each in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -382,7 +401,7 @@ def declared_options() -> Mapping[str, Option]:
 
 
 def taken_by(*entries: str) -> list[Option]:
-    """Return the options that one of these entry functions takes."""
+    """Return the options that at least one of these entry functions takes."""
     return [each for each in declared_options().values() if each.takers.intersection(entries)]
 
 
@@ -395,11 +414,11 @@ def not_taken(entry: str, name: str) -> UsageError:
 
 
 _COMMANDS = {"artifact": "an artifact", "rank": "a rank", "session": "generation", "task": "a task"}
-"""Names of entry functions in errors, where they differ."""
+"""Names of entry functions in errors, if they differ."""
 
 
 def documented(entry: str) -> str:
-    """Return the paragraph on an entry function's options in its docstring."""
+    """Return the text on an entry function's options for its docstring: name and meaning of each option."""
     import textwrap
 
     width = 10
@@ -411,8 +430,8 @@ def documented(entry: str) -> str:
 
 
 def with_options(function: Callable[..., Any], entry: str) -> inspect.Signature:
-    """Return the signature of an entry function with its options in place of `**options`, and the model's
-    configuration, `**config`.
+    """Return the signature of an entry function in which its options replace `**options`, followed by `**config`, the
+    model's configuration.
     """
     keyword = inspect.Parameter.KEYWORD_ONLY
     signature = inspect.signature(function)
@@ -427,6 +446,6 @@ def with_options(function: Callable[..., Any], entry: str) -> inspect.Signature:
 
 
 def describe_options(function: Callable[..., Any], entry: str) -> None:
-    """Give an entry function its full signature, and replace OPTIONS in its docstring by its options."""
+    """Set an entry function's full signature, and replace OPTIONS in its docstring by the text on its options."""
     function.__signature__ = with_options(function, entry)  # type: ignore[attr-defined]
     function.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("OPTIONS", documented(entry))

@@ -22,8 +22,8 @@ def is_fetched(name: str) -> bool:
 
 
 def find_place(name: str) -> Path:
-    """Return the folder or file of a checkpoint: a path, or a fetched model's name. Raises UsageError if there is
-    none.
+    """Return the path of the folder or file that MODEL names: a path, or a fetched model's name. Raises UsageError if
+    there is none.
     """
     if Path(name).exists():
         if name.endswith(".py"):

@@ -1,66 +1,37 @@
-"""The meaning of `dtype=` and `quantize=`: the dtype of computation, and the encoding of weights."""
+"""The meaning of `dtype=` and `passes=`: the dtypes that are widened when a model is read, and a user's pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from treadle.files.nearest_names import NearestNames
-from treadle.files.shown_names import printable
 from treadle.ir.errors import UsageError
+from treadle.ir.target import Target
 from treadle.ir.transforms.widening import WIDENED
-from treadle.ir.types import bf16
 from treadle.passes.framework.manager import Pass
-from treadle.passes.products.narrow_attention import NarrowAttention
-from treadle.passes.products.narrow_products import NarrowProducts
-from treadle.passes.products.patches_as_products import PatchesAsProducts
-from treadle.passes.quantization.planning import SCHEMES
-from treadle.passes.quantization.quantize import QuantizeWeights
-
-COMPUTED = ("f32", "bf16")
-"""The values of `dtype=`."""
-
-QUANTIZED = tuple(SCHEMES)
-"""The values of `quantize=`."""
 
 Widen = str | Iterable[str]
 
 
-def computing_in(
-    dtype: str | None, passes: Sequence[Pass], widen: Widen, scheme: str | None = None, *, computed: bool = False
-) -> tuple[tuple[Pass, ...], Widen]:
-    """Return the passes, and the dtypes to widen, that compute a model in `dtype` with quantized weights.
+def widened(dtype: str | None, widen: Widen) -> Widen:
+    """Return the dtypes to widen when a model is read that is computed in `dtype`.
 
-    dtype     None: as declared. "f32": bf16 and f16 values become f32. "bf16": the same, and then products with weights
-              and attention have bf16 operands and f32 sums
-    scheme    one of `QUANTIZED`, or None: weights are not quantized
-    computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
-              computed matrices
-
-    Raises UsageError for another name.
+    dtype  None: as declared. "f32": bf16 and f16 values become f32. "bf16": the same, before the stage `precision`
     """
-    if scheme is not None:
-        if scheme not in QUANTIZED:
-            hint = "quantize " + " or ".join(QUANTIZED)
-            raise UsageError(f"unknown quantization scheme {str(scheme)[:40]!r}", hint=hint)
-        passes = (*passes, QuantizeWeights(scheme))
     if dtype is None:
-        return tuple(passes), widen
-    if dtype not in COMPUTED:
-        raise UsageError(f"unknown computation dtype {str(dtype)[:40]!r}", hint="dtype " + " or ".join(COMPUTED))
-    products = NarrowProducts(bf16, computed=computed)
-    narrowing = (PatchesAsProducts(), products, NarrowAttention(bf16)) if dtype == "bf16" else ()
-    given = [widen] if isinstance(widen, str) else list(widen)
-    return (*passes, *narrowing), tuple(dict.fromkeys([*given, *WIDENED]))
+        return widen
+    return tuple(dict.fromkeys([*([widen] if isinstance(widen, str) else widen), *WIDENED]))
 
 
-def checked_passes(passes: object) -> tuple[Pass, ...]:
-    """Return the pipeline as a tuple. Raises UsageError if it is neither a sequence of passes nor text, ParseError for
-    text that is not a pipeline.
+def checked_passes(passes: object, target: Target) -> tuple[Pass, ...]:
+    """Return the pipeline as a tuple. In its text, `backend=NAME` has the backend's capabilities on the target.
+
+    Raises UsageError if it is neither a sequence of passes nor text, ParseError for text that is not a pipeline.
     """
     if isinstance(passes, str):
+        from treadle.backends.staged import capabilities_of
         from treadle.passes.framework.pass_text import parse_pipeline
 
-        return parse_pipeline(passes)
+        return parse_pipeline(passes, lambda name: capabilities_of(name, target))
     if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
         return tuple(passes)
     raise UsageError(
@@ -68,14 +39,3 @@ def checked_passes(passes: object) -> tuple[Pass, ...]:
         received=f"{passes!r}"[:80],
         hint="leave it out for the default pipeline; [] compiles the graph as declared",
     )
-
-
-def left_out(passes: Sequence[Pass], without: Sequence[str]) -> tuple[Pass, ...]:
-    """Return the pipeline without the passes of these names. Raises UsageError for a name that is not in it."""
-    known = [each.name for each in passes]
-    for name in without:
-        if name not in known:
-            near = NearestNames(known).of(name)
-            hint = f"{near[0]}?" if near else "one of " + ", ".join(dict.fromkeys(known))
-            raise UsageError(f"the pipeline has no pass {printable(name)!r}", hint=hint)
-    return tuple(each for each in passes if each.name not in without)

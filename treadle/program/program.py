@@ -1,31 +1,41 @@
-"""A program: a model with the options that it is compiled with."""
+"""A program: a model with its options, its graph, and what was done to the graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
 
 if TYPE_CHECKING:
     from treadle.compiled import Compiled
+    from treadle.ir.graph import Graph
+    from treadle.passes.framework.manager import Optimized
+    from treadle.passes.framework.pass_log import PassLog
+    from treadle.passes.stages import Stage
+    from treadle.program.resolved import Resolved
     from treadle.program.source import AnyModel, ModelSource
     from treadle.stepped import SteppedModel
 
 
 @dataclass(frozen=True)
 class Program:
-    """A model and its options, the argument of every task's `open`.
+    """A model and its options; after `declared`, its graph and weights; after `through`, the graph after stages, with
+    the log. Each method returns another program.
 
-    program = Program.of("folder", backend="tvm", dtype="bf16")
+        program = Program.of("folder", backend="tvm", dtype="bf16")     # the argument of every task's `open`
+        program.declared().through(*program.options.stages()).graph
 
-    model    a folder, a GGUF file, a fetched model's name, or an opened model
+    model  a folder, a GGUF file, a fetched model's name, a declaration, or an opened model
     """
 
     model: AnyModel
     options: CompileOptions
+    _resolved: Resolved | None = field(default=None, repr=False)
+    _optimized: Optimized | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, model: AnyModel, entry: str = "load", /, **options: Any) -> Program:
@@ -45,6 +55,64 @@ class Program:
     def but(self, **changes: Any) -> Program:
         """Return the same model with other options."""
         return Program(self.source, self.options.but(**changes))
+
+    # -- the graph ---------------------------------------------------------------------------------------------
+
+    def declared(self, *, deferred: bool = False, **config: Any) -> Program:
+        """Return the program with the graph as declared.
+
+        deferred  True if weights of a file are converted only when a part of them is read
+        config    configuration in addition to the options' own
+
+        Raises as `CompileOptions.resolve` does.
+        """
+        resolved = self.options.resolve(self.model, deferred=deferred, **config)
+        return replace(self, _resolved=resolved, _optimized=None)
+
+    def through(self, *stages: Stage) -> Program:
+        """Return the program after these stages. Raises as `treadle.passes.stages.run` does."""
+        from treadle.passes.stages import run
+
+        made = run(self._optimized or self.graph, stages, certify=self.options.certify, target=self.options.where)
+        return replace(self, _optimized=made)
+
+    @property
+    def graph(self) -> Graph:
+        """The graph after the stages so far. Raises UsageError before `declared`."""
+        return self.resolved.graph if self._optimized is None else self._optimized.graph
+
+    @property
+    def log(self) -> PassLog:
+        """The log of the stages since the last transform; empty if there were none."""
+        from treadle.passes.framework.pass_log import PassLog
+
+        return PassLog(()) if self._optimized is None else self._optimized.log
+
+    def weights(self) -> tuple[Mapping[str, Any], int | None]:
+        """Return the weights of the graph by name, and the seed of drawn ones; see `weights_of`, whose errors it
+        raises.
+        """
+        from treadle.program.weights import weights_of
+
+        return weights_of(self.resolved, self.graph, self.options.arrays, self.options.seed)
+
+    @property
+    def resolved(self) -> Resolved:
+        """The model as it was read: its graph, its weights (not yet read), and where they came from. Raises UsageError
+        before `declared`.
+        """
+        if self._resolved is None:
+            raise UsageError("the model has not been read", hint="program.declared()")
+        return self._resolved
+
+    @property
+    def optimized(self) -> Optimized:
+        """The graph after stages, with the log and what passes made. Raises UsageError before `through`."""
+        if self._optimized is None:
+            raise UsageError("no stage has run", hint="program.through(*program.options.stages())")
+        return self._optimized
+
+    # -- executables -------------------------------------------------------------------------------------------
 
     def compile(self, inputs: Sequence[str] = (), outputs: Sequence[str] | None = None) -> Compiled:
         """Compile the model as declared, with these optional inputs, and all outputs or these. Raises as

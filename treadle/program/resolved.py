@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resolved(ReadModel):
-    """A traced model with its weights and its source, the opened model with its other files."""
+    """A traced model with its weights, and its source: the opened model, which also opens the other files."""
 
     source: ModelSource = field(kw_only=True)

@@ -6,12 +6,12 @@
     gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
 
-An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model. A
-declaration may have weights of its own, in a folder: `ModelSource.open("file.py:function", weights="trained")`.
+An existing path takes precedence over a name of the zoo, which takes precedence over the name of a fetched model. The
+weights of a declaration may be in a folder: `ModelSource.open("file.py:function", weights="trained")`.
 
     source = ModelSource.open("smollm2")
     writer = TextWriter.open(source)        # its graph, weights, tokenizer and chat template: each file is opened once
-    exe = compile(source, quantize="int4")  # the same files, which have not changed
+    exe = compile(source, quantize="int4")  # the same files; raises CheckpointError if one has changed
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ Limits = Mapping[str, int] | None
 Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx"]
 
 BLOCKS = "blocks"
-"""A value of `widen` in addition to narrow dtypes."""
+"""The value of `widen` that decodes the blocks of a GGUF file."""
 
 
 class ModelSource:
-    """MODEL, found and opened once: its graph, its weights (not yet read), its configuration and its text files.
+    """A model, found and opened once: its graph, its weights (not yet read), its configuration and its text files.
 
     label   MODEL in messages: the name or path that the user gave, or the declaration's name
-    path    its folder or file; None for a declaration or a graph without weights in files
-    limits  limits on what a file may contain
+    path    the model's folder or file; None for a declaration or a graph without weights in files
+    limits  limits on the contents of files
     kind    the form of the model
 
-    A file is opened when it is first needed, and not again. CheckpointError is raised if one has changed when another
-    is opened, or when its weights are read.
+    Each file is opened once, when it is first needed. If a file has changed when another one is opened, or when its
+    weights are read, CheckpointError is raised.
     """
 
     kind: Kind
@@ -78,7 +78,7 @@ class ModelSource:
 
     @staticmethod
     def open(model: AnyModel, *, weights: str | Path | None = None, limits: Limits = None) -> ModelSource:
-        """Find the model that MODEL names. A source is returned as it is.
+        """Find the model that MODEL names. If it is a source, return it unchanged.
 
         weights  for a declaration, the folder or the .safetensors file that holds its weights under their own names
         limits   limits on what a file may contain: {"tensors": 1_000_000}
@@ -135,34 +135,34 @@ class ModelSource:
         config: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Resolved:
-        """Trace the model, and bind its weights. It may be called several times, with other choices.
+        """Trace the model, and bind its weights. May be called several times, with different arguments.
 
         inputs   optional inputs of the declaration to include
-        outputs  outputs to return, whole or in part (`treadle.ir.transforms.chosen_outputs`); None: all
+        outputs  outputs to return, or parts of outputs (`treadle.ir.transforms.chosen_outputs`); None: all
         widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
                  weights that a GGUF file stores in blocks are decoded to f32 when they are read
         deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
         config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
-        StaticArgumentNeeded for an ONNX file with an input that determines shapes and whose value config lacks.
+        StaticArgumentNeeded for an ONNX file with an input that determines shapes and has no value in config.
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
         found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
         if is_fetched(self.label):
-            found.graph.name = self.label  # in place of its family's name
+            found.graph.name = self.label  # replaces the name of its family
             found = replace(found, name=self.label)
         return Resolved(**vars(found.giving(outputs)), source=self)
 
     def check(self) -> None:
         """Raise CheckpointError if a file has changed since it was opened."""
-        if self.path is not None and self.kind != "onnx":  # of which nothing is read late
+        if self.path is not None and self.kind != "onnx":  # an ONNX file is read completely when it is opened
             self.folder.check()
 
     def inputs(self, widen: str | Iterable[str], config: Mapping[str, Any]) -> Graph:
-        """Return a graph of an ONNX model's inputs alone, including inputs that determine shapes but not inputs with a
-        given value. Its weights are then read once, for all values.
+        """Return a graph that has only the inputs of an ONNX model. Inputs that determine shapes are included; inputs
+        with a value in config are not. The weights are then read only once, for all values of these inputs.
         """
         raise NotImplementedError
 
@@ -173,7 +173,7 @@ class ModelSource:
 
     @property
     def place(self) -> Path:
-        """Its folder or file. Raises UsageError for a declaration or a graph, which has none."""
+        """The model's folder or file. Raises UsageError for a declaration or a graph, which has none."""
         if self.path is None:
             of_zoo = " of the zoo" if self.label in family_names() else ""
             raise UsageError(
@@ -184,31 +184,33 @@ class ModelSource:
 
     @cached_property
     def folder(self) -> ModelFolder:
-        """Its folder, which opens each file once. Raises UsageError as `place` does, CheckpointError for a file."""
+        """The model's folder, which opens each file once. Raises UsageError as `place` does, CheckpointError for a
+        file.
+        """
         return ModelFolder.find(self.place, None if self.place.is_file() else self.limits)
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json. Raises CheckpointError if it is missing or damaged."""
+        """The contents of config.json. Raises CheckpointError if the file is missing or damaged."""
         return self.folder.config
 
     def tokenizer(
         self, *, max_tokens: int | None = None, context: int | None = None, cut: bool = True
     ) -> TextTokenizer:
-        """Return its tokenizer: see `TextTokenizer.open`. An unsupported model is reported before anything that its
-        tokenizer lacks.
+        """Return the model's tokenizer: see `TextTokenizer.open`. If the model is not supported, that error is raised
+        before any error of the tokenizer.
         """
         self._refuse_unsupported()
         return TextTokenizer.open(self.folder, max_tokens=max_tokens, context=context, cut=cut)
 
     @property
     def chat_template(self) -> str | None:
-        """Its chat template, if it was trained with one."""
+        """The model's chat template; None if it has none."""
         return folder_chat_template(self.folder)
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
-        """The ids that end a text, according to a file without settings."""
+        """The ids of the tokens that end a text, used if a model has no generation settings."""
         return ()
 
     def _refuse_unsupported(self) -> None:
@@ -263,7 +265,7 @@ class _Declared(ModelSource):
 
 
 class _Folder(ModelSource):
-    """A folder with config.json and safetensors, or in CTranslate2's layout."""
+    """A folder with config.json and safetensors files, or a folder in CTranslate2's layout."""
 
     @cached_property
     def converted(self) -> CTranslate2File | None:
@@ -329,7 +331,7 @@ class _GGUF(ModelSource):
 
 
 class _Onnx(ModelSource):
-    """An ONNX file. A key of the configuration is the name of an input with its value, or of an axis."""
+    """An ONNX file. A key of the configuration is the name of an input to fix at a value, or of an axis."""
 
     kind = "onnx"
 
@@ -344,7 +346,7 @@ class _Onnx(ModelSource):
         return widen_graph(declared_inputs(self.file, **self._values(config)), _narrow(widen))
 
     def _values(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Split a configuration into values of inputs that determine shapes, and sizes, or other names, of axes."""
+        """Split a configuration into the values of inputs that determine shapes, and the sizes or new names of axes."""
         known = {value.name for value in self.file.proto.graph.input}
         static = {name: value for name, value in config.items() if name in known}
         return {"static": static, "dims": {name: value for name, value in config.items() if name not in static}}
@@ -353,7 +355,7 @@ class _Onnx(ModelSource):
         from treadle.frontends.onnx_import.importer import declared_inputs, import_opened
 
         values = self._values(options.config)
-        if options.inputs:  # an ONNX model always has all its inputs
+        if options.inputs:  # an ONNX model always has all of its inputs
             takes = [value.name for value in declared_inputs(self.file, **values).main.inputs]
             unknown = [name for name in options.inputs if name not in (*takes, *values["static"])]
             if unknown:
@@ -373,6 +375,6 @@ AnyModel = Model | Graph | TorchModel | str | Path | ModelSource
 
 
 def _narrow(widen: str | Iterable[str]) -> frozenset[DType]:
-    """Return the dtypes that become f32. Raises UsageError for an unknown name."""
+    """Return the dtypes that become f32. Raises UsageError for an unknown dtype name."""
     names = [widen] if isinstance(widen, str) else widen
     return narrow_dtypes([name for name in names if name != BLOCKS], also=[BLOCKS])

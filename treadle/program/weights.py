@@ -1,4 +1,4 @@
-"""The weights of a compiled model: given, a checkpoint's, or drawn."""
+"""The weights of a compiled model: given by the caller, read from a checkpoint, or drawn at random."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Array = np.ndarray[Any, Any]
 def weights_of(
     resolved: Resolved, graph: Graph, weights: Mapping[str, Array] | None, seed: int
 ) -> tuple[dict[str, Array], int | None]:
-    """Return the weights of an optimized graph, and the seed if they were drawn: the given, the model's, or random
-    ones.
+    """Return the weights of an optimized graph, and the seed if they were drawn. Weights are the caller's, or else the
+    model's, or else random.
 
     Raises UsageError for weights that do not fit, as `compile` does.
     """
@@ -33,8 +33,8 @@ def weights_of(
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Return initial values of every weight. Each is drawn from the seed and its name, so a new weight changes no
-    other.
+    """Return initial values of every weight. Each value depends only on the seed and the weight's name, so adding a
+    weight does not change the others.
 
     Raises UsageError for a negative seed, or a weight that cannot be drawn.
     """
@@ -65,7 +65,7 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
         pairs = [(name, near) for name in unknown[:3] for near in nearest.of(name, 1)]
         meant = ", ".join(f"{near} for {name}" for name, near in pairs)
         raise UsageError(
-            f"weights= has {len(unknown)} that the model does not take",
+            f"the model lacks {len(unknown)} of the parameters in weights=",
             received=_few(unknown),
             hint=f"{meant}?" if meant else f"the model's are {_few(names)}",
         )

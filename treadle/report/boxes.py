@@ -3,13 +3,15 @@
     boxes = boxes_of(stages, records)
     boxes.as_dict()
 
-A function is a box. Inside, a scope with two ops or more is a box. A box that would hold more than 400 ops or boxes is
-divided into boxes of 250. A repeated block is a function, which the page draws inside its calls: consecutive calls of
-one function are one item with a count. An edge connects two items of one box; where it enters or leaves a box, the box
-has a port. Weights, derived weights and constants have no items: the page lists them among the operands of an op.
+A function is a box. Inside, a scope with two ops or more is a box. If a box would have more than 400 ops or boxes,
+these are put into inner boxes of 250. A repeated block is a function, which the page draws inside its calls:
+consecutive calls of one function are one item with a count. An edge connects two items of one box. If it enters or
+leaves a box, the box has a port. Weights, derived weights and constants have no items: the page lists them among the
+operands of an op.
 
-The content of a box at a stage is a `body`, which stages share. Each item has two positions: one for the body alone,
-and a held one that is the same at all stages and follows from the items and edges of all of them together.
+The content of a box at a stage is a `body`. Stages with equal content share it. Each item has two positions: one for
+this body alone, and a `held` one. The held position is the same at all stages: it follows from the items and edges of
+all stages together.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from treadle.report.layout import METRICS, place
 from treadle.report.stages import ProgramStage
 
 MOST_ITEMS, CHUNK = 400, 250
-"""A box with more items is divided into boxes of this many consecutive ops."""
+"""A box with more than MOST_ITEMS items is divided into boxes of CHUNK consecutive ops."""
 FEWEST_MERGED = 4
-"""This many ports with the same ends, such as the weights of a trained layer, or edges, are drawn as one."""
+"""If at least this many ports have the same ends, such as the weights of a trained layer, they are drawn as one;
+likewise edges.
+"""
 
 Key = tuple[str, ...]
 """The path of a box: the function's name, then scopes."""
@@ -54,15 +58,15 @@ def _frozen(facts: list[Any]) -> Iterator[Any]:
 def boxes_of(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> dict[str, Any]:
     """Return the boxes of every stage as data for the page.
 
-    records   for each stage, the index of the facts of each node by its number
+    records   for each stage, the index of each node's facts, by the node's number
 
-    bodies    one for each distinct content of a box:
+    bodies    the distinct contents of boxes:
         items   ["op", number, record], ["box", path], ["call", number, record, function, numbers of all calls],
-                ["in", value, name, type] or ["out", value, name, type], with a list of [value, name, type] if it
-                stands for several
+                ["in", value, name, type] or ["out", value, name, type]; a port that stands for several has a list of
+                [value, name, type]
         edges   [from, to, value, ...] by position in `items`
-        at      [row, center, ...] of each item;  held   the same at all stages
-        bends   [edge, [x, ...], ...] for an edge that crosses rows;  held_bends  the same at all stages
+        at      [row, center, ...] of each item;  held   the same, in the positions for all stages
+        bends   [edge, [x, ...], ...] for an edge that crosses rows;  held_bends  the same, for all stages
         bundles [edge, [value, ...], ...] for an edge that stands for several
     slots     for each box, [kind, row, center, ...] of the held items and bends of all stages
     stages    for each stage, the boxes whose bodies changed: {path: index of a body, or null}
@@ -101,14 +105,16 @@ class _Boxes:
         return boxed
 
     def _box_of(self, name: str, node: Node) -> Key:
-        """Return the innermost scope of a node that is a box. A scope that holds one box alone is skipped."""
+        """Return the path of the innermost box that contains a node. Scopes that are not boxes are left out."""
         path = _path(name, node)
         while len(path) > 1 and path not in self.boxed:
             path = path[:-1]
         return path
 
     def _grouped(self) -> dict[Key, str]:
-        """Return the name of the group of each box in a box that would hold too many: `layer.0 to layer.249`."""
+        """Name groups of boxes in a box that would have too many: `layer.0 to layer.249`. Return the group of each of
+        them.
+        """
         inside: dict[Key, dict[Key, None]] = {}
         for _, name, function in self._distinct():
             for node in function.nodes:
@@ -124,7 +130,7 @@ class _Boxes:
         return names
 
     def _chunked(self) -> set[Key]:
-        """Choose the boxes that are divided, and the part of each of their ops."""
+        """Return the boxes with too many ops. Assign each of their ops to a part, in `self.chunks`."""
         large: set[Key] = set()
         for _, name, function in self._distinct():
             counts: dict[Key, int] = {}
@@ -200,7 +206,9 @@ class _Boxes:
         }
 
     def _root(self, stage: ProgramStage) -> _Body:
-        """Return the box of the entries; a single entry is opened in place by the page."""
+        """Return the outermost box, which contains the entries. If there is only one entry, the page opens it in
+        place.
+        """
         body = _Body()
         for name in stage.graph.entry_names:
             body.items[f"b:{name}"] = ["box", name]
@@ -208,7 +216,7 @@ class _Boxes:
 
 
 def result_name(value: Value, graph: Graph) -> str:
-    """Return the name of a value; a result of a call has the name of the callee's output."""
+    """Return the name of a value. The result of a call has the name of the called function's output."""
     callee = None if value.node is None or value.node.op.callee is None else graph.functions.get(value.node.op.callee)
     outputs = [] if callee is None else list(callee.outputs)
     return outputs[value.index] if value.index < len(outputs) else value.name
@@ -220,12 +228,14 @@ def value_key(value: Value, numbers: Mapping[Node, int]) -> str:
 
 
 def text(key: Key) -> str:
-    """Return the path of a box as text, unique among all boxes of a program."""
+    """Return the path of a box as a string that is unique among all boxes of a program."""
     return "\x1f".join(key)
 
 
 def _path(name: str, node: Node) -> Key:
-    """Return the function and the scopes of a node: `layer.0` is one scope. A call's own number is not part of it."""
+    """Return the function and the scopes of a node. A name and its number are one scope: `layer.0`. The last scope of a
+    call is left out.
+    """
     found = [name]
     for part in node.scope.split("."):
         if part and _NUMBERED.fullmatch(part) and len(found) > 1:
@@ -275,7 +285,7 @@ class _FunctionBoxes:
             _bundle_edges(body)
 
     def _open(self, key: Key) -> None:
-        """Add a box, as an item of the box around it."""
+        """Add a box, as an item of the box that contains it."""
         if key in self.bodies:
             return
         self._open(key[:-1])
@@ -295,7 +305,7 @@ class _FunctionBoxes:
         to_box, to_item = self.where[node]
         from_box, from_item = self.where[value.node] if value.node is not None else ((self.name,), f"i:{value.name}")
         if value.node is not None and self.where[value.node] == self.where[node]:
-            return  # from one call of a repeated block to the next
+            return  # an edge from one call of a repeated block to the next
         named = self._value(value)
         shared = 0
         while shared < min(len(to_box), len(from_box)) and to_box[shared] == from_box[shared]:
@@ -332,7 +342,7 @@ def _box_item(key: Key) -> str:
 
 
 def _merge_ports(body: _Body) -> None:
-    """Replace several ports that lead to the same items, or come from the same ones, by one port with their values."""
+    """Merge ports that lead to the same items, or come from the same items, into one port with their values."""
     ends: dict[str, list[str]] = {item: [] for item in body.items if _rank(item) != 1}
     for a, b, _ in body.edges:
         for port, other in ((a, b), (b, a)):
@@ -364,7 +374,7 @@ def _merge_ports(body: _Body) -> None:
 
 
 def _bundle_edges(body: _Body) -> None:
-    """Replace several edges between the same two items by one with their values."""
+    """Merge edges between the same two items into one edge with their values."""
     values: dict[tuple[str, str], list[str]] = {}
     for a, b, value in body.edges:
         values.setdefault((a, b), []).append(value)
@@ -381,15 +391,15 @@ def _bundle_edges(body: _Body) -> None:
 
 
 def _call_groups(function: Function, boxes: Mapping[Node, Key]) -> dict[Node, Node]:
-    """Return, for each call, the first call of the same function in its box with which it is drawn as one item.
+    """Return, for each call, the first call of the group that is drawn as one item: calls of one function in one box.
 
-    A call joins the calls before it unless it reads a value that another op computed from them: the item would be above
-    and below that op.
+    A call joins the earlier calls of its group unless it reads a value that another op computed from them. In that
+    case, the item would be both above and below that op.
     """
     first: dict[tuple[Key, str], Node] = {}
     groups: dict[Node, Node] = {}
     after: dict[Node, set[tuple[Key, str]]] = {}
-    """The groups that each other node depends on."""
+    """For each other node, the groups that it depends on."""
     for node in function.nodes:
         callee = node.op.callee
         key = (boxes[node], callee) if callee is not None else None
@@ -420,13 +430,13 @@ _NO_GROUPS: set[tuple[Key, str]] = set()
 
 @dataclass(frozen=True)
 class _Held:
-    """The row and the center of each item of a box at all stages, and the bends of edges between them."""
+    """The row and the center of each item of a box, and the bends of edges between the items, for all stages."""
 
     at: Mapping[str, tuple[int, float]]
     bends: Mapping[tuple[str, str], tuple[float, ...]]
 
     def slots(self) -> list[float]:
-        """Return [kind, row, center, ...] of every item and bend: a stage leaves the slots of others empty.
+        """Return [kind, row, center, ...] of every item and bend. A stage that lacks an item leaves its slot empty.
 
         Kinds are 0 for an item, 1 for a port and 2 for a bend.
         """
@@ -440,7 +450,7 @@ class _Held:
 
 
 def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
-    """Return positions that items of a box have at all stages: those of a box with all items and edges at once."""
+    """Return positions for all stages: a box is laid out once, with the items and edges of all its bodies."""
     items: dict[Key, list[str]] = {}
     edges: dict[Key, dict[tuple[str, str], None]] = {}
     for key, body in bodies:
@@ -466,7 +476,7 @@ def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
 
 
 def _rank(item: str) -> int:
-    """Inputs come first, and outputs last; the order of other items is that of the program."""
+    """Return the sort key of an item: inputs are first, outputs are last, and other items keep the program's order."""
     return {"i": 0, "o": 2, "r": 2}.get(item[0], 1)
 
 
@@ -488,5 +498,5 @@ def _drawn(body: _Body, positions: _Held) -> dict[str, Any]:
 
 
 def _flat(facts: Iterable[tuple[Any, ...] | None]) -> list[Any]:
-    """Return the facts of the edges that have any: number of the edge, list, ..."""
+    """Return [number of the edge, list, ...] for all edges that have facts."""
     return [part for at, held in enumerate(facts) if held for part in (at, list(held))]

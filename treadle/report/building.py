@@ -32,12 +32,10 @@ from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.errors import Hint, PassError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import Optimized, PassManager
-from treadle.passes.pipelines import MERGING
-from treadle.passes.sharding.gather_ahead import GatherAhead
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.sharding.rank_programs import rank_program
-from treadle.passes.stepping.derivation import DerivedStep, derive_step
+from treadle.passes.stages import Step, run
+from treadle.passes.stepping.derivation import DerivedStep
 from treadle.program.budgets import budget_of, choose_sizes
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
@@ -46,6 +44,7 @@ from treadle.report.programs import ReportProgram, program_facts
 from treadle.report.stages import OPTIMIZED
 from treadle.report.tabs import Tab, missing, tab
 from treadle.report.writing import page_text
+from treadle.sharding.plans import rank_optimized
 from treadle.stepped import SteppedModel
 
 TABS = {
@@ -61,7 +60,7 @@ TABS = {
     "attention": "Attention",
     "log": "Pass log",
 }
-"""The tabs with sections of their own, in order. The page adds the selected op, the IR text and the source."""
+"""The tabs with sections of their own, in order. The page adds tabs for the selected op, the IR text and the source."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Report:
         return target
 
     def _repr_html_(self) -> str:
-        """Return the page in a frame, for notebooks."""
+        """Return the page in an iframe, for notebooks."""
         return (
             f'<iframe title="{escape(self.name)}" sandbox="allow-scripts" srcdoc="{escape(self.html())}"'
             ' style="width: 100%; height: 46em; border: 1px solid #8884; border-radius: 6px"></iframe>'
@@ -102,9 +101,9 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model as far as a report needs it: without weights.
+    """The parts of a compiled model that a report needs. Weights are not needed.
 
-    optimized   the stages, with those of the backend
+    optimized   the stages, including the backend's
     executable  the backend's executable, for its code; None if no code was generated
     unused      tensors of the checkpoint that the model does not use
     unread      the keys of config.json that the model's family does not know
@@ -130,14 +129,12 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
 
     options  as in `treadle.compile`
 
-    Code is generated for weights of zeros; if they have more than `MOST_ZEROS` bytes, the subject has no code. Raises
+    Code is generated with zeros as weights. If these take more than `MOST_ZEROS` bytes, the subject has no code. Raises
     as `compile` does.
     """
     asked = CompileOptions.of("compile", options)
     where, backend, chosen = asked.where, asked.backend, find_backend(asked.backend)
-    passes, _ = asked.precision()
-    resolved = asked.resolve(model, deferred=True)
-    optimized = PassManager(passes, certify=asked.certify, target=where).run(resolved.graph)
+    resolved, optimized = asked.optimized(model, deferred=True)
     executable = None
     if isinstance(chosen, StagedBackend):
         budget = budget_of(asked.memory, asked.sizes, optimized.graph)
@@ -149,7 +146,7 @@ def lowered_subject(model: AnyModel, **options: Any) -> Subject:
 
 
 MOST_ZEROS = 1 << 30
-"""The most bytes of weights of zeros."""
+"""Limit on the bytes of zeros that stand for weights."""
 
 
 def _zeros(graph: Graph) -> dict[str, Any]:
@@ -172,12 +169,12 @@ def report_of(
     """Return the report on a model, on a decoding step, or on a sharding plan.
 
     sizes     sizes of symbolic axes, for operations, bytes and memory; by default 1 for a batch and 128 for other axes
-    sharding  a report on the model over a mesh; the page then has the program of the last rank, too
+    sharding  a report on the model over a mesh; the page then also has the program of the last rank
     cache     the dtype of the caches of the derived step
-    profile   number of timed runs, on inputs drawn from `seed`; 0: nothing is run. A compiled model on TVM only
-    command   the command line without its options, which tabs without data name
+    profile   number of timed runs, on inputs drawn from `seed`, of a compiled model on TVM; 0: nothing is run
+    command   the command line without its options; tabs without data show it with the option that would add the data
 
-    Raises UsageError for sizes outside their bounds, and for a profile of another model.
+    Raises UsageError for sizes outside their bounds, and for a profile of any other model.
     """
     if isinstance(model, SteppedModel):
         return _of_step(model, sizes or {})
@@ -250,7 +247,7 @@ class _Collected:
         graph = self.model.optimized.graph
         if graph.entry_names[-1] != "main":
             raise PassError("the graph has entries already", received=", ".join(graph.entry_names))
-        derived = derive_step(graph, cache=self.cache)
+        derived = run(graph, [Step(self.cache)]).products[DerivedStep]
         facts = tabs.step_facts(self.model.name, derived, graph)
         programs.append(_step_program(derived, self.model.backend, self.model.target))
         return facts
@@ -288,18 +285,17 @@ class _Collected:
 
 
 def _step_program(derived: DerivedStep, backend: str, target: Target) -> ReportProgram:
-    """Return the derived step, through the passes of a backend that has any."""
+    """Return the derived step after the backend's passes, if the backend has any."""
     found = find_backend(backend)
     if isinstance(found, StagedBackend):
         return ReportProgram("step", found.lower(derived.graph, target), backend, None, "derived")
-    return ReportProgram("step", PassManager(()).run(derived.graph), backend, None, "derived")
+    return ReportProgram("step", run(derived.graph, ()), backend, None, "derived")
 
 
 def _rank(plan: ShardingPlan) -> ReportProgram:
-    """Return the program of the last rank, whose parts are the largest."""
+    """Return the program of the last rank. No other rank has larger parts."""
     rank = plan.devices.ranks - 1
-    made = PassManager([*MERGING, GatherAhead()]).run(rank_program(plan, rank))
-    return ReportProgram(f"rank {rank}", made, "", None, "sharded")
+    return ReportProgram(f"rank {rank}", rank_optimized(plan, rank), "", None, "sharded")
 
 
 def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
@@ -347,7 +343,7 @@ def _report(
     sections_by_key: Mapping[str, Tab],
     times: Mapping[Node, float],
 ) -> Report:
-    """Put the parts together. Operations and bytes of a program are those at its own sizes."""
+    """Build the report from its parts. Operations and bytes of a program are evaluated at the sizes of that program."""
     sections: dict[str, Any] = {
         "head": {
             "model": name,

@@ -1,11 +1,11 @@
-"""BoxPositions of the items of one box, in rows from top to bottom: edges lead downwards, and no two items overlap.
+"""Positions of the items of one box, in rows from top to bottom. Edges lead downwards, and no two items overlap.
 
     placed = place(5, [(0, 1), (1, 2), (0, 2), (3, 4)])
     placed.rows[2], placed.centers[2]        # the row of item 2, and its center in pixels
     placed.bends[(0, 2)]                     # where the edge crosses the rows between its ends
 
 Items are numbered in program order. An edge that leads to an earlier item is ignored. Rows, orders and centers come
-from fast-sugiyama (the extra `report`); without it, rows are the topological generations of networkx, and items are
+from fast-sugiyama (the extra `report`). Without it, rows are the topological generations of networkx, and items are
 ordered by the mean position of their neighbors. Both are deterministic. The page stacks the rows itself, since an
 opened box makes its row higher.
 """
@@ -20,7 +20,7 @@ from itertools import pairwise
 from types import ModuleType
 
 WIDTH, HEIGHT = 172, 44
-"""Pixels of an item: an op or a folded box."""
+"""Size in pixels of an item: an op or a folded box."""
 GAP_ACROSS, GAP_DOWN = 24, 30
 """Pixels between neighbors in a row, and between rows."""
 SPACING = WIDTH + GAP_ACROSS
@@ -28,7 +28,7 @@ METRICS = {"width": WIDTH, "height": HEIGHT, "across": GAP_ACROSS, "down": GAP_D
 """The numbers that the page needs to stack rows."""
 
 _SHELF = 6 * SPACING
-"""Parts of a box that are not connected are placed side by side up to this width."""
+"""Width in pixels up to which unconnected parts of a box are placed side by side."""
 _SWEEPS = 8
 
 Edge = tuple[int, int]
@@ -36,7 +36,7 @@ Edge = tuple[int, int]
 
 @dataclass(frozen=True)
 class BoxPositions:
-    """BoxPositions of items.
+    """The positions of the items of one box.
 
     rows     the row of each item, from 0
     centers  the center of each item in pixels; the leftmost item starts at 0
@@ -71,7 +71,7 @@ def place(count: int, edges: Sequence[Edge]) -> BoxPositions:
 
 
 def _components(count: int, edges: Sequence[Edge]) -> list[list[int]]:
-    """Return the connected items, each group in order, the group of the first item first."""
+    """Return the connected components: lists of items in order. The component of the first item comes first."""
     parent = list(range(count))
 
     def root(item: int) -> int:
@@ -89,7 +89,7 @@ def _components(count: int, edges: Sequence[Edge]) -> list[list[int]]:
 
 
 class _Shelf:
-    """BoxPositions groups side by side; a group that would exceed the width starts below the others."""
+    """Places components side by side. A component that would exceed the width starts below the others."""
 
     def __init__(self) -> None:
         self.rows: dict[int, int] = {}
@@ -118,7 +118,7 @@ class _Shelf:
 
 @cache
 def sugiyama() -> ModuleType | None:
-    """Return the layout library, or None if it is not installed."""
+    """Return the layout library fast-sugiyama, or None if it is not installed."""
     try:
         return import_module("fast_sugiyama")
     except ImportError:
@@ -140,7 +140,7 @@ def _place_connected(count: int, edges: tuple[Edge, ...]) -> BoxPositions:
 
 
 def _is_mirrored(placed: BoxPositions) -> bool:
-    """Return True if more neighbors in a row are in the opposite order of the program than in its order."""
+    """Return True if most neighbors in a row are in the reverse of their order in the program."""
     rows: dict[int, list[tuple[float, int]]] = {}
     for item, (row, center) in enumerate(zip(placed.rows, placed.centers, strict=True)):
         rows.setdefault(row, []).append((center, item))
@@ -149,7 +149,7 @@ def _is_mirrored(placed: BoxPositions) -> bool:
 
 
 def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> BoxPositions:
-    """Place connected items with fast-sugiyama, whose rows count upwards."""
+    """Place connected items with fast-sugiyama. Its rows are numbered from the bottom."""
     layouts = library.from_edges(
         edges, vertex_spacing=SPACING, dummy_vertices=True, dummy_size=0.15, ranking_type="minimize"
     )
@@ -173,7 +173,7 @@ def _by_library(library: ModuleType, count: int, edges: tuple[Edge, ...]) -> Box
 
 
 def _by_generations(count: int, edges: tuple[Edge, ...]) -> BoxPositions:
-    """Place connected items in topological generations; an item without operands moves down to its first reader."""
+    """Place connected items in topological generations. An item without operands is moved down to its first reader."""
     rows = _generations(count, edges)
     chains: dict[Edge, list[int]] = {}
     levels: list[list[int]] = [[] for _ in range(max(rows) + 1)]
@@ -253,8 +253,10 @@ def _centers(levels: list[list[int]], above: list[list[int]], below: list[list[i
 
 
 def _spread(level: Sequence[int], targets: Sequence[float], half: Sequence[float], centers: list[float]) -> None:
-    """Set the centers of a row as near as possible to the targets ones: groups that touch take their mean."""
-    groups: list[tuple[float, int, float]] = []  # the mean of targets starts, the number of items, the width
+    """Set the centers of a row as near as possible to their targets. Items that would overlap are placed next to each
+    other, around the mean of their targets.
+    """
+    groups: list[tuple[float, int, float]] = []  # touching items: start, number, total width
     for item, want in zip(level, targets, strict=True):
         start, number, wide = want - half[item], 1, 2 * half[item]
         while groups and groups[-1][0] + groups[-1][2] > start:

@@ -1,7 +1,7 @@
 """The memory tab: the arena over time, and the formulas from which the page computes other sizes.
 
-A size is sent as a sum of terms [coefficient, atom, ...]; an atom is the name of a symbol, or a quotient
-{"of": size, "by": size}, rounded down.
+A size is sent as a sum of terms [coefficient, atom, ...]. An atom is the name of a symbol, or a quotient {"of": size,
+"by": size}, rounded down.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from treadle.passes.memory.frames import peaks_of
 from treadle.passes.memory.storage_plan import StoragePlan
 
 MOST_BOXES = 12_000
-"""The most lifetimes that are drawn; past them, the tab has the table alone."""
+"""Limit on the lifetimes that are drawn; above it, the tab has only the table."""
 LARGEST_AXIS = 8192
-"""The end of a slider for an axis without a bound."""
+"""Upper end of the slider for an axis without a bound."""
 
 
 def memory_facts(report: MemoryReport, graph: Graph, plan: StoragePlan, numbers: Mapping[Node, int]) -> dict[str, Any]:
-    """Return the memory report, with the timeline of the arena and its formulas."""
+    """Return the memory report as data, with the timeline of the arena and the formulas of sizes."""
     alive = []
     nodes = {
         (name, place.storage.name): numbers.get(value.node)
@@ -53,7 +53,9 @@ def memory_facts(report: MemoryReport, graph: Graph, plan: StoragePlan, numbers:
 
 
 def _timeline(report: MemoryReport, numbers: Mapping[Node, int]) -> dict[str, Any] | None:
-    """Return the lifetimes in columns; the same size and the same maker are stored once."""
+    """Return the lifetimes as a table. Equal sizes are stored once, and so are equal producers. None if there are no
+    lifetimes, or too many.
+    """
     line = timeline_of(report)
     if not line.boxes or len(line.boxes) > MOST_BOXES:
         return None

@@ -1,8 +1,8 @@
-"""The facts of each op at each stage, with equal facts stored once: types, axis rule, line, operations, bytes.
+"""The facts of each op at each stage: types, axis rule, line, operations, bytes. Equal facts are stored once.
 
 facts = NodeDetails(sizes)
-index = facts.of(stage)              # for each node by its number, the index of its facts
-facts.light, facts.details           # what a drawing and a search need, and everything else
+index = facts.of(stage)              # for each node's number, the index of its facts
+facts.light, facts.details           # the facts that drawing and search need, and all others
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NodeDetails:
     """A table of the facts of ops.
 
     light    [op, name, type, scope, line, FLOPs, bytes] of each entry
-    details  the other facts of the same entry
+    details  the other facts of each entry
     """
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
@@ -38,7 +38,7 @@ class NodeDetails:
         self._ops: dict[Op, dict[str, Any]] = {}
 
     def of(self, stage: ProgramStage) -> dict[int, int]:
-        """Return, for each number of a node at a stage, the index of its facts."""
+        """Return the index of the facts of each node of a stage, by the node's number."""
         costs = self._functions_costs(stage.graph)
         found: dict[int, int] = {}
         for name, function in stage.graph.functions.items():
@@ -46,7 +46,7 @@ class NodeDetails:
             if known is None:
                 numbers = stage.numbers[name]
                 known = function, self._of_function(stage.graph, function, numbers, costs)
-                self._functions[id(function)] = known  # which keeps the function, and so its id
+                self._functions[id(function)] = known  # keeps the function alive, so that its id is not reused
             found |= known[1]
         return found
 
@@ -109,7 +109,7 @@ class NodeDetails:
 
 
 def _operand(value: Value, numbers: Mapping[Node, int]) -> tuple[str, str]:
-    """Return the kind of an operand, and its key or its name."""
+    """Return the kind of an operand, and its key, its name or its constant's text."""
     if value.node is not None:
         return "value", value_key(value, numbers)
     if value.literal is not None:

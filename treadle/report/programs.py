@@ -20,12 +20,12 @@ from treadle.report.nodes import NodeDetails
 from treadle.report.stages import DECLARED, ProgramStage, stages_of
 
 MOST_TEXT = 400_000
-"""The most lines of IR text of all stages together; past them, only the first and the last stage have text."""
+"""Limit on the lines of IR text of all stages together. Above it, only the first and the last stage have text."""
 
 
 @dataclass(frozen=True, eq=False)
 class ReportProgram:
-    """A graph that passes changed and a backend runs.
+    """A graph that passes change and a backend runs.
 
     name        the name in the page's list: "model", "step", "rank 3"
     optimized   the stages
@@ -46,7 +46,7 @@ class ReportProgram:
 
     @property
     def last(self) -> Optimized:
-        """The result of the last pipeline: the backend's, if it has one."""
+        """The result of the last pipeline: the backend's, if the backend has passes."""
         return self.optimized if self.optimized.lowered is None else self.optimized.lowered
 
     @property
@@ -63,7 +63,7 @@ class ReportProgram:
         return self.numbers_in(self.optimized.source, self.stages[0])
 
     def numbers_in(self, graph: Graph, stage: ProgramStage) -> dict[Node, int]:
-        """Return the number of each node of a graph that has the nodes of a stage."""
+        """Return the number of each node of a graph that consists of nodes of this stage."""
         found: dict[Node, int] = {}
         for name, function in graph.functions.items():
             if len(stage.numbers.get(name, ())) == len(function.nodes):
@@ -71,7 +71,7 @@ class ReportProgram:
         return found
 
     def storage(self) -> StorageReport | None:
-        """Return the storage of the values of the graph that runs, if a plan was made."""
+        """Return the storage of the values of the graph that runs, or None if no storage was planned."""
         last = self.last
         return None if last.plan is None else storage_of(self.optimized.graph.name, self.backend, last.graph, last.plan)
 
@@ -100,7 +100,7 @@ def program_facts(
 
 
 def _passes(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> Iterator[dict[str, Any]]:
-    """Yield what each pass changed: numbers of added and removed nodes, of nodes with other facts, and what they
+    """Yield the changes of each pass: the numbers of added, removed and altered nodes, and the nodes that each new one
     replaced.
     """
     before: Mapping[int, int] = {}
@@ -117,9 +117,11 @@ def _passes(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]
 
 
 def stage_texts(stages: Sequence[ProgramStage]) -> dict[str, Any]:
-    """Return the IR text of every stage that differs from the one before: distinct lines, and their numbers in runs.
+    """Return the IR text of every stage that differs from the previous one: a table of distinct lines, and for each
+    stage the numbers of its lines, as runs.
 
-    A run [first, count] stands for consecutive lines of the table.
+    A run [first, count] stands for consecutive lines of the table. A stage without changes has the position of the
+    stage whose text it shares.
     """
     lines: dict[str, int] = {}
     found: list[Any] = []
@@ -147,7 +149,7 @@ def stage_texts(stages: Sequence[ProgramStage]) -> dict[str, Any]:
 
 
 def _final(program: ReportProgram, times: Mapping[Node, float]) -> dict[str, Any]:
-    """Return the facts of the ops that run, by number: where results are stored, and seconds."""
+    """Return facts of the ops that run, by number: the storage of their results, and their seconds if timed."""
     numbers = program.numbers()
     stored: dict[int, list[dict[str, Any]]] = {}
     report, plan = program.storage(), program.last.plan
@@ -168,7 +170,7 @@ def _final(program: ReportProgram, times: Mapping[Node, float]) -> dict[str, Any
 
 
 def _code(program: ReportProgram, source: str) -> dict[int, list[int]]:
-    """Return, for the number of each node, the first and the last line of its code, from 0, in pairs."""
+    """Return the lines of code of each node, by its number: first and last line of each piece, counted from 0."""
     numbers = program.numbers()
     lines: dict[Node, list[int]] = {}
     if isinstance(program.executable, PythonExecutable):
@@ -186,7 +188,7 @@ def _code(program: ReportProgram, source: str) -> dict[int, list[int]]:
 
 
 def _kernel_lines(executable: Any, source: Sequence[str]) -> dict[Node, list[int]]:
-    """Return the lines of each step in the listing of a kernel program, then the lines of its kernel."""
+    """Return for each step's node its line in the listing of a kernel program, and then the lines of its kernel."""
     from treadle.backends.tvm.lowering.listing import unique_titles
 
     starts = {match[1]: at for at, line in enumerate(source) if (match := _DEFINED.match(line))}

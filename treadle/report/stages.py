@@ -1,11 +1,11 @@
-"""The graph of a program at every stage: as declared, and after each pass, with the identity of its nodes.
+"""The graph of a program at every stage: as declared, and after each pass. A node keeps its number from stage to stage.
 
     for stage in stages_of(exe.optimized):
         print(stage.name, stage.graph, stage.replaced)
 
-Nodes are numbered by the pass manager (`treadle.passes.framework.lineage.NodeHistory`). A backend's passes number them
-from the graph that they start with, and an artifact has no numbers. There, and if a pass rebuilds a node without a
-record of its replacement, two nodes are the same if their ops, types, scopes, lines and names are equal.
+The pass manager numbers the nodes (`treadle.passes.framework.lineage.NodeHistory`). A backend's passes number them
+again, starting from their input graph, and an artifact has no numbers. In these cases, and if a pass rebuilds a node
+without recording the replacement, two nodes count as the same if their ops, types, scopes, lines and names are equal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from treadle.passes.framework.pass_log import PassRecord
 DECLARED = "declared"
 """The name of the first stage."""
 OPTIMIZED = "optimized"
-"""The name of the second stage of an artifact, which has no graphs of single passes."""
+"""The name of the second stage of an artifact, which does not contain the graphs of single passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class ProgramStage:
 
     name      the pass that led to it, or `DECLARED`
     numbers   by function, the number of each node in program order
-    replaced  for a node that took over work in this pass, the numbers of the nodes that did it before
-    record    the log of the pass; None for a graph that no recorded pass made
+    replaced  for a node that replaced others in this pass, the numbers of the replaced nodes
+    record    the log entry of the pass; None for a graph that is not the result of a recorded pass
     """
 
     name: str
@@ -74,21 +74,21 @@ class _Numbering:
         return self.count - 1
 
     def follow(self, optimized: Optimized) -> None:
-        """Add a stage for each pass of a pipeline, which numbers nodes from its source graph on."""
+        """Add a stage for each pass of a pipeline. The pipeline's numbers start at its source graph."""
         before = self.stages[-1].graph
         sizes = [[len(f.nodes) for f in graph.functions.values()] for graph in (optimized.source, before)]
         if sizes[0] != sizes[1]:
             self._add("adapted", optimized.source, _positions(optimized.source), {}, None)
         numbers = self.stages[-1].numbers.values()
         known = dict(enumerate(number for held in numbers for number in held))
-        if any(record.graph is None for record in optimized.log):  # read from an artifact
+        if any(record.graph is None for record in optimized.log):  # the log was read from an artifact
             self._add(OPTIMIZED, optimized.graph, _positions(optimized.graph), {}, None)
             return
         for record in optimized.log:
             assert record.graph is not None
             if record.changed and record.history.numbers.keys() == record.graph.functions.keys():
                 self._add(record.name, record.graph, record.history, known, record)
-            elif record.changed:  # made by a backend itself, without a history
+            elif record.changed:  # a backend built it itself, without a history
                 self._add(record.name, record.graph, _positions(record.graph), {}, record)
             else:
                 last = self.stages[-1]
@@ -111,7 +111,7 @@ class _Numbering:
         return numbering[number]
 
     def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, numbering: dict[int, int]) -> None:
-        """Give new nodes that equal removed ones their numbers."""
+        """If a new node equals a removed one, give it the number of the removed node."""
         left = {numbering[n] for held in history.numbers.values() for n in held if n in numbering}
         removed: dict[object, list[int]] = {}
         for name, node, number in before.walk():

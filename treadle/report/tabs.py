@@ -1,7 +1,7 @@
-"""The tabs of the report. Each shows what a report of `treadle.explaining` or `treadle.reporting` returns.
+"""The tabs of the report. Each tab shows the result of a report of `treadle.explaining` or `treadle.reporting`.
 
 A tab is {"data": ...}, {"missing": reason, "command": text} if nothing was measured or planned, or {"error": text} if
-the report failed; the other tabs are not affected.
+its report failed. A failed report does not affect the other tabs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from treadle.ir.attention.seen_keys import live_pairs, reach_of
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.target import Target
+from treadle.passes.budget.memory_fit import MemoryFit
 from treadle.passes.sharding.timetable import Busy
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.report.memory_tab import memory_facts
@@ -30,13 +31,13 @@ from treadle.report.programs import ReportProgram
 from treadle.reporting.graphs import graph_facts
 
 MOST_BUSY = 20_000
-"""The most entries of a timetable that are drawn."""
+"""Limit on the entries of a timetable that are drawn."""
 
 Tab = dict[str, Any]
 
 
 def tab(make: Callable[[], Any]) -> Tab:
-    """Return a tab with the result of a report, or with its error."""
+    """Return a tab with the result of `make`, or with its error."""
     try:
         return {"data": make()}
     except TreadleError as error:
@@ -44,7 +45,7 @@ def tab(make: Callable[[], Any]) -> Tab:
 
 
 def missing(reason: str, command: str) -> Tab:
-    """Return a tab without data, and the command that produces it."""
+    """Return a tab without data: the reason, and the command that would produce the data."""
     return {"missing": reason, "command": command}
 
 
@@ -52,7 +53,7 @@ def overview(program: ReportProgram, target: Target, sizes: Mapping[str, int]) -
     """Return the facts of the model: parameters, cost, inputs and outputs, and the ops of a run."""
     optimized = program.optimized
     stages = optimized.stages
-    fit = next((record.fit for record in stages if record.fit is not None), None)
+    fit = next((fit for record in stages if (fit := record.product(MemoryFit)) is not None), None)
     return {
         **graph_facts(optimized.graph, sizes),
         "backend": program.backend,
@@ -69,7 +70,9 @@ _ORDER = (*UNFUSED, FUSED, ALREADY)
 
 
 def fusion_facts(program: ReportProgram) -> dict[str, Any]:
-    """Return every candidate site with its verdict, its ops by number, and the number of times that a run has it."""
+    """Return every candidate site with its verdict, the numbers of its ops, and the number of times that it occurs in a
+    run.
+    """
     numbers, calls = program.declared_numbers(), count_calls(program.optimized.source)
     sites = []
     totals = dict.fromkeys(STATUSES, 0)
@@ -93,7 +96,7 @@ def memory_tab_facts(program: ReportProgram, frames: Any, sizes: Mapping[str, in
 
 
 def storage_facts(program: ReportProgram) -> dict[str, Any]:
-    """Return the storage of each value, with the number of the op that makes it, and the layouts of weights."""
+    """Return the storage of each value, with the number of the op that computes it, and the layouts of weights."""
     report, plan = program.storage(), program.last.plan
     assert report is not None
     assert plan is not None
@@ -108,7 +111,7 @@ def storage_facts(program: ReportProgram) -> dict[str, Any]:
 
 
 def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
-    """Return every weight in the form in which it is stored, the largest first, and what the quantization reported."""
+    """Return every weight with its stored encoding, the largest first, and the report of the quantization."""
     weights: list[dict[str, Any]] = []
     for name, value in graph.parameters.items():
         encoding = value.type.encoding
@@ -128,7 +131,9 @@ def weight_facts(graph: Graph, log: Any) -> dict[str, Any]:
 
 
 def attention_facts(program: ReportProgram, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return every attention of the optimized graph: its terms, its sizes, and the pairs that it computes."""
+    """Return every attention op of the optimized graph: its mask and bias terms, its sizes, and the number of query-key
+    pairs that it computes.
+    """
     graph = program.optimized.graph
     stage = next(s for s in reversed(program.stages) if s.graph is graph or _alike(s.graph, graph))
     numbers = program.numbers_in(graph, stage)
@@ -146,7 +151,7 @@ def _alike(graph: Graph, other: Graph) -> bool:
 
 
 def _terms(node: Node) -> list[Term]:
-    """Return the masks and biases of an op, if it is an attention."""
+    """Return the mask and bias terms of an attention op; none for other ops."""
     terms = node.op.attributes.get("terms", ())
     return [term for term in terms if isinstance(term, Term)] if isinstance(terms, tuple) else []
 
@@ -181,7 +186,7 @@ def _attention(node: Node, numbers: Mapping[Node, int], sizes: Mapping[str, int]
 
 
 def step_facts(name: str, derived: DerivedStep, graph: Graph | None = None) -> dict[str, Any]:
-    """Return the derived step: states, and what each op of the graph became, if it is known."""
+    """Return the derived step: its states, and the form of each op of the graph at a step, if the graph is known."""
     return step_of(name, derived, graph).as_dict()
 
 
@@ -211,8 +216,8 @@ def log_facts(program: ReportProgram) -> dict[str, Any]:
 
 
 def frames_of_program(program: ReportProgram, target: Target) -> Any:
-    """Return the frames of the graph that runs, with the workspaces of kernels. Raises UsageError for a backend without
-    a storage plan.
+    """Return the frames of the graph that runs, including the workspaces of kernels. Raises UsageError for a backend
+    that does not plan storage.
     """
     backend, last = find_backend(program.backend), program.last
     if last.plan is None or not isinstance(backend, StagedBackend):

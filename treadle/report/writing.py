@@ -1,10 +1,10 @@
-"""The page: one HTML file with its style, its scripts and its data, which loads nothing.
+"""The page: one HTML file with its style, its scripts and its data, which loads nothing else.
 
     text = page_text("bert", {"head": {...}, "fusion": {...}})
 
-Each section of data is JSON, compressed with gzip, in base64. A damaged section does not affect the others. The page
-has a Content-Security-Policy without any source: it may run its own scripts, which are named by their hashes, and may
-neither load nor send anything. Data becomes part of the page as text only.
+Each section of data is JSON, compressed with gzip, in base64. A damaged section does not affect the others. The page's
+Content-Security-Policy allows no source: only the page's own scripts, identified by their hashes, may run, and these
+can neither load nor send anything. Data is inserted into the page only as text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STYLE = "style.css"
 SCRIPTS = ("text.js", "data.js", "sizes.js", "model.js", "graph.js", "charts.js", "details.js", "tabs.js", "main.js")
 """The parts of the page, in the order in which they run."""
 LONGEST = 4_000
-"""The most characters of one text of the data; a longer one is cut, with its length."""
+"""Limit on the characters of a text in the data. A longer text is truncated, and its length is added."""
 
 
 def page_text(title: str, sections: Mapping[str, Any]) -> str:
@@ -70,13 +70,13 @@ def _hash(text: str) -> str:
 
 
 def pack(data: Any) -> str:
-    """Return data as JSON, compressed, in base64. The result depends on the data alone."""
+    """Return data as compressed JSON in base64. The result depends only on the data."""
     text = json.dumps(plain(data), separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode("ascii"), 6, mtime=0)).decode("ascii")
 
 
 def plain(data: Any) -> Any:
-    """Return data that JSON can express: long texts are cut, numbers that are not finite become text."""
+    """Return data that JSON can express. Long texts are truncated, and NaN and infinite numbers become text."""
     if isinstance(data, str):
         return data if len(data) <= LONGEST else f"{data[:LONGEST]}... ({len(data):,} characters)"
     if data is None or isinstance(data, bool | int):

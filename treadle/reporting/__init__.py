@@ -1,4 +1,4 @@
-"""The output of the command line: facts as plain data, which `--json` prints, and the same as text and tables."""
+"""The output of the command line: facts as plain data, which `--json` prints, and the same facts as text and tables."""
 
 from typing import Any
 

@@ -17,8 +17,8 @@ _SHOWN_VALUES = 64  # an output of at most this many elements is printed in full
 
 
 def array_facts(array: np.ndarray[Any, Any]) -> Facts:
-    """Return a summary of an output: dtype, shape, min, mean and max of its finite elements; all elements of a small
-    one.
+    """Return a summary of an output: dtype, shape, and the min, mean and max of its finite elements. For a small
+    output, all elements are included.
     """
     finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array
     numbers = finite.astype(np.float64) if finite.size else None
@@ -60,14 +60,14 @@ def array_table(outputs: Mapping[str, Facts]) -> Table:
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers and lists to JSON's: NaN and infinity become null."""
+    """Convert numbers and lists to JSON values. NaN and infinity become null."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def similarity_table(sentences: Sequence[str], similarity: np.ndarray[Any, Any]) -> Table:
-    """Return a table of cosine similarities, with high ones highlighted."""
+    """Return a table of cosine similarities in which high values are highlighted."""
     table = plain_table(
         "", *map(str, range(1, len(sentences) + 1)), numbers=set(map(str, range(1, len(sentences) + 1)))
     )

@@ -1,4 +1,4 @@
-"""Errors as facts under the labels of their text, and in colors."""
+"""Errors as facts under the same labels as in their text, and as colored text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from treadle.reporting import Facts
 
 
 def error_facts(error: TreadleError) -> Facts:
-    """Return an error's parts under the labels of its text."""
+    """Return an error's parts under the same labels as in its text."""
     parts = {
         "what": error.what,
         "received": error.received,

@@ -8,7 +8,7 @@ from treadle.reporting import Facts
 
 
 def following_facts(following: Following) -> Facts:
-    """Return the values that hold an axis, and if it can be stepped, packed and split, with reasons."""
+    """Return the values that have an axis, and if the axis can be stepped, packed and split, with the reasons."""
     verdicts = {"step": following.step(), "pack": following.pack(), "split": following.split()}
     return {
         "axis": following.axis,

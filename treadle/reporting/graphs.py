@@ -1,4 +1,4 @@
-"""Graphs as facts: parameters, costs, ports, functions; and the comment lines before a graph's text."""
+"""Graphs as facts: parameters, costs, ports, functions. Also the comment lines before a graph's text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from treadle.reporting.counts import counted, human, sizes_text
 
 
 def graph_facts(graph: Graph, sizes: Mapping[str, int]) -> Facts:
-    """Return the parameters; the inputs, outputs and cost of a run of the last entry at these sizes; the number of
-    calls of each function; and states and entries, if there are any or several.
+    """Return facts of a graph as data: the parameters; the inputs, outputs and cost of a run of the last entry at these
+    sizes; and the number of calls of each function. States are included if there are any, and entries if there are
+    several.
     """
     cost = graph_cost(graph, sizes)
     main = graph.main
@@ -51,7 +52,7 @@ def port_facts(port: Port) -> Facts:
 
 
 def graph_header(facts: Facts, stage: str) -> str:
-    """Return facts as comment lines, which may precede a graph's text."""
+    """Return facts of a graph as comment lines that can precede the graph's text."""
     functions = [f for f in facts["functions"] if f["name"] not in facts.get("entries", ["main"])]
     ops = sum(f["ops"] for f in facts["functions"])
     blocks = ", ".join(f"{f['name']} is called {counted(f['calls'], 'time')}" for f in functions)
@@ -67,7 +68,9 @@ def graph_header(facts: Facts, stage: str) -> str:
 
 
 def backend_source(graph: Graph, backend: str) -> str:
-    """Return the source that a backend emits for a graph. It does not depend on the weights, so these are zeros."""
+    """Return the source that a backend emits for a graph. The source does not depend on the weights, so zeros are
+    used.
+    """
     weights = {
         name: np.zeros(value.type.storage_type.evaluate({}), value.type.storage_type.dtype.numpy)
         for name, value in graph.parameters.items()

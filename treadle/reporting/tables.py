@@ -1,4 +1,4 @@
-"""Tables and rows of items, as wide as the terminal or the pipe that they are printed to."""
+"""Tables, and rows of items, as wide as the terminal or the pipe that they are printed to."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _PIPED_WIDTH = 120
 
 
 class _Plain(Console):
-    """A console that leaves a broken pipe to its caller."""
+    """A console that passes BrokenPipeError on to its caller."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console for tables: as wide as the terminal, in colors only there."""
+    """Return a console for tables. It is as wide as the terminal, and uses colors only in a terminal."""
     stream = sys.stderr if stderr else sys.stdout
     return _Plain(stderr=stderr, highlight=False, markup=False, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 @dataclass(frozen=True)
 class Items:
-    """Texts in a row, separated by commas; lines are broken only between two of them."""
+    """Strings in a row, separated by commas. Lines are broken only between two of them."""
 
     texts: Sequence[str]
 
@@ -52,7 +52,7 @@ class Items:
 
 
 def plain_table(*columns: str, numbers: set[str]) -> Table:
-    """Return an empty table of these columns, with those in `numbers` aligned to the right."""
+    """Return an empty table with these columns. Columns in `numbers` are aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")

@@ -15,7 +15,9 @@ from treadle.reporting.tables import Items, plain_table
 
 
 def zoo_facts() -> Facts:
-    """Return the zoo's families with their defaults, and the models that can be or have been fetched."""
+    """Return the zoo's families with their defaults, and the models that can be fetched, with the paths of fetched
+    ones.
+    """
     from treadle.fetch import fetched_model
     from treadle.models.registry import family_names, find_family
     from treadle.wheels.pinned_models import PINNED
@@ -47,7 +49,9 @@ def _config_text(value: Any) -> Any:
 
 
 def zoo_tables(facts: Facts) -> Iterable[Table | Text]:
-    """Yield the zoo, the models that can be fetched, and the paths of fetched models, one per line and unbroken."""
+    """Yield tables of the zoo and of the models that can be fetched, then the path of each fetched model on an unbroken
+    line.
+    """
     zoo = plain_table("zoo", "description", "parameters", "defaults", numbers={"parameters"})
     for each in facts["zoo"]:
         defaults = Items([f"{key}={value}" for key, value in each["defaults"].items()])

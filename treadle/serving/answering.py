@@ -1,4 +1,4 @@
-"""The texts of a request: submitted to a scheduler, whose thread reports tokens to the server's event loop."""
+"""Generation for a request: a scheduler's thread generates the texts and passes tokens to the server's event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from treadle.serving.requests import WantedTexts
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A new token of a choice, and the text that is final with it."""
+    """A new token of a choice, and the text that is final after it."""
 
     index: int
     token: Token
@@ -29,17 +29,17 @@ class TokenEvent:
 
 
 class Answering:
-    """The texts of one request: the requested number for each prompt, all at once.
+    """The generation of all choices of a request: for each prompt the requested number of texts.
 
     answering = Answering(served, prompts, how, seconds=600)
-    async for burst in answering: ...        each burst is a list of the events so far
+    async for burst in answering: ...        each burst is a list of the events that are ready
     answering.cancel()                       if the loop is left early
     """
 
     def __init__(
         self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: WantedTexts, *, seconds: float
     ) -> None:
-        """Submit all texts or none. Raises RequestRefusal."""
+        """Submit all texts, or none if there is an error. Raises RequestRefusal."""
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | Ended]()
         self._left, self._choices = len(prompts) * how.choices, how.choices
         self._count = sum(map(len, prompts))
@@ -62,17 +62,15 @@ class Answering:
 
     @property
     def read(self) -> PromptTokens:
-        """Token counts of the prompts, once all events are read; a prompt counts once, whatever the number of its
-        choices.
-        """
+        """Token counts of the prompts, valid after all events are read. A prompt with several choices counts once."""
         reused = [ticket.reused for ticket in self._tickets]
         held = sum(min(reused[n : n + self._choices]) for n in range(0, len(reused), self._choices))
         return PromptTokens(self._count, held)
 
     async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
-        """Yield the events so far as lists; events of a choice are in order.
+        """Yield lists of the events that are ready. Events of a choice are in order.
 
-        Raises RequestRefusal if one of the texts is cancelled.
+        Raises RequestRefusal if the scheduler cancels one of the texts.
         """
         while self._left:
             burst = list[TokenEvent]()
@@ -86,7 +84,7 @@ class Answering:
                 raise _given_up(why)
 
     def _take(self, event: TokenEvent | Ended, burst: list[TokenEvent]) -> Cut | TreadleError | None:
-        """Append a token to a burst; for the end of a text, return the reason if it was cancelled."""
+        """Append a token to the burst. At the end of a text, return the reason if it was cancelled, else None."""
         if isinstance(event, TokenEvent):
             burst.append(event)
             return None
@@ -109,7 +107,7 @@ class Answering:
 
         def tell(what: Token | Ended) -> None:
             event = what if isinstance(what, Ended) else TokenEvent(index, what, growing.tell(what.last))
-            with contextlib.suppress(RuntimeError):  # the server and all its clients are gone
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         return TextOrder(prompt, choosing, number=draw, until=until), tell
@@ -119,5 +117,5 @@ def _given_up(why: Cut | TreadleError) -> RequestRefusal:
     if isinstance(why, TreadleError):
         return refused(why, status=500)
     if why is Cut.LATE:
-        return RequestRefusal(408, "the answer took longer than a request may", code="timeout")
+        return RequestRefusal(408, "the request exceeded the time limit", code="timeout")
     return RequestRefusal(503, "the server is being shut down", code="shutting_down")

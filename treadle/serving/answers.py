@@ -1,4 +1,4 @@
-"""The bodies of responses, as OpenAI's API reference describes them."""
+"""The bodies of responses, in the format of OpenAI's API reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REASONS = {"end": "stop", "stop": "stop", "context": "length", "count": "length
 
 @dataclass
 class GrowingChoice:
-    """One text of a response, as far as it is generated."""
+    """One choice of a response, with the text and the tokens generated so far."""
 
     index: int
     text: str = ""
@@ -33,7 +33,7 @@ class GrowingChoice:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """The number of tokens in a request's prompts, and the number of these that slots had cached."""
+    """The number of tokens in a request's prompts, and the number of these tokens that were in a cache."""
 
     count: int
     held: int
@@ -41,11 +41,11 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """Properties that all bodies of one response share.
+    """The format of a response: properties that all its bodies share.
 
     chat    True for a chat completion, False for a completion
     likely  number of most likely tokens to report; None: no logprobs
-    shown   returns the text of a token
+    shown   a function that returns the text of a token
     """
 
     model: str
@@ -65,12 +65,12 @@ class AnswerForm:
         }
 
     def begin(self, index: int) -> dict[str, Any]:
-        """Return the first chunk of a chat's choice, with the role of its message."""
+        """Return the first chunk of a chat choice, which has the role of its message."""
         delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return {**self._head("chat.completion.chunk"), "choices": [delta]}
 
     def piece(self, choice: GrowingChoice, text: str, token: Token) -> dict[str, Any]:
-        """Return the chunk for a token, which is already part of the choice."""
+        """Return the chunk for a token. The token is already part of the choice."""
         before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
         logprobs = self._logprobs([token], before)
         new: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": _REASONS[token.ending]}
@@ -81,7 +81,7 @@ class AnswerForm:
         return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [new]}
 
     def counts(self, choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
-        """Return the last chunk of a stream with usage."""
+        """Return the last chunk of a stream, with the token counts (usage)."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [], "usage": usage(choices, read)}
 
@@ -91,7 +91,7 @@ class AnswerForm:
 
     def _choice(self, choice: GrowingChoice) -> dict[str, Any]:
         logprobs = self._logprobs(choice.tokens, 0)
-        reason = _REASONS[choice.ending or "count"]  # a choice without tokens, as requested
+        reason = _REASONS[choice.ending or "count"]  # the choice has no tokens: the request set the maximum to 0
         made: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": reason}
         if self.chat:
             return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
@@ -126,7 +126,7 @@ def _representable(logprob: float) -> float:
 
 
 def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any]:
-    """Return the token counts of prompts and completions."""
+    """Return the token counts of prompts and completions, OpenAI's usage object."""
     made = sum(len(choice.tokens) for choice in choices)
     return {
         "prompt_tokens": read.count,
@@ -137,7 +137,7 @@ def usage(choices: Sequence[GrowingChoice], read: PromptTokens) -> dict[str, Any
 
 
 def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[str, Any]:
-    """Return the response with vectors f32[N, D]."""
+    """Return the response with vectors f32[N, D]; if `as_bytes`, each vector is base64 of its float32 elements."""
 
     def encoded(vector: Array) -> str | list[float]:
         return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_bytes else vector.astype(float).tolist()
@@ -148,12 +148,12 @@ def embeddings(model: str, vectors: Array, tokens: int, as_bytes: bool) -> dict[
 
 
 def text_of(body: object) -> bytes:
-    """Return a body as bytes."""
+    """Return a body as JSON in UTF-8."""
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(body: object) -> bytes:
-    """Return a body as an event of a stream (server-sent events, HTML standard, section 9.2)."""
+    """Return a body as an event of a stream (server-sent events, HTML standard, section 9.2), in bytes."""
     return b"data: " + text_of(body) + b"\n\n"
 
 

@@ -1,9 +1,9 @@
-"""The server: routes, limits, keys and metrics, on Starlette.
+"""The server: routes, limits, API key and metrics, on Starlette.
 
     POST /v1/completions, /v1/chat/completions, /v1/embeddings
-    GET  /v1/models, /v1/models/NAME, /metrics (Prometheus's text form), /health
+    GET  /v1/models, /v1/models/NAME, /metrics (Prometheus's text format), /health
 
-Every error response is an error object with a status of 4xx, or 5xx if the server failed. If the client of a request
+Every error response is an error object, with status 4xx, or 5xx if the server failed. If the client of a request
 disconnects, the request is cancelled.
 """
 
@@ -35,16 +35,16 @@ from treadle.serving.requests import WantedTexts
 
 JSON = "application/json"
 GONE = 499
-"""The status in metrics of a request whose client has disconnected, as in nginx."""
+"""The status, in metrics, of a request whose client has disconnected, as in nginx."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of a request.
 
-    body     bytes of its body
-    arrival  seconds until the body must have arrived
-    seconds  seconds until its response must have ended
+    body     maximum size of the body in bytes
+    arrival  seconds within which the body must arrive
+    seconds  seconds within which the response must end
     """
 
     body: int = 1 << 20
@@ -53,7 +53,9 @@ class Limits:
 
 
 class Server:
-    """The application's state: models by name, limits, and the key that clients must send; None: no key is needed."""
+    """The application's state: models by name, limits, and the API key that clients must send (None: no key is
+    needed).
+    """
 
     def __init__(self, served: Sequence[Served], *, limits: Limits | None = None, key: str | None = None) -> None:
         self.served = {each.name: each for each in served}
@@ -62,7 +64,9 @@ class Server:
         self.metrics = Metrics([each for each in served if isinstance(each, ServedWriter)])
 
     def application(self, *, drain: float = 0.0) -> Starlette:
-        """Return an ASGI application. It starts the schedulers, and closes them within `drain` seconds of its end."""
+        """Return an ASGI application. It starts the schedulers. When it ends, running requests have `drain` seconds to
+        finish.
+        """
 
         @contextlib.asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -145,7 +149,7 @@ class Server:
                 response = Response(status_code=GONE)  # the client has gone and does not read it
             except Exception as error:
                 print(f"{method} {path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                response = _json(RequestRefusal(500, "the server failed to answer this", code="internal").body, 500)
+                response = _json(RequestRefusal(500, "the server failed to answer", code="internal").body, 500)
             self.metrics.count(path, response.status_code, time.monotonic() - started)
             return response
 
@@ -161,7 +165,9 @@ class Server:
             )
 
     async def _fields(self, request: Request) -> Fields:
-        """Read the body's members. It must be JSON, not too large, and arrive in time."""
+        """Return the fields of the body. Raises RequestRefusal if the body is not JSON, is too large, or arrives too
+        late.
+        """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != JSON:
             raise RequestRefusal(415, f"the body must be of the type {JSON}", code="unsupported_media_type")
@@ -211,7 +217,7 @@ class Server:
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
         bursts = self._timed(answering, served)
         if how.streams:
-            first = asyncio.ensure_future(anext(bursts, None))  # an immediate error has a status of its own
+            first = asyncio.ensure_future(anext(bursts, None))  # an error before the first token sets the status
             await asyncio.wait([first])
             if (error := first.exception()) is not None:
                 raise error
@@ -231,7 +237,7 @@ class Server:
         return _json(answer.whole(choices, answering.read))
 
     async def _timed(self, answering: Answering, served: ServedWriter) -> AsyncIterator[list[TokenEvent]]:
-        """Yield the events; record the time of the first one in the metrics."""
+        """Yield the events. Record the time of the first event in the metrics."""
         started, is_first = time.monotonic(), True
         async for burst in answering:
             if is_first:
@@ -262,10 +268,10 @@ async def _events(
     choices: Sequence[GrowingChoice],
     counts: bool,
 ) -> AsyncIterator[bytes]:
-    """Yield a stream's events. An error after the first token is an event, since the status has been sent.
+    """Yield a stream's events. The status is already sent, so an error is sent as an event.
 
-    Events that are ready at the same time are one part of the body. After each part the event loop gets a turn, in
-    which it notices a disconnected client: asyncio warns about many writes to a lost connection.
+    Events that are ready at the same time are sent as one part of the body. After each part the event loop runs other
+    tasks, so that it notices a disconnected client: asyncio warns about many writes to a lost connection.
     """
     part = [event(answer.begin(choice.index)) for choice in choices] if answer.chat else []
     burst = first
@@ -293,8 +299,8 @@ async def _gone(request: Request) -> None:
 
 
 async def _unrouted(request: Request, error: HTTPException) -> Response:
-    """Return the error for an unknown route, or for another method of a known one."""
-    what = {404: "there is nothing at this address", 405: "this address needs another method"}
+    """Return the error for an unknown route, or for a method that a route does not support."""
+    what = {404: "there is no route with this path", 405: "this path does not support this method"}
     said = what.get(error.status_code, str(error.detail))
     return _json(RequestRefusal(error.status_code, said).body, error.status_code, dict(error.headers or {}))
 

@@ -1,7 +1,8 @@
-"""Fields of a request's body: each is read once with its type; fields that were not read are refused by name.
+"""Fields of a request's body. Each is read once with its type. Fields that were not read are errors that name the
+field.
 
-fields = Fields({"model": "smollm2", "max_tokens": 16})
-fields.text("model"); fields.whole("max_tokens", least=0); fields.end()
+    fields = Fields({"model": "smollm2", "max_tokens": 16})
+    fields.text("model"); fields.whole("max_tokens", least=0); fields.end()
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ X = TypeVar("X")
 
 
 class Fields:
-    """The members of an object, read one by one. A null member counts as absent.
+    """The members of a JSON object, read one by one. A member that is null counts as absent.
 
-    within  the object's place in the body, "" for the body itself
+    within  the path of the object in the body; "" for the body itself
     """
 
     def __init__(self, members: Mapping[str, Any], within: str = "") -> None:
@@ -28,17 +29,17 @@ class Fields:
         self._known: set[str] = set()
 
     def refuse(self, name: str, message: str) -> RequestRefusal:
-        """Return an error about a field."""
+        """Return an error response about a field. The message continues after the field's name."""
         place = f"{self.within}.{name}" if self.within else name
         return RequestRefusal(400, f"{place} {message}", field=place)
 
     def take(self, name: str) -> Any:
-        """Return a member unchanged; None if it is absent."""
+        """Return a member unchanged, or None if it is absent."""
         self._known.add(name)
         return self._left.pop(name, None)
 
     def text(self, name: str, *, longest: int = 1 << 20) -> str | None:
-        """Return a string of at most `longest` characters."""
+        """Return a string of at most `longest` characters, or None if it is absent."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, str) and len(x) <= longest
@@ -47,12 +48,12 @@ class Fields:
         return found
 
     def truth(self, name: str, otherwise: bool = False) -> bool:
-        """Return true or false."""
+        """Return a boolean, or `otherwise` if it is absent."""
         found = self._checked(name, lambda x: isinstance(x, bool), "must be true or false")
         return otherwise if found is None else bool(found)
 
     def whole(self, name: str, *, least: int = 0, most: int = 2**31 - 1) -> int | None:
-        """Return an integer."""
+        """Return an integer in the range, or None if it is absent."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
@@ -61,7 +62,7 @@ class Fields:
         return found
 
     def number(self, name: str, *, least: float, most: float) -> float | None:
-        """Return a finite number."""
+        """Return a finite number in the range, or None if it is absent."""
 
         def holds(x: Any) -> bool:
             return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and least <= x <= most
@@ -70,18 +71,18 @@ class Fields:
         return None if found is None else float(found)
 
     def texts(self, name: str, *, most: int, longest: int = 1 << 20) -> list[str]:
-        """Return a string, or a list of at most `most` strings, as a list."""
+        """Return a list of at most `most` nonempty strings. The member may be a single string."""
         found = self.take(name)
         listed = [found] if isinstance(found, str) else found
         if listed is None:
             return []
         fits = isinstance(listed, list) and len(listed) <= most
         if not fits or not all(isinstance(x, str) and 0 < len(x) <= longest for x in listed):
-            raise self.refuse(name, f"must be a string, or a list of at most {most}; none of them empty")
+            raise self.refuse(name, f"must be a nonempty string, or a list of at most {most} nonempty strings")
         return list(listed)
 
     def objects(self, name: str, *, most: int) -> list[Fields]:
-        """Return a nonempty list of objects."""
+        """Return a list of 1 to `most` objects."""
         found = self.take(name)
         if found is None and (near := NearestNames(self._left).of(name)):
             raise self.refuse(near[0][:80], f"is not a supported field; did you mean {name}?")
@@ -91,18 +92,20 @@ class Fields:
         return [Fields(each, f"{place}[{i}]") for i, each in enumerate(found)]
 
     def only(self, name: str, values: Sequence[Any], why: str) -> None:
-        """Refuse an unsupported value of a field; `values` are the supported ones, and `why` is the reason."""
+        """Raise RequestRefusal if a field has a value that is not in `values`, the supported values. `why` is the
+        reason.
+        """
         found = self.take(name)
         if found is not None and not any(type(found) is type(value) and found == value for value in values):
             raise self.refuse(name, why)
 
     def ignored(self, *names: str) -> None:
-        """Skip fields that have no effect here."""
+        """Skip fields that have no effect on this server."""
         for name in names:
             self.take(name)
 
     def end(self) -> None:
-        """Refuse fields that were not read."""
+        """Raise RequestRefusal if there is a field that was not read."""
         for name in self._left:
             near = NearestNames(self._known).of(name)
             hint = f"; did you mean {near[0]}?" if near else ""

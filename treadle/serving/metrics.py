@@ -1,4 +1,4 @@
-"""The server's metrics, in Prometheus's text form."""
+"""The server's metrics, in Prometheus's text format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """Metrics of one server, in a separate registry."""
 
     def __init__(self, writers: Sequence[ServedWriter]) -> None:
         self._registry = CollectorRegistry()
@@ -36,7 +36,7 @@ class Metrics:
         self._registry.register(_Loads(writers))
 
     def count(self, route: str, status: int, seconds: float) -> None:
-        """Record a response."""
+        """Record a response: its route, its status, and the seconds until it, or until the first part of a stream."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
@@ -45,13 +45,13 @@ class Metrics:
         self._first.labels(model).observe(seconds)
 
     def text(self) -> bytes:
-        """Return all metrics."""
+        """Return all metrics as text in UTF-8."""
         found: bytes = generate_latest(self._registry)
         return found
 
 
 class _Loads(Collector):
-    """The load of the schedulers, read when metrics are collected."""
+    """A collector of the schedulers' loads, which are read when metrics are scraped."""
 
     def __init__(self, writers: Sequence[ServedWriter]) -> None:
         self._writers = writers
@@ -60,7 +60,7 @@ class _Loads(Collector):
         rows = GaugeMetricFamily("treadle_rows", "Texts in generation", labels=["model"])
         waiting = GaugeMetricFamily("treadle_waiting", "Requests that wait for a row", labels=["model"])
         tokens = CounterMetricFamily("treadle_tokens", "Tokens processed and generated", labels=["model", "kind"])
-        steps = CounterMetricFamily("treadle_steps", "Steps of all rows at once", labels=["model"])
+        steps = CounterMetricFamily("treadle_steps", "Decoding steps; each advances all rows", labels=["model"])
         for each in self._writers:
             load = each.scheduler.load()
             rows.add_metric([each.name], load.running)

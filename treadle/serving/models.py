@@ -1,4 +1,4 @@
-"""Served models: a language model, whose rows a scheduler assigns, or an embedding model for sentences."""
+"""Served models: a language model with a scheduler, or a sentence embedding model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS, CAPACITY, QUEUE = 16, 2048, 256
 
 
 class ServedWriter:
-    """A language model under a name: its tokenizer, and its rows."""
+    """A language model with its served name, its tokenizer, and a scheduler for its rows."""
 
     def __init__(
         self, name: str, writer: TextWriter, *, rows: int, capacity: int, queue: int, resumes: bool | None = None
@@ -35,13 +35,13 @@ class ServedWriter:
 
     @property
     def description(self) -> str:
-        """A short description of its capacity."""
+        """The number and the length of its rows, and the size of their caches, as text."""
         session = self.scheduler.session
         rows = len(session.rows) + session.free
         return f"{rows} rows of {session.capacity} tokens, {session.nbytes / 1e6:.0f} MB of caches"
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return the ids of a prompt. Raises RequestRefusal for a prompt that does not fit into a row."""
+        """Return the token ids of a prompt. Raises RequestRefusal if the prompt does not fit into a row."""
         try:
             ids = prompt.ids if prompt.text is None else tuple(self.writer.tokens([prompt.text])[0])
             self.scheduler.check(ids)
@@ -50,7 +50,9 @@ class ServedWriter:
         return ids
 
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the ids of a conversation, up to the start of the assistant's answer. Raises RequestRefusal."""
+        """Return the token ids of a conversation, up to the start of the assistant's answer. Raises RequestRefusal if
+        the model has no chat template, the template raises an error, or the conversation does not fit into a row.
+        """
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()
@@ -61,7 +63,7 @@ class ServedWriter:
         return ids
 
     def close(self, *, drain: float) -> None:
-        """Stop generation; see `Scheduler.close`."""
+        """Stop generation, with `drain` seconds for running texts; see `Scheduler.close`."""
         self.scheduler.close(drain=drain)
         if self._template is not None:
             self._template.close()
@@ -72,7 +74,9 @@ class ServedWriter:
 
 
 class ServedEmbedder:
-    """A sentence encoder under a name. One request is computed at a time; a bounded number waits."""
+    """A sentence embedding model with its served name. It computes one request at a time; at most `queue` requests
+    wait.
+    """
 
     def __init__(self, name: str, embedder: SentenceEmbedder, *, queue: int) -> None:
         self.name, self.embedder, self.queue = name, embedder, queue
@@ -82,13 +86,13 @@ class ServedEmbedder:
 
     @property
     def description(self) -> str:
-        """A short description of its output."""
+        """The length of its vectors, as text."""
         return f"embeddings of {self.embedder.width} numbers"
 
     def embed(self, texts: Sequence[str]) -> Embedded:
-        """Return vectors of texts; block until it is this request's turn.
+        """Return the vectors of texts. This waits until earlier requests are done.
 
-        Raises RequestRefusal if too many requests wait, or a text cannot be embedded.
+        Raises RequestRefusal if too many requests wait, or if a text cannot be embedded.
         """
         with self._count:
             if self._waiting >= self.queue:
@@ -108,7 +112,7 @@ Served = ServedWriter | ServedEmbedder
 
 
 def queue_full(why: str) -> RequestRefusal:
-    """Return the response to a request that cannot be accepted at the moment."""
+    """Return the error response to a request that may be accepted later: status 429."""
     return RequestRefusal(429, f"{why}; try again later", code="queue_full", headers={"Retry-After": "1"})
 
 
@@ -122,9 +126,10 @@ class Opening:
     resumes: bool | None = None
 
     def open(self, model: str, **options: Any) -> Served:
-        """Compile a model, given as NAME=MODEL or MODEL, for text generation, or else for embeddings.
+        """Compile a model for text generation, or, if it does not generate text, for embeddings.
 
-        options  as in `treadle.compile`, and `cache`
+        model    NAME=MODEL, or MODEL, which is then named after the last part of its path
+        options  the options of `treadle.compile`, and `cache`
 
         If the model supports neither, raises the error of text generation.
         """

@@ -13,8 +13,8 @@ class RequestRefusal(Exception):
     """An error response.
 
     status   HTTP status: 4xx if the client can correct the request
-    message  one sentence or two
-    field    the invalid field of the body, if any
+    message  one or two sentences
+    field    path of the invalid field in the body, if any
     code     an error code for programs
     headers  additional headers
     """
@@ -34,7 +34,7 @@ class RequestRefusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """Return the error object."""
+        """The error object, as OpenAI's API returns it."""
         kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.field, "code": self.code}}
 
@@ -42,7 +42,7 @@ class RequestRefusal(Exception):
 def refused(
     error: TreadleError, *, status: int = 400, field: str | None = None, code: str | None = None
 ) -> RequestRefusal:
-    """Convert one of our errors to an error response: the error, the received value, the hint."""
+    """Return the error response for one of our errors. Its message has the error, the received value and the hint."""
     said = [error.what]
     if error.received:
         said.append(f"received {error.received}")

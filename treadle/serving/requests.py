@@ -1,7 +1,7 @@
 """Parsing of requests' bodies: completions, chat completions and embeddings, as in OpenAI's API reference.
 
-Unknown fields, and fields that would change an answer and are not supported, are refused by name. Supported in addition
-to the reference: top_k, min_p, repetition_penalty.
+Unknown fields are errors, and so are fields that would change an answer but are not supported. Supported in addition to
+the reference: top_k, min_p, repetition_penalty.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from treadle.serving.fields import Fields
 from treadle.serving.refusals import RequestRefusal
 
 MOST_TEXTS = 128
-"""Maximum number of continuations of one request, prompts times choices."""
+"""Maximum number of texts that one request generates: the number of prompts times the number of choices."""
 MOST_INPUTS = 2048
 """Maximum number of texts to embed in one request."""
 MOST_MESSAGES = 1024
@@ -29,7 +29,7 @@ _NESTING, _VALUES = 16, 200_000
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: text or token ids."""
+    """A prompt: either text or token ids."""
 
     text: str | None = None
     ids: tuple[int, ...] = ()
@@ -37,13 +37,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class WantedTexts:
-    """Parameters of the continuations in a request.
+    """Generation parameters of a request.
 
-    model     the model's name
+    model     the served name of the model
     choices   number of choices per prompt
-    most      maximum number of tokens of each; None: as many as fit
+    most      maximum number of tokens per choice; None: as many as fit into a row
     sampling, stop   see `treadle.runtime`
-    penalties   token rules by name; None: those of the model's folder
+    penalties   penalties by name; None: the penalties of the model's folder
     likely    number of most likely tokens to report with each token; None: no logprobs
     streams   True if the response is streamed
     usage     True if a stream ends with token counts
@@ -62,7 +62,7 @@ class WantedTexts:
 
 @dataclass(frozen=True)
 class WantedCompletions:
-    """A request for completions: prompts, and parameters of their continuations."""
+    """A request for completions: prompts and generation parameters."""
 
     prompts: tuple[Prompt, ...]
     how: WantedTexts
@@ -70,7 +70,7 @@ class WantedCompletions:
 
 @dataclass(frozen=True)
 class WantedChat:
-    """A request for a chat completion: messages with role and content, and parameters of the answers."""
+    """A request for a chat completion: messages, each with role and content, and generation parameters."""
 
     messages: tuple[Mapping[str, str], ...]
     how: WantedTexts
@@ -80,7 +80,7 @@ class WantedChat:
 class WantedEmbeddings:
     """A request for embeddings.
 
-    as_bytes   True for vectors as base64 of their float32 numbers, little-endian, instead of numbers
+    as_bytes   True if vectors are returned as base64 of their little-endian float32 elements, False for JSON numbers
     """
 
     model: str
@@ -144,21 +144,23 @@ def read_embeddings(fields: Fields) -> WantedEmbeddings:
 
 
 def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> WantedTexts:
-    """Parse the fields that completions and chats share, and refuse unread fields."""
+    """Return the generation parameters that completions and chats share. Raises RequestRefusal for invalid fields and
+    for fields that no one has read.
+    """
     temperature = fields.number("temperature", least=0, most=2)
     top_p = fields.number("top_p", least=0, most=1)
     seed = fields.whole("seed", most=2**63 - 1)
     sampling = Sampling(
         temperature=1.0 if temperature is None else temperature,
         top_k=fields.whole("top_k") or 0,
-        top_p=1.0 if top_p is None else max(top_p, 1e-9),  # 0 selects the most likely token only
+        top_p=1.0 if top_p is None else max(top_p, 1e-9),  # 0 selects only the most likely token
         min_p=fields.number("min_p", least=0, most=1) or 0.0,
         seed=secrets.randbits(62) if seed is None else seed,
     )
     presence = fields.number("presence_penalty", least=-2, most=2)
     repetition = fields.number("repetition_penalty", least=0.01, most=100)
     fields.only(
-        "frequency_penalty", (0, 0.0), "penalizes tokens by their counts, which is not supported; presence_penalty is"
+        "frequency_penalty", (0, 0.0), "penalizes tokens by count, which is not supported; use presence_penalty"
     )
     fields.only("logit_bias", ({},), "changes single logits, which is not supported")
     penalties = {"presence_penalty": presence, "repetition_penalty": repetition}

@@ -1,4 +1,4 @@
-"""The server process: the listening address, and a graceful shutdown."""
+"""The server process: listen on an address, serve, and shut down gracefully."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from treadle.serving.models import Served
 
 _BACKLOG = 2048
 CONNECTIONS = 1024
-"""Maximum number of connections; further ones get status 503."""
+"""Maximum number of connections. Further connections get status 503."""
 
 
 def serve(
@@ -29,10 +29,10 @@ def serve(
     drain: float = 30.0,
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; running requests then have `drain` seconds to finish.
+    """Serve until SIGINT or SIGTERM. Then running requests have `drain` seconds to finish.
 
-    port    0: any free port
-    ready   called with the address once the server listens
+    port    the port to listen on; 0: any free port
+    ready   called with the server's URL once it listens
 
     Raises UsageError if the server cannot listen at the address.
     """
@@ -57,7 +57,7 @@ def serve(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Ignore the signal that the server raises again after it shut down: the shutdown is not a failure."""
+    """Ignore the signal that uvicorn raises again after the shutdown, so that the process exits with status 0."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Models split over a mesh: planned and checked, simulated without any device, saved, and run by ranks.
+"""Models that are split over a mesh: planned, checked, simulated without any device, saved, and run by ranks.
 
     plan = shard_model("gpt2", "tp=2,dp=2", recipe="megatron")
     print(plan)                                     # placements, collectives, and the reasons
@@ -6,7 +6,7 @@
 
 plans.py            the plan, and the programs of ranks
 needs.py            memory and time of one device
-lab_trials.py       all ranks simulated in this process, compared with the whole model
+lab_trials.py       all ranks simulated in this process, compared with the unsplit model
 sharded_models.py   plan and weights in one file
 rank_models.py      one rank's part, compiled and loaded by its own process
 """

@@ -1,4 +1,4 @@
-"""`try_in_lab`: simulate the programs of all ranks of a plan without any device, and compare with the whole model."""
+"""`try_in_lab`: simulate the programs of all ranks of a plan without any device, and compare with the unsplit model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from treadle.sharding.plans import rank_graph
 Array = np.ndarray[Any, Any]
 
 NEAR = 1e-11
-"""Largest error of the lab's outputs, relative to the largest element: float64 sums in another order."""
+"""Tolerance of the lab: the error of an output relative to its largest element. float64 sums differ by their order."""
 
 
 @dataclass(frozen=True)
 class LabTrial:
-    """The error of the ranks' results, compared with the whole model.
+    """The errors of the ranks' results compared with the unsplit model.
 
-    differences  by output: the largest difference, relative to the largest element
+    differences  for each output, the largest difference relative to the largest element
     sizes        sizes of the symbols
-    collectives  number of collectives, counted per group of ranks
+    collectives  number of collectives, counted once for each group of ranks
     """
 
     differences: Mapping[str, float]
@@ -41,7 +41,7 @@ class LabTrial:
 
     @property
     def passed(self) -> bool:
-        """True if every output is as accurate as float64 allows."""
+        """True if the error of every output is within the tolerance of float64."""
         return all(difference <= NEAR for difference in self.differences.values())
 
     def facts(self) -> dict[str, Any]:
@@ -63,13 +63,13 @@ def try_in_lab(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> LabTrial:
-    """Run the programs of all ranks in lockstep, and the whole model, in float64 on random inputs.
+    """Run the programs of all ranks in lockstep, and the unsplit model, in float64 on random inputs.
 
     weights  by name; default: initial values plus a little noise, so that no bias is zero
     sizes    sizes of the symbols; default: sizes that are not divisible by the mesh
 
-    Raises GraphError if collectives of ranks do not match, and for more ranks than the lab supports; UsageError for
-    quantized weights whose values cannot be drawn.
+    Raises GraphError if the collectives of ranks do not match, or if there are more ranks than the lab supports;
+    UsageError for quantized weights whose values cannot be drawn.
     """
     refuse_many_ranks(plan.devices)
     graph = plan.graph
@@ -97,7 +97,7 @@ def try_in_lab(
 
 
 def _difference(found: Array, wanted: Array) -> float:
-    """Return the largest difference, relative to the largest element or to 1."""
+    """Return the largest difference relative to the largest element, or relative to 1 if that element is smaller."""
     if not wanted.size:
         return 0.0
     apart = np.abs(np.asarray(found, np.float64) - np.asarray(wanted, np.float64))

@@ -11,11 +11,11 @@ from treadle.backends.staged import StagedBackend
 from treadle.ir.analysis.cost import parameter_bytes
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
-from treadle.passes.framework.manager import PassManager
 from treadle.passes.memory.frames import frames_of, live_at
 from treadle.passes.sharding.gather_ahead import bytes_ahead
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.timetable import Cause, PipelineTimes, Timetable, timetable_of
+from treadle.passes.stages import Lower, run
 from treadle.program.budgets import choose_sizes
 from treadle.reporting.counts import human
 from treadle.sharding.plans import rank_graph
@@ -23,16 +23,16 @@ from treadle.sharding.plans import rank_graph
 
 @dataclass(frozen=True)
 class DeviceNeeds:
-    """The needs of the last rank, whose parts are at least as large as any other rank's, at the plan's sizes.
+    """The needs of the last rank at the plan's sizes. No other rank has larger parts.
 
-    weights  bytes of its parts of the weights
-    values   bytes of values alive at the peak, by the storage plan of its program for the NumPy backend, including
-             weights that are gathered at the same time for the next call
-    ports    bytes of the inputs, which are whole, and of its parts of the outputs
-    memory   bytes that the device has
+    weights  bytes of the rank's parts of the weights
+    values   bytes of values alive at the peak, by the storage plan of the rank's program for the NumPy backend, with
+             weights that are gathered ahead for the next call
+    ports    bytes of the inputs, which every rank gets whole, and of the rank's parts of the outputs
+    memory   bytes of memory of the device
     times    the timetable of work and collectives
-    stages   the timetables of a pipeline's stages. Then `times` belongs to the last stage
-    stage    the pipeline stage that holds the most; all bytes refer to this stage
+    stages   the timetables of a pipeline's stages. Then `times` is the timetable of the last stage
+    stage    the pipeline stage that needs the most memory; all bytes refer to this stage
     """
 
     weights: int
@@ -44,14 +44,16 @@ class DeviceNeeds:
     stage: int = 0
 
     def causes(self) -> list[Cause]:
-        """The reasons of collectives, the longest first; for a pipeline, over a rank of each stage."""
+        """Return the reasons of collectives, the longest collective first; for a pipeline, over one rank of each
+        stage.
+        """
         if self.stages is None:
             return self.times.causes()
         return Timetable(tuple([each for times in self.stages.stages for each in times.busy]), ()).causes()
 
     @property
     def held(self) -> int:
-        """Total bytes that it holds."""
+        """Total bytes that the device holds."""
         return self.weights + self.values + self.ports
 
     @property
@@ -61,12 +63,14 @@ class DeviceNeeds:
 
     @property
     def limit(self) -> str:
-        """The bottleneck of a run: "memory" if it does not fit, else the largest part of its time, one of LIMITS."""
+        """The bottleneck of a run: "memory" if the model does not fit, else the largest share of the time, one of
+        LIMITS.
+        """
         times = self.times.by_limit()
         return max(times, key=lambda name: times[name]) if self.fits else "memory"
 
     def facts(self) -> dict[str, Any]:
-        """Return the needs for JSON."""
+        """Return the needs as JSON."""
         return {
             "weights": self.weights,
             "values": self.values,
@@ -99,7 +103,7 @@ class DeviceNeeds:
         return "\n".join([*lines, self.limit_line()])
 
     def run_line(self) -> str:
-        """Return a line on the least time of a run and its parts."""
+        """Return a line of text with the minimum time of a run, split into work and collectives."""
         times = self.times
         if not times.collectives:
             return f"a run takes at least {milliseconds(times.seconds)} of work, and no collectives"
@@ -109,12 +113,12 @@ class DeviceNeeds:
         )
 
     def _hidden(self) -> str:
-        """Return a phrase on the collectives that overlap with other work."""
+        """Return the part of `run_line` on collectives that overlap with other work; "" if hardly any do."""
         hidden = self.times.work + self.times.collectives - self.times.seconds
         return f",\n  {milliseconds(hidden)} of these overlapped" if hidden > 0.01 * self.times.seconds else ""
 
     def limit_line(self) -> str:
-        """Return a line on the bottleneck."""
+        """Return a line of text on the bottleneck."""
         if not self.fits:
             over = human(int(self.held - self.memory), "B")
             return f"memory limits: {over} too much, {self.weights / self.held:.0%} of it weights"
@@ -149,7 +153,7 @@ def device_needs(plan: ShardingPlan) -> DeviceNeeds:
 
 
 def _held(program: Graph, sizes: Mapping[str, int]) -> tuple[int, int, int]:
-    """Return the bytes of weights, of values at the peak, and of inputs and outputs."""
+    """Return the bytes of weights, the bytes of values at the peak, and the bytes of inputs and outputs."""
     ports = [*program.main.inputs, *program.main.outputs.values()]
     values = _peak(program, sizes) + bytes_ahead(program, sizes)
     return parameter_bytes(program), values, sum(v.type.bytes_at(sizes) for v in ports)
@@ -158,10 +162,10 @@ def _held(program: Graph, sizes: Mapping[str, int]) -> tuple[int, int, int]:
 def _peak(program: Graph, sizes: Mapping[str, int]) -> int:
     """Return the bytes of values alive at the peak, by the storage plan of the NumPy backend.
 
-    The backend is not asked if it can run the program: it has no bf16, but its storage plan is valid all the same.
+    That backend cannot run programs in bf16, but its storage plan is valid for them. So its check is skipped.
     """
     numpy, target = find_backend("numpy"), Target("cpu")
     assert isinstance(numpy, StagedBackend)
-    lowered = PassManager(numpy.pipeline(target), target=target).run(program)
+    lowered = run(program, [Lower(tuple(numpy.pipeline(target)))], target=target)
     assert lowered.plan is not None
     return max((n for _, n in live_at(frames_of(lowered.plan), lowered.graph.main.name, sizes)), default=0)

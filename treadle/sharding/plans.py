@@ -1,7 +1,7 @@
 """`shard_model`: plan a model over a mesh, check the plan, and derive the programs of its ranks.
 
-The planned graph has all composites recognized and is not yet fused further (`treadle.passes.pipelines`); the programs
-of ranks pass through the rest of the pipeline.
+The planned graph has passed through the stages before `shard` (`treadle.passes.stages`); the programs of ranks pass
+through the stages after it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ from typing import Any
 from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import MERGING, RECOGNITION
+from treadle.passes.framework.facts import RECOGNIZED, initial_facts
+from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.checking import check_sharding
-from treadle.passes.sharding.gather_ahead import GatherAhead
 from treadle.passes.sharding.plan import ShardingPlan
-from treadle.passes.sharding.rank_programs import rank_program
 from treadle.passes.sharding.recipes import shard
+from treadle.passes.stages import Overlap, Shard, rows_before, run
 from treadle.program.budgets import choose_sizes
 from treadle.program.options import CompileOptions
-from treadle.program.precision import computing_in
 from treadle.program.source import AnyModel
 
 
@@ -37,17 +35,17 @@ def shard_model(
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
 
     model            as in `treadle.compile`
-    mesh             axes with their sizes, the one with the most traffic first: "tp=8,dp=2"
+    mesh             axes with their sizes, the axis with the most traffic first: "tp=8,dp=2"
     recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
                      replicates an axis that the recipe splits
     device           the device of each rank: "h100", "a100", "cpu", or a `Machine`
-    options          as in `treadle.compile`; `sizes` are those for which costs are compared
+    options          as in `treadle.compile`; costs are compared at `sizes`
 
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
     """
     chosen = CompileOptions.of("shard", options)
-    _, optimized = chosen.optimized(model, RECOGNITION, deferred=True)
+    _, optimized = chosen.optimized(model, before=Shard, deferred=True)
     return plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
 
 
@@ -60,17 +58,23 @@ def plan_graph(
     sizes: Mapping[str, int] | None = None,
     device: str | Machine = "h100",
 ) -> ShardingPlan:
-    """Plan a graph with all composites recognized, and check the plan: see `shard_model`."""
+    """Plan a graph whose composites are all recognized, and check the plan: see `shard_model`."""
     choose_sizes(graph, sizes or {})  # refuses sizes that the graph does not allow
     plan = shard(graph, mesh, recipe=recipe, axes=axes, sizes=sizes, device=device)
     check_sharding(plan)
     return plan
 
 
-def rank_graph(plan: ShardingPlan, rank: int, *, dtype: str | None = None) -> Graph:
-    """Return the program of a rank after the rest of the pipeline.
+def rank_graph(plan: ShardingPlan, rank: int, options: CompileOptions | None = None) -> Graph:
+    """Return the program of a rank after the stages that follow `shard`.
 
-    dtype  the dtype of products with weights, as in `treadle.compile`
+    options  those of the model, for `dtype` and `without`
     """
-    passes, _ = computing_in(dtype, MERGING, ())
-    return PassManager([*passes, GatherAhead()]).run(rank_program(plan, rank)).graph
+    return rank_optimized(plan, rank, options).graph
+
+
+def rank_optimized(plan: ShardingPlan, rank: int, options: CompileOptions | None = None) -> Optimized:
+    """Return the program of a rank, and the log of the stages that follow `shard`."""
+    stages = (options or CompileOptions()).stages(Shard(plan, rank), Overlap())
+    rest = stages[len(rows_before(Shard, stages)) :]
+    return run(plan.graph, rest, facts=initial_facts(plan.graph) | {RECOGNIZED})

@@ -1,11 +1,11 @@
-"""`compile_rank`: compile this rank's part of a model by any backend, and load its part of the weights.
+"""`compile_rank`: compile this rank's part of a model with any backend, and load its part of the weights.
 
     with join() as ranks:
         part = compile_rank("gpt2", "tp=2", ranks, recipe="megatron", backend="torch")
-        logits = part(tokens=ids)["logits"]           # this rank's part of it
-        whole = part.gathered(part(tokens=ids))       # on rank 0, joined
+        logits = part(tokens=ids)["logits"]           # this rank's part of the logits
+        whole = part.gathered(part(tokens=ids))       # all of them, on rank 0
 
-Every rank plans by itself, and ranks compare versions, plans, weights and inputs before anything runs.
+Every rank computes the plan by itself. Ranks compare versions, plans, weights and inputs before anything runs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
 from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights
-from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.checking import check_sharding
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.plan_printing import plan_hash
 from treadle.passes.sharding.rank_programs import rank_weights, refuse_small_sizes
 from treadle.passes.sharding.whole_outputs import with_whole_outputs
+from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import initial_weight
@@ -48,16 +48,16 @@ from treadle.stepped import SteppedModel, step_of
 
 Array = np.ndarray[Any, Any]
 
-_SAMPLE = 8  # ranks compare a hash of this number of elements at each end of a weight
+_SAMPLE = 8  # number of elements at each end of a weight that ranks compare by a hash
 
 
 @dataclass(frozen=True)
 class RankModel:
-    """A rank's part of a sharded model: call it with whole arrays by name, on all ranks.
+    """A rank's part of a sharded model. All ranks call it with the same whole arrays, by name.
 
     executable    the compiled program of the rank
     communicator  runs its collectives, and counts the bytes that they moved
-    loaded        bytes of the checkpoint in its parts of the weights; 0 if they are drawn
+    loaded        bytes that the rank's parts of the weights have in the checkpoint; 0 if they are drawn
     seed          the seed of drawn weights
     """
 
@@ -91,9 +91,11 @@ class RankModel:
             return self.executable(**arrays)
 
     def gathered(self, parts: Mapping[str, Any], **arrays: Any) -> Outputs | None:
-        """Return outputs joined from all ranks' parts on rank 0, None on the others. All ranks have to call it.
+        """Return the whole outputs on rank 0, joined from all ranks' parts; None on other ranks. All ranks must call
+        it.
 
-        arrays  the inputs of the call that returned them
+        parts   this rank's parts, which a call returned
+        arrays  the inputs of that call
         """
         sizes, plan, met = self.sizes(**arrays), self.plan, self.communicator
         made = Outputs()
@@ -117,11 +119,11 @@ class RankModel:
 
 
 def compile_rank(model: AnyModel, mesh: Mesh | str, ranks: Ranks, **options: Any) -> RankModel:
-    """Plan a model over a mesh, and compile this rank's part of it. All ranks call it with the same arguments.
+    """Plan a model over a mesh, and compile this rank's part. All ranks call it with the same arguments.
 
     options  the options of `RankPart.of`
 
-    Raises as that does, and BackendError if the backend refuses the rank's program.
+    Raises as `RankPart.of` does, and BackendError if the backend refuses the rank's program.
     """
     part = RankPart.of(model, mesh, ranks, **options)
     executable, _ = build(find_backend(part.backend), part.program, part.target, part.weights)
@@ -131,7 +133,7 @@ def compile_rank(model: AnyModel, mesh: Mesh | str, ranks: Ranks, **options: Any
 def open_rank_stepped(
     model: AnyModel, mesh: Mesh | str, ranks: Ranks, *, cache: str | None = None, **options: Any
 ) -> SteppedModel:
-    """Compile the step of generation for this rank: sessions hold caches of this rank's heads, and return whole logits.
+    """Compile the step of generation for this rank. Sessions hold caches of this rank's heads, and return whole logits.
 
     All ranks must make the same calls. Raises as `compile_rank` and `treadle.stepped.open_stepped` do; PassError for a
     plan that splits tokens, or rows of a batch.
@@ -143,9 +145,9 @@ def open_rank_stepped(
 
 @dataclass(frozen=True)
 class RankPart:
-    """The program of a rank, and its parts of the weights, for compilation.
+    """The program of a rank and its parts of the weights, before compilation.
 
-    loaded  bytes of the checkpoint in these parts; seed: the seed of drawn weights
+    loaded  bytes that these parts have in the checkpoint; seed: the seed of drawn weights
     """
 
     name: str
@@ -172,18 +174,18 @@ class RankPart:
         whole: bool = False,
         **options: Any,
     ) -> RankPart:
-        """Plan, compare with the other ranks, start torch.distributed, and load weights.
+        """Plan the model, compare with the other ranks, start torch.distributed, and load this rank's weights.
 
-        agree  further values that ranks compare, in addition to versions, plans and weights
-        whole  True if every rank gets the whole of each output
+        agree   further values that ranks compare, in addition to versions, plans and weights
+        whole   True if every rank gets the whole of each output
 
         Other arguments are as in `treadle.sharding.shard_model` and `treadle.compile`. Raises as these do; UsageError,
-        on all ranks, if ranks differ or the mesh has another number of ranks; RankError if another rank fails.
+        on all ranks, if ranks differ or if their number differs from the mesh's; RankError if another rank fails.
         """
         chosen = CompileOptions.of("rank", options)
         source = chosen.open(model)
         ranks.doing(f"planning {source}")
-        resolved, optimized = chosen.optimized(source, RECOGNITION, deferred=True)
+        resolved, optimized = chosen.optimized(source, before=Shard, deferred=True)
         plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
         if whole:
             if plan.pipeline is not None:
@@ -203,18 +205,18 @@ class RankPart:
         communicator = ranks.start(plan, where.kind)
         ranks.doing("reading its part of the weights")
         own, loaded = load_part(plan, ranks.rank, held, seed)
-        source.check()  # the weights were read long after their files were opened
+        source.check()  # weights were read long after their files were opened
         ranks.doing("compiling")
-        program = rank_graph(plan, ranks.rank)
+        program = rank_graph(plan, ranks.rank, chosen)
         given = {name: own[name] for name in program.parameters}
         drawn = None if held is not None else seed
         return cls(resolved.name, plan, program, given, communicator, backend, where, loaded, drawn)
 
 
 class _MetExecutable:
-    """Entries of a rank's program, with collectives; see `treadle.backends.protocol.StatefulExecutable`."""
+    """The entries of a rank's program, run with collectives; see `treadle.backends.protocol.StatefulExecutable`."""
 
-    exact_rows = False  # the order in which a collective adds depends on the size
+    exact_rows = False  # the order of additions in a collective depends on the size
 
     def __init__(self, executable: StatefulExecutable, communicator: Communicator) -> None:
         self._executable, self._communicator = executable, communicator
@@ -247,10 +249,10 @@ class _MetEntry:
 def load_part(
     plan: ShardingPlan, rank: int, held: Mapping[str, Any] | None, seed: int = 0
 ) -> tuple[dict[str, Any], int]:
-    """Return a rank's parts of the weights, and the number of bytes that they have in their files.
+    """Return a rank's parts of the weights, and the number of bytes that these have in their files.
 
-    held  by name: arrays, mapped or deferred (`treadle.frontends.deferred_arrays`), of which only the parts are read;
-          None: they are drawn from the seed. Weights that the plan quantizes are read whole
+    held  arrays by name, mapped or deferred (`treadle.frontends.deferred_arrays`); only the rank's parts are read, but
+          weights that the plan quantizes are read whole. None: weights are drawn from the seed
     """
     own = rank_weights(plan, rank, _Weights(plan.graph, held, seed))
     if held is None:
@@ -276,7 +278,7 @@ class _Weights(Mapping[str, Any]):
         return encode_weights(self.graph, {n: self._number(n) for n in balances[0].read}, balances)[name]
 
     def _number(self, name: str) -> Any:
-        """Return a weight, given or drawn."""
+        """Return a weight before quantization: the given array, or drawn."""
         if self.held is not None and name not in self.held:
             raise UsageError(f"weights= lacks {name}")
         return initial_weight(self.graph, name, self.seed) if self.held is None else self.held[name]
@@ -289,7 +291,7 @@ class _Weights(Mapping[str, Any]):
 
 
 def _weights_text(held: Mapping[str, Any] | None, seed: int) -> str:
-    """Describe weights for the comparison between ranks: all shapes and dtypes, and some elements of each."""
+    """Return a text that ranks compare: a hash of the shapes, the dtypes, and some elements of each weight."""
     if held is None:
         return f"drawn from {seed}"
     digest = hashlib.sha256()
@@ -303,7 +305,9 @@ def _weights_text(held: Mapping[str, Any] | None, seed: int) -> str:
 
 
 def _holders(plan: ShardingPlan, name: str, placed: MeshPlacement) -> list[int]:
-    """Return the ranks that together hold all parts of an output, each part once; the first rank of copies."""
+    """Return the ranks that together hold all parts of an output, each part once. Of several copies, the first rank's
+    counts.
+    """
     mesh = plan.devices
     if placed.partial:
         raise RankError("an output is left as a partial sum", received=placed.text(mesh))
@@ -314,5 +318,5 @@ def _holders(plan: ShardingPlan, name: str, placed: MeshPlacement) -> list[int]:
 
 
 def _array(part: Any) -> Array:
-    """Return a result as an array in CPU memory."""
+    """Return an array or a tensor as an array in CPU memory."""
     return np.ascontiguousarray(part.cpu().numpy() if hasattr(part, "cpu") else part)

@@ -1,9 +1,10 @@
-"""A sharded model with its weights in one `.treadle` file: the plan is saved, programs of ranks are derived from it.
+"""A sharded model with its weights in one `.treadle` file. The plan is saved; the programs of ranks are derived from
+it.
 
-made = sharded("gpt2", "tp=2", recipe="megatron")
-made.save("gpt2.treadle")
-again = load_sharded("gpt2.treadle")
-again.program(1), again.parts(1)        # the program of rank 1, and its parts of the weights: views of the mapped file
+    made = sharded("gpt2", "tp=2", recipe="megatron")
+    made.save("gpt2.treadle")
+    again = load_sharded("gpt2.treadle")
+    again.program(1), again.parts(1)    # the program of rank 1, and its parts of the weights: views of the mapped file
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from treadle.ir.graph import Graph
 from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
-from treadle.passes.pipelines import RECOGNITION
 from treadle.passes.sharding.plan import ShardingPlan
 from treadle.passes.sharding.rank_programs import rank_weights
+from treadle.passes.stages import Shard
 from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel
 from treadle.program.weights import weights_of
@@ -40,10 +41,10 @@ class ShardedModel:
 
     name       the model's name
     plan       the plan of the graph with all composites recognized
-    optimized  the graph as declared, the planned graph, and the log between them
-    weights    whole, by name
+    optimized  the graph as declared, the planned graph, and the pass log between them
+    weights    the unsplit weights, by name
     options    the options that were set, as in `treadle.compiled.Compiled`
-    seed       the seed of drawn weights; None if they were given
+    seed       the seed of drawn weights; None if they were not drawn
     """
 
     name: str
@@ -58,13 +59,14 @@ class ShardedModel:
         return rank_graph(self.plan, rank)
 
     def parts(self, rank: int) -> dict[str, Array]:
-        """Return the parts of the weights that a rank's program uses: views of the whole weights."""
+        """Return the parts of the weights that a rank's program uses, as views of the unsplit weights."""
         return rank_weights(self.plan, rank, self.weights)
 
     def save(self, path: PathLike) -> str:
-        """Write plan, graph and weights to one `.treadle` file, and return its seal. Equal models give equal bytes.
+        """Write plan, graph and weights to one `.treadle` file, and return the file's seal. Equal models give equal
+        bytes.
 
-        `treadle.load` reads such a file as the whole model. Raises UsageError if it cannot be written.
+        `treadle.load` reads such a file as the unsplit model. Raises UsageError if the file cannot be written.
         """
         what = self.name, "numpy", "cpu", self.optimized, self.weights, self.seed, self.plan
         return write_artifact(path, *what, options=self.options)
@@ -81,10 +83,10 @@ def sharded(
 ) -> ShardedModel:
     """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would use.
 
-    Raises as both do.
+    Raises as these two do.
     """
     chosen = CompileOptions.of("shard", options)
-    resolved, optimized = chosen.optimized(model, RECOGNITION)
+    resolved, optimized = chosen.optimized(model, before=Shard)
     plan = plan_graph(optimized.graph, mesh, recipe=recipe, axes=axes, sizes=chosen.sizes, device=device)
     bound, drawn = weights_of(resolved, optimized.graph, chosen.arrays, chosen.seed)
     for name, value in optimized.graph.parameters.items():
@@ -98,12 +100,12 @@ def sharded(
 def load_sharded(
     path: PathLike, *, limits: ArtifactLimits | Mapping[str, int] | None = None, check: bool = True
 ) -> ShardedModel:
-    """Load a file of `ShardedModel.save`; weights are mapped, and read when they are used.
+    """Load a file of `ShardedModel.save`. Weights are mapped, and read when they are used.
 
     check  compare every weight with its hash, which reads the whole file once
 
-    The plan is checked in any case. Raises as `treadle.artifacts.open_artifact` does, PassError for a plan that is
-    wrong, and UsageError for a file without one.
+    The plan is always checked. Raises as `treadle.artifacts.open_artifact` does, PassError for a plan that is wrong,
+    and UsageError for a file without a plan.
     """
     held = open_artifact(path, limits=limits, check=check)
     if held.sharding is None:

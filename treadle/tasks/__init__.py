@@ -1,1 +1,1 @@
-"""Tasks of models with heads: one file per task, with shared loading, batching and labels."""
+"""Tasks of models with heads: one file per task, and shared files for loading, batching and labels."""

@@ -4,9 +4,10 @@
     (best,) = reader.answer([("Where did Ada live?", "Ada lived in London.")])[0]
     best.text, best.start, best.end
 
-A text that is too long for the model is read in overlapping windows. A span's score is the probability of its first
-token times the probability of its last. Probabilities are over the text's tokens in its window and the first token of
-the window, which stands for no answer: as in Hugging Face's pipeline of transformers 4.
+If a text is too long for the model, it is read in overlapping windows. The score of a span is the probability of its
+first token times the probability of its last token. These probabilities are a softmax over the tokens of the text in
+the window and the window's first token, which stands for "no answer". Hugging Face's pipeline does the same
+(transformers 4).
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ Array = np.ndarray[Any, Any]
 
 HEAD = Head("answer questions", ("ForQuestionAnswering",))
 WINDOW, OVERLAP = 384, 128
-"""Tokens of a window, question included, and the number of tokens that it shares with the next window."""
+"""Number of tokens of a window, including the question, and number of tokens that two consecutive windows share."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """A span of the text.
 
-    text        the span, from the start of its first word to the end of its last
-    score       its probability
-    start, end  its offsets in the text, in characters
+    text        the span, from the start of its first word to the end of its last word
+    score       the probability of the span
+    start, end  offsets of the span in the text, in characters
     """
 
     text: str
@@ -72,12 +73,13 @@ class QuestionAnswerer:
         longest: int = 15,
         progress: Progress | None = None,
     ) -> list[list[Answer]]:
-        """Return the best answers to each (question, text), best first.
+        """Return the best answers for each (question, text) pair, best first.
 
         top      number of answers, at different positions
         longest  maximum number of tokens of an answer
 
-        Raises UsageError if there is no question, if a question or text is empty, or if no room is left for the text.
+        Raises UsageError if there is no question, if a question or a text is empty, or if the question leaves no room
+        for the text.
         """
         if not asked or not all(question.strip() and text.strip() for question, text in asked):
             raise UsageError("a question needs a text that may contain the answer")
@@ -104,7 +106,7 @@ class QuestionAnswerer:
         tokenizer = self.opened.tokenizer
         most = WINDOW if tokenizer.max_tokens is None else min(WINDOW, tokenizer.max_tokens)
         ((question,),) = tokenizer.encode([pair[0]])
-        room = most - len(question) - 2  # a pair has two more special tokens than its first text
+        room = most - len(question) - 2  # a pair has two more special tokens than a single text
         if room < 1:
             raise UsageError(
                 f"the question leaves no room for the text in the {most} tokens that the model supports",
@@ -115,12 +117,14 @@ class QuestionAnswerer:
 
 
 def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest: int) -> list[Answer]:
-    """Return the best spans of a window from logits [S, 2] of the start and end of an answer."""
+    """Return the best spans of a window, best first. `logits` [S, 2] are the logits of the start and the end of an
+    answer.
+    """
     of_text = np.array([part == 1 for part in window.parts])
     if not of_text.any():
         return []
     known = of_text.copy()
-    known[0] |= window.parts[0] is None  # a special token there stands for no answer, and gets a probability
+    known[0] |= window.parts[0] is None  # the first token stands for "no answer"
     start, end = (np.where(of_text, softmax(np.where(known, logits[:, i], -np.inf)), 0) for i in (0, 1))
     scores = np.triu(np.outer(start, end))
     scores = np.tril(scores, longest - 1)
@@ -138,7 +142,7 @@ def _best_spans(text: str, window: EncodedText, logits: Array, top: int, longest
 
 
 def _word_bounds(window: EncodedText, token: int) -> tuple[int, int]:
-    """Return the offsets of the word that contains a token of the text."""
+    """Return the start and end of the word that contains a token of the text, as character offsets."""
     same = [
         place
         for place, part, word in zip(window.offsets, window.parts, window.words, strict=True)

@@ -1,4 +1,4 @@
-"""Classify texts, or pairs of texts, by a head over the whole text: sentiment, topic, entailment.
+"""Classify texts, or pairs of texts, with one label for the whole input: sentiment, topic, entailment.
 
 classifier = TextClassifier.open(Program("folder"))
 classifier.classify(["I like it.", ("A man sleeps.", "A man is awake.")])
@@ -16,17 +16,17 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 
 Text = str | tuple[str, str]
 Progress = Callable[[int], None]
-"""Called with the number of finished inputs."""
+"""A function that is called with the number of finished inputs."""
 
 HEAD = Head("classify texts", ("ForSequenceClassification",))
 
 
 @dataclass(frozen=True)
 class Classified:
-    """A text's labels.
+    """The labels of a text.
 
-    scores  every label, best first
-    tokens  number of tokens of the text that were read, including special ones
+    scores  all labels with their scores, best first
+    tokens  number of tokens of the text after truncation, including special tokens
     cut     True if the text was too long and was truncated
     """
 
@@ -41,7 +41,7 @@ class Classified:
 
     @property
     def score(self) -> float:
-        """The best label's score."""
+        """The score of the best label."""
         return self.scores[0].score
 
 
@@ -59,7 +59,7 @@ class TextClassifier:
         return cls(opened, read_labels(opened.config))
 
     def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:
-        """Return the labels of each text or pair. Raises UsageError if there is no text."""
+        """Return the labels of each text, or of each pair of texts. Raises UsageError if the list is empty."""
         if not texts:
             raise UsageError("there is no text to classify")
         encoded = [whole for (whole,) in self.opened.tokenizer.encode(texts)]

@@ -76,7 +76,9 @@ class DecodingSettings:
             self._refuse("only --chat accepts", ("system",))
 
     def _refuse(self, what: str, names: Sequence[str]) -> None:
-        """Raise UsageError if one of these settings is not its default."""
+        """Raise UsageError if one of these settings differs from its default. `what` begins the message; the flags
+        follow.
+        """
         fields = type(self).__dataclass_fields__
         given = [name for name in names if getattr(self, name) != fields[name].default]
         if given:
@@ -85,19 +87,19 @@ class DecodingSettings:
 
     @property
     def sampling(self) -> Sampling:
-        """The choice of the next token."""
+        """The sampling settings."""
         from treadle.runtime.sampling import Sampling
 
         return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.min_p)
 
     @property
     def search(self) -> Beams | None:
-        """The beam search, if there is one."""
+        """The beam search settings, or None without --beams."""
         from treadle.runtime.beams import Beams
 
         return None if self.beams is None else Beams(self.beams, self.length_penalty, self.best)
 
     @property
     def penalties(self) -> dict[str, Any]:
-        """The penalties that are set, in place of the folder's."""
+        """The penalties that the user set. They override the folder's penalties."""
         return {"repetition_penalty": self.repetition_penalty, "presence_penalty": self.presence_penalty or None}

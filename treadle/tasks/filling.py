@@ -26,12 +26,12 @@ HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTra
 
 @dataclass(frozen=True)
 class Filling:
-    """A prediction for a mask.
+    """A predicted token for a mask.
 
-    token  the token as text
-    id     its id in the vocabulary
-    score  its probability
-    text   the whole text with the token in the mask's place; other masks are unchanged
+    token  the token as a string
+    id     the token's id in the vocabulary
+    score  the token's probability
+    text   the whole text with this token in place of the mask; other masks are unchanged
     """
 
     token: str
@@ -42,13 +42,13 @@ class Filling:
 
 @dataclass(frozen=True)
 class Filled:
-    """A text's masks in order, each with its most likely tokens, best first."""
+    """The masks of a text, in order. For each mask, the most likely tokens, best first."""
 
     masks: tuple[tuple[Filling, ...], ...]
 
     @property
     def best(self) -> Filling:
-        """The first mask's most likely token."""
+        """The most likely token for the first mask."""
         return self.masks[0][0]
 
 
@@ -56,7 +56,7 @@ class Filled:
 class MaskFiller:
     """A masked language model.
 
-    mask  the mask token, as text
+    mask  the mask token, as a string
     """
 
     opened: OpenedModel
@@ -82,12 +82,13 @@ class MaskFiller:
         among: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> list[Filled]:
-        """Return the most likely tokens behind each text's masks.
+        """Return the most likely tokens for each mask of each text.
 
-        top    number of tokens
-        among  consider only these tokens of the vocabulary, with their probabilities over the whole vocabulary
+        top    number of tokens per mask
+        among  consider only these tokens; their probabilities are still over the whole vocabulary
 
-        Raises UsageError if there is no text, a text has no mask, or a name is not in the vocabulary.
+        Raises UsageError if the list is empty, if a text has no mask, or if a token of `among` is not in the
+        vocabulary.
         """
         if not texts:
             raise UsageError("there is no text to fill")
@@ -118,7 +119,12 @@ class MaskFiller:
     def _filled(
         self, encoded: EncodedText, places: Sequence[int], logits: Array, top: int, allowed: list[int] | None
     ) -> Filled:
-        """Return the predictions for a text's masks from their positions and logits."""
+        """Return the predictions for a text's masks.
+
+        places   the positions of the masks
+        logits   the logits at these positions
+        allowed  ids of the tokens to consider; None: all tokens
+        """
         tokenizer = self.opened.tokenizer
         masks = []
         for place, row in zip(places, logits, strict=True):

@@ -1,9 +1,10 @@
-"""A folder's settings for text generation: generation_config.json, else config.json, as Hugging Face reads them.
+"""A folder's settings for text generation, as Hugging Face reads them: from generation_config.json, or else from
+config.json.
 
-settings = GenerationSettings.read(folder, config)
-settings.start, settings.end, settings.rules, settings.beams, settings.most
-asked = FolderRules.read(ModelSource.open(folder))
-asked.rules, asked.end, asked.options, asked.file
+    settings = GenerationSettings.read(folder, config)
+    settings.start, settings.end, settings.rules, settings.beams, settings.most
+    asked = FolderRules.read(ModelSource.open(folder))
+    asked.rules, asked.end, asked.options, asked.file
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ class FolderRules:
     """The default logits processors and end tokens of a language model's folder.
 
     rules    the logits processors
-    end      ids that end a text
+    end      ids of the tokens that end a text
     options  the options in the file that set the rules, by name
     file     the name of that file
 
-    The caller decides sampling, search and length (`do_sample`, `temperature`, `num_beams` and the like are not read).
-    `forced_bos_token_id` applies to a decoder that begins with one token, and is not read.
+    The caller chooses sampling, search and length, so `do_sample`, `temperature`, `num_beams` and similar options are
+    not read. `forced_bos_token_id` applies only to decoders that begin with a single token, and is not read.
     """
 
     rules: TokenRules = field(default_factory=TokenRules)
@@ -55,7 +56,9 @@ class FolderRules:
 
     @classmethod
     def read(cls, source: ModelSource) -> FolderRules:
-        """Read a folder's files, or the end tokens in a file. Raises CheckpointError if an option is invalid."""
+        """Return the rules in a folder's files. For a model in a single file, return only the end tokens. Raises
+        CheckpointError if an option is invalid.
+        """
         if source.kind == "gguf":
             return cls(end=source.end_tokens)
         place = source.folder
@@ -70,12 +73,12 @@ class FolderRules:
         return f"from {self.file}: " + ", ".join(f"{n} {printable(f'{x}', 60)}" for n, x in self.options.items())
 
     def as_dict(self) -> dict[str, Any] | None:
-        """Return the options and their file for `--json`; None if no option changes anything."""
+        """Return the options and their file for `--json`, or None if no option has an effect."""
         return {"file": self.file, "options": dict(self.options)} if self.options else None
 
     def but(self, **given: float | None) -> FolderRules:
-        """Return these rules with the caller's values; None keeps the folder's value. Raises UsageError for a value
-        out of range.
+        """Return a copy of these rules with the caller's values. A value of None keeps the folder's value. Raises
+        UsageError for a value out of range.
         """
         said = {name: value for name, value in given.items() if value is not None}
         left = {name: value for name, value in self.options.items() if name not in said}
@@ -86,10 +89,10 @@ class FolderRules:
 class GenerationSettings:
     """The default settings of text generation.
 
-    start  the token with which a decoder begins; None if the folder has no encoder
-    end    ids that end a text
+    start  the first token of the decoder; None if the folder has no encoder
+    end    ids of the tokens that end a text
     most   maximum number of generated tokens
-    beams  None: greedy
+    beams  settings of the beam search; None: greedy decoding
     rules  logits processors
     """
 
@@ -103,7 +106,7 @@ class GenerationSettings:
     def read(
         cls, place: ModelFolder, config: Mapping[str, Any], task: Mapping[str, Any] | None = None
     ) -> GenerationSettings:
-        """Read the settings from a folder's files.
+        """Return the settings in a folder's files.
 
         task  the settings of one task in config.json (task_specific_params), which take precedence
 
@@ -130,7 +133,9 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Options by name, each with the file that contains it: the file's name, and its name in errors."""
+    """A reader of options: the options by name, the name of the file that contains them, and the file's path for
+    errors.
+    """
 
     said: Mapping[str, Any]
     file: str
@@ -138,10 +143,10 @@ class _Reader:
 
     @classmethod
     def of(cls, place: ModelFolder, config: Mapping[str, Any], task: Mapping[str, Any] | None = None) -> _Reader:
-        """Return the options of a folder; see `GenerationSettings.read`."""
+        """Return a reader of the options of a folder; see `GenerationSettings.read`."""
         said: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
         file = _CONFIG
-        if place.has(_FILE):  # config.json then only names the special tokens
+        if place.has(_FILE):  # then only the special tokens are read from config.json
             file = _FILE
             found = place.read_settings(_FILE)
             said = {name: value for name, value in said.items() if name in _SPECIAL}
@@ -151,7 +156,7 @@ class _Reader:
         return cls(said | dict(task or {}), file, place.show(file))
 
     def without(self, option: str) -> _Reader:
-        """Return all options except one."""
+        """Return a reader without one of the options."""
         return replace(self, said={name: value for name, value in self.said.items() if name != option})
 
     def rules(self) -> TokenRules:
@@ -198,7 +203,7 @@ class _Reader:
         return tuple(self._id(name, each) for each in (value if isinstance(value, list) else [value]))
 
     def words(self, name: str) -> tuple[tuple[int, ...], ...]:
-        """Return forbidden words, each of one token or more."""
+        """Return an option that lists forbidden words. Each word is one or more token ids."""
         value = self.said.get(name, [])
         if not isinstance(value, list) or not all(isinstance(word, list) and word for word in value):
             raise self._wrong(name, "a list of words, each a list of ids")

@@ -1,9 +1,10 @@
-"""Read image files as inputs of a model: Pillow decodes, then resize, crop and normalize by preprocessor_config.json.
+"""Read image files as inputs of a model. Pillow decodes the file. preprocessor_config.json specifies the resize, the
+crop and the normalization.
 
     reader = ImageReader.open(folder, "vit", sides=(224, 224))
     pixels = reader.read(["cat.jpg"])            # f32[1, 3, 224, 224]
 
-Sources: the image processors of Hugging Face transformers over Pillow; their defaults by the kind of model.
+Sources: the image processors of Hugging Face transformers that use Pillow, and their defaults for each kind of model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _IMAGE_PIXELS = 100_000_000
 _MOST_SIDE = 1 << 14
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _HALF = (0.5, 0.5, 0.5)
-_BILINEAR, _BICUBIC = 2, 3  # numbers of Pillow's filters
+_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers of these filters
 
 _CLIP: Mapping[str, Any] = {
     "size": {"shortest_edge": 224},
@@ -55,18 +56,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "dinov2": _CLIP,
     "siglip": {"size": 224, "resample": _BICUBIC, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
 }
-"""Defaults for a preprocessor_config.json, by config.json's model_type."""
+"""Defaults for options that preprocessor_config.json does not set, by config.json's model_type."""
 
 
 @dataclass(frozen=True)
 class ImageReader:
-    """The conversion of images to pixels.
+    """A converter of images to pixels.
 
     size       (height, width), or the length of the shorter side; None: no resize
-    resample   the number of Pillow's filter
+    resample   Pillow's number of the resize filter
     crop       (height, width) of the center crop; None: no crop
-    scale      factor for pixels of 0 to 255
-    mean, std  of the three channels: (pixels - mean) / std; None: no normalization
+    scale      factor for pixel values of 0 to 255
+    mean, std  one value per channel, for (pixels - mean) / std; None: no normalization
     """
 
     size: tuple[int, int] | int | None
@@ -78,9 +79,9 @@ class ImageReader:
 
     @classmethod
     def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
-        """Read a folder's settings, with the defaults of its kind of model.
+        """Return the reader that a folder specifies, with the defaults of `kind`, the kind of model.
 
-        sides  the (height, width) of the model's input, which images must be converted to; None: any
+        sides  the (height, width) that images must have after conversion, the model's input size; None: any size
 
         Raises CheckpointError if the file is damaged or contradicts the model, and FrontendError if Pillow is not
         installed.
@@ -117,12 +118,12 @@ class ImageReader:
 
     @property
     def sides(self) -> tuple[int, int] | None:
-        """The (height, width) of all images after conversion; None if it differs from image to image."""
+        """The (height, width) of all images after conversion; None if the size depends on the image."""
         found = self.crop or self.size
         return found if isinstance(found, tuple) else None
 
     def read(self, paths: Sequence[PathLike]) -> Pixels:
-        """Return images as pixels [N, 3, height, width]. Raises UsageError for a file that is not an image, or too
+        """Return images as pixels f32[N, 3, height, width]. Raises UsageError if a file is not an image or is too
         large.
         """
         return np.stack([self._pixels(path) for path in paths])
@@ -150,7 +151,7 @@ class ImageReader:
 
 
 def _read_image(path: PathLike) -> Any:
-    """Return a file's image in RGB, rotated by its EXIF orientation."""
+    """Return the image in a file as RGB, rotated as its EXIF orientation specifies."""
     import PIL.Image
     import PIL.ImageOps
 
@@ -169,7 +170,7 @@ def _read_image(path: PathLike) -> Any:
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except UsageError:
         raise
-    except Exception as error:  # Pillow's readers raise any exception
+    except Exception as error:  # Pillow's readers may raise any exception
         raise UsageError(
             "the file is not an image that can be read",
             received=type(error).__name__ if "BytesIO" in str(error) else printable(str(error), 200),
@@ -179,7 +180,9 @@ def _read_image(path: PathLike) -> Any:
 
 
 def _middle(pixels: npt.NDArray[Any], crop: tuple[int, int]) -> npt.NDArray[Any]:
-    """Return the center crop of an image [3, H, W]; a smaller image is padded with black on all sides."""
+    """Return the center crop of an image [3, H, W]. If the image is smaller than the crop, it is padded with black on
+    all sides.
+    """
     for axis, side in zip((1, 2), crop, strict=True):
         have = pixels.shape[axis]
         if have < side:

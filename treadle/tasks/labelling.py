@@ -21,7 +21,8 @@ from treadle.tasks.scoring import Scored, best_first, label_scores
 HEAD = Head("label images", ("ForImageClassification", "ForImageClassificationWithTeacher"))
 _BATCH = 8
 _RESIZED = ("dinov2",)
-"""Kinds of models that accept images of any size. The folder's preprocessing decides it, not config.json's image_size.
+"""Kinds of models that accept images of any size. Their input size follows from the folder's preprocessing, and not
+from config.json's image_size.
 """
 
 
@@ -36,8 +37,8 @@ class ImageLabeller:
 
     @classmethod
     def open(cls, program: Program) -> ImageLabeller:
-        """Open a model. Raises UsageError if the folder has no such head, CheckpointError for a damaged file, and as
-        `compile`.
+        """Open a model. Raises UsageError if the folder's class has no such head, CheckpointError for a damaged file,
+        and the errors of `compile`.
         """
         place, config = checked_folder(program, HEAD)
         kind = image_kind(config)
@@ -48,7 +49,9 @@ class ImageLabeller:
         return cls(made, reader, read_labels(config), config)
 
     def label(self, paths: Sequence[PathLike], *, progress: Progress | None = None) -> list[tuple[Scored, ...]]:
-        """Return every label of each image, best first. Raises UsageError for no file, or one that is not an image."""
+        """Return all labels of each image with their scores, best first. Raises UsageError if there is no file, or if a
+        file is not an image.
+        """
         if not paths:
             raise UsageError("there is no image to label")
         found: list[tuple[Scored, ...]] = []
@@ -61,17 +64,17 @@ class ImageLabeller:
 
 
 def image_sides(model: Compiled) -> tuple[int, int]:
-    """Return the (height, width) of the images that a model accepts. Raises CheckpointError if they do not have three
-    channels.
+    """Return the (height, width) of the images that a model accepts. Raises CheckpointError if the model's images do
+    not have three channels.
     """
     pixels = next(port for port in model.inputs if port.name == "pixels")
     channels, height, width = (size.constant for size in pixels.type.shape[1:])
     if channels != 3 or height is None or width is None:
-        raise CheckpointError("image files have three channels", received=f"the model needs {pixels}")
+        raise CheckpointError("images must have three channels and a fixed size", received=f"the model needs {pixels}")
     return height, width
 
 
 def image_kind(config: Mapping[str, object]) -> str:
-    """Return the kind of model whose defaults apply to a folder's preprocessing."""
+    """Return the kind of model whose preprocessing defaults apply to a folder with this config.json."""
     kind = str(config.get("model_type"))
     return kind if kind in DEFAULTS else "vit"

@@ -4,8 +4,8 @@
     model.classify("I like it.").label
     model.answer("Where did Ada live?", "Ada lived in London.").text
 
-A method takes one input or a list of them, and returns one result or a list. The model of a task is compiled at its
-first use, and cached. Each task is also a class in a file of `treadle.tasks`, for direct use.
+A method takes one input or a list of inputs. It returns one result, or a list of results. A task's model is compiled at
+the first call of the task's method, and cached. Each task is also a class in a file of `treadle.tasks`, for direct use.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ T = TypeVar("T")
 
 
 class _TaskModel(Generic[T]):
-    """The model of a task, an attribute that is compiled when it is first read, and kept.
+    """A descriptor for a task's model. The model is compiled at the first access, and cached.
 
-    kind  its class in `treadle.tasks`: "classifying.TextClassifier"
+    kind  the task's class in `treadle.tasks`, such as "classifying.TextClassifier"
     """
 
     def __init__(self, kind: str) -> None:
@@ -64,10 +64,10 @@ class _TaskModel(Generic[T]):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The model that MODEL names, and its compile options; see the module.
+    """The model that MODEL names, and its compile options; see the module's docstring.
 
-    A method raises UsageError with the model's class if it lacks the head, CheckpointError if a file that the task
-    needs is missing or damaged, and the errors of `treadle.compile`.
+    A method raises UsageError, with the name of the model's class, if the model lacks the head; CheckpointError if a
+    file that the task needs is missing or damaged; and the errors of `treadle.compile`.
     """
 
     program: Program
@@ -79,7 +79,9 @@ class LoadedModel:
     @overload
     def classify(self, texts: list[Text] | list[str] | list[tuple[str, str]]) -> list[Classified]: ...
     def classify(self, texts: Any) -> Any:
-        """Return the labels of a text or of a pair (text, text), best first; for a list, the labels of each."""
+        """Return the labels of a text or of a pair (text, text), best first. For a list, return the labels of each
+        item.
+        """
         return self.classifier.classify(texts) if _many(texts) else self.classifier.classify([texts])[0]
 
     @overload
@@ -87,8 +89,8 @@ class LoadedModel:
     @overload
     def answer(self, question: list[tuple[str, str]]) -> list[Answer | None]: ...
     def answer(self, question: Any, text: Any = None) -> Any:
-        """Return the span of the text that answers the question best, None if there is no answer; for a list of
-        (question, text), the span of each.
+        """Return the span of the text that best answers the question, or None if the text has no answer. For a list of
+        (question, text) pairs, return the span of each pair.
         """
         if text is None and not _many(question):
             raise UsageError("a question needs a text that may contain the answer", hint="answer(question, text)")
@@ -102,7 +104,7 @@ class LoadedModel:
     def tag(self, texts: list[str], *, grouping: str = "simple") -> list[list[TaggedSpan]]: ...
     @with_option_hints
     def tag(self, texts: Any, *, grouping: str = "simple") -> Any:
-        """Return the labeled spans of a text, such as names; `grouping` as in `treadle.tasks.tagging`."""
+        """Return the labeled spans of a text, such as names. `grouping` is as in `treadle.tasks.tagging`."""
         found = self.tagger.tag(_listed(texts), grouping=grouping)
         return found if _many(texts) else found[0]
 
@@ -112,7 +114,7 @@ class LoadedModel:
     def fill(self, texts: list[str], *, top: int = 5) -> list[Filled]: ...
     @with_option_hints
     def fill(self, texts: Any, *, top: int = 5) -> Any:
-        """Return the `top` most likely tokens behind each mask of a text."""
+        """Return the `top` most likely tokens for each mask of a text."""
         found = self.filler.fill(_listed(texts), top=top)
         return found if _many(texts) else found[0]
 
@@ -170,9 +172,9 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Any:
-        """Continue a prompt by up to `most` tokens, to the end of the text, or to a string in `stop`.
+        """Continue a prompt by up to `most` tokens, to the end-of-text token, or to a string in `stop`.
 
-        rules   token rules; None: those of generation_config.json
+        rules   token rules; None: the rules in generation_config.json
         """
         listed = _listed(prompts)
         found = [""] * len(listed)
@@ -182,8 +184,8 @@ class LoadedModel:
 
     @with_option_hints
     def perplexity(self, text: str, *, window: int = 512, most: int | None = None) -> Perplexity:
-        """Return the perplexity of the model on the first `most` tokens of a text, read `window` tokens at a time. For
-        a model compiled to a lower precision, compare with the original precision.
+        """Return the perplexity of the model on the first `most` tokens of a text, in windows of `window` tokens. A
+        quantized or reduced-precision model is compared with the model in its original precision.
         """
         return self.meter.measure(self.meter.tokens(text, most), window=window)
 
@@ -197,7 +199,7 @@ class LoadedModel:
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Continue one prompt, and yield the text piece by piece."""
+        """Continue one prompt. Yield the text piece by piece while it is generated."""
         return self.writer.continued([prompt], most=most, sampling=sampling, rules=rules, stop=stop)
 
     @overload
@@ -206,13 +208,13 @@ class LoadedModel:
     def search(self, prompts: list[str], *, most: int = 128, beams: Beams) -> list[list[str]]: ...
     @with_option_hints
     def search(self, prompts: Any, *, most: int = 128, beams: Beams) -> Any:
-        """Return the continuations of a prompt that a beam search finds, best first."""
+        """Return the best continuations of a prompt that a beam search finds, best first."""
         searched = self.writer.searched(_listed(prompts), most=most, beams=beams)
         found = [[each.text for each in of_one] for of_one in searched]
         return found if _many(prompts) else found[0]
 
     def chat(self, *, system: str | None = None) -> Conversation:
-        """Begin a conversation with a chat model: `chat().say("Hello")` yields the reply piece by piece."""
+        """Start a conversation with a chat model. `chat().say("Hello")` yields the reply piece by piece."""
         from treadle.chatting.conversation import Conversation
         from treadle.continuation import need_for_text
 
@@ -223,7 +225,7 @@ class LoadedModel:
 
     @with_option_hints
     def transcribe(self, recording: PathLike, *, language: str | None = None) -> str:
-        """Transcribe the speech in a WAV file; the model detects the language unless it is given."""
+        """Return the transcript of the speech in a WAV file. If `language` is None, the model detects the language."""
         return self.transcriber.transcribe(recording, language=language).text
 
     # -- images ------------------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class LoadedModel:
     @overload
     def label(self, images: list[PathLike] | list[str]) -> list[tuple[Scored, ...]]: ...
     def label(self, images: Any) -> Any:
-        """Return the labels of an image file, best first."""
+        """Return the labels of an image file with their scores, best first."""
         found = self.labeller.label(_listed(images))
         return found if _many(images) else found[0]
 
@@ -242,7 +244,7 @@ class LoadedModel:
     @overload
     def match(self, images: list[PathLike] | list[str], texts: Sequence[str]) -> list[Matched]: ...
     def match(self, images: Any, texts: Sequence[str]) -> Any:
-        """Return how well each of the texts describes an image file."""
+        """Return the probabilities that the texts describe an image file (`treadle.tasks.matching.Matched`)."""
         found = self.matcher.match(_listed(images), texts)
         return found if _many(images) else found[0]
 
@@ -260,14 +262,14 @@ class LoadedModel:
 
     @cached_property
     def embedder(self) -> SentenceEmbedder:
-        """The model of `treadle.embedding`."""
+        """The opened `treadle.embedding.SentenceEmbedder`."""
         from treadle.embedding import SentenceEmbedder
 
         return SentenceEmbedder.open(self.program.source, **self.program.options.but(cache=None).keywords())
 
     @cached_property
     def writer(self) -> TextWriter:
-        """The model of `treadle.continuation`."""
+        """The opened `treadle.continuation.TextWriter`."""
         from treadle.continuation import TextWriter
 
         return TextWriter.open(self.program.source, **self.program.options.keywords())

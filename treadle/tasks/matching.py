@@ -1,5 +1,5 @@
-"""Match images and texts: the probability of each text given an image, among all texts (Radford et al. 2021) or by
-itself (Zhai et al. 2023).
+"""Match images and texts: the probability that a text describes an image, either among all the texts (CLIP; Radford et
+al. 2021) or independently of the other texts (SigLIP; Zhai et al. 2023).
 
     matcher = ImageMatcher.open(Program("folder"))
     matcher.match(["photo.jpg"], ["a photo of a cat", "a photo of a dog"])[0].best.label
@@ -29,15 +29,16 @@ Array = np.ndarray[Any, Any]
 HEAD = Head("match images and texts", ("CLIPModel", "SiglipModel"))
 _BATCH = 8
 _SIGLIP_TOKENS = 64
-"""The length to which SigLIP's texts are padded, as in its training."""
+"""The number of tokens to which SigLIP's texts are padded, as in its training."""
 
 
 @dataclass(frozen=True)
 class Matched:
-    """The match of texts with an image.
+    """The texts' scores for an image.
 
-    scores        every text with its probability, best first: among all texts (CLIP), or of each by itself (SigLIP)
-    similarities  the cosine similarity between the image and each text, in the order of the texts
+    scores        all texts with their probabilities, best first: probabilities among all texts (CLIP), or independent
+                  probabilities (SigLIP)
+    similarities  cosine similarities between the image and each text, in the order of the texts
     """
 
     scores: tuple[Scored, ...]
@@ -53,9 +54,9 @@ class Matched:
 class ImageMatcher:
     """A model that embeds images and texts in one space.
 
-    length   number of tokens that every text is padded to; None: the length of the longest
+    length   number of tokens to which all texts are padded; None: the length of the longest text
     padding  the padding token
-    apart    True if each text has a probability of its own, independent of the others
+    apart    True if the probability of a text is independent of the other texts (SigLIP)
     """
 
     model: Compiled
@@ -67,8 +68,8 @@ class ImageMatcher:
 
     @classmethod
     def open(cls, program: Program) -> ImageMatcher:
-        """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
-        `compile`.
+        """Open a model. Raises UsageError if the folder's class is not such a model, CheckpointError for a damaged
+        file, and the errors of `compile`.
         """
         place, config = checked_folder(program, HEAD)
         kind = str(config.get("model_type"))
@@ -90,8 +91,8 @@ class ImageMatcher:
     def match(
         self, paths: Sequence[PathLike], texts: Sequence[str], *, progress: Progress | None = None
     ) -> list[Matched]:
-        """Score each text for each image file. Raises UsageError if there is no image or no text, or a file is not an
-        image.
+        """Return the scores of all texts for each image file. Raises UsageError if there is no image or no text, or if
+        a file is not an image.
         """
         if not paths or not texts:
             raise UsageError("matching needs an image and a text", received=f"{len(paths)} images, {len(texts)} texts")
@@ -109,7 +110,7 @@ class ImageMatcher:
         return found
 
     def _batch(self, texts: Sequence[str]) -> dict[str, Array]:
-        """Return the texts as inputs of the model."""
+        """Return the texts as input arrays of the model, by name."""
         batch = self.tokenizer.batch(texts)
         if self.length is None:
             return {"tokens": batch.ids, "lengths": batch.lengths}

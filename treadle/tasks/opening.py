@@ -1,4 +1,4 @@
-"""Open a task's model: the folder's class must have the head, and config.json names the labels.
+"""Open a task's model: check that the folder's class has the head, and read the labels from config.json.
 
 opened = OpenedModel.open("folder", CLASSIFYING, backend="tvm")
 for row, logits in enumerate(opened.run(opened.tokenizer.encode(texts))): ...
@@ -32,8 +32,8 @@ BATCH = 32
 class Head:
     """The head that a task needs.
 
-    does   the task, for errors: "classify texts"
-    ends   the suffixes of the names of Hugging Face's classes whose weights have such a head
+    does   the task as a phrase for error messages: "classify texts"
+    ends   suffixes of the names of the Hugging Face classes that have this head
     """
 
     does: str
@@ -45,9 +45,9 @@ class OpenedModel:
     """A compiled encoder with its tokenizer.
 
     name       the model's name
-    config     config.json
-    model      its inputs are tokens and lengths, and token_types if the model distinguishes segments
-    tokenizer  truncates texts to the model's length
+    config     the contents of config.json
+    model      the compiled model, with inputs tokens, lengths, and token_types if the model distinguishes segments
+    tokenizer  the tokenizer, which truncates texts to the model's maximum length
     """
 
     name: str
@@ -57,12 +57,13 @@ class OpenedModel:
 
     @classmethod
     def open(cls, program: Program, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
-        """Compile the model of a folder, or a fetched one.
+        """Compile a folder's model, or a fetched model.
 
-        outputs   the outputs to compute; `logits[:, asked]` at the positions that `run` gets. None: all
+        outputs   the outputs to compute; `logits[:, asked]` are the logits at the positions that `run` gets. None: all
+                  outputs
 
-        Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and as
-        `compile` does.
+        Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and the errors
+        of `compile`.
         """
         _, config = checked_folder(program, head)
         declared = family_of(config).read(config).model
@@ -76,10 +77,10 @@ class OpenedModel:
     def run(
         self, texts: Sequence[EncodedText], *, output: str = "logits", asked: Sequence[Sequence[int]] | None = None
     ) -> Iterator[tuple[int, Floats]]:
-        """Yield an output's rows, each with its text's number, in any order; for [B, S, ...], a row has its text's
-        length.
+        """Run the model in batches. Yield (index of the text, the text's row of the output), in any order. A row of an
+        output [B, S, ...] is sliced to the text's length.
 
-        asked   for each text the positions to compute, one or more, if the model was opened with such an output
+        asked   for each text the positions to compute, at least one, if the model was opened with such an output
         """
         takes = {port.name for port in self.model.inputs}
         for chosen in batches_by_length([len(text) for text in texts], BATCH):
@@ -128,9 +129,10 @@ def _named(head: Head) -> str:
 
 
 def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of a head's labels, by number: config.json's id2label.
+    """Return the names of a head's labels, in the order of their indices: config.json's id2label.
 
-    Raises CheckpointError if it is not an object of names by the numbers from 0 on.
+    Raises CheckpointError unless id2label is an object whose keys are the indices from 0 on, and whose values are
+    names.
     """
     found = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found.values()):
@@ -145,7 +147,7 @@ def _shown(value: object) -> str:
 
 
 def token_positions(model: Compiled) -> int | None:
-    """Return the maximum number of tokens of a row: the bound of its second axis."""
+    """Return the maximum number of tokens of a row, or None if the model has no limit."""
     tokens = next(port for port in model.inputs if port.name == "tokens")
     symbol = tokens.type.shape[-1].as_symbol
     return None if symbol is None else model.graph.symbols[symbol].upper

@@ -25,11 +25,11 @@ _ELSEWHERE = {
     **dict.fromkeys(("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids"), _RULES),
     **dict.fromkeys(("stop_strings", "stop_sequences", "stop_words"), 'stop=["."]'),
 }
-"""Options of generation by their names in other libraries, mostly Hugging Face's."""
+"""Hints for generation options that have another name in other libraries, mostly in Hugging Face's, by that name."""
 
 
 def with_option_hints(method: Method) -> Method:
-    """Decorate a method so that an unknown option raises an error with the right name."""
+    """Decorate a method: if a caller passes an unknown option, the error suggests the right name."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)

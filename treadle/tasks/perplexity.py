@@ -4,14 +4,14 @@
     found = meter.measure(meter.tokens(text))
     found.perplexity, found.beside.perplexity, found.beside.divergence
 
-Perplexity is e to the mean of -ln p over the tokens of a text, where p is the probability that the model gives a token
-after the preceding ones (Jelinek et al. 1977). It is the number of equally likely tokens that would be as hard to
-predict. A text is read in windows, each of which begins half a window after the previous one. Every token but the first
-is counted once, in the first window that contains it, so it has half a window or more of context, except in the first
-window.
+Perplexity is exp of the mean of -ln p over the tokens of a text, where p is the probability that the model gives a
+token after the preceding tokens (Jelinek et al. 1977). A model that chooses among n equally likely tokens has
+perplexity n. A text is read in windows, each of which begins half a window after the previous one. Every token except
+the first is counted once, in the first window that contains it. So it has at least half a window of context, except in
+the first window.
 
 A quantized model is compared with the same model without quantization on the same windows. The divergence of a token is
-Kullback and Leibler's, sum p ln(p / q), where p is the original probability and q the quantized one.
+the Kullback-Leibler divergence, sum p ln(p / q), where p is the original probability and q the quantized one.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from treadle.tasks.opening import token_positions
 Array = np.ndarray[Any, Any]
 
 WINDOW = 512
-_MOST_LOSS = 700.0  # its exponential fits into a float64
-_ROWS = 64  # number of positions whose probabilities are in float64 at the same time
+_MOST_LOSS = 700.0  # its exponential is still a finite float64
+_ROWS = 64  # number of positions whose probabilities are in memory as float64 at a time
 
 
 @dataclass(frozen=True)
 class Beside:
-    """The same model without quantization.
+    """Results of the model without quantization, and the difference from it.
 
-    perplexity  its perplexity
-    divergence  divergence of the quantized probabilities from the original ones, the mean over tokens, in nats
-    largest     the 99th percentile of the divergence
-    alike       fraction of tokens for which both have the same most likely prediction
+    perplexity  perplexity of the model without quantization
+    divergence  mean over tokens of the divergence of the quantized from the original probabilities, in nats
+    largest     99th percentile of the divergence
+    alike       fraction of tokens for which both models have the same most likely prediction
     """
 
     perplexity: float
@@ -63,9 +63,9 @@ class Perplexity:
 
     tokens      number of predicted tokens
     windows     number of windows
-    perplexity  e to the mean of -ln p
-    error       the standard error of that mean, times the perplexity; None for one token
-    beside      the same model without quantization; None if it did not run
+    perplexity  exp of the mean of -ln p
+    error       standard error of that mean, times the perplexity; None if only one token was predicted
+    beside      comparison with the model without quantization; None if that model did not run
     """
 
     tokens: int
@@ -77,7 +77,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class PerplexityMeter:
-    """A causal language model with its tokenizer, and the same model without quantization, if it is quantized."""
+    """A causal language model with its tokenizer. If it is quantized, also the model without quantization."""
 
     model: Compiled
     tokenizer: TextTokenizer
@@ -85,10 +85,11 @@ class PerplexityMeter:
 
     @classmethod
     def open(cls, program: Program, *, alone: bool = False) -> PerplexityMeter:
-        """Compile a model. If it has a lower precision, compile the original precision, too, unless it is `alone`.
+        """Compile a model. If `options` reduce its precision, the model in its original precision is compiled, too,
+        unless `alone`.
 
-        Raises UsageError if it has no logits of causal tokens, and the errors of `treadle.compile` and of reading its
-        tokenizer.
+        Raises UsageError if the model is not a causal language model of tokens alone, and the errors of
+        `treadle.compile` and of reading the tokenizer.
         """
         source = program.source
         need_for_text(source)
@@ -99,22 +100,22 @@ class PerplexityMeter:
         return cls(made, tokenizer, other)
 
     def tokens(self, text: str, most: int | None = None) -> list[int]:
-        """Return the first `most` ids of a text. Raises UsageError for a text that is not valid Unicode."""
+        """Return the first `most` token ids of a text. Raises UsageError if the text is not valid Unicode."""
         return [number for part in self.tokenizer.encode([text])[0] for number in part.ids][:most]
 
     def measure(self, ids: Sequence[int], *, window: int = WINDOW, progress: Progress | None = None) -> Perplexity:
-        """Measure the perplexity of a text's tokens.
+        """Return the perplexity of the model on the tokens of a text.
 
-        window    tokens that are read at a time
+        window    number of tokens of a window
         progress  called with the number of finished windows
 
-        Raises UsageError for fewer than two tokens, for a window with fewer than two or more than the model supports,
-        and if logits are not finite.
+        Raises UsageError if there are fewer than two tokens, if a window has fewer than two tokens or more than the
+        model supports, or if logits are not finite.
         """
         positions = token_positions(self.model)
         if window < 2 or (positions is not None and window > positions):
             bound = "" if positions is None else f" and at most {positions:,}, the model's maximum"
-            raise UsageError(f"a window has at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
+            raise UsageError(f"a window must have at least 2 tokens{bound}", received=f"{window:,}", hint="window=512")
         if len(ids) < 2:
             raise UsageError("perplexity needs a text of two tokens or more", received=f"{len(ids)}")
         counted, apart, alike = [], [], []
@@ -152,7 +153,7 @@ class PerplexityMeter:
 
 
 def windows(count: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the first token, the end and the first counted token of each window of a text with `count` tokens."""
+    """Yield (first token, end, first counted token) of each window of a text with `count` tokens."""
     yield 0, (done := min(window, count)), 1
     while done < count:
         end = min(done + window // 2, count)
@@ -173,7 +174,7 @@ def _perplexity(losses: Array) -> float:
 
 
 def _logits(model: Compiled, tokens: Array) -> Array:
-    """Return the logits [S, vocabulary] of one row. Raises UsageError if one is not finite."""
+    """Return the logits [S, vocabulary] of one row. Raises UsageError if a logit is NaN or infinite."""
     found: Array = np.asarray(model(tokens=tokens)["logits"])[0]
     if not np.isfinite(found).all():
         raise UsageError(f"logits of {model.name} contain NaN or infinity", received=f"tokens [1, {tokens.shape[1]}]")
@@ -181,7 +182,7 @@ def _logits(model: Compiled, tokens: Array) -> Array:
 
 
 def _causal(model: Compiled, named: Any) -> Compiled:
-    """Return the model. Raises UsageError if it is not causal, from tokens [B, S] alone to logits."""
+    """Return the model. Raises UsageError unless it is causal, and maps tokens [B, S], its only input, to logits."""
     takes, gives = [port.name for port in model.inputs], [port.name for port in model.outputs]
     kind = model.inputs[0].type
     axis = kind.shape[-1].as_symbol if takes == ["tokens"] and kind.dtype is i64 and kind.rank == 2 else None
@@ -189,6 +190,6 @@ def _causal(model: Compiled, named: Any) -> Compiled:
         raise UsageError(
             f"{printable(str(named))} has no perplexity: it is not a causal language model of tokens alone",
             received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
-            hint="use a model that is, such as smollm2",
+            hint="a causal language model, such as smollm2",
         )
     return model

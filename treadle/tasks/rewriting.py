@@ -1,10 +1,10 @@
-"""Rewrite texts with an encoder and a decoder: translate and summarize (T5, BART, Marian).
+"""Rewrite texts with an encoder-decoder model: translate and summarize (T5, BART, Marian).
 
     rewriter = TextRewriter.open(Program("folder"))
     rewriter.rewrite(["translate English to German: The house is small."])[0].text
 
-The folder determines how tokens are chosen (`treadle.tasks.generation_settings`), and config.json's
-task_specific_params the prefix of a task (T5's "summarize: ").
+The folder's settings determine the beam search or greedy decoding (`treadle.tasks.generation_settings`). The prefix of
+a task, such as T5's "summarize: ", is in config.json's task_specific_params.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from treadle.tasks.opening import Head, checked_folder
 HEAD = Head("rewrite texts", ("ForConditionalGeneration", "WithLMHeadModel", "MTModel"))
 _ROWS = 8
 _MOST = 128
-"""Default maximum number of tokens of a text."""
+"""Default maximum number of generated tokens per text."""
 
 
 @dataclass(frozen=True)
 class Rewritten:
     """A rewritten text.
 
-    text    without special tokens
+    text    the text without special tokens
     tokens  the generated ids, including the end token
-    ending  why it ends: "end", "count" or "context"
-    cut     True if the source was too long for the model and was truncated
+    ending  the reason why the text ends: "end", "count" or "context"
+    cut     True if the source text was too long for the model and was truncated
     """
 
     text: str
@@ -58,16 +58,16 @@ class TextRewriter:
 
     @classmethod
     def open(cls, program: Program) -> TextRewriter:
-        """Open a model. Raises UsageError if the folder has no such model, CheckpointError for a damaged file, and as
-        `compile`.
+        """Open a model. Raises UsageError if the folder's class is not such a model, CheckpointError for a damaged
+        file, and the errors of `compile`.
         """
         place, config = checked_folder(program, HEAD)
         made = program.stepped()
         if made.derived.prologue != ("tokens",):
             raise UsageError(
-                f"{made.name} does not rewrite texts",
-                received=f"a row begins with {', '.join(made.derived.prologue) or 'nothing'}",
-                hint="use a model with an encoder and a decoder of tokens",
+                f"{made.name} is not an encoder-decoder model of tokens, and does not rewrite texts",
+                received=f"inputs of a row: {', '.join(made.derived.prologue) or 'none'}",
+                hint="an encoder-decoder model such as T5, BART or Marian",
             )
         symbol = made.derived.memories[0] if made.derived.memories else None
         context = None if symbol is None else made.derived.graph.symbols[symbol].upper
@@ -85,9 +85,9 @@ class TextRewriter:
     ) -> list[Rewritten]:
         """Translate texts.
 
-        source, target  the languages, such as "en" and "de", for a model that translates between several
+        source, target  languages such as "en" and "de", for a model that translates between several languages
 
-        Raises UsageError if the model needs the languages, or does not know these.
+        Raises UsageError if the model needs the languages, or does not know one of them; and as `rewrite` does.
         """
         known = [name for name in self._tasks if name.startswith("translation_")]
         name = f"translation_{source}_to_{target}"
@@ -122,12 +122,12 @@ class TextRewriter:
     ) -> list[Rewritten]:
         """Rewrite texts.
 
-        task   apply the settings of this task in config.json's task_specific_params, and its prefix to each text
+        task   apply the settings of this task in config.json's task_specific_params, and add its prefix to each text
         most   maximum number of generated tokens; None: the folder's setting
-        beams  beam search; None: the folder's setting
+        beams  settings of the beam search; None: the folder's settings
 
-        Raises UsageError if there is no text, or one is empty, and CheckpointError if the folder does not name the
-        first token.
+        Raises UsageError if the list is empty or a text is empty, and CheckpointError if the folder does not name the
+        decoder's first token.
         """
         if not texts or not all(text.strip() for text in texts):
             raise UsageError("there is no text to rewrite")
@@ -135,7 +135,7 @@ class TextRewriter:
         settings = GenerationSettings.read(self.place, self.config, said)
         if settings.start is None:
             raise CheckpointError(
-                "the folder does not name the token with which a decoder begins",
+                "the folder does not name the decoder's start token",
                 within=self.place.shown,
                 hint="decoder_start_token_id in config.json",
             )
@@ -179,7 +179,7 @@ class TextRewriter:
 
     @property
     def _tasks(self) -> Mapping[str, Mapping[str, Any]]:
-        """The settings of tasks in config.json."""
+        """The settings of each task in config.json, by the task's name."""
         found = self.config.get("task_specific_params")
         if not isinstance(found, Mapping):
             return {}
@@ -196,6 +196,6 @@ class TextRewriter:
 
 def _most_tokens(most: int | None, settings: GenerationSettings, model: SteppedModel) -> int:
     if most is not None and most < 1:
-        raise UsageError("a text has 1 token or more", received=repr(most))
+        raise UsageError("a text must have 1 token or more", received=repr(most))
     wanted = most or settings.most or _MOST
     return wanted if model.derived.context is None else min(wanted, model.derived.context)

@@ -1,4 +1,4 @@
-"""Scores of labels from logits, best first, as config.json specifies."""
+"""Scores of labels from logits, best first. config.json specifies the conversion."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Scored:
 
 
 def softmax(logits: Array) -> Array:
-    """Return softmax over the last axis, in float64."""
+    """Return the softmax over the last axis, in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     found: Array = shifted / shifted.sum(axis=-1, keepdims=True)
     return found
 
 
 def label_scores(logits: Array, config: Mapping[str, Any]) -> Array:
-    """Return scores [labels] from logits [labels].
+    """Return the scores [labels] for logits [labels].
 
-    config.json's problem_type decides: the logits themselves for a regression, a sigmoid each for multi-label models or
-    a single label, else softmax.
+    If config.json's problem_type is a regression, the scores are the logits. For a multi-label model, or a single
+    label, each score is a sigmoid. Otherwise the scores are a softmax.
     """
     kind = config.get("problem_type")
     if kind == "regression":
@@ -41,6 +41,6 @@ def label_scores(logits: Array, config: Mapping[str, Any]) -> Array:
 
 
 def best_first(scores: Array, labels: Sequence[str]) -> tuple[Scored, ...]:
-    """Return all labels with their scores, the highest first; for equal scores the lower number first."""
+    """Return all labels with their scores, the highest score first. Labels with equal scores stay in order."""
     order = np.argsort(-scores, kind="stable")
     return tuple(Scored(labels[i], float(scores[i])) for i in order)

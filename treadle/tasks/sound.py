@@ -1,4 +1,4 @@
-"""Sound files as samples: WAV, of any number of channels and bits, resampled to the model's rate.
+"""Sound files as samples: WAV files of any number of channels and bits, resampled to the model's rate.
 
 samples = read_sound("talk.wav", rate=16_000)        # f64[N], between -1 and 1
 """
@@ -23,13 +23,13 @@ Floats = npt.NDArray[np.float64]
 _BYTES = 1 << 30
 _RATES = range(1_000, 400_001)
 _MOST_CHANNELS = 64
-_ZEROS = 32  # zeros of the sinc on either side
+_ZEROS = 32  # zeros of the sinc function on either side
 _PIECE = 1 << 16
 
 
 def read_sound(path: PathLike, *, rate: int) -> Floats:
-    """Return the mean of a WAV file's channels, at `rate` samples per second. Raises UsageError for another or a
-    damaged file.
+    """Return the samples f64[N] of a WAV file, averaged over the channels and resampled to `rate` samples per second.
+    Raises UsageError if the file is damaged or not a WAV file of integers.
     """
     shown = shown_path(path)
     data = read_regular(path, _BYTES, shown)
@@ -58,7 +58,7 @@ def read_sound(path: PathLike, *, rate: int) -> Floats:
 
 
 def _numbers(data: bytes, width: int) -> Floats:
-    """Return samples between -1 and 1. Samples of 8 bits are unsigned, others are signed and little-endian."""
+    """Return samples between -1 and 1 from integers of `width` bytes: unsigned if 1 byte, else signed little-endian."""
     if width == 1:
         return (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
     if width == 3:
@@ -70,9 +70,9 @@ def _numbers(data: bytes, width: int) -> Floats:
 
 
 def resample(samples: Floats, given: int, wanted: int) -> Floats:
-    """Return samples at another rate, low-pass filtered to half of the lower rate.
+    """Return samples converted from the rate `given` to the rate `wanted`, low-pass filtered to half of the lower rate.
 
-    A sinc under a Kaiser window, 32 zeros on either side (Smith, "Digital Audio Resampling", 2002).
+    The filter is a sinc under a Kaiser window, with 32 zeros on either side (Smith, "Digital Audio Resampling", 2002).
     """
     count = math.ceil(len(samples) * wanted / given)
     cutoff = 0.95 * min(1.0, wanted / given)

@@ -2,9 +2,10 @@
 
     mel = log_mel(samples, frames=3000)          # f32[80, 3000] of 30 s at 16 kHz
 
-Hann windows of 25 ms, 10 ms apart, each centered on its frame, with mirrored ends; the power of their Fourier
-transform; triangular bands on Slaney's mel scale, each of area 1; the decimal logarithm, at most 8 below the loudest,
-scaled to about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory Toolbox", for the scale.
+Steps: Hann windows of 25 ms, 10 ms apart, each centered on its frame, with mirrored ends; the power of the Fourier
+transform of each window; triangular bands on Slaney's mel scale, each of area 1; the decimal logarithm, clipped below
+at the maximum minus 8, and scaled to about -1 to 1. Sources: OpenAI's `whisper/audio.py`; Slaney 1998, "Auditory
+Toolbox", for the mel scale.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ Floats = npt.NDArray[np.float64]
 RATE = 16_000
 """Samples per second."""
 HOP, WINDOW = 160, 400
-"""Samples from frame to frame, and of a window."""
+"""Number of samples between the starts of consecutive windows, and number of samples of a window."""
 
 
 def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.float32]:
     """Return the spectrogram f32[bands, frames] of samples [N] at RATE, between -1 and 1. A short sound is padded with
-    silence, a long one is truncated.
+    silence, and a long sound is truncated.
     """
     whole = np.zeros(frames * HOP, np.float64)
     kept = samples[: len(whole)]
@@ -42,8 +43,9 @@ def log_mel(samples: Floats, *, frames: int, bands: int = 80) -> npt.NDArray[np.
 
 @cache
 def mel_bands(bands: int) -> Floats:
-    """Return the weight of each frequency of a window in each band, f64[WINDOW // 2 + 1, bands]: triangles from one
-    band's center to the next one's, evenly spaced in mel from 0 Hz to half of RATE.
+    """Return the weight of each frequency of a window in each band, f64[WINDOW // 2 + 1, bands]. A band is a triangle
+    that reaches from the center of the previous band to the center of the next. Centers are evenly spaced in mel
+    from 0 Hz to half of RATE.
     """
     middles = _hertz(np.linspace(_mel(0.0), _mel(RATE / 2), bands + 2))
     frequencies = np.arange(WINDOW // 2 + 1) * RATE / WINDOW
@@ -55,8 +57,8 @@ def mel_bands(bands: int) -> Floats:
 
 
 _LINEAR = 200 / 3  # hertz per mel below _BREAK
-_BREAK = 1000.0  # hertz; mels are logarithmic above
-_STEP = math.log(6.4) / 27  # the logarithm of hertz per mel above _BREAK
+_BREAK = 1000.0  # hertz; above it, mels are logarithmic
+_STEP = math.log(6.4) / 27  # increase of ln(hertz) per mel above _BREAK
 
 
 def _mel(hertz: float) -> float:

@@ -1,11 +1,12 @@
-"""Tag tokens: predict a label for each token, such as the kind of a name, and join runs of them to spans of the text.
+"""Tag tokens: predict a label for each token, such as the kind of a name, and join consecutive tokens to labeled spans.
 
     tagger = TokenTagger.open(Program("folder"))
     for span in tagger.tag(["Ada Lovelace lived in London."])[0]:
         print(span.label, span.text, span.start, span.end)
 
-Ways to group tokens, as in Hugging Face's pipeline: "none", every token by itself; "simple", neighbors whose labels
-continue each other (B-, I-); "first", "average" and "max", which first choose one label for the tokens of a word.
+Tokens are grouped as in Hugging Face's pipeline. "none": every token is a span. "simple": adjacent tokens are joined if
+their labels continue each other (B-, I-). "first", "average" and "max": the same, but one label is first chosen for all
+tokens of a word.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ OUTSIDE = "O"
 class TaggedSpan:
     """A part of a text with a label.
 
-    label       without B- or I-, if tokens were grouped
-    score       its probability, the mean over the group
-    text        its tokens joined, which may differ from the text itself
-    start, end  its offsets in the text, in characters
+    label       the label, without B- or I- if tokens were grouped
+    score       the label's probability, averaged over the group
+    text        the joined tokens, which may differ from the characters of the text
+    start, end  offsets in the text, in characters
     """
 
     label: str
@@ -50,7 +51,7 @@ class TaggedSpan:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A token of a text: its name, label probabilities and offsets, and a flag if it continues a word."""
+    """A token of a text: its name, its label probabilities, its offsets, and True if it continues a word."""
 
     name: str
     scores: Array
@@ -80,9 +81,9 @@ class TokenTagger:
         ignore: Sequence[str] = (OUTSIDE,),
         progress: Progress | None = None,
     ) -> list[list[TaggedSpan]]:
-        """Return the spans of each text, in the text's order; spans with a label in `ignore` are left out.
+        """Return the spans of each text, in the order of the text. Spans with a label in `ignore` are left out.
 
-        Raises UsageError if there is no text, or for an unknown grouping.
+        Raises UsageError if the list of texts is empty, and for an unknown grouping.
         """
         if grouping not in GROUPINGS:
             raise UsageError(f"there is no grouping {grouping!r}", hint="one of " + ", ".join(GROUPINGS))
@@ -141,7 +142,7 @@ class TokenTagger:
         return TaggedSpan(self.labels[best], float(scores[best]), named, pieces[0].start, pieces[-1].end)
 
     def _joined(self, spans: Sequence[TaggedSpan]) -> Iterator[TaggedSpan]:
-        """Join neighbors of one label, of which only the first may begin a span by B-."""
+        """Join adjacent spans with the same label. A label with the prefix B- starts a new span."""
         group: list[TaggedSpan] = []
         for span in spans:
             if group and (_kind(span.label) != _kind(group[-1].label) or span.label.startswith("B-")):

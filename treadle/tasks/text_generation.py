@@ -1,4 +1,4 @@
-"""A generation run: prompts continued by a language model, sampled or searched, with the facts of its report.
+"""A text generation run: a language model continues prompts by sampling or beam search, and reports the results.
 
 run = TextGeneration.open("smollm2", ["The capital of France is"], DecodingSettings(most=8), backend="tvm")
 for piece in run.pieces():
@@ -24,12 +24,12 @@ from treadle.tasks.generation_settings import FolderRules
 
 @dataclass
 class TextGeneration:
-    """A run, opened; either `pieces` or `searched` is called once.
+    """A text generation run. Create it by `open`, then call either `pieces` or `searched`, once.
 
-    texts     the prompts as given
-    prompts   the same, in the chat template if the settings request it
-    rules     the folder's token rules with the settings' values
-    guess     the guesser of speculative decoding
+    texts     the prompts as the user passed them
+    prompts   the prompts to continue: the texts, in the chat template if the settings request it
+    rules     the folder's token rules, with the values that the settings override
+    guess     the draft method of speculative decoding
     continuations  the continuation of each prompt so far
     """
 
@@ -54,9 +54,10 @@ class TextGeneration:
         stepped: Callable[..., SteppedModel] = open_stepped,
         **options: Any,
     ) -> TextGeneration:
-        """Compile the model, and a draft model if there is one; options as in `treadle.compile`, and `cache`.
+        """Compile the model, and a draft model if the settings name one. The options are those of `treadle.compile`,
+        and `cache`.
 
-        stepped  opens the step of the model, as `treadle.stepped.open_stepped`
+        stepped  the function that opens the model's step, as `treadle.stepped.open_stepped` does
 
         Raises as `TextWriter.open` does.
         """
@@ -86,9 +87,10 @@ class TextGeneration:
         )
 
     def pieces(self) -> Iterator[Piece]:
-        """Return the tokens of all continuations as soon as they are known, and record them.
+        """Return an iterator over the tokens of all continuations, as soon as each is chosen. The continuations are
+        also recorded in `continuations`.
 
-        Raises UsageError at once, before the first token, for a prompt that is refused.
+        Raises UsageError at once, before the first token, for an invalid prompt.
         """
         settings = self.settings
         pieces = self.writer.continued(
@@ -123,7 +125,7 @@ class TextGeneration:
         return {**made, "from_folder": self.rules.as_dict()}
 
     def facts(self) -> dict[str, Any]:
-        """Return the report of `pieces`, for JSON."""
+        """Return the results of `pieces` as a dict for JSON."""
         sampling, rules = asdict(self.settings.sampling), self.rules.rules
         sampling |= {"repetition_penalty": rules.repetition_penalty, "presence_penalty": rules.presence_penalty}
         found = {**self._facts(), "sampling": sampling, "chat_template": self.writer.template is not None}
@@ -134,7 +136,7 @@ class TextGeneration:
         return {**found, "texts": [each.facts(self.writer, with_logprobs) for each in self.continuations]}
 
     def searched_facts(self, searched: Sequence[Sequence[FoundText]]) -> dict[str, Any]:
-        """Return the report of `searched`, for JSON."""
+        """Return the results of `searched` as a dict for JSON."""
         search = self.settings.search
         assert search is not None
         pairs = zip(self.texts, searched, strict=True)
@@ -142,7 +144,9 @@ class TextGeneration:
         return {**self._facts(), "beams": asdict(search), "texts": texts}
 
     def reasons(self) -> list[str]:
-        """Return why each text ended, the settings of the folder that apply, the speed, and accepted guesses."""
+        """Return lines about the end of each text, the folder's settings that apply, the speed, and the accepted draft
+        tokens.
+        """
         lines = []
         for number, each in enumerate(self.continuations, 1):
             which = f"text {number}: " if len(self.continuations) > 1 else ""
@@ -158,13 +162,13 @@ class TextGeneration:
 
 
 def _tally_facts(tally: SpeculationTally) -> dict[str, Any]:
-    """Return the counts of speculation as JSON; `margin` is null if no chosen token was the most likely one."""
+    """Return the counts of speculation for JSON. `margin` is None if no chosen token was the most likely one."""
     margin = tally.margin if math.isfinite(tally.margin) else None
     return {**asdict(tally), "margin": margin, "accepted_length": tally.accepted_length}
 
 
 class Pace:
-    """The speed of generation: the time to the first token, and the rate of the others."""
+    """The speed of generation: the time to the first token, and the rate of the tokens after it."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -178,7 +182,7 @@ class Pace:
 
     @property
     def a_second(self) -> float | None:
-        """Tokens per second after the first one; None for fewer than two tokens."""
+        """Tokens per second after the first token; None for fewer than two tokens."""
         return (self.tokens - 1) / (self.last - self.first) if self.last > self.first else None
 
     def facts(self) -> dict[str, float | None]:
@@ -188,7 +192,7 @@ class Pace:
         }
 
     def summary(self) -> str:
-        """The speed as text; empty for fewer than two tokens."""
+        """Return the speed as text, or an empty string for fewer than two tokens."""
         if self.a_second is None:
             return ""
         return f"first token after {self.first - self.started:.2f} s, then {self.a_second:.1f} tokens per second"
@@ -208,7 +212,7 @@ class Written:
 
     @property
     def ending(self) -> str | None:
-        """The reason for the end, or None."""
+        """The reason why the text ended, or None."""
         return self.pieces[-1].ending if self.pieces else None
 
     def facts(self, writer: TextWriter, with_logprobs: bool) -> dict[str, Any]:
@@ -233,7 +237,7 @@ class Written:
         return lines
 
     def reason(self, writer: TextWriter) -> str:
-        """Return the reason why generation stopped, as text."""
+        """Return the reason why generation stopped, as a sentence."""
         tokens = counted(len(self.pieces), "token")
         if self.ending == "context":
             return f"stopped after {tokens}: the model's context is full"
@@ -244,7 +248,7 @@ class Written:
         text = f"stopped after {tokens}: the model ended the text"
         if self.text.strip() or writer.template is None:
             return text
-        marks = f", with its marks {', '.join(writer.marks)}" if writer.marks else ""
+        marks = f", which adds {', '.join(writer.marks)}" if writer.marks else ""
         return f"{text} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 

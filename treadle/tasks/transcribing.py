@@ -1,10 +1,10 @@
-"""Transcribe the speech in a recording by Whisper.
+"""Transcribe the speech in a recording with Whisper.
 
     transcriber = Transcriber.open(Program("whisper-tiny", backend="torch"))
     transcriber.transcribe("talk.wav").text
 
-A recording of more than 30 s is read in pieces. Each piece ends at the quietest moment of its last 5 s, so that no word
-is split.
+A recording of more than 30 s is read in pieces. Each piece ends at the quietest moment of its last 5 s, so that words
+are rarely split.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from treadle.tasks.spectrogram import HOP, RATE, log_mel
 HEAD = Head("transcribe speech", ("WhisperForConditionalGeneration",))
 _QUIET_SECONDS = 5
 _MULTILINGUAL = 51_865
-"""Least vocabulary size of OpenAI's multilingual models."""
+"""The smallest vocabulary size of OpenAI's multilingual models."""
 _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 
 
@@ -42,10 +42,10 @@ _LANGUAGE = re.compile(r"<\|([a-z]{2,3})\|>")
 class Passage:
     """A piece of a recording.
 
-    text        its transcript
+    text        the transcript of the piece
     start, end  in seconds
     tokens      the generated ids, including the end token
-    language    None if the model knows only one
+    language    the language; None if the model knows only one
     """
 
     text: str
@@ -63,15 +63,15 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """The whole text."""
+        """The text of all pieces."""
         return "".join(passage.text for passage in self.passages).strip()
 
 
 @dataclass(frozen=True)
 class Transcriber:
-    """A speech model.
+    """A speech recognition model.
 
-    languages  the token of each language by its name; empty if the model knows only one
+    languages  token ids of the languages by name; empty if the model knows only one language
     """
 
     model: SteppedModel
@@ -82,8 +82,8 @@ class Transcriber:
 
     @classmethod
     def open(cls, program: Program) -> Transcriber:
-        """Open a model. Raises UsageError if MODEL is not a speech model, CheckpointError for a damaged file, and as
-        `compile`.
+        """Open a model. Raises UsageError if MODEL is not a speech model, CheckpointError for a damaged file, and the
+        errors of `compile`.
         """
         source = program.source
         if source.kind == "ctranslate2":
@@ -109,13 +109,13 @@ class Transcriber:
     ) -> Transcript:
         """Transcribe a WAV file.
 
-        language  such as "en"; None: detected by the model
-        most      maximum number of tokens of a piece
+        language  a language such as "en"; None: the model detects the language
+        most      maximum number of generated tokens per piece
 
-        Raises UsageError for a file that is not a sound, or a language that the model does not know.
+        Raises UsageError if the file is not a sound, or if the model does not know the language.
         """
         if language is not None and language not in self.languages:
-            known = ", ".join(self.languages) or "its own language, which need not be given"
+            known = ", ".join(self.languages) or "its own language, which need not be passed"
             raise UsageError(f"the model does not know the language {language!r}", hint=known)
         samples = read_sound(path, rate=RATE)
         passages = []
@@ -143,7 +143,7 @@ class Transcriber:
         return Passage(self.tokenizer.text(tokens), start / RATE, end / RATE, tuple(tokens), language)
 
     def _heard(self, mel: npt.NDArray[np.float32], begin: int) -> str:
-        """Return the most likely language."""
+        """Return the most likely language of a spectrogram. `begin` is the decoder's start token."""
         session = self.model.session(rows=1, memory={"memory": self.context})
         row = session.open(mel=mel)
         logits = session.prefill({row: [begin]})[row]
@@ -157,7 +157,9 @@ class Transcriber:
 
 
 def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[int, int]]:
-    """Yield the bounds of a recording's pieces: at most `longest` samples, up to the quietest tenth of a second."""
+    """Yield the bounds (start, end) of a recording's pieces. A piece has at most `longest` samples, and ends at the
+    quietest tenth of a second near its maximum length.
+    """
     start = 0
     while len(samples) - start > longest:
         last = samples[start + longest - min(_QUIET_SECONDS * RATE, longest // 2) : start + longest]
@@ -170,8 +172,8 @@ def _pieces(samples: npt.NDArray[np.float64], longest: int) -> Iterator[tuple[in
 
 
 def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
-    """Return True if a model is multilingual: vocabularies of English models also have the other languages' tokens, and
-    are one shorter. A generation_config.json may contain it, too.
+    """Return True if a model is multilingual. generation_config.json may say so. Otherwise the vocabulary size decides:
+    vocabularies of English models also contain the tokens of languages, but are one token shorter.
     """
     name = "generation_config.json"
     if place.has(name):
@@ -182,7 +184,9 @@ def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
 
 
 def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
-    """Return the tokens of languages: the tokens between the start token and the translate token."""
+    """Return the token ids of languages by name. Their ids are between those of the start token and the translate
+    token.
+    """
     first, translate = tokenizer.id_of("<|startoftranscript|>"), tokenizer.id_of("<|translate|>")
     found: dict[str, int] = {}
     for name in tokenizer.special_tokens():
@@ -194,8 +198,8 @@ def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
 
 
 def _converted_rules(place: ModelFolder) -> TokenRules:
-    """Return rules for tokens that are forbidden, always or at the begin, from the config.json next to CTranslate2's
-    model.bin.
+    """Return rules for the tokens that are forbidden, always or at the beginning, from the config.json next to
+    CTranslate2's model.bin.
     """
     said = place.config
     found: dict[str, Any] = {}

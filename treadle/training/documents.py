@@ -1,5 +1,5 @@
-"""Read the documents in files: a text file is one document, a .jsonl file has one per line, `{"text": "Once upon a
-time"}`.
+"""Read the documents in files. A text file is one document. A .jsonl file has one document per line: `{"text": "Once
+upon a time"}`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from treadle.program.given_texts import read_text
 
 LINES = ".jsonl"
 BYTE_ORDER_MARK = "\ufeff"
-"""The mark with which some editors begin a file in UTF-8."""
+"""The byte order mark with which some editors begin a UTF-8 file."""
 
 
 def read_documents(files: Sequence[str]) -> list[str]:
-    """Return the documents of all files, in order; `-` is standard input. Blank documents are left out, and so is a
-    byte order mark at the start of a file.
+    """Return the documents of all files, in order. `-` is standard input. Blank documents are dropped, and so is a byte
+    order mark at the start of a file.
 
     Raises UsageError if there is no document, if a file is too long or not UTF-8, or if a line of a .jsonl file is not
     an object with a text; CheckpointError if a file cannot be read.

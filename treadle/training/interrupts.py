@@ -1,4 +1,6 @@
-"""Signals while work must not end midway: handlers that wait, and a Ctrl-C that ends a run after its current step."""
+"""Signals during work that must not end midway: deferred handlers, and a Ctrl-C that ends a run after the current
+step.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ _Handler = Callable[[int, FrameType | None], Any]
 
 @contextmanager
 def deferring_signals() -> Iterator[None]:
-    """Run the handlers of signals that arrive in the block after it, in the order of arrival.
+    """Defer signals during the block. Their handlers run after the block, in the order of arrival.
 
-    So no handler of Python's can raise in the block: KeyboardInterrupt, or a timeout's exception. Handlers run in the
-    main thread alone; in another thread nothing changes.
+    So no Python handler can raise inside the block, such as KeyboardInterrupt or the exception of a timeout. Python
+    runs handlers only in the main thread, so in any other thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -36,7 +38,7 @@ def deferring_signals() -> Iterator[None]:
     finally:
         try:
             _install(handlers)
-        finally:  # a handler that returned may have raised before the others ran
+        finally:  # if a handler raises here, the remaining handlers must still be installed
             _install(handlers)
         for number, frame in arrived:
             handlers[number](number, frame)
@@ -49,12 +51,12 @@ def _install(handlers: Mapping[int, _Handler]) -> None:
 
 @contextmanager
 def noting_interrupts(message: str = "") -> Iterator[Callable[[], bool]]:
-    """Record the first Ctrl-C in the block; the second one interrupts. Yields a function that returns True after the
-    first.
+    """Record the first Ctrl-C in the block. The second one raises KeyboardInterrupt. Yields a function that returns
+    True after the first Ctrl-C.
 
-    message  a line for standard error, the first time
+    message  a line printed to standard error at the first Ctrl-C
 
-    Only the main thread gets interrupts; in another one nothing changes.
+    Python raises KeyboardInterrupt only in the main thread, so in any other thread this does nothing.
     """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -76,8 +78,8 @@ def noting_interrupts(message: str = "") -> Iterator[Callable[[], bool]]:
 
 
 def _say(line: str) -> None:
-    """Write a line below the output on a terminal. It does not use `sys.stderr`, which may be in the middle of a
-    write.
+    """Write a line to standard error, on a new line of the terminal. This does not use `sys.stderr`, which may be in
+    the middle of a write.
     """
     with suppress(OSError):
         start = "\n" if os.isatty(_STANDARD_ERROR) else ""

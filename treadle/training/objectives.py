@@ -1,7 +1,7 @@
-"""Training objectives of a language model: predict the next token of a text, or the tokens behind masks.
+"""Training objectives of a language model: predict the next token of a text, or predict masked tokens.
 
 objective = MaskedToken(mask=103, vocab=30_522, special=(0, 101, 102, 103), seed=0)
-objective.asked(tokens, 7)          # {"tokens": with masks, "targets": what they hide}, drawn for batch 7
+objective.asked(tokens, 7)          # {"tokens": with masks, "targets": the masked tokens}, drawn for batch 7
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ OBJECTIVES = (NEXT_TOKEN, MASKED_TOKEN)
 
 
 class Objective(Protocol):
-    """Converts tokens to the inputs of a training step."""
+    """Conversion of tokens to the inputs of a training step."""
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
-        """Return inputs and targets for tokens [B, S]; random choices depend only on these numbers."""
+        """Return the inputs of a step, including `targets`, for tokens [B, S]. Random choices depend only on the seed
+        and on `number`.
+        """
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class NextToken:
     """Predict each token from the preceding tokens."""
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
-        """See `Objective`; there are no random choices."""
+        """Return the tokens, and as targets the next tokens. There are no random choices."""
         return {"tokens": tokens, "targets": next_token_targets(tokens)}
 
 
@@ -37,9 +39,9 @@ class NextToken:
 class MaskedToken:
     """Predict masked tokens from the tokens around them: see `mask_tokens`.
 
-    mask     the token that hides others
+    mask     the mask token
     vocab    number of tokens in the vocabulary
-    special  tokens that are never hidden
+    special  tokens that are never masked
     """
 
     mask: int
@@ -48,7 +50,7 @@ class MaskedToken:
     seed: int = 0
 
     def asked(self, tokens: Tokens, *number: int) -> dict[str, Tokens]:
-        """See `Objective`."""
+        """Return tokens with masks, and as targets the original tokens at the masked positions."""
         rng = np.random.default_rng([self.seed, *number])
         inputs, targets = mask_tokens(tokens, rng, mask=self.mask, vocab=self.vocab, special=self.special)
         return {"tokens": inputs, "targets": targets}

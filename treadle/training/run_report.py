@@ -18,15 +18,16 @@ from treadle.training.text_runs import Update, perplexity_of
 class RunReport:
     """The results of a training run.
 
-    model        its name as given by the user
+    model        the model's name as the user passed it
     accumulate   micro-batches per update
     first        number of updates before this run
-    has_teacher  True if the losses include a teacher's part, so that they have no perplexity
-    config       the given configuration of a model of `folder`
-    lines        of several updates each, in order
-    before, after  the mean loss over the held-out blocks
-    settings     the settings of the run, as its state stores them
-    changed      settings that differ from the resumed state's: its value and the one now; None if it stores none
+    has_teacher  True if the losses include a teacher's part, so that no perplexity can be computed from them
+    config       configuration options that the user set for a model of `folder`
+    lines        the printed lines, in order; each covers several updates
+    before, after  mean loss over the held-out blocks, before and after the run
+    settings     the settings of the run, as the training state stores them
+    changed      by name, (old value, new value) of the settings that differ from the resumed state's; None if the state
+                 stores no settings
     """
 
     model: str
@@ -53,7 +54,7 @@ class RunReport:
         return self.lines[-1].step if self.lines else self.first
 
     def facts(self) -> dict[str, Any]:
-        """Return all results, for JSON."""
+        """Return all results as a dict for JSON."""
 
         def measured(loss: float | None) -> dict[str, float | None]:
             return {"loss": loss, "perplexity": None if loss is None or self.has_teacher else perplexity_of(loss)}
@@ -83,7 +84,7 @@ class RunReport:
         }
 
     def summary(self) -> list[str]:
-        """Return the report, in lines."""
+        """Return the report as lines of text."""
         done = sum(line.tokens for line in self.lines)
         seconds = sum(line.seconds for line in self.lines)
         count = self.steps - self.first
@@ -100,7 +101,7 @@ class RunReport:
             found.append(f"load it by {getattr(self.saved.loading, 'command', self.saved.loading)}")
             given = " ".join(f"--set {name}={value}" for name, value in self.config.items())
             if given and self.folder is not None:
-                found.append(f"its config.json is a copy of the one in {self.folder}, without {given}")
+                found.append(f"its config.json is copied from {self.folder}, without {given}")
             elif given:
                 found.append(f"its configuration is not saved: {given}")
         if not count:
@@ -122,7 +123,7 @@ class RunReport:
 
 
 def data_text(data: TextData) -> str:
-    """Describe the training data."""
+    """Describe the training data: the number of blocks, their length, and the number of batches of an epoch."""
     blocks, held = len(data.batches.blocks), len(data.heldout)
     apart = f", and {counted(held, 'block')} held out" if held else ""
     epoch = counted(data.batches.epoch, "batch")
@@ -130,7 +131,7 @@ def data_text(data: TextData) -> str:
 
 
 def line_text(update: Update, steps: int) -> str:
-    """Describe one or several updates out of `steps` in a line."""
+    """Return a line of text about one or several updates out of `steps`."""
     facts = line_facts(update)
     pace = facts["tokens_per_second"]
     line = (
@@ -140,7 +141,9 @@ def line_text(update: Update, steps: int) -> str:
 
 
 def line_facts(update: Update) -> dict[str, Any]:
-    """Return the same for JSON; null for a norm that is NaN or infinite, and for a rate without elapsed time."""
+    """Return the facts of `line_text` for JSON. A norm that is NaN or infinite is None, and so is the rate if no time
+    has passed.
+    """
     pace = update.tokens / update.seconds if update.seconds else None
     norm = update.norm if math.isfinite(update.norm) else None
     return {

@@ -1,4 +1,4 @@
-"""The settings of a training run. A state stores them, so that a resumed run is compared with the run that wrote it."""
+"""The settings of a training run. A state stores them, so that a resumed run can be compared with the original run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ Settings = dict[str, str]
 
 _TEXTS, _TOKENS = "texts", "tokens"
 _OF_BATCHES = ("seed", "objective", "batch", "gradient-accumulation-steps", "length", "holdout", _TEXTS, _TOKENS)
-"""The batch of each step follows from these settings: in a resumed run they must be the same."""
+"""Settings that determine the batch of each step. They must not change in a resumed run."""
 
 
 def collect_settings(data: TextData, **options: Any) -> Settings:
-    """Return settings by name, as texts: of the data, with its texts and tokens by SHA-256, and of the command."""
+    """Return the settings by name, as strings: the settings of the data, with SHA-256 hashes of texts and tokens, and
+    the command's options.
+    """
     found = {
         "seed": data.batches.seed,
         "batch": data.batches.rows,
@@ -32,9 +34,9 @@ def collect_settings(data: TextData, **options: Any) -> Settings:
 
 
 def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple[str, str]] | None:
-    """Return the settings that changed since the run that wrote a state: by name, the old and the new value.
+    """Return the settings that differ from those of the run that wrote `state`: by name, the old and the new value.
 
-    None if the state stores none: it was written by a `Trainer` alone.
+    Return None if the state stores no settings, since a `Trainer` wrote it without a run.
 
     Raises UsageError if the batches would differ, and CheckpointError as `read_notes` does.
     """
@@ -48,7 +50,7 @@ def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple
     if others:
         same = " ".join(f"--{name} {printable(changed[name][0])}" for name in others if name not in (_TEXTS, _TOKENS))
         raise UsageError(
-            "a run is resumed with the batches that it began with",
+            "a resumed run needs the same batches as the original run",
             received="; ".join(_difference(name, *changed[name]) for name in others),
             within=shown_path(state),
             hint=Hint(
@@ -68,7 +70,7 @@ def _difference(name: str, before: str, now: str) -> str:
 
 
 def change_lines(changed: Mapping[str, tuple[str, str]] | None) -> list[str]:
-    """Return a line for each setting that changes, or one if the state stores none."""
+    """Return a line for each changed setting, or a single line if the state stores no settings."""
     if changed is None:
         return ["the state does not store the seed, batches and texts that it was trained with: they are not compared"]
     return [f"resumed with {name} {now}; until now it was {before}" for name, (before, now) in changed.items()]

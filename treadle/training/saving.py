@@ -1,14 +1,14 @@
-"""Save trained weights in a folder like the original one, with the new values in the tensors' own dtypes.
+"""Save trained weights in a folder like the original one, with each tensor's original dtype.
 
-    saver = saver_for(trainer.resolved, Path("trained"))    # refuses at once if saving is not possible
+    saver = saver_for(trainer.resolved, Path("trained"))    # raises at once if saving is not possible
     ...
     saver.save(trainer.weights)
 
     trained/model.safetensors       every tensor of the checkpoint: parameters updated, all others unchanged
     trained/config.json, ...        settings, vocabulary and chat template, byte for byte
 
-Shards become one file. A parameter that a checkpoint stores twice (an embedding that is also the output's matrix) is
-written to both tensors. A model without a folder gets `weights.safetensors` alone, under parameter names.
+Shards become one file. A parameter that a checkpoint stores twice (an embedding that is also the output matrix) is
+written to both tensors. For a model without a folder, only `weights.safetensors` is written, with parameter names.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ _WEIGHTS_INDEX = ".index.json"
 _CONFIG, _MODULES = "config.json", "modules.json"
 _FILE_BYTES = 256 << 20
 _ROUNDED = ("f16", "bf16")
-_FIRST = 4096  # bytes by which tensors mostly differ already
+_FIRST = 4096  # bytes to compare first: tensors that differ mostly differ here
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The written files.
+    """The files that a saver wrote.
 
-    folder   the requested folder
-    files    the files in it, those with the weights first
-    loading  how to load the weights again, in Python and on the command line
+    folder   the folder that the caller chose
+    files    the files in the folder, the file of weights first
+    loading  code and command that load the weights again
     """
 
     folder: Path
@@ -67,22 +67,22 @@ class SavedModel:
 
 
 class Saver(Protocol):
-    """Writes trained weights to a folder, once or several times."""
+    """A writer of trained weights to a folder. It can write several times."""
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
-        """Write the model with these weights, by parameter name.
+        """Write the model with these weights, which are named by parameter.
 
-        Raises UsageError if a file cannot be written, or a weight is out of the range of the checkpoint's dtype.
+        Raises UsageError if a file cannot be written, or if a weight is out of the range of the checkpoint's dtype.
         """
 
 
 def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) -> Saver:
-    """Return a saver of a model's trained weights for a folder.
+    """Return a saver that writes a model's trained weights to a folder.
 
     replace  True if the folder may contain files; files of the same names are overwritten, others stay
 
-    Raises UsageError if the model's format cannot be written (a GGUF or an ONNX file, CTranslate2's layout), if the
-    folder is the model's own, is not a folder, cannot be written or is not empty, and CheckpointError as
+    Raises UsageError if the model's format cannot be written (a GGUF or an ONNX file, CTranslate2's layout), or if the
+    target is the model's own folder, is not a folder, cannot be written or is not empty; and CheckpointError as
     `open_checkpoint` does.
     """
     if resolved.source.kind in ("graph", "declaration"):
@@ -94,9 +94,9 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
 
 @dataclass(frozen=True)
 class WeightsSaver:
-    """Writes the weights of a model without a folder, such as a family of the zoo.
+    """A writer of the weights of a model without a folder, such as a family of the zoo.
 
-    config  configuration that differs from the declaration's
+    config  configuration that differs from the declaration's defaults
     """
 
     target: Path
@@ -104,7 +104,7 @@ class WeightsSaver:
     config: Mapping[str, Any]
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
-        """See `Saver`."""
+        """Write `weights.safetensors`: see `Saver`."""
         _make(self.target)
         path = self.target / WEIGHTS
         write_weights(path, weights)
@@ -115,12 +115,12 @@ class WeightsSaver:
 
 @dataclass(frozen=True)
 class FolderSaver:
-    """Writes a folder like the original one of a model.
+    """A writer of a folder like the original folder of a model.
 
-    parts   for each tensor the parameters that are parts of it, each with its part
-    copies  unused tensors that equal a tensor of a parameter; they are written with its new values
-    added   for parameters whose tensor the checkpoint left out: its name, and the tensor that replaces it. It is
-            written if training gave another parameter of that tensor other values
+    parts   by tensor, the parameters that are stored in the tensor, each with its part of the tensor
+    copies  by unused tensor, a used tensor with equal elements; the unused tensor is written with the same new values
+    added   by parameter that the checkpoint does not store separately: the name of its own tensor, and the tensor that
+            it shares. Its own tensor is written if training gave the sharing parameters different values
     settings  the files that are copied
     """
 
@@ -135,7 +135,9 @@ class FolderSaver:
     def open(
         cls, source: ModelSource, parameters: Mapping[str, Shape], target: PathLike, *, replace: bool = False
     ) -> FolderSaver:
-        """Find the tensors of these parameters of an opened model. Raises as `saver_for` does."""
+        """Return a saver for an opened model: find the tensors that store these parameters. Raises as `saver_for`
+        does.
+        """
         checkpoint = _opened(source)
         family = family_of(checkpoint.config)
         table = family.read(checkpoint.config).table
@@ -159,14 +161,12 @@ class FolderSaver:
         return cls(checkpoint, checked, parts, copies, added, tuple(_settings_of(checkpoint.folder)))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
-        """See `Saver`."""
+        """Write `model.safetensors` and the settings: see `Saver`."""
         place = self.checkpoint.folder
         _make(self.target)
         for below in sorted({name.rpartition("/")[0] for name in self.settings} - {""}):
             if (self.target / below).is_symlink():
-                raise UsageError(
-                    "a link leads out of the folder that is written", received=below, within=str(self.target)
-                )
+                raise UsageError("a link leads out of the output folder", received=below, within=str(self.target))
             _make(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
@@ -177,7 +177,7 @@ class FolderSaver:
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
 
     def _tensors(self, weights: Mapping[str, Array]) -> list[WrittenTensor]:
-        """Return the tensors to write: updated ones, their copies, and all others."""
+        """Return the tensors to write: the updated tensors, their copies, and all other tensors of the checkpoint."""
         parts = {name: dict(of) for name, of in self.parts.items()}
         apart = {}
         for parameter, (new, shared) in self.added.items():
@@ -197,7 +197,7 @@ class FolderSaver:
     def _values(
         self, name: str, record: TensorRecord, parts: Mapping[str, Source], weights: Mapping[str, Array]
     ) -> Array:
-        """Return a tensor's elements, with parameters in their places."""
+        """Return a tensor's elements, with the trained parameters written into their parts."""
         raw = self.checkpoint.raw(name)
         if not parts:
             return raw
@@ -207,12 +207,12 @@ class FolderSaver:
         return stored
 
     def _metadata(self) -> dict[str, str]:
-        """Return the metadata of the checkpoint's first file; other libraries expect the format in it."""
+        """Return the metadata of the checkpoint's first file, with the `format` that other libraries expect."""
         return {"format": "pt", **self.checkpoint.metadata}
 
 
 def _opened(source: ModelSource) -> Checkpoint:
-    """Return the checkpoint of a folder. Raises UsageError for a model in another form."""
+    """Return the checkpoint of a folder. Raises UsageError for a model of another format."""
     path, converted = source.place, source.kind == "ctranslate2"
     if source.kind != "safetensors":
         raise UsageError(
@@ -225,10 +225,10 @@ def _opened(source: ModelSource) -> Checkpoint:
 
 
 def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Map each unused tensor that equals a parameter's tensor to that one.
+    """Return the copies: by unused tensor, a used tensor with the same dtype, shape and elements.
 
-    names  for each used tensor, its other names. Tensors with unrelated names are copies if their elements are equal,
-           unless all elements are the same number: biases of zeros are equal by accident
+    names  by used tensor, its alternative names. A tensor with an unrelated name is only a copy if its elements are not
+           all the same number, since biases of zeros are equal by accident.
     """
     copies = {}
     for name in unused:
@@ -252,13 +252,13 @@ def _written(name: str, record: TensorRecord, values: Any) -> WrittenTensor:
 
 
 def _element(dtype: str) -> np.dtype[Any]:
-    """Return NumPy's dtype of an element as it is stored."""
+    """Return NumPy's dtype for a stored dtype: little-endian, and u16 for bf16."""
     held = DTYPES[dtype].numpy
     return np.dtype("<u2") if held is None else held.newbyteorder("<")
 
 
 def _rounded(name: str, values: Array, dtype: str) -> Array:
-    """Return values as elements of a stored dtype, rounded to nearest even.
+    """Return values converted to a stored dtype, rounded to nearest even.
 
     Raises UsageError if a finite value would become infinite.
     """
@@ -276,7 +276,9 @@ def _rounded(name: str, values: Array, dtype: str) -> Array:
 
 
 def _settings_of(place: ModelFolder) -> list[str]:
-    """Return the files that a model needs in addition to weights, relative to its folder; config.json last."""
+    """Return the files that a model needs in addition to weights, as paths relative to the folder; config.json is
+    last.
+    """
     found = []
     for name in sorted(os.listdir(place.path)):
         path = place.path / name
@@ -287,7 +289,7 @@ def _settings_of(place: ModelFolder) -> list[str]:
         ):  # the layout of sentence-transformers
             found.append(f"{name}/{_CONFIG}")
     for name in found:
-        place.file(name)  # refuses a link to another folder
+        place.file(name)  # raises if the file is a link to another folder
     return sorted(found, key=lambda name: name == _CONFIG)
 
 
@@ -298,7 +300,7 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     try:
         with suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(path)
-    except OSError as error:  # a name that is too long
+    except OSError as error:  # such as a name that is too long
         raise UsageError("the folder cannot be written", received=str(error), hint="another name") from error
     if path.exists() and not path.is_dir():
         raise UsageError("weights are saved in a folder, but this is a file", received=shown, hint="another name")
@@ -315,13 +317,13 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     above = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
         raise UsageError(
-            "the folder cannot be written", received=shown, within=shown_path(above), hint="a folder that can"
+            "the folder cannot be written", received=shown, within=shown_path(above), hint="a writable folder"
         )
     return path
 
 
 def _make(folder: Path) -> None:
-    """Create a folder, unless it exists."""
+    """Create a folder unless it exists. Raises UsageError if this fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,5 @@
-"""Training states: a safetensors file of trained weights and moments, with the number of updates, to resume training.
+"""Training states: a safetensors file of trained weights, optimizer moments and the number of updates, to resume
+training.
 
 weight/h.0.mlp.up.weight, moment/mean.h.0.mlp.up.weight, ...     __metadata__: format, optimizer, steps, note.NAME, ...
 """
@@ -32,14 +33,14 @@ _NOT_NEGATIVE = _MOMENT + "square."
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The state of a training between two calls of `step`, which replaces it as a whole.
+    """The state of a training between two calls of `step`. A step replaces the whole state.
 
     weights    trained weights by name, float32
     moments    the optimizer's moments, by names such as mean.NAME
     steps      the number of updates so far
-    gradients  sums over the calls since the last update, by the names of the gradient graph's outputs
-    counted    the number of positions that these calls counted
-    calls      the number of these calls
+    gradients  gradients summed over the calls since the last update, by the names of the gradient graph's outputs
+    counted    number of counted positions in these calls
+    calls      number of these calls
     """
 
     weights: Arrays
@@ -51,7 +52,7 @@ class TrainingState:
 
 
 def check_state_file(path: PathLike) -> None:
-    """Raise UsageError if a state cannot be written to this file, as `write_state` does later. Nothing is written."""
+    """Raise UsageError if `write_state` could not write a state to this path. Nothing is written."""
     _refuse_pickle(path)
     try:
         check_writable(Path(path))
@@ -60,12 +61,12 @@ def check_state_file(path: PathLike) -> None:
 
 
 def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[str, str]) -> None:
-    """Write the weights, moments and steps of a state.
+    """Write the weights, moments and number of updates of a state.
 
     by     the optimizer's repr
-    notes  texts by name, which `read_notes` returns
+    notes  strings by name, which `read_notes` returns
 
-    Raises UsageError for the name of a pickle, and if the file cannot be written.
+    Raises UsageError if the file cannot be written, or if its name has the extension of a pickle.
     """
     _refuse_pickle(path)
     arrays = {_WEIGHT + name: array for name, array in state.weights.items()}
@@ -75,15 +76,17 @@ def write_state(path: PathLike, state: TrainingState, by: str, notes: Mapping[st
 
 
 def read_notes(path: PathLike) -> dict[str, str]:
-    """Read only the notes of a state. Raises CheckpointError for a file that is damaged or not a state."""
+    """Return only the notes of a state. Raises CheckpointError for a file that is damaged or not a state."""
     metadata = _opened(path).metadata
     return {name.removeprefix(NOTE): text for name, text in metadata.items() if name.startswith(NOTE)}
 
 
 def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
-    """Read a state with the same weights and moments as `like`.
+    """Return the state in a file, which must have the same weights and moments as `like`.
 
-    Raises CheckpointError for a file that is damaged or not written by `write_state`, and for other weights or another
+    by  the optimizer's repr, which must be the stored one
+
+    Raises CheckpointError if the file is damaged or was not written by `write_state`, or has other weights or another
     optimizer.
     """
     file = _opened(path)
@@ -96,7 +99,7 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     if not (steps.isascii() and steps.isdigit() and len(steps) <= _MOST_DIGITS):
         raise refuse("the state lacks the number of updates", f"steps {steps[:40]!r}")
     if metadata.get("optimizer") != by:
-        raise refuse(f"the state belongs to another optimizer than {by}", metadata.get("optimizer", "none"))
+        raise refuse(f"the state was written by another optimizer than {by}", metadata.get("optimizer", "none"))
     wanted = {_WEIGHT + name: array for name, array in like.weights.items()}
     wanted |= {_MOMENT + name: array for name, array in like.moments.items()}
     names = set(file.names())
@@ -104,7 +107,7 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
     if odd:
         near = NearestNames(sorted(names)).of(odd[0], 1) if odd[0] in wanted else []
         meant = f"; nearest {near[0]}" if near else ""
-        raise refuse(f"the state belongs to other weights: {len(odd)} are on one side only", f"{odd[0]}{meant}")
+        raise refuse(f"the state and the model differ in the names of {len(odd)} arrays", f"{odd[0]}{meant}")
     read: Arrays = {}
     for name, array in wanted.items():
         record = file.record(name)
@@ -124,7 +127,7 @@ def read_state(path: PathLike, like: TrainingState, by: str) -> TrainingState:
 
 
 def _refuse_pickle(path: PathLike) -> None:
-    """Raise UsageError for the name of a pickle, which `read_state` would refuse."""
+    """Raise UsageError if the name has the extension of a pickle, which `read_state` would refuse."""
     name = Path(path)
     if name.suffix.lower() in PICKLE_SUFFIXES:
         raise UsageError(
@@ -138,5 +141,5 @@ def _opened(path: PathLike) -> SafetensorsFile:
     file = SafetensorsFile.open(path)
     form = file.metadata.get("format", "another safetensors file")
     if form != FORMAT:
-        raise CheckpointError("this is not a training state", received=printable(form)[:300], within=shown_path(path))
+        raise CheckpointError("not a training state", received=printable(form)[:300], within=shown_path(path))
     return file

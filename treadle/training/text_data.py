@@ -4,7 +4,7 @@
     for tokens in data.batches.after(0):
         trainer.step(**data.objective.asked(tokens, 0))
 
-Data that does not fit the model is refused here, before a model is compiled.
+If the data does not fit the model, this raises before a model is compiled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from treadle.ir.analysis.following import follow
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import RECOGNITION
+from treadle.passes.stages import Recognize, run
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
 from treadle.tasks.generation_settings import FolderRules
@@ -33,7 +32,7 @@ from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, Ma
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
 
 LENGTH = 128
-"""Default number of tokens of a block, if the model supports as many."""
+"""Default number of tokens per block. A model with a smaller maximum gets blocks of its maximum length."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TextData:
     """Blocks of tokens and a training objective.
 
     batches   the training batches
-    heldout   held-out blocks [N, S], the last of the texts; N may be 0
+    heldout   held-out blocks [N, S], from the end of the texts; N may be 0
     digest    SHA-256 of the texts, in hexadecimal
     """
 
@@ -81,11 +80,11 @@ class TextData:
         """Read and tokenize the texts of files, and split them into blocks.
 
         model      the model whose tokenizer is used; `resolved` is the same model
-        length     tokens per block; None: 128, or the model's maximum
+        length     tokens per block; None: 128, or the model's maximum if that is smaller
         batch      blocks per batch
-        holdout    fraction of held-out blocks: one block at least, if it is not 0
-        tokenizer  use another model's tokenizer, if the model has no folder, or no tokenizer in it
-        teacher    a model whose vocabulary must be the same, and which must support as many tokens
+        holdout    fraction of blocks to hold out; if it is not 0, at least one block
+        tokenizer  a model whose tokenizer is used instead, needed if `model` has no folder or no tokenizer
+        teacher    a model with the same vocabulary, which must support blocks of this length
 
         Raises UsageError for data that does not fit, and the errors of reading files and the tokenizer.
         """
@@ -129,7 +128,7 @@ def _digest(documents: Sequence[str]) -> str:
 
 
 def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
-    """Return the tokens per block. Raises UsageError for more than a model or its teacher supports."""
+    """Return the number of tokens per block. Raises UsageError if the model or its teacher supports fewer."""
     limits = [limit for graph in graphs if (limit := _most_tokens(graph)) is not None]
     most = min(limits, default=None)
     usual = LENGTH if most is None else min(LENGTH, most)
@@ -138,20 +137,20 @@ def _checked_length(graphs: Sequence[Graph], length: int | None) -> int:
     if length < 2 or (most is not None and length > most):
         taker = "the teacher" if len(graphs) > 1 and most != _most_tokens(graphs[0]) else "the model"
         bound = "" if most is None else f" and at most {most:,}, the maximum of {taker}"
-        raise UsageError(f"a block has 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
+        raise UsageError(f"a block must have 2 tokens or more{bound}", received=f"{length:,}", hint=f"{usual}")
     return length
 
 
 def _most_tokens(graph: Graph) -> int | None:
-    """Return the largest number of tokens that a model supports; None if there is no limit."""
+    """Return the maximum number of tokens that a model supports, or None if there is no limit."""
     tokens = next((v for v in graph.main.inputs if v.name == "tokens"), None)
     symbol = tokens.type.shape[-1].as_symbol if tokens is not None and tokens.type.rank else None
     return None if symbol is None else graph.symbols[symbol].upper
 
 
 def _check_model(model: str, graph: Graph, objective: str) -> None:
-    """Raise UsageError for a model whose inputs are not tokens [B, S] alone, or that is not causal although it must
-    be.
+    """Raise UsageError if the model has inputs other than tokens [B, S], or if the objective needs a causal model and
+    the model is not causal.
     """
     takes = {value.name: value.type for value in graph.main.inputs}
     tokens = takes.get("tokens")
@@ -163,7 +162,7 @@ def _check_model(model: str, graph: Graph, objective: str) -> None:
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
             hint=Hint("t.Trainer, with batches of your own", "in Python: treadle.Trainer, with batches of your own"),
         )
-    if objective == NEXT_TOKEN and not follow(PassManager(RECOGNITION).run(graph).graph, axis).step():
+    if objective == NEXT_TOKEN and not follow(run(graph, [Recognize()]).graph, axis).step():
         raise UsageError(
             f"{shown} sees the tokens that it must predict: it is not a causal language model",
             received=f"objective {NEXT_TOKEN}",
@@ -172,8 +171,8 @@ def _check_model(model: str, graph: Graph, objective: str) -> None:
 
 
 def _tokenizer(model: str, resolved: Resolved, other: ModelSource | None) -> TextTokenizer:
-    """Return the tokenizer of a model, or of another one. Raises UsageError for a model without a folder and no other
-    one.
+    """Return the tokenizer of `other`, or, if that is None, of the model. Raises UsageError if the model then has no
+    folder.
     """
     need_packages(f"training {printable(model)} on texts", "tokenizers")
     if other is None and resolved.source.path is None:
@@ -208,18 +207,18 @@ def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
 
 
 def _end_of_text(source: ModelSource, tokenizer: TextTokenizer) -> int | None:
-    """Return the token that ends a text, from the folder's files; None if they do not name one."""
+    """Return the id of the end-of-text token that the folder's files name, or None."""
     named = tokenizer.special_names.get("eos_token")
     found = None if named is None else tokenizer.id_of(named)
     return next(iter(FolderRules.read(source).end), None) if found is None else found
 
 
 def _check_vocabulary(resolved: Resolved, tokenizer: TextTokenizer, largest: int) -> None:
-    """Raise UsageError if the tokenizer's tokens are out of the model's range."""
+    """Raise UsageError if the tokenizer has token ids that are not in the model's vocabulary."""
     rows = None if resolved.model is None else resolved.model.config.get("vocab")
     if isinstance(rows, int) and largest >= rows:
         raise UsageError(
             f"the tokenizer has tokens that {resolved.name} does not have",
-            received=f"token {largest:,}, of a model of {rows:,} tokens",
+            received=f"token {largest:,}; the model has {rows:,} tokens",
             hint=Hint(f"vocab={len(tokenizer.vocabulary())}", f"--set vocab={len(tokenizer.vocabulary())}"),
         )

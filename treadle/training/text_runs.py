@@ -16,16 +16,16 @@ import numpy as np
 from treadle.training.text_data import TextData
 from treadle.training.texts import NOT_COUNTED
 
-if TYPE_CHECKING:  # loads the compiler
+if TYPE_CHECKING:  # importing it loads the compiler
     from treadle.training.trainer import StepResult
 
 _TRAINED_ON, _HELD_OUT = 0, 1
-"""The first of the numbers from which masks are drawn: held-out blocks have their own."""
-_MOST_LOSS = 700.0  # its exponential fits into a float64
+"""The first number of the random seeds of masks: one for training batches, another for held-out blocks."""
+_MOST_LOSS = 700.0  # its exponential is still a finite float64
 
 
 class Steps(Protocol):
-    """The methods of `treadle.training.trainer.Trainer` that a run needs."""
+    """The methods of `treadle.training.trainer.Trainer` that a run uses."""
 
     @property
     def steps(self) -> int: ...
@@ -35,12 +35,12 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """The result of one update, or of several consecutive ones.
+    """The result of one update, or of several consecutive updates.
 
-    step     the number of the last of them, from 1 on
+    step     the number of the last update, counted from 1
     loss     the mean over all counted positions
-    norm     the norm of the last one's gradient
-    rate     the last one's learning rate
+    norm     the gradient norm of the last update
+    rate     the learning rate of the last update
     tokens   number of input tokens
     seconds  elapsed time
     counted  number of positions with a target
@@ -56,7 +56,7 @@ class Update:
 
     @classmethod
     def joined(cls, several: Sequence[Update]) -> Update:
-        """Combine several results in one."""
+        """Combine the results of several consecutive updates in one."""
         counted = sum(each.counted for each in several)
         return cls(
             several[-1].step,
@@ -70,10 +70,11 @@ class Update:
 
 
 def updates(trainer: Steps, data: TextData, *, steps: int, accumulate: int = 1) -> Iterator[Update]:
-    """Train up to `steps` updates in all, including those of an earlier run that the trainer continues.
+    """Train, and yield the result of each update, until `steps` updates are done. Updates of an earlier run that the
+    trainer continues are included in this number.
 
-    Each batch, and the masks in it, are a function of its number, so that a run in two parts equals an uninterrupted
-    one.
+    Each batch and its masks depend only on the batch's number, so a run in two parts gives the same weights as an
+    uninterrupted run.
     """
     number = trainer.steps * accumulate
     batches = data.batches.after(number)
@@ -113,5 +114,5 @@ def held_out_loss(
 
 
 def perplexity_of(loss: float) -> float:
-    """Return e to a mean of -ln p, at most the largest number."""
+    """Return exp(loss), the perplexity for a mean of -ln p. Very large losses are capped to keep the result finite."""
     return math.exp(min(loss, _MOST_LOSS))

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class TextTraining:
-    """A run, opened. `compile` and then `train` are called once each.
+    """A training run on texts. Create it by `open`, then call `compile` and `train`, once each.
 
     options   the compile options: backend, target, dtype, seed, the model's configuration
-    saver     saves the trained model; None: it is not saved
-    recorded  the settings as texts, which a state stores
-    changed   those that differ from the resumed state's; None if it stores none
+    saver     saves the trained model; None: the model is not saved
+    recorded  the settings as strings, which a state stores
+    changed   settings that differ from the resumed state's; None if the state stores no settings
     report    the results, after `compile`
-    state     the file for --resume, written at the end, and after every `save_every` updates
+    state     the file for --resume, written at the end and after every `save_every` updates
     resume    the state that the run continues
     """
 
@@ -73,11 +73,12 @@ class TextTraining:
         save_every: int | None = None,
         resume: Path | None = None,
     ) -> TextTraining:
-        """Read the model and the texts, and compare the settings with a resumed state's; no weight is read.
+        """Read the model and the texts, and compare the settings with a resumed state's. No weight is read.
 
-        output   the folder to save in; `replace`: it may have files
+        output   the folder to save the trained model in
+        replace  True if that folder may contain files
 
-        Raises UsageError for settings that cannot work, before anything is trained, and the errors of reading.
+        Raises UsageError for invalid settings, before anything is trained, and the errors of reading.
         """
         if save_every is not None and state is None:
             raise UsageError("--save-every only applies together with --state", hint="--state FILE as well")
@@ -97,8 +98,8 @@ class TextTraining:
         return cls(model, settings, options, resolved, data, saver, recorded, changed, state, save_every, resume)
 
     def compile(self) -> None:
-        """Compile the steps, and restore a resumed state. Raises the errors of `Trainer`, and UsageError for a state
-        that already has all steps.
+        """Compile the training step, and restore a resumed state. Raises the errors of `Trainer`, and UsageError if the
+        resumed state already has all the steps.
         """
         from treadle.training.trainer import Trainer
 
@@ -138,7 +139,7 @@ class TextTraining:
             )
 
     def _teacher(self) -> dict[str, Any]:
-        """Return the trainer's arguments for a teacher, compiled."""
+        """Compile the teacher, and return the arguments of `Trainer` for it: a dict that is empty without a teacher."""
         from treadle.compiling import compile_model
 
         settings = self.settings
@@ -160,12 +161,13 @@ class TextTraining:
     def train(
         self, *, interrupted: Callable[[], bool], every: int, emit: Callable[[str], None], warn: Callable[[str], None]
     ) -> None:
-        """Train up to the settings' steps, and save: also if a step fails, or if `emit` meets a closed output.
+        """Train until the settings' number of steps, then save. Weights and state are also saved if a step fails, or if
+        the output that `emit` writes to is closed.
 
         interrupted  returns True if the run must end after the current step
-        every        number of updates in a line
+        every        number of updates per line
         emit         called with each line
-        warn         called with lines about files and further errors, before an error is raised
+        warn         called with lines about saved files and further errors, before an error is raised
 
         Raises the error of a step, after the trained weights are saved.
         """
@@ -196,7 +198,7 @@ class TextTraining:
     def _update(
         self, since: list[Update], interrupted: Callable[[], bool], every: int, emit: Callable[[str], None]
     ) -> None:
-        """Run the updates; `since` holds those after the last line."""
+        """Run the updates. `since` collects the updates that no line covers yet."""
         steps = self.settings.steps
         for update in updates(
             self.trainer, self.data, steps=steps, accumulate=self.settings.gradient_accumulation_steps
@@ -232,8 +234,8 @@ def is_state(path: Path) -> bool:
 
 
 def _check_state(state: Path, *, replace: bool) -> None:
-    """Raise UsageError for a file that cannot be written, and for an existing file that is not a state."""
-    if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):  # True and False for any name
+    """Raise UsageError if the file cannot be written, or if it exists and is not a state."""
+    if os.path.isdir(state) or not os.path.isdir(state.absolute().parent):  # isdir never raises
         what = "this is a folder" if os.path.isdir(state) else "its folder does not exist"
         raise UsageError(f"the state cannot be written: {what}", received=str(state), hint="a file in a folder")
     check_state_file(state)
@@ -243,9 +245,7 @@ def _check_state(state: Path, *, replace: bool) -> None:
 
 
 def _check_computing(options: CompileOptions) -> None:
-    """Raise UsageError if the backend does not support training in this dtype, or the target does not support
-    training.
-    """
+    """Raise UsageError if the backend does not support training in this dtype, or if the target is not the CPU."""
     if options.where.kind != "cpu":
         raise UsageError(
             "training runs on the CPU", received=f"--target {options.where.name}", hint="--target cpu, or no --target"

@@ -4,7 +4,7 @@
     for tokens in BlockBatches(blocks, 8, seed=0).after(step):                  # i64[8, 128], epoch after epoch
         targets = next_token_targets(tokens)
 
-A target of -100 is not counted, as in PyTorch's cross-entropy.
+Positions with the target -100 do not count in the loss, as in PyTorch's cross-entropy.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from treadle.reporting.counts import counted
 Tokens = npt.NDArray[np.int64]
 
 NOT_COUNTED = IGNORED
-"""The target of a position that is not predicted."""
+"""The target of a position that does not count in the loss."""
 
 MASKED = 0.8
 """Fraction of the chosen positions that are masked."""
 REPLACED = 0.1
-"""Fraction of them that get a random token; the others are unchanged."""
+"""Fraction of the chosen positions that get a random token. The other chosen positions are unchanged."""
 
 
 def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | None) -> Tokens:
     """Join documents and split them into blocks [N, length].
 
-    end  the token between two documents, unless the first one ends with it already; None: no token
+    end  the token to insert between two documents, unless the first already ends with it; None: no token is inserted
 
-    The incomplete block at the end is dropped. Raises UsageError if there is no other block.
+    The incomplete block at the end is dropped. Raises UsageError if there is no complete block.
     """
     if length < 1:
-        raise UsageError("a block has 1 token or more", received=f"length={length}")
+        raise UsageError("a block must have 1 token or more", received=f"length={length}")
     parts: list[Tokens] = []
     for number, document in enumerate(token_ids):
         ids = np.asarray(document, np.int64)
@@ -58,8 +58,8 @@ def blocks_of(token_ids: Sequence[Sequence[int]], length: int, *, end: int | Non
 
 
 def next_token_targets(tokens: npt.ArrayLike, lengths: npt.ArrayLike | None = None) -> Tokens:
-    """Return the next token for each of the tokens [B, S], in the same shape; the last position of a row is not
-    counted.
+    """Return the next token of each position of tokens [B, S], as targets in the same shape. The last position of a row
+    has the target -100.
 
     lengths  [B], number of tokens of each row without padding
     """
@@ -81,22 +81,22 @@ def mask_tokens(
     special: Collection[int],
     rate: float = 0.15,
 ) -> tuple[Tokens, Tokens]:
-    """Return inputs and targets [B, S] of a masked language model (Devlin et al. 2019, section 3.1).
+    """Return inputs and targets, both [B, S], for a masked language model (Devlin et al. 2019, section 3.1).
 
-    Each token that is not special is chosen with the probability `rate`. Of the chosen tokens, 8 of 10 become the mask,
-    1 of 10 a random token, and 1 of 10 is unchanged; only these are targets. If no token of a row was chosen, one is
-    chosen, if the row has any that is not special.
+    Each token that is not special is chosen with probability `rate`. Of the chosen tokens, 80 % become the mask, 10 % a
+    random token, and 10 % are unchanged. The chosen tokens are the targets; all other targets are -100. If no token of
+    a row was chosen and the row has a token that is not special, one is chosen.
 
     vocab    number of tokens from which a random one is drawn
     special  tokens that are never chosen: special tokens around texts, and padding
 
-    Raises UsageError for a rate that is not a probability above 0.
+    Raises UsageError unless 0 < rate <= 1.
     """
     if not 0 < rate <= 1:
         raise UsageError("the rate of masked tokens must be above 0 and at most 1", received=f"rate={rate}")
     ids = np.asarray(tokens, np.int64)
     open_to = ~np.isin(ids, list(special))
-    drawn = np.where(open_to, rng.random(ids.shape), 2.0)  # above every rate: never chosen
+    drawn = np.where(open_to, rng.random(ids.shape), 2.0)  # 2.0 is above every rate, so special tokens are never chosen
     chosen = drawn < rate
     least = drawn == drawn.min(axis=1, keepdims=True)
     chosen |= open_to & least & ~chosen.any(axis=1, keepdims=True)
@@ -108,13 +108,13 @@ def mask_tokens(
 
 @dataclass(frozen=True)
 class BlockBatches:
-    """Batches of `rows` blocks, in another order each epoch; the incomplete batch at the end of an epoch is dropped.
+    """Batches of `rows` blocks, shuffled in each epoch. The incomplete batch at the end of an epoch is dropped.
 
-    The order is a function of the seed and the epoch, so that a run which resumes at any step gets the same batches.
+    The order depends only on the seed and the epoch, so a run that resumes at any step gets the same batches.
 
     blocks  [N, S]
 
-    Raises UsageError for fewer blocks than a batch has rows.
+    Raises UsageError if there are fewer blocks than `rows`.
     """
 
     blocks: Tokens
@@ -134,7 +134,7 @@ class BlockBatches:
         return len(self.blocks) // self.rows
 
     def after(self, steps: int = 0) -> Iterator[Tokens]:
-        """Yield the batches [rows, S] that follow the first `steps`, without end."""
+        """Yield the batches [rows, S] after the first `steps` batches, endlessly."""
         first, done = divmod(steps, self.epoch)
         return chain.from_iterable(self._of(epoch, done if epoch == first else 0) for epoch in count(first))
 

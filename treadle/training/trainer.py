@@ -5,8 +5,8 @@
         result = trainer.step(tokens=tokens, targets=next_token_targets(tokens))
     exe = trainer.compiled(backend="tvm")                           # with the current weights
 
-Training runs two graphs, which can be inspected: `trainer.gradient`, the loss and its gradients by the trained weights,
-and `trainer.update`, the optimizer, which updates the weights in place. Both are compiled like models.
+Training runs two compiled graphs, which can be inspected. `trainer.gradient` computes the loss and its gradients with
+respect to the trained weights. `trainer.update` is the optimizer, which updates the weights in place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.losses import IGNORED
 from treadle.ir.transforms.chosen_outputs import choose_outputs
-from treadle.ir.transforms.gradients import GRADIENT, gradient_graph
+from treadle.ir.transforms.gradients import GRADIENT
 from treadle.ir.transforms.padding_rows import with_padding_rows
 from treadle.ir.transforms.training_losses import (
     COUNTED,
@@ -43,10 +43,8 @@ from treadle.ir.transforms.training_losses import (
     with_own_loss,
 )
 from treadle.ir.types import f32
-from treadle.passes.framework.manager import PassManager
-from treadle.passes.pipelines import DEFAULT, RECOGNITION
+from treadle.passes.stages import Gradient, Merge, Precision, Recognize, passes_of, run
 from treadle.program.options import CompileOptions, with_options
-from treadle.program.precision import computing_in
 from treadle.program.resolved import Resolved
 from treadle.program.source import BLOCKS, AnyModel
 from treadle.program.weights import weights_of
@@ -58,7 +56,7 @@ from treadle.training.states import TrainingState, read_state, write_state
 Array = np.ndarray[Any, Any]
 
 WIDENED = ("bf16", "f16", BLOCKS)
-"""Trained weights of these types become float32: an update is too small for a lower precision."""
+"""Trained weights of these dtypes are converted to float32: an update is too small for a lower precision."""
 
 _OWN_OPS = "the model's own ops: log or sqrt at 0, a division by 0, exp of a large number"
 _SMALLER_RATE = Hint(
@@ -73,10 +71,10 @@ class StepResult:
 
     step      number of updates so far
     updated   True if this call updated the weights: every call, or every `gradient_accumulation_steps`-th
-    loss      the mean over the counted positions of this call
-    norm      the gradient's norm over all weights, before clipping; NaN if this call did not update
+    loss      the mean loss over the counted positions of this call
+    norm      the gradient norm over all weights, before clipping; NaN if this call did not update
     learning_rate  the learning rate of the update
-    seconds   the time of the call
+    seconds   the duration of the call
     """
 
     step: int
@@ -90,10 +88,10 @@ class StepResult:
 class Trainer:
     """A model in training. See the module's docstring.
 
-    gradient   compiled: inputs, targets and trained weights -> the loss, the number of counted positions, gradients
-    update     compiled: weights, gradients and moments -> new weights and moments, and the gradient's norm
+    gradient   the compiled gradient graph: inputs, targets, trained weights -> loss, number of targets, gradients
+    update     the compiled optimizer: weights, gradients, moments -> new weights, new moments, gradient norm
     trained    the names of the trained weights
-    resolved   the model as it was resolved
+    resolved   the traced model, with its checkpoint
     """
 
     def __init__(
@@ -115,23 +113,24 @@ class Trainer:
     ) -> None:
         """Compile the graphs of a training step.
 
-        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32; other
-                    weights are drawn from `seed`
-        loss        "cross-entropy" of an output's last axis with `targets`, classes of which -100 is not counted; with
-                    a teacher, mixed with the divergence from the teacher's output; or the name of a scalar output of
-                    the model
-        optimizer   `AdamW(...)` or `SGD(...)`; weights with two axes or more decay
-        learning_rate  the learning rate, or a `Schedule` of it
+        model       as in `compile`. Training begins with the weights of a checkpoint, converted to float32. A model
+                    without a checkpoint gets random weights, drawn from `seed`.
+        loss        "cross-entropy" over the last axis of an output, with class indices as `targets`, of which -100
+                    is not counted; with a teacher, combined with the divergence from the teacher's output. Or the name
+                    of a scalar output of the model, which is then minimized.
+        optimizer   `AdamW(...)` or `SGD(...)`; weight decay applies to weights with two axes or more
+        learning_rate  a constant learning rate, or a `Schedule`
         max_grad_norm  clip the gradient norm to this value; None disables clipping
-        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all except buffers;
+        trained     patterns of names, such as "h.*.mlp.*"; other weights are frozen. None: all weights except buffers;
                     for a module that `from_torch` imported, its parameters that require a gradient
-        output      the output that `targets` belong to; None: "logits", or the only one
-        teacher     a compiled model with an output of the same name, run on the inputs that both have
-        temperature, distillation_weight  of the teacher's loss, by default 2 and 0.5; see
+        output      the output that `targets` are compared with; None: "logits", or the only output
+        teacher     a compiled model that has an output of the same name. The teacher gets the inputs that both models
+                    have.
+        temperature, distillation_weight  temperature and weight of the teacher's loss, by default 2 and 0.5; see
                     `treadle.ir.transforms.training_losses`
         gradient_checkpointing  recompute the activations of repeated blocks instead of saving them
-        gradient_accumulation_steps  calls of `step` whose gradients are accumulated for one update
-        options     as in `compile`; with dtype="bf16", products of any two matrices have bf16 operands
+        gradient_accumulation_steps  number of calls of `step` whose gradients are accumulated for one update
+        options     as in `compile`; with dtype="bf16", matrix products have bf16 operands
 
         Raises UsageError for an invalid option, and the errors of `compile`.
         """
@@ -140,7 +139,7 @@ class Trainer:
             raise UsageError("`output=` cannot be combined with a custom loss", received=f"{output=}")
         if type(gradient_accumulation_steps) is not int or gradient_accumulation_steps < 1:
             raise UsageError(
-                "an update needs the gradients of 1 call or more",
+                "gradient_accumulation_steps must be 1 or more",
                 received=f"gradient_accumulation_steps={gradient_accumulation_steps!r}",
             )
         asked = CompileOptions.of("train", options)
@@ -160,19 +159,21 @@ class Trainer:
         self._classes = scores.shape[-1].constant if scores.rank else None
         known = self.resolved.learned if trained is None else None
         self.trained = self._chosen(("*",) if trained is None else trained, known)
-        recognized = PassManager(RECOGNITION, differentiated=True).run(graph).graph
-        self.trained = tuple([name for name in self.trained if name in recognized.parameters])
-        made = gradient_graph(recognized, LOSS, self.trained, recompute=gradient_checkpointing)
+        recognized = run(graph, [Recognize(differentiated=True)])
+        self.trained = tuple([name for name in self.trained if name in recognized.graph.parameters])
+        made = run(recognized, [Gradient(LOSS, self.trained, gradient_checkpointing)]).graph
         reached = tuple([name for name in self.trained if GRADIENT + name in made.main.outputs])
         if not reached:
             raise UsageError("the loss depends on no trained weight", received=", ".join(self.trained)[:200])
-        if reached != self.trained:  # others stay weights: floor and comparisons have no gradient
-            self.trained, made = reached, gradient_graph(recognized, LOSS, reached, recompute=gradient_checkpointing)
+        if reached != self.trained:  # the others, which only floor or comparisons read, have no gradient
+            self.trained, made = reached, run(recognized, [Gradient(LOSS, reached, gradient_checkpointing)]).graph
         made = choose_outputs(made, [LOSS, COUNTED, *[GRADIENT + name for name in reached]])
         held, self.seed = weights_of(self.resolved, self.resolved.graph, asked.arrays, asked.seed)
         frozen = {name: held[name] for name in made.parameters}
-        passes, _ = computing_in(asked.dtype, DEFAULT, (), computed=True)
-        self._options = CompileOptions(backend=backend, target=where, passes=passes)
+        precision = [] if asked.dtype is None else [Precision(asked.dtype, computed=True)]
+        self._options = CompileOptions(
+            backend=backend, target=where, passes=passes_of([Recognize(), Merge(), *precision])
+        )
         self.gradient = compile_model(made, self._options.but(weights=frozen))
         self._loss_alone = choose_outputs(made, [LOSS, COUNTED])
         self._evaluation: Compiled | None = None
@@ -200,7 +201,7 @@ class Trainer:
         if "logits" in outputs or len(outputs) == 1:
             return "logits" if "logits" in outputs else outputs[0]
         raise UsageError(
-            "a model with several outputs is trained for one of them",
+            "the model has several outputs: the output to train is not set",
             received=", ".join(outputs),
             hint=f"output={outputs[0]!r}, or the name of its loss in loss=",
         )
@@ -220,7 +221,7 @@ class Trainer:
             ours, its = graph.main.outputs[output].type, types[output]
             if its.rank != ours.rank or its.shape[-1].constant != ours.shape[-1].constant:
                 raise UsageError(
-                    "the teacher has other classes than the model",
+                    "the teacher's classes differ from the model's",
                     received=f"{output}: {its} of the teacher, {ours} of the model",
                     hint="a teacher with the same vocabulary or labels",
                 )
@@ -230,9 +231,9 @@ class Trainer:
         return with_cross_entropy(graph, output) if loss == "cross-entropy" else with_own_loss(graph, loss)
 
     def _chosen(self, patterns: Iterable[str], learned: Collection[str] | None) -> tuple[str, ...]:
-        """Return the names of f32 weights that one of the patterns matches, in the graph's order.
+        """Return the names of the f32 weights that match one of the patterns, in the graph's order.
 
-        learned  only weights among these; None: among all
+        learned  names of weights to choose from; None: all weights
         """
         given = [patterns] if isinstance(patterns, str) else list(patterns)
         names = [name for name, v in self.resolved.graph.parameters.items() if v.type.dtype is f32]
@@ -249,7 +250,7 @@ class Trainer:
 
     @property
     def inputs(self) -> tuple[Port, ...]:
-        """Inputs of `step` and `evaluate`, by name."""
+        """Inputs of `step` and `evaluate`: the model's inputs, and targets."""
         beside = {*self.trained} | ({TEACHER} if self.teacher is not None else set())
         return tuple([port for port in self.gradient.inputs if port.name not in beside])
 
@@ -262,7 +263,7 @@ class Trainer:
     def state(self) -> TrainingState:
         """The current weights, moments and gradients. The next update overwrites weights and moments in place.
 
-        Raises UsageError if an update failed midway, until `restore`.
+        If an update failed midway, raises UsageError until `restore` is called.
         """
         if self._torn:
             raise UsageError(
@@ -272,15 +273,14 @@ class Trainer:
         return self._state
 
     def step(self, /, **arrays: Any) -> StepResult:
-        """Take one batch: compute its gradients and, in the last of `gradient_accumulation_steps` calls,
-        update the weights.
+        """Compute the gradients of one batch. In the last of `gradient_accumulation_steps` calls, update the weights.
 
-        A step is a transaction: if it raises or is interrupted, weights, moments and the gradients of earlier calls are
-        either as before it or as after it. The update writes in place, so signals wait until it is done. If the update
-        itself fails, `step`, `evaluate` and `save_state` refuse until `restore`.
+        A step is a transaction. If it raises or is interrupted, weights, moments and accumulated gradients are either
+        as before the step or as after it. The update writes in place, so signals are deferred until it is done. If the
+        update itself fails, `step`, `evaluate` and `save_state` raise UsageError until `restore` is called.
 
-        Raises UsageError if no position of the batch counts, or the loss or a gradient is NaN or infinite, and
-        BackendError for arrays that do not fit.
+        Raises UsageError if no position of the batch is counted, or if the loss or a gradient is NaN or infinite;
+        BackendError for arrays that do not match `inputs`.
         """
         began = time.perf_counter()
         state, batch = self.state, self._checked(arrays)
@@ -297,11 +297,13 @@ class Trainer:
         return StepResult(self.steps, updated, loss, norm, rate, time.perf_counter() - began)
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the calls since the last update."""
+        """Drop the gradients accumulated since the last update."""
         self._state = replace(self.state, gradients={}, counted=0.0, calls=0)
 
     def evaluate(self, /, **arrays: Any) -> float:
-        """Return the mean loss over the counted positions of a batch; nothing is changed. Raises as `step` does."""
+        """Return the mean loss over the counted positions of a batch. The weights are unchanged. Raises as `step`
+        does.
+        """
         if self._evaluation is None:
             self._evaluation = compile_model(
                 self._loss_alone, self._options.but(weights=self._needed_by(self._loss_alone))
@@ -316,8 +318,8 @@ class Trainer:
         return {name: self._frozen[name] for name in graph.parameters}
 
     def _checked(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the batch, with the teacher's logits for it. Raises BackendError for arrays that do not fit,
-        UsageError for targets that are not classes.
+        """Return the batch, with the teacher's logits for it. Raises BackendError for arrays that do not match
+        `inputs`, UsageError for targets that are not class indices.
         """
         given = dict(arrays)
         if self.teacher is not None:
@@ -350,8 +352,8 @@ class Trainer:
     def _summed(
         self, earlier: Mapping[str, Array], found: Mapping[str, Any], batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Return the gradients of a call plus those of earlier calls, in the arrays of this call: earlier arrays are
-        unchanged.
+        """Return the sum of a call's gradients and the earlier gradients. The sums overwrite the call's arrays; the
+        earlier arrays are unchanged.
         """
         gradients: dict[str, Array] = {name: array for name, array in found.items() if name.startswith(GRADIENT)}
         for name, array in gradients.items():
@@ -362,7 +364,7 @@ class Trainer:
         return gradients
 
     def _update_by(self, state: TrainingState, rate: float) -> float:
-        """Update weights and moments in place by a state's gradients, and replace the state. Return the gradient's
+        """Update weights and moments in place with the gradients of a state, and replace the state. Return the gradient
         norm.
         """
         scalars = {"rate": rate, "share": 1 / state.counted, **self.optimizer.scalars(state.steps + 1)}
@@ -376,8 +378,8 @@ class Trainer:
         return float(found["norm"])
 
     def _not_finite(self, what: str, batch: Mapping[str, Array]) -> UsageError:
-        """Return the error for a loss or gradient that is NaN or infinite. It names the input or weight that contained
-        the first.
+        """Return the error for a loss or gradient that is NaN or infinite. It names the first input or weight with a
+        NaN or infinite value, if any.
         """
         weights = {**self._frozen, **({} if self.steps else self._state.weights)}
         named = {f"input {name}": array for name, array in batch.items()}
@@ -385,13 +387,13 @@ class Trainer:
         hint: str = _SMALLER_RATE if self.steps else _OWN_OPS
         if place is not None:
             hint = "finite inputs and weights"
-            if self.steps and "inf at" in place:  # which may be intended
+            if self.steps and "inf at" in place:  # an infinite weight or input may be intended
                 hint = Hint(*[f"{hint}; if it is a mask, {rate}" for rate in (_SMALLER_RATE, _SMALLER_RATE.command)])
         received = place or "inputs and weights are finite"
         return UsageError(f"{what} after {self.steps} updates", received=received, hint=hint)
 
     def memory(self, **sizes: int) -> MemoryReport:
-        """Report the memory of a step in addition to weights, moments and gradients at some sizes.
+        """Return a report on the memory of a step at these sizes, in addition to weights, moments and gradients.
 
         The report has the form of `treadle explain MODEL memory`, for the gradient graph.
         """
@@ -402,22 +404,22 @@ class Trainer:
 
     @property
     def weights(self) -> dict[str, Array]:
-        """All current weights of the model by name; the next step overwrites the trained ones."""
+        """All current weights of the model by name. The next step overwrites the trained weights in place."""
         held = {**self._frozen, **self.state.weights}
         return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
-        """Compile the model with the current weights and options of `compile`."""
+        """Compile the model with the current weights. `options` are those of `compile`."""
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, CompileOptions.of("compile", {**options, "weights": weights}))
 
     def save_state(self, path: PathLike, notes: Mapping[str, str] | None = None) -> None:
-        """Write trained weights, moments and steps to one file atomically, to resume by `restore`.
+        """Write trained weights, moments and the number of updates to one file atomically, to resume by `restore`.
 
-        notes  texts by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
+        notes  strings by name that `treadle.training.states.read_notes` returns, such as the seed of the batches
 
-        Raises UsageError if the file cannot be written, for the name of a pickle, which `restore` would refuse, and
-        between the calls of one update.
+        Raises UsageError if the file cannot be written, if its name has the extension of a pickle, or if gradients are
+        accumulated that no update has used yet.
         """
         state = self.state
         if state.calls:
@@ -429,7 +431,7 @@ class Trainer:
         write_state(path, state, repr(self.optimizer), notes or {})
 
     def restore(self, path: PathLike) -> None:
-        """Resume from a file of `save_state`. Raises CheckpointError for a file of another model or optimizer."""
+        """Resume from a file that `save_state` wrote. Raises CheckpointError if the model or the optimizer differs."""
         self._state, self._torn = read_state(path, self._state, repr(self.optimizer)), False
 
     def __repr__(self) -> str:
@@ -441,7 +443,9 @@ class Trainer:
 
 
 def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
-    """Describe the first NaN in some arrays, or else the first infinity: "input x has nan at [2, 1]"."""
+    """Return a description of the first NaN in some arrays, or else of the first infinity: "input x has nan at [2, 1]".
+    Return None if all values are finite.
+    """
     for is_wrong in (np.isnan, np.isinf):
         for name, array in arrays.items():
             wrong: Any = np.argwhere(is_wrong(array)) if array.dtype.kind == "f" else ()
@@ -452,7 +456,7 @@ def _first_not_finite(arrays: Mapping[str, Array]) -> str | None:
 
 
 def _expect(optimizer: object, teacher: object) -> None:
-    """Raise UsageError for an object that is not an optimizer, or not a compiled model."""
+    """Raise UsageError if `optimizer` is not an optimizer, or if `teacher` is not a compiled model."""
     if isinstance(optimizer, type) or not hasattr(optimizer, "scalars"):
         raise UsageError("optimizer= must be an optimizer", received=repr(optimizer)[:80], hint="t.AdamW(), or t.SGD()")
     if teacher is not None and not isinstance(teacher, Compiled):

@@ -1,4 +1,4 @@
-"""The settings of a training run on texts: the flags of `treadle train`, and what a state stores to compare runs."""
+"""The settings of a training run on texts: the flags of `treadle train`, and the settings that a state stores."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class TrainingSettings:
             raise UsageError(f"{option} only applies together with --teacher", hint="--teacher MODEL as well")
 
     def schedule_of_rates(self) -> Schedule:
-        """Return the learning rates. Raises UsageError for a rate that is not a number above 0."""
+        """Return the schedule of learning rates. Raises UsageError if the learning rate is not a number above 0."""
         from treadle.runtime.training.schedules import Schedule
 
         rate = self.learning_rate

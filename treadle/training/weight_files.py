@@ -1,8 +1,8 @@
-"""Write tensors as a safetensors file, atomically and with one tensor in memory at a time.
+"""Write tensors to a safetensors file, atomically and with one tensor in memory at a time.
 
     8 bytes   n, an unsigned little-endian integer
-    n bytes   the header, JSON: `__metadata__` (text to text), then each tensor's dtype, shape and range
-    the rest  the tensors, those of wide elements first, so that each offset is a multiple of the element size
+    n bytes   the header, JSON: `__metadata__` (strings by name), then each tensor's dtype, shape and byte range
+    the rest  the tensors, those with the widest elements first, so that each offset is a multiple of the element size
 
 Source: the format, https://huggingface.co/docs/safetensors. `treadle.frontends.safetensors_file` reads it.
 """
@@ -31,10 +31,10 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor of the file.
+    """A tensor to write.
 
     dtype   Treadle's name of the dtype: f32, bf16, ...
-    values  returns its elements, little-endian, in NumPy's dtype of the same size: u16 for bf16
+    values  returns the tensor's elements, little-endian, in a NumPy dtype of the same size: u16 for bf16
     """
 
     name: str
@@ -45,7 +45,7 @@ class WrittenTensor:
 
 
 def write_tensors(path: Path, tensors: Sequence[WrittenTensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as one file; an existing file is replaced. The bytes depend only on the arguments.
+    """Write tensors to one file. An existing file is replaced. The bytes depend only on the arguments.
 
     Raises UsageError if the file cannot be written.
     """

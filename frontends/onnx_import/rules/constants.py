@@ -17,7 +17,7 @@ from treadle.ir.sizing.sizes import Size, product
 def _constant(site: OnnxSite) -> Made:
     names = list(site.attributes)
     if len(names) != 1:
-        site.malformed(f"has {len(names)} attributes, not one")
+        site.malformed(f"must have one attribute, but has {len(names)}")
     site.ignore(*names)
     attribute = site.attributes[names[0]]
     match names[0]:
@@ -68,7 +68,7 @@ def _constant_of_shape(site: OnnxSite) -> Made:
 
 @operator("Range", latest=27)
 def _range(site: OnnxSite) -> Made:
-    """start, start + delta, ... below limit"""
+    """start, start + delta, ..., up to limit, which is excluded"""
     b, dtype = site.b, site.element(0).carrier
     if dtype.is_float:
         start, limit, delta = (float(site.scalar(i)) for i in range(3))

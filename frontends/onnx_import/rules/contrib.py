@@ -1,4 +1,4 @@
-"""Operators of the domain com.microsoft except attention: results of ONNX Runtime's optimizer and quantizer.
+"""Operators of the domain com.microsoft except attention. ONNX Runtime's optimizer and quantizer write them.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -46,7 +46,7 @@ def _quick_gelu(site: OnnxSite) -> Made:
 
 
 def _with_skip(site: OnnxSite, bias: int) -> Expr:
-    """The sum of the input, the skip connection, and the bias if there is one."""
+    """Return the sum of the input, the skip connection, and the bias if there is one."""
     total, extra = site.x(0) + site.x(1), site.maybe(bias)
     return total if extra is None else total + extra
 
@@ -72,7 +72,7 @@ def _skip_rms_norm(site: OnnxSite) -> Made:
 @operator("SimplifiedLayerNormalization")
 @operator("SimplifiedLayerNormalization", domain=MICROSOFT)
 def _rms_norm(site: OnnxSite) -> Made:
-    """ONNX Runtime writes this operator in ONNX's own domain as well."""
+    """RMS norm. ONNX Runtime writes this operator in ONNX's own domain as well."""
     x, eps, stash = site.x(0), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     if site.axis(site.int("axis", -1), x.rank) != x.rank - 1 or stash != 1 or any(site.wanted[1:]):
         site.refuse("several axes, another precision, and its statistics as outputs are not supported")
@@ -126,7 +126,7 @@ def _fused_matmul(site: OnnxSite) -> Made:
 
 @operator("MatMulIntegerToFloat", domain=MICROSOFT)
 def _matmul_integer_to_float(site: OnnxSite) -> Made:
-    """a, b, their scales, their zero points, and a bias"""
+    """Product of dequantized operands. Inputs: a, b, their scales, their zero points, a bias."""
     z = matmul(site.b, centered(site, 0, 4, -2), centered(site, 1, 5, -1))
     y = (z * (_scalar_or_row(site, site.x(2)) * _scalar_or_row(site, site.x(3))).cast(f64)).cast(site.x(2).dtype)
     bias = site.maybe(6)
@@ -135,7 +135,7 @@ def _matmul_integer_to_float(site: OnnxSite) -> Made:
 
 @operator("DynamicQuantizeMatMul", domain=MICROSOFT)
 def _dynamic_matmul(site: OnnxSite) -> Made:
-    """a is quantized by its own range; b, its scales, its zero points, and a bias are inputs."""
+    """Product in which a is quantized with its own range. Inputs: a, b, the scales and zero points of b, a bias."""
     b, x = site.b, site.x(0)
     steps, scale, zero = dynamically_quantized(b, x)
     z = matmul(b, steps.cast(f64) - zero.cast(f64), centered(site, 1, 3, -1))
@@ -150,13 +150,13 @@ def _scalar_or_row(site: OnnxSite, scale: Expr) -> Expr:
 
 @operator("MatMulNBits", domain=MICROSOFT)
 def _matmul_bits(site: OnnxSite) -> Made:
-    """A weight [n, k] of 4 or 8 bits in blocks along k, each with a scale and, if present, a zero point.
+    """Product with a weight [n, k] of 4 or 8 bits in blocks along k. A block has a scale and, if present, a zero point.
 
     A byte holds two 4-bit numbers, the first in the lower half. The default zero point is 2^(bits - 1).
     """
     b, x = site.b, site.x(0)
     bits, block, k, n = site.int("bits", 4), site.int("block_size", 0), site.int("K", 0), site.int("N", 0)
-    site.ignore("accuracy_level")  # limit of ONNX Runtime's rounding of activations, which are not rounded here
+    site.ignore("accuracy_level")  # ONNX Runtime may round activations by it; here they are not rounded
     if bits not in (4, 8) or block < 16 or k < 1 or n < 1 or site.has(4):
         site.refuse(f"{bits} bits in blocks of {block}, or a group index, are not supported")
     blocks = -(-k // block)
@@ -178,7 +178,7 @@ def _matmul_bits(site: OnnxSite) -> Made:
 
 
 def _nibbles(b: Builder, x: Expr) -> Expr:
-    """Return the halves of bytes along the last axis, the lower half first."""
+    """Return the 4-bit halves of bytes along the last axis, the lower half first."""
     sixteen = b.constant(16, u8)
     names = axis_letters(x.rank)
     spread = f"{' '.join(names)} -> {' '.join(names)} 1"
@@ -193,7 +193,9 @@ def _nibbles(b: Builder, x: Expr) -> Expr:
 
 @operator("RotaryEmbedding", domain=MICROSOFT)
 def _rotary(site: OnnxSite) -> Made:
-    """x [b, s, h d] or [b, h, s, d], positions [b, s] or one offset, tables [positions, d / 2]"""
+    """Rotary embedding. Inputs: x [b, s, h d] or [b, h, s, d], positions [b, s] or one offset, tables [positions, d /
+    2].
+    """
     b, x, positions, cos, sin = site.b, *(site.x(i) for i in range(4))
     heads, width, interleaved = (
         site.int("num_heads", 0),
@@ -208,7 +210,7 @@ def _rotary(site: OnnxSite) -> Made:
             size = site.number(cos.shape[-1] * 2, "twice the number of the tables' columns")
             wide = site.number(x.shape[-1], "the width of x")
             if not size or not wide:
-                site.malformed("neither num_heads nor rotary_embedding_dim gives the number of heads")
+                site.malformed("the number of heads is unknown without num_heads or rotary_embedding_dim")
             heads = wide // size
         x = heads_apart(site, x, heads)
     if positions.rank == 1:

@@ -1,7 +1,7 @@
 """Attention operators of the domain com.microsoft: Attention, MultiHeadAttention, GroupQueryAttention.
 
-They mask by adding a large negative number (`mask_filter_value`), with which a fully masked row keeps its plain
-softmax; so these masks are biases here. Keys after a causal query are masked completely.
+They mask by adding a large negative number (`mask_filter_value`). So a fully masked row still has its plain softmax,
+and these masks are biases here. Keys after a causal query are masked completely.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -25,7 +25,7 @@ from treadle.ir.types import i64
 def _padding(site: OnnxSite, position: int, dtype_like: Expr, keys: Size) -> Biases:
     """Return the mask of keys as a bias: 0 where a query may see the key.
 
-    [b]: number of valid keys; [b, t], [b, s, t]: 0 where a key is masked
+    The mask input is the number of valid keys [b], or [b, t] or [b, s, t] with 0 where a key is masked.
     """
     b, mask = site.b, site.x(position)
     hidden = site.float("mask_filter_value", -10000.0)
@@ -45,12 +45,14 @@ def _causal(b: Builder, past: Size, queries: Size, keys: Size) -> Masks:
 
 
 def _added(site: OnnxSite, position: int, full: tuple[Size, ...]) -> Biases:
-    """Return a tensor that is added to the scores."""
+    """Return the bias that an optional input adds to the scores."""
     return masked_by(site, site.x(position), full)[1] if site.has(position) else Biases()
 
 
 def _attended(site: OnnxSite, q: Expr, k: Expr, v: Expr, past: Size, mask: int, bias: int) -> Expr:
-    """Attention [b, h, s, d] by the operands and attributes that both operators have; the result's heads are merged."""
+    """Return attention by the operands and attributes that both operators have. q, k, v are [b, h, s, d]; the result is
+    [b, s, h d].
+    """
     b = site.b
     site.ignore("mask_filter_value")  # used together with a mask
     scale = site.float("scale", 0.0)
@@ -63,7 +65,7 @@ def _attended(site: OnnxSite, q: Expr, k: Expr, v: Expr, past: Size, mask: int, 
 
 @operator("Attention", domain=MICROSOFT)
 def _attention(site: OnnxSite) -> Made:
-    """One weight [w, q k v] projects x [b, s, w] to queries, keys and values."""
+    """Attention in which one weight [w, q k v] projects x [b, s, w] to queries, keys and values."""
     b, heads = site.b, site.int("num_heads", 0)
     if site.int("do_rotary", 0) or site.int("past_present_share_buffer", 0):
         site.refuse("rotary positions, and past and present in one buffer, are not supported")
@@ -97,7 +99,9 @@ def _part(b: Builder, x: Expr, place: int) -> Expr:
 
 @operator("MultiHeadAttention", domain=MICROSOFT)
 def _multi_head(site: OnnxSite) -> Made:
-    """q [b, s, w], k and v [b, t, w] or, already split, [b, h, t, d]; or q, k and v packed [b, s, h, 3, d]"""
+    """Attention on q [b, s, w], k and v [b, t, w] or, already split, [b, h, t, d]; or on packed q, k and v [b, s, h, 3,
+    d].
+    """
     b, heads = site.b, site.int("num_heads", 0)
     if site.has(8) or site.has(9) or any(site.wanted[3:]):
         site.refuse("the index of a cache, and scores as an output, are not supported")
@@ -131,7 +135,7 @@ def _packed_pair(site: OnnxSite) -> list[Expr] | None:
 
 
 def _with_bias(site: OnnxSite, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
-    """Add to each its own part of one bias [q k v]."""
+    """Split a bias [q k v], and add each part to its operand."""
     b, made, start = site.b, [], ZERO
     for x in parts:
         size = x.shape[-1] if x.rank == 3 else x.shape[1] * x.shape[3]
@@ -147,15 +151,15 @@ def _with_bias(site: OnnxSite, parts: Sequence[Expr], bias: Expr) -> list[Expr]:
 
 
 _GROUPED_REFUSED = ("k_scale", "v_scale", "q_norm_weight", "k_norm_weight", "query_seqlens")
-"""The inputs from the thirteenth on, which change the result."""
+"""Inputs from the thirteenth on. They would change the result, so they are refused."""
 
 
 @operator("GroupQueryAttention", domain=MICROSOFT)
 def _grouped(site: OnnxSite) -> Made:
-    """Causal by default, with a cache whose rows have separate past lengths, and rotary positions.
+    """Grouped-query attention, causal by default, with rotary positions and a cache. Rows have separate past lengths.
 
     q [b, s, h d], k and v [b, s, g d] (or all packed in q), past [b, g, p, d], seqlens_k [b]: number of valid keys
-    minus 1, total_sequence_length: the longest row with its past
+    minus 1, total_sequence_length: the length of the longest row, with its past
     """
     b, heads, groups = site.b, site.int("num_heads", 0), site.int("kv_num_heads", 0)
     scale, softcap, window = site.float("scale", 0.0), site.float("softcap", 0.0), site.int("local_window_size", -1)
@@ -177,7 +181,7 @@ def _grouped(site: OnnxSite) -> Made:
     )  # attributes of unsupported cases
     is_causal = site.int("causal", 1)
     if is_causal not in (0, 1) or (window != -1 and not is_causal):
-        site.malformed(f"causal={is_causal} with a window of {window}")
+        site.malformed(f"causal must be 1, or 0 without a window, but is {is_causal} with a window of {window}")
     if site.has(1):
         parts = [heads_apart(site, site.x(i), n) for i, n in ((0, heads), (1, groups), (2, groups))]
     else:
@@ -221,8 +225,8 @@ def _grouped(site: OnnxSite) -> Made:
 
 
 def _appended(site: OnnxSite, past: Expr, x: Expr, lengths: Expr, total: Size) -> Expr:
-    """Write x [b, g, s, d] into past [b, g, p, d], each row at its own length; the result has the longest row's
-    length.
+    """Write x [b, g, s, d] into past [b, g, p, d], each row at its own length. If past is too short, it is extended to
+    the length of the longest row.
     """
     b, held = site.b, past.shape[2]
     symbols = site.importer.graph.symbols

@@ -2,14 +2,14 @@
 
     FLOAT, INT64, BOOL, ...             the dtype of the same values
     UINT16, UINT32                      a wider integer; results are taken modulo 2^16, 2^32
-    UINT64                              i64 of the same bits; operations that depend on the sign have their own form
+    UINT64                              i64 with the same bits; operations that depend on the sign have a special form
     UINT4, INT4, UINT2, INT2            u8 or i8
     BFLOAT16                            bf16, or on request f32 with each result rounded
     FLOAT8E4M3FN, ..., FLOAT4E2M1       f32, each result rounded
     STRING, COMPLEX64, COMPLEX128       none: refused
 
-A carried number is always exact: only its storage differs. `carried` and `restored` convert arrays of the file's own
-type to arrays that a graph takes and back.
+The carrier represents every number exactly. `carried` converts arrays of the file's own type to arrays that a graph
+takes; `restored` converts results back.
 
 Source: TensorProto of onnx.proto, https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
 """
@@ -35,12 +35,12 @@ Array = npt.NDArray[Any]
 class Element:
     """An element type of ONNX.
 
-    name      as in TensorProto.DataType
-    number    its number there
+    name      its name in TensorProto.DataType
+    number    its number in TensorProto.DataType
     carrier   the dtype that holds its values in a graph
-    bits      of one element in a file
-    field     the field of TensorProto that holds elements which are not raw bytes
-    least     for an integer: its minimum; `greatest` its maximum
+    bits      bits of one element in a file
+    field     the field of TensorProto for elements that are not stored as raw bytes
+    least     for an integer: its minimum; `greatest`: its maximum
     format    a float format of `round_to`, if the carrier is wider than the type
     """
 
@@ -55,7 +55,7 @@ class Element:
 
     @property
     def wraps(self) -> int | None:
-        """The modulus of its arithmetic, if the carrier's own modulus differs."""
+        """The modulus of its arithmetic if the carrier has another modulus, else None."""
         if self.name in ("UINT16", "UINT32") and self.greatest is not None:
             return self.greatest + 1
         return None
@@ -109,7 +109,7 @@ _REFUSED = {0: "UNDEFINED", 8: "STRING", 14: "COMPLEX64", 15: "COMPLEX128", 24: 
 
 
 def element(number: int, *, bf16_in_f32: bool = False) -> Element:
-    """Return the element type of a number. Raises UnsupportedOnnx for a type that no dtype carries."""
+    """Return the element type with this number. Raises UnsupportedOnnx for a type that no dtype carries."""
     found = _ELEMENTS.get(number)
     if found is None:
         raise UnsupportedOnnx(f"element type {_REFUSED.get(number, number)} is not supported")
@@ -120,7 +120,7 @@ def element(number: int, *, bf16_in_f32: bool = False) -> Element:
 
 @lru_cache(maxsize=256)
 def named(name: str) -> Element:
-    """Return the element type for a name in TensorProto.DataType, or for an IR dtype, which carries it exactly."""
+    """Return the element type for a name in TensorProto.DataType, or the one that an IR dtype carries exactly."""
     for e in _ELEMENTS.values():
         if name == e.name:
             return e
@@ -135,8 +135,8 @@ def named(name: str) -> Element:
 
 
 def decode(element: Element, data: Array, count: int) -> Array:
-    """Decode elements from their bytes (u8, little-endian; smaller ones packed, the first lowest) to the carrier's
-    dtype.
+    """Decode `count` elements from bytes to the carrier's dtype. Bytes are u8, little-endian; elements smaller than a
+    byte are packed, the first in the lowest bits.
 
     bf16 is decoded to float32. The result is a view if NumPy has the same layout.
     """
@@ -169,14 +169,14 @@ def _unpacked(element: Element, data: Array, count: int) -> Array:
 
 @lru_cache(maxsize=16)
 def _values(format: str, bits: int) -> Array:
-    """Return the number for each code of a small float format, float32[2^bits]."""
+    """Return the value of each code of a small float format, float32[2^bits]."""
     known = FORMATS[format]
     codes = np.arange(2 ** (bits - 1))
     exponent, fraction = codes >> known.fraction, codes & (2**known.fraction - 1)
     normal = np.ldexp(1 + fraction / 2**known.fraction, exponent - 1 + known.least)
     half = np.where(exponent == 0, np.ldexp(fraction / 2**known.fraction, known.least), normal)
     if known.beyond is not None and known.minus_zero:
-        # fn: only the last code is NaN. With infinities, the first code past the largest is infinite, the rest are NaN.
+        # fn: only the last code is NaN. Else the first code above the largest number is infinite, and the rest are NaN.
         first = int(np.argmax(half > known.largest))
         half[first:] = np.nan
         if np.isinf(known.beyond):

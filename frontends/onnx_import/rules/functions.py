@@ -39,7 +39,9 @@ _function("Neg", 13, lambda b, x: -x)
 
 @operator("Log", latest=13, first=6)
 def _log(site: OnnxSite) -> Made:
-    """log(sigmoid(x)) is -softplus(-x), as in logsigmoid: 1 / sigmoid(x), the logarithm's derivative, overflows."""
+    """Logarithm. log(sigmoid(x)) becomes -softplus(-x), as in logsigmoid: the derivative of the logarithm, 1 /
+    sigmoid(x), overflows.
+    """
     b, x = site.b, site.x(0)
     node = x.value.node
     return -b.softplus(-Expr(b, node.inputs[0])) if node is not None and isinstance(node.op, Sigmoid) else b.log(x)

@@ -1,4 +1,4 @@
-"""ONNX operators of vision models around their transformers: Resize, ConvTranspose.
+"""ONNX operators that vision models use around their transformers: Resize, ConvTranspose.
 
 A resize is linear and separable: along each axis it is a product with a matrix [new, old] that is known at import. If
 the sizes are symbolic, the positions of the new elements are computed at the call, and elements are gathered there.
@@ -33,7 +33,9 @@ _MOST = 4096
 
 @operator("Resize", latest=19, first=11)
 def _resize(site: OnnxSite) -> Made:
-    """Attributes select the coordinates of edges and pixels, the filter, and the rounding of the nearest."""
+    """Resize. Attributes select the coordinates of edges and pixels, the filter, and the rounding to the nearest
+    element.
+    """
     b, x = site.b, site.x(0)
     mode, places = site.text("mode", "nearest"), site.text("coordinate_transformation_mode", "half_pixel")
     cubic, outside = site.float("cubic_coeff_a", -0.75), bool(site.int("exclude_outside", 0))
@@ -72,7 +74,9 @@ def _resize(site: OnnxSite) -> Made:
 
 
 def _targets(site: OnnxSite, x: Expr, axes: Sequence[int], policy: str) -> tuple[list[Size], list[float | None]]:
-    """Return the new sizes of the axes, and the scales that determine positions; None: the ratio of the sizes."""
+    """Return the new sizes of the axes, and the scales that determine positions. A scale of None is the ratio of the
+    sizes.
+    """
     old = [x.shape[a] for a in axes]
     if site.has(3) and site.shape(3) != (Size.of(0),):
         new = site.sizes(3)
@@ -99,7 +103,7 @@ def _scaled(site: OnnxSite, size: Size, scale: float) -> Size:
     if size.constant is not None:
         return Size.of(math.floor(size.constant * scale))
     ratio = Fraction(scale)
-    if ratio.denominator > _MOST:  # 0.6 is not such a ratio, and the rounding of a product with it depends on the size
+    if ratio.denominator > _MOST:  # such as 0.6: rounding of a product with it depends on the size
         site.refuse_symbolic(f"an axis of size {size} cannot be scaled by {scale}", size)
     return size * ratio.numerator // ratio.denominator
 
@@ -107,15 +111,15 @@ def _scaled(site: OnnxSite, size: Size, scale: float) -> Size:
 def _coordinates(
     site: OnnxSite, places: str, i: Any, ends: tuple[Any, Any], scale: float | None, where: Callable[..., Any]
 ) -> Any:
-    """Return the positions of the new elements i among the old: in NumPy, or in the graph, whose sizes are scalars
-    there.
+    """Return the positions of the new elements i among the old elements. Computes in NumPy, or in the graph if sizes
+    are scalars of the graph.
 
     ends    the old size and the new size
-    scale   None: the ratio of the sizes, which is multiplied before it divides, so that a position between two
-            elements, or on one, is exact
+    scale   None: the ratio of the sizes. Then a position is multiplied by the old size before it is divided by the new
+            one, so that a position on an element, or halfway between two, is exact
     """
     old, new = ends
-    whole = new if scale is None else old * scale  # before rounding
+    whole = new if scale is None else old * scale  # the new size before rounding
 
     def back(place: Any) -> Any:
         return place * old / new if scale is None else place / scale
@@ -135,7 +139,7 @@ def _coordinates(
 
 
 def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> Expr:
-    """Return the elements of x nearest to positions along an axis, which are computed at the call."""
+    """Return the elements of x that are nearest to positions along an axis. Positions are computed at the call."""
     b = site.b
     match mode:
         case "round_prefer_floor":
@@ -152,7 +156,7 @@ def _taken_nearest(site: OnnxSite, x: Expr, axis: int, at: Expr, mode: str) -> E
 
 
 def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Expr:
-    """Interpolate x: each pair of neighbours, weighted by their distance to positions along an axis."""
+    """Interpolate x linearly at positions along an axis: each pair of neighbors is weighted by distance."""
     b, size = site.b, x.shape[axis]
     first, ones = b.floor(at), " ".join("1" * (x.rank - 1 - axis))
     total: Expr | None = None
@@ -173,7 +177,7 @@ def _between(site: OnnxSite, x: Expr, axis: int, at: Expr, exclude: bool) -> Exp
 
 
 def _within(b: Builder, index: Expr, size: Size) -> Expr:
-    """Return positions clamped to an axis of a size."""
+    """Return positions clamped to the range of an axis of this size."""
     last = b.size(value=size - 1, dtype=f64)
     return b.maximum(b.minimum(index, last), 0.0).cast(i64)
 
@@ -198,7 +202,7 @@ def _linear(distance: Floats) -> Floats:
 
 
 def _cubic(a: float, distance: Floats) -> Floats:
-    """The cubic convolution kernel of Keys 1981."""
+    """Return the cubic convolution kernel (Keys 1981) at these distances."""
     d = np.abs(distance)
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
@@ -206,7 +210,9 @@ def _cubic(a: float, distance: Floats) -> Floats:
 
 
 def _matrix(at: Floats, old: int, kernel: object, reach: int, scale: float, exclude: bool, antialias: bool) -> Floats:
-    """[new, old]: the weight of each old element in each new element. Past an edge, the edge's element counts."""
+    """Return the weight of each old element in each new element, [new, old]. Beyond an edge, the edge's element is
+    used.
+    """
     assert callable(kernel)
     stretch = max(1 / scale, 1.0) if antialias else 1.0
     span = math.ceil(reach * stretch) + 1
@@ -237,7 +243,8 @@ def _product(site: OnnxSite, x: Expr, matrix: Floats, axis: int) -> Expr:
 
 @operator("ConvTranspose", latest=22)
 def _conv_transpose(site: OnnxSite) -> Made:
-    """The gradient of a convolution by its input: each element spreads a kernel, and overlaps are added.
+    """Transposed convolution: the gradient of a convolution by its input. Each element spreads a kernel; overlaps are
+    added.
 
     x [b, c, *spatial], weight [c, o / groups, *kernel], bias [o]
     """
@@ -261,7 +268,7 @@ def _conv_transpose(site: OnnxSite) -> Made:
 
 
 def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond: Sequence[int]) -> WindowGeometry:
-    """Return the windows of the convolution that ConvTranspose transposes; output_shape may determine the padding."""
+    """Return the windows of the convolution that ConvTranspose transposes. output_shape may determine the padding."""
     automatic, asked = site.text("auto_pad", "NOTSET"), site.ints("output_shape")
     spatial = len(kernel)
     if len(beyond) != spatial or (asked is not None and len(asked) < spatial):
@@ -278,7 +285,7 @@ def _transposed_windows(site: OnnxSite, x: Expr, kernel: Sequence[Size], beyond:
 
 
 def _cut(site: OnnxSite, y: Expr, axis: int, before: Size, after: Size) -> Expr:
-    """Return y without `before` and `after` elements at the ends of an axis; negative numbers append zeros."""
+    """Return y without the first `before` and the last `after` elements of an axis. Negative numbers append zeros."""
     b, symbols = site.b, site.importer.graph.symbols
     missing, cut = [ZERO, ZERO], [ZERO, ZERO]
     for side, size in enumerate((before, after)):

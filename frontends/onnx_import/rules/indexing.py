@@ -1,4 +1,4 @@
-"""ONNX operators that read and write at positions in an index operand: Gather, Scatter, Trilu, OneHot."""
+"""ONNX operators that read and write at positions that an operand contains: Gather, Scatter, Trilu, OneHot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def from_start(site: OnnxSite, position: int, size: Size) -> Expr:
 
 @operator("Gather", latest=13, moves=(0,))
 def _gather(site: OnnxSite) -> Made:
-    """Slices along one axis. For a weight's rows, as in an embedding, a negative index is refused at the call."""
+    """Gather slices along one axis. For the rows of a weight, as in an embedding, a negative index is refused at the
+    call.
+    """
     b, x, held = site.b, site.x(0), site.value(1)
     axis = site.axis(site.int("axis", 0), x.rank)
     content = held.content
@@ -63,7 +65,7 @@ def _cut_to(b: Builder, x: Expr, shape: Sequence[Size], axis: int) -> Expr:
 
 @operator("GatherND", latest=13, moves=(0,))
 def _gather_nd(site: OnnxSite) -> Made:
-    """x[batch..., i0, i1, ...] where the last axis of the indices holds i0, i1, ..."""
+    """x[batch..., i0, i1, ...], where the last axis of the indices contains i0, i1, ..."""
     b, x = site.b, site.x(0)
     batch = site.int("batch_dims", 0)
     rows, _, depth = _places(site, x, 1, batch)
@@ -76,9 +78,9 @@ def _gather_nd(site: OnnxSite) -> Made:
 
 
 def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, list[Size], int]:
-    """Return indices of several axes as row numbers of x with these axes (and the batch axes) flattened: [points].
+    """Convert indices of several axes to row numbers, [points], of x with these axes (and the batch axes) flattened.
 
-    Returns them, the sizes of the points' axes, and the number of axes in an index.
+    Returns the row numbers, the sizes of the points' axes, and the number of axes in an index.
     """
     b, indices, shape = site.b, site.x(position).cast(i64), site.shape(position)
     depth = site.number(shape[-1], "the number of axes in an index")
@@ -105,12 +107,12 @@ def _places(site: OnnxSite, x: Expr, position: int, batch: int) -> tuple[Expr, l
 
 
 def _written(b: Builder, x: Expr, rows: Expr, updates: Expr, kind: str, site: OnnxSite) -> Expr:
-    """Return x [rows, ...] with updates [points, ...] written at, or added to, row numbers."""
+    """Return x [rows, ...] with updates [points, ...] written or added at row numbers."""
     if kind == "add":
         return b.index_add(x, rows, updates, axis=0)
     if kind != "none":
         site.refuse(f"reduction {kind}")
-    # The last update of a position wins: for each row, the largest number among its updates.
+    # The last update of a position is kept: for each row, the largest number among its updates.
     points, size = updates.shape[0], x.shape[0]
     at = b.equal(
         b.rearrange(rows, pattern="p -> 1 p"), b.rearrange(b.iota(size=size, dtype=rows.dtype), pattern="n -> n 1")
@@ -165,7 +167,7 @@ def _scatter_elements(site: OnnxSite) -> Made:
 
 @operator("TensorScatter", latest=24)
 def _tensor_scatter(site: OnnxSite) -> Made:
-    """A cache with an update written along one axis, each batch row from its own position."""
+    """Write an update into a cache along one axis. Each batch row has its own start position."""
     b, cache, update = site.b, site.x(0), site.x(1)
     axis, circular = site.axis(site.int("axis", -2), cache.rank), site.text("mode", "linear") == "circular"
     if axis == 0:
@@ -187,7 +189,7 @@ def _tensor_scatter(site: OnnxSite) -> Made:
 
 
 def _along(b: Builder, x: Expr, axis: int, rank: int) -> Expr:
-    """Return a vector placed along one axis of a tensor."""
+    """Return a vector reshaped for broadcasting along one axis of a tensor of this rank."""
     names = ["1"] * rank
     names[axis] = "n"
     return b.rearrange(x, pattern=f"n -> {' '.join(names)}")
@@ -198,7 +200,7 @@ def _along(b: Builder, x: Expr, axis: int, rank: int) -> Expr:
 
 @operator("Trilu", latest=14)
 def _trilu(site: OnnxSite) -> Made:
-    """The upper or lower triangle from the k-th diagonal; the rest is zero."""
+    """The upper or lower triangle from the k-th diagonal. All other elements are zero."""
     b, x, upper = site.b, site.x(0), site.int("upper", 1)
     if x.rank < 2:
         site.malformed("the operand must have rank 2 or more")
@@ -232,7 +234,7 @@ def _one_hot(site: OnnxSite) -> Made:
 
 @operator("ReverseSequence", latest=10)
 def _reverse_sequence(site: OnnxSite) -> Made:
-    """The first lengths[b] elements of each row, reversed."""
+    """Reverse the first lengths[b] elements of each row."""
     b, x = site.b, site.x(0)
     batch, time = site.int("batch_axis", 1), site.int("time_axis", 0)
     place = _along(b, b.iota(size=x.shape[time]), time, x.rank)

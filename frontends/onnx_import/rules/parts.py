@@ -84,13 +84,13 @@ def _slice(site: OnnxSite) -> Made:
 
 
 _FAR = 2**31 - 1
-"""An end of this or more is the end of any axis."""
+"""An end of at least this number means the end of the axis."""
 
 
 def _clamped(site: OnnxSite, edge: Size, size: Size, low: int, high: Size) -> Size:
-    """Return an edge of a slice: from the end if it is negative, and within [low, high].
+    """Return an edge of a slice as a position in [low, high]. A negative edge counts from the end.
 
-    If only some sizes would need clamping, it stays as it is: the graph refuses those sizes.
+    If it is out of range for some sizes only, the edge is not clamped: the graph refuses those sizes.
     """
     number, symbols = edge.constant, site.importer.graph.symbols
     if number is not None and number >= _FAR:
@@ -132,7 +132,7 @@ def _sliced(site: OnnxSite, x: Expr, start: Size, end: Size, axis: int, step: in
 
 @operator("Pad", latest=25)
 def _pad(site: OnnxSite) -> Made:
-    """Pad before and after each axis, with a constant, the edge, a reflection, or the other end; negative pads crop."""
+    """Pad before and after each axis, by a constant, the edge, a reflection, or wrapping. Negative pads crop."""
     b, x = site.b, site.x(0)
     mode = site.text("mode", "constant")
     if site.version < 11:
@@ -162,13 +162,13 @@ def _pad(site: OnnxSite) -> Made:
 
 
 def _fill(site: OnnxSite) -> Any:
-    """Return the fill value: a number, or the scalar that holds it."""
+    """Return the fill value: a number, or the scalar of the graph that contains it."""
     if not site.has(2):
         return 0
     content = site.value(2).content
     if content is not None and content.dtype != object and content.size == 1:
         number = content.reshape(()).item()
-        if content.dtype != np.int64 or abs(number) < 2**53:  # a number that a float attribute represents exactly
+        if content.dtype != np.int64 or abs(number) < 2**53:  # a float attribute represents such a number exactly
             return number
     return reshaped(site.b, site.x(2), [])[0]
 
@@ -183,7 +183,7 @@ def _padded(b: Builder, x: Expr, axis: int, before: Size, after: Size, value: An
 
 
 def _border(site: OnnxSite, size: Size, before: Size, after: Size, mode: str) -> Expr:
-    """Return the source position of each element along a padded axis."""
+    """Return for each element along a padded axis the position of its source element."""
     n, lead, tail = size.constant, before.constant, after.constant
     if n is None or lead is None or tail is None:
         return _symbolic_border(site.b, size, before, after, mode)

@@ -1,4 +1,4 @@
-"""ONNX operators that reduce windows: pools over windows of a fixed size, and global pools."""
+"""ONNX operators that reduce windows: pooling over windows of a fixed size, and global pooling."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from treadle.ir.sizing.sizes import ZERO, Size
 
 
 class Pool:
-    """One node's windows over x; with ceil_mode, the number of windows is rounded up.
+    """One node's windows over x. With ceil_mode, the number of windows is rounded up.
 
-    asked   with the node's own padding
-    found   with the additional padding that the last windows need
+    asked   the windows with the node's own padding
+    found   the windows with the additional padding that the last windows need
     """
 
     def __init__(self, site: OnnxSite) -> None:
         self.x, kernel = site.x(0), site.ints("kernel_shape")
         if not kernel or min(kernel) < 1:
-            site.malformed(f"kernel_shape is {list(kernel or ())}")
+            site.malformed(f"kernel_shape must have positive sizes, but is {list(kernel or ())}")
         self.kernel = kernel
         self.asked = self.found = windows_of(site, self.x, [Size.of(k) for k in kernel])
         if site.int("ceil_mode", 0) and site.text("auto_pad", "NOTSET") in ("NOTSET", "VALID"):
@@ -35,7 +35,7 @@ class Pool:
             self.found = replace(self.asked, after=tuple(map(Size.of, ends)))
 
     def apply(self, op: str, x: Expr, over: WindowGeometry, fill: float = 0.0) -> Expr:
-        """Apply an op over the windows of x, along its last axes; `fill` is the op's value for no element."""
+        """Apply an op over the windows of x, along its last axes. `fill` is the op's result for an empty window."""
         x, padding = over.apart(x, fill)
         made: Expr = x.builder.apply(
             op, x, kernel=self.kernel, strides=over.strides, dilations=over.dilations, padding=padding
@@ -47,14 +47,16 @@ class Pool:
 def _max_pool(site: OnnxSite) -> Made:
     if any(site.wanted[1:]):
         site.refuse("the indices of the maxima are not supported as an output")
-    site.ignore("storage_order")  # order of the indices
+    site.ignore("storage_order")  # applies to the indices only
     pool = Pool(site)
     return pool.apply("max_pool", pool.x, pool.found, MaxPool.filling(pool.x.dtype))
 
 
 @operator("AveragePool", latest=22)
 def _average_pool(site: OnnxSite) -> Made:
-    """The node's own padding counts as zeros or is ignored; the padding for the last windows is always ignored."""
+    """Average pooling. The node's own padding counts as zeros or is ignored. Padding for the last windows is always
+    ignored.
+    """
     pool, x = Pool(site), site.x(0)
     if not site.int("count_include_pad", 0):
         return _mean(pool, x, pool.found)

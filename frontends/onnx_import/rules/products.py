@@ -44,7 +44,7 @@ def _gemm(site: OnnxSite) -> Made:
 
 @operator("Einsum", latest=28)
 def _einsum(site: OnnxSite) -> Made:
-    """Letters and `...`; a letter that is repeated in a term takes its diagonal."""
+    """Einsum, with letters and `...`. A letter that is repeated in an operand takes its diagonal."""
     b, text = site.b, site.text("equation").replace(" ", "")
     left, arrow, right = text.partition("->")
     terms = left.split(",")
@@ -69,7 +69,7 @@ def _einsum(site: OnnxSite) -> Made:
 
 
 def _diagonal(site: OnnxSite, x: Expr, names: list[str], name: str) -> tuple[Expr, list[str]]:
-    """Return the elements of x whose positions along two axes agree, the second axis summed away."""
+    """Return the elements of x whose positions along two axes are equal. The second axis is summed away."""
     b = site.b
     dots = x.rank - len(names) + 1 if "..." in names else 0
     spread = [n for name in names for n in (["..."] * dots if name == "..." else [name])]
@@ -92,7 +92,7 @@ def _conv(site: OnnxSite) -> Made:
 
 
 def convolution(site: OnnxSite, x: Expr, weight: Expr, bias: Expr | None) -> Expr:
-    """Return the convolution of a node's attributes."""
+    """Return a convolution with the windows and groups that a node's attributes specify."""
     found = windows_of(site, x, kernel_sizes(site, weight))
     padded, padding = found.apart(x)
     made: Expr = site.b.conv(

@@ -1,10 +1,10 @@
-"""ONNX operators on quantized tensors, by arithmetic on IR ops that is exact where the operator's is on integers.
+"""ONNX operators on quantized tensors, in IR ops that are exact if the operator computes on integers.
 
     QuantizeLinear      saturate(round(x / scale) + zero_point)
     DequantizeLinear    (x - zero_point) * scale
     MatMulInteger       (a - a_zero_point) (b - b_zero_point), in 32-bit integers
 
-Products of 8-bit integers are summed in f64, which holds them exactly up to 2^53 and uses the CPU's float units.
+Products of 8-bit integers are summed in f64, which is exact up to 2^53 and uses the CPU's float units.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from treadle.ir.types import f32, f64, i32, i64
 
 
 def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int) -> Expr:
-    """Broadcast a scale or zero point to a tensor's sizes: one for the tensor, one per position of an axis, or one per
+    """Broadcast scales or zero points to a tensor's sizes: one for the tensor, one per position of an axis, or one per
     block.
     """
     b, rank = site.b, len(like)
@@ -38,7 +38,7 @@ def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int)
             site.mismatched(f"{x.shape[0]} scales do not fit an axis of {like[axis]}", x.shape[0], like[axis])
         return reshaped(b, x, [x.shape[0] if i == axis else ONE for i in range(rank)])[0]
     if x.rank != rank or not block:
-        site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}], with blocks of {block}")
+        site.malformed(f"scales of shape [{', '.join(map(str, x.shape))}] do not fit blocks of {block}")
     times = x.shape[axis]
     apart, _ = reshaped(b, x, [*x.shape[: axis + 1], ONE, *x.shape[axis + 1 :]])
     again = b.expand(apart, shape=(*x.shape[: axis + 1], Size.of(block), *x.shape[axis + 1 :]))
@@ -49,7 +49,7 @@ def spread(site: OnnxSite, x: Expr, like: Sequence[Size], axis: int, block: int)
 
 
 def saturated(b: Builder, x: Expr, to: Element) -> Expr:
-    """Convert integers in a float dtype to an integer type, clamped to its range."""
+    """Convert integers that are stored in a float dtype to an integer type. They are clamped to its range."""
     assert to.least is not None
     assert to.greatest is not None
     held = b.minimum(b.maximum(x, float(to.least)), float(to.greatest))
@@ -72,7 +72,7 @@ def _quantize(site: OnnxSite) -> Made:
 def quantized(
     site: OnnxSite, ratio: Expr, to: Element, zero_point: int, axis: int, block: int, saturate: bool
 ) -> Known:
-    """Convert numbers of steps to a quantized type: rounded, shifted by the zero point of that input, and clamped."""
+    """Quantize: round the ratio x / scale, add the zero point in that input, and clamp to the type's range."""
     b = site.b
     zero = site.maybe(zero_point)
     if to.format is not None:
@@ -94,7 +94,7 @@ def _dequantize(site: OnnxSite) -> Made:
     to = site.importer.element(asked) if asked else site.element(1)
     zero = site.maybe(2)
     if zero is not None:
-        if held.is_int:  # 8 bits or fewer, with room for the difference
+        if held.is_int:  # at most 8 bits, so the difference fits
             zero, x = zero.cast(i64 if held.bits == 32 else i32), x.cast(i64 if held.bits == 32 else i32)
         x = x - spread(site, zero, x.shape, axis, block)
     wide = f64 if scale.dtype is f64 else f32
@@ -104,7 +104,7 @@ def _dequantize(site: OnnxSite) -> Made:
 
 @operator("DynamicQuantizeLinear", latest=11, first=11)
 def _dynamic_quantize(site: OnnxSite) -> Made:
-    """Quantize to u8 by a scale and a zero point of the tensor's own range, extended to contain 0."""
+    """Quantize to u8. Scale and zero point follow from the tensor's own range, extended to contain 0."""
     b, x = site.b, site.x(0)
     y, scale, zero = dynamically_quantized(b, x)
     return [y, scale, zero]
@@ -116,7 +116,7 @@ def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
     axes = tuple(range(x.rank))
     low = b.minimum(b.reduce_min(x, axes=axes), 0.0)
     high = b.maximum(b.reduce_max(x, axes=axes), 0.0)
-    # A tensor of only zeros has no range: its scale is 1, as in ONNX Runtime.
+    # If all elements are zero, the range is empty: the scale is 1, as in ONNX Runtime.
     scale = b.where(high > low, (high - low) / 255.0, b.constant(1.0, x.dtype))
     zero = b.round(b.minimum(b.maximum(0.0 - low / scale, 0.0), 255.0))
     return saturated(b, b.round(x / scale) + zero, byte), scale, zero.cast(byte.carrier)
@@ -126,7 +126,9 @@ def dynamically_quantized(b: Builder, x: Expr) -> tuple[Expr, Expr, Expr]:
 
 
 def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
-    """Return a quantized operand minus its zero point, in f64. A vector of zero points runs along the axis."""
+    """Return a quantized operand minus its zero point, in f64. If there are several zero points, they run along the
+    axis.
+    """
     x = site.x(position).cast(f64)
     if not site.has(zero_point):
         return x
@@ -139,7 +141,7 @@ def centered(site: OnnxSite, position: int, zero_point: int, axis: int) -> Expr:
 
 
 def in_int32(z: Expr, terms: Size) -> Expr:
-    """Return exact sums of `terms` products of bytes as i32; sums out of its range lose their upper bits."""
+    """Return exact sums of `terms` products of bytes as i32. Sums that do not fit lose their upper bits."""
     count = terms.constant
     fits = count is not None and count * 255 * 255 < 2**31
     return z.cast(i32) if fits else z.cast(i64).cast(i32)
@@ -159,7 +161,9 @@ def _conv_integer(site: OnnxSite) -> Made:
 
 @operator("QLinearMatMul", latest=21, first=10)
 def _quantized_matmul(site: OnnxSite) -> Made:
-    """a, its scale and zero point, b, its scale and zero point, and the result's scale and zero point."""
+    """Product of quantized operands. Inputs: a, its scale and zero point, b, its scale and zero point, and the result's
+    scale and zero point.
+    """
     if any(len(site.shape(i)) > 1 for i in (1, 2, 4, 5, 6, 7)):
         site.refuse("scales of more than one axis are not supported")
     z = matmul(site.b, centered(site, 0, 2, -2), centered(site, 3, 5, -1))

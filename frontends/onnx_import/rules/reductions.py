@@ -18,7 +18,7 @@ from treadle.ir.types import f32, i64, u8
 
 
 def _axes(site: OnnxSite, by_input: int) -> tuple[int, ...]:
-    """Return the axes to reduce, which may be empty; then the operator's other work, such as a logarithm, remains."""
+    """Return the axes to reduce. If there are none, the operator's other work, such as a logarithm, remains."""
     rank, none_is_none = len(site.shape(0)), site.int("noop_with_empty_axes", 0)
     axes = site.ints("axes") if site.version < by_input else site.numbers(1) if site.has(1) else None
     if not axes:
@@ -67,7 +67,7 @@ def _extremum(ours: str, empty: float) -> Callable[[OnnxSite, Expr, tuple[int, .
 
 
 def _log_sum_exp(site: OnnxSite, x: Expr, axes: tuple[int, ...], keep: bool) -> Expr:
-    """The maximum is subtracted first, so that nothing overflows."""
+    """log(sum(exp(x))). The maximum is subtracted first, so that exp does not overflow."""
     b = site.b
     if not axes:
         return x
@@ -93,7 +93,7 @@ _reduction("ReduceLogSumExp", 28, _log_sum_exp)
 
 @operator("ReduceProd", latest=18)
 def _reduce_prod(site: OnnxSite) -> Made:
-    """Over axes of known sizes: one product after the other."""
+    """Product over axes of known sizes, one multiplication after the other."""
     b, x, keep = site.b, site.x(0), bool(site.int("keepdims", 1))
     axes = _axes(site, 18)
     for axis in sorted(axes, reverse=True):
@@ -123,7 +123,7 @@ def _softmax(name: str, ours: str) -> None:
             return x
         if site.version >= 13 or axis == x.rank - 1:
             return b.apply(ours, x, axis=axis)
-        # Before version 13: over all axes from this one on, flattened.
+        # Before version 13: over all axes from this axis on, flattened.
         rows = [*x.shape[:axis], product(x.shape[axis:])]
         together, _ = reshaped(b, x, rows)
         return reshaped(b, b.apply(ours, together, axis=-1), x.shape)[0]
@@ -137,7 +137,7 @@ _softmax("LogSoftmax", "log_softmax")
 
 
 def _fits_last_axis(site: OnnxSite, axis: int) -> bool:
-    """Return True if weights of a normalization have only the last axis, which is the normalized axis."""
+    """Return True if the normalized axis is the last one, and the weights have only this axis."""
     x = site.x(0)
     if site.axis(axis, x.rank) != x.rank - 1:
         return False
@@ -146,7 +146,7 @@ def _fits_last_axis(site: OnnxSite, axis: int) -> bool:
 
 @operator("LayerNormalization", latest=17)
 def _layer_norm(site: OnnxSite) -> Made:
-    """Normalize over the last axis, with statistics in f32 (or f64); other cases use the operator's function body."""
+    """Layer norm over the last axis, with statistics in f32 (or f64). Other cases use the operator's function body."""
     x = site.x(0)
     axis, eps, stash = site.int("axis", -1), site.float("epsilon", 1e-5), site.int("stash_type", 1)
     extra = any(site.wanted[1:])
@@ -231,7 +231,7 @@ def _argument(name: str, latest: int, least: bool) -> None:
 
 
 def _reversed_order(site: OnnxSite, x: Expr) -> Expr:
-    """Return numbers in the reverse order of x; for integers, -1 - x, which does not overflow."""
+    """Return numbers that compare in the reverse order of x. For integers, this is -1 - x, which does not overflow."""
     if x.dtype.is_float:
         return -x
     b = site.b
@@ -245,7 +245,7 @@ _argument("ArgMin", 13, least=True)
 @operator("TopK", latest=24)
 def _top_k(site: OnnxSite) -> Made:
     b = site.b
-    site.ignore("sorted")  # sorted order is one of the orders that it leaves open
+    site.ignore("sorted")  # sorted order is one of the orders that `sorted=0` allows
     unsigned = site.element(0).name == "UINT64"
     x = in_order(b, site.x(0), unsigned)
     k = site.int("k") if site.version < 10 else int(site.scalar(1))
@@ -273,7 +273,7 @@ def _hardmax(site: OnnxSite) -> Made:
 
 
 def _hard(b: Builder, x: Expr, axis: int) -> Expr:
-    """1 at the first maximum along an axis, 0 elsewhere."""
+    """Return 1 at the first maximum along an axis, and 0 elsewhere."""
     first = b.argmax(x, axis=axis, keep=True)
     names = ["1"] * x.rank
     names[axis] = "n"

@@ -27,7 +27,7 @@ def _reshape(site: OnnxSite) -> Made:
                 site.malformed(f"the shape has 0 at {i}, but the operand has rank {x.rank}")
             size = x.shape[i]
         elif size.constant is not None and size.constant < 0:
-            site.malformed(f"the shape has a size of {size}")
+            site.malformed(f"the shape has a negative size: {size}")
         sizes.append(size)
     if free is not None:
         rest = product(s for i, s in enumerate(sizes) if i != free)
@@ -107,7 +107,7 @@ def _transpose(site: OnnxSite) -> Made:
 
 
 def expanded(b: Builder, x: Expr, sizes: Sequence[Size]) -> Expr:
-    """Return x broadcast with a shape: where one side has 1, the other side's size is used."""
+    """Return x broadcast with a shape: if one side has size 1, the other side's size is used."""
     rank = max(x.rank, len(sizes))
     held = [ONE] * (rank - x.rank) + list(x.shape)
     wanted = [ONE] * (rank - len(sizes)) + list(sizes)

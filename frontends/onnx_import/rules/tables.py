@@ -1,4 +1,4 @@
-"""All operators: importing this module registers the handlers of every file."""
+"""All import rules: importing this module registers the handlers of every file."""
 
 # ruff: noqa: F401
 

@@ -1,7 +1,7 @@
-"""Windows of ONNX operators over the axes after the second: strides, dilations and padding, which may be automatic.
+"""Windows of ONNX operators over all axes after the second: strides, dilations and padding, which may be automatic.
 
-Padding that an operator chooses (SAME_UPPER, SAME_LOWER) depends on the sizes of the axes and of the kernel. If these
-are symbolic it is an expression of them.
+Automatic padding (SAME_UPPER, SAME_LOWER) depends on the sizes of the axes and of the kernel. If these are symbolic,
+the padding is an expression of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from treadle.ir.builder import Expr
 from treadle.ir.sizing.sizes import ZERO, Size
 
 _MOST_PARTS = 16
-"""The largest kernel, narrower than its stride, whose padding of a symbolic axis is written as a sum."""
+"""Maximum span of a kernel that is narrower than its stride, for which the padding of a symbolic axis is written as a
+sum.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class WindowGeometry:
 
     @property
     def padding(self) -> tuple[int, ...] | None:
-        """Padding before each axis, then after each, if all of it is numbers; empty if there is none."""
+        """The padding before each axis, then after each axis; () if there is none. None if some of it is symbolic."""
         numbers = [size.constant for size in (*self.before, *self.after)]
         known = tuple(n for n in numbers if n is not None)
         return None if len(known) < len(numbers) else known if any(known) else ()
 
     def apart(self, x: Expr, value: float = 0.0) -> tuple[Expr, tuple[int, ...]]:
-        """Return x, and the remaining padding for an op that takes numbers: if some of it is symbolic, x is padded."""
+        """Return x, and the padding for an op whose padding must be numbers. If some is symbolic, x is padded here
+        instead.
+        """
         padding = self.padding
         if padding is not None:
             return x, padding
@@ -73,7 +77,7 @@ def steps(site: OnnxSite, spatial: int) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometry:
-    """Return the windows of a node's attributes. Refuses an automatic padding that the sizes do not determine."""
+    """Return the windows of a node's attributes. Refuses automatic padding that the sizes do not determine."""
     spatial = x.rank - 2
     if spatial < 1 or len(kernel) != spatial:
         site.malformed(f"a kernel of {len(kernel)} axes does not fit an x of rank {x.rank}")
@@ -96,23 +100,28 @@ def windows_of(site: OnnxSite, x: Expr, kernel: Sequence[Size]) -> WindowGeometr
 
 
 def halves(totals: Sequence[Size], odd_after: bool) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
-    """Split padding between both sides of each axis; an odd element goes after the axis, or before it."""
+    """Split padding between both sides of each axis. If it is odd, the larger half is after the axis if `odd_after`,
+    else before it.
+    """
     small = tuple(total // 2 for total in totals)
     large = tuple(total - half for total, half in zip(totals, small, strict=True))
     return (small, large) if odd_after else (large, small)
 
 
 def _same(site: OnnxSite, size: Size, span: Size, stride: int) -> Size:
-    """Return the number of elements, 0 or more, by which the ceil(size / stride) windows of SAME exceed an axis."""
+    """Return the total padding of an axis for SAME: the elements by which its ceil(size / stride) windows exceed the
+    axis, or 0.
+    """
     symbols = site.importer.graph.symbols
     whole = (size + stride - 1) // stride * stride
     beyond = whole - stride + span - size
     if beyond.constant is not None:
         return Size.of(max(beyond.constant, 0))
     if is_at_least(span, Size.of(stride), symbols):
-        return beyond  # since whole is at least the size
+        return beyond  # not negative, since whole >= size
     if span.constant is not None and span.constant <= _MOST_PARTS:
-        # whole - size is less than the stride; each number by which it exceeds stride - span is one element.
+        # whole - size is less than the stride. The padding is the amount by which it exceeds stride - span, counted by
+        # ones.
         reached = [(whole - size + stride - n) // stride for n in range(stride - span.constant + 1, stride)]
         return sum(reached, ZERO)
     what = f"auto_pad of windows with span {span} and stride {stride}, over an axis of size {size}"

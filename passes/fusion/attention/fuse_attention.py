@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Node, Value
 from treadle.passes.cleanup.canonicalize import TidyLayout
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.returned_values import ReturnedValues
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Mismatch, Values, Weighting
@@ -54,6 +55,8 @@ class FuseAttention(SiteRewrite["_Attention"]):
     hold scores as well; masks whose factors exceed the range of their dtype and cancel later; an inner value that is
     used elsewhere.
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     zero_empty_rows: bool = False
     tidying = TidyLayout()

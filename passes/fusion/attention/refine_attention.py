@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from treadle.ir.attention.attention_terms import BiasTerm, BooleanMask, Causal, 
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.ops.attention import Attention, AttentionWithProbabilities
+from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
 from treadle.passes.framework.rewriting import Refusal, Rewriting, Site, SiteRewrite
 from treadle.passes.fusion.attention.core import Added, Chosen, Mismatch, Placed, Scores, Values, Weighting
 from treadle.passes.fusion.attention.plan import AttentionPlan
@@ -42,6 +43,8 @@ class RefineAttention(SiteRewrite["_Refined"]):
 
     zero_empty_rows   True if a row without keys may always give zeros; every mask then becomes a mask, not an addend
     """
+
+    requires: ClassVar[Facts] = BEFORE_LOWERING
 
     zero_empty_rows: bool = False
 

@@ -46,8 +46,8 @@ LengthPenalty = Annotated[float, typer.Option(metavar="X", help="With --beams: v
 def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function the task command of this name.
 
-    The command has MODEL and the compile options, which the function gets as one argument, `program`. The function's
-    other parameters come between MODEL and these, except `as_json`, which comes last.
+    The command has MODEL and the compile options, which the function gets together as the argument `program`. The
+    function's other parameters come between MODEL and the compile options, except `as_json`, which comes last.
 
     takes  the entry function whose options the command has
     """
@@ -73,7 +73,7 @@ def task_command(name: str, takes: str = "task") -> Callable[[Callable[..., None
 
 
 def beams_of(count: int | None, length_penalty: float) -> Beams | None:
-    """Return the beam search of --beams and --length-penalty; None: the folder's setting.
+    """Return the beam search of --beams and --length-penalty. None: use the folder's setting.
 
     Raises UsageError for a length penalty without beams.
     """

@@ -61,7 +61,7 @@ def talk_with_model(
     from treadle.tasks.loaded import LoadedModel
 
     sampling = Sampling(temperature, 0, top_p, seed, min_p)
-    FolderRules().but(repetition_penalty=repetition_penalty)  # a wrong value is refused before compiling
+    FolderRules().but(repetition_penalty=repetition_penalty)  # refuse a wrong value before compiling
     need_for_text(program.model, chat=True)
     with working(f"compiling {program.model}", shown=not as_json):
         writer = LoadedModel(program).writer
@@ -84,7 +84,7 @@ def talk_with_model(
 
 
 def _lines(*, shown: bool) -> Iterator[str]:
-    """Yield typed or piped messages, one per line, up to /bye."""
+    """Yield the user's messages, typed or piped, one per line, up to /bye."""
     asks = shown and sys.stdin.isatty()
     while True:
         if asks:

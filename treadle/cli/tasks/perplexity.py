@@ -56,7 +56,7 @@ def measure_text(
 
 
 def perplexity_lines(found: Perplexity, window: int) -> list[str]:
-    """Return the results as lines of text."""
+    """Return the report on a measured perplexity as lines of text."""
     from treadle.reporting.counts import counted
 
     read = f"{counted(found.tokens, 'token')} predicted in {counted(found.windows, 'window')} of up to {window:,}"

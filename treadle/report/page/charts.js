@@ -3,10 +3,10 @@
 
 const Charts = {};
 
-// Colors by rank, the same in both themes; the page writes names beside them.
+// Colors by rank, the same in both themes. The page shows names next to them.
 Charts.COLORS = 10;
 
-/** Ranks of names by weight: {name: 0..COLORS-1}; the others share the last rank. */
+/** Return a Map from names to ranks by decreasing weight, 0, 1, ...; from COLORS on, names share one rank. */
 Charts.ranks = (weights) => {
   const order = [...weights].sort((a, b) => b[1] - a[1] || (a[0] < b[0] ? -1 : 1));
   return new Map(order.map(([name], at) => [name, Math.min(at, Charts.COLORS)]));
@@ -27,7 +27,7 @@ Charts.axis = (parts, most, y, left, right, unit) => {
   return lines;
 };
 
-/** The arena over time. At the sizes of the report, storages lie at their offsets; at others, they are stacked. */
+/** The arena over time. At the sizes of the report, storages are drawn at their planned offsets; at other sizes, they are stacked. */
 Charts.arena = (timeline, memory, sizes, onpick) => {
   const [width, height, left, bottom, top] = [640, 300, 62, 42, 14];
   const boxes = [];
@@ -76,12 +76,12 @@ Charts.arena = (timeline, memory, sizes, onpick) => {
     T.svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `Arena over time; the peak is ${T.human(live[peak], "B")} at step ${peak} of ${timeline.steps}` }, shapes),
     Charts.legend(ranks),
     T.el("p", { class: "note" }, own
-      ? "Time runs to the right, in steps of a run; a rectangle is the life of a storage at its offset. The line is the number of bytes alive."
+      ? "Time runs to the right, in steps of a run; a rectangle is the lifetime of a storage at its offset. The line is the number of bytes alive."
       : "At these sizes the storages are stacked: the formulas give their bytes, and a run at these sizes computes their offsets."),
   ];
 };
 
-/** Stack lifetimes without an overlap: each at the lowest offset that is free during its life. */
+/** Stack lifetimes without an overlap: each at the lowest offset that is free during its lifetime. */
 Charts.stack = (boxes, steps) => {
   const placed = [];
   for (const box of [...boxes].sort((a, b) => b.bytes - a.bytes || a.first - b.first)) {
@@ -120,7 +120,7 @@ Charts.timetable = (table) => {
   return [T.svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Timetable of a rank" }, shapes), Charts.legend(ranks)];
 };
 
-/** The ranks of a mesh in a grid: its first axis to the right; ranks of one node share a shade. */
+/** The ranks of a mesh in a grid, with the first axis to the right. Ranks of one node share a shade. */
 Charts.mesh = (axes, node) => {
   const [[, across], ...rest] = axes;
   const down = rest.reduce((product, [, size]) => product * size, 1);
@@ -138,7 +138,7 @@ Charts.mesh = (axes, node) => {
   return T.svg("svg", { class: "mesh", viewBox: `0 0 ${w} ${h}`, width: w, height: h, role: "img", "aria-label": `Mesh of ${across * down} ranks` }, shapes);
 };
 
-/** The keys that each query sees by position: a square of up to 48 cells. */
+/** The keys that each query sees, by position: a square of up to 48 cells along each side. */
 Charts.mask = (each) => {
   const cells = Math.min(48, each.queries, Math.max(each.keys, 1));
   const side = 132;

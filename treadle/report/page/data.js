@@ -27,7 +27,7 @@ Data.read = async (name) => {
   }
 };
 
-/** Return a promise of a section; null if the report has none of that name. */
+/** Return a promise of a section; null if the report has no section of that name. */
 Data.section = (name) => {
   if (!Data.held.has(name)) Data.held.set(name, Data.read(name));
   return Data.held.get(name);

@@ -15,7 +15,7 @@ Details.op = (app, number, text, stage = app.state.stage) => {
 
 Details.value = (app, key, text) => T.el("button", { type: "button", class: "link", onclick: () => app.pickValue(key) }, text);
 
-/** The ops of the declared graph whose work an op does, with the passes on the way. */
+/** The ops of the declared graph that an op computes, with the passes that replaced them. */
 Details.origins = (model, number, stage) => {
   const found = new Map();
   const walk = (each, at) => {
@@ -33,7 +33,7 @@ Details.origins = (model, number, stage) => {
   return [...found];
 };
 
-/** What happened to an op: the passes that added it, changed it, gave it work or removed it. */
+/** The history of an op: the passes that added it, changed it, let it replace other ops, or removed it. */
 Details.history = (app, number) => {
   const { model } = app;
   const items = [];
@@ -145,7 +145,7 @@ Details.ofValue = (app, qualified) => {
   ];
 };
 
-/** The values of a port or an edge that stands for several. */
+/** The values of a port or an edge that is drawn for several. */
 Details.port = (app, item) => {
   const entry = app.view.byKey.get(app.view.selected.key);
   const box = entry && entry.parent ? entry.parent.item.path : app.view.single;
@@ -187,7 +187,7 @@ Details.box = (app, item) => {
   ].filter(Boolean);
 };
 
-/** What the pass of the slider did. */
+/** The changes of the pass that the slider selects. */
 Details.pass = (app) => {
   const { model, state } = app;
   const pass = model.passes[state.stage];

@@ -2,12 +2,12 @@
 // The drawing of a graph: nested boxes, whose rows and centers come with the data. A `GraphView` draws one stage of a
 // `GraphModel`; several views may show several models side by side.
 
-const STEP = "\u001e"; // between the boxes that lead to an item on the screen
+const STEP = "\u001e"; // separates the boxes in the path of an item on the screen
 const PORT = { width: 132, height: 22 };
 const PAD = 14;
 const HEAD = 28;
 
-/** The values of a row's starts, as near as possible to the wanted ones without an overlap. */
+/** Return the starts of a row's entries, as near as possible to the requested positions without an overlap. */
 const spread = (entries, gap) => {
   const groups = [];
   for (const entry of entries) {
@@ -60,7 +60,7 @@ class GraphView {
     new ResizeObserver(() => { this.shown = null; this.later(); }).observe(this.scroll);
   }
 
-  /** The most items that "Open all" shows at once. */
+  /** Maximum number of items that "Open all" shows. */
   static MOST = 6000;
 
   // -- state -----------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ class GraphView {
     this.paint(this.shown);
   }
 
-  /** Draw everything, as on paper. */
+  /** Draw the whole graph, also what is outside the window. */
   drawAll() {
     this.paint({ x: -Infinity, y: -Infinity, w: Infinity, h: Infinity });
     this.shown = null;
@@ -327,7 +327,7 @@ class GraphView {
     const layer = { edges: [], labels: [], nodes: [] };
     const before = [outer.edges.length, outer.labels.length, outer.nodes.length];
     visit(entry.child);
-    // The shared lists hold what the inner visit drew: cut it off, in the right order.
+    // The inner visit appended its elements to the shared lists: take them out again.
     layer.edges = outer.edges.splice(before[0]);
     layer.labels = outer.labels.splice(before[1]);
     layer.nodes = outer.nodes.splice(before[2]);
@@ -519,7 +519,7 @@ class GraphView {
     this.draw();
   }
 
-  /** Return the key of the box of a path on the screen, and the keys of all boxes around it. */
+  /** Return the key of the box at a path on the screen, and the keys of all enclosing boxes. */
   chain(path) {
     const home = path.split(SEP)[0];
     const keys = [];
@@ -540,7 +540,7 @@ class GraphView {
     return keys;
   }
 
-  /** Open the boxes around an op, and return its key. */
+  /** Open the boxes that contain an op, and return the op's key. */
   reveal(number) {
     const path = this.info.where.get(number);
     if (path === undefined) return null;

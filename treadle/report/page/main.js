@@ -1,7 +1,7 @@
 "use strict";
 // The page: the state of the program, the pass, the selection and the tab; the link in the address; keys and search.
 
-// Tabs with the ops of the first program: they show it.
+// Tabs about the ops of the first program. Opening one selects that program.
 const OF_MODEL = new Set(["fusion", "memory", "storage", "profile", "attention", "log"]);
 const TITLES = { selected: "Selected", text: "IR text", source: "Source" };
 
@@ -90,7 +90,7 @@ class App {
     this.link();
   }
 
-  /** Open the boxes that hold most of the model, if the graph stays small. */
+  /** Open the boxes that contain most of the model, if the graph stays small. */
   openAround() {
     const { view } = this;
     for (let depth = 0; depth < 2; depth++) {
@@ -168,7 +168,7 @@ class App {
     view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key });
   }
 
-  /** What was clicked in the graph. */
+  /** Select the item that was clicked in the graph. */
   picked({ number, item, key, ghost }) {
     Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null });
     if (ghost && number !== undefined) this.state.number = number;
@@ -189,7 +189,7 @@ class App {
     this.showTab("selected");
   }
 
-  /** Several values of one edge. */
+  /** Select several values of one edge. */
   pickValues(values) {
     const known = values.map((value) => [value, this.model.value(value, this.state.stage)]);
     const item = { label: T.plural(values.length, "value"), values: known.map(([value, each]) => [value, each.name, each.type]) };
@@ -198,7 +198,7 @@ class App {
     this.showTab("selected");
   }
 
-  /** Go to an op, several ops or a box, at a stage; open what is around them. */
+  /** Go to an op, several ops or a box, at a stage; open the boxes that contain them. */
   go({ number, numbers, path, stage, tab }) {
     const { state, view } = this;
     if (stage !== undefined && stage !== state.stage) {
@@ -337,7 +337,7 @@ class App {
     try {
       history.replaceState(null, "", hash === "#" ? " " : hash);
     } catch {
-      // A frame of a notebook has no address of its own.
+      // A frame in a notebook has no address.
     }
     return hash;
   }
@@ -351,7 +351,7 @@ class App {
       try {
         given.set(part.slice(0, at), decodeURIComponent(part.slice(at + 1)));
       } catch {
-        // A link that is damaged selects nothing.
+        // A damaged link selects nothing.
       }
     }
     const program = this.head.programs.indexOf(given.get("program") ?? this.head.programs[0]);

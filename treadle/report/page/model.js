@@ -46,7 +46,7 @@ class GraphModel {
     return { items, edges, byKey: new Map(items.map((item) => [item.key, item])) };
   }
 
-  /** Return what the drawing needs of a stage: boxes, the box of each op, callers, and what its pass changed. */
+  /** Return the data for drawing a stage: boxes, the box of each op, callers, and the changes of its pass. */
   at(stage) {
     if (this.known[stage]) return this.known[stage];
     const before = stage ? this.at(stage - 1) : null;
@@ -89,12 +89,12 @@ class GraphModel {
     return (this.known[stage] = info);
   }
 
-  /** The key of a value in the whole program: that of an op's result is unique, an input's needs its function. */
+  /** Return a key of a value that is unique in the program: for an input of a function, it includes the function. */
   static qualified(home, value) {
     return value.startsWith("i:") ? `${home}${SEP}${value}` : value;
   }
 
-  /** The function and the key of a value in it. */
+  /** Return the function of a value, and the value's key in that function. */
   split(qualified, stage) {
     const at = qualified.indexOf(SEP);
     if (at >= 0) return [qualified.slice(0, at), qualified.slice(at + 1)];
@@ -144,7 +144,7 @@ class GraphModel {
     return found;
   }
 
-  /** Return the last stage up to one at which an op exists, or the first after it; null if there is none. */
+  /** Return the last stage up to `near` at which an op exists, or else the first stage after it; null if there is none. */
   stageOf(number, near) {
     for (let at = near; at >= 0; at--) if (this.at(at).where.has(number)) return at;
     for (let at = near + 1; at < this.passes.length; at++) if (this.at(at).where.has(number)) return at;

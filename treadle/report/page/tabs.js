@@ -1,9 +1,9 @@
 "use strict";
-// The tabs. Each returns the elements of its facts; a tab with damaged data shows its error.
+// The tabs. Each function returns the elements that show the data of a tab. A tab with damaged data shows the error.
 
 const Tabs = { held: new Map() };
 
-/** The elements of a tab of its own section, or why it has none. */
+/** Return the elements of a tab with its own section, or the reason why it has no data. */
 Tabs.of = async (app, name) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
@@ -32,7 +32,7 @@ Tabs.overview = (app, data) => {
     ]),
     T.el("h3", {}, "Questions"),
     T.el("ul", { class: "questions" },
-      [["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the pass of the slider change?"]]
+      [["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the selected pass change?"]]
         .filter(([name]) => app.hasTab(name)).map(([name, text]) => T.el("li", {}, T.el("button", { type: "button", class: "link", onclick: () => app.showTab(name) }, text)))),
     T.el("h3", {}, "Ops of a run"),
     T.table([{ name: "op", of: ([op]) => op, sort: ([op]) => op }, { name: "number", of: ([, n]) => T.count(n), sort: ([, n]) => n, number: true }], ops, { caption: "Ops of a run" }),
@@ -41,7 +41,7 @@ Tabs.overview = (app, data) => {
   ];
 };
 
-const WORDS = { fused: "fused", already: "one op already", refused: "not fused: refused", nearly: "not fused: nearly matched", missed: "not fused: no rule came near" };
+const WORDS = { fused: "fused", already: "one op already", refused: "not fused: refused", nearly: "not fused: nearly matched", missed: "not fused: no rule matches" };
 
 Tabs.fusion = (app, data) => {
   const host = T.el("div", {});
@@ -189,7 +189,7 @@ Tabs.sharding = (app, data) => [
     { name: "because", of: (c) => c.because, wide: true }, { name: "line", of: (c) => `${c.line}  ${c.scope}`, code: true },
   ], data.collectives, { caption: "Collectives and their reasons" }) : T.el("p", {}, "Ranks do not communicate."),
   T.el("h3", {}, "Changes"),
-  T.table([{ name: "change", of: (c) => c.description }, { name: "time", of: (c) => T.seconds(c.seconds), sort: (c) => c.seconds, number: true }, { name: "memory", of: (c) => T.human(c.held, "B"), sort: (c) => c.held, number: true }, { name: "fits", of: (c) => (c.fits ? "yes" : "no") }], data.changes, { caption: "Plans that differ in one thing" }),
+  T.table([{ name: "change", of: (c) => c.description }, { name: "time", of: (c) => T.seconds(c.seconds), sort: (c) => c.seconds, number: true }, { name: "memory", of: (c) => T.human(c.held, "B"), sort: (c) => c.held, number: true }, { name: "fits", of: (c) => (c.fits ? "yes" : "no") }], data.changes, { caption: "Plans that differ in one choice" }),
 ];
 
 Tabs.step = (app, data) => [
@@ -260,7 +260,7 @@ Tabs.log = (app, data) => {
 
 // -- tabs of a program -----------------------------------------------------------------------------------------------
 
-/** The lines of a stage's text: numbers of the table of lines. */
+/** Return the lines of a stage's text, as numbers in the table of lines; null if it has no text. */
 Tabs.stageLines = (text, stage) => {
   let held = text.stages[stage];
   if (typeof held === "number") held = text.stages[held];

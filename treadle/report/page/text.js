@@ -6,7 +6,7 @@ const T = {};
 // Characters that a browser hides, or that change the order of others: controls, bidirectional marks, lone surrogates.
 T.HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\u{e0000}-\u{e007f}]/gu;
 
-/** Return text with hidden characters written out, and cut to a length. */
+/** Return text with hidden characters written out, truncated to a length. */
 T.shown = (text, most = 4000) => {
   const all = String(text);
   const cut = all.length > most ? `${all.slice(0, most)}… (${all.length.toLocaleString("en")} characters)` : all;
