@@ -34,7 +34,7 @@ BUCKET = 128
 class CachedTerms(TermVisitor[Tensor, Tensor]):
     """Terms as tensors that broadcast against [b, h, s, t].
 
-    i, j   the positions of the queries, [b, 1, s, 1], and of the keys that are read, [b, 1, 1, t], or with b of 1
+    i, j   the positions of the queries, [s, 1] or [b, 1, s, 1], and of the keys that are read, [t] or [b, 1, 1, t]
     parts  the indices of these rows, queries and keys in the operands, by axis; a missing axis is read as a whole
     """
 
@@ -68,7 +68,8 @@ class CachedTerms(TermVisitor[Tensor, Tensor]):
     def t5_relative(self, term: T5Relative, table: Tensor) -> Tensor:
         far = term.max_distance
         bucket = t5_buckets(term.buckets, far, term.bidirectional, table.device)
-        return table[bucket[(self.j - self.i).clamp(-far, far) + far]].squeeze(1).movedim(-1, 1)
+        values = table[bucket[(self.j - self.i).clamp(-far, far) + far]].movedim(-1, -3)
+        return values.flatten(1, 2) if values.dim() > 4 else values  # from [b, 1, h, s, t]
 
     def alibi(self, term: Alibi, slopes: Tensor) -> Tensor:
         return slopes[:, None, None] * (self.j - self.i).to(slopes.dtype)
@@ -92,7 +93,7 @@ class LiveTerms(CachedTerms):
         self.live, self.start, self.queries = live, start, queries
         first = live.start % capacity
         self.wraps = first + len(live) > capacity
-        i = torch.arange(start, start + queries, device=device)[None, None, :, None]
+        i = torch.arange(start, start + queries, device=device)[:, None]
         if not self.wraps:
             keys = slice(first, first + len(live))
             j = torch.arange(live.start, live.stop, device=device)
@@ -100,14 +101,14 @@ class LiveTerms(CachedTerms):
             keys = slice(0, capacity)
             newest = live.stop - 1
             j = newest - (newest - torch.arange(capacity, device=device)) % capacity
-        super().__init__(i, j[None, None, None], b=rows, t=keys)
+        super().__init__(i, j, b=rows, t=keys)
         self.keys = keys
 
     def masks(self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the masks of all terms, except masks of positions that hide no live key, such as causal for a single
         query.
         """
-        made = [self.j >= self.live.start] if self.wraps and len(self.live) < self.j.shape[-1] else []
+        made = [(self.j >= self.live.start)[None]] if self.wraps and len(self.live) < len(self.j) else []
         for term, own in zip(terms, operands, strict=True):
             # the lengths already bound the live keys
             shown = isinstance(term, BiasTerm | Padding) or keeps_all(term, self.start, self.queries, self.live)
@@ -138,7 +139,7 @@ class BlockTerms(CachedTerms):
         self.keys = slice(self.live.start, self.live.stop)
         i = counted(first + queries, device)[first:, None]
         j = counted(keys, device)[self.keys]
-        super().__init__(i[None, None], j[None, None, None], s=slice(first, first + queries), t=self.keys)
+        super().__init__(i, j, s=slice(first, first + queries), t=self.keys)
 
     def masks(self, terms: Sequence[Term], operands: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the masks of all terms, except masks of positions that hide none of the keys."""
@@ -179,7 +180,7 @@ class MaskedCache:
             newest = first + (queries - 1)
             j = newest - (newest - counted(capacity, start.device)) % capacity
         else:
-            j = counted(capacity, start.device)[self.keys][None, None, None]
+            j = counted(capacity, start.device)[self.keys]
         self.terms = CachedTerms(i, j, t=self.keys)
         self._live = self._live_keys(terms, operands, first, queries, ring=ring)
         by_position = queries == 1  # the live keys are then exactly the keys that masks of positions keep
