@@ -18,6 +18,7 @@ from tests.op_checks import TESTED
 from tests.random_sessions import play
 from treadle.backends.registry import find_backend
 from treadle.ir.attention.masking import attend, causal, padding, window
+from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
@@ -240,6 +241,34 @@ def test_a_row_that_cannot_be_written_leaves_other_rows(rows: list[int], start: 
         there.entry("main")(states, **{**given, "rows": np.array([2, 0]), "start": np.array([2, 0])})
         held = moved(states)["mem"]
     assert held[2, 2:].all() and held[0, :2].all() and not held[2, :2].any() and not held[1].any()
+
+
+# -- weights of few bits ----------------------------------------------------------------------------------------
+
+
+def test_weights_of_few_bits_stay_so_on_the_device() -> None:
+    """A fifth of the weights is the table, as in SmolLM2. It has 8 bits, and other matrices have 4.5."""
+    sizes = {"layers": 2, "dim": 256, "hidden": 768, "heads": 4, "kv_heads": 2, "vocab": 1536, "tied": True}
+    given = {"tokens": np.arange(12).reshape(1, 12)}
+    with standin() as counts:
+        exe = treadle.compile("llama", backend="torch", target="cuda", quantize="int4", seed=1, **sizes)
+        held = counts.nbytes
+        made = exe(**given)["logits"]
+    wanted = treadle.compile("llama", backend="torch", quantize="int4", seed=1, **sizes)(**given)["logits"]
+    np.testing.assert_allclose(made, wanted, atol=1e-5 * float(np.abs(wanted).max()))
+    numbers = sum(v.type.decoded.bytes_at({}) // 4 for v in exe.graph.parameters.values())
+    assert held <= 0.36 * 2 * numbers
+    lines = [line for line in exe.source.splitlines() if "decode_" in line]
+    assert sum("decode_int4_groups(" in line for line in lines) == 5  # in one block: q k v, out, gate, up, down
+    assert sum("decode_int8_rows(" in line for line in lines) == 2  # the rows of tokens, and the table for the logits
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+def test_decoded_groups_of_4_bits_are_bitwise_those_of_numpy(group: int) -> None:
+    encoding = parse_encoding(f"int4_groups({group})")
+    x = encoding.encode(np.random.default_rng(group).standard_normal((3, 2, 256)).astype(np.float32))
+    made = kernels.decode_int4_groups(torch.from_numpy(x), group)
+    np.testing.assert_array_equal(made.numpy(), encoding.decode(x))
 
 
 # -- sessions ---------------------------------------------------------------------------------------------------

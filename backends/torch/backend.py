@@ -26,7 +26,8 @@ from treadle.backends.torch.attention_forms import notes_on_attention
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
-from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
+from treadle.backends.torch.spelling import DECODED, DTYPES, SPELLINGS, keeps
+from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
@@ -38,7 +39,7 @@ from treadle.ir.types import DType, Type, f32
 from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
-from treadle.passes.lowering.decode_last import DecodeLast
+from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
@@ -57,6 +58,17 @@ _KNOWN = 4096
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 _CAPABILITIES = Capabilities("torch", keeps=keeps, layouts=wants, placed=is_placed, over=written_over)
+
+
+def _reads_blocks(node: Node, position: int) -> bool:
+    """Return True if a weight of few bits is decoded directly before a node of a device's program, at every call.
+
+    Memory then holds the numbers of one weight at a time. A node that itself depends on weights alone is computed once.
+    """
+    value = node.operands[position]
+    made = value.node if value is not None else None
+    is_decoded = made is not None and made.op.decodes and made.op.attributes["of"].form in DECODED
+    return is_decoded and not all(map(is_made_of_weights, node.results))
 
 
 class TorchBackend(StagedBackend):
@@ -104,7 +116,9 @@ class TorchBackend(StagedBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
-        return _CAPABILITIES
+        return (
+            replace(_CAPABILITIES, reads_blocks=_reads_blocks) if find_device(target).is_asynchronous else _CAPABILITIES
+        )
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
@@ -112,7 +126,9 @@ class TorchBackend(StagedBackend):
         """
         mine, on_cpu = self.capabilities(target), not find_device(target).is_asynchronous
         layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
-        products = (OpenBlockProducts(), Legalize(mine), DecodeLast(), MultiplyBlocks(mine))
+        narrow = () if on_cpu else (DecodeNarrow(),)
+        decoding = (*narrow, DecodeLast(gathered=not on_cpu))
+        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine))
         return (*products, *layouts, HoistWeights(mine), PlanStorage(mine))
 
     def emit(

@@ -14,6 +14,7 @@ from treadle.backends.torch.cached_terms import BLOCK, BlockTerms, LiveTerms, Ma
 from treadle.backends.torch.counting import counted, parsed_terms, t5_buckets
 from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     decode_groups,
+    decode_int4_groups,
     decode_int8_rows,
     decode_uint8_rows,
     encode_groups,

@@ -112,7 +112,7 @@ SPELLINGS: dict[str, Spelling] = {
     "encode": lambda line: _in_blocks(
         "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
     ),
-    "decode": lambda line: _in_blocks("decode", line.x, line.op.attributes["of"]),
+    "decode": lambda line: _decoded(line),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
@@ -150,6 +150,19 @@ def _sign(line: Line) -> str:
 @_spells("round_to")
 def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
+
+
+DECODED = ("int8_rows", "uint8_rows", "int8_groups", "int4_groups")
+"""The block forms that kernels decode during a call."""
+
+
+def _decoded(line: Line) -> str:
+    encoding, to = line.op.attributes["of"], line.op.attributes["to"]
+    if encoding.form == "int4_groups":
+        text = f"kernels.decode_int4_groups({line.x}, {encoding.group})"
+    else:
+        text = _in_blocks("decode", line.x, encoding)
+    return text if to is None else f"{text}.to({dtype_text(to)})"
 
 
 def _in_blocks(does: str, x: str, encoding: Encoding) -> str:
