@@ -243,10 +243,10 @@ def test_a_row_that_cannot_be_written_leaves_other_rows(rows: list[int], start: 
     assert held[2, 2:].all() and held[0, :2].all() and not held[2, :2].any() and not held[1].any()
 
 
-# -- weights of few bits ----------------------------------------------------------------------------------------
+# -- quantized weights ------------------------------------------------------------------------------------------
 
 
-def test_weights_of_few_bits_stay_so_on_the_device() -> None:
+def test_quantized_weights_stay_quantized_on_the_device() -> None:
     """A fifth of the weights is the table, as in SmolLM2. It has 8 bits, and other matrices have 4.5."""
     sizes = {"layers": 2, "dim": 256, "hidden": 768, "heads": 4, "kv_heads": 2, "vocab": 1536, "tied": True}
     given = {"tokens": np.arange(12).reshape(1, 12)}

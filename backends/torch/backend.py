@@ -61,7 +61,7 @@ _CAPABILITIES = Capabilities("torch", keeps=keeps, layouts=wants, placed=is_plac
 
 
 def _reads_blocks(node: Node, position: int) -> bool:
-    """Return True if a weight of few bits is decoded directly before a node of a device's program, at every call.
+    """Return True if a quantized weight is decoded directly before a node of a device's program, at every call.
 
     Memory then holds the numbers of one weight at a time. A node that itself depends on weights alone is computed once.
     """

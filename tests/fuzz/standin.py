@@ -1,4 +1,4 @@
-"""Run everything on the stand-in device: `python tests/fuzz/standin.py [--only gpt2] [--ops | --models]`.
+"""Run everything on the stand-in device: `python -m tests.fuzz.standin [--only gpt2] [--ops | --models]`.
 
 Every op on every sample and dtype, forward and gradient, random sessions, and every model of the zoo in float32, bf16
 and three quantizations. Prints each failure, and at the end the numbers of cases. A few minutes.
@@ -10,9 +10,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.op_checks import TESTED
 from tests.random_sessions import play
