@@ -1,8 +1,14 @@
 """Errors for data-dependent indices that are out of bounds. They are the same in all backends, and name the input that
 contains the index, and the bound. A kernel raises the error; `located` adds the node.
+
+A kernel that cannot raise an error writes four status words: a `StatusKind`, the index (or the start), the size of the
+axis (or the capacity), and the row. `error_of` returns their error.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
 
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
@@ -48,6 +54,19 @@ class NoRoom(BackendError):
         found.args = (found.what,)
         found.source = describe_source(node.source, node.scope) if node is not None else None
         return found
+
+
+class StatusKind(IntEnum):
+    """The first status word: the kind of error."""
+
+    OUTSIDE_AXIS = 1
+    NO_ROOM = 2
+
+
+def error_of(words: Sequence[int]) -> OutsideAxis | NoRoom:
+    """Return the error that four status words report."""
+    what, index, size, row = words
+    return OutsideAxis(index, size) if what == StatusKind.OUTSIDE_AXIS else NoRoom(row, index, size)
 
 
 def _indices(node: Node) -> list[Value]:

@@ -6,55 +6,33 @@ import os
 from dataclasses import dataclass
 
 from treadle.ir.errors import UsageError
-
-TARGETS = {
-    "cpu": "the CPU of this machine",
-    "cuda": "an NVIDIA GPU, the current one",
-    "x86-64-amx": "an Intel CPU with AVX-512 and AMX",
-    "x86-64-v4-bf16": "a CPU with AVX-512 and its products of bf16 pairs",
-    "x86-64-v4": "a CPU with AVX-512",
-    "x86-64-v3": "a CPU with AVX2 and FMA",
-    "x86-64-v2": "a CPU with SSE4.2",
-    "x86-64": "any 64-bit x86 CPU",
-    "arm64": "a 64-bit Arm CPU, with NEON",
-}
-"""Every known target's name, with a description. The levels of x86-64 are defined by its psABI."""
+from treadle.ir.hardware import HARDWARE, Hardware
 
 MOST_THREADS = 1024
 """The largest number of threads of a target: the operating system kills a process that starts a million."""
 
-_RATES = {
-    "cpu": (60e9, 20e9),
-    "cuda": (60e12, 2e12),
-    "x86-64-amx": (150e9, 16e9),
-    "x86-64-v4-bf16": (100e9, 20e9),
-    "x86-64-v4": (100e9, 20e9),
-    "x86-64-v3": (50e9, 20e9),
-    "x86-64-v2": (15e9, 15e9),
-    "x86-64": (15e9, 15e9),
-    "arm64": (30e9, 20e9),
-}
-"""Floating-point operations per second, and bytes of memory per second, of one CPU core or a whole GPU. The rates are
-orders of magnitude.
-"""
-
 
 @dataclass(frozen=True)
 class Target:
-    """Hardware by name: `Target("cpu")`, `Target("cuda")`. Creating a target touches no device and loads no library.
+    """Hardware by name: `Target("cpu")`, `Target("cuda:1")`, `Target("h100")`. Creating a target touches no device and
+    loads no library.
+
+    `cuda` is this machine's GPU, and `cuda:1` selects one of several. Other names of GPUs describe hardware that may be
+    elsewhere.
 
     threads   the number of threads on a CPU; None: one for each core that the process may use
 
-    Raises UsageError for a name that is not in `TARGETS`, and for threads that are not an integer from 1 to
-    `MOST_THREADS`.
+    Raises UsageError for a name that is not in `treadle.ir.hardware.HARDWARE`, and for threads that are not an integer
+    from 1 to `MOST_THREADS`.
     """
 
     name: str
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in TARGETS:
-            raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(TARGETS))
+        base, colon, index = self.name.partition(":")
+        if base not in HARDWARE or (colon and not (base == "cuda" and index.isdecimal())):
+            raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(HARDWARE))
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
             raise UsageError(
                 f"the number of threads of a target must be an integer from 1 to {MOST_THREADS}",
@@ -65,12 +43,28 @@ class Target:
     @property
     def kind(self) -> str:
         """The kind of device: `cpu` for this machine's CPU, `cuda`, or `isa` for CPUs by their instruction set."""
-        return self.name if self.name in ("cpu", "cuda") else "isa"
+        return self.hardware.kind
+
+    @property
+    def hardware(self) -> Hardware:
+        """The record of the hardware."""
+        return HARDWARE[self.name.partition(":")[0]]
+
+    @property
+    def index(self) -> int | None:
+        """The number of the GPU in `cuda:1`; None: the current one."""
+        _, _, index = self.name.partition(":")
+        return int(index) if index else None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True if the target describes hardware, and does not select a device of this machine."""
+        return self.name.partition(":")[0] not in ("cpu", "cuda")
 
     @property
     def description(self) -> str:
         """A description of the target, in one line."""
-        return TARGETS[self.name]
+        return self.hardware.description
 
     def cores(self) -> int | None:
         """Return the number of cores to use: `threads`, or all that this process may use. Return None if the target is
@@ -89,8 +83,8 @@ class Target:
         The rates are orders of magnitude that need no measurement on the machine. They serve to compare, not to
         predict.
         """
-        rate, bandwidth = _RATES[self.name]
-        return max(flops / rate, bytes / bandwidth) / (self.threads or 1)
+        hardware = self.hardware
+        return max(flops / hardware.rates["f32"], bytes / hardware.bandwidth) / (self.threads or 1)
 
     def __str__(self) -> str:
         return self.name

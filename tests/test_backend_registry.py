@@ -6,21 +6,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.backend_checks import CPU, block_model, compiled, graph_of, message, needs_torch, needs_tvm
 from treadle.backends import registry
 from treadle.backends.refusals import out_of_memory, refuse_nodes
 from treadle.backends.registry import backend_names, find_backend
+from treadle.backends.torch.devices import find_device
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.hardware import HARDWARE, add_hardware
+from treadle.ir.placement.machines import find_machine
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 
@@ -64,6 +69,38 @@ def test_how_long_a_target_takes_at_least(name: str, rate: float, bandwidth: flo
     assert (Target(name).seconds(2 * rate, bandwidth), Target(name).seconds(rate, 2 * bandwidth)) == (2.0, 2.0)
     assert Target(name, 4).seconds(2 * rate, 0) == 0.5
     assert Target(name).kind == (name if name in ("cpu", "cuda") else "isa")
+    assert Target("cuda:1").index == 1 and Target("cuda").index is None
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "b200", "a100", "l4", "rtx4090"])
+def test_a_gpu_is_one_record_for_costs_and_sharding(name: str) -> None:
+    hardware, target, machine = HARDWARE[name], Target(name), find_machine(name)
+    assert target.hardware is hardware and target.kind == "cuda" and target.cores() is None
+    assert (machine.bandwidth, machine.memory) == (hardware.bandwidth, hardware.memory)
+    assert (
+        target.seconds(0, hardware.memory)
+        == machine.seconds(0, hardware.memory)
+        == hardware.memory / hardware.bandwidth
+    )
+    assert target.seconds(hardware.rates["f32"], 0) == 1.0
+    assert hardware.rates["f32"] <= hardware.rates["tf32"] == machine.flops < hardware.rates["bf16"]
+    assert ("fp8" in hardware.rates) == (name != "a100")  # from compute capability 8.9 on
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:x", "cuda:-1", "cpu:0", "h100:1", "gpu", ""])
+def test_a_name_that_is_no_target(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown target"):
+        Target(name)
+
+
+def test_hardware_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", rows := dict(HARDWARE))
+    monkeypatch.setattr("treadle.ir.target.HARDWARE", rows)
+    add_hardware(replace(HARDWARE["h100"], name="mine", bandwidth=1e12))
+    assert Target("mine").seconds(0, 1e12) == 1.0 and "mine" not in HARDWARE
+    for wrong in ({"name": "mine"}, {"name": "a:1"}, {"name": "new", "kind": "fpga"}, {"name": "new", "rates": {}}):
+        with pytest.raises(UsageError):
+            add_hardware(replace(HARDWARE["h100"], **wrong))
 
 
 def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +117,28 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     graph, weights = block_model()
-    text = message(lambda: find_backend("torch").compile(graph, Target("cuda"), weights))
-    assert "PyTorch finds no CUDA device" in text
+    tokens = np.ones((1, 2), np.int64)
+    for name, what in (
+        ("cuda", "PyTorch finds no CUDA device"),
+        ("h100", "PyTorch finds no CUDA device, h100 is needed"),
+    ):
+        exe: Any = find_backend("torch").compile(graph, Target(name), weights)
+        assert "def main(" in exe.source and "F.scaled_dot_product_attention" in exe.source
+        for _ in range(2):
+            assert message(lambda exe=exe: exe(tokens=tokens)).startswith(what + "\n")
+        assert "input tokens" in message(lambda exe=exe: exe(tokens=tokens[0]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    for name, missing in (
+        ("cuda:1", None),
+        ("cuda:2", "this machine has no CUDA device 2"),
+        ("rtx4090", None),
+        ("h100", "the GPU of this machine is not h100"),
+    ):
+        device = find_device(Target(name))
+        assert (str(device.missing.what) if device.missing else None) == missing
+        assert str(device.device) == ("cpu" if missing else "cuda:1" if name == "cuda:1" else "cuda")
     text = message(lambda: find_backend("torch").compile(graph, Target("arm64"), weights))
     assert text.startswith("the torch backend does not generate code for arm64")
 

@@ -34,7 +34,8 @@ from treadle.backends.tvm.kernels.platforms import Platform
 from treadle.backends.tvm.kernels.pointwise import Chain, Instruction, Pointwise
 from treadle.backends.tvm.kernels.runner import RECORD, Runner
 from treadle.ir.errors import BackendError, GraphError
-from treadle.ir.target import TARGETS, Target
+from treadle.ir.hardware import HARDWARE
+from treadle.ir.target import Target
 from treadle.ir.types import f32
 
 if TYPE_CHECKING:
@@ -294,7 +295,7 @@ def test_another_machine_can_be_read_and_not_run() -> None:
 
 
 def test_targets_name_instruction_sets() -> None:
-    assert {name for name in TARGETS if Target(name).kind == "isa"} == set(ISAS)
+    assert {name for name in HARDWARE if Target(name).kind == "isa"} == set(ISAS)
     assert isa_of(Target("cpu")) is host_isa()
     assert isa_of(Target("x86-64-v3")) is ISAS["x86-64-v3"]
     with pytest.raises(BackendError, match="generates no code for cuda"):

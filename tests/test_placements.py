@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.ir.errors import ParseError, PassError, UsageError
-from treadle.ir.placement.machines import MACHINES, Machine, find_machine
+from treadle.ir.placement.machines import Machine, find_machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import (
     MeshPlacement,
@@ -225,7 +225,7 @@ def test_machines_that_are_planned_for() -> None:
         "cpu": Machine(60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
         "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
         "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
-    } == MACHINES
+    } == {name: find_machine(name) for name in ("cpu", "a100", "h100")}
     assert find_machine("cpu").seconds(60e9, 10e9) == 1.0
     assert find_machine("cpu").seconds(30e9, 40e9) == 2.0
     with pytest.raises(UsageError, match="unknown device 'tpu'"):

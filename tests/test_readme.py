@@ -37,6 +37,7 @@ PAGES = (
             "cli",
             "comparing",
             "generation",
+            "gpu",
             "kernels",
             "memory",
             "onnx",

@@ -18,8 +18,9 @@ from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import PassError, SizeError
 from treadle.ir.graph import Graph
+from treadle.ir.hardware import HARDWARE, add_hardware
 from treadle.ir.interpreter import interpret
-from treadle.ir.placement.machines import MACHINES, find_machine
+from treadle.ir.placement.machines import find_machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import parse_placement
 from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights
@@ -192,7 +193,9 @@ def test_a_mesh_axis_that_splits_nothing_is_named() -> None:
 def test_a_machine_of_ones_own_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(find_machine("h100"), fast=1e6)
     graph = recognized("gpt2")
-    monkeypatch.setitem(MACHINES, "mine", slow)
+    monkeypatch.setattr("treadle.ir.placement.machines.HARDWARE", rows := dict(HARDWARE))
+    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", rows)
+    add_hardware(replace(HARDWARE["h100"], name="mine", fast=1e6))
     plans = [shard(graph, "tp=2", recipe="megatron", device=device) for device in ("h100", slow, "mine")]
     seconds = [sum(c.seconds for c in plan.collectives()) for plan in plans]
     assert seconds[0] * 10 < seconds[1] == seconds[2]

@@ -14,10 +14,10 @@ from treadle.backends.numpy.destinations import NUMPY, is_placed, written_over
 from treadle.backends.numpy.spelling import keeps
 from treadle.backends.numpy.workspaces import workspace
 from treadle.backends.poison import BYTE, poisons
-from treadle.backends.protocol import Executable, Port
+from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -201,6 +201,12 @@ class _NumpyArrays:
     def give(self, array: Any, given: Collection[type], shared: bool) -> Array:
         result = np.asarray(array)
         return result.copy() if shared or not result.flags.writeable else result
+
+    def enter(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        return arguments
+
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+        return outputs, None
 
 
 def _weight(name: str, wanted: Type, value: Any) -> Array:

@@ -19,18 +19,21 @@ TermSpelling = Callable[[Term, Sequence[str], str, str], str]
 """A function that returns a term as an expression, from the term, its operands, and the numbers of queries and keys."""
 
 
-def attention(line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *, hidden: bool = False) -> str:
+def attention(
+    line: Line, spelling: TermSpelling, factors: Sequence[str] = (), *, hidden: bool = False, options: str = ""
+) -> str:
     """Return the kernel call as text.
 
     factors  queries, keys and values as expressions; if empty, the operands
     hidden   True if masks are true where a query must not see a key
+    options  further arguments, each after a comma
     """
     masks, biases = _terms_of(line, spelling)
     arguments = [*(factors or (line.q, line.k, line.v)), f"scale={float_text(scale_of(line))}"]
     arguments += [f"{'hidden' if hidden else 'masks'}=[{', '.join(masks)}]"] if masks else []
     arguments += [f"biases=[{', '.join(biases)}]"] if biases else []
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
-    return f"kernels.{line.op.name}({', '.join(arguments)}{line.out_args})"
+    return f"kernels.{line.op.name}({', '.join(arguments)}{options}{line.out_args})"
 
 
 def scale_of(line: Line) -> float:

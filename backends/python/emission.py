@@ -57,6 +57,8 @@ class EmittedProgram:
     destinations  by function, for each name in its `memory` the value that is written there
     frames      by function, for each other name in its `memory` the step whose callee gets it as memory
     workspaces  by function, for each other name the step whose call gets these arrays as workspace, by their names
+    reporters   the nodes that record errors in `status`, by their numbers in the text
+    reporting   the functions with a parameter `status`
     """
 
     text: str
@@ -68,6 +70,8 @@ class EmittedProgram:
     destinations: Mapping[str, Mapping[str, Value]]
     frames: Mapping[str, Mapping[str, int]]
     workspaces: Mapping[str, Mapping[str, int]]
+    reporters: tuple[Node, ...]
+    reporting: frozenset[str]
 
     def has_memory(self, function: str) -> bool:
         """Return True if a function has a parameter `memory`."""
@@ -142,6 +146,8 @@ class _ProgramWriter:
         self.destinations: dict[str, dict[str, Value]] = {}
         self.frames: dict[str, dict[str, int]] = {}
         self.workspaces: dict[str, dict[str, int]] = {}
+        self.reporters: list[Node] = []
+        self.reporting: set[str] = set()
 
     def program(self) -> EmittedProgram:
         bodies = [FunctionWriter(self, function).write() for function in self.functions]
@@ -158,6 +164,8 @@ class _ProgramWriter:
             destinations=self.destinations,
             frames=self.frames,
             workspaces=self.workspaces,
+            reporters=tuple(self.reporters),
+            reporting=frozenset(self.reporting),
         )
 
     def _header(self) -> list[str]:
@@ -232,6 +240,12 @@ class FunctionWriter:
         renamed = {s: n for s, n in self.program.symbols.items() if s != n and s in size.symbols}
         return str(size.substitute(renamed) if renamed else size)
 
+    def reporter(self, node: Node) -> int:
+        """Return the number under which a node records errors. The function then has a parameter `status`."""
+        self.program.reporting.add(self.function.name)
+        self.program.reporters.append(node)
+        return len(self.program.reporters) - 1
+
     # -- writing ---------------------------------------------------------------------------------------------
 
     def write(self) -> _Text:
@@ -288,6 +302,8 @@ class FunctionWriter:
             head.add(f"    {self.program.symbols[symbol]},")
         if destinations or frames or workspaces:
             head.add("    memory,")
+        if self.function.name in self.program.reporting:
+            head.add("    status,")
         head.add("):")
         for line in bindings:
             head.add(f"    {line}")
@@ -335,6 +351,9 @@ class FunctionWriter:
         needed = self.program.needs[callee.name]
         arguments += [f"{self.program.symbols[s]}={self.size(Size.symbol(s))}" for s in needed]
         arguments += [f"memory={memory}"] if memory is not None else []
+        if callee.name in self.program.reporting:
+            self.program.reporting.add(self.function.name)
+            arguments.append("status=status")
         return f"{self.program.function_names[callee.name]}({', '.join(arguments)})"
 
     def _bundle(self, node: Node, callee: Function) -> list[str] | None:

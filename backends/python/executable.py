@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
 from treadle.backends.made_weights import Recipe
-from treadle.backends.outside_axis import NoRoom, OutsideAxis
+from treadle.backends.outside_axis import NoRoom, OutsideAxis, error_of
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import EmittedProgram
@@ -27,6 +27,9 @@ from treadle.ir.errors import BackendError, RankError, TreadleError
 from treadle.ir.graph import Function, Graph
 from treadle.ir.types import DType, Type
 from treadle.passes.memory.storage_plan import StoragePlan
+
+Failure = tuple[int, Sequence[int]]
+"""The number of a line among the program's `reporters`, and its status words (`treadle.backends.outside_axis`)."""
 
 
 class Settings(ABC):
@@ -54,6 +57,10 @@ class Arrays(Protocol):
         """Convert a caller's argument to an array of the port's dtype. Raises BackendError."""
         ...
 
+    def enter(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Copy checked arguments to the device on which the program runs."""
+        ...
+
     def settings(self) -> Settings:
         """Return the library's settings under which the program runs."""
         ...
@@ -70,6 +77,10 @@ class Arrays(Protocol):
         """Return a result for the caller, as the kind of array of the arguments, whose types are `given`. If the
         memory is `shared`, return a copy.
         """
+        ...
+
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+        """Copy outputs to the host, if they belong there. Also return the first failure that the program recorded."""
         ...
 
 
@@ -90,6 +101,7 @@ class PythonExecutable(EntryExecutable):
         backend: str,
         arena: PythonArena | None = None,
         plan: StoragePlan | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """Execute the module.
 
@@ -97,9 +109,10 @@ class PythonExecutable(EntryExecutable):
         namespace  the names that the text uses in addition to its imports
         arena      the destinations of planned values; None if no value is planned
         plan       determines the donated inputs; None: no input is donated
+        notes      lines for the log
         """
         super().__init__(graph, backend, arrays.zeros)
-        self.source, self.program = program.text, program
+        self.source, self.program, self.notes = program.text, program, notes
         module = _Module(graph.name, program, weights, namespace, arrays, arena)
         self.called |= {f.name: _PythonEntry(module, self.state_kinds, graph, f, plan) for f in graph.later_entries}
         self.function: Callable[..., Mapping[str, Any]] = module.scope[program.entries[graph.main.name]]
@@ -180,11 +193,12 @@ class _PythonEntry:
         module, arrays = self._module, self._module.arrays
         held = self._kinds.check(states)
         arguments, sizes = self.signature.bind_sized(given, arrays.take, held.sizes)
-        self._donated.check(self.inputs, given, arguments, (*module.arrays_held, *held.values()))
         settings = arrays.settings()
         try:
             with settings, module.exclusive(self._name):
-                return self._called(given, arguments, sizes, held)
+                entered = arrays.enter(arguments)
+                self._donated.check(self.inputs, given, entered, (*module.arrays_held, *held.values()))
+                return self._called(given, entered, sizes, held)
         finally:
             settings.restore()
 
@@ -195,8 +209,10 @@ class _PythonEntry:
         module, arrays = self._module, self._module.arrays
         kept = (held,) if self._has_states else ()
         places = module.memory(self._name, sizes)
+        status: list[Any] = []
+        reports = (status,) if self._name in module.program.reporting else ()
         try:
-            results = self._run(*arguments, module.weights, *kept, *places)
+            results = self._run(*arguments, module.weights, *kept, *places, *reports)
         except Exception as error:
             raise module.explained(error) from error
         named = zip(self.inputs, arguments, strict=True)
@@ -210,6 +226,10 @@ class _PythonEntry:
             except Exception as error:  # there is no memory for the copy
                 raise self._not_given(name, error) from error
             taken.add(memory)
+        outputs, failure = arrays.leave(outputs, types, status)
+        if failure is not None:
+            line, words = failure
+            raise error_of(words).located(module.program.reporters[line], module.name)
         return self._donated.returned(given, outputs)
 
     def _not_given(self, name: str, error: Exception) -> BackendError:

@@ -31,6 +31,7 @@ class Dialect:
     into         op name -> an expression that writes the result to the array `{out}` and returns it, for ops in the
                  storage plan; if `{out}` is None, to a new array. `{out_args}` is both destination and workspace as
                  arguments; a template with it is in `spellings` if it is also valid without these arguments
+    reports      True if lines that read indices record errors in `status` instead of raising them
     """
 
     name: str
@@ -39,6 +40,7 @@ class Dialect:
     copied: str
     otherwise: Callable[[Line], str]
     into: Mapping[str, Spelling] = field(default_factory=dict)
+    reports: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -51,6 +53,7 @@ class Dialect:
             "device",
             "poison",
             "memory",
+            "status",
         }
 
     def spell(self, line: Line) -> str:
@@ -103,6 +106,16 @@ class Line:
         """The destination and the workspace as arguments of a call: `, out=memory.x, work=memory.x_work`."""
         arguments = (("out", self.out), ("work", self.work))
         return "".join(f", {name}={text}" for name, text in arguments if text is not None)
+
+    @property
+    def on_device(self) -> bool:
+        """True if the host cannot read values during a call."""
+        return self._writer.program.dialect.reports
+
+    @property
+    def report_args(self) -> str:
+        """The argument of a call that records errors: `, report=(status, 3)`. Empty if the call raises them."""
+        return f", report=(status, {self._writer.reporter(self.node)})" if self.on_device else ""
 
     def as_read_by(self, kind: type[Line]) -> Line:
         """Return the same node as another kind of line."""

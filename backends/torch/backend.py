@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ import numpy as np
 
 from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
 from treadle.backends.poison import BYTE, poisons
-from treadle.backends.protocol import Executable, Port
+from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     layout_of,
@@ -30,10 +31,13 @@ from treadle.backends.refusals import (
 )
 from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.staged import StagedBackend, needed_plan
+from treadle.backends.torch.attention_forms import notes_on_attention
 from treadle.backends.torch.destinations import is_placed, written_over
+from treadle.backends.torch.devices import TorchDevice, find_device
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
-from treadle.backends.torch.spelling import DTYPES, SPELLINGS, keeps
+from treadle.backends.torch.spelling import DECODED, DTYPES, SPELLINGS, keeps
 from treadle.files.installation import pip_install
+from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node
 from treadle.ir.literals import Literal
@@ -45,7 +49,7 @@ from treadle.ir.types import DType, Type, f32, f64
 from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
-from treadle.passes.lowering.decode_last import DecodeLast
+from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
@@ -58,9 +62,23 @@ if TYPE_CHECKING:
 _INTEGER_PRODUCTS = (MatMul, Einsum)  # PyTorch has these for integers on the CPU only
 
 
+_KNOWN = 4096
+"""Maximum number of integers of an input that the host keeps besides the device."""
+
 _REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 _CAPABILITIES = Capabilities("torch", keeps=keeps, layouts=wants, placed=is_placed, over=written_over)
+
+
+def _reads_blocks(node: Node, position: int) -> bool:
+    """Return True if a quantized weight is decoded directly before a node of a device's program, at every call.
+
+    Memory then holds the numbers of one weight at a time. A node that itself depends on weights alone is computed once.
+    """
+    value = node.operands[position]
+    made = value.node if value is not None else None
+    is_decoded = made is not None and made.op.decodes and made.op.attributes["of"].form in DECODED
+    return is_decoded and not all(map(is_made_of_weights, node.results))
 
 
 class TorchBackend(StagedBackend):
@@ -98,28 +116,11 @@ class TorchBackend(StagedBackend):
         return None if op is None else code_hint(op.name, "a line in SPELLINGS of backends/torch/spelling.py")
 
     def refuse(self, graph: Graph, target: Target) -> None:
-        """Raise BackendError if PyTorch is not installed, if the target's device is missing, or if a node is not
-        supported.
-        """
+        """Raise BackendError if PyTorch is not installed, or does not support the target or a node."""
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
-        import torch
-
-        if target.kind == "cuda" and not torch.cuda.is_available():
-            raise BackendError(
-                "PyTorch finds no CUDA device",
-                received=f"torch {torch.__version__}",
-                hint=Hint('target="cpu"', "--target cpu"),
-            )
-        if target.kind == "isa":
-            raise BackendError(
-                f"the torch backend does not generate code for {target}",
-                hint=Hint(
-                    'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
-                ),
-            )
-        on_gpu = torch.device(target.kind).type != "cpu"
+        on_gpu = find_device(target).is_asynchronous
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
@@ -130,15 +131,19 @@ class TorchBackend(StagedBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
-        return _CAPABILITIES
+        return (
+            replace(_CAPABILITIES, reads_blocks=_reads_blocks) if find_device(target).is_asynchronous else _CAPABILITIES
+        )
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
         once, and plan the lifetime of each tensor.
         """
-        mine = self.capabilities(target)
-        layouts = (AssignLayouts(mine, alone=True),) if target.kind == "cpu" and can_pack() else ()
-        products = (OpenBlockProducts(), Legalize(mine), DecodeLast(), MultiplyBlocks(mine))
+        mine, on_cpu = self.capabilities(target), not find_device(target).is_asynchronous
+        layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
+        narrow = () if on_cpu else (DecodeNarrow(),)
+        decoding = (*narrow, DecodeLast(gathered=not on_cpu))
+        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine))
         return (*products, *layouts, HoistWeights(mine), PlanStorage(mine))
 
     def emit(
@@ -152,11 +157,10 @@ class TorchBackend(StagedBackend):
         """Generate the module and return its executable. On the CPU, weights in their original layout share memory with
         the caller's arrays or the mapped file. Raises BackendError for a missing weight.
         """
-        import torch
-
-        device = torch.device(target.kind)
+        device = find_device(target)
         made, plan, poison = recipes_of(graph), needed_plan(plan, self.name), poisons()
-        program = emit(graph, PACKED, plan, tuple(notes_on(made)), poison)
+        dialect = replace(PACKED, reports=device.is_asynchronous)
+        program = emit(graph, dialect, plan, tuple(notes_on(made)), poison)
         arrays = _TorchArrays(device, target.threads)
         constants = tuple(map(arrays.constant, program.constants))
         tensors = collect_weights(graph, made, weights, arrays.weight)
@@ -165,9 +169,10 @@ class TorchBackend(StagedBackend):
         held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
         arena = PythonArena(plan, program, arrays, _fill if poison else None)
         met = {name: _Met(node.op) for name, node in program.references.items()}
-        namespace = {"constants": constants, "device": device, "reference": SimpleNamespace(**met)}
-        namespace["poison"] = partial(_poison, arena, held)
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan)
+        namespace = {"constants": constants, "device": device.device, "reference": SimpleNamespace(**met)}
+        namespace["poison"] = partial(_poison, arena, arrays, held)
+        notes = tuple(notes_on_attention(graph)) if device.is_asynchronous else ()
+        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
 
 
 def _without_code(node: Node) -> Op | None:
@@ -191,13 +196,13 @@ def _fill(array: torch.Tensor) -> None:
     array.fill_(math.nan if array.is_floating_point() else -1 if array.dtype.is_signed else BYTE)
 
 
-def _poison(arena: PythonArena, held: frozenset[int], array: torch.Tensor) -> None:
+def _poison(arena: PythonArena, arrays: _TorchArrays, held: frozenset[int], array: torch.Tensor) -> None:
     """Fill a tensor, and all of its memory if a library call allocated it. Weights and constants are unchanged."""
-    memory = array.untyped_storage()
-    if arena.array is not None and memory.data_ptr() == arena.array.data_ptr():
+    memory = arrays.storage(array)
+    if arena.array is not None and memory == arrays.storage(arena.array):
         _fill(array)
-    elif memory.data_ptr() not in held:
-        memory.fill_(BYTE)  # type: ignore[attr-defined]
+    elif memory not in held:
+        array.untyped_storage().fill_(BYTE)  # type: ignore[attr-defined]
 
 
 class _Met:
@@ -216,13 +221,14 @@ class _TorchSettings(Settings):
     default, PyTorch would let cuBLAS accumulate in 16 bits.
     """
 
-    def __init__(self, device: torch.device, threads: int | None) -> None:
+    def __init__(self, device: TorchDevice, threads: int | None) -> None:
         import torch
 
         self._torch, self._matmul = torch, torch.backends.cuda.matmul
         self._threads, self._before = threads, torch.get_num_threads()
-        self._reduced = {name: getattr(self._matmul, name) for name in _REDUCED if device.type == "cuda"}
-        self._mode = None if torch.is_inference_mode_enabled() else torch.inference_mode()
+        self._reduced = {name: getattr(self._matmul, name) for name in _REDUCED if device.device.type == "cuda"}
+        is_needed = device.has_inference_mode and not torch.is_inference_mode_enabled()
+        self._mode = torch.inference_mode() if is_needed else None
 
     def __enter__(self) -> None:
         if self._threads is not None and self._threads != self._before:
@@ -244,10 +250,10 @@ class _TorchSettings(Settings):
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`."""
 
-    def __init__(self, device: torch.device, threads: int | None) -> None:
+    def __init__(self, device: TorchDevice, threads: int | None) -> None:
         import torch
 
-        self.torch, self.device, self.threads = torch, device, threads
+        self.torch, self.on, self.device, self.threads = torch, device, device.device, threads
         self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @cached_property
@@ -265,7 +271,7 @@ class _TorchArrays:
         if not isinstance(value, self.torch.Tensor):
             if port.dtype.name == "bf16":
                 return self._rounded(port, value)
-            return self.lifted(as_numpy(port, value))
+            return self._shared(as_numpy(port, value))
         if layout_of(value) != "strided":
             raise BackendError(
                 f"input {port.name} is not a dense tensor",
@@ -284,7 +290,21 @@ class _TorchArrays:
             if held is None or not _widens(held, port.dtype):
                 shown = str(value.dtype).removeprefix("torch.")
                 raise refuse_dtype(port, shown, f"{port.name}.to(torch.{DTYPES[port.dtype.name]})", value.shape)
-        return value.detach().to(self.device, wanted)
+        if not self._is_near(value):
+            raise BackendError(
+                f"input {port.name} is on another device",
+                received=f"{port.name}: a tensor on {value.device}; the program runs on {self.device}",
+                within=str(port),
+                hint=f'{port.name}.to("{self.device}")',
+            )
+        return value.detach().to(wanted)
+
+    def _is_near(self, value: torch.Tensor) -> bool:
+        """Return True if a tensor is in the memory of the CPU or of the device."""
+        own, other = self.device, value.device
+        if other.type == "cpu" or own.type != other.type:
+            return other.type == "cpu"
+        return other.index == (self.torch.cuda.current_device() if str(own) == "cuda" else own.index)
 
     def _rounded(self, port: Port, value: Any) -> torch.Tensor:
         wide = self.torch.from_numpy(as_numpy(Port(port.name, port.type.with_dtype(f32)), value).copy())
@@ -294,15 +314,29 @@ class _TorchArrays:
             raise refuse_dtype(
                 port, "a float32 that bf16 cannot represent", f"a tensor, {port.name}.to(torch.bfloat16)"
             )
-        return narrow.to(self.device)
+        return narrow
+
+    def enter(self, arguments: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Copy arguments that are in the CPU's memory to the device, in one copy. Short vectors of integers keep their
+        values on the host, too: kernels that read slots and positions need not read them back.
+        """
+        if not self.on.is_asynchronous:
+            return arguments
+        if self.on.missing is not None:
+            raise self.on.missing.with_traceback(None)
+        entered = list(arguments)
+        outside = [at for at, array in enumerate(arguments) if array.device.type == "cpu"]
+        for at, moved in zip(outside, self.on.to_device([arguments[at] for at in outside]), strict=True):
+            entered[at] = moved
+            if moved.dim() == 1 and moved.dtype == self.torch.int64 and moved.numel() <= _KNOWN:
+                moved.on_host = arguments[at].tolist()  # type: ignore[attr-defined]
+        return entered
 
     def settings(self) -> _TorchSettings:
-        return _TorchSettings(self.device, self.threads)
+        return _TorchSettings(self.on, self.threads)
 
     def storage(self, array: torch.Tensor) -> int:
-        if array.is_mkldnn:  # a result is never in this layout
-            return id(array)
-        return array.untyped_storage().data_ptr() if array.numel() else id(array)
+        return self.on.storage(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
         return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
@@ -320,16 +354,40 @@ class _TorchArrays:
     def give(self, array: torch.Tensor, given: Collection[type], shared: bool) -> Any:
         array = array.clone() if shared else array
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
-        if any(issubclass(each, self.torch.Tensor) for each in given):
-            return array
-        return (array.float() if array.dtype == self.torch.bfloat16 else array).cpu().numpy()
+        return array if self.on.is_asynchronous or self._gives_tensors(given) else self._as_numpy(array)
+
+    def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
+        """Copy outputs and status words to the host, with one wait. Outputs stay on the device if the caller passed
+        tensors.
+        """
+        if not self.on.is_asynchronous:
+            return outputs, None
+        from treadle.backends.torch.status import first_failure, packed
+
+        leaving = {} if self._gives_tensors(kinds) else dict(outputs)
+        words = [packed(status)] if status else []
+        copies = self.on.to_host([*leaving.values(), *words])
+        failure = first_failure(status, copies.pop().tolist()) if words else None
+        for name, copy in zip(leaving, copies, strict=True):
+            outputs[name] = self._as_numpy(copy)
+        return outputs, failure
+
+    def _gives_tensors(self, kinds: Collection[type]) -> bool:
+        """Return True if the caller gets tensors: one of the arguments is a tensor."""
+        return any(issubclass(each, self.torch.Tensor) for each in kinds)
+
+    def _as_numpy(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
+        wide = array.float() if array.dtype == self.torch.bfloat16 else array
+        return wide.numpy()
 
     # -- weights and constants -------------------------------------------------------------------------------
 
     def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """Return an array as a tensor on the device. On the CPU, it shares memory with the array if PyTorch supports
-        the strides.
-        """
+        """Return an array as a tensor on the device. On the CPU, it may share memory with the array."""
+        return self._shared(array).to(self.device)
+
+    def _shared(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Return an array as a tensor of the CPU. It shares memory with the array if PyTorch supports the strides."""
         tileable = all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
         if not (tileable and array.flags.aligned and array.dtype.isnative):
             # ascontiguousarray would leave a negative stride along an axis of one element
@@ -337,7 +395,7 @@ class _TorchArrays:
         with warnings.catch_warnings():
             # Nothing writes to arguments, weights or constants: results that share their memory are copied.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return self.torch.from_numpy(array).to(self.device)
+            return self.torch.from_numpy(array)
 
     def constant(self, literal: Literal) -> torch.Tensor:
         """Return a constant as a tensor; NumPy stores bf16 constants in float32, which is exact."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from treadle.backends.python.axis_spelling import axes_of, keeping
 from treadle.backends.python.spelled_line import Line, Spelling
-from treadle.backends.torch.spelling import dtype_text, index_text
+from treadle.backends.torch.spelling import dtype_text, embedding_call
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.normalization import Softmax
@@ -64,9 +64,7 @@ DESTINATIONS: dict[str, Spelling] = {
     "matmul": _of_arrays("matmul"),
     "concat": lambda line: f"torch.cat(({line.arrays},), dim={line.op.axis}, out={line.out})",
     "softmax": lambda line: f"torch.softmax({line.array('x')}, {line.op.axis}, out={line.out})",
-    "embedding": lambda line: (
-        f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}, out={line.out})"
-    ),
+    "embedding": lambda line: embedding_call(line, f", out={line.out}"),
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("sum", "sum"), ("mean", "mean"))},
     **{f"reduce_{ours}": _reduction(theirs) for ours, theirs in (("max", "amax"), ("min", "amin"))},
 }

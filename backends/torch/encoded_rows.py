@@ -50,6 +50,18 @@ def encode_uint8_rows(x: Tensor) -> Tensor:
     return torch.cat((scale.view(torch.uint8), zero.to(torch.uint8), steps.clamp(max=255).to(torch.uint8)), dim=-1)
 
 
+def decode_int4_groups(x: Tensor, group: int) -> Tensor:
+    """Decode groups of 4 bits to f32[..., k]. A group is a float16 scale, then bytes: byte i holds elements i and i +
+    group / 2, the first in its low half.
+    """
+    bytes = group // 2 + 2
+    groups = x.reshape(*x.shape[:-1], x.shape[-1] // bytes, bytes)
+    scale = groups[..., :2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    packed = groups[..., 2:]
+    q = torch.cat((packed & 15, packed >> 4), dim=-1).float() - 8
+    return (scale * q).flatten(-2)
+
+
 def decode_int8_rows(held: Tensor) -> Tensor:
     """Decode rows to f32[..., k]."""
     return held[..., _SCALE:].view(torch.int8).float() * _scale(held)

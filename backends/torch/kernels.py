@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treadle.backends.outside_axis import NoRoom, OutsideAxis
-from treadle.backends.torch.cached_terms import CachedTerms
+from treadle.backends.outside_axis import NoRoom, OutsideAxis, StatusKind
+from treadle.backends.torch.cached_terms import BLOCK, BlockTerms, LiveTerms, MaskedCache
+from treadle.backends.torch.counting import counted, parsed_terms, t5_buckets
 from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     decode_groups,
+    decode_int4_groups,
     decode_int8_rows,
     decode_uint8_rows,
     encode_groups,
@@ -21,9 +22,9 @@ from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     encode_uint8_rows,
     encoded_linear,
 )
-from treadle.ir.attention.attention_terms import Padding, T5Relative, Term
+from treadle.backends.torch.status import At, record
+from treadle.ir.attention.attention_terms import Padding
 from treadle.ir.attention.cached_positions import live_positions
-from treadle.ir.attention.term_text import parse_term
 from treadle.ir.ops.rounding import FORMATS
 
 # -- element by element --------------------------------------------------------------------------------------
@@ -85,65 +86,107 @@ def top_k(x: Tensor, k: int, axis: int) -> tuple[Tensor, Tensor]:
 # -- indices -------------------------------------------------------------------------------------------------
 #
 # PyTorch's error for an index out of bounds names neither the index nor the bound, and on a GPU its assertion makes the
-# device unusable.
+# device unusable. So indices are checked first. With `report`, the host does not read indices back from the device:
+# a failed check is recorded (`treadle.backends.torch.status`), and the index is replaced by one in range.
 
 
-def _within(indices: Tensor, size: int) -> Tensor:
-    """Return the indices unchanged. Raises OutsideAxis for an index out of the bounds of an axis of this size."""
+def _within(indices: Tensor, size: int, report: At | None = None) -> Tensor:
+    """Return the indices. Raises OutsideAxis for an index out of the bounds of an axis of this size; with `report`,
+    records it, and returns an index in range in its place.
+    """
+    if report is not None and not indices.numel():
+        return indices
+    if (known := on_host(indices, report)) is not None:
+        _refuse_outside(known, size)
+        return indices
+    if report is not None and size:
+        inside = indices.clamp(0, size - 1)
+        record(report, StatusKind.OUTSIDE_AXIS, size, indices, inside != indices)
+        return inside
     outside = (indices < 0) | (indices >= size)
     if bool(outside.any()):
         raise OutsideAxis(int(indices[outside][0]), size)
     return indices
 
 
-def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+def embedding(indices: Tensor, table: Tensor, out: Tensor | None = None, report: At | None = None) -> Tensor:
     """Return rows of a table."""
-    within = _within(indices, table.shape[0])
+    within = _within(indices, table.shape[0], report)
     if out is None:
         return F.embedding(within, table)
     torch.index_select(table, 0, within.reshape(-1), out=out.view(within.numel(), table.shape[1]))
     return out
 
 
-def take_along_axis(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+def take_along_axis(x: Tensor, indices: Tensor, axis: int, report: At | None = None) -> Tensor:
     """Return elements of x along an axis, at indices in the result's layout."""
-    return x.gather(axis, _within(indices, x.shape[axis]))
+    return x.gather(axis, _within(indices, x.shape[axis], report))
 
 
-def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+def scatter_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int, report: At | None = None) -> Tensor:
     """Add updates to target: the transpose of `take_along_axis`."""
-    within = _within(indices, target.shape[axis])
+    within = _within(indices, target.shape[axis], report)
     return _wide(target).scatter_add(axis, within, _wide(updates)).to(target.dtype)
 
 
-def take(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+def take(x: Tensor, indices: Tensor, axis: int, report: At | None = None) -> Tensor:
     """Return slices of x along an axis, at indices of any rank."""
     axis %= x.dim()
-    picked = x.index_select(axis, _within(indices, x.shape[axis]).reshape(-1))
+    picked = x.index_select(axis, _within(indices, x.shape[axis], report).reshape(-1))
     return picked.reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 
-def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int) -> Tensor:
+def index_add(target: Tensor, indices: Tensor, updates: Tensor, axis: int, report: At | None = None) -> Tensor:
     """Add updates to target: the transpose of `take`."""
     axis %= target.dim()
     rows = updates.reshape((*target.shape[:axis], indices.numel(), *target.shape[axis + 1 :]))
-    within = _within(indices, target.shape[axis]).reshape(-1)
+    within = _within(indices, target.shape[axis], report).reshape(-1)
     return _wide(target).index_add(axis, within, _wide(rows)).to(target.dtype)
 
 
-def append(state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool) -> Tensor:
+def append(
+    state: Tensor, x: Tensor, rows: Tensor, start: Tensor, axis: int, *, ring: bool, report: At | None = None
+) -> Tensor:
     """Write x into a state, from each row's start, and return the state. Raises OutsideAxis or NoRoom before anything
     is written.
+
+    With `report`, a failed check of values that the host does not know is recorded, and nothing is written for the row.
     """
     capacity, count = state.shape[axis], x.shape[axis]
-    slots = _within(rows, state.shape[0])[:, None]
-    lost = (start < 0) if ring else (start < 0) | (start > capacity - count)
-    if bool(lost.any()):
-        row = int(lost.nonzero()[0])
-        raise NoRoom(row, int(start[row]), capacity)
-    places = start[:, None] + torch.arange(count, device=start.device)
-    state.movedim(axis, 1)[slots, places % capacity if ring else places] = x.movedim(axis, 1)
+    last = None if ring else capacity - count  # the greatest start
+    slots, first, lost = _within(rows, state.shape[0], report), start, None
+    if (known := on_host(start, report)) is not None:
+        for row, at in enumerate(known):
+            if at < 0 or (last is not None and at > last):
+                raise NoRoom(row, at, capacity)
+    elif start.numel():
+        without = (start < 0) if last is None else (start < 0) | (start > last)
+        if report is not None:
+            record(report, StatusKind.NO_ROOM, capacity, start, without)
+            first, lost = start.clamp(0, last), without
+        elif bool(without.any()):
+            row = int(without.nonzero()[0])
+            raise NoRoom(row, int(start[row]), capacity)
+    if slots is not rows:
+        lost = slots != rows if lost is None else lost | (slots != rows)
+    places = first[:, None] + (counted(count, start.device) if report else torch.arange(count, device=start.device))
+    where = slots[:, None], places % capacity if ring else places
+    written, moved = x.movedim(axis, 1), state.movedim(axis, 1)
+    if lost is not None:
+        written = torch.where(lost.view(-1, *[1] * (x.dim() - 1)), moved[where], written)
+    moved[where] = written
     return state
+
+
+def on_host(x: Tensor, report: At | None) -> list[int] | None:
+    """Return the values of an input that the host keeps besides the device; None if it does not, or need not."""
+    return None if report is None else getattr(x, "on_host", None)
+
+
+def _refuse_outside(indices: Sequence[int], size: int) -> None:
+    for index in indices:
+        if not 0 <= index < size:
+            raise OutsideAxis(index, size)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -197,17 +240,20 @@ def attention(
     masks: Sequence[Tensor] = (),
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
+    all_see: bool | None = None,
 ) -> Tensor:
     """Compute attention of q [b, h, s, d], k [b, g, t, d], v [b, g, t, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.attention`.
 
     Masks and biases broadcast against [b, h, s, t]. A query without visible keys gets zeros, which PyTorch's own
     function does not guarantee.
+
+    all_see  True if every query sees a key; False if a query may see none; None: read the mask to find out
     """
     mask = _joined(masks, biases)
     if softcap is not None:
-        return _weighted(_probabilities(q, k, scale, softcap, mask), v)
-    empty = _empty_rows(mask)
+        return _weighted(_probabilities(q, k, scale, softcap, mask, all_see), v)
+    empty = _empty_rows(mask, all_see)
     if mask is not None and empty is not None:  # a row of NaN would spread to other rows in a bfloat16 product
         mask = mask | empty if mask.dtype == torch.bool else mask.masked_fill(empty, 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -223,12 +269,49 @@ def attention_with_probabilities(
     masks: Sequence[Tensor] = (),
     biases: Sequence[Tensor] = (),
     softcap: float | None = None,
+    all_see: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the result of `attention`, and the probabilities [b, h, s, t], which are also zeros for a query without
     visible keys.
     """
-    p = _probabilities(q, k, scale, softcap, _joined(masks, biases))
+    p = _probabilities(q, k, scale, softcap, _joined(masks, biases), all_see)
     return _weighted(p, v), p
+
+
+def attention_in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *operands: Tensor,
+    terms: Sequence[str],
+    scale: float,
+    softcap: float | None = None,
+    all_see: bool = False,
+) -> Tensor:
+    """Compute attention as `attention` does, for a block of queries at a time, over the keys that positions allow.
+
+    terms  in their text form; their operands follow v in that order. One of them limits the keys by position.
+
+    No mask is larger than a block's: for a window, the work grows with the window, and not with the number of keys.
+    """
+    read, rest = parsed_terms(tuple(terms)), iter(operands)
+    given = [[next(rest) for _ in term.operands] for term in read]
+    parts = []
+    for first in range(0, q.shape[2], BLOCK):
+        some = q[:, :, first : first + BLOCK]
+        block = BlockTerms(read, first, some.shape[2], k.shape[2], q.device)
+        keys, values = k[:, :, block.keys], v[:, :, block.keys]
+        masks, biases = block.masks(read, given), block.biases(read, given)
+        if keys.shape[2]:
+            made = attention(
+                some, keys, values, scale=scale, masks=masks, biases=biases, softcap=softcap, all_see=all_see
+            )
+        else:
+            made = some.new_zeros((*some.shape[:3], v.shape[-1]))
+        parts.append(made)
+    return (
+        torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] if parts else q.new_zeros((*q.shape[:3], v.shape[-1]))
+    )
 
 
 def cached_attention(
@@ -242,6 +325,7 @@ def cached_attention(
     scale: float,
     softcap: float | None = None,
     ring: bool = False,
+    report: At | None = None,
 ) -> Tensor:
     """Compute attention of q [b, h, s, d], k [R, g, C, d], v [R, g, C, e]. Return [b, h, s, e]; see
     `treadle.ir.ops.cached_attention`.
@@ -249,11 +333,21 @@ def cached_attention(
     terms  in their text form; their operands follow `start` in that order
 
     The live part of each slot is read as a view, and cast to q's dtype if it differs. Rows in consecutive slots with
-    the same position are computed together. Raises OutsideAxis for a row outside the slots. On a GPU, the call waits
-    until rows, start and lengths have been computed.
+    the same position are computed together. Raises OutsideAxis for a row outside the slots.
+
+    With `report`, nothing is read back from the device: all rows are computed together, over a range of keys that
+    includes the live keys of all of them, with masks.
     """
-    read, rest = _read(tuple(terms)), iter(operands)
+    read, rest = parsed_terms(tuple(terms)), iter(operands)
     given = [[next(rest) for _ in term.operands] for term in read]
+    if report is not None:
+        masked = MaskedCache(read, given, start, on_host(start, report), q.shape[2], k.shape[2], ring=ring)
+        keys, values = (masked.part_of(x.to(q.dtype)) for x in _slots_of((k, v), rows, masked.keys, report))
+        biases = masked.terms.biases(read, given)
+        all_see = masked.all_see
+        return attention(
+            q, keys, values, scale=scale, masks=masked.masks, biases=biases, softcap=softcap, all_see=all_see
+        )
     lengths = [x[0].tolist() for term, x in zip(read, given, strict=True) if isinstance(term, Padding)]
     slots, past = _within(rows, k.shape[0]).tolist(), list(zip(start.tolist(), *lengths, strict=True))
     out = q.new_zeros((*q.shape[:3], v.shape[-1]))
@@ -265,7 +359,7 @@ def cached_attention(
         some, held, (at, *limits) = slice(first, end), slice(slots[first], slots[end - 1] + 1), past[first]
         live = live_positions(read, at, q.shape[2], k.shape[2], limits, ring=ring)
         if live:
-            says = CachedTerms(live, at, q.shape[2], k.shape[2], some, q.device)
+            says = LiveTerms(live, at, q.shape[2], k.shape[2], some, q.device)
             masks, biases = says.masks(read, given), says.biases(read, given)
             keys, values = (x[held, :, says.keys].to(q.dtype) for x in (k, v))
             out[some] = attention(q[some], keys, values, scale=scale, masks=masks, biases=biases, softcap=softcap)
@@ -273,9 +367,12 @@ def cached_attention(
     return out
 
 
-@lru_cache(maxsize=256)
-def _read(terms: tuple[str, ...]) -> tuple[Term, ...]:
-    return tuple(map(parse_term, terms))
+def _slots_of(states: Sequence[Tensor], rows: Tensor, keys: slice, report: At) -> list[Tensor]:
+    """Return a range of keys of the rows' slots: views if the host knows that they are consecutive, else copies."""
+    held, slots = _within(rows, states[0].shape[0], report), on_host(rows, report)
+    if slots and slots == list(range(slots[0], slots[0] + len(slots))):
+        return [state[slots[0] : slots[-1] + 1, :, keys] for state in states]
+    return [state[:, :, keys].index_select(0, held) for state in states]
 
 
 def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
@@ -291,17 +388,20 @@ def _joined(masks: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor | None:
     return mask
 
 
-def _empty_rows(mask: Tensor | None) -> Tensor | None:
-    """Return a condition [..., s, 1], true for queries without visible keys, or None if there are no such queries. On a
-    GPU, the check would wait for all pending work, so the condition is always returned if there is a mask.
+def _empty_rows(mask: Tensor | None, all_see: bool | None) -> Tensor | None:
+    """Return a condition [..., s, 1], true for queries without visible keys, or None if there are no such queries.
+
+    With `all_see` of None, the host reads the mask. On a device it would wait for all pending work.
     """
-    if mask is None:
+    if mask is None or all_see:
         return None
     empty = ~(mask if mask.dtype == torch.bool else mask > -math.inf).any(-1, keepdim=True)
-    return empty if mask.device.type != "cpu" or bool(empty.any()) else None
+    return empty if all_see is False or bool(empty.any()) else None
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None) -> Tensor:
+def _probabilities(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None, mask: Tensor | None, all_see: bool | None
+) -> Tensor:
     """Return probabilities [b, h, s, t], zeros for a query without visible keys. PyTorch's own attention does not
     return probabilities, and has no soft-cap.
     """
@@ -311,7 +411,7 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, softcap: float | None, ma
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
     p = torch.softmax(scores, -1)
-    empty = _empty_rows(mask)
+    empty = _empty_rows(mask, all_see)
     return p if empty is None else p.masked_fill_(empty, 0.0)
 
 
@@ -354,14 +454,9 @@ def laid_out(x: Tensor, axes: str) -> Tensor:
 
 def t5_relative(table: Tensor, queries: int, keys: int, buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     """[1, h, s, t]: table[bucket(j - i), h]"""
-    bucket = _t5_buckets(buckets, max_distance, bidirectional, table.device)
+    bucket = t5_buckets(buckets, max_distance, bidirectional, table.device)
     offsets = _offsets(queries, keys, table.device).clamp(-max_distance, max_distance) + max_distance
     return _by_offset(table[bucket[offsets]].T, queries, keys)
-
-
-@lru_cache(maxsize=64)
-def _t5_buckets(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
-    return torch.from_numpy(T5Relative(buckets, max_distance, bidirectional).bucket_by_offset).to(device)
 
 
 def alibi(slopes: Tensor, queries: int, keys: int) -> Tensor:

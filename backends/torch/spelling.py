@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from treadle.backends.python.attention_spelling import attention, scale_of
 from treadle.backends.python.axis_spelling import axes_of, einsum_letters, keeping, rearranged, sliced
 from treadle.backends.python.spelled_line import Dialect, Line, Spelling, float_text
+from treadle.backends.torch.attention_forms import AttentionForm, form_of
 from treadle.backends.torch.term_spelling import spelled_term
-from treadle.ir.attention.attention_terms import Causal
+from treadle.ir.attention.seen_keys import leave_a_key
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import BackendError
@@ -111,7 +112,7 @@ SPELLINGS: dict[str, Spelling] = {
     "encode": lambda line: _in_blocks(
         "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
     ),
-    "decode": lambda line: _in_blocks("decode", line.x, line.op.attributes["of"]),
+    "decode": lambda line: _decoded(line),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),
@@ -149,6 +150,19 @@ def _sign(line: Line) -> str:
 @_spells("round_to")
 def _round_to(line: Line) -> str:
     return f'kernels.round_to({line.array("x")}, "{line.op.format}", saturate={line.op.saturate})'
+
+
+DECODED = ("int8_rows", "uint8_rows", "int8_groups", "int4_groups")
+"""The block forms that kernels decode during a call."""
+
+
+def _decoded(line: Line) -> str:
+    encoding, to = line.op.attributes["of"], line.op.attributes["to"]
+    if encoding.form == "int4_groups":
+        text = f"kernels.decode_int4_groups({line.x}, {encoding.group})"
+    else:
+        text = _in_blocks("decode", line.x, encoding)
+    return text if to is None else f"{text}.to({dtype_text(to)})"
 
 
 def _in_blocks(does: str, x: str, encoding: Encoding) -> str:
@@ -264,35 +278,42 @@ def _conv(line: Line) -> str:
 
 @_spells("embedding")
 def _embedding(line: Line) -> str:
-    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')})"
+    return embedding_call(line)
+
+
+def embedding_call(line: Line, options: str = "") -> str:
+    """Return a call of our kernel. `options` are further arguments, each after a comma."""
+    return f"kernels.embedding({index_text(line, 'indices', 'i32')}, {line.array('table')}{options}{line.report_args})"
 
 
 @_spells("gather")
 def _gather(line: Line) -> str:
-    return f"kernels.take({line.array('x')}, {index_text(line, 'indices', 'i32')}, {line.op.axis})"
+    return f"kernels.take({line.array('x')}, {index_text(line, 'indices', 'i32')}, {line.op.axis}{line.report_args})"
 
 
 @_spells("index_add")
 def _index_add(line: Line) -> str:
     operands = f"{line.array('target')}, {index_text(line, 'indices', 'i32')}, {line.array('added')}"
-    return f"kernels.index_add({operands}, {line.op.axis})"
+    return f"kernels.index_add({operands}, {line.op.axis}{line.report_args})"
 
 
 @_spells("append")
 def _append(line: Line) -> str:
     operands = f"{line.array('state')}, {line.array('x')}, {line.array('rows')}, {line.array('start')}"
-    return f"kernels.append({operands}, {place(line.op.axis, line.type('state').rank)}, ring={line.op.ring})"
+    axis = place(line.op.axis, line.type("state").rank)
+    return f"kernels.append({operands}, {axis}, ring={line.op.ring}{line.report_args})"
 
 
 @_spells("take_along_axis")
 def _take_along_axis(line: Line) -> str:
-    return f"kernels.take_along_axis({line.array('x')}, {index_text(line, 'indices')}, {line.op.axis})"
+    operands = f"{line.array('x')}, {index_text(line, 'indices')}"
+    return f"kernels.take_along_axis({operands}, {line.op.axis}{line.report_args})"
 
 
 @_spells("scatter_add")
 def _scatter_add(line: Line) -> str:
-    indices = index_text(line, "indices")
-    return f"kernels.scatter_add({line.array('target')}, {indices}, {line.array('added')}, {line.op.axis})"
+    operands = f"{line.array('target')}, {index_text(line, 'indices')}, {line.array('added')}"
+    return f"kernels.scatter_add({operands}, {line.op.axis}{line.report_args})"
 
 
 def index_text(line: Line, name: str, also: str = "i64") -> str:
@@ -310,7 +331,8 @@ def _iota(line: Line) -> str:
 
 @_spells("size")
 def _size(line: Line) -> str:
-    return f"torch.tensor({line.size(line.op.value)}, dtype={dtype_text(line.op.dtype)}, device=device)"
+    # torch.tensor would copy the number from the host at each call
+    return f"torch.full((), {line.size(line.op.value)}, dtype={dtype_text(line.op.dtype)}, device=device)"
 
 
 def _reduction(function: str) -> Callable[[Line], str]:
@@ -391,15 +413,15 @@ def _rms_norm(line: Line) -> str:
 def _attention(line: Line) -> str:
     """Return a call of PyTorch's own function if it computes the same: without terms, or with only causal and a visible
     key for every query. Otherwise return a call of our kernel.
-
-    With `is_causal`, PyTorch also multiplies the -inf of its mask by the scale, which stays -inf only for a positive
-    scale.
     """
     scale, to = scale_of(line), line.op.to
-    own = line.op.terms == () or (line.op.terms == (Causal(),) and scale > 0)
-    if line.op.softcap is not None or not own:
-        factors = () if to is None else [f"{x}.to({dtype_text(to)})" for x in (line.q, line.k, line.v)]
-        return attention(line, spelled_term, factors)
+    if form_of(line.op, line.on_device) is not AttentionForm.FUSED:
+        factors = [line.q, line.k, line.v]
+        if to is not None:
+            factors = [f"{x}.to({dtype_text(to)})" for x in factors]
+        if form_of(line.op, line.on_device) is AttentionForm.BLOCKS:
+            return _in_blocks_of_queries(line, factors)
+        return attention(line, spelled_term, factors, options=_seeing(line))
     options = ", is_causal=True" if line.op.terms else ""
     options += f", scale={float_text(scale)}"
     options += ", enable_gqa=True" if line.type("q").shape[1] != line.type("k").shape[1] else ""
@@ -410,7 +432,24 @@ def _attention(line: Line) -> str:
 @_spells("attention_with_probabilities")
 def _attention_with_probabilities(line: Line) -> str:
     """Return a call of our kernel, since PyTorch's own call does not return probabilities."""
-    return attention(line, spelled_term)
+    return attention(line, spelled_term, options=_seeing(line))
+
+
+def _seeing(line: Line) -> str:
+    """Return the argument that says if every query sees a key. On the CPU, a mask of data is read to find out."""
+    q, k = line.type("q"), line.type("k")
+    if not line.op.terms:
+        return ""
+    all_see = leave_a_key(line.op.terms, q.shape[2], k.shape[2])
+    return f", all_see={all_see}" if all_see or line.on_device else ""
+
+
+def _in_blocks_of_queries(line: Line, factors: Sequence[str]) -> str:
+    terms = "".join(f'"{term}", ' for term in line.op.terms)
+    operands = [line.array(name) for name in line.names[3:]]
+    arguments = [*factors, *operands, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
+    arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
+    return f"kernels.attention_in_blocks({', '.join(arguments)}{_seeing(line)})"
 
 
 @_spells("cached_attention")
@@ -419,7 +458,7 @@ def _cached_attention(line: Line) -> str:
     arguments = [line.arrays, f"terms=({terms.rstrip()})", f"scale={float_text(scale_of(line))}"]
     arguments += [f"softcap={float_text(line.op.softcap)}"] if line.op.softcap is not None else []
     arguments += ["ring=True"] if line.op.ring else []
-    return f"kernels.cached_attention({', '.join(arguments)})"
+    return f"kernels.cached_attention({', '.join(arguments)}{line.report_args})"
 
 
 def _met(line: Line) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from treadle.backends.bfloat16 import bf16_given, bf16_taken
 from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
-from treadle.backends.outside_axis import NoRoom, OutsideAxis
+from treadle.backends.outside_axis import error_of
 from treadle.backends.poison import poisons
 from treadle.backends.protocol import Outputs, Port, ports
 from treadle.backends.signature import Signature, numpy_taken
@@ -317,11 +317,10 @@ class _Machine:
 def _outside(plan: Plan) -> BackendError:
     """Return the error of the first kernel that reported a value out of range. The status words are cleared."""
     first = int(np.flatnonzero(plan.status[:, 0])[0])
-    what, index, size, row = plan.status[first].tolist()
+    words = plan.status[first].tolist()
     plan.status[:] = 0
     teller = plan.tellers[first]
-    error = OutsideAxis(index, size) if what == 1 else NoRoom(row, index, size)
-    return error.located(teller.node, teller.kernel.title)
+    return error_of(words).located(teller.node, teller.kernel.title)
 
 
 class _TableRunner:

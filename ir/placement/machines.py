@@ -1,14 +1,11 @@
-"""Machines to plan for: rates, memory and links, by name. The figures are orders of magnitude, for comparing plans.
-
-Figures of GPUs are the vendors' (NVIDIA data sheets of A100 80GB and H100 SXM). The rate of a link is the rate at which
-one device sends.
-"""
+"""Machines to plan for: the figures of hardware (`treadle.ir.hardware`) that a sharding plan reads and records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from treadle.ir.errors import UsageError
+from treadle.ir.hardware import HARDWARE
 from treadle.ir.placement.mesh import Mesh, SubAxes
 
 
@@ -52,17 +49,9 @@ class Machine:
         return self.fast if reach <= self.node else self.slow
 
 
-MACHINES: dict[str, Machine] = {
-    "cpu": Machine(60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
-    "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
-    "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
-}
-"""Machines by name. To plan for another machine, add a row."""
-
-
 def find_machine(name: str) -> Machine:
-    """Return the machine of that name. Raises UsageError if the name is unknown."""
-    found = MACHINES.get(name)
+    """Return the figures of the hardware of that name. Raises UsageError if the name is unknown."""
+    found = HARDWARE.get(name)
     if found is None:
-        raise UsageError(f"unknown device {name!r}", hint="one of " + ", ".join(MACHINES))
-    return found
+        raise UsageError(f"unknown device {name!r}", hint="one of " + ", ".join(HARDWARE))
+    return Machine(found.product_rate, found.bandwidth, found.memory, found.node, found.fast, found.slow, found.latency)

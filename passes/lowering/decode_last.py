@@ -25,10 +25,14 @@ class DecodeLast(SiteRewrite[Site]):
 
     A collective is not changed: it moves the bytes that its plan specifies, and its result is not a weight.
 
+    gathered  True if lines that computed indices select are decoded after they are selected:
+              embedding(decode(w), i)   -->   decode(embedding(w, i))
+
     Refuses: weights in several encodings; parts that are taken along the axis of the blocks.
     """
 
     requires: ClassVar[Facts] = frozenset({LEGAL, UNPLANNED})
+    gathered: bool = False
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         for node in work.walk():
@@ -37,7 +41,8 @@ class DecodeLast(SiteRewrite[Site]):
             if node.op.meets_ranks:  # it moves the planned bytes, and its result is decoded at every call
                 continue
             found = [v for v in node.inputs if _blocks(v) is not None]
-            if not found or not all(map(is_made_of_weights, node.inputs)):
+            moved = [v for v in node.inputs if not (self.gathered and v.type.dtype.is_int)]
+            if not found or not all(map(is_made_of_weights, moved)):
                 continue
             try:
                 node.op.infer([None if v is None else (_blocks(v) or v).type for v in node.operands])

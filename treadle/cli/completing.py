@@ -33,9 +33,9 @@ def complete_backend(incomplete: str) -> list[str]:
 
 def complete_target(incomplete: str) -> list[str]:
     """Return the names of targets."""
-    from treadle.ir.target import TARGETS
+    from treadle.ir.hardware import HARDWARE
 
-    return _beginning(TARGETS, incomplete)
+    return _beginning(HARDWARE, incomplete)
 
 
 def _beginning(names: Iterable[str], incomplete: str) -> list[str]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.explaining.sharding_changes import Change, changes_of
-from treadle.ir.placement.machines import MACHINES, Machine
+from treadle.ir.hardware import HARDWARE
+from treadle.ir.placement.machines import Machine, find_machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
@@ -49,7 +50,7 @@ class ShardingReport:
     @property
     def device(self) -> str:
         """The device of each rank."""
-        return next((name for name, machine in MACHINES.items() if machine == self.plan.machine), "device")
+        return next((name for name in HARDWARE if find_machine(name) == self.plan.machine), "device")
 
     @property
     def title(self) -> str:

@@ -1,0 +1,137 @@
+"""Devices of PyTorch: the one place that maps a target to a device, and the operations that differ by device.
+
+On an asynchronous device, the host may not read a value back in the middle of a program: the device would finish all
+pending work first, and a CUDA graph could not be captured. So inputs are copied to the device in one copy, and outputs
+and status words (`treadle.backends.torch.status`) are copied back together, with one wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from treadle.ir.errors import BackendError, Hint
+from treadle.ir.target import Target
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIGNMENT = 64
+"""Alignment in bytes of each array in a buffer of several arrays."""
+
+
+class TorchDevice:
+    """A device of PyTorch.
+
+    device           the device itself
+    is_asynchronous  True if reading a value on the host waits for the device
+    missing          the error of a call if this machine lacks the device; `device` is then the CPU, which holds weights
+    """
+
+    has_inference_mode = True
+    """True if programs run in PyTorch's inference mode."""
+
+    def __init__(
+        self, device: torch.device, *, is_asynchronous: bool | None = None, missing: BackendError | None = None
+    ) -> None:
+        """`is_asynchronous` is by default True for all devices except the CPU."""
+        self.device, self.missing = device, missing
+        self.is_asynchronous = device.type != "cpu" if is_asynchronous is None else is_asynchronous
+
+    def storage(self, array: torch.Tensor) -> int:
+        """Return a number that is equal for two tensors exactly if they share memory."""
+        if array.is_mkldnn or not array.numel():  # a result is never in oneDNN's layout
+            return id(array)
+        return self.storage_of(array)
+
+    def storage_of(self, array: torch.Tensor) -> int:
+        """Return the address of a tensor's memory. A device without addresses returns another unique number."""
+        return array.untyped_storage().data_ptr()
+
+    def to_device(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy tensors of the CPU to the device, in one copy. The results are views of one buffer."""
+        import torch
+
+        if not arrays:
+            return []
+        arrays = [array.contiguous() for array in arrays]
+        offsets, end = [], 0
+        for array in arrays:
+            offsets.append(end)
+            end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        buffer = self._host_memory(end, torch.uint8)
+        for array, at in zip(arrays, offsets, strict=True):
+            buffer[at : at + array.nbytes].view(array.dtype).view(array.shape).copy_(array)
+        moved = buffer.to(self.device, non_blocking=True)
+        places = zip(arrays, offsets, strict=True)
+        return [moved[at : at + x.nbytes].view(x.dtype).view(x.shape) for x, at in places]
+
+    def to_host(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Copy tensors of the device to the CPU, with one wait for all of them. This waits for all pending work."""
+        copies = []
+        for array in arrays:
+            copy = self._host_memory(array.numel(), array.dtype).view(array.shape)
+            copies.append(copy.copy_(array, non_blocking=True))
+        if copies:
+            self.wait()
+        return copies
+
+    def wait(self) -> None:
+        """Wait for the work that has been submitted on the current stream."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _host_memory(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return `count` new elements in the CPU's memory, pinned if the device copies such memory asynchronously."""
+        import torch
+
+        return torch.empty(count, dtype=dtype, pin_memory=self.device.type == "cuda")
+
+
+def find_device(target: Target) -> TorchDevice:
+    """Return the device of a target. If this machine lacks the device, programs for it can be inspected but not called.
+
+    Raises BackendError for a CPU by its instruction set, for which PyTorch does not generate code.
+    """
+    import torch
+
+    if target.kind == "isa":
+        raise BackendError(
+            f"the torch backend does not generate code for {target}",
+            hint=Hint(
+                'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
+            ),
+        )
+    if target.kind == "cpu":
+        return TorchDevice(torch.device("cpu"))
+    missing = _missing(target)
+    if missing is not None:
+        return TorchDevice(torch.device("cpu"), is_asynchronous=True, missing=missing)
+    return TorchDevice(torch.device("cuda") if target.index is None else torch.device("cuda", target.index))
+
+
+def _missing(target: Target) -> BackendError | None:
+    """Return the error of a call for a GPU that this machine lacks; None if it has the GPU."""
+    import torch
+
+    built = f"torch {torch.__version__}, " + (
+        f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    )
+    hint = Hint('target="cpu"', "--target cpu")
+    if not torch.cuda.is_available():
+        what = "PyTorch finds no CUDA device"
+        return BackendError(
+            what if not target.is_elsewhere else f"{what}, {target} is needed", received=built, hint=hint
+        )
+    count = torch.cuda.device_count()
+    if target.index is not None and target.index >= count:
+        return BackendError(f"this machine has no CUDA device {target.index}", received=f"{count} devices", hint=hint)
+    if target.is_elsewhere:
+        name = torch.cuda.get_device_name()
+        if target.name.upper() not in name.upper().replace(" ", ""):
+            return BackendError(
+                f"the GPU of this machine is not {target}", received=name, hint=Hint('target="cuda"', "--target cuda")
+            )
+    return None

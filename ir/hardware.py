@@ -1,0 +1,132 @@
+"""Hardware: one record for each device that targets, costs, sharding and code generation name.
+
+Figures of GPUs are the vendor's, without sparsity (NVIDIA data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200,
+L4 and GeForce RTX 4090; CUDA C++ Programming Guide, compute capabilities). Figures of CPUs are orders of magnitude, for
+one core. They serve to compare plans, not to predict times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from treadle.ir.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device: one core of a CPU, or a whole GPU.
+
+    name           the name by which targets and plans refer to it
+    kind           `cpu` for this machine's CPU, `isa` for CPUs with an instruction set, `cuda` for NVIDIA GPUs
+    description    a description in one line
+    bandwidth      bytes of memory per second
+    rates          operations per second by number format: f32, tf32, bf16, f16, fp8, int8; formats that the device's
+                   units lack are missing. f32 is always included.
+    memory         bytes of memory
+    capability     compute capability of an NVIDIA GPU; None if it is unknown
+    shared_memory  bytes of shared memory that a thread block can use; 0 if unknown
+    cores          number of multiprocessors; 0 if unknown
+    node           number of devices joined by the fast link
+    fast           bytes per second that a device sends within its node
+    slow           bytes per second that a device sends out of its node
+    latency        least seconds per message
+    """
+
+    name: str
+    kind: str
+    description: str
+    bandwidth: float
+    rates: Mapping[str, float]
+    memory: float = 16e9
+    capability: tuple[int, int] | None = None
+    shared_memory: int = 0
+    cores: int = 0
+    node: int = 1
+    fast: float = 5e9
+    slow: float = 5e9
+    latency: float = 30e-6
+
+    @property
+    def product_rate(self) -> float:
+        """Operations per second of float32 products, in the tensor cores' tf32 if the device has it."""
+        return self.rates.get("tf32", self.rates["f32"])
+
+
+def _cpu(name: str, kind: str, description: str, rate: float, bandwidth: float) -> Hardware:
+    return Hardware(name, kind, description, bandwidth, MappingProxyType({"f32": rate}))
+
+
+def _gpu(
+    name: str,
+    description: str,
+    bandwidth: float,
+    memory: float,
+    capability: tuple[int, int],
+    shared_kib: int,
+    cores: int,
+    links: tuple[int, float, float],
+    rates: Mapping[str, float],
+) -> Hardware:
+    node, fast, slow = links
+    return Hardware(
+        name,
+        "cuda",
+        description,
+        bandwidth,
+        MappingProxyType(dict(rates)),
+        memory=memory,
+        capability=capability,
+        shared_memory=shared_kib * 1024,
+        cores=cores,
+        node=node,
+        fast=fast,
+        slow=slow,
+        latency=5e-6,
+    )
+
+
+_NVLINK3, _NVLINK4, _NVLINK5, _PCIE4 = (8, 300e9, 25e9), (8, 450e9, 50e9), (8, 900e9, 50e9), (1, 25e9, 25e9)
+_A100 = {"f32": 19.5e12, "tf32": 156e12, "bf16": 312e12, "f16": 312e12, "int8": 624e12}
+_B200 = {"f32": 75e12, "tf32": 1.1e15, "bf16": 2.25e15, "f16": 2.25e15, "fp8": 4.5e15, "int8": 4.5e15}
+_L4 = {"f32": 30.3e12, "tf32": 60e12, "bf16": 121e12, "f16": 121e12, "fp8": 242e12, "int8": 242e12}
+_RTX4090 = {"f32": 82.6e12, "tf32": 82.6e12, "bf16": 165e12, "f16": 165e12, "fp8": 330e12, "int8": 660e12}
+_HOPPER = {"f32": 67e12, "tf32": 495e12, "bf16": 989e12, "f16": 989e12, "fp8": 1979e12, "int8": 1979e12}
+
+_ROWS = (
+    _cpu("cpu", "cpu", "the CPU of this machine", 60e9, 20e9),
+    Hardware("cuda", "cuda", "an NVIDIA GPU of this machine: cuda, or cuda:1", 2e12, MappingProxyType({"f32": 60e12})),
+    _cpu("x86-64-amx", "isa", "an Intel CPU with AVX-512 and AMX", 150e9, 16e9),
+    _cpu("x86-64-v4-bf16", "isa", "a CPU with AVX-512 and its products of bf16 pairs", 100e9, 20e9),
+    _cpu("x86-64-v4", "isa", "a CPU with AVX-512", 100e9, 20e9),
+    _cpu("x86-64-v3", "isa", "a CPU with AVX2 and FMA", 50e9, 20e9),
+    _cpu("x86-64-v2", "isa", "a CPU with SSE4.2", 15e9, 15e9),
+    _cpu("x86-64", "isa", "any 64-bit x86 CPU", 15e9, 15e9),
+    _cpu("arm64", "isa", "a 64-bit Arm CPU, with NEON", 30e9, 20e9),
+    _gpu("a100", "NVIDIA A100 SXM with 80 GB", 2.0e12, 80e9, (8, 0), 163, 108, _NVLINK3, _A100),
+    _gpu("h100", "NVIDIA H100 SXM with 80 GB", 3.35e12, 80e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
+    _gpu("h200", "NVIDIA H200 SXM with 141 GB", 4.8e12, 141e9, (9, 0), 227, 132, _NVLINK4, _HOPPER),
+    _gpu("b200", "NVIDIA B200 with 180 GB", 7.7e12, 180e9, (10, 0), 227, 148, _NVLINK5, _B200),
+    _gpu("l4", "NVIDIA L4 with 24 GB", 300e9, 24e9, (8, 9), 99, 58, _PCIE4, _L4),
+    _gpu("rtx4090", "NVIDIA GeForce RTX 4090 with 24 GB", 1.008e12, 24e9, (8, 9), 99, 128, _PCIE4, _RTX4090),
+)
+
+HARDWARE: dict[str, Hardware] = {row.name: row for row in _ROWS}
+"""All hardware by name. `add_hardware` adds a row. The levels of x86-64 are defined by its psABI."""
+
+
+def add_hardware(hardware: Hardware) -> None:
+    """Add a row to the table of hardware. Raises UsageError for a name that is taken or has a colon, for an unknown
+    kind, and for a row without a rate of float32.
+    """
+    kinds = sorted({row.kind for row in _ROWS})
+    if hardware.name in HARDWARE or ":" in hardware.name or not hardware.name:
+        raise UsageError(f"hardware cannot be named {hardware.name!r}", hint="a new name, without a colon")
+    if hardware.kind not in kinds or "f32" not in hardware.rates:
+        raise UsageError(
+            f"hardware {hardware.name} needs a known kind and a rate of f32",
+            received=f"kind={hardware.kind!r}, rates of {', '.join(hardware.rates) or 'nothing'}",
+            hint="a kind out of " + ", ".join(kinds),
+        )
+    HARDWARE[hardware.name] = hardware
