@@ -7,7 +7,7 @@
     stage      result                                                       docs
     recognize  ops that are written in primitives become ops                passes.md
     gradient   a loss and its gradients, as another graph                   training.md
-    quantize   weights are stored in fewer bits                             quantization.md
+    quantize   weights are stored in quantized form                         quantization.md
     shard      the program of one rank                                      sharding.md
     merge      several ops become one op, which one kernel computes         passes.md
     precision  products have operands of another dtype                      passes.md
@@ -18,7 +18,7 @@
 
 Compilation, training, ranks and sessions select rows of this table; `arranged` puts them in order. A stage whose result
 was lost is repeated: a gradient is written in primitives, so `recognize` follows it as well. If ranks share the work,
-`precision` comes directly before `shard`, so that they communicate fewer bits. An order that is not possible is refused
+`precision` comes directly before `shard`, so that they communicate narrow values. An order that is not possible is refused
 before anything runs.
 
 A stage is either a list of passes, which the pass manager runs, or a transform that returns another graph. Backends add
@@ -159,8 +159,8 @@ class Gradient(TransformStage):
 
 @dataclass(frozen=True)
 class Quantize(PassStage):
-    """Weights are stored in fewer bits. They are quantized before ranks split them, so the scales do not depend on the
-    mesh.
+    """Weights are stored in quantized form. They are quantized before ranks split them, so the scales do not depend on
+    the mesh.
 
     Raises UsageError for an unknown scheme.
     """
