@@ -212,7 +212,7 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
         reader.fail("a variable has more elements than NumPy supports", str(shape))
     number = reader.number(f"{shown}, dtype", "B")
     if number >= len(_DTYPES):
-        reader.fail("the dtype is not known", f"number {number}", f"known are 0 to {len(_DTYPES) - 1}")
+        reader.fail("the dtype is not known", f"number {number}", f"a number from 0 to {len(_DTYPES) - 1}")
     dtype, width = _DTYPES[number]
     size = reader.number(f"{shown}, bytes", "I")
     if size != prod(shape) * width:

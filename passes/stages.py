@@ -18,8 +18,8 @@
 
 Compilation, training, ranks and sessions select rows of this table; `arranged` puts them in order. A stage whose result
 was lost is repeated: a gradient is written in primitives, so `recognize` follows it as well. If ranks share the work,
-`precision` comes directly before `shard`, so that they communicate narrow values. An order that is not possible is refused
-before anything runs.
+`precision` comes directly before `shard`, so that they communicate narrow values. An order that is not possible is
+refused before anything runs.
 
 A stage is either a list of passes, which the pass manager runs, or a transform that returns another graph. Backends add
 passes of their own to `lower` by `StagedBackend.pipeline`.
