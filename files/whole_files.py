@@ -29,7 +29,8 @@ _OLDEST = 24 * 3600.0  # seconds; no write takes this long
 
 @contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A context with an open file, which replaces the target when the block ends, and is deleted if the block fails.
+    """A context manager that opens a temporary file. If the block succeeds, the file replaces the target. If it fails,
+    the file is deleted.
 
     Every reader of the target sees either the old bytes or the new ones. Temporary files of writers that were killed
     are deleted first. Raises OSError if the folder cannot be written, and for a path that cannot be a file's.

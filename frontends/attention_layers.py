@@ -87,7 +87,7 @@ def multi_head_attention(
         raise FrontendError(
             f"{heads} heads do not split among kv_heads={groups}",
             source=describe_source(user_line(), b.scope),
-            hint="kv_heads must divide heads",
+            hint="kv_heads= that divides heads",
         )
     per_head = _head_dim(width, heads) if head_dim is None else Size.of(head_dim)
     label, inner = "heads" if groups == heads else "kv_heads", per_head * groups

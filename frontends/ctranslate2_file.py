@@ -209,10 +209,10 @@ def _read_variable(reader: _Reader, limits: CheckpointLimits) -> TensorRecord:
         reader.fail("a variable has more dimensions than the limit", f"rank {rank}, limit {limits.rank}")
     shape = tuple(reader.number(f"{shown}, dimension {i}", "I") for i in range(rank))
     if prod(max(size, 1) for size in shape) > _LARGEST:  # NumPy multiplies sizes in this way even if one of them is 0
-        reader.fail("a variable's shape is larger than any array", str(shape))
+        reader.fail("a variable has more elements than NumPy supports", str(shape))
     number = reader.number(f"{shown}, dtype", "B")
     if number >= len(_DTYPES):
-        reader.fail("the dtype is not known", f"number {number}", f"known are 0 to {len(_DTYPES) - 1}")
+        reader.fail("the dtype is not known", f"number {number}", f"a number from 0 to {len(_DTYPES) - 1}")
     dtype, width = _DTYPES[number]
     size = reader.number(f"{shown}, bytes", "I")
     if size != prod(shape) * width:

@@ -200,7 +200,7 @@ class Model(Generic[P, R]):
         if CURRENT.get() is None:
             raise FrontendError(
                 f"model {self.name} is declared, not compiled",
-                hint=f"treadle.compile({self.name}) returns an executable that runs",
+                hint=f"treadle.compile({self.name}), which returns an executable",
             )
         names = {i.name: i.optional for i in self.declared_inputs}
         options: dict[str, Any] = {name: value for name, value in config.items() if name not in names}
@@ -303,7 +303,7 @@ def _name_outputs(declared: Model, returned: Any) -> dict[str, Expr]:
         raise FrontendError(
             f"model {declared.name} returns nothing",
             source=_definition(declared.function),
-            hint="is a `return` missing?",
+            hint="a `return` with the outputs of the model",
         )
     for name, value in named.items():
         if not isinstance(value, Expr):

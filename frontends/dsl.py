@@ -169,7 +169,7 @@ def declare(
             f"the shape of parameter {full} must consist of numbers, 0 or more",
             received=text,
             source=describe_source(line, tracing.scope),
-            hint="a weight has one size for all calls: give the axis a number" if parse_type(text).symbols else None,
+            hint="a number as the size: a weight has one size for all calls" if parse_type(text).symbols else None,
         )
     return tracing.parameter(full, wanted, start)
 

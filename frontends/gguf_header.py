@@ -182,7 +182,7 @@ class HeaderReader:
     def read_array(self) -> HeaderValue:
         kind = self.kind()
         if kind == ARRAY:
-            self.fail("an array holds arrays", hint="arrays of numbers and of strings are supported", at=self.at - 4)
+            self.fail("an array holds arrays", hint="an array of numbers or of strings", at=self.at - 4)
         at = self.at
         count = self.u64()
         start = self.at

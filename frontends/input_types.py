@@ -38,13 +38,13 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
     if declared is None or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
         raise FrontendError(
             f"{what} needs a type",
-            hint=f'such as {name}: Annotated[t.Tensor, t.i64["B S"]]; configuration goes after *',
+            hint=f'{name}: Annotated[t.Tensor, t.i64["B S"]] for an input; or *, before configuration',
         )
     if parameter.default is not parameter.empty and not (parameter.default is None and optional):
         raise FrontendError(
             f"{what} has a default, which an input cannot have",
             received=f"{parameter.default!r}"[:80],
-            hint="configuration goes after *; an input that may be left out is `| None = None`",
+            hint="*, before configuration; or `| None = None`, for an optional input",
         )
     sized = declared.substitute(sizes)
     if any(size.constant is not None and size.constant < 0 for size in sized.shape):

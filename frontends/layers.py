@@ -205,14 +205,14 @@ def _channels(x: Tensor, axes: int) -> Size:
             f"convolution: the kernel has {axes} axes, and x has {max(spatial, 0)} after its batch and channels",
             received=f"x: {x.type}",
             source=trace().place(),
-            hint=f"one number for each of them, such as {fitting}" if fitting else "x [B, C, ...], as images are",
+            hint=f"one number for each of them, such as {fitting}" if fitting else "x of shape [B, C, ...]",
         )
     if x.shape[1].constant is None:
         raise FrontendError(
             f"convolution: axis 1 of x holds the channels, and its size must be a number, not {x.shape[1]}",
             received=f"x: {x.type}",
             source=trace().place(),
-            hint='x [B, C, ...]: t.rearrange(x, pattern="b s c -> b c s") puts channels there',
+            hint='t.rearrange(x, pattern="b s c -> b c s"), which moves the channels to axis 1',
         )
     return x.shape[1]
 

@@ -286,7 +286,7 @@ def _read_record(reader: JsonReader, name: str, limits: CheckpointLimits, base: 
         elif key == "data_offsets":
             offsets = _read_offsets(reader)
         else:
-            reader.fail("the format has no such field", hint="the fields are dtype, shape and data_offsets")
+            reader.fail("the format has no such field", hint="one of the fields dtype, shape and data_offsets")
     reader.place = tensor
     if dtype is None or shape is None or offsets is None:
         given = (("dtype", dtype), ("shape", shape), ("data_offsets", offsets))
@@ -310,7 +310,7 @@ def _read_record(reader: JsonReader, name: str, limits: CheckpointLimits, base: 
 def _read_dtype(reader: JsonReader) -> str:
     dtype = reader.string()
     if dtype not in _BITS:
-        reader.fail("unknown dtype", received=printable(dtype), hint="the format has " + " ".join(_BITS))
+        reader.fail("unknown dtype", received=printable(dtype), hint="one of " + " ".join(_BITS))
     return dtype
 
 

@@ -172,7 +172,10 @@ def from_config(config: Config) -> t.Model:
 
 
 def read_window(config: Config) -> int:
-    """Return the width of a window. `sliding_window` is half of it, and takes precedence, as in the library."""
+    """Return the full width of the attention window, in the same way as transformers.
+
+    If `sliding_window` is set, the width is twice its value. Otherwise, it is `local_attention`.
+    """
     if config.get("sliding_window") is not None:
         return 2 * read_int(config, "sliding_window")
     return read_int(config, "local_attention", 128)

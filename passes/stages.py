@@ -7,7 +7,7 @@
     stage      result                                                       docs
     recognize  ops that are written in primitives become ops                passes.md
     gradient   a loss and its gradients, as another graph                   training.md
-    quantize   weights are quantized                                        quantization.md
+    quantize   weights are stored in quantized form                         quantization.md
     shard      the program of one rank                                      sharding.md
     merge      several ops become one op, which one kernel computes         passes.md
     precision  products have operands of another dtype                      passes.md
@@ -159,7 +159,8 @@ class Gradient(TransformStage):
 
 @dataclass(frozen=True)
 class Quantize(PassStage):
-    """Weights are quantized, before ranks split them, so the scales do not depend on the mesh.
+    """Weights are stored in quantized form. They are quantized before ranks split them, so the scales do not depend on
+    the mesh.
 
     Raises UsageError for an unknown scheme.
     """

@@ -221,7 +221,7 @@ class _Search:
             totals.append(scores + beam.total)
         flat = np.concatenate(totals)
         if np.isnan(flat).any():
-            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
+            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")
         vocabulary = len(totals[0])
         order = np.argsort(-flat, kind="stable")[:count]
         return [(self.going[i // vocabulary], int(i % vocabulary), float(flat[i])) for i in order if flat[i] > -np.inf]

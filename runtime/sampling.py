@@ -56,7 +56,7 @@ class Sampling:
         """Return the next token id from logits [vocab]. Raises UsageError if no logit is finite."""
         scores = logits.astype(np.float64)
         if not np.isfinite(scores).any() or np.isnan(scores).any():
-            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify finds the op")
+            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")
         if self.temperature == 0:
             return int(scores.argmax())
         order, probabilities = self.distribution(scores)

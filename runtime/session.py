@@ -108,7 +108,7 @@ class Session:
         if unknown:
             raise UsageError(
                 f"rows of {self.derived.graph.name} keep no value of a size {unknown[0]}",
-                hint="one of " + ", ".join(wanted) if wanted else "memory is not needed",
+                hint="one of " + ", ".join(wanted) if wanted else "no memory=: the model has no such values",
             )
         for name, symbol in wanted.items():
             upper = self.derived.graph.symbols.get(symbol, Bounds()).upper
@@ -300,7 +300,7 @@ class Session:
             raise UsageError(
                 f"row {row} accepts only tokens that were just verified, from the first of them on",
                 received=f"{ids}, where {state.verified or 'none'} were verified",
-                hint=f"prefill({{{row}: ...}}) appends any tokens",
+                hint=f"prefill({{{row}: ...}}), which appends any tokens",
             )
         state.tokens.extend(ids)
         state.verified = []

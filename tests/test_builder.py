@@ -63,9 +63,9 @@ def test_a_helper_of_the_users_is_the_users() -> None:
     assert str(node.source) == f"{HERE}:{inspect.getsourcelines(double)[1] + 1}"
 
 
-def test_lines_of_the_library_are_nobodys() -> None:
-    """contextlib's frames are between a `with` and its function; frames of functools and others are between a call and
-    its function.
+def test_source_lines_skip_library_frames() -> None:
+    """The source line of an op or an error is the user's line, even if frames of contextlib, functools or other library
+    modules are between that line and the compiler.
     """
     b, x, _, _ = start()
     stack = contextlib.ExitStack()

@@ -224,7 +224,9 @@ SENDS = {
 
 @pytest.mark.parametrize(("name", "attributes"), CASES)
 def test_collectives_have_the_cost_of_a_ring(name: str, attributes: dict[str, Any]) -> None:
-    """Payload of rounds in a ring, messages that a rank waits for, and the payload if 10 bytes become 40."""
+    """A collective has the cost of a ring algorithm: the number of rounds, the number of messages that a rank waits
+    for, and the payload in bytes for an operand of 10 and a result of 40 bytes.
+    """
     op: Any = find_op(name).make(over="tp", ways=4, **attributes)
     assert (op.rounds, op.messages, op.payload(10, 40)) == SENDS[name]
 

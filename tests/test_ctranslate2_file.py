@@ -87,7 +87,7 @@ ONE = np.zeros((2, 3), "<f4")
         (model(variable("a", ONE.reshape((1,) * 17 + (6,)))), "more dimensions than the limit", "byte 30, a, rank"),
         (
             model(variable("a", np.zeros((0, 1, 1), "<f4")).replace(struct.pack("<2I", 1, 1), b"\xff" * 8)),
-            "a variable's shape is larger than any array",
+            "a variable has more elements than NumPy supports",
             "byte 39, a, dimension 2",
         ),
         (model(variable("", ONE)) + b"\0", "the file continues after its last record", "byte 67, count of aliases"),

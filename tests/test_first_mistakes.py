@@ -365,7 +365,7 @@ def test_lines_of_numpy_are_not_the_users() -> None:
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8))), 4, (3,), name="f"),
             "the kernel has 1 axes, and x has 0 after its batch and channels",
-            "x [B, C, ...], as images are",
+            "x of shape [B, C, ...]",
         ),
         (
             lambda x: t.convolution(t.constant(np.ones((2, 8, 3, 4))), 4, (3,), name="f"),

@@ -184,7 +184,7 @@ def test_a_space_before_a_mask_belongs_to_it(tmp_path: Path) -> None:
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\na\n", "contains a token twice"),
         ("vocab.txt", "[PAD]\n[UNK]\na\n", "lacks a special token"),
         ("vocab.txt", "[PAD]\n\xff", "not UTF-8"),
-        ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have one number"),
+        ("vocab.json", '{"<s>": 0, "a": 0}', "two tokens of the vocabulary have the same id"),
         ("vocab.json", '{"<s>": "first"}', "must give each token a number"),
         ("vocab.json", '{"<s>": true}', "must give each token a number"),
         ("vocab.json", '{"<s>": -1}', "must give each token a number"),

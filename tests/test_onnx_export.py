@@ -247,7 +247,7 @@ def test_standard_operators_from_their_opset_on(tmp_path: Path) -> None:
 
 
 def test_queries_without_visible_keys_return_zeros(tmp_path: Path) -> None:
-    """Zeros, if a mask, an infinite bias or both hide all keys; ONNX Runtime's Attention agrees."""
+    """If a mask, an infinite bias or both hide all keys of a query, its result is zeros, as in ONNX Runtime."""
     q = np.random.default_rng(0).standard_normal((2, 2, 3, 4)).astype(np.float32)
     mask = np.array([[True, False, False], [False, False, False], [False, True, True]])
     bias = np.where(mask[::-1], np.float32(0.5), -np.float32(np.inf))

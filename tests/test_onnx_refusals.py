@@ -194,7 +194,12 @@ NOT_TAKEN: list[tuple[str, str, str]] = [  # inputs, body, the case
     (
         "float[2,8] x, uint8[4,1,4] w, float[4] s",
         "y = com.microsoft.MatMulNBits<bits = 4, block_size = 8, K = 8, N = 4>(x, w, s)",
-        "4 bits in blocks of 8, or a group index, are not supported",
+        "4-bit weights in blocks of 8 are not supported",
+    ),
+    (
+        "float[2,32] x, uint8[4,1,16] w, float[4] s, uint8[4] z, int32[32] g",
+        "y = com.microsoft.MatMulNBits<bits = 4, block_size = 32, K = 32, N = 4>(x, w, s, z, g)",
+        "g_idx (a group index) is not supported",
     ),
     (
         "float[2,3,4] x, float[4] w",

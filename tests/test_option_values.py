@@ -131,7 +131,7 @@ def test_a_symbol_that_there_is_not() -> None:
     assert (error.what, error.hint) == ("sized has no symbolic axis Q, R", "one of B, S")
     b = Builder(Graph("fixed"))
     b.outputs(y=-b.input("x", "f32[2]"))
-    assert refusal(lambda: choose_sizes(b.graph, {"Q": 2})).hint == "all of its sizes are fixed"
+    assert refusal(lambda: choose_sizes(b.graph, {"Q": 2})).hint == "no sizes: all axes have fixed sizes"
 
 
 # -- numbers -------------------------------------------------------------------------------------------------------

@@ -597,7 +597,7 @@ def test_inputs_that_an_onnx_file_has_not(monkeypatch: pytest.MonkeyPatch) -> No
     opened.__dict__["file"] = SimpleNamespace(proto=SimpleNamespace(graph=SimpleNamespace(input=[])), check=list)
     with pytest.raises(UsageError, match="an ONNX file has no optional inputs") as caught:
         opened.resolve(inputs=["x", "q", "r"])
-    assert (caught.value.received, caught.value.hint) == ("q, r", "its inputs are x, y")
+    assert (caught.value.received, caught.value.hint) == ("q, r", "one of its inputs: x, y")
 
 
 def test_a_fetched_file_of_another_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

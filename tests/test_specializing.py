@@ -384,7 +384,7 @@ def test_run_takes_the_value_as_an_input(tmp_path: Path) -> None:
     code, facts = report("run", path, "--input", x)
     assert (code, facts["error"]["what"]) == (2, "no value for k")
     code, facts = report("run", path, "--input", x, "--input", "q=3")
-    assert (code, facts["error"]["try"]) == (2, "its inputs are x, k")
+    assert (code, facts["error"]["try"]) == (2, "one of its inputs: x, k")
 
 
 @pytest.mark.parametrize(

@@ -646,8 +646,8 @@ def test_oversized_values_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_storage(plant.made.graph, plant.plan) == ["block: both is too large to be replayed"]
 
 
-def test_a_graph_that_is_defined_at_no_size_that_is_drawn() -> None:
-    """The drawn small sizes are at most 257, and the large size is 1009."""
+def test_no_sampled_size_is_valid() -> None:
+    """The slice needs S >= 2000. The sampled sizes are at most 257, and the large size is 1009."""
 
     def cut(b: Builder) -> Expr:
         return b.exp(b.slice(b.input("x", "f32[S]"), axis=0, start=2000))

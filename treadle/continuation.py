@@ -163,9 +163,10 @@ class TextWriter:
             ) from error
         if made.derived.prologue or len(made.derived.tokens) != 1:
             raise UsageError(
-                "a model that continues text has one input, the tokens [B, S]",
+                "text generation needs a model whose only input is the tokens [B, S]",
                 received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
-                hint="an encoder-decoder model, or one with optional inputs, runs in a session of `compile`",
+                hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
+                "optional inputs",
             )
         return cls(made, tokenizer, asked, template, source.positions)
 

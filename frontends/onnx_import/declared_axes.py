@@ -103,7 +103,7 @@ class DeclaredAxes:
                         f"the file has no axis and no input {printable(name)}",
                         received=f"{printable(name)}={printable(repr(value), 60)}",
                         within=self.shown,
-                        hint=f"its axes are {_listed(axes)}; its inputs {_listed(v.name for v in inputs)}",
+                        hint=f"one of its axes ({_listed(axes)}) or of its inputs ({_listed(v.name for v in inputs)})",
                         option=name,
                     )
             if not isinstance(value, str) and (type(value) is not int or value < 0):

@@ -408,7 +408,7 @@ def _interval(expr: Any, bounds: Mapping[str, Bounds], symbols: Symbols) -> tupl
         if x not in parts:
             low, high = (-INFINITY, INFINITY) if x.is_Pow else _interval(x, bounds, symbols)
             if low == -INFINITY:
-                raise SizeError("a part of a size has no minimum")
+                raise SizeError("a subexpression of the size has no lower bound", received=str(x))
             more = Size.symbol(f"more{len(parts)}")
             parts[x] = more + int(low), Bounds(0, None if high == INFINITY else int(high - low))
         return parts[x][0]

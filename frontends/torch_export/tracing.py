@@ -216,7 +216,7 @@ def _refused(error: Exception) -> FrontendError:
             "the module branches on data, which a graph cannot do",
             received=first[:200],
             source=where,
-            hint="torch.where chooses element by element",
+            hint="torch.where, which selects element by element",
         )
     return FrontendError(
         "torch.export cannot trace the module", received=f"{type(error).__name__}: {first}"[:300], source=where

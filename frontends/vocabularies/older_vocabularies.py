@@ -248,7 +248,7 @@ def _read_tokens(place: ModelFolder, limit_bytes: int) -> tuple[dict[str, int], 
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**31 for n in numbers):
         raise CheckpointError("the vocabulary must give each token a number, 0 or more", within=shown)
     if len(set(numbers)) != len(numbers):
-        raise CheckpointError("two tokens of the vocabulary have one number", within=shown)
+        raise CheckpointError("two tokens of the vocabulary have the same id", within=shown)
     merges = []
     for number, line in enumerate(_read_text(place, _MERGES, limit_bytes).split("\n")):
         if not line.strip() or (number == 0 and line.startswith("#version")):

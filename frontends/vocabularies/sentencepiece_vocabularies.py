@@ -44,7 +44,7 @@ def build_sentencepiece_tokenizer(place: ModelFolder, settings: Mapping[str, Any
             "the vocabulary does not match the folder's tokenizer class or model type",
             received="unigram" if file.kind == UNIGRAM else "bpe",
             within=shown,
-            hint="config.json's model_type, or tokenizer_config.json's tokenizer_class, selects it",
+            hint="another model_type in config.json, or another tokenizer_class in tokenizer_config.json",
         )
     special = {**kind.special, **read_special_tokens(settings)}
     made, extra = kind.build(PieceVocabulary(tokenizers, file, shown, special, settings))

@@ -164,7 +164,9 @@ def _listed(settings: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
 
 
 def _strips(settings: Mapping[str, Any], role: str, default: tuple[bool, bool] | None) -> tuple[bool, bool]:
-    """Return True if a special token includes the space before it, and the same for the space after it."""
+    """Return a special token's `lstrip` and `rstrip`: True if the token includes the whitespace before it, and after
+    it.
+    """
     given = settings.get(role)
     if isinstance(given, Mapping):
         return given.get("lstrip") is True, given.get("rstrip") is True

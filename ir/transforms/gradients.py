@@ -194,7 +194,9 @@ class _Differentiation:
         counting: set[Value],
         recompute: bool,
     ) -> None:
-        """Copy a node. The copy of a call calls the variant in which the arguments that count here count."""
+        """Copy a node. If the node is a call, the copy calls the variant of the callee that computes gradients of the
+        arguments that need gradients here.
+        """
         if node.op.callee is None:
             copy = clone_node(node, copies, original)
             b.function.nodes.append(copy)

@@ -225,7 +225,7 @@ class Candidates:
         return {name: self._table(plan, {}, None, calls=True) for name, plan in self.plans.items()}
 
     def _bound(self, name: str, counted: frozenset[int]) -> int:
-        """Return the bound of a called function; `counted` is as in `FunctionTable.bound`."""
+        """Return a lower bound of the bytes of a called function. `counted` is as in `FunctionTable.bound`."""
         if (name, counted) not in self._bounds:
             self._bounds[name, counted] = self._whole_tables[name].bound(counted, self._bound)
         return self._bounds[name, counted]

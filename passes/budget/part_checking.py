@@ -73,8 +73,8 @@ class _Check:
                 raise self._wrong(f"parts of {value.name} are joined along another axis", joined)
 
     def _drawn(self, least: int) -> dict[str, int]:
-        """Return sizes of the symbols within their bounds, with which the axis has `least` elements if the bounds allow
-        that.
+        """Return a size for each symbol, within its bounds. Symbols of the axis get at least `least`, if their upper
+        bounds allow it.
         """
         axis = self.parted.region.size.symbols
         found = {}

@@ -70,9 +70,9 @@ class CutNode:
 
 @dataclass
 class FoundParts:
-    """The parts that are read in a function, for given parts that are read of its outputs.
+    """The parts of values that a function reads, if only given parts of its outputs are needed.
 
-    parts     the part that is read of a value, if not all of it is read
+    parts     the part of a value that is read; absent if all of it is read
     cut       the nodes that need not compute all of their results
     refused   nodes that map the axis but compute all of their result, although only a part is read: the function, the
               node, and the reason
@@ -320,7 +320,11 @@ def _operand_parts(
 
 
 def on_part(node: Node, factor: str, part: PartRead) -> Op | None:
-    """Return a node's op on a part of a factor that it maps, or None if the op cannot be computed on the part."""
+    """Return the op of a node, resized to a part of one mapped axis. Return None if the op cannot compute that part
+    alone.
+
+    factor  the name of the axis in the op's rule
+    """
     op: Op | None = node.op
     assert op is not None
     if factor in op.positional:

@@ -142,10 +142,10 @@ def _wish(
 
 
 def _whole_blocks(places: Sequence[Place], least: int | None, count: int) -> int:
-    """Return the number of steps per unit with which an axis is split between weights' blocks; 1 if that is not
-    possible.
+    """Return the size, in steps of the axis, of the smallest unit that contains only whole quantization blocks.
 
-    All places of the axis are split in the same way, so larger units are not used if some rank would have no part.
+    An axis is split only between units, in the same way at all its places. Return 1 if there is no such unit, or if
+    units of this size would leave a rank without a part.
     """
     step = 1
     for place in places:

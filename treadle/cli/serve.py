@@ -77,7 +77,7 @@ def serve_models(
     names = [each.name for each in served]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UsageError(f"two models would be served as {twice}", hint="NAME=MODEL gives one another name")
+        raise UsageError(f"two models would be served as {twice}", hint="NAME=MODEL, to rename one of them")
 
     def ready(address: str) -> None:
         if as_json:

@@ -362,7 +362,7 @@ def _common_sizes(a: Graph, b: Graph, requested_sizes: Mapping[str, int]) -> dic
         known = ", ".join({**a.symbols, **b.symbols})
         raise UsageError(
             f"neither model has a symbolic axis {', '.join(map(printable, unknown))}",
-            hint=f"one of {known}" if known else "all of their sizes are fixed",
+            hint=f"one of {known}" if known else "no sizes: all axes have fixed sizes",
         )
     first, second = (choose_sizes(g, {n: s for n, s in requested_sizes.items() if n in g.symbols}) for g in (a, b))
     sizes = {n: min(first.get(n, second.get(n, 0)), second.get(n, first.get(n, 0))) for n in {**first, **second}}

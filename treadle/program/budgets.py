@@ -81,7 +81,7 @@ def choose_sizes(graph: Graph, asked: Mapping[str, int]) -> dict[str, int]:
     if unknown:
         raise UsageError(
             f"{graph.name} has no symbolic axis {', '.join(map(printable, unknown))}",
-            hint="one of " + ", ".join(graph.symbols) if graph.symbols else "all of its sizes are fixed",
+            hint="one of " + ", ".join(graph.symbols) if graph.symbols else "no sizes: all axes have fixed sizes",
         )
     leading = {v.type.shape[0].as_symbol for v in graph.main.inputs if v.type.rank}
     sizes = {}

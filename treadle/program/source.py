@@ -502,7 +502,7 @@ class _Onnx(ModelSource):
             if unknown:
                 received, hint = (", ".join(map(printable, names)) for names in (unknown, takes))
                 what = "an ONNX file has no optional inputs"
-                raise UsageError(what, received=received, within=self.place.name, hint=f"its inputs are {hint}")
+                raise UsageError(what, received=received, within=self.place.name, hint=f"one of its inputs: {hint}")
         try:
             made = import_opened(self.file, **values)
         except StaticArgumentNeeded as error:

@@ -87,7 +87,7 @@ def _refuse_unknown(weights: Iterable[str], known: Iterable[str]) -> None:
         raise UsageError(
             f"the model lacks {len(unknown)} of the parameters in weights=",
             received=_few(unknown),
-            hint=f"{meant}?" if meant else f"the model's are {_few(names)}",
+            hint=f"{meant}?" if meant else f"one of the model's parameters: {_few(names)}",
         )
 
 

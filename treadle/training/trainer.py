@@ -426,8 +426,8 @@ class Trainer:
         if state.calls:
             raise UsageError(
                 "a state can only be saved after an update",
-                received=f"{state.calls} of {self.accumulate} calls",
-                hint="the other calls of step, or zero_grad(), which drops these",
+                received=f"{state.calls} of {self.accumulate} micro-batches accumulated",
+                hint="call step for the remaining micro-batches, or discard the gradients with zero_grad()",
             )
         write_state(path, state, repr(self.optimizer), notes or {})
 

@@ -65,7 +65,7 @@ def download_with_pip(wheel: PinnedWheel, folder: Path, *, progress: Progress | 
         raise FrontendError(
             f"{wheel.name}: cannot download {requirement}",
             received="\n".join(said[-4:]) or f"pip ended with status {process.returncode}",
-            hint="the network, and pip's own settings (pip config list)",
+            hint="a check of the network and of pip's settings (pip config list)",
         )
 
 

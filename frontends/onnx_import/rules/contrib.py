@@ -157,8 +157,10 @@ def _matmul_bits(site: OnnxSite) -> Made:
     b, x = site.b, site.x(0)
     bits, block, k, n = site.int("bits", 4), site.int("block_size", 0), site.int("K", 0), site.int("N", 0)
     site.ignore("accuracy_level")  # ONNX Runtime may round activations by it; here they are not rounded
-    if bits not in (4, 8) or block < 16 or k < 1 or n < 1 or site.has(4):
-        site.refuse(f"{bits} bits in blocks of {block}, or a group index, are not supported")
+    if bits not in (4, 8) or block < 16 or k < 1 or n < 1:
+        site.refuse(f"{bits}-bit weights in blocks of {block} are not supported")
+    if site.has(4):
+        site.refuse("g_idx (a group index) is not supported")
     blocks = -(-k // block)
     stored, _ = reshaped(b, site.x(1), [n, blocks, block * bits // 8])
     steps = _nibbles(b, stored) if bits == 4 else stored

@@ -1,4 +1,4 @@
-"""Drawn nodes: operators along an axis (reductions, softmax, norms, orders)."""
+"""Random nodes: operators along an axis (reductions, softmax, norms, orders)."""
 
 from __future__ import annotations
 

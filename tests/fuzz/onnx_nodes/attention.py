@@ -1,4 +1,4 @@
-"""Drawn nodes: attention and rotary positions."""
+"""Random nodes: attention and rotary positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn nodes: elementwise operators."""
+"""Random nodes: elementwise operators."""
 
 from __future__ import annotations
 

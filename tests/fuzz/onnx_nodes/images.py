@@ -1,4 +1,4 @@
-"""Drawn nodes: operators of windows and images (convolutions, pools, resizes)."""
+"""Random nodes: operators of windows and images (convolutions, pools, resizes)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn nodes: products."""
+"""Random nodes: matrix products and Einsum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn nodes: operators that quantize."""
+"""Random nodes: operators that quantize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawn nodes: operators that move, select, place and create elements."""
+"""Random nodes: operators that move, select, place and create elements."""
 
 from __future__ import annotations
 

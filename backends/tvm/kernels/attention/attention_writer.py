@@ -130,7 +130,7 @@ class AttentionWriter(PartKeeper):
         tasks = self._index(self.b * self.g * chunks, "tasks")
         active = self._index(k.least(self.slots, tasks), "active")
         with k.parallel(active, "slot") as slot:
-            self.slot = self.part = self.kept = slot
+            self.slot = self.part = self.previous = slot
             self._share(slot, tasks, active, chunks)
 
     def _share(self, slot: Expr, tasks: Expr, active: Expr, chunks: Expr) -> None:

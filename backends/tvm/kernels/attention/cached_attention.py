@@ -49,13 +49,14 @@ class CachedFlashAttention(FlashAttention):
     """Attention of any number of queries per row over slots of keys and values.
 
     cache   dtype of keys and values, f32, bf16 or f16; they are widened in registers
-    ring    True if slots are rings; no term may then read an element for each key
-    shared  r, if there is one query in a row, d and e fill vectors, and r is at most `steps_at_once`; else 0
+    ring    True if cache slots are ring buffers; no mask or bias may then have an operand with one element per key
+    shared  the number of query heads that share keys (r), if the decoding-step kernel is used; else 0. That kernel
+            requires one query per row, d and e that are multiples of a vector, and r <= `steps_at_once`
 
-    Arguments: as in `FlashAttention`, with rows and start after the values, the status words after all other pointers,
-    and the number of slots of the cache after t. t is the capacity of a slot. If `shared`, the number of slots of
-    memory is followed by the largest number of spans of a row's keys: `sums` and `rows` have this number of parts for
-    each row and key head.
+    Arguments: as in `FlashAttention`, with these additions. rows and start follow the values. The status words follow
+    all other pointers. The number of cache slots follows t, which is the capacity of a cache slot. If `shared` is not
+    0, the number of workspace slots is followed by n, the largest number of spans of a row's keys; `sums` and `rows`
+    then have n parts for each row and key head.
     """
 
     cache: str = "f32"
@@ -202,7 +203,7 @@ class _StepWriter(_CacheWriter):
             _, spans = self._spans(*self._seen(k.index(0), self.s))
             with k.loop(self.g, "g") as g:
                 self.at_b, self.at_g, self.first = b, g, k.index(0)
-                self.part = self.kept = self._part(k.index(0))
+                self.part = self.previous = self._part(k.index(0))
                 with k.when(k.equal(spans, k.index(1))):
                     self._finish(k.index(1))
                 with k.when(spans > k.index(1)), k.loop(spans, "n") as n, k.loop(self.r, "r") as r:

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 
 class PartKeeper:
-    """A writer of the code that stores and merges these partial results. A task has some queries of all r heads that
-    share keys.
+    """A code generator for storing and merging the partial results of attention.
 
-    at_b, at_g   the task's row, and the head of its keys
+    A task has a range of queries, for all r heads that share keys.
+
+    at_b, at_g   the row and the key head of the task
     first        the task's first query
     chunk        number of rows of sums per head
-    part         the memory of m, l and the sums of the current part
-    kept         the memory of m and l of the previous parts; their sums are in out
+    part         the buffer for m, l and the sums of the current part
+    previous     the buffer for m and l of the preceding parts, whose sums are in out
     """
 
     r: Expr
@@ -31,7 +32,7 @@ class PartKeeper:
     first: Expr
     chunk: Expr
     part: Expr
-    kept: Expr
+    previous: Expr
     sums: Any
     rows: Any
     out: Any
@@ -74,7 +75,7 @@ class PartKeeper:
         with k.loop(count, "i") as i:
             row, to = self._query(r, self._index(first + i, "i"))
             new_m, new_l = (k.let(k.load(self.rows, [self.part, row, x]), "new") for x in (0, 1))
-            old_m, old_l = (k.let(k.load(self.rows, [self.kept, row, x]), "old") for x in (3, 4))
+            old_m, old_l = (k.let(k.load(self.rows, [self.previous, row, x]), "old") for x in (3, 4))
 
             def sums(c: Expr, n: int, row: Expr = row) -> Expr:
                 new = k.let(k.load(self.sums, [self.part, row, c], n), "sums")
@@ -100,8 +101,8 @@ class PartKeeper:
 
     def _keep(self, row: Expr, peak: Expr, total: Expr) -> None:
         """Store m and l of all parts so far."""
-        self.k.store(self.rows, [self.kept, row, 3], peak)
-        self.k.store(self.rows, [self.kept, row, 4], total)
+        self.k.store(self.rows, [self.previous, row, 3], peak)
+        self.k.store(self.rows, [self.previous, row, 4], total)
 
     def _query(self, r: Expr, i: Expr) -> tuple[Expr, list[Expr]]:
         """Return the row of a query's sums, and its index in out."""

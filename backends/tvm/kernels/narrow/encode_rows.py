@@ -195,7 +195,10 @@ class EncodeRows(Kernel):
         zero: Expr,
         count: Expr,
     ) -> None:
-        """Store 64 elements of a row, or the last `count` of a "held" row; `number` returns a vector of them."""
+        """Quantize and store 64 elements of a row. In the form "held", the last step stores only `count` elements.
+
+        `number(j)` returns the vector of elements that starts at j.
+        """
         lanes = k.isa.lanes()
         part = k.registers(QUAD_STEP, u8, "part") if count is not QUAD_STEP else None
         up = k.let(k.splat(k.cast(zero, f32), lanes), "up")
