@@ -18,6 +18,7 @@ from tests.error_texts import raises_freely
 from tests.golden import FOLDER, Golden
 from treadle.benching.workload import Workload
 from treadle.cli import COMMANDS, app
+from treadle.compiling import compile_program
 from treadle.continuation import TextWriter
 from treadle.embedding import SentenceEmbedder
 from treadle.explaining.fusion import explain_fusion
@@ -33,7 +34,7 @@ from treadle.program.option_declarations import Option
 from treadle.program.options import EXPLAINED, CompileOptions, declared_options, taken_by
 from treadle.program.program import Program
 from treadle.sharding import shard_model
-from treadle.stepped import open_stepped
+from treadle.stepped import open_stepped, stepped_program
 from treadle.verifying import verify_model
 
 ROOT = Path(__file__).parents[1]
@@ -223,9 +224,9 @@ def test_a_task_passes_its_options_on(entry: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
     for option in flagged(entry):
         asked = Program.of("gpt2", entry, **{option.name: VALUES[option.name], "config": {"layers": 2}})
-        for start in (asked.stepped,) if option.name == "cache" else (asked.compile, asked.stepped):
+        for start in (stepped_program,) if option.name == "cache" else (compile_program, stepped_program):
             with pytest.raises(Reached):
-                start()
+                start(asked)
             assert (getattr(found[-1], option.name), found[-1].config) == (VALUES[option.name], {"layers": 2})
 
 

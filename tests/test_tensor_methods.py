@@ -174,7 +174,7 @@ ITEMS = st.one_of(
 
 @given(st.lists(ITEMS, max_size=5), st.sampled_from(["B S 4 3", "2 3 4 3", "2 S 4 3"]))
 def test_any_index_selects_what_it_selects_in_pytorch(items: list[Any], shape: str) -> None:
-    """What has no meaning in a graph is refused; on a symbolic axis, this includes positions past its end."""
+    """Operations without a meaning in a graph are refused, also positions past the end of a symbolic axis."""
     x = np.arange(72.0, dtype=np.float32).reshape(2, 3, 4, 3)
     index = tuple(items)
     try:
