@@ -196,7 +196,7 @@ def load_artifact(
     sizes: Mapping[str, int] | None = None,
     donate: Sequence[str] = (),
 ) -> Compiled:
-    """Load a compiled model from a file written by `save`.
+    """Load a compiled model from `path`, a file written by `save`.
 
     backend, target  override the backend and the target that the model was compiled for
     widen            "bf16", "f16", or both: values of these dtypes are computed in f32, as in `compile`

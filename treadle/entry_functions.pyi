@@ -125,6 +125,7 @@ def load(
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
+    config    configuration of the model, which overrides the checkpoint's
 
     The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
     for an option that only artifacts have.

@@ -24,6 +24,7 @@ def load(model: PathLike | ModelSource, **options: Any) -> LoadedModel:
     methods are the model's tasks: classify, answer, translate, ...
 
     OPTIONS
+    config    configuration of the model, which overrides the checkpoint's
 
     The model is compiled when its first task runs. Raises UsageError if there is no such model, for an artifact, and
     for an option that only artifacts have.
