@@ -24,8 +24,12 @@ def start(model: str, backend: str) -> tuple[subprocess.Popen, dict]:
     command = [sys.executable, "-m", "treadle", "serve", model, "--backend", backend, "--port", "0"]
     command += ["--rows", "4", "--context", "128", "--json"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    printed = "".join(iter(server.stdout.readline, "}\n")) + "}"
-    return server, json.loads(printed)
+    printed = ""
+    for line in server.stdout:  # one JSON object, whose last line is a brace
+        printed += line
+        if line == "}\n":
+            return server, json.loads(printed)
+    raise SystemExit(server.wait())  # the server has printed the reason
 
 
 def main(model: str, prompt: str, backend: str = "tvm", most: int = 24) -> None:

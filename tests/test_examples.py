@@ -95,6 +95,8 @@ def test_search_by_embeddings(run: Run) -> None:
     assert "12 texts as 24 numbers each" in out
     assert out.splitlines()[1] == "1.000  the dog hears the fox."
     assert "texts as" not in run("embedding_search.py", model, "notes.txt", "the cat", "numpy"), "cached vectors"
+    Path("notes.txt").write_text(CORPUS.replace("fox", "owl"), encoding="utf-8")
+    assert "12 texts as" in run("embedding_search.py", model, "notes.txt", "the cat", "numpy"), "other texts"
 
 
 def test_a_server_with_the_client_of_openai(run: Run) -> None:

@@ -72,7 +72,12 @@ class Page:
         command = [sys.executable, "-m", "treadle", *words, "--json"]
         self.server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout is not None
-        facts = json.loads("".join(iter(self.server.stdout.readline, "}\n")) + "}")
+        printed = ""
+        for line in self.server.stdout:
+            printed += line
+            if line == "}\n":  # the end of the object
+                break
+        facts = json.loads(printed)
         self.port = re.findall(r":(\d+)/", facts["address"])[0]
 
 
