@@ -91,7 +91,6 @@ def page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         assert made.server.wait(timeout=60) == 0
 
 
-@pytest.mark.usefixtures("quickly_planned")
 def test_every_block_runs_and_prints_what_is_shown(page: Page) -> None:
     for language, code, expected in every_block(PAGE):
         page.count[language] += 1
