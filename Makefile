@@ -22,7 +22,7 @@ FOLDERS := backends files frontends ir models passes runtime
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden bench fuzz bounds dev clean .typecheck
+.PHONY: help demo test lint golden docs bench fuzz bounds dev clean .typecheck
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ lint: dev ## check style, format, types and plain English
 
 golden: .venv/ready-test ## rewrite the golden files from what is printed now; then read the diff
 	@$(VENV_PYTHON) -m pytest --update-golden $(ARGS)
+
+docs: .venv/ready-docs ## write the API reference to build/docs, from docstrings
+	@$(VENV_PYTHON) docs/api_reference.py build/docs
 
 bench: .venv/ready-test ## run the benchmarks
 	@for file in $(BENCH); do echo "== $$file"; $(VENV_PYTHON) $$file || exit 1; done

@@ -23,14 +23,14 @@ Normalize = Callable[[Tensor, str], Tensor]
 
 @layer
 def split_heads(x: Tensor, heads: int, *, label: str = "heads", name: str = "heads") -> Tensor:
-    """[B, S, heads * d] -> [B, heads, S, d]; the new axis has the label "heads"."""
+    """Split x [B, S, heads * d] -> [B, heads, S, d]. The new axis has the label "heads", the result the name `name`."""
     positive(heads=heads)
     return trace().rearrange(x, pattern=f"b s ({label}={heads} d) -> b {label} s d", name=name)
 
 
 @layer
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, heads, S, d] -> [B, S, heads * d]"""
+    """Merge the heads of x [B, heads, S, d] -> [B, S, heads * d]."""
     return trace().rearrange(x, pattern="b heads s d -> b s (heads d)", name="merged")
 
 
@@ -48,7 +48,8 @@ def attention(
     """softmax(q k^T * scale + bias, masked) v, with q [B, H, S, d], k [B, G, T, d], v [B, G, T, e] -> [B, H, S, e].
 
     H is a multiple of G (grouped-query heads). `mask` combines terms with &: `t.causal & t.padding(lengths)`; the
-    default `scale` is 1/sqrt(d). A fully masked row returns zeros.
+    default `scale` is 1/sqrt(d). With a `softcap` c, scores become c tanh(scores / c). A fully masked row returns
+    zeros. Raises GraphError for masks and biases whose axes do not fit.
     """
     return attend(trace(), q, k, v, masks=mask, biases=bias, scale=scale, softcap=softcap)
 
@@ -74,10 +75,17 @@ def multi_head_attention(
 ) -> Tensor:
     """Project, split into heads, attend, merge, project                                (Vaswani et al. 2017, 3.2.2)
 
-    x [B, S, D] is projected to queries, context [B, T, C] to keys and values. Declares q, k, v and out under `name`.
-    All four have biases if `projection_bias`; `key_bias` and `output_bias` override it for k and out. `rotate` is
-    applied to the queries and keys [B, heads, S, d]. `normalize` is applied to both before `rotate`, with the weight
-    names "q_norm" and "k_norm".
+    x [B, S, D] is projected to queries, context [B, T, C] to keys and values; the result is [B, S, D]. Declares q, k, v
+    and out under `name`. All four have biases if `projection_bias`; `key_bias` and `output_bias` override it for k and
+    out. `rotate` is applied to the queries and keys [B, heads, S, d]. `normalize` is applied to both before `rotate`,
+    with the weight names "q_norm" and "k_norm".
+
+    heads     number of query heads
+    kv_heads  number of key/value heads, a divisor of `heads`; None: one for each query head
+    head_dim  size of a head; None: D / heads
+    mask, bias, scale, softcap  as in `attention`
+
+    Raises FrontendError for heads that do not divide.
     """
     b = trace()
     width = x.shape[-1]

@@ -76,7 +76,7 @@ MOST_REPETITIONS = 10_000
 
 
 def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int]:
-    """Repeat a block under the scopes h.0, h.1, ...: `for i in t.stack("h", 12):`
+    """Repeat a block `count` times, under the scopes `name`.0, `name`.1, ...: `for i in t.stack("h", 12):`
 
     Repetitions with the same structure become one function of the graph. If `shared`, all repetitions use the single
     scope h, and so have the same parameters. Raises FrontendError for a count that is not an integer from 0 to
@@ -121,13 +121,13 @@ def stack(name: str, count: int | Size, *, shared: bool = False) -> Iterator[int
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Name the parameters and ops inside: `with t.scope("encoder"): ...`"""
+    """Prefix the names of parameters and ops inside with `name`: `with t.scope("encoder"): ...`"""
     with trace().scoped(name):
         yield
 
 
 def parameter(name: str, *shape: SizeLike | Dim, init: Init | str = "normal", dtype: DType = f32) -> Tensor:
-    """Declare the parameter `name` under the current scope.
+    """Declare the parameter `name` with a shape and a dtype under the current scope.
 
     init is `"zeros"`, `"ones"`, `"normal"` (standard deviation 0.02) or an `Init`. Raises FrontendError for another
     init, for a name that is already declared, and for a shape that is not known while tracing.
@@ -254,12 +254,12 @@ def shared_table(layer: str, tied: str) -> Tensor:
 
 
 def constant(value: Any, dtype: DType | None = None) -> Tensor:
-    """Return a constant from a number, nested list or NumPy array."""
+    """Return a constant from a value: a number, a nested list or a NumPy array. `dtype` converts it; None: as it is."""
     return trace().constant(value, dtype)
 
 
 def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
-    """Promise that a symbolic axis stays within bounds; calls with other sizes are refused.
+    """Promise that a symbolic axis has a size from `lower` to `upper`; calls with other sizes raise an error.
 
     Raises FrontendError for a symbol that no input has, GraphError for a lower bound below 1, or if the bounds allow no
     size.
@@ -271,5 +271,5 @@ def bound(symbol: str, *, lower: int = 1, upper: int | None = None) -> None:
 
 
 def size_of(x: Tensor, axis: int) -> Size:
-    """Return the size of an axis: an integer, a symbol or an expression."""
+    """Return the size of an axis of x: an integer, a symbol or an expression."""
     return x.shape[axis]

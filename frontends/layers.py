@@ -24,7 +24,14 @@ Activation = Callable[[Tensor], Tensor]
 
 @layer
 def linear(x: Tensor, out: SizeLike | Dim, *, bias: bool = True, name: str) -> Tensor:
-    """y = x W^T + b, with W [out, d] and b [out]; x [..., d]. `Dim.of(3072, "ffn")` as out names the new axis."""
+    """y = x W^T + b, with x [..., d] -> [..., out]
+
+    out   size of the new axis; `Dim.of(3072, "ffn")` names it
+    bias  True to declare b [out], `NAME.bias`, besides W [out, d], `NAME.weight`
+    name  the scope of the weights
+
+    Raises FrontendError for an argument of another kind.
+    """
     b = trace()
     with b.scoped(name, b.source or user_line(beyond=1)):
         weight = _weight(b, x, "weight", out, x.shape[-1])
@@ -44,7 +51,8 @@ def embed(
 ) -> Tensor:
     """Rows of a table [count, dim] at ids [...] -> [..., dim]. `tied` names another embedding whose table is used.
 
-    The table and the output have dtype `dtype`.
+    The table, `NAME.weight` in the scope `name`, and the output have dtype `dtype`. Raises FrontendError if count, dim
+    and name are missing without `tied`, and for more positions than rows.
 
     If ids are `positions` of a symbolic axis, or positions plus a constant, the table bounds that axis: S + constant <=
     count.
@@ -79,7 +87,7 @@ def sinusoidal_positions(
     """sin(p / base^(2i/dim)) and cos(p / base^(2i/dim)) of positions p [...] -> [..., dim]
 
     If `interleaved`, the sine and cosine of a frequency i are adjacent (Vaswani et al. 2017, 3.5); otherwise all sines
-    come before all cosines (Marian).
+    come before all cosines (Marian). The result has dtype `dtype`.
     """
     b = trace()
     j, half = b.iota(size=dim), (dim + 1) // 2
@@ -95,7 +103,15 @@ def sinusoidal_positions(
 def unembed(
     x: Tensor, vocab: int | None = None, *, tied: str | None = None, bias: bool = False, name: str = "logits"
 ) -> Tensor:
-    """Logits over a vocabulary: x W^T (+ b). `tied` names the embedding whose table is W."""
+    """Logits over a vocabulary: x W^T (+ b), with x [..., d] -> [..., vocab]
+
+    vocab  size of the vocabulary, if W [vocab, d] is a weight of its own
+    tied   the name of the embedding whose table is W
+    bias   True to declare b [vocab]
+    name   the scope of the weights, and the name of the output
+
+    Raises FrontendError without `vocab` and `tied`.
+    """
     b = trace()
     if tied is None:
         if vocab is None:
@@ -109,7 +125,10 @@ def unembed(
 
 @layer
 def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis                  (Ba et al. 2016)"""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis                  (Ba et al. 2016)
+
+    x [..., d] -> [..., d]. Declares weight [d] and, if `bias`, bias [d] in the scope `name`.
+    """
     b = trace()
     with b.scoped(name, b.source or user_line(beyond=1)):
         weight = _weight(b, x, "weight", x.shape[-1], init="ones")
@@ -119,7 +138,10 @@ def layer_norm(x: Tensor, *, eps: float = 1e-5, bias: bool = True, name: str) ->
 
 @layer
 def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)"""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis               (Zhang & Sennrich 2019)
+
+    x [..., d] -> [..., d]. Declares weight [d] in the scope `name`.
+    """
     b = trace()
     with b.scoped(name, b.source or user_line(beyond=1)):
         return b.rms_norm(x, _weight(b, x, "weight", x.shape[-1], init="ones"), eps=eps, name=name)
@@ -127,7 +149,10 @@ def rms_norm(x: Tensor, *, eps: float = 1e-6, name: str) -> Tensor:
 
 @layer
 def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = True, name: str = "mlp") -> Tensor:
-    """down(act(up(x))): the position-wise feed-forward network; the default `act` is gelu."""
+    """down(act(up(x))): the position-wise feed-forward network; the default `act` is gelu.
+
+    x [..., d] -> [..., d]. Declares up [hidden, d] and down [d, hidden] in the scope `name`; with `bias`, each has one.
+    """
     with trace().scoped(name):
         inner = (act or _gelu)(linear(x, Dim.of(hidden, "ffn"), bias=bias, name="up"))
         return linear(inner, x.shape[-1], bias=bias, name="down")
@@ -137,7 +162,11 @@ def mlp(x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = T
 def gated_mlp(
     x: Tensor, hidden: int, *, act: Activation | None = None, bias: bool = False, name: str = "mlp"
 ) -> Tensor:
-    """down(act(gate(x)) * up(x)); the default `act` is silu                      (Shazeer 2020)"""
+    """down(act(gate(x)) * up(x)); the default `act` is silu                      (Shazeer 2020)
+
+    x [..., d] -> [..., d]. Declares gate and up [hidden, d] and down [d, hidden] in the scope `name`; with `bias`, each
+    has one.
+    """
     with trace().scoped(name):
         wide = Dim.of(hidden, "ffn")
         gate = (act or _silu)(linear(x, wide, bias=bias, name="gate"))
@@ -157,7 +186,16 @@ def convolution(
     bias: bool = True,
     name: str,
 ) -> Tensor:
-    """Convolution over the trailing axes of x [B, C, *spatial]. The op `conv` documents `strides`, `padding`, ..."""
+    """Convolution over the trailing axes of x [B, C, *spatial] -> [B, channels, *spatial]
+
+    channels  number of output channels
+    kernel    size of the kernel along each spatial axis
+    strides, padding, dilations, groups  as in the op `conv`
+    bias      True to declare a bias [channels], besides the weight [channels, C / groups, *kernel]
+    name      the scope of the weights
+
+    Raises FrontendError if the kernel does not fit x, or if C is not known while tracing.
+    """
     b = trace()
     positive(groups=groups)
     channels_in = _channels(x, len(kernel)) // groups

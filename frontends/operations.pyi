@@ -512,7 +512,10 @@ def index_add(
     """
 
 def iota(*, size: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
-    """y[n] = n: the numbers from 0 to size - 1"""
+    """y[n] = n: the numbers from 0 to size - 1
+
+    dtype   the dtype of y, an integer or a float
+    """
 
 def layer_norm(
     x: TensorLike,
@@ -846,7 +849,10 @@ def sin(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = sin x, x in radians"""
 
 def size(*, value: SizeLike, dtype: DType | str = i64, name: str | None = None) -> Tensor:
-    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis"""
+    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis
+
+    dtype   the dtype of y
+    """
 
 def slice(
     x: TensorLike,

@@ -143,7 +143,8 @@ def rotary_frequencies(
 ) -> Tensor:
     """Frequencies f32[dims / 2] in radians per position: base ** (-2 i / dims), scaled        (Su et al. 2021, 3.2.2)
 
-    length is the sequence's length, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of
+    scaling is an object of this module, such as `Yarn`; None: the frequencies are not scaled. length is the sequence's
+    length, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of
     dims, for a base that is not positive, and if one of these two scalings has no length.
     """
     if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:

@@ -237,6 +237,7 @@ def needed_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
 class Graph:
     """A whole program: its functions (callees before callers, entries last), symbols and initial values.
 
+    name          the model's name
     entry_names   the functions that are entries, in the order in which they run: `main`, or `prefill`, `step` and
                   `verify`; before them `bind` and `prologue`, if present
     """

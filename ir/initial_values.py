@@ -13,7 +13,12 @@ from treadle.ir.types import DType
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """An initializer: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`, `uniform(0.1)`."""
+    """An initializer: `zeros`, `ones`, `constant(2.5)`, `normal(0.02)`, `uniform(0.1)`.
+
+    kind   the word before the parenthesis
+    scale  the constant, the standard deviation, or the bound of a uniform distribution around 0; None: 1, for a
+           constant 0
+    """
 
     kind: str
     scale: float | None = None

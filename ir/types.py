@@ -107,7 +107,7 @@ def dtype_of(array: np.ndarray[Any, Any]) -> DType | None:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One factor of a dimension. The label is for readers and is ignored in comparisons."""
+    """One factor of a dimension, with its size. The label is for readers and is ignored in comparisons."""
 
     size: Size
     label: str | None = field(default=None, compare=False)

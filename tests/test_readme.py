@@ -53,13 +53,17 @@ PAGES = (
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
-    """Yield the blocks in a language, each with the `text` block that directly follows it, or None."""
+def every_block(page: str) -> Iterator[tuple[str, str, str | None]]:
+    """Yield the language and the text of each block, with the `text` block that directly follows it, or None."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for match in _BLOCK.finditer(text):
-        if match[1] == language:
-            behind = re.match(r"\n+```text\n(.*?)^```$", text[match.end() :], re.DOTALL | re.MULTILINE)
-            yield match[2], behind[1] if behind else None
+        behind = re.match(r"\n+```text\n(.*?)^```$", text[match.end() :], re.DOTALL | re.MULTILINE)
+        yield match[1], match[2], behind[1] if behind else None
+
+
+def blocks(page: str, language: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the blocks in a language, each with the `text` block that directly follows it, or None."""
+    return ((code, expected) for kind, code, expected in every_block(page) if kind == language)
 
 
 def run(code: str, namespace: dict[str, Any]) -> str:
@@ -160,3 +164,9 @@ def test_readme_names_the_two_commands() -> None:
     targets = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"^make (\w+)", text, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_index_of_docs_lists_every_page() -> None:
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", text))
+    assert sorted({path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"} - listed) == []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def save(compiled: Compiled, path: PathLike) -> str:
-    """Write a compiled model to one file. Return the file's seal, 64 hexadecimal digits that identify the content.
+    """Write a compiled model to the file `path`. Return its seal, 64 hexadecimal digits that identify the content.
 
     Equal models, options and weights give equal bytes: the file holds no times and no local paths. An existing file is
     replaced atomically. Raises UsageError if the file cannot be written.

@@ -199,7 +199,7 @@ def load_artifact(
     sizes: Mapping[str, int] | None = None,
     donate: Sequence[str] = (),
 ) -> Compiled:
-    """Load a compiled model from a file written by `save`.
+    """Load a compiled model from `path`, a file written by `save`.
 
     backend          as in `compile`; by default the one that the model was compiled for, or "auto" if that one is not
                      installed

@@ -134,6 +134,7 @@ def load(
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
+    config    configuration of the model, which overrides the checkpoint's
 
     An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
     runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.

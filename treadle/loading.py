@@ -26,6 +26,7 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     answer, ...
 
     OPTIONS
+    config    configuration of the model, which overrides the checkpoint's
 
     An artifact of a model that continues text is loaded, too, for that task. The model is compiled when its first task
     runs. Raises UsageError if there is no such model, for another artifact, and for an option that only artifacts have.

@@ -87,6 +87,7 @@ class Specializing(Compiled):
     static           names of the inputs that are known so far to determine shapes
     specializations  the cached specializations
     backend          the backend of the latest specialization; "auto" before the first, if it was not named
+    target           as in `compile`
 
     A call, or `at`, compiles the model for new values, and caches up to `MOST_KEPT` specializations, the most recently
     used ones. `graph`, `log`, `optimized`, `executable`, `source`, `outputs`, `weights` and `save` depend on a value:

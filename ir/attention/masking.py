@@ -61,7 +61,10 @@ class _Applied:
 
 @dataclass(frozen=True)
 class Masks(_Applied):
-    """An intersection of masks: a query sees the keys that every mask keeps. Without masks it sees all keys."""
+    """An intersection of masks: a query sees the keys that every mask keeps. Without masks it sees all keys.
+
+    entries  each mask's term and its operands. `t.causal` and the functions for masks make them
+    """
 
     sign = "&"
     noun = "masks"
@@ -79,7 +82,10 @@ class Masks(_Applied):
 
 @dataclass(frozen=True)
 class Biases(_Applied):
-    """A sum of biases, which is added to the scores."""
+    """A sum of biases, which is added to the scores.
+
+    entries  each bias's term and its operands. The functions for biases, such as `t.alibi`, make them
+    """
 
     sign = "+"
     noun = "biases"
@@ -156,12 +162,16 @@ def boolean_mask(mask: ExprLike, axes: str = "b h s t") -> Masks:
 
 
 def tensor_bias(x: ExprLike, axes: str = "b h s t") -> Biases:
-    """A tensor with some of the axes b, h, s and t. Raises GraphError."""
+    """A bias x: a tensor with some of the axes b, h, s and t, as `axes` names them. Raises GraphError."""
     return Biases(((TensorBias(axes), (_given(x, "a bias"),)),))
 
 
 def t5_relative(table: ExprLike, *, buckets: int = 32, max_distance: int = 128, bidirectional: bool = False) -> Biases:
-    """T5's learned bias by distance. table: float[buckets, h]. Raises GraphError."""
+    """T5's learned bias by distance, in tokens. table: float[buckets, h]. Raises GraphError.
+
+    max_distance   distances from here on share the last bucket
+    bidirectional  True if keys after the query have half of the buckets; False: they share the bucket of distance 0
+    """
     return Biases(((T5Relative(buckets, max_distance, bidirectional), (_given(table, "a table of biases"),)),))
 
 

@@ -243,7 +243,10 @@ def _element_names(axis: int, rank: int) -> tuple[str, str]:
 
 @op("iota", flops=0)
 class Iota(Primitive):
-    """y[n] = n: the numbers from 0 to size - 1"""
+    """y[n] = n: the numbers from 0 to size - 1
+
+    dtype   the dtype of y, an integer or a float
+    """
 
     step = "counts from the past length"
     stops_gradient = True

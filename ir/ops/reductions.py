@@ -197,7 +197,10 @@ class ReduceMean(_Reduction, Composite):
 
 @op("size", axes="->", flops=0)
 class SizeOf(Primitive):
-    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis"""
+    """y = the value of a size expression, a scalar: for example the divisor of a mean over a symbolic axis
+
+    dtype   the dtype of y
+    """
 
     value: Size
     dtype: DType = i64

@@ -86,7 +86,7 @@ class StepResult:
 
 
 class Trainer:
-    """A model in training. See the module's docstring.
+    """A model in training: call `step` with a batch, then `compiled` for the trained model.
 
     gradient   the compiled gradient graph: inputs, targets, trained weights -> loss, number of targets, gradients
     update     the compiled optimizer: weights, gradients, moments -> new weights, new moments, gradient norm
