@@ -28,6 +28,7 @@ from treadle.frontends.binding_errors import FoldedLine, MissingTensor, NamedTen
 from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.name_patterns import compiled_pattern, filled, has_placeholder
+from treadle.frontends.quantized.components import components, unread_weight
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType
@@ -208,7 +209,8 @@ def bind(
 
     Raises one CheckpointError that lists all missing tensors (with the nearest names in the file) and all tensors whose
     shape or dtype does not fit (with the file's and the parameter's). All are checked before any tensor is read. Raises
-    CheckpointError if tied tensors differ, and if a conversion would turn a finite value infinite.
+    CheckpointError if tied tensors differ, if a conversion would turn a finite value infinite, and if the checkpoint
+    has scales or other parts of a quantized weight next to a tensor, which then is not the parameter's numbers.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
@@ -217,11 +219,16 @@ def bind(
     for name, (shape, dtype) in parameters.items():
         wanted = lookup.wanted(name)
         found = lookup.find(wanted)
+        for source in lookup.named(wanted) if found is None else (wanted.filled(found),):
+            if parts := list(components(source.name, checkpoint)):
+                raise unread_weight(source.name, parts, checkpoint)
         if found is None:
             missing.append(MissingTensor(wanted.pattern, wanted.numbers, tuple(s.name for s in wanted.alternatives)))
             continue
+        record = checkpoint.record(wanted.filled(found).name)
+        if record.outputs_first:
+            found = replace(found, transpose=False)
         sources[name] = wanted.filled(found)
-        record = checkpoint.record(sources[name].name)
         misfit = _misfit(wanted.pattern, tuple(shape), str(dtype), found, record)
         if misfit:
             misfits.append((misfit, wanted.numbers))

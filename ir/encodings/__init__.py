@@ -4,3 +4,4 @@
 
 import treadle.ir.encodings.gguf_forms
 import treadle.ir.encodings.rounded_forms
+import treadle.ir.encodings.zero_forms

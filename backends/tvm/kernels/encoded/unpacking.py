@@ -3,7 +3,7 @@
 Blocks are stored in panels: byte j of adjacent lines is contiguous, so that a vector holds one byte of each line, and
 unpacking yields one element of each line.
 
-    y = d q + c      for a block's scale d, and c = 0, its minimum, or -8 d
+    y = d q + c      for a block's scale d, and c = 0, its minimum, -8 d, or -d times its zero
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class PackedForm:
     bits   bits of an element: 8, signed, or 4
     group  number of elements of a block; 0: a line is one block
     scale  bytes of a block's scale, with which it begins: 2 or 4
-    least  True if a block's minimum follows the scale, in 2 bytes
+    least  True if a block's minimum, or its zero, follows the scale, in 2 bytes
     zero   value to subtract from an element: 8, or 0
+    zeros  True if these 2 bytes are a zero: c is -d times it
     """
 
     bits: int
@@ -41,6 +42,7 @@ class PackedForm:
     scale: int = 2
     least: bool = False
     zero: int = 0
+    zeros: bool = False
 
     @property
     def header(self) -> int:
@@ -55,13 +57,15 @@ class PackedForm:
     @property
     def title(self) -> str:
         """Name of the form in a kernel's name."""
-        return f"{self.bits}_bits" + (f"_by_{self.group}" if self.group else "") + "_with_least" * self.least
+        size = f"_by_{self.group}" + "_wide" * (self.scale == 4) if self.group else ""
+        return f"{self.bits}_bits{size}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
 
     def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
         """Return d and c of the blocks that begin at `base`. c is None if it is 0."""
         d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
         if self.least:
-            return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
+            c = _float(k, [load(base + self.scale + i) for i in range(2)], lanes)
+            return d, k.let(self._offset(k, d, c, lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
@@ -77,8 +81,11 @@ class PackedForm:
         else:
             d = k.let(half(0), "d")
         if self.least:
-            return d, k.let(half(self.scale // 2), "c")
+            return d, k.let(self._offset(k, d, half(self.scale // 2), lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
+
+    def _offset(self, k: Emitter, d: Expr, stored: Expr, lanes: int) -> Expr:
+        return d * (k.number(0.0, f32, lanes) - stored) if self.zeros else stored
 
     def elements(self, k: Emitter, byte: Expr, lanes: int, *, raised: bool = False) -> list[Expr]:
         """Return the elements of a byte as float32: one element, or two, one of the block's first half and one of its
@@ -117,6 +124,10 @@ def packed_form(encoding: Encoding) -> PackedForm | None:
     """Return the form in which kernels read an encoding byte by byte, or None."""
     if encoding.form == "int4_groups":
         return PackedForm(4, encoding.group, zero=8)
+    if encoding.form == "uint4_groups":
+        return PackedForm(4, encoding.group, least=True, zeros=True)
+    if encoding.form == "int8_groups":
+        return PackedForm(8, encoding.group, scale=4)
     return {
         "int8_rows": INT8_ROWS,
         "q8_0": PackedForm(8, 32),
