@@ -181,5 +181,31 @@ def gptq(
     return encode
 
 
+def awq(group: int = 32, version: str = "gemm") -> Encoder:
+    """Return an encoder to AWQ's layouts."""
+
+    def words(q: Array) -> Array:
+        """Pack [m, N]: nibble i of word j is column 8 j + (0, 2, 4, 6, 1, 3, 5, 7)[i]."""
+        made = np.zeros((len(q), q.shape[1] // 8), np.uint32)
+        for row in range(len(q)):
+            for j in range(made.shape[1]):
+                for i, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                    made[row, j] |= np.uint32(int(q[row, 8 * j + column]) << (4 * i))
+        return made.view(np.int32)
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        count = k // group
+        q, zeros, scales = rng.integers(0, 16, (n, k)), rng.integers(0, 16, (n, count)), scales_of(rng, n, count)
+        meant = meaning(q, zeros, scales, np.arange(k) // group)
+        if version == "gemm":
+            return {".qweight": words(q.T), ".qzeros": words(zeros.T), ".scales": scales.T}, meant
+        width = -(-count // 8)
+        padding = ((0, 0), (0, 8 * width - count))
+        wide, padded = np.pad(zeros, padding), np.pad(scales, padding)
+        return {".qweight": packed(q, 4), ".qzeros": packed(wide, 4), ".scales": padded}, meant
+
+    return encode
+
+
 def gptq_settings(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": True, **more}

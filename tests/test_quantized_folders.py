@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import treadle
-from tests.quantized_folders import BERT, GPT2, LLAMA, QWEN2, Encoder, Stored, gptq, gptq_settings, write_folder
+from tests.quantized_folders import BERT, GPT2, LLAMA, QWEN2, Encoder, Stored, awq, gptq, gptq_settings, write_folder
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.source import ModelSource
 
@@ -126,7 +126,13 @@ GPTQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
     ),
     ("gptq-order", gptq(4, 32, order=True, symmetric=False), gptq_settings(4, 32, desc_act=True), ""),
 ]
-LAYOUTS = GPTQ
+AWQ_SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+AWQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("awq", awq(), {**AWQ_SETTINGS, "modules_to_not_convert": None}, "uint4_groups(32)"),
+    ("awq-64", awq(64), {**AWQ_SETTINGS, "group_size": 64}, "uint4_groups(64)"),
+    ("awq-gemv", awq(16, "gemv"), {**AWQ_SETTINGS, "group_size": 16, "version": "GEMV"}, "uint4_groups(16)"),
+]
+LAYOUTS = [*GPTQ, *AWQ]
 
 
 @pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])

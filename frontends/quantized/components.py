@@ -12,7 +12,7 @@ from typing import Protocol
 from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError
 
-READ_FORMATS = ("gptq",)
+READ_FORMATS = ("gptq", "awq")
 """The formats whose weights are read, in words."""
 
 _MODULE = (

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from treadle.files.shown_names import printable
-from treadle.frontends.quantized.module_parts import ModuleParts
+from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
 from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, unpack_low_first
 from treadle.frontends.quantized.settings import QuantizationSettings, matches_pattern
 from treadle.ir.errors import CheckpointError
@@ -38,7 +38,7 @@ def read_gptq(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str
     )
     settings.choice("pack_dtype", ("int32",), "int32")
     form = settings.choice("checkpoint_format", ("gptq", "gptq_v2"), settings.get("format", "gptq"))
-    bits, group = settings.integer("bits", _BITS), _group(settings, settings.integer("group_size"))
+    bits, group = settings.integer("bits", _BITS), settings.group(settings.integer("group_size"))
     overrides = settings.get("dynamic", {})
     if not isinstance(overrides, Mapping):
         raise settings.error("dynamic", overrides, "an object of patterns of module names")
@@ -55,16 +55,10 @@ def read_gptq(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str
                     )
                 of = QuantizationSettings(values if isinstance(values, Mapping) else {}, settings.within, "gptq")
                 b = of.integer("bits", _BITS) if of.get("bits") is not None else bits
-                size = _group(of, of.integer("group_size")) if of.get("group_size") is not None else group
+                size = of.group(of.integer("group_size")) if of.get("group_size") is not None else group
                 break
         made[f"{module}.weight"] = _weight(module, b, size, 0 if form == "gptq_v2" else 1, parts)
     return made
-
-
-def _group(settings: QuantizationSettings, group: int) -> int:
-    if group != -1 and not 0 < group <= 1 << 24:
-        raise settings.error("group_size", group, "a positive number, or -1 for whole rows")
-    return group
 
 
 def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -> GroupedIntegers:
@@ -74,12 +68,9 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
     size = rows * 32 // bits
     if rows * 32 % bits or (bits == 3 and rows % 3) or outputs * bits % 32:
         raise parts.error(name, f"the words are not an integer number of integers of {bits} bits", str(words))
-    group = size if group == -1 else group
-    if size % group:
-        what = f"groups of {group} do not divide the {size} inputs"
-        raise parts.error(name, what, str(words), "check bits and group_size of the settings")
+    group = parts.group(words, size, group)
     groups = size // group
-    parts.take(f"{module}.scales", ("f16", "bf16", "f32"), (groups, outputs))
+    parts.take(f"{module}.scales", SCALES, (groups, outputs))
     parts.take(f"{module}.qzeros", ("i32",), (groups, outputs * bits // 32))
     order = None
     if parts.has(f"{module}.g_idx"):

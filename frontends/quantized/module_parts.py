@@ -14,7 +14,8 @@ from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
-_SCALES = ("f16", "bf16", "f32")
+SCALES = ("f16", "bf16", "f32")
+"""Dtypes of scales."""
 
 
 class ModuleParts:
@@ -63,6 +64,20 @@ class ModuleParts:
             )
         self._taken.add(name)
         return record
+
+    def group(self, integers: TensorRecord, size: int, group: int) -> int:
+        """Return the number of inputs in a group, for rows of `size`; -1 is a whole row. Raises CheckpointError if
+        groups do not divide a row.
+        """
+        length = size if group == -1 else group
+        if size % length:
+            what = f"groups of {length} do not divide the {size} inputs"
+            raise self.error(integers.name, what, str(integers), "check bits and group_size of the settings")
+        return length
+
+    def codes(self, name: str) -> Array:
+        """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""
+        return self.checkpoint.raw(name).reshape(self.checkpoint.record(name).shape)
 
     def hide(self, name: str) -> None:
         """Hide a tensor that changes no weight, if the checkpoint has it."""

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.quantized.awq_weights import read_awq
 from treadle.frontends.quantized.components import formats_hint
 from treadle.frontends.quantized.gptq_weights import read_gptq
 from treadle.frontends.quantized.module_parts import ModuleParts
@@ -21,7 +22,7 @@ from treadle.ir.errors import CheckpointError
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
 
-READERS: Mapping[str, Read] = {"gptq": read_gptq}
+READERS: Mapping[str, Read] = {"gptq": read_gptq, "awq": read_awq}
 """The readers by `quant_method`."""
 
 _IRRELEVANT = frozenset(

@@ -8,6 +8,7 @@ from typing import Any
 
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import ModelFolder
+from treadle.ir.encodings.encoding import MOST_IN_LINE
 from treadle.ir.errors import CheckpointError
 
 KEYS = ("quantization_config", "compression_config")
@@ -63,6 +64,12 @@ class QuantizationSettings:
         if not isinstance(value, str) or value.lower() not in allowed:
             raise self.error(key, value, "one of " + ", ".join(allowed))
         return value.lower()
+
+    def group(self, length: int) -> int:
+        """Check the number of inputs in a group. Raises CheckpointError unless it is positive, or -1: a whole row."""
+        if length != -1 and not 0 < length <= MOST_IN_LINE:
+            raise self.error("group_size", length, "a positive number, or -1 for whole rows")
+        return length
 
     def refuse(self, **keys: str) -> None:
         """Raise CheckpointError for the first of these keys that is neither absent, null, false nor empty. The values
