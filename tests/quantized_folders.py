@@ -11,14 +11,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 Array = np.ndarray[Any, Any]
 Stored = dict[str, Array]
 Encoder = Callable[[np.random.Generator, int, int], tuple[Stored, Array]]
 """Returns the tensors of a module's weight, by the end of their names, and its numbers, for N outputs and K inputs."""
 
+E4M3, E8M0, BF16 = (np.dtype(getattr(ml_dtypes, n)) for n in ("float8_e4m3fn", "float8_e8m0fnu", "bfloat16"))
+DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
+    "int8": "I8", "uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float64": "F64",
+}  # fmt: skip
 DIM, HIDDEN, VOCAB, LAYERS, HEADS = 64, 128, 96, 2, 4
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": DIM, "intermediate_size": HIDDEN,
@@ -127,8 +132,15 @@ def write_folder(
 
 
 def save_tensors(tensors: Stored, path: Path) -> None:
-    """Write tensors, those of ml_dtypes' narrow floats too."""
-    save_file(tensors, path)
+    """Write a safetensors file. Narrow floats are those of ml_dtypes."""
+    header, data = {}, b""
+    for name, array in tensors.items():
+        begin = len(data)
+        data += np.ascontiguousarray(array).tobytes()
+        offsets = [begin, len(data)]
+        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def scales_of(rng: np.random.Generator, *shape: int, dtype: Any = np.float16) -> Array:
@@ -205,6 +217,132 @@ def awq(group: int = 32, version: str = "gemm") -> Encoder:
         return {".qweight": packed(q, 4), ".qzeros": packed(wide, 4), ".scales": padded}, meant
 
     return encode
+
+
+def compressed(
+    bits: int = 4,
+    group: int | None = 32,
+    *,
+    symmetric: bool = True,
+    dtype: Any = np.float16,
+    order: bool = False,
+    tensor: bool = False,
+) -> Encoder:
+    """Return an encoder to pack-quantized; None: a group is a whole row."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        count = k // (group or k)
+        low = -(1 << (bits - 1))
+        q = rng.integers(low, -low, (n, k))
+        zeros = np.zeros((n, count), np.int64) if symmetric else rng.integers(low, -low, (n, count))
+        scales = scales_of(rng, n, count, dtype=dtype)
+        groups = np.arange(k) // (group or k)
+        if order:
+            groups = rng.permutation(groups)
+        parts = {
+            ".weight_packed": packed(q - low, bits),
+            ".weight_scale": scales,
+            ".weight_shape": np.array([n, k], np.int64),
+        }
+        if not symmetric:
+            parts[".weight_zero_point"] = packed((zeros - low).T, bits).T
+        if order:
+            parts[".weight_g_idx"] = groups.astype(np.int32)
+        return parts, meaning(q, zeros, scales, groups)
+
+    return encode
+
+
+def integers(strategy: str = "channel", *, symmetric: bool = True) -> Encoder:
+    """Return an encoder to int-quantized."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        shapes = {"channel": (n, 1), "tensor": (1,), "group": (n, k // 32), "block": (-(-n // 48), -(-k // 48))}
+        shape = shapes[strategy]
+        q = rng.integers(-128, 128, (n, k))
+        zeros = np.zeros(shape, np.int64) if symmetric else rng.integers(-128, 128, shape)
+        scales = scales_of(rng, *shape, dtype=BF16)
+        parts = {".weight": q.astype(np.int8), ".weight_scale": scales}
+        if not symmetric:
+            parts[".weight_zero_point"] = zeros.astype(np.int8)
+        at = np.indices((n, k))
+        meant = (q - pick(zeros, strategy, at)).astype(np.float32) * pick(scales, strategy, at).astype(np.float32)
+        return parts, meant
+
+    return encode
+
+
+def pick(values: Array, strategy: str, at: Array, tall: int = 48, wide: int = 48) -> Array:
+    """Return the value of each element [n, k] of a matrix, from one value per row, tensor, group of 32 or block."""
+    n, k = at
+    if strategy == "tensor":
+        return np.broadcast_to(values.reshape(()), n.shape)
+    if strategy == "channel":
+        return values.reshape(-1)[n]
+    return values[n, k // 32] if strategy == "group" else values[n // tall, k // wide]
+
+
+def floats(
+    strategy: str = "channel", name: str = ".weight_scale", dtype: Any = np.float32, block: tuple[int, int] = (48, 48)
+) -> Encoder:
+    """Return an encoder to e4m3 floats with scales."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        tall, wide = block
+        shapes = {"channel": (n, 1), "tensor": (1,), "group": (n, k // 32), "block": (-(-n // tall), -(-k // wide))}
+        values = (rng.standard_normal((n, k)) * 8).astype(E4M3)
+        scales = scales_of(rng, *shapes[strategy], dtype=np.float32).astype(dtype)
+        each = pick(scales.astype(np.float32), strategy, np.indices((n, k)), tall, wide)
+        return {".weight": values, name: scales}, values.astype(np.float32) * each
+
+    return encode
+
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+FP4 = [0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 0.5, 2 / 12, 0.25]
+
+
+def bitsandbytes(kind: str = "nf4", block: int = 64, *, nested: bool = False) -> Encoder:
+    """Return an encoder to the 4-bit layout of bitsandbytes."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        table = np.array(NF4 if kind == "nf4" else [*FP4, *[-x for x in FP4]], np.float32)
+        codes = rng.integers(0, 16, n * k)
+        state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [n, k]}
+        parts = {
+            ".weight": np.array([[16 * a + b] for a, b in codes.reshape(-1, 2)], np.uint8),
+            ".weight.quant_map": table,
+        }
+        count = -(-n * k // block)
+        if nested:
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}
+            parts[".weight.absmax"] = rng.integers(0, 256, count).astype(np.uint8)
+            parts[".weight.nested_quant_map"] = np.linspace(-1, 1, 256, dtype=np.float32)
+            parts[".weight.nested_absmax"] = scales_of(rng, -(-count // 256), dtype=np.float32)
+            values = parts[".weight.nested_quant_map"][parts[".weight.absmax"]]
+            absmax = values * parts[".weight.nested_absmax"][np.arange(count) // 256] + np.float32(0.05)
+        else:
+            absmax = parts[".weight.absmax"] = scales_of(rng, count, dtype=np.float32)
+        text = json.dumps(state).encode()
+        parts[f".weight.quant_state.bitsandbytes__{kind}"] = np.frombuffer(text, np.uint8)
+        return parts, (table[codes] * absmax[np.arange(n * k) // block]).reshape(n, k)
+
+    return encode
+
+
+def compressed_settings(format: str, **weights: Any) -> dict[str, Any]:
+    scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**scheme, **weights}}},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
 
 
 def gptq_settings(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:

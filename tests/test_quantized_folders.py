@@ -11,7 +11,25 @@ import pytest
 from safetensors.numpy import save_file
 
 import treadle
-from tests.quantized_folders import BERT, GPT2, LLAMA, QWEN2, Encoder, Stored, awq, gptq, gptq_settings, write_folder
+from tests.quantized_folders import (
+    BERT,
+    BF16,
+    E8M0,
+    GPT2,
+    LLAMA,
+    QWEN2,
+    Encoder,
+    Stored,
+    awq,
+    bitsandbytes,
+    compressed,
+    compressed_settings,
+    floats,
+    gptq,
+    gptq_settings,
+    integers,
+    write_folder,
+)
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.source import ModelSource
 
@@ -132,7 +150,68 @@ AWQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
     ("awq-64", awq(64), {**AWQ_SETTINGS, "group_size": 64}, "uint4_groups(64)"),
     ("awq-gemv", awq(16, "gemv"), {**AWQ_SETTINGS, "group_size": 16, "version": "GEMV"}, "uint4_groups(16)"),
 ]
-LAYOUTS = [*GPTQ, *AWQ]
+PACK, INTS, FLOATS = (f"{kind}-quantized" for kind in ("pack", "int", "float"))
+GROUPS = {"strategy": "group", "group_size": 32}
+COMPRESSED: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("pack-4", compressed(), compressed_settings(PACK, num_bits=4, **GROUPS), "int4_groups(32)"),
+    (
+        "pack-4-zeros",
+        compressed(symmetric=False, dtype=BF16),
+        compressed_settings(PACK, num_bits=4, symmetric=False, **GROUPS),
+        "uint4_groups(32)",
+    ),
+    (
+        "pack-4-float32",
+        compressed(dtype=np.float32),
+        compressed_settings(PACK, num_bits=4, **GROUPS),
+        "uint4_wide_groups(32)",
+    ),
+    ("pack-4-rows", compressed(group=None), compressed_settings(PACK, num_bits=4), "int4_groups"),
+    ("pack-4-order", compressed(order=True), compressed_settings(PACK, num_bits=4, actorder="group", **GROUPS), ""),
+    ("pack-8", compressed(8, dtype=np.float32), compressed_settings(PACK, **GROUPS), "int8_groups(32)"),
+    (
+        "pack-8-zeros",
+        compressed(8, symmetric=False),
+        compressed_settings(PACK, symmetric=False, **GROUPS),
+        "int8_zero_groups(32)",
+    ),
+    ("int", integers(), compressed_settings(INTS), "int8_rows"),
+    ("int-tensor", integers("tensor"), compressed_settings(INTS, strategy="tensor"), "int8_rows"),
+    ("int-group", integers("group"), compressed_settings(INTS, **GROUPS), "int8_groups(32)"),
+    ("int-zeros", integers(symmetric=False), compressed_settings(INTS, symmetric=False), "int8_zero_groups"),
+    (
+        "int-block",
+        integers("block"),
+        compressed_settings(INTS, strategy="block", block_structure=[48, 48]),
+        "",
+    ),
+    *[
+        (f"float-{s}", floats(s), compressed_settings(FLOATS, type="float", strategy=s, **more), "e4m3_groups")
+        for s, more in (("channel", {}), ("tensor", {}), ("group", {"group_size": 32}))
+    ],
+]
+FP8 = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+FP8_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    *[
+        (
+            f"fp8-{dtype.name}",
+            floats("block", ".weight_scale_inv", dtype, (48, 32)),
+            {**FP8, "weight_block_size": [48, 32], "fmt": "e4m3"},
+            "e4m3_groups(32)",
+        )
+        for dtype in (np.dtype(np.float32), BF16, E8M0)
+    ],
+    ("fp8-tensor", floats("tensor"), FP8, "e4m3_groups"),
+    ("fp8-partial", floats("block", ".weight_scale_inv"), {**FP8, "weight_block_size": [48, 48]}, ""),
+]
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BNB_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("nf4", bitsandbytes(), BNB, "nf4_groups(64)"),
+    ("nf4-nested", bitsandbytes(nested=True), {**BNB, "bnb_4bit_use_double_quant": True}, "nf4_groups(64)"),
+    ("fp4", bitsandbytes("fp4"), BNB, "fp4_groups(64)"),
+    ("nf4-over-rows", bitsandbytes(block=256), BNB, ""),
+]
+LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS]
 
 
 @pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
@@ -155,6 +234,16 @@ def test_a_layout_decodes_to_its_numbers(encode: Encoder, settings: Any, form: s
             np.testing.assert_array_equal(encoding.decode(np.asarray(resolved.weights[name])), numbers)
             encoded += 1
     assert encoded == (14 if form else 0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, BERT], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("layout", ["gptq-8-zeros", "gptq-order", "awq", "pack-4", "int", "fp8-bfloat16", "nf4"])
+def test_a_model_of_each_method_computes_as_with_its_numbers(layout: str, config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    folder, wide = write_folder(tmp_path, encode, settings, config)
+    expected = output(treadle.compile(wide, backend="numpy"))
+    np.testing.assert_allclose(output(treadle.compile(folder, backend="tvm")), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("config", [LLAMA, QWEN2, BERT, GPT2], ids=lambda config: config["model_type"])
@@ -211,7 +300,7 @@ GPTQ_DAMAGE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("bits-3", None, {"bits": 3}, "are not an integer number of integers of 3 bits"),
     ("bits-unknown", None, {"bits": 5}, "unsupported value of bits"),
     ("bits-text", None, {"bits": "4"}, "unsupported value of bits"),
-    ("group", None, {"group_size": 48}, "groups of 48 do not divide the 128 inputs"),
+    ("group", None, {"group_size": 48}, "groups of 48 do not divide the"),
     ("group-zero", None, {"group_size": 0}, "unsupported value of group_size"),
     ("group-other", None, {"group_size": 64}, "a part of a quantized weight does not fit"),
     ("form", None, {"checkpoint_format": "marlin"}, "unsupported value of checkpoint_format"),

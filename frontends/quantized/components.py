@@ -12,7 +12,13 @@ from typing import Protocol
 from treadle.files.shown_names import printable
 from treadle.ir.errors import CheckpointError
 
-READ_FORMATS = ("gptq", "awq")
+READ_FORMATS = (
+    "gptq",
+    "awq",
+    "compressed-tensors (pack-quantized, int-quantized, float-quantized)",
+    "bitsandbytes (4 bits)",
+    "fp8",
+)
 """The formats whose weights are read, in words."""
 
 _MODULE = (

@@ -75,7 +75,7 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
     order = None
     if parts.has(f"{module}.g_idx"):
         parts.take(f"{module}.g_idx", ("i32", "i64"), (size,))
-        order = _order(f"{module}.g_idx", groups, group, parts)
+        order = parts.order(f"{module}.g_idx", groups, group)
     return GroupedIntegers(
         words,
         f"gptq, {bits} bits in groups of {group}",
@@ -86,16 +86,6 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
         partial(_factors, module, bits, less, parts),
         order,
     )
-
-
-def _order(name: str, groups: int, group: int, parts: ModuleParts) -> Array | None:
-    """Return the group of each input, or None if they are in order. Raises CheckpointError for one out of range."""
-    order = parts.array(name).astype(np.int64)
-    bad = (order < 0) | (order >= groups)
-    if bad.any():
-        at = int(bad.argmax())
-        raise parts.error(name, f"a group is out of range: there are {groups}", f"{order[at]} at [{at}]", element=at)
-    return None if np.array_equal(order, np.arange(len(order)) // group) else order
 
 
 def _integers(name: str, bits: int, parts: ModuleParts) -> Array:

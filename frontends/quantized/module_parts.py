@@ -75,6 +75,20 @@ class ModuleParts:
             raise self.error(integers.name, what, str(integers), "check bits and group_size of the settings")
         return length
 
+    def order(self, name: str, groups: int, group: int, unused: int | None = None) -> Array | None:
+        """Return the group of each input, from a tensor i32[K]; None if they are in order, or all are `unused`. Raises
+        CheckpointError for a group out of range.
+        """
+        order = self.array(name).astype(np.int64)
+        if unused is not None and (order == unused).all():
+            return None
+        bad = (order < 0) | (order >= groups)
+        if bad.any():
+            at = int(bad.argmax())
+            what = f"a group is out of range: there are {groups}"
+            raise self.error(name, what, f"{order[at]} at [{at}]", element=at)
+        return None if np.array_equal(order, np.arange(len(order)) // group) else order
+
     def codes(self, name: str) -> Array:
         """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""
         return self.checkpoint.raw(name).reshape(self.checkpoint.record(name).shape)
@@ -88,13 +102,17 @@ class ModuleParts:
         """Return a tensor of scales as float32. Raises CheckpointError for a scale that is NaN, infinite or zero."""
         return self.checked_scales(name, np.asarray(self.checkpoint.array(name), np.float32))
 
-    def checked_scales(self, name: str, scales: Array) -> Array:
-        """Return scales that were read from a tensor. Raises CheckpointError as `scales` does."""
-        bad = ~np.isfinite(scales) | (scales == 0)
+    def checked_scales(self, name: str, scales: Array, *, zero: bool = False) -> Array:
+        """Return scales that were read from a tensor. Raises CheckpointError as `scales` does; with `zero`, a scale of
+        0 is accepted, as the largest magnitude of a block of zeros is.
+        """
+        bad = ~np.isfinite(scales) | ((scales == 0) & (not zero))
         if bad.any():
             at = int(bad.reshape(-1).argmax())
             received = f"{scales.reshape(-1)[at]} at {[int(i) for i in np.unravel_index(at, scales.shape)]}"
-            raise self.error(name, "a scale is NaN, infinite or zero", received, element=at)
+            raise self.error(
+                name, "a scale is NaN or infinite" if zero else "a scale is NaN, infinite or zero", received, element=at
+            )
         return scales
 
     def array(self, name: str) -> Array:

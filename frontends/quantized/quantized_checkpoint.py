@@ -12,7 +12,10 @@ from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.awq_weights import read_awq
+from treadle.frontends.quantized.bitsandbytes_weights import read_bitsandbytes
 from treadle.frontends.quantized.components import formats_hint
+from treadle.frontends.quantized.compressed_weights import read_compressed
+from treadle.frontends.quantized.fp8_weights import read_fp8
 from treadle.frontends.quantized.gptq_weights import read_gptq
 from treadle.frontends.quantized.module_parts import ModuleParts
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight
@@ -22,7 +25,13 @@ from treadle.ir.errors import CheckpointError
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
 
-READERS: Mapping[str, Read] = {"gptq": read_gptq, "awq": read_awq}
+READERS: Mapping[str, Read] = {
+    "gptq": read_gptq,
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "bitsandbytes": read_bitsandbytes,
+    "fp8": read_fp8,
+}
 """The readers by `quant_method`."""
 
 _IRRELEVANT = frozenset(
@@ -62,6 +71,18 @@ _IRRELEVANT = frozenset(
         "do_fuse",
         "fuse_max_seq_len",
         "modules_to_fuse",
+        "modules_to_not_convert",
+        "quantization_status",
+        "global_compression_ratio",
+        "version",
+        "ignored_layers",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
+        "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight",
+        "llm_int8_skip_modules",
+        "llm_int8_threshold",
     ]
 )
 """Keys that choose how weights were quantized or which kernels read them, but not their numbers."""

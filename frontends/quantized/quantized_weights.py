@@ -107,14 +107,13 @@ class GroupedIntegers(QuantizedWeight):
 
     @cached_property
     def _factors(self) -> tuple[Array, Array]:
-        return self.factors()
+        scales, zeros = self.factors()
+        return scales, zeros.astype(np.int32)
 
     @cached_property
     def length(self) -> int | None:
         """The number of elements of a block, or None if there are no blocks."""
-        if self.order is not None:
-            return None
-        return next((n for n in _LENGTHS if self.group % n == 0), None)
+        return None if self.order is not None else block_length(self.group)
 
     @cached_property
     def form(self) -> Encoding | None:  # type: ignore[override]
@@ -134,7 +133,7 @@ class GroupedIntegers(QuantizedWeight):
     @property
     def why_decoded(self) -> str:
         if self.order is not None:
-            return "its inputs are in groups of another order (desc_act)"
+            return "its groups of inputs are not blocks of neighbors"
         return f"groups of {self.group} are not an integer number of blocks"
 
     def blocks(self) -> Array:
@@ -165,6 +164,11 @@ class GroupedIntegers(QuantizedWeight):
         made -= zeros[:, order]
         made *= scales[:, order]
         return made
+
+
+def block_length(group: int) -> int | None:
+    """Return the number of elements of a block, for groups of this length; None if they are not whole blocks."""
+    return next((n for n in _LENGTHS if group % n == 0), None)
 
 
 def unpack_low_first(words: Array, bits: int) -> Array:

@@ -67,6 +67,11 @@ class E4M3Groups(CodedGroups):
     name = "e4m3_groups"
     table = _e4m3()
 
+    def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
+        made = super().sample(rng, count, elements)
+        made["q"] -= (made["q"] & 0x7F) == 0x7F  # no NaN
+        return made
+
 
 @block_form
 class E2M1Groups(CodedGroups):
@@ -96,6 +101,4 @@ class FP4Groups(CodedGroups):
     """y = table[q] scale: q is a float of bitsandbytes, from -1 to 1"""
 
     name = "fp4_groups"
-    table = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(
-        12
-    )
+    table = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
