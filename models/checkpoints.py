@@ -49,6 +49,7 @@ class ReadModel:
     unused   tensors of the checkpoint that the model does not use
     unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    notes    lines for the log: the weights that are decoded when they are read, with the reasons
     padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
     learned  the weights that training changes by default; None: all
     """
@@ -60,6 +61,7 @@ class ReadModel:
     unused: tuple[str, ...] = ()
     blocks: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     padding: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] | None = None
 
@@ -88,7 +90,7 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, option
         return ReadModel(name, declared.graph(), declared)
     store = open_quantized(weights)
     graph, binding = _bound_folder(declared, {}, store, options)
-    return ReadModel(name, graph, declared, binding.arrays, binding.unused, unread=_unread(store))
+    return ReadModel(name, graph, declared, binding.arrays, binding.unused, **_facts(store, binding))
 
 
 def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, options: ReadOptions) -> ReadModel:
@@ -98,9 +100,10 @@ def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, op
     graph, binding = _bound_folder(declared, read.table, store, options, family.prefixes)
     learned = tuple(name for name in graph.parameters if name not in family.buffers)
     padding = family.padding(checkpoint.config)
-    unread = (*read.unread, *_unread(store))
+    facts = _facts(store, binding)
+    facts["unread"] = (*read.unread, *facts.get("unread", ()))
     return ReadModel(
-        family.name, graph, declared, binding.arrays, binding.unused, {}, unread, padding=padding, learned=learned
+        family.name, graph, declared, binding.arrays, binding.unused, **facts, padding=padding, learned=learned
     )
 
 
@@ -120,8 +123,14 @@ def _bound_folder(
     return encode_parameters(graph, binding.encodings), binding
 
 
-def _unread(store: Checkpoint | QuantizedCheckpoint) -> tuple[str, ...]:
-    return () if isinstance(store, Checkpoint) else store.unread
+def _facts(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> dict[str, tuple[str, ...]]:
+    """Return the fields of a `ReadModel` that a folder with quantized weights adds."""
+    if isinstance(store, Checkpoint):
+        return {}
+    whys = store.decoded()
+    read = {name: source.name for name, source in binding.sources.items() if source.name in whys}
+    notes = (f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items())
+    return {"unread": store.unread, "notes": tuple(notes)}
 
 
 def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:

@@ -346,3 +346,24 @@ def test_trained_weights_are_not_saved_in_a_quantized_layout(tmp_path: Path) -> 
     source = ModelSource.open(folder).resolve(widen="blocks")
     with pytest.raises(UsageError, match="cannot be saved in the layout of a folder whose weights are quantized"):
         saver_for(source, tmp_path / "saved")
+
+
+def test_a_weight_that_is_decoded_when_it_is_read_is_in_the_log(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(order=True), gptq_settings(desc_act=True))
+    log = treadle.compile(folder, backend="numpy").log
+    notes = [note for record in log if record.name == "read-weights" for note in record.notes]
+    assert len(notes) == 14
+    assert notes[0] == (
+        "layer.0.attn.q.weight is decoded when it is read: its groups of inputs are not blocks of neighbors"
+    )
+
+
+def test_rounding_of_activations_that_is_not_applied_is_reported(tmp_path: Path) -> None:
+    settings = compressed_settings(INTS)
+    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+    settings["kv_cache_scheme"] = {"num_bits": 8}
+    folder, _ = write_folder(tmp_path, integers(), settings)
+    assert set(ModelSource.open(folder).resolve().unread) == {
+        "quantization_config.kv_cache_scheme",
+        "quantization_config.config_groups.group_0.input_activations",
+    }

@@ -67,7 +67,7 @@ def read_compressed(settings: QuantizationSettings, parts: ModuleParts) -> Mappi
     groups, ignored = settings.get("config_groups", {}), _names(settings, "ignore", settings.get("ignore", []))
     if not isinstance(groups, Mapping):
         raise settings.error("config_groups", groups, "an object of groups of modules")
-    schemes = [_scheme(settings, name, group) for name, group in groups.items()]
+    schemes = [_scheme(settings, str(name)) for name in groups]
     made: dict[str, QuantizedWeight] = {}
     for part in (".weight_packed", ".weight_scale"):
         for module in parts.modules(part):
@@ -89,12 +89,9 @@ def _names(settings: QuantizationSettings, key: str, value: object) -> Sequence[
     return value
 
 
-def _scheme(settings: QuantizationSettings, name: str, group: object) -> _Scheme:
-    within = f"{settings.within}, config_groups, {printable(name)}"
-    if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-        raise CheckpointError("a group of modules has no settings of weights", within=within, hint="weights")
-    of = QuantizationSettings(group, within, settings.method)
-    weights = QuantizationSettings(group["weights"], f"{within}, weights", settings.method)
+def _scheme(settings: QuantizationSettings, name: str) -> _Scheme:
+    of, weights = settings.inside("config_groups", name), settings.inside("config_groups", name, "weights")
+    of.get("weights")
     format = of.choice("format", _FORMATS, settings.choice("format", (*_FORMATS, "mixed-precision"), "pack-quantized"))
     kind = weights.choice("type", ("int", "float"), "int")
     if format == "naive-quantized":

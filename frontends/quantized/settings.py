@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from treadle.files.shown_names import printable
@@ -33,6 +33,7 @@ class QuantizationSettings:
     def __init__(self, content: Mapping[str, Any], within: str, method: str | None = None) -> None:
         self.content, self.within = content, within
         self._read = {"quant_method"}
+        self._inside: dict[str, QuantizationSettings] = {}
         named = content.get("quant_method", method)
         if not isinstance(named, str):
             raise self.error("quant_method", named, "it must be the name of a method")
@@ -42,6 +43,20 @@ class QuantizationSettings:
         """Return the value of a key under the first of its names that the settings have."""
         self._read.update((key, *aliases))
         return next((self.content[name] for name in (key, *aliases) if self.content.get(name) is not None), default)
+
+    def inside(self, *path: str) -> QuantizationSettings:
+        """Return the settings of an object inside; their unread keys count as keys of these settings. Raises
+        CheckpointError for a value that is not an object.
+        """
+        content: object = self.content
+        for key in path:
+            content = content.get(key) if isinstance(content, Mapping) else None
+        within = ", ".join([self.within, *map(printable, path)])
+        if not isinstance(content, Mapping):
+            received = printable(repr(content))[:_SHOWN]
+            raise CheckpointError(f"{printable(path[-1])} must be an object", received=received, within=within)
+        self._read.add(path[0])
+        return self._inside.setdefault(".".join(path), QuantizationSettings(content, within, self.method))
 
     def integer(self, key: str, allowed: Sequence[int] | None = None, *, aliases: Sequence[str] = ()) -> int:
         """Return an integer. Raises CheckpointError for another value, and for one that is not allowed."""
@@ -81,11 +96,16 @@ class QuantizationSettings:
                 raise self.error(key, value, f"the option is not supported: {why}")
 
     def unread(self, irrelevant: frozenset[str]) -> tuple[str, ...]:
-        """Return the keys that are not null, were not read, and are not known to be irrelevant."""
+        """Return the keys that are not null, were not read, and are not known to be irrelevant. Keys of objects inside
+        have dots.
+        """
+        return tuple(f"{KEYS[0]}.{key}" for key in self._unread(irrelevant))
+
+    def _unread(self, irrelevant: frozenset[str]) -> Iterator[str]:
         known = self._read | irrelevant
-        return tuple(
-            f"{KEYS[0]}.{key}" for key, value in self.content.items() if value is not None and key not in known
-        )
+        yield from (key for key, value in self.content.items() if value is not None and key not in known)
+        for path, inside in self._inside.items():
+            yield from (f"{path}.{key}" for key in inside._unread(irrelevant))
 
     def error(self, key: str, received: object, hint: str) -> CheckpointError:
         """Return the error for the value of a key."""
