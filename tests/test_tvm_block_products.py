@@ -26,9 +26,10 @@ HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 READ = (
-    "int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1", "uint4_groups(32)", "uint4_groups(64)",
+    "int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1", "uint4_groups(64)",
     "int8_groups(64)",
 )  # fmt: skip
+CODED = ("e4m3_groups(64)", "nf4_groups(64)", "e2m1_groups(32)")
 WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # only linears read these, word by word
 SIZES = [(32, 1), (32, 31), (64, 65), (128, 96), (320, 33), (1536, 17)]
 ROWS = (1, 2, 3, 6, 7, 8, 11, 12, 13, 24, 61)
@@ -93,7 +94,7 @@ def titles(exe: KernelExecutable) -> list[str]:
 
 
 EACH = [(text, isa) for text in READ for isa in HERE]
-EACH += [(text, HERE[0]) for text in WORDS]
+EACH += [(text, HERE[0]) for text in (*WORDS, *CODED)]
 EACH += [(text, isa) for text in ("q5_0", "q6_k") for isa in HERE[1:] if isa.endswith(("v4", "v3"))]
 
 

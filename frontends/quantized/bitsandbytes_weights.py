@@ -23,10 +23,10 @@ import numpy as np
 
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.mapped_tensors import TensorRecord
-from treadle.frontends.quantized.coded_weights import table_of
 from treadle.frontends.quantized.module_parts import ModuleParts
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length
 from treadle.frontends.quantized.settings import QuantizationSettings
+from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
 
 Array = np.ndarray[Any, Any]

@@ -12,21 +12,14 @@ import numpy as np
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
-from treadle.ir.encodings.coded_forms import CodedGroups
-from treadle.ir.encodings.encoding import FORMS, Encoding
+from treadle.ir.encodings.coded_forms import table_of
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
 E4M3 = "e4m3_groups"
 """The form of 8-bit floats."""
-
-
-def table_of(form: str) -> Array:
-    """Return the values of a form of codes."""
-    block = FORMS[form](32)
-    assert isinstance(block, CodedGroups)
-    return block.table
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from treadle.ir.encodings.encoding import Array, BlockForm, block_form
+from treadle.ir.encodings.encoding import FORMS, Array, BlockForm, block_form
 from treadle.ir.encodings.gguf_forms import unpacked
 from treadle.ir.encodings.rounded_forms import group_length
 
@@ -49,12 +49,17 @@ class CodedGroups(BlockForm):
     def __init__(self, group: int) -> None:
         self.elements: int = group_length(self.name, group)
 
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 if len(self.table) == 256 else 4
+
     def record(self, elements: int) -> np.dtype[Any]:
-        return np.dtype([("scale", "<f4"), ("q", "u1", (elements * (len(self.table) == 256) or elements // 2,))])
+        return np.dtype([("scale", "<f4"), ("q", "u1", (elements * self.bits // 8,))])
 
     def decode(self, blocks: Array) -> Array:
         q = blocks["q"]
-        codes = q if len(self.table) == 256 else unpacked(q, q.shape[-1], 4)
+        codes = q if self.bits == 8 else unpacked(q, q.shape[-1], 4)
         made: Array = self.table[codes]
         made *= blocks["scale"][:, None]
         return made
@@ -102,3 +107,10 @@ class FP4Groups(CodedGroups):
 
     name = "fp4_groups"
     table = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / np.float32(12)
+
+
+def table_of(form: str) -> Array:
+    """Return the values by code of a form, f32[16] or f32[256]."""
+    block = FORMS[form](32)
+    assert isinstance(block, CodedGroups)
+    return block.table

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from treadle.ir.encodings.coded_forms import CodedGroups, table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.layouts import PAIR_STEP
 from treadle.ir.types import DTYPES, f16, f32
@@ -35,6 +36,7 @@ class PackedForm:
     least  True if a block's minimum, or its zero, follows the scale, in 2 bytes
     zero   value to subtract from an element: 8, or 0
     zeros  True if these 2 bytes are a zero: c is -d times it
+    codes  the form of codes whose table has the elements' values, "nf4_groups"; empty: elements are integers
     """
 
     bits: int
@@ -43,6 +45,7 @@ class PackedForm:
     least: bool = False
     zero: int = 0
     zeros: bool = False
+    codes: str = ""
 
     @property
     def header(self) -> int:
@@ -57,6 +60,8 @@ class PackedForm:
     @property
     def title(self) -> str:
         """Name of the form in a kernel's name."""
+        if self.codes:
+            return f"{self.codes.removesuffix('_groups')}_by_{self.group}"
         size = f"_by_{self.group}" + "_wide" * (self.scale == 4) if self.group else ""
         return f"{self.bits}_bits{size}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
 
@@ -91,8 +96,16 @@ class PackedForm:
         """Return the elements of a byte as float32: one element, or two, one of the block's first half and one of its
         second half.
 
-        raised  True if the second element stays multiplied by 16, which saves a shift
+        raised  True if the second element stays multiplied by 16, which saves a shift; not for codes
         """
+        if self.codes:
+            wide = k.let(k.cast(byte, _i32, lanes), "byte")
+            if self.bits == 8:
+                return [_small_float(k, wide, lanes, 20, 2.0**120)]
+            halves = [wide & k.number(15, _i32, lanes), wide >> k.number(4, _i32, lanes)]
+            if self.codes == "e2m1_groups":
+                return [_small_float(k, code, lanes, 22, 2.0**126) for code in halves]
+            return [_entry(k, code, lanes, table_of(self.codes)) for code in halves]
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
         wide = k.let(k.cast(byte, _i32, lanes), "byte")
@@ -109,6 +122,26 @@ def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
     if len(bytes) == 4:
         return k.bits(made, f32, lanes)
     return k.cast(k.bits(k.cast(made, _i16, lanes), f16, lanes), f32, lanes)
+
+
+def _small_float(k: Emitter, code: Expr, lanes: int, shift: int, scale: float) -> Expr:
+    """Return a float of a few bits as float32: its exponent and mantissa are shifted to float32's, and `scale` makes up
+    for the difference of the exponents' biases. Subnormal numbers become those of float32, so all are exact.
+    """
+    sign = 8 if shift == 22 else 128
+    below = k.shift_left(code & k.number(sign - 1, _i32, lanes), k.number(shift, _i32, lanes))
+    above = k.shift_left(code & k.number(sign, _i32, lanes), k.number(32 - sign.bit_length(), _i32, lanes))
+    return k.bits(below | above, f32, lanes) * k.number(scale, f32, lanes)
+
+
+def _entry(k: Emitter, code: Expr, lanes: int, table: Sequence[float]) -> Expr:
+    """Return entries of a table of 16, by codes of four bits: each bit selects one of two halves."""
+    code = k.let(code, "code")
+    values = [k.number(float(value), f32, lanes) for value in table]
+    for bit in range(4):
+        low = (code & k.number(1 << bit, _i32, lanes)) < k.number(1, _i32, lanes)
+        values = [k.let(k.select(low, values[i], values[i + 1]), "y") for i in range(0, len(values), 2)]
+    return values[0]
 
 
 INT8_ROWS = PackedForm(8, 0, scale=4)
@@ -128,6 +161,8 @@ def packed_form(encoding: Encoding) -> PackedForm | None:
         return PackedForm(4, encoding.group, least=True, zeros=True)
     if encoding.form == "int8_groups":
         return PackedForm(8, encoding.group, scale=4)
+    if isinstance(encoding.block, CodedGroups):
+        return PackedForm(encoding.block.bits, encoding.group, scale=4, codes=encoding.form)
     return {
         "int8_rows": INT8_ROWS,
         "q8_0": PackedForm(8, 32),
