@@ -90,7 +90,9 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, option
         return ReadModel(name, declared.graph(), declared)
     store = open_quantized(weights)
     graph, binding = _bound_folder(declared, {}, store, options)
-    return ReadModel(name, graph, declared, binding.arrays, binding.unused, **_facts(store, binding))
+    return ReadModel(
+        name, graph, declared, binding.arrays, binding.unused, unread=_unread(store), notes=_notes(store, binding)
+    )
 
 
 def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, options: ReadOptions) -> ReadModel:
@@ -100,10 +102,17 @@ def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, op
     graph, binding = _bound_folder(declared, read.table, store, options, family.prefixes)
     learned = tuple(name for name in graph.parameters if name not in family.buffers)
     padding = family.padding(checkpoint.config)
-    facts = _facts(store, binding)
-    facts["unread"] = (*read.unread, *facts.get("unread", ()))
+    unread = (*read.unread, *_unread(store))
     return ReadModel(
-        family.name, graph, declared, binding.arrays, binding.unused, **facts, padding=padding, learned=learned
+        family.name,
+        graph,
+        declared,
+        binding.arrays,
+        binding.unused,
+        unread=unread,
+        notes=_notes(store, binding),
+        padding=padding,
+        learned=learned,
     )
 
 
@@ -123,14 +132,15 @@ def _bound_folder(
     return encode_parameters(graph, binding.encodings), binding
 
 
-def _facts(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> dict[str, tuple[str, ...]]:
-    """Return the fields of a `ReadModel` that a folder with quantized weights adds."""
-    if isinstance(store, Checkpoint):
-        return {}
-    whys = store.decoded()
+def _unread(store: Checkpoint | QuantizedCheckpoint) -> tuple[str, ...]:
+    return () if isinstance(store, Checkpoint) else store.unread
+
+
+def _notes(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> tuple[str, ...]:
+    """Return a line for each quantized weight that has been decoded, since it has no encoding."""
+    whys = {} if isinstance(store, Checkpoint) else store.decoded()
     read = {name: source.name for name, source in binding.sources.items() if source.name in whys}
-    notes = (f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items())
-    return {"unread": store.unread, "notes": tuple(notes)}
+    return tuple(f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items())
 
 
 def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:

@@ -334,6 +334,29 @@ def bitsandbytes(kind: str = "nf4", block: int = 64, *, nested: bool = False) ->
     return encode
 
 
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def small_floats(group: int) -> Encoder:
+    """Return an encoder to nvfp4 (groups of 16) or mxfp4 (groups of 32)."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        table = np.array([*E2M1, *[-x for x in E2M1]], np.float32)
+        codes = rng.integers(0, 16, (n, k))
+        parts = {".weight_packed": (codes[:, ::2] + 16 * codes[:, 1::2]).astype(np.uint8)}
+        if group == 16:
+            scales = (1 + 400 * rng.random((n, k // 16))).astype(E4M3)
+            parts |= {".weight_scale": scales, ".weight_global_scale": np.array([3000.0], np.float32)}
+            each = scales.astype(np.float32) / np.float32(3000)
+        else:
+            exponents = rng.integers(118, 123, (n, k // 32))
+            parts[".weight_scale"] = exponents.astype(np.uint8)
+            each = (2.0 ** (exponents - 127.0)).astype(np.float32)
+        return parts, table[codes] * np.repeat(each, group, axis=1)
+
+    return encode
+
+
 def compressed_settings(format: str, **weights: Any) -> dict[str, Any]:
     scheme = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
     return {

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import treadle
+from tests.fuzz.quantized_folders import run
 from tests.quantized_folders import (
     BERT,
     BF16,
@@ -28,6 +29,7 @@ from tests.quantized_folders import (
     gptq,
     gptq_settings,
     integers,
+    small_floats,
     write_folder,
 )
 from treadle.ir.errors import CheckpointError, UsageError
@@ -189,6 +191,15 @@ COMPRESSED: list[tuple[str, Encoder, dict[str, Any], str]] = [
         (f"float-{s}", floats(s), compressed_settings(FLOATS, type="float", strategy=s, **more), "e4m3_groups")
         for s, more in (("channel", {}), ("tensor", {}), ("group", {"group_size": 32}))
     ],
+]
+COMPRESSED += [
+    (
+        f"{kind}fp4",
+        small_floats(group),
+        compressed_settings(f"{kind}fp4-pack-quantized", num_bits=4, type="float", strategy=by, group_size=group),
+        f"e2m1_groups({group})",
+    )
+    for kind, group, by in (("nv", 16, "tensor_group"), ("mx", 32, "group"))
 ]
 FP8 = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
 FP8_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
@@ -367,3 +378,93 @@ def test_rounding_of_activations_that_is_not_applied_is_reported(tmp_path: Path)
         "quantization_config.kv_cache_scheme",
         "quantization_config.config_groups.group_0.input_activations",
     }
+
+
+def compressed_damage() -> list[tuple[str, Any, Any, str]]:
+    def settings(**more: Any) -> dict[str, Any]:
+        return {**compressed_settings(PACK, num_bits=4, **GROUPS), **more}
+
+    def weights(**more: Any) -> dict[str, Any]:
+        return compressed_settings(PACK, **{"num_bits": 4, **GROUPS, **more})
+
+    def targets(*names: str) -> dict[str, Any]:
+        made = settings()
+        made["config_groups"]["group_0"]["targets"] = list(names)
+        return made
+
+    return [
+        ("ignored", None, settings(ignore=["re:.*up_proj"]), "the settings exclude model.layers.0.mlp.up_proj"),
+        ("no-target", None, targets("re:.*self_attn.*"), "no group of the settings has model.layers.0.mlp.gate_proj"),
+        ("format", None, compressed_settings(INTS), "the format of a weight contradicts its name"),
+        ("sparse", None, settings(sparsity_config={"format": "sparse-24-bitmask"}), "value of sparsity_config"),
+        ("transformed", None, settings(transform_config={"a": 1}), "unsupported value of transform_config"),
+        ("bits", None, weights(num_bits=3), "unsupported value of num_bits"),
+        ("groups", None, weights(group_size=64), "has 2 groups, but the settings give 1"),
+        ("zeros", None, weights(symmetric=False), "lacks model.layers.0.self_attn.q_proj.weight_zero_point"),
+        ("shape", put(".weight_shape", 1, 65), settings(), "does not have the shape"),
+        ("negative", put(".weight_shape", 1, -64), settings(), "does not have the shape"),
+        ("scale", put(".weight_scale", (3, 1), np.inf), settings(), "a scale is NaN, infinite or zero"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "match"),
+    [each[1:] for each in compressed_damage()],
+    ids=[each[0] for each in compressed_damage()],
+)
+def test_a_damaged_folder_of_compressed_tensors_is_refused(
+    change: Any, settings: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    folder, _ = write_folder(tmp_path, compressed(), settings, change=change or (lambda tensors: None))
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve()
+
+
+def state_of(**changes: Any) -> Any:
+    """Return a change of the JSON in a quant_state."""
+    name = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+
+    def change(tensors: Stored) -> None:
+        text = json.dumps({**json.loads(tensors[name].tobytes()), **changes}).encode()
+        tensors[name] = np.frombuffer(text, np.uint8)
+
+    return change
+
+
+OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
+    ("nf4-shape", bitsandbytes(), BNB, state_of(shape=[64, 64, 2]), "the shape of a weight must be two"),
+    ("nf4-large", bitsandbytes(), BNB, state_of(shape=[1 << 40, 64]), "the shape of a weight must be two"),
+    ("nf4-other-shape", bitsandbytes(), BNB, state_of(shape=[64, 64]), "a part of a quantized weight does not fit"),
+    ("nf4-block", bitsandbytes(), BNB, state_of(blocksize=0), "unsupported blocksize"),
+    ("nf4-type", bitsandbytes(), BNB, state_of(quant_type="fp4"), "names another type"),
+    ("nf4-json", bitsandbytes(), BNB, put(".weight.quant_state.bitsandbytes__nf4", 0, 0), "JSON|begin|object|value"),
+    ("nf4-scale", bitsandbytes(), BNB, put(".weight.absmax", 3, np.nan), "a scale is NaN or infinite"),
+    ("nf4-8-bit", bitsandbytes(), {**BNB, "load_in_8bit": True}, None, "unsupported value of load_in_8bit"),
+    ("nf4-storage", bitsandbytes(), {**BNB, "bnb_4bit_quant_storage": "bfloat16"}, None, "bnb_4bit_quant_storage"),
+    ("fp8-nan", floats("tensor"), FP8, put(".weight", (1, 1), np.nan), "a weight is NaN"),
+    ("fp8-block", floats("block"), {**FP8, "weight_block_size": [64, 64]}, None, "one number per block of 64 x 64"),
+    ("fp8-block-size", floats("tensor"), {**FP8, "weight_block_size": [0, 1]}, None, "must be two positive numbers"),
+    ("fp8-other", floats("tensor"), {**FP8, "fmt": "e5m2"}, None, "unsupported value of fmt"),
+    ("awq-version", awq(), {**AWQ_SETTINGS, "version": "exllama"}, None, "unsupported value of version"),
+    ("awq-bits", awq(), {**AWQ_SETTINGS, "bits": 8}, None, "unsupported value of bits"),
+    ("awq-symmetric", awq(), {**AWQ_SETTINGS, "zero_point": False}, None, "unsupported value of zero_point"),
+    ("awq-gemv", awq(), {**AWQ_SETTINGS, "version": "gemv"}, None, "a part of a quantized weight does not fit"),
+]
+
+
+@pytest.mark.parametrize(
+    ("encode", "settings", "change", "match"), [d[1:] for d in OTHER_DAMAGE], ids=[d[0] for d in OTHER_DAMAGE]
+)
+def test_a_damaged_folder_of_other_methods_is_refused(
+    encode: Encoder, settings: Any, change: Any, match: str, tmp_path: Path
+) -> None:
+    folder, _ = write_folder(tmp_path, encode, settings, change=change or (lambda tensors: None))
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve()
+
+
+def test_damaged_folders_of_every_layout_are_read_or_refused(tmp_path: Path) -> None:
+    """A sample of `python -m tests.fuzz.quantized_folders`."""
+    for number, (name, encode, settings, _) in enumerate(LAYOUTS):
+        found = run(encode, settings, 4, number, tmp_path / name)
+        assert set(found) <= {"read", "refused"}, found

@@ -101,7 +101,7 @@ class _Codes(QuantizedWeight):
     parts: ModuleParts = field(repr=False)
 
     @cached_property
-    def form(self) -> Encoding | None:  # type: ignore[override]
+    def form(self) -> Encoding | None:
         length = block_length(self.block)
         form = f"{self.kind}_groups"
         usual = np.array_equal(self._map(), table_of(form))

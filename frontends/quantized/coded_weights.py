@@ -18,8 +18,8 @@ from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
-E4M3 = "e4m3_groups"
-"""The form of 8-bit floats."""
+E4M3, E2M1 = "e4m3_groups", "e2m1_groups"
+"""The forms of floats of 8 and of 4 bits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class CodedWeight(QuantizedWeight):
     codes: Callable[[], Array]
 
     @cached_property
-    def form(self) -> Encoding | None:  # type: ignore[override]
+    def form(self) -> Encoding | None:
         length = None if self.scales.order is not None else block_length(self.scales.group)
         return None if length is None else Encoding(self.code, length)
 

@@ -15,7 +15,7 @@ from treadle.ir.errors import CheckpointError
 READ_FORMATS = (
     "gptq",
     "awq",
-    "compressed-tensors (pack-quantized, int-quantized, float-quantized)",
+    "compressed-tensors (pack-quantized, int-quantized, float-quantized, nvfp4 and mxfp4)",
     "bitsandbytes (4 bits)",
     "fp8",
 )
@@ -68,4 +68,4 @@ def formats_hint() -> str:
     other = (
         "the model's checkpoint before quantization, which `quantize=` (`--quantize`) quantizes, or a GGUF file of it"
     )
-    return f"formats that are read: {', '.join(READ_FORMATS)}; else {other}" if READ_FORMATS else other
+    return f"formats that are read: {', '.join(READ_FORMATS)}; else {other}"

@@ -7,6 +7,10 @@
     int-quantized     weight i8[N, K], weight_zero_point of the scales' shape
     float-quantized   weight e4m3[N, K]
 
+    nvfp4-pack-quantized   weight_packed u8[N, K / 2]    e2m1, the even input in the low half
+                      weight_scale e4m3[N, K / 16], divided by weight_global_scale f32[1]
+    mxfp4-pack-quantized   the same bytes; weight_scale u8[N, K / 32], a power of two: 2^(s - 127)
+
     weight_scale      [N, G]; [N, 1] for rows; [1] for the whole tensor; one per block of 128 x 128, rounded up
 
     w[n, k] = weight_scale[n, g] (q[n, k] - weight_zero_point[n, g])
@@ -27,18 +31,22 @@ import numpy as np
 
 from treadle.files.shown_names import printable
 from treadle.frontends.mapped_tensors import TensorRecord
-from treadle.frontends.quantized.coded_weights import E4M3, CodedWeight
+from treadle.frontends.quantized.coded_weights import E2M1, E4M3, CodedWeight
 from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
 from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, unpack_low_first
-from treadle.frontends.quantized.scale_blocks import groups_of_scales
+from treadle.frontends.quantized.scale_blocks import ScaleBlocks, groups_of_scales
 from treadle.frontends.quantized.settings import QuantizationSettings, matches_pattern
+from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-_STRATEGIES = ("tensor", "channel", "group", "block")
-_INPUTS = (".input_scale", ".input_zero_point")
+_PACKED = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+_FORMATS = (*_PACKED, "int-quantized", "float-quantized", "naive-quantized")
+_GROUP = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
+"""Inputs of a group of 4-bit floats."""
+_STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
+_INPUTS = (".input_scale", ".input_zero_point", ".input_global_scale")
 """Scales of activations, which are not rounded."""
 
 
@@ -46,7 +54,7 @@ _INPUTS = (".input_scale", ".input_zero_point")
 class _Scheme:
     """The settings of a group of modules.
 
-    format    "pack-quantized", "int-quantized" or "float-quantized"
+    format    one of `_FORMATS`, except naive-quantized
     bits      bits of a number
     targets   names, patterns and classes of modules
     settings  the group's `weights`
@@ -74,10 +82,12 @@ def read_compressed(settings: QuantizationSettings, parts: ModuleParts) -> Mappi
             if f"{module}.weight" in made:
                 continue
             scheme = _scheme_of(module, schemes, ignored, settings)
-            if part == ".weight_packed" and scheme.format != "pack-quantized":
+            if part == ".weight_packed" and scheme.format not in _PACKED:
                 received = f"{printable(module)}.weight_packed, format {scheme.format}"
-                raise CheckpointError("the format of a weight contradicts its name", received, within=settings.within)
-            made[f"{module}.weight"] = (_packed if scheme.format == "pack-quantized" else _plain)(module, scheme, parts)
+                what = "the format of a weight contradicts its name"
+                raise CheckpointError(what, received=received, within=settings.within)
+            read = _floats if scheme.format in _GROUP else _packed if scheme.format in _PACKED else _plain
+            made[f"{module}.weight"] = read(module, scheme, parts)
             for name in _INPUTS:
                 parts.hide(module + name)
     return made
@@ -96,9 +106,9 @@ def _scheme(settings: QuantizationSettings, name: str) -> _Scheme:
     kind = weights.choice("type", ("int", "float"), "int")
     if format == "naive-quantized":
         format = f"{kind}-quantized"
-    if (kind == "float") != (format == "float-quantized"):
+    if (kind == "float") != (format == "float-quantized" or format in _GROUP):
         raise weights.error("type", kind, f"the format is {format}")
-    bits = weights.integer("num_bits", (4, 8) if format == "pack-quantized" else (8,))
+    bits = weights.integer("num_bits", (4, 8) if format == "pack-quantized" else (4,) if format in _GROUP else (8,))
     weights.choice("strategy", _STRATEGIES, "tensor")
     if weights.get("dynamic", False) is not False:
         raise weights.error("dynamic", weights.get("dynamic"), "false: weights are rounded once")
@@ -112,18 +122,18 @@ def _scheme_of(
     if any(_matches(target, module, settings.within) for target in ignored):
         received = "ignore"
         what = f"the settings exclude {printable(module)}, which has quantized weights"
-        raise CheckpointError(what, received, within=settings.within)
-    ranks = [
-        lambda target: target == module,
-        lambda target: target.startswith("re:") and _matches(target, module, settings.within),
-        lambda target: target == "Linear",
-    ]
-    for fits in ranks:
+        raise CheckpointError(what, received=received, within=settings.within)
+    for rank in ("name", "pattern", "class"):
         for scheme in schemes:
-            if any(fits(target) for target in scheme.targets):
-                return scheme
+            for target in scheme.targets:
+                pattern = target.startswith("re:")
+                known = "pattern" if pattern else "class" if target == "Linear" else "name"
+                if rank == known and (rank == "class" or _matches(target, module, settings.within)):
+                    return scheme
     what = f"no group of the settings has {printable(module)}, which has quantized weights"
-    raise CheckpointError(what, f"{len(schemes)} groups", within=settings.within, hint="targets of config_groups")
+    raise CheckpointError(
+        what, received=f"{len(schemes)} groups", within=settings.within, hint="targets of config_groups"
+    )
 
 
 def _matches(target: str, module: str, within: str) -> bool:
@@ -162,6 +172,37 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
     return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, order)
 
 
+def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
+    """Return a weight of 4-bit floats."""
+    group, name, scale = _GROUP[scheme.format], f"{module}.weight_packed", f"{module}.weight_scale"
+    record = parts.take(name, ("u8",), (None, None))
+    outputs, size = record.shape[0], 2 * record.shape[1]
+    if not scheme.settings.flag("symmetric", True):
+        raise scheme.settings.error("symmetric", False, "true, for weights of floats")
+    if size % group:
+        raise parts.error(name, f"groups of {group} do not divide the {size} inputs", str(record))
+    if scheme.format == "nvfp4-pack-quantized":
+        parts.take(scale, ("f8_e4m3",), (outputs, size // group))
+        whole = parts.take(f"{module}.weight_global_scale", ("f32",), (1,)).name
+        read = partial(_global_scales, scale, whole, parts)
+    else:
+        parts.take(scale, ("u8", "f8_e8m0"), (outputs, size // group))
+        read = partial(parts.powers, scale)
+    found = ScaleBlocks(1, group, (outputs, size), read)
+
+    def codes() -> Array:
+        return unpack_low_first(parts.codes(name), 4)
+
+    return CodedWeight(record, f"{scheme.format}, groups of {group}", (outputs, size), E2M1, found, codes)
+
+
+def _global_scales(scale: str, whole: str, parts: ModuleParts) -> Array:
+    """Return scales that are e4m3 floats, divided by the scale of the tensor."""
+    each = parts.checked_scales(scale, table_of(E4M3)[parts.codes(scale)], zero=True)
+    made: Array = each / parts.scales(whole)
+    return parts.checked_scales(scale, made, zero=True)
+
+
 def _check_groups(module: str, scheme: _Scheme, size: int, groups: int, parts: ModuleParts) -> None:
     """Raise CheckpointError if the number of scales in a row is not the settings' number of groups."""
     length = scheme.settings.get("group_size")
@@ -194,7 +235,7 @@ def _plain(module: str, scheme: _Scheme, parts: ModuleParts) -> QuantizedWeight:
         if not symmetric:
             raise scheme.settings.error("symmetric", False, "true, for weights of floats")
         return CodedWeight(
-            weight, f"float-quantized, {found}", weight.shape, E4M3, found, partial(parts.codes, weight.name)
+            weight, f"float-quantized, {found}", _pair(weight), E4M3, found, partial(parts.codes, weight.name)
         )
 
     def factors() -> tuple[Array, Array]:

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from treadle.frontends.quantized.coded_weights import E4M3, CodedWeight
 from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
@@ -24,10 +21,7 @@ from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.scale_blocks import groups_of_scales
 from treadle.frontends.quantized.settings import QuantizationSettings
 
-Array = np.ndarray[Any, Any]
-
 _POWERS = "f8_e8m0"
-_NAN_POWER = 255
 
 
 def read_fp8(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str, QuantizedWeight]:
@@ -48,14 +42,6 @@ def read_fp8(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str,
 def _weight(module: str, name: str, blocks: object, parts: ModuleParts) -> CodedWeight:
     weight = parts.take(f"{module}.weight", ("f8_e4m3",), (None, None))
     scales = parts.take(name, (*SCALES, _POWERS))
-    powers = partial(_powers, name, parts) if scales.dtype == _POWERS else None
+    powers = partial(parts.powers, name) if scales.dtype == _POWERS else None
     found = groups_of_scales(weight, scales, parts, blocks, powers)
-    return CodedWeight(weight, f"fp8, {found}", weight.shape, E4M3, found, partial(parts.codes, weight.name))
-
-
-def _powers(name: str, parts: ModuleParts) -> Array:
-    """Return scales that are powers of two, as float32."""
-    codes = parts.codes(name)
-    made = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
-    made[codes == _NAN_POWER] = np.nan
-    return parts.checked_scales(name, made)
+    return CodedWeight(weight, f"fp8, {found}", found.shape, E4M3, found, partial(parts.codes, weight.name))

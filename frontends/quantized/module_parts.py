@@ -93,6 +93,15 @@ class ModuleParts:
         """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""
         return self.checkpoint.raw(name).reshape(self.checkpoint.record(name).shape)
 
+    def powers(self, name: str) -> Array:
+        """Return scales that are stored as exponents of 8 bits, e8m0, as float32: 2^(s - 127), and NaN for 255. Raises
+        CheckpointError as `scales` does.
+        """
+        codes = self.codes(name)
+        made = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
+        made[codes == 255] = np.nan
+        return self.checked_scales(name, made)
+
     def hide(self, name: str) -> None:
         """Hide a tensor that changes no weight, if the checkpoint has it."""
         if name in self.checkpoint:

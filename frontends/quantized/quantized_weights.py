@@ -116,7 +116,7 @@ class GroupedIntegers(QuantizedWeight):
         return None if self.order is not None else block_length(self.group)
 
     @cached_property
-    def form(self) -> Encoding | None:  # type: ignore[override]
+    def form(self) -> Encoding | None:
         scales, zeros = self._factors
         symmetric = bool((zeros == 1 << (self.bits - 1)).all())
         if self.bits == 8 and symmetric and self.order is None and self.group == self.shape[1]:
@@ -172,10 +172,10 @@ def block_length(group: int) -> int | None:
 
 
 def unpack_low_first(words: Array, bits: int) -> Array:
-    """Return the integers of little-endian words, i32[n, m] to u8[n, 32 m / bits]: integer i is at bit `bits` i of a
-    row.
+    """Return the integers of rows of little-endian words or bytes, u8[n, bits of a row / bits]: integer i is at bit
+    `bits` i of its row.
     """
-    bytes = np.ascontiguousarray(words, "<i4").view(np.uint8)
+    bytes = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return bytes
     if bits == 3:

@@ -8,7 +8,7 @@ unpacking yields one element of each line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,7 @@ class PackedForm:
             halves = [wide & k.number(15, _i32, lanes), wide >> k.number(4, _i32, lanes)]
             if self.codes == "e2m1_groups":
                 return [_small_float(k, code, lanes, 22, 2.0**126) for code in halves]
-            return [_entry(k, code, lanes, table_of(self.codes)) for code in halves]
+            return [_entry(k, code, lanes, table_of(self.codes).tolist()) for code in halves]
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
         wide = k.let(k.cast(byte, _i32, lanes), "byte")
@@ -134,7 +134,7 @@ def _small_float(k: Emitter, code: Expr, lanes: int, shift: int, scale: float) -
     return k.bits(below | above, f32, lanes) * k.number(scale, f32, lanes)
 
 
-def _entry(k: Emitter, code: Expr, lanes: int, table: Sequence[float]) -> Expr:
+def _entry(k: Emitter, code: Expr, lanes: int, table: Iterable[float]) -> Expr:
     """Return entries of a table of 16, by codes of four bits: each bit selects one of two halves."""
     code = k.let(code, "code")
     values = [k.number(float(value), f32, lanes) for value in table]
