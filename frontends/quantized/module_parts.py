@@ -29,7 +29,7 @@ class ModuleParts:
         self._taken: set[str] = set()
 
     @property
-    def taken(self) -> frozenset[str]:
+    def names(self) -> frozenset[str]:
         """The names of the tensors that are parts."""
         return frozenset(self._taken)
 
@@ -98,7 +98,8 @@ class ModuleParts:
         CheckpointError as `scales` does.
         """
         codes = self.codes(name)
-        made = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
+        with np.errstate(over="ignore"):
+            made = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
         made[codes == 255] = np.nan
         return self.checked_scales(name, made)
 

@@ -209,4 +209,4 @@ def _opened(checkpoint: Checkpoint) -> Checkpoint | QuantizedCheckpoint:
             within=settings.within,
             hint=f"remove the settings if the weights in {printable(checkpoint.label)} are plain numbers",
         )
-    return QuantizedCheckpoint(checkpoint, weights, parts.taken, settings.unread(_IRRELEVANT))
+    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT))
