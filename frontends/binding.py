@@ -53,7 +53,7 @@ class TensorStore(NamedTensors, Protocol):
 class BlockStore(TensorStore, Protocol):
     """A store that holds some tensors in blocks, such as a `GGUFFile`."""
 
-    def held(self, name: str, /) -> npt.NDArray[np.uint8]:
+    def block_bytes(self, name: str, /) -> npt.NDArray[np.uint8]:
         """Return a tensor's blocks, read-only."""
 
 
@@ -254,7 +254,7 @@ def bind(
         encoding = checkpoint.record(source.name).encoding
         if blocks is not None and encoding is not None and source.whole_rows and (len(shape), str(dtype)) == (2, "f32"):
             if source.name not in in_blocks:
-                in_blocks[source.name] = blocks.held(source.name)
+                in_blocks[source.name] = blocks.block_bytes(source.name)
             arrays[name], encodings[name] = source.view(in_blocks[source.name]), encoding
             continue
         held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])

@@ -158,7 +158,7 @@ class QuantizedCheckpoint:
         """Return the bits of a bf16 tensor: see `SafetensorsFile.bits`."""
         return self.checkpoint.bits(name)
 
-    def held(self, name: str) -> npt.NDArray[np.uint8]:
+    def block_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a quantized weight's blocks, read-only, u8[N, bytes of a row]. Raises CheckpointError if the tensor is
         not stored in blocks of an encoding, and for a damaged weight.
         """
