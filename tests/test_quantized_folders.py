@@ -468,3 +468,17 @@ def test_damaged_folders_of_every_layout_are_read_or_refused(tmp_path: Path) -> 
     for number, (name, encode, settings, _) in enumerate(LAYOUTS):
         found = run(encode, settings, 4, number, tmp_path / name)
         assert set(found) <= {"read", "refused"}, found
+
+
+@pytest.mark.parametrize("layout", ["awq", "int", "gptq-8", "fp8-bfloat16"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights"])
+def test_the_rest_of_a_quantized_model_is_quantized(layout: str, scheme: str, tmp_path: Path) -> None:
+    """The output's weight is not quantized in the folder; the layers, which are functions, have encoded weights."""
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    folder, wide = write_folder(tmp_path, encode, settings)
+    expected = output(treadle.compile(wide, backend="numpy"))
+    made = treadle.compile(folder, backend="numpy", quantize=scheme)
+    got = output(made)
+    assert str(made.graph.parameters["lm_head.weight"].type.encoding) == "int8_rows"
+    cosine = (got * expected).sum() / np.sqrt((got * got).sum() * (expected * expected).sum())
+    assert 0.99 < cosine < 1.0001
