@@ -182,6 +182,7 @@ def unpack_low_first(words: Array, bits: int) -> Array:
         ones = np.unpackbits(bytes, axis=1, bitorder="little").reshape(len(bytes), -1, 3)
         made: Array = ones[..., 0] | (ones[..., 1] << np.uint8(1)) | (ones[..., 2] << np.uint8(2))
         return made
-    shifts, mask = np.arange(0, 8, bits, dtype=np.uint8), np.uint8((1 << bits) - 1)
-    found: Array = ((bytes[:, :, None] >> shifts) & mask).reshape(len(bytes), -1)
-    return found
+    mask, found = np.uint8((1 << bits) - 1), np.empty((*bytes.shape, 8 // bits), np.uint8)
+    for i in range(8 // bits):
+        found[..., i] = (bytes >> np.uint8(bits * i)) & mask
+    return found.reshape(len(bytes), -1)
