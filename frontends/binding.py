@@ -28,6 +28,7 @@ from treadle.frontends.binding_errors import FoldedLine, MissingTensor, NamedTen
 from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.name_patterns import compiled_pattern, filled, has_placeholder
+from treadle.frontends.quantized.components import components, unread_weight
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType
@@ -52,7 +53,7 @@ class TensorStore(NamedTensors, Protocol):
 class BlockStore(TensorStore, Protocol):
     """A store that holds some tensors in blocks, such as a `GGUFFile`."""
 
-    def held(self, name: str, /) -> npt.NDArray[np.uint8]:
+    def block_bytes(self, name: str, /) -> npt.NDArray[np.uint8]:
         """Return a tensor's blocks, read-only."""
 
 
@@ -208,7 +209,8 @@ def bind(
 
     Raises one CheckpointError that lists all missing tensors (with the nearest names in the file) and all tensors whose
     shape or dtype does not fit (with the file's and the parameter's). All are checked before any tensor is read. Raises
-    CheckpointError if tied tensors differ, and if a conversion would turn a finite value infinite.
+    CheckpointError if tied tensors differ, if a conversion would turn a finite value infinite, and if the checkpoint
+    has scales or other parts of a quantized weight next to a tensor, which then is not the parameter's numbers.
     """
     lookup = _Lookup(table, prefixes, checkpoint)
     sources: dict[str, Source] = {}
@@ -217,11 +219,16 @@ def bind(
     for name, (shape, dtype) in parameters.items():
         wanted = lookup.wanted(name)
         found = lookup.find(wanted)
+        for source in lookup.named(wanted) if found is None else (wanted.filled(found),):
+            if parts := list(components(source.name, checkpoint)):
+                raise unread_weight(source.name, parts, checkpoint)
         if found is None:
             missing.append(MissingTensor(wanted.pattern, wanted.numbers, tuple(s.name for s in wanted.alternatives)))
             continue
+        record = checkpoint.record(wanted.filled(found).name)
+        if record.outputs_first:
+            found = replace(found, transpose=False)
         sources[name] = wanted.filled(found)
-        record = checkpoint.record(sources[name].name)
         misfit = _misfit(wanted.pattern, tuple(shape), str(dtype), found, record)
         if misfit:
             misfits.append((misfit, wanted.numbers))
@@ -247,7 +254,7 @@ def bind(
         encoding = checkpoint.record(source.name).encoding
         if blocks is not None and encoding is not None and source.whole_rows and (len(shape), str(dtype)) == (2, "f32"):
             if source.name not in in_blocks:
-                in_blocks[source.name] = blocks.held(source.name)
+                in_blocks[source.name] = blocks.block_bytes(source.name)
             arrays[name], encodings[name] = source.view(in_blocks[source.name]), encoding
             continue
         held, needed = checkpoint.record(source.name).dtype, str(parameters[name][1])

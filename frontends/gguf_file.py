@@ -185,7 +185,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         made.flags.writeable = False
         return made
 
-    def held(self, name: str) -> npt.NDArray[np.uint8]:
+    def block_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's blocks as a read-only view of the file, u8[..., bytes of a row]; see
         `treadle.ir.encodings`.
 

@@ -16,6 +16,7 @@ snapshot of the hub's cache the folder is its `models--org--name`.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -306,6 +307,12 @@ class Checkpoint:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes in its file, a view u8[nbytes]. Raises CheckpointError as `record` does."""
         return self._holder(name).raw(name)
+
+    def place(self, name: str, element: int = 0) -> str:
+        """Return the place of a tensor's element in its file, for errors: the file, the byte and the tensor."""
+        file, record = self._holder(name), self.record(name)
+        size = record.nbytes // max(1, math.prod(record.shape))
+        return f"{file.path}: byte {record.begin + element * size}, tensor {printable(name)}"
 
     @cached_property
     def _file_of(self) -> Mapping[str, str]:

@@ -41,6 +41,13 @@ class TensorRecord:
         return None
 
     @property
+    def outputs_first(self) -> bool:
+        """True for the weight of a linear layer that is read as [outputs, inputs], whatever order a table of names
+        expects in the file.
+        """
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Number of bytes of the tensor in the file."""
         return self.end - self.begin

@@ -14,6 +14,7 @@ from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import DeferredArray
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint
+from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.encoded_weights import encode_parameters
@@ -48,6 +49,7 @@ class ReadModel:
     unused   tensors of the checkpoint that the model does not use
     unread   keys of config.json that the family does not know (`ReadConfig.unread`)
     blocks   the type in which each weight is stored in a GGUF file: "q4_1", "f32", ...
+    notes    lines for the log: the weights that are decoded when they are read, with the reasons
     padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
     learned  the weights that training changes by default; None: all
     """
@@ -59,6 +61,7 @@ class ReadModel:
     unused: tuple[str, ...] = ()
     blocks: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     padding: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] | None = None
 
@@ -85,19 +88,59 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, option
     declared = model.configure(inputs=options.inputs, **options.config)
     if weights is None:
         return ReadModel(name, declared.graph(), declared)
-    graph, binding = _bound(declared, {}, weights, options)
-    return ReadModel(name, graph, declared, binding.arrays, binding.unused)
+    store = open_quantized(weights)
+    graph, binding = _bound_folder(declared, {}, store, options)
+    return ReadModel(
+        name, graph, declared, binding.arrays, binding.unused, unread=_unread(store), notes=_notes(store, binding)
+    )
 
 
 def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, options: ReadOptions) -> ReadModel:
     """Read a folder with safetensors; `read` is its configuration. Raises as `read_declaration` does."""
     declared = read.model.configure(inputs=options.inputs, **options.config)
-    graph, binding = _bound(declared, read.table, checkpoint, options, family.prefixes)
+    store = open_quantized(checkpoint)
+    graph, binding = _bound_folder(declared, read.table, store, options, family.prefixes)
     learned = tuple(name for name in graph.parameters if name not in family.buffers)
     padding = family.padding(checkpoint.config)
+    unread = (*read.unread, *_unread(store))
     return ReadModel(
-        family.name, graph, declared, binding.arrays, binding.unused, {}, read.unread, padding=padding, learned=learned
+        family.name,
+        graph,
+        declared,
+        binding.arrays,
+        binding.unused,
+        unread=unread,
+        notes=_notes(store, binding),
+        padding=padding,
+        learned=learned,
     )
+
+
+def _bound_folder(
+    declared: Model,
+    table: Table,
+    store: Checkpoint | QuantizedCheckpoint,
+    options: ReadOptions,
+    prefixes: Sequence[str] = ("",),
+) -> tuple[Graph, Binding]:
+    """Return a declaration's graph, with the quantized weights of a folder in blocks, and the tensors of its
+    parameters.
+    """
+    if isinstance(store, Checkpoint):
+        return _bound(declared, table, store, options, prefixes)
+    graph, binding = _bound(declared, table, store, options, prefixes, store if options.keep_blocks else None)
+    return encode_parameters(graph, binding.encodings), binding
+
+
+def _unread(store: Checkpoint | QuantizedCheckpoint) -> tuple[str, ...]:
+    return () if isinstance(store, Checkpoint) else store.unread
+
+
+def _notes(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> tuple[str, ...]:
+    """Return a line for each quantized weight that has been decoded, since it has no encoding."""
+    whys = {} if isinstance(store, Checkpoint) else store.decoded()
+    read = {name: source.name for name, source in binding.sources.items() if source.name in whys}
+    return tuple(f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items())
 
 
 def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:

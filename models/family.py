@@ -15,6 +15,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.binding import Entry, Table
 from treadle.frontends.declarations import Model
 from treadle.frontends.dsl import MOST_REPETITIONS
+from treadle.frontends.quantized.settings import KEYS
 from treadle.ir.errors import CheckpointError
 from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig
@@ -79,7 +80,9 @@ class Family:
         under two names with different values.
         """
         recorded = RecordedConfig(config, self.aliases.get(str(config.get("model_type"))))
-        require(recorded, quantization_config=None, per_layer_config=None)
+        require(recorded, per_layer_config=None)
+        for key in KEYS:
+            recorded.get(key)  # `open_quantized` reads it
         model, table = self.from_config(recorded), self.checkpoint(recorded)
         known = {**IRRELEVANT, **self.irrelevant}
         unread = tuple(".".join(keys) for keys in recorded.unread() if keys[-1] not in known)

@@ -28,8 +28,10 @@ from treadle.ir.verifier import verify
 Array = np.ndarray[Any, Any]
 
 GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+ZEROS = ("uint4_groups(32)", "uint4_wide_groups(64)", "int8_zero_groups(32)")
+CODES = tuple(f"{form}_groups({n})" for form in ("e4m3", "e2m1", "nf4", "fp4") for n in (16, 64))
 OURS = ("int8_rows", "uint8_rows", "int8_groups(32)", "int4_groups(32)", "int4_groups(64)")
-WHOLE = (*GGUF, *[form for form in OURS if form != "uint8_rows"])
+WHOLE = (*GGUF, *[form for form in OURS if form != "uint8_rows"], "uint4_groups(32)")
 BLOCKS = 10_000
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00, 0xFFFF], np.uint16
@@ -91,7 +93,7 @@ def test_an_encoded_number_is_near(text: str) -> None:
         np.testing.assert_array_equal(encoding.encode(again), held)
 
 
-@pytest.mark.parametrize("text", [*GGUF, *OURS])
+@pytest.mark.parametrize("text", [*GGUF, *OURS, *ZEROS, *CODES])
 def test_parts_of_a_block_of_whole_numbers_are_what_it_decodes_to(text: str) -> None:
     encoding = parse_encoding(text)
     assert encoding.block.whole == (text in WHOLE)
@@ -108,7 +110,7 @@ def test_parts_of_a_block_of_whole_numbers_are_what_it_decodes_to(text: str) -> 
     np.testing.assert_array_equal(made.reshape(q.shape), encoding.block.decode(blocks))
 
 
-@pytest.mark.parametrize("text", [*GGUF, *OURS])
+@pytest.mark.parametrize("text", [*GGUF, *OURS, *ZEROS, *CODES])
 def test_blocks_along_another_axis_are_the_transposed_ones(text: str) -> None:
     encoding = parse_encoding(text)
     shape = (3, 256)
@@ -186,7 +188,7 @@ def test_a_form_is_whole(name: str) -> None:
     np.testing.assert_array_equal(drawn(encoding, (4, 512)), held)
 
 
-@pytest.mark.parametrize("text", [*GGUF, *OURS])
+@pytest.mark.parametrize("text", [*GGUF, *OURS, *ZEROS, *CODES])
 def test_computing_in_parts_covers_all_elements(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding, encoding and the search for a NaN or infinite scale work in parts. The last part may be shorter, or a
     block may be larger than a part.
@@ -498,3 +500,14 @@ def test_ops_say_which_encodings_they_move() -> None:
     assert made == parse_type("f32[3, 2, 64] as q8_0")
     with pytest.raises(RuleError, match="would split its blocks"):
         OPS["embedding"]().infer([parse_type("f32[32, 3] as q8_0(axis=0)"), indices])
+
+
+def test_tables_of_codes_are_those_of_their_formats() -> None:
+    """e4m3 and e2m1 as ml_dtypes has them; NaN, zeros and subnormal numbers included."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for form, dtype, count in (("e4m3", "float8_e4m3fn", 256), ("e2m1", "float4_e2m1fn", 16)):
+        codes = np.arange(count, dtype=np.uint8)
+        expected = codes.view(getattr(ml_dtypes, dtype)).astype(np.float32)
+        block = FORMS[f"{form}_groups"](16)
+        np.testing.assert_array_equal(block.table, expected)  # type: ignore[attr-defined]
+    assert len(np.unique(FORMS["nf4_groups"](16).table)) == 16  # type: ignore[attr-defined]

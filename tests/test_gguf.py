@@ -157,7 +157,7 @@ def test_blocks_are_kept_as_the_file_has_them(small: Path, runner: str) -> None:
             assert is_mapped(kept.weights[name])
             assert not kept.weights[name].flags.writeable
             np.testing.assert_array_equal(Encoding("q4_1").decode(kept.weights[name]), wide.weights[name])
-    held = file.held("blk.0.ffn_down.weight")
+    held = file.block_bytes("blk.0.ffn_down.weight")
     assert np.shares_memory(held, file.raw("blk.0.ffn_down.weight"))
     assert {v.type.encoding for v in wide.graph.parameters.values()} == {None}
     tokens = np.array([[3, 1, 4, 1, 5]])
@@ -567,7 +567,7 @@ def test_tensors_lie_as_far_apart_as_the_file_says(tmp_path: Path, alignment: in
     assert file.array("t").tolist() == [0, 0, 0, 0]
     assert file.array("u").tolist() == [0, 1, 2, 3]
     with pytest.raises(CheckpointError, match="tensor t is not stored in blocks of an encoding"):
-        file.held("t")
+        file.block_bytes("t")
 
 
 def test_work_and_memory_of_a_vocabulary(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ pytest.importorskip("tvm")
 HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
-READ = ("int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1")
+READ = (
+    "int8_rows", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1", "uint4_groups(64)",
+    "int8_groups(64)",
+)  # fmt: skip
+CODED = ("e4m3_groups(64)", "nf4_groups(64)", "e2m1_groups(32)")
 WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")  # only linears read these, word by word
 SIZES = [(32, 1), (32, 31), (64, 65), (128, 96), (320, 33), (1536, 17)]
 ROWS = (1, 2, 3, 6, 7, 8, 11, 12, 13, 24, 61)
@@ -90,7 +94,7 @@ def titles(exe: KernelExecutable) -> list[str]:
 
 
 EACH = [(text, isa) for text in READ for isa in HERE]
-EACH += [(text, HERE[0]) for text in WORDS]
+EACH += [(text, HERE[0]) for text in (*WORDS, *CODED)]
 EACH += [(text, isa) for text in ("q5_0", "q6_k") for isa in HERE[1:] if isa.endswith(("v4", "v3"))]
 
 
@@ -171,7 +175,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -
 def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     graph = encode_parameters(
         llama.configure(vocab=96, dim=64, heads=4, layers=1, hidden=128, tied=True).graph(),
-        {"layer.0.attn.out.weight": Encoding("int8_groups", 32), "layer.0.mlp.down.weight": Encoding("q8_0")},
+        {"layer.0.attn.out.weight": Encoding("int8_zero_groups", 32), "layer.0.mlp.down.weight": Encoding("q8_0")},
     )
     weights = {
         n: blocks_of(graph, n) if v.type.encoding is not None else normal(*(v.type.static_shape or ()))
@@ -180,11 +184,13 @@ def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     exe = treadle.compile(graph, backend="tvm", weights=weights)
     notes = {record.name: record.notes for record in exe.log}
     (report,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
-    assert report.startswith("attn.out.weight is not read in blocks: no kernel reads int8_groups, models/llama.py:")
+    assert report.startswith(
+        "attn.out.weight is not read in blocks: no kernel reads int8_zero_groups, models/llama.py:"
+    )
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
-    assert once.startswith("attn.out.weight is decoded once: linear cannot read int8_groups(32) blocks")
+    assert once.startswith("attn.out.weight is decoded once: linear cannot read int8_zero_groups(32) blocks")
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
 
 

@@ -45,7 +45,10 @@ HERE = [
     name for name in ("x86-64-amx", "x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "x86-64-v2") if runs_here(ISAS[name])
 ]
 each_isa = pytest.mark.parametrize("isa", HERE)
-SMALL = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int4_groups(32)", "int4_groups(64)", "int4_groups(128)")
+SMALL = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int4_groups(32)", "int4_groups(64)", "int4_groups(128)",
+    "uint4_groups(32)", "uint4_groups(128)",
+)  # fmt: skip
 LARGE = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 READ = (*SMALL, *LARGE)
 each_form = pytest.mark.parametrize("text", READ)

@@ -22,7 +22,10 @@ pytest.importorskip("tvm")
 
 PAIRS = "x86-64-v4-bf16"
 needs_pairs = pytest.mark.skipif(not runs_here(ISAS[PAIRS]), reason="no products of bf16 pairs here")
-BYTES = ("int8_rows", "int4_groups(16)", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1")
+BYTES = (
+    "int8_rows", "int4_groups(16)", "int4_groups(32)", "int4_groups(64)", "q8_0", "q4_0", "q4_1", "uint4_groups(32)",
+    "uint4_groups(64)", "e4m3_groups(32)", "nf4_groups(64)",
+)  # fmt: skip
 WORDS = ("q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 ROWS = (1, 2, 3, 5, 8, 9, 15, 128, 129, 261)
 

@@ -28,7 +28,7 @@ pytest.importorskip("tvm")
 
 AMX = "x86-64-amx"
 needs_tiles = pytest.mark.skipif(not runs_here(ISAS[AMX]), reason="no matrix unit here")
-READ = ("int8_rows", "int4_groups(32)", "q8_0", "q4_0", "q4_1")
+READ = ("int8_rows", "int4_groups(32)", "q8_0", "q4_0", "q4_1", "uint4_groups(32)", "int8_groups(32)")
 SIZES = [(32, 1), (64, 65), (320, 33), (1536, 17)]
 ROWS = (1, 2, 15, 16, 17, 33, 64, 100, 129, 256, 257, 300)
 
@@ -49,6 +49,8 @@ def near(x: Array) -> Array:
         ("q8_0", "8_bits_by_32"),
         ("q4_0", "4_bits_by_32"),
         ("q4_1", "4_bits_by_32_with_least"),
+        ("uint4_groups(32)", "4_bits_by_32_with_zero"),
+        ("int8_groups(32)", "8_bits_by_32_wide"),
     ],
 )
 def test_which_kernels_a_matrix_unit_has_for_blocks(text: str, of: str) -> None:

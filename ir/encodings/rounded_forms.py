@@ -22,7 +22,7 @@ SMALLEST_ROW = np.float32(2.0**-119)
 """Smallest magnitude of a block: int8_rows and int8_groups encode a block as zeros if all its numbers are smaller."""
 
 
-def _group(form: str, group: int) -> int:
+def group_length(form: str, group: int) -> int:
     """Return the number of elements in a group. Raises GraphError if the form does not support it."""
     if group not in _GROUPS:
         hint = "one of " + ", ".join(map(str, _GROUPS))
@@ -130,7 +130,7 @@ class Int8Groups(_Symmetric):
     grouped = True
 
     def __init__(self, group: int) -> None:
-        self.elements = _group(self.name, group)
+        self.elements = group_length(self.name, group)
 
 
 @block_form
@@ -147,7 +147,7 @@ class Int4Groups(BlockForm):
     whole = True
 
     def __init__(self, group: int) -> None:
-        self.elements = _group(self.name, group)
+        self.elements = group_length(self.name, group)
 
     def record(self, elements: int) -> np.dtype[Any]:
         return np.dtype([("scale", "<f2"), ("q", "u1", (elements // 2,))])

@@ -243,7 +243,7 @@ class _Encoding:
             for formal, value in passed:
                 if value in vectors:
                     together.setdefault(vectors[value], []).append(formal.name)
-            inner = {f.name: v.type.encoding for f, v in passed}
+            inner = {f.name: v.type.encoding for f, v in passed if f.type.encoding is None}  # others are decoded there
             made = self._called(
                 callee.name,
                 {n: e for n, e in inner.items() if e is not None},

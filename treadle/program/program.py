@@ -64,9 +64,14 @@ class Program:
 
     def through(self, *stages: CompileStage) -> Program:
         """Return the program after these stages. Raises as `treadle.passes.stages.run` does."""
+        from treadle.passes.framework.pass_log import PassLog, PassRecord, count_ops
         from treadle.passes.stages import run
 
         made = run(self._optimized or self.graph, stages, certify=self.options.certify, target=self.options.where)
+        if self._optimized is None and self.resolved.notes:
+            ops = count_ops(self.graph)
+            record = PassRecord("read-weights", "", ops, ops, notes=list(self.resolved.notes), graph=self.graph)
+            made = replace(made, log=PassLog([record, *made.log]))
         return replace(self, _optimized=made)
 
     def optimize(self, *, before: type[CompileStage] | None = None, deferred: bool = False) -> Program:

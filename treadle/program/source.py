@@ -36,6 +36,7 @@ from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint, MemoryFolder, ModelFolder, open_checkpoint, open_weights
 from treadle.frontends.onnx_import.errors import StaticArgumentNeeded
 from treadle.frontends.onnx_import.file import OnnxFile
+from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.frontends.text import VOCABULARIES, TextTokenizer, folder_chat_template, read_text_files
 from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
@@ -418,6 +419,7 @@ class _Folder(ModelSource):
     def _refuse_unsupported(self) -> None:
         if self.declared is None and self.converted is None:
             self.meaning  # noqa: B018
+            open_quantized(open_checkpoint(self.folder))
 
     def _read(self, options: ReadOptions) -> ReadModel:
         if self.declared is not None:

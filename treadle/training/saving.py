@@ -36,6 +36,7 @@ from treadle.files.whole_files import replacing, reporting_failed_writes
 from treadle.frontends.binding import Source, alternatives, bind
 from treadle.frontends.huggingface import Checkpoint, ModelFolder, open_checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.frontends.text import TOKENIZER_FILES
 from treadle.ir.errors import GraphError, Hint, UsageError
 from treadle.ir.literals import Literal
@@ -269,7 +270,14 @@ def _opened(source: ModelSource) -> Checkpoint:
             within=shown_path(path.parent if path.is_file() else path),
             hint="the folder from which it was converted",
         )
-    return open_checkpoint(source.folder)
+    checkpoint = open_checkpoint(source.folder)
+    if open_quantized(checkpoint) is not checkpoint:
+        raise UsageError(
+            "trained weights cannot be saved in the layout of a folder whose weights are quantized",
+            received=checkpoint.label,
+            hint="the folder of the model before it was quantized",
+        )
+    return checkpoint
 
 
 def _copies(checkpoint: Checkpoint, unused: Iterable[str], names: Mapping[str, Iterable[str]]) -> dict[str, str]:

@@ -203,16 +203,18 @@ class HeldScales:
 
 @dataclass(frozen=True)
 class PlainWords(WordForm):
-    """Blocks with one scale, in some forms a minimum, then numbers of 4, 5 or 8 bits. The fifth bits of all numbers
-    come first.
+    """Blocks with one scale, in some forms a minimum or a zero, then numbers of 4, 5 or 8 bits. The fifth bits of all
+    numbers come first.
 
-    Numbers of 4 or 5 bits share a byte with the number half a block later.
+    Numbers of 4 or 5 bits share a byte with the number half a block later. `zeros`: the second scale is a zero, so that
+    c is -d times it.
     """
 
     bits: int
     elements: int
     zero: int
     least: bool = False
+    zeros: bool = False
     chunks = 1
 
     @property
@@ -229,10 +231,13 @@ class PlainWords(WordForm):
 
     @property
     def title(self) -> str:
-        return f"{self.bits}_bits_by_{self.elements}" + "_with_least" * self.least
+        return f"{self.bits}_bits_by_{self.elements}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
 
     def spans(self, block: WordBlock) -> Sequence[Scale]:
-        return [(block.scale(0), block.scale(1) if self.least else None)]
+        d, c = block.scale(0), block.scale(1) if self.least else None
+        if self.zeros and c is not None:
+            c = block.k.let(d * (block.k.number(0.0, f32, block.lanes) - c), "c")
+        return [(d, c)]
 
     def four(self, block: WordBlock, chunk: Expr, part: int, half: int, i: Expr) -> Expr:
         element = GROUP * part + 16 * half
@@ -383,6 +388,8 @@ def word_form(encoding: Encoding) -> WordForm | None:
     """Return the form in which kernels read an encoding by words, or None if they do not."""
     if encoding.form == "int4_groups" and encoding.group % GROUP == 0:
         return PlainWords(4, encoding.group, 8)
+    if encoding.form == "uint4_groups" and encoding.group % GROUP == 0:
+        return PlainWords(4, encoding.group, 0, least=True, zeros=True)
     return _FORMS.get(encoding.form)
 
 

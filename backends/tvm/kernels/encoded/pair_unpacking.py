@@ -99,7 +99,7 @@ def unpack_words(k: Emitter, blocks: Sequence[WordBlock], put: Put) -> None:
 def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tuple[Sequence[Expr], Expr | None]]:
     """Return, for the first 8 lines and for the others, scales repeated for both numbers of a pair.
 
-    These are d for each element of a byte, and c. The second element of a byte is left multiplied by 16 when it is
+    These are d for each element of a byte, and c. The second integer of a byte is left multiplied by 16 when it is
     unpacked, so its d is divided by 16.
     """
     d, c = form.scales_of_pairs(k, lambda place: load(at + place, 0, 2 * LANES), LANES)
@@ -110,7 +110,11 @@ def _scales(k: Emitter, form: PackedForm, load: LoadPairs, at: Expr) -> list[tup
             return k.let(k.shuffle([x], [first + i // 2 for i in range(LANES)]), "twice")
 
         one = twice(d)
-        ds = [one] if form.bits == 8 else [one, k.let(one * k.number(1 / 16, f32, LANES), "d16")]
+        ds = (
+            [one] * (8 // form.bits)
+            if form.bits == 8 or form.codes
+            else [one, k.let(one * k.number(1 / 16, f32, LANES), "d16")]
+        )
         found.append((ds, None if c is None else twice(c)))
     return found
 

@@ -3,15 +3,16 @@
 Blocks are stored in panels: byte j of adjacent lines is contiguous, so that a vector holds one byte of each line, and
 unpacking yields one element of each line.
 
-    y = d q + c      for a block's scale d, and c = 0, its minimum, or -8 d
+    y = d q + c      for a block's scale d, and c = 0, its minimum, -8 d, or -d times its zero
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from treadle.ir.encodings.coded_forms import CodedGroups, table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.layouts import PAIR_STEP
 from treadle.ir.types import DTYPES, f16, f32
@@ -32,8 +33,10 @@ class PackedForm:
     bits   bits of an element: 8, signed, or 4
     group  number of elements of a block; 0: a line is one block
     scale  bytes of a block's scale, with which it begins: 2 or 4
-    least  True if a block's minimum follows the scale, in 2 bytes
+    least  True if a block's minimum, or its zero, follows the scale, in 2 bytes
     zero   value to subtract from an element: 8, or 0
+    zeros  True if these 2 bytes are a zero: c is -d times it
+    codes  the form of codes whose table has the elements' values, "nf4_groups"; empty: elements are integers
     """
 
     bits: int
@@ -41,6 +44,8 @@ class PackedForm:
     scale: int = 2
     least: bool = False
     zero: int = 0
+    zeros: bool = False
+    codes: str = ""
 
     @property
     def header(self) -> int:
@@ -55,13 +60,17 @@ class PackedForm:
     @property
     def title(self) -> str:
         """Name of the form in a kernel's name."""
-        return f"{self.bits}_bits" + (f"_by_{self.group}" if self.group else "") + "_with_least" * self.least
+        if self.codes:
+            return f"{self.codes.removesuffix('_groups')}_by_{self.group}"
+        size = f"_by_{self.group}" + "_wide" * (self.scale == 4) if self.group else ""
+        return f"{self.bits}_bits{size}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
 
     def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
         """Return d and c of the blocks that begin at `base`. c is None if it is 0."""
         d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
         if self.least:
-            return d, k.let(_float(k, [load(base + self.scale + i) for i in range(2)], lanes), "c")
+            c = _float(k, [load(base + self.scale + i) for i in range(2)], lanes)
+            return d, k.let(self._offset(k, d, c, lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
@@ -77,15 +86,26 @@ class PackedForm:
         else:
             d = k.let(half(0), "d")
         if self.least:
-            return d, k.let(half(self.scale // 2), "c")
+            return d, k.let(self._offset(k, d, half(self.scale // 2), lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
+
+    def _offset(self, k: Emitter, d: Expr, stored: Expr, lanes: int) -> Expr:
+        return d * (k.number(0.0, f32, lanes) - stored) if self.zeros else stored
 
     def elements(self, k: Emitter, byte: Expr, lanes: int, *, raised: bool = False) -> list[Expr]:
         """Return the elements of a byte as float32: one element, or two, one of the block's first half and one of its
         second half.
 
-        raised  True if the second element stays multiplied by 16, which saves a shift
+        raised  True if the second element stays multiplied by 16, which saves a shift; not for codes
         """
+        if self.codes:
+            wide = k.let(k.cast(byte, _i32, lanes), "byte")
+            if self.bits == 8:
+                return [_small_float(k, wide, lanes, 20, 2.0**120)]
+            halves = [wide & k.number(15, _i32, lanes), wide >> k.number(4, _i32, lanes)]
+            if self.codes == "e2m1_groups":
+                return [_small_float(k, code, lanes, 22, 2.0**126) for code in halves]
+            return [_entry(k, code, lanes, table_of(self.codes).tolist()) for code in halves]
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
         wide = k.let(k.cast(byte, _i32, lanes), "byte")
@@ -104,6 +124,26 @@ def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
     return k.cast(k.bits(k.cast(made, _i16, lanes), f16, lanes), f32, lanes)
 
 
+def _small_float(k: Emitter, code: Expr, lanes: int, shift: int, scale: float) -> Expr:
+    """Return an 8-bit or 4-bit float as float32. Its exponent and mantissa are shifted to float32's, and `scale` makes
+    up for the difference of the exponents' biases. Subnormal numbers become those of float32, so all are exact.
+    """
+    sign = 8 if shift == 22 else 128
+    below = k.shift_left(code & k.number(sign - 1, _i32, lanes), k.number(shift, _i32, lanes))
+    above = k.shift_left(code & k.number(sign, _i32, lanes), k.number(32 - sign.bit_length(), _i32, lanes))
+    return k.bits(below | above, f32, lanes) * k.number(scale, f32, lanes)
+
+
+def _entry(k: Emitter, code: Expr, lanes: int, table: Iterable[float]) -> Expr:
+    """Return entries of a table of 16, by codes of four bits: each bit selects one of two halves."""
+    code = k.let(code, "code")
+    values = [k.number(float(value), f32, lanes) for value in table]
+    for bit in range(4):
+        low = (code & k.number(1 << bit, _i32, lanes)) < k.number(1, _i32, lanes)
+        values = [k.let(k.select(low, values[i], values[i + 1]), "y") for i in range(0, len(values), 2)]
+    return values[0]
+
+
 INT8_ROWS = PackedForm(8, 0, scale=4)
 """Rows of 8 bits, each with one float32 scale."""
 
@@ -117,6 +157,12 @@ def packed_form(encoding: Encoding) -> PackedForm | None:
     """Return the form in which kernels read an encoding byte by byte, or None."""
     if encoding.form == "int4_groups":
         return PackedForm(4, encoding.group, zero=8)
+    if encoding.form == "uint4_groups":
+        return PackedForm(4, encoding.group, least=True, zeros=True)
+    if encoding.form == "int8_groups":
+        return PackedForm(8, encoding.group, scale=4)
+    if isinstance(encoding.block, CodedGroups):
+        return PackedForm(encoding.block.bits, encoding.group, scale=4, codes=encoding.form)
     return {
         "int8_rows": INT8_ROWS,
         "q8_0": PackedForm(8, 32),

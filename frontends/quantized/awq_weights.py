@@ -1,0 +1,87 @@
+"""Weights in the format of AutoAWQ (Lin et al. 2023), 4 bits.
+
+    version   qweight        qzeros         scales
+    gemm      i32[K, N/8]    i32[G, N/8]    f16[G, N]     nibble i of word j is column 8 j + (0, 2, 4, 6, 1, 3, 5, 7)[i]
+    gemv      i32[N, K/8]    i32[N, W]      f16[N, 8 W]   the lowest nibble first; columns from G on are padding
+
+    w[n, k] = scales[g, n] (q[k, n] - zero[g, n])
+
+Source: https://github.com/casper-hansen/AutoAWQ, `awq/modules/linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
+from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, unpack_low_first
+from treadle.frontends.quantized.settings import QuantizationSettings
+
+Array = np.ndarray[Any, Any]
+
+_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def read_awq(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str, QuantizedWeight]:
+    """Return the weights of an AWQ folder. Raises CheckpointError: see `open_quantized`."""
+    settings.integer("bits", (4,), aliases=("w_bit",))
+    if not settings.flag("zero_point", True):
+        raise settings.error("zero_point", False, "true")
+    version = settings.choice("version", ("gemm", "gemv"), "gemm")
+    group = settings.group(settings.integer("group_size", aliases=("q_group_size",)))
+    read = _gemm if version == "gemm" else _gemv
+    return {f"{module}.weight": read(module, group, parts) for module in parts.modules(".qweight")}
+
+
+def _gemm(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
+    words = parts.take(f"{module}.qweight", ("i32",), (None, None))
+    size, outputs = words.shape[0], 8 * words.shape[1]
+    length = parts.group(words, size, group)
+    parts.take(f"{module}.scales", SCALES, (size // length, outputs))
+    parts.take(f"{module}.qzeros", ("i32",), (size // length, outputs // 8))
+
+    def factors() -> tuple[Array, Array]:
+        return parts.scales(f"{module}.scales").T, _columns(parts.array(f"{module}.qzeros")).T
+
+    def integers() -> Array:
+        return np.ascontiguousarray(_columns(parts.array(f"{module}.qweight")).T)
+
+    stored = f"awq, 4 bits in groups of {length}"
+    return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors)
+
+
+def _columns(words: Array) -> Array:
+    """Return the nibbles of words in the order of their columns, i32[m, n] to u8[m, 8 n]."""
+    nibbles = unpack_low_first(words, 4).reshape(*words.shape, 8)
+    made = np.empty_like(nibbles)
+    made[..., _COLUMNS] = nibbles
+    return made.reshape(len(words), -1)
+
+
+def _gemv(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
+    words = parts.take(f"{module}.qweight", ("i32",), (None, None))
+    outputs, size = words.shape[0], 8 * words.shape[1]
+    length = parts.group(words, size, group)
+    groups = size // length
+    zeros = parts.take(f"{module}.qzeros", ("i32",), (outputs, None))
+    scales = parts.take(f"{module}.scales", SCALES, (outputs, 8 * zeros.shape[1]))
+    if groups > scales.shape[1]:
+        raise parts.error(scales.name, f"there are fewer scales than the {groups} groups of a row", str(scales))
+
+    def factors() -> tuple[Array, Array]:
+        held = parts.array(f"{module}.scales").astype(np.float32)
+        held[:, groups:] = 1  # padding
+        parts.checked_scales(f"{module}.scales", held)
+        return held[:, :groups], unpack_low_first(parts.array(f"{module}.qzeros"), 4)[:, :groups]
+
+    stored = f"awq gemv, 4 bits in groups of {length}"
+    integers = partial(_low_first, f"{module}.qweight", parts)
+    return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors)
+
+
+def _low_first(name: str, parts: ModuleParts) -> Array:
+    return unpack_low_first(parts.array(name), 4)

@@ -1,0 +1,80 @@
+"""Weights of codes: narrow floats, and entries of a table, with scales of groups of inputs or blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length
+from treadle.frontends.quantized.scale_blocks import ScaleBlocks
+from treadle.ir.encodings.coded_forms import table_of
+from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.errors import CheckpointError
+
+Array = np.ndarray[Any, Any]
+
+E4M3, E2M1 = "e4m3_groups", "e2m1_groups"
+"""The forms of floats of 8 and of 4 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class CodedWeight(QuantizedWeight):
+    """w[n, k] = table[q[n, k]] scale[n, g]
+
+    code    name of the form, whose table gives the values of codes
+    scales  the scales, in groups of inputs
+    codes   returns the codes, u8[N, K]
+    """
+
+    first: TensorRecord
+    stored: str
+    shape: tuple[int, int]
+    code: str
+    scales: ScaleBlocks
+    codes: Callable[[], Array]
+
+    @cached_property
+    def form(self) -> Encoding | None:
+        length = None if self.scales.order is not None else block_length(self.scales.group)
+        return None if length is None else Encoding(self.code, length)
+
+    @property
+    def why_decoded(self) -> str:
+        return f"rows of {self.shape[1]} are not an integer number of blocks with one scale"
+
+    def blocks(self) -> Array:
+        assert self.form is not None
+        (rows, size), codes = self.shape, self._checked()
+        n = self.form.elements(size)
+        made = np.empty((rows, size // n), self.form.block.record(n))
+        made["scale"] = np.repeat(self.scales.factors(), self.scales.group // n, axis=1)
+        if len(table_of(self.code)) == 256:
+            made["q"] = codes.reshape(made["q"].shape)
+        else:
+            halves = codes.reshape(rows, size // n, 2, n // 2)
+            made["q"] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
+        return made.view(np.uint8).reshape(rows, -1)
+
+    def numbers(self) -> Array:
+        if self.form is not None:
+            return self.form.decode(self.blocks())
+        made: Array = table_of(self.code)[self._checked()]
+        made *= self.scales.factors()[:, np.arange(self.shape[1]) // self.scales.group]
+        return made
+
+    def _checked(self) -> Array:
+        """Return the codes. Raises CheckpointError for a code of NaN."""
+        codes = self.codes()
+        if self.code == E4M3 and (bad := (codes & 0x7F) == 0x7F).any():
+            at = int(bad.reshape(-1).argmax())
+            raise CheckpointError(
+                "a weight is NaN",
+                received=f"byte 0x{int(codes.reshape(-1)[at]):02x}",
+                within=f"byte {self.first.begin + at}, tensor {self.first.name}",
+            )
+        return codes

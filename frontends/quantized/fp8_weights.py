@@ -1,0 +1,47 @@
+"""Weights of 8-bit floats, as DeepSeek and Qwen publish them.
+
+    weight            e4m3[N, K]
+    weight_scale_inv  f32, bf16, f16 or e8m0: one number per block of `weight_block_size`, rounded up; or weight_scale,
+                      one number of the tensor or of each row
+
+    w[n, k] = weight[n, k] weight_scale_inv[n // 128, k // 128]
+
+Rounding of activations is not applied: `activation_scheme` is reported as unread. Source: `FineGrainedFP8Config` and
+`integrations/finegrained_fp8.py` of Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from treadle.frontends.quantized.coded_weights import E4M3, CodedWeight
+from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight
+from treadle.frontends.quantized.scale_blocks import groups_of_scales
+from treadle.frontends.quantized.settings import QuantizationSettings
+
+_POWERS = "f8_e8m0"
+
+
+def read_fp8(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str, QuantizedWeight]:
+    """Return the weights of a folder of 8-bit floats. Raises CheckpointError: see `open_quantized`."""
+    settings.choice("fmt", ("e4m3",), "e4m3")
+    settings.choice("scale_fmt", ("float", "ue8m0", "float32"), "float")
+    blocks = settings.get("weight_block_size")
+    made: dict[str, QuantizedWeight] = {}
+    for part in (".weight_scale_inv", ".weight_scale"):
+        for module in parts.modules(part):
+            if f"{module}.weight" not in made:
+                made[f"{module}.weight"] = _weight(module, module + part, blocks, parts)
+                for unused in (".input_scale", ".activation_scale"):
+                    parts.hide(module + unused)
+    return made
+
+
+def _weight(module: str, name: str, blocks: object, parts: ModuleParts) -> CodedWeight:
+    weight = parts.take(f"{module}.weight", ("f8_e4m3",), (None, None))
+    scales = parts.take(name, (*SCALES, _POWERS))
+    powers = partial(parts.powers, name) if scales.dtype == _POWERS else None
+    found = groups_of_scales(weight, scales, parts, blocks, powers)
+    return CodedWeight(weight, f"fp8, {found}", found.shape, E4M3, found, partial(parts.codes, weight.name))

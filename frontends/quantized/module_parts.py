@@ -1,0 +1,142 @@
+"""The tensors of a quantized checkpoint, found by the module to which they belong; errors name the tensor and byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from treadle.files.shown_names import printable
+from treadle.frontends.huggingface import Checkpoint
+from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.ir.errors import CheckpointError
+
+Array = np.ndarray[Any, Any]
+
+SCALES = ("f16", "bf16", "f32")
+"""Dtypes of scales."""
+
+
+class ModuleParts:
+    """The parts of quantized weights: `P.qweight` and `P.scales` are parts of module P.
+
+    A part is taken when its entry is requested; the names of these tensors are then hidden from the model.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._taken: set[str] = set()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the tensors that are parts."""
+        return frozenset(self._taken)
+
+    def modules(self, part: str) -> Iterator[str]:
+        """Yield the modules that have this part: ".qweight" yields h.0.attn for h.0.attn.qweight."""
+        for name in self.checkpoint.names():
+            if name.endswith(part) and len(name) > len(part):
+                yield name.removesuffix(part)
+
+    def has(self, name: str) -> bool:
+        """Return True if the checkpoint has a tensor."""
+        return name in self.checkpoint
+
+    def take(self, name: str, dtypes: Sequence[str], shape: Sequence[int | None] | None = None) -> TensorRecord:
+        """Return the entry of a part, and hide it. None in a shape is any size except 0.
+
+        Raises CheckpointError if the tensor is missing, or has another dtype or shape.
+        """
+        if name not in self.checkpoint:
+            what = f"a quantized weight lacks {printable(name)}"
+            hint = "fetch the checkpoint again, or check that config.json belongs to it"
+            raise CheckpointError(what, received=f"{len(self.checkpoint)} tensors", within=self.label, hint=hint)
+        record = self.checkpoint.record(name)
+        fits = shape is None or (
+            len(shape) == len(record.shape)
+            and all(size > 0 if n is None else n == size for n, size in zip(shape, record.shape, strict=True))
+        )
+        if record.dtype not in dtypes or not fits or 0 in record.shape:
+            sizes = "" if shape is None else f"[{', '.join('n' if n is None else str(n) for n in shape)}]"
+            raise self.error(
+                name, "a part of a quantized weight does not fit", str(record), " or ".join(dtypes) + sizes
+            )
+        self._taken.add(name)
+        return record
+
+    def group(self, integers: TensorRecord, size: int, group: int) -> int:
+        """Return the number of inputs in a group, for rows of `size`; -1 is a whole row. Raises CheckpointError if
+        groups do not divide a row.
+        """
+        length = size if group == -1 else group
+        if size % length:
+            what = f"groups of {length} do not divide the {size} inputs"
+            raise self.error(integers.name, what, str(integers), "check bits and group_size of the settings")
+        return length
+
+    def order(self, name: str, groups: int, group: int, unused: int | None = None) -> Array | None:
+        """Return the group of each input, from a tensor i32[K]; None if they are in order, or all are `unused`. Raises
+        CheckpointError for a group out of range.
+        """
+        order = self.array(name).astype(np.int64)
+        if unused is not None and (order == unused).all():
+            return None
+        bad = (order < 0) | (order >= groups)
+        if bad.any():
+            at = int(bad.argmax())
+            what = f"a group is out of range: there are {groups}"
+            raise self.error(name, what, f"{order[at]} at [{at}]", element=at)
+        return None if np.array_equal(order, np.arange(len(order)) // group) else order
+
+    def codes(self, name: str) -> Array:
+        """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""
+        return self.checkpoint.raw(name).reshape(self.checkpoint.record(name).shape)
+
+    def powers(self, name: str) -> Array:
+        """Return scales that are stored as exponents of 8 bits, e8m0, as float32: 2^(s - 127), and NaN for 255. Raises
+        CheckpointError as `scales` does.
+        """
+        codes = self.codes(name)
+        with np.errstate(over="ignore"):
+            made = np.ldexp(np.float32(1), codes.astype(np.int32) - 127).astype(np.float32)
+        made[codes == 255] = np.nan
+        return self.checked_scales(name, made)
+
+    def hide(self, name: str) -> None:
+        """Hide a tensor that changes no weight, if the checkpoint has it."""
+        if name in self.checkpoint:
+            self._taken.add(name)
+
+    def scales(self, name: str) -> Array:
+        """Return a tensor of scales as float32. Raises CheckpointError for a scale that is NaN, infinite or zero."""
+        return self.checked_scales(name, np.asarray(self.checkpoint.array(name), np.float32))
+
+    def checked_scales(self, name: str, scales: Array, *, zero: bool = False) -> Array:
+        """Return scales that were read from a tensor. Raises CheckpointError as `scales` does; with `zero`, a scale of
+        0 is accepted, as the largest magnitude of a block of zeros is.
+        """
+        bad = ~np.isfinite(scales) | ((scales == 0) & (not zero))
+        if bad.any():
+            at = int(bad.reshape(-1).argmax())
+            received = f"{scales.reshape(-1)[at]} at {[int(i) for i in np.unravel_index(at, scales.shape)]}"
+            raise self.error(
+                name, "a scale is NaN or infinite" if zero else "a scale is NaN, infinite or zero", received, element=at
+            )
+        return scales
+
+    def array(self, name: str) -> Array:
+        """Return a tensor as the file has it."""
+        return self.checkpoint.array(name)
+
+    @property
+    def label(self) -> str:
+        """The name, in errors, of the file that lists the tensors."""
+        return self.checkpoint.label
+
+    def error(
+        self, name: str, what: str, received: str, hint: str | None = None, element: int | None = None
+    ) -> CheckpointError:
+        """Return an error at a tensor, or at one of its elements."""
+        place = self.checkpoint.place(name, element or 0)
+        return CheckpointError(what, received=received, within=place, hint=hint)

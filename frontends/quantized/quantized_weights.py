@@ -1,0 +1,188 @@
+"""Quantized weights of linear layers as blocks of an encoding.
+
+A weight is f32[N, K], outputs by inputs, whatever the order in its file. Integers in groups,
+
+    w[n, k] = scale[n, g] (q[n, k] - zero[n, g])        g: the group of k
+
+become blocks along K. A group that is longer than a block is stored as several blocks of the same scale, which is
+exact. A weight whose groups are no blocks (any order of inputs, odd lengths) has no encoding, and is decoded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from treadle.frontends.mapped_tensors import TensorRecord
+from treadle.ir.encodings.encoding import Encoding
+
+Array = np.ndarray[Any, Any]
+
+_LENGTHS = (256, 128, 64, 32, 16)
+"""Lengths of blocks, in order of preference: fewer scales first."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRecord(TensorRecord):
+    """A quantized weight's entry: its decoded dtype and shape, and the bytes of its integers in the file.
+
+    form    the encoding in which its blocks stay; None if it is decoded
+    stored  the format in the file, in words
+    """
+
+    form: Encoding | None = None
+    stored: str = ""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        return self.form
+
+    @property
+    def outputs_first(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}] stored as {self.stored}"
+
+
+class QuantizedWeight(ABC):
+    """A weight of a linear layer in a checkpoint.
+
+    shape   (N, K): outputs and inputs
+    stored  the format in the file, in words
+    first   the entry of the tensor with its integers
+    """
+
+    shape: tuple[int, int]
+    stored: str
+    first: TensorRecord
+
+    @property
+    @abstractmethod
+    def form(self) -> Encoding | None:
+        """The encoding of `blocks`, or None if the weight is decoded."""
+
+    @abstractmethod
+    def blocks(self) -> Array:
+        """Return the weight's blocks, u8[N, bytes of a row], for a weight that has a form."""
+
+    @abstractmethod
+    def numbers(self) -> Array:
+        """Return the decoded numbers, f32[N, K]."""
+
+    @property
+    def why_decoded(self) -> str:
+        """The reason for which a weight has no form."""
+        return f"rows of {self.shape[1]} elements are not an integer number of blocks"
+
+    def record(self, name: str) -> QuantizedRecord:
+        """Return the weight's entry under a name."""
+        return QuantizedRecord(name, "f32", self.shape, self.first.begin, self.first.end, self.form, self.stored)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedIntegers(QuantizedWeight):
+    """Integers of 2, 3, 4 or 8 bits in groups of inputs.
+
+    bits      bits of an integer
+    group     inputs of a group, which divides K; K: a group is a whole row
+    integers  returns q, u8[N, K], from 0 to 2^bits - 1
+    factors   returns the scales, f32[N, G], and the zeros, integers of the same shape
+    order     the group of each input, if they are in another order than k // group: i64[K]
+    """
+
+    first: TensorRecord
+    stored: str
+    shape: tuple[int, int]
+    bits: int
+    group: int
+    integers: Callable[[], Array]
+    factors: Callable[[], tuple[Array, Array]]
+    order: Array | None = None
+
+    @cached_property
+    def _factors(self) -> tuple[Array, Array]:
+        scales, zeros = self.factors()
+        return scales, zeros.astype(np.int32)
+
+    @cached_property
+    def length(self) -> int | None:
+        """The number of elements of a block, or None if there are no blocks."""
+        return None if self.order is not None else block_length(self.group)
+
+    @cached_property
+    def form(self) -> Encoding | None:
+        scales, zeros = self._factors
+        symmetric = bool((zeros == 1 << (self.bits - 1)).all())
+        if self.bits == 8 and symmetric and self.order is None and self.group == self.shape[1]:
+            return Encoding("int8_rows")
+        if self.length is None:
+            return None
+        if self.bits == 8:
+            return Encoding("int8_groups" if symmetric else "int8_zero_groups", self.length)
+        halves = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
+        if not halves:
+            return Encoding("uint4_wide_groups", self.length)
+        return Encoding("int4_groups" if symmetric else "uint4_groups", self.length)
+
+    @property
+    def why_decoded(self) -> str:
+        if self.order is not None:
+            return "its groups of inputs are not blocks of neighbors"
+        return f"groups of {self.group} are not an integer number of blocks"
+
+    def blocks(self) -> Array:
+        form = self.form
+        assert form is not None
+        (rows, size), (scales, zeros) = self.shape, self._factors
+        n, q = form.elements(size), self.integers()
+        made = np.empty((rows, size // n), form.block.record(n))
+        repeated = 1 if self.group == size == n else self.group // n
+        made["scale"] = np.repeat(scales, repeated, axis=1)
+        if "zero" in (made.dtype.names or ()):
+            made["zero"] = np.repeat(zeros - (128 if self.bits == 8 else 0), repeated, axis=1)
+        if self.bits == 8:
+            made["q"] = (q ^ np.uint8(128)).view(np.int8).reshape(made["q"].shape)
+        else:
+            if form.form == "int4_groups" and self.bits < 4:
+                q = q + np.uint8(8 - (1 << (self.bits - 1)))
+            halves = q.reshape(rows, size // n, 2, n // 2)
+            made["q"] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
+        return made.view(np.uint8).reshape(rows, -1)
+
+    def numbers(self) -> Array:
+        if self.form is not None:
+            return self.form.decode(self.blocks())
+        scales, zeros = (np.asarray(x, np.float32) for x in self._factors)
+        order = np.arange(self.shape[1]) // self.group if self.order is None else self.order
+        made: Array = self.integers().astype(np.float32)
+        made -= zeros[:, order]
+        made *= scales[:, order]
+        return made
+
+
+def block_length(group: int) -> int | None:
+    """Return the number of elements of a block, for groups of this length; None if they are not whole blocks."""
+    return next((n for n in _LENGTHS if group % n == 0), None)
+
+
+def unpack_low_first(words: Array, bits: int) -> Array:
+    """Return the integers of rows of little-endian words or bytes, u8[n, bits of a row / bits]: integer i is at bit
+    `bits` i of its row.
+    """
+    bytes = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return bytes
+    if bits == 3:
+        ones = np.unpackbits(bytes, axis=1, bitorder="little").reshape(len(bytes), -1, 3)
+        made: Array = ones[..., 0] | (ones[..., 1] << np.uint8(1)) | (ones[..., 2] << np.uint8(2))
+        return made
+    mask, found = np.uint8((1 << bits) - 1), np.empty((*bytes.shape, 8 // bits), np.uint8)
+    for i in range(8 // bits):
+        found[..., i] = (bytes >> np.uint8(bits * i)) & mask
+    return found.reshape(len(bytes), -1)

@@ -1,0 +1,484 @@
+"""Folders with quantized weights: every layout's numbers, models on each backend, and refusals of what is not read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import treadle
+from tests.fuzz.quantized_folders import run
+from tests.quantized_folders import (
+    BERT,
+    BF16,
+    E8M0,
+    GPT2,
+    LLAMA,
+    QWEN2,
+    Encoder,
+    Stored,
+    awq,
+    bitsandbytes,
+    compressed,
+    compressed_settings,
+    floats,
+    gptq,
+    gptq_settings,
+    integers,
+    small_floats,
+    write_folder,
+)
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.program.source import ModelSource
+
+TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79], [27, 18, 28, 18, 28, 45, 90, 45]])
+
+
+def output(made: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(next(iter(made(tokens=TOKENS).values())))
+
+
+def numbers_of(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the weights of a folder as the reader decodes them, without a backend."""
+    weights = ModelSource.open(folder).resolve(widen="blocks").weights
+    assert weights is not None
+    return {name: np.asarray(array) for name, array in weights.items()}
+
+
+# -- nothing loads silently wrong --------------------------------------------------------------------------------------
+
+
+def plain(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, np.ndarray[Any, Any]]:
+    numbers = (rng.standard_normal((n, k)) * 0.1).astype(np.float32)
+    return {".weight": numbers}, numbers
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize(
+    "part", [".weight_scale", ".weight_scale_inv", ".scales", ".weight.absmax", ".SCB", ".input_scale", ".qweight"]
+)
+def test_numbers_next_to_a_scale_are_refused(part: str, dtype: Any, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj"
+
+    def change(tensors: Stored) -> None:
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"].astype(dtype)
+        tensors[name + part] = np.full((1, 1), 0.5, np.float32)
+
+    folder, _ = write_folder(tmp_path, plain, None, change=change)
+    with pytest.raises(CheckpointError, match="is stored quantized, in a format that is not read") as error:
+        treadle.compile(folder)
+    assert name + part in str(error.value)
+
+
+def test_a_declaration_does_not_bind_numbers_next_to_a_scale(tmp_path: Path) -> None:
+    weights = {"w": np.ones((4, 4), np.float16), "w_scale": np.ones((4, 1), np.float32)}
+    save_file(weights, tmp_path / "weights.safetensors")
+    (tmp_path / "model.py").write_text(
+        "import treadle.frontends.language as t\n"
+        "@t.model\n"
+        "def small(x: t.f32['B 4']):\n"
+        "    return x @ t.parameter('w', 4, 4)\n"
+    )
+    with pytest.raises(CheckpointError, match="w is stored quantized"):
+        treadle.compile(f"{tmp_path}/model.py:small", weights=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method", ["aqlm", "hqq", "quark", "vptq", "eetq", "quanto", "higgs", "spqr", "mxfp4", "modelopt"]
+)
+def test_a_method_that_is_not_read_is_refused_by_name(method: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, plain, {"quant_method": method})
+    with pytest.raises(CheckpointError, match=f"quantized by {method} are not supported") as error:
+        treadle.compile(folder)
+    assert "gptq" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quant_method": 4}, "gptq", {"bits": 4}])
+def test_settings_without_a_method_are_refused(settings: Any, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, plain, settings)
+    with pytest.raises(CheckpointError):
+        treadle.compile(folder)
+
+
+def test_settings_of_plain_numbers_are_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, plain, gptq_settings())
+    with pytest.raises(CheckpointError, match="but no tensor is"):
+        treadle.compile(folder)
+
+
+def test_settings_in_a_file_of_their_own_are_read(tmp_path: Path) -> None:
+    folder, wide = write_folder(tmp_path, gptq(), None)
+    with pytest.raises(CheckpointError, match="is stored quantized"):
+        treadle.compile(folder)
+    settings = gptq_settings()
+    del settings["quant_method"]
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    got, expected = numbers_of(folder), numbers_of(wide)
+    for name, numbers in expected.items():
+        np.testing.assert_array_equal(got[name], numbers)
+
+
+def test_settings_of_a_part_of_a_model_are_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(), None, {**LLAMA, "text_config": {"quantization_config": gptq_settings()}})
+    with pytest.raises(CheckpointError, match="text_config has quantization settings of its own"):
+        treadle.compile(folder)
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+GPTQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    *[(f"gptq-{b}", gptq(b, 32), gptq_settings(b, 32), "int4_groups(32)") for b in (2, 3, 4)],
+    ("gptq-8", gptq(8, 32), gptq_settings(8, 32), "int8_groups(32)"),
+    *[(f"gptq-{b}-zeros", gptq(b, 32, symmetric=False), gptq_settings(b, 32), "uint4_groups(32)") for b in (2, 3, 4)],
+    ("gptq-8-zeros", gptq(8, 32, symmetric=False), gptq_settings(8, 32), "int8_zero_groups(32)"),
+    ("gptq-rows", gptq(4, -1), gptq_settings(4, -1), "int4_groups"),
+    ("gptq-8-rows", gptq(8, -1), gptq_settings(8, -1), "int8_rows"),
+    ("gptq-64", gptq(4, 64, index=False), gptq_settings(4, 64), "int4_groups(64)"),
+    (
+        "gptq-v2",
+        gptq(4, 32, symmetric=False, version=2),
+        gptq_settings(4, 32, checkpoint_format="gptq_v2"),
+        "uint4_groups(32)",
+    ),
+    ("gptq-order", gptq(4, 32, order=True, symmetric=False), gptq_settings(4, 32, desc_act=True), ""),
+]
+AWQ_SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+AWQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("awq", awq(), {**AWQ_SETTINGS, "modules_to_not_convert": None}, "uint4_groups(32)"),
+    ("awq-64", awq(64), {**AWQ_SETTINGS, "group_size": 64}, "uint4_groups(64)"),
+    ("awq-gemv", awq(16, "gemv"), {**AWQ_SETTINGS, "group_size": 16, "version": "GEMV"}, "uint4_groups(16)"),
+]
+PACK, INTS, FLOATS = (f"{kind}-quantized" for kind in ("pack", "int", "float"))
+GROUPS = {"strategy": "group", "group_size": 32}
+COMPRESSED: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("pack-4", compressed(), compressed_settings(PACK, num_bits=4, **GROUPS), "int4_groups(32)"),
+    (
+        "pack-4-zeros",
+        compressed(symmetric=False, dtype=BF16),
+        compressed_settings(PACK, num_bits=4, symmetric=False, **GROUPS),
+        "uint4_groups(32)",
+    ),
+    (
+        "pack-4-float32",
+        compressed(dtype=np.float32),
+        compressed_settings(PACK, num_bits=4, **GROUPS),
+        "uint4_wide_groups(32)",
+    ),
+    ("pack-4-rows", compressed(group=None), compressed_settings(PACK, num_bits=4), "int4_groups"),
+    ("pack-4-order", compressed(order=True), compressed_settings(PACK, num_bits=4, actorder="group", **GROUPS), ""),
+    ("pack-8", compressed(8, dtype=np.float32), compressed_settings(PACK, **GROUPS), "int8_groups(32)"),
+    (
+        "pack-8-zeros",
+        compressed(8, symmetric=False),
+        compressed_settings(PACK, symmetric=False, **GROUPS),
+        "int8_zero_groups(32)",
+    ),
+    ("int", integers(), compressed_settings(INTS), "int8_rows"),
+    ("int-tensor", integers("tensor"), compressed_settings(INTS, strategy="tensor"), "int8_rows"),
+    ("int-group", integers("group"), compressed_settings(INTS, **GROUPS), "int8_groups(32)"),
+    ("int-zeros", integers(symmetric=False), compressed_settings(INTS, symmetric=False), "int8_zero_groups"),
+    (
+        "int-block",
+        integers("block"),
+        compressed_settings(INTS, strategy="block", block_structure=[48, 48]),
+        "",
+    ),
+    *[
+        (f"float-{s}", floats(s), compressed_settings(FLOATS, type="float", strategy=s, **more), "e4m3_groups")
+        for s, more in (("channel", {}), ("tensor", {}), ("group", {"group_size": 32}))
+    ],
+]
+COMPRESSED += [
+    (
+        f"{kind}fp4",
+        small_floats(group),
+        compressed_settings(f"{kind}fp4-pack-quantized", num_bits=4, type="float", strategy=by, group_size=group),
+        f"e2m1_groups({group})",
+    )
+    for kind, group, by in (("nv", 16, "tensor_group"), ("mx", 32, "group"))
+]
+FP8 = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}
+FP8_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    *[
+        (
+            f"fp8-{dtype.name}",
+            floats("block", ".weight_scale_inv", dtype, (48, 32)),
+            {**FP8, "weight_block_size": [48, 32], "fmt": "e4m3"},
+            "e4m3_groups(32)",
+        )
+        for dtype in (np.dtype(np.float32), BF16, E8M0)
+    ],
+    ("fp8-tensor", floats("tensor"), FP8, "e4m3_groups"),
+    ("fp8-partial", floats("block", ".weight_scale_inv"), {**FP8, "weight_block_size": [48, 48]}, ""),
+]
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+BNB_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("nf4", bitsandbytes(), BNB, "nf4_groups(64)"),
+    ("nf4-nested", bitsandbytes(nested=True), {**BNB, "bnb_4bit_use_double_quant": True}, "nf4_groups(64)"),
+    ("fp4", bitsandbytes("fp4"), BNB, "fp4_groups(64)"),
+    ("nf4-over-rows", bitsandbytes(block=256), BNB, ""),
+]
+LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS]
+
+
+@pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
+def test_a_layout_decodes_to_its_numbers(encode: Encoder, settings: Any, form: str, tmp_path: Path) -> None:
+    """Weights that stay in blocks, decoded, and weights that are decoded when they are read, are the encoder's numbers
+    bitwise.
+    """
+    folder, wide = write_folder(tmp_path, encode, settings)
+    expected = numbers_of(wide)
+    got = numbers_of(folder)
+    resolved = ModelSource.open(folder).resolve()
+    assert resolved.weights is not None
+    assert (resolved.unused, resolved.unread) == ((), ())
+    encoded = 0
+    for name, numbers in expected.items():
+        np.testing.assert_array_equal(got[name], numbers)
+        encoding = resolved.graph.parameters[name].type.encoding
+        if encoding is not None:
+            assert str(encoding).startswith(form)
+            np.testing.assert_array_equal(encoding.decode(np.asarray(resolved.weights[name])), numbers)
+            encoded += 1
+    assert encoded == (14 if form else 0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, BERT], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("layout", ["gptq-8-zeros", "gptq-order", "awq", "pack-4", "int", "fp8-bfloat16", "nf4"])
+def test_a_model_of_each_method_computes_as_with_its_numbers(layout: str, config: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    folder, wide = write_folder(tmp_path, encode, settings, config)
+    expected = output(treadle.compile(wide, backend="numpy"))
+    np.testing.assert_allclose(output(treadle.compile(folder, backend="tvm")), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, BERT, GPT2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
+def test_a_quantized_model_computes_as_with_its_numbers(config: Any, backend: str, tmp_path: Path) -> None:
+    pytest.importorskip(backend)
+    folder, wide = write_folder(tmp_path, gptq(4, 32, symmetric=False), gptq_settings(), config)
+    expected = output(treadle.compile(wide, backend="numpy"))
+    np.testing.assert_allclose(output(treadle.compile(folder, backend=backend)), expected, atol=1e-4, rtol=0)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+def put(part: str, index: Any, value: Any) -> Any:
+    def change(tensors: Stored) -> None:
+        tensors[UP + part] = tensors[UP + part].copy()
+        tensors[UP + part][index] = value
+
+    return change
+
+
+def reshape(part: str, to: Any) -> Any:
+    def change(tensors: Stored) -> None:
+        tensors[UP + part] = np.ascontiguousarray(to(tensors[UP + part]))
+
+    return change
+
+
+def drop(part: str) -> Any:
+    return lambda tensors: tensors.pop(UP + part)
+
+
+GPTQ_DAMAGE: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("scale-nan", put(".scales", (1, 5), np.nan), {}, r"a scale is NaN, infinite or zero"),
+    ("scale-infinite", put(".scales", (1, 5), np.inf), {}, r"a scale is NaN, infinite or zero"),
+    ("scale-zero", put(".scales", (0, 0), 0), {}, r"a scale is NaN, infinite or zero"),
+    ("no-scales", drop(".scales"), {}, "lacks model.layers.1.mlp.up_proj.scales"),
+    ("no-zeros", drop(".qzeros"), {}, "lacks model.layers.1.mlp.up_proj.qzeros"),
+    ("no-words", drop(".qweight"), {}, "is stored quantized, in a format that is not read"),
+    ("group-out-of-range", put(".g_idx", 7, 2), {}, "a group is out of range: there are 2"),
+    ("group-negative", put(".g_idx", 7, -1), {}, "a group is out of range"),
+    ("groups-short", reshape(".g_idx", lambda x: x[:-1]), {}, "a part of a quantized weight does not fit"),
+    ("words-rank", reshape(".qweight", lambda x: x[None]), {}, "a part of a quantized weight does not fit"),
+    ("words-dtype", reshape(".qweight", lambda x: x.astype(np.int64)), {}, "a part of a quantized weight does not fit"),
+    ("words-empty", reshape(".qweight", lambda x: x[:0]), {}, "a part of a quantized weight does not fit"),
+    ("scales-turned", reshape(".scales", lambda x: x.T), {}, "a part of a quantized weight does not fit"),
+    ("scales-integers", reshape(".scales", lambda x: x.astype(np.int32)), {}, "a part of a quantized weight does not"),
+    ("zeros-short", reshape(".qzeros", lambda x: x[:, :-1]), {}, "a part of a quantized weight does not fit"),
+    ("stored-maximum", put(".qzeros", (0, 0), -1), {}, "a stored zero is the largest integer"),
+    ("bits", None, {"bits": 8}, "a part of a quantized weight does not fit|do not divide"),
+    ("bits-3", None, {"bits": 3}, "are not an integer number of integers of 3 bits"),
+    ("bits-unknown", None, {"bits": 5}, "unsupported value of bits"),
+    ("bits-text", None, {"bits": "4"}, "unsupported value of bits"),
+    ("group", None, {"group_size": 48}, "groups of 48 do not divide the"),
+    ("group-zero", None, {"group_size": 0}, "unsupported value of group_size"),
+    ("group-other", None, {"group_size": 64}, "a part of a quantized weight does not fit"),
+    ("form", None, {"checkpoint_format": "marlin"}, "unsupported value of checkpoint_format"),
+    ("pack", None, {"pack_dtype": "int16"}, "unsupported value of pack_dtype"),
+    ("adapter", None, {"adapter": {"name": "lora"}}, "unsupported value of adapter"),
+    ("dynamic-list", None, {"dynamic": [1]}, "unsupported value of dynamic"),
+    ("dynamic-excludes", None, {"dynamic": {r"-:.*mlp.up": {}}}, "exclude model.layers.0.mlp.up_proj, which has"),
+    ("dynamic-slow", None, {"dynamic": {r"(a+)+$": {}}}, "a pattern of module names cannot be read"),
+    ("dynamic-slower", None, {"dynamic": {".*" * 9: {}}}, "a pattern of module names cannot be read"),
+    ("dynamic-invalid", None, {"dynamic": {"[": {}}}, "a pattern of module names cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("change", "more", "match"), [d[1:] for d in GPTQ_DAMAGE], ids=[d[0] for d in GPTQ_DAMAGE])
+def test_a_damaged_gptq_folder_is_refused(change: Any, more: dict[str, Any], match: str, tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(), {**gptq_settings(), **more}, change=change or (lambda tensors: None))
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve()
+
+
+def test_settings_of_single_modules_are_read(tmp_path: Path) -> None:
+    """The first pattern that matches the start of a module's name counts; up_proj has groups of 64 and 8 bits."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, np.ndarray[Any, Any]]:
+        return (gptq(8, 64) if n == 128 else gptq(4, 32))(rng, n, k)
+
+    dynamic = {r"+:.*\.mlp\.(gate|up)_proj": {"bits": 8, "group_size": 64}, r".*mlp": {"bits": 4}, "-:lm_head": {}}
+    folder, wide = write_folder(tmp_path, encode, gptq_settings(dynamic=dynamic))
+    got = numbers_of(folder)
+    for name, numbers in numbers_of(wide).items():
+        np.testing.assert_array_equal(got[name], numbers)
+
+
+def test_an_unknown_setting_is_reported(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(), gptq_settings(curvature=3))
+    assert ModelSource.open(folder).resolve().unread == ("quantization_config.curvature",)
+
+
+def test_trained_weights_are_not_saved_in_a_quantized_layout(tmp_path: Path) -> None:
+    from treadle.training.saving import saver_for
+
+    folder, _ = write_folder(tmp_path, gptq(), gptq_settings())
+    source = ModelSource.open(folder).resolve(widen="blocks")
+    with pytest.raises(UsageError, match="cannot be saved in the layout of a folder whose weights are quantized"):
+        saver_for(source, tmp_path / "saved")
+
+
+def test_a_weight_that_is_decoded_when_it_is_read_is_in_the_log(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(order=True), gptq_settings(desc_act=True))
+    log = treadle.compile(folder, backend="numpy").log
+    notes = [note for record in log if record.name == "read-weights" for note in record.notes]
+    assert len(notes) == 14
+    assert notes[0] == (
+        "layer.0.attn.q.weight is decoded when it is read: its groups of inputs are not blocks of neighbors"
+    )
+
+
+def test_rounding_of_activations_that_is_not_applied_is_reported(tmp_path: Path) -> None:
+    settings = compressed_settings(INTS)
+    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+    settings["kv_cache_scheme"] = {"num_bits": 8}
+    folder, _ = write_folder(tmp_path, integers(), settings)
+    assert set(ModelSource.open(folder).resolve().unread) == {
+        "quantization_config.kv_cache_scheme",
+        "quantization_config.config_groups.group_0.input_activations",
+    }
+
+
+def compressed_damage() -> list[tuple[str, Any, Any, str]]:
+    def settings(**more: Any) -> dict[str, Any]:
+        return {**compressed_settings(PACK, num_bits=4, **GROUPS), **more}
+
+    def weights(**more: Any) -> dict[str, Any]:
+        return compressed_settings(PACK, **{"num_bits": 4, **GROUPS, **more})
+
+    def targets(*names: str) -> dict[str, Any]:
+        made = settings()
+        made["config_groups"]["group_0"]["targets"] = list(names)
+        return made
+
+    return [
+        ("ignored", None, settings(ignore=["re:.*up_proj"]), "the settings exclude model.layers.0.mlp.up_proj"),
+        ("no-target", None, targets("re:.*self_attn.*"), "no group of the settings has model.layers.0.mlp.gate_proj"),
+        ("format", None, compressed_settings(INTS), "the format of a weight contradicts its name"),
+        ("sparse", None, settings(sparsity_config={"format": "sparse-24-bitmask"}), "value of sparsity_config"),
+        ("transformed", None, settings(transform_config={"a": 1}), "unsupported value of transform_config"),
+        ("bits", None, weights(num_bits=3), "unsupported value of num_bits"),
+        ("groups", None, weights(group_size=64), "has 2 groups, but the settings give 1"),
+        ("zeros", None, weights(symmetric=False), "lacks model.layers.0.self_attn.q_proj.weight_zero_point"),
+        ("shape", put(".weight_shape", 1, 65), settings(), "does not have the shape"),
+        ("negative", put(".weight_shape", 1, -64), settings(), "does not have the shape"),
+        ("scale", put(".weight_scale", (3, 1), np.inf), settings(), "a scale is NaN, infinite or zero"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "match"),
+    [each[1:] for each in compressed_damage()],
+    ids=[each[0] for each in compressed_damage()],
+)
+def test_a_damaged_folder_of_compressed_tensors_is_refused(
+    change: Any, settings: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    folder, _ = write_folder(tmp_path, compressed(), settings, change=change or (lambda tensors: None))
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve()
+
+
+def state_of(**changes: Any) -> Any:
+    """Return a change of the JSON in a quant_state."""
+    name = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+
+    def change(tensors: Stored) -> None:
+        text = json.dumps({**json.loads(tensors[name].tobytes()), **changes}).encode()
+        tensors[name] = np.frombuffer(text, np.uint8)
+
+    return change
+
+
+OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
+    ("nf4-shape", bitsandbytes(), BNB, state_of(shape=[64, 64, 2]), "the shape of a weight must be two"),
+    ("nf4-large", bitsandbytes(), BNB, state_of(shape=[1 << 40, 64]), "the shape of a weight must be two"),
+    ("nf4-other-shape", bitsandbytes(), BNB, state_of(shape=[64, 64]), "a part of a quantized weight does not fit"),
+    ("nf4-block", bitsandbytes(), BNB, state_of(blocksize=0), "unsupported blocksize"),
+    ("nf4-type", bitsandbytes(), BNB, state_of(quant_type="fp4"), "names another type"),
+    ("nf4-json", bitsandbytes(), BNB, put(".weight.quant_state.bitsandbytes__nf4", 0, 0), "JSON|begin|object|value"),
+    ("nf4-scale", bitsandbytes(), BNB, put(".weight.absmax", 3, np.nan), "a scale is NaN or infinite"),
+    ("nf4-8-bit", bitsandbytes(), {**BNB, "load_in_8bit": True}, None, "unsupported value of load_in_8bit"),
+    ("nf4-storage", bitsandbytes(), {**BNB, "bnb_4bit_quant_storage": "bfloat16"}, None, "bnb_4bit_quant_storage"),
+    ("fp8-nan", floats("tensor"), FP8, put(".weight", (1, 1), np.nan), "a weight is NaN"),
+    ("fp8-block", floats("block"), {**FP8, "weight_block_size": [64, 64]}, None, "one number per block of 64 x 64"),
+    ("fp8-block-size", floats("tensor"), {**FP8, "weight_block_size": [0, 1]}, None, "must be two positive numbers"),
+    ("fp8-other", floats("tensor"), {**FP8, "fmt": "e5m2"}, None, "unsupported value of fmt"),
+    ("awq-version", awq(), {**AWQ_SETTINGS, "version": "exllama"}, None, "unsupported value of version"),
+    ("awq-bits", awq(), {**AWQ_SETTINGS, "bits": 8}, None, "unsupported value of bits"),
+    ("awq-symmetric", awq(), {**AWQ_SETTINGS, "zero_point": False}, None, "unsupported value of zero_point"),
+    ("awq-gemv", awq(), {**AWQ_SETTINGS, "version": "gemv"}, None, "a part of a quantized weight does not fit"),
+]
+
+
+@pytest.mark.parametrize(
+    ("encode", "settings", "change", "match"), [d[1:] for d in OTHER_DAMAGE], ids=[d[0] for d in OTHER_DAMAGE]
+)
+def test_a_damaged_folder_of_other_methods_is_refused(
+    encode: Encoder, settings: Any, change: Any, match: str, tmp_path: Path
+) -> None:
+    folder, _ = write_folder(tmp_path, encode, settings, change=change or (lambda tensors: None))
+    with pytest.raises(CheckpointError, match=match):
+        ModelSource.open(folder).resolve()
+
+
+def test_damaged_folders_of_every_layout_are_read_or_refused(tmp_path: Path) -> None:
+    """A sample of `python -m tests.fuzz.quantized_folders`."""
+    for number, (name, encode, settings, _) in enumerate(LAYOUTS):
+        found = run(encode, settings, 4, number, tmp_path / name)
+        assert set(found) <= {"read", "refused"}, found
+
+
+@pytest.mark.parametrize("layout", ["awq", "int", "gptq-8", "fp8-bfloat16"])
+@pytest.mark.parametrize("scheme", ["int8", "int8-weights"])
+def test_the_rest_of_a_quantized_model_is_quantized(layout: str, scheme: str, tmp_path: Path) -> None:
+    """The output's weight is not quantized in the folder; the layers, which are functions, have encoded weights."""
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    folder, wide = write_folder(tmp_path, encode, settings)
+    expected = output(treadle.compile(wide, backend="numpy"))
+    made = treadle.compile(folder, backend="numpy", quantize=scheme)
+    got = output(made)
+    assert str(made.graph.parameters["lm_head.weight"].type.encoding) == "int8_rows"
+    cosine = (got * expected).sum() / np.sqrt((got * got).sum() * (expected * expected).sum())
+    assert 0.99 < cosine < 1.0001
