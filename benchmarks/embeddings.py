@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.embedding import SentenceEmbedder
+from treadle.sentence_embedding import SentenceEmbedder
 
 Array = np.ndarray[Any, Any]
 

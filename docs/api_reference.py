@@ -32,7 +32,7 @@ MODULES = (
     "treadle.compiled",
     "treadle.tasks.loaded",
     "treadle.continuation",
-    "treadle.embedding",
+    "treadle.sentence_embedding",
     "treadle.runtime.session",
     "treadle.runtime.generation",
     "treadle.training.texts",

@@ -19,12 +19,12 @@ pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
 from tests.golden import Golden
-from treadle.embedding import Embedded
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Token
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, TextOrder
 from treadle.runtime.token_rules import TokenRules
+from treadle.sentence_embedding import Embedded
 from treadle.serving import answering
 from treadle.serving.answering import Answering
 from treadle.serving.answers import AnswerForm, GrowingChoice, PromptTokens, embeddings, text_of

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from treadle.cli import app
 from treadle.continuation import FoundText, Piece, TextWriter
-from treadle.embedding import Embedded, SentenceEmbedder
 from treadle.ir.target import Target
 from treadle.runtime.speculation import SpeculationTally
+from treadle.sentence_embedding import Embedded, SentenceEmbedder
 from treadle.tasks.classifying import Classified, TextClassifier
 from treadle.tasks.generation_settings import FolderRules
 from treadle.tasks.scoring import Scored

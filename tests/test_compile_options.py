@@ -20,7 +20,6 @@ from treadle.benching.workload import Workload
 from treadle.cli import COMMANDS, app
 from treadle.compiling import compile_program
 from treadle.continuation import TextWriter
-from treadle.embedding import SentenceEmbedder
 from treadle.explaining.fusion import explain_fusion
 from treadle.explaining.layouts import explain_layouts
 from treadle.explaining.memory import explain_memory
@@ -33,6 +32,7 @@ from treadle.ir.target import Target
 from treadle.program.option_declarations import Option
 from treadle.program.options import EXPLAINED, CompileOptions, declared_options, taken_by
 from treadle.program.program import Program
+from treadle.sentence_embedding import SentenceEmbedder
 from treadle.sharding import shard_model
 from treadle.stepped import open_stepped, stepped_program
 from treadle.verifying import verify_model

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from treadle.backends.registry import find_backend
-from treadle.embedding import SentenceEmbedder
 from treadle.fetch import fetch_model
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
+from treadle.sentence_embedding import SentenceEmbedder
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("sentence_transformers")

@@ -19,13 +19,13 @@ import pytest
 import treadle as t
 from tests.opened_files import opened_in
 from treadle.continuation import TextWriter
-from treadle.embedding import SentenceEmbedder
 from treadle.explaining.fusion import explain_fusion
 from treadle.fetch import fetched_model
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.program.program import Program
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
+from treadle.sentence_embedding import SentenceEmbedder
 from treadle.serving.models import Opening
 from treadle.stepped import open_stepped
 from treadle.tasks.generation_settings import FolderRules

@@ -67,7 +67,7 @@ SENTENCES = (
 def test_the_int8_sentence_model_is_near_the_float_one() -> None:
     """Both are all-MiniLM-L6-v2; one has weights rounded to 8 bits."""
     pytest.importorskip("tokenizers")
-    from treadle.embedding import SentenceEmbedder
+    from treadle.sentence_embedding import SentenceEmbedder
 
     path = fetched("minilm-int8")
     embedder = SentenceEmbedder.open(fetched("minilm"))

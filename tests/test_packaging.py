@@ -274,6 +274,15 @@ def test_importers_share_recipes_and_nothing_else() -> None:
     assert shared == []
 
 
+def test_no_module_of_the_package_has_the_name_of_an_op() -> None:
+    """An imported module would replace the op of its name as an attribute of the package."""
+    import treadle.ir.ops  # noqa: F401  registers the ops
+    from treadle.ir.op_registry import OPS
+
+    modules = {path.stem for path in (ROOT / "treadle").iterdir()}
+    assert not modules & OPS.keys()
+
+
 def test_the_front_door_imports_in_one_order() -> None:
     """No module of `treadle/` imports itself indirectly, also not inside functions; imports for types are exempt."""
     needs: dict[str, set[str]] = {}

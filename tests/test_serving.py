@@ -250,7 +250,7 @@ def test_chat_renders_the_folders_template(server: Running, writer: TextWriter) 
 
 
 def test_embeddings_are_those_of_the_embedder(server: Running, encoder: Path) -> None:
-    from treadle.embedding import SentenceEmbedder
+    from treadle.sentence_embedding import SentenceEmbedder
 
     texts = ["the cat sat", "a dog"]
     wanted = SentenceEmbedder.open(encoder).embed(texts)

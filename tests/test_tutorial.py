@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-for _name in ("openai", "safetensors", "starlette", "tokenizers", "uvicorn"):
+for _name in ("openai", "starlette", "tokenizers", "uvicorn"):
     pytest.importorskip(_name)
 
 from tests.command_line import Treadle, commands_in
@@ -97,8 +97,8 @@ def test_every_block_runs_and_prints_what_is_shown(page: Page) -> None:
         printed: Any = {"python": page.python, "sh": page.sh, "text": lambda _: ""}[language](code)
         if expected is not None:
             assert matches(printed, expected), f"{code}\nprinted\n{printed}\nexpected\n{expected}"
-    assert page.count["python"] >= 10
-    assert page.count["sh"] >= 4
+    assert page.count["python"] >= 7
+    assert page.count["sh"] >= 6
     assert page.count["text"] >= 8
     assert page.server is not None
 

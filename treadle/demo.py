@@ -19,7 +19,6 @@ import treadle as t
 from treadle.backends.registry import find_backend
 from treadle.chatting.conversation import Conversation
 from treadle.continuation import TextWriter
-from treadle.embedding import SentenceEmbedder, Vectors
 from treadle.fetch import fetch_model, fetched_model
 from treadle.fitting import fit_code, fit_graph, fit_prose
 from treadle.frontends.declarations import Model
@@ -37,6 +36,7 @@ from treadle.reporting.compilations import compiled_lines, pass_table
 from treadle.reporting.counts import human
 from treadle.reporting.errors import error_text
 from treadle.reporting.tables import console
+from treadle.sentence_embedding import SentenceEmbedder, Vectors
 from treadle.tasks.text_generation import Pace
 from treadle.wheels.pinned_models import PINNED
 

@@ -36,13 +36,13 @@ def embed_sentences(
     as_json: AsJson = False,
 ) -> None:
     """Embed sentences with a sentence encoder, such as the fetched minilm; print one vector per line."""
-    from treadle.embedding import SentenceEmbedder
     from treadle.npy_files import write_npy
     from treadle.program.given_texts import read_sentences
     from treadle.progress import working
     from treadle.reporting.arrays import shortest, similarity_table
     from treadle.reporting.counts import counted
     from treadle.reporting.tables import console
+    from treadle.sentence_embedding import SentenceEmbedder
 
     texts = read_sentences(sentences or [], file, column)
     with working(f"compiling {model}", shown=not as_json):

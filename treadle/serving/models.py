@@ -9,11 +9,11 @@ from typing import Any
 
 from treadle.chatting.templates import ChatTemplate
 from treadle.continuation import TextWriter
-from treadle.embedding import Embedded, SentenceEmbedder
 from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
 from treadle.runtime.scheduler import Scheduler
+from treadle.sentence_embedding import Embedded, SentenceEmbedder
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
 

@@ -24,10 +24,10 @@ from treadle.tasks.option_hints import with_option_hints
 if TYPE_CHECKING:
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import Piece, TextWriter
-    from treadle.embedding import SentenceEmbedder, Vectors
     from treadle.runtime.beams import Beams
     from treadle.runtime.sampling import Sampling
     from treadle.runtime.token_rules import TokenRules
+    from treadle.sentence_embedding import SentenceEmbedder, Vectors
     from treadle.tasks.answering import Answer, QuestionAnswerer
     from treadle.tasks.classifying import Classified, Text, TextClassifier
     from treadle.tasks.filling import Filled, MaskFiller
@@ -263,8 +263,8 @@ class LoadedModel:
 
     @cached_property
     def embedder(self) -> SentenceEmbedder:
-        """The opened `treadle.embedding.SentenceEmbedder`."""
-        from treadle.embedding import SentenceEmbedder
+        """The opened `treadle.sentence_embedding.SentenceEmbedder`."""
+        from treadle.sentence_embedding import SentenceEmbedder
 
         return SentenceEmbedder.open(self.program.source, **self.program.options.but(cache=None).keywords())
 
