@@ -28,7 +28,7 @@ from treadle.frontends.binding_errors import FoldedLine, MissingTensor, NamedTen
 from treadle.frontends.deferred_arrays import DeferredArray, widened_bits
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.name_patterns import compiled_pattern, filled, has_placeholder
-from treadle.frontends.quantized.components import components, unread_weight
+from treadle.frontends.quantized.weight_components import components, unread_weight
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import CheckpointError
 from treadle.ir.types import DTYPES, DType

@@ -165,7 +165,7 @@ class Quantize(PassStage):
     Raises UsageError for an unknown scheme.
     """
 
-    requires: ClassVar[Facts] = frozenset({PORTABLE, FULL_PRECISION, UNSHARDED, STATELESS, UNPLANNED})
+    requires: ClassVar[Facts] = frozenset({PORTABLE, FULL_PRECISION, UNSHARDED, UNPLANNED})
     scheme: str
 
     def __post_init__(self) -> None:
@@ -202,7 +202,7 @@ class MergeOps(PassStage):
     """Several ops become one op, which one kernel computes."""
 
     row: ClassVar[str] = "merge"
-    requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, STATELESS, UNPLANNED})
+    requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, UNPLANNED})
     ends: ClassVar[Facts] = frozenset({UNMERGED})
 
     def passes(self) -> Sequence[Pass]:
@@ -220,7 +220,7 @@ class Precision(PassStage):
     Raises UsageError for another dtype.
     """
 
-    requires: ClassVar[Facts] = frozenset({PORTABLE, FULL_PRECISION, STATELESS, UNPLANNED})
+    requires: ClassVar[Facts] = frozenset({PORTABLE, FULL_PRECISION, UNPLANNED})
     ends: ClassVar[Facts] = frozenset({FULL_PRECISION})
     dtype: str
     computed: bool = False

@@ -190,7 +190,7 @@ def test_a_folder_without_modules_gets_the_mean_at_length_one(folder: Path) -> N
         (text("tokenizer_config.json", "{"), "not JSON", "tokenizer_config.json"),
         (text("tokenizer.json", "{"), "tokenizer is damaged", "tokenizer.json"),
         (text("tokenizer.json", '{"model": {"type": "Wizard"}}'), "tokenizer is damaged", "tokenizer.json"),
-        (lambda place: (place / "tokenizer.json").unlink(), "does not exist", "tokenizer.json"),
+        (lambda place: (place / "tokenizer.json").unlink(), "the folder has no tokenizer.json", "small"),
     ],
 )
 def test_a_folder_that_is_damaged_or_unknown_is_refused(folder: Path, change: Change, what: str, place: str) -> None:

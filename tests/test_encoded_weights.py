@@ -29,6 +29,7 @@ from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
 from treadle.models.llama import llama
 from treadle.passes.capabilities import Capabilities
+from treadle.passes.framework.facts import INITIAL, LEGAL
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.decode_last import DecodeLast
 from treadle.passes.lowering.hoist_weights import HoistWeights
@@ -246,7 +247,7 @@ JOINED = """graph g {
 
 
 def lowered(graph: Graph, *passes: Any) -> tuple[Graph, list[str]]:
-    made = PassManager(passes, certify=True).run(graph)
+    made = PassManager(passes, certify=True).run(graph, facts=INITIAL | {LEGAL})
     return made.graph, [note for record in made.log for note in record.notes]
 
 
@@ -256,7 +257,7 @@ def reads_blocks(node: Node, position: int) -> bool:
 
 def test_blocks_are_joined_and_cut_as_blocks() -> None:
     graph = parse_graph(JOINED)
-    made = PassManager((DecodeLast(),), certify=True).run(graph)
+    made = PassManager((DecodeLast(),), certify=True).run(graph, facts=INITIAL | {LEGAL})
     verify(made.graph)
     nodes = {n.result.name: n for n in made.graph.main.nodes}
     assert str(nodes["turned"].inputs[0].type) == "f32[4, 64] as q8_0"
@@ -405,7 +406,7 @@ def test_decoding_parameters_is_the_way_back(name: str) -> None:
 
 
 def test_blocks_that_were_moved_are_numbers_that_are_moved() -> None:
-    graph = PassManager((DecodeLast(),)).run(parse_graph(JOINED)).graph
+    graph = PassManager((DecodeLast(),)).run(parse_graph(JOINED), facts=INITIAL | {LEGAL}).graph
     again = decode_parameters(graph)
     verify(again)
     assert "as q8_0" not in str(again)

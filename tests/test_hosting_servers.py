@@ -220,7 +220,7 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     embeds = Opening(queue=5).open(model, cache="bf16", **options)
     assert isinstance(embeds, ServedEmbedder)
     assert (embeds.name, embeds.queue, embeds.embedder) == (name, 5, "e")
-    assert given[1:] == [((place,), {"target": Target("cpu"), "config": {"layers": 1}})]
+    assert given[1:] == [((place,), {"backend": "numpy", "target": Target("cpu"), "config": {"layers": 1}})]
 
     def embeds_not(*words: Any, **how: Any) -> None:
         raise UsageError("it embeds nothing")

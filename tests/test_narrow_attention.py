@@ -21,6 +21,7 @@ from treadle.ir.text.printer import print_graph
 from treadle.ir.types import bf16, f32
 from treadle.models.bert import bert
 from treadle.models.llama import llama
+from treadle.passes.framework.facts import INITIAL, LEGAL
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.round_sooner import RoundSooner
 from treadle.passes.products.narrow_attention import NarrowAttention
@@ -74,7 +75,7 @@ def test_results_of_a_product_are_rounded_when_they_are_stored() -> None:
         made: Expr = b.cast(first, to=f32) * b.cast(second, to=f32)
         return made
 
-    made = PassManager([RoundSooner()], certify=True).run(graph_of(block)).graph
+    made = PassManager([RoundSooner()], certify=True).run(graph_of(block), facts=INITIAL | {LEGAL}).graph
     assert lines(made)[1].startswith("linear_bf16 = cast(linear, to=bf16)")
     assert sum("to=bf16" in line for line in lines(made)) == 1
 
@@ -87,7 +88,7 @@ def test_a_product_that_others_read_in_float32_stays() -> None:
         return made
 
     before = graph_of(block)
-    assert lines(PassManager([RoundSooner()]).run(before).graph) == lines(before)
+    assert lines(PassManager([RoundSooner()]).run(before, facts=INITIAL | {LEGAL}).graph) == lines(before)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------

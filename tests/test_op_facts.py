@@ -411,7 +411,9 @@ SPELLERS = (
     "treadle/tasks/option_hints.py",  # options of other libraries
     *("runtime/training/schedules.py", "treadle/cli/train.py"),  # a learning rate that falls linearly
     *("treadle/serving/answers.py", "treadle/serving/requests.py", "treadle/tasks/images.py"),  # members of their JSON
-    *("treadle/report/boxes.py", "treadle/report/building.py", "treadle/report/tabs.py"),  # members of the page's data
+    *(
+        f"treadle/report/{name}.py" for name in ("boxes", "building", "comparison", "tabs")
+    ),  # members of the page's data
 )
 """Files that list how other systems express ops: tables of backends, Python's operators, words of other libraries."""
 

@@ -232,6 +232,7 @@ def test_a_rank_tells_what_it_ran_and_what_met(monkeypatch: pytest.MonkeyPatch, 
             {"op": "all_reduce", "over": "tp", "times": 3, "bytes": 4096},
         ],
         "files": [str(tmp_path / "logits.npy")],
+        "notes": [],
     }
     whole = treadle.compile("gpt2", layers=1, dim=16, heads=4, vocab=2)(tokens=[[1]])["logits"]
     assert np.array_equal(np.load(tmp_path / "logits.npy"), whole)

@@ -30,7 +30,7 @@ class Read(BaseException):
 
 READERS: list[tuple[str, str, Callable[[Any, Path], object], dict[str, int]]] = [
     (
-        "embedding",
+        "sentence_embedding",
         "modules.json",
         lambda m, p: m.read_pooling(ModelFolder.find(p)),
         {"bytes": MIB, "nesting": 16, "values": 10_000},

@@ -113,9 +113,9 @@ def test_every_stage_and_every_fact_is_in_the_documented_table() -> None:
             "quantize before precision",
         ),
         (
-            [Recognize(), DeriveStep(), Precision("f32")],
-            "precision needs a graph with one entry",
-            "precision before step",
+            [Recognize(), DeriveStep(), DeriveStep()],
+            "step needs a graph with one entry",
+            "step before step",
         ),
         ([Lower(()), Lower(())], "lower needs a graph before the passes of a backend", "lower before lower"),
     ],

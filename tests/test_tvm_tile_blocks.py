@@ -20,6 +20,7 @@ from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.types import bf16
 from treadle.models.llama import llama
+from treadle.passes.framework.facts import INITIAL, LEGAL
 from treadle.passes.framework.manager import PassManager
 from treadle.passes.lowering.decode_last import DecodeNarrow
 from treadle.passes.products.narrow_products import NarrowProducts
@@ -144,7 +145,7 @@ def test_a_line_that_fills_no_tile_is_decoded_once() -> None:
 
 def test_a_cast_of_what_is_decoded_is_decoded_so() -> None:
     graph = narrowed(linear_graph(64, 9, "q4_1"))
-    after = PassManager((DecodeNarrow(),)).run(graph).graph
+    after = PassManager((DecodeNarrow(),)).run(graph, facts=INITIAL | {LEGAL}).graph
     (decode,) = [n for n in after.main.nodes if n.op.decodes]
     assert decode.op == Decode(of=parse_encoding("q4_1"), to=bf16)
     assert str(parse_graph(str(after))) == str(after)
@@ -165,4 +166,4 @@ def test_a_cast_of_numbers_or_of_what_is_computed_stays() -> None:
         return y = a, z = b
       }
     }""")
-    assert str(PassManager((DecodeNarrow(),)).run(graph).graph) == str(graph)
+    assert str(PassManager((DecodeNarrow(),)).run(graph, facts=INITIAL | {LEGAL}).graph) == str(graph)

@@ -71,7 +71,7 @@ def test_an_artifact_is_verified(tmp_path: Path) -> None:
     treadle.compile(toy).save(tmp_path / "toy.treadle")
     report = verify_model(tmp_path / "toy.treadle", backends=["numpy"])
     assert report.passed, str(report)
-    for option, flag in (({"layers": 3}, "--set"), ({"widen": "bf16"}, "--widen"), ({"weights": {}}, "weights=")):
+    for option, flag in (({"layers": 3}, "--set"), ({"widen": "bf16"}, "--widen"), ({"weights": {}}, "--weights")):
         with pytest.raises(UsageError, match=f"an artifact is already compiled, and does not accept {flag}\\n"):
             verify_model(tmp_path / "toy.treadle", **option)
 

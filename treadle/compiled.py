@@ -132,7 +132,7 @@ class Compiled:
         """
         return self.executable(**self._named(ordered, arrays))
 
-    def run(self, names: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Any]:
+    def run(self, names: Sequence[str] | None, inputs: Mapping[str, Any]) -> list[Array]:
         """Run as ONNX Runtime's `InferenceSession.run` does: return the outputs of these names as a list; None: all.
 
         Raises BackendError as a call does, and for a name that is not an output's.

@@ -13,13 +13,13 @@ from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.awq_weights import read_awq
 from treadle.frontends.quantized.bitsandbytes_weights import read_bitsandbytes
-from treadle.frontends.quantized.components import formats_hint
 from treadle.frontends.quantized.compressed_weights import read_compressed
 from treadle.frontends.quantized.fp8_weights import read_fp8
 from treadle.frontends.quantized.gptq_weights import read_gptq
 from treadle.frontends.quantized.module_parts import ModuleParts
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.settings import QuantizationSettings, find_settings
+from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
 
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
