@@ -75,7 +75,7 @@ def is_refused(case: Case, opset: int) -> str | None:
     format = case.op.attributes.get("format")
     if format is not None and opset < FORMATS_SINCE[format]:
         return f"ONNX has no Cast of {format} at opset {opset}"
-    return f"opset {opset} has no scatter that adds" if opset < SINCE.get(case.op.name, 0) else None
+    return f"opset {opset} has no scatter with reduction='add'" if opset < SINCE.get(case.op.name, 0) else None
 
 
 @pytest.mark.parametrize("opset", OP_OPSETS)

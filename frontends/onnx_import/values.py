@@ -62,7 +62,7 @@ class Known:
 
     @property
     def is_weight(self) -> bool:
-        """True if its graph value is a weight, or consists of moved elements of weights."""
+        """True if the graph represents this ONNX value as a weight, or as a weight with rearranged elements."""
         if self.moved is not None:
             return True
         return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)

@@ -202,7 +202,7 @@ def _slice_scatter(site: TorchSite) -> Made:
     axis = site.axis("dim")
     size, count = x.shape[axis], source.shape[axis]
     if site.integer("step") != 1:
-        site.refuse("a step is not supported")
+        site.refuse("slice_scatter with a step other than 1 is not supported")
     if count == size:
         return source.cast(x.dtype)
     return replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))

@@ -159,7 +159,7 @@ def _scatter_reduce(site: TorchSite) -> Made:
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
     if kind not in ("sum", "add", "mean") or (kind == "mean" and not site.dtype().is_float):
-        site.refuse(f"{kind or 'no reduction'} in {site.dtype()} is not supported", "reduce='sum'")
+        site.refuse(f"reduce={kind!r} with dtype {site.dtype()} is not supported", "reduce='sum'")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
         hits = None if own and kind != "mean" else _hits(b, x, indices, axis)

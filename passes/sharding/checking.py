@@ -9,11 +9,11 @@ the result:
 - if an op works on blocks of a factor that it needs whole, each rank has whole blocks
 - if keys pass around ranks, the ranks together have all keys, each key once and in order
 - along a reduced factor, ranks may have different positions; together they have all positions, none of them twice, and
-  the result is partial, by the factor's monoid, along the mesh axes in which the positions differ
+  the result is partial, by the factor's reduction, along the mesh axes in which the positions differ
 - partial sums are read only by operands in which the op is linear, by all operands of that group and no others, and
   the results are partial sums
 - a step between two placements gives each rank positions that its group had before; partial values are combined by
-  their own monoid
+  their own reduction
 - no partial value leaves a function
 - `stage_checking` checks pipeline stages
 - the factors that a node splits, and the placements in which weights are stored, agree with the placements of values

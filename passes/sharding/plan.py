@@ -69,7 +69,7 @@ class Move:
 
 
 def ring_reason(node: Node) -> str:
-    """Return the reason for which keys and values pass around."""
+    """Return the reason why an attention node needs ring attention."""
     return f"{node.op.name} needs all keys, but ranks have parts of them"
 
 
