@@ -259,7 +259,7 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "argmax": (lambda x: torch.argmax(x, None, keepdim=True), (X,), "keepdim without dim is not supported"),
     "topk": (lambda x: torch.topk(x, 0)[0], (X,), "0 elements are not supported"),
     "median": (lambda x: torch.sort(x, 0)[0], (TRUE,), "bools are not supported"),
-    "slice": (lambda x: torch.slice_scatter(x, x[::2], 0, 0, 3, 2), (X,), "a step is not supported"),
+    "slice": (lambda x: torch.slice_scatter(x, x[::2], 0, 0, 3, 2), (X,), "a step other than 1 is not supported"),
     "differences": (lambda x: torch.diff(x, 2), (X,), "a higher order is not supported"),
     "repeats": (lambda x: torch.repeat_interleave(x, 2), (X,), "dim is required"),
     "roll": (lambda x: torch.roll(x, 1), (X,), "dims are required"),

@@ -5,7 +5,7 @@
     scatter_add              ScatterElements that adds
     append                   ScatterND at pairs of a slot and a position
 
-A scatter that adds exists from opset 16 on.
+`reduction="add"` exists from opset 16 on.
 """
 
 from __future__ import annotations
