@@ -396,7 +396,7 @@ NEAR_MISSES = [
     Case("mixed orders", _mixed, ORDER),
     Case("sine for cosine", _sine_for_cosine, ORDER),
     Case("angles reversed", _angles_reversed, ORDER),
-    Case("positions that are no integers", _float_positions, "not a product of integer positions and frequencies"),
+    Case("positions that are not integers", _float_positions, "not a product of integer positions and frequencies"),
     Case("shifted angles", _shifted_angles, "not a product of integer positions and frequencies"),
     Case("two tables", _two_tables, "the cosine and the sine have different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),

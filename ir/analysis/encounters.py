@@ -35,7 +35,7 @@ class _Kind:
 
 @dataclass(frozen=True)
 class Reduced(_Kind):
-    """monoid   the combination of the elements, for example a sum"""
+    """monoid   the reduction of the elements, for example a sum"""
 
     monoid: str
     word = "reduced"

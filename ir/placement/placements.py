@@ -33,7 +33,7 @@ from treadle.ir.types import Dim, Factor, Type
 Array = np.ndarray[Any, Any]
 
 IDEMPOTENT = ("max", "min", "and", "or")
-"""Monoids for which a whole value may also serve as a partial value: x max x is x."""
+"""Reductions for which a whole value may also serve as a partial value: x max x is x."""
 
 
 @dataclass(frozen=True, slots=True)

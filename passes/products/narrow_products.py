@@ -96,7 +96,7 @@ def _weights(node: Node) -> list[Value]:
 
 
 def _why_not(weight: Value, of_weights: set[Value] | None) -> str:
-    """Return the reason for which the matrix of a product is not rounded, or an empty string. If `of_weights` is None,
+    """Return the reason why the matrix of a product is not rounded, or an empty string. If `of_weights` is None,
     any matrix may be rounded.
     """
     if fixed := _is_fixed([weight]):

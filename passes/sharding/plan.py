@@ -169,7 +169,7 @@ class PlannedPipeline:
 
 
 def hand_on_reason(number: int) -> str:
-    """Return the reason for which a value is sent to a stage."""
+    """Return the reason why a value is sent to a stage."""
     return f"stage {number} reads results of stage {number - 1}"
 
 

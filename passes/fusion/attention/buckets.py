@@ -31,7 +31,7 @@ _MOST_NODES = 96
 
 
 def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
-    """Return the bias as a term, or None for any other bias. placed: [s, t, h], before its elements are moved."""
+    """Return the bias as a term, or None for any other bias. placed: [s, t, h], before it is rearranged."""
     node = placed.value.node
     if node is None or placed.value.type.rank != 3 or not _is_lookup(node):
         return None
