@@ -159,8 +159,8 @@ class Gradient(TransformStage):
 
 @dataclass(frozen=True)
 class Quantize(PassStage):
-    """Weights are stored in quantized form. They are quantized before ranks split them, so the scales do not depend on
-    the mesh.
+    """Store weights in quantized form. They are quantized before ranks split them, so the scales do not depend on the
+    mesh.
 
     Raises UsageError for an unknown scheme.
     """
@@ -211,9 +211,9 @@ class MergeOps(PassStage):
 
 @dataclass(frozen=True)
 class Precision(PassStage):
-    """Products of float32 values have operands of another dtype.
+    """Cast the operands of float32 products to another dtype.
 
-    dtype     "f32": none. "bf16": products with weights and attention have bf16 operands and f32 sums
+    dtype     "f32": no casts. "bf16": products with weights and attention have bf16 operands and f32 sums
     computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
               computed matrices
 

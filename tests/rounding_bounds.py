@@ -176,7 +176,9 @@ class _Analysis:
         """Return the rounding error of the op itself: in its sums, and in its result."""
         op, dtype = node.op, node.results[number].type.dtype
         given = [v.type.dtype for v in node.inputs]
-        if op.flops == 0 and (dtype in given or not given):  # a cast to a coarser dtype rounds, a rearrangement does not
+        if op.flops == 0 and (
+            dtype in given or not given
+        ):  # a cast to a coarser dtype rounds, a rearrangement does not
             return 0.0
         made = self._rounding(dtype, y)
         if not _is_sum(op):

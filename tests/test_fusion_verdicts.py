@@ -205,7 +205,7 @@ def rms_with_a_maximum(x: t.Tensor) -> t.Tensor:
 
 
 def talking_heads(x: t.Tensor) -> t.Tensor:
-    """Scores and probabilities are mixed over the heads (Shazeer et al. 2020)."""
+    """Attention whose scores and probabilities are mixed over the heads (Shazeer et al. 2020)."""
     q, k, v = heads(x)
     scores = t.einsum(q @ k.mT, t.parameter("before", 2, 2), equation="b h s t, h g -> b g s t")
     mixed = t.einsum(scores.softmax(-1), t.parameter("after", 2, 2), equation="b h s t, h g -> b g s t")

@@ -178,7 +178,7 @@ def _unbind(site: TorchSite) -> Made:
 
 @operator("cat.default", "concat.default", "concatenate.default")
 def _cat(site: TorchSite) -> Made:
-    """A part of shape [0] is ignored, whatever the rank of the other parts."""
+    """Build a concatenation. A part of shape [0] is ignored, whatever the rank of the other parts."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
     axis = site.axis("dim", rank)

@@ -155,7 +155,7 @@ def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
 
 @operator("scatter_reduce.two", "scatter.reduce")
 def _scatter_reduce(site: TorchSite) -> Made:
-    """Sums and means. Without self, the written elements start at 0."""
+    """Build scattered sums and means. Without self, the written elements start at 0."""
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
     if kind not in ("sum", "add", "mean") or (kind == "mean" and not site.dtype().is_float):

@@ -183,7 +183,7 @@ class Encounter:
 
 @dataclass(frozen=True)
 class Combination:
-    """An encounter at which the parts of a split axis must be combined, and the combination: a reduction, or the scan of
+    """An encounter at which the parts of a split axis must be combined, and the combination: a reduction or the scan of
     the preceding parts.
     """
 

@@ -94,7 +94,7 @@ def _runs(kind: type[Pass]) -> bool:
 
 
 class _MismatchError(Exception):
-    """A value does not have the type of its field."""
+    """The error for a value that does not have the type of its field."""
 
 
 class _Parser:

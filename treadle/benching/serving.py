@@ -30,7 +30,7 @@ Opened = tuple[Run, str]
 
 
 class Unfit(Exception):
-    """The side cannot run this model or workload. The message contains the reason."""
+    """The error for a side that cannot run this model or workload. The message contains the reason."""
 
 
 _MARK = "array "

@@ -363,8 +363,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
 
     def _point_to_option(self, error: TreadleError) -> None:
-        """If an error is about a name that the model's declaration lacks, and an option has a similar name, add it to
-        the hint.
+        """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
+        similar name.
         """
         own = [each.name for each in taken_by(self.entry)]
         if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):
