@@ -199,7 +199,7 @@ class Shard(TransformStage):
 
 @dataclass(frozen=True)
 class MergeOps(PassStage):
-    """Several ops become one op, which one kernel computes."""
+    """Merge several ops into one op, which one kernel computes."""
 
     row: ClassVar[str] = "merge"
     requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, STATELESS, UNPLANNED})
@@ -238,7 +238,7 @@ class Precision(PassStage):
 
 @dataclass(frozen=True)
 class Overlap(PassStage):
-    """Collectives that gather weights start before they are needed: the last pass of a rank's program."""
+    """Start collectives that gather weights before they are needed: the last pass of a rank's program."""
 
     requires: ClassVar[Facts] = frozenset({PORTABLE, UNPLANNED})
 
