@@ -103,8 +103,8 @@ def over_nothing(step: Step) -> Sequence[Value]:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Functions that describe the kernels of a backend. The defaults are those of a backend that emits primitives only,
-    and whose library chooses strides and allocates results.
+    """Functions that describe the kernels of a backend. The defaults describe a backend that emits only primitives, and
+    whose library chooses strides and allocates results.
 
     name        the backend's name; empty for capabilities without a text form
     keeps       returns True for the composites that the backend emits

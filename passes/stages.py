@@ -413,7 +413,7 @@ def run(
 
     certify, target  as in `treadle.passes.framework.manager.PassManager`
     verified  True if a pass manager has just verified the graph
-    facts     the facts that hold for the graph; None: those of the earlier stages, or those that the graph shows
+    facts     the facts that hold for the graph; None: the facts of the earlier stages, or facts that the graph shows
 
     Raises UsageError, before anything runs, for an order that is not possible, and as passes and transforms do.
     """

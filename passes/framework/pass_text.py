@@ -5,9 +5,9 @@
     fields    := name "=" value ("," name "=" value)*
     value     := true | false | none | number | word | "text" | "[" [ value ("," value)* ] "]" | "{" [ fields ] "}"
 
-A name is a pass's class in lower case with hyphens. Fields are the fields of the class; those with their default are
-not printed. A word is a dtype (`bf16`) if the field holds a dtype, a backend (`tvm`) if the field holds capabilities,
-else a string.
+A name is a pass's class in lower case with hyphens. Fields are the fields of the class. A field that has its default
+value is not printed. A word is a dtype (`bf16`) if the field holds a dtype, a backend (`tvm`) if the field holds
+capabilities, else a string.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from treadle.ir.errors import UsageError
 
 
 def _side_command() -> typer.Typer:
-    """Return a command whose options are those of one build, for parsing the text of `--a` and `--b`."""
+    """Return a command with the options of one build, for parsing the text of `--a` and `--b`."""
     flags = flags_of(["inspect"], {"backend": None}, ())
 
     def side(**given: Any) -> dict[str, Any]:

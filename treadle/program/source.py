@@ -113,7 +113,7 @@ class ModelSource:
         return found
 
     def _refuse_other_choices(self, weights: str | Path | None, tokenizer: AnyModel | None, limits: Limits) -> None:
-        """Raise UsageError for choices that differ from those with which the model was opened."""
+        """Raise UsageError for choices that differ from the choices with which the model was opened."""
         differs = {
             "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
             "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,

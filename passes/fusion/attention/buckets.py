@@ -133,8 +133,8 @@ def _by_offset(index: Value) -> Array | None:
 
 
 def _distances(backward: Array) -> Sequence[int]:
-    """Return the possible values of max_distance: those with which the last bucket begins at the same distance. 128
-    comes first, if it is one of them.
+    """Return the values of max_distance for which the last bucket begins at the same distance. If 128 is one of these
+    values, it comes first.
     """
     last = int(backward[-1])
     near = (last + 1) // 2
