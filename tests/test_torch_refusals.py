@@ -265,7 +265,11 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "roll": (lambda x: torch.roll(x, 1), (X,), "dims are required"),
     "pad": (lambda x: F.pad(x[None], (1, 1), mode="circular"), (X,), ""),
     "added truth": (lambda x: x.scatter_add(0, x.long(), x), (TRUE,), "bools are not supported"),
-    "products": (lambda x: x.scatter_reduce(0, x.long(), x, "prod"), (X.abs() * 0,), "prod in f32 is not supported"),
+    "products": (
+        lambda x: x.scatter_reduce(0, x.long(), x, "prod"),
+        (X.abs() * 0,),
+        "reduce='prod' with dtype f32 is not supported",
+    ),
     "index_add": (lambda x: x.index_add(0, PLACES, x[:2]), (TRUE,), "bools are not supported"),
     "alpha": (lambda x: x.index_add(0, PLACES, x[:2], alpha=2.5), (X,), "alpha is not supported"),
     "put": (lambda x: x.index_put((PLACES,), x[0], accumulate=True), (TRUE,), "a sum of bools is not supported"),
