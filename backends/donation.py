@@ -101,7 +101,7 @@ def _unfit(value: Any) -> str | None:
 
 
 def span_of(value: Any) -> Span | None:
-    """Return the memory of an array or a tensor; None for anything else, and for layouts of a library's own."""
+    """Return the address range of an array or a tensor. Return None for other objects and opaque layouts (mkldnn)."""
     if isinstance(value, np.ndarray):
         begin, strides, item = value.__array_interface__["data"][0], value.strides, value.itemsize
         if value.flags.c_contiguous:

@@ -16,7 +16,7 @@ from treadle.ir.graph import Node, Value
 
 
 class OutsideAxis(BackendError):
-    """An index is out of the bounds of the axis."""
+    """The error for an index that is out of the bounds of the axis."""
 
     def __init__(self, index: int, size: int) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class OutsideAxis(BackendError):
 
 
 class NoRoom(BackendError):
-    """Appended elements of a row do not fit into the capacity of the state."""
+    """The error for appended elements of a row that do not fit into the capacity of the state."""
 
     def __init__(self, row: int, start: int, capacity: int) -> None:
         super().__init__(

@@ -62,9 +62,10 @@ def solve(problem: OrderProblem, seconds: float, presolve: bool = True) -> tuple
     """Return a lower bound and the best peak by HiGHS, infinite if none was found.
 
     ran[s, t] is 1 if step s has run by time t, inclusive. A buffer lives at t if one of its steps has run by t, and one
-    had not run before t. Only those of its steps count that no other of them must precede, and that must precede no
-    other. A buffer that overwrites another one is not counted at t if the other one has no step left after t. A step
-    runs after all steps that must precede it, and no peak above that of program order is searched.
+    had not run before t. Only the buffer's first steps (no other of its steps must run before them) and last steps (no
+    other of its steps must run after them) count. If a buffer overwrites another buffer, and the other buffer has no
+    step left after t, the first buffer is not counted at t. A step runs after all steps that must precede it. The peak
+    of program order is an upper bound of the search.
 
     All variables are integers: with fewer of these HiGHS (of SciPy 1.17) is slower, and its presolve may lose the
     optimum.

@@ -90,12 +90,12 @@ class TreadleError(Exception):
 
 
 class FrontendError(TreadleError):
-    """A model cannot be read or traced."""
+    """The error for a model that cannot be read or traced."""
 
 
 class CheckpointError(FrontendError):
-    """A checkpoint's files are damaged or hostile, or lack something that the model needs."""
+    """The error for a checkpoint whose files are damaged or hostile, or lack something that the model needs."""
 
 
 class UsageError(TreadleError):
-    """A command line or an argument is invalid."""
+    """The error for an invalid command line or argument."""

@@ -18,8 +18,8 @@ _CALL = re.compile(r"(?:(\w+)\.)*(\w+)\(\) (missing|got an unexpected keyword ar
 
 
 class UnknownNameError(FrontendError, AttributeError):
-    """The DSL has no layer, op or type of that name. The class is also an AttributeError, so that `hasattr` returns
-    False.
+    """The error for a name that is not a layer, an op or a type of the DSL. The class is also an AttributeError, so
+    that `hasattr` returns False.
     """
 
 

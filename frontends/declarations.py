@@ -35,7 +35,7 @@ else:
 
 
 class UnknownInputError(FrontendError):
-    """The declaration has no input of the requested name."""
+    """The error for a requested input that the declaration lacks."""
 
 
 # -- models ----------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@
 
 Positional arguments are inputs and declare their types; `t.i64["B S"]` alone is enough if no type checker is used
 (docs/decisions/0009-types-that-checkers-read.md). Keyword-only arguments are the configuration. An axis that is named
-as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python: there
-is no parser of Python source, and a graph's only control flow is the calls of repeated blocks.
+as an integer of the configuration has that size: `t.f32["B channels height width"]`. Tracing runs plain Python, and
+does not parse its source. The only control flow of a graph is the calls of repeated blocks.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 A rule names factors. Each factor has one role in an application:
 
     n         mapped     in an operand and in a result: result element n reads operand element n alone
-    n:max     reduced    in no result: combined by a monoid (sum if none is named)
+    n:max     reduced    in no result: combined by a reduction (by default, sum)
     [n]       whole      a result may read all of it; in a result also a size, as in `[n+m]`
     [t<=s]    whole, but the result at position s reads t only up to s
     >n        scanned    the result at n reads the operand up to n
@@ -47,7 +47,7 @@ MONOIDS = ("sum", "max", "min", "prod", "and", "or")
 
 @dataclass(frozen=True, slots=True)
 class AxisFactor:
-    """A factor in one rule: its role, the monoid that combines it if reduced, the factor that limits it if whole."""
+    """A factor in one rule: its role, the reduction (`monoid`) if reduced, the factor that limits it if whole."""
 
     name: str
     role: Role

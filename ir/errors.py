@@ -26,31 +26,31 @@ __all__ = [
 
 
 class SizeError(TreadleError):
-    """A size expression cannot be formed, solved or evaluated."""
+    """The error for a size expression that cannot be formed, solved or evaluated."""
 
 
 class RuleError(TreadleError):
-    """An axis rule is malformed, or operands disagree with it."""
+    """The error for an axis rule that is malformed, or for operands that do not match the rule."""
 
 
 class GraphError(TreadleError):
-    """A graph cannot be built as requested: an unknown op, a wrong operand, a value of another function."""
+    """The error for a graph that cannot be built: an unknown op, a wrong operand, a value of another function."""
 
 
 class ParseError(TreadleError):
-    """Text is not a graph; `within` names line and column."""
+    """The error for text that is not a graph. `within` names line and column."""
 
 
 class VerifyError(TreadleError):
-    """A graph breaks an invariant of the IR."""
+    """The error for a graph that breaks an invariant of the IR."""
 
 
 class PassError(TreadleError):
-    """A pass cannot do what was requested, or its result does not verify."""
+    """The error for a pass that cannot do what was requested, or whose result does not verify."""
 
 
 class BackendError(TreadleError):
-    """A backend is not available, refuses a graph, or was called with wrong inputs."""
+    """The error for a backend that is not available, refuses a graph, or was called with wrong inputs."""
 
 
 class RankError(TreadleError):

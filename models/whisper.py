@@ -188,8 +188,8 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
 
 
 def ctranslate2_table(dim: int) -> Table:
-    """Return the table of CTranslate2's names. Files store q, k and v of self-attention in one matrix, those of
-    cross-attention in two.
+    """Return the table of CTranslate2's names. Files store q, k and v of self-attention in one matrix, and q, k and v
+    of cross-attention in two matrices.
 
     The biases of keys, which are zero, are not read. A number that is added to all scores of a query does not change
     attention.

@@ -43,7 +43,7 @@ alone.
 """
 
 WantsBlocks = Callable[[Node, int, Layout | None], Layout | str]
-"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason for which it
+"""A function that returns the layout in which a node reads the blocks of a decoded operand, or the reason why it
 reads numbers. The last argument is the layout in which other nodes read these blocks directly, if there are any.
 """
 
@@ -67,7 +67,7 @@ def reads_row_major(node: Node, position: int) -> Layout | Reads:
 
 
 def reads_numbers(node: Node, position: int, beside: Layout | None) -> Layout | str:
-    """Return the reason for which no node reads blocks."""
+    """Return the reason why no node reads blocks."""
     return "the backend has no kernel that reads blocks"
 
 
@@ -103,8 +103,8 @@ def over_nothing(step: Step) -> Sequence[Value]:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """Functions that describe the kernels of a backend. The defaults are those of a backend that emits primitives only,
-    and whose library chooses strides and allocates results.
+    """Functions that describe the kernels of a backend. The defaults describe a backend that emits only primitives, and
+    whose library chooses strides and allocates results.
 
     name        the backend's name; empty for capabilities without a text form
     keeps       returns True for the composites that the backend emits

@@ -81,6 +81,9 @@ class CompileStage:
     row: ClassVar[str] = ""
     """The name, if it differs from the class's name in lower case."""
 
+    advice: ClassVar[str] = ""
+    """The hint if a pass in its place ended a fact that the stage requires: see `...facts.refuse_misplaced`."""
+
     requires: ClassVar[Facts] = frozenset()
     """Facts that must hold before the stage; see `treadle.passes.framework.facts`."""
 
@@ -159,8 +162,8 @@ class Gradient(TransformStage):
 
 @dataclass(frozen=True)
 class Quantize(PassStage):
-    """Weights are stored in quantized form. They are quantized before ranks split them, so the scales do not depend on
-    the mesh.
+    """Store weights in quantized form. They are quantized before ranks split them, so the scales do not depend on the
+    mesh.
 
     Raises UsageError for an unknown scheme.
     """
@@ -199,7 +202,7 @@ class Shard(TransformStage):
 
 @dataclass(frozen=True)
 class MergeOps(PassStage):
-    """Several ops become one op, which one kernel computes."""
+    """Merge several ops into one op, which one kernel computes."""
 
     row: ClassVar[str] = "merge"
     requires: ClassVar[Facts] = frozenset({RECOGNIZED, PORTABLE, UNPLANNED})
@@ -211,9 +214,9 @@ class MergeOps(PassStage):
 
 @dataclass(frozen=True)
 class Precision(PassStage):
-    """Products of float32 values have operands of another dtype.
+    """Cast the operands of float32 products to another dtype.
 
-    dtype     "f32": none. "bf16": products with weights and attention have bf16 operands and f32 sums
+    dtype     "f32": no casts. "bf16": products with weights and attention have bf16 operands and f32 sums
     computed  True if "bf16" applies to products of any two matrices: in training, weights are inputs, and gradients are
               computed matrices
 
@@ -238,7 +241,7 @@ class Precision(PassStage):
 
 @dataclass(frozen=True)
 class Overlap(PassStage):
-    """Collectives that gather weights start before they are needed: the last pass of a rank's program."""
+    """Start collectives that gather weights before they are needed: the last pass of a rank's program."""
 
     requires: ClassVar[Facts] = frozenset({PORTABLE, UNPLANNED})
 
@@ -295,6 +298,7 @@ class Budget(TransformStage):
 class Lower(PassStage):
     """The passes of a backend: see `StagedBackend.pipeline`."""
 
+    advice: ClassVar[str] = "a pipeline without {}: the backend's passes follow by themselves"
     requires: ClassVar[Facts] = frozenset({PORTABLE, UNPLANNED})
     ensures: ClassVar[Facts] = frozenset({LEGAL})
     ends: ClassVar[Facts] = frozenset({PORTABLE})
@@ -413,7 +417,7 @@ def run(
 
     certify, target  as in `treadle.passes.framework.manager.PassManager`
     verified  True if a pass manager has just verified the graph
-    facts     the facts that hold for the graph; None: those of the earlier stages, or those that the graph shows
+    facts     the facts that hold for the graph; None: the facts of the earlier stages, or facts that the graph shows
 
     Raises UsageError, before anything runs, for an order that is not possible, and as passes and transforms do.
     """

@@ -267,7 +267,7 @@ def count_of(most: object) -> int:
 
 def no_free_row() -> UsageError:
     """Return the error for a session without a free row."""
-    return UsageError("the session has no free row", hint="close one, or a session with more rows")
+    return UsageError("the session has no free row", hint="close a row, or open a session with more rows")
 
 
 def is_full(session: Session, row: int) -> bool:

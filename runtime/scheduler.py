@@ -97,11 +97,11 @@ class Load:
 
 
 class QueueFull(UsageError):
-    """The request queue is full."""
+    """The error for a request that is submitted while the request queue is full."""
 
 
 class Closed(UsageError):
-    """The scheduler accepts no more requests."""
+    """The error for a request that is submitted to a closed scheduler."""
 
 
 class Ticket:

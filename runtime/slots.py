@@ -82,7 +82,9 @@ class Slots:
         Raises UsageError if no slot is free.
         """
         if not self.free:
-            raise UsageError(f"all {len(self.rows)} rows are open", hint="close one, or a session with more rows")
+            raise UsageError(
+                f"all {len(self.rows)} rows are open", hint="close a row, or open a session with more rows"
+            )
         if self._empty:
             return self._empty.pop()
         slot = next(iter(self._kept))

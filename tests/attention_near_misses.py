@@ -80,7 +80,7 @@ def _data_divisor(b: Builder) -> Expr:
 
 
 def _roles_swapped(b: Builder) -> Expr:
-    """q and k are swapped: the softmax is over the queries, which the product with the values sums."""
+    """Attention with q and k swapped: the softmax is over the queries, which the product with the values sums."""
     q, k, v = q_k_v(b)
     return b.einsum(b.softmax(k @ swapped(b, q) * SCALE), v, equation="b h t s, b h t e -> b h s e")
 
@@ -168,7 +168,7 @@ def _additive_attention(b: Builder) -> Expr:
 
 
 def _regrouped(b: Builder) -> Expr:
-    """Rows of probabilities are split by a reshape"""
+    """A reshape that splits rows of probabilities"""
     q, k, v = (b.input(n, f"f32[6, {SIZE}]") for n in "qkv")
     p = b.reshape(b.softmax(q @ swapped(b, k) * SCALE), shape=(4, 9))
     return p @ b.concat(v, b.slice(v, axis=0, stop=3), axis=0)
@@ -180,7 +180,7 @@ def _narrowed_scores(b: Builder) -> Expr:
 
 
 def _a_mask_of_two(b: Builder) -> Expr:
-    """-1e9 is filled in, and -1e9 is added: in a row without keys, some scores remain near that number"""
+    """Two masks: -1e9 is filled in, and -1e9 is added. In a row without keys, some scores remain near -1e9"""
     return scaled(b, lambda x: b.where(rows(b), x + addend(b, lengths_reach(b), -1e9), -1e9))
 
 

@@ -188,7 +188,7 @@ def _windows_of_scores(b: Builder) -> Expr:
 
 
 def _masked_windows(b: Builder) -> Expr:
-    """Windows are rows and columns of an image, but one axis of the mask."""
+    """Attention in windows that are rows and columns of an image, but one axis of the mask."""
     q, k, v = (
         b.rearrange(b.input(n, f"f32[B, 2, 2, {HEADS}, S, {SIZE}]"), pattern="b i j h s d -> (b i j) h s d")
         for n in "qkv"
@@ -221,7 +221,7 @@ def _repeated_heads(groups: int) -> Build:
 
 
 def _repeated_keys_alone(b: Builder) -> Expr:
-    """Keys are repeated for groups of heads; values have all heads."""
+    """Attention with keys that are repeated for groups of heads, and with values for all heads."""
     q, k, _ = q_k_v(b, "T", 2)
     v = b.input("w", f"f32[B, {HEADS}, T, {SIZE}]")
     return b.softmax(q @ swapped(b, _repeated(b, k, 2)) * SCALE) @ v
@@ -307,7 +307,7 @@ def _scaled_twice(b: Builder) -> Expr:
 
 
 def _negative_cap(b: Builder) -> Expr:
-    """tanh is odd: -3 tanh(x / -3) caps like 3 tanh(x / 3)"""
+    """Scores capped with a negative number. tanh is odd, so -3 tanh(x / -3) caps like 3 tanh(x / 3)."""
     return products(b, lambda x: b.tanh(x * SCALE / -3.0) * -3.0)
 
 

@@ -17,7 +17,7 @@ NEAR = 1e-11
 
 
 def apart(family: str, plan: ShardingPlan, programs: list[Graph] | None = None) -> float:
-    """Return the largest difference between the outputs in the lab and those of the whole model."""
+    """Return the largest difference between the outputs in the lab and the outputs of the whole model."""
     weights, inputs, wanted = numbers(family)
     found = run_lab(plan, inputs, weights, programs=programs).outputs
     return max(float(np.max(np.abs(found[n] - w) / max(1.0, np.max(np.abs(w))))) for n, w in wanted.items())

@@ -23,10 +23,11 @@ The stages of a compilation, and every pass with its options. `make golden` gene
 
     treadle inspect gpt2 --passes "fold-constants, canonicalize, fuse-linear"
     treadle inspect gpt2 --passes "legalize{backend=tvm}, plan-storage{backend=tvm,strided=true}"
-    treadle compile gpt2 --without fuse-gelu,merge-projections -o gpt2.treadle
+    treadle compile gpt2 --without fuse-gelu --without merge-projections -o gpt2.treadle
 
 In Python, `treadle.compile(model, passes="...")` takes the same text. `--passes` replaces the stages `recognize` and
-`merge`; the passes of other stages follow. The log of a compiled model (`exe.log`) prints each pass in this form:
+`merge`; the passes of other stages follow, so only `inspect` takes passes of a backend. The log of a compiled model
+(`exe.log`) prints each pass in this form:
 
     pipeline  := pass ("," pass)*
     pass      := name [ "{" fields "}" ]

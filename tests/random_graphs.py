@@ -1,7 +1,7 @@
 """Random well-typed graphs, for tests that apply to any graph. The same seed yields the same graph.
 
-Every registered op takes part through its own samples; those in `RECIPES` also on symbolic sizes. Names, scopes, source
-lines and constants are sometimes as strange as the IR allows.
+Every registered op is drawn from its own samples. Ops in `RECIPES` are also drawn on symbolic sizes. Names, scopes,
+source lines and constants are sometimes as strange as the IR allows.
 """
 
 from __future__ import annotations

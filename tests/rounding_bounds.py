@@ -10,7 +10,7 @@ elementwise  the incoming error: how far the result moves if each operand moves 
 sum          the incoming error, through the op itself, which is linear: f(|x| + bound) - f(|x|). Then n roundings of
              the sum of the terms' magnitudes, in the op's accumulation dtype (`Op.sums_in`); n is the op on ones. The
              result is rounded once, as above
-movement     the incoming error, moved in the same way
+rearranging  the incoming error, rearranged in the same way
 
 A backend that rounds fewer times, for example because it fuses ops, is within the bounds as well. Exact numbers are
 computed in f64, so their own roundings count if the dtype is f64.
@@ -176,7 +176,9 @@ class _Analysis:
         """Return the rounding error of the op itself: in its sums, and in its result."""
         op, dtype = node.op, node.results[number].type.dtype
         given = [v.type.dtype for v in node.inputs]
-        if op.flops == 0 and (dtype in given or not given):  # a cast to a coarser dtype rounds, a movement does not
+        if op.flops == 0 and (
+            dtype in given or not given
+        ):  # a cast to a coarser dtype rounds, a rearrangement does not
             return 0.0
         made = self._rounding(dtype, y)
         if not _is_sum(op):

@@ -1,7 +1,7 @@
 """Every promise of an op's axis rule is checked on every sample, with the reference and on every backend, in float64.
 
 mapped     taking some positions of the axis, or permuting it, commutes with the op
-reduced    the op on two halves, combined by the monoid, is the op on the whole
+reduced    the op on two halves, combined by the reduction, is the op on the whole
 scanned    a prefix of the result is the result on a prefix
 limited    the same holds for attention's [t<=s], if both axes are truncated
 indexed    rows that no index names have no effect

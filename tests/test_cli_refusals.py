@@ -120,7 +120,7 @@ def flags_of(command: str) -> dict[str, str]:
 
 
 def refused_freely(command: str, option: str, *parts: str) -> None:
-    """As `refused`, without a comparison of the texts, which differ by the command alone."""
+    """Do the same as `refused`, without comparing the texts, which differ only by the command."""
     words = [command, SMALL, *CALLS[command].split(), "--set", f"{option}=1"]
     said = CliRunner().invoke(treadle.cli.app, words)
     refused(Result(said.exit_code, said.stdout, said.stderr), *parts)

@@ -143,7 +143,7 @@ def test_it_prints_with_its_reason_and_reads_back(name: str, attributes: dict[st
         ("all_reduce", {"ways": 0}, "ways must be 1 or more"),
         ("all_reduce", {"ways": -1}, "ways must be 1 or more, is -1"),
         ("hand_on", {"ways": 2, "source": -1, "target": 1}, "not -1 and 1"),
-        ("all_reduce", {"ways": 2, "monoid": "mean"}, "no monoid 'mean'"),
+        ("all_reduce", {"ways": 2, "monoid": "mean"}, "unknown reduction 'mean'"),
         ("all_gather", {"ways": 2, "axis": 2, "size": 3}, "there is no axis 2"),
         (
             "hand_on",

@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 
 def residual(b: Builder) -> dict[str, Expr]:
-    """x is read by a norm first, and by the addition at the end."""
+    """Build a graph in which a norm reads x first, and the addition at the end reads x again."""
     x, y = b.input("x", "f32[S, 8]"), b.input("y", "f32[S, 8]")
     return {"out": x + b.softmax(x * y)}
 

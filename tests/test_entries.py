@@ -140,7 +140,7 @@ WRONG: dict[str, tuple[str, str, str, str]] = {
     "made twice": ("$bias =", "$first =", "two parameters first", "$first = add"),
     "made under a weight's name": ("$bias =", "$free =", "two parameters free", "$free ="),
     "one of two made": ('$first, $"a b"', "$first", "call has 2 results, but the statement", "bind_h() with h.1"),
-    "all of what is no call": ("$bias =", "$bias.* =", "all results of a call of a block", "add(plain"),
+    "all results of a plain node": ("$bias =", "$bias.* =", "all results of a call of a block", "add(plain"),
     "all and more": ("$h.0.* =", "$h.0.*, $more =", "all results of a call of a block", "bind_h() with h.0"),
     "a block called bind": ("block h(", "block bind(", "a block has the name of the entry bind", "bind {"),
     "a call of bind": ("y = h(x) with h.0", "y = bind()", "bind is an entry, which", "bind()"),

@@ -300,7 +300,7 @@ def test_so_much_is_shown_of_what_was_given(name: str) -> None:
             f"a dimension is split over no axis: {'[*2' + LONG[:77]!r}",
             None,
         ),
-        (lambda: parse_placement(f"[-] {LONG}(tp)", MESH), f"there is no monoid {LONG[:40]!r}", None),
+        (lambda: parse_placement(f"[-] {LONG}(tp)", MESH), f"unknown reduction {LONG[:40]!r}", None),
         (lambda: parse_rule(f"[t<=q] {RULE} -> {RULE}"), "t is limited by q, which is not an axis of the rule", RULE),
         (lambda: parse_rule(f"[t] {RULE} -> {RULE}").apply([]), "takes 1 operands, received 0", RULE),
     ],

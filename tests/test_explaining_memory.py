@@ -149,7 +149,7 @@ def test_the_drawing_shows_every_storage_while_it_lives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["gpt2", "whisper", "t5"])
 @each_backend
 def test_every_coordinate_of_the_drawing_is_in_its_frame(model: str, backend: str) -> None:
-    """Also where values share the memory of an output: then most bytes that are alive are not in the arena."""
+    """This holds even if values share the memory of an output: then most bytes that are alive are not in the arena."""
     found = explain_memory(model, backend=backend)
     assert (found.host is not None) is (backend == "tvm"), "TVM writes these models' logits last"
     assert not outside(draw_memory(found))

@@ -304,7 +304,7 @@ def attended(x: t.Tensor, mask: t.Mask | None) -> t.Tensor:
 
 
 def test_a_combination_says_by_what_an_encounter_does_not() -> None:
-    """A scan has no monoid. Only the split decides that its parts are combined by a scan."""
+    """A scan has no reduction. Only the split decides that its parts are combined by a scan."""
 
     @t.model
     def running(x: t.f32["B S"]):

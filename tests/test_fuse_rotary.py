@@ -255,7 +255,7 @@ def _partial_of_a_product(b: Builder) -> Expr:
 
 
 def _cut_then_moved(b: Builder) -> Expr:
-    """The rotated dimensions are sliced out first"""
+    """A rotation of dimensions that are sliced out first"""
     x = b.slice(b.input("x", f"f32[B, S, 4, {2 * HALF + 2}]"), axis=3, stop=2 * HALF)
     return turned(b, b.rearrange(x, pattern="b s h d -> b h s d"), doubled(b, angles(b)))
 
@@ -325,7 +325,7 @@ def _no_sign(b: Builder) -> Expr:
 
 
 def _mixed(b: Builder) -> Expr:
-    """x is rotated in halves, but with angles repeated as for neighboring pairs"""
+    """A rotation in halves, with angles repeated as for neighboring pairs"""
     return turned(b, heads(b), repeated(b, angles(b)))
 
 
@@ -396,7 +396,7 @@ NEAR_MISSES = [
     Case("mixed orders", _mixed, ORDER),
     Case("sine for cosine", _sine_for_cosine, ORDER),
     Case("angles reversed", _angles_reversed, ORDER),
-    Case("positions that are no integers", _float_positions, "not a product of integer positions and frequencies"),
+    Case("positions that are not integers", _float_positions, "not a product of integer positions and frequencies"),
     Case("shifted angles", _shifted_angles, "not a product of integer positions and frequencies"),
     Case("two tables", _two_tables, "the cosine and the sine have different angles"),
     Case("two tensors", _two_tensors, "are not multiplied with elements of one tensor"),

@@ -114,7 +114,7 @@ SITES: dict[str, tuple[Build, list[str]]] = {
         lambda b: weighted(b, exponentials(b, shift=False)),
         ["attention: div exp reduce_sum einsum matmul"],
     ),
-    "softmax of what is no product": (lambda b: weighted(b, b.softmax(b.input("z", "f32[B, S, S]"))), []),
+    "softmax of an input": (lambda b: weighted(b, b.softmax(b.input("z", "f32[B, S, S]"))), []),
     "softmax before no product": (lambda b: b.softmax(scores(b)) * 2.0, []),
     "softmax over a sum": (
         lambda b: weighted(b, b.softmax(b.cumsum(scores(b), axis=2))),

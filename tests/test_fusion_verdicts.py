@@ -144,7 +144,7 @@ def test_folded_scales_are_reported_one_by_one() -> None:
 @pytest.mark.parametrize("axes", ["[-1]", "[2]", "[1]", "[1, 2]"])
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_sum_before_a_norm_that_is_spelled_is_a_residual_site(axes: str, centered: bool) -> None:
-    """Only for the mean over the last axis, whichever end it is counted from; no other mean makes a norm of rows."""
+    """The mean must be over the last axis, counted from either end. Any other mean does not give a norm of rows."""
     text = program(
         "x: f32[B, S, 8], r: f32[B, S, 8]",
         "y: f32[B, S, 8]",
@@ -205,7 +205,7 @@ def rms_with_a_maximum(x: t.Tensor) -> t.Tensor:
 
 
 def talking_heads(x: t.Tensor) -> t.Tensor:
-    """Scores and probabilities are mixed over the heads (Shazeer et al. 2020)."""
+    """Attention whose scores and probabilities are mixed over the heads (Shazeer et al. 2020)."""
     q, k, v = heads(x)
     scores = t.einsum(q @ k.mT, t.parameter("before", 2, 2), equation="b h s t, h g -> b g s t")
     mixed = t.einsum(scores.softmax(-1), t.parameter("after", 2, 2), equation="b h s t, h g -> b g s t")

@@ -152,7 +152,7 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient() -> None:
 
 @t.model
 def crossed(x: t.f32["B 4"], *, layers: int = 3):
-    """The last block's `side` is unused, so the loss does not depend on its `b`."""
+    """A model whose last block has an unused `side`, so the loss does not depend on the last `b`."""
     y = side = t.linear(x, 4, name="w")
     for _ in t.stack("h", layers):
         y, side = y + t.tanh(t.linear(side, 4, name="a")), t.tanh(t.linear(y, 4, name="b"))

@@ -292,7 +292,7 @@ def test_values_stored_in_an_output_are_not_split() -> None:
 
 @t.model
 def looked_up(x: Annotated[t.Tensor, t.f32["S 64"]], y: Annotated[t.Tensor, t.f32["T 8"]]) -> t.Tensor:
-    """All of S is needed for each of T, so at T=1 the output is smaller than the values before it."""
+    """A model that needs all of S for each position of T, so at T=1 the output is smaller than the values before it."""
     whole = t.reduce_max(t.softmax(t.linear(t.softmax(t.linear(x, 256, name="one")), 64, name="two")), axes=(0,))
     return t.linear(t.linear(y, 64, name="three") + whole, 800, name="wide")
 

@@ -75,7 +75,7 @@ def is_refused(case: Case, opset: int) -> str | None:
     format = case.op.attributes.get("format")
     if format is not None and opset < FORMATS_SINCE[format]:
         return f"ONNX has no Cast of {format} at opset {opset}"
-    return f"opset {opset} has no scatter that adds" if opset < SINCE.get(case.op.name, 0) else None
+    return f"opset {opset} has no scatter with reduction='add'" if opset < SINCE.get(case.op.name, 0) else None
 
 
 @pytest.mark.parametrize("opset", OP_OPSETS)
@@ -272,7 +272,9 @@ def test_queries_without_visible_keys_return_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("queries", "guarded"), [(20, True), (4, False)])
 def test_a_window_that_leaves_queries_without_keys_is_guarded(queries: int, guarded: bool, tmp_path: Path) -> None:
-    """For opsets without an operator for attention: one query for each key, each with keys of its own."""
+    """Opset 20 has no operator for attention. If some of 20 queries see none of the 4 keys, the decomposition has a
+    further Where.
+    """
 
     def build(b: Builder) -> Expr:
         q, k = b.input("q", f"f32[1, 1, {queries}, 4]"), b.input("k", "f32[1, 1, 4, 4]")
@@ -422,7 +424,9 @@ def test_reshapes_to_and_from_rank_0(type: str, shape: tuple[int, ...], opset: i
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "f64", "i64", "i8", "u8"])
 def test_division_rounds_down(dtype: str, tmp_path: Path) -> None:
-    """Also where C truncates; floats as in NumPy: 1 // 0.1 is 9, because 0.1 is slightly more than a tenth."""
+    """Integers round down where C truncates. Floats round as in NumPy: 1 // 0.1 is 9, because 0.1 is slightly more than
+    a tenth.
+    """
     numpy = DTYPES[dtype].numpy
     pairs = [(7, 2), (-7, 2), (7, -2), (-7, -2), (6, 3), (-6, 3), (0, 5), (5, 7), (-5, 7)]
     if dtype.startswith("f"):

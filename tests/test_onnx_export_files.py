@@ -82,7 +82,7 @@ def test_bounds_are_written(tmp_path: Path) -> None:
 
 
 def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
-    """In another folder, from a graph that was built again."""
+    """The files in another folder, from a graph that was built again, have the same bytes."""
     files = []
     for folder in ("one", "another"):
         (tmp_path / folder).mkdir()
@@ -256,7 +256,7 @@ def test_a_message_past_what_protobuf_takes_is_refused(tmp_path: Path, monkeypat
 
 
 def test_a_primitive_without_a_form_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the decomposition of another op contains it: the error then names that op's place."""
+    """If the decomposition of another op contains the primitive, the error names the place of that op."""
     try:
 
         @op("triple", axes="... -> ...", dtypes="f -> f")

@@ -58,7 +58,7 @@ def test_every_operator_and_attribute_is_drawn() -> None:
 
 
 def test_an_attribute_that_is_left_out_is_what_its_schema_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every attribute that a handler reads, in the version of the operator of a drawn node."""
+    """Each attribute that a handler reads has the schema's default, in the version of a drawn node's operator."""
     asked: dict[tuple[str, int, str], Any] = {}
 
     def noted(kind: str, otherwise: Any) -> None:
@@ -326,7 +326,7 @@ def test_padding_of_a_symbolic_axis_with_its_own_elements(mode: str) -> None:
     ],
 )
 def test_a_slice_whose_cuts_are_attributes(form: str) -> None:
-    """As in Slice before opset 10."""
+    """Before opset 10, the bounds of Slice are attributes."""
     same_as_runtime(model("(float[2,4,5] x) => (float y)", f"y = Slice<{form}>(x)", opset=9), {"x": floats(2, 4, 5)})
 
 

@@ -139,7 +139,7 @@ def test_the_axis_along_which_blocks_lie_is_not_cut() -> None:
 
 
 def test_which_runs_of_programs_may_be_in_parts(golden: Golden) -> None:
-    """For runs of up to three nodes: the axis, its dimension in each value, and True if all ops are defined on a
+    """A case is a run of up to three nodes: the axis, its dimension in each value, and True if all ops are defined on a
     part.
     """
     shown = []

@@ -93,7 +93,7 @@ def test_ranks_hold_the_weights_of_their_stage_alone() -> None:
 
 
 def sloped_blocks(count: int) -> Graph:
-    """Return blocks without calls whose heads read one constant, as ALiBi's do."""
+    """Return a graph of inlined blocks that share one constant for their heads, such as ALiBi's slopes."""
     b = Builder(Graph("sloped"))
     x, slopes = b.input("x", "f64[B, S, 8]"), b.constant(np.arange(1.0, 9.0))
     for n in range(count):

@@ -105,7 +105,7 @@ def test_a_placement_reads_back(text: str) -> None:
 def test_text_that_is_no_placement_is_refused() -> None:
     with pytest.raises(ParseError, match="not a placement"):
         parse_placement("dp, tp", Mesh.of("dp=2,tp=2"))
-    with pytest.raises(ParseError, match="there is no monoid 'mean'"):
+    with pytest.raises(ParseError, match="unknown reduction 'mean'"):
         parse_placement("[-] mean(tp)", Mesh.of("tp=2"))
     with pytest.raises(ParseError, match="a dimension is split over no axis") as error:
         parse_placement("[tp, *2]", Mesh.of("tp=2"))

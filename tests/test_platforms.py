@@ -84,7 +84,7 @@ def test_platforms_without_a_wheel_are_named(
 
 @pytest.mark.parametrize("here", [MAC, WINDOWS, ARM], ids=str)
 def test_libraries_that_are_loaded(here: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the folders that Windows searches for libraries which those need."""
+    """The test includes the folders in which Windows searches for libraries that the loaded libraries need."""
     loaded, searched = [], []
 
     def load(path: str, mode: int) -> str:

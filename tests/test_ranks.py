@@ -519,7 +519,7 @@ def test_launched_processes_know_their_places_and_the_greatest_exit_code_counts(
 
 @pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (35, "signal 35")])
 def test_a_signal_that_ended_a_rank_is_named(number: int, name: str) -> None:
-    """Also a signal that has no name: a real-time signal."""
+    """A real-time signal has no name, and is reported by its number."""
     ends = ["sh", "-c", f"[ $RANK = 0 ] || kill -{number} $$"]
     with pytest.raises(RankError, match=f"^rank 1 was ended by {name}\n") as error:
         launch_ranks(ends, 2)

@@ -398,7 +398,7 @@ def test_probabilities_that_are_asked_for_stay_a_result() -> None:
 
 
 def test_other_terms_keep_their_operands() -> None:
-    """In any order, and also if tensors before and after them become terms that take no operands."""
+    """Terms may be in any order, and tensors before and after them may become terms that take no operands."""
 
     def build(b: Builder) -> Expr:
         q, k, v = q_k_v(b)

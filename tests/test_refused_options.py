@@ -74,7 +74,7 @@ REFUSED = [
     ("generate m a --best 2 --length-penalty 2", "only --beams accepts"),
     ("generate m a --system x", "only --chat accepts"),
     ("generate m a --recipe dp", "sharding options need a mesh"),
-    ("classify m a b --pair c", "1 second texts for 2 texts"),
+    ("classify m a b --pair c", "2 texts, but 1 values of --pair"),
     ("summarize m a --length-penalty 2", "only --beams accepts --length-penalty"),
     ("embed m a --file b", "sentences were given both as arguments and in a file"),
     ("tag m a --file b", "sentences were given both as arguments and in a file"),

@@ -24,7 +24,7 @@ HALVES = ({"stop": 4}, {"start": 4})
 
 
 def residual(b: Builder, x: Expr) -> Expr:
-    """x is read before the result is written, so the result may overwrite x."""
+    """Build a graph whose result may overwrite x, since x is read before the result is written."""
     y = b.add(x, b.tanh(x), name="y")
     return b.softmax(y, name="z")
 

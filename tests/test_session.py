@@ -1,4 +1,4 @@
-"""Sessions: rows open, grow, fork, fill up and close. The logits of each row equal those of its own tokens alone."""
+"""Sessions: rows open, grow, fork, fill up and close. Each row has the logits of its tokens alone."""
 
 from __future__ import annotations
 

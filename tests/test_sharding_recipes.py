@@ -83,7 +83,7 @@ def test_context_passes_keys_around_and_gathers_nothing() -> None:
         around = [[*["start_pass"] * 2 * (step < 3), *["attention_parts"] * own[step]] for step in range(4)]
         wanted = [*around[0], *(name for each in around[1:] for name in ("pass_on", "pass_on", *each))]
         assert re.findall(r"= (start_pass|pass_on|attention_parts)\(", text) == wanted
-    assert "attention, keys pass around: " in str(plan)
+    assert "attention, as ring attention: " in str(plan)
     assert plan.main.gives[0].text(plan.mesh) == "[-, cp, -]"
     programs = [rank_graph(plan, rank) for rank in range(4)]
     assert apart("gpt2", plan, programs) < NEAR
@@ -110,7 +110,7 @@ def test_a_ring_that_is_wrong_is_refused() -> None:
         with pytest.raises(PassError, match=report):
             check_sharding(with_ring(axes))
     norm = next(i for i, n in enumerate(plan.functions[0].nodes) if n.node.op.name == "layer_norm")
-    with pytest.raises(PassError, match="keys of layer_norm cannot pass around"):
+    with pytest.raises(PassError, match="layer_norm does not support ring attention"):
         check_sharding(changed_node(plan, 0, norm, ring=plan.mesh.parts_of("cp")))
 
 

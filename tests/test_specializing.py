@@ -310,7 +310,7 @@ def test_a_value_of_another_shape_is_told_the_shape(tmp_path: Path) -> None:
 
 
 def test_configuration_that_the_file_lacks_is_refused(tmp_path: Path) -> None:
-    """As for a file that is compiled immediately, the error does not wait for a call."""
+    """The error is raised before a call, as for a file that is compiled immediately."""
     for wrong in ({"kk": 3}, {"threads": 2}, {"B": 2.5}):
         with pytest.raises(FrontendError, match=r"no axis and no input|must be an integer"):
             treadle.compile(saved(tmp_path, TOP), **wrong)

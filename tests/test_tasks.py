@@ -320,7 +320,7 @@ def test_the_commands_tell_what_the_methods_give(tmp_path: Path) -> None:
     paired = invoked("classify", str(tmp_path / "c"), "the cat sits", "--pair", "a dog", "--json")
     assert json.loads(paired.stdout)["texts"][0]["pair"] == "a dog"
     assert (
-        "2 second texts for 1 texts"
+        "1 texts, but 2 values of --pair"
         in invoked("classify", str(tmp_path / "c"), "x", "--pair", "a", "--pair", "b").stderr
     )
 

@@ -145,7 +145,7 @@ def test_stop_strings_hold_back_what_may_be_one(strings: list[str], text: str, c
 
 
 def test_streamed_text_is_never_retracted() -> None:
-    """For random texts, character by character: the emitted text only grows, and ends where a stop string is
+    """Random texts are read character by character. The emitted text only grows, and ends where a stop string is
     complete.
     """
     draw = np.random.default_rng(1)

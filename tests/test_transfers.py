@@ -220,7 +220,7 @@ def test_outputs_are_sent_and_received(world: World) -> None:
 
 
 def test_waiting_ranks_report_what_they_wait_for() -> None:
-    """Also the message of an error of torch.distributed, for which another error stands in."""
+    """The report also has the message of an error of torch.distributed, which another error represents here."""
     report: list[str] = []
 
     @contextmanager

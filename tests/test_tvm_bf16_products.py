@@ -94,7 +94,7 @@ ROWS = (1, 2, 15, 16, 17, 32, 33, 48, 49, 64, 97, 128, 161, 300)
 @each_isa
 @pytest.mark.parametrize(("k", "n"), SIZES)
 def test_odd_sizes_and_a_row_by_itself(isa: str, k: int, n: int) -> None:
-    """From few rows to several groups of blocks. A row computed alone has the same bits."""
+    """The numbers of rows range from a few rows to several groups of blocks. A row computed alone has the same bits."""
     x, w = normal(max(ROWS), k), normal(n, k, seed=1)
     exe = compiled(linear_graph(k, n), {"w": w}, isa)
     every = exe(x=x)["y"]

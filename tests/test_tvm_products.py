@@ -254,7 +254,7 @@ def test_a_product_in_a_repeated_block() -> None:
 
 @pytest.mark.parametrize("columns", [5, 50, 96])
 def test_a_rows_bits_do_not_depend_on_other_rows(columns: int) -> None:
-    """For any number of rows, any position of the row, and any assignment of rows to threads."""
+    """The test varies the number of rows, the position of the row, and the assignment of rows to threads."""
     graph = graph_of(
         lambda b: (
             b.linear(b.input("x", "f32[B, 33]"), b.parameter("w", f"f32[{columns}, 33]")) * b.input("s", "f32[B, 1]")
@@ -308,7 +308,7 @@ def test_instruction_sets(name: str) -> None:
 
 
 def test_prefetching_changes_no_bits() -> None:
-    """As on CPUs that prefetch too little by themselves: there, the first tile of a panel is computed separately."""
+    """On CPUs that prefetch too little by themselves, the first tile of a panel is computed separately."""
     plain = ISAS["x86-64-v3"]
     if not runs_here(plain):
         pytest.skip("no AVX2 here")

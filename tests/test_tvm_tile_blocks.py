@@ -87,7 +87,9 @@ def test_sums_of_every_size(text: str) -> None:
 @needs_tiles
 @pytest.mark.parametrize("text", READ)
 def test_bits_of_a_row_are_its_own(text: str) -> None:
-    """From one row to several groups of eight blocks, with any other rows, on one thread and on two."""
+    """The numbers of rows range from one row to several groups of eight blocks. Other rows, and the number of threads
+    (one or two), do not change a row's bits.
+    """
     graph = narrowed(linear_graph(352, 100, text, bias=True))
     weights = {"w": blocks_of(graph, "w"), "bias": normal(100)}
     x = normal(max(ROWS), 352)

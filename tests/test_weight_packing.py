@@ -61,7 +61,7 @@ def test_bytes_by_twos_lie_without_gaps(rows: int, bytes: int, transposed: bool)
 
 @needs_tvm
 def test_kernels_lay_a_computed_matrix_out_as_a_weight_is() -> None:
-    """For numbers of rows and depths that are no multiple of a panel or a step. Memory around the matrix is not
+    """The numbers of rows, and the depths, are not multiples of a panel or a step. Memory around the matrix is not
     copied.
     """
     from treadle.backends.tvm.kernels.calling import bind

@@ -59,7 +59,7 @@ def test_a_rank_that_there_is_not_is_refused() -> None:
 CHANGES = {
     "without terms combined": wrong.without_terms,
     "along another axis": wrong.along_another_axis(Mesh.of("tp=2,dp=2").parts_of("dp")),
-    "by another monoid": wrong.by_another_monoid,
+    "by another reduction": wrong.by_another_monoid,
     "a bias added everywhere": wrong.added_everywhere,
     "not gathered": wrong.not_gathered,
     "gathered along another dimension": wrong.gathered_along_another_dimension,

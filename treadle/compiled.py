@@ -208,7 +208,7 @@ class Compiled:
     def report(self, **options: Any) -> Report:
         """Return a report on the model. Notebooks display the report, and its method `save` writes one HTML file.
 
-        The options are those of `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`,
+        Options are passed to `treadle.report.building.report_of`: `sizes`, `sharding`, `cache`, `profile`, `seed`,
         `originals`.
         Raises UsageError as `report_of` does.
         """

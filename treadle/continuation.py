@@ -141,7 +141,7 @@ class TextWriter:
         stepped: Callable[..., SteppedModel] = open_stepped,
         **options: Any,
     ) -> TextWriter:
-        """Compile a model that has a tokenizer. The options are those of `treadle.compile`, and `cache`.
+        """Compile a model that has a tokenizer. Options are the options of `treadle.compile`, and `cache`.
 
         stepped  the function that opens the model, called as `treadle.stepped.open_stepped`, the default
 

@@ -1,4 +1,4 @@
-"""ONNX code that moves elements: reshapes with little shape arithmetic, and rearranges with few nodes.
+"""ONNX code that rearranges elements: reshapes with little shape arithmetic, and rearranges with few nodes.
 
     b s (h d) -> b h s d      Reshape [0, 0, 12, 64], Transpose
     a b -> 1 a 1 b            Unsqueeze

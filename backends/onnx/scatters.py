@@ -5,7 +5,7 @@
     scatter_add              ScatterElements that adds
     append                   ScatterND at pairs of a slot and a position
 
-A scatter that adds exists from opset 16 on.
+`reduction="add"` exists from opset 16 on.
 """
 
 from __future__ import annotations
@@ -102,4 +102,4 @@ def scatter_add(line: OnnxLine) -> Tensor:
 
 def _refuse_before_16(line: OnnxLine) -> None:
     if line.w.opset < 16:
-        raise line.w.refusal(f"opset {line.w.opset} has no scatter that adds", hint="opset 16 or newer")
+        raise line.w.refusal(f"opset {line.w.opset} has no scatter with reduction='add'", hint="opset 16 or newer")

@@ -67,7 +67,7 @@ class OnnxWriter:
         self._names: set[str] = set()
         self._written: dict[tuple[Any, ...], OnnxNode] = {}
         self._writing: list[Node] = []
-        """The node of ours being written, and, innermost last, those that its code writes."""
+        """The node of the graph that is being written, and the nodes that its code writes, the innermost last."""
 
     # -- names -----------------------------------------------------------------------------------------------
 

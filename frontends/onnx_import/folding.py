@@ -1,8 +1,8 @@
 """Constant folding of nodes at import. Operands may be numbers, or sizes with symbols.
 
 Numbers: the operator's handler builds the node in a separate graph, which is interpreted. So the node has the same
-meaning as in the model. Sizes: if an operator only moves elements, it is evaluated on their positions, and the sizes
-are substituted afterwards. The arithmetic of exporters on sizes (Add, Mul, Div, Equal, ...) is in
+meaning as in the model. Sizes: if an operator only rearranges elements, it is evaluated on their positions, and the
+sizes are substituted afterwards. The arithmetic of exporters on sizes (Add, Mul, Div, Equal, ...) is in
 `treadle.ir.sizing.sizes`; it is evaluated if the result is the same for all values of the symbols.
 """
 
@@ -73,7 +73,7 @@ def _of_numbers(inputs: Sequence[Known | None], run: Fold) -> list[Known | None]
 
 
 def _moved(site: OnnxSite, moves: tuple[int, ...], run: Fold) -> list[Known | None] | None:
-    """Evaluate a node that only moves elements: run it on the positions of the elements."""
+    """Evaluate a node that only rearranges elements: run it on the positions of the elements."""
     moving = range(len(site.inputs)) if moves == (-1,) else moves
     places: list[Size] = []
     inputs: list[Known | None] = []

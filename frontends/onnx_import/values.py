@@ -40,7 +40,7 @@ class Known:
     content   its elements: an array of numbers (in the carrier's dtype), an array of objects that are `Size`s, or None
     stored    its tensor in the file, or None
     roots     for a small value, the inputs that it is computed from: if they were static, its elements would be known
-    moved     for a value that consists of moved elements of weights: a function that builds the move in the graph
+    moved     for a weight with rearranged elements: a function that builds the rearrangement in the graph
     """
 
     __slots__ = ("_content", "_expr", "_shape", "moved", "name", "roots", "stored", "type")
@@ -62,7 +62,7 @@ class Known:
 
     @property
     def is_weight(self) -> bool:
-        """True if its graph value is a weight, or consists of moved elements of weights."""
+        """True if the graph represents this ONNX value as a weight, or as a weight with rearranged elements."""
         if self.moved is not None:
             return True
         return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)

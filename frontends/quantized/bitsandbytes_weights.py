@@ -109,7 +109,7 @@ class _Codes(QuantizedWeight):
 
     @property
     def why_decoded(self) -> str:
-        return f"a row of {self.shape[1]} is no integer number of blocks of {self.block} codes of {self.kind}"
+        return f"a row of {self.shape[1]} is not a multiple of a block of {self.block} codes of {self.kind}"
 
     def _map(self) -> Array:
         name = f"{self.first.name}.quant_map"

@@ -5,7 +5,7 @@ A weight is f32[N, K], outputs by inputs, whatever the order in its file. Intege
     w[n, k] = scale[n, g] (q[n, k] - zero[n, g])        g: the group of k
 
 become blocks along K. A group that is longer than a block is stored as several blocks of the same scale, which is
-exact. A weight whose groups are no blocks (any order of inputs, odd lengths) has no encoding, and is decoded.
+exact. A weight whose groups are not blocks (any order of inputs, odd lengths) has no encoding, and is decoded.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class QuantizedWeight(ABC):
 
     @property
     def why_decoded(self) -> str:
-        """The reason for which a weight has no form."""
+        """The reason why a weight has no form."""
         return f"rows of {self.shape[1]} elements are not an integer number of blocks"
 
     def record(self, name: str) -> QuantizedRecord:

@@ -50,7 +50,8 @@ def is_sum_of_squares(value: Value) -> bool:
 
 
 def chosen(b: Builder, condition: Expr, x: Expr, y: Expr) -> Expr:
-    """x where the condition holds, else y. If one of them is a quotient, its divisor is 1 where it is not selected.
+    """Select x where the condition holds, else y. If x or y is a quotient, its divisor is 1 at elements that are not
+    selected.
 
     So where(x == 0, 1, sin(x) / x) has a finite gradient at 0.
     """

@@ -174,7 +174,7 @@ def _clamp(site: TorchSite) -> Made:
 
 @operator("hardtanh.default")
 def _hardtanh(site: TorchSite) -> Made:
-    """The gradient is 0 at the bounds."""
+    """Build hardtanh. The gradient is 0 at the bounds."""
     return _within(site, "min_val", "max_val", ties="y")
 
 

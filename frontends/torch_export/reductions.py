@@ -95,7 +95,7 @@ def _std_mean(site: TorchSite) -> Made:
 
 @operator("logsumexp.default")
 def _log_sum_exp(site: TorchSite) -> Made:
-    """The maximum is subtracted first, so that the exponentials do not overflow."""
+    """Build log-sum-exp. The maximum is subtracted first, so that the exponentials do not overflow."""
     b, x, axes, keep = site.b, site.operand("self", site.dtype()), _axes(site), site.flag("keepdim")
     largest = b.reduce_max(x, axes=axes, keep=True)
     finite = b.where(b.abs(largest) < math.inf, largest, b.constant(0.0, x.dtype))

@@ -178,7 +178,7 @@ def _unbind(site: TorchSite) -> Made:
 
 @operator("cat.default", "concat.default", "concatenate.default")
 def _cat(site: TorchSite) -> Made:
-    """A part of shape [0] is ignored, whatever the rank of the other parts."""
+    """Build a concatenation. A part of shape [0] is ignored, whatever the rank of the other parts."""
     rank, dtype = len(site.shape()), site.dtype()
     parts = [x.cast(dtype) for x in site.tensors("tensors") if x.rank == rank]
     axis = site.axis("dim", rank)
@@ -202,7 +202,7 @@ def _slice_scatter(site: TorchSite) -> Made:
     axis = site.axis("dim")
     size, count = x.shape[axis], source.shape[axis]
     if site.integer("step") != 1:
-        site.refuse("a step is not supported")
+        site.refuse("slice_scatter with a step other than 1 is not supported")
     if count == size:
         return source.cast(x.dtype)
     return replaced(b, x, source.cast(x.dtype), axis, edge_of(site, site.size("start", 0), size))

@@ -44,7 +44,7 @@ def _after(
 def _max_pool(count: int, *names: str) -> None:
     @operator(*names)
     def _pooled(site: TorchSite) -> Made:
-        """Padding does not count as an element of a window."""
+        """Build max pooling. Padding does not count as an element of a window."""
         x = site.x("self")
         kernel, strides, dilations, pads = _windowing(site, count)
         after = _after(site, kernel, strides, dilations, pads)
@@ -59,8 +59,8 @@ _max_pool(2, "max_pool2d.default", "max_pool2d_with_indices.default")
 def _average_pool(count: int, name: str) -> None:
     @operator(name)
     def _pooled(site: TorchSite) -> Made:
-        """Zeros around x count as elements unless `count_include_pad` is false; the padding of a last, partial window
-        never counts.
+        """Build average pooling. Zeros around x count as elements unless `count_include_pad` is false. The padding of a
+        last, partial window never counts.
         """
         b, x = site.b, site.x("self")
         kernel, strides, _, pads = _windowing(site, count)

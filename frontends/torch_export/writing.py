@@ -155,11 +155,11 @@ def _adding(site: TorchSite) -> Callable[[Expr, Expr, Expr | None], Expr]:
 
 @operator("scatter_reduce.two", "scatter.reduce")
 def _scatter_reduce(site: TorchSite) -> Made:
-    """Sums and means. Without self, the written elements start at 0."""
+    """Build scattered sums and means. Without self, the written elements start at 0."""
     b, axis, kind = site.b, site.axis("dim"), site.text("reduce")
     own = bool(site.given("include_self", True))
     if kind not in ("sum", "add", "mean") or (kind == "mean" and not site.dtype().is_float):
-        site.refuse(f"{kind or 'no reduction'} in {site.dtype()} is not supported", "reduce='sum'")
+        site.refuse(f"reduce={kind!r} with dtype {site.dtype()} is not supported", "reduce='sum'")
 
     def rule(x: Expr, indices: Expr, source: Expr | None) -> Expr:
         hits = None if own and kind != "mean" else _hits(b, x, indices, axis)

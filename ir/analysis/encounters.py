@@ -35,7 +35,7 @@ class _Kind:
 
 @dataclass(frozen=True)
 class Reduced(_Kind):
-    """monoid   the combination of the elements, for example a sum"""
+    """monoid   the reduction of the elements, for example a sum"""
 
     monoid: str
     word = "reduced"
@@ -183,7 +183,7 @@ class Encounter:
 
 @dataclass(frozen=True)
 class Combination:
-    """An encounter at which the parts of a split axis must be combined, and the combination: a monoid, or the scan of
+    """An encounter at which the parts of a split axis must be combined, and the combination: a reduction or the scan of
     the preceding parts.
     """
 

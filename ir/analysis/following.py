@@ -88,7 +88,7 @@ class Following:
 
     def split(self) -> Verdict:
         """Return a verdict: true if the axis may be split among devices. The partial results of a reduction are
-        combined by its monoid, lookups in a split table by a sum, and a scan by an offset from the preceding parts.
+        combined by its reduction, lookups in a split table by a sum, and a scan by an offset from the preceding parts.
         Composites that need the whole axis are opened. Self-attention along the axis needs every pair, and forbids
         the split.
         """

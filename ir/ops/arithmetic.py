@@ -146,7 +146,7 @@ class _Choice(Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.ties not in ("even", "x", "y"):
-            raise RuleError(f"ties must be even, x or y, is {self.ties!r}")
+            raise RuleError(f"ties must be 'even', 'x' or 'y', not {self.ties!r}")
 
     @property
     def commutes(self) -> bool:  # type: ignore[override]  # ops are frozen
@@ -173,7 +173,7 @@ class _Choice(Primitive):
     errors = [
         (S("f32[2,3]", "f32[4]"), "sizes disagree"),
         (S("f32[2]", "i64[2]"), "dtypes disagree"),
-        (S("f32[2]", "f32[2]", ties="z"), "ties must be even, x or y, is 'z'"),
+        (S("f32[2]", "f32[2]", ties="z"), "ties must be 'even', 'x' or 'y', not 'z'"),
     ]
 
 

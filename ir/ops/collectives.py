@@ -4,7 +4,7 @@ Programs of ranks contain them (`treadle.passes.sharding`); models do not use th
 among the `ways` ranks that differ along `over`, parts of mesh axes. `because` gives the reason for it. Its meaning is a
 function of the operands of all ranks in the group (`combined`); with one rank it is the identity.
 
-    all_reduce        every rank gets the sum (or another monoid) of the operands
+    all_reduce        every rank gets the sum (or another reduction) of the operands
     all_gather        every rank gets all parts, concatenated along a dimension
     reduce_scatter    every rank gets its part of the sum
     all_to_all        parts along one dimension become parts along another
@@ -112,7 +112,7 @@ class Collective(Primitive):
 class AllReduce(Collective):
     """y = x_0 + x_1 + ..., over the ranks of the group, on every rank
 
-    monoid  the combination: "sum", or another monoid
+    monoid  the reduction: "sum", "max", ...
     """
 
     x = Operand()
@@ -120,13 +120,13 @@ class AllReduce(Collective):
 
     @property
     def linear(self) -> tuple[frozenset[str], ...]:
-        """The sum is linear in the operands of all ranks together; other monoids are not linear."""
+        """The sum is linear in the operands of all ranks together; other reductions are not linear."""
         return (frozenset(["x"]),) if self.monoid == "sum" else ()
 
     def check(self, types: Sequence[Type | None]) -> None:
         super().check(types)
         if self.monoid not in MONOIDS:
-            raise RuleError(f"there is no monoid {self.monoid!r}", hint="one of " + ", ".join(MONOIDS))
+            raise RuleError(f"unknown reduction {self.monoid!r}", hint="one of " + ", ".join(MONOIDS))
 
     def combined(self, ops: Sequence[Any], parts: Sequence[Any]) -> list[Any]:
         return [reduce(_COMBINE[self.monoid], parts)] * len(parts)

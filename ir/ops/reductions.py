@@ -23,8 +23,7 @@ from treadle.ir.types import DType, Type, f32, i64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Reduction(Op):
-    """A reduction of the elements along some axes by a monoid. If there is no monoid, the axes are whole in the axis
-    rule.
+    """A reduction of the elements along some axes. If `monoid` is None, the axes are whole in the axis rule.
 
     axes   the axes to reduce; a negative one counts from the end
     keep   keep each axis as a dimension of size 1
@@ -51,7 +50,7 @@ class _Extremum(_Reduction, Primitive):
 
     def check(self, types: Sequence[Type | None]) -> None:
         if self.ties not in ("even", "first"):
-            raise RuleError(f"ties must be even or first, is {self.ties!r}")
+            raise RuleError(f"ties must be 'even' or 'first', not {self.ties!r}")
         if self.ties == "first" and len(self.axes) != 1:
             raise RuleError(f"ties=first needs exactly one axis, received {len(self.axes)}")
 
@@ -86,7 +85,7 @@ class _Extremum(_Reduction, Primitive):
         (S("f32[2,3]", axes=(1, -1)), "axis 1 is named twice"),
         (S("f32[2,0]", axes=(1,)), "an axis of size 0 has no"),
         (S("f32[2,3]", axes=(0, 1), ties="first"), "ties=first needs exactly one axis, received 2"),
-        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be even or first, is 'last'"),
+        (S("f32[2,3]", axes=(0,), ties="last"), "ties must be 'even' or 'first', not 'last'"),
         (S("bool[2]", axes=(0,)), "x must be a number, is bool"),
     ]
 

@@ -33,7 +33,7 @@ from treadle.ir.types import Dim, Factor, Type
 Array = np.ndarray[Any, Any]
 
 IDEMPOTENT = ("max", "min", "and", "or")
-"""Monoids for which a whole value may also serve as a partial value: x max x is x."""
+"""Reductions for which a whole value may also serve as a partial value: x max x is x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +97,14 @@ def _grain_text(grain: Size) -> str:
 def parse_placement(text: str, mesh: Mesh) -> MeshPlacement:
     """Parse the text of `MeshPlacement.text`.
 
-    Raises ParseError, also for an unknown monoid; UsageError for an axis that the mesh lacks.
+    Raises ParseError, also for an unknown reduction; UsageError for an axis that the mesh lacks.
     """
     match = re.fullmatch(r"\s*\[(.*)\]\s*(?:(\w+)\(((?:[^()]|\(\d{1,7}\)\d)*)\))?\s*", text)
     if match is None:
         raise ParseError(f"not a placement: {text[:80]!r}", hint="[dp, -, tp] sum(ep)")
     if match[2] is not None and match[2] not in MONOIDS:
         raise ParseError(
-            f"there is no monoid {match[2][:40]!r}", received=text[:80], hint="one of " + ", ".join(MONOIDS)
+            f"unknown reduction {match[2][:40]!r}", received=text[:80], hint="one of " + ", ".join(MONOIDS)
         )
     dims: list[Split | None] = []
     for part in match[1].split(",") if match[1].strip() else ():

@@ -94,7 +94,7 @@ def _plain(x: Expr, item: Any) -> Any:
 
 
 def _edge(x: Expr, item: Any) -> int | Size:
-    """Return a position as an integer or a symbolic size."""
+    """Return a slice bound as an integer or a symbolic size."""
     if isinstance(item, Size):
         return item if item.constant is None else item.constant
     if isinstance(item, int | np.integer) and not isinstance(item, bool):

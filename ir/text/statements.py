@@ -255,8 +255,8 @@ class StatementReader(OperandReader):
         return Node(op, operands, types)
 
     def weights(self, callee: Function, start: int) -> dict[str, Value | None]:
-        """Read the text after `with`: a path that precedes the formal names of weights and states, and exceptions from
-        it. Return the passed value for each formal name.
+        """Parse the text after `with`: an optional name prefix for the callee's weights and states, and explicit
+        bindings `{name: value}`, which take precedence. Return the passed value for each formal name.
         """
         s = self.s
         formals = {**callee.parameters, **callee.states}

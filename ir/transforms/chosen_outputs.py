@@ -29,7 +29,7 @@ _SPAN = re.compile(r"(?P<start>[+-]?\d{1,17})?\s*(?:(?P<colon>:)\s*(?P<stop>[+-]
 
 
 class UnknownOutputError(UsageError):
-    """The graph has no output of the requested name."""
+    """The error for a requested output that the graph lacks."""
 
 
 @dataclass(frozen=True)

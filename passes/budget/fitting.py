@@ -163,8 +163,8 @@ class Fitting:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """The candidates to try, the fastest estimate first. Among equally fast candidates, those that need more memory
-        come first.
+        """The candidates to try, the fastest estimate first. Among equally fast candidates, candidates that need more
+        memory come first.
 
         The list does not depend on the budget, so that less memory never gives a faster run.
         """

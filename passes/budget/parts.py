@@ -29,7 +29,7 @@ from treadle.passes.budget.regions import CutRegion, dims_along
 
 
 class NoPart(Exception):
-    """An op cannot be computed on a part. The error is caught within this folder."""
+    """The error for an op that cannot be computed on a part. It is caught within this folder."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,7 @@ class Certificate:
 class Counterexample:
     """A case in which the two sides disagree: its name, the sizes, the seed that drew it, and the disagreement.
 
-    doubt   the reason for which the two sides may still agree
+    doubt   the reason why the two sides may still agree
     """
 
     case: str

@@ -8,12 +8,11 @@ from typing import ClassVar
 
 from treadle.ir.builder import Builder
 from treadle.ir.composites import inline
-from treadle.ir.errors import PassError
-from treadle.ir.graph import Graph, Value
+from treadle.ir.errors import UsageError
+from treadle.ir.graph import Value
 from treadle.ir.op_registry import find_op
 from treadle.ir.operation import Composite
 from treadle.passes.framework.facts import BEFORE_LOWERING, Facts
-from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 
 FUSED = (
@@ -31,18 +30,17 @@ class Decompose(SiteRewrite[Site]):
 
     ops    the composites to decompose, also if they occur in the body of another composite
 
-    The fusing passes of the default pipeline undo this pass. Raises PassError for an op that has no body.
+    The fusing passes of the default pipeline undo this pass. Raises UsageError for an op without a body.
     """
 
     requires: ClassVar[Facts] = BEFORE_LOWERING
 
     ops: tuple[str, ...] = FUSED
 
-    def run_graph(self, graph: Graph, log: PassRecord) -> int:
+    def __post_init__(self) -> None:
         for name in self.ops:
             if not issubclass(find_op(name), Composite):
-                raise PassError(f"{name} has no body, so it cannot be decomposed", hint="one of " + ", ".join(FUSED))
-        return super().run_graph(graph, log)
+                raise UsageError(f"{name} has no body, so it cannot be decomposed", hint="one of " + ", ".join(FUSED))
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         """Yield every node of one of these composites, also if it is in the body of another one."""

@@ -135,7 +135,7 @@ def _is_small(part: PartRead, value: Value) -> bool:
 
 
 def _is_given(value: Value) -> bool:
-    """Return True if a value is an input, or the moved elements of an input."""
+    """Return True if a value is an input, or a view of an input."""
     while value.node is not None and value.node.op.is_view:
         value = value.node.inputs[0]
     return value.kind == "input"

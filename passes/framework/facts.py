@@ -52,6 +52,9 @@ class Declares(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def advice(self) -> str: ...
+
 
 def _stateful(graph: Graph) -> str | None:
     if graph.states:
@@ -114,7 +117,7 @@ def refuse_misplaced(each: Declares, facts: Facts, before: Sequence[Declares], o
         return
     ended = next((other.name for other in reversed(before) if fact in other.ends), None)
     if ended is not None:
-        hint = f"{each.name} before {ended}, or a pipeline without {ended}"
+        hint = each.advice.format(ended) or f"{each.name} before {ended}, or a pipeline without {ended}"
     else:
         makers = [other.name for other in others if fact in other.ensures] or _makers(fact)
         hint = f"{' or '.join(dict.fromkeys(makers))} before {each.name}" if makers else f"leave {each.name} out"

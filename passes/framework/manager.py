@@ -55,6 +55,9 @@ class Pass:
     changes_numbers: ClassVar[bool] = False
     """True if the pass is meant to change numbers, as quantization of weights is; such a pass is not certified."""
 
+    advice: ClassVar[str] = ""
+    """The hint if an earlier pass ended a fact that this pass requires; {} is that pass. Empty: the usual hint."""
+
     requires: ClassVar[Facts] = frozenset({UNPLANNED})
     """Facts that must hold before the pass; see `treadle.passes.framework.facts`."""
 

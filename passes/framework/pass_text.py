@@ -5,9 +5,9 @@
     fields    := name "=" value ("," name "=" value)*
     value     := true | false | none | number | word | "text" | "[" [ value ("," value)* ] "]" | "{" [ fields ] "}"
 
-A name is a pass's class in lower case with hyphens. Fields are the fields of the class; those with their default are
-not printed. A word is a dtype (`bf16`) if the field holds a dtype, a backend (`tvm`) if the field holds capabilities,
-else a string.
+A name is a pass's class in lower case with hyphens. Fields are the fields of the class. A field that has its default
+value is not printed. A word is a dtype (`bf16`) if the field holds a dtype, a backend (`tvm`) if the field holds
+capabilities, else a string.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _runs(kind: type[Pass]) -> bool:
 
 
 class _MismatchError(Exception):
-    """A value does not have the type of its field."""
+    """The error for a value that does not have the type of its field."""
 
 
 class _Parser:
@@ -146,7 +146,11 @@ class _Parser:
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             self.fail(f"{name} needs {missing[0]}", f"{name}{{{missing[0]}=...}}")
-        return kind(**values)
+        try:
+            return kind(**values)
+        except TreadleError as error:  # the pass does not accept a value
+            self.at = started
+            self.fail(error.what, str(error.hint) if error.hint else None)
 
     def fields(self, names: Sequence[str], name: str, types: Mapping[str, Any]) -> dict[str, Any]:
         """Parse the fields of a pass up to the closing brace."""

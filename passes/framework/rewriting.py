@@ -38,7 +38,7 @@ NEAR_MISSES_KEPT = 20
 
 @dataclass(frozen=True)
 class Refusal:
-    """The reason for which something is not rewritten, and the node that prevents the rewrite (the root, if none is
+    """The reason why something is not rewritten, and the node that prevents the rewrite (the root, if none is
     named).
 
     hint     the smallest change that would allow the rewrite, if the rule knows it

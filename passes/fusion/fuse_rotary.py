@@ -106,7 +106,7 @@ class _Turns:
         return "x" not in view.terms and bool(partners.size)
 
     def _why_no_turn(self, node: Node) -> str | None:
-        """Return the reason for which x times a cosine plus y times a sine is not a rotation; None for other sums."""
+        """Return the reason why x times a cosine plus y times a sine is not a rotation; None for other sums."""
         products = [v.node for v in node.inputs if v.node is not None and isinstance(v.node.op, Mul)]
         if not isinstance(node.op, (Add, Sub)) or len(products) != 2:
             return None
@@ -327,7 +327,7 @@ def _whole_numbers(axes: Axes, placed: Placed) -> Placed | None:
 
 
 def _uncast(axes: Axes, placed: Placed) -> Placed:
-    """Return the value before its elements were moved."""
+    """Return the value before its elements were rearranged."""
     value, layout = placed.value, placed.layout
     while (node := value.node) is not None and isinstance(node.op, (Rearrange, Expand)):
         above = axes.above(node, layout)

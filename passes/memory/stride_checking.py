@@ -48,7 +48,8 @@ def _some(count: int, most: int = MOST_PLACES) -> Array:
 def _tags(count: int, margins: bool = False) -> tuple[Array, Array]:
     """Return the indices of some of `count` elements, and a small tag for each: 2, 3, 4, ...
 
-    margins  True if there are other numbers as well: tags are then numbers that no margin has
+    margins  True if the storage also contains margin values: tags are then large float32 numbers that are never used
+             as margins
     """
     few = count > MOST_PLACES and not margins
     some = _some(count, _FEW_PLACES if few else MOST_PLACES)

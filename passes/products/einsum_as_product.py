@@ -42,7 +42,7 @@ class EinsumProduct:
 
 
 def as_product(node: Node) -> EinsumProduct | str:
-    """Return the einsum as a matrix product, or the reason for which it is not a product."""
+    """Return the einsum as a matrix product, or the reason why it is not a product."""
     if len(node.inputs) != 2:
         return "it does not multiply two factors"
     applied = node.op.apply([v.type for v in node.inputs])

@@ -132,7 +132,7 @@ def _why_not(
     function: Function,
     weights: Mapping[Node, tuple[Value, ...]],
 ) -> str:
-    """Return the reason for which a product cannot be a part of a larger product, or an empty string if it can.
+    """Return the reason why a product cannot be a part of a larger product, or an empty string if it can.
 
     If layers share weights (ALBERT), products of other values with the same weights also read the joined weight.
     """

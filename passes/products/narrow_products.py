@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from treadle.ir.analysis.weight_only import values_of_weights
 from treadle.ir.builder import Builder, Expr
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.products import Einsum, MixedProduct
 from treadle.ir.types import DType, bf16, f32
@@ -43,6 +44,10 @@ class NarrowProducts(SiteRewrite[Site]):
     tidying: ClassVar[Pass | None] = CommonSubexpressions()
     dtype: DType = bf16
     computed: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.dtype.is_float:
+            raise UsageError("products are narrowed to a float dtype", received=self.dtype.name, hint="bf16")
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         of_weights = None if self.computed else values_of_weights(work.graph)
@@ -96,7 +101,7 @@ def _weights(node: Node) -> list[Value]:
 
 
 def _why_not(weight: Value, of_weights: set[Value] | None) -> str:
-    """Return the reason for which the matrix of a product is not rounded, or an empty string. If `of_weights` is None,
+    """Return the reason why the matrix of a product is not rounded, or an empty string. If `of_weights` is None,
     any matrix may be rounded.
     """
     if fixed := _is_fixed([weight]):

@@ -25,7 +25,7 @@ class _Product:
 
     weights    the names of the parameters with which x is multiplied, in any call
     encodings  the encodings of x that they require, and the encodings of these parameters
-    whys       the reasons for which x is not quantized for this product
+    whys       the reasons why x is not quantized for this product
     """
 
     node: Node
@@ -79,7 +79,7 @@ def _read(
 
 
 def _why_not(product: _Product, matrix: Value, position: int, plans: Sequence[WeightPlan]) -> Iterator[str]:
-    """Yield the reasons for which a product's operand is not quantized for one of its matrices, given the plans of the
+    """Yield the reasons why a product's operand is not quantized for one of its matrices, given the plans of the
     matrix.
     """
     node = product.node

@@ -125,7 +125,7 @@ def _gives(x: Value | None, balance: Balance) -> bool:
 
 
 def _keeps_channels(node: Node) -> bool:
-    """Return True if a node moves elements of its first operand, but not along that operand's last axis."""
+    """Return True if a node rearranges elements of its first operand, but not along that operand's last axis."""
     if not node.op.only_moves or node.op.callee is not None:
         return False
     found = node.op.apply([None if v is None else v.type for v in node.operands])

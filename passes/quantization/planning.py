@@ -156,7 +156,7 @@ def _planned(name: str, type: Type, readers: _Readers, scheme: Callable[[int, bo
 
 
 def _why_not(type: Type, readers: _Readers) -> str:
-    """Return the reason for which a weight is not quantized, or an empty string."""
+    """Return the reason why a weight is not quantized, or an empty string."""
     if type.encoding is not None:
         return f"stored as {type.encoding} already"
     if type.rank != 2:

@@ -17,7 +17,7 @@ from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Fact
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
 from treadle.passes.quantization.plan_checking import check_encoded_products, check_quantization
-from treadle.passes.quantization.planning import plan_quantization
+from treadle.passes.quantization.planning import SCHEMES, plan_quantization
 from treadle.passes.quantization.quantization_plan import ActivationPlan, QuantizationPlan
 
 
@@ -46,6 +46,12 @@ class QuantizeWeights(Pass):
     requires: ClassVar[Facts] = BEFORE_LOWERING | {FULL_PRECISION}
     changes_numbers: ClassVar[bool] = True
     scheme: str
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise UsageError(
+                f"unknown quantization scheme {str(self.scheme)[:40]!r}", hint="one of " + ", ".join(SCHEMES)
+            )
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
         plan = plan_quantization(graph, self.scheme)

@@ -7,13 +7,13 @@ the result:
 - along a mapped factor, all operands and results of a rank have the same positions; along a factor that the op needs
   whole, or whose positions it reads, each rank has all positions
 - if an op works on blocks of a factor that it needs whole, each rank has whole blocks
-- if keys pass around ranks, the ranks together have all keys, each key once and in order
+- in ring attention, the ranks together have all keys, each key once and in order
 - along a reduced factor, ranks may have different positions; together they have all positions, none of them twice, and
-  the result is partial, by the factor's monoid, along the mesh axes in which the positions differ
+  the result is partial, by the factor's reduction, along the mesh axes in which the positions differ
 - partial sums are read only by operands in which the op is linear, by all operands of that group and no others, and
   the results are partial sums
 - a step between two placements gives each rank positions that its group had before; partial values are combined by
-  their own monoid
+  their own reduction
 - no partial value leaves a function
 - `stage_checking` checks pipeline stages
 - the factors that a node splits, and the placements in which weights are stored, agree with the placements of values
@@ -334,15 +334,15 @@ class _Check:
         return found
 
     def ring(self, planned: PlannedNode, application: Application, parts: Mapping[str, Mapping[int, Interval]]) -> None:
-        """Check that each rank has received every key exactly once after the keys have passed around."""
+        """Check that each rank receives every key exactly once in ring attention."""
         op, over = planned.node.op, planned.ring
         if op.keys_in_parts is None or len(set(over)) != len(over) or not set(over) <= set(self.mesh.parts):
-            raise self.fail(f"keys of {op.name} cannot pass around {self.mesh.text_of(over)}")
+            raise self.fail(f"{op.name} does not support ring attention over {self.mesh.text_of(over)}")
         full, own = (0, application.dims[op.keys_in_parts[1]].size.evaluate(self.sizes)), parts[op.keys_in_parts[1]]
         for rank in own:
             if not covers([own.get(other, own[rank]) for other in group_of(self.mesh, rank, over)], full):
                 raise self.fail(
-                    f"the keys that pass around do not cover {op.keys_in_parts[1]} exactly once", str(own[rank])
+                    f"the keys of ring attention do not cover {op.keys_in_parts[1]} exactly once", str(own[rank])
                 )
 
     def combined(

@@ -78,9 +78,9 @@ class PlacementStep:
 def conversion(shape: Sequence[Size], source: MeshPlacement, target: MeshPlacement) -> tuple[PlacementStep, ...]:
     """Return the steps that convert a value of this shape from one placement to another.
 
-    A whole value becomes partial maxima only by leaving it whole on every rank. If a value is partial by one monoid, it
-    is combined before it becomes partial by another. Raises PassError for a target that no steps lead to, because its
-    splits are not in normal form (`Split.normal`).
+    A whole value becomes partial maxima only by leaving it whole on every rank. A value that is partial by one
+    reduction is combined before it becomes partial by another. Raises PassError for a target that no steps lead to,
+    because its splits are not in normal form (`Split.normal`).
     """
     return tuple(_steps(shape, source, target))
 
@@ -181,8 +181,8 @@ def _without_terms(now: MeshPlacement, over: SubAxes) -> MeshPlacement:
 
 
 def is_possible(type: Type, steps: Sequence[PlacementStep]) -> bool:
-    """Return True if steps are valid for a type. A whole value may become partial only for sums and idempotent monoids
-    (x max x is x), and blocks must stay whole along their axis.
+    """Return True if steps are valid for a type. A whole value may become partial only for sums and idempotent
+    reductions (x max x is x), and blocks must stay whole along their axis.
     """
     blocked = None if type.encoding is None else type.encoding.axis % type.rank
     if blocked is not None and any(blocked in (s.dim, s.onto) for s in steps):

@@ -56,7 +56,7 @@ class Costs:
         return self.machine.seconds(cost.flops, cost.bytes)
 
     def ring(self, node: Node, reads: Sequence[MeshPlacement | None], over: SubAxes) -> float:
-        """Return the time in seconds that keys and values take to pass around, without overlap."""
+        """Return the time in seconds of sending keys and values in ring attention, without overlap."""
         found = 0.0
         for value, placed in zip(node.operands[1:3], reads[1:3], strict=True):
             if value is not None and placed is not None:

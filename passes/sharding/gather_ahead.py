@@ -47,8 +47,8 @@ class GatherAhead(Pass):
 
 
 def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
-    """Return the peak number of bytes of weights prefetched for one call, and of keys and values that pass around at
-    the same time.
+    """Return the peak number of bytes of weights prefetched for one call, plus the peak of keys and values that a rank
+    sends and receives at once in ring attention.
     """
     functions = program.functions.values()
     gathered = [
@@ -59,7 +59,7 @@ def bytes_ahead(program: Graph, sizes: Mapping[str, int]) -> int:
 
 
 def _most_passed(function: Function, sizes: Mapping[str, int]) -> int:
-    """Return the peak number of bytes that a rank sends and receives at once while keys pass around."""
+    """Return the peak number of bytes that a rank sends and receives at once in ring attention."""
     passed = [n for n in function.nodes if isinstance(n.op, PassOn) and n.op.ahead]
     there = {node.inputs[0]: sum(v.type.bytes_at(sizes) for v in (*node.inputs, *node.results)) for node in passed}
     most = now = 0

@@ -69,7 +69,7 @@ class Move:
 
 
 def ring_reason(node: Node) -> str:
-    """Return the reason for which keys and values pass around."""
+    """Return the reason why an attention node needs ring attention."""
     return f"{node.op.name} needs all keys, but ranks have parts of them"
 
 
@@ -169,7 +169,7 @@ class PlannedPipeline:
 
 
 def hand_on_reason(number: int) -> str:
-    """Return the reason for which a value is sent to a stage."""
+    """Return the reason why a value is sent to a stage."""
     return f"stage {number} reads results of stage {number - 1}"
 
 

@@ -222,7 +222,7 @@ def _node_lines(
     if planned.body is not None:
         operation += ", by its body"
     if planned.ring:
-        operation += ", keys pass around"
+        operation += ", as ring attention"
     left = f"{', '.join(_name(v, names) for v in node.results)} = {operation}" + (f": {split}" if split else "")
     yield f"{indent}{left}".ljust(_COLUMN + 2) + "  " + ", ".join(p.text(mesh) for p in planned.gives)
     if planned.body is not None:

@@ -254,8 +254,8 @@ class _Body(PlacedValues):
         suggestions: Sequence[Suggestion],
         usable: Sequence[Suggestion],
     ) -> _Way | None:
-        """Return the cheapest split in which queries and keys are split in the same way and keys pass around. Return
-        None if there is none.
+        """Return the cheapest split with ring attention: queries and keys are split in the same way. Return None if
+        ring attention is not possible.
         """
         best: _Way | None = None
         for suggestion in suggestions if node.op.keys_in_parts is not None else ():

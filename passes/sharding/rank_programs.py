@@ -220,8 +220,7 @@ class RankProgram:
         return [self.b.expr(v) for v in made.results]
 
     def around(self, each: PlannedNode, operands: list[Expr | None]) -> Expr:
-        """Build attention with keys that pass around: first on the rank's own keys, then on the keys of the preceding
-        ranks.
+        """Build ring attention: first on the rank's own keys, then on the keys of the preceding ranks.
 
         Each rank starts to pass on its keys before it computes on them. If no query of the rank sees some keys, because
         all of them come later, the rank only passes these keys on.

@@ -7,7 +7,7 @@
     dp         the batch over dp
     fsdp       the batch over dp, and every weight stored in parts over dp, gathered where it is used (ZeRO 3,
                Rajbhandari et al. 2020)
-    context    tokens over cp everywhere: keys and values pass around a ring (Liu et al. 2023); the batch over dp, and
+    context    tokens over cp everywhere, with ring attention (Liu et al. 2023); the batch over dp, and
                heads, ffn and vocab over tp, if the mesh has them
     megatron-fsdp    both: each rank's megatron part of a weight is stored in parts over dp
     gpipe      layers in stages over pp, through which micro-batches pass one after another (Huang et al. 2019);

@@ -3,8 +3,8 @@
 Every node takes the time of its roofline on the rank's parts; every collective takes the time of a ring. A device
 computes and sends at the same time, and sends over different mesh axes at the same time. Computation, and the sends
 over each axis, run in the order of the program; each starts when its operands are ready. A gather starts where the
-program reaches it, or at its `start_gather` if it has one (`gather_ahead`); the same holds for keys that pass around. A
-stage of a pipeline receives a value when the previous stage has sent it.
+program reaches it, or at its `start_gather` if it has one (`gather_ahead`). The same holds for the keys of ring
+attention. A stage of a pipeline receives a value when the previous stage has sent it.
 """
 
 from __future__ import annotations

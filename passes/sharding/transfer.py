@@ -2,7 +2,7 @@
 
     mapped               the op works on parts, and each result is split in the same way
     whole, in blocks     the same for parts with whole blocks, if the op declares a block's size (`Op.multiples`)
-    reduced by a monoid  each rank has a partial result
+    reduced              each rank has a partial result
     indexed              a lookup in a part of the table: rows of other parts count as zero, so results are partial sums
     all others           the op needs the axis whole (a composite's body may need less)
 

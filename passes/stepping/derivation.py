@@ -41,7 +41,7 @@ CACHE_DTYPES = (f32, bf16, f16)
 
 
 class NoStep(PassError):
-    """The model has no axis that may be stepped."""
+    """The error for a model without an axis that may be stepped."""
 
 
 @dataclass(frozen=True)

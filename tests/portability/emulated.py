@@ -3,9 +3,9 @@
     python -m tests.portability.emulated Haswell Nehalem            CPUs of x86-64
     python -m tests.portability.emulated aarch64 --root FOLDER      Linux on arm64; `arm64_root.sh` makes the folder
 
-The emulated CPU's instruction set comes from CPUID; /proc/cpuinfo lists this machine's features. On x86-64 the numbers
-must equal those of the same instruction set on this machine, bitwise; on arm64, those of AVX2 up to the order of sums,
-and for int8 up to a step of a few activations. Needs the package qemu-user.
+The emulated CPU's instruction set comes from CPUID; /proc/cpuinfo lists this machine's features. On x86-64, the numbers
+must be bitwise identical to the numbers of the same instruction set on this machine. On arm64, they must equal the
+numbers of AVX2 up to the order of sums, and for int8 up to a step of a few activations. Needs the package qemu-user.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ Opened = tuple[Run, str]
 
 
 class Unfit(Exception):
-    """The side cannot run this model or workload. The message contains the reason."""
+    """The error for a side that cannot run this model or workload. The message contains the reason."""
 
 
 _MARK = "array "
@@ -81,6 +81,11 @@ def peak_bytes() -> int:
         process = ctypes.c_void_p(ctypes.windll.kernel32.GetCurrentProcess())
         ctypes.windll.kernel32.K32GetProcessMemoryInfo(process, counters, 72)
         return int(counters[1])
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` counts the parent's memory too, until a child runs its own program
+        peak = next((line for line in status.read_text("ascii", "replace").splitlines() if line[:6] == "VmHWM:"), None)
+        if peak is not None:
+            return int(peak.split()[1]) * 1024
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,7 +15,7 @@ from treadle.ir.errors import UsageError
 
 
 def _side_command() -> typer.Typer:
-    """Return a command whose options are those of one build, for parsing the text of `--a` and `--b`."""
+    """Return a command with the options of one build, for parsing the text of `--a` and `--b`."""
     flags = flags_of(["inspect"], {"backend": None}, ())
 
     def side(**given: Any) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def diff_builds(
 ) -> None:
     """Print the differences between two builds: ops, layers, fusions, memory, FLOPs, bytes, weights and kernels.
 
-    MODEL@PASS is a build up to a pass, such as gpt2@fuse-gelu. Options apply to both builds, those in --a and --b to
-    one of them.
+    MODEL@PASS is a build up to a pass, such as gpt2@fuse-gelu. Options apply to both builds. Options inside --a or --b
+    apply only to the first or the second build.
 
     CONDITIONS is CONDITION, CONDITION, ... A condition is QUANTITY SIGN NUMBER, such as 'attention<12, peak>1.05x,
     flops>1.01x'.
@@ -66,9 +66,9 @@ def diff_builds(
     NUMBER is 12 or 1.5, followed by x for that multiple of the value in the first build, by k, M, G or T, or for bytes
     by B, kB, MB, GB, KiB, MiB or GiB.
 
-    QUANTITY is the name of an op (its number in a run of the second build, alone or inside larger fused ops), or one of
-    ops, added, removed, changed, lost (fusions), peak, flops, bytes, weights, bits, widened (weights that take more
-    bits), kernels, generic (kernels that run element by element).
+    QUANTITY is the name of an op (the number of times it runs in the second build, alone or inside larger fused ops),
+    or one of ops, added, removed, changed, lost (fusions), peak, flops, bytes, weights, bits, widened (weights stored
+    in more bits), kernels, generic (kernels that run element by element).
     """
     from treadle.comparing.builds import open_build
     from treadle.comparing.conditions import check_conditions, parse_conditions

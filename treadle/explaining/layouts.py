@@ -114,7 +114,7 @@ def explain_layouts(model: AnyModel, **options: Any) -> Layouts:
 
 
 def lowered_for(model: AnyModel, options: CompileOptions) -> tuple[StagedBackend, str, Optimized]:
-    """Return the backend, the model's name, and the graph after all passes, including those for a memory budget.
+    """Return the backend, the model's name, and the graph after all passes, including passes for a memory budget.
 
     Raises as `compile` does; UsageError for a backend without passes of its own.
     """

@@ -75,7 +75,7 @@ def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, 
 
 @cache
 def declared(*subjects: type) -> Mapping[str, Option]:
-    """Return the options that these dataclasses declare (not those of their base classes), by name and in order."""
+    """Return the options that these dataclasses declare, without the options of base classes, by name and in order."""
     return {
         each.name: Option(each.name, str(each.type), each.default, **each.metadata)
         for subject in subjects

@@ -301,6 +301,12 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.passes.stages import Custom, MergeOps, Precision, Quantize, Recognize, arranged, left_out
         from treadle.program.precision import checked_passes
 
+        if isinstance(self.without, str):
+            raise UsageError(
+                "without= is a list of names",
+                received=printable(repr(self.without)),
+                hint=f"without=[{self.without!r}]",
+            )
         given = None if self.passes is None else checked_passes(self.passes, self.where)
         stages = [Recognize(), MergeOps(), *more] if given is None else [Custom(given), *more]
         stages += [] if self.quantize is None else [Quantize(self.quantize)]
@@ -363,8 +369,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
 
     def _point_to_option(self, error: TreadleError) -> None:
-        """If an error is about a name that the model's declaration lacks, and an option has a similar name, add it to
-        the hint.
+        """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
+        similar name.
         """
         own = [each.name for each in taken_by(self.entry)]
         if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):

@@ -113,7 +113,7 @@ class ModelSource:
         return found
 
     def _refuse_other_choices(self, weights: str | Path | None, tokenizer: AnyModel | None, limits: Limits) -> None:
-        """Raise UsageError for choices that differ from those with which the model was opened."""
+        """Raise UsageError for choices that differ from the choices with which the model was opened."""
         differs = {
             "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
             "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,
@@ -338,7 +338,7 @@ class _Declared(ModelSource):
     def without_weights(self) -> UsageError:
         is_family = family_of_declaration(self.model) is not None
         other = "a folder with a checkpoint of it, or a fetched model; or " if is_family else ""
-        trained = "treadle train MODEL FILES --tokenizer FOLDER -o FOLDER"
+        trained = "treadle train MODEL FILES --vocab 8000 -o FOLDER"
         return UsageError(
             f"{printable(self.label)} is a declaration{' of the zoo' * is_family}, without weights",
             hint=Hint(

@@ -111,7 +111,7 @@ class _Numbering:
         return numbering[number]
 
     def _match(self, before: ProgramStage, graph: Graph, history: NodeHistory, numbering: dict[int, int]) -> None:
-        """If a new node equals a removed one, give it the number of the removed node."""
+        """Give each new node that equals a removed node the number of the removed node."""
         left = {numbering[n] for held in history.numbers.values() for n in held if n in numbering}
         removed: dict[object, list[int]] = {}
         for name, node, number in before.walk():

@@ -69,7 +69,7 @@ def plan_graph(
 def rank_graph(plan: ShardingPlan, rank: int, options: CompileOptions | None = None) -> Graph:
     """Return the program of a rank after the stages that follow `shard`.
 
-    options  those of the model, for `dtype` and `without`
+    options  the model's options, for `dtype` and `without`
     """
     return rank_optimized(plan, rank, options).graph
 

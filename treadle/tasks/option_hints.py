@@ -16,7 +16,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 _SAMPLING = "sampling=t.Sampling(temperature=0.7, top_k=50, top_p=0.9, seed=1)"
 _RULES = "rules=t.TokenRules(repetition_penalty=1.2, no_repeat_ngram=3, fewest=5)"
 _ELSEWHERE = {
-    **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict"), "most=64"),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "num_predict", "tokens"), "most=64"),
     "max_length": "most=64, which does not include the prompt's tokens",
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "seed"), _SAMPLING),
     **dict.fromkeys(

@@ -54,7 +54,7 @@ class TextGeneration:
         stepped: Callable[..., SteppedModel] = open_stepped,
         **options: Any,
     ) -> TextGeneration:
-        """Compile the model, and a draft model if the settings name one. The options are those of `treadle.compile`,
+        """Compile the model, and a draft model if the settings name one. Options are the options of `treadle.compile`,
         and `cache`.
 
         stepped  the function that opens the model's step, as `treadle.stepped.open_stepped` does

@@ -190,8 +190,8 @@ def _knows_several(place: ModelFolder, vocabulary: int) -> bool:
 
 
 def _languages(tokenizer: TextTokenizer) -> dict[str, int]:
-    """Return the token ids of languages by name. Their ids are between those of the start token and the translate
-    token.
+    """Return the token ids of languages by name. These ids are between the id of the start token and the id of the
+    translate token.
     """
     first, translate = tokenizer.id_of("<|startoftranscript|>"), tokenizer.id_of("<|translate|>")
     found: dict[str, int] = {}

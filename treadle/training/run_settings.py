@@ -34,7 +34,7 @@ def collect_settings(data: TextData, **options: Any) -> Settings:
 
 
 def changed_settings(state: PathLike, now: Mapping[str, str]) -> dict[str, tuple[str, str]] | None:
-    """Return the settings that differ from those of the run that wrote `state`: by name, the old and the new value.
+    """Return the settings that differ from the settings of the run that wrote `state`: by name, the old and new value.
 
     Return None if the state stores no settings, since a `Trainer` wrote it without a run.
 

@@ -142,9 +142,16 @@ class WeightsSaver:
         if self.reference is None:
             return f"treadle.compile({self.model}, weights={folder!r})"
         if self.reference.is_family:
-            return Hint(f"treadle.compile({folder!r})", f"treadle run {folder}")
+            return Hint(f"treadle.compile({folder!r})", f"treadle {self._command} {folder}")
         label = self.reference.label
-        return Hint(f"treadle.compile({label!r}, weights={folder!r})", f"treadle run {label} --weights {folder}")
+        return Hint(
+            f"treadle.compile({label!r}, weights={folder!r})", f"treadle {self._command} {label} --weights {folder}"
+        )
+
+    @property
+    def _command(self) -> str:
+        """The command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
+        return "generate" if self.texts.files else "inspect"
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""
@@ -217,7 +224,7 @@ class FolderSaver:
             written.append(self.target / name)
             _write(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
-        return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle run {shown}"))
+        return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle inspect {shown}"))
 
     def with_texts(self, texts: TextFiles) -> FolderSaver:
         """See `Saver`. Ids of the folder's generation_config.json are of its own tokenizer, and are left out."""

@@ -411,7 +411,7 @@ class Trainer:
         return {name: held[name] for name in self.resolved.graph.parameters}
 
     def compiled(self, **options: Any) -> Compiled:
-        """Compile the model with the current weights. `options` are those of `compile`."""
+        """Compile the model with the current weights. `options` are passed to `compile`."""
         weights = {name: np.array(array) for name, array in self.weights.items()}
         return compile_model(self.resolved.graph, CompileOptions.of("compile", {**options, "weights": weights}))
 

@@ -2,7 +2,7 @@
 
     8 bytes   n, an unsigned little-endian integer
     n bytes   the header, JSON: `__metadata__` (strings by name), then each tensor's dtype, shape and byte range
-    the rest  the tensors, those with the widest elements first, so that each offset is a multiple of the element size
+    the rest  the tensors, the widest elements first, so that each offset is a multiple of the element size
 
 Source: the format, https://huggingface.co/docs/safetensors. `treadle.frontends.safetensors_file` reads it.
 """

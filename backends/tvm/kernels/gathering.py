@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
 MOVED = {1: DTYPES["u8"], 2: DTYPES["i16"], 4: DTYPES["i32"], 8: i64}
-"""Dtypes in which elements are moved, by the size of an element in bytes."""
+"""Dtypes in which elements are copied, by the size of an element in bytes."""
 
 COLUMNS = 64  # columns of a row that a thread updates at a time
 

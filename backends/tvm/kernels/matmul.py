@@ -29,7 +29,7 @@ CHUNK = 16  # number of tiles in a task in that case
 
 
 def panel_width(columns: int | None, isa: Isa) -> int:
-    """Return the number of columns of a panel: one to four vectors, as many as leave the fewest empty columns.
+    """Return the number of columns of a panel: the one to four vectors that leave the fewest empty columns.
 
     columns  None: the number of columns is not known before the call
     """
@@ -41,7 +41,7 @@ def panel_width(columns: int | None, isa: Isa) -> int:
 
 
 def tile_rows(width: int, isa: Isa) -> int:
-    """Return the number of rows of a tile: as many as fit into registers, next to the vectors of one row of a panel
+    """Return the number of rows of a tile, which fit into registers together with the vectors of one row of a panel
     and one element of a.
     """
     vectors = width // isa.lanes()

@@ -85,8 +85,8 @@ class Pointwise(Kernel):
 
     chain    the computation
     rank     number of loops, the last one innermost
-    inner    for each operand, and then y, the movement along the last loop: `1` contiguous, `0` constant, `s` with a
-             stride
+    inner    for each operand, and then y, the stride class of the last loop: `1` contiguous, `0` broadcast, `s` any
+             other stride
     over     number of the operand that y overwrites in memory; None: no operand
 
     Arguments: the operands, y; the loops' sizes; for each operand, then y, one stride for each loop (also for the

@@ -172,8 +172,8 @@ class MatrixProduct:
         self.c = LetteredView(tuple(order), made)
 
     def _lay_out_k(self) -> None:
-        """Make the summed letters of x contiguous, and those of y mergeable in the same order, by copies if
-        necessary.
+        """Make the summed letters of x contiguous, and make the summed letters of y mergeable in the same order. Insert
+        copies if necessary.
         """
         y_order = [n for n in self.y.letters if n in self.k]
         if self._near(self.k) and self.y.joined(self.k, self.sizes) is None and self._near(y_order):

@@ -342,7 +342,10 @@ def _collapsed(views: Sequence[View]) -> list[View]:
 
 
 def _how(view: View) -> str:
-    """Return the movement of a view along its last dimension; see `Pointwise.inner`."""
+    """Return the stride class of a view's last dimension: `1` contiguous, `0` broadcast, `s` any other stride.
+
+    See `Pointwise.inner`.
+    """
     if not view.strides:
         return "0"
     return {0: "0", 1: "1"}.get(view.strides[-1].constant if view.strides[-1].constant is not None else -1, "s")

@@ -191,14 +191,14 @@ def _values(format: str, bits: int) -> Array:
 
 
 def carried(element: Element, array: Any) -> Array:
-    """Convert an array of the file's own type to the array that a graph takes."""
+    """Convert an array of an ONNX element type to the dtype that the graph uses for it."""
     given: Array = np.asarray(array)
     bits64: Array = given.astype(np.uint64) if element.name == "UINT64" else given
     return bits64.view(np.int64) if element.name == "UINT64" else given.astype(element.carrier.numpy or np.float32)
 
 
 def restored(element: Element, array: Any) -> Array:
-    """Convert a graph's result to an array of the file's own type, if NumPy has it; else return the carrier's array."""
+    """Convert a graph's result to the ONNX element type. If NumPy lacks this type, return the array unchanged."""
     found: Array = np.asarray(array)
     if element.name == "UINT64":
         return found.view(np.uint64)

@@ -149,7 +149,7 @@ def _cosh(site: OnnxSite) -> Made:
 
 @operator("Dropout", latest=22, first=7)
 def _dropout(site: OnnxSite) -> Made:
-    """Dropout at inference is the identity."""
+    """Build dropout at inference: the identity."""
     site.ignore("seed", "ratio")
     if site.has(2) and bool(site.scalar(2)) and (not site.has(1) or float(site.scalar(1)) != 0):
         site.refuse("training mode is not supported: it draws random numbers")

@@ -31,7 +31,7 @@ _MOST_NODES = 96
 
 
 def t5_relative(roles: Roles, placed: Placed) -> Fused | None:
-    """Return the bias as a term, or None for any other bias. placed: [s, t, h], before its elements are moved."""
+    """Return the bias as a term, or None for any other bias. placed: [s, t, h], before it is rearranged."""
     node = placed.value.node
     if node is None or placed.value.type.rank != 3 or not _is_lookup(node):
         return None
@@ -133,8 +133,8 @@ def _by_offset(index: Value) -> Array | None:
 
 
 def _distances(backward: Array) -> Sequence[int]:
-    """Return the possible values of max_distance: those with which the last bucket begins at the same distance. 128
-    comes first, if it is one of them.
+    """Return the values of max_distance for which the last bucket begins at the same distance. If 128 is one of these
+    values, it comes first.
     """
     last = int(backward[-1])
     near = (last + 1) // 2

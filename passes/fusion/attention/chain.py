@@ -304,8 +304,8 @@ def _bias(roles: Roles, step: ChainStep) -> list[Fused]:
 
 
 def _narrowest(roles: Roles, step: ChainStep) -> PlacedOperand:
-    """Return a mask's condition before its elements are moved. It may have fewer axes there than at its position in the
-    graph.
+    """Return a mask's condition before it is rearranged or expanded. It may have fewer axes there than at its position
+    in the graph.
     """
     assert isinstance(step.mask, Chosen)
     if len(step.kept.terms) == 1 and isinstance(step.kept.terms[0].term, BooleanMask):

@@ -28,7 +28,7 @@ dtype.
 
 
 class Mismatch(Exception):
-    """The reason for which a softmax does not belong to attention, the node that shows the reason, the ops that had
+    """The reason why a softmax does not belong to attention, the node that shows the reason, the ops that had
     matched, in order, and if known, the smallest change that would make it attention.
     """
 

@@ -147,7 +147,7 @@ class _Finder:
         return self.returned.goes_out(self.work.function, user, value)
 
     def _refuse(self, weighting: Weighting, mismatch: Mismatch) -> None:
-        """Log the reason for which a softmax next to a product is not fused. Any other softmax does not belong to
+        """Log the reason why a softmax next to a product is not fused. Any other softmax does not belong to
         attention, and is not logged.
         """
         before = self._nodes_before(weighting)

@@ -111,7 +111,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Note:
-    """The reason for which something stayed a tensor, and the node that shows the reason. `hint`: the change that would
+    """The reason why something stayed a tensor, and the node that shows the reason. `hint`: the change that would
     make it a term.
     """
 

@@ -39,7 +39,7 @@ def classify_texts(
 
     given = read_sentences(texts or [], file, column, command=f"classify {program.model}")
     if pair and len(pair) != len(given):
-        raise UsageError(f"{len(pair)} second texts for {len(given)} texts", hint="--pair for each text")
+        raise UsageError(f"{len(given)} texts, but {len(pair)} values of --pair", hint="one --pair for each text")
     asked: list[Text] = [*zip(given, pair, strict=True)] if pair else [*given]
     with working(f"compiling {program.model}", shown=not as_json):
         classifier = TextClassifier.open(program)

@@ -13,9 +13,7 @@ GROUP = 16  # queries whose scores are in memory at the same time
 
 
 def tile_rows(isa: Isa) -> int:
-    """Return the number of queries in a tile: as many as fit into registers together with a panel and a query's
-    element.
-    """
+    """Return the number of queries in a tile, which fit into registers together with a panel and a query's element."""
     return 8 if isa.registers >= 32 else 4
 
 

@@ -126,7 +126,7 @@ def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
 
 def _small_float(k: Emitter, code: Expr, lanes: int, shift: int, scale: float) -> Expr:
     """Return an 8-bit or 4-bit float as float32. Its exponent and mantissa are shifted to float32's, and `scale` makes
-    up for the difference of the exponents' biases. Subnormal numbers become those of float32, so all are exact.
+    up for the difference of the exponents' biases. Subnormal numbers become float32 subnormals, so all are exact.
     """
     sign = 8 if shift == 22 else 128
     below = k.shift_left(code & k.number(sign - 1, _i32, lanes), k.number(shift, _i32, lanes))
