@@ -195,7 +195,7 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         record = self.record(name)
         if record.encoding is None:
             raise CheckpointError(
-                f"tensor {printable(name)} is not stored in blocks of an encoding",
+                f"the type of tensor {printable(name)} is not a supported block quantization",
                 received=str(record),
                 within=self.path,
             )

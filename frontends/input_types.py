@@ -53,7 +53,7 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
 
 
 def _read(annotation: object) -> tuple[Type | None, bool]:
-    """Return the type in an annotation, or None, and True if the input may be left out."""
+    """Return a pair: the type in an annotation, or None if there is none; and True if the input is optional."""
     if isinstance(annotation, OptionalType):
         return annotation.type, True
     if isinstance(annotation, Type):

@@ -244,7 +244,8 @@ class _Run:
             wanted = value.type.storage_type.evaluate(self.sizes) if value.type.symbols <= self.sizes.keys() else None
             if wanted is not None and array.shape != wanted:
                 raise GraphError(
-                    f"{node.op.name}: its reference returns shape {list(array.shape)}, its rule {list(wanted)}",
+                    f"{node.op.name}: the reference returns shape {list(array.shape)}, "
+                    f"but the rule gives {list(wanted)}",
                     source=str(node.source or "") or None,
                 )
         return [self._as(value.type, array) for value, array in zip(node.results, arrays, strict=True)]

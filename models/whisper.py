@@ -157,7 +157,7 @@ def from_ctranslate2(file: CTranslate2File) -> t.Model:
     """
     if file.specification != "WhisperSpec":
         raise CheckpointError(
-            "the file does not hold Whisper",
+            "the file does not contain a Whisper model",
             received=printable(file.specification),
             within=file.label,
             hint="WhisperSpec is the only supported model of CTranslate2",

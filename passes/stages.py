@@ -126,7 +126,7 @@ class TransformStage(CompileStage):
 
 @dataclass(frozen=True)
 class Recognize(PassStage):
-    """Ops that are written in primitives become ops.
+    """Replace groups of primitives by the ops that they compute, such as softmax or attention.
 
     differentiated  True if the graph will be differentiated: rewrites then keep its gradients
     """

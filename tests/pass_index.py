@@ -63,9 +63,10 @@ A pass or a stage is refused, before anything runs, if it needs a fact that does
 PASSES_HEAD = """
 ## Passes
 
-In a section for each folder of `passes/`. Options follow the name, with their defaults. *No rewrite*: the pass changes
-only when and where values are computed, which is compared as expressions; other passes can be certified
-(docs/passes.md).
+There is a section for each folder of `passes/`. The options of a pass follow its name, with their defaults.
+
+*No rewrite*: the pass changes only when and where values are computed. It is checked by comparing the outputs as
+expressions before and after. Other passes can be certified (docs/passes.md).
 """
 
 

@@ -151,7 +151,7 @@ def test_mutations(tmp_path: Path) -> None:
 
 
 def test_another_kind_of_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the file does not hold Whisper"):
+    with pytest.raises(CheckpointError, match="the file does not contain a Whisper model"):
         from_ctranslate2(open_bytes(tmp_path, model(specification="TransformerSpec")))
     with pytest.raises(CheckpointError, match="no variable decoder/activation"):
         from_ctranslate2(open_bytes(tmp_path, WHOLE))

@@ -95,7 +95,7 @@ def test_a_branch_must_be_whole() -> None:
 def test_a_condition_is_one_number() -> None:
     for condition in ("c = Constant<value = bool[2] {1, 0}>()", "c = Shape(x)"):
         proto = model("(float[S] x) => (float[S] y)", BRANCHES.format(condition=condition))
-        with pytest.raises(FrontendError, match="If: c must be one number"):
+        with pytest.raises(FrontendError, match="If: c must be a constant with one element"):
             import_onnx(proto)
 
 

@@ -231,7 +231,7 @@ def test_a_reference_that_breaks_its_rule_is_told(type: str, monkeypatch: pytest
         return b.exp(x)
 
     monkeypatch.setattr(OPS["exp"], "reference", lambda op, x: x[1:])
-    with pytest.raises(GraphError, match=r"exp: its reference returns shape \[2\], its rule \[3\]") as caught:
+    with pytest.raises(GraphError, match=r"exp: the reference returns shape \[2\], but the rule gives \[3\]") as caught:
         interpret(graph_of(build), {"x": np.ones(3, np.float32)})
     assert "model.py:7" in str(caught.value)
 

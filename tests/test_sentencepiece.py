@@ -251,7 +251,7 @@ def test_the_file_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SMALL + varint(1 << 3) + b"\x01", "must be a message", 108),
         (SMALL + held(2, held(40, b"x")), "must be an integer", 110),
         (SMALL + held(3, varint(2 << 3) + b"\x01"), "field 2 must hold bytes", 110),
-        (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the number of a piece", 0),
+        (SMALL + held(2, varint(40 << 3) + varint(9)), "unk_id must be the id of a piece", 0),
         (SMALL + held(2, varint(3 << 3) + varint(4)), "of kind 1", 0),
         (SMALL + held(2, varint(3 << 3) + varint(BPE)), "does not match the folder's tokenizer", None),
         (SMALL + held(3, held(2, b"\x07\x00\x00\x00damaged")), "table of characters is damaged", 112),

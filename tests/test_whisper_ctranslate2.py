@@ -119,14 +119,14 @@ def test_the_command_line_takes_it(folder: Path, tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused(folder: Path) -> None:
     (folder / "model.bin").write_bytes(model(variable("a", np.zeros(3, "<f4")), specification="TransformerSpec"))
-    with pytest.raises(CheckpointError, match="the file does not hold Whisper") as caught:
+    with pytest.raises(CheckpointError, match="the file does not contain a Whisper model") as caught:
         treadle.compile(folder)
     error = caught.value
     assert (error.received, error.within) == ("TransformerSpec", str(folder / "model.bin"))
     assert "WhisperSpec" in (error.hint or "")
     refused = CliRunner().invoke(app, ["inspect", str(folder)])
     assert refused.exit_code == 2
-    assert "the file does not hold Whisper" in refused.output
+    assert "the file does not contain a Whisper model" in refused.output
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:

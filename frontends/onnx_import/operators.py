@@ -191,7 +191,7 @@ class OnnxSite:
         """Return an input's only element as a number."""
         content = self.content(position)
         if content.size != 1 or content.dtype == object:
-            self.refuse(f"{printable(self.node.input[position])} must be one number")
+            self.refuse(f"{printable(self.node.input[position])} must be a constant with one element")
         return content.reshape(())[()]
 
     def bounds(self, size: Size) -> Bounds:

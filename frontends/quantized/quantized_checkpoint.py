@@ -164,7 +164,7 @@ class QuantizedCheckpoint:
         """
         weight = self._weights.get(name)
         if weight is None or weight.form is None:
-            what = f"tensor {printable(name)} is not stored in blocks of an encoding"
+            what = f"tensor {printable(name)} has no supported block quantization"
             raise CheckpointError(what, received=str(self.record(name)), within=self.label)
         made: npt.NDArray[np.uint8] = weight.blocks()
         made.flags.writeable = False

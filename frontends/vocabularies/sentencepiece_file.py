@@ -91,7 +91,7 @@ def read_sentencepieces(data: bytes, shown: str) -> SentencePieces:
     if kind not in (UNIGRAM, BPE):
         raise _damaged("a vocabulary is of kind 1 (unigram) or 2 (bpe)", 0, shown, f"kind {kind}")
     if not 0 <= unknown < len(pieces):
-        raise _damaged("unk_id must be the number of a piece", 0, shown, f"{unknown} of {len(pieces)}")
+        raise _damaged("unk_id must be the id of a piece", 0, shown, f"unk_id {unknown}, {len(pieces)} pieces")
     flags = (bool(value) for value in (training[35], *normalizing.values()))
     return SentencePieces(tuple(pieces), kind, unknown, charmap, *flags)
 

@@ -1,4 +1,6 @@
-"""Products with a weight fused with an activation, and with a gate computed by a second product."""
+"""Products of an input and a weight. `activated_linear` also applies an activation; `gated_linear` also multiplies by a
+second product.
+"""
 
 from __future__ import annotations
 

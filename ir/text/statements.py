@@ -145,7 +145,9 @@ class StatementReader(OperandReader):
         return [(_MADE, f"{names[0][1]}.{output}") for output in callee.outputs]
 
     def statement_names(self) -> list[tuple[str, str]]:
-        """Read the results' names and the sign before the application. Return the names, possibly none."""
+        """Parse the names of a statement's results, and the `=` after them. If there is no `=`, consume nothing, and
+        return an empty list.
+        """
         s = self.s
         start = s.at
         names = [self.result_name("a statement or return")]

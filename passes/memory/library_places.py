@@ -1,4 +1,4 @@
-"""Storages for a library, which allocates its results, or writes whole arrays to a given destination."""
+"""Storage planning for libraries that allocate their results, or that write whole arrays to a given destination."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class RankProgram:
             if expr.type != self.local(value.type, placed):
                 raise PassError(
                     f"{node.op.name}: {value.name} does not have its planned type",
-                    received=f"{expr.type}, {self.local(value.type, placed)} in {placed.text(self.mesh)}",
+                    received=f"{expr.type}; planned: {self.local(value.type, placed)} for {placed.text(self.mesh)}",
                 )
             if each.body is None:
                 expr.value.name = value.name

@@ -61,7 +61,10 @@ def _check_axes(planned: PlannedFunction, plan: ShardingPlan, pipeline: PlannedP
 
 
 def _check_stage(plan: ShardingPlan, stage: Stage, number: int, before: set[Item]) -> set[Item]:
-    """Return all items that a stage has, without arguments. `before` contains the items of the previous stage."""
+    """Check a stage. Return the items that it has, except the arguments of the main function.
+
+    before  the items of the previous stage
+    """
     main = plan.main
     steps, inputs = main.steps, set(main.function.inputs)
     arguments = dict(zip(main.function.arguments, main.takes, strict=True))

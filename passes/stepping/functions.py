@@ -48,8 +48,9 @@ class _Made:
 
 
 class StepFunctions:
-    """A builder of the functions of a step in a graph, each once. Caches store keys and values in the dtype `cache`,
-    or, if it is None, in their own dtype.
+    """A builder of the functions of a step. Each function is built once.
+
+    cache  the dtype in which caches store keys and values; None: their own dtype
     """
 
     def __init__(self, survey: Survey, graph: Graph, states: StepStates, cache: DType | None = None) -> None:

@@ -1,5 +1,5 @@
-"""The states of a step: their names, and the states in which the prologue stores values that do not depend on the
-tokens.
+"""The names of a step's states, and the states that store values which do not depend on the tokens. The prologue writes
+these states.
 
 Every entry of a derived graph reads the same states, so their names and types are determined here, once.
 """

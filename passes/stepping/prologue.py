@@ -91,7 +91,7 @@ class _Body:
         self._rows: Expr | None = None
 
     def build(self, outputs: Mapping[Value, str]) -> None:
-        """Compute the values to store, and these outputs."""
+        """Build the code that computes the values to store and the given outputs."""
         states = self.prologue.states
         kept = states.kept.get(id(self.context), {})
         for node in self._needed([*kept, *outputs]):

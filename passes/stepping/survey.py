@@ -35,7 +35,7 @@ class Context:
 
     kinds       the kind of each value
     axis, rows  the dimensions of the axis and the rows of the batch, for each value that has them
-    encounters  the uses of the axis by each node, except calls, other than mapping it
+    encounters  the encounters of each node with the axis (`treadle.ir.analysis.encounters`); calls have none
     callees     the context of each call
     """
 

@@ -1,7 +1,7 @@
 """`graph_record`: a graph as plain data for JSON. docs/graph.schema.json is its schema.
 
-A function is listed once, with the number of times that a run calls it. References to a value consist of its kind and
-name; references to a result, of the node that computes it.
+A function is listed once, with the number of times that a run calls it. A reference to the result of a node consists of
+the node and the index of the result. A reference to an input, a weight or a state consists of its kind and its name.
 """
 
 from __future__ import annotations
