@@ -303,9 +303,14 @@ def test_limits_are_a_line_of_a_process_or_why_not(monkeypatch: pytest.MonkeyPat
         )
 
 
-def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=5))
     monkeypatch.setitem(sys.modules, "resource", usage)
+    status = tmp_path / "status"
+    monkeypatch.setattr(serving, "STATUS", status)
+    status.write_text("Name:\tpython\nVmHWM:\t     7 kB\nVmRSS:\t     6 kB\n")
+    assert serving.peak_bytes() == 7 * 1024
+    status.unlink()
     for platform, count in (("linux", 5 * 1024), ("darwin", 5)):
         monkeypatch.setattr(serving, "sys", SimpleNamespace(platform=platform))
         assert serving.peak_bytes() == count

@@ -278,7 +278,7 @@ def test_a_declaration_takes_its_weights_from_a_folder(mine: str, tmp_path: Path
         with opened_in(tmp_path / "to") as counts:
             exe = t.compile(source)
             again = t.compile(source, backend="numpy", passes=[])
-        assert counts == {"weights.safetensors": 1, **({"config.json": 1} if weights == tmp_path / "to" else {})}
+        assert counts == {"weights.safetensors": 1, "config.json": 1}  # which may say how weights are quantized
         assert exe.seed is None, "nothing was drawn"
         np.testing.assert_array_equal(exe(tokens=tokens)["logits"], drawn(tokens=tokens)["logits"])
         np.testing.assert_array_equal(again.weights["wte.weight"], drawn.weights["wte.weight"])

@@ -74,6 +74,10 @@ def timed(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:
     return clock() - started
 
 
+STATUS = Path("/proc/self/status")
+"""The facts of this process, on Linux."""
+
+
 def peak_bytes() -> int:
     """Return the peak resident memory of this process in bytes."""
     if sys.platform == "win32":
@@ -81,9 +85,8 @@ def peak_bytes() -> int:
         process = ctypes.c_void_p(ctypes.windll.kernel32.GetCurrentProcess())
         ctypes.windll.kernel32.K32GetProcessMemoryInfo(process, counters, 72)
         return int(counters[1])
-    status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` counts the parent's memory too, until a child runs its own program
-        peak = next((line for line in status.read_text("ascii", "replace").splitlines() if line[:6] == "VmHWM:"), None)
+    if STATUS.exists():  # `getrusage` counts the parent's peak too, since a child begins as a copy of it
+        peak = next((line for line in STATUS.read_text("ascii", "replace").splitlines() if line[:6] == "VmHWM:"), None)
         if peak is not None:
             return int(peak.split()[1]) * 1024
     import resource
