@@ -217,7 +217,7 @@ def test_a_text_whose_choice_fails_ends_alone(model: Compiled, scheduler: Schedu
     assert (end.why.what, end.why.received) == ("a step failed", "ZeroDivisionError: by nothing")
 
 
-def test_waiting_requests_are_told_that_the_server_stops(session: Session) -> None:
+def test_waiting_requests_end_when_the_server_stops(session: Session) -> None:
     scheduler, heard = Scheduler(session), Heard()
     scheduler.submit([(TextOrder((5,), Choosing(4)), heard)])
     assert scheduler.load().waiting == 1

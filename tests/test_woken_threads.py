@@ -70,7 +70,7 @@ def test_on_a_single_core_they_are_told_nothing(said: list[Any], monkeypatch: py
     assert said == []
 
 
-def test_recent_processes_are_told_nothing(said: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_processes_get_no_message(said: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     threads = WokenThreads([7])
     time.sleep(2 * ASLEEP)
     with threads.apart():

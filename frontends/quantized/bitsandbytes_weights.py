@@ -28,6 +28,7 @@ from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.encodings.rounded_forms import packed_nibbles
 
 Array = np.ndarray[Any, Any]
 
@@ -138,10 +139,10 @@ class _Codes(QuantizedWeight):
     def blocks(self) -> Array:
         assert self.form is not None
         n = self.form.elements(self.shape[1])
-        halves = self._codes().reshape(-1, 2, n // 2)
-        made = np.empty(len(halves), self.form.block.record(n))
+        codes = self._codes().reshape(-1, n)
+        made = np.empty(len(codes), self.form.block.record(n))
         made["scale"] = np.repeat(self._scales(), self.block // n)
-        made["q"] = halves[:, 0] | (halves[:, 1] << np.uint8(4))
+        made["q"] = packed_nibbles(codes)
         return made.view(np.uint8).reshape(self.shape[0], -1)
 
     def numbers(self) -> Array:

@@ -14,6 +14,7 @@ from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.encodings.rounded_forms import packed_nibbles
 from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
@@ -56,8 +57,7 @@ class CodedWeight(QuantizedWeight):
         if len(table_of(self.code)) == 256:
             made["q"] = codes.reshape(made["q"].shape)
         else:
-            halves = codes.reshape(rows, size // n, 2, n // 2)
-            made["q"] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
+            made["q"] = packed_nibbles(codes.reshape(rows, size // n, n))
         return made.view(np.uint8).reshape(rows, -1)
 
     def numbers(self) -> Array:

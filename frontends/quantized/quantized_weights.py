@@ -20,6 +20,7 @@ import numpy as np
 
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import Encoding
+from treadle.ir.encodings.rounded_forms import packed_nibbles
 
 Array = np.ndarray[Any, Any]
 
@@ -151,8 +152,7 @@ class GroupedIntegers(QuantizedWeight):
         else:
             if form.form == "int4_groups" and self.bits < 4:
                 q = q + np.uint8(8 - (1 << (self.bits - 1)))
-            halves = q.reshape(rows, size // n, 2, n // 2)
-            made["q"] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
+            made["q"] = packed_nibbles(q.reshape(rows, size // n, n))
         return made.view(np.uint8).reshape(rows, -1)
 
     def numbers(self) -> Array:

@@ -30,6 +30,15 @@ def group_length(form: str, group: int) -> int:
     return group
 
 
+def packed_nibbles(codes: Array) -> Array:
+    """Pack 4-bit codes u8[..., n] into bytes u8[..., n / 2]: byte i has code i in its low bits, code i + n / 2 in its high
+    bits.
+    """
+    half = codes.shape[-1] // 2
+    made: Array = codes[..., :half] | (codes[..., half:] << np.uint8(4))
+    return made
+
+
 class _Symmetric(BlockForm):
     """y = scale q: q from -127 to 127, one float32 scale per block; the largest magnitude in a block is 127 scales
 
@@ -174,8 +183,7 @@ class Int4Groups(BlockForm):
             )
         wide = scale.astype(np.float32)
         q = np.clip(np.rint(values / np.where(wide != 0, wide, 1)) + 8, 0, 15).astype(np.uint8)
-        half = values.shape[-1] // 2
         made = np.empty(len(values), self.record(values.shape[-1]))
         made["scale"] = scale[:, 0]
-        made["q"] = q[:, :half] | (q[:, half:] << np.uint8(4))
+        made["q"] = packed_nibbles(q)
         return made
