@@ -1,8 +1,8 @@
 """Hardware: one record for each device that targets, costs, sharding and code generation name.
 
-Figures of GPUs are the vendor's, without sparsity (NVIDIA data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200,
-L4 and GeForce RTX 4090; CUDA C++ Programming Guide, compute capabilities). Figures of CPUs are orders of magnitude, for
-one core. They serve to compare plans, not to predict times.
+Figures of GPUs are approximately those of NVIDIA's data sheets, without sparsity (A100 80GB SXM, H100 SXM, H200 SXM, HGX
+B200, L4 and GeForce RTX 4090); they have not been checked against the sheets. Figures of CPUs are orders of magnitude,
+for one core. They serve to compare plans, not to predict times.
 """
 
 from __future__ import annotations

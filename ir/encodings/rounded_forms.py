@@ -31,8 +31,9 @@ def group_length(form: str, group: int) -> int:
 
 
 def packed_nibbles(codes: Array) -> Array:
-    """Pack 4-bit codes u8[..., n] into bytes u8[..., n / 2]: byte i has code i in its low bits, code i + n / 2 in its high
-    bits.
+    """Pack 4-bit codes u8[..., n] into bytes u8[..., n / 2].
+
+    Byte i has code i in its low bits, and code i + n / 2 in its high bits.
     """
     half = codes.shape[-1] // 2
     made: Array = codes[..., :half] | (codes[..., half:] << np.uint8(4))
