@@ -1,6 +1,6 @@
 """Hardware: one record for each device that targets, costs, sharding and code generation name.
 
-Figures of GPUs are approximately those of NVIDIA's data sheets, without sparsity (A100 80GB SXM, H100 SXM, H200 SXM, HGX
+Figures of GPUs are about those of NVIDIA's data sheets, without sparsity (A100 80GB SXM, H100 SXM, H200 SXM, HGX
 B200, L4 and GeForce RTX 4090); they have not been checked against the sheets. Figures of CPUs are orders of magnitude,
 for one core. They serve to compare plans, not to predict times.
 """
