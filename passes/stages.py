@@ -171,11 +171,6 @@ class Quantize(PassStage):
     requires: ClassVar[Facts] = frozenset({PORTABLE, FULL_PRECISION, UNSHARDED, UNPLANNED})
     scheme: str
 
-    def __post_init__(self) -> None:
-        if self.scheme not in QUANTIZED:
-            hint = "quantize " + " or ".join(QUANTIZED)
-            raise UsageError(f"unknown quantization scheme {str(self.scheme)[:40]!r}", hint=hint)
-
     def passes(self) -> Sequence[Pass]:
         return (QuantizeWeights(self.scheme),)
 

@@ -50,7 +50,7 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise UsageError(
-                f"unknown quantization scheme {str(self.scheme)[:40]!r}", hint="one of " + ", ".join(SCHEMES)
+                f"unknown quantization scheme {str(self.scheme)[:40]!r}", hint="quantize " + " or ".join(SCHEMES)
             )
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
