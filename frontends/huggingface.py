@@ -508,7 +508,7 @@ def _no_weights(place: ModelFolder) -> CheckpointError:
         f"the folder has neither {_SINGLE} nor {_INDEX}",
         received=_list(entries),
         within=place.shown,
-        hint="fetch the weights into the configuration's folder",
+        hint="the folder, or the safetensors file, that holds the weights",
     )
 
 

@@ -368,12 +368,20 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
                 ),
             )
 
+    @property
+    def doubtful(self) -> bool:
+        """True if a name of the configuration is similar to an option's, so that it may be misspelled."""
+        return any(map(self._nearest, self.config))
+
+    def _nearest(self, name: str) -> list[str]:
+        """Return the option with the most similar name, or an empty list if none is similar."""
+        return list(NearestNames([each.name for each in taken_by(self.entry)]).of(name, 1, 0.75))
+
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        own = [each.name for each in taken_by(self.entry)]
-        if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):
+        if error.option is not None and (near := self._nearest(error.option)):
             command = str(getattr(error.hint, "command", error.hint) or "")
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command
