@@ -80,7 +80,7 @@ def test_gradients_of_onnx_files_equal_autograds_of_their_modules(name: str) -> 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items() if c.stable])
 def test_functions_with_our_gradient_at_ties_are_the_functions_of_pytorch(case: EdgeCase) -> None:
-    """Values are equal everywhere. Gradients are compared next to the ties, since those at ties depend on the version."""
+    """Values are equal everywhere, gradients next to the ties: at ties, those of PyTorch depend on its version."""
     assert case.stable is not None
     for offset in (0.0, 1e-3):
         results = []
