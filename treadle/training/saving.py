@@ -142,16 +142,13 @@ class WeightsSaver:
         if self.reference is None:
             return f"treadle.compile({self.model}, weights={folder!r})"
         if self.reference.is_family:
-            return Hint(f"treadle.compile({folder!r})", f"treadle {self._command} {folder}")
+            return Hint(f"treadle.compile({folder!r})", self._command(folder))
         label = self.reference.label
-        return Hint(
-            f"treadle.compile({label!r}, weights={folder!r})", f"treadle {self._command} {label} --weights {folder}"
-        )
+        return Hint(f"treadle.compile({label!r}, weights={folder!r})", self._command(f"{label} --weights {folder}"))
 
-    @property
-    def _command(self) -> str:
-        """The command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
-        return "generate" if self.texts.files else "inspect"
+    def _command(self, model: str) -> str:
+        """Return a command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
+        return f'treadle generate {model} "A text"' if self.texts.files else f"treadle inspect {model}"
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""
