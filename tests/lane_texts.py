@@ -213,3 +213,10 @@ def same(x: Array, y: Array) -> Array:
     """Return a mask of equal bits, or NaNs on both sides, whose sign and payload IEEE 754 leaves open."""
     equal = x.view(np.dtype(f"u{x.itemsize}")) == y.view(np.dtype(f"u{y.itemsize}"))
     return equal | ((x != x) & (y != y)) if x.dtype.kind == "f" else equal
+
+
+def units_apart(x: Array, exact: Array) -> Array:
+    """Return distances of float32 results from float64 results, in units in the last place of the exact result."""
+    nearest = exact.astype(np.float32)
+    spacing = np.spacing(np.maximum(np.abs(nearest), np.float32(2.0**-126))).astype(np.float64)
+    return np.asarray(np.abs(x.astype(np.float64) - exact) / spacing)

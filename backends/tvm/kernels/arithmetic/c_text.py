@@ -17,8 +17,8 @@ from treadle.backends.tvm.kernels.arithmetic.lane_function import (
     LaneFunction,
     LaneValue,
     hex_float,
+    lacking,
 )
-from treadle.ir.errors import BackendError
 
 _TYPES = {"bool": "bool", "i8": "signed char", "u8": "unsigned char", "i16": "short", "u16": "unsigned short"}
 _TYPES |= {"i32": "int", "u32": "unsigned int", "i64": "treadle_i64", "u64": "treadle_u64"}
@@ -208,8 +208,5 @@ class CText(FunctionText):
 
     def _type(self, type: str) -> str:
         if type in LANGUAGES[self.language].lacks:
-            raise BackendError(
-                f"{self.language} has no {type}, which the function {self.function.name} computes in",
-                hint="compute in f32, or choose another target",
-            )
+            raise lacking(self.language.title(), type, self.function)
         return _TYPES[type]

@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treadle.ir.errors import BackendError
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:
@@ -324,6 +325,14 @@ class LaneFunction:
         from treadle.backends.tvm.kernels.arithmetic.wgsl_text import WgslText
 
         return WgslText(self, frozenset()).text()
+
+
+def lacking(language: str, type: str, function: LaneFunction) -> BackendError:
+    """Return the error for a function with values of a type that a language lacks."""
+    return BackendError(
+        f"{language} has no {type}, which the function {function.name} computes in",
+        hint=f"compute in {type[0]}32, or choose another target",
+    )
 
 
 class FunctionText:

@@ -6,8 +6,7 @@ of its bits. See `lane_function` for the guarantees, of which WGSL gives the few
 
 from __future__ import annotations
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import FunctionText, LaneValue, hex_float
-from treadle.ir.errors import BackendError
+from treadle.backends.tvm.kernels.arithmetic.lane_function import FunctionText, LaneValue, hex_float, lacking
 
 _TYPES = {"bool": "bool", "i8": "i32", "i16": "i32", "i32": "i32", "u8": "u32", "u16": "u32", "u32": "u32"}
 _TYPES |= {"f16": "u32", "f32": "f32"}
@@ -47,8 +46,8 @@ class WgslText(FunctionText):
         if value.type == "bool":
             return "true" if value.attribute else "false"
         if not value.is_float:
-            made, least = self._type(value.type), value.attribute == -(2**31)
-            return "i32(-2147483648)" if least else f"({value.attribute}{made[0]})"
+            text = f"{value.attribute}{self._type(value.type)[0]}"
+            return "i32(-2147483648)" if text == "-2147483648i" else f"({text})" if text[0] == "-" else text
         x = float(value.attribute)  # type: ignore[arg-type]
         if x != x:
             return "TREADLE_NAN_F32()"
@@ -91,10 +90,7 @@ class WgslText(FunctionText):
 
     def _type(self, type: str) -> str:
         if type not in _TYPES:
-            raise BackendError(
-                f"WGSL has no {type}, which the function {self.function.name} computes in",
-                hint="compute in f32 or i32, or choose another target",
-            )
+            raise lacking("WGSL", type, self.function)
         return _TYPES[type]
 
 
