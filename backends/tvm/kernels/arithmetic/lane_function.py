@@ -335,7 +335,7 @@ def lacking(language: str, type: str, function: LaneFunction) -> BackendError:
     )
 
 
-class FunctionText:
+class LanePrinter:
     """A printer of a lane function: one statement for each operation, in the order of creation.
 
     features  the language's features, which select the forms

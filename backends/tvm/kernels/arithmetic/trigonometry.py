@@ -119,11 +119,11 @@ def _product(x: LaneValue, y: LaneValue) -> tuple[LaneValue, LaneValue]:
     return x * y, x1 * y1 + (cross >> 16) + (other >> 16) + (middle >> 16)
 
 
-def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
-    """Return `made`, replaced by the results of C's library in lanes in which x is huge and finite."""
+def _with_huge(k: Emitter, x: Expr, near: Expr, name: str, lanes: int) -> Expr:
+    """Return `near`, replaced by the results of C's library in lanes in which x is huge and finite."""
     given, found = k.registers(lanes, f32, "given"), k.registers(lanes, f32, "found")
     k.store(given, [0], x, lanes)
-    k.store(found, [0], made, lanes)
+    k.store(found, [0], near, lanes)
     with k.when(k.any_of_lanes(_IS_HUGE(k, lanes, x), lanes)), k.loop(lanes, "lane") as lane:
         size = k.let(k.absolute(k.load(given, [lane])))
         with k.when(k.both(size >= k.number(HUGE, f32), size < k.number(float("inf"), f32))):

@@ -6,7 +6,7 @@ of its bits. See `lane_function` for the guarantees, of which WGSL gives the few
 
 from __future__ import annotations
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import FunctionText, LaneValue, hex_float, lacking
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LanePrinter, LaneValue, hex_float, lacking
 
 _TYPES = {"bool": "bool", "i8": "i32", "i16": "i32", "i32": "i32", "u8": "u32", "u16": "u32", "u32": "u32"}
 _TYPES |= {"f16": "u32", "f32": "f32"}
@@ -33,7 +33,7 @@ fn TREADLE_FMA_F32(x: f32, y: f32, z: f32) -> f32 { return fma(x, y, z); }
 """Lines before all lane functions of a kernel's text."""
 
 
-class WgslText(FunctionText):
+class WgslText(LanePrinter):
     """The printer of WGSL."""
 
     def text(self) -> str:
@@ -81,10 +81,10 @@ class WgslText(FunctionText):
         text = f"{operands[0]} {_SIGNS[op]} {operands[1]}"
         return _in_range(f"({text})", value.type) if op in ("add", "sub", "mul", "shl") else text
 
-    def _converted(self, type: str, given: str, text: str, *, reinterpreted: bool) -> str:
+    def _converted(self, type: str, source: str, text: str, *, reinterpreted: bool) -> str:
         made = self._type(type)
-        if made == self._type(given):
-            return text if reinterpreted or _width(type) >= _width(given) else _in_range(text, type)
+        if made == self._type(source):
+            return text if reinterpreted or _width(type) >= _width(source) else _in_range(text, type)
         made_of = f"bitcast<{made}>" if reinterpreted else made
         return _in_range(f"{made_of}({text})", type)
 
