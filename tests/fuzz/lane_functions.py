@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.lane_texts import by_c, by_llvm, grid, lane_functions, same, units_apart
+from tests.lane_texts import array_of, by_c, by_llvm, grid, lane_functions, same, units_apart
 from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
@@ -111,7 +111,7 @@ def by_opencl(functions: Sequence[LaneFunction], operands: Sequence[Sequence[Arr
     program = cl.Program(context, "\n".join(lines)).build(["-cl-fp32-correctly-rounded-divide-sqrt"])
     results = []
     for number, (f, own) in enumerate(zip(functions, operands, strict=True)):
-        y = np.empty_like(by_type(f.result, len(own[0])))
+        y = array_of(f.result, len(own[0]))
         flags = cl.mem_flags
         read = [cl.Buffer(context, flags.COPY_HOST_PTR, hostbuf=x.view(f"u{x.itemsize}")) for x in own]
         written = cl.Buffer(context, flags.WRITE_ONLY, y.nbytes)
@@ -119,12 +119,6 @@ def by_opencl(functions: Sequence[LaneFunction], operands: Sequence[Sequence[Arr
         cl.enqueue_copy(queue, y.view(f"u{y.itemsize}"), written)
         results.append(y)
     return results
-
-
-def by_type(type: str, count: int) -> Array:
-    from tests.lane_texts import array_of
-
-    return array_of(type, count)
 
 
 # -- WGSL --------------------------------------------------------------------------------------------------------
