@@ -8,12 +8,14 @@ its rows. Every row sums over k in the same order, the order of the blocks, for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.encoded.unpacking import INT8_ROWS, PackedForm
 from treadle.backends.tvm.kernels.matmul import Matmul
+from treadle.backends.tvm.kernels.narrow.register_tiles import row_of
 from treadle.ir.types import DType, f32, u8
 
 if TYPE_CHECKING:
@@ -57,11 +59,13 @@ class BlockProduct(Matmul):
         batch: Sequence[Expr],
         *,
         brings: bool = False,
+        count: Expr | None = None,
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
         ahead = k.isa.ahead // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
         acc = k.registers(rows * self.width, f32)
+        row = partial(row_of, k, first, count=count)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
 
@@ -77,13 +81,13 @@ class BlockProduct(Matmul):
                     place = k.let(base + (b + form.header), "place")
                     if ahead:
                         k.prefetch(w, [*batch, panel, place + ahead, 0])
-                    self._products(k, views, panel, first, rows, place, acc, batch, held, start + b)
+                    self._products(k, views, panel, row, rows, place, acc, batch, held, start + b)
         else:
             with k.loop(depth, "k") as step:
                 place = k.let(step + form.header, "place")
                 if ahead:
                     k.prefetch(w, [*batch, panel, place + ahead, 0])
-                self._products(k, views, panel, first, rows, place, acc, batch, None, step)
+                self._products(k, views, panel, row, rows, place, acc, batch, None, step)
         tile = k.registers(rows * self.width, f32, "tile")
         for j in range(vectors):
             d = None if form.group else scales(k.index(0), j)[0]  # a single scale per line is applied after the sum
@@ -91,7 +95,7 @@ class BlockProduct(Matmul):
                 at = [(i * vectors + j) * lanes]
                 total = k.load(acc, at, lanes)
                 k.store(tile, at, total if d is None else total * d, lanes)
-        with k.loop(rows, "i") as i, k.loop(vectors, "j") as j:
+        with k.loop(rows if count is None else count, "i") as i, k.loop(vectors, "j") as j:
             value = k.load(tile, [i * self.width + j * lanes], lanes)
             column = k.let(panel * self.width + j * lanes, "column")
             self.finishing.store(k, views, [*batch, first + i], column, value, columns, lanes)
@@ -101,7 +105,7 @@ class BlockProduct(Matmul):
         k: Emitter,
         views: dict[str, Any],
         panel: Expr,
-        first: Expr,
+        row: Callable[[int], Expr],
         rows: int,
         place: Expr,
         acc: Any,
@@ -124,7 +128,7 @@ class BlockProduct(Matmul):
             found.append([k.let(e, "y") for e in elements])
         for i in range(rows):
             for half in range(len(found[0])):
-                x = k.splat(k.load(views["a"], [*batch, first + i, step + half * (form.group // 2)]), lanes)
+                x = k.splat(k.load(views["a"], [*batch, row(i), step + half * (form.group // 2)]), lanes)
                 x = k.let(x, "x")
                 for j in range(vectors):
                     at = [(i * vectors + j) * lanes]

@@ -55,7 +55,8 @@ class WideBlockProduct(WordProduct):
         """
         lanes = k.isa.lanes()
         for i in range(tile.high):
-            four = [k.let(k.splat(k.load(a, [tile.first + i, first + n]), lanes), "x") for n in range(4)]
+            row = tile.row(k, i)
+            four = [k.let(k.splat(k.load(a, [row, first + n]), lanes), "x") for n in range(4)]
             for v, ys in enumerate(numbers):
                 made = None
                 for x, y in zip(four, ys, strict=True):
