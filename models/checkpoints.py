@@ -16,6 +16,7 @@ from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.balances import vector_name
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.encoded_weights import encode_parameters
 from treadle.ir.transforms.widening import widen_graph
@@ -129,7 +130,25 @@ def _bound_folder(
     if isinstance(store, Checkpoint):
         return _bound(declared, table, store, options, prefixes)
     graph, binding = _bound(declared, table, store, options, prefixes, store if options.keep_blocks else None)
-    return encode_parameters(graph, binding.encodings), binding
+    orders, weights = _orders(store, binding)
+    graph = encode_parameters(graph, binding.encodings, orders=weights)
+    return graph, replace(binding, arrays={**binding.arrays, **orders})
+
+
+def _orders(store: QuantizedCheckpoint, binding: Binding) -> tuple[dict[str, Array], dict[str, list[str]]]:
+    """Return the orders in which blocks hold the columns of weights, by the names of their parameters, and the weights
+    of each. Weights with equal orders share one, so that their products share one gather.
+    """
+    found: dict[bytes, list[str]] = {}
+    for name in binding.encodings:
+        order = store.order(binding.sources[name].name)
+        if order is not None:
+            found.setdefault(order.tobytes(), []).append(name)
+    orders, weights = dict[str, Array](), dict[str, list[str]]()
+    for held, names in found.items():
+        parameter = vector_name(names, lambda n: n in orders or n in binding.arrays, "order")
+        orders[parameter], weights[parameter] = np.frombuffer(held, np.int32), names
+    return orders, weights
 
 
 def _unread(store: Checkpoint | QuantizedCheckpoint) -> tuple[str, ...]:

@@ -168,9 +168,19 @@ def meaning(q: Array, zeros: Array, scales: Array, groups: Array) -> Array:
 
 
 def gptq(
-    bits: int = 4, group: int = 32, *, symmetric: bool = True, version: int = 1, order: bool = False, index: bool = True
+    bits: int = 4,
+    group: int = 32,
+    *,
+    symmetric: bool = True,
+    version: int = 1,
+    order: str = "",
+    index: bool = True,
 ) -> Encoder:
-    """Return an encoder to GPTQ's layout; group -1: a whole row."""
+    """Return an encoder to GPTQ's layout; group -1: a whole row.
+
+    order  "shared": inputs have groups in a random order, the same for all modules with the same number of inputs;
+           "own": in an order of each module; "unequal": groups have different numbers of inputs; "": in order
+    """
 
     def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
         size = k if group == -1 else group
@@ -180,7 +190,10 @@ def gptq(
         scales = scales_of(rng, n, count)
         groups = np.arange(k) // size
         if order:
-            groups = rng.permutation(groups)
+            groups = (np.random.default_rng(k) if order == "shared" else rng).permutation(groups)
+        if order == "unequal":
+            groups[groups == 0] = 1
+            groups[0] = 0
         parts = {
             ".qweight": packed(q, bits).T,
             ".qzeros": packed((zeros - (version == 1)).T, bits),

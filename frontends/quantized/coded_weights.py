@@ -41,7 +41,7 @@ class CodedWeight(QuantizedWeight):
 
     @cached_property
     def form(self) -> Encoding | None:
-        length = None if self.scales.order is not None else block_length(self.scales.group)
+        length = None if self.scales.members is not None else block_length(self.scales.group)
         return None if length is None else Encoding(self.code, length)
 
     @property

@@ -164,12 +164,12 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
     def integers() -> Array:
         return np.ascontiguousarray(unpack_low_first(parts.array(name), bits)[:, :size])
 
-    order = None
+    members = None
     if parts.has(f"{module}.weight_g_idx"):
         parts.take(f"{module}.weight_g_idx", ("i32", "i64"), (size,))
-        order = parts.order(f"{module}.weight_g_idx", groups, size // groups, unused=-1)
+        members = parts.members(f"{module}.weight_g_idx", groups, size // groups, unused=-1)
     stored = f"pack-quantized, {bits} bits in groups of {size // groups}"
-    return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, order)
+    return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, members)
 
 
 def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
@@ -252,7 +252,7 @@ def _plain(module: str, scheme: _Scheme, parts: ModuleParts) -> QuantizedWeight:
         found.group,
         partial(_offset, weight.name, parts),
         factors,
-        found.order,
+        found.members,
     )
 
 

@@ -170,6 +170,11 @@ class QuantizedCheckpoint:
         made.flags.writeable = False
         return made
 
+    def order(self, name: str) -> npt.NDArray[np.int32] | None:
+        """Return the input of each column of a weight's blocks, i32[K]; None if the columns are in order."""
+        weight = self._weights.get(name)
+        return None if weight is None or weight.form is None else weight.order
+
     def decoded(self) -> dict[str, str]:
         """Return the weights that have no encoding, each with the reason."""
         return {name: w.why_decoded for name, w in self._weights.items() if w.form is None}
