@@ -25,11 +25,15 @@ from tests.quantized_folders import (
     bitsandbytes,
     compressed,
     compressed_settings,
+    experts,
     floats,
     gptq,
     gptq_settings,
     integers,
+    llm_int8,
+    save_tensors,
     small_floats,
+    torchao,
     write_folder,
 )
 from treadle.ir.errors import CheckpointError, UsageError
@@ -88,9 +92,7 @@ def test_a_declaration_does_not_bind_numbers_next_to_a_scale(tmp_path: Path) -> 
         treadle.compile(f"{tmp_path}/model.py:small", weights=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "method", ["aqlm", "hqq", "quark", "vptq", "eetq", "quanto", "higgs", "spqr", "mxfp4", "modelopt"]
-)
+@pytest.mark.parametrize("method", ["aqlm", "hqq", "quark", "vptq", "eetq", "quanto", "higgs", "spqr", "modelopt"])
 def test_a_method_that_is_not_read_is_refused_by_name(method: str, tmp_path: Path) -> None:
     folder, _ = write_folder(tmp_path, plain, {"quant_method": method})
     with pytest.raises(CheckpointError, match=f"quantized by {method} are not supported") as error:
@@ -232,7 +234,19 @@ BNB_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
     ("fp4", bitsandbytes("fp4"), BNB, "fp4_groups(64)"),
     ("nf4-over-rows", bitsandbytes(block=256), BNB, ""),
 ]
-LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS]
+BNB_8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+TORCHAO = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
+INTX = "IntxUnpackedToInt8Tensor"
+TORCHAO_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("torchao-int8", torchao(), TORCHAO, "int8_rows"),
+    ("torchao-int8-group", torchao(group=32), TORCHAO, "int8_groups(32)"),
+    ("torchao-int8-zeros", torchao(symmetric=False), TORCHAO, "int8_zero_groups"),
+    *[(f"torchao-int{b}", torchao(INTX, 32, bits=b), TORCHAO, "uint4_wide_groups(32)") for b in (1, 2, 3, 4)],
+    ("torchao-int4-zeros", torchao(INTX, bits=4, symmetric=False), TORCHAO, "uint4_wide_groups"),
+    ("torchao-int6", torchao(INTX, 32, bits=6), TORCHAO, "int8_groups(32)"),
+    ("torchao-float8", torchao("Float8Tensor"), TORCHAO, "e4m3_groups"),
+]
+LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS, ("llm-int8", llm_int8(), BNB_8, "int8_rows"), *TORCHAO_ROWS]
 
 
 @pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
@@ -261,7 +275,10 @@ def test_a_layout_decodes_to_its_numbers(encode: Encoder, settings: Any, form: s
 
 
 @pytest.mark.parametrize("config", [LLAMA, BERT], ids=lambda config: config["model_type"])
-@pytest.mark.parametrize("layout", ["gptq-8-zeros", "gptq-order-own", "awq", "pack-4", "int", "fp8-bfloat16", "nf4"])
+@pytest.mark.parametrize(
+    "layout",
+    ["gptq-8-zeros", "gptq-order-own", "awq", "pack-4", "int", "fp8-bfloat16", "nf4", "llm-int8", "torchao-int4"],
+)
 def test_a_model_of_each_method_computes_as_with_its_numbers(layout: str, config: Any, tmp_path: Path) -> None:
     pytest.importorskip("tvm")
     encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
@@ -317,6 +334,37 @@ def test_a_model_with_an_order_of_inputs_continues_a_text(tmp_path: Path) -> Non
     sessions = [treadle.compile(each, backend="numpy").session(capacity=16) for each in (folder, wide)]
     made, expected = ([token.id for token in generate(each, [[3, 14, 15]], most=6)] for each in sessions)
     assert made == expected
+
+
+def test_matrices_of_experts_are_read(tmp_path: Path) -> None:
+    """A declaration reads the experts of a gpt-oss folder; the family itself is refused by name."""
+    rng = np.random.default_rng(2)
+    parts, numbers = experts(rng, 3, 8, 64)
+    save_tensors(
+        {f"experts.gate_up_proj{part}": array for part, array in parts.items()}, tmp_path / "model.safetensors"
+    )
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0.self_attn"]}
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="gpt_oss"):
+        treadle.compile(tmp_path)
+    (tmp_path / "model.py").write_text(
+        "import treadle.frontends.language as t\n"
+        "@t.model\n"
+        "def small(x: t.f32['B 64']):\n"
+        "    return t.einsum(x, t.parameter('experts.gate_up_proj', 3, 8, 64), equation='b k, e n k -> b e n')\n"
+    )
+    source = ModelSource.open(f"{tmp_path}/model.py:small", weights=tmp_path)
+    resolved = source.resolve()
+    assert resolved.weights is not None
+    encoding = resolved.graph.parameters["experts.gate_up_proj"].type.encoding
+    assert str(encoding) == "mxfp4"
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    for backend in ("numpy", "torch", "tvm"):
+        pytest.importorskip(backend)
+        made = treadle.compile(source, backend=backend)
+        got = np.asarray(next(iter(made(x=x).values())))
+        np.testing.assert_allclose(got, np.einsum("bk,enk->ben", x, numbers), atol=1e-5, rtol=1e-5)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -482,6 +530,18 @@ def state_of(**changes: Any) -> Any:
     return change
 
 
+def described(**changes: Any) -> Any:
+    """Return a change of the JSON that describes a tensor of torchao."""
+
+    def change(tensors: Stored) -> None:
+        found = json.loads(tensors[f"{UP}.weight"])
+        data = changes.pop("_data", {})
+        data = {**found["_data"], **data} if isinstance(data, dict) else data
+        tensors[f"{UP}.weight"] = json.dumps({**found, "_data": data, **changes})
+
+    return change
+
+
 OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
     ("nf4-shape", bitsandbytes(), BNB, state_of(shape=[64, 64, 2]), "the shape of a weight must be two"),
     ("nf4-large", bitsandbytes(), BNB, state_of(shape=[1 << 40, 64]), "the shape of a weight must be two"),
@@ -492,6 +552,19 @@ OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
     ("nf4-scale", bitsandbytes(), BNB, put(".weight.absmax", 3, np.nan), "a scale is NaN or infinite"),
     ("nf4-8-bit", bitsandbytes(), {**BNB, "load_in_8bit": True}, None, "unsupported value of load_in_8bit"),
     ("nf4-storage", bitsandbytes(), {**BNB, "bnb_4bit_quant_storage": "bfloat16"}, None, "bnb_4bit_quant_storage"),
+    ("int8-order", llm_int8(), BNB_8, put(".weight_format", (), 2), "in the order of a GPU kernel"),
+    ("int8-scale", llm_int8(), BNB_8, put(".SCB", 3, np.inf), "a scale is NaN or infinite"),
+    ("int8-and-4", llm_int8(), {**BNB_8, "load_in_4bit": True}, None, "unsupported value of load_in_8bit"),
+    *[
+        (f"torchao-{kind}", torchao(), TORCHAO, described(_type=kind), f"torchao\n.*{kind}")
+        for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor")
+    ],
+    ("torchao-undescribed", torchao(), TORCHAO, drop(".weight"), "unsupported tensor of torchao"),
+    ("torchao-factor", torchao(), TORCHAO, described(_tensor_data_names=["act_pre_scale"]), "is damaged or not supp"),
+    ("torchao-data", torchao(), TORCHAO, described(_data=[]), "is damaged or not supported"),
+    ("torchao-block", torchao(), TORCHAO, described(_data={"block_size": [1, 16]}), "one number per block of 1 x 16"),
+    ("torchao-range", torchao(INTX, 32, bits=4), TORCHAO, put("._weight_qdata", (0, 1), 9), "range of 4 bits"),
+    ("torchao-target", torchao(INTX), TORCHAO, described(_data={"target_dtype": 4}), "unsupported dtype of integers"),
     ("fp8-nan", floats("tensor"), FP8, put(".weight", (1, 1), np.nan), "a weight is NaN"),
     ("fp8-block", floats("block"), {**FP8, "weight_block_size": [64, 64]}, None, "one number per block of 64 x 64"),
     ("fp8-block-size", floats("tensor"), {**FP8, "weight_block_size": [0, 1]}, None, "must be two positive numbers"),

@@ -101,7 +101,7 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
             return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
             if value.type.dtype is bf16 and isa.multiplies_pairs and shape[axis] % PAIR_STEP == 0:
-                if packed is not None and (reads_in_tiles(packed) or not isa.multiplies_tiles):
+                if packed is not None and packed.in_pairs and (reads_in_tiles(packed) or not isa.multiplies_tiles):
                     return panels(narrow_width(isa), transposed=axis == 0, twos=True)
                 if words is not None and packed is None and axis == 1 and not isa.multiplies_tiles:
                     return words.layout

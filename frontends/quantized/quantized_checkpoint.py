@@ -17,8 +17,10 @@ from treadle.frontends.quantized.compressed_weights import read_compressed
 from treadle.frontends.quantized.fp8_weights import read_fp8
 from treadle.frontends.quantized.gptq_weights import read_gptq
 from treadle.frontends.quantized.module_parts import ModuleParts
+from treadle.frontends.quantized.mxfp4_weights import read_mxfp4
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.settings import QuantizationSettings, find_settings
+from treadle.frontends.quantized.torchao_weights import read_torchao
 from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
 
@@ -31,6 +33,8 @@ READERS: Mapping[str, Read] = {
     "compressed-tensors": read_compressed,
     "bitsandbytes": read_bitsandbytes,
     "fp8": read_fp8,
+    "mxfp4": read_mxfp4,
+    "torchao": read_torchao,
 }
 """The readers by `quant_method`."""
 

@@ -54,14 +54,14 @@ class QuantizedRecord(TensorRecord):
 
 
 class QuantizedWeight(ABC):
-    """A weight of a linear layer in a checkpoint.
+    """A weight of a linear layer, or of experts, in a checkpoint.
 
-    shape   (N, K): outputs and inputs
+    shape   (N, K): outputs and inputs; or (E, N, K): experts, outputs and inputs
     stored  the format in the file, in words
     first   the entry of the tensor with its integers
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     stored: str
     first: TensorRecord
 
@@ -72,11 +72,11 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def blocks(self) -> Array:
-        """Return the weight's blocks, u8[N, bytes of a row], for a weight that has a form."""
+        """Return the weight's blocks, u8[..., N, bytes of a row], for a weight that has a form."""
 
     @abstractmethod
     def numbers(self) -> Array:
-        """Return the decoded numbers, f32[N, K]."""
+        """Return the decoded numbers, float32 of the shape."""
 
     @property
     def order(self) -> Array | None:
@@ -86,7 +86,7 @@ class QuantizedWeight(ABC):
     @property
     def why_decoded(self) -> str:
         """The reason why a weight has no form."""
-        return f"rows of {self.shape[1]} elements are not an integer number of blocks"
+        return f"rows of {self.shape[-1]} elements are not an integer number of blocks"
 
     def record(self, name: str) -> QuantizedRecord:
         """Return the weight's entry under a name."""

@@ -35,7 +35,11 @@ def damaged(rng: np.random.Generator, tensors: Stored) -> str:
     names = [name for name in tensors if "proj" in name]
     name = names[int(rng.integers(len(names)))]
     array, kind = tensors[name], int(rng.integers(7))
-    if kind == 0:
+    if isinstance(array, str):
+        at = int(rng.integers(len(array)))
+        words = ("", "null", "-1", "[]", "4", '"x"', "{}", "1e99", "\\ud800")
+        tensors[name] = array[:at] + words[int(rng.integers(len(words)))] + array[at + int(rng.integers(4)) :]
+    elif kind == 0:
         raw = bytearray(np.ascontiguousarray(array).tobytes())
         for _ in range(int(rng.integers(1, 5))):
             raw[int(rng.integers(len(raw)))] = int(rng.integers(256)) if raw else 0

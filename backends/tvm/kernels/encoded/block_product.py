@@ -120,7 +120,7 @@ class BlockProduct(Matmul):
             elements = form.elements(k, byte, lanes)
             if held is not None:
                 d, c = held[j]
-                elements = [e * d if c is None else e * d + c for e in elements]
+                elements = [form.number(e, d, c) for e in elements]
             found.append([k.let(e, "y") for e in elements])
         for i in range(rows):
             for half in range(len(found[0])):
