@@ -15,6 +15,7 @@ from tests.fuzz.quantized_folders import run
 from tests.quantized_folders import (
     BERT,
     BF16,
+    E4M3,
     E8M0,
     GPT2,
     LLAMA,
@@ -36,7 +37,9 @@ from tests.quantized_folders import (
     torchao,
     write_folder,
 )
+from treadle.explaining.quantization import explain_quantization
 from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.interpreter import interpret
 from treadle.program.source import ModelSource
 from treadle.runtime.generation import generate
 
@@ -468,15 +471,129 @@ def test_a_weight_that_is_decoded_when_it_is_read_is_in_the_log(tmp_path: Path) 
     assert notes[0] == ("layer.0.attn.q.weight is decoded when it is read: its groups do not all have 32 inputs")
 
 
-def test_rounding_of_activations_that_is_not_applied_is_reported(tmp_path: Path) -> None:
-    settings = compressed_settings(INTS)
-    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
-    settings["kv_cache_scheme"] = {"num_bits": 8}
-    folder, _ = write_folder(tmp_path, integers(), settings)
-    assert set(ModelSource.open(folder).resolve().unread) == {
-        "quantization_config.kv_cache_scheme",
-        "quantization_config.config_groups.group_0.input_activations",
-    }
+def asking(layout: str, tmp_path: Path, **activations: Any) -> tuple[Path, Path]:
+    """Write a folder of a layout of compressed-tensors whose settings ask for a rounding of inputs."""
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    settings = json.loads(json.dumps(settings))
+    if "config_groups" in settings:
+        settings["config_groups"]["group_0"]["input_activations"] = activations
+    else:
+        settings |= activations
+    return write_folder(tmp_path, encode, settings)
+
+
+TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None}
+
+
+def test_rounding_of_inputs_that_is_not_applied_is_reported(tmp_path: Path) -> None:
+    folder, wide = asking("int", tmp_path, **TOKEN)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    (folder / "config.json").write_text(json.dumps(settings))
+    made = treadle.compile(folder, backend="numpy")
+    assert made.unread == ("quantization_config.kv_cache_scheme",)
+    notes = [note for record in made.log if record.name == "read-weights" for note in record.notes]
+    what = "inputs of 14 weights are not rounded as the file asks (int8, dynamic per token)"
+    assert notes == [f"{what}; quantize as-stored rounds them"]
+    np.testing.assert_allclose(output(made), output(treadle.compile(wide, backend="numpy")), atol=1e-5)
+
+
+def rounded_rows(x: Any, kind: str) -> Any:
+    """Round as the settings ask: integers from -127 to 127, integers from 0 to 255, or e4m3, with a scale per row."""
+    if kind == "int8":
+        scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        return np.rint(x / scale) * scale
+    if kind == "uint8":
+        least, most = np.minimum(x.min(axis=-1, keepdims=True), 0), np.maximum(x.max(axis=-1, keepdims=True), 0)
+        scale = (most - least) / 255
+        zero = np.rint(-least / scale)
+        return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+    groups = x.reshape(*x.shape[:-1], -1, 32) if kind == "e4m3 by 32" else x
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(448)
+    return ((groups / scale).astype(E4M3).astype(np.float32) * scale).reshape(x.shape)
+
+
+ROUNDINGS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("int", "int8", TOKEN, "int8, dynamic per token"),
+    ("pack-4", "int8", TOKEN, "int8, dynamic per token"),
+    ("pack-4-zeros", "uint8", {**TOKEN, "symmetric": False}, "int8, dynamic per token, with a zero point"),
+    ("float-channel", "e4m3", {**TOKEN, "type": "float"}, "f8e4m3fn, dynamic per token"),
+    ("fp8-tensor", "e4m3", {"activation_scheme": "dynamic"}, "f8e4m3fn, dynamic per token"),
+    (
+        "float-group",
+        "e4m3 by 32",
+        {**TOKEN, "type": "float", "strategy": "group", "group_size": 32},
+        "f8e4m3fn, dynamic in groups of 32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "asked", "text"), ROUNDINGS, ids=[f"{r[0]}-{r[1]}" for r in ROUNDINGS])
+def test_inputs_are_rounded_as_the_file_asks(
+    layout: str, kind: str, asked: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    """The first products compute with rounded inputs, and every backend computes almost the same."""
+    pytest.importorskip("tvm")
+    folder, wide = asking(layout, tmp_path, **asked)
+    plan = explain_quantization(folder, quantize="as-stored")
+    assert len(plan.stored) == 14
+    assert {str(rounding)[: len(text)] for rounding in plan.stored.values()} == {text}
+    assert text in str(plan)
+    weights = numbers_of(wide)
+    x = weights["embed.weight"][TOKENS]
+    norm = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weights["layer.0.attn_norm.weight"]
+    source = ModelSource.open(folder).resolve(as_stored=True)
+    assert source.weights is not None
+    seen: dict[str, Any] = {}
+
+    def watch(node: Any, results: Any) -> None:
+        if node.results[0].name.endswith("attn_norm_rounded") and "x" not in seen and node.op.name != "encode":
+            seen["x"] = results[0]
+
+    held = {name: np.asarray(array) for name, array in source.weights.items()}
+    interpret(source.graph, {"tokens": TOKENS}, held, watch=lambda node, results, *_: watch(node, results))
+    np.testing.assert_allclose(seen["x"], rounded_rows(norm, kind), atol=0.02)
+    assert np.mean(np.abs(seen["x"] - rounded_rows(norm, kind)) > 1e-5) < 0.02  # ties of numbers that differ by an ulp
+    outputs = [output(treadle.compile(folder, backend=b, quantize="as-stored")) for b in ("numpy", "torch", "tvm")]
+    plain_output = output(treadle.compile(folder, backend="numpy"))
+    for each in outputs:
+        cosine = (each * plain_output).sum() / np.sqrt((each * each).sum() * (plain_output * plain_output).sum())
+        assert 0.99 < cosine < 1 - 1e-9
+        np.testing.assert_allclose(each, outputs[0], atol=0.1)
+
+
+def test_products_of_rounded_inputs_are_integer_products(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    folder, _ = asking("int", tmp_path, **TOKEN)
+    made = treadle.compile(folder, backend="tvm", quantize="as-stored")
+    assert any(record.name == "multiply-blocks" and record.changed for record in made.optimized.lowered.log)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("int", {**TOKEN, "dynamic": False, "strategy": "tensor"}, "scales in the file are not supported"),
+    ("int", {**TOKEN, "strategy": "tensor"}, "a scale for all tokens"),
+    ("int", {**TOKEN, "num_bits": 4}, "numbers int4 are not supported"),
+    ("int", {**TOKEN, "strategy": "group", "group_size": 64}, "integers in groups of 64"),
+    ("fp8-tensor", {"activation_scheme": "static"}, "scales in the file are not supported"),
+    ("llm-int8", {}, "a threshold of inputs is not supported"),
+]
+
+
+@pytest.mark.parametrize(("layout", "asked", "why"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_a_rounding_that_is_not_supported_is_refused(
+    layout: str, asked: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    folder, _ = asking(layout, tmp_path, **asked)
+    assert f"no: {why}" in str(explain_quantization(folder))
+    with pytest.raises(UsageError, match="cannot be rounded as the file asks") as error:
+        treadle.compile(folder, quantize="as-stored")
+    assert why in str(error.value)
+
+
+def test_a_folder_that_asks_for_no_rounding_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(), gptq_settings())
+    with pytest.raises(UsageError, match="ask for no rounding of inputs"):
+        treadle.compile(folder, quantize="as-stored")
 
 
 def compressed_damage() -> list[tuple[str, Any, Any, str]]:

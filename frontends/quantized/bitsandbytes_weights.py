@@ -38,6 +38,7 @@ from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.encodings.rounded_forms import packed_nibbles
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -54,7 +55,9 @@ def read_bitsandbytes(settings: QuantizationSettings, parts: ModuleParts) -> Map
     if eight == four:
         raise settings.error("load_in_8bit", eight, f"{not four}, as load_in_4bit is {four}".lower())
     if eight:
-        return {f"{module}.weight": _rows(module, parts) for module in parts.modules(".SCB")}
+        rows = {f"{module}.weight": _rows(module, parts) for module in parts.modules(".SCB")}
+        parts.roundings |= dict.fromkeys(rows, InputRounding("int8", outliers=settings.get("llm_int8_threshold") != 0))
+        return rows
     settings.choice("bnb_4bit_quant_storage", ("uint8",), "uint8")
     made: dict[str, QuantizedWeight] = {}
     for kind in ("nf4", "fp4"):

@@ -11,6 +11,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -22,10 +23,13 @@ class ModuleParts:
     """The parts of quantized weights: `P.qweight` and `P.scales` are parts of module P.
 
     A part is taken when its entry is requested; the names of these tensors are then hidden from the model.
+
+    roundings  the roundings of inputs that the settings ask for, by the names of weights
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.roundings: dict[str, InputRounding] = {}
         self._taken: set[str] = set()
 
     @property

@@ -23,6 +23,7 @@ from treadle.frontends.quantized.settings import QuantizationSettings, find_sett
 from treadle.frontends.quantized.torchao_weights import read_torchao
 from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
@@ -105,6 +106,7 @@ class QuantizedCheckpoint:
 
     checkpoint  the folder as it is stored
     unread      keys of the settings that the reader does not know
+    roundings   the roundings of inputs that the settings ask for, by the names of weights
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class QuantizedCheckpoint:
         weights: Mapping[str, QuantizedWeight],
         parts: frozenset[str],
         unread: tuple[str, ...],
+        roundings: Mapping[str, InputRounding],
     ) -> None:
-        self.checkpoint, self.unread = checkpoint, unread
+        self.checkpoint, self.unread, self.roundings = checkpoint, unread, roundings
         self._weights, self._parts = dict(weights), parts
 
     @property
@@ -218,4 +221,4 @@ def _opened(checkpoint: Checkpoint) -> Checkpoint | QuantizedCheckpoint:
             within=settings.within,
             hint=f"remove the settings if the weights in {printable(checkpoint.label)} are plain numbers",
         )
-    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT))
+    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT), parts.roundings)

@@ -31,6 +31,7 @@ from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
 from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight
 from treadle.frontends.quantized.scale_blocks import groups_of_scales
 from treadle.frontends.quantized.settings import QuantizationSettings
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -64,6 +65,9 @@ def _weight(module: str, parts: ModuleParts) -> QuantizedWeight:
         raise parts.error(first, "the metadata of a weight is damaged or not supported", repr(names)[:80])
     record = parts.take(first, ("f8_e4m3",) if kind == "Float8Tensor" else ("i8",), (None, None))
     scales = groups_of_scales(record, parts.take(scale, SCALES), parts, data.get("block_size"))
+    rounding = _rounding(data, static="act_quant_scale" in names)
+    if rounding is not None:
+        parts.roundings[name] = rounding
     for each in ("_weight_act_quant_scale", "_weight_act_quant_zero_point"):
         parts.hide(f"{module}.{each}")
     if kind == "Float8Tensor":
@@ -91,6 +95,20 @@ def _weight(module: str, parts: ModuleParts) -> QuantizedWeight:
 
     stored = f"torchao, {bits} bits in groups of {scales.group}"
     return GroupedIntegers(record, stored, scales.shape, held, scales.group, integers, factors, scales.members)
+
+
+def _rounding(data: Mapping[str, Any], *, static: bool) -> InputRounding | None:
+    """Return the rounding of inputs that a tensor's metadata asks for."""
+    if (kind := data.get("activation_quantization")) is not None:
+        per_token = kind in ("int8_asym_per_token", "int8_sym_per_token")
+        return InputRounding("int8" if per_token else str(kind)[:80], symmetric="asym" not in str(kind))
+    kwargs = data.get("act_quant_kwargs")
+    if kwargs is None:
+        return None
+    inside = kwargs.get("_data") if isinstance(kwargs, Mapping) else None
+    number = "int8" if "Int8" in str(kwargs)[:80] else "f8e4m3fn"
+    text = repr(inside)[:1000]
+    return InputRounding(number, 0 if "PerRow" in text else -1, "ASYMMETRIC" not in text, static=static)
 
 
 def _within(name: str, bits: int, parts: ModuleParts) -> Array:
