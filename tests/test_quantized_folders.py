@@ -249,7 +249,19 @@ TORCHAO_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
     ("torchao-int6", torchao(INTX, 32, bits=6), TORCHAO, "int8_groups(32)"),
     ("torchao-float8", torchao("Float8Tensor"), TORCHAO, "e4m3_groups"),
 ]
-LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS, ("llm-int8", llm_int8(), BNB_8, "int8_rows"), *TORCHAO_ROWS]
+TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None}
+ROUNDED = compressed_settings(INTS)
+ROUNDED["config_groups"]["group_0"]["input_activations"] = TOKEN
+LAYOUTS = [
+    *GPTQ,
+    *AWQ,
+    *COMPRESSED,
+    *FP8_ROWS,
+    *BNB_ROWS,
+    ("llm-int8", llm_int8(), BNB_8, "int8_rows"),
+    ("int-rounded", integers(), ROUNDED, "int8_rows"),
+    *TORCHAO_ROWS,
+]
 
 
 @pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
@@ -480,9 +492,6 @@ def asking(layout: str, tmp_path: Path, **activations: Any) -> tuple[Path, Path]
     else:
         settings |= activations
     return write_folder(tmp_path, encode, settings)
-
-
-TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None}
 
 
 def test_rounding_of_inputs_that_is_not_applied_is_reported(tmp_path: Path) -> None:

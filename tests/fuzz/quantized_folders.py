@@ -32,7 +32,11 @@ DTYPES = (np.int8, np.uint8, np.int32, np.int64, np.float16, np.float32, np.floa
 
 def damaged(rng: np.random.Generator, tensors: Stored) -> str:
     """Change one tensor that belongs to a linear layer, in place. Return a description."""
-    names = [name for name in tensors if "proj" in name]
+    names = [
+        name for name, each in tensors.items() if "proj" in name and (each if isinstance(each, str) else each.size)
+    ]
+    if not names:
+        return "nothing"
     name = names[int(rng.integers(len(names)))]
     array, kind = tensors[name], int(rng.integers(7))
     if isinstance(array, str):
@@ -42,7 +46,7 @@ def damaged(rng: np.random.Generator, tensors: Stored) -> str:
     elif kind == 0:
         raw = bytearray(np.ascontiguousarray(array).tobytes())
         for _ in range(int(rng.integers(1, 5))):
-            raw[int(rng.integers(len(raw)))] = int(rng.integers(256)) if raw else 0
+            raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
         tensors[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
     elif kind == 1:
         del tensors[name]
@@ -94,7 +98,7 @@ def run(encode: Encoder, settings: dict[str, Any], count: int, seed: int, folder
         save_tensors(tensors, place / "model.safetensors")
         (place / "config.json").write_text(json.dumps(config))
         try:
-            resolved = ModelSource.open(place).resolve()
+            resolved = ModelSource.open(place).resolve(as_stored="input_activations" in json.dumps(config))
             for name, array in (resolved.weights or {}).items():
                 encoding = resolved.graph.parameters[name].type.encoding
                 numbers = np.asarray(array) if encoding is None else encoding.decode(np.asarray(array))
