@@ -98,6 +98,7 @@ def titles(exe: KernelExecutable) -> list[str]:
 EACH = [(text, isa) for text in READ for isa in HERE]
 EACH += [(text, HERE[0]) for text in (*WORDS, *CODED)]
 EACH += [(text, isa) for text in ("q5_0", "q6_k") for isa in HERE[1:] if isa.endswith(("v4", "v3"))]
+EACH += [("nf4_groups(64)", isa) for isa in HERE[1:] if isa.endswith(("v3", "v2"))]
 
 
 @pytest.mark.parametrize(("text", "isa"), EACH)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from treadle.ir.encodings.coded_forms import CodedGroups, table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.layouts import PAIR_STEP
@@ -123,6 +125,8 @@ class PackedForm:
             if self.bits == 8:
                 return [_small_float(k, wide, lanes, 20, 2.0**120)]
             halves = [wide & k.number(15, _i32, lanes), wide >> k.number(4, _i32, lanes)]
+            if k.isa.permutes and lanes == k.isa.lanes():
+                return [_permuted(k, self.codes, code, lanes) for code in halves]
             if self.codes in _E2M1:
                 return [_small_float(k, code, lanes, 22, _E2M1[self.codes]) for code in halves]
             return [_entry(k, code, lanes, table_of(self.codes).tolist()) for code in halves]
@@ -173,6 +177,40 @@ def _entry(k: Emitter, code: Expr, lanes: int, table: Iterable[float]) -> Expr:
 
 _WIDE = {"uint4_wide_groups": 4, "int8_zero_groups": 8}
 """The bits of forms with a float32 scale and a zero."""
+
+
+def _permuted(k: Emitter, codes: str, code: Expr, lanes: int) -> Expr:
+    """Return entries of a form's table of 16, by codes of four bits: an instruction selects lanes of the table."""
+    table = np.float32(2) * table_of("e2m1_groups") if codes == "mxfp4" else table_of(codes)
+    name = f"treadle_entries_of_{codes}_{lanes}"
+    entries = [f"float 0x{np.float64(value).view(np.uint64):016X}" for value in table]
+    floats, integers = (f"<{lanes} x {kind}>" for kind in ("float", "i32"))
+
+    def text() -> str:
+        if lanes == 16:
+            return f"""
+declare {floats} @llvm.x86.avx512.permvar.sf.512({floats}, {integers})
+define {floats} @{name}({integers} %c) alwaysinline {{
+  %y = call {floats} @llvm.x86.avx512.permvar.sf.512({floats} <{", ".join(entries)}>, {integers} %c)
+  ret {floats} %y
+}}"""
+        low, high = (f"<{', '.join(entries[i : i + 8])}>" for i in (0, 8))
+        return f"""
+declare {floats} @llvm.x86.avx2.permps({floats}, {integers})
+define {floats} @{name}({integers} %c) alwaysinline {{
+  %low = call {floats} @llvm.x86.avx2.permps({floats} {low}, {integers} %c)
+  %high = call {floats} @llvm.x86.avx2.permps({floats} {high}, {integers} %c)
+  %is = icmp ugt {integers} %c, {_splat_text(lanes, 7)}
+  %y = select <{lanes} x i1> %is, {floats} %high, {floats} %low
+  ret {floats} %y
+}}"""
+
+    return k.llvm(name, text, f"float32x{lanes}", code)
+
+
+def _splat_text(lanes: int, value: int) -> str:
+    return f"<{', '.join([f'i32 {value}'] * lanes)}>"
+
 
 INT8_ROWS = PackedForm(8, 0, scale=4)
 """Rows of 8 bits, each with one float32 scale."""
