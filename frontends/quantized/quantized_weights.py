@@ -124,8 +124,8 @@ class GroupedIntegers(QuantizedWeight):
         """True if groups have different numbers of inputs."""
         return self.members is not None and bool((np.bincount(self.members) != self.group).any())
 
-    @cached_property
     def _factors(self) -> tuple[Array, Array]:
+        """Return the scales and zeros. They are computed again at each call, since they may be as large as the weight."""
         scales, zeros = self.factors()
         return scales, zeros.astype(np.int32)
 
@@ -136,7 +136,7 @@ class GroupedIntegers(QuantizedWeight):
 
     @cached_property
     def form(self) -> Encoding | None:
-        scales, zeros = self._factors
+        scales, zeros = self._factors()
         symmetric = bool((zeros == 1 << (self.bits - 1)).all())
         if self.bits == 8 and symmetric and self.members is None and self.group == self.shape[1]:
             return Encoding("int8_rows")
@@ -158,7 +158,7 @@ class GroupedIntegers(QuantizedWeight):
     def blocks(self) -> Array:
         form = self.form
         assert form is not None
-        (rows, size), (scales, zeros) = self.shape, self._factors
+        (rows, size), (scales, zeros) = self.shape, self._factors()
         n, q = form.elements(size), self.integers()
         if self.order is not None:
             q = q[:, self.order]
@@ -179,7 +179,7 @@ class GroupedIntegers(QuantizedWeight):
         if self.form is not None:
             made: Array = self.form.decode(self.blocks())
             return made if self.order is None else made[:, np.argsort(self.order)]
-        scales, zeros = (np.asarray(x, np.float32) for x in self._factors)
+        scales, zeros = (np.asarray(x, np.float32) for x in self._factors())
         members = np.arange(self.shape[1]) // self.group if self.members is None else self.members
         made = self.integers().astype(np.float32)
         made -= zeros[:, members]

@@ -1,4 +1,4 @@
-"""Damaged folders with quantized weights: `python -m tests.fuzz.quantized_folders [COUNT] [SEED]`.
+"""Damaged folders with quantized weights: `python -m tests.fuzz.quantized_folders [COUNT] [SEED] [LAYOUT ...]`.
 
 Changes one to three things in a folder of each layout: bytes, dtypes, shapes and names of tensors, and values of the
 settings. Reading its weights must succeed or raise an error of the TreadleError family; anything else is printed, and
@@ -114,9 +114,11 @@ def run(encode: Encoder, settings: dict[str, Any], count: int, seed: int, folder
 def main() -> int:
     from tests.test_quantized_folders import LAYOUTS
 
-    count, seed = ([int(word) for word in sys.argv[1:]] + [1000, 0][len(sys.argv) - 1 :])[:2]
+    count, seed = ([int(word) for word in sys.argv[1:3]] + [1000, 0][len(sys.argv) - 1 :])[:2]
     wrong = 0
     for name, encode, settings, _ in LAYOUTS:
+        if sys.argv[3:] and name not in sys.argv[3:]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = run(encode, settings, count, seed, Path(folder))
         bad = [text for text in found if text not in ("read", "refused")]
