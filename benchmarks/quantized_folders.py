@@ -5,11 +5,11 @@
 Writes a random Llama of the given size in each format, piece by piece. Each round opens every model in a process of its
 own, in turns, with packed panels not yet in the cache (`cold`) or in the cache. A row has
 
-    MB       the size of the file
-    open     CPU seconds to read the model and to bind its weights, by file size relative to the Q4_0 file
-    bind     the same, including the panels that kernels read
-    peak     peak memory of the process, minus the peak of a process that compiles a tiny model, relative to the file
-    step     CPU milliseconds of a decoding step of one row, per MB of weights relative to int4_groups(32)
+    MB         size of the file
+    open s     CPU seconds to read the model and its blocks
+    bind s     CPU seconds to compile it, with the panels that kernels read; s/GB: per GB of the file
+    peak/file  growth of the peak memory, after a tiny model has been compiled, relative to the file
+    step ms    CPU milliseconds of a decoding step of one row; ms/GB: per GB of the file
 
 Times are CPU times of the process (`time.process_time`), so that other processes disturb them less; the least of the
 rounds counts. Without --layers, the model has 1.1 billion weights.
@@ -288,9 +288,7 @@ def main() -> None:
             f: p.stat().st_size if p.is_file() else (p / "model.safetensors").stat().st_size for f, p in places.items()
         }
         best = {form: {key: min(row[key] for row in rows) for key in rows[0]} for form, rows in found.items()}
-        print(
-            f"{'form':12} {'MB':>7} {'open s':>8} {'bind s':>8} {'s/GB':>7} {'peak/file':>9} {'step ms':>8} {'ms/GB':>7}"
-        )
+        print("form              MB   open s   bind s    s/GB peak/file  step ms   ms/GB")
         for form, row in best.items():
             mb = sizes[form] / 1e6
             print(

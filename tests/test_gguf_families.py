@@ -19,7 +19,7 @@ from tests.decoder_models import DECODERS
 from tests.fuzz.gguf_files import Sizes, vocabulary, write_model
 from tests.hf_models import Tiny, answer
 from tests.test_huggingface_models import TOLERANCE, prepare
-from treadle.backends.mapped_files import is_mapped
+from treadle.files.mapped_files import is_mapped
 from treadle.ir.encodings.encoding import Encoding
 
 Array = np.ndarray[Any, Any]

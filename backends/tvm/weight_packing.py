@@ -18,7 +18,6 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
-from treadle.backends.mapped_files import give_back, is_mapped
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
@@ -26,6 +25,7 @@ from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
+from treadle.files.mapped_files import give_back, is_mapped
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_HEAD, QUAD_STEP, ROW_HEAD, Layout, panels
 from treadle.ir.ops.blocks import ROWS, EncodedLinear

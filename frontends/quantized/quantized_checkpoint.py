@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from treadle.files.mapped_files import give_back, in_file
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
@@ -168,13 +169,17 @@ class QuantizedCheckpoint:
     def block_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a quantized weight's blocks, read-only, u8[N, bytes of a row]. Raises CheckpointError if the tensor is
         not stored in blocks of an encoding, and for a damaged weight.
+
+        The memory of the stored weight is released, and large blocks are in a file (`in_file`), so that a model needs
+        memory for the blocks of one weight at a time.
         """
         weight = self._weights.get(name)
         if weight is None or weight.form is None:
             what = f"tensor {printable(name)} has no supported block quantization"
             raise CheckpointError(what, received=str(self.record(name)), within=self.label)
-        made: npt.NDArray[np.uint8] = weight.blocks()
+        made: npt.NDArray[np.uint8] = in_file(weight.blocks())
         made.flags.writeable = False
+        give_back(self.checkpoint.raw(weight.first.name))
         return made
 
     def order(self, name: str) -> npt.NDArray[np.int32] | None:

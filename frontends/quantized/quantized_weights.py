@@ -125,7 +125,7 @@ class GroupedIntegers(QuantizedWeight):
         return self.members is not None and bool((np.bincount(self.members) != self.group).any())
 
     def _factors(self) -> tuple[Array, Array]:
-        """Return the scales and zeros. They are computed again at each call, since they may be as large as the weight."""
+        """Return the scales and zeros, computed again at each call: they are too large to be kept for all weights."""
         scales, zeros = self.factors()
         return scales, zeros.astype(np.int32)
 
