@@ -9,7 +9,7 @@ own, in turns, with packed panels not yet in the cache (`cold`) or in the cache.
     open s     CPU seconds to read the model and its blocks
     bind s     CPU seconds to compile it, with the panels that kernels read; s/GB: per GB of the file
     peak/file  growth of the peak memory, after a tiny model has been compiled, relative to the file
-    step ms    CPU milliseconds of a decoding step of one row; ms/GB: per GB of the file
+    step ms    CPU milliseconds of the fastest decoding step of one row; ms/GB: per GB of the file
 
 Times are CPU times of the process (`time.process_time`), so that other processes disturb them less; the least of the
 rounds counts. Without --layers, the model has 1.1 billion weights.
@@ -293,7 +293,7 @@ def main() -> None:
             mb = sizes[form] / 1e6
             print(
                 f"{form:12} {mb:7.0f} {row['open']:8.3f} {row['bind']:8.3f} {row['bind'] / mb * 1e3:7.2f} "
-                f"{row['peak'] / sizes[form]:9.2f} {row['step'] * 1e3:8.2f} {row['step'] / mb * 1e6:7.1f}"
+                f"{row['peak'] / sizes[form]:9.2f} {row['best'] * 1e3:8.2f} {row['best'] / mb * 1e6:7.1f}"
             )
 
 
