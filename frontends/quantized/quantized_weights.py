@@ -144,7 +144,8 @@ class GroupedIntegers(QuantizedWeight):
             return None
         if self.bits == 8:
             return Encoding("int8_groups" if symmetric else "int8_zero_groups", self.length)
-        halves = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
+        with np.errstate(over="ignore"):
+            halves = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
         if not halves:
             return Encoding("uint4_wide_groups", self.length)
         return Encoding("int4_groups" if symmetric else "uint4_groups", self.length)
@@ -204,6 +205,9 @@ def unpack_low_first(words: Array, bits: int) -> Array:
         made: Array = ones[..., 0] | (ones[..., 1] << np.uint8(1)) | (ones[..., 2] << np.uint8(2))
         return made
     mask, found = np.uint8((1 << bits) - 1), np.empty((*bytes.shape, 8 // bits), np.uint8)
-    for i in range(8 // bits):
-        found[..., i] = (bytes >> np.uint8(bits * i)) & mask
+    last = 8 // bits - 1
+    np.bitwise_and(bytes, mask, out=found[..., 0])
+    for i in range(1, last):
+        np.bitwise_and(bytes >> np.uint8(bits * i), mask, out=found[..., i])
+    np.right_shift(bytes, np.uint8(bits * last), out=found[..., last])
     return found.reshape(len(bytes), -1)
