@@ -38,7 +38,7 @@ from tests.quantized_folders import (
     write_folder,
 )
 from treadle.explaining.quantization import explain_quantization
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, GraphError, UsageError
 from treadle.ir.interpreter import interpret
 from treadle.program.source import ModelSource
 from treadle.runtime.generation import generate
@@ -569,6 +569,17 @@ def test_inputs_are_rounded_as_the_file_asks(
         cosine = (each * plain_output).sum() / np.sqrt((each * each).sum() * (plain_output * plain_output).sum())
         assert 0.99 < cosine < 1 - 1e-9
         np.testing.assert_allclose(each, outputs[0], atol=0.1)
+
+
+def test_layers_that_ask_for_different_roundings_are_refused(tmp_path: Path) -> None:
+    """Layers share one function, which cannot round the inputs of only some of its calls."""
+    folder, _ = asking("int", tmp_path, **TOKEN)
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = {"targets": ["re:.*layers.1.*"], "weights": groups["group_0"]["weights"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraphError, match="calls of one function round inputs differently"):
+        treadle.compile(folder, quantize="as-stored")
 
 
 def test_products_of_rounded_inputs_are_integer_products(tmp_path: Path) -> None:

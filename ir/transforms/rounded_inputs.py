@@ -75,38 +75,39 @@ def round_inputs(graph: Graph, roundings: Mapping[str, InputRounding]) -> Graph:
     Raises GraphError for a rounding that is not supported, and if two calls of a function ask for different roundings.
     """
     copy = clone_graph(graph)
-    found: dict[str, dict[Node, InputRounding]] = {}
+    products: dict[str, dict[Node, InputRounding | None]] = {}
     for entry in copy.entries:
-        held = {value: roundings[name] for name, value in entry.parameters.items() if name in roundings}
-        _find(copy, entry, held, found)
-    for name, products in found.items():
-        _round(copy.functions[name], products)
+        _find(copy, entry, {value: roundings.get(name) for name, value in entry.parameters.items()}, products)
+    for name, each in products.items():
+        _round(copy.functions[name], each)
     return copy
 
 
 def _find(
     graph: Graph,
     function: Function,
-    held: Mapping[Value, InputRounding],
-    found: dict[str, dict[Node, InputRounding]],
+    by_weight: Mapping[Value, InputRounding | None],
+    products: dict[str, dict[Node, InputRounding | None]],
 ) -> None:
     """Record the products with these parameters, in a function and in the functions that it calls."""
     for node in function.nodes:
         if (callee := graph.callee(node)) is not None:
             pairs = zip(callee.arguments, node.operands, strict=True)
-            _find(graph, callee, {formal: held[v] for formal, v in pairs if v is not None and v in held}, found)
+            _find(graph, callee, {formal: by_weight[v] for formal, v in pairs if v in by_weight}, products)
             continue
         positions = node.op.multiplies(len(node.operands)) if isinstance(node.op, MixedProduct) else ()
         weights = [None if (v := node.operands[at]) is None else v.weight for at in positions]
-        for rounding in dict.fromkeys(held[weight] for weight in weights if weight is not None and weight in held):
-            if rounding.why_not:
+        for rounding in dict.fromkeys(by_weight[weight] for weight in weights if weight in by_weight):
+            if rounding is not None and rounding.why_not:
                 raise GraphError(f"inputs cannot be rounded to {rounding}: {rounding.why_not}", within=function.name)
-            if found.setdefault(function.name, {}).setdefault(node, rounding) != rounding:
-                both = f"{rounding}, and {found[function.name][node]}"
-                raise GraphError("calls of one function round inputs differently", received=both, within=function.name)
+            if (other := products.setdefault(function.name, {}).setdefault(node, rounding)) != rounding:
+                received = f"{rounding or 'no rounding'}, and {other or 'no rounding'}"
+                raise GraphError(
+                    "calls of one function round inputs differently", received=received, within=function.name
+                )
 
 
-def _round(function: Function, products: Mapping[Node, InputRounding]) -> None:
+def _round(function: Function, products: Mapping[Node, InputRounding | None]) -> None:
     """Round the first operands of products. Each value is rounded once for each kind of rounding."""
     rounded: dict[tuple[Value, InputRounding], Value] = {}
     nodes: list[Node] = []
