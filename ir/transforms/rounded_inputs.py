@@ -93,11 +93,12 @@ def _find(
     for node in function.nodes:
         if (callee := graph.callee(node)) is not None:
             pairs = zip(callee.arguments, node.operands, strict=True)
-            _find(graph, callee, {formal: by_weight[v] for formal, v in pairs if v in by_weight}, products)
+            inside = {formal: by_weight[v] for formal, v in pairs if v is not None and v in by_weight}
+            _find(graph, callee, inside, products)
             continue
         positions = node.op.multiplies(len(node.operands)) if isinstance(node.op, MixedProduct) else ()
         weights = [None if (v := node.operands[at]) is None else v.weight for at in positions]
-        for rounding in dict.fromkeys(by_weight[weight] for weight in weights if weight in by_weight):
+        for rounding in dict.fromkeys(by_weight[w] for w in weights if w is not None and w in by_weight):
             if rounding is not None and rounding.why_not:
                 raise GraphError(f"inputs cannot be rounded to {rounding}: {rounding.why_not}", within=function.name)
             if (other := products.setdefault(function.name, {}).setdefault(node, rounding)) != rounding:
