@@ -19,7 +19,7 @@ from treadle.ir.types import DType, f32, u8
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
 
-_LONG, _AHEAD = 64, 2048
+_LONG, _AHEAD = 32, 2048
 """Blocks of this number of bytes of a line, and more, are prefetched from this distance in bytes, even if the hardware
 prefetches by itself: a Zen 4 reads them from memory at two thirds of the rate of short blocks, whose scales lead it
 further ahead.
