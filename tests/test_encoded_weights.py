@@ -214,6 +214,58 @@ def test_parts_whose_weights_are_decoded_late_are_merged() -> None:
     assert [n.op.name for n in made.main.nodes] == ["decode", "decode", "projections"]
 
 
+ORDERED = """graph g {
+  symbols B
+  parameters {
+    a: f32[4, 64]
+    b: f32[2, 64]
+    c: f32[3, 64]
+    d: f32[64, 64]
+  }
+
+  block part(x: f32[B, 64]) -> (y: f32[B, 4]) weights w: f32[4, 64] {
+    y = linear(x, $w)
+    return y = y
+  }
+
+  main(x: f32[B, 64]) -> (p: f32[B, 4], q: f32[B, 2], r: f32[B, 3], s: f32[B, 64], t: f32[64, 64]) {
+    p = part(x) with {w: $a}
+    q = linear(x, $b)
+    r = linear(x, $c)
+    s = matmul(x, $d)
+    t = linear($d, $d)
+    return p = p, q = q, r = r, s = s, t = t
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("form", ["q8_0", "q4_0"])
+def test_columns_in_another_order_are_multiplied_with_gathered_inputs(form: str) -> None:
+    """b and c share one gather. A product that sums over the rows of d, and one that has d on both sides, read its
+    columns in their own order.
+    """
+    graph = parse_graph(ORDERED)
+    encodings = matrices(graph, form)
+    encoded = encode_parameters(graph, encodings, orders={"one": ["a", "d"], "other": ["b", "c"]})
+    verify(encoded)
+    ops = [node.op.name for _, node in encoded.walk()]
+    assert (ops.count("gather"), ops.count("index_add")) == (2, 1)
+    held, meant = drawn_weights(encoded)
+    rng = np.random.default_rng(5)
+    orders = {name: rng.permutation(64).astype(np.int32) for name in ("one", "other")}
+    numbers = {}
+    for name in encodings:
+        order = orders["one" if name in "ad" else "other"]
+        numbers[name] = np.empty_like(meant[name])
+        numbers[name][:, order] = meant[name]
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    expected = interpret(graph, {"x": x}, numbers)
+    got = interpret(encoded, {"x": x}, {**held, **orders})
+    for name, array in expected.items():
+        np.testing.assert_allclose(got[name], array, atol=1e-5, rtol=1e-5)
+
+
 # -- lowering ------------------------------------------------------------------------------------------------------
 
 JOINED = """graph g {

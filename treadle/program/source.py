@@ -42,6 +42,7 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import (
@@ -167,6 +168,7 @@ class ModelSource:
         outputs: Sequence[str] | None = None,
         widen: str | Iterable[str] = (),
         deferred: bool = False,
+        as_stored: bool = False,
         config: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Resolved:
@@ -177,6 +179,7 @@ class ModelSource:
         widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
                  weights that a GGUF file stores in blocks are decoded to f32 when they are read
         deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
+        as_stored  True if inputs of products are rounded as a quantized folder asks for it
         config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
@@ -184,7 +187,14 @@ class ModelSource:
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
-        found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
+        read = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored))
+        if as_stored and not read.rounded:
+            raise UsageError(
+                f"the files of {printable(self.label)} ask for no rounding of inputs",
+                received=f"quantize {AS_STORED}",
+                hint=Hint('quantize="int8"', "--quantize int8"),
+            )
+        found = read.widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # replaces the name of its family
             found = replace(found, name=self.label)
