@@ -89,6 +89,9 @@ def operator(
     return register
 
 
+MICROSOFT = "com.microsoft"
+"""The domain of operators that ONNX Runtime's optimizer and quantizer write."""
+
 Number = int  # inside OnnxSite, int is a method
 
 

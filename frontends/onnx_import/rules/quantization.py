@@ -2,6 +2,7 @@
 
     QuantizeLinear      saturate(round(x / scale) + zero_point)
     DequantizeLinear    (x - zero_point) * scale
+    of com.microsoft: QuantizeLinear and DequantizeLinear, with 4- and 16-bit integers in any opset
     MatMulInteger       (a - a_zero_point) (b - b_zero_point), in 32-bit integers
 
 Products of 8-bit integers are summed in f64, which is exact up to 2^53 and uses the CPU's float units.
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.operators import MICROSOFT, Made, OnnxSite, operator
 from treadle.frontends.onnx_import.quantized_weights import (
     check_steps,
     dequantized_weight,
@@ -64,6 +65,7 @@ def saturated(b: Builder, x: Expr, to: Element) -> Expr:
     return held.cast(to.carrier)
 
 
+@operator("QuantizeLinear", domain=MICROSOFT)
 @operator("QuantizeLinear", latest=28, first=10)
 def _quantize(site: OnnxSite) -> Made:
     x, scale = site.value(0), site.value(1)
@@ -109,6 +111,7 @@ def quantized(
     return Known(to, expr=saturated(b, steps, to))
 
 
+@operator("DequantizeLinear", domain=MICROSOFT, weighs=is_stored_weight)
 @operator("DequantizeLinear", latest=28, first=10, weighs=is_stored_weight)
 def _dequantize(site: OnnxSite) -> Made:
     b = site.b

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from treadle.ir.builder import Builder
+from treadle.ir.builder import Builder, describe_source
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.rounding import FakeQuantize
 from treadle.passes.cleanup.round_trips import round_trip_at
@@ -35,13 +35,12 @@ class DropRoundings(SiteRewrite[Site]):
     changes_numbers: ClassVar[bool] = True
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
-        found: dict[Node, Node] = {}
-        for node in work.function.nodes:
-            for rounding in _roundings(work, node):
-                found[rounding] = node
+        found = {rounding for node in work.function.nodes for rounding in _roundings(work, node)}
         for rounding in work.walk() if found else ():
             if rounding in found:
-                yield Site(rounding, reason=f"a rounding inside attention, on the way of {found[rounding].scope}")
+                what = describe_source(rounding.source, rounding.scope) or work.function.name
+                work.log.notes.append(f"a rounding inside attention is dropped: {what}")
+                yield Site(rounding)
 
     def build(self, b: Builder, site: Site) -> Value:
         return site.root.inputs[0]
