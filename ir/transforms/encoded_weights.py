@@ -338,7 +338,7 @@ def _divides(reader: Node, weight: Value, vector: Value) -> bool:
     made = blocks.node
     if made.operands[1] not in (None, vector):
         raise GraphError(f"{blocks.name} is multiplied by two vectors before it is rounded", received=vector.name)
-    made.operands = (made.operands[0], vector)
+    made.operands = (made.operands[0], vector, *made.operands[2:])
     return True
 
 

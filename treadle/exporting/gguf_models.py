@@ -5,6 +5,7 @@ The reverse of `treadle.models.reading.llama_gguf`, with the same sources.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,18 @@ from typing import Any
 import numpy as np
 
 import treadle.frontends.language as t
+from treadle.backends.made_weights import as_numpy_weight
 from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
 from treadle.exporting.gguf_vocabulary import gguf_vocabulary
 from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
 from treadle.files.shown_names import printable
 from treadle.frontends.declarations import Model
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
-from treadle.ir.transforms.encoded_weights import decode_weights
+from treadle.ir.types import f16
 from treadle.models.reading.llama_gguf import gguf_names
 from treadle.program.resolved import Resolved
 
@@ -145,30 +148,33 @@ def _tensors(
     for name, value in graph.parameters.items():
         encoding, shape = value.type.encoding, tuple(value.type.static_shape)
         stored = gguf_names(name)
-        read = partial(_rows, name, weights[name], config, kind)
-        if encoding is None or len(shape) != 2:
-            plain = decode_weights(graph, {name: weights[name]})[name] if encoding is not None else None
-            nbytes = 4 * int(np.prod(shape))
-            found.append(GGUFWritten(stored, shape, "f32", nbytes, partial(_numbers, read if plain is None else plain)))
+        if encoding is None:
+            dtype = "f16" if value.type.dtype is f16 and len(shape) > 1 else "f32"  # ggml's norms are f32
+            nbytes = (2 if dtype == "f16" else 4) * math.prod(shape)
+            numbers = partial(_numbers, name, weights[name], dtype, config, kind)
+            found.append(GGUFWritten(stored, shape, dtype, nbytes, numbers))
             continue
         form = gguf_type(name, encoding, shape[-1])
-        nbytes = shape[0] * type(encoding)(form).bytes(shape[-1])
-        if form == "q8_0" and encoding.form != form:
-            notes.append(f"{printable(stored)}: scales of {encoding} are rounded to float16, the integers are unchanged")
-        data = partial(lambda name, encoding, read: gguf_blocks(name, encoding, read()), name, encoding, read)
-        found.append(GGUFWritten(stored, shape, form, nbytes, data))
+        if form != encoding.form and form in ("q8_0", "q4_1"):
+            what = f"scales of {encoding} are rounded to float16 ({form}), the integers are unchanged"
+            notes.append(f"{stored}: {what}")
+        blocks = partial(_blocks, name, encoding, weights[name], config, kind)
+        found.append(GGUFWritten(stored, shape, form, shape[0] * Encoding(form).bytes(shape[-1]), blocks))
     return found
 
 
-def _numbers(read: Any) -> Array:
-    return np.asarray(read() if callable(read) else read, np.float32)
+def _numbers(name: str, held: Any, dtype: str, config: Mapping[str, Any], kind: str) -> Array:
+    return _rows(name, as_numpy_weight(held), config, kind).astype("<f2" if dtype == "f16" else "<f4")
 
 
-def _rows(name: str, held: Any, config: Mapping[str, Any], kind: str) -> Array:
+def _blocks(name: str, encoding: Encoding, held: Any, config: Mapping[str, Any], kind: str) -> Array:
+    return gguf_blocks(name, encoding, _rows(name, np.asarray(held), config, kind))
+
+
+def _rows(name: str, array: Array, config: Mapping[str, Any], kind: str) -> Array:
     """Return a weight with its rows in the file's order: pairs that are rotated together are neighbors in Llama's q
     and k.
     """
-    array = np.asarray(held)
     part = name.rpartition(".")[0].rpartition(".")[2]
     if kind != "llama" or part not in ("q", "k") or config["layout"] == "interleaved":
         return array
