@@ -1,4 +1,4 @@
-"""ONNX models with QuantizeLinear and DequantizeLinear: weights stay quantized, roundings are one op, attention fuses."""
+"""ONNX models with QuantizeLinear and DequantizeLinear: quantized weights, roundings as one op, and fused attention."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def product_of(
     n = q.shape[0 if turned else 1]
     nodes = [
         helper.make_node("DequantizeLinear", inputs, ["w"], "dequantize", **attributes),
-        helper.make_node("Gemm", ["x", "w"], ["y"], transB=1) if turned else helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)
+        if turned
+        else helper.make_node("MatMul", ["x", "w"], ["y"]),
     ]
     held = [tensor("q", kind, q), numpy_helper.from_array(scale, "scale")]
     held += [] if zero is None else [tensor("zero", kind, zero)]
@@ -190,7 +192,9 @@ def rounded_product(activations: int, domain: str = "", opset: int = 18) -> Any:
         numpy_helper.from_array(np.float32(0.05), "xs"),
         tensor("xz", activations, np.asarray(3)),
     ]
-    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", "S", k]) for n, k in (("x", ROWS), ("y", COLUMNS))]
+    info = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["B", "S", k]) for n, k in (("x", ROWS), ("y", COLUMNS))
+    ]
     graph = helper.make_graph(nodes, "rounded", info[:1], info[1:], held)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -243,7 +247,10 @@ def test_tvm_multiplies_integers(kind: int, tmp_path: Path) -> None:
 Q = "float[4,3] x"
 BAD: list[tuple[str, str]] = [
     ("s = Constant<value_float = 0.0>() y = QuantizeLinear(x, s)", "the scale s has the number 0"),
-    ("s = Constant<value_floats = [0.1, nan, 0.1]>() y = QuantizeLinear<axis = 1>(x, s)", "the scale s has the number nan"),
+    (
+        "s = Constant<value_floats = [0.1, nan, 0.1]>() y = QuantizeLinear<axis = 1>(x, s)",
+        "the scale s has the number nan",
+    ),
     ("s = Constant<value_float = inf>() y = QuantizeLinear(x, s)", "the scale s has the number inf"),
     ("s = Constant<value_int = 1>() y = QuantizeLinear(x, s)", "the scale s is INT64, not a float"),
     (

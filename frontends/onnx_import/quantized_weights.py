@@ -93,7 +93,9 @@ def _steps(site: OnnxSite, scale: Array, zero: Array | None, axis: int, block: i
     if not block and wide.size == 1 and wide.ndim <= 1:
         return _Steps(wide.reshape(()), points.reshape(()), 0, 0)
     axis = site.axis(axis, rank)
-    expected = [-(-n // block) if i == axis else n for i, n in enumerate(stored.shape)] if block else [stored.shape[axis]]
+    expected = (
+        [-(-n // block) if i == axis else n for i, n in enumerate(stored.shape)] if block else [stored.shape[axis]]
+    )
     if list(wide.shape) != expected:
         found = ", ".join(map(str, wide.shape))
         what = f"blocks of {block} along axis {axis}" if block else f"the {stored.shape[axis]} channels of axis {axis}"

@@ -73,8 +73,8 @@ def integer_parts(encoding: Encoding, held: Array) -> IntegerParts | None:
 
 
 def low_first_bytes(q: Array) -> Array:
-    """Pack 4-bit integers, two a byte in the order of the array, the first in the low bits. An odd last one is alone."""
-    flat = (q.reshape(-1).view(np.uint8) & np.uint8(15))
+    """Pack 4-bit integers, two a byte in the order of the array, the first in the low bits."""
+    flat = q.reshape(-1).view(np.uint8) & np.uint8(15)
     if flat.size % 2:
         flat = np.append(flat, np.uint8(0))
     made: Array = flat[0::2] | (flat[1::2] << np.uint8(4))

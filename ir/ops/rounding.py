@@ -57,7 +57,9 @@ class FakeQuantize(Composite):
 
     def reference(self, x: Any, scale: Any, zero: Any) -> Any:
         steps = np.rint(x / scale) + zero
-        clipped = np.minimum(np.maximum(steps, np.asarray(self.least, steps.dtype)), np.asarray(self.greatest, steps.dtype))
+        clipped = np.minimum(
+            np.maximum(steps, np.asarray(self.least, steps.dtype)), np.asarray(self.greatest, steps.dtype)
+        )
         return (clipped - zero) * scale
 
     samples = [

@@ -1,4 +1,4 @@
-"""Values that a quantizer rounds to 256 steps of one scale are encoded for their products with weights in 8-bit rows."""
+"""Values that a quantizer rounds to 256 steps are encoded, for their products with weights in 8-bit rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from treadle.passes.framework.rewriting import Rewriting, Site, SiteRewrite
 class EncodeRoundings(SiteRewrite[Site]):
     """linear(fake_quantize(x, scale, zero), decode(w))   -->   linear(decode(encode(x, scale, zero)), decode(w))
 
-    The pass applies if w is in 8-bit rows, and the steps are of an 8-bit integer. Both sides have the same numbers, in a
-    form whose products `MultiplyBlocks` computes on integers. All readers of the rounded value read the decoded one.
+    The pass applies if w is in 8-bit rows, and the steps are of an 8-bit integer. Both sides have the same numbers, in
+    a form whose products `MultiplyBlocks` computes on integers. All readers of the rounded value read the decoded one.
 
     Refuses: a scale per channel of x; a product of which another matrix is not in 8-bit rows.
     """
@@ -35,8 +35,10 @@ class EncodeRoundings(SiteRewrite[Site]):
     def sites(self, work: Rewriting) -> Iterator[Site]:
         uses = work.function.uses()
         for node in work.walk():
-            if isinstance(node.op, FakeQuantize) and _fits(node) and any(
-                at == 0 and _multiplies_rows(reader) for reader, at in uses.get(node.result, ())
+            if (
+                isinstance(node.op, FakeQuantize)
+                and _fits(node)
+                and any(at == 0 and _multiplies_rows(reader) for reader, at in uses.get(node.result, ()))
             ):
                 yield Site(node)
 

@@ -1,5 +1,5 @@
-"""`treadle export`: write a model as ONNX, GGUF or a compressed-tensors folder, or its graph for Graphviz, Model Explorer
-or a program that reads JSON.
+"""`treadle export`: write a model as ONNX, GGUF or a compressed-tensors folder, or its graph for Graphviz, Model
+Explorer or a program that reads JSON.
 """
 
 from __future__ import annotations

@@ -182,7 +182,9 @@ def _quantized(
         raise _refusal(name, source, f"{encoding} has no form in compressed-tensors that is written here")
     packed = parts.bits == 4
     if packed and (parts.q.shape[1] % 8 or (parts.zero is not None and parts.q.shape[0] % 8)):
-        raise _refusal(name, source, f"{parts.q.shape[0]} rows of {parts.q.shape[1]} are not an integer number of words")
+        raise _refusal(
+            name, source, f"{parts.q.shape[0]} rows of {parts.q.shape[1]} are not an integer number of words"
+        )
     settings: dict[str, Any] = {"num_bits": parts.bits, "type": "int", "symmetric": parts.zero is None}
     settings |= {"strategy": "channel" if parts.whole else "group", "group_size": None if parts.whole else parts.block}
     format = "pack-quantized" if packed else "int-quantized"

@@ -1,10 +1,10 @@
 """Weights in blocks as tensors of GGUF types, with their own integers.
 
-    int4_groups(32)                    Q4_0, the same bytes
-    int4_groups(64), (128), (256)      Q4_0, a scale repeated
-    int8_rows, int8_groups(32 and up)  Q8_0, a scale repeated and rounded to float16
-    uint4_groups, uint4_wide_groups    Q4_1: the scale, and -scale zero, rounded to float16
-    GGUF's own forms                   the same bytes
+int4_groups(32)                    Q4_0, the same bytes
+int4_groups(64), (128), (256)      Q4_0, a scale repeated
+int8_rows, int8_groups(32 and up)  Q8_0, a scale repeated and rounded to float16
+uint4_groups, uint4_wide_groups    Q4_1: the scale, and -scale zero, rounded to float16
+GGUF's own forms                   the same bytes
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ def gguf_type(name: str, encoding: Encoding, size: int) -> str:
 
 
 def gguf_blocks(name: str, encoding: Encoding, held: Array) -> Array:
-    """Return a weight's blocks in the type of `gguf_type`, u8[rows, bytes]. Raises UsageError for a scale out of range."""
+    """Return a weight's blocks in the type of `gguf_type`, u8[rows, bytes].
+
+    Raises UsageError for a scale out of range.
+    """
     if encoding.form in TYPES:
         return held
     size = encoding.size(held.shape[-1])

@@ -19,7 +19,6 @@ from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
 from treadle.exporting.gguf_vocabulary import gguf_vocabulary
 from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
 from treadle.files.shown_names import printable
-from treadle.frontends.declarations import Model
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import UsageError

@@ -26,8 +26,8 @@ Metadata = Mapping[str, "str | bool | int | float | Sequence[str] | Sequence[int
 _ALIGNMENT = 32
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 TYPES: Mapping[str, int] = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13,
-    "q6_k": 14,
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11,
+    "q4_k": 12, "q5_k": 13, "q6_k": 14,
 }  # fmt: skip
 """The types of tensors that are written, with ggml's numbers. Except for f32 and f16 they are forms of encodings."""
 

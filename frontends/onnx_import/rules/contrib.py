@@ -15,7 +15,6 @@ from treadle.ir.sizing.sizes import ONE
 from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import f64, i32, i64, u8
 
-
 # -- activations ---------------------------------------------------------------------------------------------------
 
 

@@ -55,8 +55,8 @@ class EncodeRows(Kernel):
     static  True if all rows have the scale and the zero point that two more pointers hold, for `uint8_rows`
     again   True if x holds encoded rows: their scales, zero points and numbers stay the same, in another form
 
-    If a row contains NaN or infinity (with `static`: NaN), its scale is NaN. Arguments: x, by if `scaled`, the scale and
-    the zero point if `static`, y, rows; m, k; x's stride of rows.
+    If a row contains NaN or infinity (with `static`: NaN), its scale is NaN. Arguments: x, by if `scaled`, the scale
+    and the zero point if `static`, y, rows; m, k; x's stride of rows.
     """
 
     form: str
@@ -152,8 +152,8 @@ class EncodeRows(Kernel):
         """Return the bits of a row's largest number, and the bits of minus its smallest number; 0 if no number has that
         sign.
 
-        For a signed row, and with `magnitude`, both are the bits of the largest magnitude. The bits of infinity and NaN are larger than the
-        bits of all other numbers.
+        For a signed row, and with `magnitude`, both are the bits of the largest magnitude. The bits of infinity and NaN
+        are larger than the bits of all other numbers.
         """
         magnitude = magnitude or self.signed
         lanes = k.isa.lanes()
