@@ -46,24 +46,24 @@ def has_integer_parts(encoding: Encoding) -> bool:
     return encoding.form in _SIGNED_BITS or encoding.form in _ZERO_BITS
 
 
-def integer_parts(encoding: Encoding, held: Array) -> IntegerParts | None:
-    """Return the integers of a held array. Return None for a form of other numbers, and for zero points that are not
-    integers in the range of q.
+def integer_parts(encoding: Encoding, blocks: Array) -> IntegerParts | None:
+    """Return the integers of an array of blocks. Return None for a form of other numbers, and for zero points that are
+    not integers in the range of q.
     """
     if not has_integer_parts(encoding):
         return None
-    lines = np.ascontiguousarray(np.moveaxis(held, encoding.axis, -1))
+    lines = np.ascontiguousarray(np.moveaxis(blocks, encoding.axis, -1))
     size = encoding.size(lines.shape[-1])
     n, whole = encoding.elements(size), encoding.block.elements is None
-    blocks = lines.view(encoding.block.record(n))
-    named = blocks.dtype.names or ()
-    scale = blocks["scale" if "scale" in named else "d"]
+    records = lines.view(encoding.block.record(n))
+    named = records.dtype.names or ()
+    scale = records["scale" if "scale" in named else "d"]
     if encoding.form in _SIGNED_BITS:
-        q, _, _ = encoding.block.parts(blocks.reshape(-1)) if not whole else (blocks["q"], None, None)
+        q, _, _ = encoding.block.parts(records.reshape(-1)) if not whole else (records["q"], None, None)
         return IntegerParts(q.reshape(*lines.shape[:-1], size), scale, None, _SIGNED_BITS[encoding.form], n, whole)
     bits, signed = _ZERO_BITS[encoding.form]
-    codes = blocks["q"] if bits == 8 else unpacked(blocks["q"].reshape(-1, n // 2), n // 2, 4)
-    points, limits = blocks["zero"], (-128, 127) if signed else (0, (1 << bits) - 1)
+    codes = records["q"] if bits == 8 else unpacked(records["q"].reshape(-1, n // 2), n // 2, 4)
+    points, limits = records["zero"], (-128, 127) if signed else (0, (1 << bits) - 1)
     with np.errstate(invalid="ignore"):
         if not ((points == np.rint(points)) & (points >= limits[0]) & (points <= limits[1])).all():
             return None

@@ -81,11 +81,11 @@ def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
     return encode_parameters(graph, encodings, balances_of(encoded))
 
 
-def decode_parameters(graph: Graph, kept: Container[str] = ()) -> Graph:
+def decode_parameters(graph: Graph, encoded: Container[str] = ()) -> Graph:
     """Return a copy of a graph whose encoded parameters and constants are replaced by their decoded numbers: the
     inverse.
 
-    kept  parameters of a graph without calls that stay encoded; only `decode` reads them
+    encoded  parameters of a graph without calls that stay encoded; only `decode` reads them
 
     Nodes that moved blocks then move numbers. Raises GraphError for a graph that encodes computed values.
     """
@@ -93,10 +93,10 @@ def decode_parameters(graph: Graph, kept: Container[str] = ()) -> Graph:
     for function in copy.functions.values():  # callees first
         same: dict[Value, Value] = {}
         for value in function.arguments:
-            if value.name not in kept:
+            if value.name not in encoded:
                 value.type = value.type.decoded
         for node in function.nodes:
-            if node.op.decodes and node.inputs[0].name in kept:
+            if node.op.decodes and node.inputs[0].name in encoded:
                 continue
             if isinstance(node.op, Encode):
                 raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
@@ -107,17 +107,17 @@ def decode_parameters(graph: Graph, kept: Container[str] = ()) -> Graph:
                 value.type = value.type.decoded
             if (callee := copy.callee(node)) is not None:
                 node.op = Call.of(callee)
-        function.nodes = [n for n in function.nodes if not isinstance(n.op, Decode) or n.inputs[0].name in kept]
+        function.nodes = [n for n in function.nodes if not isinstance(n.op, Decode) or n.inputs[0].name in encoded]
         function.replace_results(lambda v, same=same: _number(same.get(v, v)))  # type: ignore[misc]
     return copy
 
 
-def decode_weights(graph: Graph, weights: Mapping[str, Any], kept: Container[str] = ()) -> dict[str, Any]:
+def decode_weights(graph: Graph, weights: Mapping[str, Any], encoded: Container[str] = ()) -> dict[str, Any]:
     """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged.
 
-    kept  weights that stay in blocks
+    encoded  weights that stay in blocks
     """
-    encodings = {name: value.type.encoding for name, value in graph.parameters.items() if name not in kept}
+    encodings = {name: value.type.encoding for name, value in graph.parameters.items() if name not in encoded}
     return {
         name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
         for name, array in weights.items()

@@ -171,13 +171,13 @@ def _tables(graph: Graph) -> frozenset[str]:
 
 
 def _quantized(
-    name: str, encoding: Encoding, held: Any, source: Source, groups: dict[tuple[Any, ...], _Group]
+    name: str, encoding: Encoding, blocks: Any, source: Source, groups: dict[tuple[Any, ...], _Group]
 ) -> Iterator[WrittenTensor]:
     """Yield the tensors of a quantized weight of a linear layer."""
     module = source.name.removesuffix(".weight")
     if source.part or module == source.name:
         raise _refusal(name, source, "it is a part of a tensor, or a linear layer is not stored as [outputs, inputs]")
-    parts = integer_parts(encoding, np.asarray(held)) if encoding.axis == -1 else None
+    parts = integer_parts(encoding, np.asarray(blocks)) if encoding.axis == -1 else None
     if parts is None:
         raise _refusal(name, source, f"{encoding} has no form in compressed-tensors that is written here")
     packed = parts.bits == 4

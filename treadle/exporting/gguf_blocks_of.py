@@ -50,21 +50,21 @@ def gguf_type(name: str, encoding: Encoding, size: int) -> str:
     return found
 
 
-def gguf_blocks(name: str, encoding: Encoding, held: Array) -> Array:
+def gguf_blocks(name: str, encoding: Encoding, own: Array) -> Array:
     """Return a weight's blocks in the type of `gguf_type`, u8[rows, bytes].
 
     Raises UsageError for a scale out of range.
     """
     if encoding.form in TYPES:
-        return held
-    size = encoding.size(held.shape[-1])
+        return own
+    size = encoding.size(own.shape[-1])
     form = gguf_type(name, encoding, size)
     if form == "q4_0" and encoding.group == _BLOCK:
-        return held
-    parts = integer_parts(encoding, held)
+        return own
+    parts = integer_parts(encoding, own)
     if parts is None:
         raise _refusal(name, encoding, "a zero point is not an integer of 4 bits")
-    made = np.empty((held.shape[0], size // _BLOCK), Encoding(form).block.record(_BLOCK))
+    made = np.empty((own.shape[0], size // _BLOCK), Encoding(form).block.record(_BLOCK))
     repeats = made.shape[1] // parts.scale.shape[-1]
     made["d"] = _half(name, encoding, np.repeat(parts.scale, repeats, axis=-1))
     if form == "q8_0":
@@ -74,7 +74,7 @@ def gguf_blocks(name: str, encoding: Encoding, held: Array) -> Array:
     if form == "q4_1":
         zeros = np.repeat(_zeros(parts), repeats, axis=-1).astype(np.float32)
         made["m"] = _half(name, encoding, -zeros * np.repeat(parts.scale.astype(np.float32), repeats, axis=-1))
-    blocks: Array = made.view(np.uint8).reshape(held.shape[0], -1)
+    blocks: Array = made.view(np.uint8).reshape(own.shape[0], -1)
     return blocks
 
 

@@ -134,7 +134,8 @@ def _factors(config: Mapping[str, Any]) -> Array | None:
     if not isinstance(scaling, Divided | Llama3):
         return None
     plain = config["base"] ** (-np.arange(0, width, 2) / width)
-    return (plain / scaling.apply(plain)).astype(np.float32)
+    factors: Array = (plain / scaling.apply(plain)).astype(np.float32)
+    return factors
 
 
 def _tensors(
@@ -145,7 +146,7 @@ def _tensors(
     if factors is not None:
         found.append(GGUFWritten("rope_freqs.weight", factors.shape, "f32", factors.nbytes, lambda: factors))
     for name, value in graph.parameters.items():
-        encoding, shape = value.type.encoding, tuple(value.type.static_shape)
+        encoding, shape = value.type.encoding, tuple(size.evaluate({}) for size in value.type.shape)
         stored = gguf_names(name)
         if encoding is None:
             dtype = "f16" if value.type.dtype is f16 and len(shape) > 1 else "f32"  # ggml's norms are f32
@@ -162,12 +163,12 @@ def _tensors(
     return found
 
 
-def _numbers(name: str, held: Any, dtype: str, config: Mapping[str, Any], kind: str) -> Array:
-    return _rows(name, as_numpy_weight(held), config, kind).astype("<f2" if dtype == "f16" else "<f4")
+def _numbers(name: str, weight: Any, dtype: str, config: Mapping[str, Any], kind: str) -> Array:
+    return _rows(name, as_numpy_weight(weight), config, kind).astype("<f2" if dtype == "f16" else "<f4")
 
 
-def _blocks(name: str, encoding: Encoding, held: Any, config: Mapping[str, Any], kind: str) -> Array:
-    return gguf_blocks(name, encoding, _rows(name, np.asarray(held), config, kind))
+def _blocks(name: str, encoding: Encoding, weight: Any, config: Mapping[str, Any], kind: str) -> Array:
+    return gguf_blocks(name, encoding, _rows(name, np.asarray(weight), config, kind))
 
 
 def _rows(name: str, array: Array, config: Mapping[str, Any], kind: str) -> Array:

@@ -260,8 +260,8 @@ def _fake_quantize(
 ) -> Expr:
     """Apply the functions of the op's body, in the order of the body."""
 
-    def apply(op: str, left: Expr, right: Expr) -> Expr:
-        return k.let(FUNCTIONS[op](k, dtype, lanes, left, right))
+    def apply(op: str, number: Expr, by: Expr) -> Expr:
+        return k.let(FUNCTIONS[op](k, dtype, lanes, number, by))
 
     steps = apply("add", k.nearest(apply("div", x, scale)), zero)
     for op, end in (("maximum", least), ("minimum", greatest)):
