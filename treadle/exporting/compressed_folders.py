@@ -41,7 +41,7 @@ _CONFIG, _KEY = "config.json", "quantization_config"
 _FILE_BYTES = 256 << 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Group:
     """The modules of one form, and the settings of its weights."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import treadle.frontends.language as t
 from treadle.backends.made_weights import as_numpy_weight
 from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
-from treadle.exporting.gguf_vocabulary import gguf_vocabulary
+from treadle.exporting.gguf_tokens import gguf_vocabulary
 from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
