@@ -19,7 +19,7 @@ from treadle.exporting.gguf_blocks_of import gguf_blocks, gguf_type
 from treadle.files.errors import TreadleError
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.ir.encodings.encoding import Encoding, parse_encoding
-from treadle.ir.encodings.integer_parts import integer_parts
+from treadle.ir.encodings.plain_integers import integer_parts
 from treadle.ir.errors import UsageError
 from treadle.program.source import ModelSource
 

@@ -27,7 +27,7 @@ from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.installation import pip_install
 from treadle.files.whole_files import replacing, reporting_failed_writes
-from treadle.ir.encodings.integer_parts import IntegerParts
+from treadle.ir.encodings.plain_integers import IntegerParts
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal

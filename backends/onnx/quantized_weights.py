@@ -16,7 +16,7 @@ import numpy as np
 from treadle.backends.onnx.schemas import INT4, UINT4
 from treadle.backends.onnx.spelled_line import Tensor
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.integer_parts import IntegerParts, has_integer_parts, integer_parts, low_first_bytes
+from treadle.ir.encodings.plain_integers import IntegerParts, has_integer_parts, integer_parts, low_first_bytes
 from treadle.ir.graph import Graph, Value
 from treadle.ir.types import f32, i8, u8
 

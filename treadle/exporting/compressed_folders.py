@@ -25,7 +25,7 @@ from treadle.frontends.huggingface import Checkpoint, open_checkpoint
 from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.integer_parts import IntegerParts, integer_parts
+from treadle.ir.encodings.plain_integers import IntegerParts, integer_parts
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode

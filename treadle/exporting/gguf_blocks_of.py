@@ -16,7 +16,7 @@ import numpy as np
 from treadle.exporting.gguf_writing import TYPES
 from treadle.files.shown_names import printable
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.integer_parts import IntegerParts, integer_parts
+from treadle.ir.encodings.plain_integers import IntegerParts, integer_parts
 from treadle.ir.encodings.rounded_forms import packed_nibbles
 from treadle.ir.errors import Hint, UsageError
 
