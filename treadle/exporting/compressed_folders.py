@@ -26,7 +26,7 @@ from treadle.frontends.quantized.quantized_checkpoint import open_quantized
 from treadle.ir.axes import Role
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.encodings.plain_integers import IntegerParts, integer_parts
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
 from treadle.ir.transforms.inline import inline_calls
@@ -74,12 +74,12 @@ def export_compressed(
         raise UsageError(
             "compressed-tensors is a layout of a model's folder: config.json and safetensors files",
             received=f"{printable(resolved.source.label)}, {resolved.source.kind}",
-            hint="the folder of the model; for other models --to gguf or --to onnx",
+            hint=Hint("the folder of the model; export_onnx takes any", "the folder of the model; --to onnx takes any"),
         )
     if any(isinstance(node.op, Encode) for _, node in graph.walk()):
         raise UsageError(
             "activations that are quantized at every call are not written to a compressed-tensors folder",
-            hint="--quantize int4 or int8-weights",
+            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
         )
     checkpoint = open_checkpoint(resolved.source.folder)
     folder = checked_folder(target, False, checkpoint.folder.path)
@@ -90,7 +90,7 @@ def export_compressed(
         raise UsageError(
             "no weight is quantized, so there is nothing to write to a compressed-tensors folder",
             received=printable(resolved.source.label),
-            hint="--quantize int4 or int8-weights",
+            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
         )
     make_folder(folder)
     files = [folder / MODEL]
@@ -228,5 +228,5 @@ def _refusal(name: str, source: Source, why: str) -> UsageError:
     return UsageError(
         f"{printable(name)} cannot be written to a compressed-tensors folder: {why}",
         received=f"read from {source}",
-        hint="--to onnx",
+        hint=Hint("export_onnx", "--to onnx"),
     )

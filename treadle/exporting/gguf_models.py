@@ -21,7 +21,7 @@ from treadle.exporting.gguf_writing import GGUFWritten, write_gguf
 from treadle.files.shown_names import printable
 from treadle.frontends.rotary import Divided, LinearScaling, Llama3
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import f16
@@ -51,12 +51,12 @@ def export_gguf(resolved: Resolved, graph: Graph, weights: Mapping[str, Any], pa
         raise UsageError(
             "only models of the Llama family are written to GGUF files",
             received=printable(resolved.name),
-            hint="--to onnx",
+            hint=Hint("export_onnx", "--to onnx"),
         )
     if any(isinstance(node.op, Encode) for _, node in graph.walk()):
         raise UsageError(
             "activations that are quantized at every call cannot be written to a GGUF file, which holds weights",
-            hint="--quantize int4 or int8-weights: programs that read the file quantize activations themselves",
+            hint=Hint("quantize='int4' or 'int8-weights'", "--quantize int4 or int8-weights"),
         )
     config = {**model.defaults, **model.config}
     kind = _architecture(config)
