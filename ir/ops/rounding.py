@@ -1,4 +1,4 @@
-"""Rounding: to integers, and to float formats that are narrower than the dtype of the result."""
+"""Rounding: to integers, to steps of a scale, and to float formats that are narrower than the dtype of the result."""
 
 from __future__ import annotations
 
@@ -29,6 +29,48 @@ class Round(Primitive):
 
     samples = [S("f32[2,3]"), S("f32[]")]
     errors = [(S("i64[2]"), "x must be a float, is i64")]
+
+
+@op("fake_quantize", axes="..., ..., ... -> ...", dtypes="f, f, f -> f")
+class FakeQuantize(Composite):
+    """y = scale (clip(round(x / scale) + zero, least, greatest) - zero), as QuantizeLinear and DequantizeLinear compute
+
+    The result has one of greatest - least + 1 values, the steps of an integer type: quantization with a given scale and
+    zero point, in the dtype of x. No gradient flows.
+
+    scale, zero      the distance of two steps, and the integer that stands for 0
+    least, greatest  the range of the integers
+    """
+
+    x = Operand()
+    scale = Operand()
+    zero = Operand()
+    least: int = -128
+    greatest: int = 127
+
+    def check(self, types: Sequence[Type | None]) -> None:
+        if not self.least < self.greatest:
+            raise RuleError(f"there are no steps from {self.least} to {self.greatest}")
+
+    def body(self, b: Builder, x: Expr, scale: Expr, zero: Expr) -> Any:
+        steps = b.round(x / scale) + zero
+        return (b.minimum(b.maximum(steps, float(self.least)), float(self.greatest)) - zero) * scale
+
+    def reference(self, x: Any, scale: Any, zero: Any) -> Any:
+        steps = np.rint(x / scale) + zero
+        clipped = np.minimum(
+            np.maximum(steps, np.asarray(self.least, steps.dtype)), np.asarray(self.greatest, steps.dtype)
+        )
+        return (clipped - zero) * scale
+
+    samples = [
+        S("f32[2,3]", "f32[1] > 0", "f32[1]"),
+        S("f32[4,2,3]", "f32[2,1] > 0", "f32[2,1]", least=0, greatest=15),
+    ]
+    errors = [
+        (S("f32[2]", "f32[]", "f32[]", least=3, greatest=3), "there are no steps from 3 to 3"),
+        (S("i64[2]", "f32[]", "f32[]"), "x must be a float, is i64"),
+    ]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ Any other consumer reads the columns in their own order: index_add(0, $order, de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,9 +98,11 @@ def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
     return encode_parameters(graph, encodings, balances_of(encoded))
 
 
-def decode_parameters(graph: Graph) -> Graph:
+def decode_parameters(graph: Graph, encoded: Container[str] = ()) -> Graph:
     """Return a copy of a graph whose encoded parameters and constants are replaced by their decoded numbers: the
     inverse.
+
+    encoded  parameters of a graph without calls that stay encoded; only `decode` reads them
 
     Nodes that moved blocks then move numbers. Raises GraphError for a graph that encodes computed values.
     """
@@ -108,8 +110,11 @@ def decode_parameters(graph: Graph) -> Graph:
     for function in copy.functions.values():  # callees first
         same: dict[Value, Value] = {}
         for value in function.arguments:
-            value.type = value.type.decoded
+            if value.name not in encoded:
+                value.type = value.type.decoded
         for node in function.nodes:
+            if node.op.decodes and node.inputs[0].name in encoded:
+                continue
             if isinstance(node.op, Encode):
                 raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
@@ -119,14 +124,17 @@ def decode_parameters(graph: Graph) -> Graph:
                 value.type = value.type.decoded
             if (callee := copy.callee(node)) is not None:
                 node.op = Call.of(callee)
-        function.nodes = [node for node in function.nodes if not isinstance(node.op, Decode)]
+        function.nodes = [n for n in function.nodes if not isinstance(n.op, Decode) or n.inputs[0].name in encoded]
         function.replace_results(lambda v, same=same: _number(same.get(v, v)))  # type: ignore[misc]
     return copy
 
 
-def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged."""
-    encodings = {name: value.type.encoding for name, value in graph.parameters.items()}
+def decode_weights(graph: Graph, weights: Mapping[str, Any], encoded: Container[str] = ()) -> dict[str, Any]:
+    """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged.
+
+    encoded  weights that stay in blocks
+    """
+    encodings = {name: value.type.encoding for name, value in graph.parameters.items() if name not in encoded}
     return {
         name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
         for name, array in weights.items()
@@ -389,7 +397,7 @@ def _divides(reader: Node, weight: Value, vector: Value) -> bool:
     made = blocks.node
     if made.operands[1] not in (None, vector):
         raise GraphError(f"{blocks.name} is multiplied by two vectors before it is rounded", received=vector.name)
-    made.operands = (made.operands[0], vector)
+    made.operands = (made.operands[0], vector, *made.operands[2:])
     return True
 
 

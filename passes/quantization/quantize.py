@@ -105,7 +105,9 @@ def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
             x, first = readers[0].operands[0], readers[0]
             assert x is not None
             short, what = x.name.rpartition(".")[2], "groups" if plan.encoding.group else "rows"
-            held = Node(Encode(to=plan.encoding), [x, None], [x.type.as_encoded(plan.encoding)], f"{short}_{what}")
+            held = Node(
+                Encode(to=plan.encoding), [x, None, None, None], [x.type.as_encoded(plan.encoding)], f"{short}_{what}"
+            )
             read = Node(Decode(of=plan.encoding), held.results, [x.type], f"{short}_rounded")
             for node in (held, read):
                 node.scope, node.source = first.scope, first.source

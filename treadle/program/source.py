@@ -42,6 +42,7 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
 from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
@@ -67,7 +68,7 @@ Limits = Mapping[str, int] | None
 Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
 
 BLOCKS = "blocks"
-"""The value of `widen` that decodes the blocks of a GGUF file."""
+"""The value of `widen` that decodes the blocks of a file."""
 
 
 class ModelSource:
@@ -520,7 +521,10 @@ class _Onnx(ModelSource):
         except StaticArgumentNeeded as error:
             error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
             raise
-        return ReadModel(made.graph.name, made.graph, None, made.weights)
+        graph, weights = made.graph, made.weights
+        if not options.keep_blocks and any(v.type.encoding is not None for v in graph.parameters.values()):
+            graph, weights = decode_parameters(graph), decode_weights(graph, weights)
+        return ReadModel(graph.name, graph, None, weights, notes=tuple(made.notes.decoded))
 
 
 class ArtifactSource(ModelSource):
