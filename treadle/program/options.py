@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step")
 """The subjects of `treadle explain`. Each subject has an entry function."""
 
+_ELSEWHERE = ", ".join(name for name in HARDWARE if name not in ("cpu", "cuda"))
 _LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory")}
 _EXPLAIN = {f"explain {subject}" for subject in EXPLAINED}
 _SHARDED = {"shard", "rank", "explain sharding"}
@@ -196,8 +198,9 @@ class RunningOptions:
     )
     target: str | Target = _option(  # noqa: RUF009
         "cpu",
-        'what to compile for: "cpu", or `Target("cpu", threads=4)`',
-        "cpu or cuda.",
+        'what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name: '
+        + _ELSEWHERE,
+        f"cpu, cuda, cuda:1, or other hardware: {_ELSEWHERE}.",
         Flag("target", "NAME", complete="target"),
         but={"bench", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
