@@ -90,7 +90,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
 }
 """A text and a value of each option that has a flag."""
 
-VALUES = {name: value for name, (_, value) in SAMPLES.items()}
+VALUES = {name: value for name, (_, value) in SAMPLES.items()} | {"device_sampling": "greedy"}
 
 
 def flagged(*entries: str) -> list[Option]:

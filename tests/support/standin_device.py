@@ -49,15 +49,17 @@ class Counts:
     by_line  the number of events by kind ("wait", "copy in", "copy out", "allocation") and line of the emitted source
     ops      the number of ops
     nbytes   bytes of all tensors that were copied in
+    nbytes_out  bytes of all tensors that were copied out
     """
 
     by_line: Counter[tuple[str, str]] = field(default_factory=Counter)
     ops: int = 0
     nbytes: int = 0
+    nbytes_out: int = 0
 
     def clear(self) -> None:
         self.by_line.clear()
-        self.ops = self.nbytes = 0
+        self.ops = self.nbytes = self.nbytes_out = 0
 
     def of(self, kind: str) -> int:
         """Return the number of events of a kind."""
@@ -174,6 +176,7 @@ def _count_copy(source: torch.Tensor, *, into: bool, waits: bool) -> None:
     if isinstance(source, StandInTensor) != into:
         _count("copy in" if into else "copy out")
         COUNTS.nbytes += source.nbytes if into else 0
+        COUNTS.nbytes_out += 0 if into else source.nbytes
         if waits and not into:
             _count("wait")
 

@@ -235,6 +235,12 @@ class RunningOptions:
         Flag("cache", "DTYPE"),
         but=_ENTRIES.difference({"load", "session", "generate", "explain step"}),
     )
+    device_sampling: str | None = _option(
+        None,
+        "tokens that a step of generation returns in place of logits, so that only they are copied from the device: "
+        '"greedy", or "random" for any sampling options; None: logits (docs/generation.md)',
+        but=_ENTRIES.difference({"session", "generate"}),
+    )
 
 
 @dataclass(frozen=True)
