@@ -253,8 +253,9 @@ class Session:
         self._needs_logits("prefill")
         return self._prefilled({row: self._checked(row, ids) for row, ids in _by_row(tokens)}, {})
 
-    def _prefilled(self, left: dict[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
-        self._make_room({row: len(ids) for row, ids in left.items()})
+    def _prefilled(self, tokens: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
+        self._make_room({row: len(ids) for row, ids in tokens.items()})
+        left = dict(tokens)
         made: dict[int, Array] = {}
         while left:
             for group in self._groups({row: ids[: self.chunk] for row, ids in left.items()}):

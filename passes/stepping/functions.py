@@ -151,7 +151,7 @@ class _Body:
                 outputs[name if len(extents[position]) == 1 else free_name(f"{name}_{extent.value}", outputs)] = x.expr
         if chooser is not None:
             logits = outputs.pop(chooser.logits)
-            outputs[free_name(SAMPLED, self._input_names)] = chooser.chosen(self.b, logits, self._option)
+            outputs[free_name(SAMPLED, self._input_names)] = chooser.token(self.b, logits, self._option)
         self.b.outputs(**outputs)
 
     def _option(self, name: str, dtype: DType) -> Expr:

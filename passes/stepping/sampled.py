@@ -31,7 +31,7 @@ class TokenChooser:
     logits: str
     is_random: bool
 
-    def chosen(self, b: Builder, logits: Expr, option: Callable[[str, DType], Expr]) -> Expr:
+    def token(self, b: Builder, logits: Expr, option: Callable[[str, DType], Expr]) -> Expr:
         """Return the tokens i32[b] for logits [b, 1, vocab]. `option` returns an input of the entry, [b]."""
         rows = b.rearrange(logits, pattern="b 1 v -> b v").cast(f32)
         if self.is_random:
