@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 import treadle
 from tests.many_cases import every_case
@@ -28,6 +29,19 @@ _APART = {"f32": 1e-5, "int8-weights": 1e-5, "int4": 1e-5, "int8": 0.05, "bf16":
 """The allowed difference from the CPU, relative to the largest result. Products in bf16 round at other places, as on
 the CPU their bias and activation are fused, and a rounded activation may become another number of 8 bits.
 """
+
+
+class Foreign:
+    """An array of another library, which has only `__dlpack__`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
 
 
 def check_op(name: str, *, thorough: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from treadle.ir.text.parser import parse_graph
 
 torch = pytest.importorskip("torch", minversion="2.9")
 
-from tests.standin_checks import check_model, check_op, model_cases
-from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInTensor, moved, standin
-from treadle.backends.torch import kernels
+from tests.standin_checks import Foreign, check_model, check_op, model_cases
+from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInDevice, StandInTensor, moved, standin
+from treadle.backends.mapped_files import give_back
+from treadle.backends.torch import devices, kernels
 from treadle.backends.torch.devices import TorchDevice
 
 Array = np.ndarray[Any, Any]
@@ -134,6 +136,90 @@ def test_tensors_on_the_device_stay_there() -> None:
         made = exe(tokens=tokens)["logits"]
     assert isinstance(made, StandInTensor) and counts.copies_in == 0 and counts.waits == 1
     np.testing.assert_allclose(made.inner.numpy(), wanted, atol=1e-5)
+
+
+def test_arrays_of_other_libraries_are_used_without_a_copy() -> None:
+    given = inputs_of("gpt2")["tokens"]
+    wanted = treadle.compile("gpt2", backend="torch", **SMALL)(tokens=given)["logits"]
+    with standin() as counts:
+        exe = treadle.compile("gpt2", backend="torch", target="cuda", **SMALL)
+        counts.clear()
+        made = exe(tokens=Foreign(torch.from_numpy(given).to(DEVICE)))["logits"]
+        assert counts.lines("copy in") == {HOST: 1}  # the test's own
+    assert isinstance(made, StandInTensor)
+    np.testing.assert_allclose(made.inner.numpy(), wanted, atol=1e-5)
+    here: Any = treadle.compile("gpt2", backend="torch", **SMALL)
+    tokens = torch.from_numpy(given)
+    np.testing.assert_array_equal(here(tokens=Foreign(tokens))["logits"], wanted)
+    (entry,) = here.executable.called.values()
+    taken = entry._module.arrays.take(entry.inputs[0], Foreign(tokens))
+    assert taken.data_ptr() == tokens.data_ptr()
+
+
+def test_outputs_have_the_kind_of_the_inputs() -> None:
+    graph = graph_of(lambda b: b.input("x", "bf16[B, 4]") * b.input("y", "bf16[B, 4]"))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with standin():
+        exe = find_backend("torch").compile(graph, CUDA, {})
+        (array,) = exe(x=x, y=x).values()
+        tensors = [torch.from_numpy(x).bfloat16(), torch.from_numpy(x).bfloat16().to(DEVICE)]
+        made = [*exe(x=tensors[0], y=tensors[1]).values(), *exe(x=tensors[1], y=tensors[1]).values()]
+    np.testing.assert_array_equal(array, x * x)
+    for each in made:
+        assert isinstance(each, StandInTensor) and each.dtype == torch.bfloat16 and each.device == DEVICE
+        np.testing.assert_array_equal(each.inner.float().numpy(), x * x)
+
+
+def test_weights_of_a_file_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of each piece are released, and nothing of a weight stays on the host."""
+    released: list[int] = []
+    graph = graph_of(lambda b: b.linear(b.input("x", "f32[3, 40]"), b.parameter("w", "f32[1000, 40]")))
+    weight = np.random.default_rng(0).standard_normal((1000, 40)).astype(np.float32)
+    weight.tofile(tmp_path / "w")
+    mapped = np.memmap(tmp_path / "w", np.float32, "r", shape=(1000, 40))
+    monkeypatch.setattr(devices, "PIECE", 16_000)
+    monkeypatch.setattr(devices, "give_back", lambda array: released.append(array.nbytes) or give_back(array))
+    x = np.ones((3, 40), np.float32)
+    with standin() as counts:
+        exe = find_backend("torch").compile(graph, CUDA, {"w": mapped})
+        assert counts.copies_in == 10 and released == [16_000] * 10 and counts.nbytes == weight.nbytes
+        np.testing.assert_allclose(exe(x=x)["y"], x @ weight.T, atol=1e-4)
+
+
+def test_derived_weights_do_not_stay_on_the_host() -> None:
+    """A derived weight may get the address of an earlier one, which is another weight."""
+    names = [f"w{n}" for n in range(12)]
+
+    def build(b: Any) -> Any:
+        y = b.input("x", "f32[2, 8]")
+        for name in names:
+            weight = b.concat(b.parameter(name, "f32[4, 8]"), b.parameter(f"{name}_more", "f32[4, 8]"), axis=0)
+            y = b.linear(y, weight)
+        return y
+
+    rng = np.random.default_rng(0)
+    weights = {each: rng.standard_normal((4, 8)).astype(np.float32) for n in names for each in (n, f"{n}_more")}
+    x = rng.standard_normal((2, 8)).astype(np.float32)
+    wanted = find_backend("numpy").compile(graph_of(build), Target("cpu"), weights)(x=x)["y"]
+    with standin():
+        for target in (CUDA, Target("cpu")):
+            made = find_backend("torch").compile(graph_of(build), target, weights)(x=x)["y"]
+            np.testing.assert_allclose(made, wanted, rtol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    hints = []
+    for free in (2_000_000, 1_200_000, 1000):
+        monkeypatch.setattr(StandInDevice, "free_bytes", lambda self, free=free: free)
+        with standin() as counts, pytest.raises(BackendError, match="too little free memory") as caught:
+            treadle.compile("gpt2", backend="torch", target="cuda", layers=8, dim=128, heads=4, vocab=100)
+        assert counts.copies_in == 0 and f"{free:,} are free" in str(caught.value.received)
+        hints.append(str(caught.value.hint))
+    assert [hint.split(", or")[0] for hint in hints] == [
+        'quantize="int8-weights"',
+        'quantize="int4"',
+        "a device with more memory",
+    ], hints
 
 
 def test_a_tensor_on_another_device_is_refused() -> None:

@@ -277,13 +277,16 @@ def collect_weights(
     refuse_missing(graph.name, graph.parameters, weights)
     given = {}  # kept until all are converted: a backend may identify a weight by its address, which must stay unique
     found = {}
+    # A derived weight is not kept: on a device, all of them together would take as much memory as the model again.
     for name, value in graph.entry_parameters.items():
         recipe = made.get(name)
         if recipe is None:
-            given[name] = weights[name]
+            weight = given[name] = weights[name]
         else:
             for source, wanted in recipe.sources.items():
                 refuse_misfit(source, wanted.type, weights[source])
-            given[name] = recipe.make(weights)
-        found[name] = take(name, value.type, given[name])
+            weight = recipe.make(weights)
+            if not recipe.nodes:
+                given[name] = weight
+        found[name] = take(name, value.type, weight)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -84,9 +85,10 @@ def _reads_blocks(node: Node, position: int) -> bool:
 class TorchBackend(StagedBackend):
     """The PyTorch backend. It runs graphs on the CPU or a GPU, in inference mode.
 
-    A call accepts NumPy arrays or tensors, which are moved to the target's device. If an argument is a tensor, the call
-    returns tensors on that device, else NumPy arrays. A bf16 result becomes a float32 array, since NumPy has no bf16. A
-    bf16 input may be a float32 array whose values bf16 represents.
+    A call accepts NumPy arrays or tensors, which are moved to the target's device, and arrays of other libraries with
+    `__dlpack__`, whose memory is used without a copy. If an argument is a tensor, or an array of another library on a
+    GPU, the call returns tensors on the target's device, else NumPy arrays. A bf16 result then becomes a float32 array,
+    since NumPy has no bf16. A bf16 input may be a float32 array whose values bf16 represents.
     """
 
     name = "torch"
@@ -163,6 +165,7 @@ class TorchBackend(StagedBackend):
         program = emit(graph, dialect, plan, tuple(notes_on(made)), poison)
         arrays = _TorchArrays(device, target.threads)
         constants = tuple(map(arrays.constant, program.constants))
+        _check_room(graph, device)
         tensors = collect_weights(graph, made, weights, arrays.weight)
         laid = {name: v.layout for name, v in graph.entry_parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
@@ -173,6 +176,31 @@ class TorchBackend(StagedBackend):
         namespace["poison"] = partial(_poison, arena, arrays, held)
         notes = tuple(notes_on_attention(graph)) if device.is_asynchronous else ()
         return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+
+
+def _check_room(graph: Graph, device: TorchDevice) -> None:
+    """Raise BackendError if the device's free memory is less than the weights need."""
+    needed = sum(v.type.storage_type.bytes_at({}) for v in graph.entry_parameters.values())
+    free = device.free_bytes()
+    if free is not None and needed > free:
+        numbers = sum(v.type.elements.evaluate({}) for v in graph.entry_parameters.values())
+        raise BackendError(
+            f"{device.device} has too little free memory for the weights of {graph.name}",
+            received=f"{needed:,} bytes are required, {free:,} are free",
+            hint=_smaller_weights(numbers, free),
+        )
+
+
+_BITS = {"int8-weights": 9, "int4": 5}
+"""Upper limits of the bits of a number in quantized weights, by scheme."""
+
+
+def _smaller_weights(numbers: int, free: int) -> Hint | str:
+    """Return a hint for weights of `numbers` elements that do not fit into `free` bytes."""
+    scheme = next((name for name, bits in _BITS.items() if numbers * bits <= 8 * free), None)
+    if scheme is None:
+        return "a device with more memory, or a mesh of several"
+    return Hint(f'quantize="{scheme}"', f"--quantize {scheme}")
 
 
 def _without_code(node: Node) -> Op | None:
@@ -254,7 +282,8 @@ class _TorchArrays:
         import torch
 
         self.torch, self.on, self.device, self.threads = torch, device, device.device, threads
-        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._weights: dict[tuple[Any, ...], tuple[weakref.ref[np.ndarray[Any, Any]], torch.Tensor]] = {}
+        """Tensors of weights by the address of their array, and the array: after its end, another has the address."""
 
     @cached_property
     def _dtypes(self) -> dict[torch.dtype, DType]:
@@ -268,6 +297,8 @@ class _TorchArrays:
     # -- inputs and outputs ----------------------------------------------------------------------------------
 
     def take(self, port: Port, value: Any) -> torch.Tensor:
+        if self._is_borrowed(type(value)):
+            value = self.on.borrow(value)
         if not isinstance(value, self.torch.Tensor):
             if port.dtype.name == "bf16":
                 return self._rounded(port, value)
@@ -373,8 +404,21 @@ class _TorchArrays:
         return outputs, failure
 
     def _gives_tensors(self, kinds: Collection[type]) -> bool:
-        """Return True if the caller gets tensors: one of the arguments is a tensor."""
-        return any(issubclass(each, self.torch.Tensor) for each in kinds)
+        """Return True if the caller gets tensors: one of the arguments is a tensor, or an array of another library on
+        the device.
+        """
+        return any(
+            issubclass(each, self.torch.Tensor) or (self.on.is_asynchronous and self._is_borrowed(each))
+            for each in kinds
+        )
+
+    def _is_borrowed(self, kind: type) -> bool:
+        """Return True if an argument's memory is used through DLPack: the array of another library, which for the CPU
+        has no form in NumPy.
+        """
+        if not hasattr(kind, "__dlpack__") or issubclass(kind, (np.ndarray, np.generic, self.torch.Tensor)):
+            return False
+        return self.on.is_asynchronous or not hasattr(kind, "__array__")
 
     def _as_numpy(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
         wide = array.float() if array.dtype == self.torch.bfloat16 else array
@@ -382,9 +426,9 @@ class _TorchArrays:
 
     # -- weights and constants -------------------------------------------------------------------------------
 
-    def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def lifted(self, array: np.ndarray[Any, Any], dtype: DType) -> torch.Tensor:
         """Return an array as a tensor on the device. On the CPU, it may share memory with the array."""
-        return self._shared(array).to(self.device)
+        return self.on.load(self._shared(array), self._dtype(dtype), array)
 
     def _shared(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Return an array as a tensor of the CPU. It shares memory with the array if PyTorch supports the strides."""
@@ -399,7 +443,7 @@ class _TorchArrays:
 
     def constant(self, literal: Literal) -> torch.Tensor:
         """Return a constant as a tensor; NumPy stores bf16 constants in float32, which is exact."""
-        return self.lifted(literal.array).to(self._dtype(literal.dtype))
+        return self.lifted(literal.array, literal.dtype)
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """Return a weight as a tensor. If one array is passed under several names, it becomes one tensor."""
@@ -415,10 +459,12 @@ class _TorchArrays:
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
                 raise misfit(name, declared, shown(array))
-            if key not in self._weights:
+            owner, tensor = self._weights.get(key, (None, None))
+            if owner is None or tensor is None or owner() is None:
                 # A checkpoint's bf16 weight is passed as float32.
-                self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
-            return self._weights[key]
+                tensor = self.lifted(array, wanted.dtype)
+                self._weights[key] = weakref.ref(array), tensor
+            return tensor
         dense = layout_of(value) == "strided"
         if not dense or not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
             raise misfit(name, declared, shown(value))

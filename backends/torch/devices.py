@@ -8,16 +8,21 @@ and status words (`treadle.backends.torch.status`) are copied back together, wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from treadle.backends.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _ALIGNMENT = 64
 """Alignment in bytes of each array in a buffer of several arrays."""
+
+PIECE = 64 << 20
+"""Maximum number of bytes of a weight that one copy moves to the device, except for a longer row of its first axis."""
 
 
 class TorchDevice:
@@ -65,6 +70,42 @@ class TorchDevice:
         moved = buffer.to(self.device, non_blocking=True)
         places = zip(arrays, offsets, strict=True)
         return [moved[at : at + x.nbytes].view(x.dtype).view(x.shape) for x, at in places]
+
+    def load(self, array: torch.Tensor, dtype: torch.dtype, source: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Return a weight or a constant of the CPU on the device, in another dtype if it differs. `source` is the array
+        whose memory it may share.
+
+        On an asynchronous device, it is copied in pieces of at most `PIECE` bytes along its first axis. The pages of a
+        mapped file are released after each piece, so that the host's memory does not grow by the model's size.
+        """
+        import torch
+
+        if not self.is_asynchronous or self.missing is not None or not array.dim() or not array.numel():
+            return array.to(self.device).to(dtype)
+        loaded = torch.empty(array.shape, dtype=dtype, device=self.device)
+        step = max(1, PIECE // (array.nbytes // array.shape[0]))
+        for at in range(0, array.shape[0], step):
+            loaded[at : at + step].copy_(array[at : at + step])
+            give_back(source[at : at + step])
+        return loaded
+
+    def borrow(self, value: Any) -> torch.Tensor:
+        """Return an array of another library as a tensor that shares its memory, through DLPack. On a GPU, the array's
+        library makes the current stream wait for its own work.
+        """
+        import torch
+
+        borrowed: torch.Tensor = torch.from_dlpack(value)
+        return borrowed
+
+    def free_bytes(self) -> int | None:
+        """Return the number of free bytes of the device's memory; None if it is unknown, as for the CPU."""
+        import torch
+
+        if self.device.type != "cuda" or self.missing is not None:
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def to_host(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy tensors of the device to the CPU, with one wait for all of them. This waits for all pending work."""

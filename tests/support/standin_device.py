@@ -224,6 +224,11 @@ class StandInDevice(TorchDevice):
     def wait(self) -> None:
         _count("wait")
 
+    def borrow(self, value: Any) -> torch.Tensor:
+        """Return the tensor of a `tests.standin_checks.Foreign`: a capsule of DLPack would need an address."""
+        borrowed: torch.Tensor = value.tensor
+        return borrowed
+
 
 def moved(states: Mapping[str, Any]) -> dict[str, Any]:
     """Return the elements of states or outputs on the CPU, uncounted."""
