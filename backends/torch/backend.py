@@ -19,7 +19,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import Failure, PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import Call, Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     layout_of,
@@ -33,6 +33,7 @@ from treadle.backends.refusals import (
 from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.attention_forms import notes_on_attention
+from treadle.backends.torch.capture_decision import capture_obstacles, notes_on_capture
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
@@ -59,6 +60,8 @@ from treadle.passes.memory.storage_plan import StoragePlan
 
 if TYPE_CHECKING:
     import torch
+
+    from treadle.backends.torch.captured_graphs import CapturedGraphs
 
 _INTEGER_PRODUCTS = (MatMul, Einsum)  # PyTorch has these for integers on the CPU only
 
@@ -174,7 +177,9 @@ class TorchBackend(StagedBackend):
         met = {name: _Met(node.op) for name, node in program.references.items()}
         namespace = {"constants": constants, "device": device.device, "reference": SimpleNamespace(**met)}
         namespace["poison"] = partial(_poison, arena, arrays, held)
-        notes = tuple(notes_on_attention(graph)) if device.is_asynchronous else ()
+        entries = [entry for entry in graph.later_entries if capture_obstacles(graph, entry, plan)]
+        arrays.not_captured = frozenset(entry.name for entry in entries)
+        notes = (*notes_on_attention(graph), *notes_on_capture(graph, plan)) if device.is_asynchronous else ()
         return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
 
 
@@ -282,6 +287,13 @@ class _TorchArrays:
         import torch
 
         self.torch, self.on, self.device, self.threads = torch, device, device.device, threads
+        self.graphs: CapturedGraphs | None = None
+        if device.can_capture:
+            from treadle.backends.torch.captured_graphs import CapturedGraphs
+
+            self.graphs = CapturedGraphs(device)
+        self.not_captured: frozenset[str] = frozenset()
+        """Entries that cannot be captured."""
         self._weights: dict[tuple[Any, ...], tuple[weakref.ref[np.ndarray[Any, Any]], torch.Tensor]] = {}
         """Tensors of weights by the address of their array, and the array: after its end, another has the address."""
 
@@ -355,12 +367,16 @@ class _TorchArrays:
             return arguments
         if self.on.missing is not None:
             raise self.on.missing.with_traceback(None)
+        from treadle.backends.torch.captured_graphs import bounds_around
+
         entered = list(arguments)
         outside = [at for at, array in enumerate(arguments) if array.device.type == "cpu"]
         for at, moved in zip(outside, self.on.to_device([arguments[at] for at in outside]), strict=True):
             entered[at] = moved
             if moved.dim() == 1 and moved.dtype == self.torch.int64 and moved.numel() <= _KNOWN:
-                moved.on_host = arguments[at].tolist()  # type: ignore[attr-defined]
+                moved.on_host = values = arguments[at].tolist()  # type: ignore[attr-defined]
+                if values:
+                    moved.bounds = bounds_around(values)  # type: ignore[attr-defined]
         return entered
 
     def settings(self) -> _TorchSettings:
@@ -386,6 +402,11 @@ class _TorchArrays:
         array = array.clone() if shared else array
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
         return array if self.on.is_asynchronous or self._gives_tensors(given) else self._as_numpy(array)
+
+    def run(self, call: Call, status: list[Any]) -> Mapping[str, Any]:
+        if self.graphs is None or call.entry in self.not_captured:
+            return call.run(status)
+        return self.graphs.run(call, status)
 
     def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         """Copy outputs and status words to the host, with one wait. Outputs stay on the device if the caller passed

@@ -7,8 +7,8 @@ and status words (`treadle.backends.torch.status`) are copied back together, wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from treadle.backends.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+X = TypeVar("X")
 _ALIGNMENT = 64
 """Alignment in bytes of each array in a buffer of several arrays."""
 
@@ -106,6 +107,24 @@ class TorchDevice:
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+
+    @property
+    def can_capture(self) -> bool:
+        """True if `capture` is supported."""
+        return self.device.type == "cuda" and self.missing is None
+
+    def capture(self, run: Callable[[], X]) -> tuple[X, Callable[[], None]]:
+        """Capture the kernels of a run as a graph. Return the run's result, and a function that launches the kernels
+        again, on the same memory. The run is not executed here.
+
+        Raises RuntimeError if the run waits for the device.
+        """
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = run()
+        return result, graph.replay
 
     def to_host(self, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy tensors of the device to the CPU, with one wait for all of them. This waits for all pending work."""

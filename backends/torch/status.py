@@ -25,6 +25,7 @@ class Record(NamedTuple):
     failed   bool[]: true if the check failed
     value    i64[] or i32[]: the first index that is out of range; otherwise undefined
     row      i64[]: its position among the indices
+    words    the words of all records of the call, in the first record of a captured graph; see `packed`
     """
 
     line: int
@@ -33,6 +34,7 @@ class Record(NamedTuple):
     failed: Tensor
     value: Tensor
     row: Tensor
+    words: Tensor | None = None
 
 
 Status = list[Record]
@@ -51,6 +53,8 @@ def record(at: At, report: StatusKind, size: int, values: Tensor, failed: Tensor
 
 def packed(status: Status) -> Tensor:
     """Return i64[n, 3] for n records: 1 if the check failed, the index, and the row."""
+    if status[0].words is not None:
+        return status[0].words
     return torch.stack([word for each in status for word in (each.failed, each.value, each.row)]).view(-1, 3)
 
 

@@ -129,7 +129,7 @@ class StandInTensor(torch.Tensor):
             raise MixedDevices(f"{func}: " + ", ".join(f"{x.device}{list(x.shape)}" for x in tensors))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu") if _is_own(kwargs["device"]) else kwargs["device"]
-        if _reads_back(func, args):
+        if reads_back(func, args):
             _count("wait")
         inner_args, inner_kwargs = tree_map_only(StandInTensor, lambda x: x.inner, (args, kwargs))
         made = func(*inner_args, **inner_kwargs)
@@ -141,7 +141,7 @@ class StandInTensor(torch.Tensor):
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
-def _reads_back(func: Any, args: Any) -> bool:
+def reads_back(func: Any, args: Any) -> bool:
     """Return True if the host needs values of the device to run an op: for its result, or for the result's shape."""
     if torch.Tag.data_dependent_output in func.tags:
         return True
