@@ -87,6 +87,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "sizes": ("B=2,S=3", {"B": 2, "S": 3}),
     "donate": ("tokens", ("tokens",)),
     "cache": ("f16", "f16"),
+    "torch_compile": ("", True),
 }
 """A text and a value of each option that has a flag."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -432,7 +433,7 @@ def _assert_same_error(here: Any, there: Any, call: Callable[[Any], object]) -> 
 def capture(entry: Any) -> None:
     """Let Dynamo capture an entry as one graph, which then runs in its place."""
     torch._dynamo.reset()
-    entry._run = torch.compile(entry._run, fullgraph=True, backend="eager")
+    entry.function = torch.compile(entry.function, fullgraph=True, backend="eager")
 
 
 @pytest.fixture
@@ -469,6 +470,42 @@ def test_a_step_is_captured_as_one_graph(name: str, as_a_device: TorchDevice) ->
         capture(there._step)
         for token in (1, 2):
             _assert_near(here.step({0: token, 1: 9}), there.step({0: token, 1: 9}))
+
+
+@pytest.fixture
+def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile capture whole graphs without compiling them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("eager_compile")
+def test_torch_compile_is_an_option_of_the_cpu() -> None:
+    given = inputs_of("gpt2")
+    wanted = treadle.compile("gpt2", backend="torch", **SMALL)(**given)["logits"]
+    exe = treadle.compile("gpt2", backend="torch", torch_compile=True, **SMALL)
+    for _ in range(2):
+        np.testing.assert_allclose(exe(**given)["logits"], wanted, atol=1e-5)
+    wrong = {"tokens": given["tokens"] + 99}
+    here = treadle.compile("gpt2", backend="torch", **SMALL)
+    assert message(lambda: exe(**wrong)) == message(lambda: here(**wrong))
+    with pytest.raises(UsageError, match="torch_compile applies to backend torch"):
+        treadle.compile("gpt2", backend="numpy", torch_compile=True, **SMALL)
+
+
+@pytest.mark.usefixtures("eager_compile")
+def test_steps_of_a_session_are_compiled_once() -> None:
+    here, there = (
+        t.compile("gpt2", backend="torch", torch_compile=on, **SMALL).session(rows=2, capacity=64)
+        for on in (False, True)
+    )
+    for session in (here, there):
+        session.prefill({session.open(): [1, 2, 3], session.open(): [4, 5]})
+    _assert_near(here.step({0: 5, 1: 6}), there.step({0: 5, 1: 6}))
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for token in range(12):
+        _assert_near(here.step({0: token, 1: 6}), there.step({0: token, 1: 6}))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
 
 
 # -- attention --------------------------------------------------------------------------------------------------

@@ -185,6 +185,7 @@ class Compiled:
                 self.weights,
                 cache,
                 device_sampling=device_sampling,
+                torch_compile=bool(self.options.get("torch_compile")),
             )
         return self._steps[key]
 

@@ -99,18 +99,20 @@ def step_of(
     *,
     before: Sequence[str] = (),
     device_sampling: str | None = None,
+    torch_compile: bool = False,
 ) -> SteppedModel:
     """Derive the decoding step of an optimized graph, and compile it.
 
     cache   the dtype of its caches; see `derive_step`
     before  backends that "auto" prefers to others
     device_sampling  the tokens that sessions return in place of logits; see `derive_step`
+    torch_compile    True for the torch backend with torch.compile
 
     Raises PassError, with the reasons, if no step can be derived from the model; BackendError if the backend does not
     support states.
     """
     derived = run(graph, [DeriveStep(cache, device_sampling)]).products[DerivedStep]
-    chosen = choose_backend(backend, derived.graph, target, before=before)
+    chosen = choose_backend(backend, derived.graph, target, before=before, torch_compile=torch_compile)
     executable, optimized = build(chosen.backend, derived.graph, target, weights, why=chosen.why)
     assert isinstance(executable, StatefulExecutable)  # `build_executable` refuses other backends
     return SteppedModel(name, derived, optimized, executable, chosen.name)
@@ -168,4 +170,5 @@ def stepped_program(program: Program) -> SteppedModel:
         weights,
         chosen.cache,
         device_sampling=chosen.device_sampling,
+        torch_compile=chosen.torch_compile,
     )

@@ -154,6 +154,12 @@ class PythonExecutable(EntryExecutable):
         """
         self.weights, self.arena = module.weights, arena
 
+    def transform(self, transformation: Callable[[Any], Any]) -> None:
+        """Replace the function of each entry, for example by its compiled form."""
+        for entry in self.called.values():
+            assert isinstance(entry, _PythonEntry)
+            entry.function = transformation(entry.function)
+
 
 class _Module:
     """An emitted module after its execution, with its weights."""
@@ -214,7 +220,7 @@ class _PythonEntry:
         self, module: _Module, kinds: StateKinds, graph: Graph, function: Function, plan: StoragePlan | None
     ) -> None:
         self._module, self._kinds, self._name = module, kinds, function.name
-        self._run = module.scope[module.program.entries[function.name]]
+        self.function = module.scope[module.program.entries[function.name]]
         self.signature = Signature(graph, function)
         self.inputs = self.signature.ports
         self.outputs = ports(function.outputs)
@@ -245,7 +251,7 @@ class _PythonEntry:
         reports = self._name in module.program.reporting
         try:
             states = held, self._has_states
-            call = Call(self._name, sizes, self._run, arguments, module.weights, states, places, reports)
+            call = Call(self._name, sizes, self.function, arguments, module.weights, states, places, reports)
             results = arrays.run(call, status)
         except Exception as error:
             raise module.explained(error) from error

@@ -96,6 +96,23 @@ class TorchBackend(StagedBackend):
 
     name = "torch"
 
+    def __init__(self, *, torch_compile: bool = False) -> None:
+        """`torch_compile`: True to compile emitted programs with torch.compile, whole and without reads by the host."""
+        self.torch_compile = torch_compile
+
+    def with_torch_compile(self) -> TorchBackend:
+        """Return this backend with torch.compile."""
+        return type(self)(torch_compile=True)
+
+    def _device(self, target: Target) -> TorchDevice:
+        """Return the device of a target. With torch.compile, a program for the CPU is also one that reads nothing back:
+        a read would split the captured graph.
+        """
+        device = find_device(target)
+        if self.torch_compile and not device.is_asynchronous:
+            return TorchDevice(device.device, is_asynchronous=True)
+        return device
+
     def available(self) -> str | None:
         """Return None if PyTorch is installed, else a message."""
         if importlib.util.find_spec("torch") is None:
@@ -125,7 +142,7 @@ class TorchBackend(StagedBackend):
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
-        on_gpu = find_device(target).is_asynchronous
+        on_gpu = self._device(target).is_asynchronous and target.kind != "cpu"
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
@@ -136,15 +153,14 @@ class TorchBackend(StagedBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
-        return (
-            replace(_CAPABILITIES, reads_blocks=_reads_blocks) if find_device(target).is_asynchronous else _CAPABILITIES
-        )
+        on_device = self._device(target).is_asynchronous
+        return replace(_CAPABILITIES, reads_blocks=_reads_blocks) if on_device else _CAPABILITIES
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
         once, and plan the lifetime of each tensor.
         """
-        mine, on_cpu = self.capabilities(target), not find_device(target).is_asynchronous
+        mine, on_cpu = self.capabilities(target), not self._device(target).is_asynchronous
         layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
         narrow = () if on_cpu else (DecodeNarrow(),)
         decoding = (*narrow, DecodeLast(gathered=not on_cpu))
@@ -162,11 +178,11 @@ class TorchBackend(StagedBackend):
         """Generate the module and return its executable. On the CPU, weights in their original layout share memory with
         the caller's arrays or the mapped file. Raises BackendError for a missing weight.
         """
-        device = find_device(target)
+        device = self._device(target)
         made, plan, poison = recipes_of(graph), needed_plan(plan, self.name), poisons()
         dialect = replace(PACKED, reports=device.is_asynchronous)
         program = emit(graph, dialect, plan, tuple(notes_on(made)), poison)
-        arrays = _TorchArrays(device, target.threads)
+        arrays = _TorchArrays(device, target.threads, knows_values=not self.torch_compile)
         constants = tuple(map(arrays.constant, program.constants))
         _check_room(graph, device)
         tensors = collect_weights(graph, made, weights, arrays.weight)
@@ -180,7 +196,12 @@ class TorchBackend(StagedBackend):
         entries = [entry for entry in graph.later_entries if capture_obstacles(graph, entry, plan)]
         arrays.not_captured = frozenset(entry.name for entry in entries)
         notes = (*notes_on_attention(graph), *notes_on_capture(graph, plan)) if device.is_asynchronous else ()
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+        made_executable = PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+        if self.torch_compile:
+            import torch
+
+            made_executable.transform(torch.compile)
+        return made_executable
 
 
 def _check_room(graph: Graph, device: TorchDevice) -> None:
@@ -283,9 +304,11 @@ class _TorchSettings(Settings):
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`."""
 
-    def __init__(self, device: TorchDevice, threads: int | None) -> None:
+    def __init__(self, device: TorchDevice, threads: int | None, *, knows_values: bool = True) -> None:
+        """`knows_values`: True if kernels get the values of short vectors of integers, and not only their limits."""
         import torch
 
+        self._knows_values = knows_values
         self.torch, self.on, self.device, self.threads = torch, device, device.device, threads
         self.graphs: CapturedGraphs | None = None
         if device.can_capture:
@@ -374,7 +397,9 @@ class _TorchArrays:
         for at, moved in zip(outside, self.on.to_device([arguments[at] for at in outside]), strict=True):
             entered[at] = moved
             if moved.dim() == 1 and moved.dtype == self.torch.int64 and moved.numel() <= _KNOWN:
-                moved.on_host = values = arguments[at].tolist()  # type: ignore[attr-defined]
+                values = arguments[at].tolist()
+                if self._knows_values:
+                    moved.on_host = values  # type: ignore[attr-defined]
                 if values:
                     moved.bounds = bounds_around(values)  # type: ignore[attr-defined]
         return entered

@@ -235,6 +235,14 @@ class RunningOptions:
         Flag("cache", "DTYPE"),
         but=_ENTRIES.difference({"load", "session", "generate", "explain step"}),
     )
+    torch_compile: bool = _option(
+        False,
+        "let torch.compile compile the program that the torch backend emits, at the first calls; off by default, since "
+        "the gain has not been measured (docs/gpu.md)",
+        "Compile the program of the torch backend with torch.compile.",
+        Flag("torch-compile"),
+        but=_ENTRIES.difference({"compile", "session", "generate"}),
+    )
     device_sampling: str | None = _option(
         None,
         "tokens that a step of generation returns in place of logits, so that only they are copied from the device: "
