@@ -20,6 +20,7 @@ from treadle.benching.workload import Workload
 from treadle.cli import COMMANDS, app
 from treadle.compiling import compile_program
 from treadle.continuation import TextWriter
+from treadle.explaining.device import explain_device
 from treadle.explaining.fusion import explain_fusion
 from treadle.explaining.layouts import explain_layouts
 from treadle.explaining.memory import explain_memory
@@ -264,6 +265,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "explain quantization": lambda **given: explain_quantization("gpt2", **given),
     "explain sharding": lambda **given: explain_sharding("gpt2", mesh="tp=2", **given),
     "explain step": lambda **given: explain_step("gpt2", **given),
+    "explain device": lambda **given: explain_device("gpt2", **given),
 }
 
 

@@ -38,6 +38,7 @@ from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DECODED, DTYPES, SPELLINGS, keeps
+from treadle.backends.torch.weight_reads import notes_on_weights
 from treadle.files.installation import pip_install
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.errors import BackendError, Hint
@@ -195,7 +196,9 @@ class TorchBackend(StagedBackend):
         namespace["poison"] = partial(_poison, arena, arrays, held)
         entries = [entry for entry in graph.later_entries if capture_obstacles(graph, entry, plan)]
         arrays.not_captured = frozenset(entry.name for entry in entries)
-        notes = (*notes_on_attention(graph), *notes_on_capture(graph, plan)) if device.is_asynchronous else ()
+        notes = ()
+        if device.is_asynchronous:
+            notes = (*notes_on_attention(graph), *notes_on_weights(graph), *notes_on_capture(graph, plan))
         made_executable = PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
         if self.torch_compile:
             import torch

@@ -48,7 +48,7 @@ def record(at: At, report: StatusKind, size: int, values: Tensor, failed: Tensor
     """Record a check of values on the device. `failed` has the shape of `values`, which must not be empty."""
     status, line = at
     any_failed, row = failed.reshape(-1).max(0)
-    status.append(Record(line, report, size, any_failed, values.reshape(-1).take(row), row))
+    status.append(Record(line, report, size, any_failed, values.reshape(-1).index_select(0, row.view(1))[0], row))
 
 
 def packed(status: Status) -> Tensor:

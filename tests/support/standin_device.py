@@ -210,6 +210,16 @@ for _name in ("arange", "arange.start", "arange.start_step"):  # PyTorch's own r
 _LIBRARY.impl("_copy_from", _copy_from)
 
 
+def _undivided(name: str) -> None:
+    """Compute a product as one op. PyTorch's own decomposition for a vector resizes a result in place."""
+    packet = getattr(torch.ops.aten, name).default
+    _LIBRARY.impl(name, lambda *args: StandInTensor.__torch_dispatch__(packet, (), args))
+
+
+_undivided("linear")
+_undivided("matmul")
+
+
 class StandInDevice(TorchDevice):
     """The device for the torch backend. Its tensors have no addresses."""
 

@@ -100,9 +100,9 @@ def choose_backend(
     )
 
 
-def _compiling(named: str, before: Sequence[str]) -> BackendChoice:
+def _compiling(name: str, before: Sequence[str]) -> BackendChoice:
     """Return the torch backend with torch.compile. Raises UsageError for another backend."""
-    name = "torch" if named == AUTO and not before else named
+    name = "torch" if name == AUTO and not before else name
     backend = find_backend(name)
     variant = getattr(backend, "with_torch_compile", None)
     if variant is None:

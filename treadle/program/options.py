@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step")
+EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step", "device")
 """The subjects of `treadle explain`. Each subject has an entry function."""
 
 _ELSEWHERE = ", ".join(name for name in HARDWARE if name not in ("cpu", "cuda"))
-_LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory")}
+_LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory", "device")}
 _EXPLAIN = {f"explain {subject}" for subject in EXPLAINED}
 _SHARDED = {"shard", "rank", "explain sharding"}
 _ENTRIES = frozenset(
