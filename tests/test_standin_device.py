@@ -350,6 +350,52 @@ def test_quantized_weights_stay_quantized_on_the_device() -> None:
     assert sum("decode_int8_rows(" in line for line in lines) == 2  # the rows of tokens, and the table for the logits
 
 
+SMOL = {"layers": 2, "dim": 256, "hidden": 768, "heads": 4, "kv_heads": 2, "vocab": 1536, "tied": True}
+
+
+def test_products_of_bf16_read_groups_of_4_bits() -> None:
+    """The stand-in multiplies the packed form as PyTorch documents it for GPUs."""
+    given, options = {"tokens": np.arange(12).reshape(1, 12)}, {"quantize": "int4", "dtype": "bf16", "seed": 1, **SMOL}
+    wanted = treadle.compile("llama", backend="torch", **options)(**given)["logits"]
+    with standin():
+        exe: Any = treadle.compile("llama", backend="torch", target="cuda", **options)
+        made = exe(**given)["logits"]
+    np.testing.assert_allclose(made, wanted, atol=0.02 * float(np.abs(wanted).max()))
+    assert exe.source.count("kernels.group_linear(") == 5 and "decode_int4_groups" not in exe.source
+    weights = [each for name, each in exe.executable.weights.items() if not name.endswith("*")]
+    tensors = [x for each in weights for x in (each if isinstance(each, tuple) else (each,))]
+    numbers = sum(v.type.decoded.bytes_at({}) // 4 for v in exe.graph.parameters.values())
+    assert sum(x.nbytes for x in tensors) <= 0.36 * 2 * numbers
+    notes = exe.optimized.lowered.log[-1].notes
+    assert sum("a product of bf16 and 4-bit integers, torch._weight_int4pack_mm" in note for note in notes) == 5
+
+
+def test_a_program_for_another_gpu_is_inspected_with_its_products() -> None:
+    options = {"quantize": "int4", "dtype": "bf16", **SMOL}
+    assert "group_linear" in treadle.compile("llama", backend="torch", target="h100", **options).source
+    old = treadle.compile("llama", backend="torch", target="cuda", **options)
+    assert "group_linear" not in old.source
+    refusals = [refusal for record in old.optimized.lowered.log for refusal in record.refusals]
+    assert any("needs compute capability 8.0, it is unknown" in str(each) for each in refusals)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("scheme", ["int8_rows", "uint8_rows"])
+def test_products_of_8_bit_integers_are_exact_on_a_device(rows: int, scheme: str) -> None:
+    rng = np.random.default_rng(rows)
+    weight = parse_encoding("int8_rows").encode(rng.standard_normal((24, 64)).astype(np.float32))
+    x = parse_encoding(scheme).encode(rng.standard_normal((rows, 64)).astype(np.float32))
+    wanted = kernels.encoded_linear(torch.from_numpy(x), torch.from_numpy(weight), None)
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        product = torch._int_mm
+        patch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or product(a, b))
+        made = kernels.encoded_linear(torch.from_numpy(x).to(DEVICE), torch.from_numpy(weight).to(DEVICE), None)
+    assert calls == [(max(rows, 17), 64)]
+    if torch.cpu._is_vnni_supported():
+        torch.testing.assert_close(made.inner, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 def test_decoded_groups_of_4_bits_are_bitwise_those_of_numpy(group: int) -> None:
     encoding = parse_encoding(f"int4_groups({group})")

@@ -36,6 +36,7 @@ from treadle.backends.torch.attention_forms import notes_on_attention
 from treadle.backends.torch.capture_decision import capture_obstacles, notes_on_capture
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
+from treadle.backends.torch.int4_groups import packed_groups, refuses_groups, weights_in_groups
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DECODED, DTYPES, SPELLINGS, keeps
 from treadle.backends.torch.weight_reads import notes_on_weights
@@ -56,6 +57,7 @@ from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
+from treadle.passes.lowering.multiply_groups import MultiplyGroups
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
@@ -154,8 +156,12 @@ class TorchBackend(StagedBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
-        on_device = self._device(target).is_asynchronous
-        return replace(_CAPABILITIES, reads_blocks=_reads_blocks) if on_device else _CAPABILITIES
+        device = self._device(target)
+        if not device.is_asynchronous:
+            return _CAPABILITIES
+        return replace(
+            _CAPABILITIES, reads_blocks=_reads_blocks, refuses_groups=partial(refuses_groups, device.capability)
+        )
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
@@ -164,9 +170,12 @@ class TorchBackend(StagedBackend):
         mine, on_cpu = self.capabilities(target), not self._device(target).is_asynchronous
         layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
         narrow = () if on_cpu else (DecodeNarrow(),)
+        groups = () if on_cpu else (MultiplyGroups(mine),)
         decoding = (*narrow, DecodeLast(gathered=not on_cpu))
-        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine))
-        return (*products, *layouts, HoistWeights(mine), PlanStorage(mine))
+        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine), *groups)
+        # torch.compile plans memory itself, and does not support writes to views of one arena in several dtypes
+        storage = PlanStorage() if self.torch_compile else PlanStorage(mine)
+        return (*products, *layouts, HoistWeights(mine), storage)
 
     def emit(
         self,
@@ -187,6 +196,8 @@ class TorchBackend(StagedBackend):
         constants = tuple(map(arrays.constant, program.constants))
         _check_room(graph, device)
         tensors = collect_weights(graph, made, weights, arrays.weight)
+        for name, group in weights_in_groups(graph).items() if device.missing is None else ():
+            tensors[name] = packed_groups(tensors[name], group)
         laid = {name: v.layout for name, v in graph.entry_parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
         held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
@@ -411,7 +422,7 @@ class _TorchArrays:
         return _TorchSettings(self.on, self.threads)
 
     def storage(self, array: torch.Tensor) -> int:
-        return self.on.storage(array)
+        return self.on.storage(array) if isinstance(array, self.torch.Tensor) else id(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
         return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)

@@ -32,16 +32,22 @@ class TorchDevice:
     device           the device itself
     is_asynchronous  True if reading a value on the host waits for the device
     missing          the error of a call if this machine lacks the device; `device` is then the CPU, which holds weights
+    capability       compute capability of an NVIDIA GPU; None if it is unknown
     """
 
     has_inference_mode = True
     """True if programs run in PyTorch's inference mode."""
 
     def __init__(
-        self, device: torch.device, *, is_asynchronous: bool | None = None, missing: BackendError | None = None
+        self,
+        device: torch.device,
+        *,
+        is_asynchronous: bool | None = None,
+        missing: BackendError | None = None,
+        capability: tuple[int, int] | None = None,
     ) -> None:
         """`is_asynchronous` is by default True for all devices except the CPU."""
-        self.device, self.missing = device, missing
+        self.device, self.missing, self.capability = device, missing, capability
         self.is_asynchronous = device.type != "cpu" if is_asynchronous is None else is_asynchronous
 
     def storage(self, array: torch.Tensor) -> int:
@@ -168,8 +174,10 @@ def find_device(target: Target) -> TorchDevice:
         return TorchDevice(torch.device("cpu"))
     missing = _missing(target)
     if missing is not None:
-        return TorchDevice(torch.device("cpu"), is_asynchronous=True, missing=missing)
-    return TorchDevice(torch.device("cuda") if target.index is None else torch.device("cuda", target.index))
+        capability = target.hardware.capability
+        return TorchDevice(torch.device("cpu"), is_asynchronous=True, missing=missing, capability=capability)
+    device = torch.device("cuda") if target.index is None else torch.device("cuda", target.index)
+    return TorchDevice(device, capability=torch.cuda.get_device_capability(device))
 
 
 def _missing(target: Target) -> BackendError | None:

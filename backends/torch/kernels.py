@@ -21,6 +21,7 @@ from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     encode_int8_rows,
     encode_uint8_rows,
     encoded_linear,
+    group_linear,
 )
 from treadle.backends.torch.status import At, record
 from treadle.ir.attention.attention_terms import Padding

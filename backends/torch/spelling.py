@@ -113,6 +113,9 @@ SPELLINGS: dict[str, Spelling] = {
         "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
     ),
     "decode": lambda line: _decoded(line),
+    "group_linear": lambda line: (
+        f"kernels.group_linear({line.x}, {line.weight}, {line.array('bias')}, {line.op.of.group})"
+    ),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),

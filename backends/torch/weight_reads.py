@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from treadle.ir.builder import describe_source
 from treadle.ir.graph import Graph, Node, Value
-from treadle.ir.ops.blocks import EncodedLinear
+from treadle.ir.ops.blocks import EncodedLinear, GroupLinear
 
 Uses = Mapping[Value, Sequence[tuple[Node, int]]]
 
@@ -28,6 +28,8 @@ def _reads(value: Value, uses: Uses, once: bool) -> Iterator[tuple[Node, str]]:
             continue
         if isinstance(node.op, EncodedLinear):
             yield node, "a product of 8-bit integers"
+        elif isinstance(node.op, GroupLinear):
+            yield node, "a product of bf16 and 4-bit integers, torch._weight_int4pack_mm"
         elif node.op.decodes and once:
             yield node, "decoded once, when weights are bound"
         elif node.op.decodes:

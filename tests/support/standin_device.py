@@ -129,6 +129,8 @@ class StandInTensor(torch.Tensor):
             raise MixedDevices(f"{func}: " + ", ".join(f"{x.device}{list(x.shape)}" for x in tensors))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu") if _is_own(kwargs["device"]) else kwargs["device"]
+        if func._overloadpacket in _OF_GPUS:
+            return StandInTensor(_OF_GPUS[func._overloadpacket](*map(_inner, args)))
         if reads_back(func, args):
             _count("wait")
         inner_args, inner_kwargs = tree_map_only(StandInTensor, lambda x: x.inner, (args, kwargs))
@@ -181,6 +183,31 @@ def _count_copy(source: torch.Tensor, *, into: bool, waits: bool) -> None:
             _count("wait")
 
 
+def _pack_int4(pairs: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Return the bytes in an order of our own, in the shape of PyTorch's result on a GPU."""
+    n, k = pairs.shape[0], 2 * pairs.shape[1]
+    assert n % 8 == 0 and k % (16 * tiles) == 0 and pairs.dtype == torch.uint8 and pairs.is_contiguous()
+    return pairs.clone().view(torch.int32).view(n // 8, k // (16 * tiles), 32, tiles // 2)
+
+
+def _multiply_int4(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply as `aten::_weight_int4pack_mm` does on a GPU, with the packing of `_pack_int4`."""
+    assert x.dtype == scales.dtype == torch.bfloat16 and x.dim() == 2 and x.is_contiguous()
+    n, k = 8 * packed.shape[0], x.shape[1]
+    assert scales.shape == (k // group, n, 2)
+    pairs = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
+    q = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(n, k // group, group).float() - 8
+    scale, zero = (each.float().t()[..., None] for each in scales.unbind(-1))
+    return (x.float() @ (q * scale + zero).view(n, k).bfloat16().float().t()).bfloat16()
+
+
+_OF_GPUS = {
+    torch.ops.aten._convert_weight_to_int4pack: _pack_int4,
+    torch.ops.aten._weight_int4pack_mm: _multiply_int4,
+}
+"""Ops that PyTorch has on GPUs only."""
+
+
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
     _count("allocation")
     return StandInTensor(torch.empty(size, dtype=dtype, device="cpu"))
@@ -226,7 +253,7 @@ class StandInDevice(TorchDevice):
     has_inference_mode = False
 
     def __init__(self) -> None:
-        super().__init__(DEVICE)
+        super().__init__(DEVICE, capability=(9, 0))
 
     def storage_of(self, array: torch.Tensor) -> int:
         return array.untyped_storage()._cdata
