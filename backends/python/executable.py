@@ -50,7 +50,7 @@ class Settings(ABC):
         """
 
 
-class Call(NamedTuple):
+class EntryCall(NamedTuple):
     """A call of an entry of an emitted module.
 
     entry      the entry's name
@@ -108,7 +108,7 @@ class Arrays(Protocol):
         """
         ...
 
-    def run(self, call: Call, status: list[Any]) -> Mapping[str, Any]:
+    def run(self, call: EntryCall, status: list[Any]) -> Mapping[str, Any]:
         """Run an entry. A program for a device adds records to `status`."""
         ...
 
@@ -251,7 +251,7 @@ class _PythonEntry:
         reports = self._name in module.program.reporting
         try:
             states = held, self._has_states
-            call = Call(self._name, sizes, self.function, arguments, module.weights, states, places, reports)
+            call = EntryCall(self._name, sizes, self.function, arguments, module.weights, states, places, reports)
             results = arrays.run(call, status)
         except Exception as error:
             raise module.explained(error) from error

@@ -19,7 +19,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import Call, Failure, PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import EntryCall, Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     layout_of,
@@ -207,7 +207,7 @@ class TorchBackend(StagedBackend):
         namespace["poison"] = partial(_poison, arena, arrays, held)
         entries = [entry for entry in graph.later_entries if capture_obstacles(graph, entry, plan)]
         arrays.not_captured = frozenset(entry.name for entry in entries)
-        notes = ()
+        notes: tuple[str, ...] = ()
         if device.is_asynchronous:
             notes = (*notes_on_attention(graph), *notes_on_weights(graph), *notes_on_capture(graph, plan))
         made_executable = PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
@@ -442,7 +442,7 @@ class _TorchArrays:
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
         return array if self.on.is_asynchronous or self._gives_tensors(given) else self._as_numpy(array)
 
-    def run(self, call: Call, status: list[Any]) -> Mapping[str, Any]:
+    def run(self, call: EntryCall, status: list[Any]) -> Mapping[str, Any]:
         if self.graphs is None or call.entry in self.not_captured:
             return call.run(status)
         return self.graphs.run(call, status)

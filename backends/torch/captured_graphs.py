@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from treadle.backends.python.executable import Call
+from treadle.backends.python.executable import EntryCall
 from treadle.backends.torch.cached_terms import BUCKET
 from treadle.backends.torch.devices import TorchDevice
 from treadle.backends.torch.status import Status, packed
@@ -79,7 +79,7 @@ class CapturedGraphs:
         self._lock = threading.RLock()
         self._calls: OrderedDict[Hashable, _Repeated] = OrderedDict()
 
-    def run(self, call: Call, status: Status) -> Mapping[str, Tensor]:
+    def run(self, call: EntryCall, status: Status) -> Mapping[str, Tensor]:
         """Run an entry, or replay its graph. The results belong to the caller."""
         with self._lock:
             states, _ = call.states
@@ -102,11 +102,11 @@ class CapturedGraphs:
                 status[0] = status[0]._replace(words=status[0].words.clone())
             return {name: x.clone() for name, x in graph.results.items()}
 
-    def _first(self, key: Hashable, call: Call, status: Status) -> Mapping[str, Tensor]:
+    def _first(self, key: Hashable, call: EntryCall, status: Status) -> Mapping[str, Tensor]:
         """Run an entry, and collect the limits of its inputs."""
         limits: list[list[tuple[int, int]]] = [[] for _ in call.arguments]
         for x, own in zip(call.arguments, limits, strict=True):
-            x.limits = own  # type: ignore[attr-defined]
+            x.limits = own
         results = call.run(status)
         states, _ = call.states
         weakref.finalize(states, self._calls.pop, key, None).atexit = False
@@ -115,10 +115,10 @@ class CapturedGraphs:
             self._calls.popitem(last=False)
         return results
 
-    def _capture(self, call: Call) -> _Graph | None:
+    def _capture(self, call: EntryCall) -> _Graph | None:
         inputs = [x.clone() for x in call.arguments]
         for own, given in zip(inputs, call.arguments, strict=True):
-            own.bounds = _bounds_of(given)  # type: ignore[attr-defined]
+            own.bounds = _bounds_of(given)
         status: Status = []
 
         def run() -> Mapping[str, Tensor]:

@@ -102,7 +102,7 @@ class TorchDevice:
         """
         import torch
 
-        borrowed: torch.Tensor = torch.from_dlpack(value)
+        borrowed: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
         return borrowed
 
     def free_bytes(self) -> int | None:

@@ -71,9 +71,11 @@ def _readers(graph: Graph, function: Function, value: Value) -> Iterator[Node]:
     """Yield the nodes that read a value, also in the functions to which it is passed."""
     for node in function.nodes:
         for position, operand in enumerate(node.operands):
-            if operand is value and node.op.callee is None:
+            if operand is not value:
+                continue
+            if node.op.callee is None:
                 yield node
-            elif operand is value:
+            else:
                 callee = graph.functions[node.op.callee]
                 yield from _readers(graph, callee, callee.arguments[position])
 

@@ -217,7 +217,7 @@ class GroupLinear(Composite):
     bias = Operand(optional=True)
     of: Encoding = GROUPS_OF_4
 
-    def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
+    def encodings(self, types: Sequence[Type | None], application: Application) -> Sequence[Encoding | None]:
         weight = types[1]
         if self.of.form != GROUPS_OF_4.form or weight is None or weight.encoding != self.of:
             raise RuleError(f"weight is not encoded as {self.of}", received=str(weight))

@@ -49,7 +49,9 @@ class MultiplyGroups(SiteRewrite[Site]):
         assert blocks is not None
         x, _, *bias = site.root.operands
         operands = [x, blocks, bias[0] if bias else None]
-        op = GroupLinear(of=blocks.type.encoding)
+        encoding = blocks.type.encoding
+        assert encoding is not None
+        op = GroupLinear(of=encoding)
         return b.expr(b.emit(op, operands, site.root.results[0].name).result)
 
 

@@ -41,9 +41,8 @@ class DeviceReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model} on {self.target}, with the torch backend"]
-        for title in ("attention", "weights", "capture"):
-            rows = getattr(self, title)
-            if rows:
+        for title, rows in vars(self).items():
+            if rows and isinstance(rows, tuple):
                 lines += ["", f"{title}:", *(f"  {row}" for row in rows)]
         return "\n".join(lines)
 
