@@ -421,7 +421,7 @@ class _TorchArrays:
     def settings(self) -> _TorchSettings:
         return _TorchSettings(self.on, self.threads)
 
-    def storage(self, array: torch.Tensor) -> int:
+    def storage(self, array: Any) -> int:
         return self.on.storage(array) if isinstance(array, self.torch.Tensor) else id(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
