@@ -85,6 +85,7 @@ __all__ = [
     "round",
     "round_to",
     "rsqrt",
+    "sample_token",
     "scatter_add",
     "sigmoid",
     "sign",
@@ -839,6 +840,27 @@ def round_to(x: TensorLike, /, *, format: str, saturate: bool = False, name: str
 
 def rsqrt(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = x^(-1/2); inf at 0, NaN below"""
+
+def sample_token(
+    x: TensorLike,
+    temperature: TensorLike,
+    top_k: TensorLike,
+    top_p: TensorLike,
+    min_p: TensorLike,
+    draw: TensorLike,
+    /,
+    *,
+    name: str | None = None,
+) -> Tensor:
+    """y = an id drawn from softmax(x / temperature), restricted to the `top_k` greatest elements, to the smallest set
+    whose probability reaches `top_p` (Holtzman et al. 2020), and to probabilities of at least `min_p` times the
+    greatest one (Nguyen et al. 2024)
+
+    The candidates are ordered, greatest first, and of equal ones the lower id first. y is the first candidate at which
+    the running sum of probabilities is greater than `draw` times their total, so `draw`, which is uniform in [0, 1),
+    determines the result. Without a temperature above 0, y is the greatest element; `top_k` of 0 keeps all. y is -1 if
+    x has a NaN, or if its greatest element is infinite. 16-bit floats are computed in f32.
+    """
 
 def scatter_add(
     target: TensorLike,

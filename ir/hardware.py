@@ -53,6 +53,18 @@ class Hardware:
         """Operations per second of float32 products, in the tensor cores' tf32 if the device has it."""
         return self.rates.get("tf32", self.rates["f32"])
 
+    def seconds(self, flops: float, bytes: float, rate: float | None = None) -> float:
+        """Return the least time in seconds for `flops` operations on `bytes` of memory (the roofline of Williams et al.
+        2009). `rate` is the number of operations per second, by default `product_rate`.
+        """
+        return max(flops / (rate or self.product_rate), bytes / self.bandwidth)
+
+    def link(self, reach: int) -> float:
+        """Return the bytes per second of the link between devices. `reach` is the number of consecutive devices that
+        the group extends over (`Mesh.reach`); beyond the node, the link is the slow one.
+        """
+        return self.fast if reach <= self.node else self.slow
+
 
 def _cpu(name: str, kind: str, description: str, rate: float, bandwidth: float) -> Hardware:
     return Hardware(name, kind, description, bandwidth, MappingProxyType({"f32": rate}))
@@ -114,6 +126,14 @@ _ROWS = (
 
 HARDWARE: dict[str, Hardware] = {row.name: row for row in _ROWS}
 """All hardware by name. `add_hardware` adds a row. The levels of x86-64 are defined by its psABI."""
+
+
+def find_hardware(name: str, what: str = "device") -> Hardware:
+    """Return the hardware of that name. Raises UsageError if the name is unknown; `what` is the name's role."""
+    found = HARDWARE.get(name)
+    if found is None:
+        raise UsageError(f"unknown {what} {name!r}", hint="one of " + ", ".join(HARDWARE))
+    return found
 
 
 def add_hardware(hardware: Hardware) -> None:

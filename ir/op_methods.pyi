@@ -381,6 +381,18 @@ class OpMethods:
     def round(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
     def round_to(self, x: ExprLike, /, *, format: str, saturate: bool = False, name: str | None = None) -> Expr: ...
     def rsqrt(self, x: ExprLike, /, *, name: str | None = None) -> Expr: ...
+    def sample_token(
+        self,
+        x: ExprLike,
+        temperature: ExprLike,
+        top_k: ExprLike,
+        top_p: ExprLike,
+        min_p: ExprLike,
+        draw: ExprLike,
+        /,
+        *,
+        name: str | None = None,
+    ) -> Expr: ...
     def scatter_add(
         self,
         target: ExprLike,

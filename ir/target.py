@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from treadle.ir.errors import UsageError
-from treadle.ir.hardware import HARDWARE, Hardware
+from treadle.ir.hardware import Hardware, find_hardware
 
 MOST_THREADS = 1024
 """The largest number of threads of a target: the operating system kills a process that starts a million."""
@@ -31,8 +31,8 @@ class Target:
 
     def __post_init__(self) -> None:
         base, colon, index = self.name.partition(":")
-        if base not in HARDWARE or (colon and not (base == "cuda" and index.isdecimal())):
-            raise UsageError(f"unknown target {self.name!r}", hint="one of " + ", ".join(HARDWARE))
+        selects = base == "cuda" and index.isdecimal()
+        find_hardware(base if not colon or selects else self.name, "target")
         if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MOST_THREADS):
             raise UsageError(
                 f"the number of threads of a target must be an integer from 1 to {MOST_THREADS}",
@@ -48,7 +48,7 @@ class Target:
     @property
     def hardware(self) -> Hardware:
         """The record of the hardware."""
-        return HARDWARE[self.name.partition(":")[0]]
+        return find_hardware(self.name.partition(":")[0], "target")
 
     @property
     def index(self) -> int | None:
@@ -84,7 +84,7 @@ class Target:
         predict.
         """
         hardware = self.hardware
-        return max(flops / hardware.rates["f32"], bytes / hardware.bandwidth) / (self.threads or 1)
+        return hardware.seconds(flops, bytes, hardware.rates["f32"]) / (self.threads or 1)
 
     def __str__(self) -> str:
         return self.name

@@ -81,6 +81,11 @@ def reads_no_blocks(node: Node, position: int) -> bool:
     return False
 
 
+def refuses_all_groups(weight: Value) -> str | None:
+    """Return the reason why no product reads weights in groups of 4 bits."""
+    return "the backend has no kernel for weights in groups of 4 bits"
+
+
 def takes_rows(weight: Encoding) -> bool:
     """Return True for weights with one scale per row."""
     return weight == ROWS
@@ -114,6 +119,7 @@ class Capabilities:
     takes       returns True if the backend multiplies rounded values with weights of an encoding as integers
     reads_blocks  returns True if a node reads encoded weights as blocks: the decode stays directly before that node,
                 and `bind` stores the blocks
+    refuses_groups  returns the reason why products decode a weight in groups of 4 bits; None: a kernel reads the groups
     grouped     the nodes that the backend computes together, so that only the last of them needs a storage
     parts       returns True if a step can write its result as a part of another value
     over        the operands that a step may overwrite with its result, element by element
@@ -128,6 +134,7 @@ class Capabilities:
     multiplies: Multiplies = field(default=multiplies_none, repr=False)
     takes: Callable[[Encoding], bool] = field(default=takes_rows, repr=False)
     reads_blocks: Callable[[Node, int], bool] = field(default=reads_no_blocks, repr=False)
+    refuses_groups: Callable[[Value], str | None] = field(default=refuses_all_groups, repr=False)
     grouped: Grouping = field(default=each_alone, repr=False)
     parts: Parts = field(default=every_part, repr=False)
     over: Over = field(default=over_nothing, repr=False)

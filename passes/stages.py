@@ -249,18 +249,20 @@ class DeriveStep(TransformStage):
     """Entries that compute one token after another, over states: see `treadle.passes.stepping.derivation`. The stage
     makes a `DerivedStep`.
 
-    cache  the dtype in which caches store keys and values; None: the dtype in the model
+    cache     the dtype in which caches store keys and values; None: the dtype in the model
+    sampling  the tokens that are returned in place of logits; see `derive_step`
     """
 
     row: ClassVar[str] = "step"
     requires: ClassVar[Facts] = frozenset({STATELESS, UNLIMITED, PORTABLE})
     ends: ClassVar[Facts] = frozenset({STATELESS})
     cache: str | DType | None = None
+    sampling: str | None = None
 
     def transformed(self, graph: Graph) -> tuple[Graph, Mapping[type[Any], Any]]:
         from treadle.passes.stepping.derivation import DerivedStep, derive_step
 
-        derived = derive_step(graph, cache=self.cache)
+        derived = derive_step(graph, cache=self.cache, sampling=self.sampling)
         return derived.graph, {DerivedStep: derived}
 
 

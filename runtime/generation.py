@@ -6,6 +6,7 @@ for token in generate(session, [[464, 3139], [15496]], most=32):
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
+from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
@@ -40,7 +42,8 @@ class Token:
     row      number of its prompt
     id       token id
     ending   the reason if the row ends with this token, else None
-    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options
+    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options; NaN if
+             the device chose the token, since the host has no logits
     likely   the requested number of most likely tokens at this position, in order, each with its log probability
     """
 
@@ -85,13 +88,13 @@ class Choosing:
         scores = self.rules.apply(logits, prompt=prompt, generated=made, end=tuple(self.stop), is_last=is_last)
         return self.sampling.choose(scores, row=number, step=len(made))
 
-    def token(self, logits: Array, number: int, made: Sequence[int], is_full: bool) -> Token:
+    def token(self, logits: Array | None, number: int, made: Sequence[int], is_full: bool) -> Token:
         """Return the last generated token, with the reason if it ends the row. `is_full`: the row has no room for
-        another token.
+        another token. Without logits, the log probability is NaN.
         """
         chosen = made[-1]
-        scores = log_probabilities(logits)
-        best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely else ()
+        scores = None if logits is None else log_probabilities(logits)
+        best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely and scores is not None else ()
         ending: Ending | None = "end" if chosen in self.stop else None
         if self.until is not None and self.until(number, chosen):
             ending = ending or "stop"
@@ -99,16 +102,35 @@ class Choosing:
             ending = "context"
         if ending is None and len(made) == self.most:
             ending = "count"
+        if scores is None:
+            return Token(number, chosen, ending, math.nan)
         return Token(number, chosen, ending, float(scores[chosen]), tuple((int(i), float(scores[i])) for i in best))
+
+    def check_device(self, how: str) -> None:
+        """Raise UsageError for options that need logits, where tokens are chosen on the device as `how`."""
+        needs = [
+            name
+            for name, is_set in (("rules", self.rules not in (None, _NO_RULES)), ("likely", self.likely > 0))
+            if is_set
+        ]
+        if needs:
+            raise UsageError(
+                f"{' and '.join(needs)} need logits, and this session chooses tokens on the device",
+                received=str(self.rules) if "rules" in needs else f"likely={self.likely}",
+                hint=Hint("a session without device_sampling", "leave out --device-sampling"),
+            )
+        sampling_inputs(how, [TokenDraw(self.sampling)])
 
 
 @dataclass
 class _Running:
-    """A prompt in generation: its number, its row, and the logits after its last token."""
+    """A prompt in generation: its number, its row, and the logits after its last token, or the token that the device
+    has chosen from them.
+    """
 
     number: int
     row: int
-    logits: Array
+    logits: Array | int
     made: list[int] = field(default_factory=list)
 
 
@@ -141,6 +163,8 @@ def generate(
     room, or a session without a free row.
     """
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
+    if session.derived.sampling is not None:
+        choosing.check_device(session.derived.sampling)
     rows, given = checked_prompts(session, prompts, inputs)
     if rows and not session.free:
         raise no_free_row()
@@ -174,21 +198,31 @@ def _generated(
     running: list[_Running] = []
     try:
         while waiting or running:
-            running += _joined(session, prompts, inputs, waiting)
+            running += _joined(session, prompts, inputs, waiting, choosing)
             if not running:
                 raise no_free_row()
             going: dict[int, int] = {}
             for each in list(running):
-                chosen = choosing.choose(each.logits, each.number, prompts[each.number], each.made)
+                logits = None if isinstance(each.logits, int) else each.logits
+                chosen = (
+                    each.logits
+                    if isinstance(each.logits, int)
+                    else choosing.choose(each.logits, each.number, prompts[each.number], each.made)
+                )
                 each.made.append(chosen)
-                token = choosing.token(each.logits, each.number, each.made, is_full(session, each.row))
+                token = choosing.token(logits, each.number, each.made, is_full(session, each.row))
                 if token.last:
                     running.remove(each)
                     session.close(each.row, keep=True)
                 else:
                     going[each.row] = chosen
                 yield token
-            if going:
+            if going and session.derived.sampling is not None:
+                draws = {each.row: TokenDraw(choosing.sampling, each.number, len(each.made)) for each in running}
+                sampled = session.sample({row: [token] for row, token in going.items()}, draws)
+                for each in running:
+                    each.logits = sampled[each.row]
+            elif going:
                 found = session.step(going)
                 for each in running:
                     each.logits = found[each.row]
@@ -198,13 +232,18 @@ def _generated(
 
 
 def _joined(
-    session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
+    session: Session,
+    prompts: list[list[int]],
+    inputs: Sequence[dict[str, Any]],
+    waiting: deque[int],
+    choosing: Choosing,
 ) -> list[_Running]:
     """Open a row for each waiting prompt until no row is free. If an error occurs, all these rows are closed.
 
     The prompts are prefilled together. A prompt that begins like another prompt is prefilled later, from the common
-    prefix.
+    prefix, unless the device chooses the tokens: a row that is forked has no logits from which its own is drawn.
     """
+    samples = session.derived.sampling is not None
     left = [waiting.popleft() for _ in range(min(len(waiting), session.free))]
     joined: dict[int, _Running] = {}
     before = set(session.rows)
@@ -213,15 +252,21 @@ def _joined(
             reading: list[int] = []
             later: dict[int, int] = {}
             for number in left:
-                alike = {n: prompts[n] for n in reading if _bring_the_same(inputs[n], inputs[number])}
+                near = [] if samples else [n for n in reading if _bring_the_same(inputs[n], inputs[number])]
+                alike = {n: prompts[n] for n in near}
                 ahead = prompt_ahead(session, prompts[number], alike)
                 if ahead is None:
                     reading.append(number)
                 else:
                     later[number] = ahead[0]
             rows = {number: session.resume(prompts[number], **inputs[number]) for number in reading}
-            logits = session.prefill({row: prompts[n][session.length(row) :] for n, row in rows.items()})
-            joined |= {number: _Running(number, row, logits[row]) for number, row in rows.items()}
+            pieces = {row: prompts[n][session.length(row) :] for n, row in rows.items()}
+            found: Mapping[int, Array | int]
+            if samples:
+                found = session.sample(pieces, {row: TokenDraw(choosing.sampling, n) for n, row in rows.items()})
+            else:
+                found = session.prefill(pieces)
+            joined |= {number: _Running(number, row, found[row]) for number, row in rows.items()}
             left = []
             for number, first in later.items():
                 if prompts[number] == prompts[first]:

@@ -12,7 +12,7 @@ from treadle.ir.composites import body_of
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Value
 from treadle.ir.operation import Composite
-from treadle.passes.stepping.derivation import DerivedStep
+from treadle.passes.stepping.derivation import DerivedStep, logits_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def token_ports(derived: DerivedStep) -> TokenPorts:
             hint='an input i64["B S"]; for any other model, call the entries of derive_step directly',
         )
     vocabulary = min(_looked_up(function, {tokens}), default=None)
-    return TokenPorts(tokens.name, dtype.numpy, vocabulary, _logits(derived, function))
+    return TokenPorts(tokens.name, dtype.numpy, vocabulary, logits_of(derived.graph.name, function, derived.axis))
 
 
 def _looked_up(function: Function, ids: set[Value]) -> list[int]:
@@ -79,21 +79,3 @@ def _looked_up(function: Function, ids: set[Value]) -> list[int]:
             if application.factors[name].role is Role.INDEXED and size is not None:
                 sizes.append(size)
     return sizes
-
-
-def _logits(derived: DerivedStep, function: Function) -> str:
-    found = [
-        name
-        for name, value in function.outputs.items()
-        if value.type.rank == 3 and value.type.dtype.is_float and value.type.shape[1].as_symbol == derived.axis
-    ]
-    if len(found) == 1:
-        return found[0]
-    if "logits" in found:
-        return "logits"
-    if found:
-        raise UsageError(
-            f"{derived.graph.name} returns {', '.join(found)} for each token, and none is named logits",
-            hint="name one of them logits",
-        )
-    raise UsageError("a session needs a model with logits [B, S, vocab]", received=derived.graph.name)

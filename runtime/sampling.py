@@ -56,13 +56,18 @@ class Sampling:
         """Return the next token id from logits [vocab]. Raises UsageError if no logit is finite."""
         scores = logits.astype(np.float64)
         if not np.isfinite(scores).any() or np.isnan(scores).any():
-            raise UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")
+            raise no_finite_logit()
         if self.temperature == 0:
             return int(scores.argmax())
         order, probabilities = self.distribution(scores)
-        drawn = np.random.default_rng([self.seed, row, step]).random()
-        at = int(np.searchsorted(np.cumsum(probabilities), drawn, side="right"))
+        at = int(np.searchsorted(np.cumsum(probabilities), self.draw(row, step), side="right"))
         return int(order[min(at, len(order) - 1)])
+
+    def draw(self, row: int, step: int) -> float:
+        """Return the random number in [0, 1) of a row and a step: the first one of NumPy's default generator, seeded
+        with seed, row and step.
+        """
+        return float(np.random.default_rng([self.seed, row, step]).random())
 
     def distribution(self, logits: Array) -> tuple[Array, Array]:
         """Return the ids that can be drawn from logits [vocab], most likely first (the lower id among equals), and
@@ -79,3 +84,8 @@ class Sampling:
         kept &= probabilities >= self.min_p * probabilities[0]
         kept[0] = True
         return order[kept], probabilities[kept] / probabilities[kept].sum()
+
+
+def no_finite_logit() -> UsageError:
+    """Return the error for logits from which no token can be chosen."""
+    return UsageError("no token can be chosen: the logits are not finite", hint="treadle verify, to find the op")

@@ -26,11 +26,15 @@ from treadle.ir.errors import UsageError
 from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
+from treadle.passes.stepping.sampled import SAMPLED
+from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.language_models import token_ports
+from treadle.runtime.sampling import no_finite_logit
 from treadle.runtime.slots import Ring, Row, Slots
 
 Array = np.ndarray[Any, Any]
 X = TypeVar("X")
+_GREEDY = TokenDraw()
 Full = Literal["error", "slide"]
 """The effect of appending to a full row: raise an error, or drop the older half of the row's tokens."""
 
@@ -244,14 +248,18 @@ class Session:
         """Append tokens to rows, any number for each; return the logits [vocab] after each row's last token.
 
         Raises UsageError, before anything is appended, for a row that is not open, an empty list, an id outside the
-        vocabulary, or more tokens than there is room for.
+        vocabulary, more tokens than there is room for, or a session that chooses tokens on the device.
         """
-        left = {row: self._checked(row, ids) for row, ids in _by_row(tokens)}
-        self._make_room({row: len(ids) for row, ids in left.items()})
+        self._needs_logits("prefill")
+        return self._prefilled({row: self._checked(row, ids) for row, ids in _by_row(tokens)}, {})
+
+    def _prefilled(self, tokens: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
+        self._make_room({row: len(ids) for row, ids in tokens.items()})
+        left = dict(tokens)
         made: dict[int, Array] = {}
         while left:
             for group in self._groups({row: ids[: self.chunk] for row, ids in left.items()}):
-                made |= self._append(group)
+                made |= self._append(group, draws)
             left = {row: ids[self.chunk :] for row, ids in left.items() if len(ids) > self.chunk}
         return made
 
@@ -259,12 +267,47 @@ class Session:
         """Append one token to each of these rows. Return the logits [vocab] after each row's token. Raises UsageError
         as `prefill` does.
         """
-        ids = {row: self._checked(row, [token]) for row, token in _by_row(tokens)}
+        self._needs_logits("step")
+        return self._stepped({row: self._checked(row, [token]) for row, token in _by_row(tokens)}, {})
+
+    def _stepped(self, ids: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
         if not ids:
             return {}
         self._make_room(dict.fromkeys(ids, 1))
-        logits = self._run(self._step, ids, np.array(list(ids.values()), self._ports.dtype))
-        return {row: logits[n, 0] for n, row in enumerate(ids)}
+        found = self._run(self._step, ids, np.array(list(ids.values()), self._ports.dtype), draws)
+        return {row: found[n] for n, row in enumerate(ids)}
+
+    def sample(
+        self, tokens: Mapping[int, Sequence[int]], draws: Mapping[int, TokenDraw] | None = None
+    ) -> dict[int, int]:
+        """Append tokens to rows, any number for each, and return the token that the device chooses after them.
+
+        draws  sampling options by row; greedy for a row without any
+
+        Only the chosen tokens are copied to the host, four bytes for each row. Raises UsageError as `prefill` does, for
+        a session that returns logits, and if the logits of a row are not finite.
+        """
+        if self.derived.sampling is None:
+            raise UsageError(
+                "this session returns logits, and chooses no tokens", hint='device_sampling="greedy" or "random"'
+            )
+        draws = draws or {}
+        ids = {row: self._checked(row, each) for row, each in _by_row(tokens)}
+        sampling_inputs(self.derived.sampling, draws.values())  # refused before anything is appended
+        single = {row: each for row, each in ids.items() if len(each) == 1}
+        longer = {row: each for row, each in ids.items() if len(each) > 1}
+        self._make_room({row: len(each) for row, each in ids.items()})
+        found = {**self._prefilled(longer, draws), **self._stepped(single, draws)}
+        if any(int(found[row]) < 0 for row in ids):
+            raise no_finite_logit()
+        return {row: int(found[row]) for row in ids}
+
+    def _needs_logits(self, method: str) -> None:
+        if self.derived.sampling is not None:
+            raise UsageError(
+                f"{method} returns logits, and this session chooses tokens on the device",
+                hint="sample, or a session without device_sampling",
+            )
 
     def verify(self, row: int, tokens: Sequence[int]) -> Array:
         """Return the logits [n, vocab] after each of n tokens that would follow a row; the row is unchanged.
@@ -316,8 +359,16 @@ class Session:
             raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
         return ids
 
-    def _run(self, entry: Entry, pieces: Mapping[int, Sequence[int]], ids: Array, **inputs: Array) -> Array:
-        """Call an entry on ids [b, s] and append each row's piece; return the logits of all rows.
+    def _run(
+        self,
+        entry: Entry,
+        pieces: Mapping[int, Sequence[int]],
+        ids: Array,
+        draws: Mapping[int, TokenDraw] | None = None,
+        **inputs: Array,
+    ) -> Array:
+        """Call an entry on ids [b, s] and append each row's piece; return the logits of all rows: [b, vocab], or
+        without `draws` [b, s, vocab]. If the session chooses tokens on the device, return them for `draws`, i32[b].
 
         If the call fails, rows keep their tokens. Caches may have been written behind the last token of a row, which
         does no harm. Running sums may have advanced; rows with such sums are marked as lost.
@@ -327,6 +378,10 @@ class Session:
             np.array(rows, np.int64),
             np.array([self._rows[r].length for r in rows], np.int64),
         )
+        how = self.derived.sampling if draws is not None else None
+        if how is not None:
+            assert draws is not None
+            inputs |= sampling_inputs(how, [draws.get(row, _GREEDY) for row in rows])
         for row in rows:
             state = self._rows[row]
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
@@ -339,7 +394,10 @@ class Session:
             raise
         for row in rows:
             self._rows[row].tokens.extend(pieces[row])
-        return np.asarray(out[self._ports.logits])
+        if how is not None:
+            return np.asarray(out[self.derived.port_names[SAMPLED]])
+        logits = np.asarray(out[self._ports.logits])
+        return logits if draws is None else logits[:, 0]
 
     def _make_room(self, wanted: Mapping[int, int]) -> None:
         """Make room in rows for the given numbers of tokens. Raises UsageError for a full row that may not slide."""
@@ -362,7 +420,7 @@ class Session:
         state.tokens, state.forgotten = state.tokens[:forgotten], forgotten
         try:
             for at in range(0, len(kept), self.chunk):
-                self._append({row: kept[at : at + self.chunk]})
+                self._append({row: kept[at : at + self.chunk]}, {})
         except BaseException:
             state.tokens, state.is_lost = [*state.tokens[:forgotten], *kept], True
             raise
@@ -377,7 +435,7 @@ class Session:
             groups.setdefault(min(width, self.chunk), {})[row] = ids
         return list(groups.values())
 
-    def _append(self, pieces: Mapping[int, list[int]]) -> dict[int, Array]:
+    def _append(self, pieces: Mapping[int, list[int]], draws: Mapping[int, TokenDraw]) -> dict[int, Array]:
         width = max(map(len, pieces.values()))
         padded = _WIDTH * -(-width // _WIDTH)
         if padded <= self.chunk and all(self._rows[row].length + padded <= self.capacity for row in pieces):
@@ -386,8 +444,8 @@ class Session:
         for n, piece in enumerate(pieces.values()):
             ids[n, : len(piece)] = piece
         last = np.array([len(piece) - 1 for piece in pieces.values()], np.int64)
-        logits = self._run(self._prefill, pieces, ids, last=last)
-        return {row: logits[n, 0] for n, row in enumerate(pieces)}
+        found = self._run(self._prefill, pieces, ids, draws, last=last)
+        return {row: found[n] for n, row in enumerate(pieces)}
 
     def __repr__(self) -> str:
         used = ", ".join(f"{row}: {state.length}" for row, state in self._rows.items())

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 import treadle
 from tests.many_cases import every_case
-from tests.support.standin_device import Counts, standin
+from tests.support.standin_device import HOST, Counts, standin
 from tests.test_models import ZOO
 from tests.test_op_suite import Held, forwards, gradients, hold, samples_of
 from treadle.ir.analysis.drawn_inputs import draw_inputs, small_sizes
@@ -30,18 +31,34 @@ the CPU their bias and activation are fused, and a rounded activation may become
 """
 
 
+class Foreign:
+    """An array of another library, which has only `__dlpack__`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.tensor.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
 def check_op(name: str, *, thorough: bool = True) -> None:
     """Compare an op with the bounds of the op suite: on every sample and dtype, forward and gradient, or only forward
-    in the samples' own dtypes.
+    in the samples' own dtypes. No line of its program may wait for the device.
     """
-    with standin(kind="cpu"), every_case() as each:
+    with standin(kind="cpu") as counts, every_case() as each:
         for held in [*forwards(name), *gradients(name)] if thorough else own_forwards(name):
             with each(held.what):
+                counts.clear()
                 try:
                     hold("torch", held)
                 except BackendError as error:
                     if "PyTorch does not multiply matrices of integers on a GPU" not in str(error):
                         raise
+                waits = counts.lines("wait")
+                assert waits.keys() <= {HOST}, f"the program reads back from the device: {waits}"
 
 
 def own_forwards(name: str) -> list[Held]:

@@ -24,8 +24,7 @@ from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.ir.builder import Builder
 from treadle.ir.errors import BackendError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.hardware import HARDWARE, add_hardware
-from treadle.ir.placement.machines import find_machine
+from treadle.ir.hardware import HARDWARE, add_hardware, find_hardware
 from treadle.ir.source_lines import SourceLine
 from treadle.ir.target import Target
 
@@ -74,16 +73,12 @@ def test_how_long_a_target_takes_at_least(name: str, rate: float, bandwidth: flo
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200", "a100", "l4", "rtx4090"])
 def test_a_gpu_is_one_record_for_costs_and_sharding(name: str) -> None:
-    hardware, target, machine = HARDWARE[name], Target(name), find_machine(name)
-    assert target.hardware is hardware and target.kind == "cuda" and target.cores() is None
-    assert (machine.bandwidth, machine.memory) == (hardware.bandwidth, hardware.memory)
-    assert (
-        target.seconds(0, hardware.memory)
-        == machine.seconds(0, hardware.memory)
-        == hardware.memory / hardware.bandwidth
-    )
-    assert target.seconds(hardware.rates["f32"], 0) == 1.0
-    assert hardware.rates["f32"] <= hardware.rates["tf32"] == machine.flops < hardware.rates["bf16"]
+    hardware, target = HARDWARE[name], Target(name)
+    assert target.hardware is hardware is find_hardware(name) and target.kind == "cuda" and target.cores() is None
+    needed = hardware.memory / hardware.bandwidth
+    assert target.seconds(0, hardware.memory) == hardware.seconds(0, hardware.memory) == needed
+    assert target.seconds(hardware.rates["f32"], 0) == hardware.seconds(hardware.rates["tf32"], 0) == 1.0
+    assert hardware.rates["f32"] <= hardware.rates["tf32"] == hardware.product_rate < hardware.rates["bf16"]
     assert ("fp8" in hardware.rates) == (name != "a100")  # from compute capability 8.9 on
 
 
@@ -94,8 +89,7 @@ def test_a_name_that_is_no_target(name: str) -> None:
 
 
 def test_hardware_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", rows := dict(HARDWARE))
-    monkeypatch.setattr("treadle.ir.target.HARDWARE", rows)
+    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", dict(HARDWARE))
     add_hardware(replace(HARDWARE["h100"], name="mine", bandwidth=1e12))
     assert Target("mine").seconds(0, 1e12) == 1.0 and "mine" not in HARDWARE
     for wrong in ({"name": "mine"}, {"name": "a:1"}, {"name": "new", "kind": "fpga"}, {"name": "new", "rates": {}}):

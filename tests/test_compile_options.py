@@ -20,6 +20,7 @@ from treadle.benching.workload import Workload
 from treadle.cli import COMMANDS, app
 from treadle.compiling import compile_program
 from treadle.continuation import TextWriter
+from treadle.explaining.device import explain_device
 from treadle.explaining.fusion import explain_fusion
 from treadle.explaining.layouts import explain_layouts
 from treadle.explaining.memory import explain_memory
@@ -87,10 +88,11 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "sizes": ("B=2,S=3", {"B": 2, "S": 3}),
     "donate": ("tokens", ("tokens",)),
     "cache": ("f16", "f16"),
+    "torch_compile": ("", True),
 }
 """A text and a value of each option that has a flag."""
 
-VALUES = {name: value for name, (_, value) in SAMPLES.items()}
+VALUES = {name: value for name, (_, value) in SAMPLES.items()} | {"device_sampling": "greedy"}
 
 
 def flagged(*entries: str) -> list[Option]:
@@ -263,6 +265,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "explain quantization": lambda **given: explain_quantization("gpt2", **given),
     "explain sharding": lambda **given: explain_sharding("gpt2", mesh="tp=2", **given),
     "explain step": lambda **given: explain_step("gpt2", **given),
+    "explain device": lambda **given: explain_device("gpt2", **given),
 }
 
 

@@ -431,3 +431,16 @@ def test_penalties_of_the_command_are_those_of_hugging_face(folder: Path) -> Non
     assert text["tokens"] == wanted[0, len(prompt) :].tolist()
     plain = json.loads(generated(str(folder), "the cat", "--tokens", "12", "--json").stdout)
     assert plain["texts"][0]["tokens"] != text["tokens"]
+
+
+def test_the_command_chooses_tokens_on_the_device(folder: Path) -> None:
+    options = ["--backend", "torch", "--tokens", "6", "--temperature", "0.9", "--seed", "3"]
+    host, device = (
+        CliRunner().invoke(app, ["generate", str(folder), "the cat", "a", *options, *more])
+        for more in ([], ["--device-sampling"])
+    )
+    assert device.exit_code == 0, device.output
+    assert device.stdout == host.stdout
+    for more in (["--logprobs", "0"], ["--speculate"], ["--beams", "2"]):
+        refused = CliRunner().invoke(app, ["generate", str(folder), "a", "--device-sampling", *more])
+        assert refused.exit_code == 2 and "device" in refused.output, refused.output

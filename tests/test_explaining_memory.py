@@ -22,6 +22,7 @@ from treadle.explaining.memory_drawing import HEIGHT, WIDTH, _legend, draw_memor
 from treadle.explaining.memory_timeline import timeline_of
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.ir.sizing.sizes import Size
+from treadle.reporting.counts import human
 
 each_backend = pytest.mark.parametrize("backend", ["numpy", pytest.param("tvm", marks=needs_tvm)])
 SIZES = {"B": 2, "S": 13}
@@ -201,3 +202,17 @@ def test_two_builds_are_compared(tmp_path: Path) -> None:
     (tmp_path / "no.json").write_text("[1]")
     with pytest.raises(CheckpointError):
         read_memory(tmp_path / "no.json")
+
+
+def test_the_memory_of_a_gpu_has_all_that_a_call_needs() -> None:
+    """Quantized weights count as they are stored."""
+    plain, quantized = (
+        explain_memory("gpt2", backend="torch", target="h100", quantize=scheme, layers=2, dim=64, heads=4, vocab=100)
+        for scheme in (None, "int4")
+    )
+    for found in (plain, quantized):
+        assert found.total == found.peak + sum(found.apart.values())
+        size = f"{human(found.total, 'B')} of its 80 GB ({found.total:,} bytes)"
+        assert f"in the memory of h100: {size}" in str(found)
+    assert quantized.apart["weights"] < 0.6 * plain.apart["weights"]
+    assert "in the memory of" not in str(explain_memory("gpt2", backend="torch", layers=1, dim=64, heads=4, vocab=100))

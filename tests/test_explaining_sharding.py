@@ -25,7 +25,7 @@ from treadle.explaining.sharding_changes import Change
 from treadle.explaining.sharding_drawing import WIDTH, draw_sharding
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Function, Graph
-from treadle.ir.placement.machines import Machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.sharding.timetable import Busy, Cause, Timetable, timetable_of
 from treadle.sharding import device_needs, shard_model, try_in_lab
@@ -246,7 +246,7 @@ def test_a_mesh_with_more_ranks_than_there_is_room_for_is_drawn_in_part() -> Non
 
 # -- a timetable by hand -----------------------------------------------------------------------------------------------
 
-ROUND = Machine(flops=16.0, bandwidth=16.0, memory=1.0, node=2, fast=8.0, slow=4.0, latency=0.5)
+ROUND = Hardware("round", "cuda", "", 16.0, {"f32": 16.0}, memory=1.0, node=2, fast=8.0, slow=4.0, latency=0.5)
 
 
 def two_blocks() -> Graph:
@@ -287,8 +287,8 @@ def test_a_timetable_by_hand() -> None:
 @pytest.mark.parametrize(
     ("changed", "limits"),
     [
-        ({"flops": 1.0}, {"compute": 40, "memory bandwidth": 0, "links": 10, "latency": 0}),
-        ({"flops": 2.0}, {"compute": 0, "memory bandwidth": 22, "links": 10, "latency": 0}),
+        ({"rates": {"f32": 1.0}}, {"compute": 40, "memory bandwidth": 0, "links": 10, "latency": 0}),
+        ({"rates": {"f32": 2.0}}, {"compute": 0, "memory bandwidth": 22, "links": 10, "latency": 0}),
         ({"latency": 2.0}, {"compute": 0, "memory bandwidth": 22, "links": 0, "latency": 16}),
         ({"node": 1}, {"compute": 0, "memory bandwidth": 22, "links": 18, "latency": 0}),
     ],

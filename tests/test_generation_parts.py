@@ -181,7 +181,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 def held(full: str = "error", **more: Any) -> Any:
     """Return a stand-in for a session, with these properties."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
-    return SimpleNamespace(**{**facts, **more})
+    return SimpleNamespace(derived=SimpleNamespace(sampling=None), **{**facts, **more})
 
 
 def test_prompts_fill_a_row_at_most() -> None:
@@ -413,7 +413,7 @@ class _Model:
         port_names = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
             **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": port_names, "prologue": (),
-               "has_prologue": False, "carries": False, **facts}
+               "has_prologue": False, "carries": False, "sampling": None, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []
         self.exact_rows = True

@@ -399,6 +399,7 @@ CHANGING = {
     "passes/sites/product_sites.py": {"_Origin"},
     "backends/onnx/spelled_line.py": {"Tensor", "OnnxNode"},
     "backends/python/emission.py": {"_Text"},
+    "backends/torch/captured_graphs.py": {"_Repeated"},
     "backends/tvm/planning.py": {"Relocation", "Plan"},
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},

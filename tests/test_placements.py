@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.ir.errors import ParseError, PassError, UsageError
-from treadle.ir.placement.machines import Machine, find_machine
+from treadle.ir.hardware import Hardware, find_hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import (
     MeshPlacement,
@@ -216,20 +216,23 @@ def test_without_the_last_axis_a_split_is_the_split_over_the_others(text: str, s
 )
 def test_a_group_that_reaches_beyond_its_node_has_the_slow_link(mesh: str, over: str, is_fast: bool) -> None:
     """The group needs two of eight devices: the distance between its ranks decides about the link."""
-    machine, laid = find_machine("h100"), Mesh.of(mesh)
-    assert machine.link(laid, laid.parts_of(over)) == (machine.fast if is_fast else machine.slow)
+    machine, laid = find_hardware("h100"), Mesh.of(mesh)
+    assert machine.link(laid.reach(laid.parts_of(over))) == (machine.fast if is_fast else machine.slow)
 
 
 def test_machines_that_are_planned_for() -> None:
-    assert {
-        "cpu": Machine(60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
-        "a100": Machine(156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
-        "h100": Machine(495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
-    } == {name: find_machine(name) for name in ("cpu", "a100", "h100")}
-    assert find_machine("cpu").seconds(60e9, 10e9) == 1.0
-    assert find_machine("cpu").seconds(30e9, 40e9) == 2.0
+    figures = {
+        "cpu": (60e9, 20e9, 16e9, 1, 5e9, 5e9, 30e-6),
+        "a100": (156e12, 2.0e12, 80e9, 8, 300e9, 25e9, 5e-6),
+        "h100": (495e12, 3.35e12, 80e9, 8, 450e9, 50e9, 5e-6),
+    }
+    for name, expected in figures.items():
+        h = find_hardware(name)
+        assert (h.product_rate, h.bandwidth, h.memory, h.node, h.fast, h.slow, h.latency) == expected
+    assert find_hardware("cpu").seconds(60e9, 10e9) == 1.0
+    assert find_hardware("cpu").seconds(30e9, 40e9) == 2.0
     with pytest.raises(UsageError, match="unknown device 'tpu'"):
-        find_machine("tpu")
+        find_hardware("tpu")
 
 
 def test_containers_of_blocks_are_split_by_bytes() -> None:
@@ -277,7 +280,7 @@ def test_terms_lie_in_an_order_of_their_own() -> None:
 
 # -- costs -------------------------------------------------------------------------------------------------------------
 
-ROUND = Machine(flops=1.0, bandwidth=128.0, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
+ROUND = Hardware("round", "cuda", "", 128.0, {"f32": 1.0}, memory=1.0, node=4, fast=64.0, slow=16.0, latency=0.5)
 """A machine for round numbers: four ranks with an f32[8, 16] of 512 bytes."""
 
 

@@ -189,7 +189,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a size that is none": (set_in("sizes", "B", 0), "a number of 1 or more, not '0'"),
     "a size out of bounds": (set_in("sizes", "S", 10**9), "its sizes do not match the graph's symbols"),
     "a symbol more": (set_in("sizes", "Q", 3), "its sizes do not match the graph's symbols"),
-    "a rate of nothing": (set_in("machine", "flops", 0), "a rate is 0"),
+    "a rate of nothing": (set_in("machine", "rates", "f32", 0), "a rate is 0"),
     "a rate without bounds": (set_in("machine", "fast", float("inf")), "fast is not a finite rate of 0 or more"),
     "a text without end": (
         set_in("notes", ["x" * 5000]),
@@ -228,8 +228,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "no fast links": (set_in("machine", "fast", 0), "a rate is 0"),
     "no slow links": (set_in("machine", "slow", 0), "a rate is 0"),
     "a negative latency": (set_in("machine", "latency", -1), "latency is not a finite rate of 0 or more"),
-    "a rate that is a truth value": (set_in("machine", "flops", True), "flops is not a finite rate of 0 or more"),
-    "a rate that is a text": (set_in("machine", "flops", "1"), "flops is not a finite rate of 0 or more"),
+    "a rate that is a truth value": (
+        set_in("machine", "rates", "f32", True),
+        "the rate of f32 is not a finite rate of 0 or more",
+    ),
+    "a rate that is a text": (
+        set_in("machine", "rates", "f32", "1"),
+        "the rate of f32 is not a finite rate of 0 or more",
+    ),
     "a text too long": (set_in("notes", ["x" * 1001]), "expected a string of at most 1000 characters"),
 }
 

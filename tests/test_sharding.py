@@ -20,7 +20,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import PassError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import find_machine
+from treadle.ir.hardware import find_hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import parse_placement
 from treadle.ir.transforms.encoded_weights import encode_parameters
@@ -152,7 +152,7 @@ def test_a_value_in_two_placements_moves_from_the_nearer_one() -> None:
     """Weights in blocks move from the only placement that permits it."""
     mesh, b = Mesh.of("tp=4"), Builder(Graph("g"))
     rows, columns, whole = (parse_placement(text, mesh) for text in ("[tp, -]", "[-, tp]", "[-, -]"))
-    values = PlacedValues(Costs(mesh, find_machine("h100"), {"B": 8}), Wanted())
+    values = PlacedValues(Costs(mesh, find_hardware("h100"), {"B": 8}), Wanted())
     x, w = b.input("x", "f32[B, 16]").value, b.parameter("w", "f32[64, 64] as q8_0").value
     values.had |= {x: [rows, whole], w: [columns, rows]}
     assert values.conversion_to(x, columns)[1] == whole

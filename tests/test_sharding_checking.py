@@ -16,7 +16,7 @@ from treadle.ir.builder import Builder
 from treadle.ir.errors import PassError
 from treadle.ir.expressions import Expr
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import find_machine
+from treadle.ir.hardware import find_hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import MeshPlacement, parse_placement
 from treadle.ir.transforms.clone import clone_graph
@@ -58,7 +58,7 @@ def laid(model: Callable[[Builder], Expr], takes: str, *nodes: str, gives: str |
         planned.append(PlannedNode(node, shares, (), lie, (placed(made),)))
     outputs = planned[-1].gives if gives is None else (placed(gives),)
     main = PlannedFunction("main", b.graph.main, all_placed(takes), tuple(planned), (), outputs)
-    return ShardingPlan(b.graph, MESH, "", {}, "", {}, (main,), (), {}, find_machine("h100"))
+    return ShardingPlan(b.graph, MESH, "", {}, "", {}, (main,), (), {}, find_hardware("h100"))
 
 
 def product(b: Builder) -> Expr:

@@ -18,9 +18,8 @@ from treadle.ir.builder import Builder
 from treadle.ir.encodings.encoding import parse_encoding
 from treadle.ir.errors import PassError, SizeError
 from treadle.ir.graph import Graph
-from treadle.ir.hardware import HARDWARE, add_hardware
+from treadle.ir.hardware import HARDWARE, add_hardware, find_hardware
 from treadle.ir.interpreter import interpret
-from treadle.ir.placement.machines import find_machine
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import parse_placement
 from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights
@@ -191,10 +190,9 @@ def test_a_mesh_axis_that_splits_nothing_is_named() -> None:
 
 
 def test_a_machine_of_ones_own_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = replace(find_machine("h100"), fast=1e6)
+    slow = replace(find_hardware("h100"), fast=1e6)
     graph = recognized("gpt2")
-    monkeypatch.setattr("treadle.ir.placement.machines.HARDWARE", rows := dict(HARDWARE))
-    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", rows)
+    monkeypatch.setattr("treadle.ir.hardware.HARDWARE", dict(HARDWARE))
     add_hardware(replace(HARDWARE["h100"], name="mine", fast=1e6))
     plans = [shard(graph, "tp=2", recipe="megatron", device=device) for device in ("h100", slow, "mine")]
     seconds = [sum(c.seconds for c in plan.collectives()) for plan in plans]
@@ -254,9 +252,9 @@ def test_plans_need_one_entry_and_a_size_for_each_symbol() -> None:
     mesh = Mesh.of("tp=2")
     stepped = blocks()
     with pytest.raises(PassError, match="only a graph with one entry and no states can be sharded"):
-        plan_sharding(stepped, mesh, Wanted(), find_machine("h100"), {"B": 1, "S": 1})
+        plan_sharding(stepped, mesh, Wanted(), find_hardware("h100"), {"B": 1, "S": 1})
     with pytest.raises(SizeError, match="cost estimates need sizes for B, S") as error:
-        plan_sharding(recognized("gpt2"), mesh, Wanted(), find_machine("h100"), {})
+        plan_sharding(recognized("gpt2"), mesh, Wanted(), find_hardware("h100"), {})
     assert error.value.hint == "B=128"
 
 

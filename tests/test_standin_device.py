@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,10 @@ from treadle.ir.text.parser import parse_graph
 
 torch = pytest.importorskip("torch", minversion="2.9")
 
-from tests.standin_checks import check_model, check_op, model_cases
-from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInTensor, moved, standin
-from treadle.backends.torch import kernels
+from tests.standin_checks import Foreign, check_model, check_op, model_cases
+from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInDevice, StandInTensor, moved, standin
+from treadle.backends.mapped_files import give_back
+from treadle.backends.torch import devices, kernels
 from treadle.backends.torch.devices import TorchDevice
 
 Array = np.ndarray[Any, Any]
@@ -134,6 +137,90 @@ def test_tensors_on_the_device_stay_there() -> None:
         made = exe(tokens=tokens)["logits"]
     assert isinstance(made, StandInTensor) and counts.copies_in == 0 and counts.waits == 1
     np.testing.assert_allclose(made.inner.numpy(), wanted, atol=1e-5)
+
+
+def test_arrays_of_other_libraries_are_used_without_a_copy() -> None:
+    given = inputs_of("gpt2")["tokens"]
+    wanted = treadle.compile("gpt2", backend="torch", **SMALL)(tokens=given)["logits"]
+    with standin() as counts:
+        exe = treadle.compile("gpt2", backend="torch", target="cuda", **SMALL)
+        counts.clear()
+        made = exe(tokens=Foreign(torch.from_numpy(given).to(DEVICE)))["logits"]
+        assert counts.lines("copy in") == {HOST: 1}  # the test's own
+    assert isinstance(made, StandInTensor)
+    np.testing.assert_allclose(made.inner.numpy(), wanted, atol=1e-5)
+    here: Any = treadle.compile("gpt2", backend="torch", **SMALL)
+    tokens = torch.from_numpy(given)
+    np.testing.assert_array_equal(here(tokens=Foreign(tokens))["logits"], wanted)
+    (entry,) = here.executable.called.values()
+    taken = entry._module.arrays.take(entry.inputs[0], Foreign(tokens))
+    assert taken.data_ptr() == tokens.data_ptr()
+
+
+def test_outputs_have_the_kind_of_the_inputs() -> None:
+    graph = graph_of(lambda b: b.input("x", "bf16[B, 4]") * b.input("y", "bf16[B, 4]"))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with standin():
+        exe = find_backend("torch").compile(graph, CUDA, {})
+        (array,) = exe(x=x, y=x).values()
+        tensors = [torch.from_numpy(x).bfloat16(), torch.from_numpy(x).bfloat16().to(DEVICE)]
+        made = [*exe(x=tensors[0], y=tensors[1]).values(), *exe(x=tensors[1], y=tensors[1]).values()]
+    np.testing.assert_array_equal(array, x * x)
+    for each in made:
+        assert isinstance(each, StandInTensor) and each.dtype == torch.bfloat16 and each.device == DEVICE
+        np.testing.assert_array_equal(each.inner.float().numpy(), x * x)
+
+
+def test_weights_of_a_file_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of each piece are released, and nothing of a weight stays on the host."""
+    released: list[int] = []
+    graph = graph_of(lambda b: b.linear(b.input("x", "f32[3, 40]"), b.parameter("w", "f32[1000, 40]")))
+    weight = np.random.default_rng(0).standard_normal((1000, 40)).astype(np.float32)
+    weight.tofile(tmp_path / "w")
+    mapped = np.memmap(tmp_path / "w", np.float32, "r", shape=(1000, 40))
+    monkeypatch.setattr(devices, "PIECE", 16_000)
+    monkeypatch.setattr(devices, "give_back", lambda array: released.append(array.nbytes) or give_back(array))
+    x = np.ones((3, 40), np.float32)
+    with standin() as counts:
+        exe = find_backend("torch").compile(graph, CUDA, {"w": mapped})
+        assert counts.copies_in == 10 and released == [16_000] * 10 and counts.nbytes == weight.nbytes
+        np.testing.assert_allclose(exe(x=x)["y"], x @ weight.T, atol=1e-4)
+
+
+def test_derived_weights_do_not_stay_on_the_host() -> None:
+    """A derived weight may get the address of an earlier one, which is another weight."""
+    names = [f"w{n}" for n in range(12)]
+
+    def build(b: Any) -> Any:
+        y = b.input("x", "f32[2, 8]")
+        for name in names:
+            weight = b.concat(b.parameter(name, "f32[4, 8]"), b.parameter(f"{name}_more", "f32[4, 8]"), axis=0)
+            y = b.linear(y, weight)
+        return y
+
+    rng = np.random.default_rng(0)
+    weights = {each: rng.standard_normal((4, 8)).astype(np.float32) for n in names for each in (n, f"{n}_more")}
+    x = rng.standard_normal((2, 8)).astype(np.float32)
+    wanted = find_backend("numpy").compile(graph_of(build), Target("cpu"), weights)(x=x)["y"]
+    with standin():
+        for target in (CUDA, Target("cpu")):
+            made = find_backend("torch").compile(graph_of(build), target, weights)(x=x)["y"]
+            np.testing.assert_allclose(made, wanted, rtol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    hints = []
+    for free in (2_000_000, 1_200_000, 1000):
+        monkeypatch.setattr(StandInDevice, "free_bytes", lambda self, free=free: free)
+        with standin() as counts, pytest.raises(BackendError, match="too little free memory") as caught:
+            treadle.compile("gpt2", backend="torch", target="cuda", layers=8, dim=128, heads=4, vocab=100)
+        assert counts.copies_in == 0 and f"{free:,} are free" in str(caught.value.received)
+        hints.append(str(caught.value.hint))
+    assert [hint.split(", or")[0] for hint in hints] == [
+        'quantize="int8-weights"',
+        'quantize="int4"',
+        "a device with more memory",
+    ], hints
 
 
 def test_a_tensor_on_another_device_is_refused() -> None:
@@ -263,6 +350,52 @@ def test_quantized_weights_stay_quantized_on_the_device() -> None:
     assert sum("decode_int8_rows(" in line for line in lines) == 2  # the rows of tokens, and the table for the logits
 
 
+SMOL = {"layers": 2, "dim": 256, "hidden": 768, "heads": 4, "kv_heads": 2, "vocab": 1536, "tied": True}
+
+
+def test_products_of_bf16_read_groups_of_4_bits() -> None:
+    """The stand-in multiplies the packed form as PyTorch documents it for GPUs."""
+    given, options = {"tokens": np.arange(12).reshape(1, 12)}, {"quantize": "int4", "dtype": "bf16", "seed": 1, **SMOL}
+    wanted = treadle.compile("llama", backend="torch", **options)(**given)["logits"]
+    with standin():
+        exe: Any = treadle.compile("llama", backend="torch", target="cuda", **options)
+        made = exe(**given)["logits"]
+    np.testing.assert_allclose(made, wanted, atol=0.02 * float(np.abs(wanted).max()))
+    assert exe.source.count("kernels.group_linear(") == 5 and "decode_int4_groups" not in exe.source
+    weights = [each for name, each in exe.executable.weights.items() if not name.endswith("*")]
+    tensors = [x for each in weights for x in (each if isinstance(each, tuple) else (each,))]
+    numbers = sum(v.type.decoded.bytes_at({}) // 4 for v in exe.graph.parameters.values())
+    assert sum(x.nbytes for x in tensors) <= 0.36 * 2 * numbers
+    notes = exe.optimized.lowered.log[-1].notes
+    assert sum("a product of bf16 and 4-bit integers, torch._weight_int4pack_mm" in note for note in notes) == 5
+
+
+def test_a_program_for_another_gpu_is_inspected_with_its_products() -> None:
+    options = {"quantize": "int4", "dtype": "bf16", **SMOL}
+    assert "group_linear" in treadle.compile("llama", backend="torch", target="h100", **options).source
+    old = treadle.compile("llama", backend="torch", target="cuda", **options)
+    assert "group_linear" not in old.source
+    refusals = [refusal for record in old.optimized.lowered.log for refusal in record.refusals]
+    assert any("needs compute capability 8.0, it is unknown" in str(each) for each in refusals)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 40])
+@pytest.mark.parametrize("scheme", ["int8_rows", "uint8_rows"])
+def test_products_of_8_bit_integers_are_exact_on_a_device(rows: int, scheme: str) -> None:
+    rng = np.random.default_rng(rows)
+    weight = parse_encoding("int8_rows").encode(rng.standard_normal((24, 64)).astype(np.float32))
+    x = parse_encoding(scheme).encode(rng.standard_normal((rows, 64)).astype(np.float32))
+    wanted = kernels.encoded_linear(torch.from_numpy(x), torch.from_numpy(weight), None)
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        product = torch._int_mm
+        patch.setattr(torch, "_int_mm", lambda a, b: calls.append(a.shape) or product(a, b))
+        made = kernels.encoded_linear(torch.from_numpy(x).to(DEVICE), torch.from_numpy(weight).to(DEVICE), None)
+    assert calls == [(max(rows, 17), 64)]
+    if torch.cpu._is_vnni_supported():
+        torch.testing.assert_close(made.inner, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 def test_decoded_groups_of_4_bits_are_bitwise_those_of_numpy(group: int) -> None:
     encoding = parse_encoding(f"int4_groups({group})")
@@ -346,7 +479,7 @@ def _assert_same_error(here: Any, there: Any, call: Callable[[Any], object]) -> 
 def capture(entry: Any) -> None:
     """Let Dynamo capture an entry as one graph, which then runs in its place."""
     torch._dynamo.reset()
-    entry._run = torch.compile(entry._run, fullgraph=True, backend="eager")
+    entry.function = torch.compile(entry.function, fullgraph=True, backend="eager")
 
 
 @pytest.fixture
@@ -383,6 +516,42 @@ def test_a_step_is_captured_as_one_graph(name: str, as_a_device: TorchDevice) ->
         capture(there._step)
         for token in (1, 2):
             _assert_near(here.step({0: token, 1: 9}), there.step({0: token, 1: 9}))
+
+
+@pytest.fixture
+def eager_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch.compile capture whole graphs without compiling them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True, backend="eager"))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("eager_compile")
+def test_torch_compile_is_an_option_of_the_cpu() -> None:
+    given = inputs_of("gpt2")
+    wanted = treadle.compile("gpt2", backend="torch", **SMALL)(**given)["logits"]
+    exe = treadle.compile("gpt2", backend="torch", torch_compile=True, **SMALL)
+    for _ in range(2):
+        np.testing.assert_allclose(exe(**given)["logits"], wanted, atol=1e-5)
+    wrong = {"tokens": given["tokens"] + 99}
+    here = treadle.compile("gpt2", backend="torch", **SMALL)
+    assert message(lambda: exe(**wrong)) == message(lambda: here(**wrong))
+    with pytest.raises(UsageError, match="torch_compile applies to backend torch"):
+        treadle.compile("gpt2", backend="numpy", torch_compile=True, **SMALL)
+
+
+@pytest.mark.usefixtures("eager_compile")
+def test_steps_of_a_session_are_compiled_once() -> None:
+    here, there = (
+        t.compile("gpt2", backend="torch", torch_compile=on, **SMALL).session(rows=2, capacity=64)
+        for on in (False, True)
+    )
+    for session in (here, there):
+        session.prefill({session.open(): [1, 2, 3], session.open(): [4, 5]})
+    _assert_near(here.step({0: 5, 1: 6}), there.step({0: 5, 1: 6}))
+    counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for token in range(12):
+        _assert_near(here.step({0: token, 1: 6}), there.step({0: token, 1: 6}))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
 
 
 # -- attention --------------------------------------------------------------------------------------------------
@@ -443,7 +612,7 @@ def test_no_attention_has_a_mask_of_all_pairs(case: str, monkeypatch: pytest.Mon
         np.testing.assert_allclose(made[output], expected, atol=1e-5)
     assert shapes and all(math.prod(shape or (0,)) < LENGTH * LENGTH / 2 for shape in shapes), shapes
     assert all(found is None for found in empty) == all_see
-    (line,) = exe.optimized.lowered.log[-1].notes
+    line, _ = exe.optimized.lowered.log[-1].notes
     assert note in line and "test_standin_device.py:" in line
 
 

@@ -174,14 +174,24 @@ class Compiled:
         """
         return self._stepped_with(None)
 
-    def _stepped_with(self, cache: str | None) -> SteppedModel:
-        if cache not in self._steps:
-            self._steps[cache] = step_of(self.name, self.graph, self.backend, self.target, self.weights, cache)
-        return self._steps[cache]
+    def _stepped_with(self, cache: str | None, device_sampling: str | None = None) -> SteppedModel:
+        key = cache, device_sampling
+        if key not in self._steps:
+            self._steps[key] = step_of(
+                self.name,
+                self.graph,
+                self.backend,
+                self.target,
+                self.weights,
+                cache,
+                device_sampling=device_sampling,
+                torch_compile=bool(self.options.get("torch_compile")),
+            )
+        return self._steps[key]
 
     @cached_property
-    def _steps(self) -> dict[str | None, SteppedModel]:
-        """The compiled decoding steps, by the dtype of their caches."""
+    def _steps(self) -> dict[tuple[str | None, str | None], SteppedModel]:
+        """The compiled decoding steps, by the dtype of their caches and the way of sampling."""
         return {}
 
     def session(
@@ -194,14 +204,17 @@ class Compiled:
         memory: Mapping[str, int] | None = None,
         resumes: bool | None = None,
         cache: str | None = None,
+        device_sampling: str | None = None,
     ) -> Session:
         """Open a session: rows of tokens that grow token by token, with caches for `rows` rows of `capacity` positions.
 
         cache   dtype of stored keys and values, "f32", "bf16" or "f16"; by default the model's own
+        device_sampling  "greedy" or "random": the session chooses tokens on the device, and returns no logits; see
+                         `treadle.runtime.session.Session.sample`
 
         See `treadle.stepped.SteppedModel.session`. Sessions share weights and code, but not caches.
         """
-        return self._stepped_with(cache).session(
+        return self._stepped_with(cache, device_sampling).session(
             rows=rows, capacity=capacity, chunk=chunk, full=full, memory=memory, resumes=resumes
         )
 

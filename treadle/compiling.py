@@ -44,7 +44,7 @@ def compile_model(model: AnyModel, options: CompileOptions) -> Compiled:
     def make(static: Mapping[str, Any]) -> Compiled:
         program = Program(source, options).declared(**static).through(*stages)
         resolved, optimized = program.resolved, program.optimized
-        chosen = choose_backend(options.backend, optimized.graph, where)
+        chosen = choose_backend(options.backend, optimized.graph, where, torch_compile=options.torch_compile)
         bound, drawn = program.weights()
         budget = budget_of(options.memory, options.sizes, optimized.graph)
         executable, lowered = build(

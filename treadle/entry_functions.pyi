@@ -39,6 +39,7 @@ def compile(
     memory: int | str | None = None,
     sizes: Mapping[str, int] | None = None,
     donate: Sequence[str] = (),
+    torch_compile: bool = False,
     **config: Any,
 ) -> Compiled:
     """Compile a model for a backend and a target. Call the result with arrays by name.
@@ -72,13 +73,17 @@ def compile(
               ask for it. None: weights as stored, and inputs not rounded
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
-    target    what to compile for: "cpu", or `Target("cpu", threads=4)`
+    target    what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name:
+              x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100, h100, h200, b200, l4,
+              rtx4090
     memory    limit on a run's memory in addition to weights, inputs and outputs: bytes, or text such as "300MB"
               (docs/memory.md)
     sizes     the largest sizes of symbolic axes for which the run must stay within `memory`; they become bounds of the
               result. Default: 1 for a batch and 128 for other axes
     donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
               outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
+    torch_compilelet torch.compile compile the program that the torch backend emits, at the first calls; off by default,
+              since the gain has not been measured (docs/gpu.md)
     config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
               shapes
 
@@ -133,7 +138,9 @@ def load(
               ask for it. None: weights as stored, and inputs not rounded
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
-    target    what to compile for: "cpu", or `Target("cpu", threads=4)`
+    target    what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name:
+              x86-64-amx, x86-64-v4-bf16, x86-64-v4, x86-64-v3, x86-64-v2, x86-64, arm64, a100, h100, h200, b200, l4,
+              rtx4090
     cache     the dtype of keys and values for generation: "f32", "bf16" or "f16"; None: the dtype that the model
               computes
     config    configuration of the model, which overrides the checkpoint's

@@ -98,17 +98,21 @@ def step_of(
     cache: str | None = None,
     *,
     before: Sequence[str] = (),
+    device_sampling: str | None = None,
+    torch_compile: bool = False,
 ) -> SteppedModel:
     """Derive the decoding step of an optimized graph, and compile it.
 
     cache   the dtype of its caches; see `derive_step`
     before  backends that "auto" prefers to others
+    device_sampling  the tokens that sessions return in place of logits; see `derive_step`
+    torch_compile    True for the torch backend with torch.compile
 
     Raises PassError, with the reasons, if no step can be derived from the model; BackendError if the backend does not
     support states.
     """
-    derived = run(graph, [DeriveStep(cache)]).products[DerivedStep]
-    chosen = choose_backend(backend, derived.graph, target, before=before)
+    derived = run(graph, [DeriveStep(cache, device_sampling)]).products[DerivedStep]
+    chosen = choose_backend(backend, derived.graph, target, before=before, torch_compile=torch_compile)
     executable, optimized = build(chosen.backend, derived.graph, target, weights, why=chosen.why)
     assert isinstance(executable, StatefulExecutable)  # `build_executable` refuses other backends
     return SteppedModel(name, derived, optimized, executable, chosen.name)
@@ -120,8 +124,8 @@ def open_stepped(model: AnyModel, **options: Any) -> SteppedModel:
     A model whose rotary frequencies change for texts beyond a context (`Dynamic`, `LongRope`) is compiled up to this
     context, unless `longest` is given.
 
-    options  the options of `treadle.compile`, and `cache`, the dtype of the caches; for an artifact, which is compiled
-             already, only `backend`, `target`, `limits` and `cache`
+    options  the options of `treadle.compile`, `cache`, the dtype of the caches, and `device_sampling`; for an artifact,
+             which is compiled already, only `backend`, `target`, `limits`, `cache` and `device_sampling`
 
     Raises as `compile` does; UsageError if the model has no weights; PassError if no step can be derived.
     """
@@ -132,11 +136,20 @@ def stepped_program(program: Program) -> SteppedModel:
     """Compile the decoding step of a program's model, as `open_stepped` does."""
     chosen, source = program.options, program.source
     if isinstance(source, ArtifactSource):
-        chosen.refuse_for_artifact(source.label, also=("cache", "tokenizer"))
+        chosen.refuse_for_artifact(source.label, also=("cache", "device_sampling", "tokenizer"))
         held = source.content
         target = chosen.where if declared_options()["target"].is_set(chosen.target) else Target(held.target)
         graph = held.optimized.graph
-        return step_of(held.name, graph, chosen.backend, target, held.weights, chosen.cache, before=[held.backend])
+        return step_of(
+            held.name,
+            graph,
+            chosen.backend,
+            target,
+            held.weights,
+            chosen.cache,
+            before=[held.backend],
+            device_sampling=chosen.device_sampling,
+        )
     stages = chosen.stages()
     check_order((*stages, DeriveStep(), Lower(())), INITIAL)
     program = Program(source, chosen).declared()
@@ -149,4 +162,13 @@ def stepped_program(program: Program) -> SteppedModel:
         raise source.without_weights()
     program = program.through(*stages)
     weights, _ = program.weights()
-    return step_of(resolved.name, program.graph, chosen.backend, chosen.where, weights, chosen.cache)
+    return step_of(
+        resolved.name,
+        program.graph,
+        chosen.backend,
+        chosen.where,
+        weights,
+        chosen.cache,
+        device_sampling=chosen.device_sampling,
+        torch_compile=chosen.torch_compile,
+    )

@@ -17,7 +17,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import Failure, PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import EntryCall, Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import out_of_memory, refuse_misfit, refuse_nodes
 from treadle.backends.signature import numpy_taken
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -204,6 +204,9 @@ class _NumpyArrays:
 
     def enter(self, arguments: Sequence[Any]) -> Sequence[Any]:
         return arguments
+
+    def run(self, call: EntryCall, status: list[Any]) -> Mapping[str, Any]:
+        return call.run(status)
 
     def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         return outputs, None

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from treadle.backends.donation import Donated
 from treadle.backends.entries import EntryExecutable
@@ -50,6 +50,35 @@ class Settings(ABC):
         """
 
 
+class EntryCall(NamedTuple):
+    """A call of an entry of an emitted module.
+
+    entry      the entry's name
+    sizes      the sizes of its symbols
+    function   the entry's function: inputs, weights, states, memory, status -> results
+    arguments  the inputs
+    weights    all weights, by name
+    states     the states, and True if the function takes them
+    memory     the arena's memory in a tuple, which is empty if the function takes none
+    reports    True if the function takes a list of records
+    """
+
+    entry: str
+    sizes: Mapping[str, int]
+    function: Callable[..., Mapping[str, Any]]
+    arguments: Sequence[Any]
+    weights: Mapping[str, Any]
+    states: tuple[States, bool]
+    memory: tuple[Any, ...]
+    reports: bool
+
+    def run(self, status: list[Any]) -> Mapping[str, Any]:
+        """Run the function. It adds records to `status`."""
+        states, takes = self.states
+        more = (*((states,) if takes else ()), *self.memory, *((status,) if self.reports else ()))
+        return self.function(*self.arguments, self.weights, *more)
+
+
 class Arrays(Protocol):
     """The operations of a backend's arrays that an executable needs."""
 
@@ -77,6 +106,10 @@ class Arrays(Protocol):
         """Return a result for the caller, as the kind of array of the arguments, whose types are `given`. If the
         memory is `shared`, return a copy.
         """
+        ...
+
+    def run(self, call: EntryCall, status: list[Any]) -> Mapping[str, Any]:
+        """Run an entry. A program for a device adds records to `status`."""
         ...
 
     def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
@@ -120,6 +153,12 @@ class PythonExecutable(EntryExecutable):
         `weights`, and `memory` if values are planned.
         """
         self.weights, self.arena = module.weights, arena
+
+    def transform(self, transformation: Callable[[Any], Any]) -> None:
+        """Replace the function of each entry, for example by its compiled form."""
+        for entry in self.called.values():
+            assert isinstance(entry, _PythonEntry)
+            entry.function = transformation(entry.function)
 
 
 class _Module:
@@ -181,7 +220,7 @@ class _PythonEntry:
         self, module: _Module, kinds: StateKinds, graph: Graph, function: Function, plan: StoragePlan | None
     ) -> None:
         self._module, self._kinds, self._name = module, kinds, function.name
-        self._run = module.scope[module.program.entries[function.name]]
+        self.function = module.scope[module.program.entries[function.name]]
         self.signature = Signature(graph, function)
         self.inputs = self.signature.ports
         self.outputs = ports(function.outputs)
@@ -203,16 +242,17 @@ class _PythonEntry:
             settings.restore()
 
     def _called(
-        self, given: Mapping[str, Any], arguments: Sequence[Any], sizes: Mapping[str, int], held: Mapping[str, Any]
+        self, given: Mapping[str, Any], arguments: Sequence[Any], sizes: Mapping[str, int], held: States
     ) -> Outputs:
         """Run the function on checked arguments, and return the results for the caller."""
         module, arrays = self._module, self._module.arrays
-        kept = (held,) if self._has_states else ()
         places = module.memory(self._name, sizes)
         status: list[Any] = []
-        reports = (status,) if self._name in module.program.reporting else ()
+        reports = self._name in module.program.reporting
         try:
-            results = self._run(*arguments, module.weights, *kept, *places, *reports)
+            states = held, self._has_states
+            call = EntryCall(self._name, sizes, self.function, arguments, module.weights, states, places, reports)
+            results = arrays.run(call, status)
         except Exception as error:
             raise module.explained(error) from error
         named = zip(self.inputs, arguments, strict=True)
@@ -277,13 +317,16 @@ def collect_weights(
     refuse_missing(graph.name, graph.parameters, weights)
     given = {}  # kept until all are converted: a backend may identify a weight by its address, which must stay unique
     found = {}
+    # A derived weight is not kept: on a device, all of them together would take as much memory as the model again.
     for name, value in graph.entry_parameters.items():
         recipe = made.get(name)
         if recipe is None:
-            given[name] = weights[name]
+            weight = given[name] = weights[name]
         else:
             for source, wanted in recipe.sources.items():
                 refuse_misfit(source, wanted.type, weights[source])
-            given[name] = recipe.make(weights)
-        found[name] = take(name, value.type, given[name])
+            weight = recipe.make(weights)
+            if not recipe.nodes:
+                given[name] = weight
+        found[name] = take(name, value.type, weight)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
 from treadle.backends.python.emission import emit
-from treadle.backends.python.executable import Failure, PythonExecutable, Settings, collect_weights
+from treadle.backends.python.executable import EntryCall, Failure, PythonExecutable, Settings, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     layout_of,
@@ -32,10 +33,13 @@ from treadle.backends.refusals import (
 from treadle.backends.signature import as_numpy, refuse_dtype, refuse_overflow
 from treadle.backends.staged import StagedBackend, needed_plan
 from treadle.backends.torch.attention_forms import notes_on_attention
+from treadle.backends.torch.capture_decision import capture_obstacles, notes_on_capture
 from treadle.backends.torch.destinations import is_placed, written_over
 from treadle.backends.torch.devices import TorchDevice, find_device
+from treadle.backends.torch.int4_groups import packed_groups, refuses_groups, weights_in_groups
 from treadle.backends.torch.packing import PACKED, can_pack, pack, wants
 from treadle.backends.torch.spelling import DECODED, DTYPES, SPELLINGS, keeps
+from treadle.backends.torch.weight_reads import notes_on_weights
 from treadle.files.installation import pip_install
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.errors import BackendError, Hint
@@ -53,11 +57,14 @@ from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks, OpenBlockProducts
+from treadle.passes.lowering.multiply_groups import MultiplyGroups
 from treadle.passes.memory.plan_storage import PlanStorage
 from treadle.passes.memory.storage_plan import StoragePlan
 
 if TYPE_CHECKING:
     import torch
+
+    from treadle.backends.torch.captured_graphs import CapturedGraphs
 
 _INTEGER_PRODUCTS = (MatMul, Einsum)  # PyTorch has these for integers on the CPU only
 
@@ -84,12 +91,30 @@ def _reads_blocks(node: Node, position: int) -> bool:
 class TorchBackend(StagedBackend):
     """The PyTorch backend. It runs graphs on the CPU or a GPU, in inference mode.
 
-    A call accepts NumPy arrays or tensors, which are moved to the target's device. If an argument is a tensor, the call
-    returns tensors on that device, else NumPy arrays. A bf16 result becomes a float32 array, since NumPy has no bf16. A
-    bf16 input may be a float32 array whose values bf16 represents.
+    A call accepts NumPy arrays or tensors, which are moved to the target's device, and arrays of other libraries with
+    `__dlpack__`, whose memory is used without a copy. If an argument is a tensor, or an array of another library on a
+    GPU, the call returns tensors on the target's device, else NumPy arrays. A bf16 result then becomes a float32 array,
+    since NumPy has no bf16. A bf16 input may be a float32 array whose values bf16 represents.
     """
 
     name = "torch"
+
+    def __init__(self, *, torch_compile: bool = False) -> None:
+        """`torch_compile`: True to compile emitted programs with torch.compile, whole and without reads by the host."""
+        self.torch_compile = torch_compile
+
+    def with_torch_compile(self) -> TorchBackend:
+        """Return this backend with torch.compile."""
+        return type(self)(torch_compile=True)
+
+    def _device(self, target: Target) -> TorchDevice:
+        """Return the device of a target. With torch.compile, a program for the CPU is also one that reads nothing back:
+        a read would split the captured graph.
+        """
+        device = find_device(target)
+        if self.torch_compile and not device.is_asynchronous:
+            return TorchDevice(device.device, is_asynchronous=True)
+        return device
 
     def available(self) -> str | None:
         """Return None if PyTorch is installed, else a message."""
@@ -120,7 +145,7 @@ class TorchBackend(StagedBackend):
         missing = self.available()
         if missing is not None:
             raise unavailable(self.name, missing)
-        on_gpu = find_device(target).is_asynchronous
+        on_gpu = self._device(target).is_asynchronous and target.kind != "cpu"
 
         def refusal(node: Node) -> str | None:
             integers = isinstance(node.op, _INTEGER_PRODUCTS) and not node.results[0].type.dtype.is_float
@@ -131,20 +156,26 @@ class TorchBackend(StagedBackend):
 
     def capabilities(self, target: Target) -> Capabilities:
         """Return the ops that PyTorch computes, and the places that they can write to."""
-        return (
-            replace(_CAPABILITIES, reads_blocks=_reads_blocks) if find_device(target).is_asynchronous else _CAPABILITIES
+        device = self._device(target)
+        if not device.is_asynchronous:
+            return _CAPABILITIES
+        return replace(
+            _CAPABILITIES, reads_blocks=_reads_blocks, refuses_groups=partial(refuses_groups, device.capability)
         )
 
     def pipeline(self, target: Target) -> Sequence[Pass]:
         """Return the passes: legalize, use oneDNN's layout for weights that only products read, compute derived weights
         once, and plan the lifetime of each tensor.
         """
-        mine, on_cpu = self.capabilities(target), not find_device(target).is_asynchronous
+        mine, on_cpu = self.capabilities(target), not self._device(target).is_asynchronous
         layouts = (AssignLayouts(mine, alone=True),) if on_cpu and can_pack() else ()
         narrow = () if on_cpu else (DecodeNarrow(),)
+        groups = () if on_cpu else (MultiplyGroups(mine),)
         decoding = (*narrow, DecodeLast(gathered=not on_cpu))
-        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine))
-        return (*products, *layouts, HoistWeights(mine), PlanStorage(mine))
+        products = (OpenBlockProducts(), Legalize(mine), *decoding, MultiplyBlocks(mine), *groups)
+        # torch.compile plans memory itself, and does not support writes to views of one arena in several dtypes
+        storage = PlanStorage() if self.torch_compile else PlanStorage(mine)
+        return (*products, *layouts, HoistWeights(mine), storage)
 
     def emit(
         self,
@@ -157,13 +188,16 @@ class TorchBackend(StagedBackend):
         """Generate the module and return its executable. On the CPU, weights in their original layout share memory with
         the caller's arrays or the mapped file. Raises BackendError for a missing weight.
         """
-        device = find_device(target)
+        device = self._device(target)
         made, plan, poison = recipes_of(graph), needed_plan(plan, self.name), poisons()
         dialect = replace(PACKED, reports=device.is_asynchronous)
         program = emit(graph, dialect, plan, tuple(notes_on(made)), poison)
-        arrays = _TorchArrays(device, target.threads)
+        arrays = _TorchArrays(device, target.threads, knows_values=not self.torch_compile)
         constants = tuple(map(arrays.constant, program.constants))
+        _check_room(graph, device)
         tensors = collect_weights(graph, made, weights, arrays.weight)
+        for name, group in weights_in_groups(graph).items() if device.missing is None else ():
+            tensors[name] = packed_groups(tensors[name], group)
         laid = {name: v.layout for name, v in graph.entry_parameters.items()}
         tensors |= {name: pack(tensors[name], layout) for name, layout in laid.items() if layout is not None}
         held = frozenset(map(arrays.storage, (*tensors.values(), *constants)))
@@ -171,8 +205,42 @@ class TorchBackend(StagedBackend):
         met = {name: _Met(node.op) for name, node in program.references.items()}
         namespace = {"constants": constants, "device": device.device, "reference": SimpleNamespace(**met)}
         namespace["poison"] = partial(_poison, arena, arrays, held)
-        notes = tuple(notes_on_attention(graph)) if device.is_asynchronous else ()
-        return PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+        entries = [entry for entry in graph.later_entries if capture_obstacles(graph, entry, plan)]
+        arrays.not_captured = frozenset(entry.name for entry in entries)
+        notes: tuple[str, ...] = ()
+        if device.is_asynchronous:
+            notes = (*notes_on_attention(graph), *notes_on_weights(graph), *notes_on_capture(graph, plan))
+        made_executable = PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+        if self.torch_compile:
+            import torch
+
+            made_executable.transform(torch.compile)
+        return made_executable
+
+
+def _check_room(graph: Graph, device: TorchDevice) -> None:
+    """Raise BackendError if the device's free memory is less than the weights need."""
+    needed = sum(v.type.storage_type.bytes_at({}) for v in graph.entry_parameters.values())
+    free = device.free_bytes()
+    if free is not None and needed > free:
+        numbers = sum(v.type.elements.evaluate({}) for v in graph.entry_parameters.values())
+        raise BackendError(
+            f"{device.device} has too little free memory for the weights of {graph.name}",
+            received=f"{needed:,} bytes are required, {free:,} are free",
+            hint=_smaller_weights(numbers, free),
+        )
+
+
+_BITS = {"int8-weights": 9, "int4": 5}
+"""Upper limits of the bits of a number in quantized weights, by scheme."""
+
+
+def _smaller_weights(numbers: int, free: int) -> Hint | str:
+    """Return a hint for weights of `numbers` elements that do not fit into `free` bytes."""
+    scheme = next((name for name, bits in _BITS.items() if numbers * bits <= 8 * free), None)
+    if scheme is None:
+        return "a device with more memory, or a mesh of several"
+    return Hint(f'quantize="{scheme}"', f"--quantize {scheme}")
 
 
 def _without_code(node: Node) -> Op | None:
@@ -250,11 +318,21 @@ class _TorchSettings(Settings):
 class _TorchArrays:
     """Tensors on one device; see `treadle.backends.python.executable.Arrays` and `...arena.ArenaArrays`."""
 
-    def __init__(self, device: TorchDevice, threads: int | None) -> None:
+    def __init__(self, device: TorchDevice, threads: int | None, *, knows_values: bool = True) -> None:
+        """`knows_values`: True if kernels get the values of short vectors of integers, and not only their limits."""
         import torch
 
+        self._knows_values = knows_values
         self.torch, self.on, self.device, self.threads = torch, device, device.device, threads
-        self._weights: dict[tuple[Any, ...], torch.Tensor] = {}
+        self.graphs: CapturedGraphs | None = None
+        if device.can_capture:
+            from treadle.backends.torch.captured_graphs import CapturedGraphs
+
+            self.graphs = CapturedGraphs(device)
+        self.not_captured: frozenset[str] = frozenset()
+        """Entries that cannot be captured."""
+        self._weights: dict[tuple[Any, ...], tuple[weakref.ref[np.ndarray[Any, Any]], torch.Tensor]] = {}
+        """Tensors of weights by the address of their array, and the array: after its end, another has the address."""
 
     @cached_property
     def _dtypes(self) -> dict[torch.dtype, DType]:
@@ -268,6 +346,8 @@ class _TorchArrays:
     # -- inputs and outputs ----------------------------------------------------------------------------------
 
     def take(self, port: Port, value: Any) -> torch.Tensor:
+        if self._is_borrowed(type(value)):
+            value = self.on.borrow(value)
         if not isinstance(value, self.torch.Tensor):
             if port.dtype.name == "bf16":
                 return self._rounded(port, value)
@@ -324,19 +404,25 @@ class _TorchArrays:
             return arguments
         if self.on.missing is not None:
             raise self.on.missing.with_traceback(None)
+        from treadle.backends.torch.captured_graphs import bounds_around
+
         entered = list(arguments)
         outside = [at for at, array in enumerate(arguments) if array.device.type == "cpu"]
         for at, moved in zip(outside, self.on.to_device([arguments[at] for at in outside]), strict=True):
             entered[at] = moved
             if moved.dim() == 1 and moved.dtype == self.torch.int64 and moved.numel() <= _KNOWN:
-                moved.on_host = arguments[at].tolist()  # type: ignore[attr-defined]
+                values = arguments[at].tolist()
+                if self._knows_values:
+                    moved.on_host = values  # type: ignore[attr-defined]
+                if values:
+                    moved.bounds = bounds_around(values)  # type: ignore[attr-defined]
         return entered
 
     def settings(self) -> _TorchSettings:
         return _TorchSettings(self.on, self.threads)
 
-    def storage(self, array: torch.Tensor) -> int:
-        return self.on.storage(array)
+    def storage(self, array: Any) -> int:
+        return self.on.storage(array) if isinstance(array, self.torch.Tensor) else id(array)
 
     def zeros(self, shape: tuple[int, ...], dtype: DType) -> torch.Tensor:
         return self.torch.zeros(shape, dtype=self._dtype(dtype), device=self.device)
@@ -356,6 +442,11 @@ class _TorchArrays:
         array = array.contiguous() if 0 in array.stride() else array  # an expanded axis: one element repeated
         return array if self.on.is_asynchronous or self._gives_tensors(given) else self._as_numpy(array)
 
+    def run(self, call: EntryCall, status: list[Any]) -> Mapping[str, Any]:
+        if self.graphs is None or call.entry in self.not_captured:
+            return call.run(status)
+        return self.graphs.run(call, status)
+
     def leave(self, outputs: Outputs, kinds: Collection[type], status: list[Any]) -> tuple[Outputs, Failure | None]:
         """Copy outputs and status words to the host, with one wait. Outputs stay on the device if the caller passed
         tensors.
@@ -373,8 +464,21 @@ class _TorchArrays:
         return outputs, failure
 
     def _gives_tensors(self, kinds: Collection[type]) -> bool:
-        """Return True if the caller gets tensors: one of the arguments is a tensor."""
-        return any(issubclass(each, self.torch.Tensor) for each in kinds)
+        """Return True if the caller gets tensors: one of the arguments is a tensor, or an array of another library on
+        the device.
+        """
+        return any(
+            issubclass(each, self.torch.Tensor) or (self.on.is_asynchronous and self._is_borrowed(each))
+            for each in kinds
+        )
+
+    def _is_borrowed(self, kind: type) -> bool:
+        """Return True if an argument's memory is used through DLPack: the array of another library, which for the CPU
+        has no form in NumPy.
+        """
+        if not hasattr(kind, "__dlpack__") or issubclass(kind, (np.ndarray, np.generic, self.torch.Tensor)):
+            return False
+        return self.on.is_asynchronous or not hasattr(kind, "__array__")
 
     def _as_numpy(self, array: torch.Tensor) -> np.ndarray[Any, Any]:
         wide = array.float() if array.dtype == self.torch.bfloat16 else array
@@ -382,9 +486,9 @@ class _TorchArrays:
 
     # -- weights and constants -------------------------------------------------------------------------------
 
-    def lifted(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    def lifted(self, array: np.ndarray[Any, Any], dtype: DType) -> torch.Tensor:
         """Return an array as a tensor on the device. On the CPU, it may share memory with the array."""
-        return self._shared(array).to(self.device)
+        return self.on.load(self._shared(array), self._dtype(dtype), array)
 
     def _shared(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Return an array as a tensor of the CPU. It shares memory with the array if PyTorch supports the strides."""
@@ -399,7 +503,7 @@ class _TorchArrays:
 
     def constant(self, literal: Literal) -> torch.Tensor:
         """Return a constant as a tensor; NumPy stores bf16 constants in float32, which is exact."""
-        return self.lifted(literal.array).to(self._dtype(literal.dtype))
+        return self.lifted(literal.array, literal.dtype)
 
     def weight(self, name: str, wanted: Type, value: Any) -> torch.Tensor:
         """Return a weight as a tensor. If one array is passed under several names, it becomes one tensor."""
@@ -415,10 +519,12 @@ class _TorchArrays:
             )
             if not shape_fits(wanted, array.shape) or array.dtype != (wanted.dtype.numpy or np.float32):
                 raise misfit(name, declared, shown(array))
-            if key not in self._weights:
+            owner, tensor = self._weights.get(key, (None, None))
+            if owner is None or tensor is None or owner() is None:
                 # A checkpoint's bf16 weight is passed as float32.
-                self._weights[key] = self.lifted(array).to(self._dtype(wanted.dtype))
-            return self._weights[key]
+                tensor = self.lifted(array, wanted.dtype)
+                self._weights[key] = weakref.ref(array), tensor
+            return tensor
         dense = layout_of(value) == "strided"
         if not dense or not shape_fits(wanted, value.shape) or value.dtype != self._dtype(wanted.dtype):
             raise misfit(name, declared, shown(value))

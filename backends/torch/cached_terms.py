@@ -171,7 +171,10 @@ class MaskedCache:
         *,
         ring: bool,
     ) -> None:
-        """`starts` are the values of `start`, if the host knows them. Otherwise the whole slots are read."""
+        """`starts` are the values of `start`, or their limits, if the host knows them. Otherwise the whole slots are
+        read.
+        """
+        starts = [min(each, capacity - queries) for each in starts or ()]  # a row beyond has no room, and is not read
         live = range(capacity) if ring or not starts else _bucket(terms, starts, queries, capacity)
         self.keys = slice(live.start, live.stop)
         first = start[:, None, None, None]

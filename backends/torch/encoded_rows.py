@@ -7,9 +7,14 @@ A row or a group is stored as bytes: a float32 scale, a zero point (only in `uin
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from treadle.backends.torch.int4_groups import PackedGroups
 from treadle.ir.encodings.rounded_forms import SMALLEST_ROW, SMALLEST_STEP
+
+LEAST_ROWS = 17
+"""The least number of rows that `torch._int_mm` multiplies on a GPU."""
 
 _SCALE = 4
 """Number of bytes of a row's scale."""
@@ -90,14 +95,32 @@ def encoded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     signed = x.shape[-1] == weight.shape[-1]
     q = x[..., _SCALE if signed else _SCALE + 1 :]
     rows = (q if signed else q ^ 128).reshape(-1, q.shape[-1]).view(torch.int8)
-    if rows.numel() and p.numel() and x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    on_device = x.device.type != "cpu"
+    if rows.numel() and p.numel() and not on_device and torch.cpu._is_vnni_supported():
         sums = torch._int_mm(rows.contiguous(), p.t())  # without VNNI it may saturate
+    elif rows.numel() and on_device and p.shape[0] % 8 == p.shape[1] % 8 == 0 < p.numel():
+        more = max(0, LEAST_ROWS - rows.shape[0])
+        sums = torch._int_mm(F.pad(rows, (0, 0, 0, more)).contiguous(), p.contiguous().t())[: rows.shape[0]]
     else:
         sums = rows.double() @ p.double().t()
     if not signed:
         zeros = x[..., _SCALE].reshape(-1, 1).to(torch.int32) - 128
         sums = sums - zeros * p.sum(dim=-1, dtype=torch.int32)
     y = sums.float().reshape(*q.shape[:-1], len(p)) * (_scale(x) * t)
+    return y if bias is None else y + bias
+
+
+def group_linear(x: Tensor, weight: PackedGroups | Tensor, bias: Tensor | None, group: int) -> Tensor:
+    """Multiply bf16 rows by the rows of a weight in groups of 4 bits. Return f32; see the op.
+
+    A weight that other ops read, too, is not packed: it is decoded.
+    """
+    if isinstance(weight, Tensor):
+        y = F.linear(x, decode_int4_groups(weight, group).to(x.dtype)).float()
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch._weight_int4pack_mm(rows.contiguous(), weight.numbers, group, weight.scales).float()
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
     return y if bias is None else y + bias
 
 

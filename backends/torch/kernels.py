@@ -21,11 +21,14 @@ from treadle.backends.torch.encoded_rows import (  # noqa: F401  emitted source
     encode_int8_rows,
     encode_uint8_rows,
     encoded_linear,
+    group_linear,
 )
 from treadle.backends.torch.status import At, record
 from treadle.ir.attention.attention_terms import Padding
 from treadle.ir.attention.cached_positions import live_positions
 from treadle.ir.ops.rounding import FORMATS
+
+_MOST = 2**63 - 1
 
 # -- element by element --------------------------------------------------------------------------------------
 
@@ -97,6 +100,7 @@ def _within(indices: Tensor, size: int, report: At | None = None) -> Tensor:
     if report is not None and not indices.numel():
         return indices
     if (known := on_host(indices, report)) is not None:
+        _limit(indices, 0, size - 1)
         _refuse_outside(known, size)
         return indices
     if report is not None and size:
@@ -156,6 +160,7 @@ def append(
     last = None if ring else capacity - count  # the greatest start
     slots, first, lost = _within(rows, state.shape[0], report), start, None
     if (known := on_host(start, report)) is not None:
+        _limit(start, 0, _MOST if last is None else last)
         for row, at in enumerate(known):
             if at < 0 or (last is not None and at > last):
                 raise NoRoom(row, at, capacity)
@@ -181,6 +186,13 @@ def append(
 def on_host(x: Tensor, report: At | None) -> list[int] | None:
     """Return the values of an input that the host keeps besides the device; None if it does not, or need not."""
     return None if report is None else getattr(x, "on_host", None)
+
+
+def _limit(x: Tensor, low: int, high: int) -> None:
+    """Report limits of an input's values that the host checks, for calls that repeat this one without its checks."""
+    limits: list[tuple[int, int]] | None = getattr(x, "limits", None)
+    if limits is not None:
+        limits.append((low, high))
 
 
 def _refuse_outside(indices: Sequence[int], size: int) -> None:
@@ -341,7 +353,8 @@ def cached_attention(
     read, rest = parsed_terms(tuple(terms)), iter(operands)
     given = [[next(rest) for _ in term.operands] for term in read]
     if report is not None:
-        masked = MaskedCache(read, given, start, on_host(start, report), q.shape[2], k.shape[2], ring=ring)
+        starts = on_host(start, report) or getattr(start, "bounds", None)
+        masked = MaskedCache(read, given, start, starts, q.shape[2], k.shape[2], ring=ring)
         keys, values = (masked.part_of(x.to(q.dtype)) for x in _slots_of((k, v), rows, masked.keys, report))
         biases = masked.terms.biases(read, given)
         all_see = masked.all_see

@@ -115,6 +115,9 @@ SPELLINGS: dict[str, Spelling] = {
         line.op.attributes["to"],
     ),
     "decode": lambda line: _decoded(line),
+    "group_linear": lambda line: (
+        f"kernels.group_linear({line.x}, {line.weight}, {line.array('bias')}, {line.op.of.group})"
+    ),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",
     # shapes and positions
     "rearrange": lambda line: rearranged(line, "permute"),

@@ -22,9 +22,10 @@ class Record(NamedTuple):
     line     number of the line that made the check, among the lines that make checks
     report   the kind of error
     size     the size of the axis, or the capacity
-    failed   bool[]: true if the check failed
+    failed   i32[]: 1 if the check failed, else 0
     value    i64[] or i32[]: the first index that is out of range; otherwise undefined
     row      i64[]: its position among the indices
+    words    the words of all records of the call, in the first record of a captured graph; see `packed`
     """
 
     line: int
@@ -33,6 +34,7 @@ class Record(NamedTuple):
     failed: Tensor
     value: Tensor
     row: Tensor
+    words: Tensor | None = None
 
 
 Status = list[Record]
@@ -45,12 +47,14 @@ At = tuple[Status, int]
 def record(at: At, report: StatusKind, size: int, values: Tensor, failed: Tensor) -> None:
     """Record a check of values on the device. `failed` has the shape of `values`, which must not be empty."""
     status, line = at
-    any_failed, row = failed.reshape(-1).max(0)
-    status.append(Record(line, report, size, any_failed, values.reshape(-1).take(row), row))
+    any_failed, row = failed.reshape(-1).to(torch.int32).max(0)  # Inductor has no such code for bool
+    status.append(Record(line, report, size, any_failed, values.reshape(-1).index_select(0, row.view(1))[0], row))
 
 
 def packed(status: Status) -> Tensor:
     """Return i64[n, 3] for n records: 1 if the check failed, the index, and the row."""
+    if status[0].words is not None:
+        return status[0].words
     return torch.stack([word for each in status for word in (each.failed, each.value, each.row)]).view(-1, 3)
 
 

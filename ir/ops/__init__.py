@@ -28,4 +28,5 @@ import treadle.ir.ops.reductions
 import treadle.ir.ops.residual_norms
 import treadle.ir.ops.rotary
 import treadle.ir.ops.rounding
+import treadle.ir.ops.sampling
 import treadle.ir.ops.shapes

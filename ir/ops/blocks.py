@@ -3,6 +3,7 @@
     decode           "... [k] -> ... [k]"      k is the axis of the blocks
     encode           "... [k], [k], , -> ... [k]"
     encoded_linear   "... [k], n [k], n -> ... n"
+    group_linear     "... [k], n [k], n -> ... n"
 
 Their references take and return held arrays (`treadle.ir.encodings`).
 """
@@ -22,7 +23,7 @@ from treadle.ir.errors import GraphError, RuleError
 from treadle.ir.op_registry import find_op, op
 from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.axis_names import axis_letters, place
-from treadle.ir.types import DType, Type
+from treadle.ir.types import DType, Type, bf16, f32
 
 
 def _read(value: Encoding | str) -> Encoding:
@@ -151,6 +152,7 @@ ROWS = Encoding("int8_rows")
 """The encoding of weights in 8-bit rows, which `encoded_linear` multiplies with."""
 STEPS = Encoding("uint8_rows")
 """The encoding of the other operand of weights in 8-bit rows, if that operand is computed."""
+GROUPS_OF_4 = Encoding("int4_groups", 32)
 GROUPS = Encoding("int8_groups", 32)
 """The encoding of the other operand of weights in blocks of other forms."""
 
@@ -221,6 +223,32 @@ class EncodedLinear(Composite):
                 (q, s, _), (p, t, c) = _parts(x, self.rows), _parts(weight, self.of)
                 y = _summed(q, s, p, t, c)
         return y if bias is None else y + bias
+
+
+@op("group_linear", axes="... [k], n [k], n -> ... n", dtypes="bf16, f32, f32 -> f32")
+class GroupLinear(Composite):
+    """y[..., n] = sum_k x[..., k] bf16(w)[n, k] + bias[n]        for x in bf16 and a weight w in groups of 4 bits
+
+    of   the encoding of the weight, `int4_groups`
+
+    Backends with a kernel for it replace a linear of a decoded weight by this op
+    (`treadle.passes.lowering.multiply_groups`). A kernel may round the scales to bf16 in place of the numbers.
+    """
+
+    is_word = False
+    x = Operand()
+    weight = Operand()
+    bias = Operand(optional=True)
+    of: Encoding = GROUPS_OF_4
+
+    def encodings(self, types: Sequence[Type | None], application: Application) -> Sequence[Encoding | None]:
+        weight = types[1]
+        if self.of.form != GROUPS_OF_4.form or weight is None or weight.encoding != self.of:
+            raise RuleError(f"weight is not encoded as {self.of}", received=str(weight))
+        return [None]
+
+    def body(self, b: Builder, x: Expr, weight: Expr, bias: Expr | None) -> Any:
+        return b.linear(x, b.apply(Decode, weight, of=self.of, to=bf16), bias, to=f32)
 
 
 def _of_rows(held: Any, encoding: Encoding) -> tuple[Any, Any]:

@@ -1,1 +1,1 @@
-"""Values on several devices: meshes, placements, communication between ranks, and machines to plan for."""
+"""Values on several devices: meshes, placements, and communication between ranks."""

@@ -124,6 +124,16 @@ class Mesh:
             stride *= size
         return found
 
+    def reach(self, over: SubAxes) -> int:
+        """Return the number of consecutive ranks that a group along these parts extends over."""
+        reach, stride = 1, 1
+        for name, size in self.axes:
+            for part in over:
+                if part.axis == name:
+                    reach = max(reach, stride * (size // part.outer))
+            stride *= size
+        return reach
+
     def coordinate(self, rank: int, part: SubAxis) -> int:
         """Return the coordinate of a rank along a part of an axis, from 0."""
         return rank // self.strides[part] % part.size

@@ -265,6 +265,16 @@ class OpTerms:
     def round(self, x: TermLike, /) -> PatternTerm: ...
     def round_to(self, x: TermLike, /, *, format: Any, saturate: Any = False) -> PatternTerm: ...
     def rsqrt(self, x: TermLike, /) -> PatternTerm: ...
+    def sample_token(
+        self,
+        x: TermLike,
+        temperature: TermLike,
+        top_k: TermLike,
+        top_p: TermLike,
+        min_p: TermLike,
+        draw: TermLike,
+        /,
+    ) -> PatternTerm: ...
     def scatter_add(
         self,
         target: TermLike,

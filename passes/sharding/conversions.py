@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from treadle.ir.errors import PassError
+from treadle.ir.hardware import Hardware
 from treadle.ir.ops.collectives import AllGather, AllReduce, AllToAll, Collective, ReduceScatter
-from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, SubAxis, ways
 from treadle.ir.placement.placements import IDEMPOTENT, MeshPlacement, Split
 from treadle.ir.sizing.sizes import Size
@@ -211,17 +211,17 @@ def sent_by(type: Type, step: PlacementStep, sizes: Mapping[str, int]) -> float:
     return rounds * (k - 1) / k * payload_of(type, step, sizes)
 
 
-def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: Mesh, machine: Machine) -> float:
+def seconds_of(type: Type, step: PlacementStep, sizes: Mapping[str, int], mesh: Mesh, machine: Hardware) -> float:
     """Return the minimum time of a step in seconds. For a local step, this is the time to write the changed bytes."""
     if not step.sends:
         written = bytes_of(type, step.after, sizes) if step.kind is StepKind.KEEP_FIRST else 0.0
         return written / machine.bandwidth
     rounds = (2 if step.kind is StepKind.ALL_REDUCE else 1) * (ways(step.over) - 1)
-    return sent_by(type, step, sizes) / machine.link(mesh, step.over) + rounds * machine.latency
+    return sent_by(type, step, sizes) / machine.link(mesh.reach(step.over)) + rounds * machine.latency
 
 
 def seconds_to_pass(
-    type: Type, placed: MeshPlacement, sizes: Mapping[str, int], over: SubAxes, mesh: Mesh, machine: Machine
+    type: Type, placed: MeshPlacement, sizes: Mapping[str, int], over: SubAxes, mesh: Mesh, machine: Hardware
 ) -> float:
     """Return the time in seconds to send a part to the next rank."""
-    return bytes_of(type, placed, sizes) / machine.link(mesh, over) + machine.latency
+    return bytes_of(type, placed, sizes) / machine.link(mesh.reach(over)) + machine.latency

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.graph import Node
-from treadle.ir.placement.machines import Machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement
 from treadle.ir.types import Type
@@ -32,7 +32,7 @@ class HeldArgument:
 class Costs:
     """Costs in seconds, at a plan's sizes and on its machine."""
 
-    def __init__(self, mesh: Mesh, machine: Machine, sizes: Mapping[str, int]) -> None:
+    def __init__(self, mesh: Mesh, machine: Hardware, sizes: Mapping[str, int]) -> None:
         self.mesh, self.machine, self.sizes = mesh, machine, sizes
 
     def of(self, planned: PlannedFunction) -> float:

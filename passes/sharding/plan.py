@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hardware import Hardware
 from treadle.ir.ops.collectives import HandOn, PassOn
-from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.passes.sharding.conversions import (
@@ -219,7 +219,7 @@ class ShardingPlan:
     functions: tuple[PlannedFunction, ...]
     notes: tuple[str, ...]
     sizes: Mapping[str, int]
-    machine: Machine
+    machine: Hardware
     pipeline: PlannedPipeline | None = None
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -150,7 +150,7 @@ def plan_record(plan: ShardingPlan) -> dict[str, Any]:
         "stored": plan.stored,
         "notes": list(plan.notes),
         "sizes": dict(plan.sizes),
-        "machine": asdict(plan.machine),
+        "machine": {**vars(plan.machine), "rates": dict(plan.machine.rates)},
         "weights": {name: placed.text(plan.mesh) for name, placed in plan.weights.items()},
         "functions": [_function_json(plan, planned) for planned in plan.functions],
         **({} if plan.pipeline is None else {"pipeline": _pipeline_json(plan, plan.pipeline)}),

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from math import isfinite
 from typing import Any
 
 from treadle.ir.composites import body_of
 from treadle.ir.errors import PassError, TreadleError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hardware import Hardware
 from treadle.ir.operation import Composite
-from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import MOST_RANKS, Mesh
 from treadle.ir.placement.placements import MeshPlacement, parse_placement
 from treadle.passes.sharding.checking import check_sharding
@@ -34,6 +33,7 @@ from treadle.passes.sharding.plan import (
 )
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,99}")
+_HARDWARE = re.compile(r"[\w.-]{1,100}")
 _MOST_TEXT = 1000
 """Maximum length of one string in a record."""
 
@@ -203,19 +203,35 @@ class _Reader:
         return Move(value, source, target, steps, because, function.nodes[_count(said["at"], least=0)])
 
 
-def _machine(said: Mapping[str, Any]) -> Machine:
-    found: dict[str, Any] = {}
-    for each in fields(Machine):
-        value = said[each.name]
-        if each.name == "node":
-            value = _count(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
-            raise ValueError(f"{each.name} is not a finite rate of 0 or more")
-        found[each.name] = value
-    machine = Machine(**found)
-    if min(machine.flops, machine.bandwidth, machine.fast, machine.slow) <= 0:
+def _machine(said: Mapping[str, Any]) -> Hardware:
+    """Return the hardware in a record. It may be a row that this installation lacks."""
+    name, capability = _text(said["name"]), said["capability"]
+    if not _HARDWARE.fullmatch(name):
+        raise ValueError(f"invalid name of hardware {name[:80]!r}")
+    machine = Hardware(
+        name,
+        _text(said["kind"]),
+        _text(said["description"]),
+        _rate("bandwidth", said["bandwidth"]),
+        {_text(name): _rate(f"the rate of {name}", rate) for name, rate in said["rates"].items()},
+        memory=_rate("memory", said["memory"]),
+        capability=None if capability is None else (_count(capability[0]), _count(capability[1], least=0)),
+        shared_memory=_count(said["shared_memory"], least=0),
+        cores=_count(said["cores"], least=0),
+        node=_count(said["node"]),
+        fast=_rate("fast", said["fast"]),
+        slow=_rate("slow", said["slow"]),
+        latency=_rate("latency", said["latency"]),
+    )
+    if min(*machine.rates.values(), machine.product_rate, machine.bandwidth, machine.fast, machine.slow) <= 0:
         raise ValueError("a rate is 0")
     return machine
+
+
+def _rate(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0:
+        raise ValueError(f"{name} is not a finite rate of 0 or more")
+    return value
 
 
 def _text(value: Any) -> str:

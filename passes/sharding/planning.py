@@ -22,8 +22,8 @@ from treadle.ir.axes import Application, Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import PassError, SizeError
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hardware import Hardware
 from treadle.ir.operation import Composite, names_operand
-from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement
 from treadle.ir.types import Type
@@ -45,7 +45,7 @@ def plan_sharding(
     graph: Graph,
     mesh: Mesh,
     wanted: Wanted,
-    machine: Machine,
+    machine: Hardware,
     sizes: Mapping[str, int],
     *,
     recipe: str = "",
@@ -98,7 +98,7 @@ class _Way:
 class _Planner:
     """The planner of functions. Each function is planned once for each combination of placements of its arguments."""
 
-    def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Machine, sizes: Mapping[str, int]) -> None:
+    def __init__(self, graph: Graph, mesh: Mesh, wanted: Wanted, machine: Hardware, sizes: Mapping[str, int]) -> None:
         self.graph, self.mesh, self.wanted, self.sizes = graph, mesh, wanted, sizes
         self.costs = Costs(mesh, machine, sizes)
         self.made: dict[object, PlannedFunction] = {}

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import Machine, find_machine
+from treadle.ir.hardware import Hardware, find_hardware
 from treadle.ir.placement.mesh import MOST_RANKS, Mesh, SubAxes, ways
 from treadle.ir.placement.placements import MeshPlacement, Split
 from treadle.ir.sizing.sizes import Size
@@ -72,7 +72,7 @@ def shard(
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
     sizes: Mapping[str, int] | None = None,
-    device: str | Machine = "h100",
+    device: str | Hardware = "h100",
 ) -> ShardingPlan:
     """Return the sharding plan of a graph over a mesh, by a recipe, by named axes, or both. Named axes take precedence
     over the recipe's axes.
@@ -80,7 +80,7 @@ def shard(
     axes    mesh axes by the name of the axis that they split, or "-": the axis stays whole, even if the recipe splits
             it
     sizes   sizes of the symbols, at which costs are compared; by default 128, for a batch the number of its parts
-    device  the device of each rank: a name in `treadle.ir.placement.machines`, or a `Machine`
+    device  the device of each rank: a name in `treadle.ir.hardware.HARDWARE`, or a `Hardware`
 
     Raises UsageError for an unknown recipe, axis, mesh axis or device, and for an axis in `axes` that is too short to
     be split; PassError for a graph with several entries.
@@ -90,7 +90,7 @@ def shard(
     if axes is not None and not isinstance(axes, Mapping):
         raise UsageError("axes must be a mapping", received=repr(axes)[:80], hint='axes={"heads": "tp"}')
     mesh = Mesh.of(mesh) if isinstance(mesh, str) else mesh
-    machine = find_machine(device) if isinstance(device, str) else device
+    machine = find_hardware(device) if isinstance(device, str) else device
     chosen = dict(axes or {})
     stored: SubAxes = ()
     staged = ""

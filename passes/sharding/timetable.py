@@ -18,9 +18,9 @@ from treadle.ir.analysis.axis_tracing import joined_scope
 from treadle.ir.analysis.cost import node_cost
 from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.graph import Function, Graph, Node, Value
+from treadle.ir.hardware import Hardware
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.collectives import AllGather, Awaited, Collective, HandOn, Starting
-from treadle.ir.placement.machines import Machine
 from treadle.ir.placement.mesh import Mesh
 
 LIMITS = ("compute", "memory bandwidth", "links", "latency")
@@ -124,7 +124,7 @@ class Timetable:
 def timetable_of(
     program: Graph,
     mesh: Mesh,
-    machine: Machine,
+    machine: Hardware,
     sizes: Mapping[str, int],
     *,
     stage: int = 0,
@@ -213,7 +213,7 @@ class _Walk:
         self,
         program: Graph,
         mesh: Mesh,
-        machine: Machine,
+        machine: Hardware,
         sizes: Mapping[str, int],
         stage: int,
         handed: Sequence[float],
@@ -296,7 +296,7 @@ class _Walk:
                 yield node, self.meeting(node, node.op)
             else:
                 cost = node_cost(node, self.sizes)
-                computed, moved = cost.flops / self.machine.flops, cost.bytes / self.machine.bandwidth
+                computed, moved = cost.flops / self.machine.product_rate, cost.bytes / self.machine.bandwidth
                 yield node, _Takes(max(computed, moved), LIMITS[0 if computed > moved else 1])
 
     def meeting(self, node: Node, op: Collective) -> _Takes:
@@ -307,6 +307,6 @@ class _Walk:
             given = taken // part * op.size.evaluate(self.sizes)
             op = op.awaited
         sent = op.payload(taken, given) * op.rounds / op.ways
-        on_links = sent / self.machine.link(self.mesh, self.mesh.parts_of(op.over))
+        on_links = sent / self.machine.link(self.mesh.reach(self.mesh.parts_of(op.over)))
         waits = op.messages * self.machine.latency
         return _Takes(on_links + waits, LIMITS[2 if on_links > waits else 3], op.over, op.because, sent)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import Hint, PassError, UsageError
-from treadle.ir.graph import Graph, Value
+from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.naming import free_name
 from treadle.ir.ops.reductions import SizeOf
 from treadle.ir.sizing.size_bounds import Bounds
@@ -34,6 +34,7 @@ from treadle.passes.stepping.demands import Extent
 from treadle.passes.stepping.functions import CAPACITY, SLOTS, StepFunctions
 from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.prologue import Prologue
+from treadle.passes.stepping.sampled import OPTIONS, SAMPLED, SAMPLING, TokenChooser
 from treadle.passes.stepping.survey import Kind, Survey
 
 CACHE_DTYPES = (f32, bf16, f16)
@@ -52,11 +53,14 @@ class DerivedStep:
     axis      the symbol along which tokens are added
     tokens    the names of the inputs that are passed at every step
     prologue  the names of the inputs that are passed once per row
-    port_names  the entries' names for `rows`, `start` and `last`, numbered if the model has an input of that name
+    port_names  the entries' names for `rows`, `start`, `last` and the inputs and the output of sampling, numbered if
+                the model has an input of that name
     context   the greatest number of positions of the model, or None
     windows   by the symbol of a ring's capacity: the number of positions that the ring must hold in addition to a chunk
     memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
     carries   True if a sum over the tokens is carried along, so that a token cannot be taken back
+    sampling  the tokens that `prefill` and `step` return in place of logits, as their output `sampled`, i32[B]; see
+              `derive_step`. None: they return logits.
     """
 
     graph: Graph
@@ -68,6 +72,7 @@ class DerivedStep:
     windows: Mapping[str, int]
     memories: tuple[str, ...]
     carries: bool
+    sampling: str | None = None
 
     @property
     def has_prologue(self) -> bool:
@@ -75,15 +80,26 @@ class DerivedStep:
         return "prologue" in self.graph.entry_names
 
 
-def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | None = None) -> DerivedStep:
+def derive_step(
+    graph: Graph,
+    axis: str | None = None,
+    *,
+    cache: str | DType | None = None,
+    sampling: str | None = None,
+) -> DerivedStep:
     """Return the entries of generation, derived from a graph whose only entry is `main`.
 
     axis   the symbol along which tokens are added; by default the only symbol that may be stepped
     cache  the dtype in which caches store keys and values, f32, bf16 or f16; by default the dtype in the model
+    sampling  the tokens that `prefill` and `step` return in place of logits: "greedy", the greatest logit of each row;
+              "random", the op `sample_token` with options and a draw for each row, which become inputs
 
-    Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype.
+    Raises PassError, with the reason, if the model has no step; UsageError for another cache dtype or way of sampling,
+    and if there are no logits to sample from.
     """
     held = None if cache is None else _cache_dtype(cache)
+    if sampling not in (None, *SAMPLING):
+        raise UsageError(f"unknown sampling {str(sampling)[:40]!r} on the device", hint=" or ".join(SAMPLING))
     if graph.bind is not None or graph.states:
         raise PassError("a step can only be derived from a graph with one entry and no states", received=repr(graph))
     axis = axis or _stepped_axis(graph)
@@ -101,8 +117,11 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     made.bound(CAPACITY, Bounds(1, context))
     states = StepStates(Size.symbol(SLOTS))
     functions = StepFunctions(survey, made, states, held)
-    functions.entry("prefill", Extent.LAST)
-    functions.entry("step", Extent.ALL, single=True)
+    chooser = None
+    if sampling is not None:
+        chooser = TokenChooser(logits_of(graph.name, graph.main, axis), is_random=sampling == "random")
+    functions.entry("prefill", Extent.LAST, chooser=chooser)
+    functions.entry("step", Extent.ALL, single=True, chooser=chooser)
     functions.entry("verify", Extent.ALL)
     main = survey.main
     kept = [v.name for v in graph.main.inputs if main.kind(v) is Kind.KEPT]
@@ -118,8 +137,31 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     memories = tuple(s for s in capacities if s not in windows)
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
     inputs = {v.name for v in graph.main.inputs}
-    port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
-    return DerivedStep(made, axis, tokens, tuple(kept), port_names, context, windows, memories, functions.carries)
+    port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last", *OPTIONS, SAMPLED)}
+    carries = functions.carries
+    return DerivedStep(made, axis, tokens, tuple(kept), port_names, context, windows, memories, carries, sampling)
+
+
+def logits_of(name: str, function: Function, axis: str) -> str:
+    """Return the output of a model's function that has the logits [B, S, vocab], where `axis` is S.
+
+    Raises UsageError if there is none, or if it cannot be distinguished from other outputs.
+    """
+    found = [
+        output
+        for output, value in function.outputs.items()
+        if value.type.rank == 3 and value.type.dtype.is_float and value.type.shape[1].as_symbol == axis
+    ]
+    if len(found) == 1:
+        return found[0]
+    if "logits" in found:
+        return "logits"
+    if found:
+        raise UsageError(
+            f"{name} returns {', '.join(found)} for each token, and none is named logits",
+            hint="name one of them logits",
+        )
+    raise UsageError("a session needs a model with logits [B, S, vocab]", received=name)
 
 
 def _cache_dtype(name: str | DType) -> DType:

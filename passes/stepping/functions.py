@@ -24,6 +24,7 @@ from treadle.passes.stepping.demands import ALL, LAST, Demanding, Demands, Exten
 from treadle.passes.stepping.errors import refusal
 from treadle.passes.stepping.kept_values import StepStates
 from treadle.passes.stepping.rows import Stepped, apply_by_row
+from treadle.passes.stepping.sampled import SAMPLED, TokenChooser
 from treadle.passes.stepping.survey import Context, Kind, Survey
 
 ROWS, LAST_TOKEN = ("rows", "start"), "last"
@@ -60,8 +61,14 @@ class StepFunctions:
         """True if a node that was built carries a sum from step to step."""
         self._known: dict[object, _Made] = {}
 
-    def entry(self, name: str, extent: Extent, *, single: bool = False) -> Function:
-        """Build an entry that computes the model's outputs in an extent. `single`: True for one token per row."""
+    def entry(
+        self, name: str, extent: Extent, *, single: bool = False, chooser: TokenChooser | None = None
+    ) -> Function:
+        """Build an entry that computes the model's outputs in an extent.
+
+        single   True for one token per row
+        chooser  replaces the logits by a token of each row
+        """
         context = self.survey.main
         values = context.function.outputs.values()
         extents = tuple(
@@ -75,7 +82,7 @@ class StepFunctions:
         body = _Body(self, context, self.demanding.of(context, extents), self.graph.add_entry(name), single)
         body.declare([*ROWS, LAST_TOKEN] if extent is Extent.LAST else ROWS)
         body.build()
-        body.finish(extents)
+        body.finish(extents, chooser)
         return body.made.function
 
     def block(
@@ -134,7 +141,7 @@ class _Body:
                 else:
                     self._apply(node)
 
-    def finish(self, extents: Sequence[Extents]) -> None:
+    def finish(self, extents: Sequence[Extents], chooser: TokenChooser | None = None) -> None:
         """Name outputs and updated states."""
         outputs: dict[str, Expr] = {}
         for position, (name, value) in enumerate(self.context.function.outputs.items()):
@@ -142,7 +149,18 @@ class _Body:
                 x = self.read(value, extent)
                 self.made.gives.append((position, extent, x.by_row))
                 outputs[name if len(extents[position]) == 1 else free_name(f"{name}_{extent.value}", outputs)] = x.expr
+        if chooser is not None:
+            logits = outputs.pop(chooser.logits)
+            outputs[free_name(SAMPLED, self._input_names)] = chooser.token(self.b, logits, self._option)
         self.b.outputs(**outputs)
+
+    def _option(self, name: str, dtype: DType) -> Expr:
+        """Return an input of sampling, [b]."""
+        return self.b.input(free_name(name, self._input_names), self._row_type.with_dtype(dtype))
+
+    @property
+    def _input_names(self) -> set[str]:
+        return {v.name for v in self.context.function.inputs}
 
     # -- values ------------------------------------------------------------------------------------------------
 
@@ -243,8 +261,7 @@ class _Body:
             state = self.state(held, Type(i64, (Dim.of(self.functions.states.slots), Dim.of(ONE))))
             found: Expr = b.rearrange(b.gather(state, self.data("rows"), axis=0), pattern="b 1 -> b")
             return found
-        taken = {v.name for v in self.context.function.inputs}
-        return b.input(free_name(name, taken), self._row_type)
+        return b.input(free_name(name, self._input_names), self._row_type)
 
     @property
     def _row_type(self) -> Type:

@@ -49,15 +49,17 @@ class Counts:
     by_line  the number of events by kind ("wait", "copy in", "copy out", "allocation") and line of the emitted source
     ops      the number of ops
     nbytes   bytes of all tensors that were copied in
+    nbytes_out  bytes of all tensors that were copied out
     """
 
     by_line: Counter[tuple[str, str]] = field(default_factory=Counter)
     ops: int = 0
     nbytes: int = 0
+    nbytes_out: int = 0
 
     def clear(self) -> None:
         self.by_line.clear()
-        self.ops = self.nbytes = 0
+        self.ops = self.nbytes = self.nbytes_out = 0
 
     def of(self, kind: str) -> int:
         """Return the number of events of a kind."""
@@ -127,7 +129,9 @@ class StandInTensor(torch.Tensor):
             raise MixedDevices(f"{func}: " + ", ".join(f"{x.device}{list(x.shape)}" for x in tensors))
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu") if _is_own(kwargs["device"]) else kwargs["device"]
-        if _reads_back(func, args):
+        if func._overloadpacket in _OF_GPUS:
+            return StandInTensor(_OF_GPUS[func._overloadpacket](*map(_inner, args)))
+        if reads_back(func, args):
             _count("wait")
         inner_args, inner_kwargs = tree_map_only(StandInTensor, lambda x: x.inner, (args, kwargs))
         made = func(*inner_args, **inner_kwargs)
@@ -139,7 +143,7 @@ class StandInTensor(torch.Tensor):
         return return_and_correct_aliasing(func, args, kwargs, wrapped)
 
 
-def _reads_back(func: Any, args: Any) -> bool:
+def reads_back(func: Any, args: Any) -> bool:
     """Return True if the host needs values of the device to run an op: for its result, or for the result's shape."""
     if torch.Tag.data_dependent_output in func.tags:
         return True
@@ -174,8 +178,34 @@ def _count_copy(source: torch.Tensor, *, into: bool, waits: bool) -> None:
     if isinstance(source, StandInTensor) != into:
         _count("copy in" if into else "copy out")
         COUNTS.nbytes += source.nbytes if into else 0
+        COUNTS.nbytes_out += 0 if into else source.nbytes
         if waits and not into:
             _count("wait")
+
+
+def _pack_int4(pairs: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Return the bytes in an order of our own, in the shape of PyTorch's result on a GPU."""
+    n, k = pairs.shape[0], 2 * pairs.shape[1]
+    assert n % 8 == 0 and k % (16 * tiles) == 0 and pairs.dtype == torch.uint8 and pairs.is_contiguous()
+    return pairs.clone().view(torch.int32).view(n // 8, k // (16 * tiles), 32, tiles // 2)
+
+
+def _multiply_int4(x: torch.Tensor, packed: torch.Tensor, group: int, scales: torch.Tensor) -> torch.Tensor:
+    """Multiply as `aten::_weight_int4pack_mm` does on a GPU, with the packing of `_pack_int4`."""
+    assert x.dtype == scales.dtype == torch.bfloat16 and x.dim() == 2 and x.is_contiguous()
+    n, k = 8 * packed.shape[0], x.shape[1]
+    assert scales.shape == (k // group, n, 2)
+    pairs = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
+    q = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(n, k // group, group).float() - 8
+    scale, zero = (each.float().t()[..., None] for each in scales.unbind(-1))
+    return (x.float() @ (q * scale + zero).view(n, k).bfloat16().float().t()).bfloat16()
+
+
+_OF_GPUS = {
+    torch.ops.aten._convert_weight_to_int4pack: _pack_int4,
+    torch.ops.aten._weight_int4pack_mm: _multiply_int4,
+}
+"""Ops that PyTorch has on GPUs only."""
 
 
 def _empty(size: Any, *, dtype: Any = None, layout: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
@@ -207,19 +237,34 @@ for _name in ("arange", "arange.start", "arange.start_step"):  # PyTorch's own r
 _LIBRARY.impl("_copy_from", _copy_from)
 
 
+def _undivided(name: str) -> None:
+    """Compute a product as one op. PyTorch's own decomposition for a vector resizes a result in place."""
+    packet = getattr(torch.ops.aten, name).default
+    _LIBRARY.impl(name, lambda *args: StandInTensor.__torch_dispatch__(packet, (), args))
+
+
+_undivided("linear")
+_undivided("matmul")
+
+
 class StandInDevice(TorchDevice):
     """The device for the torch backend. Its tensors have no addresses."""
 
     has_inference_mode = False
 
     def __init__(self) -> None:
-        super().__init__(DEVICE)
+        super().__init__(DEVICE, capability=(9, 0))
 
     def storage_of(self, array: torch.Tensor) -> int:
         return array.untyped_storage()._cdata
 
     def wait(self) -> None:
         _count("wait")
+
+    def borrow(self, value: Any) -> torch.Tensor:
+        """Return the tensor of a `tests.standin_checks.Foreign`: a capsule of DLPack would need an address."""
+        borrowed: torch.Tensor = value.tensor
+        return borrowed
 
 
 def moved(states: Mapping[str, Any]) -> dict[str, Any]:

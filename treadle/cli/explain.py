@@ -1,4 +1,4 @@
-"""`treadle explain`: reports on fusion, layouts, storage, memory, quantization, sharding and the decoding step."""
+"""`treadle explain`: reports on fusion, layouts, storage, memory, quantization, sharding, the step and GPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def explain_sites(
         str,
         typer.Argument(
             metavar="SUBJECT",
-            help="fusion, layouts, storage, memory, quantization, sharding or step.",
+            help="fusion, layouts, storage, memory, quantization, sharding, step or device.",
             show_default=False,
         ),
     ],
@@ -71,7 +71,11 @@ def explain_sites(
     change that would save the most.
 
     step: the derived decoding step, its states with their sizes, and what each op became.
+
+    device: the program for a GPU: the form of each attention, how quantized weights are read, and for each entry what
+    prevents its capture as a CUDA graph. No GPU is needed.
     """
+    from treadle.explaining.device import explain_device
     from treadle.explaining.fusion import explain_fusion, parse_expected
     from treadle.explaining.layouts import explain_layouts
     from treadle.explaining.memory import explain_memory
@@ -92,6 +96,7 @@ def explain_sites(
         "quantization": explain_quantization,
         "sharding": explain_sharding,
         "step": explain_step,
+        "device": explain_device,
     }
     if subject not in functions:
         raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
@@ -140,6 +145,7 @@ _DOING = {
     "storage": "lowering {model}",
     "quantization": "planning the quantization of {model}",
     "step": "deriving the step of {model}",
+    "device": "lowering {model}",
 }
 """The status line that is shown while the report on a subject is computed."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from treadle.cli.completing import complete_backend, complete_model, complete_target
+from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.program.flag_values import parse_config
 from treadle.program.option_declarations import Option, declared
@@ -55,7 +56,10 @@ Axis = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="NAME", help="Device of each rank: h100, a100 or cpu. By default h100.", show_default=False
+        "--device",
+        metavar="NAME",
+        help=f"Device of each rank, by default h100. One of {', '.join(HARDWARE)}.",
+        show_default=False,
     ),
 ]
 Mesh = Annotated[

@@ -84,7 +84,9 @@ class Build:
         if self.lowered is None or self.lowered.plan is None or not isinstance(chosen, StagedBackend):
             return None
         graph, plan = self.lowered.graph, self.lowered.plan
-        return memory_of(self.name, self.backend, graph, plan, chosen.frames(graph, self.target, plan), sizes)
+        return memory_of(
+            self.name, self.backend, graph, plan, chosen.frames(graph, self.target, plan), sizes, self.target
+        )
 
     @cached_property
     def kernels(self) -> tuple[KernelUse, ...] | None:

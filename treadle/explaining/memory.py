@@ -21,6 +21,7 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.storage.views import Storage
+from treadle.ir.target import Target
 from treadle.passes.memory.frame_placement import ALIGNMENT, PlacedFrame, place_frames
 from treadle.passes.memory.frames import Frame, aligned, live_at, parts_of, peaks_of
 from treadle.passes.memory.storage_plan import FunctionPlan, StoragePlan
@@ -73,6 +74,7 @@ class MemoryReport:
     donated   for each donated input, the storages that reuse its memory
     reorders  the savings of other orders of the ops than the program's
     frames    the storages and lifetimes of each function, with offsets if there is an arena
+    target    the target; for a GPU, the report has the bytes of its memory
     """
 
     model: str
@@ -93,6 +95,12 @@ class MemoryReport:
     reorders: tuple[str, ...]
     frames: Mapping[str, Frame]
     placed: Mapping[str, PlacedFrame] | None
+    target: Target
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device's memory: the peak, and weights, states, inputs and outputs."""
+        return self.peak + sum(self.apart.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -112,6 +120,8 @@ class MemoryReport:
             "storages": dict(self.storages),
             "donated": list(self.donated),
             "reordered": list(self.reorders),
+            "target": str(self.target),
+            "total": self.total,
         }
 
     def __str__(self) -> str:
@@ -133,6 +143,9 @@ class MemoryReport:
             lines.append(f"one arena of {self.arena:,} bytes, {over} the peak, the lower bound")
         parts = [f"{name} {human(count, 'B')}" for name, count in self.apart.items() if count]
         lines.append("not included: " + ", ".join(parts))
+        if self.target.kind == "cuda":
+            has = f" of its {human(self.target.hardware.memory, 'B')}" if self.target.is_elsewhere else ""
+            lines.append(f"in the memory of {self.target}: {human(self.total, 'B')}{has} ({self.total:,} bytes)")
         several = "the largest of " if len(self.formula) > 1 else ""
         lines.append(f"at any sizes the peak is {several}{', '.join(self.formula)} bytes")
         lines += [*self.donated, *self.reorders]
@@ -170,7 +183,7 @@ def explain_memory(model: AnyModel, **options: Any) -> MemoryReport:
         raise UsageError(f"backend {backend.name} does not plan storage", hint="numpy, torch or tvm")
     frames = backend.frames(lowered.graph, chosen.where, lowered.plan)
     sizes = choose_sizes(lowered.graph, chosen.sizes or {})
-    return memory_of(name, backend.name, lowered.graph, lowered.plan, frames, sizes)
+    return memory_of(name, backend.name, lowered.graph, lowered.plan, frames, sizes, chosen.where)
 
 
 def memory_of(
@@ -180,6 +193,7 @@ def memory_of(
     plan: StoragePlan,
     frames: Mapping[str, Frame],
     sizes: Mapping[str, int],
+    target: Target,
 ) -> MemoryReport:
     """Describe the memory of a run of a lowered graph at sizes for all of its symbols."""
     unit = ALIGNMENT if plan.strided else 1
@@ -220,6 +234,7 @@ def memory_of(
         tuple(f"{name}: {each.reordered}" for name, each in plan.functions.items() if each.reordered is not None),
         frames,
         placed,
+        target,
     )
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from treadle.explaining.sharding_changes import Change, changes_of
-from treadle.ir.hardware import HARDWARE
-from treadle.ir.placement.machines import Machine, find_machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.memory.storage_plan import aligned
 from treadle.passes.sharding.plan import ShardingPlan
@@ -50,7 +49,7 @@ class ShardingReport:
     @property
     def device(self) -> str:
         """The device of each rank."""
-        return next((name for name in HARDWARE if find_machine(name) == self.plan.machine), "device")
+        return self.plan.machine.name
 
     @property
     def title(self) -> str:
@@ -191,7 +190,7 @@ def explain_sharding(
     mesh: Mesh | str,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    device: str | Machine = "h100",
+    device: str | Hardware = "h100",
     **options: Any,
 ) -> ShardingReport:
     """Describe the time and memory of a model that is split as by `shard_model`, and the savings of single changes.

@@ -135,7 +135,7 @@ def _mesh(report: ShardingReport, left: float, top: float) -> Iterator[str]:
         yield _text(left, y, f"{shown[0]} x {shown[1]} of {mesh.ranks} ranks are drawn", fill=_GREY, size=11)
         y += 16
     for over, causes in _by_lane(report).items():
-        link = machine.link(mesh, mesh.parts_of(over))
+        link = machine.link(mesh.reach(mesh.parts_of(over)))
         kind = "within a node" if link == machine.fast and machine.node > 1 else "between nodes"
         sent, took = sum(c.sent for c in causes), sum(c.seconds for c in causes)
         words = f"over {over}: {human(sent, 'B')} sent in {milliseconds(took)}, {human(link, 'B/s')} {kind}"

@@ -18,7 +18,7 @@ from treadle.backends.refusals import unavailable
 from treadle.backends.registry import find_backend
 from treadle.backends.staged import StagedBackend
 from treadle.files.shown_names import printable
-from treadle.ir.errors import BackendError
+from treadle.ir.errors import BackendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.progress import announce
@@ -54,15 +54,21 @@ def fastest_installed() -> str:
     return named if named != AUTO else next(name for name in FASTEST_FIRST if _is_installed(name))
 
 
-def choose_backend(name: str, graph: Graph, target: Target, *, before: Sequence[str] = ()) -> BackendChoice:
+def choose_backend(
+    name: str, graph: Graph, target: Target, *, before: Sequence[str] = (), torch_compile: bool = False
+) -> BackendChoice:
     """Return the backend of this name; for "auto" the one that TREADLE_BACKEND names, or else the fastest installed one
     that accepts the graph on the target.
 
     before  backends that "auto" prefers to others
+    torch_compile  True for the torch backend with torch.compile; "auto" then is "torch"
 
     For "auto", the reason is shown on standard error, if that is a terminal. Raises BackendError if there is no such
-    backend; for "auto", if no backend accepts the graph, with the reason of each.
+    backend; for "auto", if no backend accepts the graph, with the reason of each; UsageError for torch_compile
+    with another backend.
     """
+    if torch_compile:
+        return _compiling(check_backend(name), before)
     named = check_backend(name)
     if named != AUTO and (name != AUTO or not before):
         return BackendChoice(named, find_backend(named))
@@ -92,6 +98,20 @@ def choose_backend(name: str, graph: Graph, target: Target, *, before: Sequence[
         source=first.source,
         hint=first.hint,
     )
+
+
+def _compiling(name: str, before: Sequence[str]) -> BackendChoice:
+    """Return the torch backend with torch.compile. Raises UsageError for another backend."""
+    name = "torch" if name == AUTO and not before else name
+    backend = find_backend(name)
+    variant = getattr(backend, "with_torch_compile", None)
+    if variant is None:
+        raise UsageError(
+            "torch_compile applies to backend torch",
+            received=f"backend {name}",
+            hint=Hint('backend="torch"', "--backend torch"),
+        )
+    return BackendChoice(name, variant())
 
 
 def _accepting(name: str, graph: Graph, target: Target) -> Backend:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
+from treadle.ir.hardware import HARDWARE
 from treadle.ir.target import Target
 from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.program import flag_values
@@ -39,10 +40,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step")
+EXPLAINED = ("fusion", "layouts", "storage", "memory", "quantization", "sharding", "step", "device")
 """The subjects of `treadle explain`. Each subject has an entry function."""
 
-_LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory")}
+_ELSEWHERE = ", ".join(name for name in HARDWARE if name not in ("cpu", "cuda"))
+_LOWERED = {f"explain {subject}" for subject in ("layouts", "storage", "memory", "device")}
 _EXPLAIN = {f"explain {subject}" for subject in EXPLAINED}
 _SHARDED = {"shard", "rank", "explain sharding"}
 _ENTRIES = frozenset(
@@ -198,8 +200,9 @@ class RunningOptions:
     )
     target: str | Target = _option(  # noqa: RUF009
         "cpu",
-        'what to compile for: "cpu", or `Target("cpu", threads=4)`',
-        "cpu or cuda.",
+        'what to compile for: "cpu", `Target("cpu", threads=4)`, "cuda", "cuda:1", or other hardware by name: '
+        + _ELSEWHERE,
+        f"cpu, cuda, cuda:1, or other hardware: {_ELSEWHERE}.",
         Flag("target", "NAME", complete="target"),
         but={"bench", "shard", *_EXPLAIN.difference(_LOWERED)},
     )
@@ -233,6 +236,20 @@ class RunningOptions:
         "Store keys and values in f32, bf16 or f16. By default in the dtype that the model computes.",
         Flag("cache", "DTYPE"),
         but=_ENTRIES.difference({"load", "session", "generate", "explain step"}),
+    )
+    torch_compile: bool = _option(
+        False,
+        "let torch.compile compile the program that the torch backend emits, at the first calls; off by default, since "
+        "the gain has not been measured (docs/gpu.md)",
+        "Compile the program of the torch backend with torch.compile.",
+        Flag("torch-compile"),
+        but=_ENTRIES.difference({"compile", "session", "generate"}),
+    )
+    device_sampling: str | None = _option(
+        None,
+        "tokens that a step of generation returns in place of logits, so that only they are copied from the device: "
+        '"greedy", or "random" for any sampling options; None: logits (docs/generation.md)',
+        but=_ENTRIES.difference({"session", "generate"}),
     )
 
 

@@ -249,7 +249,7 @@ class _Collected:
 
     def _memory(self) -> dict[str, Any]:
         frames = tabs.frames_of_program(self.program, self.model.target)
-        return tabs.memory_tab_facts(self.program, frames, self.sizes)
+        return tabs.memory_tab_facts(self.program, frames, self.sizes, self.model.target)
 
     def _no_plan(self) -> Tab:
         return missing(f"backend {self.model.backend} does not plan storage", f"{self.command} --backend tvm")
@@ -316,7 +316,7 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
     no_source = missing("the step was derived from another graph", "exe.report()  of the model itself")
 
     def memory() -> dict[str, Any]:
-        return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen)
+        return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen, target)
 
     found: dict[str, Tab] = {
         "memory": tab(memory),

@@ -88,11 +88,11 @@ def fusion_facts(program: ReportProgram) -> dict[str, Any]:
     return {"sites": sites, "totals": totals, "unfused": list(UNFUSED)}
 
 
-def memory_tab_facts(program: ReportProgram, frames: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+def memory_tab_facts(program: ReportProgram, frames: Any, sizes: Mapping[str, int], target: Target) -> dict[str, Any]:
     """Return the memory report of the program that runs."""
     last = program.last
     assert last.plan is not None
-    report = memory_of(program.optimized.graph.name, program.backend, last.graph, last.plan, frames, sizes)
+    report = memory_of(program.optimized.graph.name, program.backend, last.graph, last.plan, frames, sizes, target)
     return memory_facts(report, last.graph, last.plan, program.numbers())
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import Machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.facts import RECOGNIZED, initial_facts
 from treadle.passes.framework.manager import Optimized
@@ -30,7 +30,7 @@ def shard_model(
     *,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    device: str | Machine = "h100",
+    device: str | Hardware = "h100",
     **options: Any,
 ) -> ShardingPlan:
     """Plan a model over a mesh, and check the plan. No weight is read or drawn.
@@ -40,7 +40,7 @@ def shard_model(
     recipe           "megatron", "sequence", "context", "dp", "fsdp", "megatron-fsdp" or "gpipe"
     axes             axes of the model by name, with the mesh axes that split them: {"heads": "tp", "batch": "dp"}; "-"
                      replicates an axis that the recipe splits
-    device           the device of each rank: "h100", "a100", "cpu", or a `Machine`
+    device           the device of each rank: "h100", "a100", "cpu", or a `Hardware`
     options          as in `treadle.compile`; costs are compared at `sizes`
 
     Raises UsageError for an unknown mesh, recipe, axis or device, and as `resolve` does.
@@ -57,7 +57,7 @@ def plan_graph(
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
     sizes: Mapping[str, int] | None = None,
-    device: str | Machine = "h100",
+    device: str | Hardware = "h100",
 ) -> ShardingPlan:
     """Plan a graph whose composites are all recognized, and check the plan: see `shard_model`."""
     choose_sizes(graph, sizes or {})  # refuses sizes that the graph does not allow

@@ -26,7 +26,7 @@ from treadle.backends.states import States
 from treadle.frontends.deferred_arrays import stored_bytes
 from treadle.ir.errors import PassError, RankError, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import Machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.ir.placement.placements import MeshPlacement, taken_part
 from treadle.ir.target import Target
@@ -173,7 +173,7 @@ class RankPart:
         *,
         recipe: str | None = None,
         axes: Mapping[str, str] | None = None,
-        device: str | Machine = "h100",
+        device: str | Hardware = "h100",
         agree: Mapping[str, str] | None = None,
         whole: bool = False,
         **options: Any,

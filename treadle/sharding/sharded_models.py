@@ -21,7 +21,7 @@ from treadle.files.contained_files import PathLike
 from treadle.files.shown_names import shown_path
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
-from treadle.ir.placement.machines import Machine
+from treadle.ir.hardware import Hardware
 from treadle.ir.placement.mesh import Mesh
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.sharding.plan import ShardingPlan
@@ -79,7 +79,7 @@ def sharded(
     *,
     recipe: str | None = None,
     axes: Mapping[str, str] | None = None,
-    device: str | Machine = "h100",
+    device: str | Hardware = "h100",
     **options: Any,
 ) -> ShardedModel:
     """Split a model as `treadle.sharding.shard_model` does, with the weights that `treadle.compile` would use.

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from treadle.runtime.sampling import Sampling
 
 
+_NEED_LOGITS = ("repetition_penalty", "presence_penalty", "logprobs", "beams", "speculate", "draft")
+
+
 @dataclass(frozen=True)
 class DecodingSettings:
     """Length, sampling or beam search, and speculation. Raises UsageError for settings that exclude each other, and for
@@ -53,6 +56,11 @@ class DecodingSettings:
     best: int = declare(1, "With --beams: number of texts to print.", flag=Flag("best", "N", least=1))
     chat: bool = declare(False, "Put each text into the model's chat template as a user message.", flag=Flag("chat"))
     system: str | None = declare(None, "With --chat: the system message.", flag=Flag("system", "TEXT"))
+    samples_on_device: bool = declare(
+        False,
+        "Choose tokens where the model runs, and copy no logits to the host. Log probabilities are then unknown.",
+        flag=Flag("device-sampling"),
+    )
     speculate: bool = declare(
         False, "Speculative decoding from the text so far: the same text in less time.", flag=Flag("speculate")
     )
@@ -72,6 +80,8 @@ class DecodingSettings:
             self._refuse("a beam search does not accept", others)
         else:
             self._refuse("only --beams accepts", ("best", "length_penalty"))
+        if self.samples_on_device:
+            self._refuse("--device-sampling copies no logits, so it does not accept", _NEED_LOGITS)
         if not self.chat:
             self._refuse("only --chat accepts", ("system",))
 

@@ -62,6 +62,8 @@ class TextGeneration:
         Raises as `TextWriter.open` does, and UsageError for more tokens than the model has positions.
         """
         chosen = CompileOptions.of("generate", options)
+        if settings.samples_on_device:
+            options["device_sampling"] = "random" if settings.temperature > 0 else "greedy"
         need_for_text(model, chat=settings.chat)
         writer = TextWriter.open(model, stepped=stepped, **options)
         if settings.most != DecodingSettings.most:  # the default applies to models with fewer positions, too
