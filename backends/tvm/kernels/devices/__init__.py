@@ -1,0 +1,1 @@
+"""Kernels for devices: a specification's lanes become threads, and its loops become CUDA, OpenCL, Metal or WGSL text."""

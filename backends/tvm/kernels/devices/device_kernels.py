@@ -1,0 +1,69 @@
+"""Kernels of a device as text: the form of each kernel, its arguments, and its text with everything it needs.
+
+    made = device_kernel(Softmax(False, "f32"), DEVICES["cuda"])
+    print(made.text)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
+from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
+from treadle.backends.tvm.kernels.devices.kernel_text import body_text
+from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.errors import BackendError
+
+
+@dataclass(frozen=True)
+class DeviceKernel:
+    """A kernel of a device.
+
+    written  arguments, memory and statements
+    why_slow the reason why each thread runs a task of its own; empty if a group runs a task
+    """
+
+    written: GroupKernel
+    why_slow: str = ""
+
+    @cached_property
+    def body(self) -> str:
+        """The kernel's own text."""
+        return body_text(self.written)
+
+    @property
+    def text(self) -> str:
+        """The whole text that a compiler of the device's language takes."""
+        language = self.written.device.language
+        return PRELUDES[language] + lane_functions_text(self.written, language) + self.body
+
+
+def lane_functions_text(written: GroupKernel, language: str) -> str:
+    """Return the functions that a kernel calls, in a C dialect, with their prelude."""
+    made = prelude(language) + functions(f64="f64" not in written.device.lacks)
+    return made + "".join(function.c(language) for function in written.functions.values())
+
+
+def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> DeviceKernel:
+    """Return a kernel for a device: for groups of threads, or in the slow form if a group cannot run it.
+
+    Raises BackendError with the word that the device lacks, if the slow form cannot express the kernel either.
+    """
+    name = name or f"treadle_{kernel.title}"
+    try:
+        return DeviceKernel(write_kernel(kernel, device, name))
+    except LackingWord as lacking:
+        if device.group == 1:
+            raise
+        reason = f"`{lacking.word}`: {lacking.why}"
+    except ZeroDivisionError:
+        reason = "a vector of the group is wider than a panel"
+    try:
+        return DeviceKernel(write_kernel(kernel, device.slow, name), reason)
+    except LackingWord as lacking:
+        raise BackendError(
+            f"kernel {kernel.title} cannot run on {device}: it lacks the word `{lacking.word}`", received=lacking.why
+        ) from lacking

@@ -1,0 +1,558 @@
+"""The group emitter: the words of specifications for a device whose lanes are threads.
+
+`write_kernel` runs a specification once and returns a `GroupKernel`: arguments, memory, and a tree of statements. What a
+word means for lanes is documented at `treadle.backends.tvm.kernels.emitter.Emitter`; this module documents what it means
+for threads. The emitter has two parameters, in `Device`: the number of lanes of a group and the number of tasks of a
+block, 32 and 1 in the normal form, 1 and 64 in the slow form.
+
+Scalars are the same in all threads of a group, and only scalars control loops and branches, so a barrier is legal at any
+place of a specification.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from treadle.backends.bfloat16 import rounded
+from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
+from treadle.backends.tvm.kernels.devices.barriers import place_barriers, place_registers
+from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.devices.statements import (
+    GLOBAL,
+    Access,
+    Declare,
+    Exchange,
+    Let,
+    Loop,
+    Memory,
+    Statement,
+    Store,
+    When,
+    lane_of,
+)
+from treadle.backends.tvm.kernels.devices.values import (
+    INDEX,
+    LANE,
+    Node,
+    Value,
+    constant,
+    is_constant,
+    operation,
+)
+from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.errors import BackendError
+from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, i64
+
+_TVM = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16"}
+
+
+class LackingWord(BackendError):
+    """A specification uses a word that the device lacks. `word` is its name."""
+
+    def __init__(self, word: str, why: str) -> None:
+        super().__init__(f"a device lacks `{word}`: {why}")
+        self.word, self.why = word, why
+
+
+@dataclass(eq=False)
+class GroupKernel:
+    """A kernel for threads.
+
+    pointers    the buffers, in the order of the specification's pointers
+    sizes       the names of the sizes, in order
+    body        the statements
+    shared      memory of a block
+    functions   the lane functions that the kernel calls, by symbol
+    tables      constant tables by name
+    """
+
+    kernel: Kernel
+    device: Device
+    name: str
+    pointers: list[Memory] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    body: list[Statement] = field(default_factory=list)
+    shared: list[Memory] = field(default_factory=list)
+    functions: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of shared memory of a block."""
+        return sum(-(-memory.cells * memory.dtype.bytes // 16) * 16 for memory in self.shared)
+
+
+def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
+    """Return a kernel for a device.
+
+    Raises BackendError if the kernel uses a word that the device lacks, or more memory or buffers than it has.
+    """
+    emitter = GroupEmitter(device, GroupKernel(kernel, device, name))
+    kernel.emit(emitter)
+    made = emitter.finished()
+    if made.shared_bytes > device.shared:
+        raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.shared}")
+    if device.buffers and len(made.pointers) > device.buffers:
+        raise LackingWord("pointer", f"{len(made.pointers)} buffers, of {device.buffers}")
+    return made
+
+
+class Pointer:
+    """A pointer argument of a kernel: a buffer, and an element offset that is added to every index."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory, self.name, self.dtype = memory, memory.name, memory.dtype
+
+
+class View:
+    """An array over a pointer or registers; strides are in elements."""
+
+    def __init__(self, memory: Memory, strides: Sequence[Node], shape: Sequence[Node] = ()) -> None:
+        self.memory, self.strides, self.shape = memory, tuple(strides), tuple(shape)
+        self.name, self.dtype = memory.name, memory.dtype
+
+
+class LoadedVector(Value):
+    """A vector in memory. It is loaded where it is used, as parts of single elements or of wider words."""
+
+    def __init__(self, emitter: GroupEmitter, view: View, base: Node, lanes: int) -> None:
+        super().__init__((), lanes)
+        self.emitter, self.view, self.base = emitter, view, base
+        self._kept: tuple[Node, ...] | None = None
+
+    @property
+    def parts(self) -> tuple[Node, ...]:
+        if self._kept is None:
+            self._kept = tuple(self.emitter.loaded(self.view, self.base, self.lanes, p) for p in self._numbers(self.lanes))
+        return self._kept
+
+    def as_words(self, type: str, factor: int) -> Value:
+        """Return the vector as words of `factor` elements each."""
+        lanes = self.lanes // factor
+        parts = [
+            self.emitter.loaded(self.view, self.base, lanes, p, wide=type, factor=factor) for p in self._numbers(lanes)
+        ]
+        return Value(parts, lanes)
+
+    def _numbers(self, lanes: int) -> range:
+        return range(self.emitter.parts(lanes))
+
+
+class GroupEmitter:
+    """An emitter of one kernel for a group of threads. See `treadle.backends.tvm.kernels.emitter.Emitter`."""
+
+    integer_angles = True  # sin and cos reduce every argument by integer arithmetic, without C's library
+
+    def __init__(self, device: Device, kernel: GroupKernel) -> None:
+        self.isa, self.made = device, kernel
+        self._blocks = [kernel.body]
+        self._names: dict[str, int] = {}
+        self._has_tasks = False
+
+    def finished(self) -> GroupKernel:
+        """Return the kernel with its registers placed and its barriers."""
+        body = self.made.body
+        if not self._has_tasks:  # one task
+            zero = Node("variable", INDEX, (), self._named("task"))
+            self.made.body = body = [Loop(zero, constant(1, INDEX), list(body), tasks=True)]
+        self.made.shared = place_registers(body, self.isa)
+        self.made.body = place_barriers(body, self.isa)
+        return self.made
+
+    def parts(self, lanes: int) -> int:
+        """Return the number of parts of a vector."""
+        group = self.isa.group
+        if lanes % group and group % lanes:
+            raise LackingWord("load", f"a vector of {lanes} lanes in a group of {group} threads")
+        return max(1, lanes // group)
+
+    def _add(self, statement: Statement) -> None:
+        self._blocks[-1].append(statement)
+
+    def _named(self, name: str) -> str:
+        """Return a name that is unique in the kernel."""
+        name = re.sub(r"\W", "_", name)
+        count = self._names[name] = self._names.get(name, -1) + 1
+        return f"{name}_{count}"
+
+    def _let(self, value: Node, name: str) -> Node:
+        if is_constant(value) or value.op == "variable":
+            return value
+        made = Node("variable", value.type, (), self._named(name), value)
+        self._add(Let(made, value))
+        return made
+
+    # -- arguments -------------------------------------------------------------------------------------------
+
+    def pointer(self, name: str, dtype: DType) -> Pointer:
+        if dtype.name in self.isa.lacks and dtype not in (i64, bf16, f16):
+            raise LackingWord("pointer", f"a buffer of {dtype} numbers")
+        memory = Memory(self._named(name), dtype, place=GLOBAL)
+        self.made.pointers.append(memory)
+        made = Pointer(memory)
+        made.name = name
+        return made
+
+    def size(self, name: str) -> Value:
+        made = self._named(name)
+        self.made.sizes.append(made)
+        return Value([Node("variable", INDEX, (), made)])
+
+    def view(self, pointer: Pointer, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> View:
+        sizes = [_index(n) for n in shape] or [constant(1, INDEX)]
+        if strides is None:
+            row_major: list[Node] = [constant(1, INDEX)]
+            for n in sizes[:0:-1]:
+                row_major.append(operation("*", row_major[-1], n))
+            steps = row_major[::-1]
+        else:
+            steps = [_index(s) for s in strides]
+        made = View(pointer.memory, steps, sizes)
+        made.name = pointer.name
+        return made
+
+    # -- loops and names -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _body(self, statement: Loop | When) -> Iterator[None]:
+        self._add(statement)
+        self._blocks.append(statement.body)
+        yield
+        self._blocks.pop()
+
+    @contextmanager
+    def _loop(self, count: Any, name: str, **how: bool) -> Iterator[Value]:
+        size = self._let(_index(count), f"{name}_count")  # computed once
+        variable = Node("variable", INDEX, (), self._named(name))
+        with self._body(Loop(variable, size, **how)):
+            yield Value([variable])
+
+    @contextmanager
+    def parallel(self, count: Any, name: str = "p") -> Iterator[Value]:
+        """The loop over tasks. Blocks take tasks in turn, so that any number of blocks computes the same."""
+        self._has_tasks = True
+        with self._loop(count, name, tasks=True) as i:
+            yield i
+
+    @contextmanager
+    def loop(self, count: Any, name: str = "i") -> Iterator[Value]:
+        with self._loop(count, name) as i:
+            yield i
+
+    @contextmanager
+    def unroll(self, count: int, name: str = "u") -> Iterator[Value]:
+        with self._loop(count, name, unrolled=True) as i:
+            yield i
+
+    @contextmanager
+    def when(self, condition: Value) -> Iterator[None]:
+        if condition.lanes != 1:
+            raise BackendError("a branch depends on the lane", hint="use any_of_lanes or select")
+        with self._body(When(condition.node)):
+            yield
+
+    def name(self, name: str, value: Any) -> Any:
+        return value
+
+    def let(self, value: Any, name: str = "t") -> Any:
+        if not isinstance(value, Value):
+            return value
+        return Value([self._let(part, name) for part in value.parts], value.lanes)
+
+    def opaque(self, value: Any, name: str = "t") -> Value:
+        return self.let(self.index(value), name)
+
+    def kept(self, value: Value, dtype: DType, lanes: int = 1, name: str = "t") -> Value:
+        return self.let(value, name)
+
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def registers(self, count: int, dtype: DType, name: str = "acc") -> View:
+        memory = Memory(self._named(name), dtype, count)
+        self._add(Declare(memory))
+        return View(memory, [constant(1, INDEX)])
+
+    def load(self, view: View, index: Sequence[Any], lanes: int = 1) -> Value:
+        base = self._flat(view, index)
+        if lanes > 1:
+            self.parts(lanes)
+            return LoadedVector(self, view, base, lanes)
+        return Value([self.loaded(view, base, 1, 0)])
+
+    def loaded(
+        self,
+        view: View,
+        base: Node,
+        lanes: int,
+        part: int,
+        *,
+        offset: Node | None = None,
+        wide: str | None = None,
+        factor: int = 1,
+    ) -> Node:
+        """Return the load of one part of a vector."""
+        access = Access(view.memory, base, lanes, part, self.isa.group, offset, wide, factor)
+        if wide is not None and offset is None:
+            access.offset = access.thread_offset
+        type = wide or view.dtype.name
+        return Node("load", type, (), access)
+
+    def store(self, view: View, index: Sequence[Any], value: Any, lanes: int = 1) -> None:
+        """Store a vector. Of a vector with fewer lanes than the group has threads, the first threads store; of a scalar,
+        the first thread, unless it goes to registers.
+        """
+        base = self._flat(view, index)
+        if not isinstance(value, Value):
+            value = self.number(value, view.dtype, lanes)
+        if value.lanes != lanes or value.type != view.dtype.name:
+            raise BackendError(
+                f"a kernel stores {value.type} x {value.lanes} to {view.name}, {view.dtype} x {lanes}",
+            )
+        view.memory.written = True
+        for part, node in enumerate(value.parts):
+            access = Access(view.memory, base, lanes, part, self.isa.group)
+            self._add(Store(access, node, lanes if lanes < self.isa.group else None))
+
+    def _flat(self, view: View, index: Sequence[Any]) -> Node:
+        """Return the element's index in memory."""
+        flat = constant(0, INDEX)
+        for i, stride in zip([_index(i) for i in index] or [constant(0, INDEX)], view.strides, strict=True):
+            flat = operation("+", flat, operation("*", i, stride))
+        return flat
+
+    def address(self, view: View, index: Sequence[Any]) -> Value:
+        raise LackingWord("address", "an intrinsic of an instruction set takes it")
+
+    def prefetch(self, view: View, index: Sequence[Any]) -> None:
+        """Do nothing: a device has many groups at work while one waits for memory."""
+
+    # -- values ----------------------------------------------------------------------------------------------
+
+    def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Value:
+        if dtype is bf16:
+            made: float | int | bool = int(rounded(np.asarray(value, np.float32)))
+        elif dtype is f16:
+            made = int(np.asarray(value, np.float16).view(np.uint16))
+        elif dtype.is_float:
+            made = float(value)
+        else:
+            made = bool(value) if dtype is boolean else int(value)
+        return self.splat(Value([constant(made, dtype.name)]), lanes)
+
+    def index(self, value: Any) -> Value:
+        return Value([_index(value)])
+
+    def splat(self, value: Value, lanes: int) -> Value:
+        return Value([value.node] * self.parts(lanes), lanes)
+
+    def lane_indices(self, first: Any, lanes: int) -> Value:
+        at = _index(first)
+        return Value([operation("+", at, lane_of(lanes, p, self.isa.group)) for p in range(self.parts(lanes))], lanes)
+
+    def cast(self, value: Value, dtype: DType, lanes: int = 1) -> Value:
+        if value.type == dtype.name:
+            return value
+        made = narrow_cast(self, value, _TVM.get(value.type, value.type), dtype, lanes)
+        if made is not None:
+            assert isinstance(made, Value)
+            return made
+        return value.mapped(lambda x: Node("cast", dtype.name, (x,)))
+
+    def select(self, condition: Value, then: Value, otherwise: Value) -> Value:
+        parts = zip(condition.parts, then.parts, otherwise.parts, strict=True)
+        return Value([Node("select", a.type, (c, a, b)) for c, a, b in parts], then.lanes)
+
+    def either(self, condition: Value, then: Any, otherwise: Any) -> Value:
+        return self.select(condition, _scalar(then), _scalar(otherwise))
+
+    def both(self, x: Value, y: Value) -> Value:
+        return x.joined("&&", y)
+
+    def any_of(self, x: Value, y: Value) -> Value:
+        return x.joined("||", y)
+
+    def equal(self, x: Value, y: Value) -> Value:
+        return x.joined("==", y)
+
+    def is_nan(self, x: Value) -> Value:
+        return self._called("isnan", x, type="bool")
+
+    def least(self, x: Any, y: Any) -> Value:
+        return self._extremum("min", x, y)
+
+    def greatest(self, x: Any, y: Any) -> Value:
+        return self._extremum("max", x, y)
+
+    def _extremum(self, op: str, x: Any, y: Any) -> Value:
+        if not isinstance(x, Value):
+            return self._extremum(op, y, x)
+        return x.joined(op, y)
+
+    def nearest(self, x: Value) -> Value:
+        return self._called("rint", x)
+
+    def floor(self, x: Value) -> Value:
+        return self._called("floor", x)
+
+    def sqrt(self, x: Value) -> Value:
+        return self._called("sqrt", x)
+
+    def absolute(self, x: Value) -> Value:
+        return self._called("abs", x)
+
+    def _called(self, name: str, x: Value, type: str | None = None) -> Value:
+        return x.mapped(lambda part: Node("math", type or part.type, (part,), name))
+
+    def floor_divide(self, x: Any, y: Any) -> Value:
+        """Divide indices, which are never negative, so that the quotient is truncated."""
+        return Value([operation("/", _index(x), _index(y))])
+
+    def floor_mod(self, x: Any, y: Any) -> Value:
+        return Value([operation("%", _index(x), _index(y))])
+
+    def bits(self, value: Value, dtype: DType, lanes: int = 1) -> Value:
+        """Reinterpret bits. Several elements become one wider element only if they are loaded from memory."""
+        held = DTYPES[value.type]
+        if held.bytes != dtype.bytes:
+            if not isinstance(value, LoadedVector) or dtype.bytes < held.bytes:
+                raise LackingWord("bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory")
+            return value.as_words(dtype.name, dtype.bytes // held.bytes)
+        return value.mapped(lambda x: Node("bits", dtype.name, (x,)))
+
+    def shift_left(self, x: Value, y: Value) -> Value:
+        return x.joined("<<", y)
+
+    def lane_function(self, function: Any, lanes: int, *operands: Value) -> Value:
+        self.made.functions.setdefault(function.symbol, function)
+        type = _DTYPE.get(function.result, function.result)
+        parts = zip(*(x.parts for x in operands), strict=True)
+        return Value([Node("call", type, tuple(part), function.symbol) for part in parts], lanes)
+
+    def libm(self, name: str, dtype: DType, lanes: int, *operands: Value) -> Value:
+        if self.isa.language not in ("cuda", "opencl") or dtype.name in self.isa.lacks:
+            raise LackingWord("libm", f"{self.isa.language} has no {name} of {dtype} with defined accuracy")
+        parts = zip(*(x.parts for x in operands), strict=True)
+        return Value([Node("math", dtype.name, tuple(part), name) for part in parts], lanes)
+
+    # -- words across lanes ----------------------------------------------------------------------------------
+
+    def exchanged(self, value: Node, thread: Node, name: str = "other") -> Node:
+        """Return the value that the thread of the group with this number has."""
+        if self.isa.group == 1 or is_constant(value):
+            return value
+        value = self._let(value, name)
+        if self.isa.subgroups:
+            made = Node("variable", value.type, (), self._named(name))
+            self._add(Exchange(made, value, thread))
+            return made
+        cells = self.registers(self.isa.group, DTYPES[value.type], "exchanged")
+        self.store(cells, [0], Value([value], self.isa.group), self.isa.group)
+        return self._let(self.loaded(cells, constant(0, INDEX), self.isa.group, 0, offset=thread), name)
+
+    def shuffle(self, vectors: Sequence[Value], lanes: Sequence[int]) -> Value:
+        """Return lanes of the concatenated vectors: each thread reads the parts of other threads."""
+        group, wide = self.isa.group, vectors[0].lanes
+        made = []
+        for part in range(self.parts(len(lanes))):
+            picked = [lanes[(part * group + t) % len(lanes)] for t in range(group)]
+            places = [self._place_of(lane % wide, wide) for lane in picked]
+            sources = [(lane // wide, q) for lane, (q, _) in zip(picked, places, strict=True)]
+            thread = table([t for _, t in places])
+            result = None
+            for source in dict.fromkeys(sources):
+                node = vectors[source[0]].parts[source[1]]
+                other = node if wide == 1 else self.exchanged(node, thread)
+                if result is None:
+                    result = other
+                else:
+                    chosen = operation("==", table([int(s == source) for s in sources]), constant(1, INDEX))
+                    result = Node("select", other.type, (chosen, other, result))
+            assert result is not None
+            made.append(self._let(result, "shuffled"))
+        return Value(made, len(lanes))
+
+    def _place_of(self, lane: int, wide: int) -> tuple[int, int]:
+        """Return the part and the thread that have a lane of a vector."""
+        return divmod(lane, self.isa.group) if wide >= self.isa.group else (0, lane)
+
+    def transposed(self, rows: Sequence[Value]) -> list[Value]:
+        """Transpose a square of vectors in shared memory."""
+        lanes, group = len(rows), self.isa.group
+        if group == 1:
+            return [Value([row.parts[x] for row in rows], lanes) for x in range(lanes)]
+        if lanes != group:
+            raise LackingWord("transposed", f"{lanes} vectors in a group of {group} threads")
+        dtype, pitch = DTYPES[rows[0].type], group + 1  # so that the reads of a column are in different banks
+        square = self.registers(group * pitch, dtype, "square")
+        for i, row in enumerate(rows):
+            self.store(square, [i * pitch], row, lanes)
+        down = operation("*", LANE, constant(pitch, INDEX))
+        return [
+            self.let(Value([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes)) for j in range(lanes)
+        ]
+
+    def folded_lanes(self, x: Value, lanes: int, dtype: DType, combine: Any) -> Value:
+        """Fold the lanes into a scalar by halves; every thread gets the first thread's result."""
+        parts, group = list(x.parts), self.isa.group
+        while len(parts) > 1:
+            half = len(parts) // 2
+            pairs = zip(parts[:half], parts[half:], strict=True)
+            parts = [self._let(combine(Value([a]), Value([b]), 1).node, "half") for a, b in pairs]
+        made, size = self._let(parts[0], "folded"), min(lanes, group)
+        if size == 1:
+            return Value([made])
+        while size > 1:
+            size //= 2
+            thread = operation("%", operation("+", LANE, constant(size, INDEX)), constant(group, INDEX))
+            other = self.exchanged(made, thread)
+            made = self._let(combine(Value([made]), Value([other]), 1).node, "half")
+        return Value([self.exchanged(made, constant(0, INDEX), "folded")])
+
+    def sum_of_lanes(self, x: Value, lanes: int, dtype: DType = DTYPES["f32"]) -> Value:
+        return self.folded_lanes(x, lanes, dtype, lambda a, b, _: a + b)
+
+    def maximum_of_lanes(self, x: Value, lanes: int, dtype: DType = DTYPES["f32"]) -> Value:
+        return self.folded_lanes(x, lanes, dtype, lambda a, b, _: a.joined("max", b))
+
+    def any_of_lanes(self, condition: Value, lanes: int) -> Value:
+        return self.folded_lanes(condition, lanes, boolean, lambda a, b, _: a.joined("||", b))
+
+    # -- LLVM ------------------------------------------------------------------------------------------------
+
+    def llvm(self, name: str, text: Any, result: str, *operands: Any) -> Value:
+        raise LackingWord("llvm", f"the function {name} is LLVM text")
+
+    def effect(self, name: str, declared: str, called: str, *operands: Any) -> None:
+        raise LackingWord("effect", f"the intrinsic of {name}")
+
+
+_DTYPE = {"u16": "bf16"}  # 16-bit numbers are their bits
+
+
+def table(entries: Sequence[int]) -> Node:
+    """Return an index that depends on the thread: a formula if there is a simple one, otherwise a table."""
+    first, count = entries[0], len(entries)
+    if all(e == first for e in entries):
+        return constant(first, INDEX)
+    step = entries[1] - first
+    if all(e == first + step * t for t, e in enumerate(entries)) and step > 0:
+        return operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE))
+    if all(e == (first + step * t) % count for t, e in enumerate(entries)) and step > 0:
+        return operation("%", operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE)), constant(count, INDEX))
+    return Node("table", INDEX, (), tuple(entries))
+
+
+def _scalar(value: Any) -> Value:
+    return value if isinstance(value, Value) else Value([constant(value, INDEX)])
+
+
+def _index(value: Any) -> Node:
+    if not isinstance(value, Value):
+        return constant(int(value), INDEX)
+    node = value.node
+    return node if node.type == INDEX else Node("cast", INDEX, (node,))
