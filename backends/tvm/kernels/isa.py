@@ -104,8 +104,12 @@ def isa_of(target: Target) -> Isa:
 
     Raises BackendError for a target without code generation.
     """
+    from treadle.backends.tvm.kernels.devices.device import DEVICES  # a device is an Isa, so that module imports this one
+
     if target.name in ISAS:
         return ISAS[target.name]
+    if target.kind in DEVICES:
+        return DEVICES[target.kind]
     if target.kind != "cpu":
         raise BackendError(
             f"the tvm backend generates no code for {target.name}",
