@@ -360,7 +360,7 @@ class NonpositiveExp(Kernel):
         x, y = (k.view(p, [n]) for p in pointers)
         exp = exp_for_pairs if self.for_pairs else exp_nonpositive
         with k.parallel(k.floor_divide(n, lanes), "v") as v:
-            k.store(y, [v * lanes], exp(k, k.load(x, [v * lanes], lanes), lanes), lanes)
+            k.store(y, [v * lanes], exp(k, lanes, k.load(x, [v * lanes], lanes)), lanes)
 
 
 @each_level

@@ -25,12 +25,13 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from treadle.backends.bfloat16 import rounded
+from treadle.backends.tvm.kernels.arithmetic.comparisons import compare
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
-from treadle.backends.tvm.kernels.arithmetic.lanewise import compare
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, tvm_type
 from treadle.backends.tvm.kernels.fused_products import with_fused_products
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.types import DType, bf16, boolean, i64, u8
+from treadle.ir.types import DType, bf16, boolean, f32, i64, u8
 
 Expr = Any
 """A TVM expression; indices may be Python integers."""
@@ -60,7 +61,12 @@ def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
 
 
 class Emitter:
-    """An emitter of one kernel for one instruction set."""
+    """An emitter of one kernel for one instruction set.
+
+    integer_angles  True to reduce the arguments of sin and cos in integers, instead of f64 and C's math library
+    """
+
+    integer_angles = False
 
     def __init__(self, isa: Isa) -> None:
         self.isa = isa
@@ -268,10 +274,15 @@ class Emitter:
     def shift_left(self, x: Expr, y: Expr) -> Expr:
         return tirx.shift_left(x, y)
 
-    def libm(self, name: str, dtype: DType, *operands: Expr) -> Expr:
-        """Call a scalar function of C's math library, by its float64 name: `exp` is `expf` for f32."""
-        suffix = "f" if dtype.name == "f32" else ""
-        return tirx.call_pure_extern(tvm_dtype(dtype), name + suffix, *operands)
+    def libm(self, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
+        """Call a function of C's math library for each lane, by its float64 name: `exp` is `expf` for f32."""
+        if lanes == 1:
+            return tirx.call_pure_extern(tvm_dtype(dtype), name + ("f" if dtype.name == "f32" else ""), *operands)
+        vectors = [self.let(x) for x in operands]
+        return self.shuffle(
+            [self.let(self.libm(name, dtype, 1, *(self.shuffle([x], [i]) for x in vectors))) for i in range(lanes)],
+            range(lanes),
+        )
 
     def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
         """Return a vector of the given lanes of the concatenated vectors."""
@@ -307,29 +318,45 @@ class Emitter:
         called = "void @llvm.prefetch.p0(ptr %x0, i32 0, i32 2, i32 1)"
         self.effect("treadle_prefetch", declared, called, self.address(view, index))
 
-    def sum_of_lanes(self, x: Expr, lanes: int) -> Expr:
-        """Return the sum of a float32 vector's lanes, added by halves."""
-        return self._across(x, lanes, "fadd", "reassoc nsz", "float -0.0, ")
+    def lane_function(self, function: LaneFunction, lanes: int, *operands: Expr) -> Expr:
+        """Call a lane function on vectors of `lanes` lanes. Equal names of functions must mean equal functions."""
+        wide = lanes == 16 and "avx512f" in self.isa.needs
+        result = tvm_type(function.result) + (f"x{lanes}" if lanes > 1 else "")
+        return self.llvm(f"{function.symbol}_{lanes}", lambda: function.llvm(lanes, wide), result, *operands)
 
-    def maximum_of_lanes(self, x: Expr, lanes: int) -> Expr:
-        """Return the maximum of a float32 vector's lanes."""
-        return self._across(x, lanes, "fmax", "nnan nsz", "")
+    def any_of_lanes(self, condition: Expr, lanes: int) -> Expr:
+        """Return a scalar that is true if the condition holds in any lane."""
+        return self._across(condition, lanes, "or", "i1", "bool")
 
-    def _across(self, x: Expr, lanes: int, kind: str, flags: str, start: str) -> Expr:
-        name = f"treadle_{kind}_{lanes}"
-        vector = f"<{lanes} x float>"
-        scalar = "float, " if start else ""
+    def sum_of_lanes(self, x: Expr, lanes: int, dtype: DType = f32) -> Expr:
+        """Return the sum of a vector's lanes: floats in f32, which are added by halves, or integers in i32."""
+        if dtype is f32:
+            return self._across(x, lanes, "fadd", "float", "float32", "reassoc nsz ", "float -0.0, ")
+        return self._across(x, lanes, "add", "i32", "int32")
+
+    def maximum_of_lanes(self, x: Expr, lanes: int, dtype: DType = f32) -> Expr:
+        """Return the maximum of a vector's lanes, in f32 or i32. If one of them is NaN, the result is unspecified."""
+        if dtype is f32:
+            return self._across(x, lanes, "fmax", "float", "float32", "nnan nsz ")
+        return self._across(x, lanes, "smax", "i32", "int32")
+
+    def _across(
+        self, x: Expr, lanes: int, kind: str, scalar: str, result: str, flags: str = "", start: str = ""
+    ) -> Expr:
+        if lanes == 1:
+            return x
+        name, vector = f"treadle_{kind}_{scalar}_{lanes}", f"<{lanes} x {scalar}>"
+        suffix = "f32" if scalar == "float" else scalar
 
         def text() -> str:
             return f"""
-define float @{name}({vector} %x) alwaysinline {{
-  %r = call {flags} float @llvm.vector.reduce.{kind}.v{lanes}f32({start}{vector} %x)
-  ret float %r
+define {scalar} @{name}({vector} %x) alwaysinline {{
+  %r = call {flags}{scalar} @llvm.vector.reduce.{kind}.v{lanes}{suffix}({start}{vector} %x)
+  ret {scalar} %r
 }}
-declare float @llvm.vector.reduce.{kind}.v{lanes}f32({scalar}{vector})
 """
 
-        return self.llvm(name, text, "float32", x)
+        return self.llvm(name, text, result, x)
 
 
 class _Pointer:

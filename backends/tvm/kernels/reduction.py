@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.arithmetic.conversions import working
-from treadle.backends.tvm.kernels.arithmetic.integer_arithmetic import integer_function
+from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.types import DTYPES, DType
 
@@ -146,7 +146,7 @@ def combiner(k: Emitter, op: str, dtype: DType) -> Callable[[Expr, Expr, int], E
     """
 
     def add(x: Expr, y: Expr, lanes: int) -> Expr:
-        return x + y if dtype.is_float else integer_function(k, "add", dtype, lanes, x, y)
+        return x + y if dtype.is_float else FUNCTIONS["add"](k, dtype, lanes, x, y)
 
     def extremum(x: Expr, y: Expr, lanes: int) -> Expr:
         taken = y > x if op == "max" else y < x  # false if x is NaN, so that the result is x

@@ -57,8 +57,8 @@ class Rotary(Kernel):
                 angle = k.splat(position, lanes) * k.load(frequencies, [pair], lanes)
                 angle = k.let(angle, "angle")
                 sin, cos = (
-                    k.let(trigonometry.sin(k, angle, lanes), "sin"),
-                    k.let(trigonometry.cos(k, angle, lanes), "cos"),
+                    k.let(trigonometry.sin(k, lanes, angle), "sin"),
+                    k.let(trigonometry.cos(k, lanes, angle), "cos"),
                 )
                 with k.loop(h, "head") as head:
                     self._turn(k, x, y, [i, head, t], pair, f, sin, cos)

@@ -65,7 +65,7 @@ class Softmax(Kernel):
         most = k.splat(peak, lanes)
 
         def weight(value: Expr) -> Expr:
-            return k.let(exp_nonpositive(k, k.let(value - most), lanes))
+            return k.let(exp_nonpositive(k, lanes, k.let(value - most)))
 
         # A 16-bit result is not stored between the passes: it would be rounded twice, with a larger error than its
         # spacing.
@@ -82,7 +82,7 @@ class Softmax(Kernel):
         total = k.let(sums.total(), "total")
         if self.zeros:  # not `total > 0`, which would hide a NaN
             total = k.let(k.select(k.equal(total, k.number(0.0, f32)), k.number(1.0, f32), total), "total")
-        last = k.let(log(k, total, 1) if self.log else k.number(1.0, f32) / total, "last")
+        last = k.let(log(k, 1, total) if self.log else k.number(1.0, f32) / total, "last")
         last = k.splat(last, lanes)
 
         def finished(value: Expr) -> Expr:

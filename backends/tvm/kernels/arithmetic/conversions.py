@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treadle.backends.tvm.kernels.arithmetic.lanewise import call_lanewise, compare, hexadecimal, llvm_type, tvm_type
+from treadle.backends.tvm.kernels.arithmetic.comparisons import compare
+from treadle.backends.tvm.kernels.arithmetic.lane_function import (
+    SUBNORMAL,
+    LaneFunction,
+    LaneValue,
+    form,
+    lane_type,
+    where,
+)
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, f32
 
@@ -41,18 +49,18 @@ def narrow_cast(k: Emitter, value: Expr, held: str, dtype: DType, lanes: int) ->
     value's dtype.
     """
     if held == "uint16":
-        return _from_f32(k, _bf16_to_f32(k, value, lanes), dtype, lanes)
+        return _from_f32(k, BF16_TO_F32(k, lanes, value), dtype, lanes)
     if held == "float16" and not (dtype is f32 and has_f16(k.isa)):
-        wide = _half_to_f32(k, value, lanes) if not has_f16(k.isa) else k.cast(value, f32, lanes)
+        wide = F16_TO_F32(k, lanes, value) if not has_f16(k.isa) else k.cast(value, f32, lanes)
         return _from_f32(k, wide, dtype, lanes)
     if dtype is bf16:
-        return _f32_to_bf16(k, value if held == "float32" else k.cast(value, f32, lanes), lanes)
+        return F32_TO_BF16(k, lanes, value if held == "float32" else k.cast(value, f32, lanes))
     if dtype is f16 and held == "float64":
-        return k.cast(_f64_to_odd_f32(k, value, lanes), f16, lanes)
+        return k.cast(F64_TO_ODD_F32(k, lanes, value), f16, lanes)
     if dtype is f16 and held != "float32":
         return k.cast(k.cast(value, f32, lanes), f16, lanes)
     if dtype is f16 and not has_f16(k.isa):
-        return _f32_to_half(k, value, lanes)
+        return F32_TO_F16(k, lanes, value)
     return None
 
 
@@ -81,151 +89,75 @@ def convert(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> E
 
 
 def _from_bool(k: Emitter, value: Expr, dtype: DType, lanes: int) -> Expr:
-    """Return 0 or 1. The code is LLVM text, since TVM cannot bind an expression of bools to a name."""
+    """Return 0 or 1. TVM cannot bind an expression of bools to a name."""
     if dtype.name in NARROW:
         return k.cast(k.let(_from_bool(k, value, f32, lanes)), dtype, lanes)
-    t = llvm_type(dtype)
-    made = "or {i1} %x0, [i1 false]" if dtype is boolean else f"zext {{i1}} %x0 to {{{t}}}"
-    body = f"%r = uitofp {{i1}} %x0 to {{{t}}}" if dtype.is_float else f"%r = {made}"
-    return call_lanewise(k, f"bool_to_{dtype.name}", tvm_type(dtype), lanes, [value], f"i1 -> {t}", body)
+    t = lane_type(dtype)
+    return LaneFunction(f"bool_to_{t}", ("bool",), t, lambda x: x | 0 if t == "bool" else x.to(t))(k, lanes, value)
 
 
 def _float_to_int(k: Emitter, value: Expr, held: DType, dtype: DType, lanes: int) -> Expr:
     """Convert a float to an integer. Values that do not fit are replaced first, since LLVM's instruction is undefined
     for them.
     """
-    f, i, limit = held.name, dtype.name, 2.0 ** (8 * dtype.bytes - 1)
-    return call_lanewise(
-        k,
-        f"{f}_to_{i}",
-        f"int{8 * dtype.bytes}",
-        lanes,
-        [value],
-        f"{f} -> {i}",
-        f"""%above = fcmp oge {{{f}}} %x0, [{f} {hexadecimal(-limit)}]
-%below = fcmp olt {{{f}}} %x0, [{f} {hexadecimal(limit)}]
-%fits = and {{i1}} %above, %below
-%safe = select {{i1}} %fits, {{{f}}} %x0, {{{f}}} [{f} 0.0]
-%made = fptosi {{{f}}} %safe to {{{i}}}
-%r = select {{i1}} %fits, {{{i}}} %made, {{{i}}} [{i} {-(2 ** (8 * dtype.bytes - 1))}]""",
-    )
+    limit = 2 ** (8 * dtype.bytes - 1)
+
+    def converted(x: LaneValue) -> LaneValue:
+        fits = (x >= float(-limit)) & (x < float(limit))
+        return where(fits, where(fits, x, 0.0).to(dtype.name), -limit)
+
+    return LaneFunction(f"{held.name}_to_{dtype.name}", (held.name,), dtype.name, converted)(k, lanes, value)
 
 
-def _bf16_to_f32(k: Emitter, bits: Expr, lanes: int) -> Expr:
-    body = "%w = zext {i16} %x0 to {i32}\n%s = shl {i32} %w, [i32 16]\n%r = bitcast {i32} %s to {f32}"
-    return call_lanewise(k, "bf16_to_f32", "float32", lanes, [bits], "i16 -> f32", body)
-
-
-def _f32_to_bf16(k: Emitter, value: Expr, lanes: int) -> Expr:
+def _to_bf16(x: LaneValue) -> LaneValue:
     """Round to bf16: add half of the spacing, minus one bit if the kept part is even, and truncate. A NaN becomes a
     quiet NaN instead.
     """
-    return call_lanewise(
-        k,
-        "f32_to_bf16",
-        "uint16",
-        lanes,
-        [value],
-        "f32 -> i16",
-        """%b = bitcast {f32} %x0 to {i32}
-%s = lshr {i32} %b, [i32 16]
-%odd = and {i32} %s, [i32 1]
-%half = add {i32} %odd, [i32 32767]
-%up = add {i32} %b, %half
-%quiet = or {i32} %b, [i32 4194304]
-%nan = fcmp uno {f32} %x0, %x0
-%c = select {i1} %nan, {i32} %quiet, {i32} %up
-%h = lshr {i32} %c, [i32 16]
-%r = trunc {i32} %h to {i16}""",
-    )
+    bits = x.bits("u32")
+    up = bits + (((bits >> 16) & 1) + 0x7FFF)
+    quiet = bits | 0x400000
+    return (where(x.is_nan(), quiet, up) >> 16).to("u16")
 
 
-def _half_to_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
+def _of_half(x: LaneValue) -> LaneValue:
     """Move the bits to float32's fields, and multiply by 2^112 to correct the exponent (also of subnormals). inf and
     NaN are handled separately.
     """
-    return call_lanewise(
-        k,
-        "f16_to_f32",
-        "float32",
-        lanes,
-        [value],
-        "f16 -> f32",
-        f"""%h = bitcast {{f16}} %x0 to {{i16}}
-%w = zext {{i16}} %h to {{i32}}
-%m = and {{i32}} %w, [i32 32767]
-%p = shl {{i32}} %m, [i32 13]
-%f = bitcast {{i32}} %p to {{f32}}
-%n = fmul {{f32}} %f, [f32 {hexadecimal(2.0**112)}]
-%finite = bitcast {{f32}} %n to {{i32}}
-%other = or {{i32}} %p, [i32 2139095040]
-%big = icmp uge {{i32}} %m, [i32 31744]
-%c = select {{i1}} %big, {{i32}} %other, {{i32}} %finite
-%sign = and {{i32}} %w, [i32 32768]
-%signed = shl {{i32}} %sign, [i32 16]
-%b = or {{i32}} %c, %signed
-%r = bitcast {{i32}} %b to {{f32}}""",
-    )
+    wide = x.bits("u16").to("u32")
+    size = wide & 0x7FFF
+    fields = size << 13
+    finite = (fields.bits("f32") * 2.0**112).bits("u32")
+    small = (size.to("f32") * 2.0**-24).bits("u32")
+    finite = form(SUBNORMAL, finite, where(size < 0x400, small, finite))
+    return (where(size >= 0x7C00, fields | 0x7F800000, finite) | ((wide & 0x8000) << 16)).bits("f32")
 
 
-def _f32_to_half(k: Emitter, value: Expr, lanes: int) -> Expr:
+def _to_half(x: LaneValue) -> LaneValue:
     """Round normal results as for bf16. Subnormal results are rounded by adding 1/2, whose last bit is 2^-24."""
-    return call_lanewise(
-        k,
-        "f32_to_f16",
-        "float16",
-        lanes,
-        [value],
-        "f32 -> f16",
-        """%b = bitcast {f32} %x0 to {i32}
-%a = and {i32} %b, [i32 2147483647]
-%s = lshr {i32} %a, [i32 13]
-%odd = and {i32} %s, [i32 1]
-%half = add {i32} %odd, [i32 4095]
-%up = add {i32} %a, %half
-%based = sub {i32} %up, [i32 939524096]
-%normal = lshr {i32} %based, [i32 13]
-%f = bitcast {i32} %a to {f32}
-%raised = fadd {f32} %f, [f32 0.5]
-%raisedb = bitcast {f32} %raised to {i32}
-%subnormal = sub {i32} %raisedb, [i32 1056964608]
-%small = icmp ult {i32} %a, [i32 947912704]
-%finite = select {i1} %small, {i32} %subnormal, {i32} %normal
-%past = icmp uge {i32} %a, [i32 1199566848]
-%bounded = select {i1} %past, {i32} [i32 31744], {i32} %finite
-%payload = and {i32} %s, [i32 1023]
-%quiet = or {i32} %payload, [i32 32256]
-%nan = icmp ugt {i32} %a, [i32 2139095040]
-%c = select {i1} %nan, {i32} %quiet, {i32} %bounded
-%top = lshr {i32} %b, [i32 16]
-%sign = and {i32} %top, [i32 32768]
-%all = or {i32} %c, %sign
-%t = trunc {i32} %all to {i16}
-%r = bitcast {i16} %t to {f16}""",
-    )
+    bits = x.bits("u32")
+    size = bits & 0x7FFFFFFF
+    kept = size >> 13
+    normal = (size + ((kept & 1) + 0xFFF) - 0x38000000) >> 13
+    subnormal = (size.bits("f32") + 0.5).bits("u32") - 0x3F000000
+    finite = where(size < 0x38800000, subnormal, normal)
+    bounded = where(size >= 0x47800000, 0x7C00, finite)
+    quiet = (kept & 0x3FF) | 0x7E00
+    made = where(size > 0x7F800000, quiet, bounded) | ((bits >> 16) & 0x8000)
+    return made.to("u16").bits("f16")
 
 
-def _f64_to_odd_f32(k: Emitter, value: Expr, lanes: int) -> Expr:
+def _to_odd(x: LaneValue) -> LaneValue:
     """Round towards zero, and set the last bit if the result is inexact. Rounding this result to f16 then gives the
     same as rounding the f64 once.
     """
-    return call_lanewise(
-        k,
-        "f64_to_odd_f32",
-        "float32",
-        lanes,
-        [value],
-        "f64 -> f32",
-        """%n = fptrunc {f64} %x0 to {f32}
-%back = fpext {f32} %n to {f64}
-%b = bitcast {f32} %n to {i32}
-%away = call {f64} @llvm.fabs{.f64}({f64} %back)
-%size = call {f64} @llvm.fabs{.f64}({f64} %x0)
-%over = fcmp ogt {f64} %away, %size
-%step = zext {i1} %over to {i32}
-%towards = sub {i32} %b, %step
-%lost = fcmp one {f64} %away, %size
-%odd = zext {i1} %lost to {i32}
-%c = or {i32} %towards, %odd
-%r = bitcast {i32} %c to {f32}""",
-    )
+    narrow = x.to("f32")
+    away, size = narrow.to("f64").abs(), x.abs()
+    over = away > size
+    return ((narrow.bits("u32") - over.to("u32")) | (over | (away < size)).to("u32")).bits("f32")
+
+
+BF16_TO_F32 = LaneFunction("bf16_to_f32", ("u16",), "f32", lambda x: (x.to("u32") << 16).bits("f32"))
+F32_TO_BF16 = LaneFunction("f32_to_bf16", ("f32",), "u16", _to_bf16)
+F16_TO_F32 = LaneFunction("f16_to_f32", ("f16",), "f32", _of_half)
+F32_TO_F16 = LaneFunction("f32_to_f16", ("f32",), "f16", _to_half)
+F64_TO_ODD_F32 = LaneFunction("f64_to_odd_f32", ("f64",), "f32", _to_odd)

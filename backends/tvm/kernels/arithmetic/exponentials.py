@@ -7,13 +7,21 @@ the last place (ulp), and hold for fused and for separate multiplication and add
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
+from treadle.backends.tvm.kernels.arithmetic.lane_function import (
+    DOUBLE,
+    WIDE,
+    LaneFunction,
+    LaneValue,
+    form,
+    number,
+    where,
+)
 from treadle.backends.tvm.kernels.arithmetic.polynomials import (
     PIECES,
     fraction_above,
-    has_tables,
     mantissa_and_exponent,
     pieces,
     piecewise,
@@ -97,65 +105,70 @@ _LOG2_SERIES = tuple(2.0 * LOG2_E / n for n in range(15, 0, -2))
 _EXP2_SERIES = tuple(math.log(2.0) ** n / math.factorial(n) for n in range(9, -1, -1))
 
 
-def exp(k: Emitter, x: Expr, lanes: int) -> Expr:
+def _of_floats(formula: Callable[..., LaneValue]) -> LaneFunction:
+    """Return a formula as a lane function of f32, with the formula's name and docstring."""
+    made = LaneFunction(f"{formula.__name__.strip('_')}_f32", ("f32",) * formula.__code__.co_argcount, "f32", formula)
+    made.__doc__ = formula.__doc__
+    return made
+
+
+@_of_floats
+def exp(x: LaneValue) -> LaneValue:
     """e^x, within 1.1 ulp: inf from 88.73 on, subnormal from -87.33 down, 0 below -103.98."""
-    f = LaneFunction(k, lanes)
-    return f.result(_exp(f, f.operand(x, "f32")))
+    return _exp(x)
 
 
-def exp_nonpositive(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def exp_nonpositive(x: LaneValue) -> LaneValue:
     """e^x for x <= 0 in fewer instructions than `exp`; results that would be subnormal are 0."""
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
-    p, raised, _ = _reduced_exp(held.at_least(LEAST_NORMAL))
-    return f.result(f.select(held < LEAST_NORMAL, 0.0, p * power_of_two(raised)))
+    p, raised, _ = _reduced_exp(x.at_least(LEAST_NORMAL))
+    return where(x < LEAST_NORMAL, 0.0, p * power_of_two(raised))
 
 
-def exp_for_pairs(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def exp_for_pairs(x: LaneValue) -> LaneValue:
     """e^x for x <= 0 with the accuracy of bf16, within 4e-6 + 1e-7 |x|, in half the instructions; e^0 is 1.
 
-    Only for instruction sets that multiply bf16 pairs; they all have AVX-512.
+    Without AVX-512 this is `exp`: all instruction sets that multiply bf16 pairs have AVX-512.
     """
-    f = LaneFunction(k, lanes)
-    y = f.operand(x, "f32") * LOG2_E
-    fraction = fraction_above(f, y)
-    return f.result(times_power_of_two(f, polynomial(fraction, _EXP2) * fraction + 1.0, y))
+    y = x * LOG2_E
+    fraction = fraction_above(y)
+    wide = times_power_of_two(polynomial(fraction, _EXP2) * fraction + 1.0, y)
+    return form(WIDE, wide, _exp(x))
 
 
-def _exp(f: LaneFunction, x: LaneValue) -> LaneValue:
-    return scaled(f, *_reduced_exp(x.at_most(89.0).at_least(-104.0)))
+def _exp(x: LaneValue) -> LaneValue:
+    return scaled(*_reduced_exp(x.at_most(89.0).at_least(-104.0)))
 
 
-def expm1(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def expm1(x: LaneValue) -> LaneValue:
     """e^x - 1, within 4 ulp: near 0, the polynomial of e^x without its constant 1; elsewhere e^x minus 1."""
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
-    p, raised, whole = _reduced_exp(held.at_most(89.0).at_least(-104.0))
-    # If the exponent n is 0, the reduced argument is x itself, so the polynomial is evaluated at `held`.
-    near = polynomial(held, _EXP) * (held * held) + held
-    return f.result(f.select(whole == 0.0, near, scaled(f, p, raised, whole) - 1.0))
+    p, raised, whole = _reduced_exp(x.at_most(89.0).at_least(-104.0))
+    # If the exponent n is 0, the reduced argument is x itself, so the polynomial is evaluated at x.
+    near = polynomial(x, _EXP) * (x * x) + x
+    return where(whole == 0.0, near, scaled(p, raised, whole) - 1.0)
 
 
-def log1p(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def log1p(x: LaneValue) -> LaneValue:
     """ln(1 + x), within 4 ulp; -inf at -1, NaN below."""
-    f = LaneFunction(k, lanes)
-    return f.result(_log1p(f, f.operand(x, "f32")))
+    return _log1p(x)
 
 
-def softplus(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def softplus(x: LaneValue) -> LaneValue:
     """max(x, 0) + ln(1 + e^-|x|), within 6 ulp."""
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
-    return f.result(held.at_least(0.0) + _log1p(f, _exp(f, -held.abs())))
+    return x.at_least(0.0) + _log1p(_exp(-x.abs()))
 
 
-def _log1p(f: LaneFunction, x: LaneValue) -> LaneValue:
+def _log1p(x: LaneValue) -> LaneValue:
     """ln(u) x / (u - 1) with u = 1 + x; the factor x / (u - 1) corrects the rounding of u        (Kahan)"""
-    u = x + 1.0
+    u = (x + 1.0).rounded()
     kept = u - 1.0
-    found = _log(f, u)
-    near = f.select(kept == 0.0, x, found * (x / kept))
-    return f.select(x.abs() < 1.0, near, found)
+    found = _log(u)
+    near = where(kept == 0.0, x, found * (x / kept))
+    return where(x.abs() < 1.0, near, found)
 
 
 def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
@@ -165,63 +178,61 @@ def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
     return polynomial(r, _EXP) * (r * r) + r + 1.0, raised, whole
 
 
-def sigmoid(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def sigmoid(x: LaneValue) -> LaneValue:
     """1 / (1 + e^-x), within 3 ulp. If e^-x is inf, the result is 0; the exact result is subnormal."""
-    f = LaneFunction(k, lanes)
-    return f.result(1.0 / (_exp(f, -f.operand(x, "f32")) + 1.0))
+    return 1.0 / (_exp(-x) + 1.0)
 
 
-def silu(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def silu(x: LaneValue) -> LaneValue:
     """x / (1 + e^-x), within 3 ulp. If e^-x is inf, the result is 0."""
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
-    return f.result(held / (_exp(f, -held) + 1.0))
+    return x / (_exp(-x) + 1.0)
 
 
-def quick_gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def quick_gelu(x: LaneValue) -> LaneValue:
     """x / (1 + e^(-1.702 x)), within 5 + 2.2 |x| roundings: roundings of the exponent are multiplied by its size."""
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
-    return f.result(held / (_exp(f, held * -1.702) + 1.0))
+    return x / (_exp(x * -1.702) + 1.0)
 
 
-def gelu_tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def gelu_tanh(x: LaneValue) -> LaneValue:
     """x/2 (1 + tanh u) = x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): the right-hand form has no cancellation.
 
     Within 5 + 9.2 |u| roundings: roundings of the exponent are multiplied by its size. The left-hand form has no
     correct digits for x below -6.
     """
-    f = LaneFunction(k, lanes)
-    held = f.operand(x, "f32")
     scale = -2.0 * math.sqrt(2.0 / math.pi)
-    return f.result(held / (_exp(f, held * (held * held * (0.044715 * scale) + scale)) + 1.0))
+    return x / (_exp(x * (x * x * (0.044715 * scale) + scale)) + 1.0)
 
 
-def tanh(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def tanh(x: LaneValue) -> LaneValue:
     """tanh x, within 7 ulp, 0.9 on average; exactly 1 from 9.02 on."""
-    f = LaneFunction(k, lanes)
-    return f.result(_odd_quotient(f.operand(x, "f32").clamped(_TANH_ONE), _TANH_P, _TANH_Q).clamped(1.0))
+    return _odd_quotient(x.clamped(_TANH_ONE), _TANH_P, _TANH_Q).clamped(1.0)
 
 
-def erf(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def erf(x: LaneValue) -> LaneValue:
     """erf x, within 7 ulp, 1 on average; exactly 1 from 3.93 on."""
-    f = LaneFunction(k, lanes)
-    return f.result(_odd_quotient(f.operand(x, "f32").clamped(_ERF_ONE), _ERF_P, _ERF_Q).clamped(1.0))
+    return _odd_quotient(x.clamped(_ERF_ONE), _ERF_P, _ERF_Q).clamped(1.0)
 
 
-def gelu(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def _gelu(x: LaneValue) -> LaneValue:
+    size = x.abs()
+    wide = size * piecewise(size.at_most((PIECES - 1) * _PHI_STEP), _PHI_PIECES, _PHI_STEP)
+    part = _odd_quotient(x.clamped(_PHI_HALF), _PHI_P, _PHI_Q).clamped(0.5)
+    return form(WIDE, wide + x * 0.5, x * part + x * 0.5)
+
+
+def gelu(k: Emitter, lanes: int, x: Expr) -> Expr:
     """x Phi(x), within 4e-7 |x|: below 0, digits cancel in the formula. 0 below -5.56, NaN at -inf."""
-    f = LaneFunction(k, lanes)
     if lanes < PIECES and "avx512f" in k.isa.needs:  # so that fewer lanes get the same bits as 16
         wide = k.splat(x, PIECES) if lanes == 1 else k.shuffle([x] * (PIECES // lanes), range(PIECES))
-        return k.shuffle([k.let(gelu(k, k.let(wide), PIECES))], range(lanes))
-    held = f.operand(x, "f32")
-    if has_tables(f):
-        size = held.abs()
-        part = piecewise(f, size.at_most((PIECES - 1) * _PHI_STEP), _PHI_PIECES, _PHI_STEP)
-        return f.result(size * part + held * 0.5)
-    part = _odd_quotient(held.clamped(_PHI_HALF), _PHI_P, _PHI_Q).clamped(0.5)
-    return f.result(held * part + held * 0.5)
+        return k.shuffle([k.let(_gelu(k, PIECES, k.let(wide)))], range(lanes))
+    return _gelu(k, lanes, x)
 
 
 def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ...]) -> LaneValue:
@@ -230,43 +241,51 @@ def _odd_quotient(x: LaneValue, above: tuple[float, ...], below: tuple[float, ..
     return x * polynomial(square, above) / polynomial(square, below)
 
 
-def log(k: Emitter, x: Expr, lanes: int) -> Expr:
+@_of_floats
+def log(x: LaneValue) -> LaneValue:
     """ln x, within 1 ulp; -inf at 0, NaN below."""
-    f = LaneFunction(k, lanes)
-    return f.result(_log(f, f.operand(x, "f32")))
+    return _log(x)
 
 
-def _log(f: LaneFunction, value: LaneValue) -> LaneValue:
+def _log(value: LaneValue) -> LaneValue:
     small = value < 2.0**-126
-    m, e = mantissa_and_exponent(f.select(small, value * 2.0**23, value))
-    e = f.select(small, e - 23.0, e)
+    m, e = mantissa_and_exponent(where(small, value * 2.0**23, value))
+    e = where(small, e - 23.0, e)
     z = m - 1.0
     square = z * z
     low = z * square * polynomial(z, _LOG) + e * LN2_LOW - square * 0.5
-    found = f.select(value < math.inf, low + z + e * LN2_HIGH, value)
-    outside = f.select(value == 0.0, -math.inf, f.number(math.nan, "f32"))
-    return f.select(value > 0.0, found, outside)
+    found = where(value < math.inf, low + z + e * LN2_HIGH, value)
+    outside = where(value == 0.0, -math.inf, number(math.nan, "f32"))
+    return where(value > 0.0, found, outside)
 
 
-def power(k: Emitter, x: Expr, y: Expr, lanes: int) -> Expr:
-    """x^y = 2^(y log2 |x|) in f64, rounded once. The sign is the sign of x for odd y. Special cases are as in C."""
-    f = LaneFunction(k, lanes)
-    base, by = f.operand(x, "f32"), f.operand(y, "f32")
-    size = base.abs()
-    wide = size.to("f64")
+@_of_floats
+def power(x: LaneValue, y: LaneValue) -> LaneValue:
+    """x^y = 2^(y log2 |x|) in f64, rounded once. The sign is the sign of x for odd y. Special cases are as in C.
+
+    In languages without f64, the exponent y log2 |x| is computed in f32. It has a few roundings, which are multiplied
+    by its size: at most 128, so the error is up to 1e-4 of the result.
+    """
+    found = form(DOUBLE, _power_of_size(x, y, "f64"), _power_of_size(x, y, "f32"))
+    half, integral = y * 0.5, y.floor() == y
+    odd = integral & (half.floor() < half)
+    found = where((x.bits("i32") < 0) & odd, -found, found)
+    real = integral | (x >= 0.0) | (x == -math.inf) | x.is_nan()
+    found = where(real, found, math.nan)
+    return where((y == 0.0) | (x == 1.0), 1.0, found)
+
+
+def _power_of_size(x: LaneValue, y: LaneValue, type: str) -> LaneValue:
+    """|x|^y, computed in a float type"""
+    size = x.abs()
+    wide = size.to(type)
     m, e = mantissa_and_exponent(wide)
     s = (m - 1.0) / (m + 1.0)
     log2 = s * polynomial(s * s, _LOG2_SERIES) + e
-    log2 = f.select(wide < math.inf, log2, wide)
-    log2 = f.select(wide == 0.0, -math.inf, log2)
-    product = log2 * by.to("f64")
-    w = f.select((size == 1.0) & (by.abs() == math.inf), 0.0, product).clamped(200.0)
+    log2 = where(wide < math.inf, log2, wide)
+    log2 = where(wide == 0.0, -math.inf, log2)
+    product = log2 * y.to(type)
+    w = where((size == 1.0) & (y.abs() == math.inf), 0.0, product).clamped(200.0)
     raised, whole = rounded_product(w, 1.0)
-    found = (polynomial(w - whole, _EXP2_SERIES) * power_of_two(raised)).to("f32")
-    half, integral = by * 0.5, by.floor() == by
-    odd = integral & (half.floor() < half)
-    found = f.select((base.bits("i32") < 0) & odd, -found, found)
-    real = integral | (base >= 0.0) | (base == -math.inf) | base.is_nan()
-    found = f.select(real, found, f.number(math.nan, "f32"))
-    one = f.number(1.0, "f32")
-    return f.result(f.select((by == 0.0) | (base == 1.0), one, found))
+    mantissa = polynomial(w - whole, _EXP2_SERIES)
+    return (mantissa * power_of_two(raised)).to("f32") if type == "f64" else scaled(mantissa, raised, whole)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
-from treadle.backends.tvm.kernels.arithmetic.lanewise import hexadecimal
+from treadle.backends.tvm.kernels.arithmetic.lane_function import ORDER, WIDE, LaneValue, form
 
 MAGIC = {"f32": 1.5 * 2.0**23, "f64": 1.5 * 2.0**52}
 """A number near which adjacent numbers of the float type differ by 1, so that adding it rounds to integers."""
@@ -32,13 +31,6 @@ PIECES = 16
 """Number of table entries that one vector holds."""
 
 
-def has_tables(f: LaneFunction) -> bool:
-    """Return True if AVX-512 can be used for these lanes: one instruction looks up 16 table entries in a vector, or
-    scales 16 lanes.
-    """
-    return "avx512f" in f.k.isa.needs and f.lanes == PIECES
-
-
 def pieces(of: Callable[[float], float], step: float, degree: int) -> tuple[tuple[float, ...], ...]:
     """Return coefficients, highest power first, of polynomials in x - n step around n step, for n from 0 to 15.
 
@@ -56,30 +48,30 @@ def _interpolated(of: Callable[[float], float], center: float, half: float, degr
     return list(np.linalg.solve(powers, np.array([of(center + x) for x in points])))
 
 
-def piecewise(f: LaneFunction, x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
-    """Evaluate in each lane the polynomial of the piece in which x is, for x from 0 to 15 steps. Needs `has_tables`.
-    See `pieces`.
+def piecewise(x: LaneValue, table: Sequence[Sequence[float]], step: float) -> LaneValue:
+    """Evaluate in each lane the polynomial of the piece in which x is, for x from 0 to 15 steps. Needs `WIDE`. See
+    `pieces`.
     """
     raised, whole = rounded_product(x, 1.0 / step)
     index = raised.bits("i32")
     rest = x - whole * step
-    value = _looked_up(f, index, table[0])
+    value = _looked_up(index, table[0])
     for row in table[1:]:
-        value = value * rest + _looked_up(f, index, row)
+        value = value * rest + _looked_up(index, row)
     return value
 
 
-def _looked_up(f: LaneFunction, index: LaneValue, entries: Sequence[float]) -> LaneValue:
+def _looked_up(index: LaneValue, entries: Sequence[float]) -> LaneValue:
     """Return the table entries whose numbers are the low four bits of an index."""
-    held = ", ".join(f"float {hexadecimal(float(np.float32(entry)))}" for entry in entries)
-    name = "@llvm.x86.avx512.permvar.sf.512"
-    return f.line("f32", f"call {{f32}} {name}({{f32}} <{held}>, {{i32}} {index.text})")
+    return LaneValue("lookup", "f32", (index,), tuple(entries))
 
 
 def rounded_product(x: LaneValue, factor: float) -> tuple[LaneValue, LaneValue]:
     """Return the integer n nearest to x * factor, below 2^21, in two forms: n + MAGIC, whose low bits are n, and n."""
     raised = x * factor + MAGIC[x.type]
-    return raised, raised - MAGIC[x.type]
+    nearest = (x * factor).nearest()
+    in_order = raised - MAGIC[x.type]
+    return form(ORDER, raised, nearest + MAGIC[x.type]), form(ORDER, in_order, nearest)
 
 
 def power_of_two(raised: LaneValue) -> LaneValue:
@@ -88,32 +80,27 @@ def power_of_two(raised: LaneValue) -> LaneValue:
     return ((raised.bits(i) << _FRACTION[f]) + (_BIAS[f] << _FRACTION[f])).bits(f)
 
 
-def fraction_above(f: LaneFunction, x: LaneValue) -> LaneValue:
-    """Return x - floor(x), or 0 for an infinity, in one instruction of AVX-512."""
-    down, name = 9, "@llvm.x86.avx512.mask.reduce.ps.512"
-    return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, i32 {down}, {{f32}} zeroinitializer, i16 -1, i32 4)")
+def fraction_above(x: LaneValue) -> LaneValue:
+    """Return x - floor(x), or 0 for an infinity, in one instruction. Needs `WIDE`."""
+    return LaneValue("fraction", x.type, (x,))
 
 
-def times_power_of_two(f: LaneFunction, x: LaneValue, power: LaneValue) -> LaneValue:
-    """Return x * 2^floor(power), rounded once, in one instruction of AVX-512."""
-    name = "@llvm.x86.avx512.mask.scalef.ps.512"
-    rest = "{f32} zeroinitializer, i16 -1, i32 4"
-    return f.line("f32", f"call {{f32}} {name}({{f32}} {x.text}, {{f32}} {power.text}, {rest})")
+def times_power_of_two(x: LaneValue, power: LaneValue) -> LaneValue:
+    """Return x * 2^floor(power), rounded once, in one instruction. Needs `WIDE`."""
+    return LaneValue("scale", x.type, (x, power))
 
 
-def scaled(f: LaneFunction, x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
+def scaled(x: LaneValue, raised: LaneValue, whole: LaneValue) -> LaneValue:
     """Return x * 2^n in f32 for x near 1 and n from -252 to 254, rounded once; the result may be subnormal or inf.
 
     raised, whole  n + MAGIC, and n
 
     AVX-512 has an instruction for this. Otherwise x is multiplied by two factors; the first product is exact.
     """
-    if has_tables(f):
-        return times_power_of_two(f, x, whole)
     n = raised.bits("i32") - _MAGIC_BITS
     first = n >> 1
     factors = [((part + _BIAS["f32"]) << _FRACTION["f32"]).bits("f32") for part in (first, n - first)]
-    return x * factors[0] * factors[1]
+    return form(WIDE, times_power_of_two(x, whole), x * factors[0] * factors[1])
 
 
 def mantissa_and_exponent(x: LaneValue) -> tuple[LaneValue, LaneValue]:

@@ -15,18 +15,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import add, and_, mul, neg, or_, sub, truediv
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.arithmetic import exponentials, trigonometry
+from treadle.backends.tvm.kernels.arithmetic import exponentials, integer_arithmetic, trigonometry
+from treadle.backends.tvm.kernels.arithmetic.comparisons import compare
 from treadle.backends.tvm.kernels.arithmetic.conversions import NARROW, convert, working
 from treadle.backends.tvm.kernels.arithmetic.exponentials import exp, exp_nonpositive
-from treadle.backends.tvm.kernels.arithmetic.integer_arithmetic import integer_function
-from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue
-from treadle.backends.tvm.kernels.arithmetic.lanewise import by_lane, call_lanewise, compare, llvm_type, tvm_type
+from treadle.backends.tvm.kernels.arithmetic.lane_function import (
+    DOUBLE,
+    LaneFunction,
+    LaneValue,
+    form,
+    lane_type,
+    number,
+    where,
+)
 from treadle.ir.errors import GraphError
-from treadle.ir.ops.rounding import FORMATS
+from treadle.ir.ops.rounding import FORMATS, FloatFormat
 from treadle.ir.types import DType, f16, f32, f64
 
 if TYPE_CHECKING:
@@ -63,93 +72,19 @@ def emit(k: Emitter, op: str, operands: Sequence[Typed], dtype: DType, lanes: in
 
 # -- arithmetic ----------------------------------------------------------------------------------------------
 
-_FLOAT_BODIES = {
-    "add": "%r = fadd TYPE %x0, %x1",
-    "sub": "%r = fsub TYPE %x0, %x1",
-    "mul": "%p = fmul TYPE %x0, %x1\n%r = call TYPE @llvm.arithmetic.fenceSUFFIX(TYPE %p)",
-    "div": "%r = fdiv TYPE %x0, %x1",
-    "neg": "%r = fneg TYPE %x0",
-    "abs": "%r = call TYPE @llvm.fabsSUFFIX(TYPE %x0)",
-    # NaN if either is NaN: selects x if x >= y or x is NaN, else y
-    "maximum": """%c = fcmp oge TYPE %x0, %x1
-%n = fcmp uno TYPE %x0, %x0
-%d = or {i1} %c, %n
-%r = select {i1} %d, TYPE %x0, TYPE %x1""",
-    "minimum": """%c = fcmp ole TYPE %x0, %x1
-%n = fcmp uno TYPE %x0, %x0
-%d = or {i1} %c, %n
-%r = select {i1} %d, TYPE %x0, TYPE %x1""",
-    "sign": """%a = fcmp ogt TYPE %x0, [NUMBER 0.0]
-%b = fcmp olt TYPE %x0, [NUMBER 0.0]
-%n = fcmp uno TYPE %x0, %x0
-%s = select {i1} %n, TYPE %x0, TYPE [NUMBER 0.0]
-%t = select {i1} %b, TYPE [NUMBER -1.0], TYPE %s
-%r = select {i1} %a, TYPE [NUMBER 1.0], TYPE %t""",
-}
 
+def _per_lane(name: str, formula: Callable[..., LaneValue]) -> Callable[..., Expr]:
+    """Create a function from a formula whose operands have one dtype, which is also the dtype of the result.
 
-def _float_function(k: Emitter, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
-    f = dtype.name
-    body = _FLOAT_BODIES[name].replace("TYPE", "{" + f + "}").replace("NUMBER", f).replace("SUFFIX", "{." + f + "}")
-    types = " ".join([f] * len(operands)) + f" -> {f}"
-    return call_lanewise(k, f"{name}_{f}", f"float{8 * dtype.bytes}", lanes, operands, types, body)
+    name  a name that determines the formula; if it is empty, see `LaneFunction`
+    """
 
-
-def _arithmetic(name: str) -> Callable[..., Expr]:
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr, ties: str = "even") -> Expr:
         """Emit the op. `ties` of a maximum or minimum is ignored, since it affects only the gradient."""
-        computed = _float_function if dtype.is_float else integer_function
-        return computed(k, name, dtype, lanes, *operands)
+        t = lane_type(dtype)
+        return LaneFunction(name and f"{name}_{dtype.name}", (t,) * len(operands), t, formula)(k, lanes, *operands)
 
     return function
-
-
-def _floor_divide(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
-    if dtype.is_int:
-        return integer_function(k, "floor_divide", dtype, lanes, x, y)
-    return _float_division(k, dtype, lanes, x, y)[0]
-
-
-def _mod(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
-    if dtype.is_int:
-        return integer_function(k, "mod", dtype, lanes, x, y)
-    return _float_division(k, dtype, lanes, x, y)[1]
-
-
-def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> tuple[Expr, Expr]:
-    """Return floor(x / y) and the remainder. The remainder is computed exactly by C's library; signs of zeros are as in
-    Python.
-    """
-    t = dtype.name
-    x, y = k.let(x), k.let(y)
-    remainder = k.let(by_lane(k, "fmod", dtype, lanes, x, y))
-
-    def parts(f: LaneFunction) -> tuple[LaneValue, LaneValue]:
-        dividend, divisor, rest = f.operand(x, t), f.operand(y, t), f.operand(remainder, t)
-        zero = f.number(0.0, t)
-        down = ((rest < 0.0) | (rest > 0.0)) & ((rest < 0.0) ^ (divisor < 0.0))
-        whole = (dividend - rest) / divisor
-        whole = f.select(down, whole - 1.0, whole)
-        floor = whole.floor()
-        floor = f.select(whole - floor > 0.5, floor + 1.0, floor)
-        quotient = dividend / divisor
-        divided = f.select(whole == 0.0, zero.copysign(quotient), floor)
-        divided = f.select(divisor == 0.0, quotient, divided)
-        left = f.select(rest == 0.0, zero.copysign(divisor), f.select(down, rest + divisor, rest))
-        return divided, left
-
-    made = []
-    for part in range(2):
-        f = LaneFunction(k, lanes)
-        made.append(f.result(parts(f)[part]))
-    return made[0], made[1]
-
-
-def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
-    return by_lane(k, "pow", dtype, lanes, x, y) if dtype is f64 else exponentials.power(k, x, y, lanes)
-
-
-# -- functions of floats -------------------------------------------------------------------------------------
 
 
 def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
@@ -157,12 +92,71 @@ def formula(make: Callable[..., LaneValue]) -> Callable[..., Expr]:
 
     `make` takes a `LaneValue` for each operand and returns a `LaneValue`.
     """
+    return _per_lane("", make)
 
-    def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
-        f = LaneFunction(k, lanes)
-        return f.result(make(*[f.operand(x, dtype.name) for x in operands]))
+
+def _maximum(x: LaneValue, y: LaneValue) -> LaneValue:
+    """The larger value; NaN if either is NaN"""
+    return where((x >= y) | x.is_nan() if x.is_float else x > y, x, y)
+
+
+def _minimum(x: LaneValue, y: LaneValue) -> LaneValue:
+    return where((x <= y) | x.is_nan() if x.is_float else x < y, x, y)
+
+
+def _sign(x: LaneValue) -> LaneValue:
+    if x.type[0] == "u":
+        return (x != 0).to(x.type)
+    if not x.is_float:
+        return (x > 0).to(x.type) - (x < 0).to(x.type)
+    return where(x > 0.0, 1.0, where(x < 0.0, -1.0, where(x.is_nan(), x, 0.0)))
+
+
+def _divided(part: int, of_integers: Callable[..., LaneValue]) -> Callable[..., Expr]:
+    """Create a function of floats from a part of `_float_division`, and a function of integers."""
+    integers = _per_lane(of_integers.__name__, of_integers)
+
+    def function(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+        if dtype.is_int:
+            return integers(k, dtype, lanes, x, y)
+        return _float_division(k, dtype, lanes, x, y, part)
 
     return function
+
+
+def _float_division(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr, part: int) -> Expr:
+    """Return floor(x / y), or the remainder if `part` is 1. The remainder is computed exactly by C's library; signs of
+    zeros are as in Python.
+    """
+    t = dtype.name
+    x, y = k.let(x), k.let(y)
+    remainder = k.let(k.libm("fmod", dtype, lanes, x, y))
+    name, formula = (("floor_divide", _floor_of_quotient), ("mod", _signed_rest))[part]
+    return LaneFunction(f"{name}_{t}", (t, t, t), t, formula)(k, lanes, x, y, remainder)
+
+
+def _is_down(rest: LaneValue, divisor: LaneValue) -> LaneValue:
+    """Return true if the remainder of C's library has another sign than the divisor."""
+    return ((rest < 0.0) | (rest > 0.0)) & ((rest < 0.0) ^ (divisor < 0.0))
+
+
+def _floor_of_quotient(dividend: LaneValue, divisor: LaneValue, rest: LaneValue) -> LaneValue:
+    whole = (dividend - rest) / divisor
+    whole = where(_is_down(rest, divisor), whole - 1.0, whole)
+    floor = whole.floor()
+    floor = where(whole - floor > 0.5, floor + 1.0, floor)
+    quotient = dividend / divisor
+    divided = where(whole == 0.0, number(0.0, rest.type).copysign(quotient), floor)
+    return where(divisor == 0.0, quotient, divided)
+
+
+def _signed_rest(dividend: LaneValue, divisor: LaneValue, rest: LaneValue) -> LaneValue:
+    down = where(_is_down(rest, divisor), rest + divisor, rest)
+    return where(rest == 0.0, number(0.0, rest.type).copysign(divisor), down)
+
+
+def _pow(k: Emitter, dtype: DType, lanes: int, x: Expr, y: Expr) -> Expr:
+    return k.libm("pow", dtype, lanes, x, y) if dtype is f64 else exponentials.power(k, lanes, x, y)
 
 
 # -- functions of one operand --------------------------------------------------------------------------------
@@ -175,9 +169,9 @@ def _function(single: Callable[..., Expr], double: str | Callable[..., Expr]) ->
 
     def function(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
         if dtype is f32:
-            return single(k, x, lanes)
+            return single(k, lanes, x)
         x = k.let(x)
-        return by_lane(k, double, f64, lanes, x) if isinstance(double, str) else double(k, x, lanes)
+        return k.libm(double, f64, lanes, x) if isinstance(double, str) else double(k, x, lanes)
 
     return function
 
@@ -205,54 +199,68 @@ def _relu(k: Emitter, dtype: DType, lanes: int, x: Expr) -> Expr:
 
 def _sigmoid_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
     one = k.number(1.0, f64, lanes)
-    return one / (one + by_lane(k, "exp", f64, lanes, -x))
+    return one / (one + k.libm("exp", f64, lanes, -x))
 
 
 def _silu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
-    return x / (k.number(1.0, f64, lanes) + by_lane(k, "exp", f64, lanes, -x))
+    return x / (k.number(1.0, f64, lanes) + k.libm("exp", f64, lanes, -x))
 
 
 def _quick_gelu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
-    return x / (k.number(1.0, f64, lanes) + by_lane(k, "exp", f64, lanes, x * k.number(-1.702, f64, lanes)))
+    return x / (k.number(1.0, f64, lanes) + k.libm("exp", f64, lanes, x * k.number(-1.702, f64, lanes)))
 
 
 def _gelu_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
     half = k.let(x * k.number(0.5, f64, lanes))
-    return half + half * by_lane(k, "erf", f64, lanes, x * k.number(math.sqrt(0.5), f64, lanes))
+    return half + half * k.libm("erf", f64, lanes, x * k.number(math.sqrt(0.5), f64, lanes))
 
 
 def _gelu_tanh_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
     scale, cubic = k.number(math.sqrt(2.0 / math.pi), f64, lanes), k.number(0.044715, f64, lanes)
     half, one = k.number(0.5, f64, lanes), k.number(1.0, f64, lanes)
-    return half * x * (one + by_lane(k, "tanh", f64, lanes, scale * (x + cubic * x * x * x)))
+    return half * x * (one + k.libm("tanh", f64, lanes, scale * (x + cubic * x * x * x)))
 
 
 def _softplus_f64(k: Emitter, x: Expr, lanes: int) -> Expr:
     zero = k.number(0.0, f64, lanes)
     size = k.let(k.select(x > zero, -x, x))
-    return k.select(zero > x, zero, x) + by_lane(k, "log1p", f64, lanes, by_lane(k, "exp", f64, lanes, size))
+    return k.select(zero > x, zero, x) + k.libm("log1p", f64, lanes, k.libm("exp", f64, lanes, size))
 
 
 def _round_to(k: Emitter, dtype: DType, lanes: int, x: Expr, format: str, saturate: bool = False) -> Expr:
-    """Round in f64, which contains all numbers of the formats, by adding a number whose last bit has the format's
-    spacing.
-    """
-    known = FORMATS[format]
-    f = LaneFunction(k, lanes)
-    given = f.operand(x, dtype.name)
-    wide = given.to("f64") if dtype is f32 else given
-    size = wide.abs().at_most(2.0**200)
-    exponent, least = size.bits("i64") & (0x7FF << 52), (known.least + 1023) << 52
-    exponent = f.select(exponent < least, least, exponent)
-    large = (exponent + ((52 - known.fraction) << 52)).bits("f64")
-    rounded = size + large - large
-    beyond = known.largest if saturate or known.beyond is None else known.beyond
-    rounded = f.select(rounded > known.largest, beyond, rounded)
-    rounded = f.select(wide.is_nan(), 0.0 if known.beyond is None else math.nan, rounded)
-    signed = rounded.copysign(wide)
-    if not known.minus_zero:
-        signed = f.select(signed == 0.0, 0.0, signed)
-    return f.result(signed.to("f32") if dtype is f32 else signed)
+    """Round to a format of `FORMATS`."""
+    name = f"round_to_{format}{'_saturated' * saturate}_{dtype.name}"
+    made = partial(_rounded_to, format=FORMATS[format], saturate=saturate)
+    return LaneFunction(name, (dtype.name,), dtype.name, made)(k, lanes, x)
+
+
+def _rounded_to(x: LaneValue, format: FloatFormat, saturate: bool) -> LaneValue:
+    rounded = _rounded_in_f64(x.to("f64").abs(), format).to(x.type)
+    if x.type == "f32":
+        rounded = form(DOUBLE, rounded, _rounded_in_f32(x.abs(), format))
+    beyond = format.largest if saturate or format.beyond is None else format.beyond
+    rounded = where(rounded > format.largest, beyond, rounded)
+    rounded = where(x.is_nan(), 0.0 if format.beyond is None else math.nan, rounded)
+    signed = rounded.copysign(x)
+    return signed if format.minus_zero else where(signed == 0.0, 0.0, signed)
+
+
+def _rounded_in_f64(size: LaneValue, format: FloatFormat) -> LaneValue:
+    """Round by adding a number whose last bit has the format's spacing. f64 contains all numbers of the formats."""
+    size = size.at_most(2.0**200)
+    exponent, least = size.bits("i64") & (0x7FF << 52), (format.least + 1023) << 52
+    exponent = where(exponent < least, least, exponent)
+    large = (exponent + ((52 - format.fraction) << 52)).bits("f64")
+    return size + large - large
+
+
+def _rounded_in_f32(size: LaneValue, format: FloatFormat) -> LaneValue:
+    """Round the bits, and numbers below the format's least normal number by adding a number with their spacing."""
+    cut = 23 - format.fraction
+    bits = size.bits("u32")
+    normal = ((bits + ((bits >> cut) & 1) + ((1 << (cut - 1)) - 1)) >> cut) << cut
+    large = 2.0 ** (format.least + cut)
+    return where(size < 2.0**format.least, (size + large).rounded() - large, normal.bits("f32"))
 
 
 # -- logic ---------------------------------------------------------------------------------------------------
@@ -265,24 +273,26 @@ def _comparison(how: str) -> Callable[..., Expr]:
     return function
 
 
-def _logical(name: str, body: str) -> Callable[..., Expr]:
+def _logical(name: str, formula: Callable[..., LaneValue]) -> Callable[..., Expr]:
     def function(k: Emitter, dtype: DType, lanes: int, *operands: Expr) -> Expr:
-        types = " ".join(["i1"] * len(operands)) + " -> i1"
-        return call_lanewise(k, name, "bool", lanes, operands, types, body)
+        return LaneFunction(name, ("bool",) * len(operands), "bool", formula)(k, lanes, *operands)
 
     return function
 
 
 def _where(k: Emitter, dtype: DType, lanes: int, condition: Expr, x: Expr, y: Expr) -> Expr:
-    t, tvm_name = llvm_type(dtype), tvm_type(dtype)
-    body = f"%r = select {{i1}} %x0, {{{t}}} %x1, {{{t}}} %x2"
-    return call_lanewise(k, f"where_{dtype.name}", tvm_name, lanes, [condition, x, y], f"i1 {t} {t} -> {t}", body)
+    t = lane_type(dtype)
+    return LaneFunction(f"where_{dtype.name}", ("bool", t, t), t, where)(k, lanes, condition, x, y)
 
 
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
-    **{name: _arithmetic(name) for name in ("add", "sub", "mul", "div", "neg", "abs", "sign", "maximum", "minimum")},
-    "floor_divide": _floor_divide,
-    "mod": _mod,
+    **{f.__name__: _per_lane(f.__name__, f) for f in (add, sub, mul, neg, LaneValue.abs)},
+    "div": _per_lane("div", truediv),
+    "sign": _per_lane("sign", _sign),
+    "maximum": _per_lane("maximum", _maximum),
+    "minimum": _per_lane("minimum", _minimum),
+    "floor_divide": _divided(0, integer_arithmetic.floor_divide),
+    "mod": _divided(1, integer_arithmetic.mod),
     "pow": _pow,
     "exp": _function(exp, "exp"),
     "log": _function(exponentials.log, "log"),
@@ -311,9 +321,9 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "less_equal": _comparison("le"),
     "greater": _comparison("gt"),
     "greater_equal": _comparison("ge"),
-    "logical_and": _logical("logical_and", "%r = and {i1} %x0, %x1"),
-    "logical_or": _logical("logical_or", "%r = or {i1} %x0, %x1"),
-    "logical_not": _logical("logical_not", "%r = xor {i1} %x0, [i1 true]"),
+    "logical_and": _logical("logical_and", and_),
+    "logical_or": _logical("logical_or", or_),
+    "logical_not": _logical("logical_not", lambda x: x ^ True),
     "where": _where,
 }
 """Op names, and functions of (emitter, dtype, lanes, *operands, **attributes). `cast` and `constant` are not

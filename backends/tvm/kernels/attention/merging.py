@@ -47,7 +47,7 @@ class Merge:
         least = k.kept(k.select(newer, old, new), f32, name="least")
         shift = k.let(k.select(peak > k.number(-INFINITY, f32), peak, k.number(0.0, f32)), "shift")
         factor = k.registers(lanes, f32, "factor")
-        k.store(factor, [0], exp_nonpositive(k, k.let(k.splat(least - shift, lanes), "apart"), lanes), lanes)
+        k.store(factor, [0], exp_nonpositive(k, lanes, k.let(k.splat(least - shift, lanes), "apart")), lanes)
         return Merge(k, newer, k.let(k.load(factor, [0]), "factor"), peak)
 
     def both(self, old: Expr, new: Expr, lanes: int = 1) -> Expr:

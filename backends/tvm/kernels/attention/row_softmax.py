@@ -69,7 +69,7 @@ class RowSoftmax:
         terms: Sequence[TermWriter],
         scores: Any,
         rows: Any,
-        exp: Callable[[Emitter, Expr, int], Expr],
+        exp: Callable[[Emitter, int, Expr], Expr],
         keep: Callable[[ScoreRow, Expr, Sequence[Expr]], None],
     ) -> None:
         self.k, self.softcap, self.terms, self.scores, self.rows = k, softcap, terms, scores, rows
@@ -111,7 +111,7 @@ class RowSoftmax:
             for u in range(PANEL):
                 place = [at.slot, at.row, column + u * lanes]
                 score = k.let(k.load(self.scores, place, lanes) - k.splat(shift, lanes), "score")
-                weights.append(k.let(self.exp(k, score, lanes), "weight"))
+                weights.append(k.let(self.exp(k, lanes, score), "weight"))
                 k.store(total, [u * lanes], k.load(total, [u * lanes], lanes) + weights[-1], lanes)
             self.keep(at, column, weights)
         summed = k.load(total, [0], lanes)
@@ -120,7 +120,7 @@ class RowSoftmax:
         factor = k.registers(lanes, f32, "factor")
         k.store(factor, [0], k.number(0.0, f32, lanes), lanes)
         with k.when(old > k.number(-INFINITY, f32)):  # false at a query's first block of keys
-            k.store(factor, [0], self.exp(k, k.let(k.splat(old - shift, lanes), "apart"), lanes), lanes)
+            k.store(factor, [0], self.exp(k, lanes, k.let(k.splat(old - shift, lanes), "apart")), lanes)
         scaled = k.load(self.rows, [at.part, at.state, 1]) * k.load(factor, [0])
         k.store(self.rows, [at.part, at.state, 1], scaled + k.sum_of_lanes(summed, lanes))
         k.store(self.rows, [at.part, at.state, 2], k.load(factor, [0]))
@@ -179,7 +179,7 @@ class RowSoftmax:
             # tanh z = 1 - 2 / (exp(2 z) + 1); exp overflows only for z whose tanh is 1 in float32.
             twice = k.registers(lanes, f32, "twice")  # TVM's simplifier fails on the minimum of a product
             k.store(twice, [0], x * k.number(2.0 / cap, f32, lanes), lanes)
-            bent = exp(k, k.load(twice, [0], lanes), lanes)
+            bent = exp(k, lanes, k.load(twice, [0], lanes))
             one = k.number(1.0, f32, lanes)
             x = k.number(cap, f32, lanes) * (one - k.number(2.0, f32, lanes) / (bent + one))
         for term in self.terms:

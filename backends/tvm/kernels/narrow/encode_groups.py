@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.backends.tvm.kernels.narrow.encode_rows import across, integers, rows_dtype, scale_bits, scale_of
+from treadle.backends.tvm.kernels.narrow.encode_rows import integers, rows_dtype, scale_bits, scale_of
 from treadle.backends.tvm.kernels.narrow.tiles import ROWS
 from treadle.ir.layouts import ROW_HEAD
 from treadle.ir.ops.blocks import GROUPS
@@ -95,7 +95,7 @@ class EncodeGroups(Kernel):
             for value in found:
                 bits = k.bits(value, _i32, lanes) & k.number(0x7FFFFFFF, _i32, lanes)
                 most = k.let(bits if most is None else k.greatest(most, bits), "most")
-            scale, factor = scale_of(k, k.let(across(k, most, lanes, "smax"), "largest"))
+            scale, factor = scale_of(k, k.let(k.maximum_of_lanes(most, lanes, _i32), "largest"))
         totals: list[Expr] = []
         each = GROUP // lanes // self.parts  # vectors of a part
         for at, value in enumerate(found):
@@ -112,7 +112,7 @@ class EncodeGroups(Kernel):
                 k.store(y, place, k.bits(k.cast(whole, _i8, lanes), u8, lanes), lanes)
         k.store(scales, [row, group, 0], k.bits(scale, _i32))
         for part, total in enumerate(totals):
-            summed = k.let(across(k, total, lanes, "add"), "summed")
+            summed = k.let(k.sum_of_lanes(total, lanes, _i32), "summed")
             owed = summed * k.number(-self.zero, _i32)
             if not self.zero:
                 owed = k.bits(k.let(k.cast(summed, f32) * scale, "owed"), _i32)

@@ -163,7 +163,7 @@ class EncodeRows(Kernel):
                 k.store(most, at, k.greatest(k.load(most, at, lanes), each), lanes)
         ends = k.registers(2, _i32, "ends")
         for side in range(2):
-            k.store(ends, [side], across(k, k.load(most, [side * lanes], lanes), lanes, "smax"))
+            k.store(ends, [side], k.maximum_of_lanes(k.load(most, [side * lanes], lanes), lanes, _i32))
         with k.loop(depth - vectors * lanes, "j") as j:
             for side, each in enumerate(bits(vectors * lanes + j, 1)):
                 k.store(ends, [side], k.greatest(k.load(ends, [side]), each))
@@ -284,18 +284,3 @@ def scale_of(k: Emitter, largest: Expr) -> tuple[Expr, Expr]:
     divisor = k.select(used, number, k.number(1.0, f32))
     factor = k.let(k.select(used, k.number(127.0, f32) / divisor, k.number(0.0, f32)), "factor")
     return scale, factor
-
-
-def across(k: Emitter, x: Expr, lanes: int, kind: str) -> Expr:
-    """Return the sum ("add") or the maximum ("smax") of a vector of 32-bit integers."""
-    name, vector = f"treadle_{kind}_i32_{lanes}", f"<{lanes} x i32>"
-
-    def text() -> str:
-        return f"""
-declare i32 @llvm.vector.reduce.{kind}.v{lanes}i32({vector})
-define i32 @{name}({vector} %x) alwaysinline {{
-  %r = call i32 @llvm.vector.reduce.{kind}.v{lanes}i32({vector} %x)
-  ret i32 %r
-}}"""
-
-    return k.llvm(name, text, "int32", x)
