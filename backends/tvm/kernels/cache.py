@@ -266,7 +266,7 @@ def assembly(kernel: Kernel, isa: Isa) -> str:
 
 def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
     """Return a kernel as TVMScript, under its title or another name."""
-    from treadle.backends.tvm.kernels.emitter import primfunc
+    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
 
     text = str(primfunc(kernel, isa, name or kernel.title).script(show_meta=False))
     return text[text.index("@T.prim_func") :].rstrip() + "\n"
@@ -275,7 +275,7 @@ def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
 def _executable(kernel: Kernel, isa: Isa) -> Any:
     import tvm
 
-    from treadle.backends.tvm.kernels.emitter import primfunc
+    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
 
     module = tvm.IRModule({_SYMBOL: primfunc(kernel, isa, _SYMBOL)})
     try:

@@ -45,6 +45,7 @@ from treadle.backends.tvm.kernels.devices.values import (
     is_constant,
     operation,
 )
+from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, i64
@@ -143,13 +144,14 @@ class LoadedVector(Value):
         return range(self.emitter.parts(lanes))
 
 
-class GroupEmitter:
+class GroupEmitter(Emitter):
     """An emitter of one kernel for a group of threads. See `treadle.backends.tvm.kernels.emitter.Emitter`."""
 
     integer_angles = True  # sin and cos reduce every argument by integer arithmetic, without C's library
 
     def __init__(self, device: Device, kernel: GroupKernel) -> None:
-        self.isa, self.made = device, kernel
+        self.isa: Device = device
+        self.made = kernel
         self._blocks = [kernel.body]
         self._names: dict[str, int] = {}
         self._has_tasks = False
@@ -380,7 +382,7 @@ class GroupEmitter:
         return x.joined("==", y)
 
     def is_nan(self, x: Value) -> Value:
-        return self._called("isnan", x, type="bool")
+        return self._called("is_nan", x, type="bool")
 
     def least(self, x: Any, y: Any) -> Value:
         return self._extremum("min", x, y)

@@ -50,7 +50,7 @@ _PRECEDENCE = {"||": 1, "&&": 2, "|": 3, "^": 4, "&": 5, "==": 6, "!=": 6, "<": 
 _PRECEDENCE |= {"<<": 8, ">>": 8, "+": 9, "-": 9, "*": 10, "/": 10, "%": 10}
 _FLOATS = ("f32", "f64")
 _NARROW = ("i8", "i16", "u8", "bf16", "f16")
-_RANDOM = {"isnan", "rint", "floor", "sqrt", "abs", "min", "max"}
+_PRELUDE = {"is_nan", "rint", "floor", "sqrt", "abs"}
 
 
 def stored_type(memory: Memory) -> str:
@@ -200,7 +200,7 @@ class _Printer:
     def _math(self, node: Node) -> str:
         given = ", ".join(map(self.expression, node.args))
         of = node.args[0].type
-        if node.data in _RANDOM:
+        if node.data in _PRELUDE:
             return f"treadle_{node.data}_{of}({given})"
         return f"{node.data}{'f' if of == 'f32' else ''}({given})"
 
@@ -209,8 +209,10 @@ class _Printer:
         given = self.expression(x)
         if x.type in _FLOATS or node.type in _FLOATS:
             f = node.type if node.type in _FLOATS else x.type
-            name = f"treadle_{f}_of_bits" if node.type in _FLOATS else f"treadle_bits_of_{f}"
-            return f"{name}({given})"
+            unsigned = "unsigned int" if f == "f32" else "treadle_u64"
+            if node.type in _FLOATS:
+                return f"treadle_of_bits_{f}(({unsigned})({given}))"
+            return f"({C_TYPES[node.type]})treadle_bits_of_{f}({given})"
         return f"({C_TYPES[node.type]})({given})"
 
     def _operation(self, node: Node, above: int) -> str:
@@ -252,10 +254,9 @@ def literal(value: float | int | bool, type: str) -> str:
     if type == "bool":
         return "true" if value else "false"
     if type in _FLOATS:
-        if math.isnan(value):
-            return f"TREADLE_NAN_{type.upper()}"
-        if math.isinf(value):
-            return f"{'-' if value < 0 else ''}TREADLE_INF_{type.upper()}"
+        if not math.isfinite(value):
+            bits = 0x7FC00000 if math.isnan(value) else 0x7F800000 if value > 0 else 0xFF800000
+            return ("" if type == "f32" else "(double)") + f"treadle_of_bits_f32({bits:#x}u)"
         number = repr(float(value)) if type == "f64" else f"{np.float32(value)!s}f"
         number = number if any(c in number for c in ".e") else number.replace("f", ".0f")
         return f"({number})" if number.startswith("-") else number

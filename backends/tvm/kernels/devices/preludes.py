@@ -29,7 +29,6 @@ _FUNCTIONS = "".join(
 _FLOATS = "".join(
     f"TREADLE_FUNCTION {c} treadle_min_{t}({c} x, {c} y) {{ return x < y ? x : y; }}\n"
     f"TREADLE_FUNCTION {c} treadle_max_{t}({c} x, {c} y) {{ return x > y ? x : y; }}\n"
-    f"TREADLE_FUNCTION bool treadle_isnan_{t}({c} x) {{ return x != x; }}\n"
     for t, c in (("f32", "float"), ("f64", "double"))
 )
 
