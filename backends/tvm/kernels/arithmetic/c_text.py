@@ -1,7 +1,7 @@
 """Lane functions in C: one text for plain C and C++, CUDA, OpenCL and Metal.
 
 The text uses names that the prelude of the language defines: `TREADLE_FUNCTION`, the qualifiers of a function;
-`treadle_i64` and `treadle_u64`; and for each float type the functions of `_FUNCTIONS`, as `treadle_sqrt_f32`. A kernel
+`treadle_i64` and `treadle_u64`; and for each float type the functions of `_FUNCTIONS`, as `TREADLE_SQRT_F32`. A kernel
 may use them, too. See `lane_function` for the guarantees.
 """
 
@@ -121,6 +121,10 @@ LANGUAGES: Mapping[str, Language] = {
 """The dialects by name. OpenCL devices may lack f64, so no form of a function uses it there."""
 
 
+def _macro(name: str, type: str) -> str:
+    return f"TREADLE_{name}_{type}".upper()
+
+
 def prelude(language: str) -> str:
     """Return the lines before all lane functions of a kernel's text, for a language of `LANGUAGES`."""
     made = LANGUAGES[language]
@@ -131,7 +135,7 @@ def prelude(language: str) -> str:
         for name, text in zip(_FUNCTIONS, texts, strict=bool(texts)):
             parameters = _PARAMETERS.get(name, "x")
             body = text if "(x)" in text else f"{text}({parameters})"
-            lines.append(f"#define treadle_{name}_{type}({parameters}) {body}")
+            lines.append(f"#define {_macro(name, type)}({parameters}) {body}")
     return made.start + "\n".join(lines) + "\n"
 
 
@@ -164,7 +168,7 @@ class CText(FunctionText):
         if value == value and abs(value) < float("inf"):
             return f"({hex_float(value)}{'f' if type == 'f32' else ''})"
         bits = 0x7FC00000 if value != value else 0x7F800000 if value > 0 else 0xFF800000
-        made = f"treadle_of_bits_f32({bits:#x}u)"
+        made = f"{_macro('of_bits', 'f32')}({bits:#x}u)"
         return made if type == "f32" else f"({_TYPES[type]}){made}"
 
     def statement(self, value: LaneValue, name: str, text: str) -> list[str]:
@@ -184,7 +188,7 @@ class CText(FunctionText):
         if op in ("bits", "to"):
             return self._converted(value.type, kind, operands[0], reinterpreted=op == "bits")
         if op in _CALLS and kind[0] == "f":
-            return f"treadle_{_CALLS[op]}_{kind}({', '.join(operands)})"
+            return f"{_macro(_CALLS[op], kind)}({', '.join(operands)})"
         if op in _WRAPPING and kind[0] in "iu":
             wide = _TYPES["u64" if kind[1:] == "64" else "u32"]  # signed arithmetic must not overflow
             right = operands[1] if op == "shl" else f"({wide}){operands[1]}"
@@ -198,8 +202,8 @@ class CText(FunctionText):
             return text
         if reinterpreted and "f" in (type[0], given[0]) and "f16" not in (type, given):
             if type[0] == "f":
-                return f"treadle_of_bits_{type}(({_TYPES['u' + type[1:]]}){text})"
-            text = f"treadle_bits_of_{given}({text})"
+                return f"{_macro('of_bits', type)}(({_TYPES['u' + type[1:]]}){text})"
+            text = f"{_macro('bits_of', given)}({text})"
         return f"({made}){text}"
 
     def _type(self, type: str) -> str:

@@ -174,7 +174,7 @@ def _log1p(x: LaneValue) -> LaneValue:
 def _reduced_exp(x: LaneValue) -> tuple[LaneValue, LaneValue, LaneValue]:
     """Return e^(x - n ln 2) for the integer n nearest to x / ln 2, and n in the two forms of `rounded_product`."""
     raised, whole = rounded_product(x, LOG2_E)
-    r = x - whole * LN2_HIGH - whole * LN2_LOW
+    r = (x - whole * LN2_HIGH).rounded() - whole * LN2_LOW
     return polynomial(r, _EXP) * (r * r) + r + 1.0, raised, whole
 
 

@@ -27,13 +27,14 @@ Other languages give fewer guarantees. Each case has a replacement:
 | the same | CUDA, unless it gets `--fmad=false` | `__fmul_rn`, which is never contracted |
 | `x * y + z`, rounded once | WGSL: `fma` may round twice | none: errors are in bounds for both |
 | `(x + m) - m` with m = 1.5 * 2^23 | WGSL may reassociate it to x | `nearest`, WGSL's `round` |
-| `(x + 1) - 1` in `log1p` | the same | `rounded`, which compares the sum's bits |
+| `(x + 1) - 1` in `log1p`; `(x - n a) - n b` in `exp` | the same | `rounded`: integer arithmetic on bits |
 | `x / y`, `sqrt` | OpenCL: 2.5 and 3 ulp | `-cl-fp32-correctly-rounded-divide-sqrt` |
 | the same | WGSL: 2.5 ulp and more | none |
 | f64 in `sin`, `cos`, `pow`, `round_to` | WGSL, Metal; slow in CUDA; optional in OpenCL | integers for angles; f32 |
 | f64 operands or results; i64 | WGSL; Metal has no f64 | none: BackendError names the function |
 | inf and NaN as constants | WGSL refuses them | bits that are read from a variable |
 | `x.is_nan()` | WGSL and Metal may assume that there are none | a comparison of bits |
+| `x != y` with NaN | WGSL: false in one implementation | `!(x == y)` |
 | `copysign` | WGSL has none | bits |
 | f16 to f32, if the f16 is subnormal | WGSL, Metal, OpenCL may flush the shifted bits | an integer times 2^-24 |
 | other subnormal operands and results | the same | none: numbers below 2^-126 may be 0 |

@@ -14,19 +14,22 @@ _TYPES |= {"f16": "u32", "f32": "f32"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|", "xor": "^", "shl": "<<"}
 _SIGNS |= {"shr": ">>", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _CALLS = {"sqrt": "sqrt", "abs": "abs", "floor": "floor", "nearest": "round", "fma": "fma"}
-_CALLS |= {"copysign": "treadle_copysign_f32", "is_nan": "treadle_is_nan_f32", "rounded": "treadle_rounded_f32"}
+_CALLS |= {"copysign": "TREADLE_COPYSIGN_F32", "is_nan": "TREADLE_IS_NAN_F32", "rounded": "TREADLE_ROUNDED_F32"}
 
 PRELUDE = """\
-var<private> treadle_infinity: u32 = 0x7f800000u;
-fn treadle_infinity_f32() -> f32 { return bitcast<f32>(treadle_infinity); }
-fn treadle_nan_f32() -> f32 { return bitcast<f32>(treadle_infinity | 0x400000u); }
-fn treadle_is_nan_f32(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u; }
-fn treadle_rounded_f32(x: f32) -> f32 { return select(x, 0.0f, bitcast<u32>(x) == 0x7fc54321u); }
-fn treadle_copysign_f32(x: f32, sign: f32) -> f32 {
+var<private> TREADLE_INFINITY: u32 = 0x7f800000u;
+fn TREADLE_INFINITY_F32() -> f32 { return bitcast<f32>(TREADLE_INFINITY); }
+fn TREADLE_NAN_F32() -> f32 { return bitcast<f32>(TREADLE_INFINITY | 0x400000u); }
+fn TREADLE_IS_NAN_F32(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffffu) > 0x7f800000u; }
+fn TREADLE_ROUNDED_F32(x: f32) -> f32 {
+  let bits: u32 = bitcast<u32>(x);
+  return bitcast<f32>(bits + u32(bits == 0x7fc54321u));
+}
+fn TREADLE_COPYSIGN_F32(x: f32, sign: f32) -> f32 {
   return bitcast<f32>((bitcast<u32>(x) & 0x7fffffffu) | (bitcast<u32>(sign) & 0x80000000u));
 }
-fn treadle_mul_f32(x: f32, y: f32) -> f32 { return x * y; }
-fn treadle_fma_f32(x: f32, y: f32, z: f32) -> f32 { return fma(x, y, z); }
+fn TREADLE_MUL_F32(x: f32, y: f32) -> f32 { return x * y; }
+fn TREADLE_FMA_F32(x: f32, y: f32, z: f32) -> f32 { return fma(x, y, z); }
 """
 """Lines before all lane functions of a kernel's text."""
 
@@ -48,9 +51,9 @@ class WgslText(FunctionText):
             return "i32(-2147483648)" if least else f"({value.attribute}{made[0]})"
         x = float(value.attribute)  # type: ignore[arg-type]
         if x != x:
-            return "treadle_nan_f32()"
+            return "TREADLE_NAN_F32()"
         if abs(x) == float("inf"):
-            return "treadle_infinity_f32()" if x > 0 else "(-treadle_infinity_f32())"
+            return "TREADLE_INFINITY_F32()" if x > 0 else "(-TREADLE_INFINITY_F32())"
         return f"({hex_float(x)}f)"
 
     def statement(self, value: LaneValue, name: str, text: str) -> list[str]:
@@ -74,6 +77,8 @@ class WgslText(FunctionText):
             operands[1] = f"{count.attribute}u" if count.op == "number" else operands[1]
         if kind == "bool" and op == "xor":
             op = "ne"
+        if kind[0] == "f" and op == "ne":  # `!=` is false for a NaN in naga's SPIR-V
+            return f"!({operands[0]} == {operands[1]})"
         text = f"{operands[0]} {_SIGNS[op]} {operands[1]}"
         return _in_range(f"({text})", value.type) if op in ("add", "sub", "mul", "shl") else text
 
