@@ -201,7 +201,7 @@ class _Printer:
         given = ", ".join(map(self.expression, node.args))
         of = node.args[0].type
         if node.data in _PRELUDE:
-            return f"treadle_{node.data}_{of}({given})"
+            return f"TREADLE_{node.data}_{of}".upper() + f"({given})"
         return f"{node.data}{'f' if of == 'f32' else ''}({given})"
 
     def _bits(self, node: Node) -> str:
@@ -211,8 +211,8 @@ class _Printer:
             f = node.type if node.type in _FLOATS else x.type
             unsigned = "unsigned int" if f == "f32" else "treadle_u64"
             if node.type in _FLOATS:
-                return f"treadle_of_bits_{f}(({unsigned})({given}))"
-            return f"({C_TYPES[node.type]})treadle_bits_of_{f}({given})"
+                return f"TREADLE_OF_BITS_{f.upper()}(({unsigned})({given}))"
+            return f"({C_TYPES[node.type]})TREADLE_BITS_OF_{f.upper()}({given})"
         return f"({C_TYPES[node.type]})({given})"
 
     def _operation(self, node: Node, above: int) -> str:
@@ -224,8 +224,8 @@ class _Printer:
             if op in "+-" and self.kernel.device.fused and "*" in (a.op, b.op):
                 return self._fused(node)
             if op in "*/":
-                name = {"*": "mul", "/": "div"}[op]
-                return f"treadle_{name}_{type}({self.expression(a)}, {self.expression(b)})"
+                name = {"*": "MUL", "/": "DIV"}[op]
+                return f"TREADLE_{name}_{type.upper()}({self.expression(a)}, {self.expression(b)})"
         if type == "i32" and op in ("+", "-", "*", "<<"):  # wraps around
             right = self.expression(b, 20)
             right = right if op == "<<" else f"(unsigned int){right}"
@@ -246,7 +246,7 @@ class _Printer:
         x, y, z = self.expression(product.args[0]), self.expression(product.args[1]), self.expression(rest)
         if node.op == "-":
             x, z = (x, f"-({z})") if first else (f"-({x})", z)
-        return f"treadle_fma_{type}({x}, {y}, {z})"
+        return f"TREADLE_FMA_{type.upper()}({x}, {y}, {z})"
 
 
 def literal(value: float | int | bool, type: str) -> str:
@@ -256,7 +256,7 @@ def literal(value: float | int | bool, type: str) -> str:
     if type in _FLOATS:
         if not math.isfinite(value):
             bits = 0x7FC00000 if math.isnan(value) else 0x7F800000 if value > 0 else 0xFF800000
-            return ("" if type == "f32" else "(double)") + f"treadle_of_bits_f32({bits:#x}u)"
+            return ("" if type == "f32" else "(double)") + f"TREADLE_OF_BITS_F32({bits:#x}u)"
         number = repr(float(value)) if type == "f64" else f"{np.float32(value)!s}f"
         number = number if any(c in number for c in ".e") else number.replace("f", ".0f")
         return f"({number})" if number.startswith("-") else number
