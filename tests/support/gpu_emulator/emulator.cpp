@@ -1,9 +1,12 @@
 // The scheduler of the emulator: the threads of one block at a time, as contexts of their own.
 #include "emulator.h"
 
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#ifndef __x86_64__
 #include <ucontext.h>
+#endif
 
 namespace emulator {
 
@@ -11,8 +14,49 @@ enum State { READY, AT_BARRIER, AT_EXCHANGE, DONE };
 const int MOST = 1024, GROUP = 32, ARRAYS = 256;
 const size_t STACK = 256 << 10;
 
+// A context is the top of a stack with the saved registers. `swapcontext` makes two system calls for each switch.
+#ifdef __x86_64__
+typedef void* Context;
+extern "C" void emulator_switch(Context* from, Context to);
+asm(R"(
+.text
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+static void change(Context& from, Context& to) { emulator_switch(&from, to); }
+static void prepare(Context& context, char* stack, size_t size, void (*entry)()) {
+  void** top = (void**)((uintptr_t)(stack + size) & ~(uintptr_t)15);
+  *--top = 0;  // the stack is aligned as after a call
+  *--top = (void*)entry;
+  for (int i = 0; i < 6; ++i) *--top = 0;
+  context = top;
+}
+#else
+typedef ucontext_t Context;
+static void change(Context& from, Context& to) { swapcontext(&from, &to); }
+static void prepare(Context& context, char* stack, size_t size, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = size, context.uc_link = 0;
+  makecontext(&context, entry, 0);
+}
+#endif
+
 struct Thread {
-  ucontext_t context;
+  Context context;
   char* stack;
   State state;
   int line, exchanges, declared;
@@ -21,7 +65,7 @@ struct Thread {
 
 Index block, blocks, thread;
 static Thread threads[MOST];
-static ucontext_t scheduler;
+static Context scheduler, abandoned;
 static void (*body)(void*);
 static void* arguments;
 static char message[400];
@@ -37,14 +81,14 @@ static unsigned next_random(unsigned below) {  // xorshift64*
 static void wait(State state, int line) {
   Thread& self = threads[thread];
   self.state = state, self.line = line;
-  swapcontext(&self.context, &scheduler);
+  change(self.context, scheduler);
 }
 
 void fail(const char* kind, const char* name, Index index, Index count) {
   snprintf(message, sizeof(message), "%s: %s, %lld of %lld, in thread %lld of block %lld", kind, name, index, count,
            thread, block);
   failed = true;
-  setcontext(&scheduler);
+  change(abandoned, scheduler);
   abort();
 }
 
@@ -73,7 +117,7 @@ void* shared(Index bytes) {
 static void run_thread() {
   body(arguments);
   threads[thread].state = DONE;
-  setcontext(&scheduler);
+  change(abandoned, scheduler);
 }
 
 // Let the ready threads among [begin, end) run, in random order. Return false if there is none.
@@ -85,7 +129,7 @@ static bool run_ready(int begin, int end) {
     int picked = next_random(left), i = order[picked];
     order[picked] = order[left - 1];
     thread = i;
-    swapcontext(&scheduler, &threads[i].context);
+    change(scheduler, threads[i].context);
     if (failed) return false;
   }
   return count > 0;
@@ -106,10 +150,8 @@ static void run_block(int count) {
   for (int i = 0; i < count; ++i) {
     Thread& t = threads[i];
     if (!t.stack) t.stack = (char*)malloc(STACK);
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack, t.context.uc_stack.ss_size = STACK, t.context.uc_link = &scheduler;
+    prepare(t.context, t.stack, STACK, run_thread);
     t.state = READY, t.line = t.exchanges = t.declared = 0;
-    makecontext(&t.context, run_thread, 0);
   }
   while (true) {
     bool ran = false;
