@@ -137,7 +137,8 @@ def _runtime() -> Path:
 
 
 def _compile(arguments: Sequence[str]) -> None:
-    flags = ["-std=c++17", "-O1", "-w", "-fPIC", "-fwrapv", "-ffp-contract=off", f"-I{HERE}"]
+    optimization = os.environ.get("TREADLE_EMULATOR_FLAGS", "-O0")  # a few calls take less time than optimizing
+    flags = ["-std=c++17", *optimization.split(), "-w", "-fPIC", "-fwrapv", "-ffp-contract=off", f"-I{HERE}"]
     flags += ["-mfma"] if "fma" in cpu_flags() else []
     path = compiler()
     assert path is not None, "the emulator needs a C++ compiler: install g++"

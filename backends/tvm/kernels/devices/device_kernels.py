@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.devices.device import Device
@@ -15,7 +16,9 @@ from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, Lack
 from treadle.backends.tvm.kernels.devices.kernel_text import body_text
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
 from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.errors import BackendError
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.lowering.program import KernelProgram
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def lane_functions_text(written: GroupKernel, language: str) -> str:
 def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> DeviceKernel:
     """Return a kernel for a device: for groups of threads, or in the slow form if a group cannot run it.
 
-    Raises BackendError with the word that the device lacks, if the slow form cannot express the kernel either.
+    Raises LackingWord if neither form can express the kernel.
     """
     name = name or f"treadle_{kernel.title}"
     try:
@@ -59,11 +62,17 @@ def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> De
         if device.group == 1:
             raise
         reason = f"`{lacking.word}`: {lacking.why}"
-    except ZeroDivisionError:
-        reason = "a vector of the group is wider than a panel"
-    try:
-        return DeviceKernel(write_kernel(kernel, device.slow, name), reason)
-    except LackingWord as lacking:
-        raise BackendError(
-            f"kernel {kernel.title} cannot run on {device}: it lacks the word `{lacking.word}`", received=lacking.why
-        ) from lacking
+    return DeviceKernel(write_kernel(kernel, device.slow, name), reason)
+
+
+def refuse_kernels(program: KernelProgram, device: Device) -> None:
+    """Raise LackingWord for the first step whose kernel the device cannot express, with the op and the user's line."""
+    written: set[Kernel] = set()
+    for routine in program.routines:
+        for step in routine.walk():
+            if step.kernel not in written and not step.kernel.on_host:
+                try:
+                    device_kernel(step.kernel, device)
+                except LackingWord as lacking:
+                    raise lacking.located(step.node, step.kernel.title, device) from None
+                written.add(step.kernel)

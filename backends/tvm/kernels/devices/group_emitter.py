@@ -47,18 +47,34 @@ from treadle.backends.tvm.kernels.devices.values import (
 )
 from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
+from treadle.ir.graph import Node as GraphNode
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, i64
 
 _TVM = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 
 class LackingWord(BackendError):
-    """A specification uses a word that the device lacks. `word` is its name."""
+    """The error for a specification that a device cannot express.
+
+    word  the word of the emitter that the device lacks
+    why   the reason
+    """
 
     def __init__(self, word: str, why: str) -> None:
-        super().__init__(f"a device lacks `{word}`: {why}")
+        super().__init__(f"the device lacks the word `{word}`", received=why)
         self.word, self.why = word, why
+
+    def located(self, node: GraphNode | None, title: str, device: Device) -> LackingWord:
+        """Return the same error with the op, the kernel and the user's line."""
+        found = LackingWord(self.word, self.why)
+        op = title if node is None else node.op.name
+        found.what = f"{op} does not run on {device}: its kernel {title} uses the word `{self.word}`"
+        found.args = (found.what,)
+        found.source = describe_source(node.source, node.scope) if node is not None else None
+        found.hint = "another target, or another form of the weights"
+        return found
 
 
 @dataclass(eq=False)

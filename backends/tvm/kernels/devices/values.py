@@ -253,6 +253,14 @@ class Value:
     def __rshift__(self, other: Any) -> Value:
         return self.joined(">>", other)
 
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> Value:  # type: ignore[override]
+        return self.joined("==", other)
+
+    def __ne__(self, other: object) -> Value:  # type: ignore[override]
+        return self.joined("!=", other)
+
     def __lt__(self, other: Any) -> Value:
         return self.joined("<", other)
 
