@@ -229,7 +229,7 @@ class GroupEmitter(Emitter):
                 row_major.append(operation("*", row_major[-1], n))
             steps = row_major[::-1]
         else:
-            steps = [_index(s) for s in strides]
+            steps = [_index(s) for s in strides] or [constant(1, INDEX)]
         made = View(pointer.memory, steps, sizes)
         made.name = pointer.name
         return made
