@@ -17,8 +17,9 @@ from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.conversions import F16_TO_F32, F32_TO_F16
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction
 from treadle.backends.tvm.kernels.arithmetic.vector_math import FUNCTIONS, emit
+from treadle.backends.tvm.kernels.cache import tvm_script
 from treadle.backends.tvm.kernels.calling import bind
-from treadle.backends.tvm.kernels.emitter import Emitter, primfunc
+from treadle.backends.tvm.kernels.emitter import Emitter
 from treadle.backends.tvm.kernels.isa import ISAS, Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import RuleError
@@ -74,14 +75,16 @@ def lane_functions() -> dict[str, LaneFunction]:
     """Return every lane function of the elementwise ops, by name."""
     found = {f.name: f for f in (F16_TO_F32, F32_TO_F16)}
 
-    class Recording(Emitter):
-        def lane_function(self, function: LaneFunction, lanes: int, *operands: Expr) -> Expr:
-            found[function.name] = function
-            return super().lane_function(function, lanes, *operands)
+    def recorded(function: LaneFunction, k: Emitter, lanes: int, *operands: Expr) -> Expr:
+        found[function.name] = function
+        return k.lane_function(function, lanes, *operands)
 
-    with mock.patch("treadle.backends.tvm.kernels.emitter.Emitter", Recording):
-        for Recording.integer_angles in (False, True):
-            primfunc(_EveryOp(), ISAS["x86-64"], "every_op")
+    for integers in (False, True):
+        with (
+            mock.patch.object(LaneFunction, "__call__", recorded),
+            mock.patch.object(Emitter, "integer_angles", integers),
+        ):
+            tvm_script(_EveryOp(), ISAS["x86-64"])
     return found
 
 
@@ -213,3 +216,10 @@ def same(x: Array, y: Array) -> Array:
     """Return a mask of equal bits, or NaNs on both sides, whose sign and payload IEEE 754 leaves open."""
     equal = x.view(np.dtype(f"u{x.itemsize}")) == y.view(np.dtype(f"u{y.itemsize}"))
     return equal | ((x != x) & (y != y)) if x.dtype.kind == "f" else equal
+
+
+def units_apart(x: Array, exact: Array) -> Array:
+    """Return distances of float32 results from float64 results, in units in the last place of the exact result."""
+    nearest = exact.astype(np.float32)
+    spacing = np.spacing(np.maximum(np.abs(nearest), np.float32(2.0**-126))).astype(np.float64)
+    return np.asarray(np.abs(x.astype(np.float64) - exact) / spacing)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from treadle.backends.tvm.kernels.arithmetic.lane_function import (
     EXACT,
     ORDER,
-    FunctionText,
     LaneFunction,
+    LanePrinter,
     LaneValue,
     hex_float,
+    lacking,
 )
-from treadle.ir.errors import BackendError
 
 _TYPES = {"bool": "bool", "i8": "signed char", "u8": "unsigned char", "i16": "short", "u16": "unsigned short"}
 _TYPES |= {"i32": "int", "u32": "unsigned int", "i64": "treadle_i64", "u64": "treadle_u64"}
@@ -139,7 +139,7 @@ def prelude(language: str) -> str:
     return made.start + "\n".join(lines) + "\n"
 
 
-class CText(FunctionText):
+class CText(LanePrinter):
     """The printer of C; `language` is a name of `LANGUAGES`."""
 
     def __init__(self, function: LaneFunction, features: frozenset[str], language: str = "c") -> None:
@@ -196,20 +196,17 @@ class CText(FunctionText):
         text = f"{operands[0]} {_SIGNS[op]} {operands[1]}"
         return text if kind[0] == "f" or value.type == "bool" != kind else f"({made})({text})"
 
-    def _converted(self, type: str, given: str, text: str, *, reinterpreted: bool) -> str:
+    def _converted(self, type: str, source: str, text: str, *, reinterpreted: bool) -> str:
         made = self._type(type)
-        if made == self._type(given):
+        if made == self._type(source):
             return text
-        if reinterpreted and "f" in (type[0], given[0]) and "f16" not in (type, given):
+        if reinterpreted and "f" in (type[0], source[0]) and "f16" not in (type, source):
             if type[0] == "f":
                 return f"{_macro('of_bits', type)}(({_TYPES['u' + type[1:]]}){text})"
-            text = f"{_macro('bits_of', given)}({text})"
+            text = f"{_macro('bits_of', source)}({text})"
         return f"({made}){text}"
 
     def _type(self, type: str) -> str:
         if type in LANGUAGES[self.language].lacks:
-            raise BackendError(
-                f"{self.language} has no {type}, which the function {self.function.name} computes in",
-                hint="compute in f32, or choose another target",
-            )
+            raise lacking(self.language.title(), type, self.function)
         return _TYPES[type]

@@ -268,7 +268,7 @@ def power(x: LaneValue, y: LaneValue) -> LaneValue:
     """
     found = form(DOUBLE, _power_of_size(x, y, "f64"), _power_of_size(x, y, "f32"))
     half, integral = y * 0.5, y.floor() == y
-    odd = integral & (half.floor() < half)
+    odd = integral & (half > half.floor())
     found = where((x.bits("i32") < 0) & odd, -found, found)
     real = integral | (x >= 0.0) | (x == -math.inf) | x.is_nan()
     found = where(real, found, math.nan)

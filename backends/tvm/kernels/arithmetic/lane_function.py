@@ -52,6 +52,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from treadle.ir.errors import BackendError
 from treadle.ir.types import DType
 
 if TYPE_CHECKING:
@@ -326,7 +327,15 @@ class LaneFunction:
         return WgslText(self, frozenset()).text()
 
 
-class FunctionText:
+def lacking(language: str, type: str, function: LaneFunction) -> BackendError:
+    """Return the error for a function with values of a type that a language lacks."""
+    return BackendError(
+        f"{language} has no {type}, which the function {function.name} computes in",
+        hint=f"compute in {type[0]}32, or choose another target",
+    )
+
+
+class LanePrinter:
     """A printer of a lane function: one statement for each operation, in the order of creation.
 
     features  the language's features, which select the forms

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import FunctionText, LaneFunction, LaneValue
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LanePrinter, LaneValue
 
 _FLOATS = {"f16": "half", "f32": "float", "f64": "double"}
 _INTEGER = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or", "xor": "xor", "shl": "shl"}
@@ -19,7 +19,7 @@ _INTRINSICS |= {"fma": "fmuladd"}
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 
-class LlvmText(FunctionText):
+class LlvmText(LanePrinter):
     """The printer of LLVM text for `lanes` lanes."""
 
     def __init__(self, function: LaneFunction, features: frozenset[str], lanes: int) -> None:
@@ -100,17 +100,17 @@ def _comparison(op: str, type: str) -> str:
     return f"icmp {op}" if op in ("eq", "ne") else f"icmp {'u' if type[0] in 'ub' else 's'}{op}"
 
 
-def _conversion(given: str, type: str) -> str:
-    signed = given[0] == "i"
+def _conversion(source: str, type: str) -> str:
+    signed = source[0] == "i"
     if type[0] != "f":
-        if given[0] == "f":
+        if source[0] == "f":
             return "fptosi" if type[0] == "i" else "fptoui"
-        if given != "bool" and int(type[1:]) < int(given[1:]):
+        if source != "bool" and int(type[1:]) < int(source[1:]):
             return "trunc"
         return "sext" if signed else "zext"
-    if given[0] != "f":
+    if source[0] != "f":
         return "sitofp" if signed else "uitofp"
-    return "fptrunc" if int(type[1:]) < int(given[1:]) else "fpext"
+    return "fptrunc" if int(type[1:]) < int(source[1:]) else "fpext"
 
 
 # -- instructions of AVX-512 ---------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue, number, where
 from treadle.backends.tvm.kernels.arithmetic.polynomials import polynomial, rounded_product
 from treadle.ir.types import f32
@@ -29,12 +31,12 @@ _COS = tuple((-1.0) ** n / math.factorial(2 * n) for n in range(6, -1, -1))
 
 
 def sin(k: Emitter, lanes: int, x: Expr) -> Expr:
-    """sin x, within 1 ulp, or within 2 with `k.integer_angles`; NaN at infinities."""
+    """sin x, within 1 ulp, or within 1.5 with `k.integer_angles`; NaN at infinities."""
     return _wave(k, lanes, x, "sin", 0)
 
 
 def cos(k: Emitter, lanes: int, x: Expr) -> Expr:
-    """cos x, within 1 ulp, or within 2 with `k.integer_angles`; NaN at infinities."""
+    """cos x, within 1 ulp, or within 1.5 with `k.integer_angles`; NaN at infinities."""
     return _wave(k, lanes, x, "cos", 1)
 
 
@@ -52,7 +54,12 @@ def _in_quadrant(r: LaneValue, quadrant: LaneValue, quadrants: int) -> LaneValue
     """sin(r + (quadrant + quadrants) pi/2), for |r| <= pi/4"""
     square = r * r
     quadrant = quadrant + quadrants
-    turned = where((quadrant & 1) == 0, polynomial(square, _SIN) * r, polynomial(square, _COS))
+    if r.type == "f64":
+        sine, cosine = polynomial(square, _SIN) * r, polynomial(square, _COS)
+    else:  # the largest terms come last, so that other roundings are small
+        sine = square * polynomial(square, _SIN[:-1]) * r + r
+        cosine = (square * polynomial(square, _COS[:-2]) - 0.5) * square + 1.0
+    turned = where((quadrant & 1) == 0, sine, cosine)
     return where((quadrant & 2) == 0, turned, -turned)
 
 
@@ -84,7 +91,10 @@ def _reduced_by_integers(x: LaneValue) -> tuple[LaneValue, LaneValue]:
     fraction, rest = (first << 2) | (last >> 30), last << 2
     negative = fraction >= 0x80000000
     fraction, rest = (where(negative, part ^ 0xFFFFFFFF, part) for part in (fraction, rest))
-    turned = (fraction.to("f32") * 2.0**32 + rest.to("f32")) * (math.pi / 2 * 2.0**-64)
+    high, low = (fraction >> 8).to("f32"), ((fraction << 24) | (rest >> 8)).to("f32")
+    first_part = float(np.float32(math.pi / 2 * 2.0**-24))
+    second_part = math.pi / 2 * 2.0**-24 - first_part
+    turned = high * first_part + (high * second_part + low * (math.pi / 2 * 2.0**-56))
     n = (first + 0x20000000) >> 30
     below = x < 0.0
     r = where(below ^ negative, -turned, turned)
@@ -109,11 +119,11 @@ def _product(x: LaneValue, y: LaneValue) -> tuple[LaneValue, LaneValue]:
     return x * y, x1 * y1 + (cross >> 16) + (other >> 16) + (middle >> 16)
 
 
-def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
-    """Return `made`, replaced by the results of C's library in lanes in which x is huge and finite."""
+def _with_huge(k: Emitter, x: Expr, near: Expr, name: str, lanes: int) -> Expr:
+    """Return `near`, replaced by the results of C's library in lanes in which x is huge and finite."""
     given, found = k.registers(lanes, f32, "given"), k.registers(lanes, f32, "found")
     k.store(given, [0], x, lanes)
-    k.store(found, [0], made, lanes)
+    k.store(found, [0], near, lanes)
     with k.when(k.any_of_lanes(_IS_HUGE(k, lanes, x), lanes)), k.loop(lanes, "lane") as lane:
         size = k.let(k.absolute(k.load(given, [lane])))
         with k.when(k.both(size >= k.number(HUGE, f32), size < k.number(float("inf"), f32))):
@@ -121,4 +131,9 @@ def _with_huge(k: Emitter, x: Expr, made: Expr, name: str, lanes: int) -> Expr:
     return k.load(found, [0], lanes)
 
 
-_IS_HUGE = LaneFunction("is_huge", ("f32",), "bool", lambda x: (x.abs() >= HUGE) & (x.abs() < math.inf))
+def _is_huge(x: LaneValue) -> LaneValue:
+    size = x.abs()
+    return (size >= HUGE) & (size < math.inf)
+
+
+_IS_HUGE = LaneFunction("is_huge", ("f32",), "bool", _is_huge)

@@ -6,8 +6,7 @@ of its bits. See `lane_function` for the guarantees, of which WGSL gives the few
 
 from __future__ import annotations
 
-from treadle.backends.tvm.kernels.arithmetic.lane_function import FunctionText, LaneValue, hex_float
-from treadle.ir.errors import BackendError
+from treadle.backends.tvm.kernels.arithmetic.lane_function import LanePrinter, LaneValue, hex_float, lacking
 
 _TYPES = {"bool": "bool", "i8": "i32", "i16": "i32", "i32": "i32", "u8": "u32", "u16": "u32", "u32": "u32"}
 _TYPES |= {"f16": "u32", "f32": "f32"}
@@ -34,7 +33,7 @@ fn TREADLE_FMA_F32(x: f32, y: f32, z: f32) -> f32 { return fma(x, y, z); }
 """Lines before all lane functions of a kernel's text."""
 
 
-class WgslText(FunctionText):
+class WgslText(LanePrinter):
     """The printer of WGSL."""
 
     def text(self) -> str:
@@ -47,8 +46,8 @@ class WgslText(FunctionText):
         if value.type == "bool":
             return "true" if value.attribute else "false"
         if not value.is_float:
-            made, least = self._type(value.type), value.attribute == -(2**31)
-            return "i32(-2147483648)" if least else f"({value.attribute}{made[0]})"
+            text = f"{value.attribute}{self._type(value.type)[0]}"
+            return "i32(-2147483648)" if text == "-2147483648i" else f"({text})" if text[0] == "-" else text
         x = float(value.attribute)  # type: ignore[arg-type]
         if x != x:
             return "TREADLE_NAN_F32()"
@@ -82,19 +81,16 @@ class WgslText(FunctionText):
         text = f"{operands[0]} {_SIGNS[op]} {operands[1]}"
         return _in_range(f"({text})", value.type) if op in ("add", "sub", "mul", "shl") else text
 
-    def _converted(self, type: str, given: str, text: str, *, reinterpreted: bool) -> str:
+    def _converted(self, type: str, source: str, text: str, *, reinterpreted: bool) -> str:
         made = self._type(type)
-        if made == self._type(given):
-            return text if reinterpreted or _width(type) >= _width(given) else _in_range(text, type)
+        if made == self._type(source):
+            return text if reinterpreted or _width(type) >= _width(source) else _in_range(text, type)
         made_of = f"bitcast<{made}>" if reinterpreted else made
         return _in_range(f"{made_of}({text})", type)
 
     def _type(self, type: str) -> str:
         if type not in _TYPES:
-            raise BackendError(
-                f"WGSL has no {type}, which the function {self.function.name} computes in",
-                hint="compute in f32 or i32, or choose another target",
-            )
+            raise lacking("WGSL", type, self.function)
         return _TYPES[type]
 
 
