@@ -89,15 +89,33 @@ KERNELS: dict[str, Callable[[Emitter], None]] = {
 }
 
 
+def with_limits(**limits: Any) -> Device:
+    return Device.of("cuda", replace(CUDA.limits, **limits))
+
+
 def launched(code: str, *arrays: np.ndarray[Any, Any], sizes: tuple[int, ...] = (), device: Device = CUDA) -> None:
     EmulatedKernel(device_kernel(Written(code), device)).launch([Region(a) for a in arrays], sizes)
 
 
 # -- programs ----------------------------------------------------------------------------------------------------------
 
-NAMES = (
-    "softmax layer_norm linear matmul attention rows columns running argmax embedding slice strided division f16 rotary"
-).split()
+NAMES = [
+    "softmax",
+    "layer_norm",
+    "linear",
+    "matmul",
+    "attention",
+    "rows",
+    "columns",
+    "running",
+    "argmax",
+    "embedding",
+    "slice",
+    "strided",
+    "division",
+    "f16",
+    "rotary",
+]
 
 
 @needs_compiler
@@ -148,7 +166,7 @@ def test_the_slow_form_computes_the_same(name: str, monkeypatch: pytest.MonkeyPa
     """Without shared memory, each thread runs a task of its own."""
     from tests.support.gpu_emulator.programs import build
 
-    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: replace(CUDA, shared=0))
+    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: with_limits(shared=0))
     exe, inputs, wanted = build(name)
     assert "one task for each thread, because of `registers`" in exe.source
     for output, made in exe(**inputs).items():
@@ -201,7 +219,7 @@ def test_a_word_that_a_device_lacks_is_refused_by_name() -> None:
 
 
 def test_a_program_is_refused_with_the_op_the_word_and_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: replace(CUDA, buffers=2))
+    monkeypatch.setattr(tvm_backend, "isa_of", lambda _: with_limits(buffers=2))
     graph = graph_of(lambda b: b.linear(b.input("x", "f32[B, 40]"), b.input("w", "f32[8, 40]")))
     with pytest.raises(LackingWord) as caught:
         find_backend("tvm").compile(graph, Target("cuda"), {})

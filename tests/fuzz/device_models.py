@@ -65,8 +65,8 @@ FORMS: Mapping[str, dict[str, Any]] = {
 """Compile options of each form of the weights."""
 
 APART = {"f32": 1e-5, "bf16": 0.05, "int8": 0.05, "int4-int8": 0.05}
-"""Allowed difference, relative to the largest result; 1e-5 for the other forms. Sums of bf16 numbers have another order,
-and a rounded activation may become another number."""
+"""Allowed difference, relative to the largest result; 1e-5 for the other forms. Sums of bf16 numbers have another
+order, and a rounded activation may become another number."""
 
 ORDERS, GRIDS = range(2, 7), (1, 3, 7)
 
@@ -96,11 +96,14 @@ def check(model: Any, options: Mapping[str, Any], form: str, target: str = "cuda
     for order, blocks in [(o, GRIDS[o % 3]) for o in ORDERS]:
         runner.seed, runner.blocks = 1000 * order, blocks
         _assert_same(made, there(**given), f"order {order}, {blocks} blocks")
-    alone = there(**{p.name: given[p.name][:1] if p.axes and p.axes[0] in rows else given[p.name] for p in there.inputs})
+    alone = there(
+        **{p.name: given[p.name][:1] if p.axes and p.axes[0] in rows else given[p.name] for p in there.inputs}
+    )
     rowwise = {p.name for p in there.outputs if p.axes and p.axes[0] in rows and not set(p.axes[1:]) & set(rows)}
     _assert_same({n: made[n][:1] for n in rowwise}, {n: alone[n] for n in rowwise}, "a row alone")
     slow = {k.title: v.kernel.why_slow for k, v in runner.kernels.items() if v.kernel.why_slow}
-    text = f"off by {worst:.1e}, {len(runner.kernels)} kernels, {built - begin:.1f} s to compile, {ran - built:.1f} s to run"
+    times = f"{built - begin:.1f} s to compile, {ran - built:.1f} s to run"
+    text = f"off by {worst:.1e}, {len(runner.kernels)} kernels, {times}"
     return text + "".join(f"\n    slow: {title}, {why}" for title, why in slow.items())
 
 

@@ -1,8 +1,8 @@
 """Run every op on every sample as device text on the emulator: `python -m tests.fuzz.device_ops [--only softmax]`.
 
-Results are held to the bounds of the op suite (tests/test_op_suite.py), in the samples' own dtypes, or with `--dtypes` in
-every dtype. Prints each failure, the ops that the device refuses with the word it lacks, the kernels in the slow form, and
-at the end the numbers of cases. The exit status is 1 if a result is outside its bounds.
+Results are held to the bounds of the op suite (tests/test_op_suite.py), in the samples' own dtypes, or with `--dtypes`
+in every dtype. Prints each failure, the ops that the device refuses with the word it lacks, the kernels in the slow
+form, and at the end the numbers of cases. The exit status is 1 if a result is outside its bounds.
 """
 
 from __future__ import annotations

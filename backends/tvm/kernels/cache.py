@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED
+from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import CONNECT, Runner
@@ -111,9 +112,10 @@ class KernelCache:
     def refuse_other_machine(self) -> None:
         """Raise BackendError if this machine does not have the instruction set."""
         if not runs_here(self.isa):
+            readable = "`source`" if isinstance(self.isa, Device) else "`source`, `assembly`"
             raise BackendError(
                 f"kernels for {self.isa} do not run on this machine",
-                hint="read them (`source`, `assembly`), or compile for Target('cpu')",
+                hint=f"read them ({readable}), or compile for Target('cpu')",
             )
 
     def path(self, kernel: Kernel) -> Path | None:

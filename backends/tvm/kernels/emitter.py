@@ -4,8 +4,8 @@ A specification (`treadle.backends.tvm.kernels.kernel.Kernel.emit`) calls the wo
 emitters: `llvm_emitter` for CPUs, where the lanes of a vector are those of a register, and
 `devices.group_emitter` for devices, where they are the threads of a group.
 
-Values are expressions, on which operators such as `+ - * < &` work; indices may be Python integers. A value has a number
-of lanes:
+Values are expressions, on which operators such as `+ - * < &` work; indices may be Python integers. A value has a
+number of lanes:
 
 - a scalar has one. Loops, branches and indices take scalars only. On a device, all threads of a group have the same one
 - a vector has `lanes` lanes. Words and operators work lane by lane, except the words below "across lanes"
@@ -104,8 +104,8 @@ class Emitter(ABC):
     def registers(self, count: int, dtype: DType, name: str = "acc") -> Any:
         """Allocate a tile of `count` elements, which stays in registers if every index is a constant.
 
-        On a device, it is private to a thread if it is accessed by scalars only, or only by vectors whose first elements
-        are multiples of the number of lanes. Otherwise it is shared memory.
+        On a device, it is private to a thread if it is accessed by scalars only, or only by vectors whose first
+        elements are multiples of the number of lanes. Otherwise it is shared memory.
         """
 
     @abstractmethod
@@ -254,7 +254,7 @@ class Emitter(ABC):
         return x
 
     def transposed(self, rows: Sequence[Expr]) -> list[Expr]:
-        """Transpose a square with one vector for each lane: swap its halves, then the halves of each half, and so on."""
+        """Transpose a square with one vector for each lane: swap its halves, then the halves of each, and so on."""
         lanes = len(rows)
         held = [self.let(row, "row") for row in rows]
         size = lanes // 2
@@ -282,7 +282,8 @@ class Emitter(ABC):
 
     @abstractmethod
     def effect(self, name: str, declared: str, called: str, *operands: Expr) -> None:
-        """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices. Not on devices.
+        """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices. Not on
+        devices.
 
         declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
         called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`

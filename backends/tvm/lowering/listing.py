@@ -26,7 +26,8 @@ def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence
         )
     parts += [_routine(routine, titles) for routine in program.routines]
     parts += [
-        f"# {kernel.key}\n" + ("" if kernel.on_host else _kernel_text(kernel, isa, titles[kernel])) for kernel in kernels
+        f"# {kernel.key}\n" + ("" if kernel.on_host else _kernel_text(kernel, isa, titles[kernel]))
+        for kernel in kernels
     ]
     return "\n\n".join(parts)
 

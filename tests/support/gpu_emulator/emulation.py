@@ -71,7 +71,8 @@ static void call(void* given) {{
   const Arguments* a = (const Arguments*)given;
   {written.name}({", ".join(given)});
 }}
-extern "C" const char* run(const emulator::Buffer* buffers, const long long* numbers, long long blocks, unsigned seed) {{
+extern "C" const char* run(const emulator::Buffer* buffers, const long long* numbers, long long blocks, unsigned seed)
+{{
   Arguments given = {{buffers, numbers}};
   return emulator::launch(call, &given, blocks, {written.device.threads}, seed);
 }}

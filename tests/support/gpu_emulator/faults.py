@@ -97,7 +97,9 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 UNOBSERVABLE = {
-    FAULTS[-3]: "a row with a tail waits at four more barriers after the last access to x_tail, others do not access it",
+    FAULTS[
+        -3
+    ]: "a row with a tail waits at four more barriers after the last access to x_tail, others do not access it",
     FAULTS[-2]: "another maximum is subtracted: softmax does not depend on it",
     FAULTS[-1]: "after five exchanges every thread has the maximum of all",
 }

@@ -3,8 +3,9 @@
     exe = emulated(treadle.compile("gpt2", backend="tvm", target="cuda", ...))
     exe(ids=ids)
 
-The plan and its table are those of the CPU (`treadle.backends.tvm.planning`); only the runner of the table differs. Every
-pointer of a launch is bound to the bytes of its storage, so that an access outside it is found even within the arena.
+The plan and its table are those of the CPU (`treadle.backends.tvm.planning`); only the runner of the table differs.
+Every pointer of a launch is bound to the bytes of its storage, so that an access outside it is found even within the
+arena.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def emulated(exe: Any) -> Any:
     machine = executable.machine
     runner = EmulatorRunner(machine, device, executable.kernels)
     build(list(runner.kernels.values()))
-    machine._entries = {**{k: (0, 0) for k in executable.kernels}, **machine._entries}
+    machine._entries = {**dict.fromkeys(executable.kernels, (0, 0)), **machine._entries}
     machine._runner = runner
     return exe
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from tests.backend_checks import graph_of
 from tests.support.gpu_emulator.models import EmulatorRunner, emulated, runner_of
-from treadle.backends.registry import find_backend
 from treadle.entry_functions import compile
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.attention.attention_terms import Causal
@@ -30,7 +29,9 @@ def _attention(b: Builder, x: Expr) -> Expr:
 
 
 def _turned(b: Builder, x: Expr) -> Expr:
-    return b.rotary(b.input("q", "f32[B, 2, S, 64]"), b.input("p", "i64[B, S]"), b.input("f", "f32[32]"), layout="interleaved")
+    return b.rotary(
+        b.input("q", "f32[B, 2, S, 64]"), b.input("p", "i64[B, S]"), b.input("f", "f32[32]"), layout="interleaved"
+    )
 
 
 PROGRAMS: Mapping[str, Callable[[Builder, Expr], Expr]] = {

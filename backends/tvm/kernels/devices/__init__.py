@@ -1,1 +1,1 @@
-"""Kernels for devices: a specification's lanes become threads, and its loops become CUDA, OpenCL, Metal or WGSL text."""
+"""Kernels for devices: the lanes of a specification become threads, and its loops become text in a device's language."""

@@ -4,8 +4,8 @@ Registers are private to a thread if all accesses are scalars, or all are vector
 they are shared memory.
 
 A barrier is placed before a statement that reads what another thread may have written since the last barrier, or writes
-what another thread may have read or written. Accesses of the same thread need none. Two vectors are accessed by the same
-threads if their first elements differ by a multiple of the group's size (`remainder`).
+what another thread may have read or written. Accesses of the same thread need none. Two vectors are accessed by the
+same threads if their first elements differ by a multiple of the group's size (`remainder`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     expressions_of,
     walk,
 )
-from treadle.backends.tvm.kernels.devices.values import Node, Remainder, divided, loads_of, remainder
+from treadle.backends.tvm.kernels.devices.values import NOTHING, Node, Remainder, divided, loads_of, remainder
 
 
 def place_registers(body: list[Statement], device: Device) -> list[Memory]:
@@ -66,14 +66,15 @@ def _place(memory: Memory, accesses: list[Access], group: int) -> str:
 class _Use:
     """An access since the last barrier.
 
-    by    the threads: `first` for the first thread, `own` if thread t accesses element t after a multiple of the group's
+    by    the threads: `first` for the first thread, `own` if thread t accesses element t after a multiple of the
+    group's
           size plus `rest`, `any` otherwise
     """
 
     memory: Memory
     writes: bool
     by: str
-    rest: Remainder = Remainder()
+    rest: Remainder = NOTHING
 
     def conflicts(self, other: _Use) -> bool:
         """Return True if different threads may access the same element, and one of them writes to it."""
@@ -128,9 +129,7 @@ class _Placing:
         while True:
             body, after = self.block(loop.body, begin)
             # tasks are independent: none reads or writes a buffer's element that another one writes
-            again = {
-                _again(use, inside) for use in after if not (loop.tasks and use.memory.place == GLOBAL)
-            }
+            again = {_again(use, inside) for use in after if not (loop.tasks and use.memory.place == GLOBAL)}
             if again <= begin:
                 return Loop(loop.variable, loop.count, body, loop.unrolled, loop.tasks), begin | after
             begin |= again
@@ -149,7 +148,7 @@ class _Placing:
         for access, stored in _accesses(statement):
             if access.memory not in self.watched:
                 continue
-            by, rest = "any", Remainder()
+            by, rest = "any", NOTHING
             if first:
                 by = "first"
             elif access.is_own:

@@ -1,7 +1,7 @@
 """Kernels of a device as text: the form of each kernel, its arguments, and its text with everything it needs.
 
-    made = device_kernel(Softmax(False, "f32"), DEVICES["cuda"])
-    print(made.text)
+made = device_kernel(Softmax(False, "f32"), DEVICES["cuda"])
+print(made.text)
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class DeviceKernel:
     @property
     def text(self) -> str:
         """The whole text that a compiler of the device's language takes."""
-        language = self.written.device.language
+        language = self.written.device.limits.language
         return PRELUDES[language] + lane_functions_text(self.written, language) + self.body
 
 
 def lane_functions_text(written: GroupKernel, language: str) -> str:
     """Return the functions that a kernel calls, in a C dialect, with their prelude."""
-    made = prelude(language) + functions(f64="f64" not in written.device.lacks)
+    made = prelude(language) + functions(f64="f64" not in written.device.limits.lacks)
     return made + "".join(function.c(language) for function in written.functions.values())
 
 

@@ -1,12 +1,12 @@
 """The group emitter: the words of specifications for a device whose lanes are threads.
 
-`write_kernel` runs a specification once and returns a `GroupKernel`: arguments, memory, and a tree of statements. What a
-word means for lanes is documented at `treadle.backends.tvm.kernels.emitter.Emitter`; this module documents what it means
-for threads. The emitter has two parameters, in `Device`: the number of lanes of a group and the number of tasks of a
-block, 32 and 1 in the normal form, 1 and 64 in the slow form.
+`write_kernel` runs a specification once and returns a `GroupKernel`: arguments, memory, and a tree of statements. What
+a word means for lanes is documented at `treadle.backends.tvm.kernels.emitter.Emitter`; this module documents what it
+means for threads. The emitter has two parameters, in `Device`: the number of lanes of a group and the number of tasks
+of a block, 32 and 1 in the normal form, 1 and 64 in the slow form.
 
-Scalars are the same in all threads of a group, and only scalars control loops and branches, so a barrier is legal at any
-place of a specification.
+Scalars are the same in all threads of a group, and only scalars control loops and branches, so a barrier is legal at
+any place of a specification.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ class GroupKernel:
     body        the statements
     shared      memory of a block
     functions   the lane functions that the kernel calls, by symbol
-    tables      constant tables by name
     """
 
     kernel: Kernel
@@ -112,10 +111,10 @@ def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     emitter = GroupEmitter(device, GroupKernel(kernel, device, name))
     kernel.emit(emitter)
     made = emitter.finished()
-    if made.shared_bytes > device.shared:
-        raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.shared}")
-    if device.buffers and len(made.pointers) > device.buffers:
-        raise LackingWord("pointer", f"{len(made.pointers)} buffers, of {device.buffers}")
+    if made.shared_bytes > device.limits.shared:
+        raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.limits.shared}")
+    if device.limits.buffers and len(made.pointers) > device.limits.buffers:
+        raise LackingWord("pointer", f"{len(made.pointers)} buffers, of {device.limits.buffers}")
     return made
 
 
@@ -145,7 +144,9 @@ class LoadedVector(Value):
     @property
     def parts(self) -> tuple[Node, ...]:
         if self._kept is None:
-            self._kept = tuple(self.emitter.loaded(self.view, self.base, self.lanes, p) for p in self._numbers(self.lanes))
+            self._kept = tuple(
+                self.emitter.loaded(self.view, self.base, self.lanes, p) for p in self._numbers(self.lanes)
+            )
         return self._kept
 
     def as_words(self, type: str, factor: int) -> Value:
@@ -208,7 +209,7 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> Pointer:
-        if dtype.name in self.isa.lacks and dtype not in (i64, bf16, f16):
+        if dtype.name in self.isa.limits.lacks and dtype not in (i64, bf16, f16):
             raise LackingWord("pointer", f"a buffer of {dtype} numbers")
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
@@ -321,8 +322,8 @@ class GroupEmitter(Emitter):
         return Node("load", type, (), access)
 
     def store(self, view: View, index: Sequence[Any], value: Any, lanes: int = 1) -> None:
-        """Store a vector. Of a vector with fewer lanes than the group has threads, the first threads store; of a scalar,
-        the first thread, unless it goes to registers.
+        """Store a vector. Of a vector with fewer lanes than the group has threads, the first threads store; of a
+        scalar, the first thread, unless it goes to registers.
         """
         base = self._flat(view, index)
         if not isinstance(value, Value):
@@ -438,7 +439,9 @@ class GroupEmitter(Emitter):
         held = DTYPES[value.type]
         if held.bytes != dtype.bytes:
             if not isinstance(value, LoadedVector) or dtype.bytes < held.bytes:
-                raise LackingWord("bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory")
+                raise LackingWord(
+                    "bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory"
+                )
             return value.as_words(dtype.name, dtype.bytes // held.bytes)
         return value.mapped(lambda x: Node("bits", dtype.name, (x,)))
 
@@ -452,8 +455,8 @@ class GroupEmitter(Emitter):
         return Value([Node("call", type, tuple(part), function.symbol) for part in parts], lanes)
 
     def libm(self, name: str, dtype: DType, lanes: int, *operands: Value) -> Value:
-        if self.isa.language not in ("cuda", "opencl") or dtype.name in self.isa.lacks:
-            raise LackingWord("libm", f"{self.isa.language} has no {name} of {dtype} with defined accuracy")
+        if self.isa.limits.language not in ("cuda", "opencl") or dtype.name in self.isa.limits.lacks:
+            raise LackingWord("libm", f"{self.isa.limits.language} has no {name} of {dtype} with defined accuracy")
         parts = zip(*(x.parts for x in operands), strict=True)
         return Value([Node("math", dtype.name, tuple(part), name) for part in parts], lanes)
 
@@ -464,7 +467,7 @@ class GroupEmitter(Emitter):
         if self.isa.group == 1 or is_constant(value):
             return value
         value = self._let(value, name)
-        if self.isa.subgroups:
+        if self.isa.limits.subgroups:
             made = Node("variable", value.type, (), self._named(name))
             self._add(Exchange(made, value, thread))
             return made
@@ -511,7 +514,8 @@ class GroupEmitter(Emitter):
             self.store(square, [i * pitch], row, lanes)
         down = operation("*", LANE, constant(pitch, INDEX))
         return [
-            self.let(Value([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes)) for j in range(lanes)
+            self.let(Value([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes))
+            for j in range(lanes)
         ]
 
     def folded_lanes(self, x: Value, lanes: int, dtype: DType, combine: Any) -> Value:
@@ -561,7 +565,11 @@ def table(entries: Sequence[int]) -> Node:
     if all(e == first + step * t for t, e in enumerate(entries)) and step > 0:
         return operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE))
     if all(e == (first + step * t) % count for t, e in enumerate(entries)) and step > 0:
-        return operation("%", operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE)), constant(count, INDEX))
+        return operation(
+            "%",
+            operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE)),
+            constant(count, INDEX),
+        )
     return Node("table", INDEX, (), tuple(entries))
 
 

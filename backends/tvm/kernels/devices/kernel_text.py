@@ -7,8 +7,7 @@ memory and for the numbers of threads and blocks. The emulator compiles the CUDA
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -25,11 +24,8 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Statement,
     Store,
     When,
-    walk,
-    expressions_of,
 )
-from treadle.backends.tvm.kernels.devices.values import Node, is_constant
-from treadle.ir.errors import BackendError
+from treadle.backends.tvm.kernels.devices.values import Node
 from treadle.ir.types import boolean
 
 C_TYPES: Mapping[str, str] = {
@@ -86,7 +82,10 @@ class _Printer:
         arguments = []
         for memory in kernel.pointers:
             const = "" if memory.written else "const "
-            arguments += [f"TREADLE_GLOBAL({const}{stored_type(memory)}) {memory.name}", f"treadle_i64 {memory.name}_at"]
+            arguments += [
+                f"TREADLE_GLOBAL({const}{stored_type(memory)}) {memory.name}",
+                f"treadle_i64 {memory.name}_at",
+            ]
         arguments += [f"treadle_i64 {name}" for name in kernel.sizes]
         return f"TREADLE_KERNEL({kernel.device.threads}) {kernel.name}(\n    " + ",\n    ".join(arguments) + ")"
 

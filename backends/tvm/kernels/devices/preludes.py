@@ -24,7 +24,13 @@ _COMMON = """
 _FUNCTIONS = "".join(
     f"TREADLE_FUNCTION {c} treadle_min_{t}({c} x, {c} y) {{ return x < y ? x : y; }}\n"
     f"TREADLE_FUNCTION {c} treadle_max_{t}({c} x, {c} y) {{ return x > y ? x : y; }}\n"
-    for t, c in (("i64", "treadle_i64"), ("i32", "int"), ("i16", "short"), ("i8", "signed char"), ("u8", "unsigned char"))
+    for t, c in (
+        ("i64", "treadle_i64"),
+        ("i32", "int"),
+        ("i16", "short"),
+        ("i8", "signed char"),
+        ("u8", "unsigned char"),
+    )
 )
 _FLOATS = "".join(
     f"TREADLE_FUNCTION {c} treadle_min_{t}({c} x, {c} y) {{ return x < y ? x : y; }}\n"

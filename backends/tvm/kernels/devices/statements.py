@@ -1,7 +1,7 @@
 """Statements of a kernel for threads, and the memory that they access.
 
-A kernel is first written as a tree of statements (`treadle.backends.tvm.kernels.devices.group_emitter`). Then `barriers`
-decides which registers are shared and where threads wait, and a language prints the tree.
+A kernel is first written as a tree of statements (`treadle.backends.tvm.kernels.devices.group_emitter`). Then
+`barriers` decides which registers are shared and where threads wait, and a language prints the tree.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Statement:
 
 @dataclass(eq=False)
 class Let(Statement):
-    """Bind an expression to a variable. `exchanged`: other threads may read the operand, so all threads arrive first."""
+    """Bind an expression to a variable."""
 
     variable: Node
     value: Node

@@ -143,6 +143,10 @@ class Remainder:
     names: frozenset[str] = frozenset()
 
 
+NOTHING = Remainder()
+"""The remainder of a multiple."""
+
+
 def remainder(node: Node, by: int) -> Remainder | None:
     """Return the terms of an index that are not known to be multiples of `by`; None if the index contains a load.
 
