@@ -246,7 +246,9 @@ class LlvmEmitter(Emitter):
             self.imported[name] = text()
         return tirx.call_pure_extern(result, name, *operands)
 
-    def effect(self, name: str, declared: str, called: str, *operands: Expr) -> None:
+    def effect(self, name: str, declared: str, called: str, *operands: Expr, constant: str = "") -> None:
+        if constant:
+            self.imported.setdefault(constant.partition(" ")[0], constant)
         self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may have each only once
         kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
         taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))

@@ -143,7 +143,8 @@ class _Placing:
         return [Let(held, value), Barrier(), replace(statement, value=held)]
 
     def _uses(self, statement: Statement) -> tuple[set[_Use], set[_Use]]:
-        reads, writes = set(), set()
+        reads: set[_Use] = set()
+        writes: set[_Use] = set()
         first = isinstance(statement, Store) and statement.first == 1
         for access, stored in _accesses(statement):
             if access.memory not in self.watched:

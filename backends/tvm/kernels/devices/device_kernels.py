@@ -16,6 +16,7 @@ from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, Lack
 from treadle.backends.tvm.kernels.devices.kernel_text import body_text
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.ir.errors import BackendError
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.lowering.program import KernelProgram
@@ -53,8 +54,12 @@ def lane_functions_text(written: GroupKernel, language: str) -> str:
 def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> DeviceKernel:
     """Return a kernel for a device: for groups of threads, or in the slow form if a group cannot run it.
 
-    Raises LackingWord if neither form can express the kernel.
+    Raises LackingWord if neither form can express the kernel, and BackendError for a language without a printer.
     """
+    if device.limits.language not in PRELUDES:
+        raise BackendError(
+            f"kernels are not printed in {device.limits.language}", hint="a device with " + " or ".join(PRELUDES)
+        )
     name = name or f"treadle_{kernel.title}"
     try:
         return DeviceKernel(write_kernel(kernel, device, name))

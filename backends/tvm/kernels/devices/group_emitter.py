@@ -549,7 +549,7 @@ class GroupEmitter(Emitter):
     def llvm(self, name: str, text: Any, result: str, *operands: Any) -> Value:
         raise LackingWord("llvm", f"the function {name} is LLVM text")
 
-    def effect(self, name: str, declared: str, called: str, *operands: Any) -> None:
+    def effect(self, name: str, declared: str, called: str, *operands: Any, constant: str = "") -> None:
         raise LackingWord("effect", f"the intrinsic of {name}")
 
 
