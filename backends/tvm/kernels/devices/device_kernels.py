@@ -11,10 +11,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
+from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
 from treadle.backends.tvm.kernels.devices.kernel_text import body_text
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
+from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import wgsl_text
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 
@@ -36,12 +38,14 @@ class DeviceKernel:
     @cached_property
     def body(self) -> str:
         """The kernel's own text."""
-        return body_text(self.written)
+        return wgsl_text(self.written) if self.written.device.limits.language == "wgsl" else body_text(self.written)
 
     @property
     def text(self) -> str:
         """The whole text that a compiler of the device's language takes."""
         language = self.written.device.limits.language
+        if language == "wgsl":
+            return PRELUDE + "".join(function.wgsl() for function in self.written.functions.values()) + self.body
         return PRELUDES[language] + lane_functions_text(self.written, language) + self.body
 
 
@@ -56,10 +60,9 @@ def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> De
 
     Raises LackingWord if neither form can express the kernel, and BackendError for a language without a printer.
     """
-    if device.limits.language not in PRELUDES:
-        raise BackendError(
-            f"kernels are not printed in {device.limits.language}", hint="a device with " + " or ".join(PRELUDES)
-        )
+    if device.limits.language not in (*PRELUDES, "wgsl"):
+        known = ", ".join((*PRELUDES, "wgsl"))
+        raise BackendError(f"kernels are not printed in {device.limits.language}", hint=f"a device with one of {known}")
     name = name or f"treadle_{kernel.title}"
     try:
         return DeviceKernel(write_kernel(kernel, device, name))

@@ -50,7 +50,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Node as GraphNode
-from treadle.ir.types import DTYPES, DType, bf16, boolean, f16, i64
+from treadle.ir.types import DTYPES, DType, bf16, boolean, f16
 
 _TVM = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16"}
 
@@ -209,7 +209,10 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> Pointer:
-        if dtype.name in self.isa.limits.lacks and dtype not in (i64, bf16, f16):
+        stored = ("f32", "i32", "i64")  # in WGSL, where 64-bit integers are stored in 32 bits
+        if dtype.name in self.isa.limits.lacks - {"i64"} or (
+            self.isa.limits.language == "wgsl" and dtype.name not in stored
+        ):
             raise LackingWord("pointer", f"a buffer of {dtype} numbers")
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
@@ -449,6 +452,11 @@ class GroupEmitter(Emitter):
         return x.joined("<<", y)
 
     def lane_function(self, function: Any, lanes: int, *operands: Value) -> Value:
+        if function.symbol not in self.made.functions:
+            try:
+                _ = function.wgsl() if self.isa.limits.language == "wgsl" else function.c(self.isa.limits.language)
+            except BackendError as lacking:  # a type that the language lacks
+                raise LackingWord("lane_function", str(lacking.what)) from None
         self.made.functions.setdefault(function.symbol, function)
         type = _DTYPE.get(function.result, function.result)
         parts = zip(*(x.parts for x in operands), strict=True)

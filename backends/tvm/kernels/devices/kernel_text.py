@@ -56,10 +56,12 @@ def stored_type(memory: Memory) -> str:
 
 def body_text(kernel: GroupKernel) -> str:
     """Return a kernel in the C dialect of its device, without the prelude and the lane functions."""
-    return _Printer(kernel).text()
+    return KernelPrinter(kernel).text()
 
 
-class _Printer:
+class KernelPrinter:
+    """The printer of C dialects."""
+
     def __init__(self, kernel: GroupKernel) -> None:
         self.kernel = kernel
         self.tables: dict[tuple[int, ...], str] = {}
