@@ -31,7 +31,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     expressions_of,
     walk,
 )
-from treadle.backends.tvm.kernels.devices.values import NOTHING, Node, Remainder, divided, loads_of, remainder
+from treadle.backends.tvm.kernels.devices.values import NOTHING, Remainder, ThreadNode, divided, loads_of, remainder
 
 
 def place_registers(body: list[Statement], device: Device) -> list[Memory]:
@@ -139,7 +139,7 @@ class _Placing:
         assert isinstance(statement, Store)
         self.values += 1
         value = statement.value
-        held = Node("variable", value.type, (), f"value_before_{self.values}")
+        held = ThreadNode("variable", value.type, (), f"value_before_{self.values}")
         return [Let(held, value), Barrier(), replace(statement, value=held)]
 
     def _uses(self, statement: Statement) -> tuple[set[_Use], set[_Use]]:

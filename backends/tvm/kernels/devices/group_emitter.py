@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ from treadle.backends.tvm.kernels.devices.statements import (
 from treadle.backends.tvm.kernels.devices.values import (
     INDEX,
     LANE,
-    Node,
-    Value,
+    GroupValue,
+    ThreadNode,
     constant,
     is_constant,
     operation,
@@ -77,7 +77,7 @@ class LackingWord(BackendError):
         return found
 
 
-@dataclass(eq=False)
+@dataclass
 class GroupKernel:
     """A kernel for threads.
 
@@ -118,44 +118,44 @@ def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     return made
 
 
-class Pointer:
+class GroupPointer:
     """A pointer argument of a kernel: a buffer, and an element offset that is added to every index."""
 
     def __init__(self, memory: Memory) -> None:
         self.memory, self.name, self.dtype = memory, memory.name, memory.dtype
 
 
-class View:
+class GroupView:
     """An array over a pointer or registers; strides are in elements."""
 
-    def __init__(self, memory: Memory, strides: Sequence[Node], shape: Sequence[Node] = ()) -> None:
+    def __init__(self, memory: Memory, strides: Sequence[ThreadNode], shape: Sequence[ThreadNode] = ()) -> None:
         self.memory, self.strides, self.shape = memory, tuple(strides), tuple(shape)
         self.name, self.dtype = memory.name, memory.dtype
 
 
-class LoadedVector(Value):
+class LoadedVector(GroupValue):
     """A vector in memory. It is loaded where it is used, as parts of single elements or of wider words."""
 
-    def __init__(self, emitter: GroupEmitter, view: View, base: Node, lanes: int) -> None:
+    def __init__(self, emitter: GroupEmitter, view: GroupView, base: ThreadNode, lanes: int) -> None:
         super().__init__((), lanes)
         self.emitter, self.view, self.base = emitter, view, base
-        self._kept: tuple[Node, ...] | None = None
+        self._kept: tuple[ThreadNode, ...] | None = None
 
     @property
-    def parts(self) -> tuple[Node, ...]:
+    def parts(self) -> tuple[ThreadNode, ...]:
         if self._kept is None:
             self._kept = tuple(
                 self.emitter.loaded(self.view, self.base, self.lanes, p) for p in self._numbers(self.lanes)
             )
         return self._kept
 
-    def as_words(self, type: str, factor: int) -> Value:
+    def as_words(self, type: str, factor: int) -> GroupValue:
         """Return the vector as words of `factor` elements each."""
         lanes = self.lanes // factor
         parts = [
             self.emitter.loaded(self.view, self.base, lanes, p, wide=type, factor=factor) for p in self._numbers(lanes)
         ]
-        return Value(parts, lanes)
+        return GroupValue(parts, lanes)
 
     def _numbers(self, lanes: int) -> range:
         return range(self.emitter.parts(lanes))
@@ -177,7 +177,7 @@ class GroupEmitter(Emitter):
         """Return the kernel with its registers placed and its barriers."""
         body = self.made.body
         if not self._has_tasks:  # one task
-            zero = Node("variable", INDEX, (), self._named("task"))
+            zero = ThreadNode("variable", INDEX, (), self._named("task"))
             self.made.body = body = [Loop(zero, constant(1, INDEX), list(body), tasks=True)]
         self.made.shared = place_registers(body, self.isa)
         self.made.body = place_barriers(body, self.isa)
@@ -199,16 +199,16 @@ class GroupEmitter(Emitter):
         count = self._names[name] = self._names.get(name, -1) + 1
         return f"{name}_{count}"
 
-    def _let(self, value: Node, name: str) -> Node:
+    def _let(self, value: ThreadNode, name: str) -> ThreadNode:
         if is_constant(value) or value.op == "variable":
             return value
-        made = Node("variable", value.type, (), self._named(name), value)
+        made = ThreadNode("variable", value.type, (), self._named(name), value)
         self._add(Let(made, value))
         return made
 
     # -- arguments -------------------------------------------------------------------------------------------
 
-    def pointer(self, name: str, dtype: DType) -> Pointer:
+    def pointer(self, name: str, dtype: DType) -> GroupPointer:
         stored = ("f32", "i32", "i64")  # in WGSL, where 64-bit integers are stored in 32 bits
         if dtype.name in self.isa.limits.lacks - {"i64"} or (
             self.isa.limits.language == "wgsl" and dtype.name not in stored
@@ -216,25 +216,25 @@ class GroupEmitter(Emitter):
             raise LackingWord("pointer", f"a buffer of {dtype} numbers")
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
-        made = Pointer(memory)
+        made = GroupPointer(memory)
         made.name = name
         return made
 
-    def size(self, name: str) -> Value:
+    def size(self, name: str) -> GroupValue:
         made = self._named(name)
         self.made.sizes.append(made)
-        return Value([Node("variable", INDEX, (), made)])
+        return GroupValue([ThreadNode("variable", INDEX, (), made)])
 
-    def view(self, pointer: Pointer, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> View:
+    def view(self, pointer: GroupPointer, shape: Sequence[Any], strides: Sequence[Any] | None = None) -> GroupView:
         sizes = [_index(n) for n in shape] or [constant(1, INDEX)]
         if strides is None:
-            row_major: list[Node] = [constant(1, INDEX)]
+            row_major: list[ThreadNode] = [constant(1, INDEX)]
             for n in sizes[:0:-1]:
                 row_major.append(operation("*", row_major[-1], n))
             steps = row_major[::-1]
         else:
             steps = [_index(s) for s in strides] or [constant(1, INDEX)]
-        made = View(pointer.memory, steps, sizes)
+        made = GroupView(pointer.memory, steps, sizes)
         made.name = pointer.name
         return made
 
@@ -248,31 +248,31 @@ class GroupEmitter(Emitter):
         self._blocks.pop()
 
     @contextmanager
-    def _loop(self, count: Any, name: str, **how: bool) -> Iterator[Value]:
+    def _loop(self, count: Any, name: str, **how: bool) -> Iterator[GroupValue]:
         size = self._let(_index(count), f"{name}_count")  # computed once
-        variable = Node("variable", INDEX, (), self._named(name))
+        variable = ThreadNode("variable", INDEX, (), self._named(name))
         with self._body(Loop(variable, size, **how)):
-            yield Value([variable])
+            yield GroupValue([variable])
 
     @contextmanager
-    def parallel(self, count: Any, name: str = "p") -> Iterator[Value]:
+    def parallel(self, count: Any, name: str = "p") -> Iterator[GroupValue]:
         """The loop over tasks. Blocks take tasks in turn, so that any number of blocks computes the same."""
         self._has_tasks = True
         with self._loop(count, name, tasks=True) as i:
             yield i
 
     @contextmanager
-    def loop(self, count: Any, name: str = "i") -> Iterator[Value]:
+    def loop(self, count: Any, name: str = "i") -> Iterator[GroupValue]:
         with self._loop(count, name) as i:
             yield i
 
     @contextmanager
-    def unroll(self, count: int, name: str = "u") -> Iterator[Value]:
+    def unroll(self, count: int, name: str = "u") -> Iterator[GroupValue]:
         with self._loop(count, name, unrolled=True) as i:
             yield i
 
     @contextmanager
-    def when(self, condition: Value) -> Iterator[None]:
+    def when(self, condition: GroupValue) -> Iterator[None]:
         if condition.lanes != 1:
             raise BackendError("a branch depends on the lane", hint="use any_of_lanes or select")
         with self._body(When(condition.node)):
@@ -282,54 +282,54 @@ class GroupEmitter(Emitter):
         return value
 
     def let(self, value: Any, name: str = "t") -> Any:
-        if not isinstance(value, Value):
+        if not isinstance(value, GroupValue):
             return value
-        return Value([self._let(part, name) for part in value.parts], value.lanes)
+        return GroupValue([self._let(part, name) for part in value.parts], value.lanes)
 
-    def opaque(self, value: Any, name: str = "t") -> Value:
+    def opaque(self, value: Any, name: str = "t") -> GroupValue:
         return self.let(self.index(value), name)
 
-    def kept(self, value: Value, dtype: DType, lanes: int = 1, name: str = "t") -> Value:
+    def kept(self, value: GroupValue, dtype: DType, lanes: int = 1, name: str = "t") -> GroupValue:
         return self.let(value, name)
 
     # -- memory ----------------------------------------------------------------------------------------------
 
-    def registers(self, count: int, dtype: DType, name: str = "acc") -> View:
+    def registers(self, count: int, dtype: DType, name: str = "acc") -> GroupView:
         memory = Memory(self._named(name), dtype, count)
         self._add(Declare(memory))
-        return View(memory, [constant(1, INDEX)])
+        return GroupView(memory, [constant(1, INDEX)])
 
-    def load(self, view: View, index: Sequence[Any], lanes: int = 1) -> Value:
+    def load(self, view: GroupView, index: Sequence[Any], lanes: int = 1) -> GroupValue:
         base = self._flat(view, index)
         if lanes > 1:
             self.parts(lanes)
             return LoadedVector(self, view, base, lanes)
-        return Value([self.loaded(view, base, 1, 0)])
+        return GroupValue([self.loaded(view, base, 1, 0)])
 
     def loaded(
         self,
-        view: View,
-        base: Node,
+        view: GroupView,
+        base: ThreadNode,
         lanes: int,
         part: int,
         *,
-        offset: Node | None = None,
+        offset: ThreadNode | None = None,
         wide: str | None = None,
         factor: int = 1,
-    ) -> Node:
+    ) -> ThreadNode:
         """Return the load of one part of a vector."""
         access = Access(view.memory, base, lanes, part, self.isa.group, offset, wide, factor)
         if wide is not None and offset is None:
-            access.offset = access.thread_offset
+            access = replace(access, offset=access.thread_offset)
         type = wide or view.dtype.name
-        return Node("load", type, (), access)
+        return ThreadNode("load", type, (), access)
 
-    def store(self, view: View, index: Sequence[Any], value: Any, lanes: int = 1) -> None:
+    def store(self, view: GroupView, index: Sequence[Any], value: Any, lanes: int = 1) -> None:
         """Store a vector. Of a vector with fewer lanes than the group has threads, the first threads store; of a
         scalar, the first thread, unless it goes to registers.
         """
         base = self._flat(view, index)
-        if not isinstance(value, Value):
+        if not isinstance(value, GroupValue):
             value = self.number(value, view.dtype, lanes)
         if value.lanes != lanes or value.type != view.dtype.name:
             raise BackendError(
@@ -340,22 +340,22 @@ class GroupEmitter(Emitter):
             access = Access(view.memory, base, lanes, part, self.isa.group)
             self._add(Store(access, node, lanes if lanes < self.isa.group else None))
 
-    def _flat(self, view: View, index: Sequence[Any]) -> Node:
+    def _flat(self, view: GroupView, index: Sequence[Any]) -> ThreadNode:
         """Return the element's index in memory."""
         flat = constant(0, INDEX)
         for i, stride in zip([_index(i) for i in index] or [constant(0, INDEX)], view.strides, strict=True):
             flat = operation("+", flat, operation("*", i, stride))
         return flat
 
-    def address(self, view: View, index: Sequence[Any]) -> Value:
+    def address(self, view: GroupView, index: Sequence[Any]) -> GroupValue:
         raise LackingWord("address", "an intrinsic of an instruction set takes it")
 
-    def prefetch(self, view: View, index: Sequence[Any]) -> None:
+    def prefetch(self, view: GroupView, index: Sequence[Any]) -> None:
         """Do nothing: a device has many groups at work while one waits for memory."""
 
     # -- values ----------------------------------------------------------------------------------------------
 
-    def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Value:
+    def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> GroupValue:
         if dtype is bf16:
             made: float | int | bool = int(rounded(np.asarray(value, np.float32)))
         elif dtype is f16:
@@ -364,80 +364,82 @@ class GroupEmitter(Emitter):
             made = float(value)
         else:
             made = bool(value) if dtype is boolean else int(value)
-        return self.splat(Value([constant(made, dtype.name)]), lanes)
+        return self.splat(GroupValue([constant(made, dtype.name)]), lanes)
 
-    def index(self, value: Any) -> Value:
-        return Value([_index(value)])
+    def index(self, value: Any) -> GroupValue:
+        return GroupValue([_index(value)])
 
-    def splat(self, value: Value, lanes: int) -> Value:
-        return Value([value.node] * self.parts(lanes), lanes)
+    def splat(self, value: GroupValue, lanes: int) -> GroupValue:
+        return GroupValue([value.node] * self.parts(lanes), lanes)
 
-    def lane_indices(self, first: Any, lanes: int) -> Value:
+    def lane_indices(self, first: Any, lanes: int) -> GroupValue:
         at = _index(first)
-        return Value([operation("+", at, lane_of(lanes, p, self.isa.group)) for p in range(self.parts(lanes))], lanes)
+        return GroupValue(
+            [operation("+", at, lane_of(lanes, p, self.isa.group)) for p in range(self.parts(lanes))], lanes
+        )
 
-    def cast(self, value: Value, dtype: DType, lanes: int = 1) -> Value:
+    def cast(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         if value.type == dtype.name:
             return value
         made = narrow_cast(self, value, _TVM.get(value.type, value.type), dtype, lanes)
         if made is not None:
-            assert isinstance(made, Value)
+            assert isinstance(made, GroupValue)
             return made
-        return value.mapped(lambda x: Node("cast", dtype.name, (x,)))
+        return value.mapped(lambda x: ThreadNode("cast", dtype.name, (x,)))
 
-    def select(self, condition: Value, then: Value, otherwise: Value) -> Value:
+    def select(self, condition: GroupValue, then: GroupValue, otherwise: GroupValue) -> GroupValue:
         parts = zip(condition.parts, then.parts, otherwise.parts, strict=True)
-        return Value([Node("select", a.type, (c, a, b)) for c, a, b in parts], then.lanes)
+        return GroupValue([ThreadNode("select", a.type, (c, a, b)) for c, a, b in parts], then.lanes)
 
-    def either(self, condition: Value, then: Any, otherwise: Any) -> Value:
+    def either(self, condition: GroupValue, then: Any, otherwise: Any) -> GroupValue:
         return self.select(condition, _scalar(then), _scalar(otherwise))
 
-    def both(self, x: Value, y: Value) -> Value:
+    def both(self, x: GroupValue, y: GroupValue) -> GroupValue:
         return x.joined("&&", y)
 
-    def any_of(self, x: Value, y: Value) -> Value:
+    def any_of(self, x: GroupValue, y: GroupValue) -> GroupValue:
         return x.joined("||", y)
 
-    def equal(self, x: Value, y: Value) -> Value:
+    def equal(self, x: GroupValue, y: GroupValue) -> GroupValue:
         return x.joined("==", y)
 
-    def is_nan(self, x: Value) -> Value:
+    def is_nan(self, x: GroupValue) -> GroupValue:
         return self._called("is_nan", x, type="bool")
 
-    def least(self, x: Any, y: Any) -> Value:
+    def least(self, x: Any, y: Any) -> GroupValue:
         return self._extremum("min", x, y)
 
-    def greatest(self, x: Any, y: Any) -> Value:
+    def greatest(self, x: Any, y: Any) -> GroupValue:
         return self._extremum("max", x, y)
 
-    def _extremum(self, op: str, x: Any, y: Any) -> Value:
-        if not isinstance(x, Value):
+    def _extremum(self, op: str, x: Any, y: Any) -> GroupValue:
+        if not isinstance(x, GroupValue):
             return self._extremum(op, y, x)
         return x.joined(op, y)
 
-    def nearest(self, x: Value) -> Value:
+    def nearest(self, x: GroupValue) -> GroupValue:
         return self._called("rint", x)
 
-    def floor(self, x: Value) -> Value:
+    def floor(self, x: GroupValue) -> GroupValue:
         return self._called("floor", x)
 
-    def sqrt(self, x: Value) -> Value:
+    def sqrt(self, x: GroupValue) -> GroupValue:
         return self._called("sqrt", x)
 
-    def absolute(self, x: Value) -> Value:
+    def absolute(self, x: GroupValue) -> GroupValue:
         return self._called("abs", x)
 
-    def _called(self, name: str, x: Value, type: str | None = None) -> Value:
-        return x.mapped(lambda part: Node("math", type or part.type, (part,), name))
+    def _called(self, name: str, x: GroupValue, type: str | None = None) -> GroupValue:
+        return x.mapped(lambda part: ThreadNode("math", type or part.type, (part,), name))
 
-    def floor_divide(self, x: Any, y: Any) -> Value:
+    def floor_divide(self, x: Any, y: Any) -> GroupValue:
         """Divide indices, which are never negative, so that the quotient is truncated."""
-        return Value([operation("/", _index(x), _index(y))])
+        return GroupValue([operation("/", _index(x), _index(y))])
 
-    def floor_mod(self, x: Any, y: Any) -> Value:
-        return Value([operation("%", _index(x), _index(y))])
+    def floor_mod(self, x: Any, y: Any) -> GroupValue:
+        return GroupValue([operation("%", _index(x), _index(y))])
 
-    def bits(self, value: Value, dtype: DType, lanes: int = 1) -> Value:
+    def bits(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         """Reinterpret bits. Several elements become one wider element only if they are loaded from memory."""
         held = DTYPES[value.type]
         if held.bytes != dtype.bytes:
@@ -446,12 +448,12 @@ class GroupEmitter(Emitter):
                     "bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory"
                 )
             return value.as_words(dtype.name, dtype.bytes // held.bytes)
-        return value.mapped(lambda x: Node("bits", dtype.name, (x,)))
+        return value.mapped(lambda x: ThreadNode("bits", dtype.name, (x,)))
 
-    def shift_left(self, x: Value, y: Value) -> Value:
+    def shift_left(self, x: GroupValue, y: GroupValue) -> GroupValue:
         return x.joined("<<", y)
 
-    def lane_function(self, function: Any, lanes: int, *operands: Value) -> Value:
+    def lane_function(self, function: Any, lanes: int, *operands: GroupValue) -> GroupValue:
         if function.symbol not in self.made.functions:
             try:
                 _ = function.wgsl() if self.isa.limits.language == "wgsl" else function.c(self.isa.limits.language)
@@ -460,30 +462,30 @@ class GroupEmitter(Emitter):
         self.made.functions.setdefault(function.symbol, function)
         type = _DTYPE.get(function.result, function.result)
         parts = zip(*(x.parts for x in operands), strict=True)
-        return Value([Node("call", type, tuple(part), function.symbol) for part in parts], lanes)
+        return GroupValue([ThreadNode("call", type, tuple(part), function.symbol) for part in parts], lanes)
 
-    def libm(self, name: str, dtype: DType, lanes: int, *operands: Value) -> Value:
+    def libm(self, name: str, dtype: DType, lanes: int, *operands: GroupValue) -> GroupValue:
         if self.isa.limits.language not in ("cuda", "opencl") or dtype.name in self.isa.limits.lacks:
             raise LackingWord("libm", f"{self.isa.limits.language} has no {name} of {dtype} with defined accuracy")
         parts = zip(*(x.parts for x in operands), strict=True)
-        return Value([Node("math", dtype.name, tuple(part), name) for part in parts], lanes)
+        return GroupValue([ThreadNode("math", dtype.name, tuple(part), name) for part in parts], lanes)
 
     # -- words across lanes ----------------------------------------------------------------------------------
 
-    def exchanged(self, value: Node, thread: Node, name: str = "other") -> Node:
+    def exchanged(self, value: ThreadNode, thread: ThreadNode, name: str = "other") -> ThreadNode:
         """Return the value that the thread of the group with this number has."""
         if self.isa.group == 1 or is_constant(value):
             return value
         value = self._let(value, name)
         if self.isa.limits.subgroups:
-            made = Node("variable", value.type, (), self._named(name))
+            made = ThreadNode("variable", value.type, (), self._named(name))
             self._add(Exchange(made, value, thread))
             return made
         cells = self.registers(self.isa.group, DTYPES[value.type], "exchanged")
-        self.store(cells, [0], Value([value], self.isa.group), self.isa.group)
+        self.store(cells, [0], GroupValue([value], self.isa.group), self.isa.group)
         return self._let(self.loaded(cells, constant(0, INDEX), self.isa.group, 0, offset=thread), name)
 
-    def shuffle(self, vectors: Sequence[Value], lanes: Sequence[int]) -> Value:
+    def shuffle(self, vectors: Sequence[GroupValue], lanes: Sequence[int]) -> GroupValue:
         """Return lanes of the concatenated vectors: each thread reads the parts of other threads."""
         group, wide = self.isa.group, vectors[0].lanes
         made = []
@@ -500,20 +502,20 @@ class GroupEmitter(Emitter):
                     result = other
                 else:
                     chosen = operation("==", table([int(s == source) for s in sources]), constant(1, INDEX))
-                    result = Node("select", other.type, (chosen, other, result))
+                    result = ThreadNode("select", other.type, (chosen, other, result))
             assert result is not None
             made.append(self._let(result, "shuffled"))
-        return Value(made, len(lanes))
+        return GroupValue(made, len(lanes))
 
     def _place_of(self, lane: int, wide: int) -> tuple[int, int]:
         """Return the part and the thread that have a lane of a vector."""
         return divmod(lane, self.isa.group) if wide >= self.isa.group else (0, lane)
 
-    def transposed(self, rows: Sequence[Value]) -> list[Value]:
+    def transposed(self, rows: Sequence[GroupValue]) -> list[GroupValue]:
         """Transpose a square of vectors in shared memory."""
         lanes, group = len(rows), self.isa.group
         if group == 1:
-            return [Value([row.parts[x] for row in rows], lanes) for x in range(lanes)]
+            return [GroupValue([row.parts[x] for row in rows], lanes) for x in range(lanes)]
         if lanes != group:
             raise LackingWord("transposed", f"{lanes} vectors in a group of {group} threads")
         dtype, pitch = DTYPES[rows[0].type], group + 1  # so that the reads of a column are in different banks
@@ -522,39 +524,39 @@ class GroupEmitter(Emitter):
             self.store(square, [i * pitch], row, lanes)
         down = operation("*", LANE, constant(pitch, INDEX))
         return [
-            self.let(Value([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes))
+            self.let(GroupValue([self.loaded(square, constant(j, INDEX), lanes, 0, offset=down)], lanes))
             for j in range(lanes)
         ]
 
-    def folded_lanes(self, x: Value, lanes: int, dtype: DType, combine: Any) -> Value:
+    def folded_lanes(self, x: GroupValue, lanes: int, dtype: DType, combine: Any) -> GroupValue:
         """Fold the lanes into a scalar by halves; every thread gets the first thread's result."""
         parts, group = list(x.parts), self.isa.group
         while len(parts) > 1:
             half = len(parts) // 2
             pairs = zip(parts[:half], parts[half:], strict=True)
-            parts = [self._let(combine(Value([a]), Value([b]), 1).node, "half") for a, b in pairs]
+            parts = [self._let(combine(GroupValue([a]), GroupValue([b]), 1).node, "half") for a, b in pairs]
         made, size = self._let(parts[0], "folded"), min(lanes, group)
         if size == 1:
-            return Value([made])
+            return GroupValue([made])
         while size > 1:
             size //= 2
             thread = operation("%", operation("+", LANE, constant(size, INDEX)), constant(group, INDEX))
             other = self.exchanged(made, thread)
-            made = self._let(combine(Value([made]), Value([other]), 1).node, "half")
-        return Value([self.exchanged(made, constant(0, INDEX), "folded")])
+            made = self._let(combine(GroupValue([made]), GroupValue([other]), 1).node, "half")
+        return GroupValue([self.exchanged(made, constant(0, INDEX), "folded")])
 
-    def sum_of_lanes(self, x: Value, lanes: int, dtype: DType = DTYPES["f32"]) -> Value:
+    def sum_of_lanes(self, x: GroupValue, lanes: int, dtype: DType = DTYPES["f32"]) -> GroupValue:
         return self.folded_lanes(x, lanes, dtype, lambda a, b, _: a + b)
 
-    def maximum_of_lanes(self, x: Value, lanes: int, dtype: DType = DTYPES["f32"]) -> Value:
+    def maximum_of_lanes(self, x: GroupValue, lanes: int, dtype: DType = DTYPES["f32"]) -> GroupValue:
         return self.folded_lanes(x, lanes, dtype, lambda a, b, _: a.joined("max", b))
 
-    def any_of_lanes(self, condition: Value, lanes: int) -> Value:
+    def any_of_lanes(self, condition: GroupValue, lanes: int) -> GroupValue:
         return self.folded_lanes(condition, lanes, boolean, lambda a, b, _: a.joined("||", b))
 
     # -- LLVM ------------------------------------------------------------------------------------------------
 
-    def llvm(self, name: str, text: Any, result: str, *operands: Any) -> Value:
+    def llvm(self, name: str, text: Any, result: str, *operands: Any) -> GroupValue:
         raise LackingWord("llvm", f"the function {name} is LLVM text")
 
     def effect(self, name: str, declared: str, called: str, *operands: Any, constant: str = "") -> None:
@@ -564,7 +566,7 @@ class GroupEmitter(Emitter):
 _DTYPE = {"u16": "bf16"}  # 16-bit numbers are their bits
 
 
-def table(entries: Sequence[int]) -> Node:
+def table(entries: Sequence[int]) -> ThreadNode:
     """Return an index that depends on the thread: a formula if there is a simple one, otherwise a table."""
     first, count = entries[0], len(entries)
     if all(e == first for e in entries):
@@ -578,15 +580,15 @@ def table(entries: Sequence[int]) -> Node:
             operation("+", constant(first, INDEX), operation("*", constant(step, INDEX), LANE)),
             constant(count, INDEX),
         )
-    return Node("table", INDEX, (), tuple(entries))
+    return ThreadNode("table", INDEX, (), tuple(entries))
 
 
-def _scalar(value: Any) -> Value:
-    return value if isinstance(value, Value) else Value([constant(value, INDEX)])
+def _scalar(value: Any) -> GroupValue:
+    return value if isinstance(value, GroupValue) else GroupValue([constant(value, INDEX)])
 
 
-def _index(value: Any) -> Node:
-    if not isinstance(value, Value):
+def _index(value: Any) -> ThreadNode:
+    if not isinstance(value, GroupValue):
         return constant(int(value), INDEX)
     node = value.node
-    return node if node.type == INDEX else Node("cast", INDEX, (node,))
+    return node if node.type == INDEX else ThreadNode("cast", INDEX, (node,))

@@ -25,7 +25,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Store,
     When,
 )
-from treadle.backends.tvm.kernels.devices.values import Node
+from treadle.backends.tvm.kernels.devices.values import ThreadNode
 from treadle.ir.types import boolean
 
 C_TYPES: Mapping[str, str] = {
@@ -122,7 +122,7 @@ class KernelPrinter:
                 case _:
                     raise AssertionError(type(statement))
 
-    def _store(self, access: Access, value: Node, first: int | None, pad: str) -> Iterator[str]:
+    def _store(self, access: Access, value: ThreadNode, first: int | None, pad: str) -> Iterator[str]:
         to, device = access.memory, self.kernel.device
         made = self.expression(value)
         made = f"(unsigned char)({made})" if to.dtype is boolean else made
@@ -165,7 +165,7 @@ class KernelPrinter:
             return f"TREADLE_WIDE({C_TYPES[access.wide]}, {memory.name}, {at})"
         return f"({self._place(access)} != 0)" if memory.dtype is boolean else self._place(access)
 
-    def expression(self, node: Node, above: int = 0) -> str:
+    def expression(self, node: ThreadNode, above: int = 0) -> str:
         """Return an expression as text, in parentheses if its operator binds less than `above`."""
         match node.op:
             case "const":
@@ -198,14 +198,14 @@ class KernelPrinter:
                 return self._math(node)
         return self._operation(node, above)
 
-    def _math(self, node: Node) -> str:
+    def _math(self, node: ThreadNode) -> str:
         given = ", ".join(map(self.expression, node.args))
         of = node.args[0].type
         if node.data in _PRELUDE:
             return f"TREADLE_{node.data}_{of}".upper() + f"({given})"
         return f"{node.data}{'f' if of == 'f32' else ''}({given})"
 
-    def _bits(self, node: Node) -> str:
+    def _bits(self, node: ThreadNode) -> str:
         (x,) = node.args
         given = self.expression(x)
         if x.type in _FLOATS or node.type in _FLOATS:
@@ -216,7 +216,7 @@ class KernelPrinter:
             return f"({C_TYPES[node.type]})TREADLE_BITS_OF_{f.upper()}({given})"
         return f"({C_TYPES[node.type]})({given})"
 
-    def _operation(self, node: Node, above: int) -> str:
+    def _operation(self, node: ThreadNode, above: int) -> str:
         a, b = node.args
         type, op = a.type, node.op
         if op in ("min", "max"):
@@ -239,7 +239,7 @@ class KernelPrinter:
         text = f"{self.expression(a, rank)} {op} {self.expression(b, rank + 1)}"
         return f"({text})" if rank < above or (rank <= 8 and above) else text
 
-    def _fused(self, node: Node) -> str:
+    def _fused(self, node: ThreadNode) -> str:
         """Return a sum with a product, rounded once. Of two products, the first is fused."""
         a, b = node.args
         first, type = a.op == "*", a.type

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from treadle.backends.tvm.kernels.devices.values import LANE, Node, constant, divided, operation
+from treadle.backends.tvm.kernels.devices.values import LANE, ThreadNode, constant, divided, operation
 from treadle.ir.types import DType
 
 GLOBAL, SHARED, SCALARS, VECTORS = "global", "shared", "scalars", "vectors"
@@ -40,7 +40,7 @@ class Memory:
         return -(-self.count // self.step) if self.place == VECTORS else self.count
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Access:
     """A load or a store of one thread.
 
@@ -54,16 +54,16 @@ class Access:
     """
 
     memory: Memory
-    base: Node
+    base: ThreadNode
     lanes: int
     part: int
     group: int
-    offset: Node | None = None
+    offset: ThreadNode | None = None
     wide: str | None = None
     factor: int = 1
 
     @property
-    def index(self) -> Node:
+    def index(self) -> ThreadNode:
         """Index of the thread's element."""
         if self.memory.place == VECTORS:
             first = divided(self.base, self.memory.step)
@@ -76,7 +76,7 @@ class Access:
         return operation("+", self.base, self.thread_offset)
 
     @property
-    def thread_offset(self) -> Node:
+    def thread_offset(self) -> ThreadNode:
         """Offset of a thread's first element from `base`, as `lanes` and `part` determine it."""
         if self.lanes == 1:
             return constant(0, "i64")
@@ -89,7 +89,7 @@ class Access:
         return self.lanes > 1 and self.lanes % self.group == 0 and self.offset is None and self.factor == 1
 
 
-def lane_of(lanes: int, part: int, group: int) -> Node:
+def lane_of(lanes: int, part: int, group: int) -> ThreadNode:
     """Return the number of the lane that a thread has in a part of a vector."""
     if group == 1:
         return constant(part, "i64")
@@ -102,24 +102,24 @@ class Statement:
     pass
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Let(Statement):
     """Bind an expression to a variable."""
 
-    variable: Node
-    value: Node
+    variable: ThreadNode
+    value: ThreadNode
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Exchange(Statement):
     """Bind to a variable the value that another thread of the group has, by the instruction of a subgroup."""
 
-    variable: Node
-    value: Node
-    thread: Node
+    variable: ThreadNode
+    value: ThreadNode
+    thread: ThreadNode
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Store(Statement):
     """Store a value.
 
@@ -127,11 +127,11 @@ class Store(Statement):
     """
 
     access: Access
-    value: Node
+    value: ThreadNode
     first: int | None = None
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Loop(Statement):
     """A loop from 0 to count - 1.
 
@@ -139,27 +139,27 @@ class Loop(Statement):
     tasks     True for the loop over the tasks of the kernel, which are divided among blocks
     """
 
-    variable: Node
-    count: Node
+    variable: ThreadNode
+    count: ThreadNode
     body: list[Statement] = field(default_factory=list)
     unrolled: bool = False
     tasks: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class When(Statement):
     """A block that runs if a condition holds, which is the same for all threads of a group."""
 
-    condition: Node
+    condition: ThreadNode
     body: list[Statement] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Barrier(Statement):
     """All threads of a block wait for each other, and see what the others wrote."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class Declare(Statement):
     """Declare registers that are private to a thread."""
 
@@ -174,7 +174,7 @@ def walk(statements: list[Statement]) -> Iterator[Statement]:
             yield from walk(statement.body)
 
 
-def expressions_of(statement: Statement) -> tuple[Node, ...]:
+def expressions_of(statement: Statement) -> tuple[ThreadNode, ...]:
     """Return the expressions that a statement evaluates, without the statements inside it."""
     match statement:
         case Let():

@@ -23,7 +23,7 @@ _INTEGERS = ("i64", "i32", "i16", "i8", "u8", "bf16", "f16")
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
+class ThreadNode:
     """An expression of one thread.
 
     op     `const`, `variable`, `lane` (the thread's number in its group), `load`, `select`, `cast`, `bits`, `call`,
@@ -35,22 +35,22 @@ class Node:
 
     op: str
     type: str
-    args: tuple[Node, ...] = ()
+    args: tuple[ThreadNode, ...] = ()
     data: Any = None
-    source: Node | None = None
+    source: ThreadNode | None = None
 
     def __repr__(self) -> str:
         return f"{self.op}({', '.join(map(repr, self.args))}{'' if self.data is None else self.data})"
 
 
-def constant(value: float | int | bool, type: str) -> Node:
-    return Node("const", type, (), value)
+def constant(value: float | int | bool, type: str) -> ThreadNode:
+    return ThreadNode("const", type, (), value)
 
 
-LANE = Node("lane", INDEX)
+LANE = ThreadNode("lane", INDEX)
 
 
-def is_constant(node: Node) -> bool:
+def is_constant(node: ThreadNode) -> bool:
     return node.op == "const"
 
 
@@ -73,7 +73,7 @@ _COMPARED: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-def operation(op: str, a: Node, b: Node) -> Node:
+def operation(op: str, a: ThreadNode, b: ThreadNode) -> ThreadNode:
     """Return a binary operation. Index arithmetic on constants is folded."""
     type = "bool" if op in _COMPARED or op in ("&&", "||") else a.type
     if a.type == INDEX:
@@ -90,10 +90,10 @@ def operation(op: str, a: Node, b: Node) -> Node:
             return constant(0, INDEX)
         if op == "%" and is_constant(b) and b.data == 1:
             return constant(0, INDEX)
-    return Node(op, type, (a, b))
+    return ThreadNode(op, type, (a, b))
 
 
-def loads_of(node: Node) -> list[Node]:
+def loads_of(node: ThreadNode) -> list[ThreadNode]:
     """Return every load in an expression, without the values of variables."""
     found = [node] if node.op == "load" else []
     for arg in node.args:
@@ -105,14 +105,14 @@ def loads_of(node: Node) -> list[Node]:
     return found
 
 
-def expanded(node: Node) -> Node:
+def expanded(node: ThreadNode) -> ThreadNode:
     """Return the value of a variable that `let` binds to an expression without loads, otherwise the node."""
     while node.op == "variable" and node.source is not None and not loads_of(node.source):
         node = node.source
     return node
 
 
-def divided(node: Node, by: int) -> Node | None:
+def divided(node: ThreadNode, by: int) -> ThreadNode | None:
     """Return an index divided by a constant, or None if it is not known to be a multiple of it."""
     if by == 1:
         return node
@@ -147,7 +147,7 @@ NOTHING = Remainder()
 """The remainder of a multiple."""
 
 
-def remainder(node: Node, by: int) -> Remainder | None:
+def remainder(node: ThreadNode, by: int) -> Remainder | None:
     """Return the terms of an index that are not known to be multiples of `by`; None if the index contains a load.
 
     Two indices with equal remainders differ by a multiple of `by`, if their variables have the same values.
@@ -157,7 +157,7 @@ def remainder(node: Node, by: int) -> Remainder | None:
     terms: dict[str, int] = {}
     names: dict[str, set[str]] = {}
 
-    def add(x: Node, factor: int) -> None:
+    def add(x: ThreadNode, factor: int) -> None:
         if is_constant(x):
             terms[""] = terms.get("", 0) + factor * x.data
         elif x.op in "+-" and len(x.args) == 2:
@@ -175,20 +175,20 @@ def remainder(node: Node, by: int) -> Remainder | None:
     return Remainder(left, frozenset().union(*(names.get(text, set()) for text, _ in left)))
 
 
-def variables_of(node: Node) -> set[str]:
+def variables_of(node: ThreadNode) -> set[str]:
     """Return the names of the variables in an expression."""
     found = {node.data} if node.op == "variable" else set()
     return found.union(*map(variables_of, node.args)) if node.args else found
 
 
-class Value:
+class GroupValue:
     """A scalar or a vector: one expression for each part. Operators work lane by lane, as in specifications."""
 
-    def __init__(self, parts: Sequence[Node], lanes: int = 1) -> None:
+    def __init__(self, parts: Sequence[ThreadNode], lanes: int = 1) -> None:
         self._parts, self.lanes = tuple(parts), lanes
 
     @property
-    def parts(self) -> tuple[Node, ...]:
+    def parts(self) -> tuple[ThreadNode, ...]:
         return self._parts
 
     @property
@@ -196,83 +196,83 @@ class Value:
         return self.parts[0].type
 
     @property
-    def node(self) -> Node:
+    def node(self) -> ThreadNode:
         """The expression of a scalar. Raises BackendError for a vector."""
         if self.lanes != 1:
             raise BackendError("a kernel uses a vector where it needs a scalar", received=f"{self.lanes} lanes")
         return self.parts[0]
 
-    def joined(self, op: str, other: Any, *, swapped: bool = False) -> Value:
+    def joined(self, op: str, other: Any, *, swapped: bool = False) -> GroupValue:
         """Return a binary operation on this value and another value or a Python number."""
-        if not isinstance(other, Value):
-            other = Value([constant(other, self.type)] * len(self.parts), self.lanes)
+        if not isinstance(other, GroupValue):
+            other = GroupValue([constant(other, self.type)] * len(self.parts), self.lanes)
         if other.lanes != self.lanes or other.type != self.type:
             raise BackendError(
                 f"a kernel combines values of two kinds by {op}",
                 received=f"{self.type} x {self.lanes}, {other.type} x {other.lanes}",
             )
         x, y = (other, self) if swapped else (self, other)
-        return Value([operation(op, a, b) for a, b in zip(x.parts, y.parts, strict=True)], self.lanes)
+        return GroupValue([operation(op, a, b) for a, b in zip(x.parts, y.parts, strict=True)], self.lanes)
 
-    def mapped(self, make: Callable[[Node], Node]) -> Value:
+    def mapped(self, make: Callable[[ThreadNode], ThreadNode]) -> GroupValue:
         """Return the value whose parts are computed from this value's parts."""
-        return Value([make(part) for part in self.parts], self.lanes)
+        return GroupValue([make(part) for part in self.parts], self.lanes)
 
-    def __add__(self, other: Any) -> Value:
+    def __add__(self, other: Any) -> GroupValue:
         return self.joined("+", other)
 
-    def __radd__(self, other: Any) -> Value:
+    def __radd__(self, other: Any) -> GroupValue:
         return self.joined("+", other, swapped=True)
 
-    def __sub__(self, other: Any) -> Value:
+    def __sub__(self, other: Any) -> GroupValue:
         return self.joined("-", other)
 
-    def __rsub__(self, other: Any) -> Value:
+    def __rsub__(self, other: Any) -> GroupValue:
         return self.joined("-", other, swapped=True)
 
-    def __mul__(self, other: Any) -> Value:
+    def __mul__(self, other: Any) -> GroupValue:
         return self.joined("*", other)
 
-    def __rmul__(self, other: Any) -> Value:
+    def __rmul__(self, other: Any) -> GroupValue:
         return self.joined("*", other, swapped=True)
 
-    def __truediv__(self, other: Any) -> Value:
+    def __truediv__(self, other: Any) -> GroupValue:
         return self.joined("/", other)
 
-    def __neg__(self) -> Value:
-        return self.mapped(lambda x: Node("neg", x.type, (x,)))
+    def __neg__(self) -> GroupValue:
+        return self.mapped(lambda x: ThreadNode("neg", x.type, (x,)))
 
-    def __and__(self, other: Any) -> Value:
+    def __and__(self, other: Any) -> GroupValue:
         return self.joined("&", other)
 
-    def __or__(self, other: Any) -> Value:
+    def __or__(self, other: Any) -> GroupValue:
         return self.joined("|", other)
 
-    def __xor__(self, other: Any) -> Value:
+    def __xor__(self, other: Any) -> GroupValue:
         return self.joined("^", other)
 
-    def __lshift__(self, other: Any) -> Value:
+    def __lshift__(self, other: Any) -> GroupValue:
         return self.joined("<<", other)
 
-    def __rshift__(self, other: Any) -> Value:
+    def __rshift__(self, other: Any) -> GroupValue:
         return self.joined(">>", other)
 
     __hash__ = object.__hash__
 
-    def __eq__(self, other: object) -> Value:  # type: ignore[override]
+    def __eq__(self, other: object) -> GroupValue:  # type: ignore[override]
         return self.joined("==", other)
 
-    def __ne__(self, other: object) -> Value:  # type: ignore[override]
+    def __ne__(self, other: object) -> GroupValue:  # type: ignore[override]
         return self.joined("!=", other)
 
-    def __lt__(self, other: Any) -> Value:
+    def __lt__(self, other: Any) -> GroupValue:
         return self.joined("<", other)
 
-    def __le__(self, other: Any) -> Value:
+    def __le__(self, other: Any) -> GroupValue:
         return self.joined("<=", other)
 
-    def __gt__(self, other: Any) -> Value:
+    def __gt__(self, other: Any) -> GroupValue:
         return self.joined(">", other)
 
-    def __ge__(self, other: Any) -> Value:
+    def __ge__(self, other: Any) -> GroupValue:
         return self.joined(">=", other)

@@ -25,7 +25,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Store,
     When,
 )
-from treadle.backends.tvm.kernels.devices.values import Node
+from treadle.backends.tvm.kernels.devices.values import ThreadNode
 from treadle.ir.errors import BackendError
 
 _TYPES: Mapping[str, str] = {"f32": "f32", "i32": "i32", "i64": "i32", "bool": "bool"}
@@ -95,7 +95,7 @@ fn {kernel.name}(
                 case _:
                     raise AssertionError(type(statement))
 
-    def _store(self, access: Access, value: Node, first: int | None, pad: str) -> Iterator[str]:
+    def _store(self, access: Access, value: ThreadNode, first: int | None, pad: str) -> Iterator[str]:
         line = f"{self._place(access)} = {self.expression(value)};"
         if first is not None and self.kernel.device.group > 1 and access.memory.place not in ("scalars", "vectors"):
             line = f"if (lane < {first}) {{ {line} }}"
@@ -119,7 +119,7 @@ fn {kernel.name}(
             raise BackendError(f"kernel {self.kernel.kernel.title} reads words of bytes, which WGSL lacks")
         return self._place(access)
 
-    def expression(self, node: Node, above: int = 0) -> str:
+    def expression(self, node: ThreadNode, above: int = 0) -> str:
         """Return an expression as text; an operation is in parentheses."""
         match node.op:
             case "const":
@@ -139,7 +139,7 @@ fn {kernel.name}(
                 return f"{_FUNCTIONS[node.data]}({self.expression(node.args[0])})"
         return super().expression(node, above)
 
-    def _operation(self, node: Node, above: int) -> str:
+    def _operation(self, node: ThreadNode, above: int) -> str:
         a, b = node.args
         if a.type == "f32" and node.op in "+-" and "*" in (a.op, b.op):
             return self._fused(node)
