@@ -248,10 +248,10 @@ class GroupEmitter(Emitter):
         self._blocks.pop()
 
     @contextmanager
-    def _loop(self, count: Any, name: str, **how: bool) -> Iterator[GroupValue]:
+    def _loop(self, count: Any, name: str, *, unrolled: bool = False, tasks: bool = False) -> Iterator[GroupValue]:
         size = self._let(_index(count), f"{name}_count")  # computed once
         variable = ThreadNode("variable", INDEX, (), self._named(name))
-        with self._body(Loop(variable, size, **how)):
+        with self._body(Loop(variable, size, unrolled=unrolled, tasks=tasks)):
             yield GroupValue([variable])
 
     @contextmanager
@@ -287,10 +287,12 @@ class GroupEmitter(Emitter):
         return GroupValue([self._let(part, name) for part in value.parts], value.lanes)
 
     def opaque(self, value: Any, name: str = "t") -> GroupValue:
-        return self.let(self.index(value), name)
+        made: GroupValue = self.let(self.index(value), name)
+        return made
 
     def kept(self, value: GroupValue, dtype: DType, lanes: int = 1, name: str = "t") -> GroupValue:
-        return self.let(value, name)
+        made: GroupValue = self.let(value, name)
+        return made
 
     # -- memory ----------------------------------------------------------------------------------------------
 
