@@ -145,15 +145,22 @@ _C_TYPES = {"bool": "bool", "f16": "unsigned short", "f32": "float", "f64": "dou
 _C_TYPES |= {"i32": "int", "i16": "short", "u16": "unsigned short", "i8": "signed char", "u8": "unsigned char"}
 
 
-def c_program(functions: Sequence[LaneFunction], texts: Sequence[str], start: str) -> str:
-    """Return a C program with a loop for each function, named `apply_0`, `apply_1`, ..."""
+FLUSHING = ("unsigned int mode = __builtin_ia32_stmxcsr(); __builtin_ia32_ldmxcsr(mode | 0x8040);",)
+FLUSHING += ("__builtin_ia32_ldmxcsr(mode);",)
+"""Statements before and after a loop on x86, to flush subnormal operands and results of the loop to zero."""
+
+
+def c_program(
+    functions: Sequence[LaneFunction], texts: Sequence[str], start: str, around: tuple[str, ...] = ("", "")
+) -> str:
+    """Return a C program with a loop for each function, named `apply_0`, `apply_1`, ..., between two statements."""
     lines = [start, *texts]
     for number, f in enumerate(functions):
         types = [_C_TYPES[t] for t in (*f.operands, f.result)]
         parameters = ", ".join(f"{t} *x{i}" for i, t in enumerate(types))
         arguments = ", ".join(f"x{i}[i]" for i in range(len(f.operands)))
         body = f"for (long i = 0; i < n; i++) x{len(f.operands)}[i] = {f.symbol}({arguments});"
-        lines.append(f'extern "C" void apply_{number}(long n, {parameters}) {{ {body} }}')
+        lines.append(f'extern "C" void apply_{number}(long n, {parameters}) {{ {around[0]} {body} {around[1]} }}')
     return "\n".join(lines) + "\n"
 
 
@@ -163,14 +170,16 @@ def by_c(
     folder: Path,
     language: str = "c",
     start: str | None = None,
+    around: tuple[str, ...] = ("", ""),
 ) -> list[Array]:
     """Return the results of functions as compiled by GCC from their text in a language of C.
 
-    start  the first lines of the program; by default, the prelude of plain C
+    start   the first lines of the program; by default, the prelude of plain C
+    around  statements before and after each loop, such as `FLUSHING`
     """
     texts = [f.c(language) for f in functions]
     source, library = folder / f"{language}.cc", folder / f"{language}.so"
-    source.write_text(c_program(functions, texts, prelude("c") if start is None else start))
+    source.write_text(c_program(functions, texts, prelude("c") if start is None else start, around))
     options = ["-O2", "-ffp-contract=off", "-mfma", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unused-function"]
     subprocess.run(["g++", *options, "-o", library, source], check=True)
     loaded = ctypes.CDLL(str(library))

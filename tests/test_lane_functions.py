@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import shutil
 from pathlib import Path
@@ -21,10 +22,11 @@ pytestmark = [
 ]
 
 if tvm_runtime.missing() is None:
-    from tests.lane_texts import by_c, by_llvm, grid, lane_functions, same, units_apart
+    from tests.lane_texts import FLUSHING, by_c, by_llvm, grid, lane_functions, same, units_apart
     from treadle.backends.tvm.kernels.arithmetic.c_text import LANGUAGES, prelude
     from treadle.backends.tvm.kernels.arithmetic.exponentials import exp, log1p
     from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, LaneValue, number
+    from treadle.backends.tvm.kernels.arithmetic.trigonometry import _TWO_OVER_PI
     from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
     from treadle.backends.tvm.kernels.isa import host_isa
     from treadle.ir.errors import BackendError
@@ -81,6 +83,30 @@ def test_integer_angles_are_within_units(name: str, tmp_path: Path) -> None:
     finite = np.isfinite(x)
     assert np.isnan(y[~finite]).all()
     assert units_apart(y[finite], expected[finite]).max() <= 1.5
+
+
+def test_the_words_of_two_over_pi_are_exact() -> None:
+    """pi = 16 arctan(1/5) - 4 arctan(1/239), in integers        (Machin)"""
+
+    def arctan(inverse: int) -> int:
+        terms = [(1 << 400) // (inverse ** (2 * n + 1) * (2 * n + 1)) for n in range(100)]
+        return sum(terms[::2]) - sum(terms[1::2])
+
+    pi = 16 * arctan(5) - 4 * arctan(239)
+    words = (2 << (400 + 224)) // pi
+    assert tuple(words >> (224 - 32 * n) & 0xFFFFFFFF for n in range(8)) == _TWO_OVER_PI
+
+
+@needs_gcc
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="sets the mode of x86's float arithmetic")
+def test_conversions_of_f16_need_no_subnormal_numbers(tmp_path: Path) -> None:
+    """Devices may flush subnormal numbers to zero. Every f16 is a normal number in f32."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    expected = halves.astype(np.float32)
+    widening, rounding = FUNCTIONS["f16_to_f32"], FUNCTIONS["f32_to_f16"]
+    wide, narrow = by_c([widening, rounding], [[halves], [expected]], tmp_path, "opencl", prelude("c"), FLUSHING)
+    assert same(wide, expected).all()
+    assert same(narrow, halves).all()
 
 
 @pytest.mark.parametrize("language", ["c", "cuda", "opencl", "metal"])
@@ -168,6 +194,8 @@ def test_a_product_is_fused_with_one_sum_only() -> None:
     f = LaneFunction("f", ("f32", "f32"), "f32", lambda x, y: (x * y + 1.0) * (x * y))
     assert f.c().count("TREADLE_FMA_F32") == 1
     assert f.c().count("TREADLE_MUL_F32") == 2
+    f = LaneFunction("f", ("f32", "f32"), "f32", lambda x, y: x - x * y)
+    assert "TREADLE_FMA_F32" in f.c() and "TREADLE_MUL_F32" not in f.c()
 
     def scaled(x: LaneValue) -> LaneValue:
         return LaneFunction("g", ("f32",), "f32", lambda x: x).formula(exp.body) + x

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,10 @@ UNITS: Mapping[str, float] = {
     "power_f32": 0,
 }
 """The largest distance from C for functions with errors in proportion to an exponent; 0: only reported."""
-USUAL = 8
+TOGETHER = 24
+"""Number of functions that are compared at once, to limit memory."""
+
+USUAL = 12
 """The largest distance of other functions, in units in the last place."""
 
 
@@ -100,7 +104,6 @@ def by_opencl(functions: Sequence[LaneFunction], operands: Sequence[Sequence[Arr
 
     context = cl.create_some_context(interactive=False)
     queue = cl.CommandQueue(context)
-    print("OpenCL:", context.devices[0].name)
     lines = [prelude("opencl"), *(f.c("opencl") for f in functions)]
     for number, f in enumerate(functions):
         types = [_OPENCL[t] for t in (*f.operands, f.result)]
@@ -168,33 +171,28 @@ def _words(x: Array) -> Array:
     return x.astype(np.int32 if x.dtype.kind == "i" else np.uint32)
 
 
-def wgsl_differences(functions: Sequence[LaneFunction], operands: Sequence[Sequence[Array]], c: Sequence[Array]) -> int:
-    """Compare WGSL with C, print the largest distances, and return the number of functions that are far off."""
-    run, far, equal_bits, refused = wgsl_runner(), 0, 0, 0
-    for f, own, y in zip(functions, operands, c, strict=True):
-        try:
-            f.wgsl()
-        except BackendError:
-            refused += 1
-            continue
-        x = run(f, own)
-        expected = _words(y)
-        if f.result != "f32":
-            equal = expected.view(np.uint32) == x
-        else:
-            x = x.view(np.float32)
-            tiny = np.any([(np.abs(o) < 2.0**-126) for o in (*own, y) if o.dtype == np.float32], axis=0)
-            equal = same(x, y) | tiny  # may be flushed to zero
-            if not equal.all() and np.isfinite(y[~equal]).all():
-                distance = units_apart(x[~equal], y[~equal].astype(np.float64)).max()
-                print(f"WGSL: {f.name} is up to {distance:.3g} units in the last place from C")
-                equal |= _are_close(f, x, y)
-        equal_bits += bool(equal.all())
-        if not equal.all():
-            far += 1
-            _print("WGSL", f, own, y, x, equal)
-    print(f"WGSL: {equal_bits} functions are equal or close, {far} are not, {refused} are refused (f64, i64)")
-    return far
+def wgsl_differs(
+    run: Callable[[LaneFunction, Sequence[Array]], Array], f: LaneFunction, operands: Sequence[Array], c: Array
+) -> bool:
+    """Compare a function in WGSL with C, print the largest distance, and return True if it is far off."""
+    try:
+        f.wgsl()
+    except BackendError:  # f64 or i64
+        return False
+    x, expected = run(f, operands), _words(c)
+    if f.result != "f32":
+        equal = expected.view(np.uint32) == x
+    else:
+        x = x.view(np.float32)
+        tiny = [np.abs(o) < 2.0**-126 for o in (*operands, c) if o.dtype == np.float32]  # may be flushed to zero
+        equal = same(x, c) | np.any(tiny, axis=0)
+        if not equal.all() and np.isfinite(c[~equal]).all():
+            distance = units_apart(x[~equal], c[~equal].astype(np.float64)).max()
+            print(f"WGSL: {f.name} is up to {distance:.3g} units in the last place from C")
+            equal |= _are_close(f, x, c)
+    if not equal.all():
+        _print("WGSL", f, operands, c, x, equal)
+    return not equal.all()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -206,20 +204,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     np.seterr(all="ignore")
     functions = list(lane_functions().values())
-    count = -(-options.count // 64) * 64
-    operands = [operands_of(f, count, options.seed) for f in functions]
-    with tempfile.TemporaryDirectory() as folder:
-        c = by_c(functions, operands, Path(folder))
-    failures = differences(functions, operands, c)
-    print(f"LLVM and C: {len(functions)} functions, {count} operands, {failures} differences")
-    if options.opencl:
-        for f, own, x, y in zip(functions, operands, by_opencl(functions, operands), c, strict=True):
-            if f.name != "power_f32" and not (equal := same(x, y)).all():
-                failures += 1
-                _print("OpenCL", f, own, y, x, equal)
-    if options.wgsl:
-        failures += wgsl_differences(functions, operands, c)
-    return int(failures > 0)
+    run = wgsl_runner() if options.wgsl else None
+    found: Counter[str] = Counter()
+    for first in range(0, len(functions), TOGETHER):
+        part = functions[first : first + TOGETHER]
+        operands = [operands_of(f, -(-options.count // 64) * 64, options.seed) for f in part]
+        with tempfile.TemporaryDirectory() as folder:
+            c = by_c(part, operands, Path(folder))
+        found["LLVM"] += differences(part, operands, c)
+        if options.opencl:
+            for f, own, x, y in zip(part, operands, by_opencl(part, operands), c, strict=True):
+                if f.name != "power_f32" and not (equal := same(x, y)).all():
+                    found["OpenCL"] += 1
+                    _print("OpenCL", f, own, y, x, equal)
+        if run is not None:
+            found["WGSL"] += sum(wgsl_differs(run, *each) for each in zip(part, operands, c, strict=True))
+    print(f"{len(functions)} functions, {options.count} operands: {sum(found.values())} differences", dict(found))
+    return int(found.total() > 0)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Functions of one lane as expressions, printed for every language in which kernels are written.
 
-    exp = LaneFunction("softsign_f32", ("f32",), "f32", lambda x: x / (x.abs() + 1.0))
-    y = exp(k, lanes, x)        # one call in the kernel, which the compiler inlines
+    softsign = LaneFunction("softsign_f32", ("f32",), "f32", lambda x: x / (x.abs() + 1.0))
+    y = softsign(k, lanes, x)   # one call in the kernel, which the compiler inlines
 
-    f.llvm(16)                  # LLVM, for vectors of 16 lanes
-    f.c("cuda")                 # one device function in C, for "c", "cuda", "opencl" or "metal"
-    f.wgsl()                    # one function in WGSL, or BackendError for types that WGSL lacks
+    softsign.llvm(16)           # LLVM, for vectors of 16 lanes
+    softsign.c("cuda")          # one device function in C, for "c", "cuda", "opencl" or "metal"
+    softsign.wgsl()             # one function in WGSL, or BackendError for types that WGSL lacks
 
 A kernel's text begins with the prelude of its language (`c_text.prelude`, `wgsl_text.PRELUDE`). The text of each
-function that the kernel calls follows, under the name `f.symbol`. Every call goes through `Emitter.lane_function`.
+function that the kernel calls follows, under the name `LaneFunction.symbol`. Every call goes through
+`Emitter.lane_function`.
 
 TVM sees only calls. Its simplifier would take seconds for a long expression, and would apply rules to floats that
 hold only for real numbers. A product that is added to a value is fused with the addition; any other product is rounded:
@@ -67,11 +68,11 @@ _serials = count()
 class LaneValue:
     """A value in a lane function: an operation on other values. `type` is a type of the module's list.
 
-    op         a method's name, or an operator of `OPERATORS`, `fma`, `operand` or `number`
-    attribute  the number of an operand, the value of a number, the feature of a `form`, the entries of a `lookup`
+    op         the name of a method or of an operator, or `fma`, `select`, `form`, `operand`, `number`
+    attribute  the position of an operand, the value of a number, the feature of a form, the entries of a lookup
     serial     values are printed in the order of these numbers, the order in which they were created
 
-    Comparisons return bool. A comparison of floats is false if one of them is NaN, except `differs`.
+    Comparisons return bool. A comparison of floats is false if one of them is NaN, except `!=`.
     """
 
     def __init__(self, op: str, type: str, operands: tuple[LaneValue, ...] = (), attribute: object = None) -> None:

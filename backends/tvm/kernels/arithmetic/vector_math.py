@@ -300,7 +300,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "log1p": _function(exponentials.log1p, "log1p"),
     "sqrt": _sqrt,
     "rsqrt": _rsqrt,
-    "reciprocal": formula(lambda x: 1.0 / x),
+    "reciprocal": _per_lane("reciprocal", lambda x: 1.0 / x),
     "tanh": _function(exponentials.tanh, "tanh"),
     "erf": _function(exponentials.erf, "erf"),
     "sigmoid": _function(exponentials.sigmoid, _sigmoid_f64),
