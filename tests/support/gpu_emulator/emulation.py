@@ -145,4 +145,4 @@ def _compile(arguments: Sequence[str]) -> None:
     assert path is not None, "the emulator needs a C++ compiler: install g++"
     made = subprocess.run([path, *flags, *arguments], capture_output=True, text=True)
     if made.returncode:
-        raise EmulatorError(f"the C++ compiler refuses a kernel\n{made.stderr[:3000]}")
+        raise ValueError(f"the C++ compiler refuses a kernel\n{made.stderr[:3000]}")

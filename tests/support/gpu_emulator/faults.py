@@ -80,7 +80,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("embedding", r"if \([^{]*\) \{", "if (false) {", 0),
     # an offset or a stride is ignored
     Fault("slice", r"(x\w*)\[\1_at \+ ", r"\1[", None),
-    Fault("columns", r"x_stride3_0", "1", None),
+    Fault("columns", r"\* x_stride3_0", "* 1", None),
     Fault("rotary", r"head_0 \* ", "0 * ", 0),
     # a wrong buffer
     Fault("division", r"x1_0\[x1_0_at", "x0_0[x0_0_at", 0),

@@ -11,16 +11,19 @@ arena.
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
 
 from tests.support.gpu_emulator.emulation import EmulatedKernel, Region, build
+from treadle.backends.poison import BYTE
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.planning import Plan
+from treadle.backends.tvm.spaces import Output
 
 WORD = 16
 """Bytes of an argument in a plan: a type code and a value."""
@@ -41,17 +44,29 @@ class EmulatorRunner:
         self.launches = 0
 
     def __call__(self, table: Any) -> int:
-        plan, sizes, first = self._plan_of(table)
+        entry, plan, sizes, first = self._plan_of(table)
+        if first == 0:
+            self._poison_outputs(entry, plan)
         for number in range(first, first + len(table)):
             self._launch(plan, dict(sizes), number)
         return -1
 
-    def _plan_of(self, table: Any) -> tuple[Plan, Any, int]:
-        """Return the plan of a table or of a part of it, its sizes, and the number of the part's first record."""
-        for (_, sizes), plan in self.machine.plans.items():
+    def _poison_outputs(self, entry: str, plan: Plan) -> None:
+        """Fill the outputs, which may be in memory of an earlier call, with NaN."""
+        program = self.machine.program.entries[entry]
+        for name, shape in plan.shapes.items():
+            if name not in program.over:
+                size = math.prod(shape) * program.outputs[name].dtype.bytes
+                ctypes.memset(plan.begins[Output(name)], BYTE, size)
+
+    def _plan_of(self, table: Any) -> tuple[str, Plan, Any, int]:
+        """Return the entry and the plan of a table or of a part of it, its sizes, and the number of the part's first
+        record.
+        """
+        for (entry, sizes), plan in self.machine.plans.items():
             at = table.ctypes.data - plan.table.ctypes.data
             if 0 <= at < plan.table.nbytes:
-                return plan, sizes, at // plan.table.strides[0]
+                return entry, plan, sizes, at // plan.table.strides[0]
         raise AssertionError("the table is in no plan")
 
     def _launch(self, plan: Plan, sizes: dict[str, int], number: int) -> None:
