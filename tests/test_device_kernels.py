@@ -191,8 +191,8 @@ def test_words_across_lanes() -> None:
 
 def test_registers_are_shared_if_scalars_and_vectors_access_them() -> None:
     made = device_kernel(Softmax(False, "f32"), CUDA)
-    assert [memory.name for memory in made.written.shared] == ["x_tail_0", "y_made_0"]
-    assert made.written.shared_bytes == 2 * 32 * 4
+    assert [memory.name for memory in made.group_kernel.shared] == ["x_tail_0", "y_made_0"]
+    assert made.group_kernel.shared_bytes == 2 * 32 * 4
     assert re.search(r"TREADLE_PRIVATE\(float, acc_0, 4\)", made.body)
 
 

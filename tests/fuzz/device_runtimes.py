@@ -64,7 +64,7 @@ def on_wgpu() -> Run:
         numbers += [0] * (-len(numbers) % 4)
         uniform = device.create_buffer_with_data(data=np.array(numbers, np.int32), usage=usage.UNIFORM)
         entries = [{"binding": i, "resource": {"buffer": b}} for i, b in enumerate([*buffers, uniform])]
-        shader = {"module": device.create_shader_module(code=kernel.text), "entry_point": kernel.written.name}
+        shader = {"module": device.create_shader_module(code=kernel.text), "entry_point": kernel.group_kernel.name}
         pipeline = device.create_compute_pipeline(layout="auto", compute=shader)
         group = device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
         encoder = device.create_command_encoder()
@@ -86,11 +86,11 @@ def on_opencl() -> Run:
     queue = cl.CommandQueue(context)
 
     def run(kernel: DeviceKernel, arrays: Sequence[Array], sizes: Sequence[int]) -> None:
-        function = getattr(cl.Program(context, kernel.text).build(["-cl-std=CL1.2"]), kernel.written.name)
+        function = getattr(cl.Program(context, kernel.text).build(["-cl-std=CL1.2"]), kernel.group_kernel.name)
         flags = cl.mem_flags.READ_WRITE | cl.mem_flags.COPY_HOST_PTR
         buffers = [cl.Buffer(context, flags, hostbuf=a) for a in arrays]
         function.set_args(*[v for b in buffers for v in (b, np.int64(0))], *map(np.int64, sizes))
-        threads = kernel.written.device.threads
+        threads = kernel.group_kernel.device.threads
         cl.enqueue_nd_range_kernel(queue, function, (BLOCKS * threads,), (threads,))
         cl.enqueue_copy(queue, arrays[-1], buffers[-1])
         queue.finish()

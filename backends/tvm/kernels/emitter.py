@@ -281,11 +281,11 @@ class Emitter(ABC):
         """
 
     @abstractmethod
-    def effect(self, name: str, declared: str, called: str, *operands: Expr, constant: str = "") -> None:
+    def effect(self, name: str, declared: str, call: str, *operands: Expr, constant: str = "") -> None:
         """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices. Not on
         devices.
 
         declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
-        called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
+        call      the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
         constant  definition of a constant that the call reads, equal in all calls of a kernel
         """

@@ -246,13 +246,13 @@ class LlvmEmitter(Emitter):
             self.imported[name] = text()
         return tirx.call_pure_extern(result, name, *operands)
 
-    def effect(self, name: str, declared: str, called: str, *operands: Expr, constant: str = "") -> None:
+    def effect(self, name: str, declared: str, call: str, *operands: Expr, constant: str = "") -> None:
         if constant:
             self.imported.setdefault(constant.partition(" ")[0], constant)
         self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may have each only once
         kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
         taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))
-        body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {called}\n  ret i32 0\n}}"
+        body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {call}\n  ret i32 0\n}}"
         self.imported.setdefault(name, body)
         T.evaluate(tirx.call_extern("int32", name, *operands))
 

@@ -54,9 +54,9 @@ class EmulatedKernel:
     @property
     def source(self) -> str:
         """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it."""
-        written, given = self.kernel.written, []
+        written, given = self.kernel.group_kernel, []
         for n, memory in enumerate(written.pointers):
-            const = "" if memory.written else "const "
+            const = "" if memory.is_written else "const "
             given.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
             given.append(f"a->numbers[{n}]")
         count = len(written.pointers)
@@ -80,7 +80,7 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
 
     def launch(self, regions: Sequence[Region], sizes: Sequence[int], *, blocks: int = 3, seed: int = 1) -> None:
         """Run the kernel, in an order of threads and blocks that the seed determines. Raises EmulatorError."""
-        written = self.kernel.written
+        written = self.kernel.group_kernel
         assert len(regions) == len(written.pointers), (len(regions), len(written.pointers))
         assert len(sizes) == len(written.sizes), (len(sizes), written.sizes)
         pairs = [(r.array.ctypes.data, r.array.nbytes) for r in regions]

@@ -92,7 +92,7 @@ def place_barriers(body: list[Statement], device: Device) -> list[Statement]:
 
 def _watched(body: list[Statement]) -> set[Memory]:
     """Return the memory through which threads may communicate: shared memory, and buffers that the kernel writes."""
-    return {a.memory for s in walk(body) for a, _ in _accesses(s) if a.memory.place == SHARED or a.memory.written}
+    return {a.memory for s in walk(body) for a, _ in _accesses(s) if a.memory.place == SHARED or a.memory.is_written}
 
 
 class _Placing:

@@ -28,31 +28,35 @@ if TYPE_CHECKING:
 class DeviceKernel:
     """A kernel of a device.
 
-    written  arguments, memory and statements
-    why_slow the reason why each thread runs a task of its own; empty if a group runs a task
+    group_kernel  arguments, memory and statements
+    why_slow      the reason why each thread runs a task of its own; empty if a group runs a task
     """
 
-    written: GroupKernel
+    group_kernel: GroupKernel
     why_slow: str = ""
 
     @cached_property
     def body(self) -> str:
         """The kernel's own text."""
-        return wgsl_text(self.written) if self.written.device.limits.language == "wgsl" else body_text(self.written)
+        return (
+            wgsl_text(self.group_kernel)
+            if self.group_kernel.device.limits.language == "wgsl"
+            else body_text(self.group_kernel)
+        )
 
     @property
     def text(self) -> str:
         """The whole text that a compiler of the device's language takes."""
-        language = self.written.device.limits.language
+        language = self.group_kernel.device.limits.language
         if language == "wgsl":
-            return PRELUDE + "".join(function.wgsl() for function in self.written.functions.values()) + self.body
-        return PRELUDES[language] + lane_functions_text(self.written, language) + self.body
+            return PRELUDE + "".join(function.wgsl() for function in self.group_kernel.functions.values()) + self.body
+        return PRELUDES[language] + lane_functions_text(self.group_kernel, language) + self.body
 
 
-def lane_functions_text(written: GroupKernel, language: str) -> str:
+def lane_functions_text(kernel: GroupKernel, language: str) -> str:
     """Return the functions that a kernel calls, in a C dialect, with their prelude."""
-    made = prelude(language) + functions(f64="f64" not in written.device.limits.lacks)
-    return made + "".join(function.c(language) for function in written.functions.values())
+    made = prelude(language) + functions(f64="f64" not in kernel.device.limits.lacks)
+    return made + "".join(function.c(language) for function in kernel.functions.values())
 
 
 def device_kernel(kernel: Kernel, device: Device, name: str | None = None) -> DeviceKernel:

@@ -337,7 +337,7 @@ class GroupEmitter(Emitter):
             raise BackendError(
                 f"a kernel stores {value.type} x {value.lanes} to {view.name}, {view.dtype} x {lanes}",
             )
-        view.memory.written = True
+        view.memory.is_written = True
         for part, node in enumerate(value.parts):
             access = Access(view.memory, base, lanes, part, self.isa.group)
             self._add(Store(access, node, lanes if lanes < self.isa.group else None))
@@ -561,7 +561,7 @@ class GroupEmitter(Emitter):
     def llvm(self, name: str, text: Any, result: str, *operands: Any) -> GroupValue:
         raise LackingWord("llvm", f"the function {name} is LLVM text")
 
-    def effect(self, name: str, declared: str, called: str, *operands: Any, constant: str = "") -> None:
+    def effect(self, name: str, declared: str, call: str, *operands: Any, constant: str = "") -> None:
         raise LackingWord("effect", f"the intrinsic of {name}")
 
 

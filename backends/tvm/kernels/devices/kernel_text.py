@@ -83,7 +83,7 @@ class KernelPrinter:
         kernel = self.kernel
         arguments = []
         for memory in kernel.pointers:
-            const = "" if memory.written else "const "
+            const = "" if memory.is_written else "const "
             arguments += [
                 f"TREADLE_GLOBAL({const}{stored_type(memory)}) {memory.name}",
                 f"treadle_i64 {memory.name}_at",

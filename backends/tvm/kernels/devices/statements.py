@@ -23,7 +23,7 @@ class Memory:
     place   `global` for a buffer. Registers begin as None, until `place_registers` decides: `scalars` and `vectors` are
             private to a thread, `shared` is memory of the block
     step    number of lanes of a vector in private registers, whose index is divided by it
-    written True if the kernel writes to it
+    is_written True if the kernel writes to it
     """
 
     name: str
@@ -31,7 +31,7 @@ class Memory:
     count: int | None = None
     place: str | None = None
     step: int = 1
-    written: bool = False
+    is_written: bool = False
 
     @property
     def cells(self) -> int:

@@ -43,7 +43,7 @@ class WgslPrinter(KernelPrinter):
             lines.append("  let lane: i32 = i32(thread);")
         lines += self._lines(kernel.body, 1)
         globals = [
-            f"@group(0) @binding({i}) var<storage, {'read_write' if m.written else 'read'}> {m.name}: "
+            f"@group(0) @binding({i}) var<storage, {'read_write' if m.is_written else 'read'}> {m.name}: "
             f"array<{self._type(m.dtype.name)}>;\n"
             for i, m in enumerate(kernel.pointers)
         ]
