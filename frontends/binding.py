@@ -252,7 +252,7 @@ def bind(
     for name, source in sources.items():
         shape, dtype = parameters[name]
         encoding = checkpoint.record(source.name).encoding
-        if blocks is not None and encoding is not None and source.whole_rows and (len(shape), str(dtype)) == (2, "f32"):
+        if blocks is not None and encoding is not None and source.whole_rows and len(shape) > 1 and str(dtype) == "f32":
             if source.name not in in_blocks:
                 in_blocks[source.name] = blocks.block_bytes(source.name)
             arrays[name], encodings[name] = source.view(in_blocks[source.name]), encoding

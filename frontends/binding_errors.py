@@ -78,7 +78,7 @@ def mismatch(
         "the checkpoint " + " and ".join(counts),
         received=f"{len(checkpoint.names())} tensors",
         within="\n".join(lines),
-        hint="check that config.json and the table of names belong to these weights",
+        hint="check that the configuration and the table of names belong to these weights",
     )
 
 

@@ -265,6 +265,10 @@ class Checkpoint:
         """The metadata of the first weight file."""
         return self._open(self.files[0]).metadata
 
+    def metadata_of(self, name: str) -> Mapping[str, str]:
+        """Return the metadata of the weight file that has a tensor. Raises CheckpointError as `record` does."""
+        return self._holder(name).metadata
+
     @property
     def files(self) -> tuple[str, ...]:
         """The weight files' names, relative to the folder, in the order of their first tensors."""
@@ -508,7 +512,7 @@ def _no_weights(place: ModelFolder) -> CheckpointError:
         f"the folder has neither {_SINGLE} nor {_INDEX}",
         received=_list(entries),
         within=place.shown,
-        hint="fetch the weights into the configuration's folder",
+        hint="the folder, or the safetensors file, that holds the weights",
     )
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "exp",
     "expand",
     "expm1",
+    "fake_quantize",
     "floor",
     "floor_divide",
     "fold_windows",
@@ -427,6 +428,25 @@ def expand(x: TensorLike, /, *, shape: Sequence[SizeLike | None], name: str | No
 
 def expm1(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = e^x - 1, to full precision near 0, where e^x rounds to 1"""
+
+def fake_quantize(
+    x: TensorLike,
+    scale: TensorLike,
+    zero: TensorLike,
+    /,
+    *,
+    least: int = -128,
+    greatest: int = 127,
+    name: str | None = None,
+) -> Tensor:
+    """y = scale (clip(round(x / scale) + zero, least, greatest) - zero), as QuantizeLinear and DequantizeLinear compute
+
+    The result has one of greatest - least + 1 values, the steps of an integer type: quantization with a given scale and
+    zero point, in the dtype of x. No gradient flows.
+
+    scale, zero      the distance of two steps, and the integer that stands for 0
+    least, greatest  the range of the integers
+    """
 
 def floor(x: TensorLike, /, *, name: str | None = None) -> Tensor:
     """y = the greatest integer that is not above x; no gradient flows"""

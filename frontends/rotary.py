@@ -147,11 +147,10 @@ def rotary_frequencies(
     length, which `Dynamic` and `LongRope` need. Raises FrontendError for an odd number of
     dims, for a base that is not positive, and if one of these two scalings has no length.
     """
-    if not 2 <= dims <= _MOST_DIMS or dims % 2 or not 0 < base < math.inf:
-        raise _misfit(
-            f"rotary positions turn pairs of up to {_MOST_DIMS} dimensions, with a positive base",
-            f"dims {dims}, base {base}",
-        )
+    if not 2 <= dims <= _MOST_DIMS or dims % 2:
+        raise _misfit(f"rotary positions need an even number of dimensions from 2 to {_MOST_DIMS}", f"{dims}")
+    if not 0 < base < math.inf:
+        raise _misfit("the base of rotary positions must be positive and finite", f"{base}")
     b = trace()
     exponents = -np.arange(0, dims, 2) / dims
     frequencies = base**exponents

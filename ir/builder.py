@@ -12,7 +12,7 @@ Every op is a method of the builder with the op's name, positional operands and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -160,7 +160,7 @@ class Builder(OpMethods):
                 values = cls.arrange(values)
         except TypeError as error:
             raise GraphError(
-                f"{cls.name} {str(error).rpartition('.__init__() ')[2]}",
+                _attribute_fault(cls, attributes) or f"{cls.name} cannot have these attributes: {error}",
                 source=self.place(),
                 hint=_call_hint(cls, attributes),
             ) from None
@@ -275,11 +275,25 @@ class _Scoped:
         self.builder.scope, self.builder.source = self.outer
 
 
+def _unknown_attribute(cls: type[Op], names: Iterable[str]) -> str | None:
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    return next((name for name in names if name not in known), None)
+
+
+def _attribute_fault(cls: type[Op], names: Collection[str]) -> str | None:
+    """Return the error for an unknown or missing attribute. Python's own text differs from version to version."""
+    unknown = _unknown_attribute(cls, names)
+    if unknown is not None:
+        return f"{cls.name} got an unexpected keyword argument {unknown!r}"
+    required = [field.name for field in fields(cls) if field.name not in cls.attribute_defaults()]  # type: ignore[arg-type]
+    missing = next((name for name in required if name not in names), None)
+    return None if missing is None else f"{cls.name}: attribute {missing} is missing"
+
+
 def _call_hint(cls: type[Op], given: Iterable[str]) -> str:
     """Return a hint with the op's signature, after a call with wrong attributes."""
     signature = op_signature(cls)
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    unknown = next((name for name in given if name not in known), None)
+    unknown = _unknown_attribute(cls, given)
     near = nearest_option(unknown, signature) if unknown else None
     return (f"did you mean {near}=? " if near else "") + f"{spelled_call(cls.name, signature)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,12 @@ from treadle.frontends.deferred_arrays import DeferredArray
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.balances import vector_name
 from treadle.ir.transforms.chosen_outputs import choose_outputs
 from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.rounded_inputs import AS_STORED, InputRounding, round_inputs
 from treadle.ir.transforms.widening import widen_graph
 from treadle.ir.types import DType
 from treadle.models.family import Family, ReadConfig
@@ -33,12 +37,14 @@ class ReadOptions:
     config       configuration that overrides the declaration's or the checkpoint's
     keep_blocks  True if weights that a GGUF file stores in blocks stay in blocks
     deferred     True if weights are converted only when a part of them is read
+    as_stored    True if inputs of products are rounded as a quantized folder asks for it
     """
 
     inputs: Sequence[str] | None
     config: Mapping[str, Any]
     keep_blocks: bool
     deferred: bool
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class ReadModel:
     notes    lines for the log: the weights that are decoded when they are read, with the reasons
     padding  rows of embedding tables that get no gradient when they are looked up, by the weights' names
     learned  the weights that training changes by default; None: all
+    rounded  the roundings of inputs that a quantized folder asks for, by the names of weights
     """
 
     name: str
@@ -64,6 +71,7 @@ class ReadModel:
     notes: tuple[str, ...] = ()
     padding: Mapping[str, int] = field(default_factory=dict)
     learned: tuple[str, ...] | None = None
+    rounded: Mapping[str, InputRounding] = field(default_factory=dict)
 
     def giving(self, outputs: Sequence[str] | None) -> ReadModel:
         """Return the model with these outputs only; None: all."""
@@ -91,7 +99,14 @@ def read_declaration(name: str, model: Model, weights: Checkpoint | None, option
     store = open_quantized(weights)
     graph, binding = _bound_folder(declared, {}, store, options)
     return ReadModel(
-        name, graph, declared, binding.arrays, binding.unused, unread=_unread(store), notes=_notes(store, binding)
+        name,
+        graph,
+        declared,
+        binding.arrays,
+        binding.unused,
+        unread=_unread(store),
+        notes=_notes(store, binding, options),
+        rounded=_roundings(store, binding),
     )
 
 
@@ -110,9 +125,10 @@ def read_checkpoint(checkpoint: Checkpoint, family: Family, read: ReadConfig, op
         binding.arrays,
         binding.unused,
         unread=unread,
-        notes=_notes(store, binding),
+        notes=_notes(store, binding, options),
         padding=padding,
         learned=learned,
+        rounded=_roundings(store, binding),
     )
 
 
@@ -129,18 +145,64 @@ def _bound_folder(
     if isinstance(store, Checkpoint):
         return _bound(declared, table, store, options, prefixes)
     graph, binding = _bound(declared, table, store, options, prefixes, store if options.keep_blocks else None)
-    return encode_parameters(graph, binding.encodings), binding
+    orders, weights = _orders(store, binding)
+    graph = encode_parameters(graph, binding.encodings, orders=weights)
+    if options.as_stored:
+        graph = round_inputs(graph, _supported(_roundings(store, binding)))
+    return graph, replace(binding, arrays={**binding.arrays, **orders})
+
+
+def _orders(store: QuantizedCheckpoint, binding: Binding) -> tuple[dict[str, Array], dict[str, list[str]]]:
+    """Return the orders in which blocks hold the columns of weights, by the names of their parameters, and the weights
+    of each. Weights with equal orders share one, so that their products share one gather.
+    """
+    found: dict[bytes, list[str]] = {}
+    for name in binding.encodings:
+        order = store.order(binding.sources[name].name)
+        if order is not None:
+            found.setdefault(order.tobytes(), []).append(name)
+    orders, weights = dict[str, Array](), dict[str, list[str]]()
+    for held, names in found.items():
+        parameter = vector_name(names, lambda n: n in orders or n in binding.arrays, "order")
+        orders[parameter], weights[parameter] = np.frombuffer(held, np.int32), names
+    return orders, weights
 
 
 def _unread(store: Checkpoint | QuantizedCheckpoint) -> tuple[str, ...]:
     return () if isinstance(store, Checkpoint) else store.unread
 
 
-def _notes(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> tuple[str, ...]:
-    """Return a line for each quantized weight that has been decoded, since it has no encoding."""
+def _supported(roundings: Mapping[str, InputRounding]) -> Mapping[str, InputRounding]:
+    """Return these roundings. Raises UsageError for one that is not supported."""
+    for name, rounding in roundings.items():
+        if rounding.why_not:
+            raise UsageError(
+                f"the inputs of {name} cannot be rounded as the file asks",
+                received=f"{rounding}: {rounding.why_not}",
+                hint=Hint('leave out quantize, or quantize="int8"', "leave out --quantize, or --quantize int8"),
+            )
+    return roundings
+
+
+def _roundings(store: Checkpoint | QuantizedCheckpoint, binding: Binding) -> dict[str, InputRounding]:
+    """Return the roundings of inputs that a folder asks for, by the names of parameters."""
+    stored = {} if isinstance(store, Checkpoint) else store.roundings
+    return {name: stored[source.name] for name, source in binding.sources.items() if source.name in stored}
+
+
+def _notes(store: Checkpoint | QuantizedCheckpoint, binding: Binding, options: ReadOptions) -> tuple[str, ...]:
+    """Return a line for each quantized weight that has been decoded, since it has no encoding, and for each rounding of
+    inputs that is not applied.
+    """
     whys = {} if isinstance(store, Checkpoint) else store.decoded()
     read = {name: source.name for name, source in binding.sources.items() if source.name in whys}
-    return tuple(f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items())
+    lines = [f"{name} is decoded when it is read: {whys[held]}" for name, held in read.items()]
+    kinds = Counter(str(each) for each in _roundings(store, binding).values() if not options.as_stored)
+    lines += [
+        f"inputs of {n} weights are not rounded as the file asks ({kind}); quantize {AS_STORED} rounds them"
+        for kind, n in kinds.items()
+    ]
+    return tuple(lines)
 
 
 def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:

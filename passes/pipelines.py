@@ -8,6 +8,7 @@ from treadle.passes.cleanup.cut_sooner import CutSooner
 from treadle.passes.cleanup.dead_code import DeadCode
 from treadle.passes.cleanup.fold_constants import FoldConstants
 from treadle.passes.framework.manager import Pass
+from treadle.passes.fusion.attention.drop_roundings import DropRoundings
 from treadle.passes.fusion.attention.fuse_attention import FuseAttention
 from treadle.passes.fusion.attention.refine_attention import RefineAttention
 from treadle.passes.fusion.fuse_embedding_sum import FuseEmbeddingSum
@@ -44,6 +45,7 @@ RECOGNITION = Pipeline(
         FuseSoftmax(),
         FuseRotary(),
         RefineAttention(),
+        DropRoundings(),
         FuseAttention(),
         FuseGelu(),
         FuseLinear(),

@@ -387,12 +387,16 @@ def passes_of(stages: Iterable[CompileStage]) -> Pipeline:
 
 def left_out(stages: Sequence[CompileStage], names: Sequence[str]) -> tuple[CompileStage, ...]:
     """Return the stages without the passes of these names. Raises UsageError for a name that is not in them."""
+    from treadle.passes.framework.pass_text import pass_classes
+
     known = [each.name for each in passes_of(stages)]
     for name in names:
         if name not in known:
             near = NearestNames(known).of(name)
-            hint = f"{near[0]}?" if near else "one of " + ", ".join(dict.fromkeys(known))
-            raise UsageError(f"the pipeline has no pass {printable(name)!r}", hint=hint)
+            others = "one of " + ", ".join(dict.fromkeys(known))
+            if name in pass_classes():
+                raise UsageError(f"{name} is not a pass of these stages, and backends need their own", hint=others)
+            raise UsageError(f"the pipeline has no pass {printable(name)!r}", hint=f"{near[0]}?" if near else others)
     if not names:
         return tuple(stages)
     return tuple([each.without(names) if isinstance(each, PassStage) else each for each in stages])

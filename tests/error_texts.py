@@ -58,11 +58,12 @@ def text_of(error: BaseException, folder: str, cache: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a text with # for its numbers, and without the lines after the first `_LINES`."""
+    """Return a text with # for its numbers and versions, and without the lines after the first `_LINES`."""
     text = re.sub(r"(\.py):\d+", r"\1", re.sub(r"\n\s*\n", "\n", text))
     text = re.sub(r"\b(?=\d*[a-f])[0-9a-f]{32,}\b", "...", re.sub(r"ERROR: .*", "(what pip says)", text))
     text = re.sub(r"(?<![\w.])(?:0x[0-9a-f]+|-?\d[\d.,]*\d(?:e[+-]?\d+)?|-?\d(?:e[+-]?\d+)?)(?!\w)", "#", text)
     text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    text = re.sub(r"#\+(?:cpu|cu\d+)\b", "#", text)  # the build in a version of PyTorch
     lines = [line.rstrip() for line in text.strip().split("\n")]
     return "\n".join([*lines[:_LINES], *["            ..."] * (len(lines) > _LINES)])
 

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-Stored = dict[str, Array]
+Stored = dict[str, Any]
+"""Tensors by name; a text is metadata of the file."""
 Encoder = Callable[[np.random.Generator, int, int], tuple[Stored, Array]]
 """Returns the tensors of a module's weight, by the end of their names, and its numbers, for N outputs and K inputs."""
 
@@ -118,7 +119,9 @@ def write_folder(
     stored, numbers = dict(plain), dict(plain)
     for module, (n, k) in linear.items():
         parts, meant = encode(rng, n, k)
-        stored |= {module + part: np.ascontiguousarray(array) for part, array in parts.items()}
+        stored |= {
+            module + p: a if isinstance(a, str) or not a.ndim else np.ascontiguousarray(a) for p, a in parts.items()
+        }
         turned = meant.T if config["model_type"] == "gpt2" else meant
         numbers[f"{module}.weight"] = np.ascontiguousarray(turned)
     change(stored)
@@ -132,9 +135,13 @@ def write_folder(
 
 
 def save_tensors(tensors: Stored, path: Path) -> None:
-    """Write a safetensors file. Narrow floats are those of ml_dtypes."""
-    header, data = {}, b""
+    """Write a safetensors file. Narrow floats are those of ml_dtypes. A text in place of a tensor is metadata."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
     for name, array in tensors.items():
+        if isinstance(array, str):
+            header["__metadata__"][name] = array
+            continue
         begin = len(data)
         data += np.ascontiguousarray(array).tobytes()
         offsets = [begin, len(data)]
@@ -168,9 +175,19 @@ def meaning(q: Array, zeros: Array, scales: Array, groups: Array) -> Array:
 
 
 def gptq(
-    bits: int = 4, group: int = 32, *, symmetric: bool = True, version: int = 1, order: bool = False, index: bool = True
+    bits: int = 4,
+    group: int = 32,
+    *,
+    symmetric: bool = True,
+    version: int = 1,
+    order: str = "",
+    index: bool = True,
 ) -> Encoder:
-    """Return an encoder to GPTQ's layout; group -1: a whole row."""
+    """Return an encoder to GPTQ's layout; group -1: a whole row.
+
+    order  "shared": inputs have groups in a random order, the same for all modules with the same number of inputs;
+           "own": in an order of each module; "unequal": groups have different numbers of inputs; "": in order
+    """
 
     def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
         size = k if group == -1 else group
@@ -180,7 +197,10 @@ def gptq(
         scales = scales_of(rng, n, count)
         groups = np.arange(k) // size
         if order:
-            groups = rng.permutation(groups)
+            groups = (np.random.default_rng(k) if order == "shared" else rng).permutation(groups)
+        if order == "unequal":
+            groups[groups == 0] = 1
+            groups[0] = 0
         parts = {
             ".qweight": packed(q, bits).T,
             ".qzeros": packed((zeros - (version == 1)).T, bits),
@@ -332,6 +352,51 @@ def bitsandbytes(kind: str = "nf4", block: int = 64, *, nested: bool = False) ->
         return parts, (table[codes] * absmax[np.arange(n * k) // block]).reshape(n, k)
 
     return encode
+
+
+def llm_int8() -> Encoder:
+    """Return an encoder to the 8-bit layout of bitsandbytes."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        q, largest = rng.integers(-127, 128, (n, k)), scales_of(rng, n, dtype=np.float32) * np.float32(127)
+        parts = {".weight": q.astype(np.int8), ".SCB": largest, ".weight_format": np.zeros((), np.uint8)}
+        return parts, q.astype(np.float32) * (largest / np.float32(127))[:, None]
+
+    return encode
+
+
+def torchao(kind: str = "Int8Tensor", group: int | None = None, *, bits: int = 8, symmetric: bool = True) -> Encoder:
+    """Return an encoder to a tensor of torchao; None: a group is a whole row."""
+
+    def encode(rng: np.random.Generator, n: int, k: int) -> tuple[Stored, Array]:
+        size, low = group or k, -(1 << (bits - 1))
+        data: dict[str, Any] = {"block_size": [1, size], "dtype": {"_type": "torch.dtype", "_data": "float32"}}
+        scales, groups = scales_of(rng, n, k // size, dtype=np.float32), np.arange(k) // size
+        parts: Stored = {"._weight_scale": scales}
+        if kind == "Float8Tensor":
+            q = (rng.standard_normal((n, k)) * 8).astype(E4M3)
+            parts["._weight_qdata"] = q
+            zeros = np.zeros(scales.shape, np.int8)
+        else:
+            q = rng.integers(low, -low, (n, k)).astype(np.int8)
+            zeros = (rng.integers(low, -low, scales.shape) * (not symmetric)).astype(np.int8)
+            parts |= {"._weight_qdata": q, "._weight_zero_point": zeros}
+            if kind != "Int8Tensor":
+                data["target_dtype"] = {"_type": "torch.dtype", "_data": f"int{bits}"}
+        names = [part.removeprefix("._weight_") for part in parts]
+        parts[".weight"] = json.dumps({"_type": kind, "_data": data, "_tensor_data_names": names})
+        return parts, meaning(q, zeros, scales, groups)
+
+    return encode
+
+
+def experts(rng: np.random.Generator, count: int, n: int, k: int) -> tuple[Stored, Array]:
+    """Return the blocks and scales of the matrices of experts in mxfp4, and their numbers."""
+    codes, exponents = rng.integers(0, 16, (count, n, k)), rng.integers(118, 123, (count, n, k // 32))
+    table = np.array([*E2M1, *[-x for x in E2M1]], np.float32)
+    packed_codes = (codes[..., ::2] + 16 * codes[..., 1::2]).reshape(count, n, k // 32, 16)
+    parts = {"_blocks": packed_codes.astype(np.uint8), "_scales": exponents.astype(np.uint8)}
+    return parts, table[codes] * np.repeat((2.0 ** (exponents - 127.0)).astype(np.float32), 32, axis=-1)
 
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

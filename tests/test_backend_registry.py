@@ -113,8 +113,10 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPat
     assert Target("cpu").cores() == 7
 
 
-def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("built", [None, "13.2"])
+def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch, built: str | None) -> None:
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     graph, weights = block_model()
     tokens = np.ones((1, 2), np.int64)

@@ -17,7 +17,7 @@ from treadle.ir.graph import Graph
 from treadle.ir.interpreter import interpret
 from treadle.ir.text.parser import parse_graph
 from treadle.ir.text.printer import print_graph
-from treadle.ir.transforms.balances import Balance, balanced_name, balances_of, norm_of
+from treadle.ir.transforms.balances import Balance, balances_of, norm_of, vector_name
 from treadle.ir.transforms.clone import clone_graph
 from treadle.ir.transforms.encoded_weights import encode_parameters, encode_weights, given_parameters, quantized_alike
 from treadle.passes.framework.manager import PassManager
@@ -280,7 +280,7 @@ def test_decodes_of_weights_name_their_source(golden: Golden) -> None:
     ],
 )
 def test_the_name_of_a_vector(weights: tuple[str, ...], taken: tuple[str, ...], name: str) -> None:
-    assert balanced_name(weights, taken.__contains__) == name
+    assert vector_name(weights, taken.__contains__) == name
 
 
 def test_values_without_a_norm_have_no_gain() -> None:

@@ -262,7 +262,7 @@ the checkpoint lacks 11 of the 22 tensors that the model needs and holds 4 that 
               h.{0..2}.attn.bias
               h.{0..2}.attn.c_atn.weight
               ln_f.gamma
-  try       check that config.json and the table of names belong to these weights
+  try       check that the configuration and the table of names belong to these weights
 """.strip("\n")
     )
 

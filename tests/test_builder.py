@@ -185,7 +185,7 @@ ERRORS: list[tuple[Callable[..., Any], type[TreadleError], str]] = [
     (unknown_op, GraphError, "did you mean softmax"),
     (unknown_attribute, GraphError, "softmax(x, *, axis=-1, name=None)"),
     (unknown_attribute, GraphError, "softmax got an unexpected keyword argument 'axes'\n"),
-    (missing_attribute, GraphError, "pattern"),
+    (missing_attribute, GraphError, "rearrange: attribute pattern is missing\n"),
     (attribute_of_another_kind, GraphError, "softmax: axis must be an integer, is 'last'"),
     (attribute_that_is_none, GraphError, "softmax: axis must be an integer, is None"),
     (attribute_that_is_no_tuple, GraphError, "reduce_sum: axes must be a tuple of integers, is 1\n"),

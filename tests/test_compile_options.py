@@ -309,6 +309,12 @@ def test_configuration_may_have_the_name_of_an_option() -> None:
             t.compile(named_alike, config={name: 1})
 
 
+def test_a_misspelled_option_of_load_is_reported_before_a_task_runs() -> None:
+    with raises_freely(t.FrontendError, match="model named_alike has no option weihgts") as refused:
+        t.load(named_alike, weihgts="folder")
+    assert "did you mean weights=, an option of load?" in str(refused.value)
+
+
 def test_a_mapping_counts_over_keywords() -> None:
     chosen = CompileOptions.of("compile", {"layers": 2, "dim": 8, "config": {"layers": 3}})
     assert chosen.config == {"layers": 3, "dim": 8}

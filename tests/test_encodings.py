@@ -27,11 +27,11 @@ from treadle.ir.verifier import verify
 
 Array = np.ndarray[Any, Any]
 
-GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+GGUF = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4")
 ZEROS = ("uint4_groups(32)", "uint4_wide_groups(64)", "int8_zero_groups(32)")
 CODES = tuple(f"{form}_groups({n})" for form in ("e4m3", "e2m1", "nf4", "fp4") for n in (16, 64))
 OURS = ("int8_rows", "uint8_rows", "int8_groups(32)", "int4_groups(32)", "int4_groups(64)")
-WHOLE = (*GGUF, *[form for form in OURS if form != "uint8_rows"], "uint4_groups(32)")
+WHOLE = (*GGUF[:-1], *[form for form in OURS if form != "uint8_rows"], "uint4_groups(32)")
 BLOCKS = 10_000
 SPECIAL = np.array(
     [0x0000, 0x8000, 0x0001, 0x83FF, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0x7E00, 0xFE00, 0xFFFF], np.uint16
@@ -62,7 +62,7 @@ def test_a_gguf_form_decodes_to_the_bits_of_the_library(form: str) -> None:
     with np.errstate(all="ignore"):
         expected = gguf.dequantize(raw, kind)
     got = encoding.decode(raw)
-    assert np.isnan(expected).any()
+    assert np.isnan(expected).any() or form == "mxfp4"  # its scales are powers of two
     np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.golden import Golden
 from tests.pass_programs import GELU, program
+from treadle import compile as compile_model
 from treadle.cli import app
 from treadle.explaining.fusion import explain_fusion, parse_expected
 from treadle.explaining.fusion_verdicts import FusionVerdict, judge
@@ -232,29 +233,23 @@ def quantized(folder: Path, *excluded: str) -> Path:
     return path
 
 
-def test_attention_of_a_quantized_model_is_a_site_and_a_quantizers_scales_are_none(tmp_path: Path) -> None:
-    explanation = explain_fusion(quantized(tmp_path))
-    found = {v.kind: v for block in explanation.blocks for v in block.verdicts}
-    attention = found.pop("attention")
-    assert (attention.status, attention.rules, attention.edge) == ("refused", ("fuse-attention",), "div")
-    assert attention.reason == "the probabilities are quantized: rounded to i8 and back"
-    assert "p_QuantizeLinear" in attention.at and "probabilities" in attention.places[0]
-    assert attention.hint == "leave the softmax and both its products out of quantization"
-    assert "scale" not in found
-
-
 @pytest.mark.parametrize(
-    ("excluded", "reason"),
+    ("excluded", "dropped"),
     [
-        (("probabilities", "scores", "values"), ""),  # the suggestion of the hint
-        (("probabilities", "values"), "the scores are quantized: rounded to i8 and back"),
-        (("scores", "values"), "the probabilities are quantized: rounded to i8 and back"),
+        ((), 3),
+        (("probabilities", "scores", "values"), 0),
+        (("probabilities", "values"), 1),
+        (("scores", "values"), 2),
     ],
 )
-def test_attention_beside_quantized_projections(excluded: tuple[str, ...], reason: str, tmp_path: Path) -> None:
-    explanation = explain_fusion(quantized(tmp_path, *excluded))
-    (found,) = [v for block in explanation.blocks for v in block.verdicts if v.kind == "attention"]
-    assert (found.status, found.reason) == ("refused" if reason else "fused", reason)
+def test_attention_of_a_quantized_model_is_fused(excluded: tuple[str, ...], dropped: int, tmp_path: Path) -> None:
+    path = quantized(tmp_path, *excluded)
+    explanation = explain_fusion(path)
+    found = {v.kind: v for block in explanation.blocks for v in block.verdicts}
+    assert found["attention"].status == "fused"
+    assert "scale" not in found
+    log = compile_model(path, backend="numpy").log.explain()
+    assert log.count("a rounding inside attention is dropped") == dropped
 
 
 def test_a_value_is_followed_through_a_round_trip_and_not_through_half_of_one() -> None:

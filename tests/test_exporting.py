@@ -414,7 +414,7 @@ def test_a_hostile_onnx_file(treadle_command: Treadle, tmp_path: Path, hostile: 
         (("--to", "svg", "-o", "a.svg"), "unknown format 'svg'"),
         (("--to", "dot", "-o", "a.json"), "must end in .dot or .gv"),
         (("--to", "json", "-o", "a.dot"), "must end in .json"),
-        (("-o", "a.onnx", "--sizes", "B=1"), "apply to other formats than onnx"),
+        (("-o", "a.onnx", "--sizes", "B=1"), "apply to other formats than onnx, gguf, compressed-tensors"),
         (("--to", "json", "-o", "a.json", "--opset", "17"), "apply to onnx only"),
         (("--to", "json", "-o", "a.json", "--times", "t.json"), "--times needs"),
         (("--to", "json", "-o", "none/a.json"), "the file cannot be written"),

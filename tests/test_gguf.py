@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from treadle.backends.mapped_files import is_mapped
 from treadle.backends.registry import backend_names
+from treadle.files.mapped_files import is_mapped
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.gguf_header import GGUFLimits
 from treadle.frontends.rotary import Divided, LinearScaling

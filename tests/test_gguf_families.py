@@ -19,7 +19,7 @@ from tests.decoder_models import DECODERS
 from tests.fuzz.gguf_files import Sizes, vocabulary, write_model
 from tests.hf_models import Tiny, answer
 from tests.test_huggingface_models import TOLERANCE, prepare
-from treadle.backends.mapped_files import is_mapped
+from treadle.files.mapped_files import is_mapped
 from treadle.ir.encodings.encoding import Encoding
 
 Array = np.ndarray[Any, Any]
@@ -116,14 +116,14 @@ def test_equals_hugging_face(tmp_path: Path, name: str, runner: str) -> None:
     assert np.abs(ours - expected).max() / np.abs(expected).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("runner", ["numpy", "torch"])
-def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str) -> None:
+@pytest.mark.parametrize(("runner", "form"), [("numpy", "q5_1"), ("torch", "q5_1"), ("numpy", "mxfp4")])
+def test_rows_of_a_tensor_in_blocks_stay_in_blocks(tmp_path: Path, runner: str, form: str) -> None:
     """In Phi-3, query, key and value are one tensor, and so are gate and up."""
-    theirs = write(tmp_path / "model.gguf", "phi3", form="q5_1")
+    theirs = write(tmp_path / "model.gguf", "phi3", form=form)
     resolved = resolve(tmp_path / "model.gguf")
     assert resolved.weights is not None
     matrices = [value for value in resolved.graph.parameters.values() if value.type.rank == 2]
-    assert all(str(value.type).endswith("as q5_1") for value in matrices)
+    assert all(str(value.type).endswith(f"as {form}") for value in matrices)
     joined = [resolved.weights[f"layer.0.attn.{part}.weight"] for part in "qkv"]
     assert all(is_mapped(rows) for rows in joined)
     tokens = np.random.default_rng(2).integers(0, len(vocabulary()), (2, 11))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from tests.gradient_edges import CASES, judged
+from tests.gradient_edges import CASES, EdgeCase, judged
 from tests.masked_programs import drawn_program, gradients_of
+from tests.torch_modules import leaves
 from treadle.ir.builder import Builder
 from treadle.ir.graph import Graph
 from treadle.ir.op_registry import OPS
@@ -75,6 +76,28 @@ def test_gradients_equal_autograds(name: str, float64: bool) -> None:
 def test_gradients_of_onnx_files_equal_autograds_of_their_modules(name: str) -> None:
     pytest.importorskip("onnxscript")
     assert judged(CASES[name], float64=name != "logsigmoid", onnx=True) == []
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, id=n) for n, c in CASES.items() if c.stable])
+def test_functions_with_our_gradient_at_ties_are_the_functions_of_pytorch(case: EdgeCase) -> None:
+    """Values are equal everywhere, gradients next to the ties: at ties, those of PyTorch depend on its version."""
+    assert case.stable is not None
+    for offset in (0.0, 1e-3):
+        results = []
+        for rule in (case.rule, case.stable):
+            tensors = [torch.tensor(a + offset * (1 + i), requires_grad=True) for i, a in enumerate(case.at)]
+            outputs = leaves(rule(*tensors))
+            gradients = torch.autograd.grad(sum(y.sum() * (i + 1) for i, y in enumerate(outputs)), tensors)
+            results.append([*outputs, *(gradients if offset else ())])
+        for theirs, ours in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_number_at_the_bound_of_a_clamp_gets_the_whole_gradient() -> None:
+    rule = CASES["clamp, between"].stable
+    assert rule is not None
+    x = torch.tensor([-1, -0.5, 0, 3, 4], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(rule(x).sum(), x)[0].tolist() == [0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -64,8 +64,8 @@ def test_axes_that_can_be_stepped() -> None:
 
 def test_refusals_of_the_declaration() -> None:
     for config, what in (
-        ({"head_dim": 5}, "rotary positions turn pairs"),
-        ({"base": 0.0}, "rotary positions turn pairs"),
+        ({"head_dim": 5}, "rotary positions need an even number"),
+        ({"base": 0.0}, "the base of rotary positions"),
         ({"head_dim": 2, "scaling": Yarn(2.0, 8)}, "yarn scaling needs more than one rotary frequency"),
         ({"base": 1.0, "scaling": Yarn(2.0, 8)}, "yarn scaling needs .* a base that is not 1"),
         ({"scaling": Divided((1.0, 2.0))}, "2 factors for 3 rotary frequencies"),

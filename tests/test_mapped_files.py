@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from treadle.backends.mapped_files import give_back, is_mapped
+from treadle.files.mapped_files import give_back, in_file, is_mapped
 
 COUNT = 1 << 24
 
@@ -51,3 +52,24 @@ def test_other_arrays_stay_as_they_are() -> None:
         give_back(array)
         np.testing.assert_array_equal(array, wanted)
     assert not is_mapped(np.ones(3)) and is_mapped(np.frombuffer(b"treadle", np.uint8))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+def test_an_array_in_a_file_is_equal_and_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path / "cache"))
+    array = np.arange(COUNT // 4, dtype=np.uint32).reshape(4, -1)
+    made = in_file(array)
+    assert is_mapped(made)
+    assert not made.flags.writeable
+    np.testing.assert_array_equal(made, array)
+    held = of_files()
+    give_back(made)
+    assert held - of_files() > COUNT * 3 // 4
+    np.testing.assert_array_equal(made, array)
+    assert not list((tmp_path / "cache" / "blocks").iterdir())  # the file has no name
+
+
+@pytest.mark.parametrize("array", [np.ones(8, np.uint8), np.ones(COUNT, np.uint8)], ids=["small", "no room"])
+def test_an_array_that_needs_no_file_stays(array: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.files.mapped_files.private_folder", lambda *parts: Path("/nowhere"))
+    assert in_file(array) is array

@@ -39,9 +39,11 @@ def test_only_a_regular_file_is_opened(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("nothing", "pipe/inside"):
         with pytest.raises(CheckpointError, match="the file does not exist"):
             open_regular(name, "the file")
-    with pytest.raises(CheckpointError, match="the file cannot be opened") as error:
-        open_regular("a\0b")
-    assert (error.value.received, error.value.within) == ("embedded null byte", "'a\\x00b'")
+    for name, reason in (("a\0b", "a null character"), ("a\ud800b", "a character that the system cannot encode")):
+        for opening in (open_regular, canonical):
+            with pytest.raises(CheckpointError, match="the file cannot be opened") as error:
+                opening(name)
+            assert (error.value.received, error.value.within) == (f"{reason} in the path", shown_path(name))
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

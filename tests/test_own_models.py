@@ -6,7 +6,6 @@ import io
 import json
 import os
 import py_compile
-import re
 import runpy
 import shlex
 import shutil
@@ -25,6 +24,7 @@ import pytest
 pytest.importorskip("tokenizers")
 
 import treadle as t
+from tests import first_hour
 from tests.command_line import Result, Treadle, commands_in, refused
 from tests.task_models import save, without_specials
 from treadle.frontends.huggingface import MemoryFolder
@@ -36,14 +36,7 @@ from treadle.resolving import resolve
 from treadle.training.saving import saver_for
 from treadle.training.text_data import TextData
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "own-models.md").read_text(encoding="utf-8")
-BLOCKS = [(match[1], match[2]) for match in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)]
-DECLARATION, IN_PYTHON = (text for kind, text in BLOCKS if kind == "python")
-ANIMALS = ("cat", "dog", "bird", "fox")
-CORPUS = (
-    "\n".join(f"the {a} {verb} the {b}." for a in ANIMALS for verb in ("sees", "likes", "hears") for b in ANIMALS) * 4
-)
+DECLARATION = dict(first_hour.steps())["models.py"]
 TRAIN = "--vocab 300 --steps 2 --length 16 --batch 2 --learning-rate 0.01 --backend numpy"
 OWN = "models.py:my_gpt"
 
@@ -53,7 +46,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as training writes it, with weights that were drawn."""
     place = tmp_path_factory.mktemp("own")
     (place / "models.py").write_text(DECLARATION, encoding="utf-8")
-    (place / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    (place / "corpus.txt").write_text(first_hour.CORPUS, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         resolved = resolve(OWN)
@@ -67,7 +60,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def treadle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Treadle:
     """Run a command line in a folder with the page's models.py and corpus.txt."""
     (tmp_path / "models.py").write_text(DECLARATION, encoding="utf-8")
-    (tmp_path / "corpus.txt").write_text(CORPUS, encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(first_hour.CORPUS, encoding="utf-8")
     run = commands_in(tmp_path, capsys, monkeypatch)
     return lambda *lines: run(*shlex.split(" ".join(lines)))
 
@@ -112,29 +105,38 @@ def served(words: list[str]) -> None:
 def test_every_command_of_the_page_runs(
     treadle_command: Treadle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("jinja2", "onnx"):
+    for name in ("jinja2", "onnx", "torch", "tvm"):
         pytest.importorskip(name)
     count = 0
-    for kind, text in BLOCKS:
-        if kind == "jinja":
-            Path("out", "chat_template.jinja").write_text(text, encoding="utf-8")
-        if kind == "python" and text == IN_PYTHON:
-            Path("use.py").write_text(text, encoding="utf-8")
+    for kind, text in first_hour.steps():
+        if kind != "sh":
+            Path(kind).write_text(text, encoding="utf-8")
+            continue
+        count += 1
+        program, *words = shlex.split(text)
+        if text == "python use.py":
             runpy.run_path("use.py")
             printed = capsys.readouterr().out.splitlines()
             assert {"(32,)", "(1, 3, 300)"} <= set(printed)
-        for line in text.splitlines() if kind == "sh" else ():
-            count += 1
-            words = shlex.split(line)
-            assert words[0] == "treadle", line
-            if words[1] == "serve":
-                served(words[1:])
-                continue
-            if words[1] == "chat":
+        elif program != "treadle":
+            assert program in {"git", "python3", ".", "pip", "curl"}, text  # run by tests/first_hour.py
+        elif words[0] == "serve":
+            served(words)
+        elif words[0] not in ("bench", "launch"):  # these take seconds; tests/first_hour.py runs them
+            if words[0] == "chat":
                 monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
-            said = treadle_command(shlex.join(words[1:]))
-            assert said.code == 0, f"{line}\n{said.out}{said.err}"
-    assert count > 12
+            said = treadle_command(shlex.join(words))
+            assert said.code == 0, f"{text}\n{said.out}{said.err}"
+    assert count >= 40
+
+
+def test_the_page_is_a_shell_script() -> None:
+    """Its syntax is checked here; `make first-hour` runs it."""
+    text = first_hour.script(8123)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    assert text.count("\n$ ") == 0
+    assert "127.0.0.1:8123/" in text
+    assert "--port 8123" in text
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
@@ -205,14 +207,14 @@ def test_weights_of_the_zoo_need_no_file(treadle_command: Treadle) -> None:
 
 
 def test_a_vocabulary_is_the_same_for_the_same_texts() -> None:
-    one, two = (train_tokenizer([CORPUS, "Œuvre"], 290) for _ in range(2))
+    one, two = (train_tokenizer([first_hour.CORPUS, "Œuvre"], 290) for _ in range(2))
     assert one.serialized() == two.serialized()
     assert len(one.vocabulary()) == 290
-    assert train_tokenizer([CORPUS], 290, mask=True).mask == "<mask>"
+    assert train_tokenizer([first_hour.CORPUS], 290, mask=True).mask == "<mask>"
     again = TextTokenizer.open(MemoryFolder.of(one.text_files("{{ messages }}"), "memory"))
     assert again.ids(["the cat"]) == one.ids(["the cat"])
     with pytest.raises(UsageError, match="257 tokens or more"):
-        train_tokenizer([CORPUS], 256)
+        train_tokenizer([first_hour.CORPUS], 256)
 
 
 # -- Python code runs only if its file is named --------------------------------------------------------------------

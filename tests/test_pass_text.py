@@ -124,7 +124,7 @@ FIT_TEXT = spell_pass(FitMemory(FIT))
         ("legalize{backend=numpi}", "there is no backend 'numpi'", None),
         ("legalize{backend=1}", "backend of legalize must be the name of a backend", None),
         ("plan-storage{strided=1}", "strided of plan-storage must be true or false", None),
-        ("plan-storage{strided=true,strided=true}", "plan-storage has no option 'strided'", None),
+        ("plan-storage{strided=true,strided=true}", "plan-storage has strided twice", "one value for each option"),
         ("plan-storage{donated=x}", "donated of plan-storage must be a list", None),
         ("plan-storage{donated=[x", "expected ','", None),
         ("plan-storage{donated=[[x]]}", "donated of plan-storage must be a list", None),

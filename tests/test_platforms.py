@@ -6,10 +6,14 @@ import ctypes
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import treadle
+from tests.portability import small_models
 from treadle.backends.tvm.kernels import cpu_features, linking, platforms, tvm_runtime
 from treadle.backends.tvm.kernels import isa as instruction_sets
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa
@@ -281,3 +285,16 @@ def test_folders_of_libraries_that_do_not_exist_are_not_added(tmp_path: Path, mo
     monkeypatch.setattr(os, "add_dll_directory", added.append, raising=False)
     platforms.add_folders(tmp_path, tmp_path / "missing")
     assert added == [str(tmp_path)]
+
+
+def test_the_small_models_that_other_environments_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the NumPy backend; the scripts of tests/portability/ run them on TVM."""
+    artifact, numbers = tmp_path / "model.treadle", tmp_path / "numbers.npz"
+    treadle.compile("gpt2", backend="numpy", **small_models.SIZES).save(artifact)
+    options = ["--backend", "numpy", "--only", "gpt2", "bert", "trained", "--artifact", str(artifact)]
+    monkeypatch.setattr(sys, "argv", ["small_models", str(numbers), *options])
+    small_models.main()
+    with np.load(numbers) as file:
+        assert {name.partition(".")[0] for name in file.files} == {"gpt2", "bert", "trained", "loaded"}
+        assert np.diff(file["trained.losses"]).max() < 0
+        np.testing.assert_array_equal(file["gpt2.2x40"], file["loaded.logits"])

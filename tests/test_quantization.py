@@ -222,7 +222,7 @@ def test_four_bits_beside_rounded_activations() -> None:
 def test_an_unknown_scheme_is_refused(every: Graph) -> None:
     with pytest.raises(PassError, match="unknown quantization 'int3'") as error:
         plan_quantization(every, "int3")
-    assert error.value.hint == "one of int8-weights, int8, int4, int4-int8"
+    assert error.value.hint == "one of int8-weights, int8, int4, int4-int8, as-stored"
     with pytest.raises(UsageError, match="unknown quantization scheme 'int3'"):
         treadle.compile(MODELS["llama"], quantize="int3")
 

@@ -15,6 +15,7 @@ from tests.fuzz.quantized_folders import run
 from tests.quantized_folders import (
     BERT,
     BF16,
+    E4M3,
     E8M0,
     GPT2,
     LLAMA,
@@ -25,15 +26,22 @@ from tests.quantized_folders import (
     bitsandbytes,
     compressed,
     compressed_settings,
+    experts,
     floats,
     gptq,
     gptq_settings,
     integers,
+    llm_int8,
+    save_tensors,
     small_floats,
+    torchao,
     write_folder,
 )
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.explaining.quantization import explain_quantization
+from treadle.ir.errors import CheckpointError, GraphError, UsageError
+from treadle.ir.interpreter import interpret
 from treadle.program.source import ModelSource
+from treadle.runtime.generation import generate
 
 TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79], [27, 18, 28, 18, 28, 45, 90, 45]])
 
@@ -87,9 +95,7 @@ def test_a_declaration_does_not_bind_numbers_next_to_a_scale(tmp_path: Path) -> 
         treadle.compile(f"{tmp_path}/model.py:small", weights=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "method", ["aqlm", "hqq", "quark", "vptq", "eetq", "quanto", "higgs", "spqr", "mxfp4", "modelopt"]
-)
+@pytest.mark.parametrize("method", ["aqlm", "hqq", "quark", "vptq", "eetq", "quanto", "higgs", "spqr", "modelopt"])
 def test_a_method_that_is_not_read_is_refused_by_name(method: str, tmp_path: Path) -> None:
     folder, _ = write_folder(tmp_path, plain, {"quant_method": method})
     with pytest.raises(CheckpointError, match=f"quantized by {method} are not supported") as error:
@@ -144,7 +150,11 @@ GPTQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
         gptq_settings(4, 32, checkpoint_format="gptq_v2"),
         "uint4_groups(32)",
     ),
-    ("gptq-order", gptq(4, 32, order=True, symmetric=False), gptq_settings(4, 32, desc_act=True), ""),
+    *[
+        (f"gptq-order-{each}", gptq(4, 32, order=each, symmetric=False), gptq_settings(4, 32, desc_act=True), form)
+        for each, form in (("shared", "uint4_groups(32)"), ("own", "uint4_groups(32)"), ("unequal", ""))
+    ],
+    ("gptq-8-order", gptq(8, 32, order="shared"), gptq_settings(8, 32, desc_act=True), "int8_groups(32)"),
 ]
 AWQ_SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 AWQ: list[tuple[str, Encoder, dict[str, Any], str]] = [
@@ -169,7 +179,12 @@ COMPRESSED: list[tuple[str, Encoder, dict[str, Any], str]] = [
         "uint4_wide_groups(32)",
     ),
     ("pack-4-rows", compressed(group=None), compressed_settings(PACK, num_bits=4), "int4_groups"),
-    ("pack-4-order", compressed(order=True), compressed_settings(PACK, num_bits=4, actorder="group", **GROUPS), ""),
+    (
+        "pack-4-order",
+        compressed(order=True),
+        compressed_settings(PACK, num_bits=4, actorder="group", **GROUPS),
+        "int4_groups(32)",
+    ),
     ("pack-8", compressed(8, dtype=np.float32), compressed_settings(PACK, **GROUPS), "int8_groups(32)"),
     (
         "pack-8-zeros",
@@ -222,7 +237,31 @@ BNB_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
     ("fp4", bitsandbytes("fp4"), BNB, "fp4_groups(64)"),
     ("nf4-over-rows", bitsandbytes(block=256), BNB, ""),
 ]
-LAYOUTS = [*GPTQ, *AWQ, *COMPRESSED, *FP8_ROWS, *BNB_ROWS]
+BNB_8 = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False, "llm_int8_threshold": 6.0}
+TORCHAO = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}}
+INTX = "IntxUnpackedToInt8Tensor"
+TORCHAO_ROWS: list[tuple[str, Encoder, dict[str, Any], str]] = [
+    ("torchao-int8", torchao(), TORCHAO, "int8_rows"),
+    ("torchao-int8-group", torchao(group=32), TORCHAO, "int8_groups(32)"),
+    ("torchao-int8-zeros", torchao(symmetric=False), TORCHAO, "int8_zero_groups"),
+    *[(f"torchao-int{b}", torchao(INTX, 32, bits=b), TORCHAO, "uint4_wide_groups(32)") for b in (1, 2, 3, 4)],
+    ("torchao-int4-zeros", torchao(INTX, bits=4, symmetric=False), TORCHAO, "uint4_wide_groups"),
+    ("torchao-int6", torchao(INTX, 32, bits=6), TORCHAO, "int8_groups(32)"),
+    ("torchao-float8", torchao("Float8Tensor"), TORCHAO, "e4m3_groups"),
+]
+TOKEN = {"num_bits": 8, "type": "int", "dynamic": True, "strategy": "token", "symmetric": True, "group_size": None}
+ROUNDED = compressed_settings(INTS)
+ROUNDED["config_groups"]["group_0"]["input_activations"] = TOKEN
+LAYOUTS = [
+    *GPTQ,
+    *AWQ,
+    *COMPRESSED,
+    *FP8_ROWS,
+    *BNB_ROWS,
+    ("llm-int8", llm_int8(), BNB_8, "int8_rows"),
+    ("int-rounded", integers(), ROUNDED, "int8_rows"),
+    *TORCHAO_ROWS,
+]
 
 
 @pytest.mark.parametrize(("encode", "settings", "form"), [row[1:] for row in LAYOUTS], ids=[row[0] for row in LAYOUTS])
@@ -242,13 +281,19 @@ def test_a_layout_decodes_to_its_numbers(encode: Encoder, settings: Any, form: s
         encoding = resolved.graph.parameters[name].type.encoding
         if encoding is not None:
             assert str(encoding).startswith(form)
-            np.testing.assert_array_equal(encoding.decode(np.asarray(resolved.weights[name])), numbers)
+            held = encoding.decode(np.asarray(resolved.weights[name]))
+            arrays = {each: np.asarray(array) for each, array in resolved.weights.items() if "order" in each}
+            orders = [each for each in arrays.values() if len(each) == numbers.shape[1]] or [np.arange(len(numbers.T))]
+            assert any(np.array_equal(held, numbers[:, order]) for order in orders)
             encoded += 1
     assert encoded == (14 if form else 0)
 
 
 @pytest.mark.parametrize("config", [LLAMA, BERT], ids=lambda config: config["model_type"])
-@pytest.mark.parametrize("layout", ["gptq-8-zeros", "gptq-order", "awq", "pack-4", "int", "fp8-bfloat16", "nf4"])
+@pytest.mark.parametrize(
+    "layout",
+    ["gptq-8-zeros", "gptq-order-own", "awq", "pack-4", "int", "fp8-bfloat16", "nf4", "llm-int8", "torchao-int4"],
+)
 def test_a_model_of_each_method_computes_as_with_its_numbers(layout: str, config: Any, tmp_path: Path) -> None:
     pytest.importorskip("tvm")
     encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
@@ -264,6 +309,77 @@ def test_a_quantized_model_computes_as_with_its_numbers(config: Any, backend: st
     folder, wide = write_folder(tmp_path, gptq(4, 32, symmetric=False), gptq_settings(), config)
     expected = output(treadle.compile(wide, backend="numpy"))
     np.testing.assert_allclose(output(treadle.compile(folder, backend=backend)), expected, atol=1e-4, rtol=0)
+
+
+def ordered_folder(order: str, tmp_path: Path, config: Any = LLAMA) -> tuple[Path, Path]:
+    encode = gptq(4, 32, order=order, symmetric=False)
+    return write_folder(tmp_path, encode, gptq_settings(desc_act=True), config)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "tvm"])
+@pytest.mark.parametrize(("order", "gathers"), [("shared", 4), ("own", 7), ("unequal", 0)])
+def test_products_with_one_order_of_inputs_share_a_gather(
+    order: str, gathers: int, backend: str, tmp_path: Path
+) -> None:
+    """Query, key and value read one gather, and so do gate and up; they are merged as without an order."""
+    pytest.importorskip(backend)
+    folder, wide = ordered_folder(order, tmp_path)
+    made = treadle.compile(folder, backend=backend)
+    ops = [node.op.name for _, node in made.graph.walk()]
+    assert ops.count("gather") == gathers
+    assert ("projections" in ops) == (order != "own")
+    expected = output(treadle.compile(wide, backend="numpy"))
+    np.testing.assert_allclose(output(made), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"quantize": "int8"}], ids=str)
+def test_an_order_of_inputs_does_not_change_the_products(options: Any, tmp_path: Path) -> None:
+    """The same numbers, stored group by group, compute almost the same as decoded numbers in their own order."""
+    pytest.importorskip("tvm")
+    folder, wide = ordered_folder("shared", tmp_path)
+    expected, got = (
+        output(treadle.compile(each, backend="tvm", **more)) for each, more in ((wide, {}), (folder, options))
+    )
+    assert (got * expected).sum() / np.sqrt((got * got).sum() * (expected * expected).sum()) > 0.999
+
+
+def test_a_model_with_an_order_of_inputs_continues_a_text(tmp_path: Path) -> None:
+    """The step of a session reads the same orders."""
+    folder, wide = ordered_folder("shared", tmp_path)
+    sessions = [treadle.compile(each, backend="numpy").session(capacity=16) for each in (folder, wide)]
+    made, expected = ([token.id for token in generate(each, [[3, 14, 15]], most=6)] for each in sessions)
+    assert made == expected
+
+
+def test_matrices_of_experts_are_read(tmp_path: Path) -> None:
+    """A declaration reads the experts of a gpt-oss folder; the family itself is refused by name."""
+    rng = np.random.default_rng(2)
+    parts, numbers = experts(rng, 3, 8, 64)
+    save_tensors(
+        {f"experts.gate_up_proj{part}": array for part, array in parts.items()}, tmp_path / "model.safetensors"
+    )
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.0.self_attn"]}
+    config = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="gpt_oss"):
+        treadle.compile(tmp_path)
+    (tmp_path / "model.py").write_text(
+        "import treadle.frontends.language as t\n"
+        "@t.model\n"
+        "def small(x: t.f32['B 64']):\n"
+        "    return t.einsum(x, t.parameter('experts.gate_up_proj', 3, 8, 64), equation='b k, e n k -> b e n')\n"
+    )
+    source = ModelSource.open(f"{tmp_path}/model.py:small", weights=tmp_path)
+    resolved = source.resolve()
+    assert resolved.weights is not None
+    encoding = resolved.graph.parameters["experts.gate_up_proj"].type.encoding
+    assert str(encoding) == "mxfp4"
+    x = rng.standard_normal((2, 64)).astype(np.float32)
+    for backend in ("numpy", "torch", "tvm"):
+        pytest.importorskip(backend)
+        made = treadle.compile(source, backend=backend)
+        got = np.asarray(next(iter(made(x=x).values())))
+        np.testing.assert_allclose(got, np.einsum("bk,enk->ben", x, numbers), atol=1e-5, rtol=1e-5)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -360,24 +476,144 @@ def test_trained_weights_are_not_saved_in_a_quantized_layout(tmp_path: Path) -> 
 
 
 def test_a_weight_that_is_decoded_when_it_is_read_is_in_the_log(tmp_path: Path) -> None:
-    folder, _ = write_folder(tmp_path, gptq(order=True), gptq_settings(desc_act=True))
+    folder, _ = ordered_folder("unequal", tmp_path)
     log = treadle.compile(folder, backend="numpy").log
     notes = [note for record in log if record.name == "read-weights" for note in record.notes]
     assert len(notes) == 14
-    assert notes[0] == (
-        "layer.0.attn.q.weight is decoded when it is read: its groups of inputs are not blocks of neighbors"
-    )
+    assert notes[0] == ("layer.0.attn.q.weight is decoded when it is read: its groups do not all have 32 inputs")
 
 
-def test_rounding_of_activations_that_is_not_applied_is_reported(tmp_path: Path) -> None:
-    settings = compressed_settings(INTS)
-    settings["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
-    settings["kv_cache_scheme"] = {"num_bits": 8}
-    folder, _ = write_folder(tmp_path, integers(), settings)
-    assert set(ModelSource.open(folder).resolve().unread) == {
-        "quantization_config.kv_cache_scheme",
-        "quantization_config.config_groups.group_0.input_activations",
-    }
+def asking(layout: str, tmp_path: Path, **activations: Any) -> tuple[Path, Path]:
+    """Write a folder of a layout of compressed-tensors whose settings ask for a rounding of inputs."""
+    encode, settings = next((encode, settings) for name, encode, settings, _ in LAYOUTS if name == layout)
+    settings = json.loads(json.dumps(settings))
+    if "config_groups" in settings:
+        settings["config_groups"]["group_0"]["input_activations"] = activations
+    else:
+        settings |= activations
+    return write_folder(tmp_path, encode, settings)
+
+
+def test_rounding_of_inputs_that_is_not_applied_is_reported(tmp_path: Path) -> None:
+    folder, wide = asking("int", tmp_path, **TOKEN)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8}
+    (folder / "config.json").write_text(json.dumps(settings))
+    made = treadle.compile(folder, backend="numpy")
+    assert made.unread == ("quantization_config.kv_cache_scheme",)
+    notes = [note for record in made.log if record.name == "read-weights" for note in record.notes]
+    what = "inputs of 14 weights are not rounded as the file asks (int8, dynamic per token)"
+    assert notes == [f"{what}; quantize as-stored rounds them"]
+    np.testing.assert_allclose(output(made), output(treadle.compile(wide, backend="numpy")), atol=1e-5)
+
+
+def rounded_rows(x: Any, kind: str) -> Any:
+    """Round as the settings ask: integers from -127 to 127, integers from 0 to 255, or e4m3, with a scale per row."""
+    if kind == "int8":
+        scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        return np.rint(x / scale) * scale
+    if kind == "uint8":
+        least, most = np.minimum(x.min(axis=-1, keepdims=True), 0), np.maximum(x.max(axis=-1, keepdims=True), 0)
+        scale = (most - least) / 255
+        zero = np.rint(-least / scale)
+        return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+    groups = x.reshape(*x.shape[:-1], -1, 32) if kind == "e4m3 by 32" else x
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(448)
+    return ((groups / scale).astype(E4M3).astype(np.float32) * scale).reshape(x.shape)
+
+
+ROUNDINGS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("int", "int8", TOKEN, "int8, dynamic per token"),
+    ("pack-4", "int8", TOKEN, "int8, dynamic per token"),
+    ("pack-4-zeros", "uint8", {**TOKEN, "symmetric": False}, "int8, dynamic per token, with a zero point"),
+    ("float-channel", "e4m3", {**TOKEN, "type": "float"}, "f8e4m3fn, dynamic per token"),
+    ("fp8-tensor", "e4m3", {"activation_scheme": "dynamic"}, "f8e4m3fn, dynamic per token"),
+    (
+        "float-group",
+        "e4m3 by 32",
+        {**TOKEN, "type": "float", "strategy": "group", "group_size": 32},
+        "f8e4m3fn, dynamic in groups of 32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("layout", "kind", "asked", "text"), ROUNDINGS, ids=[f"{r[0]}-{r[1]}" for r in ROUNDINGS])
+def test_inputs_are_rounded_as_the_file_asks(
+    layout: str, kind: str, asked: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    """The first products compute with rounded inputs, and every backend computes almost the same."""
+    pytest.importorskip("tvm")
+    folder, wide = asking(layout, tmp_path, **asked)
+    plan = explain_quantization(folder, quantize="as-stored")
+    assert len(plan.stored) == 14
+    assert {str(rounding)[: len(text)] for rounding in plan.stored.values()} == {text}
+    assert text in str(plan)
+    weights = numbers_of(wide)
+    x = weights["embed.weight"][TOKENS]
+    norm = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weights["layer.0.attn_norm.weight"]
+    source = ModelSource.open(folder).resolve(as_stored=True)
+    assert source.weights is not None
+    seen: dict[str, Any] = {}
+
+    def watch(node: Any, results: Any) -> None:
+        if node.results[0].name.endswith("attn_norm_rounded") and "x" not in seen and node.op.name != "encode":
+            seen["x"] = results[0]
+
+    held = {name: np.asarray(array) for name, array in source.weights.items()}
+    interpret(source.graph, {"tokens": TOKENS}, held, watch=lambda node, results, *_: watch(node, results))
+    np.testing.assert_allclose(seen["x"], rounded_rows(norm, kind), atol=0.02)
+    assert np.mean(np.abs(seen["x"] - rounded_rows(norm, kind)) > 1e-5) < 0.02  # ties of numbers that differ by an ulp
+    outputs = [output(treadle.compile(folder, backend=b, quantize="as-stored")) for b in ("numpy", "torch", "tvm")]
+    plain_output = output(treadle.compile(folder, backend="numpy"))
+    for each in outputs:
+        cosine = (each * plain_output).sum() / np.sqrt((each * each).sum() * (plain_output * plain_output).sum())
+        assert 0.99 < cosine < 1 - 1e-9
+        np.testing.assert_allclose(each, outputs[0], atol=0.1)
+
+
+def test_layers_that_ask_for_different_roundings_are_refused(tmp_path: Path) -> None:
+    """Layers share one function, which cannot round the inputs of only some of its calls."""
+    folder, _ = asking("int", tmp_path, **TOKEN)
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    groups["group_1"] = {"targets": ["re:.*layers.1.*"], "weights": groups["group_0"]["weights"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraphError, match="calls of one function round inputs differently"):
+        treadle.compile(folder, quantize="as-stored")
+
+
+def test_products_of_rounded_inputs_are_integer_products(tmp_path: Path) -> None:
+    pytest.importorskip("tvm")
+    folder, _ = asking("int", tmp_path, **TOKEN)
+    made = treadle.compile(folder, backend="tvm", quantize="as-stored")
+    assert any(record.name == "multiply-blocks" and record.changed for record in made.optimized.lowered.log)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("int", {**TOKEN, "dynamic": False, "strategy": "tensor"}, "scales in the file are not supported"),
+    ("int", {**TOKEN, "strategy": "tensor"}, "a scale for all tokens"),
+    ("int", {**TOKEN, "num_bits": 4}, "numbers int4 are not supported"),
+    ("int", {**TOKEN, "strategy": "group", "group_size": 64}, "integers in groups of 64"),
+    ("fp8-tensor", {"activation_scheme": "static"}, "scales in the file are not supported"),
+    ("llm-int8", {}, "a threshold of inputs is not supported"),
+]
+
+
+@pytest.mark.parametrize(("layout", "asked", "why"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_a_rounding_that_is_not_supported_is_refused(
+    layout: str, asked: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    folder, _ = asking(layout, tmp_path, **asked)
+    assert f"no: {why}" in str(explain_quantization(folder))
+    with pytest.raises(UsageError, match="cannot be rounded as the file asks") as error:
+        treadle.compile(folder, quantize="as-stored")
+    assert why in str(error.value)
+
+
+def test_a_folder_that_asks_for_no_rounding_is_refused(tmp_path: Path) -> None:
+    folder, _ = write_folder(tmp_path, gptq(), gptq_settings())
+    with pytest.raises(UsageError, match="ask for no rounding of inputs"):
+        treadle.compile(folder, quantize="as-stored")
 
 
 def compressed_damage() -> list[tuple[str, Any, Any, str]]:
@@ -431,6 +667,18 @@ def state_of(**changes: Any) -> Any:
     return change
 
 
+def described(**changes: Any) -> Any:
+    """Return a change of the JSON that describes a tensor of torchao."""
+
+    def change(tensors: Stored) -> None:
+        found = json.loads(tensors[f"{UP}.weight"])
+        data = changes.pop("_data", {})
+        data = {**found["_data"], **data} if isinstance(data, dict) else data
+        tensors[f"{UP}.weight"] = json.dumps({**found, "_data": data, **changes})
+
+    return change
+
+
 OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
     ("nf4-shape", bitsandbytes(), BNB, state_of(shape=[64, 64, 2]), "the shape of a weight must be two"),
     ("nf4-large", bitsandbytes(), BNB, state_of(shape=[1 << 40, 64]), "the shape of a weight must be two"),
@@ -441,6 +689,19 @@ OTHER_DAMAGE: list[tuple[str, Encoder, Any, Any, str]] = [
     ("nf4-scale", bitsandbytes(), BNB, put(".weight.absmax", 3, np.nan), "a scale is NaN or infinite"),
     ("nf4-8-bit", bitsandbytes(), {**BNB, "load_in_8bit": True}, None, "unsupported value of load_in_8bit"),
     ("nf4-storage", bitsandbytes(), {**BNB, "bnb_4bit_quant_storage": "bfloat16"}, None, "bnb_4bit_quant_storage"),
+    ("int8-order", llm_int8(), BNB_8, put(".weight_format", (), 2), "in the order of a GPU kernel"),
+    ("int8-scale", llm_int8(), BNB_8, put(".SCB", 3, np.inf), "a scale is NaN or infinite"),
+    ("int8-and-4", llm_int8(), {**BNB_8, "load_in_4bit": True}, None, "unsupported value of load_in_8bit"),
+    *[
+        (f"torchao-{kind}", torchao(), TORCHAO, described(_type=kind), f"torchao\n.*{kind}")
+        for kind in ("Int4TilePackedTo4dTensor", "Int4PlainInt32Tensor", "MXTensor", "NVFP4Tensor")
+    ],
+    ("torchao-undescribed", torchao(), TORCHAO, drop(".weight"), "unsupported tensor of torchao"),
+    ("torchao-factor", torchao(), TORCHAO, described(_tensor_data_names=["act_pre_scale"]), "is damaged or not supp"),
+    ("torchao-data", torchao(), TORCHAO, described(_data=[]), "is damaged or not supported"),
+    ("torchao-block", torchao(), TORCHAO, described(_data={"block_size": [1, 16]}), "one number per block of 1 x 16"),
+    ("torchao-range", torchao(INTX, 32, bits=4), TORCHAO, put("._weight_qdata", (0, 1), 9), "range of 4 bits"),
+    ("torchao-target", torchao(INTX), TORCHAO, described(_data={"target_dtype": 4}), "unsupported dtype of integers"),
     ("fp8-nan", floats("tensor"), FP8, put(".weight", (1, 1), np.nan), "a weight is NaN"),
     ("fp8-block", floats("block"), {**FP8, "weight_block_size": [64, 64]}, None, "one number per block of 64 x 64"),
     ("fp8-block-size", floats("tensor"), {**FP8, "weight_block_size": [0, 1]}, None, "must be two positive numbers"),

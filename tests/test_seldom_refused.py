@@ -356,9 +356,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
         lambda _: traced(lambda x: next(x for _ in t.stack("h", -1))), FrontendError, "stack 'h' needs a number"
     ),
     "factors": (lambda _: Divided((1.0,)).apply(np.ones(4)), FrontendError, "1 factors for 4 rotary frequencies"),
-    "odd dims": (lambda _: traced(lambda x: t.rotary_frequencies(7)), FrontendError, "rotary positions turn pairs"),
+    "odd dims": (lambda _: traced(lambda x: t.rotary_frequencies(7)), FrontendError, "rotary positions need an even"),
     "no base": (
-        lambda _: traced(lambda x: t.rotary_frequencies(4, base=0.0)), FrontendError, "rotary positions turn pairs"
+        lambda _: traced(lambda x: t.rotary_frequencies(4, base=0.0)), FrontendError, "the base of rotary"
     ),
     "dynamic": (
         lambda _: traced(lambda x: t.rotary_frequencies(4, scaling=Dynamic(2.0, 8))), FrontendError, "dynamic scaling"

@@ -148,6 +148,8 @@ def test_passes_are_left_out_of_their_stages() -> None:
     with pytest.raises(UsageError, match="the pipeline has no pass 'fuse-geru'") as refused:
         left_out([Recognize()], ["fuse-geru"])
     assert refused.value.hint == "fuse-gelu?"
+    with pytest.raises(UsageError, match="legalize is not a pass of these stages, and backends need their own"):
+        left_out([Recognize()], ["legalize"])
 
 
 def test_a_wrong_claim_of_a_transform_is_found() -> None:

@@ -68,7 +68,8 @@ def compile(
     quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
               bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
               quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
-              (docs/quantization.md). None: as stored
+              (docs/quantization.md). "as-stored": inputs of products are rounded as the settings of a quantized folder
+              ask for it. None: weights as stored, and inputs not rounded
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`
@@ -128,7 +129,8 @@ def load(
     quantize  "int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4
               bits, with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by
               quantized weights (including those of a GGUF file) are rounded to 8 bits at every call
-              (docs/quantization.md). None: as stored
+              (docs/quantization.md). "as-stored": inputs of products are rounded as the settings of a quantized folder
+              ask for it. None: weights as stored, and inputs not rounded
     backend   "auto", the fastest installed backend that accepts the graph; "numpy", "torch" or "tvm", or one that is
               registered under the entry point group `treadle.backends`
     target    what to compile for: "cpu", or `Target("cpu", threads=4)`

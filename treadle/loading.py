@@ -34,6 +34,8 @@ def load(model: PathLike | AnyModel, **options: Any) -> LoadedModel:
     path = str(os.fspath(model)) if isinstance(model, str | os.PathLike) else None
     program = Program.of(model if path is None else path, **options)  # type: ignore[arg-type]
     name = program.source.label if path is None else path
+    if program.options.doubtful:  # a misspelled option is reported here, not by the first task
+        program = program.declared(deferred=True)
     if is_artifact(name) and os.path.exists(name) and not program.source.text_files():
         raise UsageError(
             "an artifact is one compiled function, not a model for tasks",

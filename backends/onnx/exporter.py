@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.made_weights import as_numpy_weight
-from treadle.backends.onnx.schemas import CODES
+from treadle.backends.onnx.quantized_weights import quantized_parts, quantized_tensors
+from treadle.backends.onnx.schemas import CODES, code_of
 from treadle.backends.onnx.spelled_line import OnnxNode, Tensor, plain
 from treadle.backends.onnx.spelling import keeps, spell
 from treadle.backends.onnx.writer import OnnxWriter, refusal
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.files.installation import pip_install
 from treadle.files.whole_files import replacing, reporting_failed_writes
+from treadle.ir.encodings.plain_integers import IntegerParts
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Value
 from treadle.ir.literals import Literal
@@ -94,7 +96,8 @@ def export_onnx(
     opset           13 to 28
     external_above  a number of bytes
 
-    Quantized weights are written as their float32 values. Symbolic axes keep their names. Equal arguments produce equal
+    Quantized weights keep their integers, as operands of DequantizeLinear; a form that it cannot read at the opset is
+    written as float32 values. Symbolic axes keep their names. Equal arguments produce equal
     bytes. The files are written atomically, and replace files of the same names. Raises BackendError if the package
     onnx is missing, the opset is not supported, a weight is missing or has another type, or an op or a dtype cannot be
     expressed at the opset; UsageError if the file cannot be written; GraphError if the graph with inlined blocks is too
@@ -103,8 +106,8 @@ def export_onnx(
     _refuse_opset(opset)
     _refuse_states(graph)
     target = Path(path)
-    graph, weights = _in_numbers(graph, weights)
-    model = _Model(graph, opset)
+    graph, weights, quantized = _in_numbers(graph, weights, opset)
+    model = _Model(graph, opset, quantized)
     tensors = model.held(weights)
     outside = [t for t in tensors if t.size > external_above]
     _refuse_size(graph, sum(t.size for t in tensors if t.size <= external_above), external_above)
@@ -126,18 +129,24 @@ def export_onnx(
     )
 
 
-def _in_numbers(graph: Graph, weights: Mapping[str, Any]) -> tuple[Graph, Mapping[str, Any]]:
-    """Return a graph and its weights with all quantized weights decoded, since ONNX has none of our encodings."""
+def _in_numbers(
+    graph: Graph, weights: Mapping[str, Any], opset: int
+) -> tuple[Graph, Mapping[str, Any], Mapping[str, IntegerParts]]:
+    """Return a graph and its weights, and the integers of the weights that stay quantized. All others are decoded,
+    since ONNX has none of our encodings.
+    """
     encoded = {name: v.type for name, v in graph.parameters.items() if v.type.encoding is not None}
     if not encoded and not any(node.op.decodes for _, node in graph.walk()):
-        return graph, weights
+        return graph, weights, {}
     for name, type in encoded.items():
         if name in weights:
             refuse_misfit(name, type, weights[name])
     for _, node in graph.walk():
         if isinstance(node.op, Encode):
             raise refusal(node, "rounds computed values to blocks, which have no form in ONNX", _WEIGHTS_ALONE)
-    return decode_parameters(graph), decode_weights(graph, weights)
+    whole = inline_calls(graph)
+    kept = quantized_parts(whole, weights, opset)
+    return decode_parameters(whole, kept), decode_weights(graph, weights, kept), kept
 
 
 def _refuse_states(graph: Graph) -> None:
@@ -247,8 +256,8 @@ def _write(target: Path, proto: bytes, data: Path, held: Sequence[_Held], places
 class _Model:
     """The ONNX nodes of a graph, and the protobuf message of the model."""
 
-    def __init__(self, graph: Graph, opset: int) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, opset: int, quantized: Mapping[str, IntegerParts]) -> None:
+        self.graph, self.quantized = graph, quantized
         self.w = OnnxWriter(graph, opset, keeps(opset), spell)
         self.lowered = run(inline_calls(graph), [Lower(self.pipeline())])
         self.main = self.lowered.graph.main
@@ -265,6 +274,9 @@ class _Model:
         wanted = {name: self.w.name(name) for name in self.main.outputs}
         for name, value in self.main.parameters.items():
             self.tensors[value] = Tensor(self.w.name(name), value.type.dtype)
+            if name in self.quantized and value.type.encoding is not None:
+                parts = self.quantized[name]
+                self.w.quantized[value] = quantized_tensors(name, value.type.encoding, parts, self.w.name)
         self.w.sources = [(self.tensors[v], v.type.shape) for v in self.main.arguments]
         self.w.write(self.main, self.tensors)
         return self._named_outputs(wanted)
@@ -292,6 +304,7 @@ class _Model:
         parameters = {self.tensors[v]: (name, v) for name, v in self.main.parameters.items()}
         constants = {tensor: literal for literal, tensor in self.w.constants.items()}
         read = dict.fromkeys(t for node in self.w.nodes for t in node.inputs if t is not None)
+        quantized = {t: held for each in self.w.quantized.values() for t, held in each.elements.items()}
         refuse_missing(self.graph.name, dict(parameters[t] for t in read if t in parameters), weights)
         found = []
         for tensor in read:
@@ -300,6 +313,8 @@ class _Model:
                 elements = _weight(name, value.type, weights[name])
                 shape = np.shape(weights[name])
                 found.append(_Held(tensor, tuple(map(int, shape)), elements))
+            elif tensor in quantized:
+                found.append(_Held(tensor, *quantized[tensor]))
             elif tensor in constants:
                 literal = constants[tensor]
                 found.append(_Held(tensor, literal.shape, literal.data))
@@ -350,7 +365,7 @@ def _node_proto(node: OnnxNode) -> Any:
 def _tensor_proto(held: _Held, place: int | None, data: str) -> Any:
     import onnx
 
-    made = onnx.TensorProto(name=held.tensor.name, data_type=CODES[held.tensor.dtype.name][0], dims=held.shape)
+    made = onnx.TensorProto(name=held.tensor.name, data_type=code_of(held.tensor.dtype), dims=held.shape)
     if place is None:
         made.raw_data = bytes(held.data)
         return made

@@ -34,7 +34,17 @@ NARROW: Mapping[str, tuple[int, DType]] = {
 }
 """ONNX's code and our dtype of float formats that only `round_to` uses; a cast to such a format and back rounds."""
 
+INT4, UINT4 = DType("i4", "int", 1), DType("u4", "int", 1)
+"""The dtypes of 4-bit integers, which are only read by DequantizeLinear."""
+
 NAMED = {f"tensor({name})": DTYPES[ours] for ours, (_, name) in CODES.items()}
+NAMED |= {"tensor(int4)": INT4, "tensor(uint4)": UINT4}
+
+
+def code_of(dtype: DType) -> int:
+    """Return ONNX's code of a dtype of the file."""
+    return {INT4: 22, UINT4: 21}[dtype] if dtype in (INT4, UINT4) else CODES[dtype.name][0]
+
 
 WIDER: Mapping[DType, tuple[DType, ...]] = {
     boolean: (u8, i32),

@@ -24,7 +24,10 @@ from treadle.ir.operation import Op
 from treadle.ir.ops.axis_names import place
 from treadle.ir.ops.rounding import FORMATS
 from treadle.ir.sizing.sizes import Size
-from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i64, u8
+from treadle.ir.types import DType, Type, bf16, boolean, f16, f32, f64, i8, i64, u8
+
+_BYTES = {(-128, 127): i8, (0, 255): u8}
+"""The dtypes of 8 bits, by the range of their integers."""
 
 Spelling = str | Callable[[OnnxLine], Tensor | Sequence[Tensor]]
 """The name of an operator, which is applied to the operands that are present; or a function that returns the tensors of
@@ -172,6 +175,13 @@ def _from_the_first(op: Any, types: Sequence[Type | None]) -> bool:
     return not op.begins_later and getattr(op, "to", None) is None
 
 
+def _to_8_bits(op: Op, types: Sequence[Type | None]) -> bool:
+    """Return True for the steps of an 8-bit integer, with one scale: QuantizeLinear and DequantizeLinear."""
+    whole = (op.attributes["least"], op.attributes["greatest"]) in _BYTES
+    x, *steps = types
+    return whole and x is not None and x.dtype is f32 and all(t is not None and t.rank == 0 for t in steps)
+
+
 FORMS: dict[str, Form] = {
     "softmax": Form(),
     "log_softmax": Form(),
@@ -186,6 +196,7 @@ FORMS: dict[str, Form] = {
     "softplus": Form(fits=_not_f64),
     "rms_norm": Form(23, _of_known_width),
     "rotary": Form(23, _not_f64),
+    "fake_quantize": Form(fits=_to_8_bits),
 }
 """Swish, of opset 24, is missing: ONNX Runtime supports it at that opset, but not at later ones."""
 
@@ -286,6 +297,23 @@ def _round_to(line: OnnxLine) -> Tensor:
     code, dtype = NARROW[line.op.format]
     narrow = w.add("Cast", x, dtype=dtype, to=code, saturate=int(line.op.saturate))
     return w.cast(narrow, x.dtype)
+
+
+@_spells("decode")
+def _decode(line: OnnxLine) -> Tensor:
+    """Emit DequantizeLinear. All other encoded weights were decoded before."""
+    stored = line.w.quantized[line.node.inputs[0]]
+    zero = () if stored.zero is None else (stored.zero,)
+    numbers = line.add("DequantizeLinear", stored.q, stored.scale, *zero, dtype=f32, **stored.attributes)
+    return line.w.cast(numbers, line.result.dtype)
+
+
+@_spells("fake_quantize")
+def _fake_quantize(line: OnnxLine) -> Tensor:
+    dtype = _BYTES[line.op.least, line.op.greatest]
+    zero = line.w.cast(line.zero, dtype)
+    steps = line.add("QuantizeLinear", line.x, line.scale, zero, dtype=dtype)
+    return _tensor(line.add("DequantizeLinear", steps, line.scale, zero, dtype=f32))
 
 
 # -- products --------------------------------------------------------------------------------------------------

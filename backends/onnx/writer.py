@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.backends.onnx.quantized_weights import QuantizedTensors
 from treadle.backends.onnx.schemas import CODES, NAMED, NARROW, WIDER, OperatorSchema, schema_of
 from treadle.backends.onnx.spelled_line import OnnxLine, OnnxNode, Tensor, plain
 from treadle.ir.builder import describe_source
@@ -64,6 +65,8 @@ class OnnxWriter:
         self.sources: list[tuple[Tensor, tuple[Size, ...]]] = []
         """The arguments of the graph, whose dimensions determine the symbols."""
         self.types: dict[Tensor, Type] = {}
+        self.quantized: dict[Value, QuantizedTensors] = {}
+        """The weights that DequantizeLinear reads."""
         self._names: set[str] = set()
         self._written: dict[tuple[Any, ...], OnnxNode] = {}
         self._writing: list[Node] = []

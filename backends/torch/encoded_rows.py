@@ -37,8 +37,17 @@ def decode_groups(held: Tensor, group: int) -> Tensor:
     return decode_int8_rows(held.reshape(*held.shape[:-1], held.shape[-1] // bytes, bytes)).flatten(-2)
 
 
-def encode_uint8_rows(x: Tensor) -> Tensor:
-    """Encode f32[..., k] as u8[..., 5 + k]. If a row contains NaN or infinity, its scale is NaN."""
+def encode_uint8_rows(x: Tensor, static: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    """Encode f32[..., k] as u8[..., 5 + k]. If a row contains NaN or infinity, its scale is NaN.
+
+    static, zero_point  the scale and the zero point of all rows; infinity is then the largest step
+    """
+    if static is not None and zero_point is not None:
+        lost = x.isnan().any(dim=-1, keepdim=True)
+        scale = torch.where(lost, torch.nan, static)
+        steps = (torch.round(x / static) + zero_point).nan_to_num(0.0).clamp(0, 255)
+        zero = zero_point.to(torch.uint8).expand(scale.shape)
+        return torch.cat((scale.view(torch.uint8), zero, steps.to(torch.uint8)), dim=-1)
     least, largest = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
     finite = least.isfinite() & largest.isfinite()
     step = largest / 255 - least / 255

@@ -110,7 +110,9 @@ SPELLINGS: dict[str, Spelling] = {
     "matmul": lambda line: _product(line, "y", " @ "),
     # 8-bit numbers in rows or groups: the backend refuses other encodings of values that are not weights
     "encode": lambda line: _in_blocks(
-        "encode", f"{line.x}{f' * {line.by}' * line.has('by')}", line.op.attributes["to"]
+        "encode",
+        f"{line.x}{f' * {line.by}' * line.has('by')}{f', {line.scale}, {line.zero}' * line.has('scale')}",
+        line.op.attributes["to"],
     ),
     "decode": lambda line: _decoded(line),
     "encoded_linear": lambda line: f"kernels.encoded_linear({line.x}, {line.weight}, {line.array('bias')})",

@@ -39,6 +39,7 @@ from treadle.passes.capabilities import Capabilities
 from treadle.passes.framework.manager import Pass
 from treadle.passes.lowering.assign_layouts import AssignLayouts
 from treadle.passes.lowering.decode_last import DecodeLast, DecodeNarrow
+from treadle.passes.lowering.encode_roundings import EncodeRoundings
 from treadle.passes.lowering.hoist_weights import HoistWeights
 from treadle.passes.lowering.legalize import Legalize, primitives
 from treadle.passes.lowering.multiply_blocks import MultiplyBlocks
@@ -99,7 +100,8 @@ class TvmBackend(StagedBackend):
         storage.
         """
         mine = self.capabilities(target)
-        products = (Legalize(mine), DecodeNarrow(), DecodeLast(), MultiplyBlocks(mine), RoundSooner())
+        rounded = (EncodeRoundings(), Legalize(mine), DecodeNarrow(), DecodeLast())
+        products = (*rounded, MultiplyBlocks(mine), RoundSooner())
         layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
         return (*products, *layouts, planning(mine))
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.made_weights import Recipe, as_numpy_weight
-from treadle.backends.mapped_files import give_back, is_mapped
 from treadle.backends.refusals import refuse_misfit, refuse_missing
 from treadle.backends.tvm.kernels.encoded.block_words import word_form
 from treadle.backends.tvm.kernels.encoded.unpacking import packed_form, reads_in_tiles
@@ -26,6 +25,7 @@ from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.matmul import panel_width
 from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, pairs_for, quads_for
 from treadle.backends.tvm.panel_memory import Panels, in_memory, through_file
+from treadle.files.mapped_files import give_back, is_mapped
 from treadle.ir.graph import Graph, Node
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP, QUAD_HEAD, QUAD_STEP, ROW_HEAD, Layout, panels
 from treadle.ir.ops.blocks import ROWS, EncodedLinear
@@ -101,7 +101,7 @@ def wants_blocks(isa: Isa) -> WantsBlocks:
             return f"{node.op.name} reads numbers"
         if value.type.dtype is not f32:
             if value.type.dtype is bf16 and isa.multiplies_pairs and shape[axis] % PAIR_STEP == 0:
-                if packed is not None and (reads_in_tiles(packed) or not isa.multiplies_tiles):
+                if packed is not None and packed.in_pairs and (reads_in_tiles(packed) or not isa.multiplies_tiles):
                     return panels(narrow_width(isa), transposed=axis == 0, twos=True)
                 if words is not None and packed is None and axis == 1 and not isa.multiplies_tiles:
                     return words.layout

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import treadle.frontends.onnx_import.rules.tables  # noqa: F401  (registers the operators)
@@ -20,13 +21,13 @@ from treadle.files.limits import MORE, limit_hint
 from treadle.files.shown_names import printable
 from treadle.frontends.onnx_import.declared_axes import DeclaredAxes
 from treadle.frontends.onnx_import.errors import UnsupportedOnnx
-from treadle.frontends.onnx_import.file import Limits, OnnxFile, captured, describe, live_nodes
+from treadle.frontends.onnx_import.file import Limits, OnnxFile, StoredTensor, captured, describe, live_nodes
 from treadle.frontends.onnx_import.folding import evaluated
 from treadle.frontends.onnx_import.inputs import declare_inputs
 from treadle.frontends.onnx_import.notes import Imported, ImportNotes
 from treadle.frontends.onnx_import.operators import OPERATORS, Decomposed, OnnxSite, Operator, unsupported
 from treadle.frontends.onnx_import.results import as_known, is_small, keep_weights
-from treadle.frontends.onnx_import.rules.elements import Element, element
+from treadle.frontends.onnx_import.rules.elements import Element, carried, element
 from treadle.frontends.onnx_import.scopes import Scope, domain_of, path_of
 from treadle.frontends.onnx_import.specification import function_body, output_elements, schema_of, with_attributes
 from treadle.frontends.onnx_import.values import Array, Known
@@ -34,7 +35,9 @@ from treadle.ir.builder import Builder, Expr
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import FrontendError, Hint, TreadleError
 from treadle.ir.graph import Graph
+from treadle.ir.naming import free_name
 from treadle.ir.source_lines import SourceLine
+from treadle.ir.types import Type
 
 if TYPE_CHECKING:
     import onnx
@@ -109,6 +112,10 @@ class Importer:
         self.axes = DeclaredAxes(dims, file.shown, self.notes.symbols, self.graph.symbols)
         self.functions = {(f.domain if f.domain != "ai.onnx" else "", f.name): f for f in file.proto.functions}
         self.stored: dict[str, Known] = {}
+        self.computed: dict[str, Callable[[], Array]] = {}
+        """Weights that are computed from several tensors of the file, by name."""
+        self.dequantized: dict[tuple[Any, ...], Any] = {}
+        """Dequantized constants, and scales and zero points as weights, by the tensors that they are computed from."""
         self.unread: dict[str, str] = {}
         self.nodes = 0
 
@@ -139,6 +146,9 @@ class Importer:
         self.b.outputs(**outputs)
         weights = {}
         for name in self.graph.parameters:
+            if name in self.computed:
+                weights[name] = self.computed[name]()
+                continue
             stored = self.stored[name].stored
             assert stored is not None
             weights[name] = stored.array()
@@ -181,13 +191,39 @@ class Importer:
     def tensor(self, proto: Any, name: str, scope: Scope, held: Array | None = None) -> Known:
         """Return a tensor of the file, under a unique weight name. `held` is its array, if it has already been read."""
         stored = self.file.tensor(proto, name, bf16_in_f32=self.bf16_in_f32, array=held)
-        wanted = base = f"{scope.path}.{name}" if scope.path else name
-        count = 1
-        while wanted in self.stored:
-            count += 1
-            wanted = f"{base}_{count}"
-        made = self.stored[wanted] = Known(stored.type, stored=stored, name=wanted)
+        unique = self._weight_name(f"{scope.path}.{name}" if scope.path else name)
+        made = self.stored[unique] = Known(stored.type, stored=stored, name=unique)
         return made
+
+    def _weight_name(self, base: str) -> str:
+        """Return the name, or a similar one that no other weight has."""
+        return free_name(base, {*self.stored, *self.computed})
+
+    def computed_weight(self, name: str, type: Type, read: Callable[[], Array]) -> Expr:
+        """Return a weight that is computed from tensors of the file. `read` returns its elements, or its blocks."""
+        unique = self._weight_name(name)
+        self.computed[unique] = read
+        return self.b.parameter(unique, type)
+
+    def computed_tensor(self, name: str, numbers: Array, kind: Element) -> Known:
+        """Return numbers that are computed from tensors of the file, as if the file had them."""
+        unique = self._weight_name(name)
+        tensor = StoredTensor(unique, kind, numbers.shape, None, self.file, carried(kind, numbers))
+        made = self.stored[unique] = Known(kind, stored=tensor, name=unique)
+        return made
+
+    def summed_axis(self, name: str) -> int:
+        """Return the axis over which the reader of a matrix sums; 1 if no node multiplies the matrix."""
+        return self._summed.get(name, 1)
+
+    @cached_property
+    def _summed(self) -> dict[str, int]:
+        """The summed axis of each right operand of a MatMul or Gemm of the main graph."""
+        return {
+            node.input[1]: int(any(a.name == "transB" and a.i for a in node.attribute))
+            for node in self.file.proto.graph.node
+            if node.op_type in ("MatMul", "Gemm") and len(node.input) > 1
+        }
 
     def element(self, number: int) -> Element:
         """Return the element type with this number in TensorProto.DataType."""
@@ -324,7 +360,8 @@ class Importer:
             return [as_known(b, x, kind, found) for x, kind in zip(results, kinds, strict=False)]
 
         site = OnnxSite(self, self.b, node, version, inputs, where, wanted, scope)
-        results = evaluated(site, found, kinds, run)
+        weighs = found.weighs is not None and found.weighs(site)
+        results = None if weighs else evaluated(site, found, kinds, run)
         if results is not None:
             self.notes.folded[node.op_type] += 1
             keep_weights(self.b, found, inputs, results, run)

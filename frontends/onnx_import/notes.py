@@ -27,6 +27,7 @@ class ImportNotes:
     operators   number of imported nodes of each operator, including the nodes of functions
     folded      number of imported nodes that were evaluated at import
     opaque      the nodes whose reshapes could not be resolved into axes
+    decoded     quantized matrices that are decoded when the file is read, with the reasons
     dead        number of nodes that no output needs
     """
 
@@ -39,6 +40,7 @@ class ImportNotes:
     operators: Counter[str] = field(default_factory=Counter)
     folded: Counter[str] = field(default_factory=Counter)
     opaque: list[str] = field(default_factory=list)
+    decoded: list[str] = field(default_factory=list)
     dead: int = 0
 
 

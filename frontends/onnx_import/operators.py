@@ -54,6 +54,7 @@ class Operator:
     first, latest  the versions, by the opsets that introduced them
     moves          positions of the inputs whose elements it only moves; None: it computes
     types          positions of the inputs of which it reads only the element type
+    weighs         returns True for a node on constants whose result is a weight, which is not evaluated at import
     """
 
     name: str
@@ -62,6 +63,7 @@ class Operator:
     latest: int
     moves: tuple[int, ...] | None
     types: tuple[int, ...]
+    weighs: Callable[[OnnxSite], bool] | None = None
 
 
 OPERATORS: dict[tuple[str, str], Operator] = {}
@@ -76,15 +78,19 @@ def operator(
     domain: str = "",
     moves: tuple[int, ...] | None = None,
     types: tuple[int, ...] = (),
+    weighs: Callable[[OnnxSite], bool] | None = None,
 ) -> Callable[[Handler], Handler]:
     """Register the handler of an operator; see `Operator`. `moves=(-1,)` stands for every input."""
 
     def register(handler: Handler) -> Handler:
-        OPERATORS[domain, name] = Operator(name, handler, first, latest, moves, types)
+        OPERATORS[domain, name] = Operator(name, handler, first, latest, moves, types, weighs)
         return handler
 
     return register
 
+
+MICROSOFT = "com.microsoft"
+"""The domain of operators that ONNX Runtime's optimizer and quantizer write."""
 
 Number = int  # inside OnnxSite, int is a method
 

@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ MOST_KNOWN = 4096
 """Maximum number of elements of a value that is evaluated at import."""
 MOST_SYMBOLIC = 256
 """Maximum number of elements of a value that is evaluated at import, if they are symbolic sizes."""
-_IN_PLACE = 16
+IN_PLACE = 16
 """Maximum number of elements of a stored float tensor that becomes a constant of the graph; larger tensors are
 weights.
 """
@@ -41,9 +42,10 @@ class Known:
     stored    its tensor in the file, or None
     roots     for a small value, the inputs that it is computed from: if they were static, its elements would be known
     moved     for a weight with rearranged elements: a function that builds the rearrangement in the graph
+    steps     for the result of a QuantizeLinear: the value before it, and its scale and zero point
     """
 
-    __slots__ = ("_content", "_expr", "_shape", "moved", "name", "roots", "stored", "type")
+    __slots__ = ("_content", "_expr", "_later", "_shape", "moved", "name", "roots", "steps", "stored", "type")
 
     def __init__(
         self,
@@ -59,13 +61,22 @@ class Known:
         self._expr, self._content = expr, content
         self._shape: tuple[Size, ...] | None = None
         self.moved: Callable[[], Expr] | None = None
+        self.steps: QuantizedSteps | None = None
+        self._later: Callable[[], Expr] | None = None
+
+    @staticmethod
+    def later(type: Element, shape: Sequence[Size], build: Callable[[], Expr]) -> Known:
+        """Return a value of this shape that `build` adds to the graph when a node reads it."""
+        made = Known(type)
+        made._shape, made._later = tuple(shape), build
+        return made
 
     @property
     def is_weight(self) -> bool:
         """True if the graph represents this ONNX value as a weight, or as a weight with rearranged elements."""
         if self.moved is not None:
             return True
-        return self.stored is not None and self.stored.count > (_IN_PLACE if self.type.is_float else MOST_KNOWN)
+        return self.stored is not None and self.stored.count > (IN_PLACE if self.type.is_float else MOST_KNOWN)
 
     @property
     def shape(self) -> tuple[Size, ...]:
@@ -103,8 +114,9 @@ class Known:
         """
         if self._expr is None:
             stored = self.stored
-            if self.moved is not None:
-                self._expr = self.moved()
+            build = self.moved or self._later
+            if build is not None:
+                self._expr = build()
             elif stored is not None and self.is_weight:
                 square = self.type.format is None and is_square(stored.shape)
                 triangle = triangle_of(stored.array()) if square else None
@@ -118,6 +130,17 @@ class Known:
                     _of_sizes(b, content, self.type) if content.dtype == object else constant(b, content, self.type)
                 )
         return self._expr
+
+
+@dataclass(frozen=True)
+class QuantizedSteps:
+    """The operands of a QuantizeLinear: x, its scale and its zero point, with the node's attributes."""
+
+    x: Known
+    scale: Known
+    zero: Known | None
+    axis: int
+    block: int
 
 
 def constant(b: Builder, content: Array, type: Element) -> Expr:

@@ -45,21 +45,24 @@ def _gemm(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
     parts.take(f"{module}.qzeros", ("i32",), (size // length, outputs // 8))
 
     def factors() -> tuple[Array, Array]:
-        return parts.scales(f"{module}.scales").T, _columns(parts.array(f"{module}.qzeros")).T
+        return parts.scales(f"{module}.scales").T, _columns(parts.array(f"{module}.qzeros"))
 
     def integers() -> Array:
-        return np.ascontiguousarray(_columns(parts.array(f"{module}.qweight")).T)
+        return _columns(parts.array(f"{module}.qweight"))
 
     stored = f"awq, 4 bits in groups of {length}"
     return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors)
 
 
 def _columns(words: Array) -> Array:
-    """Return the nibbles of words in the order of their columns, i32[m, n] to u8[m, 8 n]."""
-    nibbles = unpack_low_first(words, 4).reshape(*words.shape, 8)
-    made = np.empty_like(nibbles)
-    made[..., _COLUMNS] = nibbles
-    return made.reshape(len(words), -1)
+    """Return the columns of words as rows, i32[m, n] to u8[8 n, m]. The words are transposed, since they are fewer."""
+    m, n = words.shape
+    bytes = np.ascontiguousarray(words.T).view(np.uint8).reshape(n, m, 4)
+    made = np.empty((n, 8, m), np.uint8)
+    for i in range(4):
+        np.bitwise_and(bytes[..., i], np.uint8(15), out=made[:, _COLUMNS[2 * i]])
+        np.right_shift(bytes[..., i], np.uint8(4), out=made[:, _COLUMNS[2 * i + 1]])
+    return made.reshape(8 * n, m)
 
 
 def _gemv(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:

@@ -1,4 +1,4 @@
-"""Weights of 4 bits in the format of bitsandbytes (Dettmers et al. 2023).
+"""Weights in the formats of bitsandbytes: 4 bits (Dettmers et al. 2023), and 8 bits of LLM.int8 (Dettmers et al. 2022).
 
     weight               u8[N K / 2, 1]       codes of the rows, one after the other, the first of two in the high half
     weight.absmax        f32[N K / 64]        a scale per block of 64 codes; or u8, with the three parts below
@@ -8,6 +8,15 @@
     weight.nested_absmax f32, one per 256 of absmax;   weight.nested_quant_map f32[256]
 
     w = quant_map[q] a      a = absmax, or nested_quant_map[absmax] nested_absmax + nested_offset
+
+    weight               i8[N, K]             8 bits
+    SCB                  f32[N]               the largest magnitude of each row
+    weight_format        u8, 0: by rows
+
+    w = q (SCB / 127)
+
+The library computes (q SCB) / 127, which may differ in the last place. Products of inputs beyond `llm_int8_threshold`,
+which LLM.int8 computes in 16 bits, are computed as all others.
 
 Source: https://github.com/bitsandbytes-foundation/bitsandbytes, `QuantState` in `bitsandbytes/functional.py`.
 """
@@ -24,11 +33,12 @@ import numpy as np
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.module_parts import ModuleParts
-from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length
+from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, block_length
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.encodings.rounded_forms import packed_nibbles
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -39,16 +49,42 @@ _SIZES = tuple(1 << n for n in range(4, 13))
 
 
 def read_bitsandbytes(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str, QuantizedWeight]:
-    """Return the weights of a folder of bitsandbytes, 4 bits. Raises CheckpointError: see `open_quantized`."""
-    if settings.flag("load_in_8bit", False, aliases=("_load_in_8bit",)):
-        raise settings.error("load_in_8bit", True, "false: weights of 4 bits are read")
-    settings.flag("load_in_4bit", True, aliases=("_load_in_4bit",))
+    """Return the weights of a folder of bitsandbytes. Raises CheckpointError: see `open_quantized`."""
+    eight = settings.flag("load_in_8bit", False, aliases=("_load_in_8bit",))
+    four = settings.flag("load_in_4bit", not eight, aliases=("_load_in_4bit",))
+    if eight == four:
+        raise settings.error("load_in_8bit", eight, f"{not four}, as load_in_4bit is {four}".lower())
+    if eight:
+        rows = {f"{module}.weight": _rows(module, parts) for module in parts.modules(".SCB")}
+        parts.roundings |= dict.fromkeys(rows, InputRounding("int8", outliers=settings.get("llm_int8_threshold") != 0))
+        return rows
     settings.choice("bnb_4bit_quant_storage", ("uint8",), "uint8")
     made: dict[str, QuantizedWeight] = {}
     for kind in ("nf4", "fp4"):
         for module in parts.modules(f"{_STATE}{kind}"):
             made[f"{module}.weight"] = _weight(module, kind, parts)
     return made
+
+
+def _rows(module: str, parts: ModuleParts) -> GroupedIntegers:
+    """Return a weight of 8 bits."""
+    name, scales, order = (f"{module}.{part}" for part in ("weight", "SCB", "weight_format"))
+    record = parts.take(name, ("i8",), (None, None))
+    outputs, size = record.shape
+    parts.take(scales, ("f32",), (outputs,))
+    if parts.has(order):
+        parts.take(order, ("u8",), ())
+        if (stored := int(parts.array(order))) != 0:
+            raise parts.error(order, "rows are stored in the order of a GPU kernel", str(stored), "0: by rows")
+
+    def factors() -> tuple[Array, Array]:
+        largest = parts.checked_scales(scales, parts.array(scales), zero=True)
+        return (largest / np.float32(127))[:, None], np.full((outputs, 1), 128, np.int32)
+
+    def integers() -> Array:
+        return parts.codes(name) ^ np.uint8(128)
+
+    return GroupedIntegers(record, "bitsandbytes, 8 bits", (outputs, size), 8, size, integers, factors)
 
 
 def _weight(module: str, kind: str, parts: ModuleParts) -> _Codes:

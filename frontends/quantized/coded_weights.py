@@ -19,8 +19,8 @@ from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
 
-E4M3, E2M1 = "e4m3_groups", "e2m1_groups"
-"""The forms of floats of 8 and of 4 bits."""
+E4M3, E2M1, MXFP4 = "e4m3_groups", "e2m1_groups", "mxfp4"
+"""The forms of floats of 8 and of 4 bits. In MXFP4, scales are powers of two of 32 floats each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,9 @@ class CodedWeight(QuantizedWeight):
 
     @cached_property
     def form(self) -> Encoding | None:
-        length = None if self.scales.order is not None else block_length(self.scales.group)
+        length = None if self.scales.members is not None else block_length(self.scales.group)
+        if self.code == MXFP4:
+            return Encoding(MXFP4)
         return None if length is None else Encoding(self.code, length)
 
     @property
@@ -53,8 +55,13 @@ class CodedWeight(QuantizedWeight):
         (rows, size), codes = self.shape, self._checked()
         n = self.form.elements(size)
         made = np.empty((rows, size // n), self.form.block.record(n))
-        made["scale"] = np.repeat(self.scales.factors(), self.scales.group // n, axis=1)
-        if len(table_of(self.code)) == 256:
+        scales = self.scales.factors()
+        if self.code == MXFP4:
+            made["e"] = np.frexp(scales)[1] + 126  # 2^(e - 127) is 0.5 times 2^(e - 126)
+            made["qs"] = packed_nibbles(codes.reshape(rows, size // n, n))
+            return made.view(np.uint8).reshape(rows, -1)
+        made["scale"] = np.repeat(scales, self.scales.group // n, axis=1)
+        if self.code == E4M3:
             made["q"] = codes.reshape(made["q"].shape)
         else:
             made["q"] = packed_nibbles(codes.reshape(rows, size // n, n))

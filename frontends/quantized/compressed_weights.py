@@ -15,8 +15,6 @@
 
     w[n, k] = weight_scale[n, g] (q[n, k] - weight_zero_point[n, g])
 
-Rounding of activations, which the settings may ask for, is not applied; the settings are reported as unread.
-
 Source: https://github.com/neuralmagic/compressed-tensors, `compressed_tensors/compressors` and `quantization`.
 """
 
@@ -38,6 +36,7 @@ from treadle.frontends.quantized.scale_blocks import ScaleBlocks, groups_of_scal
 from treadle.frontends.quantized.settings import QuantizationSettings, matches_pattern
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -58,12 +57,14 @@ class _Scheme:
     bits      bits of a number
     targets   names, patterns and classes of modules
     settings  the group's `weights`
+    rounding  the rounding of the inputs of its modules, or None
     """
 
     format: str
     bits: int
     targets: Sequence[str]
     settings: QuantizationSettings
+    rounding: InputRounding | None
 
 
 def read_compressed(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str, QuantizedWeight]:
@@ -88,6 +89,8 @@ def read_compressed(settings: QuantizationSettings, parts: ModuleParts) -> Mappi
                 raise CheckpointError(what, received=received, within=settings.within)
             read = _floats if scheme.format in _GROUP else _packed if scheme.format in _PACKED else _plain
             made[f"{module}.weight"] = read(module, scheme, parts)
+            if scheme.rounding is not None:
+                parts.roundings[f"{module}.weight"] = scheme.rounding
             for name in _INPUTS:
                 parts.hide(module + name)
     return made
@@ -112,7 +115,28 @@ def _scheme(settings: QuantizationSettings, name: str) -> _Scheme:
     weights.choice("strategy", _STRATEGIES, "tensor")
     if weights.get("dynamic", False) is not False:
         raise weights.error("dynamic", weights.get("dynamic"), "false: weights are rounded once")
-    return _Scheme(format, bits, _names(of, "targets", of.get("targets", [])), weights)
+    rounding = None
+    if of.get("input_activations") is not None:
+        rounding = _rounding(settings.inside("config_groups", name, "input_activations"))
+    return _Scheme(format, bits, _names(of, "targets", of.get("targets", [])), weights, rounding)
+
+
+def _rounding(settings: QuantizationSettings) -> InputRounding:
+    """Return the rounding of inputs that a group of the settings asks for."""
+    bits = settings.integer("num_bits", (4, 8))
+    number = {"int": f"int{bits}", "float": {4: "f4e2m1", 8: "f8e4m3fn"}[bits]}[
+        settings.choice("type", ("int", "float"), "int")
+    ]
+    by = settings.choice("strategy", (*_STRATEGIES, "token"), "tensor")
+    dynamic = settings.get("dynamic", False)
+    if dynamic not in (True, False, "local"):
+        raise settings.error("dynamic", dynamic, "true, false or local")
+    group = 0 if by == "token" else -1
+    if by in ("group", "tensor_group"):
+        group = settings.group(settings.integer("group_size"))
+    elif settings.get("group_size") is not None:
+        settings.integer("group_size")
+    return InputRounding(number, group, settings.flag("symmetric", True), static=dynamic is not True)
 
 
 def _scheme_of(
@@ -164,12 +188,12 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
     def integers() -> Array:
         return np.ascontiguousarray(unpack_low_first(parts.array(name), bits)[:, :size])
 
-    order = None
+    members = None
     if parts.has(f"{module}.weight_g_idx"):
         parts.take(f"{module}.weight_g_idx", ("i32", "i64"), (size,))
-        order = parts.order(f"{module}.weight_g_idx", groups, size // groups, unused=-1)
+        members = parts.members(f"{module}.weight_g_idx", groups, size // groups, unused=-1)
     stored = f"pack-quantized, {bits} bits in groups of {size // groups}"
-    return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, order)
+    return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, members)
 
 
 def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
@@ -252,7 +276,7 @@ def _plain(module: str, scheme: _Scheme, parts: ModuleParts) -> QuantizedWeight:
         found.group,
         partial(_offset, weight.name, parts),
         factors,
-        found.order,
+        found.members,
     )
 
 

@@ -6,8 +6,8 @@
 
     w[n, k] = weight[n, k] weight_scale_inv[n // 128, k // 128]
 
-Rounding of activations is not applied: `activation_scheme` is reported as unread. Source: `FineGrainedFP8Config` and
-`integrations/finegrained_fp8.py` of Hugging Face transformers.
+`activation_scheme` asks for inputs in e4m3, with a scale per token and group of a block's inputs. Source:
+`FineGrainedFP8Config` and `integrations/finegrained_fp8.py` of Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from treadle.frontends.quantized.module_parts import SCALES, ModuleParts
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.scale_blocks import groups_of_scales
 from treadle.frontends.quantized.settings import QuantizationSettings
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 _POWERS = "f8_e8m0"
 
@@ -29,11 +30,14 @@ def read_fp8(settings: QuantizationSettings, parts: ModuleParts) -> Mapping[str,
     settings.choice("fmt", ("e4m3",), "e4m3")
     settings.choice("scale_fmt", ("float", "ue8m0", "float32"), "float")
     blocks = settings.get("weight_block_size")
+    static = settings.choice("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     made: dict[str, QuantizedWeight] = {}
     for part in (".weight_scale_inv", ".weight_scale"):
         for module in parts.modules(part):
             if f"{module}.weight" not in made:
-                made[f"{module}.weight"] = _weight(module, module + part, blocks, parts)
+                made[f"{module}.weight"] = weight = _weight(module, module + part, blocks, parts)
+                group = -1 if static else weight.scales.group if blocks is not None else 0
+                parts.roundings[f"{module}.weight"] = InputRounding("f8e4m3fn", group, static=static)
                 for unused in (".input_scale", ".activation_scale"):
                     parts.hide(module + unused)
     return made

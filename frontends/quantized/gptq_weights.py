@@ -72,10 +72,10 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
     groups = size // group
     parts.take(f"{module}.scales", SCALES, (groups, outputs))
     parts.take(f"{module}.qzeros", ("i32",), (groups, outputs * bits // 32))
-    order = None
+    members = None
     if parts.has(f"{module}.g_idx"):
         parts.take(f"{module}.g_idx", ("i32", "i64"), (size,))
-        order = parts.order(f"{module}.g_idx", groups, group)
+        members = parts.members(f"{module}.g_idx", groups, group)
     return GroupedIntegers(
         words,
         f"gptq, {bits} bits in groups of {group}",
@@ -84,7 +84,7 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
         group,
         partial(_integers, name, bits, parts),
         partial(_factors, module, bits, less, parts),
-        order,
+        members,
     )
 
 

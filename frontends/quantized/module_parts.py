@@ -11,6 +11,7 @@ from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
 
@@ -22,10 +23,13 @@ class ModuleParts:
     """The parts of quantized weights: `P.qweight` and `P.scales` are parts of module P.
 
     A part is taken when its entry is requested; the names of these tensors are then hidden from the model.
+
+    roundings  the roundings of inputs that the settings ask for, by the names of weights
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.roundings: dict[str, InputRounding] = {}
         self._taken: set[str] = set()
 
     @property
@@ -75,19 +79,19 @@ class ModuleParts:
             raise self.error(integers.name, what, str(integers), "check bits and group_size of the settings")
         return length
 
-    def order(self, name: str, groups: int, group: int, unused: int | None = None) -> Array | None:
+    def members(self, name: str, groups: int, group: int, unused: int | None = None) -> Array | None:
         """Return the group of each input, from a tensor i32[K]; None if they are in order, or all are `unused`. Raises
         CheckpointError for a group out of range.
         """
-        order = self.array(name).astype(np.int64)
-        if unused is not None and (order == unused).all():
+        members = self.array(name).astype(np.int64)
+        if unused is not None and (members == unused).all():
             return None
-        bad = (order < 0) | (order >= groups)
+        bad = (members < 0) | (members >= groups)
         if bad.any():
             at = int(bad.argmax())
             what = f"a group is out of range: there are {groups}"
-            raise self.error(name, what, f"{order[at]} at [{at}]", element=at)
-        return None if np.array_equal(order, np.arange(len(order)) // group) else order
+            raise self.error(name, what, f"{members[at]} at [{at}]", element=at)
+        return None if np.array_equal(members, np.arange(len(members)) // group) else members
 
     def codes(self, name: str) -> Array:
         """Return the bytes of a tensor of narrow floats or integers of 8 bits, u8 of its shape."""

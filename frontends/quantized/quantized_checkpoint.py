@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from treadle.files.mapped_files import give_back, in_file
 from treadle.files.shown_names import printable
 from treadle.frontends.huggingface import Checkpoint, ModelFolder
 from treadle.frontends.mapped_tensors import TensorRecord
@@ -17,10 +18,13 @@ from treadle.frontends.quantized.compressed_weights import read_compressed
 from treadle.frontends.quantized.fp8_weights import read_fp8
 from treadle.frontends.quantized.gptq_weights import read_gptq
 from treadle.frontends.quantized.module_parts import ModuleParts
+from treadle.frontends.quantized.mxfp4_weights import read_mxfp4
 from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.settings import QuantizationSettings, find_settings
+from treadle.frontends.quantized.torchao_weights import read_torchao
 from treadle.frontends.quantized.weight_components import formats_hint
 from treadle.ir.errors import CheckpointError
+from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Read = Callable[[QuantizationSettings, ModuleParts], Mapping[str, QuantizedWeight]]
 """A reader of a format. It returns the quantized weights by name, and takes their parts."""
@@ -31,6 +35,8 @@ READERS: Mapping[str, Read] = {
     "compressed-tensors": read_compressed,
     "bitsandbytes": read_bitsandbytes,
     "fp8": read_fp8,
+    "mxfp4": read_mxfp4,
+    "torchao": read_torchao,
 }
 """The readers by `quant_method`."""
 
@@ -101,6 +107,7 @@ class QuantizedCheckpoint:
 
     checkpoint  the folder as it is stored
     unread      keys of the settings that the reader does not know
+    roundings   the roundings of inputs that the settings ask for, by the names of weights
     """
 
     def __init__(
@@ -109,8 +116,9 @@ class QuantizedCheckpoint:
         weights: Mapping[str, QuantizedWeight],
         parts: frozenset[str],
         unread: tuple[str, ...],
+        roundings: Mapping[str, InputRounding],
     ) -> None:
-        self.checkpoint, self.unread = checkpoint, unread
+        self.checkpoint, self.unread, self.roundings = checkpoint, unread, roundings
         self._weights, self._parts = dict(weights), parts
 
     @property
@@ -161,14 +169,23 @@ class QuantizedCheckpoint:
     def block_bytes(self, name: str) -> npt.NDArray[np.uint8]:
         """Return a quantized weight's blocks, read-only, u8[N, bytes of a row]. Raises CheckpointError if the tensor is
         not stored in blocks of an encoding, and for a damaged weight.
+
+        The memory of the stored weight is released, and large blocks are in a file (`in_file`), so that a model needs
+        memory for the blocks of one weight at a time.
         """
         weight = self._weights.get(name)
         if weight is None or weight.form is None:
             what = f"tensor {printable(name)} has no supported block quantization"
             raise CheckpointError(what, received=str(self.record(name)), within=self.label)
-        made: npt.NDArray[np.uint8] = weight.blocks()
+        made: npt.NDArray[np.uint8] = in_file(weight.blocks())
         made.flags.writeable = False
+        give_back(self.checkpoint.raw(weight.first.name))
         return made
+
+    def order(self, name: str) -> npt.NDArray[np.int32] | None:
+        """Return the input of each column of a weight's blocks, i32[K]; None if the columns are in order."""
+        weight = self._weights.get(name)
+        return None if weight is None or weight.form is None else weight.order
 
     def decoded(self) -> dict[str, str]:
         """Return the weights that have no encoding, each with the reason."""
@@ -209,4 +226,4 @@ def _opened(checkpoint: Checkpoint) -> Checkpoint | QuantizedCheckpoint:
             within=settings.within,
             hint=f"remove the settings if the weights in {printable(checkpoint.label)} are plain numbers",
         )
-    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT))
+    return QuantizedCheckpoint(checkpoint, weights, parts.names, settings.unread(_IRRELEVANT), parts.roundings)

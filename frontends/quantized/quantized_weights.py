@@ -5,7 +5,9 @@ A weight is f32[N, K], outputs by inputs, whatever the order in its file. Intege
     w[n, k] = scale[n, g] (q[n, k] - zero[n, g])        g: the group of k
 
 become blocks along K. A group that is longer than a block is stored as several blocks of the same scale, which is
-exact. A weight whose groups are not blocks (any order of inputs, odd lengths) has no encoding, and is decoded.
+exact. If the inputs of a group are not neighbors (GPTQ's `desc_act`), the columns are stored group by group, and
+`order` has the input of each column. A weight whose groups are not blocks (odd or unequal lengths) has no encoding, and
+is decoded.
 """
 
 from __future__ import annotations
@@ -52,14 +54,14 @@ class QuantizedRecord(TensorRecord):
 
 
 class QuantizedWeight(ABC):
-    """A weight of a linear layer in a checkpoint.
+    """A weight of a linear layer, or of experts, in a checkpoint.
 
-    shape   (N, K): outputs and inputs
+    shape   (N, K): outputs and inputs; or (E, N, K): experts, outputs and inputs
     stored  the format in the file, in words
     first   the entry of the tensor with its integers
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     stored: str
     first: TensorRecord
 
@@ -70,16 +72,21 @@ class QuantizedWeight(ABC):
 
     @abstractmethod
     def blocks(self) -> Array:
-        """Return the weight's blocks, u8[N, bytes of a row], for a weight that has a form."""
+        """Return the weight's blocks, u8[..., N, bytes of a row], for a weight that has a form."""
 
     @abstractmethod
     def numbers(self) -> Array:
-        """Return the decoded numbers, f32[N, K]."""
+        """Return the decoded numbers, float32 of the shape."""
+
+    @property
+    def order(self) -> Array | None:
+        """The input of each column of the blocks, i32[K]; None if they are in order."""
+        return None
 
     @property
     def why_decoded(self) -> str:
         """The reason why a weight has no form."""
-        return f"rows of {self.shape[1]} elements are not an integer number of blocks"
+        return f"rows of {self.shape[-1]} elements are not an integer number of blocks"
 
     def record(self, name: str) -> QuantizedRecord:
         """Return the weight's entry under a name."""
@@ -94,7 +101,7 @@ class GroupedIntegers(QuantizedWeight):
     group     inputs of a group, which divides K; K: a group is a whole row
     integers  returns q, u8[N, K], from 0 to 2^bits - 1
     factors   returns the scales, f32[N, G], and the zeros, integers of the same shape
-    order     the group of each input, if they are in another order than k // group: i64[K]
+    members   the group of each input, if they are in another order than k // group: i64[K]
     """
 
     first: TensorRecord
@@ -104,44 +111,58 @@ class GroupedIntegers(QuantizedWeight):
     group: int
     integers: Callable[[], Array]
     factors: Callable[[], tuple[Array, Array]]
-    order: Array | None = None
+    members: Array | None = None
 
     @cached_property
+    def order(self) -> Array | None:
+        if self.members is None:
+            return None
+        return np.argsort(self.members, kind="stable").astype(np.int32)
+
+    @cached_property
+    def _unequal(self) -> bool:
+        """True if groups have different numbers of inputs."""
+        return self.members is not None and bool((np.bincount(self.members) != self.group).any())
+
     def _factors(self) -> tuple[Array, Array]:
+        """Return the scales and zeros, computed again at each call: they are too large to be kept for all weights."""
         scales, zeros = self.factors()
         return scales, zeros.astype(np.int32)
 
     @cached_property
     def length(self) -> int | None:
         """The number of elements of a block, or None if there are no blocks."""
-        return None if self.order is not None else block_length(self.group)
+        return None if self._unequal else block_length(self.group)
 
     @cached_property
     def form(self) -> Encoding | None:
-        scales, zeros = self._factors
+        scales, zeros = self._factors()
         symmetric = bool((zeros == 1 << (self.bits - 1)).all())
-        if self.bits == 8 and symmetric and self.order is None and self.group == self.shape[1]:
+        if self.bits == 8 and symmetric and self.members is None and self.group == self.shape[1]:
             return Encoding("int8_rows")
         if self.length is None:
             return None
         if self.bits == 8:
             return Encoding("int8_groups" if symmetric else "int8_zero_groups", self.length)
-        halves = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
+        with np.errstate(over="ignore"):
+            halves = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
         if not halves:
             return Encoding("uint4_wide_groups", self.length)
         return Encoding("int4_groups" if symmetric else "uint4_groups", self.length)
 
     @property
     def why_decoded(self) -> str:
-        if self.order is not None:
-            return "its groups of inputs are not blocks of neighbors"
+        if self._unequal:
+            return f"its groups do not all have {self.group} inputs"
         return f"groups of {self.group} are not an integer number of blocks"
 
     def blocks(self) -> Array:
         form = self.form
         assert form is not None
-        (rows, size), (scales, zeros) = self.shape, self._factors
+        (rows, size), (scales, zeros) = self.shape, self._factors()
         n, q = form.elements(size), self.integers()
+        if self.order is not None:
+            q = np.take(q, self.order, axis=1)  # several times as fast as an index
         made = np.empty((rows, size // n), form.block.record(n))
         repeated = 1 if self.group == size == n else self.group // n
         made["scale"] = np.repeat(scales, repeated, axis=1)
@@ -157,12 +178,13 @@ class GroupedIntegers(QuantizedWeight):
 
     def numbers(self) -> Array:
         if self.form is not None:
-            return self.form.decode(self.blocks())
-        scales, zeros = (np.asarray(x, np.float32) for x in self._factors)
-        order = np.arange(self.shape[1]) // self.group if self.order is None else self.order
-        made: Array = self.integers().astype(np.float32)
-        made -= zeros[:, order]
-        made *= scales[:, order]
+            made: Array = self.form.decode(self.blocks())
+            return made if self.order is None else np.take(made, np.argsort(self.order), axis=1)
+        scales, zeros = (np.asarray(x, np.float32) for x in self._factors())
+        members = np.arange(self.shape[1]) // self.group if self.members is None else self.members
+        made = self.integers().astype(np.float32)
+        made -= zeros[:, members]
+        made *= scales[:, members]
         return made
 
 
@@ -183,6 +205,9 @@ def unpack_low_first(words: Array, bits: int) -> Array:
         made: Array = ones[..., 0] | (ones[..., 1] << np.uint8(1)) | (ones[..., 2] << np.uint8(2))
         return made
     mask, found = np.uint8((1 << bits) - 1), np.empty((*bytes.shape, 8 // bits), np.uint8)
-    for i in range(8 // bits):
-        found[..., i] = (bytes >> np.uint8(bits * i)) & mask
+    last = 8 // bits - 1
+    np.bitwise_and(bytes, mask, out=found[..., 0])
+    for i in range(1, last):
+        np.bitwise_and(bytes >> np.uint8(bits * i), mask, out=found[..., i])
+    np.right_shift(bytes, np.uint8(bits * last), out=found[..., last])
     return found.reshape(len(bytes), -1)

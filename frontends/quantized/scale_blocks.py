@@ -32,7 +32,7 @@ class ScaleBlocks:
     read: Callable[[], Array]
 
     @property
-    def order(self) -> Array | None:
+    def members(self) -> Array | None:
         """The group of each input, if the last group is shorter than the others; else None."""
         return np.arange(self.shape[1]) // self.group if self.shape[1] % self.group else None
 

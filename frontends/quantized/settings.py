@@ -149,14 +149,16 @@ def matches_pattern(pattern: str, name: str, within: str) -> bool:
     not valid: repeated groups, assertions, more than four repetitions, and more than 300 characters are refused.
     """
     bad = _REPEATED_GROUP.search(pattern) or _LOOKING.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS
-    try:
-        if bad or max(len(pattern), len(name)) > max(_LONGEST_PATTERN, _LONGEST_NAME):
-            raise ValueError("it repeats a group, or is too long or too complex")
-        return re.compile(pattern).match(name) is not None
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            "a pattern of module names cannot be read",
-            received=f"{printable(pattern)[:_SHOWN]}: {error}",
-            within=within,
-            hint="the names of the modules",
-        ) from None
+    reason = "it repeats a group, or is too long or too complex"
+    if not (bad or max(len(pattern), len(name)) > max(_LONGEST_PATTERN, _LONGEST_NAME)):
+        try:
+            return re.compile(pattern).match(name) is not None
+        except (re.error, ValueError, OverflowError, RecursionError) as error:  # Python's texts differ by its version
+            place = f", from character {error.pos}" if isinstance(error, re.error) and error.pos is not None else ""
+            reason = f"it is not a regular expression{place}"
+    raise CheckpointError(
+        "a pattern of module names cannot be read",
+        received=f"{printable(pattern)[:_SHOWN]}: {reason}",
+        within=within,
+        hint="the names of the modules",
+    )

@@ -16,8 +16,10 @@ READ_FORMATS = (
     "gptq",
     "awq",
     "compressed-tensors (pack-quantized, int-quantized, float-quantized, nvfp4 and mxfp4)",
-    "bitsandbytes (4 bits)",
+    "bitsandbytes",
     "fp8",
+    "mxfp4 (experts of gpt-oss)",
+    "torchao (Int8Tensor, IntxUnpackedToInt8Tensor and Float8Tensor)",
 )
 """The formats whose weights are read, in words."""
 

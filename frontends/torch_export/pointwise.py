@@ -190,7 +190,7 @@ def _clamp_max(site: TorchSite) -> Made:
 
 def _within(site: TorchSite, low: str | None, high: str | None, ties: str = "x") -> Expr:
     """Return x clamped to bounds; if the bounds cross, the upper bound wins. `ties` is the operand that gets the
-    gradient at a bound.
+    gradient at a bound: x for clamp, whose gradient there differs between versions of PyTorch.
     """
     b, dtype = site.b, site.dtype()
     x = site.operand("self", dtype)

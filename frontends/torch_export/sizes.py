@@ -257,9 +257,11 @@ def _of_range(range: Any) -> Bounds:
 
 
 _SHAPE_RULES = re.compile(
-    r"torch/(_ops\.py|_refs/|_prims_common/|_meta_registrations\.py|_subclasses/|_export/non_strict_utils\.py)"
+    r"torch/(_ops\.py|_refs/|_decomp/|_prims_common/|_meta_registrations\.py|_subclasses/|_export/non_strict_utils\.py)"
 )
-"""Files with the operators' own shape rules. The last one calls operators; C++ operators have no lines of their own."""
+"""Files with the operators' own shape rules. The last one calls operators; C++ operators have no lines of their own.
+Newer versions of PyTorch (2.15) find the shape of attention through the decompositions in `_decomp`.
+"""
 
 
 def _is_of_one_op(guard: Any, late: bool) -> bool:

@@ -265,3 +265,26 @@ class Q6_K(_KForm):
 
     def small(self, blocks: Array) -> tuple[Array, Array | None]:
         return blocks["scales"], None
+
+
+_E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+@block_form
+class MXFP4(_GGUFForm):
+    """y = q 2^(e - 127), q an e2m1 float of 4 bits (OCP microscaling formats)"""
+
+    name = "mxfp4"
+    fields = (("e", "u1"), ("qs", "u1", 16))
+
+    def decode(self, blocks: Array) -> Array:
+        e = blocks["e"].astype(np.uint32)  # half of the power, which float32 holds for each e, and twice the float
+        half = np.where(e < 2, np.uint32(1 << 21) << np.minimum(e, 1), (np.maximum(e, 1) - 1) << np.uint32(23))
+        made: Array = _E2M1_TWICE[unpacked(blocks["qs"], 16, 4)]
+        made *= half.astype(np.uint32).view(np.float32)[:, None]
+        return made
+
+    def sample(self, rng: np.random.Generator, count: int, elements: int) -> Array:
+        made = super().sample(rng, count, elements)
+        made["e"] = 116 + made["e"] % 8
+        return made

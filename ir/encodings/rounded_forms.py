@@ -36,7 +36,8 @@ def packed_nibbles(codes: Array) -> Array:
     Byte i has code i in its low bits, and code i + n / 2 in its high bits.
     """
     half = codes.shape[-1] // 2
-    made: Array = codes[..., :half] | (codes[..., half:] << np.uint8(4))
+    made: Array = codes[..., half:] << np.uint8(4)
+    made |= codes[..., :half]
     return made
 
 

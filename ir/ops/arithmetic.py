@@ -139,7 +139,7 @@ class _Choice(Primitive):
     """An op whose result is one of two numbers.
 
     ties   the gradient where x = y: "even" gives half to each, as torch.maximum does; "x" or "y" gives all to one of
-           them, as torch.clamp gives it to the clamped value, and hardtanh to its bound
+           them. An imported clamp gives it to the clamped value, hardtanh to its bound
     """
 
     ties: str = "even"

@@ -1,7 +1,7 @@
 """Ops that read and write blocks: decoding, encoding, and products of blocks.
 
     decode           "... [k] -> ... [k]"      k is the axis of the blocks
-    encode           "... [k], [k] -> ... [k]"
+    encode           "... [k], [k], , -> ... [k]"
     encoded_linear   "... [k], n [k], n -> ... n"
 
 Their references take and return held arrays (`treadle.ir.encodings`).
@@ -87,22 +87,26 @@ class Decode(Primitive):
         )
 
 
-@op("encode", dtypes="f, f -> f")
+@op("encode", dtypes="f, f, f, f -> f")
 class Encode(Primitive):
     """y = x by, encoded: each number is rounded to a value that the blocks can hold
 
-    by  a vector over the axis of the blocks; None: all ones
-    to  the encoding of the result (`treadle.ir.encodings`), of a form that can be encoded
+    by     a vector over the axis of the blocks; None: all ones
+    scale  the scale of every block of `uint8_rows`; None: each block has its own scale, from its numbers
+    zero   the zero point that belongs to the scale, an integer from 0 to 255
+    to     the encoding of the result (`treadle.ir.encodings`), of a form that can be encoded
     """
 
     is_word = False
     x = Operand()
     by = Operand(optional=True)
+    scale = Operand(optional=True)
+    zero = Operand(optional=True)
     to: Encoding
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
         x, _, y = _along_blocks(self.to.axis, ranks).partition(" -> ")
-        return f"{x}, {next(name for name in x.split() if name.startswith('['))} -> {y}"
+        return f"{x}, {next(name for name in x.split() if name.startswith('['))}, , -> {y}"
 
     def encodings(self, types: Sequence[Type | None], found: Application) -> Sequence[Encoding | None]:
         x = types[0]
@@ -111,16 +115,36 @@ class Encode(Primitive):
             raise RuleError(f"x is encoded as {x.encoding} already", hint="decode it first")
         if not self.to.block.encodes:
             raise RuleError(f"values cannot be encoded to {self.to.form}, which can only be read")
+        scale, zero = (*types[2:], None, None)[:2]
+        if (scale is None) != (zero is None):
+            raise RuleError("a scale and a zero point belong together")
+        if scale is not None and self.to.form != STEPS.form:
+            raise RuleError(f"{self.to.form} takes no scale: each block has its own")
         return [self.to]
 
-    def reference(self, x: Any, by: Any = None) -> Any:
+    def reference(self, x: Any, by: Any = None, scale: Any = None, zero: Any = None) -> Any:
         if by is not None:
             with np.errstate(all="ignore"):  # blocks with NaN or infinity are marked
                 x = x * np.reshape(by, np.where(np.arange(x.ndim) == self.to.axis % x.ndim, -1, 1))
+        if scale is not None:
+            return _with_scale(x, self.to, np.float32(scale), np.float32(zero))
         return self.to.encode(x, computed=True)
 
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         raise GraphError(f"rounding to {self.to} has no gradient", hint="a model whose weights are not quantized")
+
+
+def _with_scale(x: Any, to: Encoding, scale: Any, zero: Any) -> Any:
+    """Return values as `uint8_rows` of one scale and zero point. The scale of a row with a NaN is NaN."""
+    lines = np.moveaxis(np.asarray(x, np.float32), to.axis, -1)
+    made = np.empty(lines.shape[:-1], to.block.record(lines.shape[-1]))
+    with np.errstate(all="ignore"):
+        steps = np.minimum(np.maximum(np.rint(lines / scale) + zero, 0), 255)
+    made["scale"] = np.where(np.isnan(lines).any(axis=-1), np.float32(np.nan), scale)
+    made["zero"] = zero
+    made["q"] = np.where(np.isnan(lines), zero, steps)
+    held = made[..., None].view(np.uint8)
+    return np.moveaxis(held, -1, to.axis)
 
 
 ROWS = Encoding("int8_rows")

@@ -157,14 +157,14 @@ def norm_of(value: Value | None) -> tuple[Value | None, Value | None] | None:
     return None
 
 
-def balanced_name(weights: Iterable[str], taken: Callable[[str], bool]) -> str:
-    """Return a name for the vector of these weights: `attn.balance` for attn.q.weight and attn.k.weight."""
+def vector_name(weights: Iterable[str], taken: Callable[[str], bool], word: str = "balance") -> str:
+    """Return a name for a vector of these weights: `attn.balance` for attn.q.weight and attn.k.weight."""
     paths = [name.split(".")[:-1] for name in weights]
     path = paths[0]
     for other in paths[1:]:
         same = [a == b for a, b in zip(path, other, strict=False)]
         path = path[: same.index(False) if False in same else len(same)]
-    made = base = ".".join([*path, "balance"])
+    made = base = ".".join([*path, word])
     count = 2
     while taken(made):
         made, count = f"{base}_{count}", count + 1

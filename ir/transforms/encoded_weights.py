@@ -6,11 +6,18 @@
 A block of the model that is called with weights of several encodings becomes several functions, one for each set. If
 products are smoothed (`treadle.ir.transforms.balances`), blocks hold w s, and the vector 1 / s is a parameter next to
 w: the `encode` of the other operand multiplies with it, and any other consumer reads decode(w) / s.
+
+If blocks hold the columns of w in another order, as GPTQ's `desc_act` stores them, the order is a parameter i32[k] next
+to w: column j of the blocks is column order[j] of w. Products with the same order share one gather of x:
+
+    y = linear(x, $w)                      -->    y = linear(gather(x, $order, axis=-1), decode($w))
+
+Any other consumer reads the columns in their own order: index_add(0, $order, decode($w), axis=-1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +30,16 @@ from treadle.ir.naming import free_name
 from treadle.ir.ops.arithmetic import Mul
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.ops.call import Call
-from treadle.ir.ops.products import MixedProduct
-from treadle.ir.ops.shapes import Rearrange
-from treadle.ir.transforms.balances import Balance, balanced_name, balances_of
+from treadle.ir.ops.indexing import Gather, IndexAdd
+from treadle.ir.ops.products import Linear, MixedProduct
+from treadle.ir.ops.shapes import Expand, Rearrange
+from treadle.ir.transforms.balances import Balance, balances_of, vector_name
 from treadle.ir.transforms.clone import clone_function, clone_graph
-from treadle.ir.types import Type
+from treadle.ir.types import DType, Type, i32
 
 Encodings = Mapping[str, Encoding]
+Orders = Mapping[str, Sequence[str]]
+"""The names of weights whose columns are stored in one order, by the name of the parameter that holds the order."""
 
 
 def encode_parameters(
@@ -37,12 +47,14 @@ def encode_parameters(
     encodings: Encodings,
     balances: Sequence[Balance] = (),
     copied: Callable[[Node, Node], None] = lambda node, copy: None,
+    orders: Orders | None = None,
 ) -> Graph:
     """Return a copy of a graph in which these parameters are encoded; its results change only by the rounding of these
     parameters.
 
     balances  smoothed products, all of whose weights are encoded: their vectors become parameters
     copied    called with each node of the graph and its copy, with several copies if a function becomes several
+    orders    encoded weights whose blocks hold columns in another order; each order becomes a parameter, i32[k]
 
     Every function that reads such a parameter decodes it once, at its start. Raises GraphError for a parameter that
     does not exist, is already encoded, or does not fit its encoding.
@@ -64,6 +76,11 @@ def encode_parameters(
             if read:
                 vector = _vector(entry, balance.vector, read, encodings[read[0].name])
                 beside |= dict.fromkeys([v.name for v in read], vector)
+        for name, weights in (orders or {}).items():
+            read = [entry.parameters[n] for n in weights if n in entry.parameters]
+            if read:
+                vector = _vector(entry, name, read, encodings[read[0].name], i32)
+                beside |= dict.fromkeys([v.name for v in read], vector)
         for node in entry.nodes:
             copied(origins[node], node)
         work.encode(entry, {n: e for n, e in encodings.items() if n in entry.parameters}, beside)
@@ -81,9 +98,11 @@ def quantized_alike(graph: Graph, encoded: Graph) -> Graph:
     return encode_parameters(graph, encodings, balances_of(encoded))
 
 
-def decode_parameters(graph: Graph) -> Graph:
+def decode_parameters(graph: Graph, encoded: Container[str] = ()) -> Graph:
     """Return a copy of a graph whose encoded parameters and constants are replaced by their decoded numbers: the
     inverse.
+
+    encoded  parameters of a graph without calls that stay encoded; only `decode` reads them
 
     Nodes that moved blocks then move numbers. Raises GraphError for a graph that encodes computed values.
     """
@@ -91,8 +110,11 @@ def decode_parameters(graph: Graph) -> Graph:
     for function in copy.functions.values():  # callees first
         same: dict[Value, Value] = {}
         for value in function.arguments:
-            value.type = value.type.decoded
+            if value.name not in encoded:
+                value.type = value.type.decoded
         for node in function.nodes:
+            if node.op.decodes and node.inputs[0].name in encoded:
+                continue
             if isinstance(node.op, Encode):
                 raise GraphError("the graph encodes computed values, whose numbers exist only as blocks")
             node.operands = tuple([None if v is None else _number(same.get(v, v)) for v in node.operands])
@@ -102,14 +124,17 @@ def decode_parameters(graph: Graph) -> Graph:
                 value.type = value.type.decoded
             if (callee := copy.callee(node)) is not None:
                 node.op = Call.of(callee)
-        function.nodes = [node for node in function.nodes if not isinstance(node.op, Decode)]
+        function.nodes = [n for n in function.nodes if not isinstance(n.op, Decode) or n.inputs[0].name in encoded]
         function.replace_results(lambda v, same=same: _number(same.get(v, v)))  # type: ignore[misc]
     return copy
 
 
-def decode_weights(graph: Graph, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged."""
-    encodings = {name: value.type.encoding for name, value in graph.parameters.items()}
+def decode_weights(graph: Graph, weights: Mapping[str, Any], encoded: Container[str] = ()) -> dict[str, Any]:
+    """Return the numbers of a graph's weights: decoded if they are held in blocks, else unchanged.
+
+    encoded  weights that stay in blocks
+    """
+    encodings = {name: value.type.encoding for name, value in graph.parameters.items() if name not in encoded}
     return {
         name: array if (encoding := encodings.get(name)) is None else encoding.decode(np.asarray(array))
         for name, array in weights.items()
@@ -227,7 +252,7 @@ class _Encoding:
     def encode(self, function: Function, encodings: Encodings, beside: Mapping[str, Value]) -> None:
         """Encode parameters of a function, and of the functions that it calls with them.
 
-        beside  for each smoothed parameter, the function's parameter that holds its vector
+        beside  for each parameter that is smoothed or in another order, the function's parameter with the vector
         """
         for name, encoding in encodings.items():
             value = function.parameters[name]
@@ -247,7 +272,7 @@ class _Encoding:
             made = self._called(
                 callee.name,
                 {n: e for n, e in inner.items() if e is not None},
-                tuple(map(tuple, together.values())),
+                tuple([(vector.type.dtype, tuple(names)) for vector, names in together.items()]),
             )
             states = len(node.operands) - len(made.states)
             node.operands = (*node.operands[:states], *together, *node.operands[states:])
@@ -255,9 +280,9 @@ class _Encoding:
         _decode_what_is_read(function, {function.parameters[name] for name in encodings}, vectors)
         self.functions[function.name] = function
 
-    def _called(self, name: str, encodings: Encodings, balanced: tuple[tuple[str, ...], ...]) -> Function:
+    def _called(self, name: str, encodings: Encodings, vectors: tuple[tuple[DType, tuple[str, ...]], ...]) -> Function:
         """Return the function of that name with these encodings, and one more vector for each tuple of weights."""
-        key = (name, tuple(encodings.items()), balanced)
+        key = (name, tuple(encodings.items()), vectors)
         if key not in self._made:
             taken = {*self.graph.functions, *(made.name for made in self._made.values())}
             first = all(known != name for known, *_ in self._made)
@@ -267,20 +292,22 @@ class _Encoding:
                 self.copied(node, copy)
             self._made[key] = made
             beside: dict[str, Value] = {}
-            for names in balanced:
-                vector = balanced_name(names, made.parameters.__contains__)
+            for dtype, names in vectors:
+                vector = vector_name(names, made.parameters.__contains__, "order" if dtype is i32 else "balance")
                 read = [made.parameters[n] for n in names]
-                beside |= dict.fromkeys(names, _vector(made, vector, read, encodings[names[0]]))
+                beside |= dict.fromkeys(names, _vector(made, vector, read, encodings[names[0]], dtype))
             self.encode(made, encodings, beside)
         return self._made[key]
 
 
-def _vector(function: Function, name: str, weights: Sequence[Value], encoding: Encoding) -> Value:
-    """Return a new parameter of a function: a vector over the blocked axis of these weights."""
+def _vector(
+    function: Function, name: str, weights: Sequence[Value], encoding: Encoding, dtype: DType | None = None
+) -> Value:
+    """Return a new parameter of a function: a vector over the blocked axis of these weights. dtype None: of theirs."""
     if name in function.parameters:
         raise GraphError(f"{function.name} already has a parameter {name}, so a vector cannot have that name")
     type = weights[0].type
-    made = Value("parameter", Type(type.dtype, (type.dims[encoding.axis],)), name)
+    made = Value("parameter", Type(dtype or type.dtype, (type.dims[encoding.axis],)), name)
     function.parameters[name] = made
     return made
 
@@ -288,10 +315,13 @@ def _vector(function: Function, name: str, weights: Sequence[Value], encoding: E
 def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mapping[Value, Value]) -> None:
     """Decode, at the start, the encoded parameters that nodes read; calls pass them on encoded.
 
-    The other operand of a product with a smoothed parameter is multiplied with the vector before it is rounded.
+    The other operand of a product with a smoothed parameter is multiplied with the vector before it is rounded. The
+    other operand of a product with a parameter in another order is gathered in that order, once for all products.
     """
     decoded: dict[Value, Node] = {}
     divided: dict[Value, list[Node]] = {}
+    gathered: dict[tuple[Value, Value], Value] = {}
+    nodes: list[Node] = []
 
     def numbers(value: Value, reader: Node | None) -> Value:
         if value not in encoded:
@@ -302,19 +332,56 @@ def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mappi
             source = None if reader is None else reader.source
             op = Decode(of=value.type.encoding)
             decoded[value] = Node(op, [value], [value.type.decoded], name, scope=path, source=source)
-        made = decoded[value]
-        if value not in vectors or (reader is not None and _divides(reader, value, vectors[value])):
+        made, vector = decoded[value], vectors.get(value)
+        if vector is None or (reader is not None and applied(reader, value, vector)):
             return made.result
         if value not in divided:
-            divided[value] = _times(made, vectors[value])
+            divided[value] = (_in_order if vector.type.dtype is i32 else _times)(made, vector)
         return divided[value][-1].result
+
+    def applied(reader: Node, weight: Value, vector: Value) -> bool:
+        if vector.type.dtype is not i32:
+            return _divides(reader, weight, vector)
+        x = reader.operands[0] if _multiplies_columns(reader, weight) else None
+        if x is None or x in encoded:
+            return False
+        if (x, vector) not in gathered:
+            op = Gather(axis=-1)
+            name = f"{x.name.rpartition('.')[2]}_ordered"
+            nodes.append(Node(op, [x, vector], op.infer([x.type, vector.type]), name, reader.scope, reader.source))
+            gathered[x, vector] = nodes[-1].result
+        reader.operands = (gathered[x, vector], *reader.operands[1:])
+        return True
 
     for node in function.nodes:
         if node.op.callee is None:
-            node.operands = tuple([None if v is None else numbers(v, node) for v in node.operands])
+            read = {at: numbers(v, node) for at, v in enumerate(node.operands) if v in encoded}
+            node.operands = tuple([read.get(at, v) for at, v in enumerate(node.operands)])
+        nodes.append(node)
     function.replace_results(lambda v: numbers(v, None))
     first = [each for value, node in decoded.items() for each in (node, *divided.get(value, ()))]
-    function.nodes = [*first, *function.nodes]
+    function.nodes = [*first, *nodes]
+
+
+def _multiplies_columns(reader: Node, weight: Value) -> bool:
+    """Return True if a node sums products over the columns of a weight, which no other of its operands has."""
+    return (
+        isinstance(reader.op, Linear)
+        and weight.type.encoding is not None
+        and weight.type.encoding.axis == -1
+        and [at for at, v in enumerate(reader.operands) if v is weight] == [1]
+    )
+
+
+def _in_order(decode: Node, order: Value) -> list[Node]:
+    """Return the nodes that put the columns of a decoded matrix, stored in another order, in their own order."""
+    columns = decode.result
+    zero = Value.constant(Literal.of(np.zeros((), np.float32), columns.type.dtype))
+    fill, add = Expand(shape=columns.type.shape), IndexAdd(axis=decode.op.attributes["of"].axis)
+    empty = Node(fill, [zero], fill.infer([zero.type]), scope=decode.scope, source=decode.source)
+    operands = [empty.result, order, columns]
+    types = add.infer([v.type for v in operands])
+    return [empty, Node(add, operands, types, columns.name, scope=decode.scope, source=decode.source)]
 
 
 def _divides(reader: Node, weight: Value, vector: Value) -> bool:
@@ -330,7 +397,7 @@ def _divides(reader: Node, weight: Value, vector: Value) -> bool:
     made = blocks.node
     if made.operands[1] not in (None, vector):
         raise GraphError(f"{blocks.name} is multiplied by two vectors before it is rounded", received=vector.name)
-    made.operands = (made.operands[0], vector)
+    made.operands = (made.operands[0], vector, *made.operands[2:])
     return True
 
 

@@ -157,22 +157,33 @@ def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
     return Divided(tuple(factors.tolist()))
 
 
+_MODULES = {
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+    **{f"layer.{{i}}.attn.{part}": f"blk.{{i}}.attn_{part}" for part in ("q", "k", "v", "q_norm", "k_norm")},
+    "layer.{i}.attn.out": "blk.{i}.attn_output",
+    **{f"layer.{{i}}.mlp.{part}": f"blk.{{i}}.ffn_{part}" for part in ("gate", "up", "down")},
+    "layer.{i}.attn_norm": "blk.{i}.attn_norm",
+    "layer.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "layer.{i}.attn_post_norm": "blk.{i}.post_attention_norm",
+    "layer.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm",
+}
+"""The names of modules: ours, and GGUF's."""
+
+
+def gguf_names(parameter: str) -> str:
+    """Return the name of a parameter's tensor."""
+    module, _, part = parameter.rpartition(".")
+    layer = next((word for word in module.split(".") if word.isdecimal()), "")
+    general = ".".join("{i}" if word.isdecimal() else word for word in module.split("."))
+    return f"{_MODULES[general].format(i=layer)}.{part}"
+
+
 def table(file: GGUFFile, read: Mapping[str, Any]) -> Table:
     """Return the table of the file's names, for a model of that configuration."""
-    modules = {
-        "embed": "token_embd",
-        "norm": "output_norm",
-        "lm_head": "output",
-        **{f"layer.{{i}}.attn.{part}": f"blk.{{i}}.attn_{part}" for part in ("q", "k", "v", "q_norm", "k_norm")},
-        "layer.{i}.attn.out": "blk.{i}.attn_output",
-        **{f"layer.{{i}}.mlp.{part}": f"blk.{{i}}.ffn_{part}" for part in ("gate", "up", "down")},
-        "layer.{i}.attn_norm": "blk.{i}.attn_norm",
-        "layer.{i}.mlp_norm": "blk.{i}.ffn_norm",
-        "layer.{i}.attn_post_norm": "blk.{i}.post_attention_norm",
-        "layer.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm",
-    }
     named: dict[str, Entry] = {
-        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in ("weight", "bias")
+        f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in _MODULES.items() for part in ("weight", "bias")
     }
     if is_joined(file):
         queries, keys = (read[heads] * read["head_dim"] for heads in ("heads", "kv_heads"))

@@ -2,6 +2,8 @@
 QuantizeLinear.
 
     (clip(round(x / scale) + zero) - zero) scale
+
+The round trip is one op, `fake_quantize`, or consists of arithmetic and casts.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import dataclass
 
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.elementwise import Cast
-from treadle.ir.ops.rounding import Round
-from treadle.ir.types import DType
+from treadle.ir.ops.rounding import FakeQuantize, Round
+from treadle.ir.types import DType, i8, i16, i32, u8
 
 _MOST_STEPS = 16
 
@@ -30,6 +32,9 @@ class RoundTrip:
 
 def round_trip_at(node: Node) -> RoundTrip | None:
     """Return the round trip whose last node this is, or None if it is not the last node of one."""
+    if isinstance(node.op, FakeQuantize):
+        signed, count = node.op.least < 0, node.op.greatest - node.op.least
+        return RoundTrip(node.inputs[0], (i8 if signed else u8) if count < 256 else i16 if signed else i32, (node,))
     if not node.results[0].type.dtype.is_float or not (isinstance(node.op, Cast) or _is_scaling(node)):
         return None
     passed, least = [node], None

@@ -35,6 +35,8 @@ from treadle.passes.pipelines import Pipeline
 _TOKEN = re.compile(r"\s*(?:([A-Za-z_][\w.-]*)|(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)|(\"(?:[^\"\\]|\\.)*\")|([{}\[\],=]))")
 _LONGEST = 100_000
 _DEEPEST = 8
+_ENDS = {",": "a comma between passes, options and elements", "=": "NAME=VALUE, such as limit_bytes=4096"}
+"""Hints for a missing token, by the token."""
 
 
 Backends = Callable[[str], Capabilities]
@@ -119,7 +121,7 @@ class _Parser:
     def take(self, expected: str | None = None) -> str:
         token = self.peek()
         if expected is not None and token != expected:
-            self.fail(f"expected {expected!r}", None)
+            self.fail(f"expected {expected!r}", _ENDS.get(expected))
         match = _TOKEN.match(self.text, self.at)
         self.at = match.end() if match is not None else len(self.text)
         return token
@@ -159,7 +161,10 @@ class _Parser:
             if values:
                 self.take(",")
             place, field = self.at, self.take()
-            if field not in names or field in values:
+            if field in values:
+                self.at = place
+                self.fail(f"{name} has {field} twice", "one value for each option")
+            if field not in names:
                 self.at = place
                 near = NearestNames(names).of(field)
                 takes = "takes " + ", ".join(names) if names else "takes no options"

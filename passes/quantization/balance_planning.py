@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.ops.blocks import STEPS
 from treadle.ir.ops.products import MixedProduct
-from treadle.ir.transforms.balances import Balance, balanced_name, norm_of, picked_of, scored
+from treadle.ir.transforms.balances import Balance, norm_of, picked_of, scored, vector_name
 from treadle.ir.types import f32
 from treadle.passes.quantization.quantization_plan import ActivationPlan
 
@@ -98,7 +98,7 @@ def _balances(graph: Graph, uses: Sequence[_Use]) -> list[Balance]:
     for use in dict.fromkeys(uses):
         assert use.norm is not None
         weights = tuple([name for name in use.weights if name is not None])
-        vector = balanced_name(weights, taken.__contains__)
+        vector = vector_name(weights, taken.__contains__)
         taken.add(vector)
         made.append(Balance(vector, *use.norm, weights, tuple([name for name in use.by if name is not None])))
     return made

@@ -11,6 +11,7 @@ from treadle.ir.errors import GraphError, PassError, RuleError
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.ops.elementwise import Cast
 from treadle.ir.ops.products import MixedProduct
+from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.types import Type, f32
 from treadle.passes.quantization.activation_planning import plan_activations
 from treadle.passes.quantization.balance_planning import plan_balances
@@ -63,14 +64,22 @@ class _Readers:
 
 
 def plan_quantization(graph: Graph, scheme: str) -> QuantizationPlan:
-    """Return the plan of an optimized graph in a scheme of `SCHEMES`. Raises PassError for an unknown scheme.
+    """Return the plan of an optimized graph in a scheme of `SCHEMES`, or in "as-stored", which changes no weight.
+    Raises PassError for an unknown scheme.
 
     A matrix is quantized to blocks along an axis if it is only used in products, and all of them sum along that axis.
     Its rows may be looked up as well, as in a tied table. Every other weight is unchanged, and the plan contains the
     reason.
     """
+    if scheme == AS_STORED:
+        reason = "its file has numbers"
+        kept = [
+            (n, v.type, f"stored as {v.type.encoding} already" if v.type.encoding else reason)
+            for n, v in graph.parameters.items()
+        ]
+        return QuantizationPlan(graph.name, scheme, tuple(WeightPlan(n, type, None, why) for n, type, why in kept))
     if scheme not in SCHEMES:
-        raise PassError(f"unknown quantization {scheme[:40]!r}", hint="one of " + ", ".join(SCHEMES))
+        raise PassError(f"unknown quantization {scheme[:40]!r}", hint="one of " + ", ".join((*SCHEMES, AS_STORED)))
     found = {name: _Readers() for name in graph.parameters}
     for entry in graph.later_entries:
         held = {value: (name,) for name, value in entry.parameters.items() if name in found}

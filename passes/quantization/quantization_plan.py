@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.transforms.balances import Balance
+from treadle.ir.transforms.rounded_inputs import AS_STORED, InputRounding
 from treadle.ir.types import Type
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -87,6 +88,8 @@ class QuantizationPlan:
     activations  one plan for each value that a product with weights multiplies, in order; empty if the scheme does not
                  quantize activations
     balances     the balances of values that norms produce
+    stored       the roundings of inputs that the model's files ask for, by the names of weights; the scheme "as-stored"
+                 applies them
     """
 
     model: str
@@ -94,6 +97,7 @@ class QuantizationPlan:
     weights: tuple[WeightPlan, ...]
     activations: tuple[ActivationPlan, ...] = ()
     balances: tuple[Balance, ...] = ()
+    stored: Mapping[str, InputRounding] = field(default_factory=dict)
 
     @property
     def encodings(self) -> Mapping[str, Encoding]:
@@ -117,6 +121,8 @@ class QuantizationPlan:
         if self.activations:
             facts["activations"] = [a.as_dict() for a in self.activations]
             facts["balances"] = [asdict(balance) for balance in self.balances]
+        if self.stored:
+            facts["stored"] = {name: str(rounding) for name, rounding in self.stored.items()}
         return facts
 
     def __str__(self) -> str:
@@ -136,7 +142,20 @@ class QuantizationPlan:
             ]
         if self.balances:
             lines += ["", *_table([("vector", "of the norm", "smoothed weights"), *_folded_balances(self.balances)])]
+        if self.stored:
+            lines += ["", *_table([("weight", "inputs, as the file asks", "rounded"), *self._stored_rows()])]
         return "\n".join(lines)
+
+    def _stored_rows(self) -> list[tuple[str, ...]]:
+        """Return a row for the weights that differ only in the layer's number, with the rounding of their inputs."""
+        groups: dict[tuple[str, InputRounding], list[str]] = {}
+        for name, rounding in self.stored.items():
+            groups.setdefault((_NUMBER.sub("#", name, count=1), rounding), []).append(name)
+        done = "yes" if self.scheme == AS_STORED else f"with quantize {AS_STORED}"
+        return [
+            (_numbered(names), str(rounding), f"no: {rounding.why_not}" if rounding.why_not else done)
+            for (_, rounding), names in groups.items()
+        ]
 
 
 _TO_THE_RIGHT = ("bytes", "was")

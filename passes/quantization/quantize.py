@@ -13,6 +13,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph, Node
 from treadle.ir.ops.blocks import Decode, Encode
 from treadle.ir.transforms.encoded_weights import encode_parameters
+from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.passes.framework.facts import BEFORE_LOWERING, FULL_PRECISION, Facts
 from treadle.passes.framework.manager import Pass
 from treadle.passes.framework.pass_log import PassRecord
@@ -50,7 +51,8 @@ class QuantizeWeights(Pass):
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise UsageError(
-                f"unknown quantization scheme {str(self.scheme)[:40]!r}", hint="quantize " + " or ".join(SCHEMES)
+                f"unknown quantization scheme {str(self.scheme)[:40]!r}",
+                hint="quantize " + " or ".join((*SCHEMES, AS_STORED)),
             )
 
     def run_graph(self, graph: Graph, log: PassRecord) -> int:
@@ -103,7 +105,9 @@ def encode_activations(graph: Graph, plans: Iterable[ActivationPlan]) -> None:
             x, first = readers[0].operands[0], readers[0]
             assert x is not None
             short, what = x.name.rpartition(".")[2], "groups" if plan.encoding.group else "rows"
-            held = Node(Encode(to=plan.encoding), [x, None], [x.type.as_encoded(plan.encoding)], f"{short}_{what}")
+            held = Node(
+                Encode(to=plan.encoding), [x, None, None, None], [x.type.as_encoded(plan.encoding)], f"{short}_{what}"
+            )
             read = Node(Decode(of=plan.encoding), held.results, [x.type], f"{short}_rounded")
             for node in (held, read):
                 node.scope, node.source = first.scope, first.source

@@ -1,4 +1,4 @@
-"""Damaged folders with quantized weights: `python -m tests.fuzz.quantized_folders [COUNT] [SEED]`.
+"""Damaged folders with quantized weights: `python -m tests.fuzz.quantized_folders [COUNT] [SEED] [LAYOUT ...]`.
 
 Changes one to three things in a folder of each layout: bytes, dtypes, shapes and names of tensors, and values of the
 settings. Reading its weights must succeed or raise an error of the TreadleError family; anything else is printed, and
@@ -32,13 +32,21 @@ DTYPES = (np.int8, np.uint8, np.int32, np.int64, np.float16, np.float32, np.floa
 
 def damaged(rng: np.random.Generator, tensors: Stored) -> str:
     """Change one tensor that belongs to a linear layer, in place. Return a description."""
-    names = [name for name in tensors if "proj" in name]
+    names = [
+        name for name, each in tensors.items() if "proj" in name and (each if isinstance(each, str) else each.size)
+    ]
+    if not names:
+        return "nothing"
     name = names[int(rng.integers(len(names)))]
     array, kind = tensors[name], int(rng.integers(7))
-    if kind == 0:
+    if isinstance(array, str):
+        at = int(rng.integers(len(array)))
+        words = ("", "null", "-1", "[]", "4", '"x"', "{}", "1e99", "\\ud800")
+        tensors[name] = array[:at] + words[int(rng.integers(len(words)))] + array[at + int(rng.integers(4)) :]
+    elif kind == 0:
         raw = bytearray(np.ascontiguousarray(array).tobytes())
         for _ in range(int(rng.integers(1, 5))):
-            raw[int(rng.integers(len(raw)))] = int(rng.integers(256)) if raw else 0
+            raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
         tensors[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
     elif kind == 1:
         del tensors[name]
@@ -90,7 +98,7 @@ def run(encode: Encoder, settings: dict[str, Any], count: int, seed: int, folder
         save_tensors(tensors, place / "model.safetensors")
         (place / "config.json").write_text(json.dumps(config))
         try:
-            resolved = ModelSource.open(place).resolve()
+            resolved = ModelSource.open(place).resolve(as_stored="input_activations" in json.dumps(config))
             for name, array in (resolved.weights or {}).items():
                 encoding = resolved.graph.parameters[name].type.encoding
                 numbers = np.asarray(array) if encoding is None else encoding.decode(np.asarray(array))
@@ -106,9 +114,11 @@ def run(encode: Encoder, settings: dict[str, Any], count: int, seed: int, folder
 def main() -> int:
     from tests.test_quantized_folders import LAYOUTS
 
-    count, seed = ([int(word) for word in sys.argv[1:]] + [1000, 0][len(sys.argv) - 1 :])[:2]
+    count, seed = ([int(word) for word in sys.argv[1:3]] + [1000, 0][len(sys.argv) - 1 :])[:2]
     wrong = 0
     for name, encode, settings, _ in LAYOUTS:
+        if sys.argv[3:] and name not in sys.argv[3:]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             found = run(encode, settings, count, seed, Path(folder))
         bad = [text for text in found if text not in ("read", "refused")]

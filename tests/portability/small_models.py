@@ -51,7 +51,7 @@ def trained(backend: str, target: t.Target) -> tuple[Numbers, t.Compiled]:
 
 def loaded(path: Path, backend: str, target: t.Target) -> tuple[Numbers, t.Compiled]:
     """An artifact, whose weights are packed into a file of the cache."""
-    exe = t.load(path, backend=backend, target=target)
+    exe = t.load_artifact(path, backend=backend, target=target)
     return {"logits": exe(tokens=TOKENS)["logits"]}, exe
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="run this artifact too")
     parser.add_argument("--only", nargs="+", default=["gpt2", "int8", "bert", "trained"])
     options = parser.parse_args()
-    target = t.Target("cpu", threads=options.threads)
+    target = t.Target("cpu", threads=None if options.backend == "numpy" else options.threads)  # NumPy sets its own
     compile = partial(t.compile, backend=options.backend, target=target)
     models = {
         "gpt2": partial(gpt2, compile),

@@ -51,7 +51,8 @@ def _limits(found: Benchmark) -> str:
         return f"{work}: {least * 1e3:.3g} ms at NumPy's {rates} here"
     ratio = found.rows[0].seconds / least
     return (
-        f"{work}: our kernels need at least {least * 1e3:.3g} ms at this machine's {rates}; ours is {ratio:.2f} of it"
+        f"{work}: our kernels need at least {least * 1e3:.3g} ms at this machine's {rates}; "
+        f"treadle takes {ratio:.1f} times as long"
     )
 
 

@@ -1,4 +1,6 @@
-"""`treadle export`: write a model as ONNX, or its graph for Graphviz, Model Explorer or a program that reads JSON."""
+"""`treadle export`: write a model as ONNX, GGUF or a compressed-tensors folder, or its graph for Graphviz, Model
+Explorer or a program that reads JSON.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,18 @@ from treadle.cli.application import command, print_json
 from treadle.cli.options import AsJson, ModelName, OptionKeywords, Sizes, load_with_options
 from treadle.ir.errors import UsageError
 
-_SUFFIXES = {"onnx": (".onnx",), "dot": (".dot", ".gv"), "model-explorer": (".json",), "json": (".json",)}
-"""The formats, and the suffixes of their files."""
+_FOLDER = "compressed-tensors"
+_SUFFIXES = {
+    "onnx": (".onnx",),
+    "gguf": (".gguf",),
+    _FOLDER: (),
+    "dot": (".dot", ".gv"),
+    "model-explorer": (".json",),
+    "json": (".json",),
+}
+"""The formats, and the suffixes of their files; none for a folder."""
+_MODELS = ("onnx", "gguf", _FOLDER)
+"""The formats that hold weights."""
 
 _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 
@@ -21,9 +33,16 @@ _OPSET, _EXTERNAL_ABOVE = 23, 2**20
 @command("export", takes=["export"])
 def export_model(
     model: ModelName,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File to write; for compressed-tensors a folder.")
+    ],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="onnx, dot (Graphviz), model-explorer or json.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="onnx, gguf, compressed-tensors, dot (Graphviz), model-explorer or json.",
+        ),
     ] = "onnx",
     opset: Annotated[int, typer.Option("--opset", metavar="N", help="onnx: operator set version.")] = _OPSET,
     external_above: Annotated[
@@ -42,23 +61,28 @@ def export_model(
     keywords: OptionKeywords,
     as_json: AsJson = False,
 ) -> None:
-    """Write a model's optimized graph and its weights as ONNX, or its graph for other tools.
+    """Write a model's optimized graph and its weights as ONNX, its weights and tokenizer for other programs (gguf,
+    compressed-tensors), or its graph for other tools (dot, model-explorer, json).
 
-    Except for onnx, MODEL@PASS is the graph after a pass.
+    For dot, model-explorer and json, MODEL@PASS is the graph after a pass.
     """
     if to not in _SUFFIXES:
         raise UsageError(f"unknown format {to!r}", hint="--to " + ", ".join(_SUFFIXES))
-    if output.suffix not in _SUFFIXES[to]:
+    if _SUFFIXES[to] and output.suffix not in _SUFFIXES[to]:
         name = {"onnx": "an ONNX model's name"}.get(to, f"the name of a file for {to}")
         suffixes = " or ".join(_SUFFIXES[to])
         raise UsageError(f"{name} must end in {suffixes}", received=str(output), hint=f"{output}{_SUFFIXES[to][0]}")
+    if to in _MODELS and ("backend" in keywords or sizes is not None or times is not None):
+        formats = ", ".join(_MODELS)
+        raise UsageError(f"--backend, --sizes and --times apply to other formats than {formats}", hint="--to json")
     if to == "onnx":
-        if "backend" in keywords or sizes is not None or times is not None:
-            raise UsageError("--backend, --sizes and --times apply to other formats than onnx", hint="--to json")
         _export_onnx(model, output, opset, external_above, keywords, as_json)
         return
     if (opset, external_above) != (_OPSET, _EXTERNAL_ABOVE):
         raise UsageError("--opset and --external-above apply to onnx only", received=f"--to {to}")
+    if to in _MODELS:
+        _export_weights(model, output, to, keywords, as_json)
+        return
     if times is not None and (to != "model-explorer" or keywords.get("backend") != "tvm"):
         raise UsageError("--times needs --to model-explorer and --backend tvm", received=f"--to {to}")
     _export_graph(model, output, to, sizes, times, keywords, as_json)
@@ -132,6 +156,42 @@ def _write(path: Path, text: str) -> None:
 
     with reporting_failed_writes("the file", path, hint="another path"), replacing(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def _export_weights(model: str, output: Path, to: str, keywords: dict[str, Any], as_json: bool) -> None:
+    """Write a model's weights and texts as a GGUF file or a compressed-tensors folder."""
+    from treadle.artifacts import is_artifact
+    from treadle.exporting.compressed_folders import export_compressed
+    from treadle.exporting.gguf_models import export_gguf
+    from treadle.files.shown_names import printable
+    from treadle.program.options import CompileOptions
+    from treadle.program.program import Program
+    from treadle.program.weights import weights_of
+    from treadle.progress import working
+    from treadle.reporting.counts import human
+
+    options = CompileOptions.of("export", keywords)
+    if is_artifact(model):
+        raise UsageError(
+            f"an artifact cannot be exported to {to}: it holds an optimized graph, not the model's configuration",
+            received=model,
+            hint="the model from which it was compiled, or --to onnx",
+        )
+    with working(f"exporting {model}", shown=not as_json):
+        program = Program(model, options).optimize()
+        resolved, graph = program.resolved, program.optimized.graph
+        weights, _ = weights_of(resolved, graph, options.arrays, options.seed)
+        if to == "gguf":
+            files, notes = [output], export_gguf(resolved, graph, weights, output)
+        else:
+            files, notes = export_compressed(resolved, graph, weights, output)
+    if as_json:
+        print_json({"model": graph.name, "format": to, "files": list(map(str, files)), "notes": notes})
+        return
+    for path in files:
+        print(f"wrote {path}, {human(path.stat().st_size, 'B')}")
+    for note in notes:
+        print(printable(note))
 
 
 def _export_onnx(

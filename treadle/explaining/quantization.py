@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from treadle.artifacts import is_artifact
@@ -18,7 +19,8 @@ from treadle.program.source import AnyModel
 def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
     """Return the checked plan of `compile(model, quantize=...)`. By default, quantize is "int8-weights".
 
-    Weights that a file stores in blocks are listed in that encoding. Raises as `compile` does; UsageError for an
+    Weights that a file stores in blocks are listed in that encoding. The roundings of inputs that a quantized folder
+    asks for are listed too. Raises as `compile` does; UsageError for an
     artifact, since its weights are already quantized or not.
     """
     if is_artifact(model):
@@ -28,7 +30,7 @@ def explain_quantization(model: AnyModel, **options: Any) -> QuantizationPlan:
     chosen.stages()  # refuses an unknown scheme
     scheme = chosen.quantize
     assert scheme is not None
-    graph = Program(model, chosen).optimize(before=Quantize).graph
-    plan = plan_quantization(graph, scheme)
-    check_quantization(plan, graph)
+    program = Program(model, chosen).optimize(before=Quantize)
+    plan = replace(plan_quantization(program.graph, scheme), stored=program.resolved.rounded)
+    check_quantization(plan, program.graph)
     return plan

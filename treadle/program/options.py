@@ -25,6 +25,7 @@ from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, TreadleError, UsageError
 from treadle.ir.target import Target
+from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.program import flag_values
 from treadle.program.option_declarations import Flag, Option, declare, declared
 
@@ -173,10 +174,11 @@ class ComputingOptions:
         None,
         '"int8-weights": weights that products multiply are stored in 8 bits, with a scale per row; "int4": in 4 bits, '
         'with a scale per 32 neighbors. "int8", "int4-int8": in addition, activations that are multiplied by quantized '
-        "weights (including those of a GGUF file) are rounded to 8 bits at every call (docs/quantization.md). None: as "
-        "stored",
+        "weights (including those of a GGUF file) are rounded to 8 bits at every call (docs/quantization.md). "
+        '"as-stored": inputs of products are rounded as the settings of a quantized folder ask for it. None: weights '
+        "as stored, and inputs not rounded",
         "Quantize the weights of products: int8-weights or int4; with int8 or int4-int8 the activations too. int8 also "
-        "applies to a GGUF file's own blocks.",
+        "applies to a GGUF file's own blocks. as-stored: round inputs as a quantized folder asks for it.",
         Flag("quantize", "SCHEME"),
         but={"artifact", "train"},
     )
@@ -309,7 +311,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
             )
         given = None if self.passes is None else checked_passes(self.passes, self.where)
         stages = [Recognize(), MergeOps(), *more] if given is None else [Custom(given), *more]
-        stages += [] if self.quantize is None else [Quantize(self.quantize)]
+        stages += [] if self.quantize in (None, AS_STORED) else [Quantize(self.quantize)]
         stages += [] if self.dtype is None else [Precision(self.dtype)]
         return arranged(left_out(stages, self.without), INITIAL)
 
@@ -341,6 +343,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.program.source import ModelSource
 
         reading: dict[str, Any] = {"inputs": self.inputs, "outputs": self.outputs, "deferred": deferred}
+        reading["as_stored"] = self.quantize == AS_STORED
         try:
             source = model if isinstance(model, ModelSource) else self.open(model)
             return source.resolve(widen=self.widened, config={**self.config, **config}, **reading)
@@ -368,12 +371,20 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
                 ),
             )
 
+    @property
+    def doubtful(self) -> bool:
+        """True if a name of the configuration is similar to an option's, so that it may be misspelled."""
+        return any(map(self._nearest, self.config))
+
+    def _nearest(self, name: str) -> list[str]:
+        """Return the option with the most similar name, or an empty list if none is similar."""
+        return list(NearestNames([each.name for each in taken_by(self.entry)]).of(name, 1, 0.75))
+
     def _point_to_option(self, error: TreadleError) -> None:
         """Add an option to the hint of an error about a name that the model's declaration lacks, if the option has a
         similar name.
         """
-        own = [each.name for each in taken_by(self.entry)]
-        if error.option is not None and (near := NearestNames(own).of(error.option, 1, 0.75)):
+        if error.option is not None and (near := self._nearest(error.option)):
             command = str(getattr(error.hint, "command", error.hint) or "")
             error.hint = Hint(
                 f"did you mean {near[0]}=, an option of {_COMMANDS.get(self.entry, self.entry)}?", command

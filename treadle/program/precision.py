@@ -35,7 +35,7 @@ def checked_passes(passes: object, target: Target) -> tuple[Pass, ...]:
     if isinstance(passes, Sequence) and all(isinstance(p, Pass) for p in passes):
         return tuple(passes)
     raise UsageError(
-        "passes= must be a list of passes",
+        "passes= must be a list of passes, or the text of a pipeline",
         received=f"{passes!r}"[:80],
-        hint="leave it out for the default pipeline; [] compiles the graph as declared",
+        hint='"fuse-gelu, fuse-linear", or leave it out for the default pipeline; [] compiles the graph as declared',
     )

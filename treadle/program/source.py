@@ -42,6 +42,8 @@ from treadle.frontends.torch_export.model import TorchModel
 from treadle.frontends.vocabularies.gguf_tokenizer import gguf_chat_template, gguf_end_tokens, gguf_text_tokenizer
 from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.ir.graph import Graph
+from treadle.ir.transforms.encoded_weights import decode_parameters, decode_weights
+from treadle.ir.transforms.rounded_inputs import AS_STORED
 from treadle.ir.transforms.widening import narrow_dtypes, widen_graph
 from treadle.ir.types import DType
 from treadle.models.checkpoints import (
@@ -66,7 +68,7 @@ Limits = Mapping[str, int] | None
 Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
 
 BLOCKS = "blocks"
-"""The value of `widen` that decodes the blocks of a GGUF file."""
+"""The value of `widen` that decodes the blocks of a file."""
 
 
 class ModelSource:
@@ -167,6 +169,7 @@ class ModelSource:
         outputs: Sequence[str] | None = None,
         widen: str | Iterable[str] = (),
         deferred: bool = False,
+        as_stored: bool = False,
         config: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Resolved:
@@ -177,6 +180,7 @@ class ModelSource:
         widen    narrow dtypes, "bf16" or "f16", whose values become f32 (`treadle.ir.transforms.widening`); "blocks":
                  weights that a GGUF file stores in blocks are decoded to f32 when they are read
         deferred True if weights of a safetensors or GGUF file are converted only when a part of them is read
+        as_stored  True if inputs of products are rounded as a quantized folder asks for it
         config   configuration that overrides the declaration's or the checkpoint's; `more` is the same, as keywords
 
         Raises UsageError for an unknown option, FrontendError or CheckpointError if the model cannot be read,
@@ -184,7 +188,14 @@ class ModelSource:
         """
         names = [widen] if isinstance(widen, str) else list(widen)
         config = {**more, **(config or {})}
-        found = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred)).widened(_narrow(names))
+        read = self._read(ReadOptions(inputs, config, BLOCKS not in names, deferred, as_stored))
+        if as_stored and not read.rounded:
+            raise UsageError(
+                f"the files of {printable(self.label)} ask for no rounding of inputs",
+                received=f"quantize {AS_STORED}",
+                hint=Hint('quantize="int8"', "--quantize int8"),
+            )
+        found = read.widened(_narrow(names))
         if is_fetched(self.label):
             found.graph.name = self.label  # replaces the name of its family
             found = replace(found, name=self.label)
@@ -510,7 +521,10 @@ class _Onnx(ModelSource):
         except StaticArgumentNeeded as error:
             error.hint = Hint(f"{error.argument}=VALUE as an argument", f"--set {error.argument}=VALUE")
             raise
-        return ReadModel(made.graph.name, made.graph, None, made.weights)
+        graph, weights = made.graph, made.weights
+        if not options.keep_blocks and any(v.type.encoding is not None for v in graph.parameters.values()):
+            graph, weights = decode_parameters(graph), decode_weights(graph, weights)
+        return ReadModel(graph.name, graph, None, weights, notes=tuple(made.notes.decoded))
 
 
 class ArtifactSource(ModelSource):

@@ -100,12 +100,12 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
     """
     source = resolved.source
     if source.kind == "graph":
-        return WeightsSaver(_checked_target(target, replace), resolved.name)
+        return WeightsSaver(checked_folder(target, replace), resolved.name)
     if source.kind == "declaration":
         assert resolved.model is not None
         path = source.path
         own = path if path is None or path.is_dir() else path.parent
-        return WeightsSaver(_checked_target(target, replace, own), resolved.name, source.reference(resolved.model))
+        return WeightsSaver(checked_folder(target, replace, own), resolved.name, source.reference(resolved.model))
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
@@ -125,7 +125,7 @@ class WeightsSaver:
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """Write `weights.safetensors`: see `Saver`."""
-        _make(self.target)
+        make_folder(self.target)
         written = [self.target / WEIGHTS]
         write_weights(written[0], weights)
         files = dict(self.texts.files)
@@ -134,7 +134,7 @@ class WeightsSaver:
             files[_CONFIG] = json.dumps({**self.reference.record(), **end}, indent=2).encode() + b"\n"
         for name, data in files.items():
             written.append(self.target / name)
-            _write(written[-1], data)
+            write_file(written[-1], data)
         return SavedModel(self.target, tuple(written), self._loading())
 
     def _loading(self) -> str:
@@ -142,16 +142,13 @@ class WeightsSaver:
         if self.reference is None:
             return f"treadle.compile({self.model}, weights={folder!r})"
         if self.reference.is_family:
-            return Hint(f"treadle.compile({folder!r})", f"treadle {self._command} {folder}")
+            return Hint(f"treadle.compile({folder!r})", self._command(folder))
         label = self.reference.label
-        return Hint(
-            f"treadle.compile({label!r}, weights={folder!r})", f"treadle {self._command} {label} --weights {folder}"
-        )
+        return Hint(f"treadle.compile({label!r}, weights={folder!r})", self._command(f"{label} --weights {folder}"))
 
-    @property
-    def _command(self) -> str:
-        """The command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
-        return "generate" if self.texts.files else "inspect"
+    def _command(self, model: str) -> str:
+        """Return a command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
+        return f'treadle generate {model} "A text"' if self.texts.files else f"treadle inspect {model}"
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""
@@ -203,26 +200,26 @@ class FolderSaver:
             for name, part in bound.sources.items()
             if known[name][0].name not in checkpoint and not known[name][0].part and not part.part
         }
-        checked = _checked_target(target, replace, checkpoint.folder.path)
+        checked = checked_folder(target, replace, checkpoint.folder.path)
         copies = _copies(checkpoint, bound.unused, names)
-        return cls(checkpoint, checked, parts, copies, added, tuple(_settings_of(checkpoint.folder)))
+        return cls(checkpoint, checked, parts, copies, added, tuple(settings_files(checkpoint.folder)))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
         """Write `model.safetensors` and the settings: see `Saver`."""
         place = self.checkpoint.folder
-        _make(self.target)
+        make_folder(self.target)
         for below in sorted({name.rpartition("/")[0] for name in self.settings} - {""}):
             if (self.target / below).is_symlink():
                 raise UsageError("a link leads out of the output folder", received=below, within=str(self.target))
-            _make(self.target / below)
+            make_folder(self.target / below)
         written = [self.target / MODEL]
         write_tensors(written[0], self._tensors(weights), self._metadata())
         for name, data in self.texts.files.items() if self.texts is not None else ():
             written.append(self.target / name)
-            _write(written[-1], data)
+            write_file(written[-1], data)
         for name in self.settings:  # config.json last: without it the folder is not a model
             written.append(self.target / name)
-            _write(written[-1], place.read(name, _FILE_BYTES))
+            write_file(written[-1], place.read(name, _FILE_BYTES))
         shown = os.fspath(self.target)
         return SavedModel(self.target, tuple(written), Hint(f"treadle.compile({shown!r})", f"treadle inspect {shown}"))
 
@@ -338,7 +335,7 @@ def _rounded(name: str, values: Array, dtype: str) -> Array:
         ) from None
 
 
-def _settings_of(place: ModelFolder) -> list[str]:
+def settings_files(place: ModelFolder) -> list[str]:
     """Return the files that a model needs in addition to weights, as paths relative to the folder; config.json is
     last.
     """
@@ -356,7 +353,7 @@ def _settings_of(place: ModelFolder) -> list[str]:
     return sorted(found, key=lambda name: name == _CONFIG)
 
 
-def _checked_target(target: PathLike, replace: bool, source: Path | None = None) -> Path:
+def checked_folder(target: PathLike, replace: bool, source: Path | None = None) -> Path:
     """Return the folder to write. Raises UsageError as `saver_for` does."""
     path = Path(target)
     shown = shown_path(path)
@@ -385,12 +382,12 @@ def _checked_target(target: PathLike, replace: bool, source: Path | None = None)
     return path
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Create a folder unless it exists. Raises UsageError if this fails."""
     with reporting_failed_writes("the folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     with reporting_failed_writes("the file", path), replacing(path) as file:
         file.write(data)

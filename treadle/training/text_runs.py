@@ -56,15 +56,17 @@ class Update:
 
     @classmethod
     def joined(cls, several: Sequence[Update]) -> Update:
-        """Combine the results of several consecutive updates in one."""
+        """Combine the results of several consecutive updates in one. Sums are rounded once, since the last digits of
+        `sum` differ between versions of Python.
+        """
         counted = sum(each.counted for each in several)
         return cls(
             several[-1].step,
-            sum(each.loss * each.counted for each in several) / counted,
+            math.fsum(each.loss * each.counted for each in several) / counted,
             several[-1].norm,
             several[-1].rate,
             sum(each.tokens for each in several),
-            sum(each.seconds for each in several),
+            math.fsum(each.seconds for each in several),
             counted,
         )
 

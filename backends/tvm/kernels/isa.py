@@ -62,6 +62,11 @@ class Isa:
         return "avx512_vnni" in self.needs
 
     @property
+    def permutes(self) -> bool:
+        """True if an instruction selects lanes of a vector of floats by a vector of lane numbers."""
+        return "avx2" in self.needs
+
+    @property
     def llvm(self) -> dict[str, object]:
         """The description of the target in TVM's form."""
         made: dict[str, object] = {"kind": "llvm", "mcpu": self.mcpu}

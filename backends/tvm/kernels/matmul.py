@@ -10,13 +10,15 @@ does not prefetch far enough (`Isa.ahead`), this tile prefetches the following d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.finishing import Finishing
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
+from treadle.backends.tvm.kernels.narrow.register_tiles import over_rest, row_of
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.types import DType, f32
 
@@ -165,12 +167,11 @@ class Matmul(Kernel):
                 self._tile(k, views, panel, start, rows, depth, columns, batch, brings=True)
         with k.loop(blocks - fetched, "block") as block:
             self._tile(k, views, panel, k.let(start + (block + fetched) * rows, "first"), rows, depth, columns, batch)
-        for count in (8, 4, 2, 1):  # only a few variants; each row is summed in the same order in all
-            if count < rows:
-                with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
-                    before = blocks * rows + k.floor_divide(rest, 2 * count) * (2 * count)
-                    first = k.let(start + before, "first")
-                    self._tile(k, views, panel, first, count, depth, columns, batch, brings=not self.batch)
+
+        def tile(first: Expr, high: int, *, count: Expr | None = None) -> None:
+            self._tile(k, views, panel, first, high, depth, columns, batch, brings=not self.batch, count=count)
+
+        over_rest(k, start + blocks * rows, rest, rows, tile)
 
     def _tile(
         self,
@@ -184,8 +185,13 @@ class Matmul(Kernel):
         batch: Sequence[Expr],
         *,
         brings: bool = False,
+        count: Expr | None = None,
     ) -> None:
-        """Emit the product of `rows` rows and a panel. `brings`: these rows are the first to read the panel."""
+        """Emit the product of `rows` rows and a panel.
+
+        brings  True if these rows are the first to read the panel
+        count   number of existing rows, if fewer than `rows`
+        """
         lanes = k.isa.lanes()
         ahead = k.isa.ahead // (self.width * f32.bytes) if brings else 0
         vectors = self.width // lanes
@@ -196,12 +202,12 @@ class Matmul(Kernel):
         with k.loop(depth, "k") as step:
             for j in range(vectors if ahead else 0):
                 k.prefetch(w, [*batch, panel, step + ahead, j * lanes])
-            self._products(k, views, panel, first, rows, step, acc, batch)
+            self._products(k, views, panel, partial(row_of, k, first, count=count), rows, step, acc, batch)
         # The epilogue is emitted once for a vector of the panel, not once for each register.
         tile = k.registers(rows * self.width, f32, "tile")
         with k.unroll(rows * vectors, "r") as r:
             k.store(tile, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
-        with k.loop(rows, "i") as i, k.loop(vectors, "j") as j:
+        with k.loop(rows if count is None else count, "i") as i, k.loop(vectors, "j") as j:
             value = k.load(tile, [i * self.width + j * lanes], lanes)
             at = [*batch, first + i]
             column = k.let(panel * self.width + j * lanes, "column")
@@ -212,17 +218,17 @@ class Matmul(Kernel):
         k: Emitter,
         views: dict[str, Any],
         panel: Expr,
-        first: Expr,
+        row: Callable[[Expr], Expr],
         rows: int,
         step: Expr,
         acc: Any,
         batch: Sequence[Expr],
     ) -> None:
-        """Add the products of one step of k to the sums of a tile."""
+        """Add the products of one step of k to the sums of a tile. `row` returns the index of a row of the tile."""
         lanes, a, w = k.isa.lanes(), views["a"], views["w"]
         vectors = self.width // lanes
         with k.unroll(rows, "i") as i:
-            x = k.splat(k.load(a, [*batch, first + i, step]), lanes)
+            x = k.splat(k.load(a, [*batch, row(i), step]), lanes)
             with k.unroll(vectors, "j") as j:
                 at = (i * vectors + j) * lanes
                 product = x * k.load(w, [*batch, panel, step, j * lanes], lanes)

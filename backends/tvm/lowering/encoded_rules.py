@@ -32,16 +32,18 @@ from treadle.passes.memory.storage_plan import How
 
 
 def _encode(w: RoutineWriter, node: Node) -> None:
-    (value, vector), y = node.operands, node.result
+    value, vector, *steps = (*node.operands, None, None, None)[:4]
+    y = node.result
     assert value is not None
     x, m, k = _rows(w, w.view(value))
     by = None if vector is None else _in_line(w, w.view(vector))
+    static = [w.view(v) for v in steps if v is not None]
     uses = w.uses.get(y, [])
     products = [reader.op for reader, at in uses if at == 0 and isinstance(reader.op, EncodedLinear)]
     to = w.view(y)
     forms = {_owed(form): form for form in map(form_of, products)}
     for owed, form in forms.items():
-        w.encoded[y, owed] = _as_read(w, node, x, k, to.storage.name, form, _is_signed(y), by)
+        w.encoded[y, owed] = _as_read(w, node, x, k, to.storage.name, form, _is_signed(y), by, static)
     if products:
         own = w.place(y).how is How.OWN and y not in w.plan.function.outputs.values()
         if len(products) == len(uses) and own:
@@ -53,8 +55,9 @@ def _encode(w: RoutineWriter, node: Node) -> None:
         m, k = m * (k // GROUP), Size.of(GROUP)
         x = replace(x, shape=(m, k), strides=(k, ONE))
     scales = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{to.storage.name}_scales")
-    read, kernel = [x] if by is None else [x, by], EncodeRows("held", _is_signed(y), by is not None)
-    w.step(kernel, [*read, target, scales], [m, k, x.strides[0]], node, writes=2)
+    read = [x] if by is None else [x, by]
+    kernel = EncodeRows("held", _is_signed(y), by is not None, bool(static))
+    w.step(kernel, [*read, *static, target, scales], [m, k, x.strides[0]], node, writes=2)
     if target is not to:
         w.copy(target, to, node)
 
@@ -104,11 +107,14 @@ def _as_read(
     of: WordForm | None,
     signed: bool,
     by: View | None = None,
+    static: Sequence[View] = (),
     *,
     again: bool = False,
 ) -> tuple[View, View]:
     """Add the step that quantizes rows [m, k], times `by`, into the form that the instruction set's product reads.
     Return the rows and their scales.
+
+    static  the scale and the zero point of all rows; empty: each row has its own
 
     With `again`, x holds m encoded rows of k numbers each, which are only copied into this form.
     """
@@ -125,8 +131,8 @@ def _as_read(
     form = form_of_rows(w.isa)
     made = w.scratch(rows_dtype(form), (rows_elements(form, m, k),), f"{name}_{form}")
     scales = w.scratch(DTYPES["i32"], (m, Size.of(2)), f"{name}_scales")
-    read = [x] if by is None else [x, by]
-    rows_kernel = EncodeRows(form, signed, by is not None, again)
+    read = [x, *([] if by is None else [by]), *static]
+    rows_kernel = EncodeRows(form, signed, by is not None, bool(static), again)
     w.step(rows_kernel, [*read, made, scales], [m, k, x.strides[0]], node, writes=2)
     return made, scales
 

@@ -5,7 +5,7 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 
 from __future__ import annotations
 
-from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.operators import MICROSOFT, Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.attention import heads_apart, heads_together, turned
 from treadle.frontends.onnx_import.rules.quantization import centered, dynamically_quantized
 from treadle.frontends.recipes.matrix_products import matmul
@@ -14,8 +14,6 @@ from treadle.ir.ops.axis_names import axis_letters
 from treadle.ir.sizing.sizes import ONE
 from treadle.ir.tensors.shapes import reshaped
 from treadle.ir.types import f64, i32, i64, u8
-
-MICROSOFT = "com.microsoft"
 
 # -- activations ---------------------------------------------------------------------------------------------------
 

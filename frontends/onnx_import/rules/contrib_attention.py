@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from treadle.frontends.onnx_import.folding import is_at_least
-from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+from treadle.frontends.onnx_import.operators import MICROSOFT, Made, OnnxSite, operator
 from treadle.frontends.onnx_import.rules.attention import bottom_right, heads_apart, heads_together, masked_by, turned
-from treadle.frontends.onnx_import.rules.contrib import MICROSOFT
 from treadle.frontends.recipes.positions import extent
 from treadle.ir.attention.masking import Biases, Masks, attend, boolean_mask, causal, tensor_bias
 from treadle.ir.builder import Builder, Expr

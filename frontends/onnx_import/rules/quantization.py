@@ -2,6 +2,7 @@
 
     QuantizeLinear      saturate(round(x / scale) + zero_point)
     DequantizeLinear    (x - zero_point) * scale
+    of com.microsoft: QuantizeLinear and DequantizeLinear, with 4- and 16-bit integers in any opset
     MatMulInteger       (a - a_zero_point) (b - b_zero_point), in 32-bit integers
 
 Products of 8-bit integers are summed in f64, which is exact up to 2^53 and uses the CPU's float units.
@@ -11,11 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from treadle.frontends.onnx_import.operators import Made, OnnxSite, operator
+import numpy as np
+
+from treadle.frontends.onnx_import.operators import MICROSOFT, Made, OnnxSite, operator
+from treadle.frontends.onnx_import.quantized_weights import (
+    check_steps,
+    dequantized_weight,
+    is_stored_weight,
+    stored_array,
+)
 from treadle.frontends.onnx_import.rules.casts import converted
 from treadle.frontends.onnx_import.rules.elements import Element, named
 from treadle.frontends.onnx_import.rules.products import convolution
-from treadle.frontends.onnx_import.values import Known
+from treadle.frontends.onnx_import.values import Known, QuantizedSteps
 from treadle.frontends.recipes.matrix_products import matmul
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.sizing.sizes import ONE, Size, product
@@ -56,17 +65,33 @@ def saturated(b: Builder, x: Expr, to: Element) -> Expr:
     return held.cast(to.carrier)
 
 
+@operator("QuantizeLinear", domain=MICROSOFT)
 @operator("QuantizeLinear", latest=28, first=10)
 def _quantize(site: OnnxSite) -> Made:
-    x, scale = site.x(0), site.x(1)
+    x, scale = site.value(0), site.value(1)
     axis, block = site.int("axis", 1), site.int("block_size", 0)
     saturate, asked, precision = bool(site.int("saturate", 1)), site.int("output_dtype", 0), site.int("precision", 0)
     to = site.element(2) if site.has(2) else site.importer.element(asked or 2)
     if asked and asked != to.number:
         site.malformed("output_dtype differs from the zero point's")
-    dividing = site.importer.element(precision).carrier if precision else scale.dtype
-    ratio = x.cast(dividing) / spread(site, scale.cast(dividing), x.shape, axis, block)
-    return quantized(site, ratio, to, 2, axis, block, saturate)
+    check_steps(site, 1, 2)
+    b, scope, source = site.b, site.b.scope, site.b.source
+
+    def build() -> Expr:
+        before = b.scope, b.source
+        b.scope, b.source = scope, source
+        dividing = site.importer.element(precision).carrier if precision else scale.expr(b).dtype
+        ratio = x.expr(b).cast(dividing) / spread(site, scale.expr(b).cast(dividing), x.shape, axis, block)
+        made = quantized(site, ratio, to, 2, axis, block, saturate).expr(b)
+        b.scope, b.source = before
+        return made
+
+    if to.format is not None or x.content is not None:
+        return Known(to, expr=build())
+    made = Known.later(to, x.shape, build)  # a DequantizeLinear does not read it, but x and its steps
+    if not precision:
+        made.steps = QuantizedSteps(x, scale, site.value(2) if site.has(2) else None, axis, block)
+    return made
 
 
 def quantized(
@@ -86,13 +111,23 @@ def quantized(
     return Known(to, expr=saturated(b, steps, to))
 
 
-@operator("DequantizeLinear", latest=28, first=10)
+@operator("DequantizeLinear", domain=MICROSOFT, weighs=is_stored_weight)
+@operator("DequantizeLinear", latest=28, first=10, weighs=is_stored_weight)
 def _dequantize(site: OnnxSite) -> Made:
-    b, scale, x = site.b, site.x(1), site.x(0)
+    b = site.b
     axis, block, asked = site.int("axis", 1), site.int("block_size", 0), site.int("output_dtype", 0)
     held = site.element(0)
     to = site.importer.element(asked) if asked else site.element(1)
-    zero = site.maybe(2)
+    check_steps(site, 1, 2)
+    if site.has(2) and site.element(2) != held:
+        site.malformed(f"the zero point is {site.element(2)}, the quantized values are {held}")
+    if not held.is_int and held.format is None:
+        site.malformed(f"{held} is not a quantized type")
+    if is_stored_weight(site) and (weight := dequantized_weight(site, axis, block, to)) is not None:
+        return weight
+    if (rounded := _rounded(site, axis, block, to)) is not None:
+        return rounded
+    scale, x, zero = site.x(1), site.x(0), site.maybe(2)
     if zero is not None:
         if held.is_int:  # at most 8 bits, so the difference fits
             zero, x = zero.cast(i64 if held.bits == 32 else i32), x.cast(i64 if held.bits == 32 else i32)
@@ -100,6 +135,61 @@ def _dequantize(site: OnnxSite) -> Made:
     wide = f64 if scale.dtype is f64 else f32
     y = x.cast(wide) * spread(site, scale.cast(wide), x.shape, axis, block)
     return Known(to, expr=converted(b, y, named(wide.name), to) if to.carrier is not wide else y)
+
+
+def _rounded(site: OnnxSite, axis: int, block: int, to: Element) -> Known | None:
+    """Return a value that is quantized and dequantized with the same scale and zero point, as one op. Return None if
+    the operand is not the result of such a QuantizeLinear.
+    """
+    steps, held = site.value(0).steps, site.element(0)
+    zero = site.value(2) if site.has(2) else None
+    if steps is None or steps.block or block or held.bits > 16 or held.least is None or held.greatest is None:
+        return None
+    if to.carrier is not f32 or steps.x.type.carrier is not f32 or steps.scale.type.carrier is not f32:
+        return None
+    if not (_equal(steps.scale, site.value(1)) and _equal(steps.zero, zero)):
+        return None
+    x = steps.x.expr(site.b)
+    scale, points = _as_weight(site, steps.scale), _as_weight(site, steps.zero)
+    if scale is None or points is None:
+        return None
+    if scale.rank and (axis != steps.axis or len(steps.x.shape) == 0):
+        return None
+    like = x.shape
+    made = site.b.fake_quantize(
+        x,
+        spread(site, scale, like, axis, 0),
+        spread(site, points, like, axis, 0) if points.rank else points,
+        least=held.least,
+        greatest=held.greatest,
+    )
+    return Known(to, expr=made)
+
+
+def _equal(a: Known | None, b: Known | None) -> bool:
+    """Return True if two operands have equal elements that are known at import, or both are absent."""
+    if a is b:
+        return True
+    arrays = [None if v is None else stored_array(v) for v in (a, b)]
+    return all(x is not None for x in arrays) and np.array_equal(*arrays)  # type: ignore[arg-type]
+
+
+def _as_weight(site: OnnxSite, value: Known | None) -> Expr | None:
+    """Return a scale or a zero point as a weight, so that layers that differ only in it share kernels; None if it is
+    not known at import. An absent zero point is 0.
+    """
+    found = np.zeros((), np.float32) if value is None else stored_array(value)
+    if found is None:
+        return None
+    numbers = np.asarray(found, np.float32)
+    numbers = numbers.reshape(()) if numbers.size == 1 and numbers.ndim <= 1 else numbers
+    key = ("steps", numbers.shape, numbers.tobytes())
+    if key not in site.importer.dequantized:
+        name = "zero_point" if value is None else value.name or "scale"
+        type = f32[numbers.shape] if numbers.shape else f32[()]
+        site.importer.dequantized[key] = site.importer.computed_weight(f"{name}_f32", type, lambda: numbers)
+    made: Expr = site.importer.dequantized[key]
+    return made
 
 
 @operator("DynamicQuantizeLinear", latest=11, first=11)

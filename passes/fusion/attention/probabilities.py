@@ -66,11 +66,14 @@ def follow_probabilities(
     layout: Layout,
     readers: Callable[[Value], Sequence[Node | None]],
     goes_out: Callable[[Node | None, Value], bool],
+    *,
+    rounded: bool = False,
 ) -> Values:
     """Return the product of the probabilities with the values.
 
     readers    returns the readers of a value, with None for an output
     goes_out   returns True if a reader only passes the value on to outputs of the model
+    rounded    True to continue below probabilities that a quantizer rounds
 
     Raises Mismatch if there is no such product, or if the probabilities are used elsewhere as well.
     """
@@ -107,10 +110,14 @@ def follow_probabilities(
                 raise Mismatch(f"the probabilities are cast to {to}", user, passed[:-1])
         else:
             trip = round_trip_from(value, readers)
-            if trip is not None:
+            if trip is not None and rounded:
+                passed += trip.nodes[:-1][::-1]
+                user = trip.nodes[0]
+            elif trip is not None:
                 raise quantized("the probabilities", trip, user, passed[:-1])
-            hint = "export the model for inference, without dropout" if isinstance(user.op, Mul) else ""
-            raise Mismatch(_changed(user, value), user, passed[:-1], hint)
+            else:
+                hint = "export the model for inference, without dropout" if isinstance(user.op, Mul) else ""
+                raise Mismatch(_changed(user, value), user, passed[:-1], hint)
         node, value = user, user.results[0]
     raise Mismatch("the chain after the softmax is too long", node, passed)
 

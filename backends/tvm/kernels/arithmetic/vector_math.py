@@ -263,6 +263,20 @@ def _rounded_in_f32(size: LaneValue, format: FloatFormat) -> LaneValue:
     return where(size < 2.0**format.least, (size + large).rounded() - large, normal.bits("f32"))
 
 
+def _fake_quantize(
+    k: Emitter, dtype: DType, lanes: int, x: Expr, scale: Expr, zero: Expr, least: int = -128, greatest: int = 127
+) -> Expr:
+    """Apply the functions of the op's body, in the order of the body."""
+
+    def apply(op: str, number: Expr, by: Expr) -> Expr:
+        return k.let(FUNCTIONS[op](k, dtype, lanes, number, by))
+
+    steps = apply("add", k.nearest(apply("div", x, scale)), zero)
+    for op, end in (("maximum", least), ("minimum", greatest)):
+        steps = apply(op, steps, k.number(float(end), dtype, lanes))
+    return apply("mul", apply("sub", steps, zero), scale)
+
+
 # -- logic ---------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +323,7 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "floor": _floor,
     "round": _round,
     "round_to": _round_to,
+    "fake_quantize": _fake_quantize,
     "relu": _relu,
     "gelu": _function(exponentials.gelu, _gelu_f64),
     "gelu_tanh": _function(exponentials.gelu_tanh, _gelu_tanh_f64),

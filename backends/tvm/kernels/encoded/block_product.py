@@ -8,16 +8,24 @@ its rows. Every row sums over k in the same order, the order of the blocks, for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.encoded.unpacking import INT8_ROWS, PackedForm
 from treadle.backends.tvm.kernels.matmul import Matmul
+from treadle.backends.tvm.kernels.narrow.register_tiles import row_of
 from treadle.ir.types import DType, f32, u8
 
 if TYPE_CHECKING:
     from treadle.backends.tvm.kernels.emitter import Emitter, Expr
+
+_LONG, _AHEAD = 32, 2048
+"""Blocks of this number of bytes of a line, and more, are prefetched from this distance in bytes, even if the hardware
+prefetches by itself: a Zen 4 reads them from memory at two thirds of the rate of short blocks, whose scales lead it
+further ahead.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,14 @@ class BlockProduct(Matmul):
         batch: Sequence[Expr],
         *,
         brings: bool = False,
+        count: Expr | None = None,
     ) -> None:
         form, w, lanes = self.form, views["w"], k.isa.lanes()
         vectors = self.width // lanes
-        ahead = k.isa.ahead // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
+        far = max(k.isa.ahead, _AHEAD if form.group * form.bits // 8 >= _LONG else 0)
+        ahead = far // self.width if brings else 0  # distance in bytes of each of the panel's `width` lines
         acc = k.registers(rows * self.width, f32)
+        row = partial(row_of, k, first, count=count)
         with k.unroll(rows * vectors, "r") as r:
             k.store(acc, [r * lanes], k.number(0.0, f32, lanes), lanes)
 
@@ -77,13 +88,13 @@ class BlockProduct(Matmul):
                     place = k.let(base + (b + form.header), "place")
                     if ahead:
                         k.prefetch(w, [*batch, panel, place + ahead, 0])
-                    self._products(k, views, panel, first, rows, place, acc, batch, held, start + b)
+                    self._products(k, views, panel, row, rows, place, acc, batch, held, start + b)
         else:
             with k.loop(depth, "k") as step:
                 place = k.let(step + form.header, "place")
                 if ahead:
                     k.prefetch(w, [*batch, panel, place + ahead, 0])
-                self._products(k, views, panel, first, rows, place, acc, batch, None, step)
+                self._products(k, views, panel, row, rows, place, acc, batch, None, step)
         tile = k.registers(rows * self.width, f32, "tile")
         for j in range(vectors):
             d = None if form.group else scales(k.index(0), j)[0]  # a single scale per line is applied after the sum
@@ -91,7 +102,7 @@ class BlockProduct(Matmul):
                 at = [(i * vectors + j) * lanes]
                 total = k.load(acc, at, lanes)
                 k.store(tile, at, total if d is None else total * d, lanes)
-        with k.loop(rows, "i") as i, k.loop(vectors, "j") as j:
+        with k.loop(rows if count is None else count, "i") as i, k.loop(vectors, "j") as j:
             value = k.load(tile, [i * self.width + j * lanes], lanes)
             column = k.let(panel * self.width + j * lanes, "column")
             self.finishing.store(k, views, [*batch, first + i], column, value, columns, lanes)
@@ -101,7 +112,7 @@ class BlockProduct(Matmul):
         k: Emitter,
         views: dict[str, Any],
         panel: Expr,
-        first: Expr,
+        row: Callable[[int], Expr],
         rows: int,
         place: Expr,
         acc: Any,
@@ -120,11 +131,11 @@ class BlockProduct(Matmul):
             elements = form.elements(k, byte, lanes)
             if held is not None:
                 d, c = held[j]
-                elements = [e * d if c is None else e * d + c for e in elements]
+                elements = [form.number(e, d, c) for e in elements]
             found.append([k.let(e, "y") for e in elements])
         for i in range(rows):
             for half in range(len(found[0])):
-                x = k.splat(k.load(views["a"], [*batch, first + i, step + half * (form.group // 2)]), lanes)
+                x = k.splat(k.load(views["a"], [*batch, row(i), step + half * (form.group // 2)]), lanes)
                 x = k.let(x, "x")
                 for j in range(vectors):
                     at = [(i * vectors + j) * lanes]

@@ -80,7 +80,7 @@ class QuadBlockProduct(WordProduct):
                     total = k.load(sums, at, lanes)
                     total = k.cast(total, f32, lanes) if sums.dtype is _i32 else total
                     before = k.load(tile.sums, at, lanes)
-                    made = self.added(k, views["scales"], tile.first + i, group, half, before, total, d, least)
+                    made = self.added(k, views["scales"], tile.row(k, i), group, half, before, total, d, least)
                     k.store(tile.sums, at, made, lanes)
 
     def added(
@@ -114,7 +114,7 @@ class QuadBlockProduct(WordProduct):
         for i in range(tile.high):
             owed = k.number(0, dtype, lanes)
             if self.form.zero:
-                owed = k.load(views["scales"], [tile.first + i, group, 1 + half])
+                owed = k.load(views["scales"], [tile.row(k, i), group, 1 + half])
                 owed = k.splat(owed if by_fours else k.cast(owed, f32), lanes)
             for v in range(vectors):
                 k.store(made, [(i * vectors + v) * lanes], owed, lanes)
@@ -136,7 +136,7 @@ class QuadBlockProduct(WordProduct):
         """Add the products of four elements of each row to the sums."""
         lanes = column_lanes(k.isa)
         for i in range(tile.high):
-            x = k.let(k.splat(k.bits(k.load(a, [tile.first + i, at], 4), _i32), lanes), "x")
+            x = k.let(k.splat(k.bits(k.load(a, [tile.row(k, i), at], 4), _i32), lanes), "x")
             for v, w in enumerate(held):
                 to = [(i * len(held) + v) * lanes]
                 k.store(made, to, quads_added(k, k.load(made, to, lanes), w, x), lanes)
@@ -145,7 +145,7 @@ class QuadBlockProduct(WordProduct):
         """Add the products of each row's element with the numbers of each vector of columns."""
         lanes = column_lanes(k.isa)
         for i in range(tile.high):
-            x = k.let(k.splat(k.load(a, [tile.first + i, at]), lanes), "x")
+            x = k.let(k.splat(k.load(a, [tile.row(k, i), at]), lanes), "x")
             for v, y in enumerate(numbers):
                 place = [(i * len(numbers) + v) * lanes]
                 k.store(to, place, k.load(to, place, lanes) + x * y, lanes)

@@ -117,8 +117,9 @@ class TakeBlocks(TakesRows):
             with k.loop(count, "b") as b:
                 byte = load(base + form.header + b)
                 for half, element in enumerate(form.elements(k, byte, 1)):
-                    value = element * scale if least is None else element * scale + least
-                    k.store(y, [row, group * form.group + b + half * (form.group // 2)], value)
+                    k.store(
+                        y, [row, group * form.group + b + half * (form.group // 2)], form.number(element, scale, least)
+                    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from treadle.ir.encodings.coded_forms import CodedGroups, table_of
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.layouts import PAIR_STEP
@@ -24,6 +26,8 @@ Load = Callable[["Expr"], "Expr"]
 """A function that loads a vector of the bytes at an offset in a block, u8."""
 
 _i32, _i16, _i8 = (DTYPES[name] for name in ("i32", "i16", "i8"))
+_E2M1 = {"e2m1_groups": 2.0**126, "mxfp4": 2.0**127}
+"""The factors of e2m1 floats by form: see `_small_float`. Floats of mxfp4 are doubled, since its scales are halved."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,11 @@ class PackedForm:
 
     bits   bits of an element: 8, signed, or 4
     group  number of elements of a block; 0: a line is one block
-    scale  bytes of a block's scale, with which it begins: 2 or 4
+    scale  bytes of a block's scale, with which it begins: 2 or 4; 1: an exponent of two, whose power is halved
     least  True if a block's minimum, or its zero, follows the scale, in 2 bytes
     zero   value to subtract from an element: 8, or 0
-    zeros  True if these 2 bytes are a zero: c is -d times it
+    zeros  True if these 2 bytes are a zero: c is -d times it. If d has 4 bytes, it is subtracted first, since d q is
+           not exact
     codes  the form of codes whose table has the elements' values, "nf4_groups"; empty: elements are integers
     """
 
@@ -53,6 +58,15 @@ class PackedForm:
         return self.scale + 2 * self.least
 
     @property
+    def in_pairs(self) -> bool:
+        """True if kernels can read bytes in pairs."""
+        return self.header % 2 == 0 and not self._subtracts
+
+    @property
+    def _subtracts(self) -> bool:
+        return self.zeros and self.scale == 4
+
+    @property
     def bytes(self) -> int:
         """Number of bytes of a block, for a form with groups."""
         return self.header + self.group * self.bits // 8
@@ -66,12 +80,20 @@ class PackedForm:
         return f"{self.bits}_bits{size}" + ("_with_zero" if self.zeros else "_with_least" * self.least)
 
     def scales(self, k: Emitter, load: Load, base: Expr, lanes: int) -> tuple[Expr, Expr | None]:
-        """Return d and c of the blocks that begin at `base`. c is None if it is 0."""
+        """Return d and c of the blocks that begin at `base`, for `number`. c is None if it is 0."""
         d = k.let(_float(k, [load(base + i) for i in range(self.scale)], lanes), "d")
         if self.least:
             c = _float(k, [load(base + self.scale + i) for i in range(2)], lanes)
+            if self._subtracts:
+                return d, k.let(c, "zero")
             return d, k.let(self._offset(k, d, c, lanes), "c")
         return d, k.let(d * k.number(-float(self.zero), f32, lanes), "c") if self.zero else None
+
+    def number(self, element: Expr, d: Expr, c: Expr | None) -> Expr:
+        """Return the number of an element, from the scales that `scales` returns."""
+        if c is None:
+            return element * d
+        return (element - c) * d if self._subtracts else element * d + c
 
     def scales_of_pairs(self, k: Emitter, load: Load, lanes: int) -> tuple[Expr, Expr | None]:
         """Return d and c like `scales`, for blocks with bytes stored in pairs: `load` takes the index of a pair."""
@@ -103,8 +125,10 @@ class PackedForm:
             if self.bits == 8:
                 return [_small_float(k, wide, lanes, 20, 2.0**120)]
             halves = [wide & k.number(15, _i32, lanes), wide >> k.number(4, _i32, lanes)]
-            if self.codes == "e2m1_groups":
-                return [_small_float(k, code, lanes, 22, 2.0**126) for code in halves]
+            if k.isa.permutes and lanes == k.isa.lanes():
+                return [_permuted(k, self.codes, code, lanes) for code in halves]
+            if self.codes in _E2M1:
+                return [_small_float(k, code, lanes, 22, _E2M1[self.codes]) for code in halves]
             return [_entry(k, code, lanes, table_of(self.codes).tolist()) for code in halves]
         if self.bits == 8:
             return [k.cast(k.cast(k.bits(byte, _i8, lanes), _i32, lanes), f32, lanes)]
@@ -115,8 +139,15 @@ class PackedForm:
 
 
 def _float(k: Emitter, bytes: Sequence[Expr], lanes: int) -> Expr:
-    """Return a float16 of two bytes, or a float32 of four bytes, as float32. The lowest byte comes first."""
+    """Return a float16 of two bytes, or a float32 of four bytes, as float32. The lowest byte comes first. For one byte
+    e, return 2^(e - 128).
+    """
     made = k.cast(bytes[0], _i32, lanes)
+    if len(bytes) == 1:
+        power = k.bits(k.shift_left(made - k.number(1, _i32, lanes), k.number(23, _i32, lanes)), f32, lanes)
+        for e in (1, 0):  # subnormal
+            power = k.select(made < k.number(e + 1, _i32, lanes), k.number(2.0 ** (e - 128), f32, lanes), power)
+        return power
     for place, byte in enumerate(bytes[1:], start=1):
         made = made | k.shift_left(k.cast(byte, _i32, lanes), k.number(8 * place, _i32, lanes))
     if len(bytes) == 4:
@@ -144,6 +175,43 @@ def _entry(k: Emitter, code: Expr, lanes: int, table: Iterable[float]) -> Expr:
     return values[0]
 
 
+_WIDE = {"uint4_wide_groups": 4, "int8_zero_groups": 8}
+"""The bits of forms with a float32 scale and a zero."""
+
+
+def _permuted(k: Emitter, codes: str, code: Expr, lanes: int) -> Expr:
+    """Return entries of a form's table of 16, by codes of four bits: an instruction selects lanes of the table."""
+    table = np.float32(2) * table_of("e2m1_groups") if codes == "mxfp4" else table_of(codes)
+    name = f"treadle_entries_of_{codes}_{lanes}"
+    entries = [f"float 0x{np.float64(value).view(np.uint64):016X}" for value in table]
+    floats, integers = (f"<{lanes} x {kind}>" for kind in ("float", "i32"))
+
+    def text() -> str:
+        if lanes == 16:
+            return f"""
+declare {floats} @llvm.x86.avx512.permvar.sf.512({floats}, {integers})
+define {floats} @{name}({integers} %c) alwaysinline {{
+  %y = call {floats} @llvm.x86.avx512.permvar.sf.512({floats} <{", ".join(entries)}>, {integers} %c)
+  ret {floats} %y
+}}"""
+        low, high = (f"<{', '.join(entries[i : i + 8])}>" for i in (0, 8))
+        return f"""
+declare {floats} @llvm.x86.avx2.permps({floats}, {integers})
+define {floats} @{name}({integers} %c) alwaysinline {{
+  %low = call {floats} @llvm.x86.avx2.permps({floats} {low}, {integers} %c)
+  %high = call {floats} @llvm.x86.avx2.permps({floats} {high}, {integers} %c)
+  %is = icmp ugt {integers} %c, {_splat_text(lanes, 7)}
+  %y = select <{lanes} x i1> %is, {floats} %high, {floats} %low
+  ret {floats} %y
+}}"""
+
+    return k.llvm(name, text, f"float32x{lanes}", code)
+
+
+def _splat_text(lanes: int, value: int) -> str:
+    return f"<{', '.join([f'i32 {value}'] * lanes)}>"
+
+
 INT8_ROWS = PackedForm(8, 0, scale=4)
 """Rows of 8 bits, each with one float32 scale."""
 
@@ -161,10 +229,13 @@ def packed_form(encoding: Encoding) -> PackedForm | None:
         return PackedForm(4, encoding.group, least=True, zeros=True)
     if encoding.form == "int8_groups":
         return PackedForm(8, encoding.group, scale=4)
+    if encoding.form in _WIDE:
+        return PackedForm(_WIDE[encoding.form], encoding.group, scale=4, least=True, zeros=True)
     if isinstance(encoding.block, CodedGroups):
         return PackedForm(encoding.block.bits, encoding.group, scale=4, codes=encoding.form)
     return {
         "int8_rows": INT8_ROWS,
+        "mxfp4": PackedForm(4, 32, scale=1, codes="mxfp4"),
         "q8_0": PackedForm(8, 32),
         "q4_0": PackedForm(4, 32, zero=8),
         "q4_1": PackedForm(4, 32, least=True),

@@ -56,7 +56,8 @@ class WideBlockProduct(WordProduct):
         """
         lanes = column_lanes(k.isa)
         for i in range(tile.high):
-            four = [k.let(k.splat(k.load(a, [tile.first + i, first + n]), lanes), "x") for n in range(4)]
+            row = tile.row(k, i)
+            four = [k.let(k.splat(k.load(a, [row, first + n]), lanes), "x") for n in range(4)]
             for v, ys in enumerate(numbers):
                 made = None
                 for x, y in zip(four, ys, strict=True):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, HeldScales, WordBlock, WordForm, column_lanes
 from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.isa import Isa
-from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles
+from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles, row_of
 from treadle.backends.tvm.kernels.pointwise import Chain
 from treadle.ir.types import f32, u8
 
@@ -29,6 +29,7 @@ class WordTile:
 
     first   index of the tile's first row of a
     high    number of rows
+    count   number of existing rows, if fewer: the others repeat the last row and are not stored
     blocks  the block of each vector of columns
     sums    the accumulators, row by row, one vector after the other
     scales  scales of the blocks
@@ -36,9 +37,14 @@ class WordTile:
 
     first: Expr
     high: int
+    count: Expr | None
     blocks: Sequence[WordBlock]
     sums: Any
     scales: HeldScales
+
+    def row(self, k: Emitter, number: int) -> Expr:
+        """Return the index of a row of a, from its number in the tile."""
+        return row_of(k, self.first, number, self.count)
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,23 @@ class WordProduct(FinishedProduct):
         views = self.views(k, given, m, depth, stride) | {p.name: k.view(p, *shapes[p.name]) for p in finished}
         views["w"] = k.view(w, [panels, held * (form.bytes * WIDTH)])
 
-        def tile(panel: Expr, column: int, width: int, row: Expr, rows: int) -> None:
-            self._tile(k, views, panel, row, rows, columns, held)
+        def tile(panel: Expr, column: int, width: int, row: Expr, rows: int, count: Expr | None = None) -> None:
+            self._tile(k, views, panel, row, rows, count, columns, held)
 
         over_tiles(k, m, panels, tile, self.tile(k.isa), self.many(k, views, columns, depth))
 
     def _tile(
-        self, k: Emitter, views: dict[str, Any], panel: Expr, first: Expr, high: int, columns: Expr, held: Expr
+        self,
+        k: Emitter,
+        views: dict[str, Any],
+        panel: Expr,
+        first: Expr,
+        high: int,
+        count: Expr | None,
+        columns: Expr,
+        held: Expr,
     ) -> None:
-        """Emit the product of `high` rows and a panel."""
+        """Emit the product of `high` rows, of which `count` exist, and a panel."""
         form, lanes = self.form, column_lanes(k.isa)
         vectors = WIDTH // lanes
         acc = k.registers(high * WIDTH, f32, "sums")
@@ -129,7 +143,7 @@ class WordProduct(FinishedProduct):
                 for line in range(0, form.bytes * WIDTH, 64):
                     k.prefetch(views["w"], [panel, base + (line + k.isa.ahead)])
             blocks = self.blocks(k, views["w"], panel, base)
-            tile = WordTile(first, high, blocks, acc, HeldScales.of(k, blocks))
+            tile = WordTile(first, high, count, blocks, acc, HeldScales.of(k, blocks))
             groups = k.let(block * (form.chunks * form.parts), "groups")
             if form.chunks == 1:
                 for part in range(form.parts):
@@ -142,7 +156,7 @@ class WordProduct(FinishedProduct):
         tile_of_sums = k.registers(high * WIDTH, f32, "tile")
         with k.unroll(high * vectors, "r") as r:
             k.store(tile_of_sums, [r * lanes], k.load(acc, [r * lanes], lanes), lanes)
-        with k.loop(high, "i") as i, k.loop(vectors, "v") as v:
+        with k.loop(high if count is None else count, "i") as i, k.loop(vectors, "v") as v:
             value = k.load(tile_of_sums, [(i * vectors + v) * lanes], lanes)
             column = k.let(panel * WIDTH + v * lanes, "column")
             self.finishing.store(k, views, [first + i], column, value, columns, lanes)

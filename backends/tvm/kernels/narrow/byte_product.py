@@ -163,7 +163,7 @@ class QuadProduct(RegisterProduct):
             held.append(k.let(k.bits(k.load(views["w"], index, 4 * lanes), _i32, lanes), "w"))
         if k.isa.multiplies_quads:
             for i in range(tile.high):
-                four = k.bits(k.load(views["a"], [tile.first + i, at], 4), _i32)
+                four = k.bits(k.load(views["a"], [tile.row(k, i), at], 4), _i32)
                 x = k.let(k.splat(four, lanes), "x")
                 for v, w in enumerate(held):
                     sums = [(i * tile.vectors + v) * lanes]
@@ -172,7 +172,7 @@ class QuadProduct(RegisterProduct):
         for n in range(4):
             wide = [k.let(_byte(k, w, n, lanes), "y") for w in held]
             for i in range(tile.high):
-                x = k.let(k.splat(k.load(views["a"], [tile.first + i, at + n]), lanes), "x")
+                x = k.let(k.splat(k.load(views["a"], [tile.row(k, i), at + n]), lanes), "x")
                 for v, w in enumerate(wide):
                     sums = [(i * tile.vectors + v) * lanes]
                     k.store(acc, sums, k.load(acc, sums, lanes) + x * w, lanes)

@@ -52,21 +52,24 @@ class EncodeRows(Kernel):
             without padding
     signed  True for `int8_rows`, whose bytes have 128 added except in the form "held"; False for `uint8_rows`
     scaled  True if there is a `by`
+    static  True if all rows have the scale and the zero point that two more pointers hold, for `uint8_rows`
     again   True if x holds encoded rows: their scales, zero points and numbers stay the same, in another form
 
-    If a row contains NaN or infinity, its scale is NaN. Arguments: x, by if `scaled`, y, rows; m, k; x's stride of
-    rows.
+    If a row contains NaN or infinity (with `static`: NaN), its scale is NaN. Arguments: x, by if `scaled`, the scale
+    and the zero point if `static`, y, rows; m, k; x's stride of rows.
     """
 
     form: str
     signed: bool = False
     scaled: bool = False
+    static: bool = False
     again: bool = False
 
     @property
     def title(self) -> str:
         verb = "copy" if self.again else "encode"
-        return f"{verb}_{'scaled_' * self.scaled}{'signed_' * self.signed}rows_{self.form}"
+        kind = f"{'scaled_' * self.scaled}{'static_' * self.static}{'signed_' * self.signed}"
+        return f"{verb}_{kind}rows_{self.form}"
 
     @property
     def head(self) -> int:
@@ -76,9 +79,11 @@ class EncodeRows(Kernel):
     def emit(self, k: Emitter) -> None:
         held = self.form == "held"
         read = [k.pointer("x", u8 if self.again else f32), *([k.pointer("by", f32)] if self.scaled else [])]
+        given = [k.pointer(name, f32) for name in ("scale", "zero") if self.static]
         pointers = [k.pointer("y", rows_dtype(self.form)), k.pointer("rows", _i32)]
         m, depth, stride = k.size("m"), k.size("k"), k.size("x_stride")
         steps = k.let(k.floor_divide(depth + (QUAD_STEP - 1), QUAD_STEP), "steps")
+        given = [k.view(each, [k.index(1)]) for each in given]
         head = _head(self.signed) if self.again else 0
         x, rows = k.view(read[0], [m, depth + head], [stride, 1]), k.view(pointers[1], [m, 2])
         by = k.view(read[1], [depth]) if self.scaled else None
@@ -99,7 +104,13 @@ class EncodeRows(Kernel):
                         return integers(k, found, self.signed, of_row[1], count)
                     return found if by is None else found * k.load(by, [at], count)
 
-                if of_row is None:
+                if self.static:
+                    factor, zero = (k.let(k.load(each, [k.index(0)])) for each in given)
+                    largest, _ = self._ends(k, number, depth, magnitude=True)
+                    none = largest > k.number(_INFINITY, _i32)
+                    scale = k.select(none, k.number(float("nan"), f32), factor)
+                    bits, zero = k.let(k.bits(scale, _i32), "bits"), k.let(k.cast(zero, _i32), "zero")
+                elif of_row is None:
                     scale, factor, zero = self._steps(k, *self._ends(k, number, depth))
                     bits = k.let(k.bits(scale, _i32), "bits")
                 else:
@@ -135,13 +146,16 @@ class EncodeRows(Kernel):
             return [k.floor_divide(sixteen, 2), step, k.floor_mod(sixteen, 2), i, k.index(0)]
         return [row, step * QUAD_STEP + self.head]
 
-    def _ends(self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr) -> tuple[Expr, Expr]:
+    def _ends(
+        self, k: Emitter, number: Callable[[Expr, int], Expr], depth: Expr, magnitude: bool = False
+    ) -> tuple[Expr, Expr]:
         """Return the bits of a row's largest number, and the bits of minus its smallest number; 0 if no number has that
         sign.
 
-        For a signed row, both are the bits of the largest magnitude. The bits of infinity and NaN are larger than the
-        bits of all other numbers.
+        For a signed row, and with `magnitude`, both are the bits of the largest magnitude. The bits of infinity and NaN
+        are larger than the bits of all other numbers.
         """
+        magnitude = magnitude or self.signed
         lanes = k.isa.lanes()
         most = k.registers(2 * lanes, _i32, "most")
         for side in range(2):
@@ -150,7 +164,7 @@ class EncodeRows(Kernel):
 
         def bits(at: Expr, count: int) -> list[Expr]:
             found = k.let(k.bits(number(at, count), _i32, count))
-            if self.signed:
+            if magnitude:
                 return [found & k.number(_SIGN - 1, _i32, count)]
             return [
                 found,
@@ -168,7 +182,7 @@ class EncodeRows(Kernel):
             for side, each in enumerate(bits(vectors * lanes + j, 1)):
                 k.store(ends, [side], k.greatest(k.load(ends, [side]), each))
         largest = k.let(k.load(ends, [0]), "largest")
-        return largest, largest if self.signed else k.let(k.load(ends, [1]), "least")
+        return largest, largest if magnitude else k.let(k.load(ends, [1]), "least")
 
     def _steps(self, k: Emitter, largest: Expr, least: Expr) -> tuple[Expr, Expr, Expr]:
         """Return a row's scale, the factor of its numbers, and its zero point."""
@@ -203,7 +217,10 @@ class EncodeRows(Kernel):
         part = k.registers(QUAD_STEP, u8, "part") if count is not QUAD_STEP else None
         up = k.let(k.splat(k.cast(zero, f32), lanes), "up")
         for j in range(0, QUAD_STEP, lanes):
-            near = k.nearest(number(j) * k.splat(factor, lanes))
+            each = k.splat(factor, lanes)  # `static`: the scale, by which numbers are divided as in `fake_quantize`
+            near = k.nearest(number(j) / each if self.static else number(j) * each)
+            if self.static:
+                near = k.greatest(near, -up)
             if not self.signed:  # rounding both halves up would give 256 steps
                 near = k.least(near, k.number(255.0, f32, lanes) - up)
             if self.form == "wide":

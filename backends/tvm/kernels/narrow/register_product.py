@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.finishing import FinishedProduct
-from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles
+from treadle.backends.tvm.kernels.narrow.register_tiles import narrow_width, over_tiles, row_of
 from treadle.backends.tvm.kernels.pointwise import Chain
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class RegisterTile:
 
     def row(self, k: Emitter, number: int) -> Expr:
         """Return the index of a row of a, from its number in the tile."""
-        return self.first + (number if self.count is None else k.least(k.index(number), self.count - 1))
+        return row_of(k, self.first, number, self.count)
 
 
 @dataclass(frozen=True)

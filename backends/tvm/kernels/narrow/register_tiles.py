@@ -1,7 +1,7 @@
 """Tiles of products without AMX, whose accumulators stay in registers, and the tasks that run over them.
 
-A task has several tiles of rows of one panel. Full tiles come first, then the remaining rows, in halves, as in
-`Matmul`. Each row is summed in the same order, for any number of rows.
+A task has several tiles of rows of one panel. Full tiles come first, then one tile of the remaining rows, as in
+`Matmul`: a panel is read or unpacked once for each tile. Each row is summed in the same order, for any number of rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.ir.layouts import PAIR_SQUARE, Layout, pairs, quads
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 PART = 128
 """Approximate number of rows of a task."""
 
-Tile = Callable[["Expr", int, int, "Expr", int], None]
+Tile = Callable[..., None]
 """A function that emits one tile, from its panel, first column in the panel, number of columns, first row and number of
-rows.
+rows. `count` is the number of existing rows, if fewer.
 """
 
 
@@ -47,6 +47,16 @@ def tile_of(isa: Isa) -> tuple[int, int]:
         return 8, narrow_width(isa)
     columns = PAIR_SQUARE * (2 if isa.registers >= 32 else 1)
     return max(1, min(12, (isa.registers - 8) * isa.lanes() // columns)), columns
+
+
+HEIGHTS = (1, 2, 3, 4, 6, 8)
+"""Heights of tiles of the last rows. With more of them, fewer rows are computed in vain, and kernels have more code."""
+
+
+class RowTile(Protocol):
+    """A function that emits one tile, from its first row, its height and the number of existing rows, if fewer."""
+
+    def __call__(self, first: Expr, high: int, /, *, count: Expr = ...) -> None: ...
 
 
 Many = Callable[["Expr", "Expr", "Expr"], None]
@@ -89,14 +99,38 @@ def _is_widest(isa: Isa) -> bool:
     return isa.registers >= 32 and isa.lanes() == PAIR_SQUARE and not isa.multiplies_tiles
 
 
-def over_rows(k: Emitter, start: Expr, m: Expr, high: int, tile: Callable[[Expr, int], None]) -> None:
-    """Emit m rows by calls of `tile`: full tiles, then the remaining rows, in halves."""
+def over_rows(k: Emitter, start: Expr, m: Expr, high: int, tile: RowTile) -> None:
+    """Emit m rows by calls of `tile`: full tiles, then one tile of the remaining rows."""
     blocks = k.let(k.floor_divide(m, high), "blocks")
     rest = k.let(k.floor_mod(m, high), "rest")
     with k.loop(blocks, "block") as block:
         tile(k.let(start + block * high, "row"), high)
-    for count in (8, 4, 2, 1):
-        if count < high:
-            with k.when(k.floor_mod(rest, 2 * count) >= k.index(count)):
-                before = blocks * high + k.floor_divide(rest, 2 * count) * (2 * count)
-                tile(k.let(start + before, "row"), count)
+    over_rest(k, start + blocks * high, rest, high, tile)
+
+
+def over_rest(k: Emitter, first: Expr, rest: Expr, high: int, tile: RowTile) -> None:
+    """Emit one tile for the `rest` rows, fewer than `high`, from row `first`. Its height is the least of `HEIGHTS`, and
+    of `high`, that suffices. If some of its rows do not exist, `count` is the number of rows that do.
+    """
+    heights = [height for height in HEIGHTS if height < high]
+    if heights and heights[-1] < high - 1:
+        heights.append(high)
+    for below, height in zip((0, *heights), heights, strict=False):
+        with k.when(k.both(rest > k.index(below), rest <= k.index(height))):
+            row = k.let(first, "row")
+            if height - below == 1:
+                tile(row, height)
+            else:
+                tile(row, height, count=rest)
+
+
+def row_of(k: Emitter, first: Expr, number: Expr | int, count: Expr | None) -> Expr:
+    """Return the index of a row of a tile. Rows that do not exist repeat the last one.
+
+    first   index of the tile's first row
+    number  the row's number in the tile
+    count   number of existing rows; None: all
+    """
+    if count is None:
+        return first + number
+    return first + k.least(k.index(number) if isinstance(number, int) else number, count - 1)

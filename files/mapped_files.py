@@ -1,14 +1,19 @@
-"""Arrays backed by files: detect them, and release their memory."""
+"""Arrays backed by files: detect them, move arrays there, and release their memory."""
 
 from __future__ import annotations
 
 import mmap
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from treadle.files.user_cache import private_folder
+
 Array = np.ndarray[Any, Any]
+
+_SMALLEST = 1 << 20  # bytes of an array for which a file of its own pays off
 
 
 def is_mapped(array: Array) -> bool:
@@ -32,6 +37,23 @@ def give_back(array: Array) -> None:
     end = (last - whole.ctypes.data) // mmap.PAGESIZE * mmap.PAGESIZE
     if start < end:
         mapping.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def in_file(array: Array) -> Array:
+    """Return an equal, read-only array that is backed by a file without a name, in the user's cache, so that the system
+    can release its memory. The array itself is returned if it is small, or if there is no room for the file.
+    """
+    folder = private_folder("blocks") if array.nbytes >= _SMALLEST else None
+    if folder is None:
+        return array
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(np.ascontiguousarray(array).data)
+            file.flush()
+            mapping = mmap.mmap(file.fileno(), array.nbytes, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return array
+    return np.frombuffer(mapping, array.dtype).reshape(array.shape)
 
 
 def _bases(array: Array) -> Iterator[Any]:
