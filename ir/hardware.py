@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from treadle.ir.device_limits import DeviceLimits
 from treadle.ir.errors import UsageError
 
 
@@ -32,6 +33,7 @@ class Hardware:
     fast           bytes per second that a device sends within its node
     slow           bytes per second that a device sends out of its node
     latency        least seconds per message
+    limits         limits of a device that runs kernels in groups of threads; None: those of its kind (`device_limits`)
     """
 
     name: str
@@ -47,6 +49,7 @@ class Hardware:
     fast: float = 5e9
     slow: float = 5e9
     latency: float = 30e-6
+    limits: DeviceLimits | None = None
 
     @property
     def product_rate(self) -> float:

@@ -28,6 +28,7 @@ from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED, FUNCTIONS, add_function, formula
 from treadle.backends.tvm.kernels.cache import KernelCache, assembly, tvm_script
 from treadle.backends.tvm.kernels.calling import PROTOTYPE, bind
+from treadle.backends.tvm.kernels.devices.device import DEVICES
 from treadle.backends.tvm.kernels.isa import ISAS, host_isa, isa_of, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.platforms import Platform
@@ -298,8 +299,7 @@ def test_targets_name_instruction_sets() -> None:
     assert {name for name in HARDWARE if Target(name).kind == "isa"} == set(ISAS)
     assert isa_of(Target("cpu")) is host_isa()
     assert isa_of(Target("x86-64-v3")) is ISAS["x86-64-v3"]
-    with pytest.raises(BackendError, match="generates no code for cuda"):
-        isa_of(Target("cuda"))
+    assert isa_of(Target("cuda:1")) is isa_of(Target("h100")) is DEVICES["cuda"]
 
 
 def test_a_kernel_is_read_as_tvm_script() -> None:

@@ -401,6 +401,8 @@ CHANGING = {
     "backends/python/emission.py": {"_Text"},
     "backends/torch/captured_graphs.py": {"_Repeated"},
     "backends/tvm/planning.py": {"Relocation", "Plan"},
+    "backends/tvm/kernels/devices/group_emitter.py": {"GroupKernel"},
+    "backends/tvm/kernels/devices/statements.py": {"Memory"},
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
     "runtime/scheduler.py": {"_Row"},
@@ -416,7 +418,7 @@ CHANGING = {
 keys.
 """
 
-BY_IDENTITY = {"Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
+BY_IDENTITY = {"Memory", "Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
 """Members of CHANGING that are compared by identity."""
 
 

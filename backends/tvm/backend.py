@@ -20,6 +20,8 @@ from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
+from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.devices.device_kernels import refuse_kernels
 from treadle.backends.tvm.kernels.isa import isa_of, refused_here, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.meeting import Meet
@@ -149,6 +151,8 @@ class TvmBackend(StagedBackend):
         made = recipes_of(graph)
         program = self._program(graph, target, needed_plan(plan, self.name))
         self._last = None
+        if isinstance(isa, Device):
+            refuse_kernels(program, isa)
         cache = KernelCache(isa)
         threads = target.cores() or 1
         needed = kernels_of(program)

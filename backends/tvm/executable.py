@@ -29,6 +29,7 @@ from treadle.backends.tvm.host_calls import HostCall
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import Entry, KernelCache, assembly
 from treadle.backends.tvm.kernels.calling import INTEGER, POINTER, address, function_of
+from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.leftovers import find_leftovers
@@ -109,11 +110,15 @@ class KernelExecutable(EntryExecutable):
 
     def assembly(self, title: str) -> str:
         """Return the assembly of the kernel with this title in `source`. Raises BackendError if there is no such
-        kernel.
+        kernel, and for a device.
         """
         titles = {name: kernel for kernel, name in unique_titles(self.kernels).items() if not kernel.on_host}
         if title not in titles:
             raise BackendError(f"there is no kernel {title!r}", hint="one of " + ", ".join(titles))
+        if isinstance(self.cache.isa, Device):
+            raise BackendError(
+                f"kernels for {self.cache.isa} are not compiled here", hint="read their text in `source`"
+            )
         return assembly(titles[title], self.cache.isa)
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels import linking, tvm_runtime
 from treadle.backends.tvm.kernels.arithmetic.vector_math import ADDED
+from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.isa import Isa, runs_here
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import CONNECT, Runner
@@ -111,9 +112,10 @@ class KernelCache:
     def refuse_other_machine(self) -> None:
         """Raise BackendError if this machine does not have the instruction set."""
         if not runs_here(self.isa):
+            readable = "`source`" if isinstance(self.isa, Device) else "`source`, `assembly`"
             raise BackendError(
                 f"kernels for {self.isa} do not run on this machine",
-                hint="read them (`source`, `assembly`), or compile for Target('cpu')",
+                hint=f"read them ({readable}), or compile for Target('cpu')",
             )
 
     def path(self, kernel: Kernel) -> Path | None:
@@ -266,7 +268,7 @@ def assembly(kernel: Kernel, isa: Isa) -> str:
 
 def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
     """Return a kernel as TVMScript, under its title or another name."""
-    from treadle.backends.tvm.kernels.emitter import primfunc
+    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
 
     text = str(primfunc(kernel, isa, name or kernel.title).script(show_meta=False))
     return text[text.index("@T.prim_func") :].rstrip() + "\n"
@@ -275,7 +277,7 @@ def tvm_script(kernel: Kernel, isa: Isa, name: str | None = None) -> str:
 def _executable(kernel: Kernel, isa: Isa) -> Any:
     import tvm
 
-    from treadle.backends.tvm.kernels.emitter import primfunc
+    from treadle.backends.tvm.kernels.llvm_emitter import primfunc
 
     module = tvm.IRModule({_SYMBOL: primfunc(kernel, isa, _SYMBOL)})
     try:

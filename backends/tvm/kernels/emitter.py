@@ -1,393 +1,291 @@
-"""The emitter, with which kernel generators write loops. Only this module, `cache` and `fused_products` import TVM.
+"""The emitter: the vocabulary in which kernel generators write loops.
 
-It is a thin layer over TVM's IRBuilder. Expressions are TVM's own, so operators such as `+ - * < &` work on them. The
-layer adds methods for operations that are verbose in TVM, or that kernels need in another form. Index arithmetic is in
-int64.
+A specification (`treadle.backends.tvm.kernels.kernel.Kernel.emit`) calls the words of an `Emitter`. There are two
+emitters: `llvm_emitter` for CPUs, where the lanes of a vector are those of a register, and
+`devices.group_emitter` for devices, where they are the threads of a group.
 
-The layer handles these properties of TVM and LLVM:
-- buffers are declared with an alignment of 4 bytes, or the element's own if smaller, so that any pointer may be passed
-- a register tile needs an annotation, or it becomes an allocation inside the loop
-- LLVM keeps a tile in registers only if every index into it is a constant: unroll the loops over it (`k.unroll`)
-- `(x + magic) - magic` is folded away: round with `k.nearest`
+Values are expressions, on which operators such as `+ - * < &` work; indices may be Python integers. A value has a
+number of lanes:
+
+- a scalar has one. Loops, branches and indices take scalars only. On a device, all threads of a group have the same one
+- a vector has `lanes` lanes. Words and operators work lane by lane, except the words below "across lanes"
+
+An expression is evaluated where it is used, and again at each use; `let` evaluates it once. A product that is added in
+the same expression is rounded with the sum, any other product before it: docs/kernels.md.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import tvm
-from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder as T
-
-from treadle.backends.bfloat16 import rounded
-from treadle.backends.tvm.kernels.arithmetic.comparisons import compare
-from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
-from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction, tvm_type
-from treadle.backends.tvm.kernels.fused_products import with_fused_products
 from treadle.backends.tvm.kernels.isa import Isa
-from treadle.backends.tvm.kernels.kernel import Kernel
-from treadle.ir.types import DType, bf16, boolean, f32, i64, u8
+from treadle.ir.types import DType, f32
+
+if TYPE_CHECKING:
+    from treadle.backends.tvm.kernels.arithmetic.lane_function import LaneFunction
 
 Expr = Any
-"""A TVM expression; indices may be Python integers."""
-
-_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16", "i64": "int64", "i32": "int32"}
-_NAMES |= {"i16": "int16", "i8": "int8", "u8": "uint8", "bool": "bool"}
+"""An expression of an emitter; indices may be Python integers."""
 
 
-def tvm_dtype(dtype: DType, lanes: int = 1) -> str:
-    """Return TVM's name of a dtype. A bool is stored as uint8 (`Emitter.load`), a bf16 as bits (`conversions`)."""
-    return _NAMES[dtype.name] + (f"x{lanes}" if lanes > 1 else "")
+class Emitter(ABC):
+    """An emitter of one kernel for one instruction set or device.
 
-
-def primfunc(kernel: Kernel, isa: Isa, name: str) -> Any:
-    """Return a kernel as TVM's PrimFunc of that name."""
-    emitter = Emitter(isa)
-    with IRBuilder() as ib, T.prim_func(s_tir=True):
-        T.func_name(name)
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        kernel.emit(emitter)
-    made = ib.get()
-    if not emitter.imported:
-        return made
-    text = tvm.ir.StringImm("\n".join(emitter.imported.values()))  # must precede every reference to the text
-    body = tirx.AttrStmt(tirx.IntImm("int32", 0), "pragma_import_llvm", text, made.body)
-    return tirx.PrimFunc(made.params, body, made.ret_type, made.attrs)
-
-
-class Emitter:
-    """An emitter of one kernel for one instruction set.
-
+    isa             the lanes, registers and features for which the kernel is written
     integer_angles  True to reduce the arguments of sin and cos in integers, instead of f64 and C's math library
     """
 
+    isa: Isa
     integer_angles = False
-
-    def __init__(self, isa: Isa) -> None:
-        self.isa = isa
-        self.imported: dict[str, str] = {}  # LLVM text that the kernel refers to, by function
 
     # -- arguments -------------------------------------------------------------------------------------------
 
-    def pointer(self, name: str, dtype: DType) -> Expr:
-        """Declare the next pointer argument of the kernel."""
-        handle = T.arg(f"{name}_ptr", T.handle(_stored(dtype)))
-        return _Pointer(name, handle, dtype)
+    @abstractmethod
+    def pointer(self, name: str, dtype: DType) -> Any:
+        """Declare the next pointer argument of the kernel. On a device, it is a buffer and an element offset."""
 
+    @abstractmethod
     def size(self, name: str) -> Expr:
         """Declare the next size argument of the kernel, an int64."""
-        return T.arg(name, T.int64())
 
+    @abstractmethod
     def view(self, pointer: Any, shape: Sequence[Expr], strides: Sequence[Expr] | None = None) -> Any:
         """Return the memory at a pointer as an array; strides are in elements, row-major by default."""
-        width = min(4, pointer.dtype.bytes)
-        shape = [_index(n) for n in shape] or [_index(1)]
-        made = T.decl_buffer(
-            shape,
-            _stored(pointer.dtype),
-            data=pointer.handle,
-            strides=None if strides is None else [_index(s) for s in strides],
-            align=width,
-        )
-        IRBuilder.name(pointer.name, made)
-        return _View(made, pointer.dtype, pointer.name)
 
     # -- loops and names -------------------------------------------------------------------------------------
 
-    @contextmanager
-    def parallel(self, count: Expr, name: str = "p") -> Iterator[Expr]:
-        """A loop whose iterations are divided among threads. It must be the outermost loop, and there is at most one
-        in a kernel.
+    @abstractmethod
+    def parallel(self, count: Expr, name: str = "p") -> AbstractContextManager[Expr]:
+        """A loop whose iterations, the tasks, are divided among threads, or on a device among groups.
+
+        It must be the outermost loop, and there is at most one in a kernel. Tasks are independent of each other.
         """
-        with T.parallel(_index(0), _index(count)) as i:
-            yield self.name(name, i)
 
-    @contextmanager
-    def loop(self, count: Expr, name: str = "i") -> Iterator[Expr]:
+    @abstractmethod
+    def loop(self, count: Expr, name: str = "i") -> AbstractContextManager[Expr]:
         """A loop from 0 to count - 1."""
-        with T.serial(_index(0), _index(count)) as i:
-            yield self.name(name, i)
 
-    @contextmanager
-    def unroll(self, count: int, name: str = "u") -> Iterator[Expr]:
+    @abstractmethod
+    def unroll(self, count: int, name: str = "u") -> AbstractContextManager[Expr]:
         """A loop that the code generator unrolls, so that indices into registers are constants."""
-        with T.unroll(_index(0), _index(count)) as i:
-            yield self.name(name, i)
 
-    @contextmanager
-    def when(self, condition: Expr) -> Iterator[None]:
-        """A block that runs only if the condition holds."""
-        with T.If(with_fused_products(condition)), T.Then():
-            yield
+    @abstractmethod
+    def when(self, condition: Expr) -> AbstractContextManager[None]:
+        """A block that runs only if the condition, a scalar, holds."""
 
     def name(self, name: str, value: Expr) -> Expr:
         """Name a variable in the printed source."""
-        IRBuilder.name(name, value)
         return value
 
+    @abstractmethod
     def let(self, value: Expr, name: str = "t") -> Expr:
         """Bind a value to a variable, so that it is computed once."""
-        bound = T.Bind(with_fused_products(value))
-        IRBuilder.name(name, bound)
-        return bound
 
+    @abstractmethod
     def opaque(self, value: Expr, name: str = "t") -> Expr:
         """Bind an index to a variable that the code generator does not analyze. Analyzing nested divisions would take
-        it minutes.
+        TVM minutes.
         """
-        return self.kept(_index(value), i64, 1, name)
 
+    @abstractmethod
     def kept(self, value: Expr, dtype: DType, lanes: int = 1, name: str = "t") -> Expr:
-        """Compute a value once and store it in memory, so that the code generator does not analyze its expression.
+        """Bind a value to a variable whose expression the code generator does not analyze.
 
-        The code generator expands a value of `let` at every use, with all variables in it. If each of n values is used
-        twice by the next one, this takes 2^n expansions. LLVM turns the memory into a register.
+        TVM expands a value of `let` at every use, with all variables in it. If each of n values is used twice by the
+        next one, this takes 2^n expansions.
         """
-        place = self.registers(lanes, dtype, f"{name}_cell")
-        self.store(place, [0], value, lanes)
-        if dtype is not boolean:
-            return self.let(self.load(place, [0], lanes), name)
-        byte = _View(place.buffer, u8, place.name)  # TVM cannot analyze a comparison with a byte in the byte's own type
-        return self.let(compare(self, "ne", self.load(byte, [0], lanes), self.number(0, u8, lanes), u8, lanes), name)
 
     # -- memory ----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def registers(self, count: int, dtype: DType, name: str = "acc") -> Any:
-        """Allocate a tile of `count` elements, which stays in registers if every index is a constant."""
-        made = T.alloc_buffer((count,), _stored(dtype), scope="local", annotations={"disable_lower_builtin": True})
-        IRBuilder.name(name, made)
-        return _View(made, dtype, name)
+        """Allocate a tile of `count` elements, which stays in registers if every index is a constant.
 
+        On a device, it is private to a thread if it is accessed by scalars only, or only by vectors whose first
+        elements are multiples of the number of lanes. Otherwise it is shared memory.
+        """
+
+    @abstractmethod
     def load(self, view: Any, index: Sequence[Expr], lanes: int = 1) -> Expr:
         """Load an element, or `lanes` contiguous elements along the last index. A bool is True if it is not 0."""
-        *outer, last = [_index(i) for i in index] or [_index(0)]
-        found = view.buffer[(*outer, _ramp(last, lanes))] if lanes > 1 else view.buffer[(*outer, last)]
-        return tirx.NE(found, _filled(tirx.const(0, "uint8"), lanes)) if view.dtype is boolean else found
 
+    @abstractmethod
     def store(self, view: Any, index: Sequence[Expr], value: Expr, lanes: int = 1) -> None:
-        """Store an element, or `lanes` contiguous elements along the last index."""
-        *outer, last = [_index(i) for i in index] or [_index(0)]
-        value = with_fused_products(value)
-        if view.dtype is boolean:
-            value = tirx.Cast("uint8" + (f"x{lanes}" if lanes > 1 else ""), value)
-        T.buffer_store(view.buffer, value, [*outer, _ramp(last, lanes) if lanes > 1 else last])
+        """Store an element, or `lanes` contiguous elements along the last index.
 
+        On a device, the first thread stores a scalar, and the first threads a vector with fewer lanes than threads.
+        """
+
+    @abstractmethod
     def address(self, view: Any, index: Sequence[Expr]) -> Expr:
-        """Return the address of an element, for an intrinsic."""
-        return tirx.address_of(view.buffer[tuple(_index(i) for i in index)])
+        """Return the address of an element, for an intrinsic. Not on devices."""
+
+    @abstractmethod
+    def prefetch(self, view: Any, index: Sequence[Expr]) -> None:
+        """Prefetch the cache line of an element into the second-level cache; an invalid address has no effect. Nothing
+        on devices.
+        """
 
     # -- values ----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def number(self, value: float | int | bool, dtype: DType, lanes: int = 1) -> Expr:
-        """Return a constant."""
-        name = tvm_dtype(dtype)
-        if dtype is bf16:
-            made = tirx.IntImm(name, int(rounded(np.asarray(value, np.float32))))
-        elif dtype.is_float:
-            if value != value or value in (float("inf"), float("-inf")):  # an immediate cannot hold these
-                made = _not_finite(value, name)
-            else:
-                made = tirx.FloatImm(name, float(value))
-        else:
-            made = tirx.const(bool(value), "bool") if dtype is boolean else tirx.IntImm(name, int(value))
-        return _filled(made, lanes)
+        """Return a constant, in every lane."""
 
+    @abstractmethod
     def index(self, value: Expr) -> Expr:
         """Return a value as an int64 index."""
-        return _index(value)
 
+    @abstractmethod
     def splat(self, value: Expr, lanes: int) -> Expr:
         """Return a vector with a scalar in every lane."""
-        return _filled(value, lanes)
 
+    @abstractmethod
     def lane_indices(self, first: Expr, lanes: int) -> Expr:
         """Return first, first + 1, ... as an int64 vector."""
-        return _ramp(_index(first), lanes) if lanes > 1 else _index(first)
 
+    @abstractmethod
     def cast(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
         """Convert a value as C does: a float to an integer by dropping its fraction. See `conversions`."""
-        made = narrow_cast(self, value, re.sub(r"x\d+$", "", str(value.ty)), dtype, lanes)
-        return tirx.Cast(tvm_dtype(dtype, lanes), value) if made is None else made
 
+    @abstractmethod
     def select(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Select lane by lane. Both sides are computed, so both must be safe to compute."""
-        return tirx.Select(condition, then, otherwise)
 
+    @abstractmethod
     def either(self, condition: Expr, then: Expr, otherwise: Expr) -> Expr:
         """Select between scalars; only the selected side is computed."""
-        return tirx.if_then_else(condition, then, otherwise)
 
+    @abstractmethod
     def both(self, x: Expr, y: Expr) -> Expr:
-        """Return an expression that is true if both conditions hold."""
-        return tirx.And(x, y)
+        """Return an expression that is true in each lane in which both conditions hold."""
 
+    @abstractmethod
     def any_of(self, x: Expr, y: Expr) -> Expr:
         """Return an expression that is true in each lane in which one of the conditions holds."""
-        return tirx.Or(x, y)
 
+    @abstractmethod
     def equal(self, x: Expr, y: Expr) -> Expr:
         """Compare lane by lane. Return an expression, whereas `x == y` in TVM is evaluated only at its use."""
-        return tirx.EQ(x, y)
 
+    @abstractmethod
     def is_nan(self, x: Expr) -> Expr:
         """Test for NaN lane by lane, in float32 or float64. `x != x` would be folded away."""
-        return tirx.isnan(x)
 
+    @abstractmethod
     def least(self, x: Expr, y: Expr) -> Expr:
         """Return the smaller value; the result for a NaN is unspecified."""
-        return tirx.min(x, y)
 
+    @abstractmethod
     def greatest(self, x: Expr, y: Expr) -> Expr:
         """Return the larger value; the result for a NaN is unspecified."""
-        return tirx.max(x, y)
 
+    @abstractmethod
     def nearest(self, x: Expr) -> Expr:
         """Round to the nearest integer, ties to even."""
-        return tirx.nearbyint(x)
 
+    @abstractmethod
     def floor(self, x: Expr) -> Expr:
-        return tirx.floor(x)
+        """Round down to an integer."""
 
+    @abstractmethod
     def sqrt(self, x: Expr) -> Expr:
-        return tirx.sqrt(x)
+        """Return the square root, correctly rounded."""
 
+    @abstractmethod
     def absolute(self, x: Expr) -> Expr:
-        return tirx.abs(x)
+        """Return the absolute value."""
 
+    @abstractmethod
     def floor_divide(self, x: Expr, y: Expr) -> Expr:
-        """Divide integers, rounding towards minus infinity."""
-        return tirx.floordiv(_index(x), _index(y))
+        """Divide indices, rounding towards minus infinity. On a device, x must not be negative."""
 
+    @abstractmethod
     def floor_mod(self, x: Expr, y: Expr) -> Expr:
         """Return the remainder of `floor_divide`, with the sign of y."""
-        return tirx.floormod(_index(x), _index(y))
 
+    @abstractmethod
     def bits(self, value: Expr, dtype: DType, lanes: int = 1) -> Expr:
-        """Reinterpret the bits as another dtype of the same width."""
-        return tirx.reinterpret(tvm_dtype(dtype, lanes), value)
+        """Reinterpret the bits as another dtype: `lanes` lanes of it, as many bytes as the value has.
 
+        On a device, several elements become a wider one only in a value that was just loaded.
+        """
+
+    @abstractmethod
     def shift_left(self, x: Expr, y: Expr) -> Expr:
-        return tirx.shift_left(x, y)
+        """Shift the bits of integers to the left."""
 
+    @abstractmethod
     def libm(self, name: str, dtype: DType, lanes: int, *operands: Expr) -> Expr:
         """Call a function of C's math library for each lane, by its float64 name: `exp` is `expf` for f32."""
-        if lanes == 1:
-            return tirx.call_pure_extern(tvm_dtype(dtype), name + ("f" if dtype.name == "f32" else ""), *operands)
-        vectors = [self.let(x) for x in operands]
-        return self.shuffle(
-            [self.let(self.libm(name, dtype, 1, *(self.shuffle([x], [i]) for x in vectors))) for i in range(lanes)],
-            range(lanes),
-        )
 
-    def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
-        """Return a vector of the given lanes of the concatenated vectors."""
-        return tirx.Shuffle(list(vectors), [tirx.IntImm("int32", lane) for lane in lanes])
-
-    # -- LLVM ------------------------------------------------------------------------------------------------
-
-    def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
-        """Call a function that is defined by LLVM text, which is inlined. `result` is TVM's dtype.
-
-        Use this only for operations that TVM cannot express. The text is the same for every instruction set.
-        """
-        if name not in self.imported:
-            self.imported[name] = text()
-        return tirx.call_pure_extern(result, name, *operands)
-
-    def effect(self, name: str, declared: str, called: str, *operands: Expr) -> None:
-        """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices.
-
-        declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
-        called    the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
-        """
-        self.imported.setdefault(f"declare {declared}", f"declare {declared}")  # a module may have each only once
-        kinds = ["i64" if str(x.ty).startswith("int64") else "ptr" for x in operands]
-        taken = ", ".join(f"{kind} %x{i}" for i, kind in enumerate(kinds))
-        body = f"define i32 @{name}({taken}) alwaysinline {{\n  call {called}\n  ret i32 0\n}}"
-        self.imported.setdefault(name, body)
-        T.evaluate(tirx.call_extern("int32", name, *operands))
-
-    def prefetch(self, view: Any, index: Sequence[Expr]) -> None:
-        """Prefetch the cache line of an element into the second-level cache; an invalid address has no effect."""
-        declared = "void @llvm.prefetch.p0(ptr, i32, i32, i32)"
-        called = "void @llvm.prefetch.p0(ptr %x0, i32 0, i32 2, i32 1)"
-        self.effect("treadle_prefetch", declared, called, self.address(view, index))
-
+    @abstractmethod
     def lane_function(self, function: LaneFunction, lanes: int, *operands: Expr) -> Expr:
         """Call a lane function on vectors of `lanes` lanes. Equal names of functions must mean equal functions."""
-        wide = lanes == 16 and "avx512f" in self.isa.needs
-        result = tvm_type(function.result) + (f"x{lanes}" if lanes > 1 else "")
-        return self.llvm(f"{function.symbol}_{lanes}", lambda: function.llvm(lanes, wide), result, *operands)
 
+    # -- across lanes ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+        """Return a vector of the given lanes of the concatenated vectors. On a device, threads exchange values."""
+
+    @abstractmethod
     def any_of_lanes(self, condition: Expr, lanes: int) -> Expr:
         """Return a scalar that is true if the condition holds in any lane."""
-        return self._across(condition, lanes, "or", "i1", "bool")
 
+    @abstractmethod
     def sum_of_lanes(self, x: Expr, lanes: int, dtype: DType = f32) -> Expr:
         """Return the sum of a vector's lanes: floats in f32, which are added by halves, or integers in i32."""
-        if dtype is f32:
-            return self._across(x, lanes, "fadd", "float", "float32", "reassoc nsz ", "float -0.0, ")
-        return self._across(x, lanes, "add", "i32", "int32")
 
+    @abstractmethod
     def maximum_of_lanes(self, x: Expr, lanes: int, dtype: DType = f32) -> Expr:
         """Return the maximum of a vector's lanes, in f32 or i32. If one of them is NaN, the result is unspecified."""
-        if dtype is f32:
-            return self._across(x, lanes, "fmax", "float", "float32", "nnan nsz ")
-        return self._across(x, lanes, "smax", "i32", "int32")
 
-    def _across(
-        self, x: Expr, lanes: int, kind: str, scalar: str, result: str, flags: str = "", start: str = ""
-    ) -> Expr:
-        if lanes == 1:
-            return x
-        name, vector = f"treadle_{kind}_{scalar}_{lanes}", f"<{lanes} x {scalar}>"
-        suffix = "f32" if scalar == "float" else scalar
+    def folded_lanes(self, x: Expr, lanes: int, dtype: DType, combine: Callable[[Expr, Expr, int], Expr]) -> Expr:
+        """Fold the lanes of a vector into a scalar, by halves. `combine` takes two values and their number of lanes."""
+        while lanes > 1:
+            pair = self.registers(lanes, dtype, "lanes")
+            self.store(pair, [0], x, lanes)
+            lanes //= 2
+            x = self.let(combine(self.load(pair, [0], lanes), self.load(pair, [lanes], lanes), lanes))
+        return x
 
-        def text() -> str:
-            return f"""
-define {scalar} @{name}({vector} %x) alwaysinline {{
-  %r = call {flags}{scalar} @llvm.vector.reduce.{kind}.v{lanes}{suffix}({start}{vector} %x)
-  ret {scalar} %r
-}}
-"""
+    def transposed(self, rows: Sequence[Expr]) -> list[Expr]:
+        """Transpose a square with one vector for each lane: swap its halves, then the halves of each, and so on."""
+        lanes = len(rows)
+        held = [self.let(row, "row") for row in rows]
+        size = lanes // 2
+        while size:
+            made: list[Any] = [None] * lanes
+            for x in range(lanes):
+                if x & size:
+                    continue
+                pair = [held[x], held[x + size]]
+                low = [e if not e & size else lanes + e - size for e in range(lanes)]
+                high = [e + size if not e & size else lanes + e for e in range(lanes)]
+                made[x] = self.let(self.shuffle(pair, low), "low")
+                made[x + size] = self.let(self.shuffle(pair, high), "high")
+            held, size = made, size // 2
+        return held
 
-        return self.llvm(name, text, result, x)
+    # -- CPUs only -------------------------------------------------------------------------------------------
 
+    @abstractmethod
+    def llvm(self, name: str, text: Callable[[], str], result: str, *operands: Expr) -> Expr:
+        """Call a function that is defined by LLVM text, which is inlined. `result` is TVM's dtype. Not on devices.
 
-class _Pointer:
-    def __init__(self, name: str, handle: Any, dtype: DType) -> None:
-        self.name, self.handle, self.dtype = name, handle, dtype
+        Use this only for instructions of an instruction set.
+        """
 
+    @abstractmethod
+    def effect(self, name: str, declared: str, call: str, *operands: Expr, constant: str = "") -> None:
+        """Emit a call of an LLVM intrinsic for its side effect. Operands are addresses and int64 indices. Not on
+        devices.
 
-class _View:
-    def __init__(self, buffer: Any, dtype: DType, name: str) -> None:
-        self.buffer, self.dtype, self.name = buffer, dtype, name
-
-
-def _stored(dtype: DType) -> str:
-    return "uint8" if dtype is boolean else tvm_dtype(dtype)
-
-
-def _index(value: Expr) -> Expr:
-    if isinstance(value, tvm.ir.Expr):
-        return value if str(value.ty).startswith("int64") else tirx.Cast("int64", value)
-    return tirx.IntImm("int64", value)
-
-
-def _ramp(first: Expr, lanes: int) -> Expr:
-    return tirx.Ramp(first, tirx.IntImm("int64", 1), lanes)
-
-
-def _filled(value: Expr, lanes: int) -> Expr:
-    return tirx.Broadcast(value, lanes) if lanes > 1 else value
-
-
-def _not_finite(value: float, name: str) -> Expr:
-    if value != value:
-        return tirx.Cast(name, tirx.reinterpret("float32", tirx.IntImm("int32", 0x7FC00000)))
-    return tirx.Cast(name, tirx.reinterpret("float32", tirx.IntImm("int32", 0x7F800000 if value > 0 else -0x800000)))
+        declared  the intrinsic's declaration, `void @llvm.x86.tilestored64(i8 immarg, ptr, i64)`
+        call      the call, in which operand i is %x<i>: `void @llvm.x86.tilestored64(i8 0, ptr %x0, i64 %x1)`
+        constant  definition of a constant that the call reads, equal in all calls of a kernel
+        """

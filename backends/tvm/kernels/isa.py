@@ -109,8 +109,17 @@ def isa_of(target: Target) -> Isa:
 
     Raises BackendError for a target without code generation.
     """
+    from treadle.backends.tvm.kernels.devices.device import (  # a device is an Isa: it imports this module
+        DEVICES,
+        Device,
+    )
+
     if target.name in ISAS:
         return ISAS[target.name]
+    if target.hardware.limits is not None:
+        return Device.of(target.name, target.hardware.limits)
+    if target.kind in DEVICES:
+        return DEVICES[target.kind]
     if target.kind != "cpu":
         raise BackendError(
             f"the tvm backend generates no code for {target.name}",

@@ -47,6 +47,8 @@ def tile_rows(width: int, isa: Isa) -> int:
     and one element of a.
     """
     vectors = width // isa.lanes()
+    if vectors > 4:  # a thread with one lane reads the panels of groups
+        return 1
     return {4: 6, 3: 8, 2: 12, 1: 12}[vectors] if isa.registers >= 32 else {2: 6, 1: 12}[vectors]
 
 

@@ -119,17 +119,7 @@ class Accumulator:
         while len(parts) > 1:
             half = len(parts) // 2
             parts = [k.let(self.combine(a, b, lanes)) for a, b in zip(parts[:half], parts[half:], strict=True)]
-        return folded_lanes(k, parts[0], lanes, self.dtype, self.combine)
-
-
-def folded_lanes(k: Emitter, x: Expr, lanes: int, dtype: DType, combine: Callable[[Expr, Expr, int], Expr]) -> Expr:
-    """Fold the lanes of a vector into a scalar, by halves."""
-    while lanes > 1:
-        pair = k.registers(lanes, dtype, "lanes")
-        k.store(pair, [0], x, lanes)
-        lanes //= 2
-        x = k.let(combine(k.load(pair, [0], lanes), k.load(pair, [lanes], lanes), lanes))
-    return x
+        return k.folded_lanes(parts[0], lanes, self.dtype, self.combine)
 
 
 def converted(k: Emitter, value: Expr, held: DType, wanted: DType, lanes: int = 1) -> Expr:

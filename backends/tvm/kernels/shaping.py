@@ -61,11 +61,11 @@ class FoldWindows(Kernel):
                 k.store(total, [0], k.number(0, inner))
                 with k.loop(e, "e") as element:
                     reach = k.let(at[1] - element * dilation, "reach")
-                    window = k.let(k.floor_divide(reach, stride), "window")
-                    exact = k.both(reach >= k.index(0), window * stride >= reach)
-                    with k.when(k.both(exact, window < i)):
-                        value = k.load(x, [at[0], window, c, element])
-                        value = value if inner is dtype else k.cast(value, inner)
-                        k.store(total, [0], k.load(total, [0]) + value)
+                    with k.when(reach >= k.index(0)):
+                        window = k.let(k.floor_divide(reach, stride), "window")
+                        with k.when(k.both(window * stride >= reach, window < i)):
+                            value = k.load(x, [at[0], window, c, element])
+                            value = value if inner is dtype else k.cast(value, inner)
+                            k.store(total, [0], k.load(total, [0]) + value)
                 value = k.load(total, [0])
                 k.store(y, [*at, c], value if inner is dtype else k.cast(value, dtype))

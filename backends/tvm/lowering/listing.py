@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from treadle.backends.commented_lines import commented
 from treadle.backends.tvm.kernels.cache import tvm_script
+from treadle.backends.tvm.kernels.devices.device import Device
+from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.lowering.program import KernelProgram, KernelStep, Routine, RoutineStep, kernels_of
@@ -24,9 +26,18 @@ def list_program(name: str, program: KernelProgram, isa: Isa, prepared: Sequence
         )
     parts += [_routine(routine, titles) for routine in program.routines]
     parts += [
-        f"# {kernel.key}\n" + ("" if kernel.on_host else tvm_script(kernel, isa, titles[kernel])) for kernel in kernels
+        f"# {kernel.key}\n" + ("" if kernel.on_host else _kernel_text(kernel, isa, titles[kernel]))
+        for kernel in kernels
     ]
     return "\n\n".join(parts)
+
+
+def _kernel_text(kernel: Kernel, isa: Isa, title: str) -> str:
+    """Return a kernel as TVMScript, or in the language of a device."""
+    if isinstance(isa, Device):
+        made = device_kernel(kernel, isa, title)
+        return (f"# one task for each thread, because of {made.why_slow}\n" if made.why_slow else "") + made.body
+    return tvm_script(kernel, isa, title)
 
 
 def unique_titles(kernels: Sequence[Kernel]) -> dict[Kernel, str]:

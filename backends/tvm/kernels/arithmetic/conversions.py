@@ -41,7 +41,7 @@ def working(dtype: DType) -> DType:
 
 def has_f16(isa: Isa) -> bool:
     """Return True if an instruction set converts between f16 and f32."""
-    return isa.machine != "x86_64" or "f16c" in isa.needs
+    return isa.machine == "aarch64" or "f16c" in isa.needs
 
 
 def narrow_cast(k: Emitter, value: Expr, held: str, dtype: DType, lanes: int) -> Expr | None:

@@ -10,7 +10,6 @@ from treadle.backends.tvm.kernels.attention.attention_masks import WRITERS
 from treadle.backends.tvm.kernels.attention.part_keeping import PartKeeper
 from treadle.backends.tvm.kernels.attention.row_softmax import RowSoftmax, ScoreRow
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, GROUP, PANEL, SPAN, Scratch, tile_rows
-from treadle.backends.tvm.kernels.square_transpose import transposed
 from treadle.ir.types import DTYPES, DType, boolean, f32, i64
 
 if TYPE_CHECKING:
@@ -281,7 +280,7 @@ class AttentionWriter(PartKeeper):
 
             def square(start: Expr) -> None:
                 read = [self._key_words(j, start, lanes) for j in keys]
-                for x, vector in enumerate(transposed(k, read)):
+                for x, vector in enumerate(k.transposed(read)):
                     k.store(self.packed_keys, [self.slot, to + (start + x) * self.width], vector, lanes)
 
             if d < lanes:

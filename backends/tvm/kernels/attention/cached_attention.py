@@ -27,7 +27,6 @@ from treadle.backends.tvm.kernels.attention.flash_attention import FlashAttentio
 from treadle.backends.tvm.kernels.attention.scratch import BLOCK, PANEL, SPAN
 from treadle.backends.tvm.kernels.gathering import checked
 from treadle.backends.tvm.kernels.isa import Isa
-from treadle.backends.tvm.kernels.square_transpose import transposed
 from treadle.ir.types import DTYPES, DType, f32, i64
 
 if TYPE_CHECKING:
@@ -280,7 +279,7 @@ class _StepWriter(_CacheWriter):
         with k.loop(self.spec.d // lanes, "c") as c:
             start = self._index(c * lanes, "start")
             self._fetch_keys(keys[0], c)
-            square = transposed(k, [self._widened(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
+            square = k.transposed([self._widened(self.key, [self.key_row, self.at_g, j, start], lanes) for j in keys])
             for x, vector in enumerate(square):
                 for i in heads:
                     query = k.splat(k.load(self.queries, [self.slot, i, start + x]), lanes)

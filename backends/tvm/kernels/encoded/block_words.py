@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
 from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.layouts import Layout, blocks
@@ -30,6 +31,11 @@ _LOWEST = 0x01010101
 """A word with the lowest bit of each byte set."""
 _HIGHEST = -0x7F7F7F80  # 0x80808080 as an i32
 _COPIES = 0x00204081  # times four bits: four copies of them, seven bits apart
+
+
+def column_lanes(isa: Isa) -> int:
+    """Return the number of lanes of a vector of columns: at most the columns of a panel."""
+    return min(WIDTH, isa.lanes())
 
 
 @dataclass(frozen=True)

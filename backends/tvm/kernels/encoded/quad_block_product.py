@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.encoded.block_words import WIDTH
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, column_lanes
 from treadle.backends.tvm.kernels.encoded.tile_groups import MANY, PanelOnTiles
 from treadle.backends.tvm.kernels.encoded.word_product import WordProduct, WordTile
 from treadle.backends.tvm.kernels.narrow.byte_product import quads_added
@@ -70,7 +70,7 @@ class QuadBlockProduct(WordProduct):
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
         """Add the products of 32 elements to the tile: the integer sums of each span, scaled."""
-        lanes, vectors = k.isa.lanes(), len(tile.blocks)
+        lanes, vectors = column_lanes(k.isa), len(tile.blocks)
         for half in range(self.form.halves):
             sums = self._summed(k, views, tile, chunk, part, group, half)
             scales = [tile.scales.at(k, v, chunk, part, half) for v in range(vectors)]
@@ -96,7 +96,7 @@ class QuadBlockProduct(WordProduct):
         least: Expr | None,
     ) -> Expr:
         """Return `before` plus the scaled sums over a span, as a vector. Each term is one addition, in this order."""
-        lanes = k.isa.lanes()
+        lanes = column_lanes(k.isa)
         scale = k.splat(k.bits(k.load(scales, [row, group, 0]), f32), lanes)
         made = before + total * (scale * d)
         if least is None:
@@ -108,7 +108,7 @@ class QuadBlockProduct(WordProduct):
         self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr, half: int
     ) -> Any:
         """Return the integer sums over a span: i32 by VNNI, or f32."""
-        lanes, by_fours, vectors = k.isa.lanes(), k.isa.multiplies_quads, len(tile.blocks)
+        lanes, by_fours, vectors = column_lanes(k.isa), k.isa.multiplies_quads, len(tile.blocks)
         dtype = _i32 if by_fours else f32
         made = k.registers(tile.high * WIDTH, dtype, "whole")
         for i in range(tile.high):
@@ -134,7 +134,7 @@ class QuadBlockProduct(WordProduct):
 
     def _fours(self, k: Emitter, a: Any, tile: WordTile, at: Expr, held: Sequence[Expr], made: Any) -> None:
         """Add the products of four elements of each row to the sums."""
-        lanes = k.isa.lanes()
+        lanes = column_lanes(k.isa)
         for i in range(tile.high):
             x = k.let(k.splat(k.bits(k.load(a, [tile.row(k, i), at], 4), _i32), lanes), "x")
             for v, w in enumerate(held):
@@ -143,7 +143,7 @@ class QuadBlockProduct(WordProduct):
 
     def _products(self, k: Emitter, a: Any, tile: WordTile, at: Expr, numbers: Sequence[Expr], to: Any) -> None:
         """Add the products of each row's element with the numbers of each vector of columns."""
-        lanes = k.isa.lanes()
+        lanes = column_lanes(k.isa)
         for i in range(tile.high):
             x = k.let(k.splat(k.load(a, [tile.row(k, i), at]), lanes), "x")
             for v, y in enumerate(numbers):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.backends.tvm.kernels.encoded.block_words import column_lanes
 from treadle.backends.tvm.kernels.encoded.word_product import WordProduct, WordTile
 from treadle.backends.tvm.kernels.narrow.encode_groups import GROUP
 from treadle.ir.types import f32
@@ -53,7 +54,7 @@ class WideBlockProduct(WordProduct):
         """Add the products of four consecutive elements. They are summed first, so that a row's sum has one dependent
         addition, not four.
         """
-        lanes = k.isa.lanes()
+        lanes = column_lanes(k.isa)
         for i in range(tile.high):
             row = tile.row(k, i)
             four = [k.let(k.splat(k.load(a, [row, first + n]), lanes), "x") for n in range(4)]

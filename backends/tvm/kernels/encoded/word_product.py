@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, HeldScales, WordBlock, WordForm
+from treadle.backends.tvm.kernels.encoded.block_words import WIDTH, HeldScales, WordBlock, WordForm, column_lanes
 from treadle.backends.tvm.kernels.finishing import FinishedProduct
 from treadle.backends.tvm.kernels.isa import Isa
 from treadle.backends.tvm.kernels.narrow.register_tiles import Many, over_tiles, row_of
@@ -99,7 +99,7 @@ class WordProduct(FinishedProduct):
         """Return the numbers of rows and columns of a tile: two sums for each vector of the tile must fit into
         registers.
         """
-        vectors = WIDTH // isa.lanes()
+        vectors = WIDTH // column_lanes(isa)
         return max(1, min(12, (isa.registers - 6) // (2 * vectors))), WIDTH
 
     def emit(self, k: Emitter) -> None:
@@ -132,7 +132,7 @@ class WordProduct(FinishedProduct):
         held: Expr,
     ) -> None:
         """Emit the product of `high` rows, of which `count` exist, and a panel."""
-        form, lanes = self.form, k.isa.lanes()
+        form, lanes = self.form, column_lanes(k.isa)
         vectors = WIDTH // lanes
         acc = k.registers(high * WIDTH, f32, "sums")
         with k.unroll(high * vectors, "r") as r:
@@ -163,7 +163,7 @@ class WordProduct(FinishedProduct):
 
     def blocks(self, k: Emitter, w: Any, panel: Expr, base: Expr) -> list[WordBlock]:
         """Return a panel's block that begins at `base`, for each vector of columns."""
-        lanes = k.isa.lanes()
+        lanes = column_lanes(k.isa)
 
         def load(at: Expr, count: int) -> Expr:
             return k.load(w, [panel, base + at], count)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.narrow.round_rows import two_rounded
-from treadle.backends.tvm.kernels.square_transpose import transposed
 from treadle.ir.layouts import PAIR_SQUARE, PAIR_STEP
 from treadle.ir.types import DTYPES, bf16
 
@@ -132,7 +131,7 @@ class RoundSquares(Kernel):
     ) -> None:
         """Emit storing of a square. `rows`: number of its rows, or None for 16."""
         if self.along == bool(self.width):
-            pairs = transposed(k, pairs)
+            pairs = k.transposed(pairs)
         for i, vector in enumerate(pairs):
             value = k.bits(vector, bf16, PAIR_STEP)
             if not self.flat:

@@ -39,8 +39,9 @@ def configure(k: Emitter, shapes: Sequence[tuple[int, int]] = FULL) -> None:
     lengths = [byte for _, length in shapes for byte in (length, 0)]
     table = bytes([1, 0, *[0] * 14, *lengths, *[0] * 16, *[rows for rows, _ in shapes], *[0] * 8])
     text = ", ".join(f"i8 {byte}" for byte in table)
-    k.imported.setdefault(name, f"{name} = private unnamed_addr constant [{len(table)} x i8] [{text}], align 64")
-    k.effect("treadle_configure_tiles", "void @llvm.x86.ldtilecfg(ptr)", f"void @llvm.x86.ldtilecfg(ptr {name})")
+    shapes_line = f"{name} = private unnamed_addr constant [{len(table)} x i8] [{text}], align 64"
+    declared, called = "void @llvm.x86.ldtilecfg(ptr)", f"void @llvm.x86.ldtilecfg(ptr {name})"
+    k.effect("treadle_configure_tiles", declared, called, constant=shapes_line)
 
 
 def release(k: Emitter) -> None:

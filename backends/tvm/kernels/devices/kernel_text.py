@@ -1,0 +1,268 @@
+"""Kernels for threads as text in C dialects: CUDA, OpenCL C, the Metal Shading Language.
+
+The statements are the same text in all dialects. What differs is in the prelude of a dialect (`preludes`): macros for
+memory and for the numbers of threads and blocks. The emulator compiles the CUDA text with a prelude of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
+from treadle.backends.tvm.kernels.devices.statements import (
+    SHARED,
+    Access,
+    Barrier,
+    Declare,
+    Exchange,
+    Let,
+    Loop,
+    Memory,
+    Statement,
+    Store,
+    When,
+)
+from treadle.backends.tvm.kernels.devices.values import ThreadNode
+from treadle.ir.types import boolean
+
+C_TYPES: Mapping[str, str] = {
+    "f64": "double",
+    "f32": "float",
+    "f16": "unsigned short",
+    "bf16": "unsigned short",
+    "i64": "treadle_i64",
+    "i32": "int",
+    "i16": "short",
+    "i8": "signed char",
+    "u8": "unsigned char",
+    "bool": "bool",
+}
+"""C types of values. 16-bit floats are their bits."""
+
+_PRECEDENCE = {"||": 1, "&&": 2, "|": 3, "^": 4, "&": 5, "==": 6, "!=": 6, "<": 7, "<=": 7, ">": 7, ">=": 7}
+_PRECEDENCE |= {"<<": 8, ">>": 8, "+": 9, "-": 9, "*": 10, "/": 10, "%": 10}
+_FLOATS = ("f32", "f64")
+_NARROW = ("i8", "i16", "u8", "bf16", "f16")
+_PRELUDE = {"is_nan", "rint", "floor", "sqrt", "abs"}
+
+
+def stored_type(memory: Memory) -> str:
+    """Return the C type of an array's elements. A bool is stored as a byte."""
+    return "unsigned char" if memory.dtype is boolean else C_TYPES[memory.dtype.name]
+
+
+def body_text(kernel: GroupKernel) -> str:
+    """Return a kernel in the C dialect of its device, without the prelude and the lane functions."""
+    return KernelPrinter(kernel).text()
+
+
+class KernelPrinter:
+    """The printer of C dialects."""
+
+    def __init__(self, kernel: GroupKernel) -> None:
+        self.kernel = kernel
+        self.tables: dict[tuple[int, ...], str] = {}
+
+    def text(self) -> str:
+        kernel, device = self.kernel, self.kernel.device
+        lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in kernel.shared]
+        if device.group > 1:
+            lines.append("  const treadle_i64 lane = TREADLE_THREAD;")
+        lines += self._lines(kernel.body, 1)
+        body = "\n".join(lines)
+        tables = [
+            f"TREADLE_CONSTANT unsigned char {name}[{len(entries)}] = {{{', '.join(map(str, entries))}}};\n"
+            for entries, name in self.tables.items()
+        ]
+        return f"{''.join(tables)}{self._signature()} {{\n{body}\n}}\n"
+
+    def _signature(self) -> str:
+        kernel = self.kernel
+        arguments = []
+        for memory in kernel.pointers:
+            const = "" if memory.is_written else "const "
+            arguments += [
+                f"TREADLE_GLOBAL({const}{stored_type(memory)}) {memory.name}",
+                f"treadle_i64 {memory.name}_at",
+            ]
+        arguments += [f"treadle_i64 {name}" for name in kernel.sizes]
+        return f"TREADLE_KERNEL({kernel.device.threads}) {kernel.name}(\n    " + ",\n    ".join(arguments) + ")"
+
+    # -- statements ------------------------------------------------------------------------------------------
+
+    def _lines(self, statements: list[Statement], depth: int) -> Iterator[str]:
+        pad = "  " * depth
+        for statement in statements:
+            match statement:
+                case Let(variable, value):
+                    yield f"{pad}const {C_TYPES[variable.type]} {variable.data} = {self.expression(value)};"
+                case Exchange(variable, value, thread):
+                    c = C_TYPES[variable.type]
+                    word = "int" if variable.type in (*_NARROW, "bool") else c
+                    sent = self.expression(value)
+                    sent = f"({word})({sent})" if word != c else sent
+                    received = f"TREADLE_SHUFFLE({sent}, (int)({self.expression(thread)}))"
+                    yield f"{pad}const {c} {variable.data} = {f'({c})' if word != c else ''}{received};"
+                case Declare(memory):
+                    if memory.place != SHARED:
+                        yield f"{pad}TREADLE_PRIVATE({stored_type(memory)}, {memory.name}, {max(1, memory.cells)});"
+                case Store(access, value, first):
+                    yield from self._store(access, value, first, pad)
+                case Barrier():
+                    yield f"{pad}TREADLE_BARRIER;"
+                case When(condition, body):
+                    yield f"{pad}if ({self.expression(condition)}) {{"
+                    yield from self._lines(body, depth + 1)
+                    yield f"{pad}}}"
+                case Loop():
+                    yield from self._loop(statement, depth)
+                case _:
+                    raise AssertionError(type(statement))
+
+    def _store(self, access: Access, value: ThreadNode, first: int | None, pad: str) -> Iterator[str]:
+        to, device = access.memory, self.kernel.device
+        made = self.expression(value)
+        made = f"(unsigned char)({made})" if to.dtype is boolean else made
+        line = f"{self._place(access)} = {made};"
+        if first is not None and device.group > 1 and to.place not in ("scalars", "vectors"):
+            line = f"if (lane < {first}) {{ {line} }}"
+        yield pad + line
+
+    def _loop(self, loop: Loop, depth: int) -> Iterator[str]:
+        pad, device = "  " * depth, self.kernel.device
+        name, count = loop.variable.data, self.expression(loop.count)
+        if loop.tasks:
+            begin, step = "TREADLE_BLOCK", "TREADLE_BLOCKS"
+            if device.tasks > 1:
+                begin = f"TREADLE_BLOCK * {device.tasks} + TREADLE_THREAD"
+                step = f"TREADLE_BLOCKS * {device.tasks}"
+            yield f"{pad}for (treadle_i64 {name} = {begin}; {name} < {count}; {name} += {step}) {{"
+        else:
+            if loop.unrolled:
+                yield f"{pad}TREADLE_UNROLL"
+            yield f"{pad}for (treadle_i64 {name} = 0; {name} < {count}; ++{name}) {{"
+        yield from self._lines(loop.body, depth + 1)
+        yield f"{pad}}}"
+
+    # -- expressions -----------------------------------------------------------------------------------------
+
+    def _place(self, access: Access) -> str:
+        memory = access.memory
+        at = self.expression(access.index)
+        if memory.place == "global":
+            at = f"{memory.name}_at" if at == "0" else f"{memory.name}_at + {at}"
+        return f"{memory.name}[{at}]"
+
+    def _load(self, access: Access) -> str:
+        memory = access.memory
+        if access.wide is not None:
+            at = self.expression(access.index)
+            if memory.place == "global":
+                at = f"{memory.name}_at + {at}"
+            return f"TREADLE_WIDE({C_TYPES[access.wide]}, {memory.name}, {at})"
+        return f"({self._place(access)} != 0)" if memory.dtype is boolean else self._place(access)
+
+    def expression(self, node: ThreadNode, above: int = 0) -> str:
+        """Return an expression as text, in parentheses if its operator binds less than `above`."""
+        match node.op:
+            case "const":
+                return literal(node.data, node.type)
+            case "variable":
+                return str(node.data)
+            case "lane":
+                return "lane"
+            case "load":
+                return self._load(node.data)
+            case "table":
+                name = self.tables.setdefault(node.data, f"{self.kernel.name}_table_{len(self.tables)}")
+                return f"(treadle_i64){name}[lane]"
+            case "neg":
+                if node.type == "i32":
+                    return f"(int)(0u - (unsigned int){self.expression(node.args[0], 20)})"
+                return f"-{self.expression(node.args[0], 20)}"
+            case "not":
+                return f"!{self.expression(node.args[0], 20)}"
+            case "select":
+                c, a, b = (self.expression(x, 1) for x in node.args)
+                return f"({c} ? {a} : {b})"
+            case "cast":
+                return f"({C_TYPES[node.type]}){self.expression(node.args[0], 20)}"
+            case "bits":
+                return self._bits(node)
+            case "call":
+                return f"{node.data}({', '.join(map(self.expression, node.args))})"
+            case "math":
+                return self._math(node)
+        return self._operation(node, above)
+
+    def _math(self, node: ThreadNode) -> str:
+        given = ", ".join(map(self.expression, node.args))
+        of = node.args[0].type
+        if node.data in _PRELUDE:
+            return f"TREADLE_{node.data}_{of}".upper() + f"({given})"
+        return f"{node.data}{'f' if of == 'f32' else ''}({given})"
+
+    def _bits(self, node: ThreadNode) -> str:
+        (x,) = node.args
+        given = self.expression(x)
+        if x.type in _FLOATS or node.type in _FLOATS:
+            f = node.type if node.type in _FLOATS else x.type
+            unsigned = "unsigned int" if f == "f32" else "treadle_u64"
+            if node.type in _FLOATS:
+                return f"TREADLE_OF_BITS_{f.upper()}(({unsigned})({given}))"
+            return f"({C_TYPES[node.type]})TREADLE_BITS_OF_{f.upper()}({given})"
+        return f"({C_TYPES[node.type]})({given})"
+
+    def _operation(self, node: ThreadNode, above: int) -> str:
+        a, b = node.args
+        type, op = a.type, node.op
+        if op in ("min", "max"):
+            return f"treadle_{op}_{type}({self.expression(a)}, {self.expression(b)})"
+        if type in _FLOATS:
+            if op in "+-" and self.kernel.device.fused and "*" in (a.op, b.op):
+                return self._fused(node)
+            if op in "*/":
+                name = {"*": "MUL", "/": "DIV"}[op]
+                return f"TREADLE_{name}_{type.upper()}({self.expression(a)}, {self.expression(b)})"
+        if type == "i32" and op in ("+", "-", "*", "<<"):  # wraps around
+            right = self.expression(b, 20)
+            right = right if op == "<<" else f"(unsigned int){right}"
+            return f"(int)((unsigned int){self.expression(a, 20)} {op} {right})"
+        if type in _NARROW and op in ("+", "-", "*", "<<", ">>", "&", "|", "^"):
+            return f"({C_TYPES[type]})({self.expression(a, 20)} {op} {self.expression(b, 20)})"
+        if type == "i64" and op in "/%":
+            return f"TREADLE_{'DIVIDE' if op == '/' else 'MODULO'}({self.expression(a)}, {self.expression(b)})"
+        rank = _PRECEDENCE[op]
+        text = f"{self.expression(a, rank)} {op} {self.expression(b, rank + 1)}"
+        return f"({text})" if rank < above or (rank <= 8 and above) else text
+
+    def _fused(self, node: ThreadNode) -> str:
+        """Return a sum with a product, rounded once. Of two products, the first is fused."""
+        a, b = node.args
+        first, type = a.op == "*", a.type
+        product, rest = (a, b) if first else (b, a)
+        x, y, z = self.expression(product.args[0]), self.expression(product.args[1]), self.expression(rest)
+        if node.op == "-":
+            x, z = (x, f"-({z})") if first else (f"-({x})", z)
+        return f"TREADLE_FMA_{type.upper()}({x}, {y}, {z})"
+
+
+def literal(value: float | int | bool, type: str) -> str:
+    """Return a constant in C."""
+    if type == "bool":
+        return "true" if value else "false"
+    if type in _FLOATS:
+        if not math.isfinite(value):
+            bits = 0x7FC00000 if math.isnan(value) else 0x7F800000 if value > 0 else 0xFF800000
+            return ("" if type == "f32" else "(double)") + f"TREADLE_OF_BITS_F32({bits:#x}u)"
+        number = repr(float(value)) if type == "f64" else f"{np.float32(value)!s}f"
+        number = number if any(c in number for c in ".e") else number.replace("f", ".0f")
+        return f"({number})" if number.startswith("-") else number
+    if type == "i32" and value == -(2**31):
+        return "(-2147483647 - 1)"
+    if type == "i64" and not -(2**31) < value < 2**31:
+        return "(-9223372036854775807LL - 1)" if value == -(2**63) else f"({value}LL)"
+    return f"({value})" if value < 0 else str(value)
