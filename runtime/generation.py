@@ -15,6 +15,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 
 from treadle.ir.errors import UsageError
+from treadle.runtime.row_inputs import Prompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
@@ -141,17 +142,17 @@ def generate(
     room, or a session without a free row.
     """
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
-    rows, given = checked_prompts(session, prompts, inputs)
+    rows = checked_prompts(session, prompts, inputs)
     if rows and not session.free:
         raise no_free_row()
-    return _generated(session, rows, choosing, given)
+    return _generated(session, rows, choosing)
 
 
 def checked_prompts(
     session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
-) -> tuple[list[list[int]], Sequence[dict[str, Any]]]:
-    """Return the prompts as lists of integers, and the further inputs of each prompt. Raises UsageError for a prompt
-    that is empty or too long.
+) -> list[Prompt]:
+    """Return the prompts with their further inputs. Raises UsageError for a prompt that is empty or too long, and for
+    inputs that do not fit.
     """
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
@@ -164,22 +165,20 @@ def checked_prompts(
             )
     if inputs is not None and len(inputs) != len(rows):
         raise UsageError(f"inputs for {len(inputs)} of {len(rows)} prompts")
-    return rows, inputs if inputs is not None else [{}] * len(rows)
+    return [session.prompt(ids, **given) for ids, given in zip(rows, inputs or [{}] * len(rows), strict=True)]
 
 
-def _generated(
-    session: Session, prompts: list[list[int]], choosing: Choosing, inputs: Sequence[dict[str, Any]]
-) -> Iterator[Token]:
+def _generated(session: Session, prompts: list[Prompt], choosing: Choosing) -> Iterator[Token]:
     waiting = deque(range(len(prompts))) if choosing.most > 0 else deque[int]()
     running: list[_Running] = []
     try:
         while waiting or running:
-            running += _joined(session, prompts, inputs, waiting)
+            running += _joined(session, prompts, waiting)
             if not running:
                 raise no_free_row()
             going: dict[int, int] = {}
             for each in list(running):
-                chosen = choosing.choose(each.logits, each.number, prompts[each.number], each.made)
+                chosen = choosing.choose(each.logits, each.number, prompts[each.number].tokens, each.made)
                 each.made.append(chosen)
                 token = choosing.token(each.logits, each.number, each.made, is_full(session, each.row))
                 if token.last:
@@ -197,9 +196,7 @@ def _generated(
             session.close(each.row)
 
 
-def _joined(
-    session: Session, prompts: list[list[int]], inputs: Sequence[dict[str, Any]], waiting: deque[int]
-) -> list[_Running]:
+def _joined(session: Session, prompts: list[Prompt], waiting: deque[int]) -> list[_Running]:
     """Open a row for each waiting prompt until no row is free. If an error occurs, all these rows are closed.
 
     The prompts are prefilled together. A prompt that begins like another prompt is prefilled later, from the common
@@ -213,18 +210,17 @@ def _joined(
             reading: list[int] = []
             later: dict[int, int] = {}
             for number in left:
-                alike = {n: prompts[n] for n in reading if _bring_the_same(inputs[n], inputs[number])}
-                ahead = prompt_ahead(session, prompts[number], alike)
+                ahead = prompt_ahead(session, prompts[number], {n: prompts[n] for n in reading})
                 if ahead is None:
                     reading.append(number)
                 else:
                     later[number] = ahead[0]
-            rows = {number: session.resume(prompts[number], **inputs[number]) for number in reading}
-            logits = session.prefill({row: prompts[n][session.length(row) :] for n, row in rows.items()})
+            rows = {number: session.begin(prompts[number]) for number in reading}
+            logits = session.prefill({row: prompts[n].tokens[session.length(row) :] for n, row in rows.items()})
             joined |= {number: _Running(number, row, logits[row]) for number, row in rows.items()}
             left = []
             for number, first in later.items():
-                if prompts[number] == prompts[first]:
+                if prompts[number].equals(prompts[first]):
                     joined[number] = _Running(number, session.fork(rows[first]), joined[first].logits)
                 else:
                     left.append(number)
@@ -235,9 +231,7 @@ def _joined(
     return [joined[number] for number in sorted(joined)]
 
 
-def prompt_ahead(
-    session: Session, prompt: Sequence[int], others: Mapping[int, Sequence[int]]
-) -> tuple[int, int] | None:
+def prompt_ahead(session: Session, prompt: Prompt, others: Mapping[int, Prompt]) -> tuple[int, int] | None:
     """Return the other prompt that `prompt` should wait for, and the number of tokens that it then need not compute.
 
     others  prompts that are about to be prefilled, by number
@@ -247,15 +241,10 @@ def prompt_ahead(
     """
     found, most = None, session.prefix_length(prompt)
     for number, other in others.items():
-        count = len(prompt) if other == prompt else session.shared(prompt, other)
+        count = len(prompt.tokens) if other.equals(prompt) else session.shared(prompt, other)
         if count > most:
             found, most = (number, count), count
     return found
-
-
-def _bring_the_same(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Return True if two prompts have the same further inputs: both have none, or both have the same objects."""
-    return inputs is others or not (inputs or others)
 
 
 def count_of(most: object) -> int:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -32,6 +32,7 @@ import numpy as np
 
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.runtime.generation import Choosing, Token, is_full, prompt_ahead
+from treadle.runtime.row_inputs import Prompt
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -70,12 +71,14 @@ class TextOrder:
     choosing  the choice of tokens, and the conditions that end the text
     number    the text's number among the caller's texts; random draws depend on it
     until     deadline on the clock of time.monotonic(); None: no deadline
+    inputs    the model's inputs in addition to the tokens; see `Session.open`
     """
 
     prompt: tuple[int, ...]
     choosing: Choosing
     number: int = 0
     until: float | None = None
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,13 @@ class Closed(UsageError):
 class Ticket:
     """The handle returned to the caller that submitted a request.
 
+    prompt  the prompt with its checked inputs
     reused  number of prompt tokens that were not computed for it; known with the first token
     """
 
-    def __init__(self, order: TextOrder, tell: Tell) -> None:
+    def __init__(self, order: TextOrder, tell: Tell, prompt: Prompt | None = None) -> None:
         self.order, self._tell = order, tell
+        self.prompt = prompt or Prompt(list(order.prompt))
         self.reused = 0
         self._is_cancelled = threading.Event()
         self._has_ended = False
@@ -166,9 +171,9 @@ class _Row:
     made: list[int] = field(default_factory=list)
 
     @property
-    def prompt(self) -> tuple[int, ...]:
-        """Token ids of the prompt."""
-        return self.ticket.order.prompt
+    def prompt(self) -> Prompt:
+        """The prompt with its inputs."""
+        return self.ticket.prompt
 
 
 class Scheduler:
@@ -207,7 +212,7 @@ class Scheduler:
             self.check(order.prompt)
         if len(orders) > self.queue:
             raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
-        tickets = [Ticket(order, tell) for order, tell in orders]
+        tickets = [Ticket(order, tell, self.session.prompt(order.prompt, **order.inputs)) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")
@@ -305,13 +310,13 @@ class Scheduler:
         """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`
         whose prompt has the same beginning and is being prefilled.
         """
-        prompt = ticket.order.prompt
+        prompt = ticket.prompt
         ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})
         if ahead is not None:
-            return _Row(ticket, self.session.open(), list(prompt), before[ahead[0]], ahead[1])
-        row = self.session.resume(prompt)
+            return _Row(ticket, self.session.reserve(), prompt.tokens, before[ahead[0]], ahead[1])
+        row = self.session.begin(prompt)
         self._count_reused(ticket, self.session.length(row))
-        return _Row(ticket, row, list(prompt[ticket.reused :]))
+        return _Row(ticket, row, prompt.tokens[ticket.reused :])
 
     def _go_on(self) -> None:
         """Continue the rows that wait for another row's prompt, if this prompt is prefilled or cancelled."""
@@ -320,7 +325,7 @@ class Scheduler:
             if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
                 continue
             self.session.close(each.row)
-            if ahead in self._rows and each.shared == len(each.prompt):
+            if ahead in self._rows and each.shared == len(each.prompt.tokens):
                 self._rows[n] = _Row(each.ticket, self.session.fork(ahead.row), [], logits=ahead.logits)
                 self._count_reused(each.ticket, each.shared)
             else:
