@@ -138,7 +138,7 @@ class _Game:
 
     session: Session
     rows: list[Text]
-    closed: list[list[int]]
+    closed: list[tuple[list[int], int]]
 
     def __init__(self, exe: Compiled, chosen: Chosen, rng: np.random.Generator) -> None:
         self.exe, self.rng, self.played = exe, rng, Played(chosen)
