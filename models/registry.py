@@ -21,6 +21,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "electra": ("electra",),
     "gpt2": ("gpt2",),
     "gpt_neox": ("gpt_neox", "gptj", "phi", "falcon"),
+    "idefics3": ("idefics3", "smolvlm"),
     "llava": ("llava",),
     "llama": (
         "llama",
