@@ -108,11 +108,14 @@ class StepStates:
 
     def _capacity(self, size: Size) -> Size:
         """Return the size of a state that stores values of a size known only at a call: of 4*N-3, 4*C_N-3."""
-        known = sorted(size.symbols)
-        bounded = Size.symbol(known[0]) if len(known) == 1 else size
-        symbol = f"C_{known[0] if len(known) == 1 else self.memory_name(size)}"
-        self.capacities[symbol] = bounded
-        return Size.symbol(symbol) if len(known) != 1 else size.substitute({known[0]: Size.symbol(symbol)})
+        linear = size.as_linear
+        if linear is None:
+            symbol = f"C_{self.memory_name(size)}"
+            self.capacities[symbol] = size
+            return Size.symbol(symbol)
+        symbol = f"C_{linear[0]}"
+        self.capacities[symbol] = Size.symbol(linear[0])
+        return size.substitute({linear[0]: Size.symbol(symbol)})
 
     def memory_name(self, size: Size) -> str:
         """Return the name of a size that the prologue stores: its symbol, or a new name if it is computed."""
