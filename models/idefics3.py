@@ -50,7 +50,13 @@ def idefics3(
 
     Raises FrontendError if the patches of a side do not split into squares.
     """
-    options = {**siglip.siglip_vision.defaults, **(vision or {}), "height": height, "width": width, "channels": channels}
+    options = {
+        **siglip.siglip_vision.defaults,
+        **(vision or {}),
+        "height": height,
+        "width": width,
+        "channels": channels,
+    }
     patch = options["patch"]
     if height // patch % shuffle or width // patch % shuffle:
         raise FrontendError(

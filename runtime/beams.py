@@ -19,7 +19,7 @@ import numpy as np
 
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Ending, checked_prompts, count_of
-from treadle.runtime.row_inputs import Prompt
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -123,7 +123,7 @@ def beam_search(
     return _searched(task, rows, count_of(most))
 
 
-def _searched(task: _Task, prompts: list[Prompt], most: int) -> Iterator[list[Hypothesis]]:
+def _searched(task: _Task, prompts: list[RowPrompt], most: int) -> Iterator[list[Hypothesis]]:
     session, count = task.session, task.beams.count
     waiting = deque(range(len(prompts)))
     running: dict[int, _Search] = {}

@@ -15,7 +15,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 
 from treadle.ir.errors import UsageError
-from treadle.runtime.row_inputs import Prompt
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
@@ -150,7 +150,7 @@ def generate(
 
 def checked_prompts(
     session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
-) -> list[Prompt]:
+) -> list[RowPrompt]:
     """Return the prompts with their further inputs. Raises UsageError for a prompt that is empty or too long, and for
     inputs that do not fit.
     """
@@ -168,7 +168,7 @@ def checked_prompts(
     return [session.prompt(ids, **given) for ids, given in zip(rows, inputs or [{}] * len(rows), strict=True)]
 
 
-def _generated(session: Session, prompts: list[Prompt], choosing: Choosing) -> Iterator[Token]:
+def _generated(session: Session, prompts: list[RowPrompt], choosing: Choosing) -> Iterator[Token]:
     waiting = deque(range(len(prompts))) if choosing.most > 0 else deque[int]()
     running: list[_Running] = []
     try:
@@ -196,7 +196,7 @@ def _generated(session: Session, prompts: list[Prompt], choosing: Choosing) -> I
             session.close(each.row)
 
 
-def _joined(session: Session, prompts: list[Prompt], waiting: deque[int]) -> list[_Running]:
+def _joined(session: Session, prompts: list[RowPrompt], waiting: deque[int]) -> list[_Running]:
     """Open a row for each waiting prompt until no row is free. If an error occurs, all these rows are closed.
 
     The prompts are prefilled together. A prompt that begins like another prompt is prefilled later, from the common
@@ -231,7 +231,7 @@ def _joined(session: Session, prompts: list[Prompt], waiting: deque[int]) -> lis
     return [joined[number] for number in sorted(joined)]
 
 
-def prompt_ahead(session: Session, prompt: Prompt, others: Mapping[int, Prompt]) -> tuple[int, int] | None:
+def prompt_ahead(session: Session, prompt: RowPrompt, others: Mapping[int, RowPrompt]) -> tuple[int, int] | None:
     """Return the other prompt that `prompt` should wait for, and the number of tokens that it then need not compute.
 
     others  prompts that are about to be prefilled, by number

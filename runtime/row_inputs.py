@@ -33,7 +33,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class RowPrompt:
     """The tokens of a text, with the checked inputs of its row.
 
     tokens    token ids
@@ -47,7 +47,7 @@ class Prompt:
     prologue: Mapping[str, Array] = field(default_factory=dict)
     key: str = ""
 
-    def equals(self, other: Prompt) -> bool:
+    def equals(self, other: RowPrompt) -> bool:
         """Return True if both texts have the same tokens and inputs."""
         count = len(self.tokens)
         same = self.tokens == other.tokens and self.key == other.key
@@ -78,7 +78,7 @@ class RowInputs:
         taken = entries["prologue"].inputs if derived.has_prologue else ()
         self._prologue = {v.name: v for v in taken if v.name in derived.prologue}
 
-    def prompt(self, tokens: Sequence[int], inputs: Mapping[str, Any]) -> Prompt:
+    def prompt(self, tokens: Sequence[int], inputs: Mapping[str, Any]) -> RowPrompt:
         """Check the inputs of a row for a text that begins with these tokens.
 
         Inputs along the sequence may be left out, or cover fewer tokens: the other tokens have the declared value. An
@@ -92,7 +92,7 @@ class RowInputs:
             raise UsageError(f"a row of {name} begins with {known}", received=", ".join(inputs) or "nothing")
         prologue = {n: self._of_row(v, inputs.get(n)) for n, v in self._prologue.items()}
         along = {n: self._of_tokens(v, inputs.get(n), len(tokens)) for n, v in self._along.items()}
-        return Prompt(list(tokens), along, prologue, _hash(prologue))
+        return RowPrompt(list(tokens), along, prologue, _hash(prologue))
 
     def next_values(self, name: str, known: Array, first: int, count: int) -> Array:
         """Return an input's values for `count` tokens from token `first` on, given its known values [n, ...]."""

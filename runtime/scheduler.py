@@ -23,7 +23,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -32,7 +32,7 @@ import numpy as np
 
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.runtime.generation import Choosing, Token, is_full, prompt_ahead
-from treadle.runtime.row_inputs import Prompt
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -71,14 +71,14 @@ class TextOrder:
     choosing  the choice of tokens, and the conditions that end the text
     number    the text's number among the caller's texts; random draws depend on it
     until     deadline on the clock of time.monotonic(); None: no deadline
-    inputs    the model's inputs in addition to the tokens; see `Session.open`
+    begin     the prompt with the inputs of its row (`Session.prompt`); None: it has no inputs in addition to the tokens
     """
 
     prompt: tuple[int, ...]
     choosing: Choosing
     number: int = 0
     until: float | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    begin: RowPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Ticket:
     reused  number of prompt tokens that were not computed for it; known with the first token
     """
 
-    def __init__(self, order: TextOrder, tell: Tell, prompt: Prompt | None = None) -> None:
+    def __init__(self, order: TextOrder, tell: Tell, prompt: RowPrompt | None = None) -> None:
         self.order, self._tell = order, tell
-        self.prompt = prompt or Prompt(list(order.prompt))
+        self.prompt = prompt or RowPrompt(list(order.prompt))
         self.reused = 0
         self._is_cancelled = threading.Event()
         self._has_ended = False
@@ -171,7 +171,7 @@ class _Row:
     made: list[int] = field(default_factory=list)
 
     @property
-    def prompt(self) -> Prompt:
+    def prompt(self) -> RowPrompt:
         """The prompt with its inputs."""
         return self.ticket.prompt
 
@@ -212,7 +212,7 @@ class Scheduler:
             self.check(order.prompt)
         if len(orders) > self.queue:
             raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
-        tickets = [Ticket(order, tell, self.session.prompt(order.prompt, **order.inputs)) for order, tell in orders]
+        tickets = [Ticket(order, tell, order.begin or self.session.prompt(order.prompt)) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")

@@ -27,7 +27,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime.language_models import token_ports
-from treadle.runtime.row_inputs import Prompt, RowInputs
+from treadle.runtime.row_inputs import RowInputs, RowPrompt
 from treadle.runtime.slots import Ring, Row, Slots
 
 Array = np.ndarray[Any, Any]
@@ -168,7 +168,7 @@ class Session:
         """
         return self._opened(self.prompt((), **inputs))
 
-    def _opened(self, prompt: Prompt) -> int:
+    def _opened(self, prompt: RowPrompt) -> int:
         """Open an empty row with the inputs of a prompt."""
         row = self._slots.take()
         try:
@@ -213,22 +213,22 @@ class Session:
         """
         return self.begin(self.prompt(tokens, **inputs))
 
-    def prompt(self, tokens: Sequence[int], /, **inputs: Any) -> Prompt:
+    def prompt(self, tokens: Sequence[int], /, **inputs: Any) -> RowPrompt:
         """Return the tokens of a text with the checked inputs of its row. Raises UsageError for a missing or unknown
         input, or one whose shape does not fit.
         """
         return self._inputs.prompt(_ids("a row", tokens), inputs)
 
-    def begin(self, prompt: Prompt) -> int:
+    def begin(self, prompt: RowPrompt) -> int:
         """Open a row for a prompt, as `resume` does."""
         row = self._slots.resume(prompt) if self.resumes else None
         return self._opened(prompt) if row is None else row
 
-    def prefix_length(self, prompt: Prompt) -> int:
+    def prefix_length(self, prompt: RowPrompt) -> int:
         """Return the number of tokens that a row from `begin` would hold now."""
         return self._slots.held(prompt) if self.resumes else 0
 
-    def shared(self, prompt: Prompt, other: Prompt) -> int:
+    def shared(self, prompt: RowPrompt, other: RowPrompt) -> int:
         """Return the number of tokens that a row from `begin` would hold after another prompt has been prefilled."""
         return self._slots.worth(prompt, other) if self.resumes else 0
 

@@ -15,7 +15,7 @@ import numpy as np
 from treadle.backends.states import States
 from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY
-from treadle.runtime.row_inputs import Prompt, first_difference
+from treadle.runtime.row_inputs import RowPrompt, first_difference
 
 Array = np.ndarray[Any, Any]
 
@@ -113,7 +113,7 @@ class Slots:
         else:
             self.give_back(slot)
 
-    def held(self, prompt: Prompt) -> int:
+    def held(self, prompt: RowPrompt) -> int:
         """Return the length of the longest prefix of a prompt that a slot holds. The last token does not count, since
         the logits after it must still be computed.
         """
@@ -128,7 +128,7 @@ class Slots:
         )
         return slot
 
-    def resume(self, prompt: Prompt) -> int | None:
+    def resume(self, prompt: RowPrompt) -> int | None:
         """Open a row with the longest prefix of a prompt that a slot holds; return its slot, or None if no slot holds
         a prefix.
 
@@ -163,7 +163,7 @@ class Slots:
             state = self.states[port.name]
             state[(slot, *part)] = state[(source, *part)]
 
-    def _longest(self, prompt: Prompt) -> tuple[int, int]:
+    def _longest(self, prompt: RowPrompt) -> tuple[int, int]:
         """Return the slot that holds the longest prefix of a prompt, and the prefix's length (0 if no prefix is long
         enough).
         """
@@ -172,12 +172,12 @@ class Slots:
             if row.is_lost or row.key != prompt.key:
                 continue
             along = {name: values[row.forgotten :] for name, values in row.along.items()}
-            length = self.worth(prompt, Prompt(row.tokens[row.forgotten :], along, key=row.key))
+            length = self.worth(prompt, RowPrompt(row.tokens[row.forgotten :], along, key=row.key))
             if length > found and all(ring.holds(row, length) for ring in self.rings):
                 slot, found = each, length
         return slot, found
 
-    def worth(self, prompt: Prompt, held: Prompt) -> int:
+    def worth(self, prompt: RowPrompt, held: RowPrompt) -> int:
         """Return the number of tokens of a prompt that can be reused from another text; 0 if there are too few."""
         if prompt.key != held.key:
             return 0

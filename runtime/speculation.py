@@ -21,7 +21,7 @@ import numpy as np
 
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, Token, Until, checked_prompts, count_of, no_free_row
-from treadle.runtime.row_inputs import Prompt
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules
@@ -185,7 +185,7 @@ def speculate(
 
 def _speculated(
     session: Session,
-    prompts: list[Prompt],
+    prompts: list[RowPrompt],
     choosing: Choosing,
     guess: Guess,
     tally: SpeculationTally,

@@ -18,7 +18,7 @@ from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime import scheduler, session
 from treadle.runtime.beams import Beams, _Search, _Task, beam_search
 from treadle.runtime.generation import Choosing, Token, checked_prompts, count_of, generate, is_full, prompt_ahead
-from treadle.runtime.row_inputs import Prompt
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Cut, Ended, Load, QueueFull, Scheduler, TextOrder, Ticket
 from treadle.runtime.session import Session
@@ -182,7 +182,7 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 def held(full: str = "error", **more: Any) -> Any:
     """Return a stand-in for a session, with these properties."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
-    facts["prompt"] = lambda ids, **inputs: Prompt(ids, prologue=inputs)
+    facts["prompt"] = lambda ids, **inputs: RowPrompt(ids, prologue=inputs)
     return SimpleNamespace(**{**facts, **more})
 
 
@@ -203,10 +203,10 @@ def test_prompts_fill_a_row_at_most() -> None:
 def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
     shared = {(5,): 3, (6,): 7, (7,): 7}
     made = held(prefix_length=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other.tokens)])
-    prompt, five, six, seven = (Prompt(ids) for ids in ([1] * 9, [5], [6], [7]))
+    prompt, five, six, seven = (RowPrompt(ids) for ids in ([1] * 9, [5], [6], [7]))
     assert prompt_ahead(made, prompt, {1: five}) is None, "at most the stored tokens"
     assert prompt_ahead(made, prompt, {1: five, 2: six, 3: seven}) == (2, 7)
-    assert prompt_ahead(made, prompt, {2: six, 4: Prompt([1] * 9)}) == (4, 9)
+    assert prompt_ahead(made, prompt, {2: six, 4: RowPrompt([1] * 9)}) == (4, 9)
 
 
 # -- guesses -----------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
     ],
 )
 def test_value_of_a_cached_text(tokens: Any, other: Any, whole: bool, worth: int) -> None:
-    assert slots(whole=whole).worth(Prompt(list(tokens)), Prompt(list(other))) == worth
+    assert slots(whole=whole).worth(RowPrompt(list(tokens)), RowPrompt(list(other))) == worth
 
 
 @pytest.mark.parametrize(
@@ -372,7 +372,7 @@ def test_slots_are_given_out_from_the_first_and_the_longest_unused() -> None:
     for row, keep in ((Row([1] * 20, is_lost=True), True), (Row([]), True), (Row([1] * 20), False)):
         made.rows = {0: row}
         made.close(0, keep=keep)
-        assert made.held(Prompt([1] * 30)) == 0
+        assert made.held(RowPrompt([1] * 30)) == 0
         assert made.take() == 0
 
 
@@ -380,10 +380,10 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     made, text = slots(2), list(range(30))
     made.rows[made.take()] = Row(text, written=40)
     made.close(0, keep=True)
-    assert made.held(Prompt([*text, 7])) == 30
-    assert made.resume(Prompt([*text[:20], 7, 8])) == 1, "a copy: the whole text may be continued as well"
+    assert made.held(RowPrompt([*text, 7])) == 30
+    assert made.resume(RowPrompt([*text[:20], 7, 8])) == 1, "a copy: the whole text may be continued as well"
     assert made.rows[1] == Row(text[:20], written=40)
-    assert made.resume(Prompt([*text, 7])) == 0
+    assert made.resume(RowPrompt([*text, 7])) == 0
     assert made.rows[0] == Row(text, written=40)
     made.close(1, keep=False)
     assert made.fork(0) == 1
@@ -391,7 +391,7 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     assert made.rows[1].tokens is not made.rows[0].tokens
     made.close(0, keep=False)
     made.close(1, keep=False)
-    assert made.resume(Prompt([9] * 20)) is None
+    assert made.resume(RowPrompt([9] * 20)) is None
     assert not made.rows
 
 
@@ -399,7 +399,7 @@ def test_the_own_slot_is_truncated_if_no_other_is_free() -> None:
     made, text = slots(1), list(range(30))
     made.rows[made.take()] = Row(text, written=30)
     made.close(0, keep=True)
-    assert made.resume(Prompt([*text[:20], 7])) == 0
+    assert made.resume(RowPrompt([*text[:20], 7])) == 0
     assert made.rows == {0: Row(text[:20], written=30)}
 
 

@@ -102,7 +102,9 @@ class ImageSettings:
         name, given = _FILE, {}
         if place.has(_FILE):
             given = place.read_settings(_FILE)
-        elif place.has(_PROCESSOR) and isinstance(inner := place.read_settings(_PROCESSOR).get("image_processor"), dict):
+        elif place.has(_PROCESSOR) and isinstance(
+            inner := place.read_settings(_PROCESSOR).get("image_processor"), dict
+        ):
             name, given = _PROCESSOR, inner
         options = {**DEFAULTS[kind], **{key: value for key, value in given.items() if value is not None}}
         return cls(options, place.show(name))
