@@ -40,6 +40,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "modernbert": ("modernbert",),
     "mpnet": ("mpnet",),
     "opt": ("opt",),
+    "qwen2_vl": ("qwen2_vl", "qwen2_5_vl"),
     "roberta": ("roberta", "xlm-roberta", "camembert"),
     "siglip": ("siglip", "siglip_text_model", "siglip_vision_model"),
     "t5": ("t5", "mt5"),

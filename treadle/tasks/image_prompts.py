@@ -9,6 +9,7 @@ the processors of Hugging Face transformers do. Images are read from files or fr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.registry import family_of
 from treadle.program.source import ModelSource
+from treadle.tasks.image_patches import PatchReader
 from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import Image, ImageReader, open_image
 
@@ -123,9 +125,9 @@ class ImagePrompts(ABC):
         index = np.zeros(len(ids), np.int64)
         index[places] = np.arange(1, features + 1)
         joined = {name: np.concatenate([image.arrays[name] for image in images]) for name in images[0].arrays}
-        return ChatPrompt(ids, {"image_index": index, **joined, **self._positions(images, index)})
+        return ChatPrompt(ids, {"image_index": index, **joined, **self._placed(images, index)})
 
-    def _positions(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
+    def _placed(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
         """Return the inputs that depend on the places of the image tokens in the text."""
         return {}
 
@@ -185,4 +187,43 @@ class _TilePrompts(ImagePrompts):
         return {"N": 1 + max(1, tokens // self.count)}
 
 
-_KINDS: tuple[type[ImagePrompts], ...] = (_LlavaPrompts, _TilePrompts)
+class _PatchPrompts(ImagePrompts):
+    kinds = ("qwen2_vl", "qwen2_5_vl")
+    default_mark = "<|image_pad|>"
+
+    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+        merge = math.isqrt(config["merged"])
+        self.reader = PatchReader.open(source.folder, "qwen2_vl", merge=merge, width=config["width"])
+
+    def read(self, image: Image) -> ReadImage:
+        patches = self.reader.patches(open_image(image))
+        rows, columns, merge = patches.rows, patches.columns, self.reader.merge
+        row, column = np.indices((rows * merge, columns * merge))
+        places = np.stack([np.zeros_like(row), row, column], axis=-1)
+        grouped = places.reshape(rows, merge, columns, merge, 3).transpose(0, 2, 1, 3, 4)
+        arrays = {"patches": patches.groups, "places": grouped.reshape(rows * columns, merge**2, 3)}
+        return ReadImage(self.mark * (rows * columns), rows * columns, arrays, (rows, columns))
+
+    def memory(self, tokens: int) -> dict[str, int]:
+        return {"M": 1 + tokens}
+
+    def _placed(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
+        """Return the places with the numbers of the images, and the three positions of each token."""
+        numbers = np.repeat(np.arange(len(images)), [image.features for image in images])
+        places = np.concatenate([image.arrays["places"] for image in images])
+        places[:, :, 0] = numbers[:, None]
+        positions = np.zeros((len(index), 3), np.int64)
+        at = following = 0
+        for image in images:
+            start = at + int((index[at:] > 0).argmax())
+            positions[at:start] = (following + np.arange(start - at))[:, None]
+            following += start - at
+            row, column = (each.ravel() for each in np.indices(image.grid))
+            at = start + image.features
+            positions[start:at] = following + np.stack([np.zeros_like(row), row, column], axis=-1)
+            following += max(image.grid)
+        positions[at:] = (following + np.arange(len(index) - at))[:, None]
+        return {"places": places, "positions": positions}
+
+
+_KINDS: tuple[type[ImagePrompts], ...] = (_LlavaPrompts, _TilePrompts, _PatchPrompts)
