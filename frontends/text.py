@@ -364,7 +364,8 @@ def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], has_vocabulary:
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
     """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
-    chat_template.json or tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or damaged.
+    chat_template.json or tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or
+    damaged.
     """
     place = ModelFolder.find(folder)
     if place.has(_TEMPLATE):

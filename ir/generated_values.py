@@ -1,7 +1,7 @@
 """Values of inputs along the sequence for tokens that a model generates.
 
     image_index: Annotated[t.Tensor, t.i64["B S"], t.generated(0)]            no generated token stands for an image
-    positions: Annotated[t.Tensor, t.i64["B S 3"], t.generated("next")]       counts on from the row's largest position
+    position_ids: Annotated[t.Tensor, t.i64["B S 3"], t.generated("next")]    counts on from the row's largest value
 
 A caller passes such an input for the tokens of a prompt. For later tokens, a session computes it.
 """

@@ -1,5 +1,5 @@
-"""Idefics3 and SmolVLM: a language model that reads images as tiles, with SigLIP's image encoder (Laurençon et al. 2024,
-Marafioti et al. 2025).
+"""Idefics3 and SmolVLM: a language model that reads images as tiles, with SigLIP's image encoder (Laurençon et al.
+2024, Marafioti et al. 2025).
 
 An image is split into tiles of one size, which are encoded separately, and a small copy of the whole image. Pixel
 shuffle joins the features of each square of patches into one longer vector, which a matrix projects to the width of the
@@ -50,21 +50,15 @@ def idefics3(
 
     Raises FrontendError if the patches of a side do not split into squares.
     """
-    options = {
-        **siglip.siglip_vision.defaults,
-        **(vision or {}),
-        "height": height,
-        "width": width,
-        "channels": channels,
-    }
-    patch = options["patch"]
+    options = {**(vision or {}), "height": height, "width": width, "channels": channels, "pooled": False}
+    patch = options.get("patch", siglip.siglip_vision.defaults["patch"])
     if height // patch % shuffle or width // patch % shuffle:
         raise FrontendError(
             f"{height // patch} x {width // patch} patches do not split into squares of {shuffle} x {shuffle}",
             hint="shuffle= that divides both",
         )
     with t.scope("vision"):
-        x = siglip.siglip_vision(each_image(pixels), **{**options, "pooled": False})["hidden"]
+        x = siglip.siglip_vision(each_image(pixels), **options)["hidden"]
     pattern = f"n (h sh={shuffle} w={width // patch // shuffle} sw={shuffle}) d -> n (h w) (sh sw d)"
     dim = (text or {}).get("dim", llama.llama.defaults["dim"])
     x = t.linear(t.rearrange(x, pattern=pattern), dim, bias=False, name="connector")

@@ -87,8 +87,8 @@ def llama(
                        `LongRope` scaling the model has a step
     insert             for models that call this one: a function that returns the embeddings [B, S, dim] with image
                        features in place of some; None: the embeddings unchanged
-    rotate             likewise: a function that rotates queries and keys [B, heads, S, head_dim]; None: rotary positions
-                       that count the tokens
+    rotate             likewise: a function that rotates queries and keys [B, heads, S, head_dim]; None: rotary
+                       positions that count the tokens
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")

@@ -129,7 +129,9 @@ def text_config(config: Config, kinds: Mapping[str, Config]) -> Config:
 
 
 def image_token(config: Config, vocabulary: int) -> int:
-    """Return the id of the token that stands for an image feature. Raises CheckpointError if the vocabulary lacks it."""
+    """Return the id of the token that stands for an image feature. Raises CheckpointError if the vocabulary lacks
+    it.
+    """
     token = read_int(config, "image_token_index", 32000, least=0)
     if token >= vocabulary:
         raise CheckpointError(

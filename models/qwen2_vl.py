@@ -2,9 +2,9 @@
 
 The image encoder attends within each image, with rotary positions of rows and columns. A network of two layers merges
 the features of each square of patches into one feature of the language model's width. Tokens of the language model have
-three positions each, of time, row and column: a text token has the same number three times, and the features of an image
-count rows and columns (multimodal rotary positions, M-RoPE). In Qwen2.5-VL most blocks of the encoder attend within
-windows of an image. Videos are not read.
+three positions each, of time, row and column: a text token has the same number three times, and the features of an
+image count rows and columns (multimodal rotary positions, M-RoPE). In Qwen2.5-VL most blocks of the encoder attend
+within windows of an image. Videos are not read.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def qwen2_vl_vision(
 def qwen2_vl(
     tokens: Annotated[t.Tensor, t.i64["B S"]],
     image_index: Annotated[t.Tensor, t.i64["B S"], t.generated(0)],
-    positions: Annotated[t.Tensor, t.i64["B S 3"], t.generated("next")],
+    position_ids: Annotated[t.Tensor, t.i64["B S 3"], t.generated("next")],
     patches: Annotated[t.Tensor, t.f32["B M-1 merged width"]],
     places: Annotated[t.Tensor, t.i64["B M-1 merged 3"]],
     *,
@@ -116,7 +116,7 @@ def qwen2_vl(
     """Qwen2-VL: next-token logits [B, S, vocab] of tokens [B, S], some of which stand for features of images.
 
     image_index  0 for a text token; 1 + i for a token that stands for feature i of its row
-    positions    time, row and column of each token
+    position_ids time, row and column of each token
     patches      the groups of `merged` patches of all images of a row, flattened patches of `width` numbers; a row with
                  fewer groups has any others after them
     places       of each patch: the number of its image (-1 for no image), its row and its column
@@ -142,7 +142,7 @@ def qwen2_vl(
         table[n, pairs] = options["base"] ** (-2 * pairs / size)
     with t.scope("text"):
         insert = partial(insert_features, features=features, index=image_index)
-        return llama.llama(tokens, insert=insert, rotate=rotation(angles(positions, table)), **text or {})
+        return llama.llama(tokens, insert=insert, rotate=rotation(angles(position_ids, table)), **text or {})
 
 
 ARCHITECTURES = {
@@ -217,7 +217,7 @@ def read_vision(config: Config) -> dict[str, Any]:
     full = vision.get("fullatt_block_indexes", [7, 15, 23, 31])
     if window < 1 or not isinstance(full, list) or not all(type(n) is int for n in full):
         raise CheckpointError(
-            "config.json: window_size must hold a group of patches, and fullatt_block_indexes must be a list of integers",
+            "config.json: window_size must hold a group of patches, and fullatt_block_indexes must be a list",
             received=f"{vision.get('window_size')}, {full!r}"[:80],
         )
     hidden, out = read_int(vision, "intermediate_size", 3420), read_int(vision, "out_hidden_size", 3584)

@@ -7,7 +7,7 @@ token that stands for image feature i; generated tokens have 0.
     session.prefill({row: prompt})                        token i has index[i]
     session.step({row: 464})                              the declared value: 0
 
-Qwen2-VL: `patches` and their places once per row, and `positions` [n, 3] along the sequence (time, height and width);
+Qwen2-VL: `patches` and their places once per row, and `position_ids` [n, 3] along the sequence (time, row and column);
 all three positions of a generated token are one more than the largest position before it.
 
 A prompt (`RowInputs.prompt`) has the values of all its tokens. A row has the values of its tokens, and those of the
@@ -56,7 +56,7 @@ class RowPrompt:
 
 def first_difference(values: Mapping[str, Array], others: Mapping[str, Array], count: int) -> int:
     """Return the first of `count` tokens whose values differ; `count` if there is none."""
-    for name, value in values.items():
+    for name, value in values.items() if count else ():
         differ = (value[:count] != others[name][:count]).reshape(count, -1).any(1)
         if differ.any():
             count = int(differ.argmax())

@@ -304,7 +304,10 @@ class Scheduler:
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
-            self._rows.append(self._begun(ticket, self._rows))
+            try:
+                self._rows.append(self._begun(ticket, self._rows))
+            except Exception as error:  # the inputs of this request could not be computed
+                ticket.end(_failure(error))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
         """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`
@@ -320,16 +323,20 @@ class Scheduler:
 
     def _go_on(self) -> None:
         """Continue the rows that wait for another row's prompt, if this prompt is prefilled or cancelled."""
-        for n, each in enumerate(self._rows):
-            ahead = each.ahead
+        for each in list(self._rows):
+            n, ahead = self._rows.index(each), each.ahead
             if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
                 continue
             self.session.close(each.row)
             if ahead in self._rows and each.shared == len(each.prompt.tokens):
                 self._rows[n] = _Row(each.ticket, self.session.fork(ahead.row), [], logits=ahead.logits)
                 self._count_reused(each.ticket, each.shared)
-            else:
+                continue
+            try:
                 self._rows[n] = self._begun(each.ticket, self._rows[:n])
+            except Exception as error:
+                each.row = self.session.reserve()  # `_leave` closes it
+                self._leave(each, _failure(error), keep=False)
 
     def _count_reused(self, ticket: Ticket, count: int) -> None:
         ticket.reused = count
@@ -382,10 +389,8 @@ class Scheduler:
         try:
             each.made.append(order.choosing.choose(logits, order.number, order.prompt, each.made))
             return order.choosing.token(logits, order.number, each.made, is_full(self.session, each.row))
-        except TreadleError as error:
-            self._leave(each, error)
         except Exception as error:
-            self._leave(each, _unforeseen(error))
+            self._leave(each, _failure(error))
         return None
 
     def _leave(self, each: _Row, why: Cut | TreadleError | None, *, keep: bool = True) -> None:
@@ -394,7 +399,7 @@ class Scheduler:
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
-        failure = error if isinstance(error, TreadleError) else _unforeseen(error)
+        failure = _failure(error)
         for each in list(self._rows):
             self._leave(each, failure, keep=False)  # their states are undefined after the failed call
 
@@ -410,5 +415,8 @@ class Scheduler:
             ticket.end(why)
 
 
-def _unforeseen(error: Exception) -> TreadleError:
+def _failure(error: Exception) -> TreadleError:
+    """Return our error for any error."""
+    if isinstance(error, TreadleError):
+        return error
     return TreadleError("a step failed", received=f"{type(error).__name__}: {error}"[:300])

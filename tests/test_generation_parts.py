@@ -630,5 +630,5 @@ def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
 
 
 def test_unexpected_errors_are_short() -> None:
-    error = scheduler._unforeseen(ValueError("e" * 300))
+    error = scheduler._failure(ValueError("e" * 300))
     assert (error.what, error.received) == ("a step failed", "ValueError: " + "e" * 288)

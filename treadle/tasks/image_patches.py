@@ -28,7 +28,7 @@ _MOST_PIXELS = 1 << 26
 
 @dataclass(frozen=True)
 class Patches:
-    """The patches of an image: f32[rows * columns, merge * merge, channels * frames * patch * patch], group by group."""
+    """The patches of an image, group by group: f32[rows * columns, merge * merge, channels * frames * patch ** 2]."""
 
     groups: Pixels
     rows: int
@@ -91,7 +91,7 @@ class PatchReader:
         rows, columns = image.height // factor, image.width // factor
         if rows * factor != image.height or columns * factor != image.width:
             raise UsageError(
-                f"both sides of an image must be multiples of {factor} pixels, since the model's images keep their size",
+                f"both sides of an image must be multiples of {factor} pixels, since images keep their size",
                 received=f"{image.width} x {image.height} pixels",
             )
         pixels = self.reader.pixels(image)

@@ -77,7 +77,8 @@ class ImagePrompts(ABC):
     def open(source: ModelSource, tokenizer: TextTokenizer) -> ImagePrompts | None:
         """Return the images of a folder's prompts; None if the model reads no images.
 
-        Raises CheckpointError if the settings for images do not fit the model, FrontendError if Pillow is not installed.
+        Raises CheckpointError if the settings for images do not fit the model, FrontendError if Pillow is not
+        installed.
         """
         if source.kind != "safetensors":
             return None
@@ -223,7 +224,7 @@ class _PatchPrompts(ImagePrompts):
             positions[start:at] = following + np.stack([np.zeros_like(row), row, column], axis=-1)
             following += max(image.grid)
         positions[at:] = (following + np.arange(len(index) - at))[:, None]
-        return {"places": places, "positions": positions}
+        return {"places": places, "position_ids": positions}
 
 
 _KINDS: tuple[type[ImagePrompts], ...] = (_LlavaPrompts, _TilePrompts, _PatchPrompts)

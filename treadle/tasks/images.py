@@ -213,8 +213,9 @@ class ImageReader:
 
 
 def open_image(file: Image) -> Any:
-    """Return the image in a file as an RGB image of Pillow, rotated as its EXIF orientation specifies. Raises UsageError
-    if the file is not an image or is too large.
+    """Return the image in a file as an RGB image of Pillow, rotated as its EXIF orientation specifies.
+
+    Raises UsageError if the file is not an image or is too large.
     """
     import PIL.Image
     import PIL.ImageOps
