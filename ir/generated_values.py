@@ -48,6 +48,7 @@ def generated(value: int | Literal["next"]) -> GeneratedValue:
     """
     if value == "next":
         return GeneratedValue(None)
-    if isinstance(value, bool) or not isinstance(value, int) or not -(2**31) <= value < 2**31:
+    number: object = value
+    if isinstance(number, bool) or not isinstance(number, int) or not -(2**31) <= number < 2**31:
         raise GraphError("the value for generated tokens must be an integer, or 'next'", received=repr(value))
-    return GeneratedValue(value)
+    return GeneratedValue(number)

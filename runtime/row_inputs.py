@@ -94,19 +94,19 @@ class RowInputs:
         along = {n: self._of_tokens(v, inputs.get(n), len(tokens)) for n, v in self._along.items()}
         return RowPrompt(list(tokens), along, prologue, _hash(prologue))
 
-    def next_values(self, name: str, known: Array, first: int, count: int) -> Array:
-        """Return an input's values for `count` tokens from token `first` on, given its known values [n, ...]."""
-        held = known[first : first + count]
-        if len(held) == count:
-            return held
-        before = known[: first + len(held)]
+    def next_values(self, name: str, values: Array, first: int, count: int) -> Array:
+        """Return an input's values for `count` tokens from token `first` on, given its values [n, ...] so far."""
+        new = values[first : first + count]
+        if len(new) == count:
+            return new
+        before = values[: first + len(new)]
         largest = int(before.max()) if before.size else -1
-        return np.concatenate([held, self.rules[name].draw(count - len(held), largest, known)])
+        return np.concatenate([new, self.rules[name].draw(count - len(new), largest, values)])
 
-    def _of_tokens(self, port: Value, given: Any, count: int) -> Array:
+    def _of_tokens(self, port: Value, value: Any, count: int) -> Array:
         sizes = [size.constant for size in port.type.shape[2:]]
         dtype = port.type.dtype.numpy
-        array = np.zeros((0, *[size or 0 for size in sizes]), dtype) if given is None else np.asarray(given)
+        array = np.zeros((0, *[size or 0 for size in sizes]), dtype) if value is None else np.asarray(value)
         kinds = "iu" if port.type.dtype.is_int else "iuf"
         if array.ndim != 1 + len(sizes) or list(array.shape[1:]) != sizes or array.dtype.kind not in kinds:
             wanted = "".join(f", {size}" for size in sizes)
@@ -114,12 +114,12 @@ class RowInputs:
             raise UsageError(f"{port.name} needs a value for each token", received=_shown(array), hint=hint)
         return self.next_values(port.name, array.astype(dtype), 0, max(count, len(array)))
 
-    def _of_row(self, port: Value, given: Any) -> Array:
+    def _of_row(self, port: Value, value: Any) -> Array:
         shape = port.type.shape[1:]
-        if given is None:
+        if value is None:
             empty = [size.constant if size.constant is not None else 0 for size in shape]
             return np.zeros(empty, port.type.dtype.numpy)
-        array = np.asarray(given)
+        array = np.asarray(value)
         if array.ndim != len(shape):
             return array  # the executable reports the expected type
         for size, have in zip(shape, array.shape, strict=True):

@@ -177,17 +177,17 @@ class Slots:
                 slot, found = each, length
         return slot, found
 
-    def worth(self, prompt: RowPrompt, held: RowPrompt) -> int:
+    def worth(self, prompt: RowPrompt, other: RowPrompt) -> int:
         """Return the number of tokens of a prompt that can be reused from another text; 0 if there are too few."""
-        if prompt.key != held.key:
+        if prompt.key != other.key:
             return 0
-        tokens, other = prompt.tokens, held.tokens
-        low, high = 0, min(len(tokens) - 1, len(other))
+        tokens, others = prompt.tokens, other.tokens
+        low, high = 0, min(len(tokens) - 1, len(others))
         while low < high:  # the first `low` tokens are equal
             middle = (low + high + 1) // 2
-            if tokens[low:middle] == other[low:middle]:
+            if tokens[low:middle] == others[low:middle]:
                 low = middle
             else:
                 high = middle - 1
-        low = first_difference(prompt.along, held.along, low)
-        return low if low >= LEAST and (low == len(other) or not self.whole) else 0
+        low = first_difference(prompt.along, other.along, low)
+        return low if low >= LEAST and (low == len(others) or not self.whole) else 0

@@ -16,7 +16,7 @@ import treadle as t
 from treadle.chatting.conversation import Conversation
 from treadle.cli import app
 from treadle.continuation import TextWriter
-from treadle.ir.errors import CheckpointError, FrontendError, GraphError, UsageError
+from treadle.ir.errors import CheckpointError, GraphError, ParseError, UsageError
 from treadle.ir.text.parser import parse_graph
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Choosing, Token, generate
@@ -193,7 +193,7 @@ def test_declared_values_are_part_of_the_graph(exe: Any) -> None:
     with pytest.raises(GraphError, match="must be an integer, or 'next'"):
         t.generated(1.5)  # type: ignore[arg-type]
     for wrong in ("index = 0, index = 0", "index = first", "index = 99999999999"):
-        with pytest.raises(FrontendError):
+        with pytest.raises(ParseError):
             parse_graph(text.replace("index = 0", wrong))
 
 

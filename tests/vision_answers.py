@@ -29,6 +29,7 @@ def compare_answers(made: VisionModel, backend: str, images: int) -> float:
     wanted = made.logits(theirs)
 
     exe = t.compile(made.place, backend=backend)
+    assert exe.unread == ()
     whole = session.prompt(prompt.ids, **prompt.inputs)
     given = {name: array[None] for name, array in {**whole.prologue, **whole.along}.items()}
     found = [np.asarray(exe(tokens=np.array([prompt.ids]), **given)["logits"])[0]]

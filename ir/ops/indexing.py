@@ -179,7 +179,7 @@ class TakeAlongAxis(Primitive):
         (g,), (x, indices) = grads, inputs
         return [b.scatter_add(zeros(b, x.type), indices, g, axis=self.axis), None]
 
-    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], held: Held) -> Any:
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], states: Held) -> Any:
         """Build the reading of elements that the prologue stored in the rows' slots, by their offsets in the state. If
         the indices are the same along the dimensions after the axis, lines of the state are read.
         """

@@ -73,10 +73,10 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
     return made
 
 
-def _copy_generated(graph: Graph, made: Graph) -> None:
+def _copy_generated(graph: Graph, program: Graph) -> None:
     """Copy the values for generated tokens of the inputs that a rank's program has."""
-    names = {v.name for v in made.main.inputs}
-    made.generated = {name: value for name, value in graph.generated.items() if name in names}
+    names = {v.name for v in program.main.inputs}
+    program.generated = {name: value for name, value in graph.generated.items() if name in names}
 
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -249,10 +249,10 @@ def _part(fields: Fields, number: int, part: Any, images: list[bytes]) -> dict[s
     raise fields.refuse(f"content[{number}]", "must be of type text or image_url: other types are not supported")
 
 
-def _image(fields: Fields, name: str, given: Any) -> bytes:
+def _image(fields: Fields, name: str, value: Any) -> bytes:
     """Return the file in a data URL (RFC 2397). Raises RequestRefusal for any other URL, which is never fetched."""
-    url = given.get("url") if isinstance(given, dict) else None
-    if not isinstance(url, str) or set(given) - {"url", "detail"}:
+    url = value.get("url") if isinstance(value, dict) else None
+    if not isinstance(url, str) or set(value) - {"url", "detail"}:
         raise fields.refuse(name, "must be an object with a url")
     head, comma, data = url.partition(",")
     if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64") or not comma:

@@ -65,7 +65,7 @@ class PatchReader:
             raise CheckpointError(
                 f"patches must have {width} values, in groups of {merge} x {merge}, the model's input",
                 received=f"{length} values, in groups of {made.merge} x {made.merge}",
-                within=settings.shown,
+                within=settings.file,
             )
         return made
 

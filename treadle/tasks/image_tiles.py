@@ -64,7 +64,7 @@ class TileReader:
             raise CheckpointError(
                 f"images must be split into tiles of {side} x {side} pixels, the model's input size",
                 received=f"max_image_size {made.side}",
-                within=settings.shown,
+                within=settings.file,
             )
         return made
 

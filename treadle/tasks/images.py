@@ -81,11 +81,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 class ImageSettings:
     """The options of a folder's image processor, with the defaults of a kind of model.
 
-    shown  the file's name in errors
+    file  the file's name in errors
     """
 
     options: Mapping[str, Any]
-    shown: str
+    file: str
 
     @classmethod
     def read(cls, place: ModelFolder, kind: str) -> ImageSettings:
@@ -115,7 +115,7 @@ class ImageSettings:
             return read(self.options)
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
-                "the settings for reading images are invalid", received=printable(str(error), 200), within=self.shown
+                "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
             ) from None
 
 
@@ -154,7 +154,7 @@ class ImageReader:
             raise CheckpointError(
                 f"images must be converted to {sides[0]} x {sides[1]} pixels, the model's input size",
                 received=repr(made.crop or made.size),
-                within=settings.shown,
+                within=settings.file,
             )
         return made
 
