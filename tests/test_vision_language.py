@@ -245,6 +245,12 @@ def test_a_second_question_about_an_image_computes_only_its_tokens(saved: Callab
     assert not talk.images
 
 
+@pytest.mark.parametrize(("kind", "options"), PROCESSORS)
+def test_pixels_are_those_of_hugging_face(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """A sample of the 50 images of `python -m tests.fuzz.vision pixels`."""
+    assert pixel_distance(kind, options, drawn_images(8), tmp_path) <= 1e-5
+
+
 @pytest.mark.parametrize("files", [[], image_files(2)])
 def test_images_and_marks_must_agree(files: list[bytes], saved: Callable[[str], VisionModel]) -> None:
     writer = TextWriter.open(saved("llava").place, backend="numpy")

@@ -202,7 +202,7 @@ class _PatchPrompts(ImagePrompts):
         row, column = np.indices((rows * merge, columns * merge))
         places = np.stack([np.zeros_like(row), row, column], axis=-1)
         grouped = places.reshape(rows, merge, columns, merge, 3).transpose(0, 2, 1, 3, 4)
-        arrays = {"patches": patches.groups, "places": grouped.reshape(rows * columns, merge**2, 3)}
+        arrays: dict[str, Array] = {"patches": patches.groups, "places": grouped.reshape(rows * columns, merge**2, 3)}
         return ReadImage(self.mark * (rows * columns), rows * columns, arrays, (rows, columns))
 
     def memory(self, tokens: int) -> dict[str, int]:
