@@ -82,9 +82,8 @@ def main() -> None:
     best = {name: min(times) for name, times in seconds.items()}
     middle = {name: float(np.median(times)) for name, times in seconds.items()}
     print("  ".join(f"{name} {best[name]:.3f} s (median {middle[name]:.3f})" for name in best))
-    print(
-        f"ratio {best['treadle'] / best['transformers']:.3f} (of medians {middle['treadle'] / middle['transformers']:.3f})"
-    )
+    ratios = [times["treadle"] / times["transformers"] for times in (best, middle)]
+    print(f"ratio {ratios[0]:.3f} (of medians {ratios[1]:.3f})")
 
     row = session.resume([*ids.tolist(), *range(20)], pixels=pixels, image_index=index)
     print(f"second question: {session.length(row)} of {len(ids) + 20} tokens are reused")

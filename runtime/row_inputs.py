@@ -141,7 +141,7 @@ def _hash(inputs: Mapping[str, Array]) -> str:
     digest = sha256()
     for name, array in inputs.items():
         digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+        digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
     return digest.hexdigest()
 
 
