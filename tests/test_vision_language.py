@@ -97,6 +97,18 @@ def test_damaged_images_are_refused(saved: Callable[[str], VisionModel], tmp_pat
         writer.read_images([str(tmp_path / "none.png")])
 
 
+def test_an_artifact_continues_text(saved: Callable[[str], VisionModel], tmp_path: Path) -> None:
+    """An artifact has no settings for images."""
+    t.compile(saved("smolvlm").place, backend="numpy").save(tmp_path / "m.treadle")
+    writers = [TextWriter.open(place, backend="numpy") for place in (tmp_path / "m.treadle", saved("smolvlm").place)]
+    made = [[piece.id for piece in writer.continued(["Hello"], most=5)] for writer in writers]
+    assert made[0] == made[1]
+    with pytest.raises(UsageError, match="was opened without its settings for images"):
+        writers[0].read_images(image_files(1))
+    report = CliRunner().invoke(app, ["explain", str(saved("smolvlm").place), "step"]).stdout
+    assert "f32[R, 4*C_N-3, 32]       kept    512 B a position" in report
+
+
 def test_settings_must_fit_the_model(saved: Callable[[str], VisionModel], tmp_path: Path) -> None:
     for kind, change, said in (
         ("smolvlm", {"max_image_size": {"longest_edge": 64}}, "tiles of 32 x 32 pixels"),

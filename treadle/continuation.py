@@ -202,9 +202,10 @@ class TextWriter:
         if not images:
             return []
         if self.images is None:
+            without = "was opened without its settings for images" if self.model.derived.prologue else "reads no images"
             raise UsageError(
-                f"{self.model.name} reads no images",
-                hint="the folder of a model that does, such as SmolVLM's or LLaVA's",
+                f"{self.model.name} {without}",
+                hint="the folder of a model that reads images, such as SmolVLM's or LLaVA's",
             )
         return [self.images.read(image) for image in images]
 

@@ -125,7 +125,7 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     inputs = {v.name for v in graph.main.inputs}
     port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last")}
     made.generated = {name: value for name, value in graph.generated.items() if name in tokens}
-    empty = tuple(v.name for v in graph.main.inputs if v.name in kept and _may_be_empty(v, graph))
+    empty = tuple(v.name for v in graph.main.inputs if v.name in kept and may_be_empty(v, graph))
     return DerivedStep(
         graph=made,
         axis=axis,
@@ -141,7 +141,7 @@ def derive_step(graph: Graph, axis: str | None = None, *, cache: str | DType | N
     )
 
 
-def _may_be_empty(value: Value, graph: Graph) -> bool:
+def may_be_empty(value: Value, graph: Graph) -> bool:
     """Return True if a dimension of an input may have size 0, such as N-1."""
     return any(size.constant is None and size.bounds(graph.symbols).lower < 1 for size in value.type.shape)
 
