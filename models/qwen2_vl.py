@@ -76,7 +76,7 @@ def qwen2_vl_vision(
     x = t.rearrange(patches, pattern="b m k w -> b (m k) w")
     with t.scope("embed"):
         weight = t.parameter("weight", dim, channels, frames, patch, patch)
-        x = t.ops.linear(x, t.rearrange(weight, pattern="d c f h w -> d (c f h w)"))
+        x = t.ops.linear(x, t.rearrange(weight, pattern="d c f h w -> d (c f h w)", name="flat"))
     places = t.rearrange(places, pattern="b m k p -> b (m k) p")
     image, row, column = (t.gather(places, t.constant(n), axis=2) for n in range(3))
     masks = {False: t.segments(image)}
