@@ -162,6 +162,8 @@ class Model(Generic[P, R]):
                 i.name: tracing.input(i.name, i.type) if not i.optional or i.name in self.optional_inputs else None
                 for i in self.declared_inputs
             }
+            named = [i for i in self.declared_inputs if arguments[i.name] is not None]
+            g.generated = {i.name: i.generated for i in named if i.generated is not None}
             function: Callable[..., Any] = self.function
             tracing.outputs(**_name_outputs(self, function(**arguments, **self._configuration())))
         except TreadleError as error:

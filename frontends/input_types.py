@@ -3,6 +3,7 @@
     tokens: Annotated[t.Tensor, t.i64["B S"]]                      type checkers see a tensor
     tokens: t.i64["B S"]                                           the short form
     lengths: Annotated[t.Tensor, t.i64["B"]] | None = None         optional
+    index: Annotated[t.Tensor, t.i64["B S"], t.generated(0)]       0 for generated tokens
 
 docs/decisions/0009-types-that-checkers-read.md explains the first form.
 """
@@ -16,16 +17,22 @@ from types import NoneType, UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 from treadle.ir.errors import FrontendError
+from treadle.ir.generated_values import GeneratedValue
 from treadle.ir.types import OptionalType, Type
 
 
 @dataclass(frozen=True)
 class DeclaredInput:
-    """A declared input: its name, its type, and True if the model may be traced without it."""
+    """A declared input.
+
+    optional   True if the model may be traced without it
+    generated  its value for generated tokens, if it is declared
+    """
 
     name: str
     type: Type
     optional: bool
+    generated: GeneratedValue | None = None
 
 
 def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int]) -> DeclaredInput:
@@ -49,7 +56,16 @@ def read_input(parameter: inspect.Parameter, model: str, sizes: Mapping[str, int
     sized = declared.substitute(sizes)
     if any(size.constant is not None and size.constant < 0 for size in sized.shape):
         raise FrontendError(f"{what} has a negative size", received=str(sized))
-    return DeclaredInput(name, sized, optional)
+    return DeclaredInput(name, sized, optional, _generated(parameter.annotation))
+
+
+def _generated(annotation: object) -> GeneratedValue | None:
+    """Return the value for generated tokens in an annotation, or None if there is none."""
+    if get_origin(annotation) is Annotated:
+        return next((note for note in get_args(annotation)[1:] if isinstance(note, GeneratedValue)), None)
+    if get_origin(annotation) in (Union, UnionType):
+        return next((note for each in get_args(annotation) if (note := _generated(each)) is not None), None)
+    return None
 
 
 def _read(annotation: object) -> tuple[Type | None, bool]:

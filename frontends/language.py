@@ -53,6 +53,7 @@ from treadle.ir.attention.masking import segments as segments
 from treadle.ir.attention.masking import t5_relative as t5_relative
 from treadle.ir.attention.masking import tensor_bias as tensor_bias
 from treadle.ir.attention.masking import window as window
+from treadle.ir.generated_values import generated as generated
 from treadle.ir.initial_values import Init as Init
 from treadle.ir.op_registry import OPS as _OPS
 from treadle.ir.types import Dim as Dim

@@ -32,12 +32,13 @@ from treadle.frontends.vocabularies.special_tokens import read_special_tokens, r
 from treadle.ir.errors import CheckpointError, FrontendError, TreadleError, UsageError
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_OLDER_TEMPLATE = "chat_template.json"  # of models that read images, before transformers 4.52
 _OLDER = ("vocab.txt", "vocab.json", *_SENTENCEPIECE)
 """Vocabularies in the forms older than tokenizer.json, which transformers converts to it."""
 VOCABULARIES = (_FILE, *_OLDER)
 """The files of which a folder with a tokenizer has one."""
 
-_TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE)
+_TEXT_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, _OLDER_TEMPLATE)
 TOKENIZER_FILES = (*_TEXT_FILES, *_OLDER, "merges.txt")
 """The files of a tokenizer and its chat template in all forms."""
 
@@ -363,12 +364,14 @@ def _way_to_get(place: ModelFolder, settings: Mapping[str, Any], has_vocabulary:
 
 def folder_chat_template(folder: PathLike | ModelFolder) -> str | None:
     """Return the chat template of a folder's model, if it was trained with one: chat_template.jinja, or the entry in
-    tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or damaged.
+    chat_template.json or tokenizer_config.json. It is not run. Raises CheckpointError if the file is too long or
+    damaged.
     """
     place = ModelFolder.find(folder)
     if place.has(_TEMPLATE):
         return place.read(_TEMPLATE, _FILE_BYTES, "limit_bytes=").decode("utf-8", "replace")
-    template = read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
+    older = place.read_settings(_OLDER_TEMPLATE) if place.has(_OLDER_TEMPLATE) else {}
+    template = older.get("chat_template") or read_tokenizer_settings(place, _FILE_BYTES).get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if isinstance(t, dict)), None)
     return template if isinstance(template, str) else None

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from treadle.ir.entry_order import ENTRIES, ONCE, are_entries
 from treadle.ir.errors import GraphError
+from treadle.ir.generated_values import GeneratedValue
 from treadle.ir.initial_values import Init as Init
 from treadle.ir.literals import Literal as Literal
 from treadle.ir.sizing.size_bounds import Bounds
@@ -240,6 +241,7 @@ class Graph:
     name          the model's name
     entry_names   the functions that are entries, in the order in which they run: `main`, or `prefill`, `step` and
                   `verify`; before them `bind` and `prologue`, if present
+    generated     the values of inputs for generated tokens, by the input's name
     """
 
     def __init__(self, name: str) -> None:
@@ -248,6 +250,7 @@ class Graph:
         self.entry_names: tuple[str, ...] = ("main",)
         self.symbols: dict[str, Bounds] = {}
         self.initial: dict[str, Init] = {}
+        self.generated: dict[str, GeneratedValue] = {}
 
     @property
     def main(self) -> Function:

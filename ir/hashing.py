@@ -3,7 +3,7 @@
 Two graphs are equal if their canonical forms are equal. A structural hash is the SHA-256 of a canonical form, the same
 in every process. It covers ops, attributes, types, wiring, constants' content, the names of inputs, outputs and
 functions, and the order of nodes. The hash of a graph also covers its parameters and states by name, initial values,
-and its symbols' bounds.
+its symbols' bounds, and the values of inputs for generated tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def canonical_form(graph: Graph) -> str:
     initial = ",".join(
         f"{quote(n)}={quote(i.kind)}({attribute_text(i.scale)})" for n, i in sorted(graph.initial.items())
     )
+    drawn = ",".join(f"{quote(n)}={v}" for n, v in sorted(graph.generated.items()))
     entries = graph.entries
     several = len(entries) > 1  # several entries may read the same weights, which are listed once
     functions = (
@@ -38,6 +39,8 @@ def canonical_form(graph: Graph) -> str:
     )
     weights = ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(graph.parameters.items()))
     when = [f"entries {','.join(graph.entry_names)}", f"weights {weights}"] if several else []
+    if drawn:
+        when.append(f"generated {drawn}")
     if states := graph.states:
         when.append("states " + ",".join(f"{quote(n)}:{type_key(v.type)}" for n, v in sorted(states.items())))
     return "\n".join([f"symbols {symbols}", f"initial {initial}", *when, *functions])

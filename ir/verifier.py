@@ -55,6 +55,10 @@ def verify(graph: Graph, only: Collection[str] | None = None) -> None:
     for name in graph.initial:
         if name not in parameters:
             raise VerifyError(f"an initial value is given for {name!r}, which is not a parameter")
+    inputs = {v.name for v in graph.main.inputs}
+    for name in graph.generated:
+        if name not in inputs:
+            raise VerifyError(f"a value for generated tokens is given for {name!r}, which is not an input")
     for name, value in parameters.items():
         if value.lies_in is not None:
             raise VerifyError(f"weight {name} must be row-major: only bind assigns layouts", received=_lying(value))

@@ -76,10 +76,12 @@ def clip_vision(
     act: t.Activation = t.quick_gelu,
     eps: float = 1e-5,
     projection: int | None = None,
+    pooled: bool = True,
 ) -> dict[str, t.Tensor]:
     """CLIP's image encoder, a ViT: hidden states [N, 1 + patches, dim] of images, and their class token's, normalized.
 
     projection  the width to which the class token's state is projected; None: no projection
+    pooled      False if only the hidden states are returned
     """
     with t.scope("embeddings"):
         x = prepend(embed_patches(pixels, dim, patch, bias=False), t.parameter("class", dim))
@@ -88,8 +90,10 @@ def clip_vision(
     for _ in t.stack("layer", layers):
         x = block(x, heads, hidden, act=act, eps=eps)
 
-    pooled = t.layer_norm(t.gather(x, t.constant(0), axis=1), eps=eps, name="norm")
-    return _project({"hidden": x, "pooled": pooled}, "image_embeds", projection)
+    if not pooled:
+        return {"hidden": x}
+    state = t.layer_norm(t.gather(x, t.constant(0), axis=1), eps=eps, name="norm")
+    return _project({"hidden": x, "pooled": state}, "image_embeds", projection)
 
 
 def _project(outputs: dict[str, t.Tensor], name: str, width: int | None) -> dict[str, t.Tensor]:

@@ -9,7 +9,7 @@ under another name. `treadle.models.reading.llama_config` reads their config.jso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -62,6 +62,8 @@ def llama(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     longest: int | None = None,
+    insert: Callable[[t.Tensor], t.Tensor] | None = None,
+    rotate: Callable[[t.Tensor], t.Tensor] | None = None,
 ) -> dict[str, t.Tensor]:
     """Llama: next-token logits [B, S, vocab] of tokens [B, S].
 
@@ -83,6 +85,10 @@ def llama(
     logit_softcap      logits become c tanh(logits / c)
     longest            maximum number of tokens of a text; None: no limit. Up to the context of `Dynamic` and
                        `LongRope` scaling the model has a step
+    insert             for models that call this one: a function that returns the embeddings [B, S, dim] with image
+                       features in place of some; None: the embeddings unchanged
+    rotate             likewise: a function that rotates queries and keys [B, heads, S, head_dim]; None: rotary
+                       positions that count the tokens
     """
     if head_dim is None and dim % heads:
         raise FrontendError(f"a width of {dim} does not split into {heads} heads", hint="give head_dim=")
@@ -113,6 +119,8 @@ def llama(
     }
 
     def turned(x: t.Tensor, by: t.Tensor) -> t.Tensor:
+        if rotate is not None:
+            return rotate(x)
         x = t.rotary(x, positions, by, layout=layout)
         return warmed(x, dims, temperature) if by is frequencies and dims != size else x
 
@@ -130,6 +138,8 @@ def llama(
         return x + (y if residual_scale == 1.0 else y * residual_scale)
 
     x = t.embed(tokens, vocab, dim, name="embed")
+    if insert is not None:
+        x = insert(x)
     if embedding_scale != 1.0:
         x *= embedding_scale
     for i in t.stack("layer", layers):

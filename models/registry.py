@@ -21,6 +21,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "electra": ("electra",),
     "gpt2": ("gpt2",),
     "gpt_neox": ("gpt_neox", "gptj", "phi", "falcon"),
+    "idefics3": ("idefics3", "smolvlm"),
+    "llava": ("llava",),
     "llama": (
         "llama",
         "mistral",
@@ -38,6 +40,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     "modernbert": ("modernbert",),
     "mpnet": ("mpnet",),
     "opt": ("opt",),
+    "qwen2_vl": ("qwen2_vl", "qwen2_5_vl"),
     "roberta": ("roberta", "xlm-roberta", "camembert"),
     "siglip": ("siglip", "siglip_text_model", "siglip_vision_model"),
     "t5": ("t5", "mt5"),

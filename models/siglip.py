@@ -215,12 +215,12 @@ def checkpoint(config: Config) -> Table:
         whole: dict[str, Entry] = {}
         for ours in ("text", "vision"):
             part = read_part(config, ours)
-            whole |= {f"{ours}.{name}": entry for name, entry in _encoder_table(part, f"{ours}_model.").items()}
+            whole |= {f"{ours}.{name}": entry for name, entry in encoder_table(part, f"{ours}_model.").items()}
         return whole
-    return _encoder_table(read_part(config, "vision") if kind == "siglip" else config, "")
+    return encoder_table(read_part(config, "vision") if kind == "siglip" else config, "")
 
 
-def _encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
+def encoder_table(config: Config, prefix: str) -> dict[str, Entry]:
     """Return the table for one encoder. The pooling head stores q, k and v in one matrix, as in PyTorch."""
     layer, pooler = f"{prefix}encoder.layers.{{i}}", f"{prefix}head"
     dim, positions = read_int(config, "hidden_size", 768), f"{prefix}embeddings.position_embedding.weight"

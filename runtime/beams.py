@@ -19,6 +19,7 @@ import numpy as np
 
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Ending, checked_prompts, count_of
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -113,18 +114,16 @@ def beam_search(
     than beams.
     """
     task = _Task(session, beams or Beams(), rules or TokenRules(), frozenset(stop))
-    rows, given = checked_prompts(session, prompts, inputs)
+    rows = checked_prompts(session, prompts, inputs)
     if rows and session.free < task.beams.count:
         raise UsageError(
             f"{task.beams.count} beams need {task.beams.count} rows, and {session.free} are free",
             hint=f"a session of rows={task.beams.count}, or fewer beams",
         )
-    return _searched(task, rows, count_of(most), given)
+    return _searched(task, rows, count_of(most))
 
 
-def _searched(
-    task: _Task, prompts: list[list[int]], most: int, inputs: Sequence[dict[str, Any]]
-) -> Iterator[list[Hypothesis]]:
+def _searched(task: _Task, prompts: list[RowPrompt], most: int) -> Iterator[list[Hypothesis]]:
     session, count = task.session, task.beams.count
     waiting = deque(range(len(prompts)))
     running: dict[int, _Search] = {}
@@ -138,9 +137,10 @@ def _searched(
             joining: dict[int, int] = {}
             while waiting and session.free - sum(count - len(s.going) for s in running.values()) >= count:
                 number = waiting.popleft()
-                joining[number] = session.open(**inputs[number])
-                running[number] = _Search(task, prompts[number], most, joining[number])
-            logits = session.prefill({row: prompts[number] for number, row in joining.items()}) if joining else {}
+                joining[number] = session.begin(prompts[number])
+                running[number] = _Search(task, prompts[number].tokens, most, joining[number])
+            left = {row: prompts[number].tokens[session.length(row) :] for number, row in joining.items()}
+            logits = session.prefill(left)
             chosen: dict[int, int] = {}
             for number, search in list(running.items()):
                 if number in joining:

@@ -17,6 +17,7 @@ import numpy as np
 
 from treadle.ir.errors import Hint, UsageError
 from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
@@ -165,17 +166,17 @@ def generate(
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
     if session.derived.sampling is not None:
         choosing.check_device(session.derived.sampling)
-    rows, given = checked_prompts(session, prompts, inputs)
+    rows = checked_prompts(session, prompts, inputs)
     if rows and not session.free:
         raise no_free_row()
-    return _generated(session, rows, choosing, given)
+    return _generated(session, rows, choosing)
 
 
 def checked_prompts(
     session: Session, prompts: Sequence[Sequence[int]], inputs: Sequence[dict[str, Any]] | None
-) -> tuple[list[list[int]], Sequence[dict[str, Any]]]:
-    """Return the prompts as lists of integers, and the further inputs of each prompt. Raises UsageError for a prompt
-    that is empty or too long.
+) -> list[RowPrompt]:
+    """Return the prompts with their further inputs. Raises UsageError for a prompt that is empty or too long, and for
+    inputs that do not fit.
     """
     rows = [list(p) for p in prompts]
     for i, ids in enumerate(rows, 1):
@@ -188,17 +189,15 @@ def checked_prompts(
             )
     if inputs is not None and len(inputs) != len(rows):
         raise UsageError(f"inputs for {len(inputs)} of {len(rows)} prompts")
-    return rows, inputs if inputs is not None else [{}] * len(rows)
+    return [session.prompt(ids, **given) for ids, given in zip(rows, inputs or [{}] * len(rows), strict=True)]
 
 
-def _generated(
-    session: Session, prompts: list[list[int]], choosing: Choosing, inputs: Sequence[dict[str, Any]]
-) -> Iterator[Token]:
+def _generated(session: Session, prompts: list[RowPrompt], choosing: Choosing) -> Iterator[Token]:
     waiting = deque(range(len(prompts))) if choosing.most > 0 else deque[int]()
     running: list[_Running] = []
     try:
         while waiting or running:
-            running += _joined(session, prompts, inputs, waiting, choosing)
+            running += _joined(session, prompts, waiting, choosing)
             if not running:
                 raise no_free_row()
             going: dict[int, int] = {}
@@ -207,7 +206,7 @@ def _generated(
                 chosen = (
                     each.logits
                     if isinstance(each.logits, int)
-                    else choosing.choose(each.logits, each.number, prompts[each.number], each.made)
+                    else choosing.choose(each.logits, each.number, prompts[each.number].tokens, each.made)
                 )
                 each.made.append(chosen)
                 token = choosing.token(logits, each.number, each.made, is_full(session, each.row))
@@ -231,13 +230,7 @@ def _generated(
             session.close(each.row)
 
 
-def _joined(
-    session: Session,
-    prompts: list[list[int]],
-    inputs: Sequence[dict[str, Any]],
-    waiting: deque[int],
-    choosing: Choosing,
-) -> list[_Running]:
+def _joined(session: Session, prompts: list[RowPrompt], waiting: deque[int], choosing: Choosing) -> list[_Running]:
     """Open a row for each waiting prompt until no row is free. If an error occurs, all these rows are closed.
 
     The prompts are prefilled together. A prompt that begins like another prompt is prefilled later, from the common
@@ -252,15 +245,14 @@ def _joined(
             reading: list[int] = []
             later: dict[int, int] = {}
             for number in left:
-                near = [] if samples else [n for n in reading if _bring_the_same(inputs[n], inputs[number])]
-                alike = {n: prompts[n] for n in near}
+                alike = {} if samples else {n: prompts[n] for n in reading}
                 ahead = prompt_ahead(session, prompts[number], alike)
                 if ahead is None:
                     reading.append(number)
                 else:
                     later[number] = ahead[0]
-            rows = {number: session.resume(prompts[number], **inputs[number]) for number in reading}
-            pieces = {row: prompts[n][session.length(row) :] for n, row in rows.items()}
+            rows = {number: session.begin(prompts[number]) for number in reading}
+            pieces = {row: prompts[n].tokens[session.length(row) :] for n, row in rows.items()}
             found: Mapping[int, Array | int]
             if samples:
                 found = session.sample(pieces, {row: TokenDraw(choosing.sampling, n) for n, row in rows.items()})
@@ -269,7 +261,7 @@ def _joined(
             joined |= {number: _Running(number, row, found[row]) for number, row in rows.items()}
             left = []
             for number, first in later.items():
-                if prompts[number] == prompts[first]:
+                if prompts[number].equals(prompts[first]):
                     joined[number] = _Running(number, session.fork(rows[first]), joined[first].logits)
                 else:
                     left.append(number)
@@ -280,9 +272,7 @@ def _joined(
     return [joined[number] for number in sorted(joined)]
 
 
-def prompt_ahead(
-    session: Session, prompt: Sequence[int], others: Mapping[int, Sequence[int]]
-) -> tuple[int, int] | None:
+def prompt_ahead(session: Session, prompt: RowPrompt, others: Mapping[int, RowPrompt]) -> tuple[int, int] | None:
     """Return the other prompt that `prompt` should wait for, and the number of tokens that it then need not compute.
 
     others  prompts that are about to be prefilled, by number
@@ -292,15 +282,10 @@ def prompt_ahead(
     """
     found, most = None, session.prefix_length(prompt)
     for number, other in others.items():
-        count = len(prompt) if other == prompt else session.shared(prompt, other)
+        count = len(prompt.tokens) if other.equals(prompt) else session.shared(prompt, other)
         if count > most:
             found, most = (number, count), count
     return found
-
-
-def _bring_the_same(inputs: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Return True if two prompts have the same further inputs: both have none, or both have the same objects."""
-    return inputs is others or not (inputs or others)
 
 
 def count_of(most: object) -> int:

@@ -34,16 +34,16 @@ class TokenPorts:
 def token_ports(derived: DerivedStep) -> TokenPorts:
     """Return the ports of a derived step.
 
-    Raises UsageError if the model has no token input, if it has other inputs along the sequence, or if the logits
-    cannot be distinguished from other outputs.
+    The token input is the input along the sequence that has no declared value for generated tokens. Raises UsageError
+    if there is no such input, or if there are several, or if the logits cannot be distinguished from other outputs.
     """
     function = derived.graph.functions["verify"]
-    given = [v for v in function.inputs if v.name in derived.tokens]
+    given = [v for v in function.inputs if v.name in derived.tokens and v.name not in derived.generated]
     if len(given) != 1:
         raise UsageError(
-            "a session feeds one input per step, the tokens",
-            received=f"{derived.graph.name} takes {', '.join(derived.tokens)} at every step",
-            hint="compile it with inputs=() that leave out the others",
+            "a session needs the value of each input but the tokens for generated tokens",
+            received=f"{derived.graph.name} takes {', '.join(v.name for v in given) or 'no tokens'} at every step",
+            hint="t.generated(0) in an input's annotation, or inputs=() that leave the others out",
         )
     (tokens,) = given
     dtype = tokens.type.dtype

@@ -32,6 +32,7 @@ import numpy as np
 
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.runtime.generation import Choosing, Token, is_full, prompt_ahead
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
@@ -70,12 +71,14 @@ class TextOrder:
     choosing  the choice of tokens, and the conditions that end the text
     number    the text's number among the caller's texts; random draws depend on it
     until     deadline on the clock of time.monotonic(); None: no deadline
+    begin     the prompt with the inputs of its row (`Session.prompt`); None: it has no inputs in addition to the tokens
     """
 
     prompt: tuple[int, ...]
     choosing: Choosing
     number: int = 0
     until: float | None = None
+    begin: RowPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,13 @@ class Closed(UsageError):
 class Ticket:
     """The handle returned to the caller that submitted a request.
 
+    prompt  the prompt with its checked inputs
     reused  number of prompt tokens that were not computed for it; known with the first token
     """
 
-    def __init__(self, order: TextOrder, tell: Tell) -> None:
+    def __init__(self, order: TextOrder, tell: Tell, prompt: RowPrompt | None = None) -> None:
         self.order, self._tell = order, tell
+        self.prompt = prompt or RowPrompt(list(order.prompt))
         self.reused = 0
         self._is_cancelled = threading.Event()
         self._has_ended = False
@@ -166,9 +171,9 @@ class _Row:
     made: list[int] = field(default_factory=list)
 
     @property
-    def prompt(self) -> tuple[int, ...]:
-        """Token ids of the prompt."""
-        return self.ticket.order.prompt
+    def prompt(self) -> RowPrompt:
+        """The prompt with its inputs."""
+        return self.ticket.prompt
 
 
 class Scheduler:
@@ -207,7 +212,7 @@ class Scheduler:
             self.check(order.prompt)
         if len(orders) > self.queue:
             raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
-        tickets = [Ticket(order, tell) for order, tell in orders]
+        tickets = [Ticket(order, tell, order.begin or self.session.prompt(order.prompt)) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")
@@ -299,32 +304,39 @@ class Scheduler:
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
-            self._rows.append(self._begun(ticket, self._rows))
+            try:
+                self._rows.append(self._begun(ticket, self._rows))
+            except Exception as error:  # the inputs of this request could not be computed
+                ticket.end(_failure(error))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
         """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`
         whose prompt has the same beginning and is being prefilled.
         """
-        prompt = ticket.order.prompt
+        prompt = ticket.prompt
         ahead = prompt_ahead(self.session, prompt, {n: each.prompt for n, each in enumerate(before) if each.left})
         if ahead is not None:
-            return _Row(ticket, self.session.open(), list(prompt), before[ahead[0]], ahead[1])
-        row = self.session.resume(prompt)
+            return _Row(ticket, self.session.reserve(), prompt.tokens, before[ahead[0]], ahead[1])
+        row = self.session.begin(prompt)
         self._count_reused(ticket, self.session.length(row))
-        return _Row(ticket, row, list(prompt[ticket.reused :]))
+        return _Row(ticket, row, prompt.tokens[ticket.reused :])
 
     def _go_on(self) -> None:
         """Continue the rows that wait for another row's prompt, if this prompt is prefilled or cancelled."""
-        for n, each in enumerate(self._rows):
-            ahead = each.ahead
+        for each in list(self._rows):
+            n, ahead = self._rows.index(each), each.ahead
             if ahead is None or (ahead in self._rows and self.session.length(ahead.row) < each.shared):
                 continue
             self.session.close(each.row)
-            if ahead in self._rows and each.shared == len(each.prompt):
+            if ahead in self._rows and each.shared == len(each.prompt.tokens):
                 self._rows[n] = _Row(each.ticket, self.session.fork(ahead.row), [], logits=ahead.logits)
                 self._count_reused(each.ticket, each.shared)
-            else:
+                continue
+            try:
                 self._rows[n] = self._begun(each.ticket, self._rows[:n])
+            except Exception as error:
+                each.row = self.session.reserve()  # `_leave` closes it
+                self._leave(each, _failure(error), keep=False)
 
     def _count_reused(self, ticket: Ticket, count: int) -> None:
         ticket.reused = count
@@ -377,10 +389,8 @@ class Scheduler:
         try:
             each.made.append(order.choosing.choose(logits, order.number, order.prompt, each.made))
             return order.choosing.token(logits, order.number, each.made, is_full(self.session, each.row))
-        except TreadleError as error:
-            self._leave(each, error)
         except Exception as error:
-            self._leave(each, _unforeseen(error))
+            self._leave(each, _failure(error))
         return None
 
     def _leave(self, each: _Row, why: Cut | TreadleError | None, *, keep: bool = True) -> None:
@@ -389,7 +399,7 @@ class Scheduler:
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
-        failure = error if isinstance(error, TreadleError) else _unforeseen(error)
+        failure = _failure(error)
         for each in list(self._rows):
             self._leave(each, failure, keep=False)  # their states are undefined after the failed call
 
@@ -405,5 +415,8 @@ class Scheduler:
             ticket.end(why)
 
 
-def _unforeseen(error: Exception) -> TreadleError:
+def _failure(error: Exception) -> TreadleError:
+    """Return our error for any error."""
+    if isinstance(error, TreadleError):
+        return error
     return TreadleError("a step failed", received=f"{type(error).__name__}: {error}"[:300])

@@ -29,6 +29,7 @@ from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.passes.stepping.sampled import SAMPLED
 from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.language_models import token_ports
+from treadle.runtime.row_inputs import RowInputs, RowPrompt
 from treadle.runtime.sampling import no_finite_logit
 from treadle.runtime.slots import Ring, Row, Slots
 
@@ -97,14 +98,9 @@ class Session:
         rings = [Ring(sizes[s], reach) for s, reach in derived.windows.items()]
         self._slots = Slots(self.states, sizes[SLOTS], rings, whole=derived.carries)
         self._rows = self._slots.rows
-        if resumes and derived.has_prologue:
-            raise UsageError(
-                f"a row of {derived.graph.name} cannot continue from another row's text",
-                received=f"each row begins with its own {', '.join(derived.prologue)}",
-                hint="resumes=None",
-            )
+        self._inputs = RowInputs(derived, sizes)
         exact = bool(getattr(executable, "exact_rows", False))
-        self.resumes = not derived.has_prologue and (exact if resumes is None else resumes)
+        self.resumes = exact if resumes is None else resumes
 
     def _add_memories(self, sizes: dict[str, int], memory: Mapping[str, int]) -> None:
         wanted = {s.removeprefix("C_"): s for s in self.derived.memories}
@@ -168,25 +164,31 @@ class Session:
     def open(self, /, **inputs: Any) -> int:
         """Open a row in a free slot. Return the number of the row.
 
-        inputs   the model's inputs for this row in addition to tokens, such as a source text, without the first
-                 dimension
+        inputs   the model's inputs for this row in addition to tokens, without the first dimension: those that a row
+                 begins with, such as a source text, and the values of those along the sequence for the row's first
+                 tokens; see `treadle.runtime.row_inputs`
 
         Raises UsageError if no slot is free, or an input is missing or unknown.
         """
-        row, names = self._slots.take(), self.derived.prologue
+        return self._opened(self.prompt((), **inputs))
+
+    def _opened(self, prompt: RowPrompt) -> int:
+        """Open an empty row with the inputs of a prompt."""
+        row = self._slots.take()
         try:
-            if set(inputs) != set(names):
-                raise UsageError(
-                    f"a row of {self.derived.graph.name} begins with {', '.join(names) or 'nothing'}",
-                    received=", ".join(inputs) or "nothing",
-                )
             if self._prologue is not None:
-                given = {name: np.asarray(x)[None] for name, x in inputs.items()}
+                given = {name: x[None] for name, x in prompt.prologue.items()}
                 self._prologue(self.states, **{self.derived.port_names["rows"]: np.array([row])}, **given)
         except BaseException:
             self._slots.give_back(row)
             raise
-        self._rows[row] = Row()
+        self._rows[row] = Row(along=dict(prompt.along), key=prompt.key)
+        return row
+
+    def reserve(self) -> int:
+        """Occupy a free slot without beginning a text; `close` frees it. Raises UsageError if no slot is free."""
+        row = self._slots.take()
+        self._rows[row] = Row(is_lost=True)
         return row
 
     def close(self, row: int, *, keep: bool = False) -> None:
@@ -210,20 +212,29 @@ class Session:
         slot has.
 
         The remaining tokens, at least one, must be prefilled: tokens[session.length(row):]. If `resumes` is False, the
-        row holds no prefix. Raises UsageError as `open` does; `inputs` are the same as for `open`.
+        row holds no prefix. A prefix is held only if it was computed with equal inputs. Raises UsageError as `open`
+        does; `inputs` are the same as for `open`.
         """
-        ids = _ids("a row", tokens)
-        if not self.resumes or inputs:
-            return self.open(**inputs)
-        return self._slots.resume(ids)
+        return self.begin(self.prompt(tokens, **inputs))
 
-    def prefix_length(self, tokens: Sequence[int]) -> int:
-        """Return the number of tokens that a row from `resume` would hold now."""
-        return self._slots.held(list(tokens)) if self.resumes else 0
+    def prompt(self, tokens: Sequence[int], /, **inputs: Any) -> RowPrompt:
+        """Return the tokens of a text with the checked inputs of its row. Raises UsageError for a missing or unknown
+        input, or one whose shape does not fit.
+        """
+        return self._inputs.prompt(_ids("a row", tokens), inputs)
 
-    def shared(self, tokens: Sequence[int], other: Sequence[int]) -> int:
-        """Return the number of tokens that a row from `resume` would hold after another text has been prefilled."""
-        return self._slots.worth(list(tokens), list(other)) if self.resumes else 0
+    def begin(self, prompt: RowPrompt) -> int:
+        """Open a row for a prompt, as `resume` does."""
+        row = self._slots.resume(prompt) if self.resumes else None
+        return self._opened(prompt) if row is None else row
+
+    def prefix_length(self, prompt: RowPrompt) -> int:
+        """Return the number of tokens that a row from `begin` would hold now."""
+        return self._slots.held(prompt) if self.resumes else 0
+
+    def shared(self, prompt: RowPrompt, other: RowPrompt) -> int:
+        """Return the number of tokens that a row from `begin` would hold after another prompt has been prefilled."""
+        return self._slots.worth(prompt, other) if self.resumes else 0
 
     def _open(self, row: int) -> Row:
         found = self._rows.get(row)
@@ -345,7 +356,7 @@ class Session:
                 received=f"{ids}, where {state.verified or 'none'} were verified",
                 hint=f"prefill({{{row}: ...}}), which appends any tokens",
             )
-        state.tokens.extend(ids)
+        self._extend(state, ids)
         state.verified = []
 
     def _checked(self, row: int, tokens: Sequence[int]) -> list[int]:
@@ -385,19 +396,38 @@ class Session:
         for row in rows:
             state = self._rows[row]
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
+        for name in self._inputs.rules:
+            inputs[name] = self._along(name, {row: len(piece) or ids.shape[1] for row, piece in pieces.items()}, ids)
         try:
-            named = {self.derived.port_names[name]: array for name, array in inputs.items()}
+            named = {self.derived.port_names.get(name, name): array for name, array in inputs.items()}
             out = entry(self.states, **{self._ports.tokens: ids}, **named)
         except BaseException:
             for row in rows:
                 self._rows[row].is_lost = self.derived.carries
             raise
         for row in rows:
-            self._rows[row].tokens.extend(pieces[row])
+            self._extend(self._rows[row], pieces[row])
         if how is not None:
             return np.asarray(out[self.derived.port_names[SAMPLED]])
         logits = np.asarray(out[self._ports.logits])
         return logits if draws is None else logits[:, 0]
+
+    def _along(self, name: str, counts: Mapping[int, int], ids: Array) -> Array:
+        """Return an input's values [b, s, ...] for the next tokens of each row, padded with zeros."""
+        known = [self._rows[row] for row in counts]
+        sizes = known[0].along[name].shape[1:]
+        values = np.zeros((*ids.shape, *sizes), known[0].along[name].dtype)
+        for n, (state, count) in enumerate(zip(known, counts.values(), strict=True)):
+            values[n, :count] = self._inputs.next_values(name, state.along[name], len(state.tokens), count)
+        return values
+
+    def _extend(self, state: Row, tokens: Sequence[int]) -> None:
+        """Append tokens to a row's text, with the values of the inputs along the sequence."""
+        state.tokens.extend(tokens)
+        for name, known in state.along.items():
+            if (missing := len(state.tokens) - len(known)) > 0:
+                new = self._inputs.next_values(name, known, len(known), missing)
+                state.along[name] = np.concatenate([known, new])
 
     def _make_room(self, wanted: Mapping[int, int]) -> None:
         """Make room in rows for the given numbers of tokens. Raises UsageError for a full row that may not slide."""

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from treadle.backends.states import States
 from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY
+from treadle.runtime.row_inputs import RowPrompt, first_difference
+
+Array = np.ndarray[Any, Any]
 
 LEAST = 16
 """A shorter prefix is recomputed: call widths are multiples of this number, so reusing the prefix saves no time."""
@@ -26,6 +32,8 @@ class Row:
     verified   tokens that `verify` wrote after `tokens` and that are not accepted yet
     is_lost    True if a failed call may have changed the states of these tokens
     written    number of written positions of the slot, including padding and rolled-back tokens
+    along      values of inputs along the sequence, [n, ...] each, for at least all tokens
+    key        hash of the inputs that the row began with
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -33,6 +41,8 @@ class Row:
     verified: list[int] = field(default_factory=list)
     is_lost: bool = False
     written: int = 0
+    along: dict[str, Array] = field(default_factory=dict)
+    key: str = ""
 
     @property
     def length(self) -> int:
@@ -103,37 +113,42 @@ class Slots:
         else:
             self.give_back(slot)
 
-    def held(self, tokens: list[int]) -> int:
-        """Return the length of the longest prefix of these tokens that a slot holds. The last token does not count,
-        since the logits after it must still be computed.
+    def held(self, prompt: RowPrompt) -> int:
+        """Return the length of the longest prefix of a prompt that a slot holds. The last token does not count, since
+        the logits after it must still be computed.
         """
-        return self._longest(tokens)[1]
+        return self._longest(prompt)[1]
 
     def fork(self, source: int) -> int:
         """Open a row with a copy of another row's text; return its slot. Raises UsageError if no slot is free."""
         slot, held = self.take(), self.rows[source]
         self._copy(source, slot, held.length)
-        self.rows[slot] = Row(list(held.tokens), held.forgotten, written=held.written)
+        self.rows[slot] = Row(
+            list(held.tokens), held.forgotten, written=held.written, along=dict(held.along), key=held.key
+        )
         return slot
 
-    def resume(self, tokens: list[int]) -> int:
-        """Open a row with the longest prefix of these tokens that a slot holds; return its slot.
+    def resume(self, prompt: RowPrompt) -> int | None:
+        """Open a row with the longest prefix of a prompt that a slot holds; return its slot, or None if no slot holds
+        a prefix.
 
         If the row continues the whole text of a closed row, it takes over that slot. Otherwise the common prefix is
         copied, so that the other text can be continued as well. Raises UsageError if no slot is free.
         """
-        source, length = self._longest(tokens)
-        held = self._kept.pop(source, None) if length else None
+        source, length = self._longest(prompt)
+        if not length:
+            return None
+        held = self._kept.pop(source, None)
+        opened = Row(prompt.tokens[:length], along=dict(prompt.along), key=prompt.key)
+        opened.written = (held or self.rows[source]).written
         if held is not None and (held.length == length or not self.free):
-            self.rows[source] = Row(tokens[:length], written=held.written)
+            self.rows[source] = opened
             return source
         slot = self.take()
         if held is not None:
             self._kept[source] = held  # mark it as the most recently used
-        text = held or self.rows.get(source) if length else None
-        if text is not None:
-            self._copy(source, slot, length)
-        self.rows[slot] = Row(tokens[:length], written=0 if text is None else text.written)
+        self._copy(source, slot, length)
+        self.rows[slot] = opened
         return slot
 
     def _copy(self, source: int, slot: int, length: int) -> None:
@@ -148,24 +163,31 @@ class Slots:
             state = self.states[port.name]
             state[(slot, *part)] = state[(source, *part)]
 
-    def _longest(self, tokens: list[int]) -> tuple[int, int]:
-        """Return the slot that holds the longest prefix of a text, and the prefix's length (0 if no prefix is long
+    def _longest(self, prompt: RowPrompt) -> tuple[int, int]:
+        """Return the slot that holds the longest prefix of a prompt, and the prefix's length (0 if no prefix is long
         enough).
         """
         found = slot = 0
         for each, row in (*self._kept.items(), *self.rows.items()):
-            length = self.worth(tokens, row.tokens[row.forgotten :])
-            if length > found and not row.is_lost and all(ring.holds(row, length) for ring in self.rings):
+            if row.is_lost or row.key != prompt.key:
+                continue
+            along = {name: values[row.forgotten :] for name, values in row.along.items()}
+            length = self.worth(prompt, RowPrompt(row.tokens[row.forgotten :], along, key=row.key))
+            if length > found and all(ring.holds(row, length) for ring in self.rings):
                 slot, found = each, length
         return slot, found
 
-    def worth(self, tokens: list[int], other: list[int]) -> int:
-        """Return the number of tokens of a text that can be reused from another text; 0 if there are too few."""
-        low, high = 0, min(len(tokens) - 1, len(other))
+    def worth(self, prompt: RowPrompt, other: RowPrompt) -> int:
+        """Return the number of tokens of a prompt that can be reused from another text; 0 if there are too few."""
+        if prompt.key != other.key:
+            return 0
+        tokens, others = prompt.tokens, other.tokens
+        low, high = 0, min(len(tokens) - 1, len(others))
         while low < high:  # the first `low` tokens are equal
             middle = (low + high + 1) // 2
-            if tokens[low:middle] == other[low:middle]:
+            if tokens[low:middle] == others[low:middle]:
                 low = middle
             else:
                 high = middle - 1
-        return low if low >= LEAST and (low == len(other) or not self.whole) else 0
+        low = first_difference(prompt.along, other.along, low)
+        return low if low >= LEAST and (low == len(others) or not self.whole) else 0

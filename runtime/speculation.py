@@ -21,6 +21,7 @@ import numpy as np
 
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, Token, Until, checked_prompts, count_of, no_free_row
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules
@@ -176,25 +177,24 @@ def speculate(
             hint="generate, without speculation",
         )
     choosing = Choosing(count_of(most), sampling or Sampling(), rules, frozenset(stop), until, likely)
-    rows, given = checked_prompts(session, prompts, inputs)
+    rows = checked_prompts(session, prompts, inputs)
     if rows and not session.free:
         raise no_free_row()
-    return _speculated(session, rows, choosing, given, guess, tally or SpeculationTally())
+    return _speculated(session, rows, choosing, guess, tally or SpeculationTally())
 
 
 def _speculated(
     session: Session,
-    prompts: list[list[int]],
+    prompts: list[RowPrompt],
     choosing: Choosing,
-    inputs: Sequence[dict[str, Any]],
     guess: Guess,
     tally: SpeculationTally,
 ) -> Iterator[Token]:
     for number, prompt in enumerate(prompts if choosing.most else []):
-        row = session.resume(prompt, **inputs[number])
+        row = session.begin(prompt)
         try:
             guess.begin()
-            yield from _continued(session, row, number, prompt, choosing, guess, tally)
+            yield from _continued(session, row, number, prompt.tokens, choosing, guess, tally)
         finally:
             guess.end()
             session.close(row, keep=True)

@@ -138,7 +138,7 @@ class _Game:
 
     session: Session
     rows: list[Text]
-    closed: list[list[int]]
+    closed: list[tuple[list[int], int]]
 
     def __init__(self, exe: Compiled, chosen: Chosen, rng: np.random.Generator) -> None:
         self.exe, self.rng, self.played = exe, rng, Played(chosen)
@@ -150,9 +150,8 @@ class _Game:
         """Open another session."""
         sizes, derived = drawn_sizes(self.rng), self.stepped.derived
         memory = {symbol.removeprefix("C_"): MEMORY for symbol in derived.memories}
-        resumes = None if derived.has_prologue else True
         with patch("treadle.runtime.session._RING", int(self.rng.choice(RINGS))):
-            self.session = self.stepped.session(**sizes, memory=memory, resumes=resumes)
+            self.session = self.stepped.session(**sizes, memory=memory, resumes=True)
         self.rows, self.closed = [], []
         self.played.sessions.append(sizes)
 
@@ -221,14 +220,14 @@ class _Game:
 
     def _resume(self) -> None:
         """Resume a closed text: all its tokens, or a prefix of them, followed by other tokens."""
-        enough = [tokens for tokens in self.closed if len(tokens) > LEAST] or self.closed
-        before = enough[int(self.rng.integers(len(enough)))]
+        enough = [text for text in self.closed if len(text[0]) > LEAST] or self.closed
+        before, inputs = enough[int(self.rng.integers(len(enough)))]
         kept = before if self.rng.random() < 0.5 else before[: int(self.rng.integers(1, len(before) + 1))]
         tokens = [*kept, *self._tokens(int(self.rng.integers(1, 8)))][: self.session.capacity]
-        row = self.session.resume(tokens)
+        row = self.session.resume(tokens, **self.brought[inputs])
         held = self.session.length(row)
         self.played.events["held"] = self.played.events.get("held", 0) + (held > 0)
-        text = Text(row, tokens[:held], 0)
+        text = Text(row, tokens[:held], inputs)
         self.rows.append(text)
         self._grown(text, tokens[held:], self.session.prefill({row: tokens[held:]})[row])
 
@@ -271,7 +270,7 @@ class _Game:
         text = self.rows.pop(int(self.rng.integers(len(self.rows))))
         keep = bool(self.rng.random() < 0.8)
         if keep and self.session.resumes:
-            self.closed.append(text.tokens)
+            self.closed.append((text.tokens, text.inputs))
         self.session.close(text.row, keep=keep)
 
     # -- the whole texts -----------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ pytest.importorskip("prometheus_client")
 from tests.golden import Golden
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Token
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Closed, Cut, Ended, Load, QueueFull, TextOrder
 from treadle.runtime.token_rules import TokenRules
@@ -220,7 +221,7 @@ def test_a_text_of_no_length_may_be_as_long_as_there_is_room() -> None:
         raise Closed("closed")
 
     writer = Writer(submit)
-    writer.chat_ids = lambda messages: (0, 1, 2, 3)  # type: ignore[method-assign]
+    writer.chat_prompt = lambda messages, images: RowPrompt([0, 1, 2, 3])  # type: ignore[method-assign]
     messages = [{"role": "user", "content": "a"}]
     assert Asked(writer).post("/v1/chat/completions", {"model": "tiny", "messages": messages})[0] == 503
 
@@ -304,7 +305,7 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
             loop.call_later(n / 200, tell, event)
 
     writer = Writer(submit)
-    writer.chat_ids = lambda messages: (0, 1)  # type: ignore[method-assign]
+    writer.chat_prompt = lambda messages, images: RowPrompt([0, 1])  # type: ignore[method-assign]
     asked = Asked(writer)
     messages = [{"role": "user", "content": "a"}]
     status, body = asked.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "stream": stream})

@@ -102,6 +102,7 @@ CALLS = {
     "fill": "text",
     "label": "image.png",
     "match": "image.png --text text",
+    "describe": "image.png",
     "translate": "text",
     "summarize": "text",
     "transcribe": "speech.wav",

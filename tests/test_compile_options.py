@@ -46,7 +46,7 @@ ENTRIES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("inspect", "compile", "verify", "shard", "export", "bench", "train", "embed")},
     **dict.fromkeys(("run", "roofline", "report"), ("compile",)),
     "diff": ("inspect",),
-    **dict.fromkeys(("generate", "serve", "chat"), ("generate",)),
+    **dict.fromkeys(("generate", "serve", "chat", "describe"), ("generate",)),
     **dict.fromkeys(TASKS, ("task",)),
     "explain": tuple(f"explain {subject}" for subject in EXPLAINED),
 }
@@ -64,7 +64,7 @@ ARGUMENTS = {
     "shard": "gpt2 --mesh tp=2 --recipe megatron",
     "export": "gpt2 -o a.json --to json",
     "explain": "gpt2 fusion",
-    **dict.fromkeys(("embed", "generate", "train", *TASKS), "gpt2 text"),
+    **dict.fromkeys(("embed", "generate", "train", "describe", *TASKS), "gpt2 text"),
     "answer": "gpt2 question text",
     "match": "gpt2 a.png --text a",
 }

@@ -18,6 +18,7 @@ from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime import scheduler, session
 from treadle.runtime.beams import Beams, _Search, _Task, beam_search
 from treadle.runtime.generation import Choosing, Token, checked_prompts, count_of, generate, is_full, prompt_ahead
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.scheduler import Cut, Ended, Load, QueueFull, Scheduler, TextOrder, Ticket
 from treadle.runtime.session import Session
@@ -181,12 +182,13 @@ def test_a_number_of_tokens_is_whole(most: Any) -> None:
 def held(full: str = "error", **more: Any) -> Any:
     """Return a stand-in for a session, with these properties."""
     facts = {"capacity": 4, "full": full, "who_takes": "the model", "free": 0, "length": lambda row: row}
+    facts["prompt"] = lambda ids, **inputs: RowPrompt(ids, prologue=inputs)
     return SimpleNamespace(derived=SimpleNamespace(sampling=None), **{**facts, **more})
 
 
 def test_prompts_fill_a_row_at_most() -> None:
-    assert checked_prompts(held(), [(1, 2, 3, 4), [5]], None) == ([[1, 2, 3, 4], [5]], [{}, {}])
-    assert checked_prompts(held(), [[1]], [{"x": 2}])[1] == [{"x": 2}]
+    assert [p.tokens for p in checked_prompts(held(), [(1, 2, 3, 4), [5]], None)] == [[1, 2, 3, 4], [5]]
+    assert checked_prompts(held(), [[1]], [{"x": 2}])[0].prologue == {"x": 2}
     for prompts, inputs in (([[1], []], None), ([[1], [1] * 5], None), ([[1], [2]], [{}])):
         with pytest.raises(UsageError):
             checked_prompts(held(), prompts, inputs)
@@ -200,11 +202,11 @@ def test_prompts_fill_a_row_at_most() -> None:
 
 def test_a_prompt_waits_for_the_one_that_shares_most() -> None:
     shared = {(5,): 3, (6,): 7, (7,): 7}
-    made = held(prefix_length=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other)])
-    prompt = [1] * 9
-    assert prompt_ahead(made, prompt, {1: [5]}) is None, "at most the stored tokens"
-    assert prompt_ahead(made, prompt, {1: [5], 2: [6], 3: [7]}) == (2, 7)
-    assert prompt_ahead(made, prompt, {2: [6], 4: [1] * 9}) == (4, 9)
+    made = held(prefix_length=lambda prompt: 3, shared=lambda prompt, other: shared[tuple(other.tokens)])
+    prompt, five, six, seven = (RowPrompt(ids) for ids in ([1] * 9, [5], [6], [7]))
+    assert prompt_ahead(made, prompt, {1: five}) is None, "at most the stored tokens"
+    assert prompt_ahead(made, prompt, {1: five, 2: six, 3: seven}) == (2, 7)
+    assert prompt_ahead(made, prompt, {2: six, 4: RowPrompt([1] * 9)}) == (4, 9)
 
 
 # -- guesses -----------------------------------------------------------------------------------------------------------
@@ -345,7 +347,7 @@ def slots(count: int = 2, *, whole: bool = False, rings: Sequence[Ring] = ()) ->
     ],
 )
 def test_value_of_a_cached_text(tokens: Any, other: Any, whole: bool, worth: int) -> None:
-    assert slots(whole=whole).worth(list(tokens), list(other)) == worth
+    assert slots(whole=whole).worth(RowPrompt(list(tokens)), RowPrompt(list(other))) == worth
 
 
 @pytest.mark.parametrize(
@@ -370,7 +372,7 @@ def test_slots_are_given_out_from_the_first_and_the_longest_unused() -> None:
     for row, keep in ((Row([1] * 20, is_lost=True), True), (Row([]), True), (Row([1] * 20), False)):
         made.rows = {0: row}
         made.close(0, keep=keep)
-        assert made.held([1] * 30) == 0
+        assert made.held(RowPrompt([1] * 30)) == 0
         assert made.take() == 0
 
 
@@ -378,10 +380,10 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     made, text = slots(2), list(range(30))
     made.rows[made.take()] = Row(text, written=40)
     made.close(0, keep=True)
-    assert made.held([*text, 7]) == 30
-    assert made.resume([*text[:20], 7, 8]) == 1, "a copy: the whole text may be continued as well"
+    assert made.held(RowPrompt([*text, 7])) == 30
+    assert made.resume(RowPrompt([*text[:20], 7, 8])) == 1, "a copy: the whole text may be continued as well"
     assert made.rows[1] == Row(text[:20], written=40)
-    assert made.resume([*text, 7]) == 0
+    assert made.resume(RowPrompt([*text, 7])) == 0
     assert made.rows[0] == Row(text, written=40)
     made.close(1, keep=False)
     assert made.fork(0) == 1
@@ -389,16 +391,15 @@ def test_a_text_goes_on_in_its_own_slot_or_in_a_copy() -> None:
     assert made.rows[1].tokens is not made.rows[0].tokens
     made.close(0, keep=False)
     made.close(1, keep=False)
-    assert made.resume([9] * 20) in (0, 1)
-    (row,) = made.rows.values()
-    assert row == Row([])
+    assert made.resume(RowPrompt([9] * 20)) is None
+    assert not made.rows
 
 
 def test_the_own_slot_is_truncated_if_no_other_is_free() -> None:
     made, text = slots(1), list(range(30))
     made.rows[made.take()] = Row(text, written=30)
     made.close(0, keep=True)
-    assert made.resume([*text[:20], 7]) == 0
+    assert made.resume(RowPrompt([*text[:20], 7])) == 0
     assert made.rows == {0: Row(text[:20], written=30)}
 
 
@@ -409,11 +410,12 @@ class _Model:
     """A stand-in for a stepped model that records calls. The logits of each token encode the id before it."""
 
     def __init__(self, **facts: Any) -> None:
-        graph = SimpleNamespace(name="m", states={}, symbols={})
+        entry = SimpleNamespace(inputs=())
+        graph = SimpleNamespace(name="m", states={}, symbols={}, functions={"verify": entry, "prologue": entry})
         port_names = {name: name for name in ("rows", "start", "last")}
         self.derived: Any = SimpleNamespace(
             **{"context": 100, "windows": {}, "memories": (), "graph": graph, "port_names": port_names, "prologue": (),
-               "has_prologue": False, "carries": False, "sampling": None, **facts}
+               "has_prologue": False, "carries": False, "generated": {}, "may_be_empty": (), "sampling": None, **facts}
         )  # fmt: skip
         self.calls: list[tuple[str, Any]] = []
         self.exact_rows = True
@@ -545,11 +547,11 @@ def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
     model.new_states = lambda **given: sizes.update(given)  # type: ignore[assignment, method-assign]
     opened(model, capacity=5, memory={"S": 7})
     assert sizes == {"C_S": 7}
-    for how in ({}, {"memory": {"S": 0}}, {"memory": {"S": 7, "T": 1}}, {"memory": {"S": 7}, "resumes": True}):
+    for how in ({}, {"memory": {"S": 0}}, {"memory": {"S": 7, "T": 1}}):
         with pytest.raises(UsageError):
             opened(model, capacity=5, **how)
     model.derived.graph.symbols = {"C_S": SimpleNamespace(upper=9)}
-    assert not opened(model, capacity=5)[1].resumes
+    assert opened(model, capacity=5)[1].resumes
     assert sizes == {"C_S": 9}
     with pytest.raises(UsageError, match="a row keeps at most 9 values along S") as caught:
         opened(model, capacity=5, memory={"S": 10})
@@ -628,5 +630,5 @@ def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
 
 
 def test_unexpected_errors_are_short() -> None:
-    error = scheduler._unforeseen(ValueError("e" * 300))
+    error = scheduler._failure(ValueError("e" * 300))
     assert (error.what, error.received) == ("a step failed", "ValueError: " + "e" * 288)

@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from treadle.continuation import ChatPrompt
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.program.options import CompileOptions
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.serving import models, running
 from treadle.serving.application import Limits
 from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedder, ServedWriter
@@ -122,9 +124,12 @@ def writer(context: int | None = None, **more: Any) -> Any:
 
     def session(**how: Any) -> Any:
         made.sessions.append(how)
-        return SimpleNamespace(chunk=9, rows=(), free=3, capacity=how["capacity"], nbytes=2_600_000, vocabulary=5)
+        held = SimpleNamespace(chunk=9, rows=(), free=3, capacity=how["capacity"], nbytes=2_600_000, vocabulary=5)
+        held.prompt = lambda ids, **inputs: RowPrompt(ids)
+        return held
 
-    made.model = SimpleNamespace(derived=SimpleNamespace(context=context), session=session)
+    made.model = SimpleNamespace(derived=SimpleNamespace(context=context))
+    made.session, made.read_images = session, list
     return made
 
 
@@ -150,8 +155,12 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     shows = SimpleNamespace(text=lambda ids: f"{ids}")
     templates = [template]
     held = writer(tokens=tokens, chat_template=lambda: templates.pop(), tokenizer=shows)
+    held.chat_prompt = lambda template, messages, images: ChatPrompt(
+        held.tokens([template.render(messages)], special=False)[0]
+    )
     served = ServedWriter("m", held, rows=1, capacity=5, queue=4)
-    assert served.prompt_ids(Prompt(text="a")) == served.chat_ids(["b"]) == served.chat_ids(["c"]) == (1, 2)  # type: ignore[list-item]
+    assert served.prompt_ids(Prompt(text="a")) == (1, 2)
+    assert [served.chat_prompt([text]).tokens for text in ("b", "c")] == [[1, 2]] * 2  # type: ignore[list-item]
     assert served.prompt_ids(Prompt(ids=(3,))) == (3,)
     assert asked == [(["a"], {}), (["<b>"], {"special": False}), (["<c>"], {"special": False})]
     assert served.shown(4) == "[4]"
@@ -160,7 +169,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     assert (error.value.status, error.value.field) == (400, "prompt")
     held.tokens = lambda texts, **how: [[]]
     with pytest.raises(RequestRefusal, match="the prompt has no tokens; a prompt of at least one token") as error:
-        served.chat_ids(["d"])  # type: ignore[list-item]
+        served.chat_prompt(["d"])  # type: ignore[list-item]
     assert (error.value.status, error.value.field) == (400, "messages")
     served.close(drain=0.0)
     assert closed == [1]

@@ -35,11 +35,14 @@ from treadle.models.family import (
 )
 from treadle.models.gpt2 import gpt2
 from treadle.models.gpt_neox import gpt_neox
+from treadle.models.idefics3 import idefics3
 from treadle.models.llama import llama
+from treadle.models.llava import llava
 from treadle.models.marian import marian
 from treadle.models.modernbert import modernbert
 from treadle.models.mpnet import mpnet
 from treadle.models.opt import opt
+from treadle.models.qwen2_vl import qwen2_vl, qwen2_vl_vision
 from treadle.models.reading.llama_config import read_multiplier
 from treadle.models.reading.rotary_config import read_factor, read_factors
 from treadle.models.registry import family_names, family_of, find_family
@@ -55,6 +58,8 @@ from treadle.resolving import resolve
 SMALL = {"vocab": 11, "dim": 12, "heads": 3, "head_dim": 5, "hidden": 20, "layers": 4, "decoder_layers": 3}
 
 IMAGE = {"channels": 2, "height": 8, "width": 12, "patch": 4}
+IMAGE_SIDES = {name: IMAGE[name] for name in ("channels", "height", "width")}
+SMALL_TEXT = {"vocab": 11, "dim": 12, "heads": 3, "head_dim": 6, "hidden": 20}
 
 
 def small(model: t.Model, **config: Any) -> t.Model:
@@ -152,6 +157,39 @@ ZOO: dict[str, tuple[t.Model, dict[str, int]]] = {
     ),
     "whisper": (small(whisper), {"encoder_layer": 4, "decoder_layer": 3}),
     "whisper_encoder": (small(whisper_encoder), {"encoder_layer": 4}),
+    "llava": (
+        small(
+            llava,
+            text={**SMALL_TEXT, "layers": 3},
+            vision={"dim": 12, "heads": 3, "hidden": 20, "layers": 2, **IMAGE},
+            **IMAGE_SIDES,
+        ),
+        {"vision_layer": 2, "text_layer": 3},
+    ),
+    "idefics3": (
+        small(
+            idefics3,
+            text={**SMALL_TEXT, "layers": 3},
+            vision={"dim": 12, "heads": 3, "hidden": 20, "layers": 2, "patch": 4},
+            shuffle=1,
+            **IMAGE_SIDES,
+        ),
+        {"vision_layer": 2, "text_layer": 3},
+    ),
+    "qwen2_vl": (
+        small(
+            qwen2_vl,
+            width=24,
+            sections=(1, 1, 1),
+            text={**SMALL_TEXT, "layers": 3},
+            vision={"dim": 12, "heads": 3, "layers": 2, "hidden": 20, "patch": 2},
+        ),
+        {"vision_layer": 2, "text_layer": 3},
+    ),
+    "qwen2_vl_vision": (
+        small(qwen2_vl_vision, width=24, patch=2, window=2, full_layers=(1, 3), gated=True, out=6),
+        {"layer": 4},
+    ),
 }
 """Every declaration, with the number of calls of each function of its graph except main."""
 

@@ -83,11 +83,11 @@ def test_a_run_lies_in_the_arena_as_planned(name: str) -> None:
         given = draw_inputs(exe.graph, sizes, [number])
         exe(**given)
         assert beside_outputs(exe, given) == []
-        last = 0
+        last = -1
         for pattern in (0x55, 0xAA):
             arena_of(exe).array[...] = pattern
             exe(**given)
-            last = max(last, int(np.flatnonzero(arena_of(exe).array != pattern)[-1]))
+            last = max(last, *np.flatnonzero(arena_of(exe).array != pattern)[-1:].tolist(), -1)
         planned = planned_bytes(plan, sizes)
         assert -(-(last + 1) // 64) * 64 == planned <= arena_of(exe).nbytes
 

@@ -147,15 +147,23 @@ def computes_in_bf16(graph: Graph) -> bool:
 
 
 def two_sizes(graph: Graph) -> list[dict[str, int]]:
-    """Return the smallest sizes, and other sizes that all differ."""
+    """Return the smallest sizes at which no input is empty, and other sizes that all differ."""
     found = []
     for first, step in ((1, 0), (2, 3)):
         sizes = {}
         for number, (symbol, bounds) in enumerate(graph.symbols.items()):
-            size = max(bounds.lower, first + step * number)
+            size = max(bounds.lower, first + step * number, least_size(graph, symbol))
             sizes[symbol] = size if bounds.upper is None else min(bounds.upper, size)
         found.append(sizes)
     return found
+
+
+def least_size(graph: Graph, symbol: str) -> int:
+    """Return the smallest size of a symbol at which no input is empty: 2, if an axis has size N-1. Operators of ONNX
+    Runtime refuse empty axes.
+    """
+    sizes = [size.as_linear for value in graph.main.inputs for size in value.type.shape]
+    return max([-(-(1 - each[2]) // each[1]) for each in sizes if each is not None and each[0] == symbol], default=1)
 
 
 def assert_same_model(graph: Graph, opened: Any, weights: Mapping[str, Array], declared: Graph) -> None:
@@ -171,7 +179,9 @@ def assert_same_model(graph: Graph, opened: Any, weights: Mapping[str, Array], d
 
 
 # The whole CLIP is not run at both: it is large, and its two towers are tested separately.
-ON_MODELS = [(name, opset) for name in ZOO for opset in (13, 23) if (name, opset) != ("clip", 13)]
+# Opset 13 has no Reshape to sizes that may be 0, such as the number of images.
+ON_MODELS = [(name, 23) for name in ZOO]
+ON_MODELS += [(name, 13) for name in ZOO if name not in ("clip", "llava", "idefics3", "qwen2_vl", "qwen2_vl_vision")]
 
 
 @pytest.mark.parametrize(("name", "opset"), ON_MODELS)

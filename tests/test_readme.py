@@ -45,6 +45,7 @@ PAGES = (
             "quantization",
             "torch-import",
             "training",
+            "vision",
         )
     ),
     *(f"docs/adding-{name}.md" for name in ("an-op", "a-pass", "a-backend")),

@@ -40,9 +40,9 @@ def read(session: Session, tokens: list[int]) -> tuple[int, int, Array]:
     return row, held, session.prefill({row: tokens[held:]})[row]
 
 
-def alone(exe: Compiled, tokens: list[int], **options: Any) -> Array:
+def alone(exe: Compiled, tokens: list[int], inputs: dict[str, Any] | None = None, **options: Any) -> Array:
     session = exe.session(**{"rows": 1, "capacity": 128, **options})
-    row = session.open()
+    row = session.open(**inputs or {})
     return session.prefill({row: tokens})[row]
 
 
@@ -71,7 +71,7 @@ def test_the_longest_beginning_is_gone_on_from_and_the_others_stay(exe: Compiled
     _, held, logits = read(session, system + other)  # all tokens except the last, whose logits are requested
     assert held == 69
     near(logits, alone(exe, system + other))
-    assert session.prefix_length([*system[:15], 49, *one]) == 0, "15 tokens are too few"
+    assert session.prefix_length(session.prompt([*system[:15], 49, *one])) == 0, "15 tokens are too few"
 
 
 def test_the_text_that_was_used_least_recently_is_forgotten(exe: Compiled) -> None:
@@ -84,10 +84,10 @@ def test_the_text_that_was_used_least_recently_is_forgotten(exe: Compiled) -> No
     row, held, _ = read(session, [*texts[0][:20], 1, 2])  # copied to the second text's former slot
     assert (row, held) == (rows[1], 20)
     session.close(row)
-    assert [session.prefix_length([*text, 1]) for text in texts] == [30, 0, 30, 0]
+    assert [session.prefix_length(session.prompt([*text, 1])) for text in texts] == [30, 0, 30, 0]
     opened = [session.open() for _ in range(2)]
     assert opened == [rows[1], rows[2]], "an empty slot first, then that of the text that was not used again"
-    assert [session.prefix_length([*text, 1]) for text in texts] == [30, 0, 0, 0]
+    assert [session.prefix_length(session.prompt([*text, 1])) for text in texts] == [30, 0, 0, 0]
     near(read(session, [*texts[0], 1])[2], alone(exe, [*texts[0], 1]))
     with pytest.raises(UsageError, match="all 3 rows are open"):
         session.resume(texts[0])
@@ -156,7 +156,7 @@ def test_a_ring_is_cut_back_as_far_as_it_holds() -> None:
         session.close(again)
     session.close(row, keep=True)
     row, *_ = read(session, [*tokens, 1])
-    assert session.prefix_length([*tokens[:170], 5, 5]) in (0, 170)
+    assert session.prefix_length(session.prompt([*tokens[:170], 5, 5])) in (0, 170)
     session.close(row, keep=True)
 
 
@@ -167,19 +167,31 @@ def test_prefixes_are_not_reused_if_bits_would_change(exe: Compiled) -> None:
     row, *_ = read(session, text)
     session.close(row, keep=True)
     assert read(session, text)[1] == 0
-    made = t.compile(MODELS["t5"], seed=1)
-    with pytest.raises(UsageError, match="begins with its own tokens, lengths"):
-        made.session(capacity=40, memory={"S": 5}, resumes=True)
     made = t.compile(MODELS["summed"], seed=1)
     session = made.session(rows=2, capacity=60, resumes=True)
     text = drawn(40, most=11)
     session.close(read(session, text)[0], keep=True)
-    assert session.prefix_length(text) == session.prefix_length([*text[:30], 1]) == 0, "sums are not cut back"
+    prompts = [session.prompt(ids) for ids in (text, [*text[:30], 1])]
+    assert [session.prefix_length(prompt) for prompt in prompts] == [0, 0], "sums are not cut back"
     _, held, logits = read(session, [*text, 1, 2])
     assert held == 40
     near(logits, alone(made, [*text, 1, 2]))
     with pytest.raises(UsageError, match="begins with nothing"):
         exe.session(rows=1, resumes=True).resume([1, 2], picture=1)
+
+
+def test_rows_that_begin_alike_share_prefixes() -> None:
+    made = t.compile(MODELS["t5"], seed=1)
+    session = made.session(rows=3, capacity=40, memory={"S": 5}, resumes=True)
+    source, other = ({"tokens": np.array(ids), "lengths": 3} for ids in ([1, 2, 3], [1, 2, 4]))
+    text = drawn(30, most=11)
+    row = session.resume(text, **source)
+    session.prefill({row: text})
+    session.close(row, keep=True)
+    assert session.prefix_length(session.prompt([*text, 5], **other)) == 0, "another source"
+    row = session.resume([*text, 5], **source)
+    assert session.length(row) == 30
+    near(session.prefill({row: [5]})[row], alone(made, [*text, 5], memory={"S": 5}, inputs=source))
 
 
 # -- generation --------------------------------------------------------------------------------------------------

@@ -481,7 +481,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     # generation
     "no room": (lambda _: begun(t.compile("gpt2", **SMALL).session(rows=1, capacity=3)), UsageError, "row 0 has no"),
-    "two inputs of tokens": (lambda _: t.compile(MODELS["packed"]).session(rows=1), UsageError, "a session feeds one"),
+    "two inputs of tokens": (lambda _: t.compile(MODELS["packed"]).session(rows=1), UsageError, "a session needs the"),
     "no logits": (lambda _: t.compile(t.model(_headless)).session(rows=1), UsageError, "a session needs a model with"),
     "what rows bring": (lambda _: t.compile(MODELS["t5"]).session(rows=1, capacity=8), UsageError, "each row"),
     "no beams": (lambda _: Beams(0), UsageError, "count must be 1 or more"),

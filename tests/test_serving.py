@@ -341,10 +341,17 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ),
     (
         "/chat/completions",
-        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
         400,
         "messages[0].content[0]",
-        "messages[0].content[0] must be of type text",
+        "messages[0].content[0] must be of type text or image_url",
+    ),
+    (
+        "/chat/completions",
+        {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages[0].content[0].image_url",
+        "messages[0].content[0].image_url must be an object with a url",
     ),
     ("/chat/completions", {**CHAT, "messages": [{"role": "user", "content": "bad"}]}, 400, "messages", "no such talk"),
     (

@@ -291,7 +291,7 @@ def test_inputs_passed_once_belong_to_their_row() -> None:
         near(logits[row], wanted[0, -1])
     with pytest.raises(UsageError, match="begins with tokens, lengths"):
         session.open(tokens=sources[0])
-    with pytest.raises(BackendError):
+    with pytest.raises(UsageError, match="room for 9 along S of tokens"):
         session.open(tokens=np.zeros(10, np.int64), lengths=np.array(10))
     assert session.free == 1, "the row that could not begin took no slot"
 

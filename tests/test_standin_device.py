@@ -29,9 +29,9 @@ torch = pytest.importorskip("torch", minversion="2.9")
 
 from tests.standin_checks import Foreign, check_model, check_op, model_cases
 from tests.support.standin_device import DEVICE, HOST, MixedDevices, StandInDevice, StandInTensor, moved, standin
-from treadle.backends.mapped_files import give_back
 from treadle.backends.torch import devices, kernels
 from treadle.backends.torch.devices import TorchDevice
+from treadle.files.mapped_files import give_back
 
 Array = np.ndarray[Any, Any]
 

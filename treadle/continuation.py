@@ -7,8 +7,8 @@ for piece in writer.continued(["The capital of France is"], most=8):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from treadle.extras import need_packages
@@ -29,7 +29,9 @@ from treadle.stepped import SteppedModel, open_stepped
 from treadle.tasks.generation_settings import FolderRules
 
 if TYPE_CHECKING:
-    from treadle.chatting.templates import ChatTemplate
+    from treadle.chatting.templates import ChatTemplate, Message
+    from treadle.tasks.image_prompts import ImagePrompts, ReadImage
+    from treadle.tasks.images import Image
 
 MOST_ROWS = 8
 """Maximum number of texts that are generated at the same time; further prompts wait."""
@@ -77,6 +79,14 @@ class FoundText:
     ending: Ending
 
 
+@dataclass(frozen=True)
+class ChatPrompt:
+    """The token ids of a prompt, and the inputs of the row that reads them (`Session.open`): its images, if any."""
+
+    ids: list[int]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+
 class GrowingText:
     """The decoded text of a row, without the last characters while further tokens can still change them."""
 
@@ -110,6 +120,7 @@ class TextWriter:
 
     asked      the folder's generation settings: the token rules, and the ids that end a text
     positions  the maximum number of tokens of a text, according to its files
+    images     the images of its prompts, if it reads images
     """
 
     model: SteppedModel
@@ -117,6 +128,7 @@ class TextWriter:
     asked: FolderRules
     template: str | None = None
     positions: int | None = None
+    images: ImagePrompts | None = None
 
     def check_count(self, count: int, keyword: str, flag: str) -> None:
         """Raise UsageError for a number of tokens, the value of an option, that is above the model's maximum."""
@@ -161,14 +173,53 @@ class TextWriter:
                 received=error.what,
                 hint="a causal language model, such as smollm2; treadle embed, classify, fill, ... run other kinds",
             ) from error
-        if made.derived.prologue or len(made.derived.tokens) != 1:
+        derived = made.derived
+        needed = [name for name in derived.prologue if name not in derived.may_be_empty]
+        if needed or len(derived.tokens) != 1 + len(derived.generated):
             raise UsageError(
-                "text generation needs a model whose only input is the tokens [B, S]",
+                "text generation needs a model whose only required input is the tokens [B, S]",
                 received=f"{made.name} takes {', '.join((*made.derived.prologue, *made.derived.tokens))}",
                 hint="treadle.compile(model).session(), which also runs encoder-decoder models and models with "
                 "optional inputs",
             )
-        return cls(made, tokenizer, asked, template, source.positions)
+        images = None
+        if derived.prologue:
+            from treadle.tasks.image_prompts import ImagePrompts
+
+            images = ImagePrompts.open(source, tokenizer)
+        return cls(made, tokenizer, asked, template, source.positions, images)
+
+    def session(self, *, rows: int, capacity: int, resumes: bool | None = None) -> Session:
+        """Open a session with room for the images of its texts. Raises as `SteppedModel.session` does."""
+        symbols = [symbol.removeprefix("C_") for symbol in self.model.derived.memories]
+        memory = dict.fromkeys(symbols, 1) if self.images is None else self.images.memory(capacity)
+        return self.model.session(rows=rows, capacity=capacity, memory=memory, resumes=resumes)
+
+    def read_images(self, images: Sequence[Image]) -> list[ReadImage]:
+        """Convert the images of a message, from their files or their bytes. Raises UsageError if the model reads no
+        images, or a file is not an image.
+        """
+        if not images:
+            return []
+        if self.images is None:
+            without = "was opened without its settings for images" if self.model.derived.prologue else "reads no images"
+            raise UsageError(
+                f"{self.model.name} {without}",
+                hint="the folder of a model that reads images, such as SmolVLM's or LLaVA's",
+            )
+        return [self.images.read(image) for image in images]
+
+    def chat_prompt(
+        self, template: ChatTemplate, messages: Sequence[Message], images: Sequence[ReadImage] = ()
+    ) -> ChatPrompt:
+        """Return the prompt of a conversation, up to the start of a reply. A message with images has a list of parts as
+        its content: {"type": "image"}, {"type": "text", "text": "..."}.
+
+        Raises UsageError if the template rejects the conversation, or places another number of images.
+        """
+        if self.images is None:
+            return ChatPrompt(self.tokens([template.render(messages)], special=False)[0])
+        return self.images.prompt(template.render(self.images.messages(messages, template.template)), images)
 
     def continued(
         self,
@@ -264,13 +315,13 @@ class TextWriter:
                 received=f"the vocabularies of {self.model.name} and {other.model.name} differ",
             )
         context, most = self.model.derived.context, other.model.derived.context
-        return DraftModel(self.model.session(rows=1, capacity=context or most or 4096), count=count)
+        return DraftModel(self.session(rows=1, capacity=context or most or 4096), count=count)
 
     def _session(self, prompts: Sequence[Sequence[int]], most: int, rows: int) -> Session:
         longest = max(map(len, prompts), default=0)
         context = self.model.derived.context
         capacity = longest + most if context is None else min(longest + most, context)
-        return self.model.session(rows=max(1, rows), capacity=max(1, capacity))
+        return self.session(rows=max(1, rows), capacity=max(1, capacity))
 
     @property
     def marks(self) -> list[str]:

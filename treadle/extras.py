@@ -33,7 +33,7 @@ class OptionalPackage:
 
 
 _ON_TEXT = (
-    *("generate", "chat", "serve", "embed", "classify", "answer", "tag", "fill", "translate", "summarize"),
+    *("generate", "chat", "describe", "serve", "embed", "classify", "answer", "tag", "fill", "translate", "summarize"),
     *("transcribe", "perplexity", "train"),
 )
 
@@ -42,8 +42,8 @@ OPTIONAL_PACKAGES = (
     OptionalPackage("torch", "torch", "torch", "the torch backend, GPUs, t.from_torch", ("launch",)),
     OptionalPackage("tokenizers", "tokenizers", "text", "texts", _ON_TEXT),
     OptionalPackage("huggingface_hub", "huggingface_hub", "text", "names of models on the Hugging Face hub"),
-    OptionalPackage("jinja2", "jinja2", "chat", "chat templates", ("chat", "serve")),
-    OptionalPackage("PIL", "pillow", "images", "images", ("label", "match")),
+    OptionalPackage("jinja2", "jinja2", "chat", "chat templates", ("chat", "describe", "serve")),
+    OptionalPackage("PIL", "pillow", "images", "images", ("label", "match", "describe")),
     OptionalPackage("gguf", "gguf", "gguf", "GGUF files, such as the fetched smollm2"),
     OptionalPackage("onnx", "onnx", "onnx", "ONNX files", ("export",)),
     OptionalPackage("starlette", "starlette", "serve", "the HTTP server", ("serve",)),

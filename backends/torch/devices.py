@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from treadle.backends.mapped_files import give_back
+from treadle.files.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
 

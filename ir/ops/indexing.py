@@ -22,9 +22,9 @@ from treadle.ir.op_registry import op
 from treadle.ir.operation import Composite, Grads, Operand, Primitive
 from treadle.ir.ops.along_axes import wide_array
 from treadle.ir.ops.axis_names import axis_letters, place
-from treadle.ir.ops.shapes import zeros
+from treadle.ir.ops.shapes import Expand, zeros
 from treadle.ir.samples import S
-from treadle.ir.sizing.sizes import Size
+from treadle.ir.sizing.sizes import ONE, Size
 from treadle.ir.stepping import Held, Kept, Stepping
 from treadle.ir.types import DType, Type, f32, i64
 
@@ -165,6 +165,7 @@ class TakeAlongAxis(Primitive):
 
     x = Operand()
     indices = Operand()
+    reads_slots = frozenset({"x"})
     axis: int = -1
 
     def axis_rule(self, ranks: Sequence[int | None]) -> str:
@@ -177,6 +178,29 @@ class TakeAlongAxis(Primitive):
     def gradient(self, b: Builder, grads: Grads, inputs: Grads, outputs: Sequence[Expr]) -> Grads:
         (g,), (x, indices) = grads, inputs
         return [b.scatter_add(zeros(b, x.type), indices, g, axis=self.axis), None]
+
+    def stepped(self, step: Stepping, operands: Sequence[Expr | Kept | None], states: Held) -> Any:
+        """Build the reading of elements that the prologue stored in the rows' slots, by their offsets in the state. If
+        the indices are the same along the dimensions after the axis, lines of the state are read.
+        """
+        x, indices = operands
+        if not isinstance(x, Kept) or not isinstance(indices, Expr) or x.is_flat:
+            return None
+        b, shape, axis = step.b, x.state.shape, place(self.axis, x.state.rank)
+        if axis == 0:
+            return None
+        names = [f"x{n}" for n in range(len(shape))]
+        lines = _before_expand(b, indices)
+        end = axis + 1 if all(size == ONE for size in lines.shape[axis + 1 :]) else len(shape)
+        if end <= axis + 1 < len(shape):
+            kept = " ".join(names[:end])
+            indices = b.rearrange(lines, pattern=f"{kept}{' 1' * (len(shape) - end)} -> {kept}")
+        offset = step.beside(x.rows, indices, (0,))
+        for dim in range(1, end):
+            place_along = indices if dim == axis else step.beside(b.iota(size=shape[dim]), indices, (dim,))
+            offset = offset * b.size(value=shape[dim]) + place_along
+        flat = b.rearrange(x.state, pattern=f"{' '.join(names)} -> ({' '.join(names[:end])}) {' '.join(names[end:])}")
+        return b.gather(flat, offset, axis=0)
 
     samples = [
         S("f32[2,5]", "i64[2,3] < 5"),
@@ -226,6 +250,14 @@ class ScatterAdd(Primitive):
         (S("f32[2,5]", "i64[2,3]", "f32[2,4]"), "sizes disagree"),
         (S("f32[2,5]", "i64[2]", "f32[2]"), "indices must have rank 2"),
     ]
+
+
+def _before_expand(b: Builder, indices: Expr) -> Expr:
+    """Return the operand of the op that expands the indices, if its rank is the same; else the indices."""
+    node = indices.value.node
+    if node is None or not isinstance(node.op, Expand) or node.inputs[0].type.rank != indices.rank:
+        return indices
+    return b.expr(node.inputs[0])
 
 
 def _element_names(axis: int, rank: int) -> tuple[str, str]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 import treadle.ir.ops  # noqa: F401  (registers the ops)
 from treadle.files.limits import limits_of
 from treadle.ir.entry_order import ENTRIES, ONCE
+from treadle.ir.errors import GraphError
+from treadle.ir.generated_values import generated
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.initial_values import Init
 from treadle.ir.layouts import parse_layout
@@ -53,6 +55,10 @@ class _Parser(StatementReader):
             self.symbol()
             while s.accept(","):
                 self.symbol()
+        if s.accept_word("generated"):
+            self.generated_value()
+            while s.accept(","):
+                self.generated_value()
         if s.accept_word("parameters"):
             self.named_types("parameter")
         if s.accept_word("states"):
@@ -86,6 +92,21 @@ class _Parser(StatementReader):
         if len(self.result.symbols) >= self.limits.symbols:
             raise s.error("too many symbols", start, hint=f"at most {self.limits.symbols}")
         self.result.symbols[name] = Bounds(lower, upper)
+
+    def generated_value(self) -> None:
+        s = self.s
+        start = s.skip()
+        name = s.name("an input")
+        if name in self.result.generated:
+            raise s.error(f"the value of {name} is declared twice", start)
+        if len(self.result.generated) >= self.limits.symbols:
+            raise s.error("too many values of inputs", start, hint=f"at most {self.limits.symbols}")
+        s.expect("=")
+        value = s.ahead()
+        try:
+            self.result.generated[name] = generated("next" if s.accept_word("next") else s.integer("an integer"))
+        except GraphError as error:
+            raise s.error(error.what, value) from None
 
     def declared_type(self) -> Type:
         s = self.s

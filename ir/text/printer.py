@@ -46,6 +46,8 @@ def print_graph(graph: Graph, *, unfold: bool = False, sources: bool = True, ann
     lines = [f"graph {name_text(graph.name)} {{"]
     if graph.symbols:
         lines.append("  symbols " + ", ".join(b.around(name_text(s)) for s, b in graph.symbols.items()))
+    if graph.generated:
+        lines.append("  generated " + ", ".join(f"{name_text(n)} = {v}" for n, v in graph.generated.items()))
     if graph.parameters:
         inits = {name: _init_text(graph, name) for name in graph.parameters}
         lines += ["  parameters {", *(f"    {line}" for line in _folded_lines(graph.parameters, inits)), "  }"]

@@ -20,6 +20,7 @@ def clone_graph(graph: Graph, known: Mapping[str, Function] | None = None) -> Gr
     copy = Graph(graph.name)
     copy.symbols = dict(graph.symbols)
     copy.initial, copy.entry_names = dict(graph.initial), graph.entry_names
+    copy.generated = dict(graph.generated)
     known = known or {}
     copy.functions = {name: known.get(name) or clone_function(f) for name, f in graph.functions.items()}
     return copy

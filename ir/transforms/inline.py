@@ -33,7 +33,7 @@ def inline_calls(graph: Graph, *, most_nodes: int = MOST_NODES) -> Graph:
         flat[function.name] = _inlined(function, flat)
     result = Graph(graph.name)
     result.symbols = dict(graph.symbols)
-    result.initial = dict(graph.initial)
+    result.initial, result.generated = dict(graph.initial), dict(graph.generated)
     result.entry_names = graph.entry_names
     result.functions = {name: flat[name] for name in graph.entry_names}
     return result

@@ -39,6 +39,13 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 def from_gguf(file: GGUFFile) -> t.Model:
     """Return the model in a file. Raises CheckpointError, with the key, for unsupported or missing values."""
     kind = file.architecture
+    if kind == "clip":
+        file.fail(
+            "general.architecture",
+            "is that of an image encoder (mmproj), and pairs of GGUF files are not supported",
+            repr(kind),
+            "the language model's file, for text only; or the model's folder with config.json, which reads images",
+        )
     if kind not in LAYOUTS:
         received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"
         file.fail("general.architecture", "is not supported", received, hint)

@@ -57,6 +57,7 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
 
         StageProgram(plan, rank, made).build(plan.main)
         made.initial = {name: how for name, how in made.initial.items() if name in made.parameters}
+        _copy_generated(plan.graph, made)
         verify(made)
         return made
     functions: dict[str, Function] = {}
@@ -67,8 +68,15 @@ def rank_program(plan: ShardingPlan, rank: int) -> Graph:
         functions[planned.name] = function
         if not is_main:
             made.add_function(function)
+    _copy_generated(plan.graph, made)
     verify(made)
     return made
+
+
+def _copy_generated(graph: Graph, program: Graph) -> None:
+    """Copy the values for generated tokens of the inputs that a rank's program has."""
+    names = {v.name for v in program.main.inputs}
+    program.generated = {name: value for name, value in graph.generated.items() if name in names}
 
 
 def rank_weights(plan: ShardingPlan, rank: int, weights: Mapping[str, Array]) -> dict[str, Array]:

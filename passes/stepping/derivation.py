@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from treadle.ir.analysis.encounters import Generated
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import Hint, PassError, UsageError
+from treadle.ir.generated_values import GeneratedValue
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.naming import free_name
 from treadle.ir.ops.reductions import SizeOf
@@ -58,6 +59,8 @@ class DerivedStep:
     context   the greatest number of positions of the model, or None
     windows   by the symbol of a ring's capacity: the number of positions that the ring must hold in addition to a chunk
     memories  the symbols of sizes that each row has of its own: the number of positions that a slot holds
+    generated the values, for generated tokens, of inputs that are passed at every step
+    may_be_empty  the names of prologue inputs of which a row may have none: an axis of theirs may be empty
     carries   True if a sum over the tokens is carried along, so that a token cannot be taken back
     sampling  the tokens that `prefill` and `step` return in place of logits, as their output `sampled`, i32[B]; see
               `derive_step`. None: they return logits.
@@ -71,6 +74,8 @@ class DerivedStep:
     context: int | None
     windows: Mapping[str, int]
     memories: tuple[str, ...]
+    generated: Mapping[str, GeneratedValue]
+    may_be_empty: tuple[str, ...]
     carries: bool
     sampling: str | None = None
 
@@ -127,8 +132,8 @@ def derive_step(
     kept = [v.name for v in graph.main.inputs if main.kind(v) is Kind.KEPT]
     if kept:
         Prologue(survey, made, states).build(made.add_entry("prologue"))
-    for name, size in states.memories.items():
-        made.bound(f"{CAPACITY}_{name}", Bounds(1, size.bounds(graph.symbols).upper))
+    for symbol, size in states.capacities.items():
+        made.bound(symbol, Bounds(1, size.bounds(graph.symbols).upper))
     verify(made)
     symbols = sorted({s for value in made.states.values() for s in value.type.symbols})
     _refuse_symbols(graph, symbols)
@@ -138,8 +143,22 @@ def derive_step(
     tokens = tuple(v.name for v in graph.main.inputs if main.kind(v) is Kind.STEPPED)
     inputs = {v.name for v in graph.main.inputs}
     port_names = {name: free_name(name, inputs) for name in ("rows", "start", "last", *OPTIONS, SAMPLED)}
-    carries = functions.carries
-    return DerivedStep(made, axis, tokens, tuple(kept), port_names, context, windows, memories, carries, sampling)
+    made.generated = {name: value for name, value in graph.generated.items() if name in tokens}
+    empty = tuple(v.name for v in graph.main.inputs if v.name in kept and may_be_empty(v, graph))
+    return DerivedStep(
+        graph=made,
+        axis=axis,
+        tokens=tokens,
+        prologue=tuple(kept),
+        port_names=port_names,
+        context=context,
+        windows=windows,
+        memories=memories,
+        generated=made.generated,
+        may_be_empty=empty,
+        carries=functions.carries,
+        sampling=sampling,
+    )
 
 
 def logits_of(name: str, function: Function, axis: str) -> str:
@@ -164,6 +183,11 @@ def logits_of(name: str, function: Function, axis: str) -> str:
     raise UsageError("a session needs a model with logits [B, S, vocab]", received=name)
 
 
+def may_be_empty(value: Value, graph: Graph) -> bool:
+    """Return True if a dimension of an input may have size 0, such as N-1."""
+    return any(size.constant is None and size.bounds(graph.symbols).lower < 1 for size in value.type.shape)
+
+
 def _cache_dtype(name: str | DType) -> DType:
     found = DTYPES.get(str(name))
     if found not in CACHE_DTYPES:
@@ -173,7 +197,8 @@ def _cache_dtype(name: str | DType) -> DType:
 
 def _stepped_axis(graph: Graph) -> str:
     """Return the only symbol of the inputs along which the model may be stepped and an output extends."""
-    symbols = dict.fromkeys(s for v in graph.main.inputs for s in sorted(v.type.symbols))
+    sizes = [size.as_symbol for v in graph.main.inputs for size in v.type.shape]
+    symbols = dict.fromkeys(symbol for symbol in sizes if symbol is not None)
     found: list[str] = []
     mapped: list[str] = []
     against: list[str] = []

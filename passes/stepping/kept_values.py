@@ -46,6 +46,8 @@ class StepStates:
         """The values that the prologue stores for each context, by the context's id."""
         self.memories: dict[str, Size] = {}
         """The sizes that the prologue stores for each row, by name."""
+        self.capacities: dict[str, Size] = {}
+        """The symbols of states' sizes that a session chooses, each with the size that it bounds."""
         self._names: dict[int, dict[Hashable, str]] = {}
 
     def name(self, context: Context, key: Hashable, base: str) -> str:
@@ -101,8 +103,19 @@ class StepStates:
         memory = None
         if open_dims:
             memory = value.type.shape[axis]
-            dims[axis] = Dim.of(Size.symbol(f"C_{self.memory_name(memory)}"))
+            dims[axis] = Dim.of(self._capacity(memory))
         return KeptState(name, Type(value.type.dtype, tuple(dims)), axis, memory)
+
+    def _capacity(self, size: Size) -> Size:
+        """Return the size of a state that stores values of a size known only at a call: of 4*N-3, 4*C_N-3."""
+        linear = size.as_linear
+        if linear is None:
+            symbol = f"C_{self.memory_name(size)}"
+            self.capacities[symbol] = size
+            return Size.symbol(symbol)
+        symbol = f"C_{linear[0]}"
+        self.capacities[symbol] = Size.symbol(linear[0])
+        return size.substitute({linear[0]: Size.symbol(symbol)})
 
     def memory_name(self, size: Size) -> str:
         """Return the name of a size that the prologue stores: its symbol, or a new name if it is computed."""

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treadle.chatting.templates import ChatTemplate, Message
-from treadle.continuation import GrowingText, Piece, TextWriter
+from treadle.continuation import ChatPrompt, GrowingText, Piece, TextWriter
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, count_of, is_full
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
+
+if TYPE_CHECKING:
+    from treadle.tasks.image_prompts import ReadImage
+    from treadle.tasks.images import Image
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +43,7 @@ class Conversation:
     template: ChatTemplate
     session: Session
     messages: list[Message] = field(default_factory=list)
+    images: list[ReadImage] = field(default_factory=list)
     _row: int | None = None
 
     @classmethod
@@ -52,7 +57,7 @@ class Conversation:
         """
         context = writer.model.derived.context
         most = capacity or min(context or CAPACITY, CAPACITY)
-        session = writer.model.session(rows=1, capacity=most, resumes=True)
+        session = writer.session(rows=1, capacity=most, resumes=True)
         said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return cls(writer, writer.chat_template(), session, said)
 
@@ -60,6 +65,7 @@ class Conversation:
         self,
         text: str,
         *,
+        images: Sequence[Image] = (),
         most: int = 512,
         sampling: Sampling | None = None,
         rules: TokenRules | None = None,
@@ -68,15 +74,19 @@ class Conversation:
         """Yield the reply to a user's message piece by piece. When the reply has ended, the message and the reply are
         added to `messages`.
 
-        rules  token rules; None: the folder's rules
+        images  image files, or their bytes, which the message shows before its text; the model must read images
+        rules   token rules; None: the folder's rules
 
         If the caller stops before the reply ends, `messages` is unchanged. Raises UsageError if the conversation has
-        become too long for the model.
+        become too long for the model, if the model reads no images, or if a file is not an image.
         """
         if count_of(most) < 1:
             raise UsageError("a reply must have 1 token or more", received=repr(most))
-        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        ids = self.writer.tokens([self.template.render(asked)], special=False)[0]
+        shown = self.writer.read_images(images)
+        content = [*[{"type": "image"}] * len(shown), {"type": "text", "text": text}] if shown else text
+        asked: list[Message] = [*self.messages, {"role": "user", "content": content}]
+        prompt = self.writer.chat_prompt(self.template, asked, [*self.images, *shown])
+        ids = prompt.ids
         if len(ids) > self.session.capacity:
             raise UsageError(
                 f"the conversation has {len(ids)} tokens, {self.session.who_takes} takes {self.session.capacity}",
@@ -90,7 +100,7 @@ class Conversation:
             frozenset(self.writer.end),
             lambda _, token: growing.add(token),
         )
-        (row, logits), made, reply = self._read(ids), list[int](), ""
+        (row, logits), made, reply = self._read(prompt), list[int](), ""
         turn = len(asked)  # a different random draw at each turn
         while True:
             chosen = choosing.choose(logits, turn, ids, made)
@@ -100,6 +110,7 @@ class Conversation:
             reply += new
             if token.last:
                 self.messages = [*asked, {"role": "assistant", "content": reply}]
+                self.images += shown
             yield Piece(0, new, token.id, token.ending, token.logprob, token.likely)
             if token.last:
                 return
@@ -107,13 +118,14 @@ class Conversation:
 
     def forget(self) -> None:
         """Start the conversation again, with the same system prompt."""
+        self.images = []
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
-    def _read(self, ids: list[int]) -> tuple[int, Array]:
+    def _read(self, prompt: ChatPrompt) -> tuple[int, Array]:
         """Return the row that holds these tokens, and the logits after them. A prefix that the row already holds is
         reused.
         """
         if self._row is not None:
             self.session.close(self._row, keep=True)
-        self._row = self.session.resume(ids)
+        self._row, ids = self.session.resume(prompt.ids, **prompt.inputs), prompt.ids
         return self._row, self.session.prefill({self._row: ids[self.session.length(self._row) :]})[self._row]

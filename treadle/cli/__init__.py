@@ -24,7 +24,7 @@ _OWN = (
     *("bench", "roofline", "train", "embed", "generate", "serve", "models", "fetch", "doctor"),
 )
 _TASKS = (
-    *("chat", "classify", "answer", "tag", "fill", "label", "match"),
+    *("chat", "classify", "answer", "tag", "fill", "label", "match", "describe"),
     *("translate", "summarize", "transcribe", "perplexity"),
 )
 COMMANDS = (*_OWN, *_TASKS)

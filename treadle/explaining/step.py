@@ -178,10 +178,14 @@ def _facts(derived: DerivedStep, pattern: str, members: Sequence[tuple[str, Valu
     else:
         shown = members[0][0] if len(members) == 1 else ", ".join(name for name, _ in members)
     role = _role(derived, members[0][0], type)
-    growing = [s for s in type.shape if s.as_symbol in (CAPACITY, *derived.windows, *derived.memories)]
-    elements = product(size for size in type.storage_type.shape if size.as_symbol != SLOTS and size not in growing)
+    symbols = (CAPACITY, *derived.windows, *derived.memories)
+    growing = [linear for s in type.shape if (linear := s.as_linear) is not None and linear[0] in symbols]
+    fixed = [s for s in type.storage_type.shape if s.constant is not None]
+    elements = product([*fixed, *(factor for _, factor, _ in growing)])
     unit = "slot" if not growing else "token" if role == "cache" else "position"
-    assert elements.constant is not None, "states have no sizes but slots, capacities and constants"
+    sizes = [s for s in type.storage_type.shape if s.as_symbol != SLOTS]
+    assert len(sizes) == len(fixed) + len(growing), "states have no sizes but slots, capacities and constants"
+    assert elements.constant is not None
     return StateFacts(
         shown, type.text, len(members), role, elements.constant * type.storage_type.dtype.bytes * len(members), unit
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from treadle.continuation import GrowingText
 from treadle.files.errors import TreadleError
 from treadle.runtime.generation import Choosing, Token
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Tell, TextOrder
 from treadle.runtime.stop_strings import StopStrings
 from treadle.serving.answers import PromptTokens
@@ -37,9 +38,19 @@ class Answering:
     """
 
     def __init__(
-        self, served: ServedWriter, prompts: Sequence[tuple[int, ...]], how: WantedTexts, *, seconds: float
+        self,
+        served: ServedWriter,
+        prompts: Sequence[tuple[int, ...]],
+        how: WantedTexts,
+        *,
+        seconds: float,
+        begin: RowPrompt | None = None,
     ) -> None:
-        """Submit all texts, or none if there is an error. Raises RequestRefusal."""
+        """Submit all texts, or none if there is an error. Raises RequestRefusal.
+
+        begin  the prompt of a chat with the inputs of its row, such as images
+        """
+        self._begin = begin
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[TokenEvent | Ended]()
         self._left, self._choices = len(prompts) * how.choices, how.choices
         self._count = sum(map(len, prompts))
@@ -110,7 +121,7 @@ class Answering:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        return TextOrder(prompt, choosing, number=draw, until=until), tell
+        return TextOrder(prompt, choosing, number=draw, until=until, begin=self._begin), tell
 
 
 def _given_up(why: Cut | TreadleError) -> RequestRefusal:

@@ -24,6 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.serving import requests
 from treadle.serving.answering import Answering, TokenEvent
 from treadle.serving.answers import DONE, AnswerForm, GrowingChoice, embeddings, event, text_of
@@ -106,8 +107,8 @@ class Server:
         """Return a chat completion of messages."""
         wanted = requests.read_chat(await self._fields(request))
         served = self._writer(wanted.how.model)
-        prompt = await asyncio.to_thread(served.chat_ids, wanted.messages)
-        return await self._answered(request, served, [prompt], wanted.how, chat=True)
+        prompt = await asyncio.to_thread(served.chat_prompt, wanted.messages, wanted.images)
+        return await self._answered(request, served, [tuple(prompt.tokens)], wanted.how, chat=True, begin=prompt)
 
     async def embed(self, request: Request) -> Response:
         """Return embeddings of texts."""
@@ -211,10 +212,11 @@ class Server:
         how: WantedTexts,
         *,
         chat: bool,
+        begin: RowPrompt | None = None,
     ) -> Response:
         answer = AnswerForm(served.name, chat, how.likely, served.shown)
         choices = [GrowingChoice(i) for i in range(len(prompts) * how.choices)]
-        answering = Answering(served, prompts, how, seconds=self.limits.seconds)
+        answering = Answering(served, prompts, how, seconds=self.limits.seconds, begin=begin)
         bursts = self._timed(answering, served)
         if how.streams:
             first = asyncio.ensure_future(anext(bursts, None))  # an error before the first token sets the status

@@ -12,6 +12,7 @@ from treadle.continuation import TextWriter
 from treadle.files.errors import TreadleError
 from treadle.ir.errors import UsageError
 from treadle.program.options import CompileOptions
+from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.scheduler import Scheduler
 from treadle.sentence_embedding import Embedded, SentenceEmbedder
 from treadle.serving.refusals import RequestRefusal, refused
@@ -30,7 +31,7 @@ class ServedWriter:
         self.name, self.writer = name, writer
         context = writer.model.derived.context
         most = capacity if context is None else min(capacity, context)
-        self.scheduler = Scheduler(writer.model.session(rows=rows, capacity=most, resumes=resumes), queue=queue)
+        self.scheduler = Scheduler(writer.session(rows=rows, capacity=most, resumes=resumes), queue=queue)
         self._template: ChatTemplate | None = None
 
     @property
@@ -49,18 +50,19 @@ class ServedWriter:
             raise refused(error, field="prompt") from error
         return ids
 
-    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the token ids of a conversation, up to the start of the assistant's answer. Raises RequestRefusal if
-        the model has no chat template, the template raises an error, or the conversation does not fit into a row.
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], images: Sequence[bytes] = ()) -> RowPrompt:
+        """Return the prompt of a conversation, up to the start of the assistant's answer. Raises RequestRefusal if the
+        model has no chat template, the template raises an error, the conversation does not fit into a row, or an image
+        cannot be read.
         """
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()
-            ids = tuple(self.writer.tokens([self._template.render(messages)], special=False)[0])
-            self.scheduler.check(ids)
+            prompt = self.writer.chat_prompt(self._template, messages, self.writer.read_images(images))
+            self.scheduler.check(tuple(prompt.ids))
+            return self.scheduler.session.prompt(prompt.ids, **prompt.inputs)
         except TreadleError as error:
             raise refused(error, field="messages") from error
-        return ids
 
     def close(self, *, drain: float) -> None:
         """Stop generation, with `drain` seconds for running texts; see `Scheduler.close`."""

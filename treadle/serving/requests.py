@@ -6,6 +6,7 @@ the reference: top_k, min_p, repetition_penalty.
 
 from __future__ import annotations
 
+import base64
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -70,10 +71,14 @@ class WantedCompletions:
 
 @dataclass(frozen=True)
 class WantedChat:
-    """A request for a chat completion: messages, each with role and content, and generation parameters."""
+    """A request for a chat completion: messages, each with role and content, and generation parameters.
 
-    messages: tuple[Mapping[str, str], ...]
+    images   the files of the images in the messages, in order; a message with images has a list of parts as its content
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
     how: WantedTexts
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def read_completions(fields: Fields) -> WantedCompletions:
 
 def read_chat(fields: Fields) -> WantedChat:
     """Parse a request for a chat completion. Raises RequestRefusal."""
-    messages = tuple([_message(each) for each in fields.objects("messages", most=MOST_MESSAGES)])
+    images: list[bytes] = []
+    messages = tuple([_message(each, images) for each in fields.objects("messages", most=MOST_MESSAGES)])
     logprobs, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
     if likely is not None and not logprobs:
         raise fields.refuse("top_logprobs", "needs logprobs to be true")
@@ -125,7 +131,7 @@ def read_chat(fields: Fields) -> WantedChat:
     fields.only("modalities", (["text"],), "must be text")
     fields.ignored("parallel_tool_calls", "store", "metadata", "service_tier")
     how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if logprobs else None)
-    return WantedChat(messages, how)
+    return WantedChat(messages, how, tuple(images))
 
 
 def read_embeddings(fields: Fields) -> WantedEmbeddings:
@@ -213,15 +219,19 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _message(fields: Fields) -> Mapping[str, str]:
+def _message(fields: Fields, images: list[bytes]) -> Mapping[str, Any]:
+    """Return a message. Its images are appended to `images`."""
     role = fields.text("role")
     if role not in ROLES:
         raise fields.refuse("role", "must be " + ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}")
     content = fields.take("content")
     if isinstance(content, list):
-        content = "".join(_part(fields, i, part) for i, part in enumerate(content))
-    if not isinstance(content, str):
-        raise fields.refuse("content", "must be a string, or a list of parts of type text")
+        before = len(images)
+        content = [_part(fields, i, part, images) for i, part in enumerate(content)]
+        if len(images) == before:
+            content = "".join(part["text"] for part in content)
+    if not isinstance(content, str | list):
+        raise fields.refuse("content", "must be a string, or a list of parts of type text or image_url")
     fields.ignored("name", "refusal")
     for name in ("tool_calls", "function_call", "audio"):
         fields.only(name, ([],), "is not supported")
@@ -229,7 +239,25 @@ def _message(fields: Fields) -> Mapping[str, str]:
     return {"role": "system" if role == "developer" else role, "content": content}
 
 
-def _part(fields: Fields, number: int, part: Any) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise fields.refuse(f"content[{number}]", "must be of type text: other types are not supported")
-    return str(part["text"])
+def _part(fields: Fields, number: int, part: Any, images: list[bytes]) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind == "image_url":
+        images.append(_image(fields, f"content[{number}].image_url", part.get("image_url")))
+        return {"type": "image"}
+    raise fields.refuse(f"content[{number}]", "must be of type text or image_url: other types are not supported")
+
+
+def _image(fields: Fields, name: str, value: Any) -> bytes:
+    """Return the file in a data URL (RFC 2397). Raises RequestRefusal for any other URL, which is never fetched."""
+    url = value.get("url") if isinstance(value, dict) else None
+    if not isinstance(url, str) or set(value) - {"url", "detail"}:
+        raise fields.refuse(name, "must be an object with a url")
+    head, comma, data = url.partition(",")
+    if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64") or not comma:
+        raise fields.refuse(f"{name}.url", "must be data:image/...;base64,...: the server fetches no addresses")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise fields.refuse(f"{name}.url", "is not valid base64") from None

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,14 +25,19 @@ from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 Pixels = npt.NDArray[np.float32]
+T = TypeVar("T")
 
-_FILE = "preprocessor_config.json"
+Image = PathLike | bytes
+"""An image file: its path, or its bytes."""
+
+_FILE, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
 _IMAGE_BYTES = 256 << 20
 _IMAGE_PIXELS = 100_000_000
-_MOST_SIDE = 1 << 14
+MOST_SIDE = 1 << 14
+"""Maximum length of an image's side after conversion."""
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _HALF = (0.5, 0.5, 0.5)
-_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers of these filters
+_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers of these filters
 
 _CLIP: Mapping[str, Any] = {
     "size": {"shortest_edge": 224},
@@ -55,9 +60,63 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "clip": _CLIP,
     "dinov2": _CLIP,
+    "llava": _CLIP,
+    "idefics3": {
+        "size": {"longest_edge": 4 * 364},
+        "max_image_size": {"longest_edge": 364},
+        "resample": _LANCZOS,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+    },
+    "qwen2_vl": {
+        **{name: _CLIP[name] for name in ("resample", "image_mean", "image_std")},
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    },
     "siglip": {"size": 224, "resample": _BICUBIC, "do_center_crop": False, "image_mean": _HALF, "image_std": _HALF},
 }
 """Defaults for options that preprocessor_config.json does not set, by config.json's model_type."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The options of a folder's image processor, with the defaults of a kind of model.
+
+    file  the file's name in errors
+    """
+
+    options: Mapping[str, Any]
+    file: str
+
+    @classmethod
+    def read(cls, place: ModelFolder, kind: str) -> ImageSettings:
+        """Read preprocessor_config.json, or the image processor in processor_config.json.
+
+        Raises CheckpointError if the file is damaged, and FrontendError if Pillow is not installed.
+        """
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError as error:
+            raise FrontendError(
+                "reading images needs the package pillow", received=str(error), hint=pip_install("images")
+            ) from error
+        name, given = _FILE, {}
+        if place.has(_FILE):
+            given = place.read_settings(_FILE)
+        elif place.has(_PROCESSOR) and isinstance(
+            inner := place.read_settings(_PROCESSOR).get("image_processor"), dict
+        ):
+            name, given = _PROCESSOR, inner
+        options = {**DEFAULTS[kind], **{key: value for key, value in given.items() if value is not None}}
+        return cls(options, place.show(name))
+
+    def read_with(self, read: Callable[[Mapping[str, Any]], T]) -> T:
+        """Return the result of a reader of the options. Raises CheckpointError if it finds an invalid option."""
+        try:
+            return read(self.options)
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -69,6 +128,7 @@ class ImageReader:
     crop       (height, width) of the center crop; None: no crop
     scale      factor for pixel values of 0 to 255
     mean, std  one value per channel, for (pixels - mean) / std; None: no normalization
+    square     True if images are padded to squares first, with the mean color
     """
 
     size: tuple[int, int] | int | None
@@ -77,6 +137,7 @@ class ImageReader:
     scale: float
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    square: bool = False
 
     @classmethod
     def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
@@ -87,35 +148,33 @@ class ImageReader:
         Raises CheckpointError if the file is damaged or contradicts the model, and FrontendError if Pillow is not
         installed.
         """
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise FrontendError(
-                "reading images needs the package pillow", received=str(error), hint=pip_install("images")
-            ) from error
-        shown = place.show(_FILE)
-        given: Mapping[str, Any] = place.read_settings(_FILE) if place.has(_FILE) else {}
-        said = {**DEFAULTS[kind], **{name: value for name, value in given.items() if value is not None}}
-        try:
-            made = cls(
-                _size(said["size"]) if said.get("do_resize", True) else None,
-                _number(said["resample"], 0, 5),
-                _pair(said.get("crop_size")) if said["do_center_crop"] else None,
-                float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else 1.0,
-                _channels(said["image_mean"]) if said.get("do_normalize", True) else None,
-                _channels(said["image_std"]) if said.get("do_normalize", True) else None,
-            )
-        except (TypeError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                "the settings for reading images are invalid", received=printable(str(error), 200), within=shown
-            ) from None
+        settings = ImageSettings.read(place, kind)
+        made = settings.read_with(lambda options: cls.of(options, square=kind == "llava"))
         if sides is not None and made.sides != sides:
             raise CheckpointError(
                 f"images must be converted to {sides[0]} x {sides[1]} pixels, the model's input size",
                 received=repr(made.crop or made.size),
-                within=shown,
+                within=settings.file,
             )
         return made
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], *, square: bool = False, resizes: bool = True) -> ImageReader:
+        """Return the reader that an image processor's options specify. Raises ValueError, TypeError or KeyError for an
+        invalid option.
+
+        square   True if the option `do_pad` pads images to squares
+        resizes  False if the reader only scales and normalizes
+        """
+        return cls(
+            _size(options["size"]) if resizes and options.get("do_resize", True) else None,
+            number_from(options["resample"], 0, 5),
+            _pair(options.get("crop_size")) if resizes and options["do_center_crop"] else None,
+            float(options.get("rescale_factor", 1 / 255)) if options.get("do_rescale", True) else 1.0,
+            _channels(options["image_mean"]) if options.get("do_normalize", True) else None,
+            _channels(options["image_std"]) if options.get("do_normalize", True) else None,
+            square and bool(options.get("do_pad", False)),
+        )
 
     @property
     def sides(self) -> tuple[int, int] | None:
@@ -123,19 +182,21 @@ class ImageReader:
         found = self.crop or self.size
         return found if isinstance(found, tuple) else None
 
-    def read(self, paths: Sequence[PathLike]) -> Pixels:
+    def read(self, images: Sequence[Image]) -> Pixels:
         """Return images as pixels f32[N, 3, height, width]. Raises UsageError if a file is not an image or is too
         large.
         """
-        return np.stack([self._pixels(path) for path in paths])
+        return np.stack([self.pixels(open_image(image)) for image in images])
 
-    def _pixels(self, path: PathLike) -> Pixels:
-        image = _read_image(path)
+    def pixels(self, image: Any) -> Pixels:
+        """Return the pixels f32[3, height, width] of an RGB image of Pillow."""
+        if self.square:
+            image = _padded_to_square(image, self.mean)
         if self.size is not None:
             width, height = image.size
             if isinstance(self.size, int):
                 longer = int(self.size * max(width, height) / min(width, height))
-                if longer > _MOST_SIDE:
+                if longer > MOST_SIDE:
                     raise UsageError("the image is too long and narrow", received=f"{width} x {height} pixels")
                 wanted = (self.size, longer) if width <= height else (longer, self.size)
             else:
@@ -151,13 +212,19 @@ class ImageReader:
         return made
 
 
-def _read_image(path: PathLike) -> Any:
-    """Return the image in a file as RGB, rotated as its EXIF orientation specifies."""
+def open_image(file: Image) -> Any:
+    """Return the image in a file as an RGB image of Pillow, rotated as its EXIF orientation specifies.
+
+    Raises UsageError if the file is not an image or is too large.
+    """
     import PIL.Image
     import PIL.ImageOps
 
-    shown = shown_path(path)
-    data = read_regular(path, _IMAGE_BYTES, shown)
+    if isinstance(file, bytes):
+        shown, data = "the image", file
+    else:
+        shown = shown_path(file)
+        data = read_regular(file, _IMAGE_BYTES, shown)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -180,6 +247,17 @@ def _read_image(path: PathLike) -> Any:
         ) from None
 
 
+def _padded_to_square(image: Any, mean: tuple[float, float, float] | None) -> Any:
+    """Return an image in the middle of a square of the mean color."""
+    import PIL.Image
+
+    side = max(image.size)
+    color = tuple(int(x * 255) for x in mean or (0, 0, 0))
+    padded = PIL.Image.new("RGB", (side, side), color)
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded
+
+
 def _middle(pixels: npt.NDArray[Any], crop: tuple[int, int]) -> npt.NDArray[Any]:
     """Return the center crop of an image [3, H, W]. If the image is smaller than the crop, it is padded with black on
     all sides.
@@ -199,17 +277,18 @@ def _middle(pixels: npt.NDArray[Any], crop: tuple[int, int]) -> npt.NDArray[Any]
 
 def _size(value: Any) -> tuple[int, int] | int:
     if isinstance(value, Mapping) and "shortest_edge" in value:
-        return _number(value["shortest_edge"], 1, _MOST_SIDE)
+        return number_from(value["shortest_edge"], 1, MOST_SIDE)
     return _pair(value)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     if isinstance(value, Mapping):
-        return _number(value["height"], 1, _MOST_SIDE), _number(value["width"], 1, _MOST_SIDE)
-    return _number(value, 1, _MOST_SIDE), _number(value, 1, _MOST_SIDE)
+        return number_from(value["height"], 1, MOST_SIDE), number_from(value["width"], 1, MOST_SIDE)
+    return number_from(value, 1, MOST_SIDE), number_from(value, 1, MOST_SIDE)
 
 
-def _number(value: Any, least: int, most: int) -> int:
+def number_from(value: Any, least: int, most: int) -> int:
+    """Return an integer from `least` to `most`. Raises ValueError for any other value."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{value!r} is not an integer from {least} to {most}")
     return value

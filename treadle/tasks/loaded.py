@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+QUESTION = "Describe this image."
+"""The default question about an image."""
+
 
 class _TaskModel(Generic[T]):
     """A descriptor for a task's model. The model is compiled at the first access, and cached.
@@ -248,6 +251,12 @@ class LoadedModel:
         """Return the probabilities that the texts describe an image file (`treadle.tasks.matching.Matched`)."""
         found = self.matcher.match(_listed(images), texts)
         return found if _many(images) else found[0]
+
+    @with_option_hints
+    def describe(self, images: PathLike | Sequence[PathLike], question: str = QUESTION, *, most: int = 256) -> str:
+        """Answer a question about an image file, or several, with a chat model that reads images."""
+        talk = self.chat()
+        return "".join(piece.text for piece in talk.say(question, images=_listed(images), most=most))
 
     # -- the models of the methods, compiled at first use ------------------------------------------------------
 

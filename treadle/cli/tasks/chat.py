@@ -25,6 +25,10 @@ _OTHER_NAMES = {"/bye": _QUIT, "/exit": _QUIT}
 @task_command("chat", takes="generate")
 def talk_with_model(
     program: Program,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Image file that the first message shows. Repeatable.", show_default=False),
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.", show_default=False)] = None,
     most: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of a reply.", min=1)
@@ -83,7 +87,8 @@ def talk_with_model(
         if line == _NEW:
             talk.forget()
             continue
-        for piece in talk.say(line, most=most, sampling=sampling, rules=asked.rules):
+        shown = [] if talk.messages and talk.images else image or []
+        for piece in talk.say(line, images=shown, most=most, sampling=sampling, rules=asked.rules):
             if not as_json:
                 print(piece.text, end="", flush=True)
         if not as_json:

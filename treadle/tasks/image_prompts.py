@@ -1,0 +1,230 @@
+"""Prompts with images: the token ids, and the model's image inputs, of a text that marks the places of its images.
+
+    prompts = ImagePrompts.open(source, tokenizer)
+    prompts.prompt("User: <image>What is this?", [prompts.read("photo.jpg")])     # token ids, and a row's inputs
+
+A chat template writes a mark for each image. The mark is replaced by as many image tokens as the image has features, as
+the processors of Hugging Face transformers do. Images are read from files or from their bytes; no address is fetched.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.continuation import ChatPrompt
+from treadle.files.shown_names import printable
+from treadle.frontends.text import TextTokenizer
+from treadle.ir.errors import CheckpointError, UsageError
+from treadle.models.registry import family_of
+from treadle.program.source import ModelSource
+from treadle.tasks.image_patches import PatchReader
+from treadle.tasks.image_tiles import TileReader
+from treadle.tasks.images import Image, ImageReader, open_image
+
+Array = npt.NDArray[Any]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """A converted image.
+
+    text      the text that replaces its mark, with one image token for each feature
+    features  number of features
+    arrays    the model's inputs for the image, by name; those of several images are concatenated
+    grid      (rows, columns) of the features, if the model distinguishes their positions
+    """
+
+    text: str
+    features: int
+    arrays: Mapping[str, Array]
+    grid: tuple[int, int] = (0, 0)
+
+
+class ImagePrompts(ABC):
+    """The images of a model's prompts.
+
+    mark   the text that marks an image in a prompt, the name of the image token
+    token  the id of the image token
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    default_mark: ClassVar[str] = "<image>"
+
+    def __init__(self, source: ModelSource, tokenizer: TextTokenizer, config: Mapping[str, Any]) -> None:
+        self.tokenizer, self.mark = tokenizer, self.default_mark
+        self.token = int(source.config.get("image_token_id", source.config.get("image_token_index", -1)))
+        if self.token >= 0:
+            self.mark = tokenizer.name_of(self.token)
+        found = tokenizer.id_of(self.mark)
+        if found is None or (self.token >= 0 and found != self.token):
+            raise CheckpointError(
+                f"the tokenizer has no image token {printable(self.mark)}",
+                received=f"image_token_id {self.token} of config.json",
+                within=printable(source.label),
+            )
+        self.token = found
+        self._open(source, config)
+
+    @staticmethod
+    def open(source: ModelSource, tokenizer: TextTokenizer) -> ImagePrompts | None:
+        """Return the images of a folder's prompts; None if the model reads no images.
+
+        Raises CheckpointError if the settings for images do not fit the model, FrontendError if Pillow is not
+        installed.
+        """
+        if source.kind != "safetensors":
+            return None
+        kind = source.config.get("model_type")
+        found = next((each for each in _KINDS if kind in each.kinds), None)
+        if found is None:
+            return None
+        return found(source, tokenizer, family_of(source.config).read(source.config).model.config)
+
+    @abstractmethod
+    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+        """Open the reader of images for a model with this configuration."""
+
+    @abstractmethod
+    def read(self, image: Image) -> ReadImage:
+        """Convert an image. Raises UsageError if the file is not an image, or is too large."""
+
+    @abstractmethod
+    def memory(self, tokens: int) -> dict[str, int]:
+        """Return the maximum sizes of inputs, for `session(memory=...)`, of rows of this many tokens."""
+
+    def prompt(self, text: str, images: Sequence[ReadImage]) -> ChatPrompt:
+        """Return a prompt for a text that marks its images. Special tokens are not added.
+
+        Raises UsageError if the number of images and the number of marks differ.
+        """
+        parts = text.split(self.mark)
+        if len(parts) - 1 != len(images):
+            raise UsageError(
+                f"the text marks {len(parts) - 1} images, and there are {len(images)}",
+                received=f"marks {printable(self.mark)}",
+                hint=f"one {printable(self.mark)} for each image, which the chat template writes",
+            )
+        whole = parts[0] + "".join(image.text + part for image, part in zip(images, parts[1:], strict=True))
+        ids = list(self.tokenizer.encode([whole], special=False)[0][0].ids)
+        if not images:
+            return ChatPrompt(ids)
+        (places,) = np.nonzero(np.array(ids) == self.token)
+        features = sum(image.features for image in images)
+        if len(places) != features:
+            raise CheckpointError(
+                f"the tokenizer does not keep image tokens {printable(self.mark)} apart",
+                received=f"{len(places)} tokens for {features} features",
+            )
+        index = np.zeros(len(ids), np.int64)
+        index[places] = np.arange(1, features + 1)
+        joined = {name: np.concatenate([image.arrays[name] for image in images]) for name in images[0].arrays}
+        return ChatPrompt(ids, {"image_index": index, **joined, **self._placed(images, index)})
+
+    def _placed(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
+        """Return the inputs that depend on the places of the image tokens in the text."""
+        return {}
+
+    def messages(self, messages: Sequence[Message], template: str) -> list[Message]:
+        """Return messages in the form that a chat template expects: lists of parts, or, for a template that places no
+        images, texts that begin with a mark for each image.
+        """
+        if "'image'" in template or '"image"' in template:
+            return [{**m, "content": _as_parts(m["content"])} for m in messages]
+        return [{**m, "content": self._marked(m["content"])} for m in messages]
+
+    def _marked(self, content: Any) -> str:
+        parts = _as_parts(content)
+        marks = "".join(f"{self.mark}\n" for part in parts if part["type"] == "image")
+        return marks + "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def _as_parts(content: Any) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+class _LlavaPrompts(ImagePrompts):
+    kinds = ("llava",)
+
+    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+        sides = config["height"], config["width"]
+        patch = config["vision"]["patch"]
+        self.count = sides[0] // patch * (sides[1] // patch) + config["class_token"]
+        self.reader = ImageReader.open(source.folder, "llava", sides=sides)
+
+    def read(self, image: Image) -> ReadImage:
+        return ReadImage(self.mark * self.count, self.count, {"pixels": self.reader.read([image])})
+
+    def memory(self, tokens: int) -> dict[str, int]:
+        return {"N": 1 + max(1, tokens // self.count)}
+
+
+class _TilePrompts(ImagePrompts):
+    kinds = ("idefics3", "smolvlm")
+    _FAKE, _WHOLE = "<fake_token_around_image>", "<global-img>"
+
+    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+        side, patch = config["height"], config["vision"]["patch"]
+        self.count = (side // patch // config["shuffle"]) ** 2
+        self.reader = TileReader.open(source.folder, "idefics3", side=side)
+
+    def read(self, image: Image) -> ReadImage:
+        tiles = self.reader.tiles(open_image(image))
+        features = self.mark * self.count
+        text = ""
+        for row in range(1, tiles.rows + 1):
+            text += "".join(f"{self._FAKE}<row_{row}_col_{c}>{features}" for c in range(1, tiles.columns + 1)) + "\n"
+        text += ("\n" if text else "") + f"{self._FAKE}{self._WHOLE}{features}{self._FAKE}"
+        return ReadImage(text, self.count * len(tiles.pixels), {"pixels": tiles.pixels})
+
+    def memory(self, tokens: int) -> dict[str, int]:
+        return {"N": 1 + max(1, tokens // self.count)}
+
+
+class _PatchPrompts(ImagePrompts):
+    kinds = ("qwen2_vl", "qwen2_5_vl")
+    default_mark = "<|image_pad|>"
+
+    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+        merge = math.isqrt(config["merged"])
+        self.reader = PatchReader.open(source.folder, "qwen2_vl", merge=merge, width=config["width"])
+
+    def read(self, image: Image) -> ReadImage:
+        patches = self.reader.patches(open_image(image))
+        rows, columns, merge = patches.rows, patches.columns, self.reader.merge
+        row, column = np.indices((rows * merge, columns * merge))
+        places = np.stack([np.zeros_like(row), row, column], axis=-1)
+        grouped = places.reshape(rows, merge, columns, merge, 3).transpose(0, 2, 1, 3, 4)
+        arrays: dict[str, Array] = {"patches": patches.groups, "places": grouped.reshape(rows * columns, merge**2, 3)}
+        return ReadImage(self.mark * (rows * columns), rows * columns, arrays, (rows, columns))
+
+    def memory(self, tokens: int) -> dict[str, int]:
+        return {"M": 1 + tokens}
+
+    def _placed(self, images: Sequence[ReadImage], index: Array) -> dict[str, Array]:
+        """Return the places with the numbers of the images, and the three positions of each token."""
+        numbers = np.repeat(np.arange(len(images)), [image.features for image in images])
+        places = np.concatenate([image.arrays["places"] for image in images])
+        places[:, :, 0] = numbers[:, None]
+        positions = np.zeros((len(index), 3), np.int64)
+        at = following = 0
+        for image in images:
+            start = at + int((index[at:] > 0).argmax())
+            positions[at:start] = (following + np.arange(start - at))[:, None]
+            following += start - at
+            row, column = (each.ravel() for each in np.indices(image.grid))
+            at = start + image.features
+            positions[start:at] = following + np.stack([np.zeros_like(row), row, column], axis=-1)
+            following += max(image.grid)
+        positions[at:] = (following + np.arange(len(index) - at))[:, None]
+        return {"places": places, "position_ids": positions}
+
+
+_KINDS: tuple[type[ImagePrompts], ...] = (_LlavaPrompts, _TilePrompts, _PatchPrompts)
