@@ -15,7 +15,7 @@ from typing import Any, Literal, SupportsIndex
 import numpy as np
 
 from treadle.ir.errors import UsageError
-from treadle.runtime.sampling import Sampling
+from treadle.runtime.sampling import Sampling, most_likely
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -40,14 +40,15 @@ class Token:
     row      number of its prompt
     id       token id
     ending   the reason if the row ends with this token, else None
-    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options
+    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options; None if
+             log probabilities were not requested
     likely   the requested number of most likely tokens at this position, in order, each with its log probability
     """
 
     row: int
     id: int
     ending: Ending | None = None
-    logprob: float = 0.0
+    logprob: float | None = None
     likely: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -65,7 +66,7 @@ class Choosing:
     rules     token rules, applied before sampling
     stop      token ids that end a text
     until     a further condition that ends a row
-    likely    number of most likely tokens returned with each token
+    likely    number of most likely tokens returned with each token, and its log probability; None: no log probabilities
     """
 
     most: int
@@ -73,7 +74,7 @@ class Choosing:
     rules: TokenRules | None = None
     stop: frozenset[int] = frozenset()
     until: Until | None = None
-    likely: int = 0
+    likely: int | None = None
 
     def choose(self, logits: Array, number: int, prompt: Sequence[int], made: Sequence[int]) -> int:
         """Return the next token id from logits [vocab] after the generated tokens. Raises UsageError if no token can be
@@ -90,8 +91,6 @@ class Choosing:
         another token.
         """
         chosen = made[-1]
-        scores = log_probabilities(logits)
-        best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely else ()
         ending: Ending | None = "end" if chosen in self.stop else None
         if self.until is not None and self.until(number, chosen):
             ending = ending or "stop"
@@ -99,7 +98,12 @@ class Choosing:
             ending = "context"
         if ending is None and len(made) == self.most:
             ending = "count"
-        return Token(number, chosen, ending, float(scores[chosen]), tuple((int(i), float(scores[i])) for i in best))
+        if self.likely is None:
+            return Token(number, chosen, ending)
+        best = most_likely(logits, self.likely) if self.likely else ()
+        ids = [chosen, *map(int, best)]
+        logprob, *others = log_probabilities(logits, ids).tolist()
+        return Token(number, chosen, ending, logprob, tuple(zip(ids[1:], others, strict=True)))
 
 
 @dataclass
@@ -121,7 +125,7 @@ def generate(
     rules: TokenRules | None = None,
     stop: Sequence[int] = (),
     until: Until | None = None,
-    likely: int = 0,
+    likely: int | None = None,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens that continue each prompt, by up to `most` tokens. Each step yields one token per running
@@ -134,7 +138,7 @@ def generate(
 
     rules    token rules, applied to the logits after the row's earlier tokens
     until    called for each token; True ends the row of the token
-    likely   number of most likely tokens returned with each token
+    likely   number of most likely tokens returned with each token, and its log probability; None: no log probabilities
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
     Raises UsageError at the call, before the first token is requested, for an empty prompt, a prompt that leaves no

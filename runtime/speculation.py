@@ -159,7 +159,7 @@ def speculate(
     rules: TokenRules | None = None,
     stop: Sequence[int] = (),
     until: Until | None = None,
-    likely: int = 0,
+    likely: int | None = None,
     inputs: Sequence[dict[str, Any]] | None = None,
     tally: SpeculationTally | None = None,
 ) -> Iterator[Token]:
@@ -241,5 +241,8 @@ def _continued(
 
 def _margin(logits: Array, chosen: int) -> float:
     """Return the difference between the best and the second-best score, or infinity if another token was chosen."""
-    second, best = np.partition(logits.astype(np.float64), -2)[-2:]
-    return float(best - second) if logits[chosen] == best else float("inf")
+    best = logits.max()
+    if logits[chosen] != best:
+        return float("inf")
+    second = max(logits[:chosen].max(initial=-np.inf), logits[chosen + 1 :].max(initial=-np.inf))
+    return float(best) - float(second)

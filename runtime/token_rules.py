@@ -125,11 +125,12 @@ class TokenRules:
                 raise UsageError(f"token {token} is not in the vocabulary", received=f"ids are 0 to {vocabulary - 1}")
 
 
-def log_probabilities(logits: Array) -> Array:
-    """Return log(softmax(logits)) in float64; logits and result are [vocab]."""
+def log_probabilities(logits: Array, ids: Sequence[int] | None = None) -> Array:
+    """Return log(softmax(logits)) in float64 from logits [vocab]: of all ids, or f64[len(ids)] of these."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
-    found: Array = scores - np.log(np.exp(scores).sum())
+    found: Array = scores.copy() if ids is None else scores[ids]
+    found -= np.log(np.exp(scores, out=scores).sum())
     return found
 
 

@@ -327,8 +327,8 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
     assert 0 <= float(lines['treadle_request_seconds_sum{route="/v1/chat/completions"}']) < 60
 
 
-@pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
-def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("logprobs", "likely"), [(None, None), (0, 0), (3, 3)])
+def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The texts of a request end at the model's own end tokens, at the caller's strings, and when the request's time is
     over.
     """

@@ -31,8 +31,8 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 def test_defaults_of_missing_settings() -> None:
     assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p=0.0)
     assert TokenRules() == TokenRules(1.0, 0.0, 0, (), (), 0, 0, None, None, ())
-    assert Token(1, 2) == Token(1, 2, None, 0.0, ())
-    assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, 0)
+    assert Token(1, 2) == Token(1, 2, None, None, ())
+    assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, None)
     assert Beams() == Beams(4, 1.0, 1, early=False)
     assert PromptLookup() == PromptLookup(3, 8)
     assert SpeculationTally() == SpeculationTally(0, 0, 0, 0, math.inf)
@@ -143,7 +143,8 @@ def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) 
     assert token == Token(9, chosen, ending, float(scores[chosen]), ((1, float(scores[1])), (2, float(scores[2]))))  # type: ignore[arg-type]
     assert token.last == (ending is not None)
     assert asked == [(9, chosen)]
-    assert Choosing(3).token(logits, 9, [1], full).likely == ()
+    assert Choosing(3).token(logits, 9, [1], full) == Token(9, 1, "context" if full else None)
+    assert Choosing(3, likely=0).token(logits, 9, [1], full).logprob == float(scores[1])
 
 
 def test_the_last_token_may_be_a_given_one() -> None:
@@ -164,7 +165,7 @@ def test_default_rules_of_all_texts() -> None:
     def defaults(function: Any) -> dict[str, Any]:
         return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
 
-    nothing = {"sampling": None, "rules": None, "stop": (), "until": None, "likely": 0, "inputs": None}
+    nothing = {"sampling": None, "rules": None, "stop": (), "until": None, "likely": None, "inputs": None}
     assert defaults(generate) == nothing
     assert defaults(speculate) == {**nothing, "tally": None}
     assert defaults(beam_search) == {"beams": None, "rules": None, "stop": (), "inputs": None}

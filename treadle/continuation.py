@@ -44,7 +44,8 @@ class Piece:
     id      the token's id
     ending  the reason why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it
             does not end
-    logprob the natural logarithm of the probability that the model gave the token
+    logprob the natural logarithm of the probability that the model gave the token; None if the caller did not request log
+            probabilities
     likely  the most likely tokens at this position with their logprobs, as many as the caller requested
     """
 
@@ -52,7 +53,7 @@ class Piece:
     text: str
     id: int
     ending: Ending | None
-    logprob: float
+    logprob: float | None
     likely: tuple[tuple[int, float], ...]
 
     @property
@@ -77,31 +78,58 @@ class FoundText:
     ending: Ending
 
 
+_CONTEXT, _TAIL = 8, 32
+"""The numbers of tokens before the tail of a growing text that are decoded together with it, and of tokens that the
+tail has before its first half becomes settled.
+"""
+
+
 class GrowingText:
-    """The decoded text of a row, without the last characters while further tokens can still change them."""
+    """The decoded text of a row, without the last characters while further tokens can still change them.
+
+    Only the tail of the text is decoded for each token, after a few tokens of context: the text of a token can depend
+    on its neighbors. The first half of a tail is settled if the rest decodes to the same text without it.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        self.ids: list[int] = []
-        self.whole = self.emitted = ""
+        self._ids: list[int] = []  # the context and the tail
+        self._context = 0  # number of tokens of the context
+        self._passed = ""  # text of the context
+        self._returned = 0  # number of characters of the tail's text that were returned
+        self._tail = ""
 
     def add(self, token: int) -> bool:
         """Add a token. Return True if the text now contains a stop string."""
-        self.ids.append(token)
-        self.whole = self.tokenizer.text(self.ids)
-        return self.stop.split(self.whole)[1]
+        self._ids.append(token)
+        self._tail = self.tokenizer.text(self._ids)[len(self._passed) :]
+        return self.stop.split(self._tail[self._returned :])[1]
 
     def tell(self, is_last: bool) -> str:
         """Return the text that is new and final. If the row has ended (`is_last`), return all remaining text, up to a
         stop string.
         """
-        certain, ends = self.stop.split(self.whole)
+        left = self._tail[self._returned :]
+        new, ends = self.stop.split(left)
         if is_last and not ends:
-            certain = self.whole
+            new = left
         elif not ends:
-            certain = certain.rstrip("\N{REPLACEMENT CHARACTER}")
-        new, self.emitted = certain[len(self.emitted) :], certain
+            new = new.rstrip("\N{REPLACEMENT CHARACTER}")
+        self._returned += len(new)
+        if len(self._ids) - self._context >= _TAIL:
+            self._settle()
         return new
+
+    def _settle(self) -> None:
+        """Settle the first half of the tail, if its text was returned and the text of the rest does not depend on it."""
+        at = (self._context + len(self._ids)) // 2  # moves on, since the first try may be within a character
+        first = self.tokenizer.text(self._ids[:at])[len(self._passed) :]
+        passed = self.tokenizer.text(self._ids[at - _CONTEXT : at])
+        rest = self.tokenizer.text(self._ids[at - _CONTEXT :])
+        if len(first) <= self._returned and rest.startswith(passed) and first + rest[len(passed) :] == self._tail:
+            self._ids, self._context, self._passed = self._ids[at - _CONTEXT :], _CONTEXT, passed
+            self._returned -= len(first)
+            self._tail = self._tail[len(first) :]
 
 
 @dataclass(frozen=True)
@@ -178,7 +206,7 @@ class TextWriter:
         sampling: Sampling | None = None,
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
-        likely: int = 0,
+        likely: int | None = None,
         guess: Guess | None = None,
         tally: SpeculationTally | None = None,
         special: bool = True,
@@ -187,7 +215,8 @@ class TextWriter:
 
         rules   token rules (logits processors); None: the folder's rules
         stop    strings that end a text; they are not part of the text
-        likely  number of most likely tokens to report with each token
+        likely  number of most likely tokens to report with each token, and its log probability; None: no log
+                probabilities
         guess   the draft method of speculative decoding; prompts are then continued one after another
         tally   counts the drafted tokens and the accepted ones
         special True if the tokenizer adds its special tokens to a prompt; pass False for prompts from a chat template,

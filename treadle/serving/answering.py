@@ -102,7 +102,7 @@ class Answering:
             rules=served.writer.asked.but(**how.penalties).rules,
             stop=frozenset(served.writer.end),
             until=lambda _, token: growing.add(token),
-            likely=how.likely or 0,
+            likely=how.likely,
         )
 
         def tell(what: Token | Ended) -> None:

@@ -101,7 +101,7 @@ class TextGeneration:
             sampling=settings.sampling,
             rules=self.rules.rules,
             stop=settings.stop,
-            likely=settings.logprobs or 0,
+            likely=settings.logprobs,
             guess=self.guess,
             tally=self.tally,
             special=not settings.chat,
