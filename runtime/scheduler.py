@@ -9,9 +9,10 @@ closes rows.
     scheduler.close()
 
 Between two steps, the scheduler closes the rows of cancelled requests, assigns free rows to waiting requests, and
-prefills one piece of each new prompt, so that a long prompt delays the other rows by one piece at a time. The tokens of
-a request do not depend on other requests: the bits of a row do not depend on the other rows of a step
-(docs/generation.md).
+prefills pieces of new prompts, the oldest prompt first. A step has a budget of tokens: the rows that generate take one
+each, and prompts share the rest. So the time between two tokens of a text does not depend on the number and the length
+of new prompts. The tokens of a request do not depend on other requests: the bits of a row do not depend on the other
+rows of a step (docs/generation.md).
 
 If a slot holds a prefix of a prompt, from a running or a finished text, the prefix is not recomputed
 (`Session.resume`). If another prompt with the same prefix is being prefilled, a prompt waits and continues from that
@@ -35,6 +36,10 @@ from treadle.runtime.generation import Choosing, Token, is_full, prompt_ahead
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
+
+BUDGET = 256
+"""Default maximum number of tokens of a step."""
+_WIDTH = 16  # a piece that is not the end of its prompt is a multiple of this number, as prefill pads to it
 
 
 class Cut(Enum):
@@ -85,7 +90,9 @@ class Load:
     running   open rows
     waiting   requests without a row
     steps     number of steps
-    prefilled, reused, generated   prompt tokens computed, prompt tokens that a slot held, and new tokens
+    prefilled, reused, generated   prompt tokens computed, prompt tokens that were cached, and new tokens
+    filled    filled positions of the open rows
+    cached    bytes of prefixes in host memory
     """
 
     running: int = 0
@@ -94,6 +101,8 @@ class Load:
     prefilled: int = 0
     reused: int = 0
     generated: int = 0
+    filled: int = 0
+    cached: int = 0
 
 
 class QueueFull(UsageError):
@@ -108,11 +117,14 @@ class Ticket:
     """The handle returned to the caller that submitted a request.
 
     reused  number of prompt tokens that were not computed for it; known with the first token
+    waited  seconds until it had a row; None until then
     """
 
     def __init__(self, order: TextOrder, tell: Tell) -> None:
         self.order, self._tell = order, tell
         self.reused = 0
+        self.waited: float | None = None
+        self._submitted = time.monotonic()
         self._is_cancelled = threading.Event()
         self._has_ended = False
 
@@ -129,6 +141,10 @@ class Ticket:
             return Cut.CANCELLED
         late = self.order.until is not None and time.monotonic() > self.order.until
         return Cut.LATE if late else None
+
+    def join(self) -> None:
+        """Record that the request has a row."""
+        self.waited = time.monotonic() - self._submitted
 
     def tell(self, token: Token) -> None:
         """Pass a token to the receiver. An exception that the receiver raises cancels this request only."""
@@ -174,13 +190,19 @@ class _Row:
 class Scheduler:
     """A scheduler of one session's rows for any number of callers.
 
-    queue   maximum number of requests that wait for a row
-    piece   maximum number of prompt tokens prefilled between two steps
+    queue   maximum number of requests that wait for a row while all rows are in use
+    budget  maximum number of tokens of a step: one for each row that generates, and the tokens of prompts that are
+            prefilled before it. If rows leave no budget, prompts advance by one token
+
+    Raises UsageError for a budget below one token.
     """
 
-    def __init__(self, session: Session, *, queue: int = 256, piece: int | None = None) -> None:
-        self.session, self.queue = session, queue
-        self.piece = min(piece or session.chunk, session.chunk)
+    def __init__(self, session: Session, *, queue: int = 256, budget: int = BUDGET) -> None:
+        if budget < 1:
+            raise UsageError("a step needs a budget of 1 token or more", received=repr(budget))
+        self.session, self.queue, self.budget = session, queue, budget
+        self._places = session.free + len(session.rows)
+        self._joined = 0  # requests that left the queue for a row and have not ended
         self._waiting: deque[Ticket] = deque()
         self._rows: list[_Row] = []
         self._changed = threading.Condition()
@@ -201,17 +223,20 @@ class Scheduler:
         accepted.
 
         Raises UsageError for an empty prompt, an id outside the vocabulary, a prompt longer than a row, and more
-        requests than the queue can hold; QueueFull if too many requests are waiting; Closed after `close`.
+        requests than the rows and the queue can hold; QueueFull if too many requests are waiting; Closed after `close`.
         """
         for order, _ in orders:
             self.check(order.prompt)
-        if len(orders) > self.queue:
-            raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
+        if len(orders) > self._places + self.queue:
+            raise UsageError(
+                f"{len(orders)} texts at once, and at most {self._places + self.queue} may be generated or wait"
+            )
         tickets = [Ticket(order, tell) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")
-            if len(self._waiting) + len(orders) > self.queue:
+            room = self.queue + self._places - self._joined  # free rows are assigned before the next step
+            if len(self._waiting) + len(orders) > room:
                 raise QueueFull(f"the request queue is full: {len(self._waiting)} texts wait", hint="try again later")
             self._waiting.extend(tickets)
             self._load = replace(self._load, waiting=len(self._waiting))
@@ -266,8 +291,11 @@ class Scheduler:
                 self._choose_and_step()
             except Exception as error:  # a call for several rows failed: none of them can continue
                 self._fail(error)
+            filled = sum(self.session.length(each.row) for each in self._rows)
             with self._changed:
-                self._load = replace(self._load, running=len(self._rows))
+                self._load = replace(
+                    self._load, running=len(self._rows), filled=filled, cached=self.session.cached_bytes
+                )
         self._give_up(self._closing or Cut.CLOSED)
 
     def _has_work(self) -> bool:
@@ -296,10 +324,17 @@ class Scheduler:
                     return
                 ticket = self._waiting.popleft()
                 self._load = replace(self._load, waiting=len(self._waiting))
+                self._joined += ticket.order.choosing.most > 0
+            ticket.join()
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
-            self._rows.append(self._begun(ticket, self._rows))
+            try:
+                self._rows.append(self._begun(ticket, self._rows))
+            except Exception as error:
+                with self._changed:
+                    self._joined -= 1
+                ticket.end(_typed(error))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
         """Return a row for a request. The row resumes from a prefix that a slot holds, or waits for a row of `before`
@@ -332,15 +367,23 @@ class Scheduler:
             self._load = replace(self._load, reused=self._load.reused + count)
 
     def _prefill(self) -> None:
-        """Prefill a piece of each incomplete prompt."""
-        pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left and each.ahead is None}
+        """Prefill pieces of incomplete prompts, the oldest first, within the budget that the other rows leave."""
+        room = max(1, self.budget - sum(each.logits is not None for each in self._rows))
+        pieces: dict[int, list[int]] = {}
+        for each in self._rows:
+            if each.left and each.ahead is None and room:
+                size = min(len(each.left), room, self.session.chunk)
+                room -= size
+                if _WIDTH < size < len(each.left):
+                    size -= size % _WIDTH
+                pieces[each.row] = each.left[:size]
         if not pieces:
             return
         logits = self.session.prefill(pieces)
         for each in self._rows:
             if each.row not in pieces:
                 continue
-            each.left = each.left[self.piece :]
+            each.left = each.left[len(pieces[each.row]) :]
             if not each.left:
                 each.logits = logits[each.row]
         with self._changed:
@@ -377,19 +420,19 @@ class Scheduler:
         try:
             each.made.append(order.choosing.choose(logits, order.number, order.prompt, each.made))
             return order.choosing.token(logits, order.number, each.made, is_full(self.session, each.row))
-        except TreadleError as error:
-            self._leave(each, error)
         except Exception as error:
-            self._leave(each, _unforeseen(error))
+            self._leave(each, _typed(error))
         return None
 
     def _leave(self, each: _Row, why: Cut | TreadleError | None, *, keep: bool = True) -> None:
         self._rows.remove(each)
         self.session.close(each.row, keep=keep)
+        with self._changed:
+            self._joined -= 1
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
-        failure = error if isinstance(error, TreadleError) else _unforeseen(error)
+        failure = _typed(error)
         for each in list(self._rows):
             self._leave(each, failure, keep=False)  # their states are undefined after the failed call
 
@@ -400,10 +443,12 @@ class Scheduler:
             self._closing = why
             left = list(self._waiting)
             self._waiting.clear()
-            self._load = replace(self._load, running=0, waiting=0)
+            self._load = replace(self._load, running=0, waiting=0, filled=0)
         for ticket in left:
             ticket.end(why)
 
 
-def _unforeseen(error: Exception) -> TreadleError:
+def _typed(error: Exception) -> TreadleError:
+    if isinstance(error, TreadleError):
+        return error
     return TreadleError("a step failed", received=f"{type(error).__name__}: {error}"[:300])

@@ -27,6 +27,7 @@ from treadle.ir.sizing.size_bounds import Bounds
 from treadle.passes.stepping.derivation import DerivedStep
 from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.runtime.language_models import token_ports
+from treadle.runtime.prefix_cache import PrefixCache
 from treadle.runtime.slots import Ring, Row, Slots
 
 Array = np.ndarray[Any, Any]
@@ -212,6 +213,27 @@ class Session:
         if not self.resumes or inputs:
             return self.open(**inputs)
         return self._slots.resume(ids)
+
+    def cache_prefixes(self, limit: int) -> None:
+        """Store texts that lose their slots in host memory, up to `limit` bytes. `resume` continues from them, too.
+
+        Raises UsageError if the session does not reuse prefixes, or if the states of a text depend on more than its
+        prefix: in a model with windows or running sums.
+        """
+        if not self.resumes or self.derived.windows or self.derived.carries or self.derived.memories:
+            raise UsageError(
+                f"rows of {self.derived.graph.name} cannot resume from prefixes in host memory",
+                received="the session does not reuse prefixes"
+                if not self.resumes
+                else "the model has windows or running sums",
+                hint="no prefix cache",
+            )
+        self._slots.cache = PrefixCache(_positive("limit", limit))
+
+    @property
+    def cached_bytes(self) -> int:
+        """Size of the prefixes in host memory in bytes."""
+        return 0 if self._slots.cache is None else self._slots.cache.nbytes
 
     def prefix_length(self, tokens: Sequence[int]) -> int:
         """Return the number of tokens that a row from `resume` would hold now."""

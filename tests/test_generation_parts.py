@@ -37,7 +37,7 @@ def test_defaults_of_missing_settings() -> None:
     assert PromptLookup() == PromptLookup(3, 8)
     assert SpeculationTally() == SpeculationTally(0, 0, 0, 0, math.inf)
     assert Row() == Row([], 0, [], is_lost=False, written=0)
-    assert Load() == Load(0, 0, 0, 0, 0, 0)
+    assert Load() == Load(0, 0, 0, 0, 0, 0, 0, 0)
     assert TextOrder((1,), Choosing(3)) == TextOrder((1,), Choosing(3), 0, None)
     assert (session.CHUNK, LEAST) == (256, 16)
 
@@ -564,18 +564,18 @@ def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
 
 def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     _, own = opened(chunk=9)
-    assert (Scheduler(own).queue, Scheduler(own).piece) == (256, 9)
-    assert [Scheduler(own, piece=piece).piece for piece in (5, 99)] == [5, 9]
+    assert (Scheduler(own).queue, Scheduler(own).budget) == (256, 256)
     made, events = Scheduler(own, queue=2), list[Any]()
     order = (TextOrder((1,), Choosing(3)), events.append)
-    with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
-        made.submit([order] * 3)
-    made.submit([order] * 2)
-    with pytest.raises(QueueFull, match="queue is full: 2 texts wait"):
+    with pytest.raises(UsageError, match="11 texts at once, and at most 10 may be generated or wait"):
+        made.submit([order] * 11)
+    made.submit([order] * 9)
+    made.submit([order])
+    with pytest.raises(QueueFull, match="queue is full: 10 texts wait"):
         made.submit([order])
-    assert made.load() == Load(waiting=2)
+    assert made.load() == Load(waiting=10)
     made.close()
-    assert events == [Ended(Cut.CLOSED)] * 2
+    assert events == [Ended(Cut.CLOSED)] * 10
     with pytest.raises(UsageError, match="the scheduler is closed"):
         made.submit([order])
     for prompt in ((0,) * 100, (59,)):
@@ -588,7 +588,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
 def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     """Loads are read when the second token of each text is reported, and after all texts have ended."""
     _, own = opened(rows=2, chunk=4)
-    made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
+    made, loads, ends = Scheduler(own, budget=6), list[Load](), list[Any]()
 
     def tell(event: Any) -> None:
         (ends if isinstance(event, Ended) else loads).append(made.load())
@@ -600,7 +600,7 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     assert made._thread.daemon, "it does not keep the process alive"
     made.close(drain=60.0)
     assert len(ends) == 3
-    assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)
+    assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2, filled=12)
     assert made.load() == Load(steps=2, prefilled=15, generated=6)
 
 
@@ -629,5 +629,5 @@ def test_an_end_is_told_once_whatever_the_receiver_raises() -> None:
 
 
 def test_unexpected_errors_are_short() -> None:
-    error = scheduler._unforeseen(ValueError("e" * 300))
+    error = scheduler._typed(ValueError("e" * 300))
     assert (error.what, error.received) == ("a step failed", "ValueError: " + "e" * 288)
