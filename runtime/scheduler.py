@@ -258,6 +258,11 @@ class Scheduler:
             known = "0 or more" if most is None else f"0 to {most - 1}"
             raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
 
+    @property
+    def positions(self) -> int:
+        """Number of positions of all rows."""
+        return self._places * self.session.capacity
+
     def load(self) -> Load:
         """The current load and the totals."""
         with self._changed:

@@ -26,65 +26,74 @@ from treadle.serving.running import CONNECTIONS, serve
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
-class _Uvicorn:
-    """A stand-in for the package that records its arguments."""
+class _Recorder:
+    """A stand-in for uvicorn and its server that records its arguments."""
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
         self.handlers: list[Any] = []
         self.listening: Any = None
+        self.drain = 0.0
+        self.signals: list[int] = []
 
-    def Config(self, application: Any, **settings: Any) -> Any:
+    def config(self, application: Any, **settings: Any) -> Any:
         self.settings = {"application": application, **settings}
         return "config"
 
-    def Server(self, config: Any) -> Any:
+    def process(self, config: Any, server: Any, drain: float, ready: Any) -> Any:
         assert config == "config"
-        return SimpleNamespace(run=self.run)
+        self.drain, self.ready = drain, ready
+        return SimpleNamespace(run=self.run, handle_exit=lambda number, frame: self.signals.append(number))
 
     def run(self, sockets: list[socket.socket]) -> None:
         (self.listening,) = sockets
         assert self.listening.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
         socket.create_connection(self.listening.getsockname()[:2], timeout=10).close()
         self.handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        if threading.current_thread() is threading.main_thread():
+            signal.raise_signal(signal.SIGTERM)
+        self.ready()
 
 
 @pytest.fixture
-def uvicorn(monkeypatch: pytest.MonkeyPatch) -> _Uvicorn:
-    made = _Uvicorn()
-    monkeypatch.setattr(running, "uvicorn", made)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> _Recorder:
+    made = _Recorder()
+    monkeypatch.setattr(running.uvicorn, "Config", made.config)
+    monkeypatch.setattr(running, "_Process", made.process)
     return made
 
 
-@pytest.mark.parametrize(("drain", "seconds"), [(None, 30), (0.2, 1), (2.6, 3)])
-def test_a_server_listens_before_it_says_so(drain: float | None, seconds: int, uvicorn: _Uvicorn) -> None:
+@pytest.mark.parametrize(("drain", "seconds"), [(None, 30.0), (0.2, 0.2)])
+def test_a_server_listens_before_it_says_so(drain: float | None, seconds: float, recorder: _Recorder) -> None:
     said: list[str] = []
     given: dict[str, Any] = {"limits": Limits(), "ready": said.append}
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     serve([], host="127.0.0.1", port=0, **given, **({} if drain is None else {"drain": drain}))
     (address,) = said
     assert address.startswith("http://127.0.0.1:") and address.endswith("/v1")
-    assert uvicorn.settings.pop("application") is not None
-    assert uvicorn.settings == {
+    assert recorder.settings.pop("application") is not None
+    assert recorder.settings == {
         "log_level": "warning",
         "access_log": False,
         "server_header": False,
         "limit_concurrency": 1024,
-        "timeout_graceful_shutdown": seconds,
+        "timeout_graceful_shutdown": 2,
     }
+    assert recorder.drain == seconds
     assert CONNECTIONS == 1024
-    assert uvicorn.listening.fileno() == -1, "it is closed"
-    assert all(mine is not other for mine, other in zip(uvicorn.handlers, before, strict=True))
+    assert recorder.signals == [signal.SIGTERM], "a signal before uvicorn has its handlers ends the server, too"
+    assert recorder.listening.fileno() == -1, "it is closed"
+    assert all(mine is not other for mine, other in zip(recorder.handlers, before, strict=True))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_server_in_a_thread_leaves_signals_alone(uvicorn: _Uvicorn) -> None:
+def test_a_server_in_a_thread_leaves_signals_alone(recorder: _Recorder) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     how: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "limits": Limits()}
     thread = threading.Thread(target=serve, args=([],), kwargs=how)
     thread.start()
     thread.join(20)
-    assert uvicorn.handlers == before
+    assert recorder.handlers == before
 
 
 def test_server_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +133,16 @@ def writer(context: int | None = None, **more: Any) -> Any:
         made.sessions.append(how)
         return SimpleNamespace(chunk=9, rows=(), free=3, capacity=how["capacity"], nbytes=2_600_000, vocabulary=5)
 
+    made.positions = None
     made.model = SimpleNamespace(derived=SimpleNamespace(context=context), session=session)
     return made
 
 
 @pytest.mark.parametrize(("context", "capacity"), [(None, 50), (49, 49), (51, 50)])
-def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int) -> None:
+def test_rows_are_as_long_as_the_model_takes(
+    context: int | None, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "free_memory", lambda: None)
     held = writer(context)
     served = ServedWriter("m", held, rows=3, capacity=50, queue=4)
     assert held.sessions == [{"rows": 3, "capacity": capacity, "resumes": None}]
@@ -140,7 +153,7 @@ def test_rows_are_as_long_as_the_model_takes(context: int | None, capacity: int)
 def test_prompts_and_talks_are_read_as_tokens() -> None:
     """The text of a conversation already contains its special tokens."""
     closed: list[Any] = []
-    template = SimpleNamespace(render=lambda messages: f"<{messages[0]}>", close=lambda: closed.append(1))
+    template = SimpleNamespace(render=lambda messages, **values: f"<{messages[0]}>", close=lambda: closed.append(1))
     asked: list[Any] = []
 
     def tokens(texts: list[str], **how: Any) -> list[list[int]]:
@@ -151,7 +164,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     templates = [template]
     held = writer(tokens=tokens, chat_template=lambda: templates.pop(), tokenizer=shows)
     served = ServedWriter("m", held, rows=1, capacity=5, queue=4)
-    assert served.prompt_ids(Prompt(text="a")) == served.chat_ids(["b"]) == served.chat_ids(["c"]) == (1, 2)  # type: ignore[list-item]
+    assert served.prompt_ids(Prompt(text="a")) == served.chat_ids(["b"], {}) == served.chat_ids(["c"], {}) == (1, 2)  # type: ignore[list-item]
     assert served.prompt_ids(Prompt(ids=(3,))) == (3,)
     assert asked == [(["a"], {}), (["<b>"], {"special": False}), (["<c>"], {"special": False})]
     assert served.shown(4) == "[4]"
@@ -160,7 +173,7 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
     assert (error.value.status, error.value.field) == (400, "prompt")
     held.tokens = lambda texts, **how: [[]]
     with pytest.raises(RequestRefusal, match="the prompt has no tokens; a prompt of at least one token") as error:
-        served.chat_ids(["d"])  # type: ignore[list-item]
+        served.chat_ids(["d"], {})  # type: ignore[list-item]
     assert (error.value.status, error.value.field) == (400, "messages")
     served.close(drain=0.0)
     assert closed == [1]
@@ -168,11 +181,11 @@ def test_prompts_and_talks_are_read_as_tokens() -> None:
 
 def test_waiting_embedding_requests_are_counted() -> None:
     waiting: list[int] = []
-    embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts: waiting.append(served._waiting))
+    embedder: Any = SimpleNamespace(width=3, embed_reporting=lambda texts: waiting.append(served._present))
     served = ServedEmbedder("m", embedder, queue=1)
     for _ in range(2):
         served.embed(["a"])
-    assert [*waiting, served._waiting] == [1, 1, 0]
+    assert [*waiting, served._present] == [1, 1, 0]
     assert served.description == "embeddings of 3 numbers"
 
 
@@ -200,11 +213,12 @@ def test_a_model_is_opened_under_its_name(model: str, name: str, place: str, mon
     """The model is opened for generation, or, if it generates nothing, for embeddings."""
     given: list[Any] = []
     held = writer()
+    monkeypatch.setattr(models, "free_memory", lambda: None)
     monkeypatch.setattr(CompileOptions, "open", lambda self, model: model)
     monkeypatch.setattr(models.TextWriter, "open", lambda *words, **how: given.append((words, how)) or held)
     monkeypatch.setattr(models.SentenceEmbedder, "open", lambda *words, **how: given.append((words, how)) or "e")
     opening = Opening()
-    assert opening == Opening(16, 2048, 256, None)
+    assert opening == Opening(None, None, 256, None, None, None, clips=False)
     assert (ROWS, CAPACITY, QUEUE) == (16, 2048, 256)
     options = {"backend": "numpy", "target": Target("cpu"), "layers": 1}
     served = Opening(2, 30, 4, resumes=True).open(model, cache="bf16", **options)

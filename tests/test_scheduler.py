@@ -402,7 +402,9 @@ def test_a_prefix_that_lost_its_slot_is_read_from_host_memory(model: Compiled) -
     wanted = alone(model, prompt, Choosing(4))
     for number in range(6):
         heard = Heard()
-        (ticket,) = scheduler.submit([(TextOrder(prompt if number in (0, 5) else (50 + number,) * 20, Choosing(4)), heard)])
+        (ticket,) = scheduler.submit(
+            [(TextOrder(prompt if number in (0, 5) else (50 + number,) * 20, Choosing(4)), heard)]
+        )
         assert heard.wait() == (wanted if number in (0, 5) else alone(model, (50 + number,) * 20, Choosing(4)))
         assert ticket.reused == (32 if number == 5 else 0)
     scheduler.close()

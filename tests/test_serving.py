@@ -309,10 +309,41 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "prompt", "a row of the session takes 64"),
     ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be an integer"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "n", "asks for 200 texts"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, and at most 40 may wait"),
+    (
+        "/completions",
+        {**COMPLETION, "prompt": ["a"] * 60},
+        400,
+        None,
+        "60 texts at once, and at most 44 may be generated or wait",
+    ),
     ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of selects among"),
-    ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
-    ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
+    ("/completions", {**COMPLETION, "echo": True, "logprobs": 1}, 400, "echo", "echo with logprobs asks for"),
+    ("/completions", {**COMPLETION, "logit_bias": {"99999": 1}}, 400, "logit_bias", "token 99999 is not in the voc"),
+    ("/completions", {**COMPLETION, "logit_bias": {"5": 101}}, 400, "logit_bias", "numbers from -100 to 100"),
+    ("/completions", {**COMPLETION, "logit_bias": {"x": 1}}, 400, "logit_bias", "token ids with numbers"),
+    ("/completions", {**COMPLETION, "frequency_penalty": 2.5}, 400, "frequency_penalty", "a number from -2 to 2"),
+    ("/completions", {**COMPLETION, "stop_token_ids": [99999]}, 400, "stop_token_ids", "token 99999 is not in the"),
+    ("/completions", {**COMPLETION, "stop_token_ids": 5}, 400, "stop_token_ids", "a list of at most 128 token ids"),
+    ("/completions", {**COMPLETION, "min_tokens": 5, "max_tokens": 4}, 400, "min_tokens", "at most max_tokens, 4"),
+    ("/completions", {**COMPLETION, "ignore_eos": "yes"}, 400, "ignore_eos", "ignore_eos must be true or false"),
+    ("/completions", {**COMPLETION, "max_tokens": 65}, 400, "max_tokens", "leaves room for 64: tiny takes 64 tokens"),
+    ("/chat/completions", {**CHAT, "max_completion_tokens": 64}, 400, "context_length_exceeded", "leaves room for"),
+    ("/chat/completions", {**CHAT, "reasoning_effort": "low"}, 400, "reasoning_effort", "no such variable"),
+    (
+        "/chat/completions",
+        {**CHAT, "chat_template_kwargs": {"thinking": True}},
+        400,
+        "chat_template_kwargs",
+        "chat_template_kwargs.thinking is not supported",
+    ),
+    (
+        "/chat/completions",
+        {**CHAT, "chat_template_kwargs": {"messages": []}},
+        400,
+        "chat_template_kwargs",
+        "chat_template_kwargs.messages is not supported",
+    ),
+    ("/chat/completions", {**CHAT, "chat_template_kwargs": []}, 400, "chat_template_kwargs", "must be an object"),
     ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "nonempty strings"),
     ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
     ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "needs stream to be true"),
@@ -389,12 +420,12 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
         width = 3
 
         def embed_reporting(self, texts: list[str]) -> Any:
-            with pytest.raises(RequestRefusal, match="1 requests are waiting; try again later") as late:
+            with pytest.raises(RequestRefusal, match="0 requests are waiting; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
             raise UsageError("no such text", received="a", hint="another")
 
-    served = ServedEmbedder("vectors", Failing(), queue=1)  # type: ignore[arg-type]
+    served = ServedEmbedder("vectors", Failing(), queue=0)  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(RequestRefusal, match=r"^no such text; received a; another$") as error:
             served.embed(["a"])

@@ -24,6 +24,7 @@ class Flag:
     metavar   the placeholder of the value in `--help`; "": the flag has no value
     parse     converts the string, or all strings of a repeatable flag, to the option's value
     many      True if the flag is repeatable
+    negated   True if --no-NAME exists, too; without either, the value is None
     least, most  bounds of a number
     complete  the kind of values for shell completion: "model", "backend" or "target"
     """
@@ -32,6 +33,7 @@ class Flag:
     metavar: str = ""
     parse: Callable[[Any], Any] = lambda value: value
     many: bool = False
+    negated: bool = False
     least: float | None = None
     most: float | None = None
     complete: str | None = None
