@@ -9,8 +9,8 @@ _GROUPS = (  # version 2 and version 1 of control groups
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""The folder of a control group, its files with the limit and the use, and the entry of `memory.stat` with the file cache
-that the kernel can drop.
+"""The folder of a control group, its files with the limit and the use, and the entry of `memory.stat` with the file
+cache that the kernel can drop.
 """
 
 

@@ -22,8 +22,8 @@ from treadle.ir.errors import UsageError
 Array = np.ndarray[Any, Any]
 
 _FLOORS = (1e-3, 1e-7, 0.0)
-"""Least weights of the tokens that are sorted, relative to the largest weight. Each is tried if the tokens above the one
-before it are not enough for the draw. Nearly all draws need the first one, which a few hundred tokens of 50,000 reach.
+"""Least weights of the tokens that are sorted, relative to the largest weight. Each is tried if the tokens above the
+one before it are not enough for the draw. Most draws need the first one only.
 """
 
 

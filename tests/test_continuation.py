@@ -449,8 +449,8 @@ class CountedTokenizer:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_growing_text_decodes_its_tail_only(folder: Path, seed: int) -> None:
-    """The pieces of a text, of characters of several bytes and of random ids, are the decoded text. The number of tokens
-    decoded at a time does not grow with the text.
+    """The pieces of a text, of characters of several bytes and of random ids, are the decoded text. The number of
+    tokens decoded at a time does not grow with the text.
     """
     tokenizer = TextTokenizer.open(folder, cut=False)
     rng = np.random.default_rng(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from treadle.files import free_memory
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.program.options import CompileOptions
@@ -22,6 +24,7 @@ from treadle.serving.models import CAPACITY, QUEUE, ROWS, Opening, ServedEmbedde
 from treadle.serving.refusals import RequestRefusal, refused
 from treadle.serving.requests import Prompt
 from treadle.serving.running import CONNECTIONS, serve
+from treadle.serving.serving_settings import ServingSettings
 
 # -- the process -------------------------------------------------------------------------------------------------------
 
@@ -148,6 +151,108 @@ def test_rows_are_as_long_as_the_model_takes(
     assert held.sessions == [{"rows": 3, "capacity": capacity, "resumes": None}]
     assert served.scheduler.queue == 4
     assert served.description == f"3 rows of {capacity} tokens, 3 MB of caches"
+
+
+@pytest.mark.parametrize(
+    ("free", "rows"), [(None, 16), (32 * 2_600_000, 16), (32 * 2_600_000 - 1, 15), (8_000_000, 1), (2_600_000, 1)]
+)
+def test_rows_are_as_many_as_half_of_the_free_memory_takes(
+    free: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "free_memory", lambda: free)
+    held = writer()
+    served = ServedWriter("m", held)
+    assert held.sessions[-1] == {"rows": rows, "capacity": 2048, "resumes": None}
+    assert bool(served.notes) == (rows < 16)
+    assert all("of memory are free" in note for note in served.notes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "free"), [({"rows": 3}, 7_000_000), ({}, 2_000_000), ({"rows": 2, "prefixes": 10**9}, 10**9)]
+)
+def test_caches_larger_than_memory_are_refused(sizes: Any, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "free_memory", lambda: free)
+    with pytest.raises(UsageError, match="there is not enough memory for the caches of m") as error:
+        ServedWriter("m", writer(), **sizes)
+    assert str(error.value.received).endswith("are free")
+
+
+def test_a_context_beyond_the_models_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "free_memory", lambda: None)
+    held = writer()
+    held.positions = 8192
+    served = ServedWriter("m", held, rows=1, capacity=20_000)
+    assert served.notes == ["m has 8,192 positions, so its rows have 8,192 tokens, not 20,000"]
+    assert held.sessions == [{"rows": 1, "capacity": 8192, "resumes": None}]
+    assert ServedWriter("m", held, rows=1).notes == []
+
+
+def test_free_memory_is_the_least_of_the_machines_and_the_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(free_memory, "_GROUPS", [(tmp_path, "max", "current", "inactive_file")])
+    assert free_memory.free_memory() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n")
+    assert free_memory.free_memory() == 5120
+    for name, text in (("max", "max"), ("current", "4000"), ("memory.stat", "anon 1\ninactive_file 1000\n")):
+        (tmp_path / name).write_text(text)
+    assert free_memory.free_memory() == 5120, "the group has no limit"
+    (tmp_path / "max").write_text("6000\n")
+    assert free_memory.free_memory() == 3000
+
+
+@pytest.mark.parametrize(
+    ("given", "report"),
+    [
+        ({"prefix_cache": "much"}, "prefix_cache must be a number of bytes"),
+        ({"log_file": Path("x")}, "only --log accepts --log-file"),
+        ({"origins": ("example.org",)}, "an origin is a scheme and a host"),
+        ({"origins": ("*", "https://a.b/c")}, "an origin is a scheme and a host"),
+        ({"log": "xml"}, "there is no such format of the request log"),
+        ({"log": "json", "log_file": Path("/nowhere/x")}, "the request log /nowhere/x cannot be written"),
+    ],
+)
+def test_settings_of_a_server(given: dict[str, Any], report: str) -> None:
+    with pytest.raises(UsageError, match=report):
+        ServingSettings(**given).open_log()
+    whole = ServingSettings(prefix_cache="2MB", step_tokens=9, rows=3, origins=("*", "http://a.b:9"))
+    assert whole.opening == Opening(3, None, 256, None, 9, 2_000_000, clips=False)
+    assert (whole.open_log(), whole.read_key(), whole.limits) == (None, None, Limits())
+
+
+def test_a_template_gets_the_variables_that_it_uses() -> None:
+    served = ServedWriter.__new__(ServedWriter)
+    served.name = "m"
+    template: Any = SimpleNamespace(
+        variables=frozenset({"mood", "messages", "bos", "reasoning_effort"}), special=["bos"]
+    )
+    found = served._template_values(template, {"mood": 1, "reasoning_effort": "none"})
+    assert found == {"mood": 1, "reasoning_effort": "none"}
+    for name, field in (("messages", "chat_template_kwargs"), ("bos", "chat_template_kwargs")):
+        with pytest.raises(RequestRefusal, match=f"chat_template_kwargs.{name} is not supported") as error:
+            served._template_values(template, {name: 1})
+        assert (error.value.status, error.value.field) == (400, field)
+    template.variables = frozenset({"mood"})
+    assert served._template_values(template, {"reasoning_effort": "none"}) == {}
+    with pytest.raises(RequestRefusal, match="reasoning_effort is not supported"):
+        served._template_values(template, {"reasoning_effort": "low"})
+
+
+def test_a_number_of_tokens_beyond_a_row_is_refused_or_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "free_memory", lambda: None)
+    served = ServedWriter("m", writer(), rows=1, capacity=10)
+    how: Any = SimpleNamespace(most=7, default=16, most_field="max_tokens")
+    assert served.most_tokens((1,) * 4, how) == 7
+    with pytest.raises(RequestRefusal, match="max_tokens is 7, and a prompt of 5 tokens leaves room for 6") as error:
+        served.most_tokens((1,) * 5, how)
+    assert (error.value.status, error.value.field, error.value.code) == (400, "max_tokens", "context_length_exceeded")
+    served.clips = True
+    assert served.most_tokens((1,) * 5, how) == 6
+    how.most = None
+    assert served.most_tokens((1,) * 5, how) == 6, "a default is reduced in any case"
+    how.default = None
+    assert served.most_tokens((1,) * 2, how) == 9
 
 
 def test_prompts_and_talks_are_read_as_tokens() -> None:

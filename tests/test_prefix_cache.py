@@ -1,4 +1,4 @@
-"""The cache of prefixes in host memory: shared blocks, the limit in bytes, and rows of a session that resume from it."""
+"""The cache of prefixes in host memory: shared blocks, the limit in bytes, and rows that resume from it."""
 
 from __future__ import annotations
 

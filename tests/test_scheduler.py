@@ -361,8 +361,8 @@ def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, sch
     ],
 )
 def test_a_step_has_a_budget_of_tokens(model: Compiled, budget: int, pieces: list[list[int]]) -> None:
-    """A text runs, and then three prompts of 40, 20 and 11 tokens join. The oldest is prefilled first. The texts are the
-    same as alone for each budget.
+    """A text runs, and then three prompts of 40, 20 and 11 tokens join. The oldest is prefilled first. The texts are
+    the same as alone for each budget.
     """
     session = model.session(rows=4, capacity=CAPACITY, chunk=32)
     scheduler, long, heard = Scheduler(session, budget=budget), Heard(), [Heard() for _ in range(3)]

@@ -44,8 +44,8 @@ class Piece:
     id      the token's id
     ending  the reason why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it
             does not end
-    logprob the natural logarithm of the probability that the model gave the token; None if the caller did not request log
-            probabilities
+    logprob the natural logarithm of the probability that the model gave the token; None if the caller did not request
+            log probabilities
     likely  the most likely tokens at this position with their logprobs, as many as the caller requested
     """
 
@@ -121,7 +121,7 @@ class GrowingText:
         return new
 
     def _settle(self) -> None:
-        """Settle the first half of the tail, if its text was returned and the text of the rest does not depend on it."""
+        """Settle the first half of the tail if its text was returned and the text of the rest does not depend on it."""
         at = (self._context + len(self._ids)) // 2  # moves on, since the first try may be within a character
         first = self.tokenizer.text(self._ids[:at])[len(self._passed) :]
         passed = self.tokenizer.text(self._ids[at - _CONTEXT : at])

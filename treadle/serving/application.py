@@ -309,8 +309,9 @@ class Server:
         choices = [GrowingChoice(i) for i in range(len(prompts) * how.choices)]
         for choice in choices if echoed else ():
             choice.prompt = echoed[choice.index // how.choices]
+        started = time.monotonic()  # the scheduler's thread may begin before the next statement
         answering = Answering(served, prompts, how, seconds=self.limits.seconds)
-        bursts = self._timed(answering, served, choices, exchange)
+        bursts = self._timed(answering, served, choices, exchange, started)
         if how.streams:
             first = asyncio.ensure_future(anext(bursts, None))  # an error before the first token sets the status
             await asyncio.wait([first])
@@ -332,10 +333,17 @@ class Server:
         return _json(answer.whole(choices, answering.read))
 
     async def _timed(
-        self, answering: Answering, served: ServedWriter, choices: Sequence[GrowingChoice], exchange: Exchange
+        self,
+        answering: Answering,
+        served: ServedWriter,
+        choices: Sequence[GrowingChoice],
+        exchange: Exchange,
+        started: float,
     ) -> AsyncIterator[list[TokenEvent]]:
-        """Yield the events. Record their times in the metrics, and the facts of the texts in the log."""
-        started = time.monotonic()
+        """Yield the events. Record their times in the metrics, and the facts of the texts in the log.
+
+        started  the time on the monotonic clock before the texts were submitted
+        """
         last: dict[int, float] = {}
         try:
             async for burst in answering:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,7 +121,7 @@ class Observed:
 def _line(scope: Any, exchange: Exchange, seconds: float) -> dict[str, Any]:
     client = scope.get("client")
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "id": exchange.id,
         "client": client[0] if client else None,
         "method": scope["method"],

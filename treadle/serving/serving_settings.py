@@ -41,7 +41,7 @@ class ServingSettings:
     )
     step_tokens: int | None = declare(
         None,
-        "Maximum number of tokens computed between two tokens of a text: prompts are split into chunks. By default 256.",
+        "Maximum number of tokens of a step; longer prompts are split into chunks. By default 256.",
         flag=Flag("step-tokens", "N", least=1),
     )
     queue: int = declare(
@@ -54,7 +54,7 @@ class ServingSettings:
         "If max_tokens exceeds the context, generate fewer tokens in place of HTTP status 400.",
         flag=Flag("clip-max-tokens"),
     )
-    key_file: Path | None = declare(
+    key_file: Path | None = declare(  # noqa: RUF009
         None, "File with the API key that clients must send.", flag=Flag("key-file", "FILE")
     )
     resumes: bool | None = declare(
@@ -68,7 +68,7 @@ class ServingSettings:
         flag=Flag("prefix-cache", "512MB"),
     )
     log: str | None = declare(None, "Log requests: json writes a line of JSON for each.", flag=Flag("log", "json"))
-    log_file: Path | None = declare(
+    log_file: Path | None = declare(  # noqa: RUF009
         None, "With --log: append to this file. By default standard error.", flag=Flag("log-file", "FILE")
     )
     origins: Sequence[str] = declare(
