@@ -20,6 +20,7 @@ from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
+from treadle.runtime.guess_pace import GuessPace
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, speculate
@@ -217,7 +218,8 @@ class TextWriter:
         stop    strings that end a text; they are not part of the text
         likely  number of most likely tokens to report with each token, and its log probability; None: no log
                 probabilities
-        guess   the draft method of speculative decoding; prompts are then continued one after another
+        guess   the draft method of speculative decoding; prompts are then continued one after another. The lengths of
+                guesses follow from measured times, so that speculation is used only where it saves time
         tally   counts the drafted tokens and the accepted ones
         special True if the tokenizer adds its special tokens to a prompt; pass False for prompts from a chat template,
                 which already has them
@@ -235,7 +237,8 @@ class TextWriter:
         if guess is None:
             tokens = generate(self._session(rows, most, min(len(rows), MOST_ROWS)), rows, **options)
         else:
-            tokens = speculate(self._session(rows, most, 1), rows, guess=guess, tally=tally, **options)
+            how: dict[str, Any] = {"guess": guess, "tally": tally, "pace": GuessPace(tries=not guess.is_cheap)}
+            tokens = speculate(self._session(rows, most, 1), rows, **how, **options)
         return self._pieces(tokens, growing)
 
     def searched(

@@ -66,7 +66,7 @@ class TextGeneration:
         writer = TextWriter.open(model, stepped=stepped, **options)
         if settings.most != DecodingSettings.most:  # the default applies to models with fewer positions, too
             writer.check_count(settings.most, "most", "--tokens")
-        guess: Guess | None = PromptLookup() if settings.speculate else None
+        guess: Guess | None = PromptLookup(count=16) if settings.speculate else None
         if settings.draft is not None:
             how: dict[str, Any] = {"backend": chosen.backend, "target": chosen.target, "cache": chosen.cache}
             guess = TextWriter.open(settings.draft, **how).draft_for(writer)
