@@ -67,8 +67,8 @@ class Sampling:
             return best
         drawn = np.random.default_rng([self.seed, row, step]).random()
         weights = self._weights(logits)
-        largest, total = self._largest(logits, weights, drawn)
-        rank = min(int(np.searchsorted(np.cumsum(largest), drawn * total, side="right")), len(largest) - 1)
+        largest, sums, total = self._largest(logits, weights, drawn)
+        rank = min(int(np.searchsorted(sums, drawn * total, side="right")), len(largest) - 1)
         (ids,) = np.nonzero(weights == largest[rank])
         return int(ids[rank - np.count_nonzero(largest > largest[rank])])
 
@@ -77,7 +77,7 @@ class Sampling:
         their probabilities, which sum to 1.
         """
         weights = self._weights(logits)
-        largest, total = self._largest(logits, weights, np.inf)
+        largest, _, total = self._largest(logits, weights, np.inf)
         return most_likely(weights, len(largest)), largest / total
 
     def _weights(self, logits: Array) -> Array:
@@ -87,9 +87,9 @@ class Sampling:
         scores /= max(self.temperature, 1e-300)
         return np.exp(scores, out=scores)
 
-    def _largest(self, logits: Array, weights: Array, share: float) -> tuple[Array, float]:
-        """Return the largest of the weights that can be drawn, in order, and the sum of all weights that can be drawn.
-        The returned weights have more than this share of the sum, or they are all.
+    def _largest(self, logits: Array, weights: Array, share: float) -> tuple[Array, Array, float]:
+        """Return the largest of the weights that can be drawn, in order, their cumulative sums, and the sum of all
+        weights that can be drawn. The returned weights have more than this share of the sum, or they are all.
         """
         if self.top_k:
             at = max(0, len(logits) - self.top_k)
@@ -105,13 +105,15 @@ class Sampling:
                 if largest.sum() > needed:
                     break
             largest = np.sort(largest)[::-1]
-        if self.top_p < 1 or self.min_p:
-            kept = largest >= self.min_p
-            kept &= np.cumsum(largest) - largest < self.top_p * total
-            kept[0] = True
-            largest = largest[kept]
-            total = largest.sum()
-        return largest, float(total)
+        sums = np.cumsum(largest)
+        count = len(largest)
+        if self.min_p:
+            count = max(1, int(np.count_nonzero(largest >= self.min_p)))
+        if self.top_p < 1:  # the sum of the weights before the last one is less than p
+            count = min(count, 1 + int(np.searchsorted(sums, self.top_p * total)))
+        if self.min_p or self.top_p < 1:
+            total = sums[count - 1]
+        return largest[:count], sums[:count], float(total)
 
 
 def most_likely(scores: Array, count: int) -> Array:

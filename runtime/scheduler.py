@@ -11,8 +11,9 @@ closes rows.
 Between two steps, the scheduler closes the rows of cancelled requests, assigns free rows to waiting requests, and
 prefills pieces of new prompts, the oldest prompt first. A step has a budget of tokens: the rows that generate take one
 each, and prompts share the rest. So the time between two tokens of a text does not depend on the number and the length
-of new prompts. The tokens of a request do not depend on other requests: the bits of a row do not depend on the other
-rows of a step (docs/generation.md).
+of new prompts. While no row generates, prompts are prefilled together, which takes less time in total. The tokens of a
+request do not depend on other requests: the bits of a row do not depend on the other rows of a step
+(docs/generation.md).
 
 If a slot holds a prefix of a prompt, from a running or a finished text, the prefix is not recomputed
 (`Session.resume`). If another prompt with the same prefix is being prefilled, a prompt waits and continues from that
@@ -37,8 +38,10 @@ from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
 
-BUDGET = 256
-"""Default maximum number of tokens of a step."""
+BUDGET = 96
+"""Default maximum number of tokens of a step: with SmolLM2 on one core, a burst of prompts then delays running texts by
+a few steps, and the last prompt of the burst by about a third (docs/serving.md).
+"""
 _WIDTH = 16  # a piece that is not the end of its prompt is a multiple of this number, as prefill pads to it
 
 
@@ -191,8 +194,8 @@ class Scheduler:
     """A scheduler of one session's rows for any number of callers.
 
     queue   maximum number of requests that wait for a row while all rows are in use
-    budget  maximum number of tokens of a step: one for each row that generates, and the tokens of prompts that are
-            prefilled before it. If rows leave no budget, prompts advance by one token
+    budget  maximum number of tokens of a step while rows generate: one for each such row, and the tokens of prompts
+            that are prefilled before it. If rows leave no budget, prompts advance by one token
 
     Raises UsageError for a budget below one token.
     """
@@ -372,8 +375,11 @@ class Scheduler:
             self._load = replace(self._load, reused=self._load.reused + count)
 
     def _prefill(self) -> None:
-        """Prefill pieces of incomplete prompts, the oldest first, within the budget that the other rows leave."""
-        room = max(1, self.budget - sum(each.logits is not None for each in self._rows))
+        """Prefill pieces of incomplete prompts, the oldest first, within the budget that the rows that generate leave.
+        If no row generates, prefill a piece of each prompt.
+        """
+        generating = sum(each.logits is not None for each in self._rows)
+        room = max(1, self.budget - generating) if generating else len(self._rows) * self.session.chunk
         pieces: dict[int, list[int]] = {}
         for each in self._rows:
             if each.left and each.ahead is None and room:
