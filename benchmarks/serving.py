@@ -212,13 +212,13 @@ def main() -> int:
             for server in servers:
                 facts = asyncio.run(server.measured(LOADS[options.load]))
                 found.append({"server": server.name, **facts})
-                print(json.dumps(found[-1]) if options.json else told(found[-1]), flush=True)
+                print(json.dumps(found[-1]) if options.json else lines_of(found[-1]), flush=True)
     finally:
         codes = [server.end() for server in servers]
     return int(any(each.get("wrong") or each.get("failed") for each in found) or any(codes[-1:]))
 
 
-def told(facts: Mapping[str, Any]) -> str:
+def lines_of(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:>32}  {value:.4g}" if isinstance(value, float) else f"{name:>32}  {value}"
                      for name, value in facts.items())  # fmt: skip
 

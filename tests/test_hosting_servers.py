@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from treadle.files import free_memory
+from treadle.files import available_memory
 from treadle.ir.errors import TreadleError, UsageError
 from treadle.ir.target import Target
 from treadle.program.options import CompileOptions
@@ -190,16 +190,16 @@ def test_a_context_beyond_the_models_is_reported(monkeypatch: pytest.MonkeyPatch
 def test_free_memory_is_the_least_of_the_machines_and_the_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(free_memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(free_memory, "_GROUPS", [(tmp_path, "max", "current", "inactive_file")])
-    assert free_memory.free_memory() is None
+    monkeypatch.setattr(available_memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory, "_GROUPS", [(tmp_path, "max", "current", "inactive_file")])
+    assert available_memory.free_memory() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 5 kB\n")
-    assert free_memory.free_memory() == 5120
+    assert available_memory.free_memory() == 5120
     for name, text in (("max", "max"), ("current", "4000"), ("memory.stat", "anon 1\ninactive_file 1000\n")):
         (tmp_path / name).write_text(text)
-    assert free_memory.free_memory() == 5120, "the group has no limit"
+    assert available_memory.free_memory() == 5120, "the group has no limit"
     (tmp_path / "max").write_text("6000\n")
-    assert free_memory.free_memory() == 3000
+    assert available_memory.free_memory() == 3000
 
 
 @pytest.mark.parametrize(

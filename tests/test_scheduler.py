@@ -357,7 +357,7 @@ def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, sch
         (64, [[2], [32, 20, 11], [8]]),
         (33, [[2], [32], [8, 20, 4], [7]]),
         (20, [[2], [16], [16], [8, 11], [9, 10], [1]]),
-        (1, [[2], *[[1]] * 71]),
+        (17, [[2], [16], [16], [8, 8], [12, 4], [7]]),
     ],
 )
 def test_a_step_has_a_budget_of_tokens(model: Compiled, budget: int, pieces: list[list[int]]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from treadle.chatting.templates import ChatTemplate
 from treadle.continuation import TextWriter
+from treadle.files.available_memory import free_memory
 from treadle.files.errors import TreadleError
-from treadle.files.free_memory import free_memory
 from treadle.ir.errors import Hint, UsageError
 from treadle.program.options import CompileOptions
 from treadle.reporting.counts import human

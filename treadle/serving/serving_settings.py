@@ -67,7 +67,7 @@ class ServingSettings:
         "Store prefixes that no row holds in up to this much memory. By default they are dropped.",
         flag=Flag("prefix-cache", "512MB"),
     )
-    log: str | None = declare(None, "Log requests: json writes a line of JSON for each.", flag=Flag("log", "json"))
+    log: str | None = declare(None, "Log requests: json writes a line of JSON for each.", flag=Flag(metavar="json"))
     log_file: Path | None = declare(  # noqa: RUF009
         None, "With --log: append to this file. By default standard error.", flag=Flag("log-file", "FILE")
     )
