@@ -91,6 +91,7 @@ class KernelExecutable(EntryExecutable):
         made = {f.name: entry(f) for f in graph.later_entries}
         self.called |= made
         self.timed = made[graph.main.name].timed
+        self.timed_entries = {name: each.timed for name, each in made.items()}
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:

@@ -46,7 +46,7 @@ def time_calls(
 
     Raises BackendError as a call does.
     """
-    timed = exe.timed if entry is None else exe.called[entry].timed
+    timed = exe.timed if entry is None else exe.timed_entries[entry]
     plan, sizes, times = timed(arrays, rounds + 1, states)
     return [
         TimedCall(step, statistics.median(of[1:]), sizes, plan.addresses(number))

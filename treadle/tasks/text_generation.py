@@ -254,5 +254,5 @@ class Written:
         return f"{text} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 
-def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:
+def _priced(writer: TextWriter, number: int, logprob: float | None) -> dict[str, Any]:
     return {"token": number, "text": writer.tokenizer.token(number), "logprob": logprob}
