@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from treadle.files.shown_names import printable
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.program.budgets import parse_bytes
 from treadle.program.option_declarations import Flag, declare
 
@@ -80,7 +80,7 @@ class ServingSettings:
     def __post_init__(self) -> None:
         self.prefix_bytes  # noqa: B018  an invalid size is refused
         if self.log_file is not None and self.log is None:
-            raise UsageError("only --log accepts --log-file", hint="--log json")
+            raise UsageError("only --log accepts --log-file", hint=Hint('log="json"', "--log json"))
         wrong = next((each for each in self.origins if each != "*" and not _ORIGIN.fullmatch(each)), None)
         if wrong is not None:
             raise UsageError("an origin is a scheme and a host", received=printable(wrong), hint="https://example.org")
