@@ -6,7 +6,6 @@ for token in generate(session, [[464, 3139], [15496]], most=32):
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from treadle.ir.errors import Hint, UsageError
 from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.row_inputs import RowPrompt
-from treadle.runtime.sampling import Sampling
+from treadle.runtime.sampling import Sampling, most_likely
 from treadle.runtime.session import Session
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -43,15 +42,15 @@ class Token:
     row      number of its prompt
     id       token id
     ending   the reason if the row ends with this token, else None
-    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options; NaN if
-             the device chose the token, since the host has no logits
+    logprob  natural logarithm of the probability that the model assigned to the token, before sampling options; None if
+             they were not requested, or the device chose the token
     likely   the requested number of most likely tokens at this position, in order, each with its log probability
     """
 
     row: int
     id: int
     ending: Ending | None = None
-    logprob: float = 0.0
+    logprob: float | None = None
     likely: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -69,7 +68,7 @@ class Choosing:
     rules     token rules, applied before sampling
     stop      token ids that end a text
     until     a further condition that ends a row
-    likely    number of most likely tokens returned with each token
+    likely    number of most likely tokens returned with each token, and its log probability; None: no log probabilities
     """
 
     most: int
@@ -77,7 +76,7 @@ class Choosing:
     rules: TokenRules | None = None
     stop: frozenset[int] = frozenset()
     until: Until | None = None
-    likely: int = 0
+    likely: int | None = None
 
     def choose(self, logits: Array, number: int, prompt: Sequence[int], made: Sequence[int]) -> int:
         """Return the next token id from logits [vocab] after the generated tokens. Raises UsageError if no token can be
@@ -91,11 +90,9 @@ class Choosing:
 
     def token(self, logits: Array | None, number: int, made: Sequence[int], is_full: bool) -> Token:
         """Return the last generated token, with the reason if it ends the row. `is_full`: the row has no room for
-        another token. Without logits, the log probability is NaN.
+        another token.
         """
         chosen = made[-1]
-        scores = None if logits is None else log_probabilities(logits)
-        best = np.argsort(-scores, kind="stable")[: self.likely] if self.likely and scores is not None else ()
         ending: Ending | None = "end" if chosen in self.stop else None
         if self.until is not None and self.until(number, chosen):
             ending = ending or "stop"
@@ -103,15 +100,18 @@ class Choosing:
             ending = "context"
         if ending is None and len(made) == self.most:
             ending = "count"
-        if scores is None:
-            return Token(number, chosen, ending, math.nan)
-        return Token(number, chosen, ending, float(scores[chosen]), tuple((int(i), float(scores[i])) for i in best))
+        if self.likely is None or logits is None:
+            return Token(number, chosen, ending)
+        best = most_likely(logits, self.likely) if self.likely else ()
+        ids = [chosen, *map(int, best)]
+        logprob, *others = log_probabilities(logits, ids).tolist()
+        return Token(number, chosen, ending, logprob, tuple(zip(ids[1:], others, strict=True)))
 
     def check_device(self, how: str) -> None:
         """Raise UsageError for options that need logits, where tokens are chosen on the device as `how`."""
         needs = [
             name
-            for name, is_set in (("rules", self.rules not in (None, _NO_RULES)), ("likely", self.likely > 0))
+            for name, is_set in (("rules", self.rules not in (None, _NO_RULES)), ("likely", self.likely is not None))
             if is_set
         ]
         if needs:
@@ -144,7 +144,7 @@ def generate(
     rules: TokenRules | None = None,
     stop: Sequence[int] = (),
     until: Until | None = None,
-    likely: int = 0,
+    likely: int | None = None,
     inputs: Sequence[dict[str, Any]] | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens that continue each prompt, by up to `most` tokens. Each step yields one token per running
@@ -157,7 +157,7 @@ def generate(
 
     rules    token rules, applied to the logits after the row's earlier tokens
     until    called for each token; True ends the row of the token
-    likely   number of most likely tokens returned with each token
+    likely   number of most likely tokens returned with each token, and its log probability; None: no log probabilities
     inputs   for each prompt, the model's inputs in addition to the tokens; see `Session.open`
 
     Raises UsageError at the call, before the first token is requested, for an empty prompt, a prompt that leaves no

@@ -9,8 +9,10 @@ closes rows.
     scheduler.close()
 
 Between two steps, the scheduler closes the rows of cancelled requests, assigns free rows to waiting requests, and
-prefills one piece of each new prompt, so that a long prompt delays the other rows by one piece at a time. The tokens of
-a request do not depend on other requests: the bits of a row do not depend on the other rows of a step
+prefills pieces of new prompts, the oldest prompt first. A step has a budget of tokens: the rows that generate take one
+each, and prompts share the rest. So the time between two tokens of a text does not depend on the number and the length
+of new prompts. While no row generates, prompts are prefilled together, which takes less time in total. The tokens of a
+request do not depend on other requests: the bits of a row do not depend on the other rows of a step
 (docs/generation.md).
 
 If a slot holds a prefix of a prompt, from a running or a finished text, the prefix is not recomputed
@@ -36,6 +38,12 @@ from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.session import Session
 
 Array = np.ndarray[Any, Any]
+
+BUDGET = 96
+"""Default maximum number of tokens of a step: with SmolLM2 on one core, a burst of prompts then delays running texts by
+a few steps, and the last prompt of the burst by about a third (docs/serving.md).
+"""
+_WIDTH = 16  # a piece that is not the end of its prompt is a multiple of this number, as prefill pads to it
 
 
 class Cut(Enum):
@@ -88,7 +96,9 @@ class Load:
     running   open rows
     waiting   requests without a row
     steps     number of steps
-    prefilled, reused, generated   prompt tokens computed, prompt tokens that a slot held, and new tokens
+    prefilled, reused, generated   prompt tokens computed, prompt tokens that were cached, and new tokens
+    filled    filled positions of the open rows
+    cached    bytes of prefixes in host memory
     """
 
     running: int = 0
@@ -97,6 +107,8 @@ class Load:
     prefilled: int = 0
     reused: int = 0
     generated: int = 0
+    filled: int = 0
+    cached: int = 0
 
 
 class QueueFull(UsageError):
@@ -112,12 +124,15 @@ class Ticket:
 
     prompt  the prompt with its checked inputs
     reused  number of prompt tokens that were not computed for it; known with the first token
+    waited  seconds until it had a row; None until then
     """
 
     def __init__(self, order: TextOrder, tell: Tell, prompt: RowPrompt | None = None) -> None:
         self.order, self._tell = order, tell
         self.prompt = prompt or RowPrompt(list(order.prompt))
         self.reused = 0
+        self.waited: float | None = None
+        self._submitted = time.monotonic()
         self._is_cancelled = threading.Event()
         self._has_ended = False
 
@@ -134,6 +149,10 @@ class Ticket:
             return Cut.CANCELLED
         late = self.order.until is not None and time.monotonic() > self.order.until
         return Cut.LATE if late else None
+
+    def join(self) -> None:
+        """Record that the request has a row."""
+        self.waited = time.monotonic() - self._submitted
 
     def tell(self, token: Token) -> None:
         """Pass a token to the receiver. An exception that the receiver raises cancels this request only."""
@@ -179,13 +198,19 @@ class _Row:
 class Scheduler:
     """A scheduler of one session's rows for any number of callers.
 
-    queue   maximum number of requests that wait for a row
-    piece   maximum number of prompt tokens prefilled between two steps
+    queue   maximum number of requests that wait for a row while all rows are in use
+    budget  maximum number of tokens of a step while rows generate: one for each such row, and the tokens of prompts
+            that are prefilled before it. If rows leave no budget, prompts advance by one token
+
+    Raises UsageError for a budget below one token.
     """
 
-    def __init__(self, session: Session, *, queue: int = 256, piece: int | None = None) -> None:
-        self.session, self.queue = session, queue
-        self.piece = min(piece or session.chunk, session.chunk)
+    def __init__(self, session: Session, *, queue: int = 256, budget: int = BUDGET) -> None:
+        if budget < 1:
+            raise UsageError("a step needs a budget of 1 token or more", received=repr(budget))
+        self.session, self.queue, self.budget = session, queue, budget
+        self._places = session.free + len(session.rows)
+        self._joined = 0  # requests that left the queue for a row and have not ended
         self._waiting: deque[Ticket] = deque()
         self._rows: list[_Row] = []
         self._changed = threading.Condition()
@@ -206,17 +231,20 @@ class Scheduler:
         accepted.
 
         Raises UsageError for an empty prompt, an id outside the vocabulary, a prompt longer than a row, and more
-        requests than the queue can hold; QueueFull if too many requests are waiting; Closed after `close`.
+        requests than the rows and the queue can hold; QueueFull if too many requests are waiting; Closed after `close`.
         """
         for order, _ in orders:
             self.check(order.prompt)
-        if len(orders) > self.queue:
-            raise UsageError(f"{len(orders)} texts at once, and at most {self.queue} may wait")
+        if len(orders) > self._places + self.queue:
+            raise UsageError(
+                f"{len(orders)} texts at once, and at most {self._places + self.queue} may be generated or wait"
+            )
         tickets = [Ticket(order, tell, order.begin or self.session.prompt(order.prompt)) for order, tell in orders]
         with self._changed:
             if self._closing is not None or self._drains:
                 raise Closed("the scheduler is closed")
-            if len(self._waiting) + len(orders) > self.queue:
+            room = self.queue + self._places - self._joined  # free rows are assigned before the next step
+            if len(self._waiting) + len(orders) > room:
                 raise QueueFull(f"the request queue is full: {len(self._waiting)} texts wait", hint="try again later")
             self._waiting.extend(tickets)
             self._load = replace(self._load, waiting=len(self._waiting))
@@ -237,6 +265,11 @@ class Scheduler:
         if wrong is not None:
             known = "0 or more" if most is None else f"0 to {most - 1}"
             raise UsageError(f"token {wrong} is not in the vocabulary", received=f"ids are {known}")
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of all rows."""
+        return self._places * self.session.capacity
 
     def load(self) -> Load:
         """The current load and the totals."""
@@ -271,8 +304,11 @@ class Scheduler:
                 self._choose_and_step()
             except Exception as error:  # a call for several rows failed: none of them can continue
                 self._fail(error)
+            filled = sum(self.session.length(each.row) for each in self._rows)
             with self._changed:
-                self._load = replace(self._load, running=len(self._rows))
+                self._load = replace(
+                    self._load, running=len(self._rows), filled=filled, cached=self.session.cached_bytes
+                )
         self._give_up(self._closing or Cut.CLOSED)
 
     def _has_work(self) -> bool:
@@ -301,12 +337,16 @@ class Scheduler:
                     return
                 ticket = self._waiting.popleft()
                 self._load = replace(self._load, waiting=len(self._waiting))
+                self._joined += ticket.order.choosing.most > 0
+            ticket.join()
             if ticket.order.choosing.most == 0:
                 ticket.end()
                 continue
             try:
                 self._rows.append(self._begun(ticket, self._rows))
             except Exception as error:  # the inputs of this request could not be computed
+                with self._changed:
+                    self._joined -= 1
                 ticket.end(_failure(error))
 
     def _begun(self, ticket: Ticket, before: Sequence[_Row]) -> _Row:
@@ -344,15 +384,26 @@ class Scheduler:
             self._load = replace(self._load, reused=self._load.reused + count)
 
     def _prefill(self) -> None:
-        """Prefill a piece of each incomplete prompt."""
-        pieces = {each.row: each.left[: self.piece] for each in self._rows if each.left and each.ahead is None}
+        """Prefill pieces of incomplete prompts, the oldest first, within the budget that the rows that generate leave.
+        If no row generates, prefill a piece of each prompt.
+        """
+        generating = sum(each.logits is not None for each in self._rows)
+        room = max(1, self.budget - generating) if generating else len(self._rows) * self.session.chunk
+        pieces: dict[int, list[int]] = {}
+        for each in self._rows:
+            if each.left and each.ahead is None and room:
+                size = min(len(each.left), room, self.session.chunk)
+                room -= size
+                if _WIDTH < size < len(each.left):
+                    size -= size % _WIDTH
+                pieces[each.row] = each.left[:size]
         if not pieces:
             return
         logits = self.session.prefill(pieces)
         for each in self._rows:
             if each.row not in pieces:
                 continue
-            each.left = each.left[self.piece :]
+            each.left = each.left[len(pieces[each.row]) :]
             if not each.left:
                 each.logits = logits[each.row]
         with self._changed:
@@ -396,6 +447,8 @@ class Scheduler:
     def _leave(self, each: _Row, why: Cut | TreadleError | None, *, keep: bool = True) -> None:
         self._rows.remove(each)
         self.session.close(each.row, keep=keep)
+        with self._changed:
+            self._joined -= 1
         each.ticket.end(why)
 
     def _fail(self, error: Exception) -> None:
@@ -410,7 +463,7 @@ class Scheduler:
             self._closing = why
             left = list(self._waiting)
             self._waiting.clear()
-            self._load = replace(self._load, running=0, waiting=0)
+            self._load = replace(self._load, running=0, waiting=0, filled=0)
         for ticket in left:
             ticket.end(why)
 

@@ -29,6 +29,7 @@ from treadle.passes.stepping.functions import CAPACITY, SLOTS
 from treadle.passes.stepping.sampled import SAMPLED
 from treadle.runtime.device_sampling import TokenDraw, sampling_inputs
 from treadle.runtime.language_models import token_ports
+from treadle.runtime.prefix_cache import PrefixCache
 from treadle.runtime.row_inputs import RowInputs, RowPrompt
 from treadle.runtime.sampling import no_finite_logit
 from treadle.runtime.slots import Ring, Row, Slots
@@ -222,6 +223,29 @@ class Session:
         input, or one whose shape does not fit.
         """
         return self._inputs.prompt(_ids("a row", tokens), inputs)
+
+    def cache_prefixes(self, limit: int) -> None:
+        """Store texts that lose their slots in host memory, up to `limit` bytes. `resume` continues from them, too.
+
+        Raises UsageError if the session does not reuse prefixes, or if the states of a text depend on more than the
+        tokens of its prefix: in a model with windows, running sums or further inputs.
+        """
+        derived = self.derived
+        further = derived.windows or derived.carries or derived.memories or derived.has_prologue or derived.generated
+        if not self.resumes or further:
+            raise UsageError(
+                f"rows of {self.derived.graph.name} cannot resume from prefixes in host memory",
+                received="the session does not reuse prefixes"
+                if not self.resumes
+                else "the model has windows, running sums or further inputs",
+                hint="no prefix cache",
+            )
+        self._slots.cache = PrefixCache(_positive("limit", limit))
+
+    @property
+    def cached_bytes(self) -> int:
+        """Size of the prefixes in host memory in bytes."""
+        return 0 if self._slots.cache is None else self._slots.cache.nbytes
 
     def begin(self, prompt: RowPrompt) -> int:
         """Open a row for a prompt, as `resume` does."""

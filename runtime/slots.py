@@ -1,7 +1,8 @@
 """Slots of a session: the rows that occupy them, and the texts that free slots still hold.
 
 If a row is closed, its slot keeps the contents until another row takes the slot. A new row whose tokens begin like such
-a text, or like the text of an open row, continues from the common prefix.
+a text, or like the text of an open row, continues from the common prefix. If there is a prefix cache, a text that loses
+its slot is stored there first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from treadle.backends.states import States
 from treadle.ir.errors import UsageError
 from treadle.passes.stepping.functions import CAPACITY
+from treadle.runtime.prefix_cache import BLOCK, CachedPrefix, Parts, PrefixCache
 from treadle.runtime.row_inputs import RowPrompt, first_difference
 
 Array = np.ndarray[Any, Any]
@@ -73,6 +75,7 @@ class Slots:
     states  states in which every slot has a part
     rings   the caches in which old positions are overwritten
     whole   True if a row can continue only from a whole text, since running sums cannot be rolled back
+    cache   a cache of prefixes that no slot holds; None: such prefixes are dropped
     """
 
     def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
@@ -80,6 +83,7 @@ class Slots:
         self.states, self.rings, self.whole = states, tuple(rings), whole
         self._empty = list(range(count))[::-1]
         self._kept: dict[int, Row] = {}  # texts of closed rows, least recently used first
+        self.cache: PrefixCache | None = None
 
     @property
     def free(self) -> int:
@@ -87,7 +91,8 @@ class Slots:
         return len(self._empty) + len(self._kept)
 
     def take(self) -> int:
-        """Return a free slot: an empty one if possible, else the least recently used one, whose text is then dropped.
+        """Return a free slot: an empty one if possible, else the least recently used one, whose text is then dropped or
+        stored in the prefix cache.
 
         Raises UsageError if no slot is free.
         """
@@ -98,7 +103,7 @@ class Slots:
         if self._empty:
             return self._empty.pop()
         slot = next(iter(self._kept))
-        del self._kept[slot]
+        self._store(slot, self._kept.pop(slot))
         return slot
 
     def give_back(self, slot: int) -> None:
@@ -114,10 +119,10 @@ class Slots:
             self.give_back(slot)
 
     def held(self, prompt: RowPrompt) -> int:
-        """Return the length of the longest prefix of a prompt that a slot holds. The last token does not count, since
-        the logits after it must still be computed.
+        """Return the length of the longest prefix of a prompt that a slot or the prefix cache holds. The last token
+        does not count, since the logits after it must still be computed.
         """
-        return self._longest(prompt)[1]
+        return max(self._longest(prompt)[1], self.cache.length(prompt.tokens) if self.cache is not None else 0)
 
     def fork(self, source: int) -> int:
         """Open a row with a copy of another row's text; return its slot. Raises UsageError if no slot is free."""
@@ -129,19 +134,23 @@ class Slots:
         return slot
 
     def resume(self, prompt: RowPrompt) -> int | None:
-        """Open a row with the longest prefix of a prompt that a slot holds; return its slot, or None if no slot holds
-        a prefix.
+        """Open a row with the longest prefix of a prompt that a slot or the prefix cache holds. Return its slot, or
+        None if neither holds a prefix.
 
         If the row continues the whole text of a closed row, it takes over that slot. Otherwise the common prefix is
         copied, so that the other text can be continued as well. Raises UsageError if no slot is free.
         """
         source, length = self._longest(prompt)
+        if self.cache is not None and self.cache.length(prompt.tokens) >= length + BLOCK:
+            return self._restore(prompt.tokens, self.cache.find(prompt.tokens))
         if not length:
             return None
         held = self._kept.pop(source, None)
         opened = Row(prompt.tokens[:length], along=dict(prompt.along), key=prompt.key)
         opened.written = (held or self.rows[source]).written
         if held is not None and (held.length == length or not self.free):
+            if held.length > length:
+                self._store(source, held)
             self.rows[source] = opened
             return source
         slot = self.take()
@@ -155,13 +164,36 @@ class Slots:
         """Copy a slot's contents into another slot: of rings all positions, of other caches only the first `length`
         positions.
         """
+        for state, part in self._parts(slice(length)):
+            state[(slot, *part)] = state[(source, *part)]
+
+    def _parts(self, positions: slice) -> list[tuple[Any, tuple[slice, ...]]]:
+        """Return each state with the index of these positions in a slot; of rings, the index of all positions."""
+        found = []
         for port in self.states.kinds.ports:
             sizes = [size.as_symbol for size in port.type.shape]
-            part = [slice(None)] * len(sizes[1:])
-            if CAPACITY in sizes:
-                part[sizes.index(CAPACITY) - 1] = slice(length)
-            state = self.states[port.name]
-            state[(slot, *part)] = state[(source, *part)]
+            part = [positions if size == CAPACITY else slice(None) for size in sizes[1:]]
+            found.append((self.states[port.name], tuple(part)))
+        return found
+
+    def _store(self, slot: int, row: Row) -> None:
+        """Store a text that is about to lose its slot in the prefix cache, if there is one."""
+
+        def read(start: int, stop: int) -> Parts:
+            return [_host_copy(state[(slot, *part)]) for state, part in self._parts(slice(start, stop))]
+
+        if self.cache is not None:
+            self.cache.store(row.tokens[row.forgotten :], read)
+
+    def _restore(self, tokens: list[int], prefix: CachedPrefix) -> int:
+        """Open a row with a prefix from the prefix cache; return its slot."""
+        slot = self.take()
+        for number, parts in enumerate(prefix.parts):
+            places = self._parts(slice(number * BLOCK, (number + 1) * BLOCK))
+            for (state, part), copied in zip(places, parts, strict=True):
+                state[(slot, *part)] = copied
+        self.rows[slot] = Row(tokens[: prefix.length], written=prefix.length)
+        return slot
 
     def _longest(self, prompt: RowPrompt) -> tuple[int, int]:
         """Return the slot that holds the longest prefix of a prompt, and the prefix's length (0 if no prefix is long
@@ -191,3 +223,8 @@ class Slots:
                 high = middle - 1
         low = first_difference(prompt.along, other.along, low)
         return low if low >= LEAST and (low == len(others) or not self.whole) else 0
+
+
+def _host_copy(part: Any) -> Any:
+    """Return a copy of an array, or of a tensor, in host memory."""
+    return part.copy() if isinstance(part, np.ndarray) else part.to("cpu", copy=True)

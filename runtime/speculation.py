@@ -13,14 +13,16 @@ equal tokens may differ; `SpeculationTally.margin` reports the smallest differen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from treadle.ir.errors import UsageError
 from treadle.runtime.generation import Choosing, Token, Until, checked_prompts, count_of, no_free_row
+from treadle.runtime.guess_pace import GuessPace
 from treadle.runtime.row_inputs import RowPrompt
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
@@ -30,7 +32,12 @@ Array = np.ndarray[Any, Any]
 
 
 class Guess(Protocol):
-    """A source of guesses for the next tokens."""
+    """A source of guesses for the next tokens.
+
+    is_cheap  True if a guess takes far less time than a call of the model
+    """
+
+    is_cheap: ClassVar[bool]
 
     def begin(self) -> None:
         """Start a new sequence."""
@@ -53,6 +60,7 @@ class PromptLookup:
 
     longest: int = 3
     count: int = 8
+    is_cheap: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.longest < 1 or self.count < 1:
@@ -64,13 +72,17 @@ class PromptLookup:
     def follow(self, tokens: Sequence[int], most: int) -> list[int]:
         """Return the tokens after the latest earlier occurrence of the longest suffix of the text."""
         row = np.asarray(tokens)
-        for size in range(min(self.longest, len(row) - 1), 0, -1):
-            windows = np.lib.stride_tricks.sliding_window_view(row, size)[:-1]
-            (found,) = np.nonzero((windows == row[-size:]).all(1))
-            if len(found):
-                start = int(found[-1]) + size
-                return [int(token) for token in row[start : start + min(self.count, most)]]
-        return []
+        (found,) = np.nonzero(row[:-1] == row[-1])  # the last places of matches of one token
+        if not len(found):
+            return []
+        for size in range(2, self.longest + 1):
+            longer = found[found >= size - 1]
+            longer = longer[row[longer - size + 1] == row[-size]] if len(longer) else longer
+            if not len(longer):
+                break
+            found = longer
+        start = int(found[-1]) + 1
+        return [int(token) for token in row[start : start + min(self.count, most)]]
 
     def end(self) -> None:
         """Do nothing: no state is kept for a sequence."""
@@ -80,6 +92,8 @@ class DraftModel:
     """A draft model: propose tokens by greedy decoding with a smaller model that has the same vocabulary. It uses one
     row of its own session.
     """
+
+    is_cheap: ClassVar[bool] = False
 
     def __init__(self, session: Session, *, count: int = 4) -> None:
         """Create a draft model that guesses `count` tokens at a time.
@@ -160,14 +174,16 @@ def speculate(
     rules: TokenRules | None = None,
     stop: Sequence[int] = (),
     until: Until | None = None,
-    likely: int = 0,
+    likely: int | None = None,
     inputs: Sequence[dict[str, Any]] | None = None,
     tally: SpeculationTally | None = None,
+    pace: GuessPace | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens that `generate` yields for the same arguments, prompt by prompt, with fewer calls of the model.
 
     guess  source of guesses for the next tokens
     tally  counts of the run, which this function updates
+    pace   limits guesses to lengths that save time; None: all guessed tokens are checked
 
     Raises UsageError at the call as `generate` does, and for a model whose rows cannot be rolled back.
     """
@@ -180,7 +196,7 @@ def speculate(
     rows = checked_prompts(session, prompts, inputs)
     if rows and not session.free:
         raise no_free_row()
-    return _speculated(session, rows, choosing, guess, tally or SpeculationTally())
+    return _speculated(session, rows, choosing, guess, tally or SpeculationTally(), pace)
 
 
 def _speculated(
@@ -189,12 +205,13 @@ def _speculated(
     choosing: Choosing,
     guess: Guess,
     tally: SpeculationTally,
+    pace: GuessPace | None,
 ) -> Iterator[Token]:
     for number, prompt in enumerate(prompts if choosing.most else []):
         row = session.begin(prompt)
         try:
             guess.begin()
-            yield from _continued(session, row, number, prompt.tokens, choosing, guess, tally)
+            yield from _continued(session, row, number, prompt.tokens, choosing, guess, tally, pace)
         finally:
             guess.end()
             session.close(row, keep=True)
@@ -208,9 +225,11 @@ def _continued(
     choosing: Choosing,
     guess: Guess,
     tally: SpeculationTally,
+    pace: GuessPace | None,
 ) -> Iterator[Token]:
     made: list[int] = []
     guessed: list[int] = []
+    unchecked: list[int] = []  # a guess that was not checked by the model, but shows what it would have been worth
     # Logits [n, vocab]: after the tokens that the row holds, and after each guess.
     found = session.prefill({row: prompt[session.length(row) :]})[row][None]
     while True:
@@ -225,21 +244,37 @@ def _continued(
             yield token
             if token.last:
                 return
+            if pace is not None and unchecked:
+                pace.judged(right=int(chosen == unchecked[0]), guessed=1)
+                unchecked = []
             if right == len(guessed) or chosen != guessed[right]:
                 break
             right += 1
         if guessed:  # as after a step, the row then holds all tokens but the last
             session.accept(row, [*head, *guessed[:right]])
+            if pace is not None:
+                pace.judged(right=right, guessed=len(guessed))
         tally.accepted += right
         tally.calls += 1
         room = min(session.capacity - session.length(row) - 1, session.chunk - 1, choosing.most - len(made) - 1)
-        guessed = guess.follow([*prompt, *made], room)[:room] if room > 0 else []
+        started, most = time.perf_counter(), max(0, room)
+        if pace is not None and not guess.is_cheap:
+            most = pace.length(most)
+        guessed = guess.follow([*prompt, *made], most)[:most] if most else []
+        if pace is not None and guess.is_cheap and guessed:
+            most = pace.length(len(guessed))
+            unchecked, guessed = ([], guessed[:most]) if most else (guessed, [])
         tally.guessed += len(guessed)
         new = made[-1]
         found = session.verify(row, [new, *guessed]) if guessed else session.step({row: new})[row][None]
+        if pace is not None:
+            pace.measured(1 + len(guessed), time.perf_counter() - started)
 
 
 def _margin(logits: Array, chosen: int) -> float:
     """Return the difference between the best and the second-best score, or infinity if another token was chosen."""
-    second, best = np.partition(logits.astype(np.float64), -2)[-2:]
-    return float(best - second) if logits[chosen] == best else float("inf")
+    best = logits.max()
+    if logits[chosen] != best:
+        return float("inf")
+    second = max(logits[:chosen].max(initial=-np.inf), logits[chosen + 1 :].max(initial=-np.inf))
+    return float(best) - float(second)

@@ -11,6 +11,7 @@ a folder's generation_config.json have the same meaning here.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ class TokenRules:
     first               id of the first token; None: any
     last                id of the last token, if the maximum number of tokens is reached; None: any
     banned_first        ids excluded as the first token or, if `first` is set, as the second
+    frequency_penalty   is subtracted from the logit of a generated token once for each time it was generated
+    logit_bias          pairs of a token id and a number that is added to its logit
 
     Raises UsageError for a value out of range.
     """
@@ -51,12 +54,17 @@ class TokenRules:
     first: int | None = None
     last: int | None = None
     banned_first: tuple[int, ...] = ()
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.repetition_penalty < math.inf:
             raise UsageError("repetition_penalty must be more than 0", received=repr(self.repetition_penalty))
-        if not -math.inf < self.presence_penalty < math.inf:
-            raise UsageError("presence_penalty must be a finite number", received=repr(self.presence_penalty))
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} must be a finite number", received=repr(getattr(self, name)))
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise UsageError("logit_bias must have finite numbers", received=repr(self.logit_bias))
         for name in ("no_repeat_ngram", "fewest", "shortest"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be 0 or more", received=repr(getattr(self, name)))
@@ -84,7 +92,7 @@ class TokenRules:
         scores = logits.astype(np.float64)
         self._check_ids(len(scores))
         self._penalize(scores, prompt, generated)
-        for token in self._repeating([*prompt, *generated]):
+        for token in self._repeating([*prompt, *generated] if self.no_repeat_ngram else []):
             scores[token] = -np.inf
         scores[list(self.banned)] = -np.inf
         for *before, token in self.banned_runs:
@@ -98,7 +106,12 @@ class TokenRules:
             scores = _only(self.last, len(scores))
         if len(generated) == (0 if self.first is None else 1):
             scores[list(self.banned_first)] = -np.inf
-        if np.isneginf(scores).all() and not np.isneginf(logits).all():
+        if self.frequency_penalty and generated:
+            counts = Counter(generated)
+            scores[list(counts)] -= self.frequency_penalty * np.fromiter(counts.values(), np.float64, len(counts))
+        for token, bias in self.logit_bias:
+            scores[token] += bias
+        if scores.max() == -np.inf and logits.max() != -np.inf:
             raise UsageError("the token rules exclude every token", received=repr(self))
         return scores
 
@@ -120,16 +133,18 @@ class TokenRules:
 
     def _check_ids(self, vocabulary: int) -> None:
         ends = [run[-1] for run in self.banned_runs]
-        for token in (*self.banned, *ends, *self.banned_first, self.first, self.last):
+        biased = [token for token, _ in self.logit_bias]
+        for token in (*self.banned, *ends, *self.banned_first, self.first, self.last, *biased):
             if token is not None and not 0 <= token < vocabulary:
                 raise UsageError(f"token {token} is not in the vocabulary", received=f"ids are 0 to {vocabulary - 1}")
 
 
-def log_probabilities(logits: Array) -> Array:
-    """Return log(softmax(logits)) in float64; logits and result are [vocab]."""
+def log_probabilities(logits: Array, ids: Sequence[int] | None = None) -> Array:
+    """Return log(softmax(logits)) in float64 from logits [vocab]: of all ids, or f64[len(ids)] of these."""
     scores = logits.astype(np.float64)
     scores -= scores.max()
-    found: Array = scores - np.log(np.exp(scores).sum())
+    found: Array = scores.copy() if ids is None else scores[ids]
+    found -= np.log(np.exp(scores, out=scores).sum())
     return found
 
 

@@ -49,7 +49,7 @@ def test_bodies_are_as_the_reference_says(chat: bool, golden: Golden) -> None:
         form = AnswerForm("m", chat, likely, lambda id: WORDS[id], made=5, name="n")
         choices = [GrowingChoice(0), GrowingChoice(1, "", [], "stop"), GrowingChoice(2)]
         read = PromptTokens(7, 4)
-        pieces = [form.begin(0)]
+        pieces = [body for body in [form.begin(choices[0])] if body]
         for token in TOKENS:
             choices[0].text += WORDS[token.id]
             choices[0].tokens.append(token)
@@ -90,7 +90,7 @@ class Writer(ServedWriter):
         def submitted(orders: Sequence[tuple[TextOrder, Any]]) -> list[Any]:
             submit(orders)
             return [
-                SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused)
+                SimpleNamespace(cancel=lambda: self.cancelled.append(1), reused=reused, waited=0.25)
                 for _, reused in zip(orders, (5, 3, 1, 2, 9, 4), strict=False)
             ]
 
@@ -100,9 +100,10 @@ class Writer(ServedWriter):
         self.writer = SimpleNamespace(  # type: ignore[assignment]
             tokenizer=tokenizer, end=(), asked=FolderRules(), tokens=lambda texts: [[0, 1, 2, 3] for _ in texts]
         )
-        session = SimpleNamespace(capacity=9)
+        self.clips = False
+        session = SimpleNamespace(capacity=9, vocabulary=4)
         self.scheduler = SimpleNamespace(  # type: ignore[assignment]
-            submit=submitted, session=session, check=lambda ids: None, load=lambda: Load()
+            submit=submitted, session=session, check=lambda ids: None, load=lambda: Load(), positions=0
         )
 
 
@@ -221,7 +222,7 @@ def test_a_text_of_no_length_may_be_as_long_as_there_is_room() -> None:
         raise Closed("closed")
 
     writer = Writer(submit)
-    writer.chat_prompt = lambda messages, images: RowPrompt([0, 1, 2, 3])  # type: ignore[method-assign]
+    writer.chat_prompt = lambda messages, images, variables: RowPrompt([0, 1, 2, 3])  # type: ignore[method-assign]
     messages = [{"role": "user", "content": "a"}]
     assert Asked(writer).post("/v1/chat/completions", {"model": "tiny", "messages": messages})[0] == 503
 
@@ -305,7 +306,7 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
             loop.call_later(n / 200, tell, event)
 
     writer = Writer(submit)
-    writer.chat_prompt = lambda messages, images: RowPrompt([0, 1])  # type: ignore[method-assign]
+    writer.chat_prompt = lambda messages, images, variables: RowPrompt([0, 1])  # type: ignore[method-assign]
     asked = Asked(writer)
     messages = [{"role": "user", "content": "a"}]
     status, body = asked.post("/v1/chat/completions", {"model": "tiny", "messages": messages, "stream": stream})
@@ -328,8 +329,10 @@ def test_a_talk_is_answered_as_a_talk(stream: bool) -> None:
     assert 0 <= float(lines['treadle_request_seconds_sum{route="/v1/chat/completions"}']) < 60
 
 
-@pytest.mark.parametrize(("logprobs", "likely"), [(None, 0), (0, 0), (3, 3)])
-def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("logprobs", "likely"), [(None, None), (0, 0), (3, 3)])
+def test_an_order_is_what_was_asked_for(
+    logprobs: int | None, likely: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The texts of a request end at the model's own end tokens, at the caller's strings, and when the request's time is
     over.
     """
@@ -340,17 +343,17 @@ def test_an_order_is_what_was_asked_for(logprobs: int | None, likely: int, monke
         raise Closed("closed")
 
     writer = Writer(submit)
-    writer.writer.end = (3, 1)
+    writer.writer.end = (2, 1)
     monkeypatch.setattr(answering, "time", SimpleNamespace(monotonic=lambda: 100.0))
     how = {"logprobs": logprobs, "stop": ["at"], "temperature": 0.5, "seed": 4, "presence_penalty": 1, "n": 2}
     Asked(writer, limits=Limits(seconds=7.0)).post("/v1/completions", {**PROMPT, **how})
     assert [(order.prompt, order.number, order.until) for order in orders] == [((0, 1, 2, 3), n, 107.0) for n in (0, 1)]
     choosing = orders[0].choosing
-    assert (choosing.most, choosing.likely, choosing.stop) == (4, likely, frozenset({1, 3}))
+    assert (choosing.most, choosing.likely, choosing.stop) == (4, likely, frozenset({1, 2}))
     assert choosing.sampling == Sampling(temperature=0.5, seed=4)
     assert choosing.rules == TokenRules(presence_penalty=1.0)
     assert choosing.until is not None
-    assert [choosing.until(0, token) for token in (0, 3)] == [False, True], "the sat"
+    assert [choosing.until(0, token) for token in (0, 2, 3)] == [False, False, True], "the sat, without the end token"
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import treadle as t
 from tests.task_models import byte_level
 from treadle.cli import app
-from treadle.continuation import TextWriter, need_for_text
+from treadle.continuation import GrowingText, TextWriter, need_for_text
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 from treadle.runtime.beams import Beams
 from treadle.runtime.sampling import Sampling
+from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules
 
 torch = pytest.importorskip("torch")
@@ -444,3 +446,71 @@ def test_the_command_chooses_tokens_on_the_device(folder: Path) -> None:
     for more in (["--logprobs", "0"], ["--speculate"], ["--beams", "2"]):
         refused = CliRunner().invoke(app, ["generate", str(folder), "a", "--device-sampling", *more])
         assert refused.exit_code == 2 and "device" in refused.output, refused.output
+
+
+class CountedTokenizer:
+    """A tokenizer that records the number of tokens of each call of `text`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.sizes: list[int] = []
+
+    def text(self, ids: Any) -> str:
+        self.sizes.append(len(ids))
+        return str(self.tokenizer.text(ids))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_growing_text_decodes_its_tail_only(folder: Path, seed: int) -> None:
+    """The pieces of a text, of characters of several bytes and of random ids, are the decoded text. The number of
+    tokens decoded at a time does not grow with the text.
+    """
+    tokenizer = TextTokenizer.open(folder, cut=False)
+    rng = np.random.default_rng(seed)
+    letters = np.concatenate([np.arange(32, 127), np.arange(0x400, 0x430), np.arange(0x1F600, 0x1F640)])
+    text = "".join(map(chr, rng.choice(letters, 300)))
+    ids = rng.integers(1, 200, 600).tolist() if seed % 2 else tokenizer.ids([text])[0]
+    counted = CountedTokenizer(tokenizer)
+    growing, found = GrowingText(counted, StopStrings(["~~~~"])), ""  # type: ignore[arg-type]
+    for number, token in enumerate(ids, 1):
+        assert not growing.add(token)
+        found += growing.tell(number == len(ids))
+    assert found == tokenizer.text(ids)
+    assert len(ids) > 250
+    assert max(counted.sizes) < 60
+
+
+def test_a_stop_string_that_begins_in_settled_text_is_found(folder: Path) -> None:
+    tokenizer = TextTokenizer.open(folder, cut=False)
+    stop = "z" * 90  # longer than the tail
+    ids = tokenizer.ids(["a" * 100 + stop[1:] + "b" + stop + "c"])[0]
+    growing, found = GrowingText(tokenizer, StopStrings([stop])), ""
+    for token in ids:
+        ends = growing.add(token)
+        found += growing.tell(ends)
+        if ends:
+            break
+    assert found == "a" * 100 + stop[1:] + "b"
+
+
+class ByteTokenizer:
+    """A tokenizer of bytes. If the bytes are not valid UTF-8 together, each becomes a replacement character, as in a
+    vocabulary with byte fallback.
+    """
+
+    def text(self, ids: Any) -> str:
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\N{REPLACEMENT CHARACTER}" * len(ids)
+
+
+def test_characters_of_a_vocabulary_with_byte_fallback_are_whole() -> None:
+    text = "".join(chr(0x1F600 + n % 64) + "é" * (n % 3) for n in range(80))
+    growing = GrowingText(ByteTokenizer(), StopStrings())  # type: ignore[arg-type]
+    found = []
+    for token in text.encode():
+        growing.add(token)
+        found.append(growing.tell(False))
+    assert "".join(found) == text
+    assert max(map(len, found)) == 1, "each character is returned with its last byte"

@@ -32,13 +32,13 @@ from treadle.runtime.token_rules import TokenRules, log_probabilities
 def test_defaults_of_missing_settings() -> None:
     assert Sampling() == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, min_p=0.0)
     assert TokenRules() == TokenRules(1.0, 0.0, 0, (), (), 0, 0, None, None, ())
-    assert Token(1, 2) == Token(1, 2, None, 0.0, ())
-    assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, 0)
+    assert Token(1, 2) == Token(1, 2, None, None, ())
+    assert Choosing(3) == Choosing(3, Sampling(), None, frozenset(), None, None)
     assert Beams() == Beams(4, 1.0, 1, early=False)
     assert PromptLookup() == PromptLookup(3, 8)
     assert SpeculationTally() == SpeculationTally(0, 0, 0, 0, math.inf)
     assert Row() == Row([], 0, [], is_lost=False, written=0)
-    assert Load() == Load(0, 0, 0, 0, 0, 0)
+    assert Load() == Load(0, 0, 0, 0, 0, 0, 0, 0)
     assert TextOrder((1,), Choosing(3)) == TextOrder((1,), Choosing(3), 0, None)
     assert (session.CHUNK, LEAST) == (256, 16)
 
@@ -144,7 +144,8 @@ def test_why_a_row_ends(chosen: int, made: int, full: bool, ending: str | None) 
     assert token == Token(9, chosen, ending, float(scores[chosen]), ((1, float(scores[1])), (2, float(scores[2]))))  # type: ignore[arg-type]
     assert token.last == (ending is not None)
     assert asked == [(9, chosen)]
-    assert Choosing(3).token(logits, 9, [1], full).likely == ()
+    assert Choosing(3).token(logits, 9, [1], full) == Token(9, 1, "context" if full else None)
+    assert Choosing(3, likely=0).token(logits, 9, [1], full).logprob == float(scores[1])
 
 
 def test_the_last_token_may_be_a_given_one() -> None:
@@ -165,9 +166,9 @@ def test_default_rules_of_all_texts() -> None:
     def defaults(function: Any) -> dict[str, Any]:
         return {n: p.default for n, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
 
-    nothing = {"sampling": None, "rules": None, "stop": (), "until": None, "likely": 0, "inputs": None}
+    nothing = {"sampling": None, "rules": None, "stop": (), "until": None, "likely": None, "inputs": None}
     assert defaults(generate) == nothing
-    assert defaults(speculate) == {**nothing, "tally": None}
+    assert defaults(speculate) == {**nothing, "tally": None, "pace": None}
     assert defaults(beam_search) == {"beams": None, "rules": None, "stop": (), "inputs": None}
 
 
@@ -565,18 +566,18 @@ def test_memory_of_a_size_that_rows_bring(opened: Any) -> None:
 
 def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
     _, own = opened(chunk=9)
-    assert (Scheduler(own).queue, Scheduler(own).piece) == (256, 9)
-    assert [Scheduler(own, piece=piece).piece for piece in (5, 99)] == [5, 9]
+    assert (Scheduler(own).queue, Scheduler(own).budget) == (256, 96)
     made, events = Scheduler(own, queue=2), list[Any]()
     order = (TextOrder((1,), Choosing(3)), events.append)
-    with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
-        made.submit([order] * 3)
-    made.submit([order] * 2)
-    with pytest.raises(QueueFull, match="queue is full: 2 texts wait"):
+    with pytest.raises(UsageError, match="11 texts at once, and at most 10 may be generated or wait"):
+        made.submit([order] * 11)
+    made.submit([order] * 9)
+    made.submit([order])
+    with pytest.raises(QueueFull, match="queue is full: 10 texts wait"):
         made.submit([order])
-    assert made.load() == Load(waiting=2)
+    assert made.load() == Load(waiting=10)
     made.close()
-    assert events == [Ended(Cut.CLOSED)] * 2
+    assert events == [Ended(Cut.CLOSED)] * 10
     with pytest.raises(UsageError, match="the scheduler is closed"):
         made.submit([order])
     for prompt in ((0,) * 100, (59,)):
@@ -589,7 +590,7 @@ def test_a_scheduler_takes_as_many_as_may_wait(opened: Any) -> None:
 def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     """Loads are read when the second token of each text is reported, and after all texts have ended."""
     _, own = opened(rows=2, chunk=4)
-    made, loads, ends = Scheduler(own, piece=3), list[Load](), list[Any]()
+    made, loads, ends = Scheduler(own, budget=6), list[Load](), list[Any]()
 
     def tell(event: Any) -> None:
         (ends if isinstance(event, Ended) else loads).append(made.load())
@@ -601,7 +602,7 @@ def test_a_load_is_what_a_scheduler_does_and_has_done(opened: Any) -> None:
     assert made._thread.daemon, "it does not keep the process alive"
     made.close(drain=60.0)
     assert len(ends) == 3
-    assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2)
+    assert loads[2] == Load(running=2, waiting=1, steps=1, prefilled=10, generated=2, filled=12)
     assert made.load() == Load(steps=2, prefilled=15, generated=6)
 
 

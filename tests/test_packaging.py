@@ -405,11 +405,13 @@ CHANGING = {
     "backends/tvm/kernels/devices/statements.py": {"Memory"},
     "backends/tvm/lowering/program.py": {"KernelStep", "RoutineStep", "Routine"},
     "runtime/generation.py": {"_Running"},
+    "runtime/prefix_cache.py": {"_Block"},
     "runtime/scheduler.py": {"_Row"},
     "runtime/slots.py": {"Row"},
     "runtime/speculation.py": {"SpeculationTally"},
     "treadle/chatting/conversation.py": {"Conversation"},
     "treadle/serving/answers.py": {"GrowingChoice"},
+    "treadle/serving/observing.py": {"HttpExchange"},
     "treadle/tasks/text_generation.py": {"TextGeneration", "Written"},
     "treadle/training/run_report.py": {"RunReport"},
     "treadle/training/text_training.py": {"TextTraining"},
@@ -418,7 +420,7 @@ CHANGING = {
 keys.
 """
 
-BY_IDENTITY = {"Memory", "Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row"}
+BY_IDENTITY = {"Memory", "Tensor", "OnnxNode", "KernelStep", "RoutineStep", "Routine", "_Row", "_Block"}
 """Members of CHANGING that are compared by identity."""
 
 

@@ -153,21 +153,35 @@ def test_counted_quantities() -> None:
     pytest.importorskip("prometheus_client")
     from treadle.serving.metrics import Metrics
 
-    load = Load(running=2, waiting=3, steps=6, prefilled=40, reused=30, generated=50)
-    writer: Any = SimpleNamespace(name="m", scheduler=SimpleNamespace(load=lambda: load))
+    load = Load(running=2, waiting=3, steps=6, prefilled=40, reused=30, generated=50, filled=60, cached=70)
+    writer: Any = SimpleNamespace(name="m", scheduler=SimpleNamespace(load=lambda: load, positions=90))
     metrics = Metrics([writer])
     for seconds in (0.2, 40.0):
         metrics.count("/v1/completions", 200, seconds)
     metrics.first("m", 0.05)
+    metrics.whole("/v1/completions", 1.5)
+    metrics.queued("m", 0.25)
+    metrics.between("m", 0.02)
     lines = [
         line for line in metrics.text().decode().splitlines() if not line.startswith("#") and "_created" not in line
     ]
+    assert any(line.startswith("process_resident_memory_bytes ") for line in lines)
+    lines = [line for line in lines if not line.startswith("process_")]
     assert {line for line in lines if "_bucket" not in line} == {
         'treadle_requests_total{route="/v1/completions",status="200"} 2.0',
         'treadle_request_seconds_count{route="/v1/completions"} 2.0',
         'treadle_request_seconds_sum{route="/v1/completions"} 40.2',
         'treadle_first_token_seconds_count{model="m"} 1.0',
         'treadle_first_token_seconds_sum{model="m"} 0.05',
+        'treadle_whole_request_seconds_count{route="/v1/completions"} 1.0',
+        'treadle_whole_request_seconds_sum{route="/v1/completions"} 1.5',
+        'treadle_queue_seconds_count{model="m"} 1.0',
+        'treadle_queue_seconds_sum{model="m"} 0.25',
+        'treadle_inter_token_seconds_count{model="m"} 1.0',
+        'treadle_inter_token_seconds_sum{model="m"} 0.02',
+        'treadle_cache_tokens{model="m"} 60.0',
+        'treadle_cache_capacity_tokens{model="m"} 90.0',
+        'treadle_prefix_cache_bytes{model="m"} 70.0',
         'treadle_rows{model="m"} 2.0',
         'treadle_waiting{model="m"} 3.0',
         'treadle_tokens_total{kind="prompt",model="m"} 40.0',

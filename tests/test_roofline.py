@@ -299,3 +299,30 @@ def test_the_command_tells_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refused = CliRunner().invoke(app, ["roofline", "m.treadle", "--quantize", "int8"])
     assert refused.exit_code == 2
     assert "an artifact is already compiled, and does not accept --quantize" in refused.stderr
+
+
+def test_kernels_of_a_step_are_those_of_all_rows() -> None:
+    """The keys and values that a step reads are those of the tokens that the rows have."""
+    words = ["roofline", "gpt2", "--entry", "step", "--rounds", "1", "--json", "--set", "layers=1", "--set", "dim=32"]
+    words += ["--set", "heads=2", "--set", "vocab=60", "--set", "context=300"]
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for rows, past in ((1, 64), (4, 64), (4, 256)):
+        done = CliRunner().invoke(app, [*words, "--rows", str(rows), "--past", str(past)])
+        assert done.exit_code == 0, done.stderr
+        found[rows, past] = json.loads(done.stdout)
+        assert found[rows, past]["sizes"] == {"rows": rows, "past": past}
+
+    def total(at: tuple[int, int], what: str, of: str) -> float:
+        return float(sum(k["calls"] * k[what] for k in found[at]["kernels"] if of in k["what"]))
+
+    assert total((4, 64), "flops", "linear") == 4 * total((1, 64), "flops", "linear")
+    assert total((4, 256), "flops", "linear") == total((4, 64), "flops", "linear")
+    assert 2 < total((4, 256), "bytes", "attention") / total((4, 64), "bytes", "attention") < 5
+    for more, report in (
+        (["--sizes", "B=1"], "--entry step does not accept --sizes"),
+        (["--past", "300"], "the model takes 300 positions"),
+    ):
+        refused = CliRunner().invoke(app, [*words, *more])
+        assert (refused.exit_code, report in refused.stdout) == (2, True)
+    for more in (["--entry", "other"], ["--entry", "main", "--rows", "3"]):
+        assert CliRunner().invoke(app, ["roofline", "gpt2", *more]).exit_code == 2

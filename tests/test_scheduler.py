@@ -260,15 +260,43 @@ def test_a_prompt_that_no_row_takes_is_refused_at_once(
 
 def test_no_more_wait_than_may(session: Session) -> None:
     scheduler = Scheduler(session, queue=2)  # not started: no request leaves the queue
-    for _ in range(2):
+    for _ in range(5):  # three for the free rows
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
-    with pytest.raises(UsageError, match="3 texts at once, and at most 2 may wait"):
-        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())] * 3)
-    with pytest.raises(QueueFull, match="queue is full: 2 texts wait"):
+    with pytest.raises(UsageError, match="6 texts at once, and at most 5 may be generated or wait"):
+        scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())] * 6)
+    with pytest.raises(QueueFull, match="queue is full: 5 texts wait"):
         scheduler.submit([(TextOrder((1,), Choosing(1)), Heard())])
     scheduler.start()
     scheduler.close(drain=SECONDS)
-    assert scheduler.load().generated == 2
+    assert scheduler.load().generated == 5
+
+
+def test_rows_that_were_used_are_free_for_the_queue_again(scheduler: Scheduler) -> None:
+    scheduler.queue = 1
+    for _ in range(3):
+        heard = [Heard() for _ in range(4)]  # three rows, and one that waits
+        scheduler.submit([(TextOrder((1, 2), Choosing(2)), each) for each in heard])
+        for each in heard:
+            each.wait()
+
+
+def test_a_text_that_cannot_begin_ends_alone(model: Compiled, session: Session) -> None:
+    scheduler, heard = Scheduler(session, queue=1), Heard()
+    begin = session.begin
+
+    def broken(prompt: Any) -> int:
+        raise MemoryError("no memory")
+
+    session.begin = broken  # type: ignore[method-assign]
+    scheduler.submit([(TextOrder((1,), Choosing(4)), heard)])
+    scheduler.start()
+    assert heard.wait() == []
+    assert "no memory" in str(heard.ends[0].why)
+    session.begin = begin  # type: ignore[method-assign]
+    others = [Heard() for _ in range(4)]
+    scheduler.submit([(TextOrder((1,), Choosing(4)), each) for each in others])
+    assert [each.wait() for each in others] == [alone(model, (1,), Choosing(4))] * 4
+    scheduler.close()
 
 
 def test_a_text_ends_when_its_time_is_over(scheduler: Scheduler) -> None:
@@ -321,3 +349,63 @@ def test_a_long_prompt_holds_others_up_by_a_piece_at_a_time(model: Compiled, sch
     assert short.wait() == alone(model, (2,), Choosing(30))
     assert long.wait() == alone(model, (1,) * 40, Choosing(1))
     assert order.index("long") >= 2 + 40 // 8 - 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "pieces"),
+    [
+        (64, [[2], [32, 20, 11], [8]]),
+        (33, [[2], [32], [8, 20, 4], [7]]),
+        (20, [[2], [16], [16], [8, 11], [9, 10], [1]]),
+        (17, [[2], [16], [16], [8, 8], [12, 4], [7]]),
+    ],
+)
+def test_a_step_has_a_budget_of_tokens(model: Compiled, budget: int, pieces: list[list[int]]) -> None:
+    """A text runs, and then three prompts of 40, 20 and 11 tokens join. The oldest is prefilled first. The texts are
+    the same as alone for each budget.
+    """
+    session = model.session(rows=4, capacity=CAPACITY, chunk=32)
+    scheduler, long, heard = Scheduler(session, budget=budget), Heard(), [Heard() for _ in range(3)]
+    prompts = [(1,) * 40, (2,) * 20, (3,) * 11]
+    found: list[list[int]] = []
+    prefill = session.prefill
+
+    def counting(tokens: dict[int, list[int]]) -> dict[int, Any]:
+        found.append([len(ids) for ids in tokens.values()])
+        return prefill(tokens)
+
+    def receive(report: Token | Ended) -> None:
+        if not long.tokens:
+            scheduler.submit([(TextOrder(p, Choosing(1)), each) for p, each in zip(prompts, heard, strict=True)])
+        long(report)
+
+    session.prefill = counting  # type: ignore[method-assign, assignment]
+    scheduler.submit([(TextOrder((4, 5), Choosing(40)), receive)])
+    scheduler.start()
+    assert long.wait() == alone(model, (4, 5), Choosing(40))
+    assert [each.wait() for each in heard] == [alone(model, prompt, Choosing(1)) for prompt in prompts]
+    scheduler.close()
+    assert found == pieces
+
+
+def test_a_budget_is_one_token_or_more(session: Session) -> None:
+    with pytest.raises(UsageError, match="a step needs a budget of 1 token or more"):
+        Scheduler(session, budget=0)
+
+
+def test_a_prefix_that_lost_its_slot_is_read_from_host_memory(model: Compiled) -> None:
+    """After more texts than there are rows, a prompt resumes from the prefix cache, and its text is the same."""
+    session = model.session(rows=2, capacity=CAPACITY, chunk=16, resumes=True)
+    session.cache_prefixes(10**6)
+    scheduler, prompt = Scheduler(session), tuple(range(40))
+    scheduler.start()
+    wanted = alone(model, prompt, Choosing(4))
+    for number in range(6):
+        heard = Heard()
+        (ticket,) = scheduler.submit(
+            [(TextOrder(prompt if number in (0, 5) else (50 + number,) * 20, Choosing(4)), heard)]
+        )
+        assert heard.wait() == (wanted if number in (0, 5) else alone(model, (50 + number,) * 20, Choosing(4)))
+        assert ticket.reused == (32 if number == 5 else 0)
+    scheduler.close()
+    assert scheduler.load().cached == session.cached_bytes > 0

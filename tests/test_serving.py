@@ -28,6 +28,7 @@ openai = pytest.importorskip("openai")
 
 from typer.testing import CliRunner
 
+import treadle as t
 from tests.task_models import byte_level
 from treadle.cli.application import app
 from treadle.continuation import TextWriter
@@ -41,7 +42,7 @@ from treadle.serving.models import ServedEmbedder, ServedWriter
 from treadle.serving.refusals import RequestRefusal
 
 TEMPLATE = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('no such talk') }}{% endif %}"
-TEMPLATE += "{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+TEMPLATE += "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if mood %}({{ mood }}){% endif %}assistant:"
 KEY = "a-key"
 
 
@@ -309,10 +310,41 @@ WRONG: list[tuple[str, Any, int, str | None, str]] = [
     ("/completions", {**COMPLETION, "prompt": "the cat " * 80}, 400, "prompt", "a row of the session takes 64"),
     ("/completions", {**COMPLETION, "n": 1000}, 400, "n", "n must be an integer"),
     ("/completions", {**COMPLETION, "prompt": ["a"] * 100, "n": 2}, 400, "n", "asks for 200 texts"),
-    ("/completions", {**COMPLETION, "prompt": ["a"] * 60}, 400, None, "60 texts at once, and at most 40 may wait"),
+    (
+        "/completions",
+        {**COMPLETION, "prompt": ["a"] * 60},
+        400,
+        None,
+        "60 texts at once, and at most 44 may be generated or wait",
+    ),
     ("/completions", {**COMPLETION, "best_of": 3}, 400, "best_of", "best_of selects among"),
-    ("/completions", {**COMPLETION, "echo": True}, 400, "echo", "echo repeats the prompt"),
-    ("/completions", {**COMPLETION, "logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias changes"),
+    ("/completions", {**COMPLETION, "echo": True, "logprobs": 1}, 400, "echo", "echo with logprobs asks for"),
+    ("/completions", {**COMPLETION, "logit_bias": {"99999": 1}}, 400, "logit_bias", "token 99999 is not in the voc"),
+    ("/completions", {**COMPLETION, "logit_bias": {"5": 101}}, 400, "logit_bias", "numbers from -100 to 100"),
+    ("/completions", {**COMPLETION, "logit_bias": {"x": 1}}, 400, "logit_bias", "token ids with numbers"),
+    ("/completions", {**COMPLETION, "frequency_penalty": 2.5}, 400, "frequency_penalty", "a number from -2 to 2"),
+    ("/completions", {**COMPLETION, "stop_token_ids": [99999]}, 400, "stop_token_ids", "token 99999 is not in the"),
+    ("/completions", {**COMPLETION, "stop_token_ids": 5}, 400, "stop_token_ids", "a list of at most 128 token ids"),
+    ("/completions", {**COMPLETION, "min_tokens": 5, "max_tokens": 4}, 400, "min_tokens", "at most max_tokens, 4"),
+    ("/completions", {**COMPLETION, "ignore_eos": "yes"}, 400, "ignore_eos", "ignore_eos must be true or false"),
+    ("/completions", {**COMPLETION, "max_tokens": 65}, 400, "max_tokens", "leaves room for 62: tiny takes 64 tokens"),
+    ("/chat/completions", {**CHAT, "max_completion_tokens": 64}, 400, "context_length_exceeded", "leaves room for"),
+    ("/chat/completions", {**CHAT, "reasoning_effort": "low"}, 400, "reasoning_effort", "no such variable"),
+    (
+        "/chat/completions",
+        {**CHAT, "chat_template_kwargs": {"thinking": True}},
+        400,
+        "chat_template_kwargs",
+        "chat_template_kwargs.thinking is not supported",
+    ),
+    (
+        "/chat/completions",
+        {**CHAT, "chat_template_kwargs": {"messages": []}},
+        400,
+        "chat_template_kwargs",
+        "chat_template_kwargs.messages is not supported",
+    ),
+    ("/chat/completions", {**CHAT, "chat_template_kwargs": []}, 400, "chat_template_kwargs", "must be an object"),
     ("/completions", {**COMPLETION, "stop": ["a", ""]}, 400, "stop", "nonempty strings"),
     ("/completions", {**COMPLETION, "stream": 1}, 400, "stream", "stream must be true or false"),
     ("/completions", {**COMPLETION, "stream_options": {}}, 400, "stream_options", "needs stream to be true"),
@@ -396,12 +428,12 @@ def test_a_text_that_cannot_be_embedded_is_refused_and_waits_no_longer() -> None
         width = 3
 
         def embed_reporting(self, texts: list[str]) -> Any:
-            with pytest.raises(RequestRefusal, match="1 requests are waiting; try again later") as late:
+            with pytest.raises(RequestRefusal, match="0 requests are waiting; try again later") as late:
                 served.embed(texts)
             assert (late.value.status, late.value.code, late.value.headers) == (429, "queue_full", {"Retry-After": "1"})
             raise UsageError("no such text", received="a", hint="another")
 
-    served = ServedEmbedder("vectors", Failing(), queue=1)  # type: ignore[arg-type]
+    served = ServedEmbedder("vectors", Failing(), queue=0)  # type: ignore[arg-type]
     for _ in range(2):
         with pytest.raises(RequestRefusal, match=r"^no such text; received a; another$") as error:
             served.embed(["a"])
@@ -414,6 +446,105 @@ def test_addresses_methods_and_types_that_are_not_there(server: Running) -> None
     assert (status, answer["error"]["message"]) == (405, "this path does not support this method")
     status, answer = server.post("/completions", COMPLETION, **{"content-type": "text/plain"})
     assert (status, answer["error"]["code"]) == (415, "unsupported_media_type")
+
+
+def test_fields_that_end_a_text(server: Running, writer: TextWriter) -> None:
+    """Token ids, a least number of tokens, and texts that go on after the model's end token."""
+    client, plain = server.client(), {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "temperature": 0}
+    pieces = list(writer.continued(["the dog"], most=12))
+    found = client.completions.create(**plain, extra_body={"stop_token_ids": [pieces[4].id]})
+    at = next(n for n, piece in enumerate(pieces) if piece.id == pieces[4].id)
+    assert found.choices[0].text == "".join(piece.text for piece in pieces[:at]), "without the token that ends it"
+    assert (found.choices[0].finish_reason, found.usage.completion_tokens) == ("stop", at + 1)
+    later = client.completions.create(**plain, extra_body={"stop_token_ids": [pieces[4].id], "min_tokens": 11})
+    assert later.usage.completion_tokens >= 11
+    to_end = {**plain, "logit_bias": {"0": 100}}
+    assert client.completions.create(**to_end).usage.completion_tokens == 1
+    assert client.completions.create(**to_end, extra_body={"min_tokens": 3}).usage.completion_tokens == 4
+    on = client.completions.create(**to_end, extra_body={"ignore_eos": True, "repetition_penalty": 1})
+    assert (on.usage.completion_tokens, on.choices[0].finish_reason) == (12, "length")
+
+
+def test_penalties_by_count_and_biases(server: Running, writer: TextWriter) -> None:
+    client, plain = server.client(), {"model": "tiny", "prompt": "the log", "max_tokens": 16, "temperature": 0}
+    rules = TokenRules(repetition_penalty=1.3, frequency_penalty=1.9)
+    found = client.completions.create(**plain, frequency_penalty=1.9)
+    assert found.choices[0].text == said(writer, "the log", 16, rules=rules)
+    assert found.choices[0].text != client.completions.create(**plain).choices[0].text
+    token = 40
+    biased = client.completions.create(
+        **plain, logit_bias={str(token): 100}, extra_body={"repetition_penalty": 1}, logprobs=0
+    )
+    assert biased.choices[0].text == writer.tokenizer.text([token] * 16)
+    assert biased.choices[0].logprobs.token_logprobs[0] < -1, "the model's own probability"
+    talk = client.chat.completions.create(
+        model="tiny", messages=CHAT["messages"], max_tokens=3, logit_bias={str(token): 100}, temperature=0,
+        frequency_penalty=0.5, extra_body={"repetition_penalty": 1},
+    )  # fmt: skip
+    assert talk.choices[0].message.content == writer.tokenizer.text([token] * 3)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_completion_repeats_its_prompt(server: Running, writer: TextWriter, ids: bool) -> None:
+    prompts: Any = ["the cat", "a dog"]
+    options = {"model": "tiny", "max_tokens": 4, "temperature": 0, "echo": True, "n": 2}
+    options["prompt"] = [list(row) for row in writer.tokens(prompts)] if ids else prompts
+    wanted = [prompt + said(writer, prompt, 4) for prompt in prompts for _ in range(2)]
+    assert [choice.text for choice in server.client().completions.create(**options).choices] == wanted
+    found = dict.fromkeys(range(4), "")
+    for piece in server.client().completions.create(**options, stream=True):
+        found[piece.choices[0].index] += piece.choices[0].text
+    assert list(found.values()) == wanted
+    alone = server.client().completions.create(model="tiny", prompt="the cat", max_tokens=0, echo=True)
+    assert (alone.choices[0].text, alone.usage.completion_tokens) == ("the cat", 0)
+
+
+def test_fields_without_effect_and_variables_of_the_template(server: Running, writer: TextWriter) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": CHAT["messages"], "max_completion_tokens": 5}
+    options |= {"temperature": 0, "prompt_cache_key": "k", "safety_identifier": "s", "store": False, "user": "u"}
+    plain = server.client().chat.completions.create(**options, reasoning_effort="none").choices[0].message.content
+    assert plain == said(writer, "user: a\nassistant:", 5, special=False)
+    loud = server.client().chat.completions.create(**options, extra_body={"chat_template_kwargs": {"mood": "loud"}})
+    assert loud.choices[0].message.content == said(writer, "user: a\n(loud)assistant:", 5, special=False)
+
+
+def test_tokens_of_texts_and_texts_of_tokens(server: Running, writer: TextWriter) -> None:
+    def post(path: str, body: Any) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection(server.place.netloc, timeout=60)
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+    ids = list(writer.tokens(["the cat"])[0])
+    expected = {"count": len(ids), "max_model_len": 64, "tokens": ids}
+    assert post("/tokenize", {"model": "tiny", "prompt": "the cat"}) == (200, expected)
+    assert post("/detokenize", {"model": "tiny", "tokens": ids}) == (200, {"prompt": "the cat"})
+    assert post("/detokenize", {"model": "tiny", "tokens": []}) == (200, {"prompt": ""})
+    rendered = list(writer.tokens(["user: a\nassistant:"], special=False)[0])
+    assert post("/tokenize", {"model": "tiny", "messages": CHAT["messages"]})[1]["tokens"] == rendered
+    for path, body, field in (
+        ("/tokenize", {"model": "tiny"}, "messages"),
+        ("/tokenize", {"model": "vectors", "prompt": "a"}, "model"),
+        ("/detokenize", {"model": "tiny"}, "tokens"),
+        ("/detokenize", {"model": "tiny", "tokens": [99999]}, "tokens"),
+        ("/detokenize", {"model": "tiny", "tokens": [1], "other": 1}, "other"),
+    ):
+        status, answer = post(path, body)
+        assert (status, answer["error"]["param"]) == (400, field)
+
+
+def test_each_answer_has_an_id(server: Running) -> None:
+    client = server.client()
+    given = client.completions.with_raw_response.create(
+        model="tiny", prompt="a", max_tokens=1, extra_headers={"X-Request-Id": "abc-1"}
+    )
+    assert given.headers["x-request-id"] == "abc-1"
+    drawn = [client.completions.create(model="tiny", prompt="a", max_tokens=1)._request_id for _ in range(2)]
+    assert len({*drawn}) == 2
+    assert all(len(each) == 32 for each in drawn)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="a", max_tokens=99, extra_headers={"X-Request-Id": "a b"})
+    assert len(caught.value.request_id or "") == 32, "an id with a space is replaced"
 
 
 def test_requests_beyond_the_queue_are_asked_to_retry(server: Running, writer: TextWriter) -> None:
@@ -530,6 +661,42 @@ def test_a_shutdown_lets_answers_end(folder: Path) -> None:
     last = [each.choices[0].finish_reason for each in pieces][-1]
     assert last in ("length", "stop")
     assert server.process.wait(30) == 0
+
+
+def test_a_drain_refuses_new_requests_and_does_not_wait_for_idle_connections(folder: Path, tmp_path: Path) -> None:
+    """While a stream ends after SIGTERM, the server is not ready. A connection without a request, and requests of
+    which a part has arrived, do not delay the exit.
+    """
+    log = tmp_path / "requests.log"
+    server = Running(str(folder), "--log", "json", "--log-file", str(log), "--cors", "https://example.org")
+    place = (server.place.hostname, server.place.port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    half = [socket.create_connection(place, timeout=60) for _ in range(3)]
+    half[1].sendall(head.encode())
+    half[2].sendall(f"{head}\r\n{{".encode())
+    ready = http.client.HTTPConnection(server.place.netloc, timeout=60)
+    ready.request("GET", "/ready", headers={"Origin": "https://example.org"})
+    response = ready.getresponse()
+    assert (response.status, response.read()) == (200, b'{"status":"ready"}')
+    assert response.headers["access-control-allow-origin"] == "https://example.org"
+    ready.request("GET", "/version")
+    assert json.loads(ready.getresponse().read()) == {"version": t.__version__}
+    pieces = server.client().completions.create(
+        model="tiny", prompt="the cat", max_tokens=80, temperature=0, stream=True, extra_body={"ignore_eos": True},
+        extra_headers={"X-Request-Id": "last"},
+    )  # fmt: skip
+    next(iter(pieces))
+    server.process.send_signal(signal.SIGTERM)
+    assert half[2].recv(12) == b"HTTP/1.1 503"
+    assert [each.choices[0].finish_reason for each in pieces][-1] == "length"
+    code, error = server.end()
+    assert (code, error) == (0, "")
+    lines = {line["id"]: line for line in map(json.loads, log.read_text().splitlines())}
+    facts = lines["last"]
+    assert (facts["status"], facts["path"], facts["model"]) == (200, "/v1/completions", "tiny")
+    assert (facts["completion_tokens"], facts["finish_reasons"]) == (80, ["count"])
+    assert 0 <= facts["queue_seconds"] <= facts["first_token_seconds"] <= facts["seconds"]
+    assert {line["status"] for line in lines.values()} == {200, 503}
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

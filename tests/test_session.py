@@ -326,6 +326,8 @@ def test_prompts_that_wait_join_as_others_finish(exe: Compiled) -> None:
 def test_probabilities_are_told(exe: Compiled) -> None:
     session = exe.session(rows=1, capacity=32)
     (token,) = generate(session, [[1, 2, 3]], most=1)
+    assert token.logprob is None, "it was not requested"
+    (token,) = generate(session, [[1, 2, 3]], most=1, likely=0)
     logits = whole(exe, [1, 2, 3])[-1].astype(np.float64)
     assert token.logprob == pytest.approx(logits.max() - np.log(np.exp(logits).sum()), abs=1e-5)
 

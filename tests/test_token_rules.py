@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from treadle.ir.errors import UsageError
-from treadle.runtime.sampling import Sampling
+from treadle.runtime.sampling import Sampling, most_likely
 from treadle.runtime.stop_strings import StopStrings
 from treadle.runtime.token_rules import TokenRules, log_probabilities
 
@@ -93,24 +93,43 @@ def test_rules_are_those_of_hugging_face() -> None:
             np.testing.assert_allclose(ours, wanted, rtol=1e-6)
 
 
-def test_sampling_matches_the_distribution_by_chi_square() -> None:
-    """10,000 draws for each filter. The statistic stays below the value that is exceeded once in ten thousand times."""
-    scipy = pytest.importorskip("scipy.stats")
-    logits = np.random.default_rng(5).normal(size=50) * 2
-    for sampling in (
-        Sampling(temperature=1.0, seed=1),
-        Sampling(temperature=0.7, min_p=0.05, seed=2),
-        Sampling(temperature=1.5, top_k=20, top_p=0.9, seed=3),
-    ):
-        ids, expected = sampling.distribution(logits)
-        drawn = np.bincount([sampling.choose(logits, step=i) for i in range(10_000)], minlength=50)
-        assert drawn[ids].sum() == 10_000
-        rare = expected * 10_000 < 5  # bins with too few draws are merged
-        counts, wanted = drawn[ids], expected * 10_000
-        counts = np.append(counts[~rare], counts[rare].sum())
-        wanted = np.append(wanted[~rare], wanted[rare].sum())
-        keep = wanted > 0
-        assert scipy.chisquare(counts[keep], wanted[keep]).pvalue > 1e-4
+def sorted_draw(sampling: Sampling, logits: Any, step: int) -> int:
+    """Return the token of a draw by the definition: sort all tokens, restrict them, and draw from the rest."""
+    order = np.argsort(-logits.astype(np.float64), kind="stable")[: sampling.top_k or None]
+    weights = np.exp((logits[order].astype(np.float64) - logits.max()) / sampling.temperature)
+    before = np.cumsum(weights) - weights
+    kept = (weights >= sampling.min_p) & (weights > 0) & (before < sampling.top_p * weights.sum() * (1 + 1e-12))
+    kept[0] = True
+    shares = np.cumsum(weights[kept]) / weights[kept].sum()
+    drawn = np.random.default_rng([sampling.seed, 0, step]).random()
+    return int(order[kept][min(int(np.searchsorted(shares, drawn, side="right")), kept.sum() - 1)])
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, 10**6])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.0), (0.9, 0.0), (1e-9, 0.0), (1.0, 0.05), (0.93, 0.01)])
+def test_a_draw_equals_the_draw_from_all_sorted_tokens(top_k: int, top_p: float, min_p: float) -> None:
+    """Only a part of the tokens is sorted for a draw. The draw is the same as from the whole order: for peaked and flat
+    distributions, with equal logits and excluded tokens.
+    """
+    rng = np.random.default_rng(7)
+    for step in range(60):
+        logits = (rng.standard_normal(3000) * rng.choice([0.1, 1.5, 5])).astype(np.float32)
+        logits = np.round(logits * 8) / 8
+        logits[rng.integers(0, 3000, 1000)] = -np.inf
+        sampling = Sampling(float(rng.choice([0.3, 1, 2])), top_k, top_p, seed=3, min_p=min_p)
+        assert sampling.choose(logits, step=step) == sorted_draw(sampling, logits, step)
+
+
+def test_log_probabilities_of_a_few_tokens_have_the_same_bits() -> None:
+    logits = np.random.default_rng(2).standard_normal(500).astype(np.float32)
+    ids = [3, 499, 3, 0]
+    assert log_probabilities(logits, ids).tolist() == log_probabilities(logits)[ids].tolist()
+
+
+def test_most_likely_tokens_are_in_order_and_ties_go_to_the_lower_id() -> None:
+    scores = np.array([1.0, 3.0, -np.inf, 3.0, 2.0, 1.0], np.float32)
+    for count in range(1, 8):
+        assert most_likely(scores, count).tolist() == [1, 3, 4, 0, 5, 2][:count]
 
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:

@@ -20,6 +20,7 @@ from treadle.program.options import CompileOptions
 from treadle.program.source import AnyModel, ModelSource
 from treadle.runtime.beams import Beams, beam_search
 from treadle.runtime.generation import Ending, Token, generate
+from treadle.runtime.guess_pace import GuessPace
 from treadle.runtime.sampling import Sampling
 from treadle.runtime.session import Session
 from treadle.runtime.speculation import DraftModel, Guess, SpeculationTally, speculate
@@ -46,7 +47,8 @@ class Piece:
     id      the token's id
     ending  the reason why the row ends with this token: "end", "stop" (a stop string), "context" or "count"; None if it
             does not end
-    logprob the natural logarithm of the probability that the model gave the token
+    logprob the natural logarithm of the probability that the model gave the token; None if the caller did not request
+            log probabilities
     likely  the most likely tokens at this position with their logprobs, as many as the caller requested
     """
 
@@ -54,7 +56,7 @@ class Piece:
     text: str
     id: int
     ending: Ending | None
-    logprob: float
+    logprob: float | None
     likely: tuple[tuple[int, float], ...]
 
     @property
@@ -79,6 +81,12 @@ class FoundText:
     ending: Ending
 
 
+_CONTEXT, _TAIL = 8, 32
+"""The numbers of tokens before the tail of a growing text that are decoded together with it, and of tokens that the
+tail has before its first half becomes settled.
+"""
+
+
 @dataclass(frozen=True)
 class ChatPrompt:
     """The token ids of a prompt, and the inputs of the row that reads them (`Session.open`): its images, if any."""
@@ -88,30 +96,51 @@ class ChatPrompt:
 
 
 class GrowingText:
-    """The decoded text of a row, without the last characters while further tokens can still change them."""
+    """The decoded text of a row, without the last characters while further tokens can still change them.
+
+    Only the tail of the text is decoded for each token, after a few tokens of context: the text of a token can depend
+    on its neighbors. The first half of a tail is settled if the rest decodes to the same text without it.
+    """
 
     def __init__(self, tokenizer: TextTokenizer, stop: StopStrings) -> None:
         self.tokenizer, self.stop = tokenizer, stop
-        self.ids: list[int] = []
-        self.whole = self.emitted = ""
+        self._ids: list[int] = []  # the context and the tail
+        self._context = 0  # number of tokens of the context
+        self._passed = ""  # text of the context
+        self._returned = 0  # number of characters of the tail's text that were returned
+        self._tail = ""
 
     def add(self, token: int) -> bool:
         """Add a token. Return True if the text now contains a stop string."""
-        self.ids.append(token)
-        self.whole = self.tokenizer.text(self.ids)
-        return self.stop.split(self.whole)[1]
+        self._ids.append(token)
+        self._tail = self.tokenizer.text(self._ids)[len(self._passed) :]
+        return self.stop.split(self._tail[self._returned :])[1]
 
     def tell(self, is_last: bool) -> str:
         """Return the text that is new and final. If the row has ended (`is_last`), return all remaining text, up to a
         stop string.
         """
-        certain, ends = self.stop.split(self.whole)
+        left = self._tail[self._returned :]
+        new, ends = self.stop.split(left)
         if is_last and not ends:
-            certain = self.whole
+            new = left
         elif not ends:
-            certain = certain.rstrip("\N{REPLACEMENT CHARACTER}")
-        new, self.emitted = certain[len(self.emitted) :], certain
+            new = new.rstrip("\N{REPLACEMENT CHARACTER}")
+        self._returned += len(new)
+        if len(self._ids) - self._context >= _TAIL:
+            self._settle()
         return new
+
+    def _settle(self) -> None:
+        """Settle the first half of the tail if its text was returned and the text of the rest does not depend on it."""
+        at = (self._context + len(self._ids)) // 2  # moves on, since the first try may be within a character
+        first = self.tokenizer.text(self._ids[:at])[len(self._passed) :]
+        passed = self.tokenizer.text(self._ids[at - _CONTEXT : at])
+        rest = self.tokenizer.text(self._ids[at - _CONTEXT :])
+        if len(first) <= self._returned and rest.startswith(passed) and first + rest[len(passed) :] == self._tail:
+            self._ids, self._context, self._passed = self._ids[at - _CONTEXT :], _CONTEXT, passed
+            self._returned -= len(first)
+            self._tail = self._tail[len(first) :]
 
 
 @dataclass(frozen=True)
@@ -210,16 +239,22 @@ class TextWriter:
         return [self.images.read(image) for image in images]
 
     def chat_prompt(
-        self, template: ChatTemplate, messages: Sequence[Message], images: Sequence[ReadImage] = ()
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        images: Sequence[ReadImage] = (),
+        **variables: Any,
     ) -> ChatPrompt:
         """Return the prompt of a conversation, up to the start of a reply. A message with images has a list of parts as
-        its content: {"type": "image"}, {"type": "text", "text": "..."}.
+        its content: {"type": "image"}, {"type": "text", "text": "..."}. `variables` are further variables of the
+        template.
 
         Raises UsageError if the template rejects the conversation, or places another number of images.
         """
         if self.images is None:
-            return ChatPrompt(self.tokens([template.render(messages)], special=False)[0])
-        return self.images.prompt(template.render(self.images.messages(messages, template.template)), images)
+            return ChatPrompt(self.tokens([template.render(messages, **variables)], special=False)[0])
+        shown = self.images.messages(messages, template.template)
+        return self.images.prompt(template.render(shown, **variables), images)
 
     def continued(
         self,
@@ -229,7 +264,7 @@ class TextWriter:
         sampling: Sampling | None = None,
         rules: TokenRules | None = None,
         stop: Sequence[str] = (),
-        likely: int = 0,
+        likely: int | None = None,
         guess: Guess | None = None,
         tally: SpeculationTally | None = None,
         special: bool = True,
@@ -238,8 +273,10 @@ class TextWriter:
 
         rules   token rules (logits processors); None: the folder's rules
         stop    strings that end a text; they are not part of the text
-        likely  number of most likely tokens to report with each token
-        guess   the draft method of speculative decoding; prompts are then continued one after another
+        likely  number of most likely tokens to report with each token, and its log probability; None: no log
+                probabilities
+        guess   the draft method of speculative decoding; prompts are then continued one after another. The lengths of
+                guesses follow from measured times, so that speculation is used only where it saves time
         tally   counts the drafted tokens and the accepted ones
         special True if the tokenizer adds its special tokens to a prompt; pass False for prompts from a chat template,
                 which already has them
@@ -257,7 +294,8 @@ class TextWriter:
         if guess is None:
             tokens = generate(self._session(rows, most, min(len(rows), MOST_ROWS)), rows, **options)
         else:
-            tokens = speculate(self._session(rows, most, 1), rows, guess=guess, tally=tally, **options)
+            how: dict[str, Any] = {"guess": guess, "tally": tally, "pace": GuessPace(tries=not guess.is_cheap)}
+            tokens = speculate(self._session(rows, most, 1), rows, **how, **options)
         return self._pieces(tokens, growing)
 
     def searched(

@@ -92,6 +92,7 @@ class KernelExecutable(EntryExecutable):
         made = {f.name: entry(f) for f in graph.later_entries}
         self.called |= made
         self.timed = made[graph.main.name].timed
+        self.timed_entries = {name: each.timed for name, each in made.items()}
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -147,13 +148,15 @@ class _KernelEntry:
         outputs = Outputs({p.name: give(p, made[p.name], tensors) for p in self.outputs})
         return self._donated.returned(given, outputs)
 
-    def timed(self, given: Mapping[str, Any], runs: int) -> tuple[Plan, dict[str, int], list[list[float]]]:
-        """Run the entry `runs` times on arrays by name and time each kernel call.
+    def timed(
+        self, given: Mapping[str, Any], runs: int, states: States | None = None
+    ) -> tuple[Plan, dict[str, int], list[list[float]]]:
+        """Run the entry `runs` times on arrays by name, and on states, and time each kernel call.
 
         Returns the plan, the sizes of the symbols, and for each run the seconds of every call. For profiling; see
         `treadle.backends.tvm.profiling`. Raises BackendError as a call does.
         """
-        held = self._kinds.check(None)
+        held = self._kinds.check(states)
         taken, sizes = self.signature.bind_sized(given, take, held.sizes)
         arrays = dict(zip(self._program.inputs, taken, strict=True))
         plan, seconds = self._machine.timed(self._name, sizes, arrays, held, self._stored, runs)

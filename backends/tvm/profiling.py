@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from treadle.backends.states import States
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.lowering.program import KernelStep
 
@@ -30,12 +31,23 @@ class TimedCall:
     addresses: tuple[int, ...]
 
 
-def time_calls(exe: KernelExecutable, arrays: Mapping[str, Any], rounds: int) -> list[TimedCall]:
-    """Time every kernel call of a stateless executable, in order, over `rounds` runs after one warm-up run.
+def time_calls(
+    exe: KernelExecutable,
+    arrays: Mapping[str, Any],
+    rounds: int,
+    *,
+    entry: str | None = None,
+    states: States | None = None,
+) -> list[TimedCall]:
+    """Time every kernel call of a run, in order, over `rounds` runs after one warm-up run.
+
+    entry   the entry to run; None: the main one
+    states  the states that each run works on; a run writes them as a call does
 
     Raises BackendError as a call does.
     """
-    plan, sizes, times = exe.timed(arrays, rounds + 1)
+    timed = exe.timed if entry is None else exe.timed_entries[entry]
+    plan, sizes, times = timed(arrays, rounds + 1, states)
     return [
         TimedCall(step, statistics.median(of[1:]), sizes, plan.addresses(number))
         for number, (step, of) in enumerate(zip(plan.steps, times, strict=True))

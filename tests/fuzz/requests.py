@@ -35,7 +35,9 @@ EMBEDDING: dict[str, Any] = {"model": "vectors", "input": ["the cat", "a dog"]}
 MORE: dict[str, Any] = {
     "n": 2, "stream": True, "stream_options": {"include_usage": True}, "stop": ["x", "yz"], "seed": 3, "top_p": 0.5,
     "top_k": 4, "min_p": 0.1, "presence_penalty": 0.5, "repetition_penalty": 1.2, "logprobs": 2, "echo": False,
-    "logit_bias": {}, "user": "u", "best_of": 1, "suffix": None, "frequency_penalty": 0,
+    "logit_bias": {"5": 1.5}, "user": "u", "best_of": 1, "suffix": None, "frequency_penalty": 0.5, "ignore_eos": True,
+    "min_tokens": 1, "stop_token_ids": [7], "prompt_cache_key": "k", "chat_template_kwargs": {},
+    "reasoning_effort": "low",
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 2**31, 2**63, -(2**64), 10**40, 0.5, -0.0, 1e308, "", "a", "\x00", "😀" * 3,

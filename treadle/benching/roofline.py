@@ -2,6 +2,7 @@
 
     found = measure_roofline(t.compile("bert", backend="tvm"), {"B": 1, "S": 128})
     print(found)
+    found = measure_step_roofline(t.compile("smollm2", backend="tvm"), rows=16, past=128)
 
 A kernel's operations are the operations of its nodes. Its bytes are the bytes of its operands and results, each counted
 once. Its minimum time is the larger of two times:
@@ -34,6 +35,8 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Node
 from treadle.ir.storage.views import StorageKind
+from treadle.ir.target import Target
+from treadle.passes.framework.manager import Optimized
 from treadle.reporting.counts import human, rate_text, sizes_text
 
 DTYPES = ("f32", "bf16", "int8")
@@ -168,16 +171,55 @@ def measure_roofline(model: Compiled, sizes: Mapping[str, int], *, rounds: int =
     """
     exe = model.executable
     if not isinstance(exe, KernelExecutable):
-        raise UsageError(
-            f"a roofline needs kernels, and the {model.backend} backend calls a library",
-            hint=Hint('backend="tvm"', "--backend tvm"),
-        )
+        raise _no_kernels(model.backend)
     if model.graph.states:
         raise UsageError(f"{model.name} has states, and a roofline needs a model without states")
     return roofline_of(model, sizes, time_calls(exe, draw_inputs(model.graph, sizes, [seed]), rounds))
 
 
-def roofline_of(model: Compiled, sizes: Mapping[str, int], calls: list[TimedCall]) -> Roofline:
+@dataclass(frozen=True)
+class _Step:
+    """The decoding step of a model, with the properties of a compiled model that a roofline needs."""
+
+    name: str
+    target: Target
+    optimized: Optimized
+    executable: KernelExecutable
+
+
+def measure_step_roofline(
+    model: Compiled, *, rows: int = 1, past: int = 128, rounds: int = 9, seed: int = 0
+) -> Roofline:
+    """Time the kernels of a model's decoding step on the TVM backend, and compare them with the machine's limits.
+
+    rows    number of rows, each of which gets one token
+    past    number of tokens that each row has already
+
+    Raises UsageError for another backend, and for more tokens than the model takes.
+    """
+    stepped = model.stepped
+    exe = stepped.executable
+    if not isinstance(exe, KernelExecutable):
+        raise _no_kernels(model.backend)
+    if past < 1:
+        raise UsageError("rows of a step have 1 token or more", received=f"past={past}", hint="past=128")
+    session = stepped.session(rows=rows, capacity=past + 1)
+    rng = np.random.default_rng(seed)
+    texts = {session.open(): rng.integers(0, session.vocabulary or 2, past).tolist() for _ in range(rows)}
+    session.prefill(texts)
+    names = stepped.derived.port_names
+    given = {
+        stepped.derived.tokens[0]: np.array([[ids[0]] for ids in texts.values()], np.int64),
+        names["rows"]: np.array(list(texts), np.int64),
+        names["start"]: np.full(rows, past, np.int64),
+    }
+    calls = time_calls(exe, given, rounds, entry="step", states=session.states)
+    optimized = replace(stepped.optimized, lowered=stepped.optimized)  # it is the result of the backend's passes
+    step = _Step(f"a step of {model.name}", model.target, optimized, exe)
+    return roofline_of(step, {"rows": rows, "past": past}, calls)
+
+
+def roofline_of(model: Compiled | _Step, sizes: Mapping[str, int], calls: list[TimedCall]) -> Roofline:
     """Compare the timed calls of a run of a model of the TVM backend with the machine's limits."""
     exe = model.executable
     assert isinstance(exe, KernelExecutable)
@@ -246,7 +288,14 @@ def reuse_distances(touched: Sequence[Mapping[int, int]]) -> list[dict[int, int]
     return found
 
 
-def _rows(model: Compiled, calls: list[TimedCall]) -> Iterator[KernelRow]:
+def _no_kernels(backend: str) -> UsageError:
+    return UsageError(
+        f"a roofline needs kernels, and the {backend} backend calls a library",
+        hint=Hint('backend="tvm"', "--backend tvm"),
+    )
+
+
+def _rows(model: Compiled | _Step, calls: list[TimedCall]) -> Iterator[KernelRow]:
     """Yield a row for each kernel at its sizes. Minimum times are not set yet."""
     lowered = model.optimized.lowered
     assert lowered is not None

@@ -80,12 +80,15 @@ def environment() -> Any:
 
 def render(made: Any, request: dict[str, Any]) -> dict[str, Any]:
     """Return {"text": ...} with the rendered template, or {"error": ...}. `refused` is true if the template itself
-    raised the error.
+    raised the error. For a request without values, return {"variables": ...} with the names that the template reads.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
+    from jinja2.meta import find_undeclared_variables
 
-    most = request["most"]
     try:
+        if "values" not in request:
+            return {"variables": sorted(find_undeclared_variables(made.parse(request["template"])))}
+        most = request["most"]
         parts: list[str] = []
         for part in made.from_string(request["template"]).generate(**request["values"]):
             parts.append(part)
@@ -122,6 +125,8 @@ def main() -> None:
     sys.path.append(sys.argv[1])
     made = environment()
     made.from_string("{{ 'a' | trim }}").render()
+    import jinja2.meta  # noqa: F401  no file can be read after `confine`
+
     confine(int(sys.argv[2]))
     print("ready", flush=True)
     for line in sys.stdin:

@@ -70,6 +70,16 @@ class ChatTemplate:
         self._folder = str(Path(found.origin).parent.parent)
         self._worker: _Worker | None = None
         self._turn = threading.Lock()
+        self._variables: frozenset[str] | None = None
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of all variables that the template reads. Raises CheckpointError if the template has an error."""
+        with self._turn:
+            if self._variables is None:
+                answer = self._ask(json.dumps({"template": self.template}))
+                self._variables = frozenset(self._checked(answer)["variables"])
+            return self._variables
 
     def render(self, messages: Sequence[Message], *, reply: bool = True, **values: Any) -> str:
         """Return the text of a conversation.
@@ -101,8 +111,13 @@ class ChatTemplate:
             ) from None
         with self._turn:
             answer = self._ask(request)
-        if "text" in answer:
-            return str(answer["text"])
+        return str(self._checked(answer)["text"])
+
+    @staticmethod
+    def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer of the process. Raises the error that it reports."""
+        if "error" not in answer:
+            return answer
         what = printable(str(answer["error"]), 400)
         if answer.get("refused"):
             raise UsageError("the model's chat template refuses the conversation", received=what)

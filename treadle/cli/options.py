@@ -174,6 +174,8 @@ def _annotation(option: Option) -> Any:
     flag = option.flag
     assert flag is not None
     shown: dict[str, Any] = {"help": option.help, "show_default": isinstance(option.default, int | float | str)}
+    if flag.negated:
+        return Annotated[bool | None, typer.Option(f"--{flag.name}/--no-{flag.name}", **shown)]
     if not flag.metavar:
         return Annotated[bool, typer.Option(f"--{flag.name}", **shown)]
     shown |= {"metavar": flag.metavar, "autocompletion": _COMPLETIONS.get(flag.complete)}
@@ -184,6 +186,6 @@ def _annotation(option: Option) -> Any:
 
 def _shown_default(option: Option) -> Any:
     """Return the default that `--help` shows: a number or a name. None if it shows no default."""
-    if option.flag is not None and not option.flag.metavar:
+    if option.flag is not None and not option.flag.metavar and not option.flag.negated:
         return False
     return option.default if isinstance(option.default, int | float | str) else None

@@ -20,6 +20,19 @@ def show_roofline(
         Path | None, typer.Option("--svg", metavar="FILE", help="Write an SVG drawing.", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Timed runs.")] = 9,
+    entry: Annotated[
+        str, typer.Option("--entry", metavar="NAME", help="main, or step: a step of generation.")
+    ] = "main",
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", metavar="N", min=1, help="With --entry step: number of rows. By default 1."),
+    ] = None,
+    past: Annotated[
+        int | None,
+        typer.Option(
+            "--past", metavar="N", min=1, help="With --entry step: tokens that each row has already. By default 128."
+        ),
+    ] = None,
     *,
     keywords: OptionKeywords,
     as_json: AsJson = False,
@@ -27,16 +40,22 @@ def show_roofline(
     """Time each kernel of a run on the TVM backend, and compare it with the machine's limits."""
     from treadle.artifacts import is_artifact
     from treadle.backends.registry import find_backend
-    from treadle.benching.roofline import measure_roofline
+    from treadle.benching.roofline import measure_roofline, measure_step_roofline
     from treadle.benching.roofline_drawing import draw_roofline
     from treadle.explaining.memory_drawing import write_drawing
     from treadle.fitting import fit_prose, fitted
-    from treadle.ir.errors import BackendError
+    from treadle.ir.errors import BackendError, UsageError
     from treadle.program.backend_choice import AUTO
     from treadle.program.budgets import choose_sizes
     from treadle.program.flag_values import parse_sizes
     from treadle.progress import working
 
+    if entry not in ("main", "step"):
+        raise UsageError(f"a roofline has no entry {entry}", hint="--entry main, or --entry step")
+    if entry == "main" and (rows, past) != (None, None):
+        raise UsageError("only --entry step accepts --rows or --past", hint="--entry step")
+    if entry == "step" and sizes is not None:
+        raise UsageError("--entry step does not accept --sizes", hint="--rows and --past")
     missing = find_backend("tvm").available()
     if missing is not None and keywords["backend"] in ("tvm", AUTO):
         reason, _, remedy = missing.partition(": ")
@@ -51,8 +70,12 @@ def show_roofline(
             if is_artifact(model)
             else treadle.compile(model, **keywords)
         )
+    how = {"rounds": rounds, "seed": keywords.get("seed", 0)}
     with working(f"running {model}", shown=not as_json):
-        found = measure_roofline(made, choose_sizes(made.graph, asked), rounds=rounds, seed=keywords.get("seed", 0))
+        if entry == "step":
+            found = measure_step_roofline(made, rows=rows or 1, past=past or 128, **how)
+        else:
+            found = measure_roofline(made, choose_sizes(made.graph, asked), **how)
     if svg is not None:
         write_drawing(svg, draw_roofline(found))
     if as_json:

@@ -20,8 +20,11 @@ DEFAULT_SIZE = 128
 BYTE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def parse_bytes(memory: int | str | None) -> int | None:
-    """Parse `300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one."""
+def parse_bytes(memory: int | str | None, *, keyword: str = "memory", flag: str = "--memory") -> int | None:
+    """Parse `300MB`, `1.5 GiB`, or a number of bytes. Raises UsageError for anything else, and for less than one.
+
+    keyword, flag  the names of the option in Python and on the command line, for the error
+    """
     if memory is None:
         return None
     asked = "300MB"
@@ -38,9 +41,9 @@ def parse_bytes(memory: int | str | None) -> int | None:
     if found < 1:
         units = ", ".join(BYTE_UNITS)
         raise UsageError(
-            "memory must be a number of bytes",
+            f"{keyword} must be a number of bytes",
             received=printable(repr(memory))[:80],
-            hint=Hint(f'memory="{asked}"; units are {units}', f"--memory {asked}; units are {units}"),
+            hint=Hint(f'{keyword}="{asked}"; units are {units}', f"{flag} {asked}; units are {units}"),
         )
     return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
@@ -20,18 +20,20 @@ from typing import Any
 class Flag:
     """The flag of an option on the command line.
 
-    name      without the leading dashes
+    name      without the leading dashes; "": the field's name
     metavar   the placeholder of the value in `--help`; "": the flag has no value
     parse     converts the string, or all strings of a repeatable flag, to the option's value
     many      True if the flag is repeatable
+    negated   True if --no-NAME exists, too; without either, the value is None
     least, most  bounds of a number
     complete  the kind of values for shell completion: "model", "backend" or "target"
     """
 
-    name: str
+    name: str = ""
     metavar: str = ""
     parse: Callable[[Any], Any] = lambda value: value
     many: bool = False
+    negated: bool = False
     least: float | None = None
     most: float | None = None
     complete: str | None = None
@@ -76,9 +78,11 @@ def declare(default: Any, about: str, help: str = "", flag: Flag | None = None, 
 @cache
 def declared(*subjects: type) -> Mapping[str, Option]:
     """Return the options that these dataclasses declare, without the options of base classes, by name and in order."""
-    return {
-        each.name: Option(each.name, str(each.type), each.default, **each.metadata)
-        for subject in subjects
-        for each in fields(subject)
-        if each.metadata and each.name in inspect.get_annotations(subject)
-    }
+    found = {}
+    for subject in subjects:
+        for each in fields(subject):
+            if each.metadata and each.name in inspect.get_annotations(subject):
+                flag = each.metadata["flag"]
+                named = replace(flag, name=each.name) if flag is not None and not flag.name else flag
+                found[each.name] = Option(each.name, str(each.type), each.default, **{**each.metadata, "flag": named})
+    return found

@@ -16,7 +16,7 @@ from treadle.runtime.scheduler import Closed, Cut, Ended, QueueFull, Tell, TextO
 from treadle.runtime.stop_strings import StopStrings
 from treadle.serving.answers import PromptTokens
 from treadle.serving.models import ServedWriter, queue_full
-from treadle.serving.refusals import RequestRefusal, refused
+from treadle.serving.refusals import RequestRefusal, refused, shutting_down
 from treadle.serving.requests import WantedTexts
 
 
@@ -46,7 +46,8 @@ class Answering:
         seconds: float,
         begin: RowPrompt | None = None,
     ) -> None:
-        """Submit all texts, or none if there is an error. Raises RequestRefusal.
+        """Submit all texts, or none if there is an error. Raises RequestRefusal, also for a number of tokens that does
+        not fit into a row.
 
         begin  the prompt of a chat with the inputs of its row, such as images
         """
@@ -58,7 +59,7 @@ class Answering:
         drawn = [(prompt, draw) for prompt in prompts for draw in range(how.choices)]
         orders = [self._order(served, i, prompt, how, draw, until) for i, (prompt, draw) in enumerate(drawn)]
         try:
-            self._tickets = served.scheduler.submit(orders)
+            self.tickets = served.scheduler.submit(orders)
         except QueueFull as error:
             raise queue_full(error.what) from error
         except Closed as error:
@@ -68,13 +69,13 @@ class Answering:
 
     def cancel(self) -> None:
         """Cancel all texts."""
-        for ticket in self._tickets:
+        for ticket in self.tickets:
             ticket.cancel()
 
     @property
     def read(self) -> PromptTokens:
         """Token counts of the prompts, valid after all events are read. A prompt with several choices counts once."""
-        reused = [ticket.reused for ticket in self._tickets]
+        reused = [ticket.reused for ticket in self.tickets]
         held = sum(min(reused[n : n + self._choices]) for n in range(0, len(reused), self._choices))
         return PromptTokens(self._count, held)
 
@@ -106,14 +107,14 @@ class Answering:
         self, served: ServedWriter, index: int, prompt: tuple[int, ...], how: WantedTexts, draw: int, until: float
     ) -> tuple[TextOrder, Tell]:
         growing = GrowingText(served.writer.tokenizer, StopStrings(how.stop))
-        room = served.scheduler.session.capacity - len(prompt) + 1
+        stop = frozenset((*how.stop_ids, *(() if how.ignores_end else served.writer.end)))
         choosing = Choosing(
-            most=room if how.most is None else how.most,
+            most=served.most_tokens(prompt, how),
             sampling=how.sampling,
-            rules=served.writer.asked.but(**how.penalties).rules,
-            stop=frozenset(served.writer.end),
-            until=lambda _, token: growing.add(token),
-            likely=how.likely or 0,
+            rules=served.writer.asked.but(**how.rules).rules,
+            stop=stop,
+            until=lambda _, token: token not in stop and growing.add(token),
+            likely=how.likely,
         )
 
         def tell(what: Token | Ended) -> None:
@@ -129,4 +130,4 @@ def _given_up(why: Cut | TreadleError) -> RequestRefusal:
         return refused(why, status=500)
     if why is Cut.LATE:
         return RequestRefusal(408, "the request exceeded the time limit", code="timeout")
-    return RequestRefusal(503, "the server is being shut down", code="shutting_down")
+    return shutting_down()

@@ -23,12 +23,18 @@ _REASONS = {"end": "stop", "stop": "stop", "context": "length", "count": "length
 
 @dataclass
 class GrowingChoice:
-    """One choice of a response, with the text and the tokens generated so far."""
+    """One choice of a response, with the text and the tokens generated so far.
+
+    prompt   the text of the prompt, if the response repeats it
+    offset   number of characters of the tokens' texts that were reported with log probabilities
+    """
 
     index: int
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     ending: Ending | None = None
+    prompt: str = ""
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,21 @@ class AnswerForm:
             "usage": usage(choices, read),
         }
 
-    def begin(self, index: int) -> dict[str, Any]:
-        """Return the first chunk of a chat choice, which has the role of its message."""
-        delta = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return {**self._head("chat.completion.chunk"), "choices": [delta]}
+    def begin(self, choice: GrowingChoice) -> dict[str, Any] | None:
+        """Return the first chunk of a choice: the role of a chat's message, or the prompt that a completion repeats.
+        None if there is no such chunk.
+        """
+        if not self.chat and not choice.prompt:
+            return None
+        new: dict[str, Any] = {"delta": {"role": "assistant", "content": ""}} if self.chat else {"text": choice.prompt}
+        first = {"index": choice.index, **new, "logprobs": None, "finish_reason": None}
+        return {**self._head("chat.completion.chunk" if self.chat else "text_completion"), "choices": [first]}
 
     def piece(self, choice: GrowingChoice, text: str, token: Token) -> dict[str, Any]:
         """Return the chunk for a token. The token is already part of the choice."""
-        before = sum(len(self.shown(t.id)) for t in choice.tokens[:-1]) if self.likely is not None else 0
-        logprobs = self._logprobs([token], before)
+        logprobs = self._logprobs([token], choice.offset)
+        if self.likely is not None:
+            choice.offset += len(self.shown(token.id))
         new: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": _REASONS[token.ending]}
         if self.chat:
             new["delta"] = {"content": text} if text or not token.last else {}
@@ -95,7 +107,7 @@ class AnswerForm:
         made: dict[str, Any] = {"index": choice.index, "logprobs": logprobs, "finish_reason": reason}
         if self.chat:
             return {**made, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return {**made, "text": choice.text}
+        return {**made, "text": choice.prompt + choice.text}
 
     def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
         if self.likely is None:
@@ -115,13 +127,14 @@ class AnswerForm:
         likely = [self._one(i, p) for i, p in token.likely]
         return {**self._one(token.id, token.logprob), "top_logprobs": likely}
 
-    def _one(self, id: int, logprob: float) -> dict[str, Any]:
+    def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self.shown(id)
         return {"token": text, "logprob": _representable(logprob), "bytes": list(text.encode())}
 
 
-def _representable(logprob: float) -> float:
+def _representable(logprob: float | None) -> float:
     """Return a logarithm that JSON can represent: -9999 for the logarithm of zero."""
+    assert logprob is not None, "the form reports log probabilities only if the request asks for them"
     return max(logprob, -9999.0)
 
 

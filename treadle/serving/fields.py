@@ -7,7 +7,6 @@ field.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ class Fields:
     def __init__(self, members: Mapping[str, Any], within: str = "") -> None:
         self.within = within
         self._left = {name: value for name, value in members.items() if value is not None}
+        self._names = frozenset(self._left)
         self._known: set[str] = set()
 
     def refuse(self, name: str, message: str) -> RequestRefusal:
@@ -37,6 +37,10 @@ class Fields:
         """Return a member unchanged, or None if it is absent."""
         self._known.add(name)
         return self._left.pop(name, None)
+
+    def is_absent(self, name: str) -> bool:
+        """Return True if the object had no such member."""
+        return name not in self._names
 
     def text(self, name: str, *, longest: int = 1 << 20) -> str | None:
         """Return a string of at most `longest` characters, or None if it is absent."""
@@ -61,13 +65,40 @@ class Fields:
         found: int | None = self._checked(name, holds, f"must be an integer from {least} to {most}")
         return found
 
+    def ids(self, name: str, *, most: int) -> tuple[int, ...]:
+        """Return a list of at most `most` token ids; empty if it is absent."""
+
+        def holds(x: Any) -> bool:
+            return isinstance(x, list) and len(x) <= most and all(map(is_id, x))
+
+        return tuple(self._checked(name, holds, f"must be a list of at most {most} token ids") or ())
+
+    def biases(self, name: str, *, most: int, bound: float) -> tuple[tuple[int, float], ...]:
+        """Return an object from token ids, as decimal text, to numbers from -bound to bound, as pairs; empty if it is
+        absent.
+        """
+
+        def holds(x: Any) -> bool:
+            return (
+                isinstance(x, dict)
+                and len(x) <= most
+                and all(token.isascii() and token.isdecimal() and len(token) <= 10 and is_id(int(token)) for token in x)
+                and all(_is_number(bias, -bound, bound) for bias in x.values())
+            )
+
+        wanted = f"must be an object of at most {most} token ids with numbers from {-bound:g} to {bound:g}"
+        return tuple([(int(token), float(bias)) for token, bias in (self._checked(name, holds, wanted) or {}).items()])
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Return an object; empty if it is absent."""
+        return dict(self._checked(name, lambda x: isinstance(x, dict), "must be an object") or {})
+
     def number(self, name: str, *, least: float, most: float) -> float | None:
         """Return a finite number in the range, or None if it is absent."""
 
-        def holds(x: Any) -> bool:
-            return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and least <= x <= most
-
-        found = self._checked(name, holds, f"must be a number from {least:g} to {most:g}")
+        found = self._checked(
+            name, lambda x: _is_number(x, least, most), f"must be a number from {least:g} to {most:g}"
+        )
         return None if found is None else float(found)
 
     def texts(self, name: str, *, most: int, longest: int = 1 << 20) -> list[str]:
@@ -116,3 +147,12 @@ class Fields:
         if found is not None and not holds(found):
             raise self.refuse(name, wanted)
         return found
+
+
+def is_id(value: Any) -> bool:
+    """Return True for an integer that can be a token id of some vocabulary."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from treadle.serving.models import ServedWriter
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+_SHORT = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 3, 10)
 
 
 class Metrics:
@@ -19,21 +20,18 @@ class Metrics:
     def __init__(self, writers: Sequence[ServedWriter]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter("treadle_requests", "Requests", ["route", "status"], registry=self._registry)
-        self._seconds = Histogram(
-            "treadle_request_seconds",
-            "Seconds until the response, or the first part of a stream",
-            ["route"],
-            buckets=_SECONDS,
-            registry=self._registry,
+        self._seconds = self._histogram(
+            "request_seconds", "Seconds until the response, or a stream's first part", "route"
         )
-        self._first = Histogram(
-            "treadle_first_token_seconds",
-            "Seconds until the first token",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
+        self._whole = self._histogram("whole_request_seconds", "Seconds until the end of the response", "route")
+        self._first = self._histogram("first_token_seconds", "Seconds until the first token", "model")
+        self._queue = self._histogram("queue_seconds", "Seconds in which a text waited for a row", "model")
+        self._between = self._histogram("inter_token_seconds", "Seconds between two tokens of a text", "model", _SHORT)
         self._registry.register(_Loads(writers))
+        ProcessCollector(registry=self._registry)
+
+    def _histogram(self, name: str, what: str, label: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
+        return Histogram(f"treadle_{name}", what, [label], buckets=buckets, registry=self._registry)
 
     def count(self, route: str, status: int, seconds: float) -> None:
         """Record a response: its route, its status, and the seconds until it, or until the first part of a stream."""
@@ -43,6 +41,18 @@ class Metrics:
     def first(self, model: str, seconds: float) -> None:
         """Record the time of a request's first token."""
         self._first.labels(model).observe(seconds)
+
+    def whole(self, route: str, seconds: float) -> None:
+        """Record the time of a whole request, to the end of its response."""
+        self._whole.labels(route).observe(seconds)
+
+    def queued(self, model: str, seconds: float) -> None:
+        """Record the time in which a text waited for a row."""
+        self._queue.labels(model).observe(seconds)
+
+    def between(self, model: str, seconds: float) -> None:
+        """Record the time between two tokens of a text."""
+        self._between.labels(model).observe(seconds)
 
     def text(self) -> bytes:
         """Return all metrics as text in UTF-8."""
@@ -61,6 +71,9 @@ class _Loads(Collector):
         waiting = GaugeMetricFamily("treadle_waiting", "Requests that wait for a row", labels=["model"])
         tokens = CounterMetricFamily("treadle_tokens", "Tokens processed and generated", labels=["model", "kind"])
         steps = CounterMetricFamily("treadle_steps", "Decoding steps; each advances all rows", labels=["model"])
+        cache = GaugeMetricFamily("treadle_cache_tokens", "Filled positions of the rows in use", labels=["model"])
+        size = GaugeMetricFamily("treadle_cache_capacity_tokens", "Positions of all rows", labels=["model"])
+        cached = GaugeMetricFamily("treadle_prefix_cache_bytes", "Prefixes in host memory", labels=["model"])
         for each in self._writers:
             load = each.scheduler.load()
             rows.add_metric([each.name], load.running)
@@ -69,4 +82,7 @@ class _Loads(Collector):
             tokens.add_metric([each.name, "reused"], load.reused)
             tokens.add_metric([each.name, "generated"], load.generated)
             steps.add_metric([each.name], load.steps)
-        return [rows, waiting, tokens, steps]
+            cache.add_metric([each.name], load.filled)
+            size.add_metric([each.name], each.scheduler.positions)
+            cached.add_metric([each.name], load.cached)
+        return [rows, waiting, tokens, steps, cache, size, cached]

@@ -4,35 +4,98 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from treadle.chatting.templates import ChatTemplate
 from treadle.continuation import TextWriter
+from treadle.files.available_memory import free_memory
 from treadle.files.errors import TreadleError
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.program.options import CompileOptions
+from treadle.reporting.counts import human
 from treadle.runtime.row_inputs import RowPrompt
-from treadle.runtime.scheduler import Scheduler
+from treadle.runtime.scheduler import BUDGET, Scheduler
 from treadle.sentence_embedding import Embedded, SentenceEmbedder
 from treadle.serving.refusals import RequestRefusal, refused
-from treadle.serving.requests import Prompt
+from treadle.serving.requests import Prompt, WantedTexts
 
 ROWS, CAPACITY, QUEUE = 16, 2048, 256
+_SHARE = 0.5
+"""Maximum part of the free memory that caches take if the number of rows is not set."""
+_RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
+"""Variables of chat templates that a request cannot set."""
 
 
 class ServedWriter:
-    """A language model with its served name, its tokenizer, and a scheduler for its rows."""
+    """A language model with its served name, its tokenizer, and a scheduler for its rows.
+
+    clips   True if a number of tokens that does not fit into a row is reduced, False if it is an error
+    notes   remarks on sizes that differ from the caller's, as sentences
+    """
 
     def __init__(
-        self, name: str, writer: TextWriter, *, rows: int, capacity: int, queue: int, resumes: bool | None = None
+        self,
+        name: str,
+        writer: TextWriter,
+        *,
+        rows: int | None = None,
+        capacity: int | None = None,
+        queue: int = QUEUE,
+        resumes: bool | None = None,
+        budget: int | None = None,
+        prefixes: int | None = None,
+        clips: bool = False,
     ) -> None:
-        """Allocate the rows. Raises as `SteppedModel.session` does."""
-        self.name, self.writer = name, writer
-        context = writer.model.derived.context
-        most = capacity if context is None else min(capacity, context)
-        self.scheduler = Scheduler(writer.session(rows=rows, capacity=most, resumes=resumes), queue=queue)
+        """Allocate the rows.
+
+        rows      number of rows; None: 16, or fewer if their caches would take more than half of the free memory
+        capacity  tokens of a row; None: 2048, or the model's maximum if this is less
+        budget    maximum number of tokens of a step; None: the scheduler's default
+        prefixes  maximum size of prefixes in host memory in bytes; None: none are stored
+
+        Raises as `SteppedModel.session` and `Session.cache_prefixes` do, and UsageError if the caches are larger than
+        the free memory.
+        """
+        self.name, self.writer, self.clips = name, writer, clips
+        self.notes: list[str] = []
+        limits = [n for n in (writer.model.derived.context, writer.positions) if n is not None]
+        tokens = min([capacity or CAPACITY, *limits])
+        if capacity is not None and tokens < capacity:
+            self.notes.append(f"{name} has {tokens:,} positions, so its rows have {tokens:,} tokens, not {capacity:,}")
+        count = self._fitting_rows(rows, tokens, prefixes or 0)
+        session = writer.session(rows=count, capacity=tokens, resumes=resumes)
+        if prefixes is not None:
+            session.cache_prefixes(prefixes)
+        self.scheduler = Scheduler(session, queue=queue, budget=BUDGET if budget is None else budget)
         self._template: ChatTemplate | None = None
+
+    def _fitting_rows(self, rows: int | None, tokens: int, prefixes: int) -> int:
+        """Return the number of rows: the given one if it fits into the free memory, else the largest one up to 16."""
+        free = free_memory()
+        if free is None:
+            return ROWS if rows is None else rows
+        nbytes = self.writer.session(rows=1, capacity=tokens).nbytes  # its pages are not touched
+        if (rows or 1) * nbytes + prefixes > free:
+            parts = [f"{rows or 1} rows of {tokens:,} tokens take {human((rows or 1) * nbytes, 'B')}"]
+            parts += [f"prefixes {human(prefixes, 'B')}"] if prefixes else []
+            raise UsageError(
+                f"there is not enough memory for the caches of {self.name}",
+                received=f"{', '.join(parts)}; {human(free, 'B')} are free",
+                hint=Hint(
+                    "fewer rows, a smaller capacity or smaller prefixes",
+                    "a smaller --rows, --context or --prefix-cache",
+                ),
+            )
+        if rows is not None:
+            return rows
+        found = min(ROWS, max(1, int((free * _SHARE - prefixes) // nbytes)))
+        if found < ROWS:
+            self.notes.append(
+                f"{self.name} has {found} rows: the caches of {ROWS} rows take {human(ROWS * nbytes, 'B')}, "
+                f"and {human(free, 'B')} of memory are free"
+            )
+        return found
 
     @property
     def description(self) -> str:
@@ -40,6 +103,55 @@ class ServedWriter:
         session = self.scheduler.session
         rows = len(session.rows) + session.free
         return f"{rows} rows of {session.capacity} tokens, {session.nbytes / 1e6:.0f} MB of caches"
+
+    def check(self, how: WantedTexts) -> None:
+        """Raise RequestRefusal for a token id that is not in the vocabulary."""
+        most = self.scheduler.session.vocabulary
+        biased = [token for token, _ in how.rules.get("logit_bias") or ()]
+        for field, ids in (("stop_token_ids", how.stop_ids), ("logit_bias", biased)):
+            wrong = next((token for token in ids if most is not None and token >= most), None)
+            if wrong is not None:
+                known = f"ids are 0 to {(most or 0) - 1}"
+                raise RequestRefusal(400, f"{field}: token {wrong} is not in the vocabulary; {known}", field=field)
+
+    def most_tokens(self, prompt: Sequence[int], how: WantedTexts) -> int:
+        """Return the maximum number of tokens of a text after a prompt. Raises RequestRefusal if the request sets a
+        number that does not fit into a row, and the server does not reduce it.
+        """
+        capacity = self.scheduler.session.capacity
+        room = capacity - len(prompt) + 1  # the last token is not stored
+        if how.most is not None and how.most > room and not self.clips:
+            raise RequestRefusal(
+                400,
+                f"{how.most_field} is {how.most}, and a prompt of {len(prompt)} tokens leaves room for {room}: "
+                f"{self.name} takes {capacity} tokens",
+                field=how.most_field,
+                code="context_length_exceeded",
+            )
+        wanted = how.default if how.most is None else how.most
+        return room if wanted is None else min(wanted, room)
+
+    def text_ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        """Return the token ids of a text. Raises RequestRefusal for a text that is not valid Unicode.
+
+        special  True if the tokenizer adds its special tokens
+        """
+        try:
+            return tuple(self.writer.tokens([text], special=special)[0])
+        except TreadleError as error:
+            raise refused(error, field="prompt") from error
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids. Raises RequestRefusal for an id that is not in the vocabulary."""
+        most = self.scheduler.session.vocabulary
+        wrong = next((token for token in ids if most is not None and token >= most), None)
+        if wrong is not None:
+            raise RequestRefusal(400, f"tokens: token {wrong} is not in the vocabulary", field="tokens")
+        return self.writer.tokenizer.text(ids)
+
+    def prompt_text(self, prompt: Prompt) -> str:
+        """Return the text of a prompt."""
+        return self.text_of(prompt.ids) if prompt.text is None else prompt.text
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt. Raises RequestRefusal if the prompt does not fit into a row."""
@@ -50,19 +162,50 @@ class ServedWriter:
             raise refused(error, field="prompt") from error
         return ids
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], images: Sequence[bytes] = ()) -> RowPrompt:
-        """Return the prompt of a conversation, up to the start of the assistant's answer. Raises RequestRefusal if the
-        model has no chat template, the template raises an error, the conversation does not fit into a row, or an image
-        cannot be read.
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        images: Sequence[bytes] = (),
+        variables: Mapping[str, Any] | None = None,
+        *,
+        checked: bool = True,
+    ) -> RowPrompt:
+        """Return the prompt of a conversation, up to the start of the assistant's answer.
+
+        images     the files of the images in the messages, in order
+        variables  further variables of the chat template
+        checked    True if the conversation must fit into a row
+
+        Raises RequestRefusal if the model has no chat template, the template does not use one of the variables or
+        raises an error, the conversation does not fit into a row, or an image cannot be read.
         """
         try:
             if self._template is None:
                 self._template = self.writer.chat_template()
-            prompt = self.writer.chat_prompt(self._template, messages, self.writer.read_images(images))
-            self.scheduler.check(tuple(prompt.ids))
+            values = self._template_values(self._template, variables or {})
+            prompt = self.writer.chat_prompt(self._template, messages, self.writer.read_images(images), **values)
+            if checked:
+                self.scheduler.check(tuple(prompt.ids))
             return self.scheduler.session.prompt(prompt.ids, **prompt.inputs)
         except TreadleError as error:
             raise refused(error, field="messages") from error
+
+    def _template_values(self, template: ChatTemplate, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the variables that the template uses. Raises RequestRefusal if it does not use one of them."""
+        values = dict(variables)
+        if not values:
+            return values
+        usable = template.variables.difference(_RESERVED, template.special)
+        if values.get("reasoning_effort") == "none" and "reasoning_effort" not in usable:
+            del values["reasoning_effort"]  # the model does not reason
+        for name in values:
+            if name not in usable:
+                is_own = name == "reasoning_effort"
+                field = name if is_own else "chat_template_kwargs"
+                what = field if is_own else f"{field}.{name[:80]}"
+                message = f"{what} is not supported: the chat template of {self.name} has no such variable"
+                raise RequestRefusal(400, message, field=field)
+        return values
 
     def close(self, *, drain: float) -> None:
         """Stop generation, with `drain` seconds for running texts; see `Scheduler.close`."""
@@ -83,7 +226,8 @@ class ServedEmbedder:
     def __init__(self, name: str, embedder: SentenceEmbedder, *, queue: int) -> None:
         self.name, self.embedder, self.queue = name, embedder, queue
         self._turn = threading.Lock()
-        self._waiting = 0
+        self._present = 0  # the request that is computed, and the waiting ones
+        self.notes: list[str] = []
         self._count = threading.Lock()
 
     @property
@@ -97,9 +241,9 @@ class ServedEmbedder:
         Raises RequestRefusal if too many requests wait, or if a text cannot be embedded.
         """
         with self._count:
-            if self._waiting >= self.queue:
-                raise queue_full(f"{self._waiting} requests are waiting")
-            self._waiting += 1
+            if self._present > self.queue:
+                raise queue_full(f"{self._present - 1} requests are waiting")
+            self._present += 1
         try:
             with self._turn:
                 return self.embedder.embed_reporting(texts)
@@ -107,7 +251,7 @@ class ServedEmbedder:
             raise refused(error, field="input") from error
         finally:
             with self._count:
-                self._waiting -= 1
+                self._present -= 1
 
 
 Served = ServedWriter | ServedEmbedder
@@ -120,12 +264,15 @@ def queue_full(why: str) -> RequestRefusal:
 
 @dataclass(frozen=True)
 class Opening:
-    """Options for opening models: see `treadle serve`."""
+    """Options for opening models: see `ServedWriter`, and `ServedEmbedder` for `queue`."""
 
-    rows: int = ROWS
-    capacity: int = CAPACITY
+    rows: int | None = None
+    capacity: int | None = None
     queue: int = QUEUE
     resumes: bool | None = None
+    budget: int | None = None
+    prefixes: int | None = None
+    clips: bool = False
 
     def open(self, model: str, **options: Any) -> Served:
         """Compile a model for text generation, or, if it does not generate text, for embeddings.
@@ -150,5 +297,4 @@ class Opening:
             except TreadleError:
                 raise writes_not from None
             return ServedEmbedder(name, embedder, queue=self.queue)
-        rows: dict[str, Any] = {"rows": self.rows, "capacity": self.capacity, "resumes": self.resumes}
-        return ServedWriter(name, writer, queue=self.queue, **rows)
+        return ServedWriter(name, writer, **{each.name: getattr(self, each.name) for each in fields(self)})

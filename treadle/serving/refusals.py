@@ -49,3 +49,8 @@ def refused(
     if error.hint:
         said.append(str(error.hint))
     return RequestRefusal(status, "; ".join(" ".join(part.split()) for part in said), field=field, code=code)
+
+
+def shutting_down() -> RequestRefusal:
+    """Return the error response while the server shuts down."""
+    return RequestRefusal(503, "the server is being shut down", code="shutting_down")

@@ -1,7 +1,9 @@
-"""Parsing of requests' bodies: completions, chat completions and embeddings, as in OpenAI's API reference.
+"""Parsing of requests' bodies: completions, chat completions and embeddings, as in OpenAI's API reference; texts and
+token ids to convert, as in vLLM's.
 
 Unknown fields are errors, and so are fields that would change an answer but are not supported. Supported in addition to
-the reference: top_k, min_p, repetition_penalty.
+the reference, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids,
+chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from treadle.files.errors import CheckpointError
 from treadle.files.strict_json import read_json_object
 from treadle.runtime.sampling import Sampling
-from treadle.serving.fields import Fields
+from treadle.serving.fields import Fields, is_id
 from treadle.serving.refusals import RequestRefusal
 
 MOST_TEXTS = 128
@@ -24,6 +26,21 @@ MOST_INPUTS = 2048
 """Maximum number of texts to embed in one request."""
 MOST_MESSAGES = 1024
 MOST_LIKELY = 20
+MOST_STOP_IDS, MOST_BIASES, MOST_BIAS = 128, 1024, 100.0
+MOST_IDS = 1 << 20
+"""Maximum number of token ids to decode in one request."""
+_NO_EFFECT = (
+    "user",
+    "store",
+    "metadata",
+    "service_tier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "safety_identifier",
+    "prediction",
+)
+"""Fields of OpenAI's API that change no answer: they concern accounting, storage and speed."""
 ROLES = ("system", "developer", "user", "assistant")
 _NESTING, _VALUES = 16, 200_000
 
@@ -42,23 +59,33 @@ class WantedTexts:
 
     model     the served name of the model
     choices   number of choices per prompt
-    most      maximum number of tokens per choice; None: as many as fit into a row
+    most      maximum number of tokens per choice; None: the request sets no maximum
+    default   maximum number of tokens if the request sets none; None: as many as fit into a row
     sampling, stop   see `treadle.runtime`
-    penalties   penalties by name; None: the penalties of the model's folder
+    rules     token rules by name; None: the rule of the model's folder
+    stop_ids  token ids that end a text, in addition to the model's
+    ignores_end  True if the model's own end tokens do not end a text
     likely    number of most likely tokens to report with each token; None: no logprobs
+    echo      True if a text begins with its prompt
     streams   True if the response is streamed
     usage     True if a stream ends with token counts
+    most_field  the name of the field that set `most`
     """
 
     model: str
     choices: int
     most: int | None
+    default: int | None
     sampling: Sampling
-    penalties: Mapping[str, float | None]
+    rules: Mapping[str, Any]
     stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    ignores_end: bool
     likely: int | None
+    echo: bool
     streams: bool
     usage: bool
+    most_field: str = "max_tokens"
 
 
 @dataclass(frozen=True)
@@ -73,10 +100,13 @@ class WantedCompletions:
 class WantedChat:
     """A request for a chat completion: messages, each with role and content, and generation parameters.
 
-    images   the files of the images in the messages, in order; a message with images has a list of parts as its content
+    variables  variables of the model's chat template
+    images     the files of the images in the messages, in order; a message with images has a list of parts as its
+               content
     """
 
     messages: tuple[Mapping[str, Any], ...]
+    variables: Mapping[str, Any]
     how: WantedTexts
     images: tuple[bytes, ...] = ()
 
@@ -93,6 +123,21 @@ class WantedEmbeddings:
     as_bytes: bool
 
 
+@dataclass(frozen=True)
+class WantedTokens:
+    """A request for the token ids of a prompt, or of messages.
+
+    special  True if the tokenizer adds its special tokens to a prompt
+    """
+
+    model: str
+    prompt: str | None
+    messages: tuple[Mapping[str, Any], ...]
+    variables: Mapping[str, Any]
+    special: bool
+    images: tuple[bytes, ...] = ()
+
+
 def read_body(data: bytes) -> Fields:
     """Parse a body. Raises RequestRefusal if it is not a JSON object."""
     try:
@@ -106,19 +151,20 @@ def read_completions(fields: Fields) -> WantedCompletions:
     """Parse a request for completions. Raises RequestRefusal."""
     prompts = _prompts(fields)
     likely = fields.whole("logprobs", most=MOST_LIKELY)
-    fields.only("echo", (False,), "repeats the prompt, which is not supported")
+    echo = fields.truth("echo")
+    if echo and likely is not None:
+        raise fields.refuse("echo", "with logprobs asks for log probabilities of the prompt, which is not supported")
     fields.only("suffix", ("",), "asks for text before a suffix, which is not supported")
     most = fields.whole("max_tokens")
     choices = _choices(fields, len(prompts))
     fields.only("best_of", (1, choices), "selects among more texts than n, which is not supported")
-    how = _how(fields, choices, 16 if most is None else most, likely)
-    return WantedCompletions(prompts, how)
+    return WantedCompletions(prompts, _how(fields, choices, most, likely, default=16, echo=echo))
 
 
 def read_chat(fields: Fields) -> WantedChat:
     """Parse a request for a chat completion. Raises RequestRefusal."""
     images: list[bytes] = []
-    messages = tuple([_message(each, images) for each in fields.objects("messages", most=MOST_MESSAGES)])
+    messages, variables = _messages(fields, images)
     logprobs, likely = fields.truth("logprobs"), fields.whole("top_logprobs", most=MOST_LIKELY)
     if likely is not None and not logprobs:
         raise fields.refuse("top_logprobs", "needs logprobs to be true")
@@ -129,9 +175,11 @@ def read_chat(fields: Fields) -> WantedChat:
     fields.only("function_call", ("none", "auto"), "lets the model call functions, which is not supported")
     fields.only("response_format", ({"type": "text"},), "must be text: grammars are not supported")
     fields.only("modalities", (["text"],), "must be text")
-    fields.ignored("parallel_tool_calls", "store", "metadata", "service_tier")
-    how = _how(fields, _choices(fields, 1), first if first is not None else second, (likely or 0) if logprobs else None)
-    return WantedChat(messages, how, tuple(images))
+    fields.ignored("parallel_tool_calls")
+    most, named = (first, "max_completion_tokens") if first is not None else (second, "max_tokens")
+    likely = (likely or 0) if logprobs else None
+    how = _how(fields, _choices(fields, 1), most, likely, most_field=named)
+    return WantedChat(messages, variables, how, tuple(images))
 
 
 def read_embeddings(fields: Fields) -> WantedEmbeddings:
@@ -144,12 +192,43 @@ def read_embeddings(fields: Fields) -> WantedEmbeddings:
     if form not in ("float", "base64"):
         raise fields.refuse("encoding_format", "must be float or base64")
     fields.only("dimensions", (), "asks for shorter vectors, which the served models do not support")
-    fields.ignored("user")
+    fields.ignored(*_NO_EFFECT)
     fields.end()
     return WantedEmbeddings(model, tuple(texts), form == "base64")
 
 
-def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> WantedTexts:
+def read_tokenize(fields: Fields) -> WantedTokens:
+    """Parse a request for token ids. Raises RequestRefusal."""
+    model, prompt = _model(fields), fields.text("prompt")
+    special = fields.truth("add_special_tokens", otherwise=True)
+    messages: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = {}
+    images: list[bytes] = []
+    if prompt is None:
+        messages, variables = _messages(fields, images)
+    fields.end()
+    return WantedTokens(model, prompt, messages, variables, special, tuple(images))
+
+
+def read_detokenize(fields: Fields) -> tuple[str, tuple[int, ...]]:
+    """Parse a request for the text of token ids. Return the model's name and the ids. Raises RequestRefusal."""
+    model = _model(fields)
+    if (ids := fields.ids("tokens", most=MOST_IDS)) == () and fields.is_absent("tokens"):
+        raise fields.refuse("tokens", "must be a list of token ids")
+    fields.end()
+    return model, ids
+
+
+def _how(
+    fields: Fields,
+    choices: int,
+    most: int | None,
+    likely: int | None,
+    *,
+    default: int | None = None,
+    echo: bool = False,
+    most_field: str = "max_tokens",
+) -> WantedTexts:
     """Return the generation parameters that completions and chats share. Raises RequestRefusal for invalid fields and
     for fields that no one has read.
     """
@@ -165,11 +244,17 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
     )
     presence = fields.number("presence_penalty", least=-2, most=2)
     repetition = fields.number("repetition_penalty", least=0.01, most=100)
-    fields.only(
-        "frequency_penalty", (0, 0.0), "penalizes tokens by count, which is not supported; use presence_penalty"
-    )
-    fields.only("logit_bias", ({},), "changes single logits, which is not supported")
-    penalties = {"presence_penalty": presence, "repetition_penalty": repetition}
+    fewest = fields.whole("min_tokens")
+    if fewest is not None and most is not None and fewest > most:
+        raise fields.refuse("min_tokens", f"must be at most {most_field}, {most}")
+    rules = {
+        "presence_penalty": presence,
+        "repetition_penalty": repetition,
+        "frequency_penalty": fields.number("frequency_penalty", least=-2, most=2),
+        "logit_bias": fields.biases("logit_bias", most=MOST_BIASES, bound=MOST_BIAS) or None,
+        "fewest": fewest,
+    }
+    stop_ids, ignores_end = fields.ids("stop_token_ids", most=MOST_STOP_IDS), fields.truth("ignore_eos")
     stop = tuple(fields.texts("stop", most=16, longest=1000))
     streams = fields.truth("stream")
     options = fields.take("stream_options")
@@ -181,10 +266,12 @@ def _how(fields: Fields, choices: int, most: int | None, likely: int | None) -> 
         usage = inside.truth("include_usage")
         inside.ignored("include_obfuscation")
         inside.end()
-    fields.ignored("user")
+    fields.ignored(*_NO_EFFECT)
     model = _model(fields)
     fields.end()
-    return WantedTexts(model, choices, most, sampling, penalties, stop, likely, streams, usage)
+    ends: dict[str, Any] = {"stop": stop, "stop_ids": stop_ids, "ignores_end": ignores_end}
+    output: dict[str, Any] = {"likely": likely, "echo": echo, "streams": streams, "usage": usage}
+    return WantedTexts(model, choices, most, default, sampling, rules, **ends, **output, most_field=most_field)
 
 
 def _model(fields: Fields) -> str:
@@ -205,18 +292,26 @@ def _choices(fields: Fields, prompts: int) -> int:
 
 def _prompts(fields: Fields) -> tuple[Prompt, ...]:
     found = fields.take("prompt")
-    if isinstance(found, str) or (isinstance(found, list) and found and all(_is_id(x) for x in found)):
+    if isinstance(found, str) or (isinstance(found, list) and found and all(is_id(x) for x in found)):
         found = [found]
     if isinstance(found, list) and 1 <= len(found) <= MOST_TEXTS:
         if all(isinstance(x, str) for x in found):
             return tuple([Prompt(text=x) for x in found])
-        if all(isinstance(x, list) and x and all(_is_id(i) for i in x) for x in found):
+        if all(isinstance(x, list) and x and all(is_id(i) for i in x) for x in found):
             return tuple([Prompt(ids=tuple(x)) for x in found])
     raise fields.refuse("prompt", f"must be a string, token ids, or a list of 1 to {MOST_TEXTS} of them")
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+def _messages(fields: Fields, images: list[bytes]) -> tuple[tuple[Mapping[str, Any], ...], Mapping[str, Any]]:
+    """Return messages, and the variables of the chat template that a request sets. The messages' images are appended to
+    `images`.
+    """
+    messages = tuple([_message(each, images) for each in fields.objects("messages", most=MOST_MESSAGES)])
+    variables = fields.mapping("chat_template_kwargs")
+    effort = fields.text("reasoning_effort", longest=100)
+    if effort is not None:
+        variables.setdefault("reasoning_effort", effort)
+    return messages, variables
 
 
 def _message(fields: Fields, images: list[bytes]) -> Mapping[str, Any]:

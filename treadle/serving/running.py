@@ -13,10 +13,32 @@ import uvicorn
 from treadle.ir.errors import Hint, UsageError
 from treadle.serving.application import Limits, Server
 from treadle.serving.models import Served
+from treadle.serving.observing import RequestLog
 
 _BACKLOG = 2048
 CONNECTIONS = 1024
 """Maximum number of connections. Further connections get status 503."""
+_LINGER = 2
+"""Seconds in which clients can read the ends of their responses before connections are closed."""
+
+
+class _Process(uvicorn.Server):
+    """uvicorn's server, which announces itself when it accepts requests, and drains the application before it closes
+    connections.
+    """
+
+    def __init__(self, config: uvicorn.Config, server: Server, drain: float, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._server, self._drain, self._ready = server, drain, ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._server.drain(self._drain, is_hurried=lambda: self.force_exit)
+        await super().shutdown(sockets)
 
 
 def serve(
@@ -27,41 +49,45 @@ def serve(
     limits: Limits,
     key: str | None = None,
     drain: float = 30.0,
+    log: RequestLog | None = None,
+    origins: Sequence[str] = (),
     ready: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Then running requests have `drain` seconds to finish.
+    """Serve until SIGINT or SIGTERM. Then running requests have `drain` seconds to finish; new ones get status 503.
 
     port    the port to listen on; 0: any free port
-    ready   called with the server's URL once it listens
+    ready   called with the server's URL once it accepts requests, and a signal ends it in order
 
     Raises UsageError if the server cannot listen at the address.
     """
-    server = Server(served, limits=limits, key=key)
+    server = Server(served, limits=limits, key=key, log=log, origins=origins)
     listening = _listen(host, port)
-    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
     config = uvicorn.Config(
-        server.application(drain=drain),
+        server.application(),
         log_level="warning",
         access_log=False,
         server_header=False,
         limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=max(1, round(drain)),
+        timeout_graceful_shutdown=_LINGER,
     )
-    ready(f"http://{shown}:{listening.getsockname()[1]}/v1")
-    with _ended_by_signals():
+    process = _Process(config, server, drain, lambda: ready(address))
+    with _ended_by_signals(process):
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            process.run(sockets=[listening])
         finally:
             listening.close()
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Ignore the signal that uvicorn raises again after the shutdown, so that the process exits with status 0."""
+def _ended_by_signals(process: uvicorn.Server) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the server, also before it has started. uvicorn raises a signal again after the
+    shutdown, which then has no further effect, so that the process exits with status 0.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, process.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -77,13 +77,13 @@ class FolderRules:
         """Return the options and their file for `--json`, or None if no option has an effect."""
         return {"file": self.file, "options": dict(self.options)} if self.options else None
 
-    def but(self, **given: float | None) -> FolderRules:
+    def but(self, **given: Any) -> FolderRules:
         """Return a copy of these rules with the caller's values. A value of None keeps the folder's value. Raises
         UsageError for a value out of range.
         """
         said = {name: value for name, value in given.items() if value is not None}
         left = {name: value for name, value in self.options.items() if name not in said}
-        return replace(self, rules=replace(self.rules, **said), options=left)  # type: ignore[arg-type]
+        return replace(self, rules=replace(self.rules, **said), options=left)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class TextGeneration:
         writer = TextWriter.open(model, stepped=stepped, **options)
         if settings.most != DecodingSettings.most:  # the default applies to models with fewer positions, too
             writer.check_count(settings.most, "most", "--tokens")
-        guess: Guess | None = PromptLookup() if settings.speculate else None
+        guess: Guess | None = PromptLookup(count=16) if settings.speculate else None
         if settings.draft is not None:
             how: dict[str, Any] = {"backend": chosen.backend, "target": chosen.target, "cache": chosen.cache}
             guess = TextWriter.open(settings.draft, **how).draft_for(writer)
@@ -103,7 +103,7 @@ class TextGeneration:
             sampling=settings.sampling,
             rules=self.rules.rules,
             stop=settings.stop,
-            likely=settings.logprobs or 0,
+            likely=settings.logprobs,
             guess=self.guess,
             tally=self.tally,
             special=not settings.chat,
@@ -256,5 +256,5 @@ class Written:
         return f"{text} at once. It is a chat model: --chat puts the prompt into its chat template{marks}"
 
 
-def _priced(writer: TextWriter, number: int, logprob: float) -> dict[str, Any]:
+def _priced(writer: TextWriter, number: int, logprob: float | None) -> dict[str, Any]:
     return {"token": number, "text": writer.tokenizer.token(number), "logprob": logprob}
