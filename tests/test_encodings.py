@@ -470,7 +470,7 @@ def test_a_gradient_is_refused() -> None:
     for encoding, op in ((None, Encode(to=Encoding("int8_rows"))), (Encoding("q8_0"), Decode(of=Encoding("q8_0")))):
         b = Builder(Graph("g"))
         x = b.parameter("w", Type(f32, f32[2, 64].dims, encoding))
-        y = b.emit(op, [x.value, None] if encoding is None else [x.value]).result
+        y = b.emit(op, [x.value, None, None, None] if encoding is None else [x.value]).result
         if encoding is None:
             y = b.emit(Decode(of=Encoding("int8_rows")), [y]).result
         seed = b.input("seed", f32[2, 64])

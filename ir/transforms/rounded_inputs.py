@@ -130,7 +130,7 @@ def _nodes(x: Value, rounding: InputRounding, reader: Node) -> list[Node]:
         ops = [Encode(to=encoding), Decode(of=encoding)]
     short, made = x.name.rpartition(".")[2], list[Node]()
     for op in ops:
-        operands = [made[-1].result if made else x, *([None] if isinstance(op, Encode) else [])]
+        operands = [made[-1].result if made else x, *([None] * 3 if isinstance(op, Encode) else [])]
         types = op.infer([None if v is None else v.type for v in operands])
         made.append(Node(op, operands, types, f"{short}_rounded", reader.scope, reader.source))
     return made
