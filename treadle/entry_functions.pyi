@@ -82,8 +82,8 @@ def compile(
               result. Default: 1 for a batch and 128 for other axes
     donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
               outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
-    torch_compilelet torch.compile compile the program that the torch backend emits, at the first calls; off by default,
-              since the gain has not been measured (docs/gpu.md)
+    torch_compile let torch.compile compile the program that the torch backend emits, at the first calls; off by
+              default, since the gain has not been measured (docs/gpu.md)
     config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
               shapes
 
