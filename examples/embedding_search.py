@@ -4,8 +4,8 @@
 
 MODEL is a folder with a sentence embedding model, or a fetched one: `treadle fetch minilm` downloads 84 MB.
 
-Cost: With MiniLM (91 MB), 996 short lines took 3.1 s of CPU time and 136 MB of memory on two cores of an EPYC with
-tvm, with the loading of the model.
+Cost: 996 short lines took 3.1 s of CPU time and 136 MB of memory, including loading MiniLM (91 MB), with tvm on two
+cores of an EPYC.
 """
 
 import hashlib

@@ -84,7 +84,7 @@ def is_private(folder: Path) -> bool:
 
 
 def _is_safe(folder: Path, *, sticky: bool) -> bool:
-    """Return True as `is_private` does; a sticky folder counts as private itself if `sticky` is True."""
+    """Return True under the conditions of `is_private`; if `sticky` is True, the folder itself may be sticky, too."""
     if os.name != "posix":
         return True
     try:

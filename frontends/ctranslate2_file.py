@@ -95,7 +95,10 @@ class CTranslate2File(MappedTensors[TensorRecord]):
         for _ in range(reader.count("aliases", limits.tensors)):
             alias, name = reader.text("alias"), reader.text("aliased name")
             if name not in records or alias in records or alias in aliases:
-                reader.fail("an alias must be a new name of a variable", f"{printable(alias)} for {printable(name)}")
+                reader.fail(
+                    "an alias refers to an unknown variable, or its name is already used",
+                    f"{printable(alias)} for {printable(name)}",
+                )
             aliases[alias] = name
         if reader.at != len(reader.data):
             reader.fail("the file continues after its last record", f"{len(reader.data) - reader.at} bytes")

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 class DeviceLimits:
     """The features and limits of a device that runs kernels in groups of threads.
 
-    language    language of the kernels' text: cuda, opencl, metal or wgsl
-    group       number of threads of a group, which are the lanes of a vector: 32 or 64
-    registers   number of vector registers that a kernel may assume for a tile of sums
+    language    source language of kernels: cuda, opencl, metal or wgsl
+    group       number of threads of a subgroup (warp), which are the lanes of a vector: 32 or 64
+    registers   number of vector registers that a tile of accumulators may use
     shared      bytes of shared memory of a block
     index       name of the dtype of indices and sizes: i64, or i32 for a device without 64-bit integers
     lacks       names of the dtypes with which the device cannot compute
-    subgroups   True if threads of a group exchange values by instructions; otherwise they use shared memory
+    subgroups   True if threads of a subgroup exchange values by shuffle instructions; otherwise they use shared memory
     matrix_unit True if there is a matrix unit; no kernel uses it yet
     buffers     largest number of buffers of a kernel; 0: no limit
-    alignment   bytes to which the beginning of a buffer's range is aligned
+    alignment   required alignment of a buffer's offset in bytes
     largest     bytes of the largest buffer; 0: no limit
-    groups      largest number of blocks along one dimension of the grid
+    groups      largest number of thread blocks along one dimension of the grid
     """
 
     language: str

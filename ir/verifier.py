@@ -97,9 +97,9 @@ def _verify_shared(graph: Graph) -> None:
     for entry in graph.entries:
         for name, value in {**entry.parameters, **entry.states}.items():
             place, there = known.setdefault(name, (entry.name, value))
-            kind = "state" if value.kind == "state" else "parameter"
+            kind, there_kind = ("state" if each.kind == "state" else "parameter" for each in (value, there))
             if (there.kind == "state") != (value.kind == "state"):
-                raise VerifyError(f"{name} is a state in one of {place} and {entry.name}, and a parameter in the other")
+                raise VerifyError(f"{name} is a {there_kind} in {place}, but a {kind} in {entry.name}")
             if (there.type, there.layout) != (value.type, value.layout):
                 raise VerifyError(
                     f"{kind} {name} has another type or layout in {place} than in {entry.name}",

@@ -1,4 +1,6 @@
-"""Artifacts: a saved model loads with the same bits, equal builds are equal files, and no file is trusted."""
+"""Artifacts: loading restores the saved model bitwise, equal builds write identical files, and damaged or hostile
+files are refused.
+"""
 
 from __future__ import annotations
 

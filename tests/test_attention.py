@@ -524,7 +524,7 @@ def test_masks_are_combined_by_their_signs_alone() -> None:
             careless()
     with pytest.raises(GraphError, match="masks do not add up"):
         causal + window(3)
-    with pytest.raises(GraphError, match="masks are not called"):
+    with pytest.raises(GraphError, match="masks are not callable"):
         causal()
     with pytest.raises(GraphError, match="lengths must be a tensor"):
         padding(None)

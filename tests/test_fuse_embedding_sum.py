@@ -145,7 +145,9 @@ def test_more_tables_than_it_takes() -> None:
 
 
 def test_bert_has_one_and_gpt2_too() -> None:
-    """The sum is fused before the norm that follows, and the norm then has no residual."""
+    """BERT and GPT-2 have one embedding sum each. It is fused before the following norm, which would else fuse the last
+    addition.
+    """
     for model, tables in (("bert", 3), ("gpt2", 2)):
         graph = t.compile(model, layers=1, dim=16, heads=2, vocab=20).graph
         found = [node.op for _, node in graph.walk() if isinstance(node.op, EmbeddingSum)]

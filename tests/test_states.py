@@ -338,7 +338,7 @@ def test_entries_agree_on_states_and_bind_takes_none() -> None:
         verify(graph)
     other.states.clear()
     other.parameters["seen"] = Value("parameter", graph.states["seen"].type, "seen")
-    with pytest.raises(VerifyError, match="seen is a state in one of step and verify"):
+    with pytest.raises(VerifyError, match="seen is a state in step, but a parameter in verify"):
         verify(graph)
     other.parameters.clear()
     bind = graph.add_entry("bind")

@@ -205,7 +205,7 @@ class OnnxWriter:
         past i64.
         """
         if any(not -(2**63) <= value < 2**63 for value in values):
-            raise self.refusal(f"{max(values, key=abs)} is out of ONNX's range of integers")
+            raise self.refusal(f"{max(values, key=abs)} is out of range for int64, the dtype of ONNX's axes and sizes")
         return self.constant(np.array(values, np.int64), i64)
 
     # -- sizes -----------------------------------------------------------------------------------------------

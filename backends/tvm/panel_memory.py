@@ -116,7 +116,7 @@ _held: WeakValueDictionary[Path, Array] = WeakValueDictionary()  # arrays read f
 
 
 def _room(size: int) -> Array:
-    """Return an array of `size` bytes that starts at a large page, or if it is smaller at a cache line."""
+    """Return an array of `size` bytes. It is aligned to a large page, or to a cache line if it is smaller."""
     owner = np.empty(size + (LARGE_PAGE if size >= LARGE_PAGE else ALIGNMENT), np.uint8)
     return owner[_start(owner) :][:size]
 

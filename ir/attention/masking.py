@@ -52,7 +52,7 @@ class _Applied:
     def __call__(self, *_: object) -> NoReturn:
         """Raise GraphError: `causal` is a mask, not a function that returns one."""
         raise GraphError(
-            f"{self.noun} are not called",
+            f"{self.noun} are not callable",
             received=str(self) or None,
             source=str(user_line() or "") or None,
             hint="t.causal, without parentheses",

@@ -313,10 +313,11 @@ def _vector(
 
 
 def _decode_what_is_read(function: Function, encoded: set[Value], vectors: Mapping[Value, Value]) -> None:
-    """Decode, at the start, the encoded parameters that nodes read; calls pass them on encoded.
+    """Insert a `decode` at the start of a function for each encoded parameter that a node reads. Calls receive
+    parameters in encoded form.
 
-    The other operand of a product with a smoothed parameter is multiplied with the vector before it is rounded. The
-    other operand of a product with a parameter in another order is gathered in that order, once for all products.
+    If a parameter is smoothed, the product's other operand is multiplied by the smoothing vector before this operand is
+    quantized. If its columns are permuted, the other operand is gathered in the same order, once for all products.
     """
     decoded: dict[Value, Node] = {}
     divided: dict[Value, list[Node]] = {}

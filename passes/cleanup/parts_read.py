@@ -28,8 +28,8 @@ from treadle.ir.source_lines import SourceLine
 
 @dataclass(frozen=True)
 class Picked:
-    """Per-row positions, as a value: dimension `rows` of it is the rows, dimension `dim` the positions of each row, and
-    its other dimensions are 1.
+    """A value that holds positions for each row: dimension `rows` is the rows, dimension `dim` the positions of a row.
+    All other dimensions have size 1.
     """
 
     value: Value

@@ -47,7 +47,7 @@ class NarrowProducts(SiteRewrite[Site]):
 
     def __post_init__(self) -> None:
         if not self.dtype.is_float:
-            raise UsageError("products are narrowed to a float dtype", received=self.dtype.name, hint="bf16")
+            raise UsageError("dtype of narrow-products must be a float dtype", received=self.dtype.name, hint="bf16")
 
     def sites(self, work: Rewriting) -> Iterator[Site]:
         of_weights = None if self.computed else values_of_weights(work.graph)

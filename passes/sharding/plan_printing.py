@@ -234,7 +234,7 @@ def _node_lines(
 def _move_lines(
     plan: ShardingPlan, moves: Sequence[Move], names: Mapping[Value, str], indent: str, within: Node | None = None
 ) -> Iterator[str]:
-    """Yield the lines of moves. Moves in a composite's body have the place of the composite."""
+    """Yield the printed lines of moves. A move in a composite's body has the composite's source line and scope."""
     for move in moves:
         at = within or move.at
         reasons = iter(move.because)

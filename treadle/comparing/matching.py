@@ -162,7 +162,7 @@ def _grouped(
 
 
 def _layer(each: RunNode, in_a: Mapping[RunNode, str | None]) -> tuple[tuple[str, ...], str] | None:
-    """Return the scope of a node's layer, as a names it, and the node's op. None if the node is not in a layer."""
+    """Return the scope of a node's layer, by its name in build `a`, and the node's op; None outside of layers."""
     parts = parts_of(in_a[each] or "")
     at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
     return None if at is None else (parts[: at + 1], each.op)

@@ -40,7 +40,7 @@ class ScopeTree:
 
     @cached_property
     def signature(self) -> tuple[object, ...]:
-        """A key that is equal for scopes with equal ops in equal order, regardless of the numbers of layers."""
+        """A key that is equal for scopes with the same ops in the same order. Indices of layers are ignored."""
         inner = [("#" if name.isdigit() else name, tree.signature) for name, tree in self.parts.items()]
         return (tuple(self.ops), tuple(inner))
 

@@ -105,7 +105,7 @@ def _adds_first(read: Mapping[str, Any], first: int | None, numbers: Mapping[str
         elif each.get("type") != "ByteLevel":
             raise _refusal("it changes texts after they are split", each.get("type"))
     if added not in ([], [first]):
-        raise _refusal("it adds other tokens than the first one of a text", str(added))
+        raise _refusal("it adds other tokens than one BOS token before a text", str(added))
     return bool(added)
 
 

@@ -437,7 +437,9 @@ def documented(entry: str) -> str:
     width = 10
     lines = []
     for each in taken_by(entry):
-        body = textwrap.fill(each.about, 116, initial_indent=f"{each.name} ".ljust(width), subsequent_indent=" " * width)
+        body = textwrap.fill(
+            each.about, 116, initial_indent=f"{each.name} ".ljust(width), subsequent_indent=" " * width
+        )
         lines.append(body)
     return "\n".join(lines)
 

@@ -120,7 +120,7 @@ class ImagePrompts(ABC):
         features = sum(image.features for image in images)
         if len(places) != features:
             raise CheckpointError(
-                f"the tokenizer does not keep image tokens {printable(self.mark)} apart",
+                f"the tokenizer does not encode each {printable(self.mark)} as one image token",
                 received=f"{len(places)} tokens for {features} features",
             )
         index = np.zeros(len(ids), np.int64)

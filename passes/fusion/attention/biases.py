@@ -138,8 +138,8 @@ def table_terms(roles: Roles, table: Table) -> list[Fused]:
 
 
 def addends_of(axes: Axes, added: Added, exactly: bool, trained: bool = False) -> Iterator[Added | Chosen]:
-    """Yield the parts of an addend: the terms of a sum, if each has fewer axes or one is a mask; or a mask and an
-    addend. Yield the addend itself if it has no such parts.
+    """Yield the parts of an addend. A sum is split if each term has fewer axes than the sum, or if one term is a mask.
+    A `where` with a masking number is split into an addend and a mask. Any other addend is yielded unchanged.
 
     s + where(c, x, -inf)   -->   s + x, masked by c
 

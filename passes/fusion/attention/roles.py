@@ -22,8 +22,9 @@ from treadle.passes.fusion.axis_tracking import Axes, Layout
 class Roles:
     """The atoms of each axis of attention, and the bounds of the sizes. An axis without atoms has size 1.
 
-    groups      the atoms when they were found: later steps may split them, so use `atoms`
-    by_offset   the numbers of position indices for each j - i, shared by all sites of a function
+    groups      the atoms of each axis at the time of the match; later steps may split them, so call `atoms`
+    by_offset   a cache, shared by all sites of a function: for each index into a table of biases, its numbers for each
+                offset j - i; None if the index depends on more than j - i
     """
 
     axes: Axes

@@ -269,7 +269,7 @@ class AttentionWriter(PartKeeper):
         return self._widened(self.key, [self.key_row, self.at_g, key, start], lanes)
 
     def _pack_keys(self, c0: Expr, c1: Expr) -> None:
-        """Emit packing of the block's columns c0 to below c1, in whole vectors."""
+        """Emit the loop that packs the keys of the block's columns [c0, c1), in whole vectors."""
         k, lanes, d = self.k, self.lanes, self._depth
         begin = self._index(k.floor_divide(c0, lanes), "from_vector")
         with k.loop(self._ceil(c1, lanes) - begin, "n") as n:

@@ -85,7 +85,9 @@ class WordProduct(FinishedProduct):
         raise NotImplementedError
 
     def group(self, k: Emitter, views: dict[str, Any], tile: WordTile, chunk: Expr, part: int, group: Expr) -> None:
-        """Add the products of 32 elements to a tile's sums: part `part` of a chunk, which is group `group` of a row."""
+        """Multiply 32 elements along k, and add the products to a tile's accumulators. `part` is their index in the
+        chunk, and `group` their index in the row.
+        """
         raise NotImplementedError
 
     def many(self, k: Emitter, views: dict[str, Any], columns: Expr, depth: Expr) -> tuple[int, Many] | None:
