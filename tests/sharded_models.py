@@ -37,6 +37,7 @@ def small_options(family: str) -> dict[str, Any]:
     return {**found, **SPECIAL.get(family, {})}
 
 
+_TEXT = {"vocab": 11, "dim": 12, "heads": 3, "head_dim": 6, "hidden": 20}
 _TOWER = {"dim": 32, "heads": 8, "layers": 2, "hidden": 40}
 SPECIAL: Mapping[str, dict[str, Any]] = {
     "clip": {
@@ -47,6 +48,30 @@ SPECIAL: Mapping[str, dict[str, Any]] = {
     "dinov2": {"height": 16, "width": 16, "patch": 8, "grid": 2, "labels": 8},
     "electra": {"embedding": 24},
     "gpt_neox": {"rotary_dims": 2},
+    "idefics3": {
+        **{"channels": 2, "height": 8, "width": 12, "shuffle": 1},
+        "text": {**_TEXT, "layers": 2},
+        "vision": {"dim": 12, "heads": 3, "hidden": 20, "layers": 2, "patch": 4},
+    },
+    "llava": {
+        **{"channels": 2, "height": 8, "width": 12},
+        "text": {**_TEXT, "layers": 2},
+        "vision": {
+            "dim": 12,
+            "heads": 3,
+            "hidden": 20,
+            "layers": 2,
+            "channels": 2,
+            "height": 8,
+            "width": 12,
+            "patch": 4,
+        },
+    },
+    "qwen2_vl": {
+        **{"width": 24, "sections": (1, 1, 1)},
+        "text": {**_TEXT, "layers": 2},
+        "vision": {"dim": 12, "heads": 3, "layers": 2, "hidden": 20, "patch": 2},
+    },
     "siglip": {
         **{"height": 16, "width": 16},
         "text": {**_TOWER, "vocab": 37, "context": 16, "projection": 32},

@@ -125,6 +125,7 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch, built: str |
         assert "input tokens" in message(lambda exe=exe: exe(tokens=tokens[0]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
     for name, missing in (
         ("cuda:1", None),

@@ -235,8 +235,8 @@ def test_responses_of_a_server(words: str, expected: str, monkeypatch: pytest.Mo
     def opened(self: Opening, model: str, **options: Any) -> Any:
         asked.append((self, model, options))
         made = object.__new__(ServedWriter) if model == "a" else SimpleNamespace()
-        vars(made).update(name="one", description="writes") if model == "a" else vars(made).update(
-            name="two", description="embeds"
+        vars(made).update(name="one", description="writes", notes=[]) if model == "a" else vars(made).update(
+            name="two", description="embeds", notes=[]
         )
         return made
 

@@ -53,7 +53,7 @@ def test_without_optional_packages_it_says_what_adds_them(bare: None, monkeypatc
     missing = {each["install"]: each for each in facts["missing"]}
     assert set(missing) == {f"pip install '.[{each.extra}]'" for each in OPTIONAL_PACKAGES}
     assert missing["pip install '.[serve]'"]["packages"] == ["starlette", "uvicorn", "prometheus-client"]
-    assert missing["pip install '.[text]'"]["commands"][:3] == ["generate", "chat", "serve"]
+    assert missing["pip install '.[text]'"]["commands"][:3] == ["generate", "chat", "describe"]
     assert [each["version"] for each in facts["packages"]][4:] == [None] * len(OPTIONAL_PACKAGES)
     assert facts["packages"][0]["version"] is not None
     assert facts["machine"]["gpus"] is None

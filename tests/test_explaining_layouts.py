@@ -31,6 +31,7 @@ TARGETS = {"tvm": "x86-64-v4", "torch": "cpu"}
 """A target whose panels are the same on every machine that runs the test."""
 SMALL: dict[str, Any] = {"layers": 2, "dim": 48, "heads": 4, "vocab": 50, "context": 16}
 LOWERING = [
+    "encode-roundings",
     "legalize",
     "decode-narrow",
     "decode-last",

@@ -230,7 +230,7 @@ def test_long_axes_are_summed_as_the_op_says(name: str, dtype: str, run: str) ->
 
 @pytest.mark.parametrize("run", RUNNERS)
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize("name", [name for name in TESTED if name != "fake_quantize"])  # 0 or 1 by a rounded number
 def test_gradients_are_summed_so_as_well(name: str, dtype: str, run: str) -> None:
     for form in long_gradients(name, dtype):
         form.hold(run)

@@ -19,7 +19,7 @@ from treadle.runtime.beams import Beams
 from treadle.runtime.token_rules import TokenRules
 from treadle.tasks import rewriting
 from treadle.tasks.generation_settings import GenerationSettings
-from treadle.tasks.images import ImageReader, _middle, _read_image
+from treadle.tasks.images import ImageReader, _middle, open_image
 from treadle.tasks.labelling import ImageLabeller, image_kind
 from treadle.tasks.opening import read_labels
 
@@ -233,10 +233,10 @@ def test_an_image_of_another_format_is_refused(tmp_path: Path) -> None:
     for name, good in (("a.bmp", True), ("a.gif", True), ("a.ico", False), ("a.tga", False)):
         image.save(tmp_path / name)
         if good:
-            assert _read_image(tmp_path / name).size == (16, 16)
+            assert open_image(tmp_path / name).size == (16, 16)
             continue
         with pytest.raises(UsageError, match="the file is not an image that can be read"):
-            _read_image(tmp_path / name)
+            open_image(tmp_path / name)
 
 
 def test_how_long_and_how_large_an_image_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_how_long_and_how_large_an_image_may_be(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr("PIL.Image.open", lambda *_, **__: opened)  # noqa: B023
         monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda image: image)
         if good:
-            assert _read_image(tmp_path / "a.png") == "RGB"
+            assert open_image(tmp_path / "a.png") == "RGB"
             continue
         with pytest.raises(UsageError, match="more pixels than the limit") as caught:
             reader.read([tmp_path / "a.png"])

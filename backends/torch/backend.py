@@ -220,10 +220,11 @@ class TorchBackend(StagedBackend):
 
 def _check_room(graph: Graph, device: TorchDevice) -> None:
     """Raise BackendError if the device's free memory is less than the weights need."""
-    needed = sum(v.type.storage_type.bytes_at({}) for v in graph.entry_parameters.values())
     free = device.free_bytes()
+    fixed = [v.type for v in graph.entry_parameters.values() if v.type.elements.constant is not None]
+    needed = sum(type.storage_type.bytes_at({}) for type in fixed)
     if free is not None and needed > free:
-        numbers = sum(v.type.elements.evaluate({}) for v in graph.entry_parameters.values())
+        numbers = sum(type.elements.evaluate({}) for type in fixed)
         raise BackendError(
             f"{device.device} has too little free memory for the weights of {graph.name}",
             received=f"{needed:,} bytes are required, {free:,} are free",

@@ -141,15 +141,19 @@ def is_joined(file: GGUFFile) -> bool:
     return "blk.0.attn_qkv.weight" in file
 
 
+SCALING = "linear"
+"""The scaling of rotary frequencies by one factor, as GGUF names it."""
+
+
 def read_scaling(file: GGUFFile, kind: str, dims: int) -> Scaling | None:
     """Return the scaling of rotary frequencies: a factor in the metadata, or a tensor of factors (Llama 3.1 and
     later).
     """
     key = f"{kind}.rope.scaling.type"
     named = file.text(key, "none")
-    if named not in ("none", "linear"):
+    if named not in ("none", SCALING):
         file.fail(key, "is not supported", f"{named[:40]!r}; supported: none, linear")
-    factor_key = f"{kind}.rope.scaling.factor" if named == "linear" else f"{kind}.rope.scale_linear"
+    factor_key = f"{kind}.rope.scaling.factor" if named == SCALING else f"{kind}.rope.scale_linear"
     factor = file.number(factor_key, 1.0, least=1e-3, most=1e6)
     if _FACTORS not in file:
         return LinearScaling(factor) if factor != 1.0 else None

@@ -25,7 +25,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import f16
-from treadle.models.reading.llama_gguf import gguf_names
+from treadle.models.reading.llama_gguf import SCALING, gguf_names
 from treadle.program.resolved import Resolved
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +110,7 @@ def _settings(config: Mapping[str, Any], kind: str, resolved: Resolved) -> dict[
     }
     match config["scaling"]:
         case LinearScaling(factor):
-            found |= {f"{kind}.rope.scaling.type": "linear", f"{kind}.rope.scaling.factor": float(factor)}
+            found |= {f"{kind}.rope.scaling.type": SCALING, f"{kind}.rope.scaling.factor": float(factor)}
         case None | Divided() | Llama3():
             pass
         case other:

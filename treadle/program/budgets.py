@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
-from treadle.passes.budget.fitted_pipeline import MemoryLimit
+
+if TYPE_CHECKING:
+    from treadle.passes.budget.fitted_pipeline import MemoryLimit
 
 DEFAULT_SIZE = 128
 """Default size of a symbolic axis, such as a row of 128 tokens. A leading axis (the batch) has size 1."""
@@ -62,6 +64,8 @@ def budget_of(memory: int | str | None, sizes: Mapping[str, int] | None, graph: 
                 hint=Hint('pass memory="300MB", or leave sizes out', "pass --memory 300MB, or leave --sizes out"),
             )
         return None
+    from treadle.passes.budget.fitted_pipeline import MemoryLimit
+
     return MemoryLimit(most, choose_sizes(graph, sizes or {}))
 
 

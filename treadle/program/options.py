@@ -438,7 +438,7 @@ def documented(entry: str) -> str:
     lines = []
     for each in taken_by(entry):
         body = textwrap.fill(
-            each.about, 116, initial_indent=f"{each.name} ".ljust(width), subsequent_indent=" " * width
+            each.about, 116, initial_indent=f"{each.name}  ".ljust(width), subsequent_indent=" " * width
         )
         lines.append(body)
     return "\n".join(lines)
