@@ -53,6 +53,7 @@ from treadle.stepped import SteppedModel
 TABS = {
     "diff": "Differences",
     "overview": "Overview",
+    "costs": "Costs",
     "fusion": "Fusion",
     "memory": "Memory",
     "weights": "Weights",
@@ -219,6 +220,7 @@ class _Collected:
         programs = [program]
         found: dict[str, Tab] = {
             "overview": tab(self._overview),
+            "costs": tab(partial(tabs.cost_facts, program, sizes, self.times)),
             "fusion": self._fusion(),
             "memory": tab(self._memory),
             "weights": tab(self._weights),
@@ -319,6 +321,7 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
         return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen)
 
     found: dict[str, Tab] = {
+        "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "memory": tab(memory),
         "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
         "storage": tab(partial(tabs.storage_facts, program)),
@@ -339,6 +342,7 @@ def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     )
     found: dict[str, Tab] = dict.fromkeys([key for key in TABS if key != "diff"], compiled)
     found |= {
+        "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "sharding": tab(partial(tabs.sharding_facts, report)),
         "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
