@@ -477,9 +477,10 @@ def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
 
 
 def _downwards(items: Sequence[str], edges: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the items of all stages in an order in which edges lead to later items; otherwise the order stays.
+    """Return items in an order in which edges lead to later items; otherwise their order stays.
 
-    Edges of different stages may form a cycle. Its first item then comes first.
+    The program's order is not enough: a box stands at its first op, which may be an early decoding of a weight. Edges
+    of different stages, and edges of boxes, may form a cycle. Its first item then comes first.
     """
     place = {item: at for at, item in enumerate(items)}
     below: dict[str, list[str]] = {item: [] for item in items}
@@ -508,7 +509,7 @@ def _rank(item: str) -> int:
 
 
 def _drawn(body: _Body, positions: _Held) -> dict[str, Any]:
-    order = sorted(body.items, key=_rank)
+    order = sorted(_downwards(list(body.items), [(a, b) for a, b, _ in body.edges]), key=_rank)
     number = {item: at for at, item in enumerate(order)}
     edges = [(number[a], number[b], value) for a, b, value in body.edges]
     placed = place(len(order), [(a, b) for a, b, _ in edges])

@@ -191,7 +191,7 @@ Details.box = (app, item) => {
 Details.pass = (app) => {
   const { model, state } = app;
   const pass = model.passes[state.stage];
-  const parts = [T.el("h2", {}, state.stage ? "Pass " : "", pass.name, T.el("small", {}, ` ${state.stage + 1} of ${model.passes.length}`))];
+  const parts = [T.el("h2", {}, state.stage ? "Pass " : "", pass.name, T.el("small", {}, state.stage ? ` ${state.stage} of ${model.passes.length - 1}` : ""))];
   if (!state.stage) parts.push(T.el("p", {}, "The graph before any pass. Click an op for its facts, a box to open it, an edge for all readers of its value."));
   const replaced = pass.replaced || [];
   const made = new Set(replaced.map(([each]) => each));

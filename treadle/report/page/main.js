@@ -2,7 +2,7 @@
 // The page: the state of the program, the pass, the selection and the tab; the link in the address; keys and search.
 
 // Tabs about the ops of the first program. Opening one selects that program.
-const OF_MODEL = new Set(["fusion", "memory", "storage", "profile", "attention", "log"]);
+const OF_MODEL = new Set(["costs", "fusion", "memory", "storage", "profile", "attention", "log"]);
 const TITLES = { selected: "Selected", text: "IR text", source: "Source" };
 
 class App {
@@ -100,7 +100,7 @@ class App {
     other.selected.key = key;
     other.refresh();
     other.select({ numbers, key });
-    if (key) other.center(key);
+    if (key) other.center(key, { readable: true });
   }
 
   /** Select an op of the other build that has no counterpart in this one. */
@@ -146,7 +146,7 @@ class App {
     this.section("details").then((details) => {
       if (!details) return;
       const of = (details.final && details.final.seconds) || null;
-      this.view.times = of && { of, most: Math.max(...Object.values(of)) };
+      this.view.times = of;
       T.id("heat").querySelector('[value="seconds"]').disabled = !of;
     }, () => {});
   }
@@ -185,14 +185,14 @@ class App {
       tick.style.left = `${passes.length > 1 ? (100 * at) / (passes.length - 1) : 0}%`;
       return tick;
     }));
-    T.id("pass-name").replaceChildren(...passes.map((pass, at) => T.el("option", { value: at }, `${at + 1}. ${pass.name}${changed(at) ? "" : " (no change)"}`)));
+    T.id("pass-name").replaceChildren(...passes.map((pass, at) => T.el("option", { value: at }, `${at ? `${at}. ` : ""}${pass.name}${changed(at) ? "" : " (no change)"}`)));
   }
 
   saidPass() {
     const { stage } = this.state;
     const pass = this.model.passes[stage];
     T.id("pass").value = stage;
-    T.id("pass").setAttribute("aria-valuetext", T.shown(`${pass.name}, ${stage + 1} of ${this.model.passes.length}`));
+    T.id("pass").setAttribute("aria-valuetext", T.shown(stage ? `${pass.name}, ${stage} of ${this.model.passes.length - 1}` : pass.name));
     T.id("pass-name").value = stage;
     const [added, removed] = [(pass.added || []).length, (pass.removed || []).length];
     T.id("changes").replaceChildren(
@@ -280,8 +280,10 @@ class App {
     const first = number ?? (numbers && numbers[0]);
     Object.assign(state, { number: number ?? null, numbers: numbers || null, path: path ?? null, value: null, item: null });
     let key = null;
+    const others = [];
     if (first !== undefined && first !== null) {
-      for (const each of [...(numbers || []).slice(1, 40).reverse(), first]) key = view.reveal(each) ?? key;
+      for (const each of (numbers || []).slice(1, 40)) others.push(view.reveal(each));
+      key = view.reveal(first) ?? others.find(Boolean) ?? null;
     } else if (path) {
       key = view.revealBox(path);
       const entry = key && view.byKey.get(key);
@@ -290,10 +292,25 @@ class App {
     view.selected.key = numbers ? null : key;
     view.refresh();
     this.marks();
-    if (key) view.center(key);
+    if (key) view.center(key, { readable: true, others });
     this.crumbs();
     this.showTab(tab || "selected");
     this.link();
+    this.uncover();
+  }
+
+  /** Scroll a page that has the graph above the facts to the graph, if the graph is out of sight. */
+  uncover() {
+    const box = T.id("graph").getBoundingClientRect();
+    if (box.bottom < 120 || box.top > window.innerHeight - 120) T.id("graph").scrollIntoView({ block: "start" });
+  }
+
+  /** Show a tab from its start. */
+  openTab(name) {
+    const shown = this.showTab(name);
+    this.link();
+    if (T.id("panel").getBoundingClientRect().top < 0) T.id("panel").scrollIntoView({ block: "start" });
+    return shown;
   }
 
   crumbs() {
@@ -304,7 +321,7 @@ class App {
     for (let each = entry; each; each = each.parent) {
       const label = each.op ? (model.light(each.op.number, model.stageOf(each.op.number, this.state.stage)) || {}).op : each.item.path !== undefined ? GraphView.last(each.item.path) : each.item.label;
       const key = each.key;
-      parts.unshift(T.el("button", { type: "button", class: "link", onclick: () => { view.choose(view.byKey.get(key)); view.center(key); } }, T.fit(label || "", 24)));
+      parts.unshift(T.el("button", { type: "button", class: "link", onclick: () => { view.choose(view.byKey.get(key)); view.center(key, { readable: true }); } }, T.fit(label || "", 24)));
     }
     T.id("crumbs").replaceChildren(T.el("span", {}, T.fit(this.head.model, 24)), ...parts.flatMap((part) => [" › ", part]));
   }
@@ -334,7 +351,7 @@ class App {
   makeTabs() {
     const list = T.id("tabs");
     list.replaceChildren(...this.tabs.map(([name, title]) =>
-      T.el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "body", "aria-selected": "false", tabindex: "-1", onclick: () => { this.showTab(name); this.link(); } }, title)));
+      T.el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "body", "aria-selected": "false", tabindex: "-1", onclick: () => this.openTab(name) }, title)));
     T.id("body").setAttribute("role", "tabpanel");
     T.id("body").setAttribute("tabindex", "0");
     list.addEventListener("keydown", (event) => {
@@ -344,9 +361,8 @@ class App {
       if (next === undefined) return;
       event.preventDefault();
       const name = names[(next + names.length) % names.length];
-      this.showTab(name);
+      this.openTab(name);
       T.id(`tab-${name}`).focus();
-      this.link();
     });
   }
 

@@ -43,6 +43,7 @@ Tabs.diff = (app, data, chosen) => {
 
 Tabs.overview = (app, data) => {
   const ops = Object.entries(data.ops);
+  const stageName = (at, name) => (at ? `after pass ${at} of ${data.passes}, ${name}` : "as declared");
   return [
     T.el("h2", {}, data.model, T.el("small", {}, ` on ${data.backend}, ${data.target}`)),
     T.pairs([
@@ -50,18 +51,39 @@ Tabs.overview = (app, data) => {
       ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}`],
       ["Inputs", T.el("code", {}, Tabs.ports(data.inputs))],
       ["Outputs", T.el("code", {}, Tabs.ports(data.outputs))],
-      ["Ops in a run", `${T.count(data.declared_ops)} as declared, ${T.count(ops.reduce((sum, [, n]) => sum + n, 0))} after ${data.passes} passes`],
+      ["Ops in a run", data.stages.map(([at, name, count]) => `${T.count(count)} ${stageName(at, name)}`).join(", ")],
       ["Unused tensors", data.unused.length ? data.unused.slice(0, 20).join(", ") : ""],
       ["Unknown keys", data.unread.length ? data.unread.join(", ") : ""],
     ]),
     T.el("h3", {}, "Questions"),
     T.el("ul", { class: "questions" },
-      [["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the selected pass change?"]]
-        .filter(([name]) => app.hasTab(name)).map(([name, text]) => T.el("li", {}, T.el("button", { type: "button", class: "link", onclick: () => app.showTab(name) }, text)))),
+      [["costs", "Which ops cost the most?"], ["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the selected pass change?"]]
+        .filter(([name]) => app.hasTab(name)).map(([name, text]) => T.el("li", {}, T.el("button", { type: "button", class: "link", onclick: () => app.openTab(name) }, text)))),
     T.el("h3", {}, "Ops of a run"),
-    T.table([{ name: "op", of: ([op]) => op, sort: ([op]) => op }, { name: "number", of: ([, n]) => T.count(n), sort: ([, n]) => n, number: true }], ops, { caption: "Ops of a run" }),
+    T.table([{ name: "op", of: ([op]) => op, sort: ([op]) => op }, ...data.stages.map(([at, name], place) => ({ name: at ? `after ${name}` : name, of: ([, counts]) => counts[place] || "", sort: ([, counts]) => counts[place], number: true }))], ops, { caption: "Ops of a run" }),
     T.el("h3", {}, "Functions"),
     T.table([{ name: "function", of: (f) => f.name }, { name: "ops", of: (f) => T.count(f.ops), sort: (f) => f.ops, number: true }, { name: "calls", of: (f) => T.count(f.calls), sort: (f) => f.calls, number: true }], data.functions, { caption: "Functions" }),
+  ];
+};
+
+/** The ops that run, the costliest first. An op of a repeated block has the cost of all its calls. */
+Tabs.costs = (app, data) => {
+  const last = Tabs.last(app);
+  const rows = data.ops.map(([number, flops, bytes, calls, seconds]) => ({ ...app.model.light(number, last), number, flops, bytes, calls, seconds }));
+  const time = rows.reduce((sum, row) => sum + (row.seconds || 0), 0);
+  const column = (name, unit, total) => [
+    { name: unit, of: (row) => T.human(row[name], name === "bytes" ? "B" : ""), sort: (row) => row[name], number: true },
+    { name: "share", of: (row) => T.share(row[name], total), sort: (row) => row[name], number: true },
+  ];
+  return [
+    T.el("h2", {}, "Costs"), T.el("p", { class: "big" }, `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written in a run${app.sizesText()}`),
+    T.el("p", { class: "note" }, "The ops that run, after the last pass; an op of a repeated block with all its calls. Bars in the graph show the same shares, also of folded boxes. Ops that depend on weights alone are computed before a run."),
+    T.el("div", { class: "filters" }, ["flops", "bytes", ...(data.timed ? ["seconds"] : [])].map((name) => T.el("button", { type: "button", onclick: () => app.setHeat(name) }, `Bars: ${{ flops: "FLOPs", bytes: "bytes", seconds: "time" }[name]}`))),
+    T.table([
+      { name: "op", of: (row) => row.op, sort: (row) => row.op, act: true, below: (row) => row.scope || row.name }, ...column("flops", "FLOPs", data.flops), ...column("bytes", "bytes", data.bytes),
+      ...(data.timed ? [{ name: "time", of: (row) => (row.seconds ? T.seconds(row.seconds) : ""), sort: (row) => row.seconds || 0, number: true }, { name: "share", of: (row) => T.share(row.seconds || 0, time), sort: (row) => row.seconds || 0, number: true }] : []),
+      { name: "calls", of: (row) => T.count(row.calls), sort: (row) => row.calls, number: true }, { name: "line", of: (row) => row.line, sort: (row) => row.line, code: true },
+    ], rows, { caption: "Ops of a run, the costliest first", onrow: (row) => () => app.go({ stage: last, number: row.number, tab: "costs" }) }),
   ];
 };
 
@@ -74,11 +96,9 @@ Tabs.fusion = (app, data) => {
   const kind = T.el("select", { id: "fusion-kind" }, T.el("option", { value: "" }, "all kinds"), kinds.map((each) => T.el("option", { value: each }, each)));
   const open = (site) => data.unfused.includes(site.status);
   const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
-  const fusionOf = (site) => app.model.passes.findIndex((pass) => (pass.replaced || []).some(([, old]) => old.some((each) => site.nodes.includes(each))));
   const card = (group) => {
     const [site] = group;
     const count = group.reduce((sum, each) => sum + each.calls, 0);
-    const at = open(site) || site.status === "already" ? -1 : fusionOf(site);
     return T.el("li", { class: `site ${open(site) ? "open" : "done"}` },
       T.el("h3", {}, T.el("span", { class: "status" }, open(site) ? "not fused" : site.status === "already" ? "already one op" : "fused"), ` ${site.kind}`, site.op ? T.el("small", {}, ` ${site.op}`) : null, count > 1 ? T.el("small", {}, ` ×${count} in a run`) : null),
       T.el("p", { class: "place" }, T.el("code", {}, (site.places || []).join("  ")), " ", T.el("span", { class: "dim" }, `in ${site.function}${group.length > 1 ? ` and ${group.length - 1} more places` : ""}`)),
@@ -91,7 +111,7 @@ Tabs.fusion = (app, data) => {
         ["Note", (site.notes || []).join(" ")],
       ]),
       site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")}`) : null,
-      at > 0 ? T.el("button", { type: "button", onclick: () => app.go({ stage: at, numbers: app.model.passes[at].replaced.filter(([, old]) => old.some((each) => site.nodes.includes(each))).map(([made]) => made), tab: "fusion" }) }, "Show the fusion") : null,
+      site.made ? T.el("button", { type: "button", onclick: () => app.go({ stage: site.stage, numbers: site.made, tab: "fusion" }) }, `Show the ${site.op}`, ` after ${app.model.passes[site.stage].name}`) : null,
       group.length > 1 ? T.el("details", {}, T.el("summary", {}, `${group.length} places`), T.el("ul", { class: "values" }, group.slice(0, 300).map((each) => T.el("li", {}, show(each))))) : null);
   };
   const alike = (sites) => {

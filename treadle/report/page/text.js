@@ -94,7 +94,8 @@ T.table = (columns, rows, { onrow, caption, marked, most = FIRST_ROWS } = {}) =>
           const cell = column.of(row);
           const act = onrow && at === (columns.findIndex((c) => c.act) + 1 || 1) - 1 && onrow(row);
           return T.el("td", { class: [column.number ? "number" : "", column.wide ? "wide" : "", column.code ? "code" : ""].join(" ").trim() || null },
-            act ? T.el("button", { type: "button", class: "link", onclick: act }, cell) : cell);
+            act ? T.el("button", { type: "button", class: "link", onclick: act }, cell) : cell,
+            column.below && column.below(row) ? T.el("div", { class: "below" }, column.below(row)) : null);
         });
         return T.el("tr", { class: marked && marked(row) ? "marked" : null }, cells);
       }),
