@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -604,7 +605,19 @@ def test_the_command_writes_a_report(treadle_command: Treadle, tmp_path: Path) -
     assert said.out.startswith("wrote small.html, ")
     found = unpacked(Page((tmp_path / "small.html").read_text(encoding="utf-8")))
     assert found["head"]["sizes"] == {"B": 2, "S": 6}
-    assert found["roofline"]["command"] == f"treadle report {SMALL} -o small.html --backend tvm --profile 9"
+    own = f"treadle report {SMALL} -o small.html --sizes B=2,S=6"
+    assert found["roofline"]["command"] == f"{own} --backend tvm --profile 9"
+    assert found["sharding"]["command"] == f"{own} --mesh tp=2 --recipe megatron"
+
+
+def test_a_command_that_adds_data_keeps_the_options(treadle_command: Treadle, tmp_path: Path) -> None:
+    """Of the same model: with another encoding or size, a profile would time another program."""
+    given = ["report", SMALL, "--backend=numpy", "--quantize", "int8-weights", "--set", "dim=32", "-o", "a b.html"]
+    assert treadle_command(*given, "--json").code == 0
+    found = unpacked(Page((tmp_path / "a b.html").read_text(encoding="utf-8")))
+    kept = ["treadle", *(word for word in given if word != "--backend=numpy")]
+    assert shlex.split(found["profile"]["command"]) == [*kept, "--backend", "tvm", "--profile", "9"]
+    assert "--sizes S=6 --backend tvm" in t.compile(small).report(sizes={"S": 6}).sections["profile"]["command"]
 
 
 def test_the_command_reports_a_mesh_a_quantized_model_and_an_artifact(treadle_command: Treadle, tmp_path: Path) -> None:
