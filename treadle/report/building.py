@@ -256,7 +256,7 @@ class _Collected:
         return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
 
     def _weights(self) -> dict[str, Any]:
-        return tabs.weight_facts(self.model.optimized.graph, self.model.optimized.stages, self.model.originals)
+        return tabs.weight_facts(self.program, self.model.originals)
 
     def _fusion(self) -> Tab:
         if any(stage.name == OPTIMIZED for stage in self.program.stages):
@@ -292,9 +292,7 @@ class _Collected:
             raise UsageError(
                 "only a model without states, compiled for the tvm backend, can be profiled",
                 received=f"{self.model.name} on {self.model.backend}",
-                hint=Hint(
-                    't.compile(model, backend="tvm").report()', self._with(backend="tvm", profile=rounds)
-                ),
+                hint=Hint('t.compile(model, backend="tvm").report()', self._with(backend="tvm", profile=rounds)),
             )
         calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()
@@ -338,7 +336,7 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
     found: dict[str, Tab] = {
         "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "memory": tab(memory),
-        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "weights": tab(partial(tabs.weight_facts, program)),
         "storage": tab(partial(tabs.storage_facts, program)),
         "step": tab(partial(tabs.step_facts, model.name, model.derived)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
@@ -359,7 +357,7 @@ def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     found |= {
         "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "sharding": tab(partial(tabs.sharding_facts, report)),
-        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "weights": tab(partial(tabs.weight_facts, program)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
         "log": tab(partial(tabs.log_facts, program)),
     }

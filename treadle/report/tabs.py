@@ -6,7 +6,7 @@ its report failed. A failed report does not affect the other tabs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from treadle.backends.registry import find_backend
@@ -108,6 +108,8 @@ def fusion_facts(program: ReportProgram) -> dict[str, Any]:
         totals[verdict.status] += count
         facts = verdict.as_dict() | {"function": site.function, "calls": count}
         facts["nodes"] = [numbers[node] for node in site.nodes if node in numbers]
+        if verdict.stop in numbers:
+            facts["stop"] = numbers[verdict.stop]
         if verdict.status == FUSED:
             anchors = {numbers[node] for node in site.anchors if node in numbers}
             held = [each for each in made.get(KINDS[site.kind][0], ()) if not anchors.isdisjoint(each.work)]
@@ -168,12 +170,22 @@ def storage_facts(program: ReportProgram) -> dict[str, Any]:
     return facts
 
 
-def weight_facts(graph: Graph, log: Any, originals: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return every weight with its stored encoding, the largest first, and the report of the quantization.
+def weight_facts(program: ReportProgram, originals: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return every weight with its stored encoding, the reason and its first reader, the largest first, and the report
+    of the quantization.
 
     originals  the weights before they are encoded: the relative RMS error of each encoding is measured against them
     """
+    graph, stage = program.optimized.graph, program.optimized_stage
     errors = {} if originals is None else encoding_errors(graph, originals)
+    numbers = program.numbers_in(graph, program.stages[stage])
+    readers: dict[str, int] = {}
+    for _, node in graph.walk():
+        for value in node.inputs:
+            if value.kind == "parameter" and node in numbers:
+                readers.setdefault(value.name, numbers[node])
+    notes = [note for record in program.optimized.log if record.name == "quantize-weights" for note in record.notes]
+    reasons = _reasons(notes)
     weights: list[dict[str, Any]] = []
     for name, value in graph.parameters.items():
         encoding = value.type.encoding
@@ -186,16 +198,32 @@ def weight_facts(graph: Graph, log: Any, originals: Mapping[str, Any] | None = N
                 "bytes": count,
                 "bits": 8 * count / elements if elements else 0,
                 "error": errors.get(name),
+                "reason": reasons.get(name, ""),
+                "reader": readers.get(name),
             }
         )
     weights.sort(key=lambda each: (-each["bytes"], each["name"]))
-    notes = [note for record in log if record.name == "quantize-weights" for note in record.notes]
     return {
         "weights": weights,
         "bytes": sum(each["bytes"] for each in weights),
+        "stage": stage,
         "notes": notes,
         "measured": bool(errors),
     }
+
+
+def _reasons(notes: Sequence[str]) -> dict[str, str]:
+    """Return the reason for the encoding of each weight, from the table in the notes of the quantization."""
+    found: dict[str, str] = {}
+    columns: tuple[int, int] | None = None
+    for line in notes:
+        if line.startswith("weight ") and "  why" in line:
+            columns = line.index("type"), line.index("why")
+        elif not line:
+            columns = None
+        elif columns is not None:
+            found[line[: columns[0]].strip()] = line[columns[1] :].strip()
+    return found
 
 
 def attention_facts(program: ReportProgram, sizes: Mapping[str, int]) -> list[dict[str, Any]]:

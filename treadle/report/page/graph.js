@@ -460,6 +460,7 @@ class GraphView {
     }
     if (entry.key === this.selected.key) classes.push("selected");
     if (!entry.child && this.isMarked(entry)) classes.push("marked");
+    if (entry.op && !entry.ghost && entry.op.number === this.selected.stop) classes.push("stopped");
     return T.svg("g", { class: classes.join(" "), transform: `translate(${x} ${y})`, "data-at": at }, parts);
   }
 
@@ -517,8 +518,9 @@ class GraphView {
     this.options.onopen();
   }
 
-  select({ numbers = [], value = null, key = null }) {
-    this.selected = { numbers: new Set(numbers), value, key };
+  /** Mark ops and a value. `stop` is the op at which a match stopped. */
+  select({ numbers = [], value = null, key = null, stop = null }) {
+    this.selected = { numbers: new Set(numbers), value, key, stop };
     this.draw();
   }
 
@@ -621,7 +623,7 @@ class GraphView {
     const [px, py] = event ? [event.clientX - box.left, event.clientY - box.top] : [box.width / 2, box.height / 2];
     const x = (this.scroll.scrollLeft + px) / this.scale;
     const y = (this.scroll.scrollTop + py) / this.scale;
-    this.scale = Math.min(2.5, Math.max(0.08, this.scale * by));
+    this.scale = Math.min(2.5, Math.max(0.02, this.scale * by));
     this.resize();
     this.scroll.scrollLeft = x * this.scale - px;
     this.scroll.scrollTop = y * this.scale - py;
@@ -631,7 +633,7 @@ class GraphView {
   fit(whole) {
     const wide = this.scroll.clientWidth / this.width;
     const high = this.scroll.clientHeight / this.height;
-    this.scale = Math.min(1, Math.max(whole ? 0.2 : 0.55, whole ? Math.min(wide, high) : wide));
+    this.scale = Math.min(1, Math.max(whole ? 0.02 : GraphView.READABLE, whole ? Math.min(wide, high) : wide));
     this.resize();
     const main = this.byKey.get(this.main);
     const middle = main && !whole ? main.ax + main.w / 2 : this.width / 2;

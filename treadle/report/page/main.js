@@ -134,6 +134,7 @@ class App {
     this.model = this.models[program];
     this.state.stage = this.model.passes.length - 1;
     Object.assign(this.state, { number: null, path: null, value: null });
+    this.back = null;
     T.id("program").value = program;
     this.view.load(this.model);
     this.view.times = null;
@@ -198,6 +199,9 @@ class App {
     T.id("changes").replaceChildren(
       added ? T.el("span", { class: "plus" }, `+${added}`) : "", added && removed ? " " : "", removed ? T.el("span", { class: "minus" }, `−${removed}`) : "",
       !added && !removed ? T.el("span", { class: "dim" }, stage ? ((pass.altered || []).length ? "operands changed" : "no change") : "as declared") : "", T.el("span", { class: "dim" }, `  ${T.plural(pass.ops, "op")}`));
+    const back = T.id("back");
+    back.hidden = this.back === null || this.back === undefined || this.back === stage;
+    if (!back.hidden) back.textContent = `Back to ${this.back}. ${this.model.passes[this.back].name}`;
     T.id("before").disabled = !stage;
     T.id("after").disabled = stage === this.model.passes.length - 1;
   }
@@ -205,6 +209,7 @@ class App {
   setStage(stage, held = true) {
     if (held && !this.chose) T.id("hold").checked = true;
     this.state.stage = stage;
+    this.back = null;
     const began = performance.now();
     this.view.show(stage, T.id("hold").checked);
     document.documentElement.dataset.took = (performance.now() - began).toFixed(1);
@@ -228,6 +233,10 @@ class App {
     return found < 0 ? null : found;
   }
 
+  stageText(stage) {
+    return stage ? `after pass ${stage}, ${this.model.passes[stage].name}` : "as declared";
+  }
+
   // -- selection -------------------------------------------------------------------------------------------------
 
   marks() {
@@ -236,12 +245,12 @@ class App {
       const numbers = state.numbers || (state.number === null ? [] : [state.number]);
       this.markOther([...new Set(numbers.flatMap((number) => this.partners(number, state.program)))]);
     }
-    view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key });
+    view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key, stop: state.stop });
   }
 
   /** Select the item that was clicked in the graph. */
   picked({ number, item, key, ghost }) {
-    Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null });
+    Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null, stop: null });
     if (ghost && number !== undefined) this.state.number = number;
     this.view.selected.key = key;
     this.marks();
@@ -270,15 +279,16 @@ class App {
   }
 
   /** Go to an op, several ops or a box, at a stage; open the boxes that contain them. */
-  go({ number, numbers, path, stage, tab }) {
+  go({ number, numbers, path, stage, tab, stop }) {
     const { state, view } = this;
     if (stage !== undefined && stage !== state.stage) {
+      this.back ??= state.stage;
       state.stage = stage;
       view.show(stage, T.id("hold").checked);
       this.saidPass();
     }
     const first = number ?? (numbers && numbers[0]);
-    Object.assign(state, { number: number ?? null, numbers: numbers || null, path: path ?? null, value: null, item: null });
+    Object.assign(state, { number: number ?? null, numbers: numbers || null, path: path ?? null, value: null, item: null, stop: stop ?? null });
     let key = null;
     const others = [];
     if (first !== undefined && first !== null) {
@@ -496,6 +506,7 @@ class App {
       T.el("li", { role: "option", id: `found-${at}`, "aria-selected": "false", onclick: () => this.takeFound(at) },
         T.el("b", {}, T.fit(row.op, 40)), ` ${T.fit(row.name, 60)} `, T.el("span", { class: "dim" }, T.fit(`${row.scope}  ${row.line}${row.stage === this.state.stage ? "" : `  (after ${this.model.passes[row.stage].name})`}`, 110)))),
     ...(rows.length > most ? [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, `and ${T.count(rows.length - most)} more`)] : rows.length ? [] : [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, "no op has these words")]));
+    list.prepend(T.el("li", { role: "presentation", class: "dim" }, this.rows.length && this.rows[0].stage !== this.state.stage ? `not in the graph ${this.stageText(this.state.stage)}; elsewhere:` : `in the graph ${this.stageText(this.state.stage)}`));
     list.hidden = false;
     T.id("query").setAttribute("aria-expanded", "true");
   }
@@ -523,6 +534,7 @@ class App {
     on("pass-name", "change", (event) => this.setStage(Number(event.target.value)));
     on("before", "click", () => this.nextChange(false));
     on("after", "click", () => this.nextChange(true));
+    on("back", "click", () => this.setStage(this.back, false));
     on("hold", "change", () => { this.chose = true; this.view.show(this.state.stage, T.id("hold").checked); this.marks(); });
     on("heat", "change", (event) => this.setHeat(event.target.value));
     on("unfold", "click", () => this.unfold());
@@ -532,6 +544,7 @@ class App {
     on("theme", "click", () => {
       const dark = document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
       document.documentElement.dataset.theme = dark ? "light" : "dark";
+      T.id("theme").textContent = `Theme: ${dark ? "light" : "dark"}`;
     });
     on("keys", "click", () => this.help());
     on("search", "submit", (event) => { event.preventDefault(); this.takeFound(Math.max(this.row, 0)); });
@@ -541,7 +554,7 @@ class App {
       if (!["ArrowDown", "ArrowUp"].includes(event.key) || T.id("found").hidden) return;
       event.preventDefault();
       this.row = Math.max(0, Math.min(this.rows.length - 1, this.row + (event.key === "ArrowDown" ? 1 : -1)));
-      [...T.id("found").children].forEach((child, at) => { child.setAttribute("aria-selected", String(at === this.row)); if (at === this.row) child.scrollIntoView({ block: "nearest" }); });
+      [...T.id("found").children].slice(1).forEach((child, at) => { child.setAttribute("aria-selected", String(at === this.row)); if (at === this.row) child.scrollIntoView({ block: "nearest" }); });
       event.target.setAttribute("aria-activedescendant", `found-${this.row}`);
     });
     document.addEventListener("click", (event) => { if (!event.target.closest("#search")) this.hideFound(); });
@@ -575,7 +588,7 @@ class App {
   }
 
   shortcut(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, dialog")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input[type=search], input[type=number], select, textarea, dialog")) return;
     const acts = {
       "/": () => T.id("query").focus(), "[": () => this.nextChange(false), "]": () => this.nextChange(true), "+": () => this.view.zoom(1.25), "=": () => this.view.zoom(1.25), "-": () => this.view.zoom(1 / 1.25),
       f: () => this.view.fit(true), o: () => this.unfold(), g: () => this.view.scroll.focus(), t: () => T.id(`tab-${this.state.tab}`).focus(), h: () => T.id("hold").click(), "?": () => this.help(),

@@ -8,7 +8,7 @@ Tabs.of = async (app, name, more) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
   if (found.error) return [T.el("p", { class: "error" }, found.error.split("\n")[0]), T.el("pre", { class: "code", tabindex: "0" }, found.error)];
-  if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code", tabindex: "0" }, found.command)];
+  if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code command", tabindex: "0" }, found.command)];
   return Tabs[name](app, found.data, more).filter(Boolean);
 };
 
@@ -48,7 +48,7 @@ Tabs.overview = (app, data) => {
     T.el("h2", {}, data.model, T.el("small", {}, ` on ${data.backend}, ${data.target}`)),
     T.pairs([
       ["Parameters", `${T.human(data.parameters)} (${T.human(data.parameter_bytes, "B")} as stored)`],
-      ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}`],
+      ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}${data.stages.length > 2 ? `, before the backend's passes` : ""}`],
       ["Inputs", T.el("code", {}, Tabs.ports(data.inputs))],
       ["Outputs", T.el("code", {}, Tabs.ports(data.outputs))],
       ["Ops in a run", data.stages.map(([at, name, count]) => `${T.count(count)} ${stageName(at, name)}`).join(", ")],
@@ -95,7 +95,8 @@ Tabs.fusion = (app, data) => {
   const status = T.el("select", { id: "fusion-status" }, T.el("option", { value: "" }, "all outcomes"), T.el("option", { value: "open" }, "not fused"), Object.keys(WORDS).filter((each) => data.totals[each]).map((each) => T.el("option", { value: each }, WORDS[each])));
   const kind = T.el("select", { id: "fusion-kind" }, T.el("option", { value: "" }, "all kinds"), kinds.map((each) => T.el("option", { value: each }, each)));
   const open = (site) => data.unfused.includes(site.status);
-  const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
+  const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, stop: site.stop, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
+  const line = (number) => { const found = app.model.light(number, 0); return found && found.line ? ` at ${found.line}` : ""; };
   const card = (group) => {
     const [site] = group;
     const count = group.reduce((sum, each) => sum + each.calls, 0);
@@ -103,14 +104,14 @@ Tabs.fusion = (app, data) => {
       T.el("h3", {}, T.el("span", { class: "status" }, open(site) ? "not fused" : site.status === "already" ? "already one op" : "fused"), ` ${site.kind}`, site.op ? T.el("small", {}, ` ${site.op}`) : null, count > 1 ? T.el("small", {}, ` ×${count} in a run`) : null),
       T.el("p", { class: "place" }, T.el("code", {}, (site.places || []).join("  ")), " ", T.el("span", { class: "dim" }, `in ${site.function}${group.length > 1 ? ` and ${group.length - 1} more places` : ""}`)),
       T.pairs([
+        ["Stopped at", site.edge ? T.el("span", {}, `${site.edge}${site.at ? `  ${site.at}` : ""} `, site.stop === undefined ? "" : T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: [site.stop], stop: site.stop, tab: "fusion" }) }, `Show it${line(site.stop)}`)) : ""],
         ["Why", site.reason],
         ["Try", site.hint],
         ["Rule", (site.rules || []).join(", ")],
         ["Matched", (site.matched || []).join(", ") || (site.status === "refused" ? "all of it" : "")],
-        ["Stopped at", site.edge ? `${site.edge}${site.at ? `  ${site.at}` : ""}` : ""],
         ["Note", (site.notes || []).join(" ")],
       ]),
-      site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")}`) : null,
+      site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, stop: site.stop, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")} as declared`) : null,
       site.made ? T.el("button", { type: "button", onclick: () => app.go({ stage: site.stage, numbers: site.made, tab: "fusion" }) }, `Show the ${site.op}`, ` after ${app.model.passes[site.stage].name}`) : null,
       group.length > 1 ? T.el("details", {}, T.el("summary", {}, `${group.length} places`), T.el("ul", { class: "values" }, group.slice(0, 300).map((each) => T.el("li", {}, show(each))))) : null);
   };
@@ -137,7 +138,7 @@ Tabs.fusion = (app, data) => {
 };
 
 Tabs.memory = (app, data) => {
-  const sizes = { ...data.sizes };
+  const sizes = (app.sizes ??= { ...data.sizes }); // kept while other tabs are shown
   const picture = T.el("div", {});
   const sentence = T.el("p", { class: "big" });
   const pick = (number) => app.go({ stage: Tabs.last(app), number, tab: "memory" });
@@ -165,10 +166,10 @@ Tabs.memory = (app, data) => {
     T.el("h3", {}, "Alive at the peak"),
     T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}; ${data.at.map(([f, step]) => `step ${step} of ${f}`).join(", ")}.`),
     T.table([
-      { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true },
+      { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true, below: (row) => row.line },
       { name: "bytes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
-      { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : "the same"), sort: (row) => row.saves, number: true },
-      { name: "why", of: (row) => row.why, wide: true }, { name: "line", of: (row) => row.line, code: true }, { name: "formula", of: (row) => row.size, code: true },
+      { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : T.el("span", { title: "another step is as high" }, "unchanged")), sort: (row) => row.saves, number: true },
+      { name: "why", of: (row) => row.why, wide: true }, { name: "formula", of: (row) => row.size, code: true },
     ], data.alive, { caption: "Storages that are alive at the peak, the largest first", onrow: (row) => (row.node === null || row.node === undefined ? null : () => pick(row.node)) }),
     T.el("h3", {}, "Not included"), T.pairs(Object.entries(data.apart).map(([name, bytes]) => [name, bytes ? T.human(bytes, "B") : ""])),
     T.el("h3", {}, "Formula"), T.el("p", {}, "At any sizes the peak is the largest of these, in bytes:"), T.el("ul", { class: "values" }, data.formula.map((each) => T.el("li", {}, T.el("code", {}, each)))),
@@ -195,12 +196,14 @@ Tabs.weights = (app, data) => {
       [...forms.values()].sort((a, b) => b.bytes - a.bytes), { caption: "Bytes by encoding" }),
     T.el("h3", {}, "Every weight, the largest first"),
     T.table([
-      { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "type", of: (w) => w.type, code: true }, { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
+      { name: "weight", of: (w) => w.name, sort: (w) => w.name, act: true, about: "A click selects an op that reads the weight", below: (w) => w.type },
+      { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
       { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true }, ...errors("error"),
-    ], data.weights, { caption: "Every weight, the largest first" }),
+      ...(data.weights.some((w) => w.reason) ? [{ name: "why", of: (w) => w.reason || "", sort: (w) => w.reason || "", wide: true }] : []),
+    ], data.weights, { caption: "Every weight, the largest first", onrow: (w) => (w.reader === null ? null : () => app.go({ stage: data.stage, number: w.reader, tab: "weights" })) }),
     T.el("h3", {}, "Quantization"),
     data.measured ? T.el("p", { class: "note" }, "An error is the root mean square of the difference between the decoded weight and the original one, relative to the root mean square of the original one.") : why,
-    data.notes.length ? T.el("pre", { class: "code", tabindex: "0" }, data.notes.join("\n")) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
+    data.notes.length ? T.el("details", {}, T.el("summary", {}, data.notes[0]), T.el("pre", { class: "code", tabindex: "0" }, data.notes.slice(1).join("\n").trim())) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
   ];
 };
 
@@ -286,8 +289,8 @@ Tabs.attention = (app, data) => [
 
 Tabs.log = (app, data) => {
   const parts = [T.el("h2", {}, "Pass log"), T.table([
-    { name: "pass", of: (p) => p.pass, act: true }, { name: "ops", of: (p) => (p.ops.before === p.ops.after ? p.ops.after : `${p.ops.before} → ${p.ops.after}`) }, { name: "change", of: (p) => Object.entries(p.ops.changes).map(([op, n]) => `${n > 0 ? "+" : "−"}${Math.abs(n)} ${op}`).join(", "), wide: true },
-    { name: "refused", of: (p) => p.refusals.length || "", sort: (p) => p.refusals.length, number: true }, { name: "nearly", of: (p) => p.near_misses.length || "", sort: (p) => p.near_misses.length, number: true }, { name: "time", of: (p) => T.seconds(p.seconds), sort: (p) => p.seconds, number: true },
+    { name: "pass", of: (p) => p.pass, act: true }, { name: "ops", of: (p) => (p.ops.before === p.ops.after ? p.ops.after : `${p.ops.before} → ${p.ops.after}`) }, { name: "change", of: (p) => Object.entries(p.ops.changes).map(([op, n]) => `${n > 0 ? "+" : "−"}${Math.abs(n)} ${op}`).join(", ") || (p.changes ? "operands or attributes" : T.el("span", { class: "dim" }, "no change")), wide: true },
+    { name: "refused", about: "Places that a rule of the pass recognized and refused, for a reason", of: (p) => p.refusals.length || "", sort: (p) => p.refusals.length, number: true }, { name: "nearly", about: "Places where at least half of a pattern matched", of: (p) => p.near_misses.length || "", sort: (p) => p.near_misses.length, number: true }, { name: "time", of: (p) => T.seconds(p.seconds), sort: (p) => p.seconds, number: true },
   ], data.passes.map((pass, at) => ({ ...pass, at })), { caption: "Passes in order", onrow: (p) => () => { const stage = app.stageOfPass(p.pass, p.at + 1); if (stage !== null) app.go({ stage, tab: "selected" }); } })];
   for (const pass of data.passes) {
     const events = [...pass.matches.map((e) => ["matched", e]), ...pass.refusals.map((e) => ["refused", e]), ...pass.near_misses.map((e) => ["nearly", e])];
