@@ -250,14 +250,11 @@ def _shown_axes(node: Node, anchor: Node) -> str:
     sums = [n for n in dict.fromkeys(chain(*axes)) if sum(n in part for part in axes) > 1 and n not in result.split()]
     said = f"{node.op.name} {rule}, which sums over {', '.join(sums)}"
     for value, names in zip(node.operands, axes, strict=False):
-        if (
-            value is not None
-            and value.node is anchor
-            and isinstance(anchor.op, Softmax)
-            and len(names) == value.type.rank
-        ):
-            axis = names[anchor.op.axis]
-            if axis not in sums:
+        if value is not None and value.node is anchor and isinstance(anchor.op, Softmax):
+            rank = value.type.rank
+            from_end = anchor.op.axis % rank - rank  # an ellipsis stands for axes at the front
+            axis = names[from_end] if -from_end <= len(names) else "..."
+            if axis != "..." and axis not in sums:
                 said += f", not over {axis}, the axis of the softmax"
     return said
 

@@ -112,7 +112,7 @@ Tabs.fusion = (app, data) => {
         ["Note", (site.notes || []).join(" ")],
       ]),
       site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, stop: site.stop, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")} as declared`) : null,
-      site.made ? T.el("button", { type: "button", onclick: () => app.go({ stage: site.stage, numbers: site.made, tab: "fusion" }) }, `Show the ${site.op}`, ` after ${app.model.passes[site.stage].name}`) : null,
+      site.made ? T.el("button", { type: "button", onclick: () => app.go({ stage: site.stage, numbers: site.made, tab: "fusion" }) }, `Show the ${site.op}`, app.model.passes[site.stage] ? ` after ${app.model.passes[site.stage].name}` : "") : null,
       group.length > 1 ? T.el("details", {}, T.el("summary", {}, `${group.length} places`), T.el("ul", { class: "values" }, group.slice(0, 300).map((each) => T.el("li", {}, show(each))))) : null);
   };
   const alike = (sites) => {
