@@ -468,6 +468,19 @@ def test_formulas_give_the_peak_at_other_sizes(report: Report) -> None:
     assert at(size_terms(size), other) == size.evaluate(other)
 
 
+def test_every_storage_at_the_peak_leads_to_an_op() -> None:
+    """The workspace of a kernel leads to the op of the kernel."""
+    pytest.importorskip("tvm")
+    report = report_of(lowered_subject(talking, backend="tvm", heads=8, dim=128), sizes={"B": 2, "S": 64})
+    data, graph = report.sections["memory"]["data"], report.sections["graph:0"]
+    last = len(graph["passes"]) - 1
+    workspaces = [each for each in data["alive"] if each.get("workspace")]
+    assert workspaces
+    for each in workspaces:
+        assert op_of(graph, last, each["node"]) in each["why"]
+    assert all(each["node"] is not None for each in data["alive"])
+
+
 def test_the_text_of_every_stage_is_what_the_printer_prints(exe: t.Compiled) -> None:
     stages = stages_of(exe.optimized)
     found = stage_texts(stages)

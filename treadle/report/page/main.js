@@ -504,7 +504,7 @@ class App {
     this.row = -1;
     list.replaceChildren(...this.rows.map((row, at) =>
       T.el("li", { role: "option", id: `found-${at}`, "aria-selected": "false", onclick: () => this.takeFound(at) },
-        T.el("b", {}, T.fit(row.op, 40)), ` ${T.fit(row.name, 60)} `, T.el("span", { class: "dim" }, T.fit(`${row.scope}  ${row.line}${row.stage === this.state.stage ? "" : `  (after ${this.model.passes[row.stage].name})`}`, 110)))),
+        T.el("b", {}, T.fit(row.op, 40)), row.name === row.op ? " " : ` ${T.fit(row.name, 60)} `, T.el("span", { class: "dim" }, T.fit(`${row.scope}  ${row.line}${row.stage === this.state.stage ? "" : `  (after ${this.model.passes[row.stage].name})`}`, 110)))),
     ...(rows.length > most ? [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, `and ${T.count(rows.length - most)} more`)] : rows.length ? [] : [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, "no op has these words")]));
     list.prepend(T.el("li", { role: "presentation", class: "dim" }, this.rows.length && this.rows[0].stage !== this.state.stage ? `not in the graph ${this.stageText(this.state.stage)}; elsewhere:` : `in the graph ${this.stageText(this.state.stage)}`));
     list.hidden = false;

@@ -171,6 +171,7 @@ Tabs.memory = (app, data) => {
       { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : T.el("span", { title: "another step is as high" }, "unchanged")), sort: (row) => row.saves, number: true },
       { name: "why", of: (row) => row.why, wide: true }, { name: "formula", of: (row) => row.size, code: true },
     ], data.alive, { caption: "Storages that are alive at the peak, the largest first", onrow: (row) => (row.node === null || row.node === undefined ? null : () => pick(row.node)) }),
+    data.alive.some((row) => row.workspace) ? T.el("p", { class: "note" }, "A storage that a kernel needs is its workspace, such as operands that it packs for a matrix product (panels). It is alive while that kernel runs, and leads to the kernel's op.") : null,
     T.el("h3", {}, "Not included"), T.pairs(Object.entries(data.apart).map(([name, bytes]) => [name, bytes ? T.human(bytes, "B") : ""])),
     T.el("h3", {}, "Formula"), T.el("p", {}, "At any sizes the peak is the largest of these, in bytes:"), T.el("ul", { class: "values" }, data.formula.map((each) => T.el("li", {}, T.el("code", {}, each)))),
     data.reordered.length || data.donated.length ? T.el("ul", { class: "values" }, [...data.donated, ...data.reordered].map((line) => T.el("li", {}, line))) : null,
