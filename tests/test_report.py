@@ -418,9 +418,9 @@ def test_costs_are_those_of_a_run(exe: t.Compiled, report: Report) -> None:
 def test_the_overview_counts_ops_at_named_stages(mixing: Report) -> None:
     data, passes = mixing.sections["overview"]["data"], mixing.sections["graph:0"]["passes"]
     assert data["passes"] == len(passes) - 1
-    for place, (at, name, count) in enumerate(data["stages"]):
+    for column, (at, name, count) in enumerate(data["stages"]):
         assert passes[at]["name"] == name
-        assert passes[at]["ops"] == count == sum(each[place] for each in data["ops"].values())
+        assert passes[at]["ops"] == count == sum(each[column] for each in data["ops"].values())
     assert [at for at, _, _ in data["stages"]][::2] == [0, len(passes) - 1]
 
 
@@ -742,7 +742,7 @@ def test_the_command_writes_a_report(treadle_command: Treadle, tmp_path: Path) -
 
 
 def test_a_command_that_adds_data_keeps_the_options(treadle_command: Treadle, tmp_path: Path) -> None:
-    """Of the same model: with another encoding or size, a profile would time another program."""
+    """Without the encoding and the sizes, a profile would time another program."""
     given = ["report", SMALL, "--backend=numpy", "--quantize", "int8-weights", "--set", "dim=32", "-o", "a b.html"]
     assert treadle_command(*given, "--json").code == 0
     found = unpacked(Page((tmp_path / "a b.html").read_text(encoding="utf-8")))

@@ -288,7 +288,7 @@ def test_a_link_enlarges_the_graph_until_the_op_can_be_read(chromium: Any, mixin
     opened.close()
 
 
-@pytest.mark.parametrize("width", [400, 1440])
+@pytest.mark.parametrize("width", [400, 1240, 1440])
 def test_no_table_is_cut_off(chromium: Any, mixing: Path, width: int) -> None:
     opened = Opened(chromium, mixing, width=width, height=900)
     cut = "[...document.querySelectorAll('#body .table')].filter((e) => e.scrollWidth > e.clientWidth + 1)"

@@ -54,7 +54,8 @@ class FusionVerdict:
     edge      where the match stopped: the op, for a product with its axes, or the op's operand or attribute
     at        the place of the edge, if it is not the site's own
     reason    why it is not fused
-    hint      the smallest change that would allow the fusion, if the rule knows one, else the form that the rule accepts
+    hint      the smallest change that would allow the fusion, if the rule knows one; else the form that the pass
+              accepts
     notes     remarks of a rule on a site that it fused
     places    "gpt2.py:41  h.0.attn", or the ONNX node's name; one for each site
     stop      the node of the original graph at which the match stopped, if it is known

@@ -130,8 +130,8 @@ class _Numbering:
                 old = [numbering[each] for each in history.replaced.get(number, ()) if each in numbering]
                 if number in numbering or len(old) != 1 or old[0] in taken or old[0] not in gone:
                     continue
-                place, other = gone[old[0]]
-                if node.op == other.op and _key(node, name) == _key(other, place):
+                home, before_pass = gone[old[0]]
+                if node.op == before_pass.op and _key(node, name) == _key(before_pass, home):
                     taken.add(old[0])
                     numbering[number] = old[0]
         places: tuple[Callable[[str], str], ...] = (lambda name: name, lambda name: "")

@@ -81,13 +81,13 @@ def cost_facts(program: ReportProgram, sizes: Mapping[str, int], times: Mapping[
     Ops that depend on weights alone are left out: they are computed once, when weights are bound.
     """
     numbers, calls = program.numbers(), count_calls(program.graph)
-    rows = []
+    rows: list[tuple[int, int, int, int, float | None]] = []
     for function in program.graph.functions.values():
         once, count = weight_only_nodes(function), calls[function.name]
         for node in function.nodes:
             if node.op.callee is None and node not in once and node in numbers:
                 cost = node_cost(node, sizes)
-                rows.append([numbers[node], count * cost.flops, count * cost.bytes, count, times.get(node)])
+                rows.append((numbers[node], count * cost.flops, count * cost.bytes, count, times.get(node)))
     rows.sort(key=lambda row: -row[1])
     return {"ops": rows, "flops": sum(r[1] for r in rows), "bytes": sum(r[2] for r in rows), "timed": bool(times)}
 

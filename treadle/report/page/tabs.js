@@ -167,9 +167,9 @@ Tabs.memory = (app, data) => {
     T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}; ${data.at.map(([f, step]) => `step ${step} of ${f}`).join(", ")}.`),
     T.table([
       { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true, below: (row) => row.line },
-      { name: "bytes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
+      { name: "bytes", about: "At the sizes of the report, and at any sizes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true, below: (row) => row.size }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
       { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : T.el("span", { title: "another step is as high" }, "unchanged")), sort: (row) => row.saves, number: true },
-      { name: "why", of: (row) => row.why, wide: true }, { name: "formula", of: (row) => row.size, code: true },
+      { name: "why", of: (row) => row.why, wide: true },
     ], data.alive, { caption: "Storages that are alive at the peak, the largest first", onrow: (row) => (row.node === null || row.node === undefined ? null : () => pick(row.node)) }),
     data.alive.some((row) => row.workspace) ? T.el("p", { class: "note" }, "A storage that a kernel needs is its workspace, such as operands that it packs for a matrix product (panels). It is alive while that kernel runs, and leads to the kernel's op.") : null,
     T.el("h3", {}, "Not included"), T.pairs(Object.entries(data.apart).map(([name, bytes]) => [name, bytes ? T.human(bytes, "B") : ""])),
