@@ -541,11 +541,15 @@ class App {
     on("smaller", "click", () => this.view.zoom(1 / 1.25));
     on("larger", "click", () => this.view.zoom(1.25));
     on("fit", "click", () => this.view.fit(true));
+    const isDark = () => (document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+    const sayTheme = () => { T.id("theme").textContent = `Theme: ${isDark() ? "dark" : "light"}`; };
     on("theme", "click", () => {
-      const dark = document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+      const dark = isDark();
       document.documentElement.dataset.theme = dark ? "light" : "dark";
-      T.id("theme").textContent = `Theme: ${dark ? "light" : "dark"}`;
+      sayTheme();
     });
+    sayTheme();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sayTheme);
     on("keys", "click", () => this.help());
     on("search", "submit", (event) => { event.preventDefault(); this.takeFound(Math.max(this.row, 0)); });
     on("query", "input", (event) => { const { value } = event.target; if (value.trim()) this.showFound(this.search(value)); else this.hideFound(); });

@@ -164,7 +164,7 @@ Tabs.memory = (app, data) => {
     T.el("p", {}, "At the peak runs ", Tabs.link(app, data.step_node, data.step, Tabs.last(app)), "."),
     T.el("div", { class: "sizes" }, sliders), picture,
     T.el("h3", {}, "Alive at the peak"),
-    T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}; ${data.at.map(([f, step]) => `step ${step} of ${f}`).join(", ")}.`),
+    T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}, while ${data.step.trim()} runs${data.at.length > 1 ? ` (${data.at.map(([f]) => f).join(" › ")})` : ""}.`),
     T.table([
       { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true, below: (row) => row.line },
       { name: "bytes", about: "At the sizes of the report, and at any sizes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true, below: (row) => row.size }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
@@ -198,7 +198,7 @@ Tabs.weights = (app, data) => {
     T.el("h3", {}, "Every weight, the largest first"),
     T.table([
       { name: "weight", of: (w) => w.name, sort: (w) => w.name, act: true, about: "A click selects an op that reads the weight", below: (w) => w.type },
-      { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
+      { name: "encoding", about: "plain: numbers as declared. int8_rows: 8-bit integers with a scale for each row. int4_groups(n): 4-bit integers with a scale for each n of a row", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
       { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true }, ...errors("error"),
       ...(data.weights.some((w) => w.reason) ? [{ name: "why", of: (w) => w.reason || "", sort: (w) => w.reason || "", wide: true }] : []),
     ], data.weights, { caption: "Every weight, the largest first", onrow: (w) => (w.reader === null ? null : () => app.go({ stage: data.stage, number: w.reader, tab: "weights" })) }),
@@ -208,20 +208,22 @@ Tabs.weights = (app, data) => {
   ];
 };
 
+const PANELS = "panels(n), pairs(n), quads(n): the rows of a matrix in groups of n, in the order in which a product reads them";
+
 Tabs.storage = (app, data) => {
   const parts = [T.el("h2", {}, "Storage"), T.el("p", {}, data.note, data.strided ? "" : ". The library chooses strides itself.")];
   for (const each of data.functions) {
     const values = each.values.filter((value) => !(value.passed && value.kind === "weight"));
     parts.push(T.el("h3", {}, each.function, T.el("small", {}, ` ${T.plural(each.steps.length, "step")}, ${T.plural(each.own_storages, "storage")} of its own${each.calls > 1 ? `, called ${each.calls} times` : ""}`)));
     parts.push(T.table([
-      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true }, { name: "type", of: (v) => v.type, code: true }, { name: "storage", of: (v) => v.storage || "registers", sort: (v) => v.storage || "" }, { name: "layout", of: (v) => v.form || "" },
+      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true }, { name: "type", of: (v) => v.type, code: true }, { name: "storage", of: (v) => v.storage || "registers", sort: (v) => v.storage || "" }, { name: "layout", about: PANELS, of: (v) => v.form || "" },
       { name: "bytes", of: (v) => v.bytes || "", code: true }, { name: "from", of: (v) => v.first ?? "given", sort: (v) => v.first ?? -1, number: true }, { name: "to", of: (v) => v.last, sort: (v) => v.last, number: true }, { name: "why", of: (v) => v.why, wide: true },
     ], values, { caption: `Storage of ${each.function}`, most: 60, onrow: (v) => (v.node === undefined ? null : () => app.go({ stage: Tabs.last(app), number: v.node, tab: "storage" })) }));
   }
   parts.push(T.el("h3", {}, "Layouts of weights"), T.el("p", {}, `${T.human(data.layouts.bytes.as_they_came, "B")} are read as provided, ${T.human(data.layouts.bytes.made, "B")} are derived when weights are bound.`));
   const rows = data.layouts.blocks.flatMap((block) => block.weights.map((w) => ({ ...w, function: block.function })));
   parts.push(T.table([
-    { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "function", of: (w) => w.function, sort: (w) => w.function }, { name: "type", of: (w) => w.type, code: true }, { name: "layout", of: (w) => w.layout, sort: (w) => w.layout },
+    { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "function", of: (w) => w.function, sort: (w) => w.function }, { name: "type", of: (w) => w.type, code: true }, { name: "layout", about: PANELS, of: (w) => w.layout, sort: (w) => w.layout },
     { name: "bytes", of: (w) => (w.bytes === null ? "" : T.human(w.bytes, "B")), sort: (w) => w.bytes || 0, number: true }, { name: "derived from", of: (w) => w.made || "as provided", wide: true }, { name: "readers", of: (w) => w.readers.join("; "), wide: true },
   ], rows, { caption: "Layouts of weights", most: 60 }));
   return parts;
