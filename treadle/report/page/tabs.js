@@ -216,14 +216,14 @@ Tabs.storage = (app, data) => {
     const values = each.values.filter((value) => !(value.passed && value.kind === "weight"));
     parts.push(T.el("h3", {}, each.function, T.el("small", {}, ` ${T.plural(each.steps.length, "step")}, ${T.plural(each.own_storages, "storage")} of its own${each.calls > 1 ? `, called ${each.calls} times` : ""}`)));
     parts.push(T.table([
-      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true }, { name: "type", of: (v) => v.type, code: true }, { name: "storage", of: (v) => v.storage || "registers", sort: (v) => v.storage || "" }, { name: "layout", about: PANELS, of: (v) => v.form || "" },
-      { name: "bytes", of: (v) => v.bytes || "", code: true }, { name: "from", of: (v) => v.first ?? "given", sort: (v) => v.first ?? -1, number: true }, { name: "to", of: (v) => v.last, sort: (v) => v.last, number: true }, { name: "why", of: (v) => v.why, wide: true },
+      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true, below: (v) => v.type }, { name: "storage", about: `Below it the layout. ${PANELS}`, of: (v) => v.storage || "registers", sort: (v) => v.storage || "", below: (v) => v.form },
+      { name: "bytes", of: (v) => v.bytes || "", code: true }, { name: "steps", of: (v) => `${v.first ?? "given"} to ${v.last}`, sort: (v) => v.first ?? -1 }, { name: "why", of: (v) => v.why, wide: true },
     ], values, { caption: `Storage of ${each.function}`, most: 60, onrow: (v) => (v.node === undefined ? null : () => app.go({ stage: Tabs.last(app), number: v.node, tab: "storage" })) }));
   }
   parts.push(T.el("h3", {}, "Layouts of weights"), T.el("p", {}, `${T.human(data.layouts.bytes.as_they_came, "B")} are read as provided, ${T.human(data.layouts.bytes.made, "B")} are derived when weights are bound.`));
   const rows = data.layouts.blocks.flatMap((block) => block.weights.map((w) => ({ ...w, function: block.function })));
   parts.push(T.table([
-    { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "function", of: (w) => w.function, sort: (w) => w.function }, { name: "type", of: (w) => w.type, code: true }, { name: "layout", about: PANELS, of: (w) => w.layout, sort: (w) => w.layout },
+    { name: "weight", of: (w) => w.name, sort: (w) => w.name, below: (w) => w.type }, ...(data.layouts.blocks.length > 1 ? [{ name: "function", of: (w) => w.function, sort: (w) => w.function }] : []), { name: "layout", about: PANELS, of: (w) => w.layout, sort: (w) => w.layout },
     { name: "bytes", of: (w) => (w.bytes === null ? "" : T.human(w.bytes, "B")), sort: (w) => w.bytes || 0, number: true }, { name: "derived from", of: (w) => w.made || "as provided", wide: true }, { name: "readers", of: (w) => w.readers.join("; "), wide: true },
   ], rows, { caption: "Layouts of weights", most: 60 }));
   return parts;
