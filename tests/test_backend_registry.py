@@ -160,6 +160,7 @@ def test_an_op_that_is_left_without_a_form_is_named(backend: str, said: str, mon
 def test_unsupported_products_on_a_gpu_are_refused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     said = "PyTorch does not multiply matrices of integers on a GPU"
     graph = graph_of(lambda b: b.matmul(b.input("x", "i64[2, 3]"), b.input("y", "i64[3, 4]")))
     assert said in message(lambda: find_backend("torch").compile(graph, Target("cuda"), {}))

@@ -258,7 +258,7 @@ def test_responses_of_a_server(words: str, expected: str, monkeypatch: pytest.Mo
     done = CliRunner().invoke(app, ["serve", "a", "b", *words.split()])
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", expected), done.exception
     opening, (count, options) = asked[0][0], asked[-1]
-    assert (opening.rows, opening.capacity, opening.queue, opening.resumes, count) == (16, 2048, 256, None, 2)
+    assert (opening.rows, opening.capacity, opening.queue, opening.resumes, count) == (None, None, 256, None, 2)
     assert (options["port"], options["key"]) == (8000, "secret" if "key" in words else None)
     assert (options["limits"].body, options["limits"].seconds) == (2**20, 600.0)
     assert asked[0][1:] == ("a", {})

@@ -8,6 +8,7 @@ import hashlib
 import html
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -75,6 +76,28 @@ def program_of(exe: t.Compiled) -> ReportProgram:
     return ReportProgram("model", exe.optimized, exe.backend, exe.executable)
 
 
+@t.model
+def talking(tokens: t.i64["B S"], *, dim: int = 32, heads: int = 4):
+    """A layer whose heads are mixed after the softmax (Shazeer et al. 2020), and an ordinary layer."""
+    x = t.embed(tokens, 50, dim, name="wte")
+    with t.scope("mixed"):
+        y = t.layer_norm(x, name="ln")
+        q, k, v = (t.split_heads(t.linear(y, dim, name=name), heads) for name in "qkv")
+        scores = t.einsum(q, k, equation="b h s d, b h t d -> b h s t") * (dim // heads) ** -0.5
+        mixed = t.einsum(t.softmax(scores), t.parameter("mix", heads, heads), equation="b h s t, g h -> b g s t")
+        y = t.merge_heads(t.einsum(mixed, v, equation="b h s t, b h t d -> b h s d"))
+        x += t.linear(y, dim, name="out")
+    x += t.mlp(t.layer_norm(x, name="ln_2"), 4 * dim, name="mlp_1")
+    x += t.self_attention(t.layer_norm(x, name="ln_3"), heads, name="attn")
+    x += t.mlp(t.layer_norm(x, name="ln_4"), 4 * dim, name="mlp_2")
+    return t.layer_norm(x, name="ln_f")
+
+
+@pytest.fixture(scope="module")
+def mixing() -> Report:
+    return report_of(lowered_subject(talking, quantize="int8-weights"))
+
+
 # -- stages --------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +154,17 @@ def test_the_backends_passes_continue_the_numbers(exe: t.Compiled) -> None:
     at = len(exe.optimized.log)
     assert stages[at + 1].numbers == stages[at].numbers
     assert [s.name for s in stages[1:]] == [record.name for record in exe.log]
+
+
+def test_an_op_whose_operand_comes_from_elsewhere_keeps_its_number(mixing: Report) -> None:
+    """Quantization gives every product a decoded weight. It adds decodings, and removes nothing."""
+    data = mixing.sections["graph:0"]
+    at, quantized = next(each for each in enumerate(data["passes"]) if each[1]["name"] == "quantize-weights")
+    assert len(quantized["added"]) == len(quantized["altered"]) == 12
+    assert not {"removed", "replaced"} & quantized.keys()
+    (change,) = [each for each in mixing.sections["log"]["data"]["passes"] if each["pass"] == "quantize-weights"]
+    assert change["ops"]["changes"] == {"decode": 12}
+    assert data["passes"][at - 1]["ops"] + 12 == quantized["ops"]
 
 
 def test_an_artifact_has_the_declared_and_the_optimized_graph(exe: t.Compiled, tmp_path: Path) -> None:
@@ -244,6 +278,16 @@ def test_a_call_that_reads_an_op_between_calls_is_an_item_of_its_own() -> None:
             assert all(order[a] < order[b] for a, b in zip(triples[::3], triples[1::3], strict=True))
 
 
+def test_edges_of_every_stage_lead_down(mixing: Report) -> None:
+    """A box stands at its first op. Decodings of weights come early, but boxes stand below what they read."""
+    for held in stage_boxes(mixing.sections["graph:0"]):
+        for path, body in held.items():
+            triples = body.get("edges", [])
+            for a, b in zip(triples[::3], triples[1::3], strict=True):
+                assert body["at"][2 * a] < body["at"][2 * b], path
+                assert body["held"][2 * a] < body["held"][2 * b], path
+
+
 def test_an_item_is_held_at_one_place_in_all_stages(exe: t.Compiled) -> None:
     _, found = boxes(exe)
     places: dict[tuple[str, str], tuple[float, float]] = {}
@@ -322,6 +366,81 @@ def test_the_fusion_tab_has_the_sites_of_explain(report: Report) -> None:
     assert all(site["nodes"] for site in data["sites"])
 
 
+def test_a_fused_site_names_the_pass_and_the_op_that_it_became(mixing: Report) -> None:
+    graph = mixing.sections["graph:0"]
+    found = set()
+    for site in mixing.sections["fusion"]["data"]["sites"]:
+        assert ("stage" in site) == (site["status"] == "fused")
+        if "stage" not in site:
+            continue
+        stage = graph["passes"][site["stage"]]
+        (number,) = site["made"]
+        assert number in stage["added"]
+        assert op_of(graph, site["stage"], number) == site["op"]
+        work = dict(stage["replaced"])[number]
+        assert set(site["nodes"]) & set(work)
+        found.add((stage["name"], site["op"]))
+    assert found == {
+        ("merge-projections", "projections"),
+        ("fuse-residual-norm", "add_layer_norm"),
+        ("fuse-activated-linear", "activated_linear"),
+    }
+
+
+def op_of(graph: dict[str, Any], stage: int, number: int) -> str:
+    """Return the op of a node at a stage."""
+    held = list(stage_boxes(graph))[stage]
+    (record,) = [item[2] for body in held.values() for item in body["items"] if item[:2] == ["op", number]]
+    return str(graph["nodes"][record][0])
+
+
+def test_a_site_that_is_not_fused_names_the_op_at_which_the_match_stopped(mixing: Report) -> None:
+    (site,) = [each for each in mixing.sections["fusion"]["data"]["sites"] if each["status"] == "refused"]
+    assert site["edge"] == ("einsum b h s t, g h -> b g s t, which sums over h, not over t, the axis of the softmax")
+    assert site["hint"].startswith("softmax(q k^T")
+    assert site["stop"] in site["nodes"]
+    graph = mixing.sections["graph:0"]
+    assert op_of(graph, 0, site["stop"]) == "einsum"
+
+
+def test_costs_are_those_of_a_run(exe: t.Compiled, report: Report) -> None:
+    """An op of a repeated block counts in every call. The shares of all ops are the whole."""
+    costs, overview = report.sections["costs"]["data"], report.sections["overview"]["data"]
+    assert costs["flops"] == overview["flops"] == sum(row[1] for row in costs["ops"]) > 0
+    numbers = program_of(exe).numbers()
+    calls = {row[0]: row[3] for row in costs["ops"]}
+    (attention,) = [number for node, number in numbers.items() if node.op.name == "attention"]
+    assert calls[attention] == 3
+    flops = [row[1] for row in costs["ops"]]
+    assert flops == sorted(flops, reverse=True)
+
+
+def test_the_overview_counts_ops_at_named_stages(mixing: Report) -> None:
+    data, passes = mixing.sections["overview"]["data"], mixing.sections["graph:0"]["passes"]
+    assert data["passes"] == len(passes) - 1
+    for column, (at, name, count) in enumerate(data["stages"]):
+        assert passes[at]["name"] == name
+        assert passes[at]["ops"] == count == sum(each[column] for each in data["ops"].values())
+    assert [at for at, _, _ in data["stages"]][::2] == [0, len(passes) - 1]
+
+
+def test_a_weight_names_its_reader_and_the_reason_for_its_encoding(mixing: Report) -> None:
+    data, graph = mixing.sections["weights"]["data"], mixing.sections["graph:0"]
+    for each in data["weights"]:
+        assert each["reason"], each["name"]
+        operands = {
+            tuple(operand[1:3])
+            for record in [
+                item[2]
+                for body in list(stage_boxes(graph))[data["stage"]].values()
+                for item in body["items"]
+                if item[:2] == ["op", each["reader"]]
+            ]
+            for operand in mixing.sections["details:0"]["nodes"][record]["operands"]
+        }
+        assert ("parameter", each["name"]) in operands
+
+
 def test_the_memory_tab_has_the_report_of_explain(report: Report) -> None:
     expected = explain_memory(small).as_dict()
     data = report.sections["memory"]["data"]
@@ -347,6 +466,19 @@ def test_formulas_give_the_peak_at_other_sizes(report: Report) -> None:
     assert max(at(terms, other) for terms in data["formulas"]) == explain_memory(small, sizes=other).peak
     size = Size.of("(S + 2)//4*B + 7")
     assert at(size_terms(size), other) == size.evaluate(other)
+
+
+def test_every_storage_at_the_peak_leads_to_an_op() -> None:
+    """The workspace of a kernel leads to the op of the kernel."""
+    pytest.importorskip("tvm")
+    report = report_of(lowered_subject(talking, backend="tvm", heads=8, dim=128), sizes={"B": 2, "S": 64})
+    data, graph = report.sections["memory"]["data"], report.sections["graph:0"]
+    last = len(graph["passes"]) - 1
+    workspaces = [each for each in data["alive"] if each.get("workspace")]
+    assert workspaces
+    for each in workspaces:
+        assert op_of(graph, last, each["node"]) in each["why"]
+    assert all(each["node"] is not None for each in data["alive"])
 
 
 def test_the_text_of_every_stage_is_what_the_printer_prints(exe: t.Compiled) -> None:
@@ -604,7 +736,19 @@ def test_the_command_writes_a_report(treadle_command: Treadle, tmp_path: Path) -
     assert said.out.startswith("wrote small.html, ")
     found = unpacked(Page((tmp_path / "small.html").read_text(encoding="utf-8")))
     assert found["head"]["sizes"] == {"B": 2, "S": 6}
-    assert found["roofline"]["command"] == f"treadle report {SMALL} -o small.html --backend tvm --profile 9"
+    own = f"treadle report {SMALL} -o small.html --sizes B=2,S=6"
+    assert found["roofline"]["command"] == f"{own} --backend tvm --profile 9"
+    assert found["sharding"]["command"] == f"{own} --mesh tp=2 --recipe megatron"
+
+
+def test_a_command_that_adds_data_keeps_the_options(treadle_command: Treadle, tmp_path: Path) -> None:
+    """Without the encoding and the sizes, a profile would time another program."""
+    given = ["report", SMALL, "--backend=numpy", "--quantize", "int8-weights", "--set", "dim=32", "-o", "a b.html"]
+    assert treadle_command(*given, "--json").code == 0
+    found = unpacked(Page((tmp_path / "a b.html").read_text(encoding="utf-8")))
+    kept = ["treadle", *(word for word in given if word != "--backend=numpy")]
+    assert shlex.split(found["profile"]["command"]) == [*kept, "--backend", "tvm", "--profile", "9"]
+    assert "--sizes S=6 --backend tvm" in t.compile(small).report(sizes={"S": 6}).sections["profile"]["command"]
 
 
 def test_the_command_reports_a_mesh_a_quantized_model_and_an_artifact(treadle_command: Treadle, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import treadle as t
 from tests.report_tour import Opened, browser, needs_browser, serious_faults, tour
-from tests.test_report import HOSTILE, small
+from tests.test_report import HOSTILE, small, talking
 from treadle.comparing.builds import open_build
 from treadle.comparing.differences import compare
 from treadle.report.building import Report, lowered_subject, report_of
@@ -39,6 +39,13 @@ def sharded() -> Report:
 
 def gradient() -> Report:
     return t.Trainer("gpt2", layers=2, dim=32, heads=2, vocab=64).gradient.report()
+
+
+@pytest.fixture(scope="module")
+def mixing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a quantized model with an attention that is not fused."""
+    path = tmp_path_factory.mktemp("mixing") / "mixing.html"
+    return report_of(lowered_subject(talking, quantize="int8-weights")).save(path)
 
 
 CASES: dict[str, Callable[[], Report]] = {
@@ -225,3 +232,138 @@ def test_a_frame_of_a_notebook_shows_the_report(chromium: Any, tmp_path: Path) -
     frame.locator("#body .chart").wait_for()
     assert logged == []
     page.close()
+
+
+PLACE = """(number) => {
+    const entry = app.view.flat.find((e) => e.op && e.op.number === number);
+    const view = app.view.view();
+    const x = entry.ax + app.view.left;
+    const across = x >= view.x - 1 && x + entry.w <= view.x + view.w + 1;
+    return across && entry.ay >= view.y - 1 && entry.ay + entry.h <= view.y + view.h + 1;
+}"""
+
+
+def button(opened: Opened, text: str) -> Any:
+    return opened.page.locator("#body button", has_text=text).first
+
+
+def test_the_fusion_tab_leads_to_the_fused_op_and_to_the_op_that_stopped_a_match(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing)
+    opened.tab("fusion")
+    for op, name in (
+        ("projections", "merge-projections"),
+        ("add_layer_norm", "fuse-residual-norm"),
+        ("activated_linear", "fuse-activated-linear"),
+    ):
+        button(opened, f"Show the {op}").click()
+        assert opened.js("app.model.passes[app.state.stage].name") == name
+        (number,) = opened.js("[...app.view.selected.numbers]")
+        assert opened.js(f"app.model.light({number}, app.state.stage).op") == op
+        assert opened.js("[...app.view.info.added]").count(number) == 1
+        assert opened.js(f"({PLACE})({number})")
+    assert "sums over h, not over t" in opened.page.inner_text("#body")
+    button(opened, "Show its 4 ops").click()
+    assert opened.page.locator("#graph .item.stopped").count() == 1
+    assert opened.page.locator("#graph .item.marked").count() >= 4
+    opened.page.click("#back")
+    assert opened.js("app.state.stage === app.model.passes.length - 1")
+    assert opened.page.locator("#back").is_hidden()
+    opened.close()
+
+
+def test_a_link_enlarges_the_graph_until_the_op_can_be_read(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing)
+    number = opened.js("app.search('attention')[0].number")
+    last = opened.js("[...app.model.at(3).where.keys()].at(-1)")
+    for go in (f"app.go({{ number: {number} }})", "app.takeFound(0)", f"app.go({{ number: {last}, stage: 3 }})"):
+        opened.js("app.view.all(true)")
+        opened.js("app.showFound(app.search('attention'))")
+        opened.page.click("#fit")
+        view = opened.js("[app.view.height * app.view.scale, app.view.scroll.clientHeight]")
+        assert view[0] <= view[1] + 1, "the whole graph fits"
+        assert opened.js("app.view.scale < GraphView.READABLE")
+        opened.js(go)
+        assert opened.js("app.view.scale >= GraphView.READABLE")
+        assert opened.js(f"({PLACE})(app.state.number)")
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [400, 1240, 1440])
+def test_no_table_is_cut_off(chromium: Any, mixing: Path, width: int) -> None:
+    opened = Opened(chromium, mixing, width=width, height=900)
+    cut = "[...document.querySelectorAll('#body .table')].filter((e) => e.scrollWidth > e.clientWidth + 1)"
+    for name in opened.js("app.tabs.map(([name]) => name)"):
+        opened.tab(name)
+        assert opened.js(f"{cut}.map((e) => e.getAttribute('aria-label'))") == [], name
+    opened.close()
+
+
+def test_a_narrow_page_scrolls_to_the_graph_and_to_the_start_of_a_tab(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing, width=400)
+    opened.tab("fusion")
+    opened.js("window.scrollTo(0, 3000)")
+    top = "document.getElementById('%s').getBoundingClientRect().top"
+    assert opened.js(top % "graph") < -400
+    opened.js("[...document.querySelectorAll('.site button')].find((e) => /^Show its 4/.test(e.textContent)).click()")
+    assert -1 <= opened.js(top % "graph") < 400
+    opened.tab("costs")
+    opened.js("window.scrollTo(0, 3000)")
+    opened.tab("weights")
+    assert opened.js(top % "panel") >= -1
+    opened.close()
+
+
+def test_bars_of_boxes_and_ops_are_shares_of_a_run(chromium: Any, tmp_path: Path) -> None:
+    """A repeated block counts with all its calls, in its own ops, too."""
+    opened = Opened(chromium, report_of(lowered_subject(small)).save(tmp_path / "small.html"))
+    last = "app.model.passes.length - 1"
+    for name, unit in (("flops", 1), ("bytes", 2)):
+        total, boxes = opened.js(
+            f"(() => {{ const c = app.model.costs({last}, '{name}'); return [c.total, [...c.boxes]] }})()"
+        )
+        section = opened.js("Data.section('costs').then((found) => found.data)")
+        assert total == section[name] == sum(row[unit] for row in section["ops"])
+        held = dict(boxes)
+        (call,) = opened.js("app.view.flat.filter((e) => e.kind === 'call').map((e) => e.item.number)")
+        assert opened.js(f"app.model.costs({last}, '{name}').items.get({call})") == held["h"]
+    shown = opened.tab("costs")
+    assert "Which ops cost the most?" in opened.tab("overview")
+    assert re.search(r"attention\s+attn\s.*%.*%\s+3\s", shown)
+    opened.close()
+
+
+def test_sizes_stay_when_another_tab_is_opened(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing)
+    opened.tab("memory")
+    colors = "[...document.querySelectorAll('.legend li')].map((e) => e.textContent)"
+    before = opened.js(colors)
+    opened.page.fill("input[aria-label='Size of S']", "300")
+    opened.page.keyboard.press("Tab")
+    assert opened.js(colors) == before
+    opened.tab("log")
+    assert "S=300" in opened.tab("memory")
+    opened.close()
+
+
+def test_an_op_shows_the_whole_chain_of_passes_that_led_to_it(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing)
+    number = opened.js("app.search('linear').find((e) => e.scope.endsWith('activated_linear')).number")
+    opened.js(f"app.go({{ number: {number} }})")
+    opened.page.wait_for_selector("#body .history")
+    shown = opened.page.inner_text("#body .history")
+    assert "quantize-weights changed" in shown
+    assert re.search(r"fuse-activated-linear made activated_linear.* from .*linear", shown)
+    assert re.search(r"legalize made it from activated_linear", shown)
+    opened.close()
+
+
+def test_keys_work_unless_text_is_typed(chromium: Any, mixing: Path) -> None:
+    opened = Opened(chromium, mixing)
+    opened.page.focus("#hold")
+    opened.page.keyboard.press("/")
+    assert opened.js("document.activeElement.id") == "query"
+    opened.page.keyboard.type("linear/")
+    assert opened.page.input_value("#query") == "linear/"
+    opened.page.fill("#query", "softmax")
+    assert "after pass" in opened.page.inner_text("#found")
+    opened.close()

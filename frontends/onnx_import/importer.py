@@ -134,6 +134,7 @@ class Importer:
             value = scope.find(declared.name)
             if value is None:
                 raise FrontendError(f"no node computes the output {printable(declared.name)}", within=self.file.shown)
+            outputs[declared.name] = value.expr(self.b)  # a node that breaks its specification is reported first
             declared_type = declared.type.tensor_type.elem_type
             if declared_type and declared_type != value.type.number:
                 raise FrontendError(
@@ -141,7 +142,6 @@ class Importer:
                     received=f"{value.type}, declared {declared_type}",
                     within=self.file.shown,
                 )
-            outputs[declared.name] = value.expr(self.b)
             self.notes.outputs[declared.name] = value.type
         self.b.outputs(**outputs)
         weights = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,7 +88,7 @@ def report_command(
             cache=cache,
             profile=profile,
             seed=seed,
-            command=f"treadle report {model} -o {output}",
+            command=shlex.join(["treadle", *(word for word in sys.argv[1:] if word != "--json")]),
             originals=originals,
         )
         report.save(output)

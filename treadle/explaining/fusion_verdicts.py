@@ -8,11 +8,13 @@ record which nodes it replaced, its event is assigned to a site with the same sc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from treadle.ir.graph import Node, Value
 from treadle.ir.ops.activated_products import ACTIVATIONS
+from treadle.ir.ops.normalization import Softmax
 from treadle.passes.framework.manager import Optimized
 from treadle.passes.framework.pass_log import Event, PassRecord
 from treadle.passes.framework.pattern_search import Edge
@@ -49,12 +51,14 @@ class FusionVerdict:
     rules     the rules that fused it, or came nearest
     matched   the ops that matched, by name, in the order in which the rule visited them; empty for a refused site that
               matched completely
-    edge      where the match stopped: the op, or its operand or attribute
+    edge      where the match stopped: the op, for a product with its axes, or the op's operand or attribute
     at        the place of the edge, if it is not the site's own
     reason    why it is not fused
-    hint      the smallest change that would allow the fusion, if the rule knows one
+    hint      the smallest change that would allow the fusion, if the rule knows one; else the form that the pass
+              accepts
     notes     remarks of a rule on a site that it fused
     places    "gpt2.py:41  h.0.attn", or the ONNX node's name; one for each site
+    stop      the node of the original graph at which the match stopped, if it is known
     """
 
     kind: str
@@ -68,9 +72,10 @@ class FusionVerdict:
     hint: str = ""
     notes: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    stop: Node | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v}
+        facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items() if v and k != "stop"}
         return {**facts, "sites": len(self.places)}
 
     def lines(self, width: int | None = None) -> Iterator[str]:
@@ -217,9 +222,42 @@ class _KindEvents:
             if events:
                 event = events[0]
                 at = event.place if event.place != places[0] else ""
-                details = (event.matched, event.edge or event.op, at, event.reason, event.hint)
-                return FusionVerdict(self.kind, status, "", (event.rule,), *details, places=places)
+                stop = _stop(event, site)
+                edge = event.edge or (event.op if stop is None else _shown_axes(stop, site.anchor))
+                hint = event.hint or _FORMS.get(KINDS[self.kind][0], "")
+                details = (event.matched, edge, at, event.reason, hint)
+                return FusionVerdict(self.kind, status, "", (event.rule,), *details, places=places, stop=stop)
         return FusionVerdict(self.kind, MISSED, places=places)
+
+
+def _stop(event: Event, site: FusionSite) -> Node | None:
+    """Return the only node of an event or of its site with the op and the place of the event, or None."""
+    place = event.op, event.scope, event.source
+    nodes = event.original_nodes.union(site.nodes)
+    found = [node for node in nodes if (node.op.name, node.scope, str(node.source or "")) == place]
+    return found[0] if len(found) == 1 else None
+
+
+def _shown_axes(node: Node, anchor: Node) -> str:
+    """Return the name of an op; for a product also its axis rule and the axes over which it sums.
+
+    If the product reads the softmax of the site, the text also says whether it sums over the axis of the softmax.
+    """
+    if not node.is_contraction:
+        return node.op.name
+    rule = node.op.axis_rule([None if value is None else value.type.rank for value in node.operands])
+    operands, _, result = rule.partition("->")
+    axes = [part.split() for part in operands.split(",")]
+    sums = [n for n in dict.fromkeys(chain(*axes)) if sum(n in part for part in axes) > 1 and n not in result.split()]
+    said = f"{node.op.name} {rule}, which sums over {', '.join(sums)}"
+    for value, names in zip(node.operands, axes, strict=False):
+        if value is not None and value.node is anchor and isinstance(anchor.op, Softmax):
+            rank = value.type.rank
+            from_end = anchor.op.axis % rank - rank  # an ellipsis stands for axes at the front
+            axis = names[from_end] if -from_end <= len(names) else "..."
+            if axis != "..." and axis not in sums:
+                said += f", not over {axis}, the axis of the softmax"
+    return said
 
 
 def _is_tidying(rule: str) -> bool:
@@ -263,6 +301,7 @@ def _why_missed(verdict: FusionVerdict, site: FusionSite, optimized: Optimized, 
         at=place if place != _place(site) else "",
         reason=miss.reason,
         hint=form,
+        stop=miss.edge.node if miss.edge.node in site.nodes else None,
     )
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -465,7 +466,7 @@ def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
         edges.setdefault(key, {}).update(dict.fromkeys((a, b) for a, b, _ in body.edges))
     found = {}
     for key, order in items.items():
-        order.sort(key=_rank)
+        order = sorted(_downwards(order, edges[key]), key=_rank)
         number = {item: at for at, item in enumerate(order)}
         placed = place(len(order), [(number[a], number[b]) for a, b in edges[key]])
         found[key] = _Held(
@@ -475,13 +476,40 @@ def _held(bodies: Sequence[tuple[Key, _Body]]) -> dict[Key, _Held]:
     return found
 
 
+def _downwards(items: Sequence[str], edges: Iterable[tuple[str, str]]) -> list[str]:
+    """Return items in an order in which edges lead to later items; otherwise their order stays.
+
+    The program's order is not enough: a box stands at its first op, which may be an early decoding of a weight. Edges
+    of different stages, and edges of boxes, may form a cycle. Its first item then comes first.
+    """
+    place = {item: at for at, item in enumerate(items)}
+    below: dict[str, list[str]] = {item: [] for item in items}
+    above = dict.fromkeys(items, 0)
+    for a, b in edges:
+        below[a].append(b)
+        above[b] += 1
+    ready = [place[item] for item in items if not above[item]]
+    rest = iter(items)
+    found: dict[str, None] = {}
+    while len(found) < len(items):
+        item = items[heappop(ready)] if ready else next(each for each in rest if each not in found)
+        if item in found:
+            continue
+        found[item] = None
+        for each in below[item]:
+            above[each] -= 1
+            if not above[each] and each not in found:
+                heappush(ready, place[each])
+    return list(found)
+
+
 def _rank(item: str) -> int:
     """Return the sort key of an item: inputs are first, outputs are last, and other items keep the program's order."""
     return {"i": 0, "o": 2, "r": 2}.get(item[0], 1)
 
 
 def _drawn(body: _Body, positions: _Held) -> dict[str, Any]:
-    order = sorted(body.items, key=_rank)
+    order = sorted(_downwards(list(body.items), [(a, b) for a, b, _ in body.edges]), key=_rank)
     number = {item: at for at, item in enumerate(order)}
     edges = [(number[a], number[b], value) for a, b, value in body.edges]
     placed = place(len(order), [(a, b) for a, b, _ in edges])

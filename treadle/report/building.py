@@ -11,6 +11,7 @@ A report holds facts, not the model.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,6 +54,7 @@ from treadle.stepped import SteppedModel
 TABS = {
     "diff": "Differences",
     "overview": "Overview",
+    "costs": "Costs",
     "fusion": "Fusion",
     "memory": "Memory",
     "weights": "Weights",
@@ -177,7 +179,7 @@ def report_of(
     sharding  a report on the model over a mesh; the page then also has the program of the last rank
     cache     the dtype of the caches of the derived step
     profile   number of timed runs, on inputs drawn from `seed`, of a compiled model on TVM; 0: nothing is run
-    command   the command line without its options; tabs without data show it with the option that would add the data
+    command   the command line; tabs without data show it with the options that would add the data
     originals  the weights of a quantized model before quantization, by name: the relative RMS error of each encoding is
                measured against them
 
@@ -207,11 +209,12 @@ class _Collected:
         command: str | None,
     ) -> None:
         self.model, self.sharding, self.cache = model, sharding, cache
-        self.command = command or "treadle report MODEL -o report.html"
+        given = ",".join(f"{name}={size}" for name, size in sizes.items())
+        self.command = command or f"treadle report MODEL -o report.html{given and f' --sizes {given}'}"
         self.sizes = choose_sizes(model.optimized.graph, sizes)
         self.program = ReportProgram("model", model.optimized, model.backend, model.executable)
         self.times: dict[Node, float] = {}
-        nothing = missing("nothing was run", f"{self.command} --backend tvm --profile 9")
+        nothing = missing("nothing was run", self._with(backend="tvm", profile=9))
         self.measured: dict[str, Tab] = {"roofline": nothing, "profile": nothing}
 
     def report(self) -> Report:
@@ -219,11 +222,12 @@ class _Collected:
         programs = [program]
         found: dict[str, Tab] = {
             "overview": tab(self._overview),
+            "costs": tab(partial(tabs.cost_facts, program, sizes, self.times)),
             "fusion": self._fusion(),
             "memory": tab(self._memory),
             "weights": tab(self._weights),
             "storage": tab(partial(tabs.storage_facts, program)) if program.last.plan is not None else self._no_plan(),
-            "sharding": missing("no mesh was given", f"{self.command} --mesh tp=2 --recipe megatron"),
+            "sharding": missing("no mesh was given", self._with(mesh="tp=2", recipe="megatron")),
             "step": tab(partial(self._step, programs)),
             **self.measured,
             "attention": tab(partial(tabs.attention_facts, program, sizes)),
@@ -234,12 +238,25 @@ class _Collected:
             programs.append(_rank(self.sharding.plan))
         return report_of_programs(model.name, model.backend, str(model.target), sizes, programs, found, self.times)
 
+    def _with(self, **flags: object) -> str:
+        """Return the command line with these values of flags, each in place of its own value."""
+        words: list[str] = []
+        given = iter(shlex.split(self.command))
+        for word in given:
+            flag, _, value = word.partition("=")
+            if not flag.startswith("--") or flag[2:] not in flags:
+                words.append(word)
+            elif not value:
+                next(given, None)
+        added = (part for flag, value in flags.items() for part in (f"--{flag}", str(value)))
+        return shlex.join([*words, *added])
+
     def _overview(self) -> dict[str, Any]:
         facts = tabs.overview(self.program, self.model.target, self.sizes)
         return facts | {"unused": list(self.model.unused), "unread": list(self.model.unread)}
 
     def _weights(self) -> dict[str, Any]:
-        return tabs.weight_facts(self.model.optimized.graph, self.model.optimized.stages, self.model.originals)
+        return tabs.weight_facts(self.program, self.model.originals)
 
     def _fusion(self) -> Tab:
         if any(stage.name == OPTIMIZED for stage in self.program.stages):
@@ -252,7 +269,7 @@ class _Collected:
         return tabs.memory_tab_facts(self.program, frames, self.sizes, self.model.target)
 
     def _no_plan(self) -> Tab:
-        return missing(f"backend {self.model.backend} does not plan storage", f"{self.command} --backend tvm")
+        return missing(f"backend {self.model.backend} does not plan storage", self._with(backend="tvm"))
 
     def _step(self, programs: list[ReportProgram]) -> dict[str, Any]:
         graph = self.model.optimized.graph
@@ -275,9 +292,7 @@ class _Collected:
             raise UsageError(
                 "only a model without states, compiled for the tvm backend, can be profiled",
                 received=f"{self.model.name} on {self.model.backend}",
-                hint=Hint(
-                    't.compile(model, backend="tvm").report()', f"{self.command} --backend tvm --profile {rounds}"
-                ),
+                hint=Hint('t.compile(model, backend="tvm").report()', self._with(backend="tvm", profile=rounds)),
             )
         calls = time_calls(exe, draw_inputs(model.graph, self.sizes, [seed]), rounds)
         numbers = self.program.numbers()
@@ -319,8 +334,9 @@ def _of_step(model: SteppedModel, sizes: Mapping[str, int]) -> Report:
         return tabs.memory_tab_facts(program, tabs.frames_of_program(program, target), chosen, target)
 
     found: dict[str, Tab] = {
+        "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "memory": tab(memory),
-        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "weights": tab(partial(tabs.weight_facts, program)),
         "storage": tab(partial(tabs.storage_facts, program)),
         "step": tab(partial(tabs.step_facts, model.name, model.derived)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
@@ -339,8 +355,9 @@ def _of_plan(report: ShardingReport, sizes: Mapping[str, int]) -> Report:
     )
     found: dict[str, Tab] = dict.fromkeys([key for key in TABS if key != "diff"], compiled)
     found |= {
+        "costs": tab(partial(tabs.cost_facts, program, chosen, {})),
         "sharding": tab(partial(tabs.sharding_facts, report)),
-        "weights": tab(partial(tabs.weight_facts, program.graph, program.optimized.log)),
+        "weights": tab(partial(tabs.weight_facts, program)),
         "attention": tab(partial(tabs.attention_facts, program, chosen)),
         "log": tab(partial(tabs.log_facts, program)),
     }

@@ -23,7 +23,10 @@ LARGEST_AXIS = 8192
 
 
 def memory_facts(report: MemoryReport, graph: Graph, plan: StoragePlan, numbers: Mapping[Node, int]) -> dict[str, Any]:
-    """Return the memory report as data, with the timeline of the arena and the formulas of sizes."""
+    """Return the memory report as data, with the timeline of the arena and the formulas of sizes.
+
+    A storage that is alive at the peak has the number of the op that made it; a kernel's workspace that of its op.
+    """
     alive = []
     nodes = {
         (name, place.storage.name): numbers.get(value.node)
@@ -32,7 +35,14 @@ def memory_facts(report: MemoryReport, graph: Graph, plan: StoragePlan, numbers:
         if place.storage is not None and value.node is not None and place.is_written
     }
     for each in report.alive:
-        alive.append({**each.as_dict(), "node": nodes.get((each.function, each.name))})
+        node, facts = nodes.get((each.function, each.name)), each.as_dict()
+        if (each.function, each.name) not in nodes:
+            facts["workspace"] = True
+            frame = report.frames[each.function]
+            life = next((life for life in frame.lives if life.storage.name == each.name), None)
+            user = None if life is None or life.first >= len(frame.steps) else frame.steps[life.first]
+            node = None if user is None else numbers.get(user)
+        alive.append({**facts, "node": node})
     found = {**report.as_dict(), "alive": alive, "unit": report.unit}
     peaks = peaks_of(report.frames, graph.symbols)[report.at[0][0]]
     found["formulas"] = [size_terms(size) for size in peaks]

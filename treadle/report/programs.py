@@ -12,6 +12,8 @@ from typing import Any
 
 from treadle.backends.python.executable import PythonExecutable
 from treadle.explaining.storage import StorageReport, storage_of
+from treadle.ir.analysis.run_counts import count_calls
+from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.graph import Graph, Node
 from treadle.ir.text.printer import print_graph
 from treadle.passes.framework.manager import Optimized
@@ -54,6 +56,13 @@ class ReportProgram:
         """The graph that runs."""
         return self.last.graph
 
+    @property
+    def optimized_stage(self) -> int:
+        """The position of the last stage before the backend's passes."""
+        graph = self.optimized.graph
+        found = (at for at, each in enumerate(self.stages) if each.graph is graph or _alike(each.graph, graph))
+        return max(found)
+
     def numbers(self) -> dict[Node, int]:
         """Return the number of each node of the graph that runs."""
         return self.numbers_in(self.graph, self.stages[-1])
@@ -74,6 +83,11 @@ class ReportProgram:
         """Return the storage of the values of the graph that runs, or None if no storage was planned."""
         last = self.last
         return None if last.plan is None else storage_of(self.optimized.graph.name, self.backend, last.graph, last.plan)
+
+
+def _alike(graph: Graph, other: Graph) -> bool:
+    sizes = [{name: len(f.nodes) for name, f in each.functions.items()} for each in (graph, other)]
+    return sizes[0] == sizes[1]
 
 
 def program_facts(
@@ -99,19 +113,29 @@ def program_facts(
     return found
 
 
+_CHANGES = ("added", "removed", "altered", "replaced")
+
+
 def _passes(stages: Sequence[ProgramStage], records: Sequence[Mapping[int, int]]) -> Iterator[dict[str, Any]]:
     """Yield the changes of each pass: the numbers of added, removed and altered nodes, and the nodes that each new one
-    replaced.
+    replaced. With a graph that differs from the one before come `calls`, the functions that a run does not call once,
+    and `once`, the nodes that depend on weights alone.
     """
     before: Mapping[int, int] = {}
+    graph: Graph | None = None
     for at, (stage, held) in enumerate(zip(stages, records, strict=True)):
         found: dict[str, Any] = {"name": stage.name, "ops": sum(len(each) for each in stage.numbers.values())}
+        if stage.graph is not graph:
+            graph = stage.graph
+            found["calls"] = {name: count for name, count in count_calls(graph).items() if count != 1}
+            once = {node for function in graph.functions.values() for node in weight_only_nodes(function)}
+            found["once"] = [number for _, node, number in stage.walk() if node in once]
         if at and held is not before:
             found["added"] = [number for number in held if number not in before]
             found["removed"] = [number for number in before if number not in held]
             found["altered"] = [n for n, index in held.items() if n in before and before[n] != index]
             found["replaced"] = [[number, list(old)] for number, old in stage.replaced.items()]
-            found = {name: value for name, value in found.items() if value or name in ("name", "ops")}
+            found = {name: value for name, value in found.items() if value or name not in _CHANGES}
         yield found
         before = held
 

@@ -6,6 +6,8 @@
 The pass manager numbers the nodes (`treadle.passes.framework.lineage.NodeHistory`). A backend's passes number them
 again, starting from their input graph, and an artifact has no numbers. In these cases, and if a pass rebuilds a node
 without recording the replacement, two nodes count as the same if their ops, types, scopes, lines and names are equal.
+A node that replaced a single node with equal attributes as well differs from it in the source of an operand alone: it
+keeps the number of that node.
 """
 
 from __future__ import annotations
@@ -99,10 +101,12 @@ class _Numbering:
     ) -> None:
         self._match(self.stages[-1], graph, history, numbering)
         numbers = {name: [self._global(numbering, number) for number in held] for name, held in history.numbers.items()}
-        replaced = {
-            self._global(numbering, number): tuple([numbering[each] for each in held if each in numbering])
-            for number, held in history.replaced.items()
-        }
+        replaced: dict[int, tuple[int, ...]] = {}
+        for number, held in history.replaced.items():
+            made = self._global(numbering, number)
+            old = tuple([numbering[each] for each in held if numbering.get(each, made) != made])
+            if old:
+                replaced[made] = old
         self.stages.append(ProgramStage(name, graph, numbers, replaced, record))
 
     def _global(self, numbering: dict[int, int], number: int) -> int:
@@ -114,11 +118,22 @@ class _Numbering:
         """Give each new node that equals a removed node the number of the removed node."""
         left = {numbering[n] for held in history.numbers.values() for n in held if n in numbering}
         removed: dict[object, list[int]] = {}
+        gone: dict[int, tuple[str, Node]] = {}
         for name, node, number in before.walk():
             if number not in left:
+                gone[number] = name, node
                 for key in (_key(node, name), _key(node, "")):
                     removed.setdefault(key, []).append(number)
         taken: set[int] = set()
+        for name, held in history.numbers.items() if history.replaced else ():
+            for node, number in zip(graph.functions[name].nodes, held, strict=True):
+                old = [numbering[each] for each in history.replaced.get(number, ()) if each in numbering]
+                if number in numbering or len(old) != 1 or old[0] in taken or old[0] not in gone:
+                    continue
+                home, before_pass = gone[old[0]]
+                if node.op == before_pass.op and _key(node, name) == _key(before_pass, home):
+                    taken.add(old[0])
+                    numbering[number] = old[0]
         places: tuple[Callable[[str], str], ...] = (lambda name: name, lambda name: "")
         for place in places if removed else ():
             for name, held in history.numbers.items():

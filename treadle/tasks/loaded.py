@@ -42,9 +42,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-QUESTION = "Describe this image."
-"""The default question about an image."""
-
 
 class _TaskModel(Generic[T]):
     """A descriptor for a task's model. The model is compiled at the first access, and cached.
@@ -253,7 +250,9 @@ class LoadedModel:
         return found if _many(images) else found[0]
 
     @with_option_hints
-    def describe(self, images: PathLike | Sequence[PathLike], question: str = QUESTION, *, most: int = 256) -> str:
+    def describe(
+        self, images: PathLike | Sequence[PathLike], question: str = "Describe this image.", *, most: int = 256
+    ) -> str:
         """Answer a question about an image file, or several, with a chat model that reads images."""
         talk = self.chat()
         return "".join(piece.text for piece in talk.say(question, images=_listed(images), most=most))

@@ -8,7 +8,6 @@ import typer
 
 from treadle.cli.application import print_json
 from treadle.cli.tasks.asking import task_command
-from treadle.tasks.loaded import QUESTION
 
 if TYPE_CHECKING:
     from treadle.program.program import Program
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 def describe_image(
     program: Program,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file.", show_default=False)],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about the image.")] = QUESTION,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="A question about the image.")
+    ] = "Describe this image.",
     most: Annotated[
         int, typer.Option("--tokens", metavar="N", help="Maximum number of tokens of the answer.", min=1)
     ] = 256,

@@ -29,12 +29,14 @@ Charts.axis = (parts, most, y, left, right, unit) => {
 
 /** The arena over time. At the sizes of the report, storages are drawn at their planned offsets; at other sizes, they are stacked. */
 Charts.arena = (timeline, memory, sizes, onpick) => {
-  const [width, height, left, bottom, top] = [640, 300, 62, 42, 14];
+  const [width, height, left, bottom, top] = [640, 308, 62, 42, 22];
   const boxes = [];
   for (let at = 0; at < timeline.boxes.length; at += 6) {
     const [first, end, low, bytes, size, maker] = timeline.boxes.slice(at, at + 6);
     boxes.push({ first, end, low, bytes, size, maker: timeline.makers[maker] });
   }
+  const weights = new Map(); // at the sizes of the report, so that other sizes have the same colors
+  for (const box of boxes) weights.set(box.maker[2], (weights.get(box.maker[2]) || 0) + box.bytes * (box.end - box.first));
   const own = Object.keys(sizes).every((name) => sizes[name] === memory.sizes[name]);
   const live = new Float64Array(timeline.steps + 1);
   if (!own) {
@@ -49,8 +51,6 @@ Charts.arena = (timeline, memory, sizes, onpick) => {
   const peak = live.reduce((best, bytes, step) => (bytes > live[best] ? step : best), 0);
   const x = (step) => left + (step / Math.max(timeline.steps, 1)) * (width - left - 10);
   const y = (bytes) => height - bottom - (bytes / high) * (height - bottom - top);
-  const weights = new Map();
-  for (const box of boxes) weights.set(box.maker[2], (weights.get(box.maker[2]) || 0) + box.bytes * (box.end - box.first));
   const ranks = Charts.ranks(weights);
   const shapes = Charts.axis(4, high, y, left, width - 10, "B");
   for (const box of boxes) {
@@ -66,7 +66,7 @@ Charts.arena = (timeline, memory, sizes, onpick) => {
   for (let step = 0; step < timeline.steps; step++) d += `${step ? "L" : "M"}${x(step).toFixed(1)} ${y(live[step]).toFixed(1)}L${x(step + 1).toFixed(1)} ${y(live[step]).toFixed(1)}`;
   shapes.push(T.svg("path", { class: "alive", d }));
   shapes.push(T.svg("line", { class: "peak", x1: x(peak + 0.5), x2: x(peak + 0.5), y1: top, y2: height - bottom }),
-    T.svg("text", { class: "peak-name", x: x(peak + 0.5) + (peak > timeline.steps * 0.9 ? -5 : 5), y: top + 10, "text-anchor": peak > timeline.steps * 0.9 ? "end" : "start" }, `peak ${T.human(live[peak], "B")}`));
+    T.svg("text", { class: "peak-name", x: x(peak + 0.5) + (peak > timeline.steps * 0.9 ? -5 : 5), y: top - 8, "text-anchor": peak > timeline.steps * 0.9 ? "end" : "start" }, `peak ${T.human(live[peak], "B")}`));
   timeline.bands.forEach(([first, end, depth, name], at) => {
     const low = height - bottom + 6 + 16 * Math.min(depth, 2);
     shapes.push(T.svg("rect", { class: `band b${at % 2}`, x: x(first), y: low, width: Math.max(x(end) - x(first) - 1, 0.5), height: 14 }, T.svg("title", {}, name)));

@@ -10,7 +10,7 @@ Details.op = (app, number, text, stage = app.state.stage) => {
   if (!node) return T.el("span", {}, text || "an op");
   const gone = at !== app.state.stage;
   return T.el("button", { type: "button", class: "link", title: `${node.scope} ${node.line}${gone ? `, after ${app.model.passes[at].name}` : ""}`.trim(), onclick: () => app.go({ number, stage: at }) },
-    text || `${node.op} ${T.fit(node.scope || node.name, 60)}`);
+    text || `${node.op} ${T.fit(node.scope || (node.name === node.op ? "" : node.name), 60)}`.trim());
 };
 
 Details.value = (app, key, text) => T.el("button", { type: "button", class: "link", onclick: () => app.pickValue(key) }, text);
@@ -33,23 +33,48 @@ Details.origins = (model, number, stage) => {
   return [...found];
 };
 
-/** The history of an op: the passes that added it, changed it, let it replace other ops, or removed it. */
-Details.history = (app, number) => {
+/** The numbers of an op and of all ops that it came from, back to the declared graph. */
+Details.ancestors = (model, number) => {
+  const found = new Set([number]);
+  for (let at = model.passes.length - 1; at > 0; at--) {
+    for (const [made, old] of model.passes[at].replaced || []) if (found.has(made)) for (const each of old) found.add(each);
+  }
+  return found;
+};
+
+/** The differences of an op between two stages, in words. */
+Details.changes = (app, number, at, details) => {
+  const [old, now] = [at - 1, at].map((stage) => app.model.light(number, stage));
+  if (!old || !now) return "its operands";
+  const operands = [old, now].map((node) => JSON.stringify((details.nodes[node.record] || {}).operands));
+  const parts = [operands[0] !== operands[1] && "its operands", old.type !== now.type && "its type", old.flops !== now.flops && "its FLOPs", old.bytes !== now.bytes && "its bytes"];
+  return parts.filter(Boolean).join(", ") || "its attributes";
+};
+
+/** The history of an op and of the ops that it came from: the passes that added, changed, replaced or removed them. */
+Details.history = (app, number, details) => {
   const { model } = app;
   const items = [];
+  const family = Details.ancestors(model, number);
   model.passes.forEach((pass, at) => {
-    const link = (pass.replaced || []).find(([made]) => made === number);
-    const goTo = (text) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: at, number: model.at(at).where.has(number) ? number : undefined }) }, text);
-    if ((pass.added || []).includes(number)) {
-      items.push(T.el("li", { class: "plus" }, goTo(pass.name), link ? " made it from " : " added it", link ? Details.list(app, link[1], at - 1) : null));
-    } else if (link) items.push(T.el("li", {}, goTo(pass.name), " gave it the work of ", Details.list(app, link[1], at - 1)));
-    else if ((pass.altered || []).includes(number)) items.push(T.el("li", {}, goTo(pass.name), " changed its operands or its cost"));
-    if ((pass.removed || []).includes(number)) {
-      const heirs = (pass.replaced || []).filter(([, old]) => old.includes(number)).map(([made]) => made);
-      items.push(T.el("li", { class: "minus" }, goTo(pass.name), heirs.length ? " replaced it by " : " removed it", heirs.length ? Details.list(app, heirs, at) : null));
+    const goTo = (each) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: at, number: model.at(at).where.has(each) ? each : undefined }) }, pass.name);
+    const said = new Set(); // several ancestors may have been replaced together
+    for (const each of family) {
+      const link = (pass.replaced || []).find(([made]) => made === each);
+      const name = each === number ? "it" : Details.op(app, each, null, at);
+      if ((pass.added || []).includes(each)) {
+        items.push(T.el("li", { class: "plus" }, goTo(each), ...(link ? [" made ", name, " from ", Details.list(app, link[1], at - 1)] : [" added ", name])));
+        for (const old of link ? link[1] : []) said.add(old);
+      } else if (link) items.push(T.el("li", {}, goTo(each), " gave ", name, " the work of ", Details.list(app, link[1], at - 1)));
+      else if ((pass.altered || []).includes(each)) items.push(T.el("li", {}, goTo(each), " changed ", ...(each === number ? [] : [name, ": "]), Details.changes(app, each, at, details)));
+    }
+    for (const each of family) {
+      if (said.has(each) || !(pass.removed || []).includes(each)) continue;
+      const heirs = (pass.replaced || []).filter(([, old]) => old.includes(each)).map(([made]) => made);
+      items.push(T.el("li", { class: "minus" }, goTo(each), heirs.length ? " replaced " : " removed ", each === number ? "it" : Details.op(app, each, null, at - 1), ...(heirs.length ? [" by ", Details.list(app, heirs, at)] : [])));
     }
   });
-  return items.length ? T.el("ol", { class: "history" }, items) : T.el("p", { class: "note" }, "No pass changed this op: it is as declared.");
+  return items.length ? T.el("ol", { class: "history" }, items.slice(0, 200)) : T.el("p", { class: "note" }, "No pass changed this op: it is as declared.");
 };
 
 Details.list = (app, numbers, stage, most = 12) => {
@@ -72,7 +97,7 @@ Details.node = async (app, number) => {
   }
   const facts = details.nodes[node.record] || { operands: [], results: [] };
   const parts = [
-    T.el("h2", {}, node.op, T.el("small", {}, ` ${node.name}`)),
+    T.el("h2", {}, node.op, node.name === node.op ? null : T.el("small", {}, ` ${node.name}`)),
     facts.equation ? T.el("p", { class: "equation" }, facts.equation) : null,
     at !== state.stage ? T.el("p", { class: "note" }, `As after ${model.passes[at].name}: it is not in the graph after ${model.passes[state.stage].name}.`) : null,
     T.pairs([
@@ -104,7 +129,7 @@ Details.node = async (app, number) => {
       T.el("li", {}, Details.op(app, each, null, place), " ", T.el("code", { class: "dim" }, (model.light(each, model.stageOf(each, place)) || {}).line || "")))));
     parts.push(T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: origins.map(([each]) => each) }) }, "Show them in the declared graph"));
   }
-  parts.push(T.el("h3", {}, "Passes"), Details.history(app, number));
+  parts.push(T.el("h3", {}, "Passes"), Details.history(app, number, details));
   const stored = details.final.storage[number];
   if (stored) {
     parts.push(T.el("h3", {}, "Storage"), T.table([
@@ -191,7 +216,7 @@ Details.box = (app, item) => {
 Details.pass = (app) => {
   const { model, state } = app;
   const pass = model.passes[state.stage];
-  const parts = [T.el("h2", {}, state.stage ? "Pass " : "", pass.name, T.el("small", {}, ` ${state.stage + 1} of ${model.passes.length}`))];
+  const parts = [T.el("h2", {}, state.stage ? "Pass " : "", pass.name, T.el("small", {}, state.stage ? ` ${state.stage} of ${model.passes.length - 1}` : ""))];
   if (!state.stage) parts.push(T.el("p", {}, "The graph before any pass. Click an op for its facts, a box to open it, an edge for all readers of its value."));
   const replaced = pass.replaced || [];
   const made = new Set(replaced.map(([each]) => each));

@@ -62,6 +62,8 @@ class GraphView {
 
   /** Maximum number of items that "Open all" shows. */
   static MOST = 6000;
+  /** Smallest scale at which the names of ops can be read. */
+  static READABLE = 0.7;
 
   // -- state -----------------------------------------------------------------------------------------------------
 
@@ -71,10 +73,6 @@ class GraphView {
     this.main = `${STEP}b:${entries.includes("step") ? "step" : entries.at(-1)}`;
     this.open = new Set([this.main]);
     this.selected = { numbers: new Set(), value: null, key: null };
-    this.maxima = {};
-    for (const [at, name] of [[5, "flops"], [6, "bytes"]]) {
-      this.maxima[name] = model.nodes.reduce((most, node) => Math.max(most, node[at] || 0), 0);
-    }
   }
 
   show(stage, hold) {
@@ -431,10 +429,9 @@ class GraphView {
       if (this.scale > 0.3) {
         const name = entry.ghost ? "removed" : node.name && node.name !== node.op ? node.name : GraphView.tail(node.scope);
         parts.push(T.svg("text", { class: "op-name", x: 11, y: 18 }, T.fit(node.op, 22)));
-        parts.push(T.svg("text", { class: "op-sub", x: 11, y: 33 }, T.fit(name || "", 25)));
+        parts.push(T.svg("text", { class: "op-sub", x: 11, y: 33 }, T.fit(name || "", 20)));
       }
-      const bar = this.bar(node, entry);
-      if (bar) parts.push(T.svg("rect", { class: "bar", x: 1.5, y: h - 4, width: Math.max(2, (w - 3) * bar), height: 2.5, rx: 1 }));
+      parts.push(...this.bar(entry));
     } else {
       const marks = this.info.marks.get(item.path);
       const fresh = item.kind === "call" ? item.numbers.every((n) => this.info.added.has(n)) : marks && marks.added === this.info.counts.get(item.path);
@@ -450,6 +447,7 @@ class GraphView {
         const count = this.info.counts.get(item.path) || 0;
         parts.push(T.svg("text", { class: "op-sub", x: 25, y: 34 }, T.plural(count, "op")));
       }
+      if (!entry.child) parts.push(...this.bar(entry));
       if (marks) {
         const text = [marks.added ? `+${marks.added}` : "", marks.removed ? `−${marks.removed}` : ""];
         let right = w - 10;
@@ -462,13 +460,19 @@ class GraphView {
     }
     if (entry.key === this.selected.key) classes.push("selected");
     if (!entry.child && this.isMarked(entry)) classes.push("marked");
+    if (entry.op && !entry.ghost && entry.op.number === this.selected.stop) classes.push("stopped");
     return T.svg("g", { class: classes.join(" "), transform: `translate(${x} ${y})`, "data-at": at }, parts);
   }
 
-  bar(node, entry) {
-    if (entry.ghost || !this.heat) return 0;
-    if (this.heat === "seconds") return this.times && this.times.most ? (this.times.of[node.number] || 0) / this.times.most : 0;
-    return this.maxima[this.heat] ? (node[this.heat] || 0) / this.maxima[this.heat] : 0;
+  /** The share of an op or a folded box in the cost of a run, as a bar and in percent. */
+  bar(entry) {
+    if (entry.ghost || !this.heat || (this.heat === "seconds" && !this.times)) return [];
+    const { items, boxes, total } = this.model.costs(this.stage, this.heat, this.times);
+    const cost = entry.op ? items.get(entry.op.number) : entry.kind === "call" ? items.get(entry.item.number) : boxes.get(entry.item.path);
+    if (!cost || !total) return [];
+    const share = Math.min(1, cost / total);
+    const bar = T.svg("rect", { class: "bar", x: 1.5, y: entry.h - 4, width: Math.max(2, (entry.w - 3) * share), height: 2.5, rx: 1 });
+    return this.scale > 0.3 && share >= 0.005 ? [bar, T.svg("text", { class: "op-sub", x: entry.w - 9, y: entry.op ? 33 : 34, "text-anchor": "end" }, T.share(share, 1))] : [bar];
   }
 
   static last(path) {
@@ -514,8 +518,9 @@ class GraphView {
     this.options.onopen();
   }
 
-  select({ numbers = [], value = null, key = null }) {
-    this.selected = { numbers: new Set(numbers), value, key };
+  /** Mark ops and a value. `stop` is the op at which a match stopped. */
+  select({ numbers = [], value = null, key = null, stop = null }) {
+    this.selected = { numbers: new Set(numbers), value, key, stop };
     this.draw();
   }
 
@@ -561,15 +566,35 @@ class GraphView {
     return keys.at(-1) ?? null;
   }
 
-  center(key) {
+  /**
+   * Scroll to an item. With `readable`, also enlarge the graph until its text can be read; with `others`, show these
+   * items as well if they fit.
+   */
+  center(key, { readable = false, others = [] } = {}) {
     const entry = this.byKey.get(key);
     if (!entry) return;
+    const host = [this.scroll.clientWidth, this.scroll.clientHeight];
+    let box = { x: entry.ax, y: entry.ay, w: entry.w, h: entry.h };
+    let scale = this.scale;
+    if (readable) {
+      const all = [entry, ...others.map((each) => this.byKey.get(each)).filter(Boolean)];
+      const [x, y] = [Math.min(...all.map((e) => e.ax)), Math.min(...all.map((e) => e.ay))];
+      const whole = { x, y, w: Math.max(...all.map((e) => e.ax + e.w)) - x, h: Math.max(...all.map((e) => e.ay + e.h)) - y };
+      const fits = (each) => Math.min((host[0] - 40) / each.w, (host[1] - 40) / each.h);
+      if (fits(whole) >= GraphView.READABLE) box = whole;
+      scale = Math.max(GraphView.READABLE, Math.min(scale < GraphView.READABLE ? 0.9 : scale, fits(box)));
+    }
+    const zoomed = Math.abs(scale - this.scale) > 1e-6;
+    if (zoomed) {
+      this.scale = scale;
+      this.resize();
+    }
     const view = this.view();
-    const left = this.left || 0;
-    const x = entry.ax + left;
-    if (x < view.x || x + Math.min(entry.w, view.w) > view.x + view.w || entry.ay < view.y || entry.ay + Math.min(entry.h, 80) > view.y + view.h) {
-      this.scroll.scrollLeft = (x + Math.min(entry.w, view.w) / 2 - view.w / 2) * this.scale;
-      this.scroll.scrollTop = (entry.ay + Math.min(entry.h, view.h) / 2 - view.h / 2) * this.scale;
+    const x = box.x + (this.left || 0);
+    const [w, h] = [Math.min(box.w, view.w), Math.min(box.h, view.h)];
+    if (zoomed || x < view.x || x + w > view.x + view.w || box.y < view.y || box.y + (readable ? h : Math.min(box.h, 80)) > view.y + view.h) {
+      this.scroll.scrollLeft = (x + w / 2 - view.w / 2) * this.scale;
+      this.scroll.scrollTop = (box.y + h / 2 - view.h / 2) * this.scale;
     }
     this.draw();
   }
@@ -598,7 +623,7 @@ class GraphView {
     const [px, py] = event ? [event.clientX - box.left, event.clientY - box.top] : [box.width / 2, box.height / 2];
     const x = (this.scroll.scrollLeft + px) / this.scale;
     const y = (this.scroll.scrollTop + py) / this.scale;
-    this.scale = Math.min(2.5, Math.max(0.08, this.scale * by));
+    this.scale = Math.min(2.5, Math.max(0.02, this.scale * by));
     this.resize();
     this.scroll.scrollLeft = x * this.scale - px;
     this.scroll.scrollTop = y * this.scale - py;
@@ -608,7 +633,7 @@ class GraphView {
   fit(whole) {
     const wide = this.scroll.clientWidth / this.width;
     const high = this.scroll.clientHeight / this.height;
-    this.scale = Math.min(1, Math.max(whole ? 0.2 : 0.55, whole ? Math.min(wide, high) : wide));
+    this.scale = Math.min(1, Math.max(whole ? 0.02 : GraphView.READABLE, whole ? Math.min(wide, high) : wide));
     this.resize();
     const main = this.byKey.get(this.main);
     const middle = main && !whole ? main.ax + main.w / 2 : this.width / 2;

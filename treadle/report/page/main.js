@@ -2,7 +2,7 @@
 // The page: the state of the program, the pass, the selection and the tab; the link in the address; keys and search.
 
 // Tabs about the ops of the first program. Opening one selects that program.
-const OF_MODEL = new Set(["fusion", "memory", "storage", "profile", "attention", "log"]);
+const OF_MODEL = new Set(["costs", "fusion", "memory", "storage", "profile", "attention", "log"]);
 const TITLES = { selected: "Selected", text: "IR text", source: "Source" };
 
 class App {
@@ -100,7 +100,7 @@ class App {
     other.selected.key = key;
     other.refresh();
     other.select({ numbers, key });
-    if (key) other.center(key);
+    if (key) other.center(key, { readable: true });
   }
 
   /** Select an op of the other build that has no counterpart in this one. */
@@ -134,6 +134,7 @@ class App {
     this.model = this.models[program];
     this.state.stage = this.model.passes.length - 1;
     Object.assign(this.state, { number: null, path: null, value: null });
+    this.back = null;
     T.id("program").value = program;
     this.view.load(this.model);
     this.view.times = null;
@@ -146,7 +147,7 @@ class App {
     this.section("details").then((details) => {
       if (!details) return;
       const of = (details.final && details.final.seconds) || null;
-      this.view.times = of && { of, most: Math.max(...Object.values(of)) };
+      this.view.times = of;
       T.id("heat").querySelector('[value="seconds"]').disabled = !of;
     }, () => {});
   }
@@ -185,19 +186,22 @@ class App {
       tick.style.left = `${passes.length > 1 ? (100 * at) / (passes.length - 1) : 0}%`;
       return tick;
     }));
-    T.id("pass-name").replaceChildren(...passes.map((pass, at) => T.el("option", { value: at }, `${at + 1}. ${pass.name}${changed(at) ? "" : " (no change)"}`)));
+    T.id("pass-name").replaceChildren(...passes.map((pass, at) => T.el("option", { value: at }, `${at ? `${at}. ` : ""}${pass.name}${changed(at) ? "" : " (no change)"}`)));
   }
 
   saidPass() {
     const { stage } = this.state;
     const pass = this.model.passes[stage];
     T.id("pass").value = stage;
-    T.id("pass").setAttribute("aria-valuetext", T.shown(`${pass.name}, ${stage + 1} of ${this.model.passes.length}`));
+    T.id("pass").setAttribute("aria-valuetext", T.shown(stage ? `${pass.name}, ${stage} of ${this.model.passes.length - 1}` : pass.name));
     T.id("pass-name").value = stage;
     const [added, removed] = [(pass.added || []).length, (pass.removed || []).length];
     T.id("changes").replaceChildren(
       added ? T.el("span", { class: "plus" }, `+${added}`) : "", added && removed ? " " : "", removed ? T.el("span", { class: "minus" }, `−${removed}`) : "",
       !added && !removed ? T.el("span", { class: "dim" }, stage ? ((pass.altered || []).length ? "operands changed" : "no change") : "as declared") : "", T.el("span", { class: "dim" }, `  ${T.plural(pass.ops, "op")}`));
+    const back = T.id("back");
+    back.hidden = this.back === null || this.back === undefined || this.back === stage;
+    if (!back.hidden) back.textContent = `Back to ${this.back}. ${this.model.passes[this.back].name}`;
     T.id("before").disabled = !stage;
     T.id("after").disabled = stage === this.model.passes.length - 1;
   }
@@ -205,6 +209,7 @@ class App {
   setStage(stage, held = true) {
     if (held && !this.chose) T.id("hold").checked = true;
     this.state.stage = stage;
+    this.back = null;
     const began = performance.now();
     this.view.show(stage, T.id("hold").checked);
     document.documentElement.dataset.took = (performance.now() - began).toFixed(1);
@@ -228,6 +233,10 @@ class App {
     return found < 0 ? null : found;
   }
 
+  stageText(stage) {
+    return stage ? `after pass ${stage}, ${this.model.passes[stage].name}` : "as declared";
+  }
+
   // -- selection -------------------------------------------------------------------------------------------------
 
   marks() {
@@ -236,12 +245,12 @@ class App {
       const numbers = state.numbers || (state.number === null ? [] : [state.number]);
       this.markOther([...new Set(numbers.flatMap((number) => this.partners(number, state.program)))]);
     }
-    view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key });
+    view.select({ numbers: state.numbers || (state.number === null ? [] : [state.number]), value: state.value, key: view.selected.key, stop: state.stop });
   }
 
   /** Select the item that was clicked in the graph. */
   picked({ number, item, key, ghost }) {
-    Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null });
+    Object.assign(this.state, { number: number ?? null, path: item && item.path ? item.path : null, item: item || null, value: null, numbers: null, stop: null });
     if (ghost && number !== undefined) this.state.number = number;
     this.view.selected.key = key;
     this.marks();
@@ -270,18 +279,21 @@ class App {
   }
 
   /** Go to an op, several ops or a box, at a stage; open the boxes that contain them. */
-  go({ number, numbers, path, stage, tab }) {
+  go({ number, numbers, path, stage, tab, stop }) {
     const { state, view } = this;
     if (stage !== undefined && stage !== state.stage) {
+      this.back ??= state.stage;
       state.stage = stage;
       view.show(stage, T.id("hold").checked);
       this.saidPass();
     }
     const first = number ?? (numbers && numbers[0]);
-    Object.assign(state, { number: number ?? null, numbers: numbers || null, path: path ?? null, value: null, item: null });
+    Object.assign(state, { number: number ?? null, numbers: numbers || null, path: path ?? null, value: null, item: null, stop: stop ?? null });
     let key = null;
+    const others = [];
     if (first !== undefined && first !== null) {
-      for (const each of [...(numbers || []).slice(1, 40).reverse(), first]) key = view.reveal(each) ?? key;
+      for (const each of (numbers || []).slice(1, 40)) others.push(view.reveal(each));
+      key = view.reveal(first) ?? others.find(Boolean) ?? null;
     } else if (path) {
       key = view.revealBox(path);
       const entry = key && view.byKey.get(key);
@@ -290,10 +302,25 @@ class App {
     view.selected.key = numbers ? null : key;
     view.refresh();
     this.marks();
-    if (key) view.center(key);
+    if (key) view.center(key, { readable: true, others });
     this.crumbs();
     this.showTab(tab || "selected");
     this.link();
+    this.uncover();
+  }
+
+  /** Scroll a page that has the graph above the facts to the graph, if the graph is out of sight. */
+  uncover() {
+    const box = T.id("graph").getBoundingClientRect();
+    if (box.bottom < 120 || box.top > window.innerHeight - 120) T.id("graph").scrollIntoView({ block: "start" });
+  }
+
+  /** Show a tab from its start. */
+  openTab(name) {
+    const shown = this.showTab(name);
+    this.link();
+    if (T.id("panel").getBoundingClientRect().top < 0) T.id("panel").scrollIntoView({ block: "start" });
+    return shown;
   }
 
   crumbs() {
@@ -304,7 +331,7 @@ class App {
     for (let each = entry; each; each = each.parent) {
       const label = each.op ? (model.light(each.op.number, model.stageOf(each.op.number, this.state.stage)) || {}).op : each.item.path !== undefined ? GraphView.last(each.item.path) : each.item.label;
       const key = each.key;
-      parts.unshift(T.el("button", { type: "button", class: "link", onclick: () => { view.choose(view.byKey.get(key)); view.center(key); } }, T.fit(label || "", 24)));
+      parts.unshift(T.el("button", { type: "button", class: "link", onclick: () => { view.choose(view.byKey.get(key)); view.center(key, { readable: true }); } }, T.fit(label || "", 24)));
     }
     T.id("crumbs").replaceChildren(T.el("span", {}, T.fit(this.head.model, 24)), ...parts.flatMap((part) => [" › ", part]));
   }
@@ -334,7 +361,7 @@ class App {
   makeTabs() {
     const list = T.id("tabs");
     list.replaceChildren(...this.tabs.map(([name, title]) =>
-      T.el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "body", "aria-selected": "false", tabindex: "-1", onclick: () => { this.showTab(name); this.link(); } }, title)));
+      T.el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "body", "aria-selected": "false", tabindex: "-1", onclick: () => this.openTab(name) }, title)));
     T.id("body").setAttribute("role", "tabpanel");
     T.id("body").setAttribute("tabindex", "0");
     list.addEventListener("keydown", (event) => {
@@ -344,9 +371,8 @@ class App {
       if (next === undefined) return;
       event.preventDefault();
       const name = names[(next + names.length) % names.length];
-      this.showTab(name);
+      this.openTab(name);
       T.id(`tab-${name}`).focus();
-      this.link();
     });
   }
 
@@ -478,8 +504,9 @@ class App {
     this.row = -1;
     list.replaceChildren(...this.rows.map((row, at) =>
       T.el("li", { role: "option", id: `found-${at}`, "aria-selected": "false", onclick: () => this.takeFound(at) },
-        T.el("b", {}, T.fit(row.op, 40)), ` ${T.fit(row.name, 60)} `, T.el("span", { class: "dim" }, T.fit(`${row.scope}  ${row.line}${row.stage === this.state.stage ? "" : `  (after ${this.model.passes[row.stage].name})`}`, 110)))),
+        T.el("b", {}, T.fit(row.op, 40)), row.name === row.op ? " " : ` ${T.fit(row.name, 60)} `, T.el("span", { class: "dim" }, T.fit(`${row.scope}  ${row.line}${row.stage === this.state.stage ? "" : `  (after ${this.model.passes[row.stage].name})`}`, 110)))),
     ...(rows.length > most ? [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, `and ${T.count(rows.length - most)} more`)] : rows.length ? [] : [T.el("li", { role: "option", "aria-disabled": "true", class: "dim" }, "no op has these words")]));
+    list.prepend(T.el("li", { role: "presentation", class: "dim" }, this.rows.length && this.rows[0].stage !== this.state.stage ? `not in the graph ${this.stageText(this.state.stage)}; elsewhere:` : `in the graph ${this.stageText(this.state.stage)}`));
     list.hidden = false;
     T.id("query").setAttribute("aria-expanded", "true");
   }
@@ -507,16 +534,22 @@ class App {
     on("pass-name", "change", (event) => this.setStage(Number(event.target.value)));
     on("before", "click", () => this.nextChange(false));
     on("after", "click", () => this.nextChange(true));
+    on("back", "click", () => this.setStage(this.back, false));
     on("hold", "change", () => { this.chose = true; this.view.show(this.state.stage, T.id("hold").checked); this.marks(); });
     on("heat", "change", (event) => this.setHeat(event.target.value));
     on("unfold", "click", () => this.unfold());
     on("smaller", "click", () => this.view.zoom(1 / 1.25));
     on("larger", "click", () => this.view.zoom(1.25));
     on("fit", "click", () => this.view.fit(true));
+    const isDark = () => (document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+    const sayTheme = () => { T.id("theme").textContent = `Theme: ${isDark() ? "dark" : "light"}`; };
     on("theme", "click", () => {
-      const dark = document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+      const dark = isDark();
       document.documentElement.dataset.theme = dark ? "light" : "dark";
+      sayTheme();
     });
+    sayTheme();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", sayTheme);
     on("keys", "click", () => this.help());
     on("search", "submit", (event) => { event.preventDefault(); this.takeFound(Math.max(this.row, 0)); });
     on("query", "input", (event) => { const { value } = event.target; if (value.trim()) this.showFound(this.search(value)); else this.hideFound(); });
@@ -525,7 +558,7 @@ class App {
       if (!["ArrowDown", "ArrowUp"].includes(event.key) || T.id("found").hidden) return;
       event.preventDefault();
       this.row = Math.max(0, Math.min(this.rows.length - 1, this.row + (event.key === "ArrowDown" ? 1 : -1)));
-      [...T.id("found").children].forEach((child, at) => { child.setAttribute("aria-selected", String(at === this.row)); if (at === this.row) child.scrollIntoView({ block: "nearest" }); });
+      [...T.id("found").children].slice(1).forEach((child, at) => { child.setAttribute("aria-selected", String(at === this.row)); if (at === this.row) child.scrollIntoView({ block: "nearest" }); });
       event.target.setAttribute("aria-activedescendant", `found-${this.row}`);
     });
     document.addEventListener("click", (event) => { if (!event.target.closest("#search")) this.hideFound(); });
@@ -559,7 +592,7 @@ class App {
   }
 
   shortcut(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea, dialog")) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input[type=search], input[type=number], select, textarea, dialog")) return;
     const acts = {
       "/": () => T.id("query").focus(), "[": () => this.nextChange(false), "]": () => this.nextChange(true), "+": () => this.view.zoom(1.25), "=": () => this.view.zoom(1.25), "-": () => this.view.zoom(1 / 1.25),
       f: () => this.view.fit(true), o: () => this.unfold(), g: () => this.view.scroll.focus(), t: () => T.id(`tab-${this.state.tab}`).focus(), h: () => T.id("hold").click(), "?": () => this.help(),

@@ -52,7 +52,7 @@ class GraphModel {
     const before = stage ? this.at(stage - 1) : null;
     const change = this.changes[stage];
     if (before && !Object.keys(change).length && !this.passes[stage].added && !this.passes[stage].removed) {
-      return (this.known[stage] = { ...before, stage, added: new Set(), removed: new Set(), altered: new Set(this.passes[stage].altered || []), marks: new Map() });
+      return (this.known[stage] = { ...before, ...this.runs(stage, before), stage, added: new Set(), removed: new Set(), altered: new Set(this.passes[stage].altered || []), marks: new Map() });
     }
     const boxes = new Map(before ? before.boxes : []);
     for (const [path, at] of Object.entries(change)) {
@@ -74,7 +74,7 @@ class GraphModel {
     for (const path of where.values()) for (const each of GraphModel.prefixes(path)) counts.set(each, (counts.get(each) || 0) + 1);
     const pass = this.passes[stage];
     const info = {
-      stage, boxes, where, callers, counts, records,
+      stage, boxes, where, callers, counts, records, ...this.runs(stage, before),
       added: new Set(pass.added || []), removed: new Set(pass.removed || []), altered: new Set(pass.altered || []), marks: new Map(),
     };
     const mark = (path, kind) => {
@@ -87,6 +87,47 @@ class GraphModel {
     for (const number of info.added) if (where.has(number)) mark(where.get(number), "added");
     for (const number of info.removed) if (before && before.where.has(number)) mark(before.where.get(number), "removed");
     return (this.known[stage] = info);
+  }
+
+  /** Return how often a run calls each function that it does not call once, and the ops that depend on weights alone. */
+  runs(stage, before) {
+    const { calls, once } = this.passes[stage];
+    return { calls: calls ? new Map(Object.entries(calls)) : before ? before.calls : new Map(), once: once ? new Set(once) : before ? before.once : new Set() };
+  }
+
+  /**
+   * The cost of all calls of each op and each box in a run: `flops`, `bytes` or `seconds`, and the total of the entries.
+   * `seconds` has the times of ops; a call takes the time of the function that it calls.
+   */
+  costs(stage, name, seconds = null) {
+    const info = this.at(stage);
+    info.costs ??= new Map();
+    if (info.costs.has(name)) return info.costs.get(name);
+    const [items, boxes] = [new Map(), new Map()];
+    const times = (home) => info.calls.get(home) ?? 1;
+    const whole = (home) => {
+      let sum = 0;
+      for (const [path, body] of info.boxes) if (path.split(SEP)[0] === home) for (const item of body.items) if (item.number !== undefined) sum += cost(item, home);
+      return sum;
+    };
+    const functions = new Map();
+    const cost = (item, home) => {
+      if (name !== "seconds") return info.once.has(item.number) ? 0 : this.nodes[item.record][name === "flops" ? 5 : 6] * times(home) * (item.numbers || [0]).length;
+      if (item.kind !== "call") return seconds[item.number] || 0;
+      if (!functions.has(item.path)) functions.set(item.path, whole(item.path));
+      return (functions.get(item.path) * item.numbers.length * times(home)) / Math.max(times(item.path), 1);
+    };
+    for (const [path, body] of info.boxes) {
+      for (const item of body.items) {
+        if (item.number === undefined) continue;
+        const each = cost(item, path.split(SEP)[0]);
+        items.set(item.number, each);
+        for (const prefix of GraphModel.prefixes(path)) boxes.set(prefix, (boxes.get(prefix) || 0) + each);
+      }
+    }
+    const found = { items, boxes, total: this.entries(stage).reduce((sum, entry) => sum + (boxes.get(entry) || 0), 0) };
+    info.costs.set(name, found);
+    return found;
   }
 
   /** Return a key of a value that is unique in the program: for an input of a function, it includes the function. */

@@ -8,7 +8,7 @@ Tabs.of = async (app, name, more) => {
   const found = await Data.section(name);
   if (!found) return [T.el("p", {}, "This report has no such part.")];
   if (found.error) return [T.el("p", { class: "error" }, found.error.split("\n")[0]), T.el("pre", { class: "code", tabindex: "0" }, found.error)];
-  if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code", tabindex: "0" }, found.command)];
+  if (found.missing) return [T.el("p", {}, `No data: ${found.missing}.`), T.el("p", {}, "This command produces it:"), T.el("pre", { class: "code command", tabindex: "0" }, found.command)];
   return Tabs[name](app, found.data, more).filter(Boolean);
 };
 
@@ -43,25 +43,47 @@ Tabs.diff = (app, data, chosen) => {
 
 Tabs.overview = (app, data) => {
   const ops = Object.entries(data.ops);
+  const stageName = (at, name) => (at ? `after pass ${at} of ${data.passes}, ${name}` : "as declared");
   return [
     T.el("h2", {}, data.model, T.el("small", {}, ` on ${data.backend}, ${data.target}`)),
     T.pairs([
       ["Parameters", `${T.human(data.parameters)} (${T.human(data.parameter_bytes, "B")} as stored)`],
-      ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}`],
+      ["A run", `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written${app.sizesText()}${data.stages.length > 2 ? `, before the backend's passes` : ""}`],
       ["Inputs", T.el("code", {}, Tabs.ports(data.inputs))],
       ["Outputs", T.el("code", {}, Tabs.ports(data.outputs))],
-      ["Ops in a run", `${T.count(data.declared_ops)} as declared, ${T.count(ops.reduce((sum, [, n]) => sum + n, 0))} after ${data.passes} passes`],
+      ["Ops in a run", data.stages.map(([at, name, count]) => `${T.count(count)} ${stageName(at, name)}`).join(", ")],
       ["Unused tensors", data.unused.length ? data.unused.slice(0, 20).join(", ") : ""],
       ["Unknown keys", data.unread.length ? data.unread.join(", ") : ""],
     ]),
     T.el("h3", {}, "Questions"),
     T.el("ul", { class: "questions" },
-      [["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the selected pass change?"]]
-        .filter(([name]) => app.hasTab(name)).map(([name, text]) => T.el("li", {}, T.el("button", { type: "button", class: "link", onclick: () => app.showTab(name) }, text)))),
+      [["costs", "Which ops cost the most?"], ["fusion", "Why was an attention, a norm or a product not fused?"], ["memory", "What is alive at the peak of memory?"], ["weights", "Which weights are the largest, and in which encoding?"], ["log", "Which passes changed something, and what did they refuse?"], ["selected", "What did the selected pass change?"]]
+        .filter(([name]) => app.hasTab(name)).map(([name, text]) => T.el("li", {}, T.el("button", { type: "button", class: "link", onclick: () => app.openTab(name) }, text)))),
     T.el("h3", {}, "Ops of a run"),
-    T.table([{ name: "op", of: ([op]) => op, sort: ([op]) => op }, { name: "number", of: ([, n]) => T.count(n), sort: ([, n]) => n, number: true }], ops, { caption: "Ops of a run" }),
+    T.table([{ name: "op", of: ([op]) => op, sort: ([op]) => op }, ...data.stages.map(([at, name], place) => ({ name: at ? `after ${name}` : name, of: ([, counts]) => counts[place] || "", sort: ([, counts]) => counts[place], number: true }))], ops, { caption: "Ops of a run" }),
     T.el("h3", {}, "Functions"),
     T.table([{ name: "function", of: (f) => f.name }, { name: "ops", of: (f) => T.count(f.ops), sort: (f) => f.ops, number: true }, { name: "calls", of: (f) => T.count(f.calls), sort: (f) => f.calls, number: true }], data.functions, { caption: "Functions" }),
+  ];
+};
+
+/** The ops that run, the costliest first. An op of a repeated block has the cost of all its calls. */
+Tabs.costs = (app, data) => {
+  const last = Tabs.last(app);
+  const rows = data.ops.map(([number, flops, bytes, calls, seconds]) => ({ ...app.model.light(number, last), number, flops, bytes, calls, seconds }));
+  const time = rows.reduce((sum, row) => sum + (row.seconds || 0), 0);
+  const column = (name, unit, total) => [
+    { name: unit, of: (row) => T.human(row[name], name === "bytes" ? "B" : ""), sort: (row) => row[name], number: true },
+    { name: "share", of: (row) => T.share(row[name], total), sort: (row) => row[name], number: true },
+  ];
+  return [
+    T.el("h2", {}, "Costs"), T.el("p", { class: "big" }, `${T.human(data.flops, "FLOPs")}, ${T.human(data.bytes, "B")} read and written in a run${app.sizesText()}`),
+    T.el("p", { class: "note" }, "The ops that run, after the last pass; an op of a repeated block with all its calls. Bars in the graph show the same shares, also of folded boxes. Ops that depend on weights alone are computed before a run."),
+    T.el("div", { class: "filters" }, ["flops", "bytes", ...(data.timed ? ["seconds"] : [])].map((name) => T.el("button", { type: "button", onclick: () => app.setHeat(name) }, `Bars: ${{ flops: "FLOPs", bytes: "bytes", seconds: "time" }[name]}`))),
+    T.table([
+      { name: "op", of: (row) => row.op, sort: (row) => row.op, act: true, below: (row) => row.scope || row.name }, ...column("flops", "FLOPs", data.flops), ...column("bytes", "bytes", data.bytes),
+      ...(data.timed ? [{ name: "time", of: (row) => (row.seconds ? T.seconds(row.seconds) : ""), sort: (row) => row.seconds || 0, number: true }, { name: "share", of: (row) => T.share(row.seconds || 0, time), sort: (row) => row.seconds || 0, number: true }] : []),
+      { name: "calls", of: (row) => T.count(row.calls), sort: (row) => row.calls, number: true }, { name: "line", of: (row) => row.line, sort: (row) => row.line, code: true },
+    ], rows, { caption: "Ops of a run, the costliest first", onrow: (row) => () => app.go({ stage: last, number: row.number, tab: "costs" }) }),
   ];
 };
 
@@ -73,25 +95,24 @@ Tabs.fusion = (app, data) => {
   const status = T.el("select", { id: "fusion-status" }, T.el("option", { value: "" }, "all outcomes"), T.el("option", { value: "open" }, "not fused"), Object.keys(WORDS).filter((each) => data.totals[each]).map((each) => T.el("option", { value: each }, WORDS[each])));
   const kind = T.el("select", { id: "fusion-kind" }, T.el("option", { value: "" }, "all kinds"), kinds.map((each) => T.el("option", { value: each }, each)));
   const open = (site) => data.unfused.includes(site.status);
-  const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
-  const fusionOf = (site) => app.model.passes.findIndex((pass) => (pass.replaced || []).some(([, old]) => old.some((each) => site.nodes.includes(each))));
+  const show = (site) => T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: site.nodes, stop: site.stop, tab: "fusion" }) }, (site.places || []).join("  ") || site.function);
+  const line = (number) => { const found = app.model.light(number, 0); return found && found.line ? ` at ${found.line}` : ""; };
   const card = (group) => {
     const [site] = group;
     const count = group.reduce((sum, each) => sum + each.calls, 0);
-    const at = open(site) || site.status === "already" ? -1 : fusionOf(site);
     return T.el("li", { class: `site ${open(site) ? "open" : "done"}` },
       T.el("h3", {}, T.el("span", { class: "status" }, open(site) ? "not fused" : site.status === "already" ? "already one op" : "fused"), ` ${site.kind}`, site.op ? T.el("small", {}, ` ${site.op}`) : null, count > 1 ? T.el("small", {}, ` ×${count} in a run`) : null),
       T.el("p", { class: "place" }, T.el("code", {}, (site.places || []).join("  ")), " ", T.el("span", { class: "dim" }, `in ${site.function}${group.length > 1 ? ` and ${group.length - 1} more places` : ""}`)),
       T.pairs([
+        ["Stopped at", site.edge ? T.el("span", {}, `${site.edge}${site.at ? `  ${site.at}` : ""} `, site.stop === undefined ? "" : T.el("button", { type: "button", class: "link", onclick: () => app.go({ stage: 0, numbers: [site.stop], stop: site.stop, tab: "fusion" }) }, `Show it${line(site.stop)}`)) : ""],
         ["Why", site.reason],
         ["Try", site.hint],
         ["Rule", (site.rules || []).join(", ")],
         ["Matched", (site.matched || []).join(", ") || (site.status === "refused" ? "all of it" : "")],
-        ["Stopped at", site.edge ? `${site.edge}${site.at ? `  ${site.at}` : ""}` : ""],
         ["Note", (site.notes || []).join(" ")],
       ]),
-      site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")}`) : null,
-      at > 0 ? T.el("button", { type: "button", onclick: () => app.go({ stage: at, numbers: app.model.passes[at].replaced.filter(([, old]) => old.some((each) => site.nodes.includes(each))).map(([made]) => made), tab: "fusion" }) }, "Show the fusion") : null,
+      site.nodes.length ? T.el("button", { type: "button", onclick: () => app.go({ stage: 0, numbers: site.nodes, stop: site.stop, tab: "fusion" }) }, `Show its ${T.plural(site.nodes.length, "op")} as declared`) : null,
+      site.made ? T.el("button", { type: "button", onclick: () => app.go({ stage: site.stage, numbers: site.made, tab: "fusion" }) }, `Show the ${site.op}`, app.model.passes[site.stage] ? ` after ${app.model.passes[site.stage].name}` : "") : null,
       group.length > 1 ? T.el("details", {}, T.el("summary", {}, `${group.length} places`), T.el("ul", { class: "values" }, group.slice(0, 300).map((each) => T.el("li", {}, show(each))))) : null);
   };
   const alike = (sites) => {
@@ -117,7 +138,7 @@ Tabs.fusion = (app, data) => {
 };
 
 Tabs.memory = (app, data) => {
-  const sizes = { ...data.sizes };
+  const sizes = (app.sizes ??= { ...data.sizes }); // kept while other tabs are shown
   const picture = T.el("div", {});
   const sentence = T.el("p", { class: "big" });
   const pick = (number) => app.go({ stage: Tabs.last(app), number, tab: "memory" });
@@ -143,13 +164,14 @@ Tabs.memory = (app, data) => {
     T.el("p", {}, "At the peak runs ", Tabs.link(app, data.step_node, data.step, Tabs.last(app)), "."),
     T.el("div", { class: "sizes" }, sliders), picture,
     T.el("h3", {}, "Alive at the peak"),
-    T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}; ${data.at.map(([f, step]) => `step ${step} of ${f}`).join(", ")}.`),
+    T.el("p", { class: "note" }, `At the sizes of the report${app.sizesText()}, while ${data.step.trim()} runs${data.at.length > 1 ? ` (${data.at.map(([f]) => f).join(" › ")})` : ""}.`),
     T.table([
-      { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true },
-      { name: "bytes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
-      { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : "the same"), sort: (row) => row.saves, number: true },
-      { name: "why", of: (row) => row.why, wide: true }, { name: "line", of: (row) => row.line, code: true }, { name: "formula", of: (row) => row.size, code: true },
+      { name: "storage", of: (row) => `${row.name}${row.function === "main" ? "" : ` of ${row.function}`}`, act: true, below: (row) => row.line },
+      { name: "bytes", about: "At the sizes of the report, and at any sizes", of: (row) => T.human(row.bytes, "B"), sort: (row) => row.bytes, number: true, below: (row) => row.size }, { name: "share", of: (row) => T.share(row.bytes, data.peak), sort: (row) => row.bytes, number: true },
+      { name: "peak without it", of: (row) => (row.saves ? `−${T.human(row.saves, "B")}` : T.el("span", { title: "another step is as high" }, "unchanged")), sort: (row) => row.saves, number: true },
+      { name: "why", of: (row) => row.why, wide: true },
     ], data.alive, { caption: "Storages that are alive at the peak, the largest first", onrow: (row) => (row.node === null || row.node === undefined ? null : () => pick(row.node)) }),
+    data.alive.some((row) => row.workspace) ? T.el("p", { class: "note" }, "A storage that a kernel needs is its workspace, such as operands that it packs for a matrix product (panels). It is alive while that kernel runs, and leads to the kernel's op.") : null,
     T.el("h3", {}, "Not included"), T.pairs(Object.entries(data.apart).map(([name, bytes]) => [name, bytes ? T.human(bytes, "B") : ""])),
     T.el("h3", {}, "Formula"), T.el("p", {}, "At any sizes the peak is the largest of these, in bytes:"), T.el("ul", { class: "values" }, data.formula.map((each) => T.el("li", {}, T.el("code", {}, each)))),
     data.reordered.length || data.donated.length ? T.el("ul", { class: "values" }, [...data.donated, ...data.reordered].map((line) => T.el("li", {}, line))) : null,
@@ -175,14 +197,18 @@ Tabs.weights = (app, data) => {
       [...forms.values()].sort((a, b) => b.bytes - a.bytes), { caption: "Bytes by encoding" }),
     T.el("h3", {}, "Every weight, the largest first"),
     T.table([
-      { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "type", of: (w) => w.type, code: true }, { name: "encoding", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
+      { name: "weight", of: (w) => w.name, sort: (w) => w.name, act: true, about: "A click selects an op that reads the weight", below: (w) => w.type },
+      { name: "encoding", about: "plain: numbers as declared. int8_rows: 8-bit integers with a scale for each row. int4_groups(n): 4-bit integers with a scale for each n of a row", of: (w) => w.encoding || "plain", sort: (w) => w.encoding || "" },
       { name: "bits", of: (w) => Number(w.bits.toPrecision(3)), sort: (w) => w.bits, number: true }, { name: "bytes", of: (w) => T.human(w.bytes, "B"), sort: (w) => w.bytes, number: true }, { name: "share", of: (w) => T.share(w.bytes, data.bytes), sort: (w) => w.bytes, number: true }, ...errors("error"),
-    ], data.weights, { caption: "Every weight, the largest first" }),
+      ...(data.weights.some((w) => w.reason) ? [{ name: "why", of: (w) => w.reason || "", sort: (w) => w.reason || "", wide: true }] : []),
+    ], data.weights, { caption: "Every weight, the largest first", onrow: (w) => (w.reader === null ? null : () => app.go({ stage: data.stage, number: w.reader, tab: "weights" })) }),
     T.el("h3", {}, "Quantization"),
     data.measured ? T.el("p", { class: "note" }, "An error is the root mean square of the difference between the decoded weight and the original one, relative to the root mean square of the original one.") : why,
-    data.notes.length ? T.el("pre", { class: "code", tabindex: "0" }, data.notes.join("\n")) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
+    data.notes.length ? T.el("details", {}, T.el("summary", {}, data.notes[0]), T.el("pre", { class: "code", tabindex: "0" }, data.notes.slice(1).join("\n").trim())) : T.el("p", {}, "No pass quantized weights. The option --quantize int8-weights or --quantize int4 does; errors of results are measured by treadle perplexity and treadle verify."),
   ];
 };
+
+const PANELS = "panels(n), pairs(n), quads(n): the rows of a matrix in groups of n, in the order in which a product reads them";
 
 Tabs.storage = (app, data) => {
   const parts = [T.el("h2", {}, "Storage"), T.el("p", {}, data.note, data.strided ? "" : ". The library chooses strides itself.")];
@@ -190,14 +216,14 @@ Tabs.storage = (app, data) => {
     const values = each.values.filter((value) => !(value.passed && value.kind === "weight"));
     parts.push(T.el("h3", {}, each.function, T.el("small", {}, ` ${T.plural(each.steps.length, "step")}, ${T.plural(each.own_storages, "storage")} of its own${each.calls > 1 ? `, called ${each.calls} times` : ""}`)));
     parts.push(T.table([
-      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true }, { name: "type", of: (v) => v.type, code: true }, { name: "storage", of: (v) => v.storage || "registers", sort: (v) => v.storage || "" }, { name: "layout", of: (v) => v.form || "" },
-      { name: "bytes", of: (v) => v.bytes || "", code: true }, { name: "from", of: (v) => v.first ?? "given", sort: (v) => v.first ?? -1, number: true }, { name: "to", of: (v) => v.last, sort: (v) => v.last, number: true }, { name: "why", of: (v) => v.why, wide: true },
+      { name: "value", of: (v) => v.name, sort: (v) => v.name, act: true, below: (v) => v.type }, { name: "storage", about: `Below it the layout. ${PANELS}`, of: (v) => v.storage || "registers", sort: (v) => v.storage || "", below: (v) => v.form },
+      { name: "bytes", of: (v) => v.bytes || "", code: true }, { name: "steps", of: (v) => `${v.first ?? "given"} to ${v.last}`, sort: (v) => v.first ?? -1 }, { name: "why", of: (v) => v.why, wide: true },
     ], values, { caption: `Storage of ${each.function}`, most: 60, onrow: (v) => (v.node === undefined ? null : () => app.go({ stage: Tabs.last(app), number: v.node, tab: "storage" })) }));
   }
   parts.push(T.el("h3", {}, "Layouts of weights"), T.el("p", {}, `${T.human(data.layouts.bytes.as_they_came, "B")} are read as provided, ${T.human(data.layouts.bytes.made, "B")} are derived when weights are bound.`));
   const rows = data.layouts.blocks.flatMap((block) => block.weights.map((w) => ({ ...w, function: block.function })));
   parts.push(T.table([
-    { name: "weight", of: (w) => w.name, sort: (w) => w.name, code: true }, { name: "function", of: (w) => w.function, sort: (w) => w.function }, { name: "type", of: (w) => w.type, code: true }, { name: "layout", of: (w) => w.layout, sort: (w) => w.layout },
+    { name: "weight", of: (w) => w.name, sort: (w) => w.name, below: (w) => w.type }, ...(data.layouts.blocks.length > 1 ? [{ name: "function", of: (w) => w.function, sort: (w) => w.function }] : []), { name: "layout", about: PANELS, of: (w) => w.layout, sort: (w) => w.layout },
     { name: "bytes", of: (w) => (w.bytes === null ? "" : T.human(w.bytes, "B")), sort: (w) => w.bytes || 0, number: true }, { name: "derived from", of: (w) => w.made || "as provided", wide: true }, { name: "readers", of: (w) => w.readers.join("; "), wide: true },
   ], rows, { caption: "Layouts of weights", most: 60 }));
   return parts;
@@ -266,8 +292,8 @@ Tabs.attention = (app, data) => [
 
 Tabs.log = (app, data) => {
   const parts = [T.el("h2", {}, "Pass log"), T.table([
-    { name: "pass", of: (p) => p.pass, act: true }, { name: "ops", of: (p) => (p.ops.before === p.ops.after ? p.ops.after : `${p.ops.before} → ${p.ops.after}`) }, { name: "change", of: (p) => Object.entries(p.ops.changes).map(([op, n]) => `${n > 0 ? "+" : "−"}${Math.abs(n)} ${op}`).join(", "), wide: true },
-    { name: "refused", of: (p) => p.refusals.length || "", sort: (p) => p.refusals.length, number: true }, { name: "nearly", of: (p) => p.near_misses.length || "", sort: (p) => p.near_misses.length, number: true }, { name: "time", of: (p) => T.seconds(p.seconds), sort: (p) => p.seconds, number: true },
+    { name: "pass", of: (p) => p.pass, act: true }, { name: "ops", of: (p) => (p.ops.before === p.ops.after ? p.ops.after : `${p.ops.before} → ${p.ops.after}`) }, { name: "change", of: (p) => Object.entries(p.ops.changes).map(([op, n]) => `${n > 0 ? "+" : "−"}${Math.abs(n)} ${op}`).join(", ") || (p.changes ? "operands or attributes" : T.el("span", { class: "dim" }, "no change")), wide: true },
+    { name: "refused", about: "Places that a rule of the pass recognized and refused, for a reason", of: (p) => p.refusals.length || "", sort: (p) => p.refusals.length, number: true }, { name: "nearly", about: "Places where at least half of a pattern matched", of: (p) => p.near_misses.length || "", sort: (p) => p.near_misses.length, number: true }, { name: "time", of: (p) => T.seconds(p.seconds), sort: (p) => p.seconds, number: true },
   ], data.passes.map((pass, at) => ({ ...pass, at })), { caption: "Passes in order", onrow: (p) => () => { const stage = app.stageOfPass(p.pass, p.at + 1); if (stage !== null) app.go({ stage, tab: "selected" }); } })];
   for (const pass of data.passes) {
     const events = [...pass.matches.map((e) => ["matched", e]), ...pass.refusals.map((e) => ["refused", e]), ...pass.near_misses.map((e) => ["nearly", e])];

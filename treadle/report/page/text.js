@@ -74,7 +74,7 @@ T.table = (columns, rows, { onrow, caption, marked, most = FIRST_ROWS } = {}) =>
     const label = column.sort
       ? T.el("button", { type: "button", onclick: () => sort(at) }, column.name)
       : column.name;
-    return T.el("th", { scope: "col", class: column.number ? "number" : null }, label);
+    return T.el("th", { scope: "col", class: column.number ? "number" : null, title: column.about }, label);
   });
   const sort = (at) => {
     down = by === at ? !down : Boolean(columns[at].number);
@@ -93,8 +93,9 @@ T.table = (columns, rows, { onrow, caption, marked, most = FIRST_ROWS } = {}) =>
         const cells = columns.map((column, at) => {
           const cell = column.of(row);
           const act = onrow && at === (columns.findIndex((c) => c.act) + 1 || 1) - 1 && onrow(row);
-          return T.el("td", { class: [column.number ? "number" : "", column.wide ? "wide" : "", column.code ? "code" : ""].join(" ").trim() || null },
-            act ? T.el("button", { type: "button", class: "link", onclick: act }, cell) : cell);
+          return T.el("td", { "data-name": column.name, class: [column.number ? "number" : "", column.wide ? "wide" : "", column.code ? "code" : "", column.act ? "act" : ""].join(" ").trim() || null },
+            act ? T.el("button", { type: "button", class: "link", onclick: act }, cell) : cell,
+            column.below && column.below(row) ? T.el("div", { class: "below" }, column.below(row)) : null);
         });
         return T.el("tr", { class: marked && marked(row) ? "marked" : null }, cells);
       }),
@@ -104,7 +105,7 @@ T.table = (columns, rows, { onrow, caption, marked, most = FIRST_ROWS } = {}) =>
   };
   draw();
   return T.el("div", { class: "table", tabindex: "0", role: "region", "aria-label": caption || "Table" },
-    T.el("table", {}, caption ? T.el("caption", {}, caption) : null, T.el("thead", {}, T.el("tr", {}, heads)), body), more);
+    T.el("table", { class: columns.length > 3 ? "many" : null }, caption ? T.el("caption", {}, caption) : null, T.el("thead", {}, T.el("tr", {}, heads)), body), more);
 };
 
 /** Lines of which only the visible ones are in the page. `line(at)` returns an element. */
