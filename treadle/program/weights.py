@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.files.available_memory import free_memory
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
@@ -89,21 +90,26 @@ def _memory_to_quantize(graph: Graph) -> tuple[int, int]:
 
 
 def _refuse_large(graph: Graph, stored: int, numbers: int = 0) -> None:
-    """Raise UsageError if this machine has less memory than weights need: `stored` bytes in addition to `numbers` bytes
+    """Raise UsageError if less memory is free than weights need: `stored` bytes in addition to `numbers` bytes
     while they are quantized.
     """
     memory = machine_memory()
     if memory is not None and stored + numbers > memory:
-        drawn = f", {human(numbers, 'B')} of numbers while they are quantized" if numbers else ""
+        drawn = f", {human(numbers, 'B')} of numbers to quantize" if numbers else ""
         raise UsageError(
-            f"the weights of {printable(graph.name)} need more memory than this machine has",
-            received=f"{human(stored, 'B')} of weights{drawn}, {human(memory, 'B')} of memory",
+            f"the weights of {printable(graph.name)} need more memory than is free",
+            received=f"{human(stored, 'B')} of weights{drawn}, {human(memory, 'B')} of free memory",
             hint="a smaller configuration of the model",
         )
 
 
 def machine_memory() -> int | None:
-    """Return the bytes of this machine's memory; None if the system does not report them."""
+    """Return the bytes that this process can still allocate, or if the system does not report them, the bytes of this
+    machine's memory; None if it reports neither.
+    """
+    free = free_memory()
+    if free is not None:
+        return free
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
