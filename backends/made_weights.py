@@ -20,7 +20,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
 from treadle.files.available_memory import free_memory
-from treadle.files.shown_names import on_one_line
+from treadle.files.shown_names import on_one_line, printable
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint, TreadleError
@@ -158,16 +158,16 @@ def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
             yield on_one_line(f"{name} = {recipe}")
 
 
-def refuse_large(graph: Graph, made: Mapping[str, Recipe]) -> None:
+def refuse_large(graph: Graph, recipes: Mapping[str, Recipe]) -> None:
     """Raise BackendError if less memory is free than the numbers of derived weights need, such as weights that a
     backend without kernels for their blocks decodes.
     """
     free = free_memory()
-    needed = sum(recipe.result.type.storage_type.bytes_at({}) for recipe in made.values() if recipe.nodes)
+    needed = sum(recipe.result.type.storage_type.bytes_at({}) for recipe in recipes.values() if recipe.nodes)
     if free is not None and needed > free:
-        decodes = any(node.op.decodes for recipe in made.values() for node in recipe.nodes)
+        decodes = any(node.op.decodes for recipe in recipes.values() for node in recipe.nodes)
         raise BackendError(
-            f"the weights that are derived for {graph.name} need more memory than is free",
+            f"the weights that are derived for {printable(graph.name)} need more memory than is free",
             received=f"{needed:,} bytes are required, {free:,} are free",
             hint=Hint('backend="tvm", which reads quantized weights', "--backend tvm, which reads quantized weights")
             if decodes

@@ -95,10 +95,7 @@ def test_memory_for_quantized_weights_is_for_blocks_and_the_numbers_of_one_weigh
     monkeypatch.setattr(weights, "machine_memory", lambda: stored + numbers - 1)
     with pytest.raises(UsageError, match="the weights of deep need more memory than is free") as caught:
         program.weights()
-    assert (
-        caught.value.received
-        == "6.37 MB of weights, 9.44 MB of numbers to quantize, 15.8 MB of free memory"
-    )
+    assert caught.value.received == "6.37 MB of weights, 9.44 MB of numbers to quantize, 15.8 MB of free memory"
 
 
 def test_the_machine_reports_its_memory() -> None:
