@@ -222,10 +222,11 @@ class TorchBackend(StagedBackend):
 
 def _check_room(graph: Graph, device: TorchDevice) -> None:
     """Raise BackendError if the device's free memory is less than the weights need."""
-    needed = sum(v.type.storage_type.bytes_at({}) for v in graph.entry_parameters.values())
+    static = [v.type for v in graph.entry_parameters.values() if v.type.static_shape is not None]
+    needed = sum(type.bytes_at({}) for type in static)
     free = device.free_bytes()
     if free is not None and needed > free:
-        numbers = sum(v.type.elements.evaluate({}) for v in graph.entry_parameters.values())
+        numbers = sum(type.elements.evaluate({}) for type in static)
         raise BackendError(
             f"{device.device} has too little free memory for the weights of {graph.name}",
             received=f"{needed:,} bytes are required, {free:,} are free",
