@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from treadle.backends.bfloat16 import rounded, widened
-from treadle.files.shown_names import on_one_line
+from treadle.files.available_memory import free_memory
+from treadle.files.shown_names import on_one_line, printable
 from treadle.ir.analysis.weight_only import is_made_of_weights
 from treadle.ir.builder import describe_source
-from treadle.ir.errors import BackendError, TreadleError
+from treadle.ir.errors import BackendError, Hint, TreadleError
 from treadle.ir.graph import Graph, Node, Value
 from treadle.ir.hashing import op_key
 from treadle.ir.layouts import Layout
@@ -155,6 +156,23 @@ def notes_on(made: Mapping[str, Recipe]) -> Iterator[str]:
     for name, recipe in made.items():
         if recipe.nodes:
             yield on_one_line(f"{name} = {recipe}")
+
+
+def refuse_large(graph: Graph, recipes: Mapping[str, Recipe]) -> None:
+    """Raise BackendError if less memory is free than the numbers of derived weights need, such as weights that a
+    backend without kernels for their blocks decodes.
+    """
+    free = free_memory()
+    needed = sum(recipe.result.type.storage_type.bytes_at({}) for recipe in recipes.values() if recipe.nodes)
+    if free is not None and needed > free:
+        decodes = any(node.op.decodes for recipe in recipes.values() for node in recipe.nodes)
+        raise BackendError(
+            f"the weights that are derived for {printable(graph.name)} need more memory than is free",
+            received=f"{needed:,} bytes are required, {free:,} are free",
+            hint=Hint('backend="tvm", which reads quantized weights', "--backend tvm, which reads quantized weights")
+            if decodes
+            else "a smaller configuration of the model",
+        )
 
 
 def _recipe(value: Value, position: Mapping[Node | Value, int]) -> Recipe:

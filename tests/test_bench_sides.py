@@ -24,6 +24,7 @@ from treadle.benching.benchmark import BenchRow, MachineLimits, bench_model
 from treadle.benching.serving import Unfit
 from treadle.benching.sides import LIMITS, PEERS, SERVING, Side, peers_of
 from treadle.benching.workload import Workload, files_of
+from treadle.ir.builder import Builder
 from treadle.ir.errors import UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.text.parser import parse_graph
@@ -100,6 +101,20 @@ def test_a_ratio_is_the_median_over_turns_of_which_the_first_warms_up(sides: lis
     assert {"folder": None, "gguf": None, "model": "m", "threads": 2, "sizes": {"B": 3}}.items() <= spec.items()
     assert Workload.from_dict(json.loads(json.dumps(spec))).options == replace(workload.options, widen=["f16"])
     assert (spec["onnx"], spec["renamed"]) == ("m.onnx", {"x": "x_0"})
+
+
+def test_a_quantized_model_costs_its_blocks(sides: list[_Side], monkeypatch: pytest.MonkeyPatch) -> None:
+    b = Builder(Graph("m"))
+    b.outputs(y=b.linear(b.input("x", "f32[B, 256]"), b.parameter("w", "f32[256, 256]")))
+    monkeypatch.setattr(benchmark, "opened", lambda workload: (b.graph, {}))
+    moved = {}
+    for scheme in (None, "int8-weights"):
+        _Side.seconds = {"treadle": iter([1.0] * 2)}
+        workload = Workload("m", 2, {"backend": "numpy", "quantize": scheme})
+        moved[scheme] = bench_model(workload, [], sizes={"B": 1}, rounds=1).cost
+    plain, blocks = moved.values()
+    assert plain.flops == blocks.flops
+    assert plain.bytes == 4 * (256 + 256 * 256 + 256) and blocks.bytes < plain.bytes / 3
 
 
 def test_others_are_given_all_that_a_model_declares(sides: list[_Side], monkeypatch: pytest.MonkeyPatch) -> None:

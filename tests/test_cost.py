@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 
 import treadle.frontends.language as t
-from treadle.ir.analysis.cost import Cost, graph_cost, parameter_bytes, parameter_count
+from treadle.ir.analysis.cost import Cost, graph_cost, kernel_cost, node_cost, parameter_bytes, parameter_count
 from treadle.ir.attention.attention_terms import Causal, Padding, Term, Window
 from treadle.ir.builder import Builder, Expr
 from treadle.ir.errors import SizeError
 from treadle.ir.graph import Graph
+from treadle.ir.ops.blocks import Decode
+from treadle.ir.text.parser import parse_graph
 from treadle.ir.transforms.inline import inline_calls
 from treadle.models.bert import bert
 from treadle.models.gpt2 import gpt2
+from treadle.program.program import Program
 
 
 def cost(make: Callable[..., Any], *types: str, **sizes: int) -> Cost:
@@ -148,6 +151,68 @@ def test_a_table_is_read_as_often_as_it_is_looked_up() -> None:
 
     assert looked_up(30522, 128) == 128 * 768 * 4 * 2 + 128 * 8
     assert looked_up(2, 128) == 2 * 768 * 4 + 128 * 768 * 4 + 128 * 8, "at most the whole"
+
+
+def _decoded(b: Builder, blocks: Expr) -> Expr:
+    return b.apply(Decode, blocks, of=blocks.type.encoding)  # type: ignore[no-any-return]
+
+
+def test_blocks_are_decoded_where_they_are_read() -> None:
+    """A product reads the bytes of its weight's blocks, whether the weight is bound once or computed at every call."""
+    blocks = 96 * (64 + 4)  # a byte for each of 64 numbers, and the scale of the row
+    types = ("f32[3, 64]", "f32[96, 64] as int8_rows")
+    whole = cost(lambda b, x, w: b.linear(x, _decoded(b, w)), *types)
+    assert whole == Cost(2 * 3 * 64 * 96, blocks + 4 * (3 * 64 + 3 * 96))
+
+    b = Builder(Graph("g"))
+    b.outputs(y=b.linear(b.input("x", types[0]), _decoded(b, b.parameter("w", types[1]))))
+    assert graph_cost(b.graph, {}) == whole
+
+
+def test_a_lookup_reads_the_blocks_of_its_rows() -> None:
+    def looked_up(rows: int, count: int, encoding: str = "int8_rows") -> Cost:
+        types = f"f32[{rows}, 64] as {encoding}", f"i64[{count}]"
+        return cost(lambda b, table, i: b.embedding(_decoded(b, table), i), *types)
+
+    assert looked_up(50_000, 3) == Cost(0, 3 * (64 + 4) + 3 * 8 + 3 * 64 * 4)
+    assert looked_up(50_000, 3, "q4_0") == Cost(0, 3 * 2 * 18 + 3 * 8 + 3 * 64 * 4)
+    assert looked_up(2, 3) == Cost(0, 2 * (64 + 4) + 3 * 8 + 3 * 64 * 4), "at most the whole"
+
+
+def test_numbers_that_are_an_output_or_an_argument_are_written() -> None:
+    type, blocks, numbers = "f32[96, 64] as int8_rows", 96 * 68, 96 * 64 * 4
+    assert cost(_decoded, type) == Cost(0, blocks + numbers)
+    both = cost(lambda b, x: (y := _decoded(b, x), y + y), type)
+    assert both == Cost(96 * 64, blocks + numbers + 3 * numbers), "the sum reads the numbers that are there"
+    called = parse_graph(
+        "graph g {\n block f(a: f32[96, 64]) -> (y: f32[96, 64])\n {\n  y = exp(a)\n  return y = y\n }\n"
+        f" main(x: {type}) -> (y: f32[96, 64]) {{\n"
+        "  d = decode(x, of=int8_rows)\n  y = f(d)\n  return y = y\n }\n}"
+    )
+    assert graph_cost(called, {}) == Cost(96 * 64, blocks + numbers + 2 * numbers)
+
+
+def test_a_kernel_decodes_only_what_is_decoded_inside_it() -> None:
+    b = Builder(Graph("g"))
+    x = b.input("x", "f32[96, 64] as int8_rows")
+    y = b.embedding(_decoded(b, x), b.input("i", "i64[3]"))
+    b.outputs(y=y)
+    decode, lookup = b.graph.main.nodes
+    blocks, numbers, others = 96 * 68, 96 * 64 * 4, 3 * 8 + 3 * 64 * 4
+    assert kernel_cost([decode, lookup], {}) == Cost(0, 3 * 68 + others)
+    assert kernel_cost([decode], {}) == Cost(0, blocks + numbers)
+    assert kernel_cost([lookup], {}) == Cost(0, 3 * 64 * 4 + others)
+    assert (node_cost(decode, {}), node_cost(lookup, {})) == (Cost(), Cost(0, 3 * 68 + others))
+
+
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4"])
+def test_a_quantized_model_reads_fewer_bytes_and_does_the_same_operations(scheme: str) -> None:
+    model, sizes = gpt2.configure(layers=2, dim=128, heads=2, vocab=1000), {"B": 1, "S": 1}
+    plain, quantized = (Program.of(model, quantize=q).optimize().graph for q in (None, scheme))
+    less = parameter_bytes(plain) - parameter_bytes(quantized)
+    a, b = graph_cost(plain, sizes), graph_cost(quantized, sizes)
+    assert a.flops == b.flops
+    assert a.bytes - b.bytes == pytest.approx(less, rel=0.01), "each weight is read once"
 
 
 def test_costs_add() -> None:

@@ -65,6 +65,18 @@ def test_rows_of_a_table_that_are_not_read_are_no_bytes() -> None:
     assert max(row.bytes for row in found.rows if row.what == "embedding") < 20_000 * 64 * 4 / 10
 
 
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4"])
+def test_rows_of_a_table_in_blocks_that_are_not_read_are_neither_bytes_nor_operations(scheme: str) -> None:
+    exe = treadle.compile("gpt2", backend="tvm", quantize=scheme, layers=1, dim=64, heads=2, vocab=20_000)
+    found = measure_roofline(exe, {"B": 1, "S": 2}, rounds=1)
+    (row,) = [row for row in found.rows if "gather_of_blocks" in row.kernel]
+    assert row.flops == 0
+    assert row.bytes <= 2 * (64 + 4) + 2 * 8 + 2 * 64 * 4
+    lowered = exe.optimized.lowered
+    assert lowered is not None
+    assert sum(row.calls * row.flops for row in found.rows) == graph_cost(lowered.graph, {"B": 1, "S": 2}).flops
+
+
 def test_a_bf16_product_is_held_to_the_rate_of_bf16() -> None:
     found = measure_roofline(treadle.compile("bert", backend="tvm", dtype="bf16", **SMALL), SIZES, rounds=1)
     assert set(found.rates) == {"f32", "bf16"}

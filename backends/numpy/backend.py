@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of
+from treadle.backends.made_weights import as_numpy_weight, notes_on, recipes_of, refuse_large
 from treadle.backends.numpy.destinations import NUMPY, is_placed, written_over
 from treadle.backends.numpy.spelling import keeps
 from treadle.backends.numpy.workspaces import workspace
@@ -102,6 +102,7 @@ class NumpyBackend(StagedBackend):
     ) -> Executable:
         """Generate the module and return its executable. Raises BackendError for a missing weight."""
         made = recipes_of(graph)
+        refuse_large(graph, made)
         poison = poisons()
         plan = needed_plan(plan, self.name)
         program = emit(graph, NUMPY, plan, tuple(notes_on(made)), poison)

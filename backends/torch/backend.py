@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of
+from treadle.backends.made_weights import is_decoded_once, notes_on, recipes_of, refuse_large
 from treadle.backends.poison import BYTE, poisons
 from treadle.backends.protocol import Executable, Outputs, Port
 from treadle.backends.python.arena import PythonArena
@@ -195,6 +195,8 @@ class TorchBackend(StagedBackend):
         arrays = _TorchArrays(device, target.threads, knows_values=not self.torch_compile)
         constants = tuple(map(arrays.constant, program.constants))
         _check_room(graph, device)
+        if device.device.type == "cpu":  # on another device, a derived weight is in memory only until it is moved
+            refuse_large(graph, made)
         tensors = collect_weights(graph, made, weights, arrays.weight)
         for name, group in weights_in_groups(graph).items() if device.missing is None else ():
             tensors[name] = packed_groups(tensors[name], group)

@@ -5,11 +5,17 @@ operations of a composite are counted in its body. Attention counts only the pai
 Bytes count each element that an op reads or writes once, as if no cache existed. From an operand that is indexed, an op
 reads only as many bytes as it writes to the result, and an op that updates a state writes only the update. Computations
 on weights alone run once, when weights are bound, and are not counted.
+
+Blocks are decoded where they are read: an op that reads the result of `decode` reads the bytes of the blocks, and of a
+lookup only the blocks of the rows that it reads. The decode itself then moves nothing. This is the minimum that a run
+moves. A backend without a kernel that reads blocks decodes weights once and reads the numbers; the graph that it
+compiles has no such decode, and costs what it reads. Decoding is a change of representation like a cast, without
+operations, so quantizing weights does not change the number of operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +23,7 @@ from treadle.ir.analysis.weight_only import weight_only_nodes
 from treadle.ir.axes import Role
 from treadle.ir.composites import body_of
 from treadle.ir.errors import SizeError
-from treadle.ir.graph import Function, Graph, Node
+from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Composite, Op
 from treadle.ir.types import Type
 
@@ -51,22 +57,49 @@ def graph_cost(graph: Graph, sizes: Sizes, entry: str | None = None) -> Cost:
         raise SizeError(f"a cost needs a size for {', '.join(missing)}", hint=f"{missing[0]}=128")
     known: dict[str, Cost] = {}
     for function in graph.functions.values():
-        known[function.name] = _function_cost(function, sizes, known)
+        known[function.name] = function_cost(function, sizes, known)
     return known[entry or graph.main.name]
 
 
-def node_cost(node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = None) -> Cost:
-    """Return the cost of one node. `functions` holds the costs of the functions that it may call."""
+def function_cost(function: Function, sizes: Sizes, functions: Mapping[str, Cost]) -> Cost:
+    """Return the cost of one run of a function. `functions` holds the costs of the functions that it calls."""
+    once = weight_only_nodes(function)
+    passed = {v for node in function.nodes if node.op.callee is not None for v in node.inputs}
+    nodes = [node for node in function.nodes if node not in once]
+    return _sum_of(nodes, sizes, functions, passed.union(function.results))
+
+
+def kernel_cost(nodes: Iterable[Node], sizes: Sizes) -> Cost:
+    """Return the summed cost of nodes that one kernel computes, in order. The kernel decodes only the blocks that a
+    `decode` among these nodes reads; the result of its last node, and of a decode elsewhere, is in memory.
+    """
+    computed = list(nodes)
+    inside = {v for node in computed[:-1] for v in node.results}
+    numbers = {v for node in computed for v in (*node.inputs, *node.results) if v not in inside}
+    return _sum_of(computed, sizes, {}, numbers)
+
+
+def node_cost(
+    node: Node, sizes: Sizes, functions: Mapping[str, Cost] | None = None, decoded: Container[Value] = ()
+) -> Cost:
+    """Return the cost of one node.
+
+    functions  the costs of the functions that it may call
+    decoded    results of `decode` that are stored as numbers; all others are decoded where they are read
+    """
     if node.op.callee is not None:
         return (functions or {}).get(node.op.callee, Cost())
+    if node.op.decodes and node.result not in decoded:
+        return Cost()
     operands = [None if v is None else v.type for v in node.operands]
+    stored = [None if v is None else _stored(v, decoded) for v in node.operands]
     values = tuple(sorted(sizes.items()))
     flops = _flops(node.op, _key(operands), values)
     if any(v.state is not None for v in node.results):
         updated = node.op.updates.values()
-        given = sum(t.bytes_at(sizes) for i, t in enumerate(operands) if t is not None and i not in updated)
+        given = sum(t.bytes_at(sizes) for i, t in enumerate(stored) if t is not None and i not in updated)
         return Cost(flops, 2 * given)
-    return Cost(flops, _bytes(node.op, operands, [v.type for v in node.results], sizes))
+    return Cost(flops, _bytes(node.op, operands, stored, [v.type for v in node.results], sizes))
 
 
 def parameter_count(graph: Graph) -> int:
@@ -84,13 +117,14 @@ def state_bytes(graph: Graph, sizes: Sizes) -> int:
     return sum(v.type.bytes_at(sizes) for v in graph.states.values())
 
 
-def _function_cost(function: Function, sizes: Sizes, known: Mapping[str, Cost]) -> Cost:
-    total = Cost()
-    once = weight_only_nodes(function)
-    for node in function.nodes:
-        if node not in once:
-            total = total + node_cost(node, sizes, known)
-    return total
+def _sum_of(nodes: Iterable[Node], sizes: Sizes, functions: Mapping[str, Cost], decoded: Container[Value]) -> Cost:
+    return sum((node_cost(node, sizes, functions, decoded) for node in nodes), Cost())
+
+
+def _stored(value: Value, decoded: Container[Value]) -> Type:
+    """Return the type in which a value is read: the type of its blocks, if it is decoded where it is read."""
+    node = value.node
+    return node.inputs[0].type if node is not None and node.op.decodes and value not in decoded else value.type
 
 
 def _key(types: list[Type | None]) -> tuple[Type | None, ...]:
@@ -109,14 +143,15 @@ def _flops(op: Op, types: tuple[Type | None, ...], values: tuple[tuple[str, int]
     return op.apply(types).points.evaluate(sizes) * op.flops if op.flops else 0
 
 
-def _bytes(op: Op, operands: list[Type | None], results: list[Type], sizes: Sizes) -> int:
+def _bytes(op: Op, operands: list[Type | None], stored: list[Type | None], results: list[Type], sizes: Sizes) -> int:
     application = op.apply(operands)
     written = sum(t.bytes_at(sizes) for t in results)
     read = 0
-    for t, dims in zip(operands, application.operands, strict=True):
-        if t is None or dims is None:
+    for t, held, dims in zip(operands, stored, application.operands, strict=True):
+        if t is None or held is None or dims is None:
             continue
         names = {name for d in dims for name in d.factors}
         looked_up = any(application.factors[n].role is Role.INDEXED for n in names)
-        read += min(t.bytes_at(sizes), written) if looked_up else t.bytes_at(sizes)
+        whole, count = t.bytes_at(sizes), held.bytes_at(sizes)
+        read += count * written // whole if looked_up and written < whole else count
     return read + written

@@ -40,7 +40,7 @@ def _along_blocks(axis: int, ranks: Sequence[int | None]) -> str:
     return f"{' '.join(names)} -> {' '.join(names)}"
 
 
-@op("decode")
+@op("decode", flops=0)
 class Decode(Primitive):
     """y = the decoded numbers of the blocks of x
 

@@ -149,13 +149,17 @@ def encode_weights(
     balances  of the graph; None: the balances in the graph (`balances_of`). A vector is computed if the weights are
               numbers
 
-    Numbers are also unchanged if the form cannot be written. Raises GraphError for a number out of the form's range.
+    Numbers are also unchanged if the form cannot be written. Weights are read one at a time, so a mapping that computes
+    an array when it is read needs memory for the numbers of one weight, or of the weights of one balance.
+
+    Raises GraphError for a number out of the form's range.
     """
-    made = dict(weights)
     vectors, factors = _balancing(graph, weights, balances)
-    made |= vectors
     parameters = graph.parameters
-    return {name: _in_blocks(parameters.get(name), array, factors.get(name)) for name, array in made.items()}
+    return {
+        name: _in_blocks(parameters.get(name), vectors[name] if name in vectors else weights[name], factors.get(name))
+        for name in dict.fromkeys([*weights, *vectors])
+    }
 
 
 def encoding_errors(graph: Graph, weights: Mapping[str, Any]) -> dict[str, float]:

@@ -89,7 +89,8 @@ class Benchmark:
 
     rows     the results, Treadle's first
     missing  for each peer that did not run, the reason
-    cost     the number of operations, and the minimum of bytes read and written
+    cost     the number of operations, and the minimum of bytes read and written, of the graph that Treadle's options
+             give: quantized weights cost their blocks
     machine  the limits of the machine
     """
 
@@ -194,7 +195,8 @@ def bench_model(
         finally:
             for side in sides.values():
                 side.close()
-    cost = graph_cost(graph, chosen)
+    options = workload.options
+    cost = graph_cost(run(graph, options.stages(), target=options.where).graph, chosen)
     return Benchmark(workload, graph, chosen, rows, missing, cost, machine, rounds)
 
 

@@ -29,7 +29,7 @@ from treadle.backends.tvm.kernels.unit_rate import measure_unit
 from treadle.backends.tvm.lowering.listing import unique_titles
 from treadle.backends.tvm.profiling import TimedCall, time_calls
 from treadle.compiled import Compiled
-from treadle.ir.analysis.cost import node_cost
+from treadle.ir.analysis.cost import kernel_cost
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import Hint, UsageError
@@ -325,7 +325,7 @@ def _rows(model: Compiled | _Step, calls: list[TimedCall]) -> Iterator[KernelRow
     for key, numbers in alike.items():
         (title, _, node), nodes = key, computed[key]
         step, at = calls[numbers[0]].step, calls[numbers[0]].sizes
-        flops = sum(node_cost(each, at).flops for each in nodes)
+        flops = kernel_cost(nodes, at).flops
         what = "+".join(dict.fromkeys(n.op.name for n in nodes)) or (node.op.name if node is not None else "")
         source = describe_source(node.source, "") or "" if node is not None else ""
         nearest = min((traffic[number] for number in numbers), key=_reach)
@@ -366,6 +366,6 @@ def _touched(call: TimedCall, nodes: Sequence[Node]) -> dict[int, int]:
     spans = dict(found.values())
     if nodes and spans:
         largest = max(spans, key=lambda start: spans[start])
-        unread = sum(spans.values()) - sum(node_cost(each, call.sizes).bytes for each in nodes)
+        unread = sum(spans.values()) - kernel_cost(nodes, call.sizes).bytes
         spans[largest] -= min(max(unread, 0), spans[largest])
     return spans

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from treadle.files.available_memory import free_memory
 from treadle.files.nearest_names import NearestNames
 from treadle.files.shown_names import printable
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.initial_values import Init
+from treadle.ir.transforms.balances import balances_of
 from treadle.ir.transforms.encoded_weights import encode_weights, given_parameters
 from treadle.program.resolved import Resolved
 from treadle.reporting.counts import human
@@ -31,32 +33,83 @@ def weights_of(
     if weights is not None:
         _refuse_unknown(weights, resolved.graph.parameters)
     given = weights if weights is not None else resolved.weights
-    bound = initial_weights(graph, seed) if given is None else _chosen(graph, given)
-    return encode_weights(graph, bound), seed if given is None else None
+    if given is not None:
+        return encode_weights(graph, _chosen(graph, given)), None
+    _refuse_large(graph, *_memory_to_quantize(graph))
+    return encode_weights(graph, _Drawn(graph, seed)), seed
 
 
 def initial_weights(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    """Return initial values of every weight. Each value depends only on the seed and the weight's name, so adding a
-    weight does not change the others.
+    """Return initial values of every weight as numbers, also of a weight that the graph stores in blocks. Each value
+    depends only on the seed and the weight's name, so adding a weight does not change the others.
 
     Raises UsageError for a negative seed, a weight that cannot be drawn, and weights that need more memory than this
     machine has.
     """
-    if seed < 0:
-        raise UsageError(f"a seed is 0 or more, not {seed}")
+    static = [v.type.decoded for v in graph.parameters.values() if v.type.static_shape is not None]
+    _refuse_large(graph, sum(type.bytes_at({}) for type in static))
+    return dict(_Drawn(graph, seed))
+
+
+class _Drawn(Mapping[str, Array]):
+    """The initial values of all weights, as numbers. Each is drawn when it is read, and not stored.
+
+    Raises UsageError for a negative seed.
+    """
+
+    def __init__(self, graph: Graph, seed: int) -> None:
+        if seed < 0:
+            raise UsageError(f"a seed is 0 or more, not {seed}")
+        self._graph, self._seed = graph, seed
+
+    def __getitem__(self, name: str) -> Array:
+        return initial_weight(self._graph, name, self._seed)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._graph.parameters)
+
+    def __len__(self) -> int:
+        return len(self._graph.parameters)
+
+
+def _memory_to_quantize(graph: Graph) -> tuple[int, int]:
+    """Return the bytes of all weights as the graph stores them, and the largest number of bytes of numbers that are in
+    memory at once before they are blocks: of one weight, or of the weights of a balance and a copy of one of them.
+    """
+    stored, numbers = 0, dict[str, int]()
+    for name, value in graph.parameters.items():
+        if value.type.static_shape is not None:
+            encoding, plain = value.type.encoding, value.type.decoded.bytes_at({})
+            if encoding is None or not encoding.block.encodes:  # numbers stay numbers if the form can only be read
+                stored += plain
+            else:
+                stored += value.type.bytes_at({})
+                numbers[name] = plain
+    read = [[numbers.get(name, 0) for name in balance.read] for balance in balances_of(graph)]
+    return stored, max([*numbers.values(), *(sum(each) + max(each) for each in read)], default=0)
+
+
+def _refuse_large(graph: Graph, stored: int, numbers: int = 0) -> None:
+    """Raise UsageError if less memory is free than weights need: `stored` bytes in addition to `numbers` bytes
+    while they are quantized.
+    """
     memory = machine_memory()
-    need = sum(v.type.bytes_at({}) for v in graph.parameters.values() if v.type.static_shape is not None)
-    if memory is not None and need > memory:
+    if memory is not None and stored + numbers > memory:
+        drawn = f", {human(numbers, 'B')} of numbers to quantize" if numbers else ""
         raise UsageError(
-            f"the weights of {printable(graph.name)} need more memory than this machine has",
-            received=f"{human(need, 'B')} of weights, {human(memory, 'B')} of memory",
+            f"the weights of {printable(graph.name)} need more memory than is free",
+            received=f"{human(stored, 'B')} of weights{drawn}, {human(memory, 'B')} of free memory",
             hint="a smaller configuration of the model",
         )
-    return {name: initial_weight(graph, name, seed) for name in graph.parameters}
 
 
 def machine_memory() -> int | None:
-    """Return the bytes of this machine's memory; None if the system does not report them."""
+    """Return the bytes that this process can still allocate, or if the system does not report them, the bytes of this
+    machine's memory; None if it reports neither.
+    """
+    free = free_memory()
+    if free is not None:
+        return free
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):

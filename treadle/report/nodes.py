@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from treadle.ir.analysis.cost import Cost, node_cost
-from treadle.ir.analysis.weight_only import weight_only_nodes
+from treadle.ir.analysis.cost import Cost, function_cost, node_cost
 from treadle.ir.graph import Function, Graph, Node, Value
 from treadle.ir.operation import Op
 from treadle.ir.text.attributes import attribute_text, default_texts
@@ -54,9 +53,7 @@ class NodeDetails:
         costs: dict[str, Cost] = {}
         for name, function in graph.functions.items():
             if id(function) not in self._costs:
-                once = weight_only_nodes(function)
-                each = (node_cost(node, self.sizes, costs) for node in function.nodes if node not in once)
-                self._costs[id(function)] = sum(each, Cost())
+                self._costs[id(function)] = function_cost(function, self.sizes, costs)
             costs[name] = self._costs[id(function)]
         return costs
 
