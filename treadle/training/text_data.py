@@ -210,7 +210,7 @@ def _check_model(resolved: Resolved, objective: str) -> None:
     tokens = takes.get("tokens")
     axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
     shown = printable(resolved.source.label)
-    if axis is None or len(takes) > 1:
+    if tokens is None or axis is None or len(takes) > 1:
         raise UsageError(
             f"{shown} cannot be trained on texts: it is not a model of tokens alone",
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
