@@ -202,7 +202,7 @@ def test_weights_of_the_zoo_need_no_file(treadle_command: Treadle) -> None:
     assert said.code == 0 and said.json["model"] == "gpt2"
     again = treadle_command("generate gpt2 the --weights out --tokens 2 --json")
     assert again.json["texts"] == said.json["texts"]
-    refused(treadle_command(f"generate {OWN} the --weights out"), "gpt2 is not the declaration")
+    refused(treadle_command(f"generate {OWN} the --weights out"), f"{OWN} is not the declaration", "recorded gpt2")
     assert treadle_command(f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}").code == 0
 
 
@@ -276,6 +276,9 @@ def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
     assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0, "the graph is the same"
     Path("other.py").write_text(text.replace("my_gpt", "renamed"))
     assert trained("generate other.py:renamed the --weights out --tokens 2").code == 0, "the graph is the same"
+    Path("other.py").write_text(text.replace("my_gpt", "renamed").replace("4 * dim", "2 * dim"))
+    said = trained("generate other.py:renamed the --weights out --tokens 2")
+    refused(said, "other.py:renamed is not the declaration", f"recorded {OWN}: graph ")
     for old, new in (("4 * dim", "4 * dim, act=t.relu"), ("layers=2", "layers=3"), ("context=64", "context=32")):
         Path("models.py").write_text(text.replace(old, new))  # some of the same size, within a second
         said = trained(f"generate {OWN} the --weights out --tokens 2")
