@@ -7,12 +7,12 @@ no memory that the plan declares dead. NumPy and PyTorch read the variable when 
 
 from __future__ import annotations
 
-import os
+from treadle.files.switches import read_switch
 
 BYTE = 0xFF
 """Value of every byte of poisoned memory: NaN in each float dtype, -1 in integers."""
 
 
 def poisons() -> bool:
-    """Return True if TREADLE_POISON is set to a value other than 0."""
-    return os.environ.get("TREADLE_POISON", "") not in ("", "0")
+    """Return True if TREADLE_POISON is 1. Raises UsageError as `read_switch` does."""
+    return read_switch("TREADLE_POISON")

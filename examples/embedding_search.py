@@ -45,4 +45,6 @@ def main(name: str, path: str, query: str, backend: str = "tvm") -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) - 1 <= 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

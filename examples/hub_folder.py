@@ -40,4 +40,6 @@ def compared(found: Perplexity) -> str:
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) - 1 <= 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

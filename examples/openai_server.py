@@ -62,4 +62,6 @@ def main(model: str, prompt: str, backend: str = "tvm", most: int = 24) -> None:
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) - 1 <= 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

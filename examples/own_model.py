@@ -60,4 +60,6 @@ def main(size: str = "small", backend: str = "tvm") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) - 1 > 2:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -69,4 +69,6 @@ def main(size: str = "small") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) - 1 > 1:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -66,4 +66,6 @@ def main(path: str, size: str = "small", backend: str = "tvm") -> None:
 
 
 if __name__ == "__main__":
+    if not 1 <= len(sys.argv) - 1 <= 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -104,7 +104,7 @@ class ModelFolder:
         if not os.path.isdir(path):
             refuse_pickle(path.name, shown)
             raise CheckpointError(
-                "a model is a folder, not a file", within=shown, hint=f"name the folder with its {_CONFIG}"
+                f"this is a file, not a folder with {_CONFIG}", within=shown, hint=f"the folder of its {_CONFIG}"
             )
         named = Path(os.path.abspath(folder))
         if any(p.name.startswith(_CACHED) for p in (named, path)) and os.path.isdir(path / "snapshots"):
@@ -439,6 +439,13 @@ def open_weights(path: PathLike, limits: CheckpointLimits | Mapping[str, int] | 
     """
     if Path(path).suffix == ".safetensors" and not os.path.isdir(path):
         return Checkpoint(ModelFolder.find(Path(path).parent, limits), Path(path).name)
+    if os.path.isfile(path):
+        refuse_pickle(Path(path).name, shown_path(path))
+        raise CheckpointError(
+            "weights are a folder or a .safetensors file",
+            received=shown_path(path),
+            hint="a folder that `treadle train` wrote, or the file in it that ends in .safetensors",
+        )
     place = ModelFolder.find(path, limits)
     single = next((name for name in (_SINGLE, _TRAINED) if place.has(name)), None)
     if single is None and not place.has(_INDEX):

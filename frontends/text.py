@@ -259,6 +259,20 @@ class TextTokenizer:
         named = [self.special_names.get("mask_token"), "[MASK]", "<mask>"]
         return next((name for name in named if name is not None and self.id_of(name) is not None), None)
 
+    def need_mask(self, otherwise: Callable[[], str]) -> str:
+        """Return the name of the mask token. Raises CheckpointError if no file names one.
+
+        otherwise  returns the hint of the error for a vocabulary in which no special token looks like a mask
+        """
+        mask = self.mask
+        if mask is None:
+            near = next((name for name in self.special_tokens() if "mask" in name.lower()), None)
+            raise CheckpointError(
+                "the vocabulary has no mask token" if near is None else "no file names the mask token",
+                hint=otherwise() if near is None else f'"mask_token": {json.dumps(near)} in {_SETTINGS}',
+            )
+        return mask
+
     @property
     def word_prefix(self) -> str | None:
         """Prefix in the names of pieces that continue a word, such as ##; None if no file declares it."""

@@ -29,7 +29,7 @@ ANIMALS = ("cat", "dog", "bird", "fox")
 CORPUS = (
     "\n".join(f"the {a} {verb} the {b}." for a in ANIMALS for verb in ("sees", "likes", "hears") for b in ANIMALS) * 4
 )
-FILES = {"python": ("models.py", "use.py"), "jinja": ("out/chat_template.jinja",)}
+FILES = {"python": ("models.py", "encoder.py", "classes.py", "use.py"), "jinja": ("out/chat_template.jinja",)}
 PORT = "8080"
 """The port in the page's commands, replaced by a free one."""
 SHELL = """\

@@ -16,6 +16,7 @@ from tests.attention_programs import masked, q_k_v, swapped, triangle
 from tests.pass_programs import GELU, LAYER_NORM, program
 from tests.planted_rewrites import ForgetsOneOp, Planted, certificates, certified, rolled_back
 from treadle.ir.builder import Builder
+from treadle.ir.errors import UsageError
 from treadle.ir.graph import Function, Graph, Value
 from treadle.ir.literals import Literal
 from treadle.ir.sizing.size_bounds import Bounds
@@ -83,6 +84,12 @@ def test_without_certify_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> No
     assert "certificates" not in json.dumps(
         PassManager([FuseGelu()], certify=False).run(parse_graph(text)).log.as_dict()
     )
+
+
+def test_a_switch_is_zero_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TREADLE_CERTIFY", "yes")
+    with pytest.raises(UsageError, match="TREADLE_CERTIFY must be 0 or 1"):
+        PassManager([])
 
 
 def test_compile_takes_certify() -> None:

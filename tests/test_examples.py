@@ -60,6 +60,15 @@ def test_its_docstring_has_a_command_and_the_cost(path: Path) -> None:
     assert path.name in (ROOT / "docs" / "README.md").read_text(encoding="utf-8"), "the index of docs names it"
 
 
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("count", [0, 9])
+def test_another_number_of_arguments_prints_the_usage(path: Path, count: int, run: Run) -> None:
+    text = path.read_text(encoding="utf-8")
+    if count or not re.search(rf"python examples/{path.name} \[", text):  # [ARGUMENT] may be left out
+        with pytest.raises(SystemExit, match=f"python examples/{path.name}"):
+            run(path.name, *["x"] * count)
+
+
 def test_a_model_of_ones_own(run: Run) -> None:
     out = run("own_model.py", "tiny", "numpy")
     assert "<compiled my_gpt on numpy: (tokens: i64[B, S]) -> " in out

@@ -224,7 +224,7 @@ def test_no_config_no_weights_no_folder(tmp_path: Path) -> None:
     assert "no config.json" in refusal(folder).what
     assert "empty folder" in (refusal(folder).received or "")
     refusal(tmp_path / "absent")
-    assert "not a file" in refusal(write_model(tmp_path / "n") / "model.safetensors").what
+    assert "this is a file" in refusal(write_model(tmp_path / "n") / "model.safetensors").what
     cache = write_model(tmp_path / "hub" / "models--org--name").parent
     assert "models--org--name" in (refusal(cache).hint or "")
 

@@ -114,10 +114,10 @@ def test_every_command_of_the_page_runs(
             continue
         count += 1
         program, *words = shlex.split(text)
-        if text == "python use.py":
-            runpy.run_path("use.py")
+        if program == "python":
+            runpy.run_path(words[0])
             printed = capsys.readouterr().out.splitlines()
-            assert {"(32,)", "(1, 3, 300)"} <= set(printed)
+            assert text != "python use.py" or {"(32,)", "(1, 3, 300)"} <= set(printed)
         elif program != "treadle":
             assert program in {"git", "python3", ".", "pip", "curl"}, text  # run by tests/first_hour.py
         elif words[0] == "serve":
@@ -202,7 +202,7 @@ def test_weights_of_the_zoo_need_no_file(treadle_command: Treadle) -> None:
     assert said.code == 0 and said.json["model"] == "gpt2"
     again = treadle_command("generate gpt2 the --weights out --tokens 2 --json")
     assert again.json["texts"] == said.json["texts"]
-    refused(treadle_command(f"generate {OWN} the --weights out"), "gpt2 is not the declaration")
+    refused(treadle_command(f"generate {OWN} the --weights out"), f"{OWN} is not the declaration", "recorded gpt2")
     assert treadle_command(f"train out corpus.txt -o more {TRAIN.replace('--vocab 300', '')}").code == 0
 
 
@@ -276,6 +276,9 @@ def test_a_changed_declaration_is_refused(trained: Treadle) -> None:
     assert trained(f"generate {OWN} the --weights out --tokens 2").code == 0, "the graph is the same"
     Path("other.py").write_text(text.replace("my_gpt", "renamed"))
     assert trained("generate other.py:renamed the --weights out --tokens 2").code == 0, "the graph is the same"
+    Path("other.py").write_text(text.replace("my_gpt", "renamed").replace("4 * dim", "2 * dim"))
+    said = trained("generate other.py:renamed the --weights out --tokens 2")
+    refused(said, "other.py:renamed is not the declaration", f"recorded {OWN}: graph ")
     for old, new in (("4 * dim", "4 * dim, act=t.relu"), ("layers=2", "layers=3"), ("context=64", "context=32")):
         Path("models.py").write_text(text.replace(old, new))  # some of the same size, within a second
         said = trained(f"generate {OWN} the --weights out --tokens 2")
@@ -339,6 +342,140 @@ def test_a_command_that_works_is_quoted(tmp_path: Path, treadle_command: Treadle
     ]
 
 
+# -- models that do not continue text -----------------------------------------------------------------------------
+
+OTHER_TASKS = (
+    DECLARATION.partition("@t.model")[0]
+    + """
+@t.model
+def my_encoder(tokens: Tokens, lengths: Lengths | None = None, *, vocab=300, dim=16, heads=2):
+    x = t.embed(tokens, vocab, dim, name="tok")
+    mask = None if lengths is None else t.padding(lengths)
+    x += t.self_attention(t.layer_norm(x, name="norm"), heads, mask=mask, name="attn")
+    return {"logits": t.unembed(x, tied="tok"), "hidden": x}
+
+
+@t.model
+def without_lengths(tokens: Tokens, *, vocab=300, dim=16, heads=2):
+    x = t.embed(tokens, vocab, dim, name="tok")
+    return t.linear(x + t.self_attention(x, heads, name="attn"), vocab, name="logits")
+
+
+@t.model
+def my_classifier(tokens: Tokens, *, vocab=300, dim=16, labels=3):
+    x = t.embed(tokens, vocab, dim, name="tok")
+    return {"logits": t.linear(x.mean(1), labels, name="head"), "hidden": x}
+"""
+)
+ZOO = "bert --set vocab=300 --set layers=1 --set dim=16 --set heads=2 --set hidden=32"
+
+
+def loading_command(said: Result) -> str:
+    """Return the command that the end of a training run names."""
+    assert said.code == 0, said.err
+    return (said.out + said.err).partition("load it by treadle ")[2].strip()
+
+
+@pytest.mark.parametrize("model", ["models.py:my_encoder", "models.py:without_lengths", f"{ZOO} --set head=masked_lm"])
+def test_the_command_at_the_end_of_masked_training_works(model: str, treadle_command: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    said = treadle_command(f"train {model} corpus.txt --objective masked-token -o out {TRAIN}")
+    command = loading_command(said)
+    assert command.startswith("fill ")
+    texts = ["the <mask> sees the <mask>.", "a <mask>"]
+    found = treadle_command(command, *map(shlex.quote, texts), "--top 400 --backend numpy --json")
+    assert found.code == 0, found.err
+    assert [len(each["masks"]) for each in found.json["texts"]] == [1, 2, 1]
+    for each in found.json["texts"]:
+        for fillings in each["masks"]:
+            assert sum(filling["score"] for filling in fillings) == pytest.approx(1, abs=1e-4)
+    alone = treadle_command(command.partition(' "')[0], shlex.quote(texts[1]), "--top 400 --backend numpy --json")
+    (masks,) = (each["masks"] for each in found.json["texts"] if each["text"] == texts[1])
+    scores = [{f["id"]: f["score"] for f in of[0]} for of in (masks, alone.json["texts"][0]["masks"])]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6), "no result depends on the other texts"
+
+
+def test_a_declaration_classifies(trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    trainer = t.Trainer("models.py:my_classifier", tokenizer="out", backend="numpy")
+    trainer.step(tokens=[[1, 2, 3]], targets=[2])
+    saved = saver_for(trainer.resolved, "cls").save(trainer.weights)
+    assert ' classify models.py:my_classifier --weights cls "A text"' in getattr(saved.loading, "command", "")
+    command = "classify models.py:my_classifier 'the cat' 'the dog sees' --weights cls --top 3 --backend numpy --json"
+    tokens = TextTokenizer.open("out").ids(["the cat"])
+    logits = trainer.compiled()(tokens=np.array(tokens))["logits"][0].astype(np.float64)
+    wanted = np.exp(logits) / np.exp(logits).sum()
+    scores = trained(command).json["texts"][0]["labels"]
+    assert {each["label"]: each["score"] for each in scores} == pytest.approx(
+        {str(label): wanted[label] for label in range(3)}, abs=1e-5
+    )
+    config = json.loads(Path("cls", "config.json").read_text())
+    for names, count in ((["cat", "dog", "bird"], 3), (["cat", "dog"], 2)):
+        config["id2label"] = dict(enumerate(names))
+        Path("cls", "config.json").write_text(json.dumps(config))
+        said = trained(command)
+        if count == 3:
+            assert {each["label"] for each in said.json["texts"][0]["labels"]} == set(names)
+        else:
+            refused(
+                trained(command.replace(" --json", "")),
+                "id2label must name all labels of the model",
+                "2 names, 3 labels",
+            )
+
+
+@pytest.mark.parametrize(
+    ("command", "report", "hint"),
+    [
+        ("tag models.py:my_encoder the --weights enc", "no head to tag tokens", "a folder of a class"),
+        ("classify models.py:my_encoder the --weights enc", "no head to classify texts", "logits [B, labels]"),
+        ("fill models.py:my_classifier the --weights cls", "no head to fill masks", "logits [B, S, vocab]"),
+        ("fill models.py:my_encoder the", "is a declaration, without weights", "--weights FOLDER"),
+        ("classify models.py:my_classifier the", "is a declaration, without weights", "t.Trainer"),
+        ("fill models.py:my_encoder the --weights enc --tokenizer out", "no mask token", "--objective masked-token"),
+    ],
+)
+def test_a_declaration_with_another_head(command: str, report: str, hint: str, trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    for name, folder in (("models.py:my_encoder", "enc"), ("models.py:my_classifier", "cls")):
+        saver_for(resolve(name), folder).save(t.compile(name).weights)
+    said = trained(command)
+    refused(said, report)
+    assert hint in hint_of(said)
+
+
+@pytest.mark.parametrize("how", ["--tokenizer out", "--vocab 300", "--vocab 300 --objective masked-token"])
+def test_a_model_without_logits_of_tokens_is_not_trained_on_texts(how: str, trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    options = TRAIN.replace("--vocab 300", "")
+    said = trained(f"train models.py:my_classifier corpus.txt -o new {how} {options}")
+    refused(said, "it has no logits for each token", "logits: f32[B, 3]")
+    assert "t.Trainer" in hint_of(said) and "docs/training.md" in hint_of(said)
+    said = trained(f"train {ZOO} corpus.txt -o new {how} {options}")
+    refused(said, "it has no logits for each token")
+    assert hint_of(said) == "--set head=masked_lm --objective masked-token"
+
+
+def test_hints_for_a_vocabulary_without_a_mask_work(trained: Treadle) -> None:
+    Path("models.py").write_text(OTHER_TASKS, encoding="utf-8")
+    start, options = "train models.py:my_encoder corpus.txt -o new", TRAIN.replace("--vocab 300", "")
+    said = trained(f"{start} {options} --tokenizer out")
+    assert hint_of(said) == "--objective masked-token"
+    said = trained(f"{start} {options} --tokenizer out --objective masked-token")
+    refused(said, "the vocabulary has no mask token")
+    assert hint_of(said).startswith("--vocab 8000 in place of --tokenizer")
+    assert trained(f"{start} {options} --vocab 300 --objective masked-token").code == 0
+    text = Path("new", "tokenizer.json").read_text().replace("<mask>", "<|mask|>")
+    Path("new", "tokenizer.json").write_text(text)
+    Path("new", "tokenizer_config.json").write_text("{}")
+    masked = f"{start.replace('new', 'again')} {options} --tokenizer new --objective masked-token"
+    said = trained(masked)
+    refused(said, "no file names the mask token")
+    assert hint_of(said) == '"mask_token": "<|mask|>" in tokenizer_config.json'
+    Path("new", "tokenizer_config.json").write_text('{"mask_token": "<|mask|>"}')
+    assert "<|mask|>" in loading_command(trained(masked))
+
+
 # -- what is missing, and the flag that gives it -------------------------------------------------------------------
 
 
@@ -384,6 +521,24 @@ def test_a_model_without_lengths_does_not_embed(trained: Treadle) -> None:
 def test_training_that_cannot_work(how: str, report: str, trained: Treadle) -> None:
     options = TRAIN.replace("--vocab 300", "")
     refused(trained(f"train {OWN} corpus.txt {how} {options}" + (" -o new" if "-o" not in how else "")), report)
+
+
+@pytest.mark.parametrize(
+    ("command", "report"),
+    [
+        ("inspect corpus.txt", "a file is a model only if it ends in .gguf, .onnx or .treadle"),
+        ("inspect out/weights.safetensors", "a file is a model only if it ends in .gguf, .onnx or .treadle"),
+        (f"generate {OWN} the --weights corpus.txt", "weights are a folder or a .safetensors file"),
+        ("embed model.gguf the", "embed reads no .gguf files"),
+        ("embed model.onnx the", "embed reads no .onnx files"),
+    ],
+)
+def test_a_file_of_another_kind(command: str, report: str, trained: Treadle) -> None:
+    for name in ("model.gguf", "model.onnx"):
+        Path(name).touch()
+    said = trained(command)
+    refused(said, report)
+    assert "a folder" in hint_of(said)
 
 
 # -- artifacts -----------------------------------------------------------------------------------------------------

@@ -610,7 +610,9 @@ def test_misfits_are_refused_before_compilation(train: Treadle, words: str) -> N
 
 def test_a_model_that_no_text_trains_is_told_what_to_do(train: Treadle) -> None:
     refused(train("bert texts.txt"), "it is not a causal language model", "--objective masked-token")
-    refused(train("model.py:small texts.txt --objective masked-token"), "has no folder", "--tokenizer FOLDER")
+    refused(train("model.py:small texts.txt --objective masked-token"), "no logits for each token", "t.Trainer")
+    encoder = "electra texts.txt --set head=masked_lm --objective masked-token"
+    refused(train(encoder), "has no folder", "--tokenizer FOLDER")
 
 
 def test_one_reason_is_one_object(train: Treadle) -> None:

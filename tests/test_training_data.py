@@ -199,7 +199,7 @@ def test_a_block_is_no_longer_than_the_teacher_takes(gpt2: Path, corpus: str, mo
 
 def test_a_vocabulary_without_a_mask_hides_nothing(bert: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextTokenizer, "mask", None)
-    with pytest.raises(CheckpointError, match="the folder's vocabulary has no mask token"):
+    with pytest.raises(CheckpointError, match="no file names the mask token"):
         TextData.open([corpus], resolve(bert), objective="masked-token")
 
 

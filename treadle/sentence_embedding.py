@@ -103,6 +103,12 @@ class SentenceEmbedder:
         """
         chosen = CompileOptions.of("embed", options, inputs=("lengths",))
         source = chosen.open(model)
+        if source.kind in ("gguf", "onnx", "artifact"):
+            raise UsageError(
+                f"embed reads no {source.place.suffix} files",
+                received=printable(source.place.name),
+                hint="a folder with config.json, such as the fetched model minilm; or a declaration with weights",
+            )
         pooling = read_pooling(source.folder)
         wanted = ["hidden[:, 0]" if pooling.mode == "first" else "hidden"]
         try:

@@ -172,7 +172,7 @@ def _refuse_opset(opset: int) -> None:
         raise BackendError(
             f"ONNX export writes opsets {OLDEST_OPSET} to {newest}",
             received=f"opset {opset!r}, onnx {onnx.__version__}",
-            hint=f"opset={DEFAULT_OPSET}",
+            hint=Hint(f"opset={DEFAULT_OPSET}", f"--opset {DEFAULT_OPSET}"),
         )
 
 
@@ -181,7 +181,7 @@ def _refuse_size(graph: Graph, size: int, external_above: int) -> None:
         raise BackendError(
             f"{graph.name} is {size:,} bytes without external weights, but a protobuf message is less than 2 GiB",
             received=f"external_above={external_above}",
-            hint="a smaller external_above",
+            hint=Hint("a smaller external_above", "a smaller --external-above"),
         )
 
 

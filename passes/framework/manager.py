@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from treadle.files.switches import read_switch
 from treadle.ir.collector_pause import collection_paused
 from treadle.ir.errors import Hint, PassError, TreadleError, UsageError, VerifyError
 from treadle.ir.graph import Function, Graph, Node, Value
@@ -204,7 +205,7 @@ class PassManager:
         differentiated: bool = False,
     ) -> None:
         self.passes, self.differentiated = tuple(passes), differentiated
-        self.certify = os.environ.get("TREADLE_CERTIFY", "") not in ("", "0") if certify is None else certify
+        self.certify = read_switch("TREADLE_CERTIFY") if certify is None else certify
         self.target = target or Target("cpu")
 
     def run(self, graph: Graph, *, verified: bool = False, facts: Facts | None = None) -> Optimized:

@@ -20,13 +20,13 @@ from treadle.program.options import EXPLAINED
 def explain_sites(
     model: ModelName,
     subject: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="SUBJECT",
             help="fusion, layouts, storage, memory, quantization, sharding, step or device.",
             show_default=False,
         ),
-    ],
+    ] = None,
     expect: Annotated[
         list[str] | None,
         typer.Option(metavar="OP=N", help="Exit with 1 unless a run has N ops OP, such as attention=12. Repeatable."),
@@ -98,6 +98,8 @@ def explain_sites(
         "step": explain_step,
         "device": explain_device,
     }
+    if subject is None:
+        raise UsageError("explain needs a subject", received=f"explain {model}", hint="one of " + ", ".join(functions))
     if subject not in functions:
         raise UsageError("unknown subject to explain", received=repr(subject), hint="one of " + ", ".join(functions))
     options = CompileOptions.of(f"explain {subject}", keywords)

@@ -10,7 +10,7 @@ from treadle.backends.tvm.profiling import time_calls
 from treadle.comparing.run_nodes import RunNode, run_of
 from treadle.compiled import Compiled
 from treadle.ir.analysis.drawn_inputs import draw_inputs
-from treadle.ir.errors import UsageError
+from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Node
 
 ROUNDS = 9
@@ -24,7 +24,11 @@ def node_times(compiled: Compiled, sizes: Mapping[str, int], *, seed: int = 0) -
     """
     exe, lowered = compiled.executable, compiled.optimized.lowered
     if not isinstance(exe, KernelExecutable) or lowered is None:
-        raise UsageError("times are measured on the TVM backend", received=repr(compiled), hint='backend="tvm"')
+        raise UsageError(
+            "times are measured on the TVM backend",
+            received=repr(compiled),
+            hint=Hint('backend="tvm"', "--backend tvm"),
+        )
     arrays = draw_inputs(compiled.graph, sizes, [seed])
     places: dict[Node, list[RunNode]] = defaultdict(list)
     for each in run_of(lowered.graph).nodes:

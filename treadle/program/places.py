@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 from treadle.fetch import fetched_model
+from treadle.files.shown_names import shown_path
+from treadle.frontends.safetensors_file import refuse_pickle
 from treadle.hub_models import cached_hub_model, is_hub_name
 from treadle.ir.errors import Hint, UsageError
 from treadle.models.registry import family_names
@@ -16,6 +18,8 @@ from treadle.wheels.pinned_models import PINNED
 GGUF_SUFFIX = ".gguf"
 ONNX_SUFFIX = ".onnx"
 ARTIFACT_SUFFIX = ".treadle"
+MODEL_SUFFIXES = (GGUF_SUFFIX, ONNX_SUFFIX, ARTIFACT_SUFFIX)
+"""The endings of files that are models."""
 
 
 def is_fetched(name: str) -> bool:
@@ -32,8 +36,16 @@ def find_place(name: str) -> Path:
             raise UsageError(
                 "a model in a Python file is named with its function", received=name, hint=f"{name}:FUNCTION"
             )
-        return Path(name)
-    if Path(name).suffix in (GGUF_SUFFIX, ONNX_SUFFIX, ARTIFACT_SUFFIX):
+        place = Path(name)
+        if place.is_file() and place.suffix not in MODEL_SUFFIXES:
+            refuse_pickle(place.name, shown_path(place))
+            raise UsageError(
+                f"a file is a model only if it ends in {', '.join(MODEL_SUFFIXES[:-1])} or {MODEL_SUFFIXES[-1]}",
+                received=shown_path(place),
+                hint="a folder with config.json and model.safetensors, or such a file",
+            )
+        return place
+    if Path(name).suffix in MODEL_SUFFIXES:
         raise UsageError(f"there is no file {name}")
     if is_hub_name(name):
         return cached_hub_model(name)

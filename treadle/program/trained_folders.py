@@ -144,9 +144,11 @@ class DeclarationReference:
         if received == recorded:
             return
         path = os.path.join(folder.shown, weights)
+        named = model.name if file is None else f"{shown_path(file)}:{model.name}"
+        was = "" if self.is_family else f"{self.label}: "
         raise CheckpointError(
-            f"{self.label} is not the declaration with which these weights were trained",
-            received=f"{model.name}: {_short(received or 'not of the zoo')}, recorded {_short(str(recorded))}",
+            f"{named} is not the declaration with which these weights were trained",
+            received=f"{_short(received or 'not of the zoo')}, recorded {was}{_short(str(recorded))}",
             within=folder.show(CONFIG),
             hint=Hint(
                 f"the file as it was then, or weights={path!r}, which is read without the comparison",

@@ -18,7 +18,7 @@ Text = str | tuple[str, str]
 Progress = Callable[[int], None]
 """A function that is called with the number of finished inputs."""
 
-HEAD = Head("classify texts", ("ForSequenceClassification",))
+HEAD = Head("classify texts", ("ForSequenceClassification",), ("B", "labels"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TextClassifier:
     def open(cls, program: Program) -> TextClassifier:
         """Open a model. Raises as `OpenedModel.open` does."""
         opened = OpenedModel.open(program, HEAD)
-        return cls(opened, read_labels(opened.config))
+        return cls(opened, read_labels(opened.config, opened.model))
 
     def classify(self, texts: Sequence[Text], *, progress: Progress | None = None) -> list[Classified]:
         """Return the labels of each text, or of each pair of texts. Raises UsageError if the list is empty."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from treadle.frontends.text import EncodedText
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import UsageError
 from treadle.program.program import Program
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import Head, OpenedModel
@@ -21,7 +21,10 @@ from treadle.tasks.scoring import softmax
 
 Array = np.ndarray[Any, Any]
 
-HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"))
+HEAD = Head("fill masks", ("ForMaskedLM", "BertForPreTraining", "AlbertForPreTraining"), ("B", "S", "vocab"))
+
+
+_TRAINED = "a model that `treadle train --objective masked-token --vocab 8000` has trained"
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,18 @@ class MaskFiller:
 
     @classmethod
     def open(cls, program: Program) -> MaskFiller:
-        """Open a model. Raises as `OpenedModel.open` does, and CheckpointError if the vocabulary has no mask token."""
+        """Open a model. Raises as `OpenedModel.open` does, CheckpointError if the vocabulary has no mask token, and
+        UsageError if a declaration's logits are not of all tokens.
+        """
         opened = OpenedModel.open(program, HEAD, ["logits[:, asked]"])
-        mask = opened.tokenizer.mask
-        if mask is None:
-            raise CheckpointError(
-                "the folder's vocabulary has no mask token",
-                hint='"mask_token": "[MASK]" in tokenizer_config.json',
+        is_declared = program.source.kind == "declaration"
+        mask = opened.tokenizer.need_mask(lambda: _TRAINED if is_declared else "a folder with a mask token")
+        classes, tokens = opened.model.outputs[0].type.shape[-1].constant, len(opened.tokenizer.vocabulary())
+        if is_declared and classes is not None and classes < tokens:
+            raise UsageError(
+                f"{opened.name} has no head to {HEAD.does}",
+                received=f"logits of {classes:,} classes, a vocabulary of {tokens:,} tokens",
+                hint=_TRAINED,
             )
         return cls(opened, mask)
 

@@ -16,11 +16,13 @@ import numpy.typing as npt
 from treadle.compiled import Compiled
 from treadle.compiling import compile_program
 from treadle.files.shown_names import printable
+from treadle.frontends.declarations import Model
 from treadle.frontends.huggingface import ModelFolder
 from treadle.frontends.text import EncodedText, TextTokenizer
-from treadle.ir.errors import CheckpointError, UsageError
+from treadle.ir.errors import CheckpointError, Hint, UsageError
 from treadle.models.registry import family_of
 from treadle.program.program import Program
+from treadle.program.trained_folders import CONFIG
 from treadle.tasks.batching import batches_by_length
 
 Floats = npt.NDArray[np.float32]
@@ -35,10 +37,13 @@ class Head:
 
     does   the task as a phrase for error messages: "classify texts"
     ends   suffixes of the names of the Hugging Face classes that have this head
+    logits the output `logits` of a declaration that has this head, as its axes: ("B", "S", "vocab"); empty: tasks of
+           this head need a checkpoint of these classes
     """
 
     does: str
     ends: tuple[str, ...]
+    logits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,9 @@ class OpenedModel:
     """A compiled encoder with its tokenizer.
 
     name       the model's name
-    config     the contents of config.json
-    model      the compiled model, with inputs tokens, lengths, and token_types if the model distinguishes segments
+    config     the contents of config.json; for a declaration, id2label is added if there is none
+    model      the compiled model, with inputs tokens, lengths, and token_types if the model distinguishes segments. A
+               declaration may lack lengths
     tokenizer  the tokenizer, which truncates texts to the model's maximum length
     """
 
@@ -58,7 +64,7 @@ class OpenedModel:
 
     @classmethod
     def open(cls, program: Program, head: Head, outputs: Sequence[str] | None = None) -> OpenedModel:
-        """Compile a folder's model, or a fetched model.
+        """Compile a folder's model, a fetched model, or a declaration with weights.
 
         outputs   the outputs to compute; `logits[:, asked]` are the logits at the positions that `run` gets. None: all
                   outputs
@@ -66,10 +72,13 @@ class OpenedModel:
         Raises UsageError if the model has no such head, CheckpointError if a file is missing or damaged, and the errors
         of `compile`.
         """
-        _, config = checked_folder(program, head)
-        declared = family_of(config).read(config).model
+        if program.source.kind == "declaration":
+            declared, config = _checked_declaration(program, head)
+        else:
+            _, config = checked_folder(program, head)
+            declared = family_of(config).read(config).model
         optional = {given.name for given in declared.declared_inputs if given.optional}
-        inputs = ["lengths"]
+        inputs = ["lengths"] if program.source.kind != "declaration" or "lengths" in optional else []
         if "token_types" in optional and config.get("type_vocab_size", 2) != 1:
             inputs.append("token_types")
         made = compile_program(program, inputs, outputs)
@@ -84,7 +93,7 @@ class OpenedModel:
         asked   for each text the positions to compute, at least one, if the model was opened with such an output
         """
         takes = {port.name for port in self.model.inputs}
-        for chosen in batches_by_length([len(text) for text in texts], BATCH):
+        for chosen in batches_by_length([len(text) for text in texts], BATCH if "lengths" in takes else 1):
             lengths = np.array([len(texts[i]) for i in chosen], np.int64)
             tokens = np.zeros((len(chosen), int(lengths.max())), np.int64)
             types = np.zeros_like(tokens)
@@ -102,6 +111,46 @@ class OpenedModel:
             out = np.asarray(self.model(**{name: x for name, x in given.items() if name in takes})[output])
             for row, number in enumerate(chosen):
                 yield number, out[row, : counts[row]] if out.ndim == 3 else out[row]
+
+
+def _checked_declaration(program: Program, head: Head) -> tuple[Model, Mapping[str, Any]]:
+    """Return a declaration with its configuration, and the config.json of its weights. Raises UsageError if it has no
+    weights, or if its inputs and outputs are not those of the head.
+    """
+    source = program.source
+    resolved = program.declared(deferred=True).resolved
+    takes = {value.name: value.type for value in resolved.graph.main.inputs}
+    gives = {name: value.type for name, value in resolved.graph.main.outputs.items()}
+    logits, tokens = gives.get("logits"), takes.get("tokens")
+    shown = f"logits [{', '.join(head.logits)}]"
+    if (
+        not head.logits
+        or logits is None
+        or tokens is None
+        or tokens.rank != 2
+        or {*takes} - {"tokens", "lengths"}
+        or logits.rank != len(head.logits)
+        or logits.shape[:-1] != tokens.shape[: logits.rank - 1]
+        or logits.shape[-1].constant is None
+    ):
+        ports = (f"({', '.join(f'{name}: {type}' for name, type in of.items())})" for of in (takes, gives))
+        raise UsageError(
+            f"{printable(source.label)} has no head to {head.does}",
+            received=" -> ".join(ports),
+            hint=f"a declaration with input tokens [B, S] and output {shown}, or a folder of a class {_named(head)}"
+            if head.logits
+            else f"a folder of a class {_named(head)}",
+        )
+    assert resolved.model is not None
+    if source.path is None:
+        error = source.without_weights()
+        if logits.rank == 2:  # `treadle train` trains logits of tokens
+            how = "whose weights `t.Trainer` has trained: docs/own-models.md"
+            error.hint = Hint(f'weights="FOLDER", {how}', f"--weights FOLDER, {how}")
+        raise error
+    config = source.folder.config if source.folder.has(CONFIG) else {}
+    numbers = {str(number): str(number) for number in range(logits.shape[-1].constant)}
+    return resolved.model, {"id2label": numbers, **config}
 
 
 def checked_folder(program: Program, head: Head) -> tuple[ModelFolder, Mapping[str, Any]]:
@@ -129,17 +178,25 @@ def _named(head: Head) -> str:
     return "whose name ends in " + " or ".join(head.ends)
 
 
-def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+def read_labels(config: Mapping[str, Any], model: Compiled | None = None) -> tuple[str, ...]:
     """Return the names of a head's labels, in the order of their indices: config.json's id2label.
 
+    model  a model whose output `logits` has a number for each label
+
     Raises CheckpointError unless id2label is an object whose keys are the indices from 0 on, and whose values are
-    names.
+    names, as many as the model has labels.
     """
     found = config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError("config.json: id2label must be an object with a name per label", received=_shown(found))
     if sorted(found) != sorted(map(str, range(len(found)))):
         raise CheckpointError("config.json: id2label must name the labels from 0 on", received=_shown(list(found)))
+    counts = [port.type.shape[-1].constant for port in (model.outputs if model else ()) if port.name == "logits"]
+    if any(count not in (None, len(found)) for count in counts):
+        raise CheckpointError(
+            "config.json: id2label must name all labels of the model",
+            received=f"{len(found)} names, {counts[0]} labels",
+        )
     return tuple(found[str(number)] for number in range(len(found)))
 
 

@@ -71,7 +71,7 @@ class TokenTagger:
     def open(cls, program: Program) -> TokenTagger:
         """Open a model. Raises as `OpenedModel.open` does."""
         opened = OpenedModel.open(program, HEAD)
-        return cls(opened, read_labels(opened.config))
+        return cls(opened, read_labels(opened.config, opened.model))
 
     def tag(
         self,

@@ -105,7 +105,10 @@ def saver_for(resolved: Resolved, target: PathLike, *, replace: bool = False) ->
         assert resolved.model is not None
         path = source.path
         own = path if path is None or path.is_dir() else path.parent
-        return WeightsSaver(checked_folder(target, replace, own), resolved.name, source.reference(resolved.model))
+        folder, reference = checked_folder(target, replace, own), source.reference(resolved.model)
+        logits = resolved.graph.main.outputs.get("logits")
+        kept = TextFiles({} if source.text_source is source else source.text_files())
+        return WeightsSaver(folder, resolved.name, reference, 0 if logits is None else logits.type.rank, kept)
     shapes = {name: value.type.static_shape or () for name, value in resolved.graph.parameters.items()}
     return FolderSaver.open(resolved.source, shapes, target, replace=replace)
 
@@ -115,12 +118,14 @@ class WeightsSaver:
     """A writer of the weights of a declaration or a graph, under parameter names.
 
     reference  the declaration, to which config.json refers; None for a graph, whose folder has weights alone
+    logits     number of axes of the output `logits`: 3 for logits per token, 2 per text; 0 if there is no such output
     texts      the files of the model's tokenizer
     """
 
     target: Path
     model: str
     reference: DeclarationReference | None = None
+    logits: int = 0
     texts: TextFiles = field(default_factory=lambda: TextFiles({}))
 
     def save(self, weights: Mapping[str, Array]) -> SavedModel:
@@ -147,8 +152,14 @@ class WeightsSaver:
         return Hint(f"treadle.compile({label!r}, weights={folder!r})", self._command(f"{label} --weights {folder}"))
 
     def _command(self, model: str) -> str:
-        """Return a command that uses the model: `generate` if its tokenizer is saved, else `inspect`."""
-        return f'treadle generate {model} "A text"' if self.texts.files else f"treadle inspect {model}"
+        """Return a command that uses the model: the task of its logits if its tokenizer is saved, else `inspect`."""
+        if not self.texts.files or self.logits not in (2, 3):
+            return f"treadle inspect {model}"
+        if self.logits == 2:
+            return f'treadle classify {model} "A text"'
+        if self.texts.mask is not None:
+            return f'treadle fill {model} "A {self.texts.mask} text"'
+        return f'treadle generate {model} "A text"'
 
     def with_texts(self, texts: TextFiles) -> WeightsSaver:
         """See `Saver`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,17 +21,25 @@ from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.frontends.vocabularies.trained_vocabularies import train_tokenizer
 from treadle.ir.analysis.following import follow
-from treadle.ir.errors import CheckpointError, Hint, UsageError
+from treadle.ir.errors import FrontendError, Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.types import i64
 from treadle.passes.stages import Recognize, run
 from treadle.program.given_texts import read_documents
 from treadle.program.resolved import Resolved
 from treadle.program.source import ModelSource
+from treadle.program.trained_folders import family_of_declaration
 from treadle.tasks.generation_settings import FolderRules
 from treadle.training.objectives import MASKED_TOKEN, NEXT_TOKEN, OBJECTIVES, MaskedToken, NextToken, Objective
 from treadle.training.texts import BlockBatches, Tokens, blocks_of
 
+_IN_PYTHON = Hint(
+    "t.Trainer, with batches and targets of your own: docs/training.md",
+    "in Python, t.Trainer with batches and targets of your own: docs/training.md",
+)
+_MASKED_HEAD = Hint(
+    f'head="masked_lm" and objective={MASKED_TOKEN!r}', f"--set head=masked_lm --objective {MASKED_TOKEN}"
+)
 LENGTH = 128
 """Default number of tokens per block. A model with a smaller maximum gets blocks of its maximum length."""
 
@@ -105,7 +113,7 @@ class TextData:
             graphs.append(taught_by.resolve(widen=("bf16", "f16"), deferred=True).graph)
         sources = [source, *([] if taught_by is None else [taught_by])]
         length = _checked_length(graphs, sources, length)
-        _check_model(source.label, resolved.graph, objective)
+        _check_model(resolved, objective)
         documents: Sequence[str] = ()
         if vocab is None:
             opened = _tokenizer(source)
@@ -118,7 +126,7 @@ class TextData:
                 "a teacher must have the same vocabulary as the model that it teaches",
                 received=f"the vocabulary of {printable(taught_by.label)} differs",
             )
-        asked = _objective(objective, opened, seed)
+        asked = _objective(objective, opened, seed, resolved)
         documents = documents or read_documents(files, column)
         end = _end_of_text(None if vocab is not None else source, opened) if objective == NEXT_TOKEN else None
         blocks = blocks_of(opened.ids(documents), length, end=end)
@@ -128,7 +136,10 @@ class TextData:
         apart = min(max(1, round(len(blocks) * holdout)), len(blocks)) if holdout else 0
         kept = len(blocks) - apart
         batches = BlockBatches(blocks[:kept], batch, seed)
-        return cls(asked, batches, blocks[kept:], _digest(documents), _text_files(source, opened, end, vocab))
+        texts = _text_files(source, opened, end, vocab)
+        if texts is not None and objective == MASKED_TOKEN:
+            texts = replace(texts, mask=opened.mask)
+        return cls(asked, batches, blocks[kept:], _digest(documents), texts)
 
 
 @dataclass(frozen=True)
@@ -137,10 +148,12 @@ class TextFiles:
 
     files  contents by name: tokenizer.json, tokenizer_config.json, chat_template.jinja, ...
     end    ids that end a text
+    mask   the mask token of a model that predicts masked tokens; None for other models
     """
 
     files: Mapping[str, bytes]
     end: tuple[int, ...] = ()
+    mask: str | None = None
 
 
 def _text_files(source: ModelSource, tokenizer: TextTokenizer, end: int | None, vocab: int | None) -> TextFiles | None:
@@ -188,26 +201,53 @@ def _most_tokens(graph: Graph) -> int | None:
     return None if symbol is None else graph.symbols[symbol].upper
 
 
-def _check_model(model: str, graph: Graph, objective: str) -> None:
-    """Raise UsageError if the model has inputs other than tokens [B, S], or if the objective needs a causal model and
-    the model is not causal.
+def _check_model(resolved: Resolved, objective: str) -> None:
+    """Raise UsageError if the model has inputs other than tokens [B, S], if it has no logits [B, S, vocab], or if the
+    objective needs a causal model and the model is not causal.
     """
+    graph = resolved.graph
     takes = {value.name: value.type for value in graph.main.inputs}
     tokens = takes.get("tokens")
     axis = tokens.shape[-1].as_symbol if tokens is not None and tokens.rank == 2 and tokens.dtype is i64 else None
-    shown = printable(model)
-    if axis is None or len(takes) > 1:
+    shown = printable(resolved.source.label)
+    if tokens is None or axis is None or len(takes) > 1:
         raise UsageError(
             f"{shown} cannot be trained on texts: it is not a model of tokens alone",
             received=", ".join(f"{name}: {type}" for name, type in takes.items()),
-            hint=Hint("t.Trainer, with batches of your own", "in Python: treadle.Trainer, with batches of your own"),
+            hint=_IN_PYTHON,
         )
-    if objective == NEXT_TOKEN and not follow(run(graph, [Recognize()]).graph, axis).step():
+    outputs = {name: value.type for name, value in graph.main.outputs.items()}
+    scored = "logits" if "logits" in outputs or len(outputs) != 1 else next(iter(outputs))
+    if scored not in outputs or scored == "hidden" or outputs[scored].shape[:-1] != tokens.shape:
+        raise UsageError(
+            f"{shown} cannot be trained on texts: it has no logits for each token",
+            received=", ".join(f"{name}: {type}" for name, type in outputs.items()),
+            hint=_MASKED_HEAD if _has_masked_head(resolved) else _IN_PYTHON,
+        )
+    if objective == NEXT_TOKEN and not _is_causal(graph):
         raise UsageError(
             f"{shown} sees the tokens that it must predict: it is not a causal language model",
             received=f"objective {NEXT_TOKEN}",
             hint=Hint(f"objective={MASKED_TOKEN!r}", f"--objective {MASKED_TOKEN}"),
         )
+
+
+def _has_masked_head(resolved: Resolved) -> bool:
+    """Return True for a family of the zoo, without weights, that has a head for masked tokens."""
+    model = resolved.model
+    if model is None or resolved.source.path is not None or family_of_declaration(model) is None:
+        return False
+    try:
+        return "logits" in model.configure(head="masked_lm").graph().main.outputs
+    except FrontendError:
+        return False
+
+
+def _is_causal(graph: Graph) -> bool:
+    """Return True if no token depends on later tokens."""
+    tokens = next(value.type for value in graph.main.inputs if value.name == "tokens")
+    axis = tokens.shape[-1].as_symbol
+    return axis is not None and bool(follow(run(graph, [Recognize()]).graph, axis).step())
 
 
 def _tokenizer(source: ModelSource) -> TextTokenizer:
@@ -239,19 +279,24 @@ def _refuse_vocab(source: ModelSource) -> None:
         )
 
 
-def _objective(name: str, tokenizer: TextTokenizer, seed: int) -> Objective:
+def _other_way(resolved: Resolved) -> str:
+    """Return a hint for a masked-token objective and a vocabulary without a mask token."""
+    source = resolved.source
+    if source.kind == "declaration" and source.path is None:
+        return Hint(
+            "vocab=8000 in place of tokenizer=, which trains a vocabulary with a mask token",
+            "--vocab 8000 in place of --tokenizer, which trains a vocabulary with a mask token",
+        )
+    if _is_causal(resolved.graph):
+        return Hint(f"objective={NEXT_TOKEN!r}", f"--objective {NEXT_TOKEN}")
+    return Hint("tokenizer=FOLDER, with a mask token", "--tokenizer FOLDER, with a mask token")
+
+
+def _objective(name: str, tokenizer: TextTokenizer, seed: int, resolved: Resolved) -> Objective:
     if name == NEXT_TOKEN:
         return NextToken()
-    mask = None if tokenizer.mask is None else tokenizer.id_of(tokenizer.mask)
-    if mask is None:
-        raise CheckpointError(
-            "the folder's vocabulary has no mask token",
-            received=f"objective {name}",
-            hint=Hint(
-                f'"mask_token": "[MASK]" in tokenizer_config.json, or objective={NEXT_TOKEN!r}',
-                f'"mask_token": "[MASK]" in tokenizer_config.json, or --objective {NEXT_TOKEN}',
-            ),
-        )
+    mask = tokenizer.id_of(tokenizer.need_mask(lambda: _other_way(resolved)))
+    assert mask is not None
     named = [*tokenizer.special_tokens(), *tokenizer.special_names.values()]
     special = {number for number in map(tokenizer.id_of, named) if number is not None}
     return MaskedToken(mask, len(tokenizer.vocabulary()), tuple(sorted(special)), seed)

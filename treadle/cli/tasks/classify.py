@@ -31,7 +31,9 @@ def classify_texts(
     *,
     as_json: bool,
 ) -> None:
-    """Classify texts; needs a checkpoint folder of a ...ForSequenceClassification class."""
+    """Classify texts; needs a checkpoint folder of a ...ForSequenceClassification class, or a declaration with output
+    logits [B, labels].
+    """
     from treadle.ir.errors import UsageError
     from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working

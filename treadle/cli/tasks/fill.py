@@ -35,7 +35,9 @@ def fill_masks(
     *,
     as_json: bool,
 ) -> None:
-    """Print the most likely tokens for the masks in texts; needs a checkpoint folder of a ...ForMaskedLM class."""
+    """Print the most likely tokens for the masks in texts; needs a checkpoint folder of a ...ForMaskedLM class, or a
+    declaration that was trained with --objective masked-token.
+    """
     from treadle.program.given_texts import read_sentences
     from treadle.progress import counting, working
     from treadle.tasks.filling import MaskFiller
