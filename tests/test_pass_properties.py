@@ -43,8 +43,10 @@ def test_every_pass_keeps_the_graph_sound_and_its_numbers(start: int) -> None:
 
 
 def rules() -> Iterator[str]:
-    """Yield every rewrite of the pipeline, by its name in the log."""
+    """Yield every rewrite of the pipeline that keeps numbers, by its name in the log."""
     for each in DEFAULT:
+        if each.changes_numbers:
+            continue
         for rule in each.rules if isinstance(each, RewriteSet) else (each,):
             yield rule.name
 

@@ -324,7 +324,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[TreadleError], str]] = {
     ),
     "no picture": (lambda _: ImageLabeller(fake, fake, (), {}).label([]), UsageError, "there is no image to label"),
     "no match": (lambda _: ImageMatcher(fake, fake, fake).match(["a"], []), UsageError, "matching needs an"),
-    "a vocabulary without a mask": (lambda _: MaskFiller.open(fake), CheckpointError, "the folder's vocabulary"),
     "a head of three": (lambda _: QuestionAnswerer.open(fake), UsageError, "a question-answering head must"),
     "a decoder alone": (open_decoder, UsageError, "m is not an encoder-decoder model"),
     "grey pictures": (lambda _: image_sides(opened.model), CheckpointError, "images must have three channels"),

@@ -82,7 +82,7 @@ def compile(
               result. Default: 1 for a batch and 128 for other axes
     donate    names of inputs that the caller donates with each call: a run may overwrite their memory and return it as
               outputs (docs/memory.md). Each must be a contiguous, writable array of the input's dtype
-    torch_compile let torch.compile compile the program that the torch backend emits, at the first calls; off by
+    torch_compile  let torch.compile compile the program that the torch backend emits, at the first calls; off by
               default, since the gain has not been measured (docs/gpu.md)
     config    configuration of the declaration; for an ONNX file, sizes of axes, and values of inputs that determine
               shapes
@@ -121,7 +121,7 @@ def load(
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
-    tokenizer another model, whose tokenizer, chat template and end tokens are used
+    tokenizer  another model, whose tokenizer, chat template and end tokens are used
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
               declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
               from `seed`. Arrays are not copied, so the caller must not modify them afterwards
