@@ -19,6 +19,7 @@ from treadle.chatting import templates
 from treadle.chatting.conversation import CAPACITY, Conversation
 from treadle.chatting.template_worker import environment
 from treadle.chatting.templates import ChatTemplate
+from treadle.continuation import ChatPrompt
 from treadle.ir.errors import CheckpointError, FrontendError, UsageError
 
 MADE = environment()
@@ -279,7 +280,7 @@ def test_a_process_is_given_nothing_but_its_folder_and_memory(monkeypatch: pytes
 def test_a_conversation_is_as_long_as_the_model_takes(context: int | None, asked: int | None, capacity: int) -> None:
     given: dict[str, Any] = {}
     model = SimpleNamespace(derived=SimpleNamespace(context=context), session=lambda **how: given.update(how))
-    writer: Any = SimpleNamespace(model=model, chat_template=lambda: "t")
+    writer: Any = SimpleNamespace(model=model, session=model.session, chat_template=lambda: "t")
     talk = Conversation.open(writer, system="s", capacity=asked)
     assert given == {"rows": 1, "capacity": capacity, "resumes": True}
     assert talk.messages == [{"role": "system", "content": "s"}]
@@ -293,7 +294,7 @@ def test_a_turn_is_read_as_the_template_wrote_it() -> None:
     chosen = iter([4, 9, 4, 4])
     session = SimpleNamespace(
         capacity=3, who_takes="the model", full="error", length=lambda row: 1,
-        resume=lambda ids: asked.append(("resume", ids)) or 0,
+        resume=lambda ids, **inputs: asked.append(("resume", ids)) or 0,
         prefill=lambda tokens: asked.append(("prefill", tokens)) or {0: np.zeros(10)},
         step=lambda tokens: asked.append(("step", tokens)) or {0: np.zeros(10)},
         close=lambda row, keep: asked.append(("close", row, keep)),
@@ -305,6 +306,10 @@ def test_a_turn_is_read_as_the_template_wrote_it() -> None:
         asked=SimpleNamespace(rules=None),
         tokenizer=SimpleNamespace(text=lambda ids, **_: "x" * len(ids)),
         tokens=lambda texts, **how: asked.append((texts, how)) or [tokens.pop(0)],
+        read_images=list,
+    )
+    writer.chat_prompt = lambda template, messages, images: ChatPrompt(
+        writer.tokens([template.render(messages)], special=False)[0]
     )
     template: Any = SimpleNamespace(render=lambda messages: f"{len(messages)}")
     talk = Conversation(writer, template, session)  # type: ignore[arg-type]

@@ -187,7 +187,7 @@ def test_a_table_is_held_once_and_rows_of_it_are_its_bits(text: str, isa: str) -
 def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     graph = encode_parameters(
         llama.configure(vocab=96, dim=64, heads=4, layers=1, hidden=128, tied=True).graph(),
-        {"layer.0.attn.out.weight": Encoding("int8_zero_groups", 32), "layer.0.mlp.down.weight": Encoding("q8_0")},
+        {"layer.0.attn.out.weight": Encoding("uint8_rows"), "layer.0.mlp.down.weight": Encoding("q8_0")},
     )
     weights = {
         n: blocks_of(graph, n) if v.type.encoding is not None else normal(*(v.type.static_shape or ()))
@@ -197,12 +197,12 @@ def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     notes = {record.name: record.notes for record in exe.log}
     (report,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
     assert report.startswith(
-        "attn.out.weight is not read in blocks: no kernel reads int8_zero_groups, models/llama.py:"
+        "attn.out.weight is not read in blocks: no kernel reads uint8_rows, models/llama.py:"
     )
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
-    assert once.startswith("attn.out.weight is decoded once: linear cannot read int8_zero_groups(32) blocks")
+    assert once.startswith("attn.out.weight is decoded once: linear cannot read uint8_rows blocks")
     assert exe.source.count(" = block_product_8_bits_by_32") == 1
 
 
