@@ -196,9 +196,7 @@ def test_blocks_without_a_kernel_are_decoded_once_with_a_note() -> None:
     exe = treadle.compile(graph, backend="tvm", weights=weights)
     notes = {record.name: record.notes for record in exe.log}
     (report,) = [n for n in notes["read-blocks"] if "is not read in blocks" in n]
-    assert report.startswith(
-        "attn.out.weight is not read in blocks: no kernel reads uint8_rows, models/llama.py:"
-    )
+    assert report.startswith("attn.out.weight is not read in blocks: no kernel reads uint8_rows, models/llama.py:")
     (read,) = [n for n in notes["read-blocks"] if " is read in q8_0 blocks, panels(" in n]
     assert read.startswith("mlp.down.weight")
     (once,) = [n for n in notes["hoist-weights"] if "is decoded once" in n]
