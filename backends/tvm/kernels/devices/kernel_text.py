@@ -60,7 +60,12 @@ def body_text(kernel: GroupKernel) -> str:
 
 
 class KernelPrinter:
-    """The printer of C dialects."""
+    """The printer of C dialects.
+
+    block, blocks, thread  the index of the block, the number of blocks, and the thread's index in its block
+    """
+
+    block, blocks, thread = "TREADLE_BLOCK", "TREADLE_BLOCKS", "TREADLE_THREAD"
 
     def __init__(self, kernel: GroupKernel) -> None:
         self.kernel = kernel
@@ -70,7 +75,7 @@ class KernelPrinter:
         kernel, device = self.kernel, self.kernel.device
         lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in kernel.shared]
         if device.group > 1:
-            lines.append("  const treadle_i64 lane = TREADLE_THREAD;")
+            lines.append(f"  const treadle_i64 lane = {self.thread};")
         lines += self._lines(kernel.body, 1)
         body = "\n".join(lines)
         tables = [
@@ -94,58 +99,67 @@ class KernelPrinter:
     # -- statements ------------------------------------------------------------------------------------------
 
     def _lines(self, statements: list[Statement], depth: int) -> Iterator[str]:
+        """Yield the lines of statements. What has the same form in all languages stands here."""
         pad = "  " * depth
         for statement in statements:
             match statement:
-                case Let(variable, value):
-                    yield f"{pad}const {C_TYPES[variable.type]} {variable.data} = {self.expression(value)};"
-                case Exchange(variable, value, thread):
-                    c = C_TYPES[variable.type]
-                    word = "int" if variable.type in (*_NARROW, "bool") else c
-                    sent = self.expression(value)
-                    sent = f"({word})({sent})" if word != c else sent
-                    received = f"TREADLE_SHUFFLE({sent}, (int)({self.expression(thread)}))"
-                    yield f"{pad}const {c} {variable.data} = {f'({c})' if word != c else ''}{received};"
-                case Declare(memory):
-                    if memory.place != SHARED:
-                        yield f"{pad}TREADLE_PRIVATE({stored_type(memory)}, {memory.name}, {max(1, memory.cells)});"
                 case Store(access, value, first):
-                    yield from self._store(access, value, first, pad)
-                case Barrier():
-                    yield f"{pad}TREADLE_BARRIER;"
+                    line, place = f"{self._place(access)} = {self._stored(access.memory, value)};", access.memory.place
+                    if first is not None and self.kernel.device.group > 1 and place not in ("scalars", "vectors"):
+                        line = f"if (lane < {first}) {{ {line} }}"
+                    yield pad + line
                 case When(condition, body):
                     yield f"{pad}if ({self.expression(condition)}) {{"
                     yield from self._lines(body, depth + 1)
                     yield f"{pad}}}"
                 case Loop():
-                    yield from self._loop(statement, depth)
+                    yield from (pad + line for line in self._loop_head(statement))
+                    yield from self._lines(statement.body, depth + 1)
+                    yield f"{pad}}}"
                 case _:
-                    raise AssertionError(type(statement))
+                    yield from (pad + line for line in self._simple(statement))
 
-    def _store(self, access: Access, value: ThreadNode, first: int | None, pad: str) -> Iterator[str]:
-        to, device = access.memory, self.kernel.device
+    def _simple(self, statement: Statement) -> list[str]:
+        """Return the lines of a statement that contains no others."""
+        match statement:
+            case Let(variable, value):
+                return [f"const {C_TYPES[variable.type]} {variable.data} = {self.expression(value)};"]
+            case Exchange(variable, value, thread):
+                c = C_TYPES[variable.type]
+                word = "int" if variable.type in (*_NARROW, "bool") else c
+                sent = self.expression(value)
+                sent = f"({word})({sent})" if word != c else sent
+                received = f"TREADLE_SHUFFLE({sent}, (int)({self.expression(thread)}))"
+                return [f"const {c} {variable.data} = {f'({c})' if word != c else ''}{received};"]
+            case Declare(memory):
+                if memory.place == SHARED:
+                    return []
+                return [f"TREADLE_PRIVATE({stored_type(memory)}, {memory.name}, {max(1, memory.cells)});"]
+            case Barrier():
+                return ["TREADLE_BARRIER;"]
+            case _:
+                raise AssertionError(type(statement))
+
+    def _stored(self, to: Memory, value: ThreadNode) -> str:
+        """Return a value as it is stored in an array."""
         made = self.expression(value)
-        made = f"(unsigned char)({made})" if to.dtype is boolean else made
-        line = f"{self._place(access)} = {made};"
-        if first is not None and device.group > 1 and to.place not in ("scalars", "vectors"):
-            line = f"if (lane < {first}) {{ {line} }}"
-        yield pad + line
+        return f"(unsigned char)({made})" if to.dtype is boolean else made
 
-    def _loop(self, loop: Loop, depth: int) -> Iterator[str]:
-        pad, device = "  " * depth, self.kernel.device
-        name, count = loop.variable.data, self.expression(loop.count)
-        if loop.tasks:
-            begin, step = "TREADLE_BLOCK", "TREADLE_BLOCKS"
-            if device.tasks > 1:
-                begin = f"TREADLE_BLOCK * {device.tasks} + TREADLE_THREAD"
-                step = f"TREADLE_BLOCKS * {device.tasks}"
-            yield f"{pad}for (treadle_i64 {name} = {begin}; {name} < {count}; {name} += {step}) {{"
-        else:
-            if loop.unrolled:
-                yield f"{pad}TREADLE_UNROLL"
-            yield f"{pad}for (treadle_i64 {name} = 0; {name} < {count}; ++{name}) {{"
-        yield from self._lines(loop.body, depth + 1)
-        yield f"{pad}}}"
+    def _loop_head(self, loop: Loop) -> list[str]:
+        """Return the lines that begin a loop."""
+        name, (begin, step) = loop.variable.data, self._range(loop)
+        advance = f"++{name}" if step == "1" else f"{name} += {step}"
+        head = f"for (treadle_i64 {name} = {begin}; {name} < {self.expression(loop.count)}; {advance}) {{"
+        return ["TREADLE_UNROLL", head] if loop.unrolled and not loop.tasks else [head]
+
+    def _range(self, loop: Loop) -> tuple[str, str]:
+        """Return the first value of a loop's variable, and the step to its next value."""
+        tasks = self.kernel.device.tasks
+        if not loop.tasks:
+            return "0", "1"
+        if tasks == 1:
+            return self.block, self.blocks
+        return f"{self.block} * {tasks} + {self.thread}", f"{self.blocks} * {tasks}"
 
     # -- expressions -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Buffers of 8- and 16-bit elements are refused, since WGSL has no types to store 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -21,9 +21,8 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Declare,
     Let,
     Loop,
+    Memory,
     Statement,
-    Store,
-    When,
 )
 from treadle.backends.tvm.kernels.devices.values import ThreadNode
 from treadle.ir.errors import BackendError
@@ -35,12 +34,14 @@ _FUNCTIONS = {"rint": "round", "floor": "floor", "sqrt": "sqrt", "abs": "abs", "
 class WgslPrinter(KernelPrinter):
     """The printer of WGSL."""
 
+    block, blocks, thread = "i32(block.x)", "i32(blocks.x)", "i32(thread)"
+
     def text(self) -> str:
         kernel, device = self.kernel, self.kernel.device
         numbers = [f"{memory.name}_at" for memory in kernel.pointers] + kernel.sizes
         lines = [f"  let {name}: i32 = numbers[{i // 4}].{'xyzw'[i % 4]};" for i, name in enumerate(numbers)]
         if device.group > 1:
-            lines.append("  let lane: i32 = i32(thread);")
+            lines.append(f"  let lane: i32 = {self.thread};")
         lines += self._lines(kernel.body, 1)
         globals = [
             f"@group(0) @binding({i}) var<storage, {'read_write' if m.is_written else 'read'}> {m.name}: "
@@ -72,45 +73,25 @@ fn {kernel.name}(
 
     # -- statements ------------------------------------------------------------------------------------------
 
-    def _lines(self, statements: list[Statement], depth: int) -> Iterator[str]:
-        pad = "  " * depth
-        for statement in statements:
-            match statement:
-                case Let(variable, value):
-                    yield f"{pad}let {variable.data}: {self._type(variable.type)} = {self.expression(value)};"
-                case Declare(memory):
-                    if memory.place != SHARED:
-                        yield f"{pad}var {memory.name}: array<{self._type(memory.dtype.name)}, {max(1, memory.cells)}>;"
-                case Store(access, value, first):
-                    yield from self._store(access, value, first, pad)
-                case Barrier():
-                    yield f"{pad}workgroupBarrier();"
-                    yield f"{pad}storageBarrier();"
-                case When(condition, body):
-                    yield f"{pad}if ({self.expression(condition)}) {{"
-                    yield from self._lines(body, depth + 1)
-                    yield f"{pad}}}"
-                case Loop():
-                    yield from self._loop(statement, depth)
-                case _:
-                    raise AssertionError(type(statement))
+    def _simple(self, statement: Statement) -> list[str]:
+        match statement:
+            case Let(variable, value):
+                return [f"let {variable.data}: {self._type(variable.type)} = {self.expression(value)};"]
+            case Declare(memory):
+                if memory.place == SHARED:
+                    return []
+                return [f"var {memory.name}: array<{self._type(memory.dtype.name)}, {max(1, memory.cells)}>;"]
+            case Barrier():
+                return ["workgroupBarrier();", "storageBarrier();"]
+            case _:
+                raise AssertionError(type(statement))
 
-    def _store(self, access: Access, value: ThreadNode, first: int | None, pad: str) -> Iterator[str]:
-        line = f"{self._place(access)} = {self.expression(value)};"
-        if first is not None and self.kernel.device.group > 1 and access.memory.place not in ("scalars", "vectors"):
-            line = f"if (lane < {first}) {{ {line} }}"
-        yield pad + line
+    def _stored(self, to: Memory, value: ThreadNode) -> str:
+        return self.expression(value)
 
-    def _loop(self, loop: Loop, depth: int) -> Iterator[str]:
-        pad, tasks = "  " * depth, self.kernel.device.tasks
-        name, count, begin, step = loop.variable.data, self.expression(loop.count), "0", "1"
-        if loop.tasks:
-            begin, step = "i32(block.x)", "i32(blocks.x)"
-            if tasks > 1:
-                begin, step = f"{begin} * {tasks} + i32(thread)", f"{step} * {tasks}"
-        yield f"{pad}for (var {name}: i32 = {begin}; {name} < {count}; {name} += {step}) {{"
-        yield from self._lines(loop.body, depth + 1)
-        yield f"{pad}}}"
+    def _loop_head(self, loop: Loop) -> list[str]:
+        name, (begin, step) = loop.variable.data, self._range(loop)
+        return [f"for (var {name}: i32 = {begin}; {name} < {self.expression(loop.count)}; {name} += {step}) {{"]
 
     # -- expressions -----------------------------------------------------------------------------------------
 
