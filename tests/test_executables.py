@@ -419,12 +419,12 @@ def test_sums_of_16_bits_are_not_reduced_in_16_on_a_gpu() -> None:
     """The settings of PyTorch while a program runs on a GPU; tested here without a GPU."""
     import torch
 
-    from treadle.backends.torch.backend import _TorchArrays
     from treadle.backends.torch.devices import TorchDevice
+    from treadle.backends.torch.torch_arrays import TorchArrays
 
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
-    with _TorchArrays(TorchDevice(torch.device("cuda")), None).settings():
+    with TorchArrays(TorchDevice(torch.device("cuda")), None).settings():
         assert not matmul.allow_fp16_reduced_precision_reduction
         assert not matmul.allow_bf16_reduced_precision_reduction
     assert (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction) == before
