@@ -20,7 +20,8 @@ class Hardware:
     """A device: one core of a CPU, or a whole GPU.
 
     name           the name by which targets and plans refer to it
-    kind           `cpu` for this machine's CPU, `isa` for CPUs with an instruction set, `cuda` for NVIDIA GPUs
+    kind           `cpu` for this machine's CPU, `isa` for CPUs with an instruction set, `cuda` for NVIDIA GPUs,
+                   `opencl` and `webgpu` for devices of these interfaces
     description    a description in one line
     bandwidth      bytes of memory per second
     rates          operations per second by number format: f32, tf32, bf16, f16, fp8, int8; formats that the device's
@@ -73,6 +74,10 @@ def _cpu(name: str, kind: str, description: str, rate: float, bandwidth: float) 
     return Hardware(name, kind, description, bandwidth, MappingProxyType({"f32": rate}))
 
 
+def _device(kind: str, description: str) -> Hardware:
+    return Hardware(kind, kind, description, 100e9, MappingProxyType({"f32": 2e12}))
+
+
 def _gpu(
     name: str,
     description: str,
@@ -112,6 +117,8 @@ _HOPPER = {"f32": 67e12, "tf32": 495e12, "bf16": 989e12, "f16": 989e12, "fp8": 1
 _ROWS = (
     _cpu("cpu", "cpu", "the CPU of this machine", 60e9, 20e9),
     Hardware("cuda", "cuda", "an NVIDIA GPU of this machine: cuda, or cuda:1", 2e12, MappingProxyType({"f32": 60e12})),
+    _device("opencl", "an OpenCL device of this machine"),
+    _device("webgpu", "a GPU of this machine through WebGPU: Vulkan, Direct3D 12 or Metal"),
     _cpu("x86-64-amx", "isa", "an Intel CPU with AVX-512 and AMX", 150e9, 16e9),
     _cpu("x86-64-v4-bf16", "isa", "a CPU with AVX-512 and its products of bf16 pairs", 100e9, 20e9),
     _cpu("x86-64-v4", "isa", "a CPU with AVX-512", 100e9, 20e9),

@@ -159,11 +159,12 @@ class TorchDevice:
 def find_device(target: Target) -> TorchDevice:
     """Return the device of a target. If this machine lacks the device, programs for it can be inspected but not called.
 
-    Raises BackendError for a CPU by its instruction set, for which PyTorch does not generate code.
+    Raises BackendError for a target for which PyTorch does not generate code: a CPU by its instruction set, and devices
+    of OpenCL and WebGPU.
     """
     import torch
 
-    if target.kind == "isa":
+    if target.kind not in ("cpu", "cuda"):
         raise BackendError(
             f"the torch backend does not generate code for {target}",
             hint=Hint(
