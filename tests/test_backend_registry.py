@@ -107,11 +107,16 @@ def test_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPat
     assert Target("cpu").cores() == 7
 
 
+def refuse_old_driver() -> None:
+    raise RuntimeError("the driver is too old (found version 11040)\nmore lines")
+
+
 @pytest.mark.parametrize("built", [None, "13.2"])
 def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch, built: str | None) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse_old_driver)
     graph, weights = block_model()
     tokens = np.ones((1, 2), np.int64)
     for name, what in (
@@ -121,7 +126,10 @@ def test_a_target_that_is_not_here(monkeypatch: pytest.MonkeyPatch, built: str |
         exe: Any = find_backend("torch").compile(graph, Target(name), weights)
         assert "def main(" in exe.source and "F.scaled_dot_product_attention" in exe.source
         for _ in range(2):
-            assert message(lambda exe=exe: exe(tokens=tokens)).startswith(what + "\n")
+            text = message(lambda exe=exe: exe(tokens=tokens))
+            assert text.startswith(what + "\n")
+            assert ("without CUDA" in text) is (built is None)
+            assert ("for CUDA 13.2: the driver is too old (found version 11040)" in text) is (built is not None)
         assert "input tokens" in message(lambda exe=exe: exe(tokens=tokens[0]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -185,15 +185,11 @@ def _missing(target: Target) -> BackendError | None:
     """Return the error of a call for a GPU that this machine lacks; None if it has the GPU."""
     import torch
 
-    built = f"torch {torch.__version__}, " + (
-        f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-    )
     hint = Hint('target="cpu"', "--target cpu")
     if not torch.cuda.is_available():
         what = "PyTorch finds no CUDA device"
-        return BackendError(
-            what if not target.is_elsewhere else f"{what}, {target} is needed", received=built, hint=hint
-        )
+        what = what if not target.is_elsewhere else f"{what}, {target} is needed"
+        return BackendError(what, received=f"torch {torch.__version__}, {_reason()}", hint=hint)
     count = torch.cuda.device_count()
     if target.index is not None and target.index >= count:
         return BackendError(f"this machine has no CUDA device {target.index}", received=f"{count} devices", hint=hint)
@@ -204,3 +200,16 @@ def _missing(target: Target) -> BackendError | None:
                 f"the GPU of this machine is not {target}", received=name, hint=Hint('target="cuda"', "--target cuda")
             )
     return None
+
+
+def _reason() -> str:
+    """Return the reason why PyTorch has no CUDA device: its build, no driver, or a driver that is too old."""
+    import torch
+
+    if not torch.version.cuda:
+        return "without CUDA"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"for CUDA {torch.version.cuda}: {str(error).strip().partition(chr(10))[0]}"
+    return f"for CUDA {torch.version.cuda}"
