@@ -144,13 +144,17 @@ def judge(optimized: Optimized) -> list[tuple[FusionSite, FusionVerdict]]:
 def _judged(optimized: Optimized, unfused: Collection[Node]) -> Iterator[tuple[FusionSite, FusionVerdict]]:
     sites = find_sites(optimized.source, unfused)
     records = {kind: [r for r in optimized.log if r.name == name] for kind, (name, _) in KINDS.items()}
-    work = [(node, optimized.lineage.of((node,))) for _, node in optimized.graph.walk()]
+    nodes = [node for _, node in optimized.graph.walk()]
+    after: dict[Node, list[int]] = {}  # for each original node, the positions of the nodes that it became
+    for at, node in enumerate(nodes):
+        for original in optimized.lineage.of((node,)):
+            after.setdefault(original, []).append(at)
     by_kind = {kind: _KindEvents(kind, [s for s in sites if s.kind == kind], records[kind]) for kind in KINDS}
     for site in sites:
         verdict = by_kind[site.kind].verdict(site)
         if verdict.status == MISSED:
-            nodes = [node for node, originals in work if not originals.isdisjoint(site.nodes)]
-            verdict = _why_missed(verdict, site, optimized, nodes)
+            became = sorted({at for original in site.nodes for at in after.get(original, ())})
+            verdict = _why_missed(verdict, site, optimized, [nodes[at] for at in became])
         yield site, verdict
 
 
