@@ -82,9 +82,14 @@ def _gemv(module: str, group: int, parts: ModuleParts) -> GroupedIntegers:
         return held[:, :groups], unpack_low_first(parts.array(f"{module}.qzeros"), 4)[:, :groups]
 
     stored = f"awq gemv, 4 bits in groups of {length}"
-    integers = partial(_low_first, f"{module}.qweight", parts)
-    return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors)
+    name = f"{module}.qweight"
+    integers, pairs = partial(_low_first, name, parts), partial(_bytes, name, parts)
+    return GroupedIntegers(words, stored, (outputs, size), 4, length, integers, factors, pairs=pairs)
+
+
+def _bytes(name: str, parts: ModuleParts, rows: slice = slice(None)) -> Array:
+    return parts.array(name)[rows].view(np.uint8)
 
 
 def _low_first(name: str, parts: ModuleParts) -> Array:
-    return unpack_low_first(parts.array(name), 4)
+    return unpack_low_first(_bytes(name, parts), 4)

@@ -33,11 +33,11 @@ import numpy as np
 from treadle.files.strict_json import read_json_object
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.module_parts import ModuleParts
-from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, block_length
+from treadle.frontends.quantized.quantized_weights import GroupedIntegers, QuantizedWeight, block_length, pieces
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.rounded_forms import packed_nibbles
+from treadle.ir.encodings.rounded_forms import packed_pairs
 from treadle.ir.transforms.rounded_inputs import InputRounding
 
 Array = np.ndarray[Any, Any]
@@ -175,10 +175,11 @@ class _Codes(QuantizedWeight):
     def blocks(self) -> Array:
         assert self.form is not None
         n = self.form.elements(self.shape[1])
-        codes = self._codes().reshape(-1, n)
-        made = np.empty(len(codes), self.form.block.record(n))
+        pairs = self.parts.codes(self.first.name).reshape(-1, n // 2)
+        made = np.empty(len(pairs), self.form.block.record(n))
         made["scale"] = np.repeat(self._scales(), self.block // n)
-        made["q"] = packed_nibbles(codes)
+        for piece in pieces(len(pairs), n // 2):
+            made["q"][piece] = packed_pairs(pairs[piece], high_first=True)
         return made.view(np.uint8).reshape(self.shape[0], -1)
 
     def numbers(self) -> Array:

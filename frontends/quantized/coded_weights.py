@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from treadle.frontends.mapped_tensors import TensorRecord
-from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight, block_length, pieces, unpack_low_first
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
 from treadle.ir.encodings.coded_forms import table_of
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.rounded_forms import packed_nibbles
+from treadle.ir.encodings.rounded_forms import packed_pairs
 from treadle.ir.errors import CheckpointError
 
 Array = np.ndarray[Any, Any]
@@ -29,7 +29,7 @@ class CodedWeight(QuantizedWeight):
 
     code    name of the form, whose table gives the values of codes
     scales  the scales, in groups of inputs
-    codes   returns the codes, u8[N, K]
+    codes   returns the codes, u8[N, K]; for codes of 4 bits their bytes, u8[N, K / 2], the first of two in the low half
     """
 
     first: TensorRecord
@@ -52,30 +52,32 @@ class CodedWeight(QuantizedWeight):
 
     def blocks(self) -> Array:
         assert self.form is not None
-        (rows, size), codes = self.shape, self._checked()
+        (rows, size), stored = self.shape, self._checked()
         n = self.form.elements(size)
         made = np.empty((rows, size // n), self.form.block.record(n))
         scales = self.scales.factors()
         if self.code == MXFP4:
             made["e"] = np.frexp(scales)[1] + 126  # 2^(e - 127) is 0.5 times 2^(e - 126)
-            made["qs"] = packed_nibbles(codes.reshape(rows, size // n, n))
+            _pack(stored, made["qs"])
             return made.view(np.uint8).reshape(rows, -1)
         made["scale"] = np.repeat(scales, self.scales.group // n, axis=1)
         if self.code == E4M3:
-            made["q"] = codes.reshape(made["q"].shape)
+            made["q"] = stored.reshape(made["q"].shape)
         else:
-            made["q"] = packed_nibbles(codes.reshape(rows, size // n, n))
+            _pack(stored, made["q"])
         return made.view(np.uint8).reshape(rows, -1)
 
     def numbers(self) -> Array:
         if self.form is not None:
             return self.form.decode(self.blocks())
-        made: Array = table_of(self.code)[self._checked()]
+        stored = self._checked()
+        codes = stored if self.code == E4M3 else unpack_low_first(stored, 4)
+        made: Array = table_of(self.code)[codes]
         made *= self.scales.factors()[:, np.arange(self.shape[1]) // self.scales.group]
         return made
 
     def _checked(self) -> Array:
-        """Return the codes. Raises CheckpointError for a code of NaN."""
+        """Return the codes as they are stored. Raises CheckpointError for a code of NaN."""
         codes = self.codes()
         if self.code == E4M3 and (bad := (codes & 0x7F) == 0x7F).any():
             at = int(bad.reshape(-1).argmax())
@@ -85,3 +87,10 @@ class CodedWeight(QuantizedWeight):
                 within=f"byte {self.first.begin + at}, tensor {self.first.name}",
             )
         return codes
+
+
+def _pack(stored: Array, made: Array) -> None:
+    """Pack codes of 4 bits that are stored in pairs."""
+    pairs = stored.reshape(made.shape)
+    for piece in pieces(len(made), stored.shape[1]):
+        made[piece] = packed_pairs(pairs[piece])

@@ -185,6 +185,9 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
             return found, np.full(found.shape, 1 << (bits - 1), np.int32)
         return found, unpack_low_first(parts.array(f"{module}.weight_zero_point").T, bits)[:, :outputs].T
 
+    def pairs(rows: slice) -> Array:
+        return parts.array(name)[rows].view(np.uint8)[:, : size // 2]
+
     def integers() -> Array:
         return np.ascontiguousarray(unpack_low_first(parts.array(name), bits)[:, :size])
 
@@ -193,7 +196,8 @@ def _packed(module: str, scheme: _Scheme, parts: ModuleParts) -> GroupedIntegers
         parts.take(f"{module}.weight_g_idx", ("i32", "i64"), (size,))
         members = parts.members(f"{module}.weight_g_idx", groups, size // groups, unused=-1)
     stored = f"pack-quantized, {bits} bits in groups of {size // groups}"
-    return GroupedIntegers(words, stored, (outputs, size), bits, size // groups, integers, factors, members)
+    length, in_pairs = size // groups, pairs if bits == 4 else None
+    return GroupedIntegers(words, stored, (outputs, size), bits, length, integers, factors, members, in_pairs)
 
 
 def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
@@ -214,10 +218,8 @@ def _floats(module: str, scheme: _Scheme, parts: ModuleParts) -> CodedWeight:
         read = partial(parts.powers, scale)
     found = ScaleBlocks(1, group, (outputs, size), read)
 
-    def codes() -> Array:
-        return unpack_low_first(parts.codes(name), 4)
-
-    return CodedWeight(record, f"{scheme.format}, groups of {group}", (outputs, size), E2M1, found, codes)
+    stored = f"{scheme.format}, groups of {group}"
+    return CodedWeight(record, stored, (outputs, size), E2M1, found, partial(parts.codes, name))
 
 
 def _global_scales(scale: str, whole: str, parts: ModuleParts) -> Array:

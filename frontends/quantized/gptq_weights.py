@@ -85,11 +85,17 @@ def _weight(module: str, bits: int, group: int, less: int, parts: ModuleParts) -
         partial(_integers, name, bits, parts),
         partial(_factors, module, bits, less, parts),
         members,
+        partial(_bytes, name, parts) if bits == 4 else None,
     )
 
 
+def _bytes(name: str, parts: ModuleParts, outputs: slice = slice(None)) -> Array:
+    """Return the words of each output as bytes."""
+    return np.ascontiguousarray(parts.array(name)[:, outputs].T).view(np.uint8)
+
+
 def _integers(name: str, bits: int, parts: ModuleParts) -> Array:
-    return unpack_low_first(parts.array(name).T, bits)
+    return unpack_low_first(_bytes(name, parts), bits)
 
 
 def _factors(module: str, bits: int, less: int, parts: ModuleParts) -> tuple[Array, Array]:

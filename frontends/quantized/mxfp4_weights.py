@@ -22,7 +22,7 @@ import numpy as np
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.frontends.quantized.coded_weights import MXFP4, CodedWeight
 from treadle.frontends.quantized.module_parts import ModuleParts
-from treadle.frontends.quantized.quantized_weights import QuantizedWeight, unpack_low_first
+from treadle.frontends.quantized.quantized_weights import QuantizedWeight
 from treadle.frontends.quantized.scale_blocks import ScaleBlocks
 from treadle.frontends.quantized.settings import QuantizationSettings
 from treadle.ir.encodings.encoding import Encoding
@@ -46,7 +46,7 @@ def _experts(module: str, parts: ModuleParts) -> Experts:
     matrix = (experts * outputs, groups * _GROUP)
 
     def codes() -> Array:
-        return unpack_low_first(parts.codes(blocks).reshape(matrix[0], -1), 4)
+        return parts.codes(blocks).reshape(matrix[0], -1)
 
     found = ScaleBlocks(1, _GROUP, matrix, partial(parts.powers, scales))
     stored = f"mxfp4, groups of {_GROUP}"

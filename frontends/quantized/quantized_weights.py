@@ -13,7 +13,7 @@ is decoded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from treadle.frontends.mapped_tensors import TensorRecord
 from treadle.ir.encodings.encoding import Encoding
-from treadle.ir.encodings.rounded_forms import packed_nibbles
+from treadle.ir.encodings.rounded_forms import packed_nibbles, packed_pairs
 
 Array = np.ndarray[Any, Any]
 
@@ -102,6 +102,8 @@ class GroupedIntegers(QuantizedWeight):
     integers  returns q, u8[N, K], from 0 to 2^bits - 1
     factors   returns the scales, f32[N, G], and the zeros, integers of the same shape
     members   the group of each input, if they are in another order than k // group: i64[K]
+    pairs     for 4 bits that are stored in pairs along k: returns the bytes of a range of rows, u8[n, K / 2], the
+              first of two integers in the low half; None
     """
 
     first: TensorRecord
@@ -112,6 +114,7 @@ class GroupedIntegers(QuantizedWeight):
     integers: Callable[[], Array]
     factors: Callable[[], tuple[Array, Array]]
     members: Array | None = None
+    pairs: Callable[[slice], Array] | None = None
 
     @cached_property
     def order(self) -> Array | None:
@@ -160,14 +163,19 @@ class GroupedIntegers(QuantizedWeight):
         form = self.form
         assert form is not None
         (rows, size), (scales, zeros) = self.shape, self._factors()
-        n, q = form.elements(size), self.integers()
-        if self.order is not None:
-            q = np.take(q, self.order, axis=1)  # several times as fast as an index
+        n = form.elements(size)
         made = np.empty((rows, size // n), form.block.record(n))
         repeated = 1 if self.group == size == n else self.group // n
         made["scale"] = np.repeat(scales, repeated, axis=1)
         if "zero" in (made.dtype.names or ()):
             made["zero"] = np.repeat(zeros - (128 if self.bits == 8 else 0), repeated, axis=1)
+        if self.pairs is not None and self.order is None:
+            for piece in pieces(rows, size // 2):
+                made["q"][piece] = packed_pairs(self.pairs(piece).reshape(-1, size // n, n // 2))
+            return made.view(np.uint8).reshape(rows, -1)
+        q = self.integers()
+        if self.order is not None:
+            q = np.take(q, self.order, axis=1)  # several times as fast as an index
         if self.bits == 8:
             made["q"] = (q ^ np.uint8(128)).view(np.int8).reshape(made["q"].shape)
         else:
@@ -186,6 +194,15 @@ class GroupedIntegers(QuantizedWeight):
         made -= zeros[:, members]
         made *= scales[:, members]
         return made
+
+
+_PIECE = 1 << 18  # bytes of a piece of a weight, which fits into a core's cache
+
+
+def pieces(rows: int, nbytes: int) -> Iterator[slice]:
+    """Yield ranges of rows, with `nbytes` bytes in a row, that are converted one after the other."""
+    step = max(1, _PIECE // nbytes)
+    return (slice(at, min(at + step, rows)) for at in range(0, rows, step))
 
 
 def block_length(group: int) -> int | None:

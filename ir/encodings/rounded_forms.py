@@ -41,6 +41,23 @@ def packed_nibbles(codes: Array) -> Array:
     return made
 
 
+def packed_pairs(pairs: Array, *, high_first: bool = False) -> Array:
+    """Pack 4-bit codes that are stored in pairs, u8[..., n / 2], as `packed_nibbles` packs them, for n from 4 on.
+
+    Byte i of `pairs` has code 2 i in its low bits and code 2 i + 1 in its high bits; with `high_first` the other way
+    round. Two codes of each half become a 16-bit word, which takes a third of the time of unpacking them.
+    """
+    quarter = pairs.shape[-1] // 2
+    low, high = (pairs[..., half].astype("<u2") for half in (slice(quarter), slice(quarter, None)))
+    first, second = (4, 0) if high_first else (0, 4)
+    mask = np.uint16(15)
+    made: Array = (low >> np.uint16(first)) & mask
+    made |= ((high >> np.uint16(first)) & mask) << np.uint16(4)
+    made |= ((low >> np.uint16(second)) & mask) << np.uint16(8)
+    made |= ((high >> np.uint16(second)) & mask) << np.uint16(12)
+    return made.view(np.uint8)
+
+
 class _Symmetric(BlockForm):
     """y = scale q: q from -127 to 127, one float32 scale per block; the largest magnitude in a block is 127 scales
 
