@@ -17,6 +17,7 @@ class EntryExecutable:
     """
 
     exact_rows = False
+    captures_calls = False
 
     def __init__(self, graph: Graph, backend: str, allocate: Allocate) -> None:
         """Store the graph as declared. The subclass fills `called` with the entries by name."""

@@ -107,7 +107,8 @@ class StatefulExecutable(Protocol):
     such graphs.
 
     An executable may also have `exact_rows`: True if the bits of a row's results depend on that row alone, not on the
-    other rows of a call or on the split of the row's tokens into calls.
+    other rows of a call or on the split of the row's tokens into calls. And it may have `captures_calls`: True if calls
+    are captured for their sizes and replayed, so that few numbers of rows should occur.
     """
 
     @property

@@ -92,7 +92,9 @@ class Session:
             sizes[symbol] = _RING * -(-min(window + self.chunk, self.capacity) // _RING)
         self._add_memories(sizes, memory or {})
         held = {s for value in derived.graph.states.values() for s in value.type.symbols}
-        self.states: States = executable.new_states(**{s: size for s, size in sizes.items() if s in held})
+        self._pads = bool(getattr(executable, "captures_calls", False))
+        slots = sizes | {SLOTS: sizes[SLOTS] + self._pads}  # the last slot is for rows that fill up a call
+        self.states: States = executable.new_states(**{s: size for s, size in slots.items() if s in held})
         self._prefill, self._step = executable.entry("prefill"), executable.entry("step")
         self._verify = executable.entry("verify")
         self._prologue = executable.entry("prologue") if derived.has_prologue else None
@@ -409,22 +411,24 @@ class Session:
         does no harm. Running sums may have advanced; rows with such sums are marked as lost.
         """
         rows = list(pieces)
-        inputs["rows"], inputs["start"] = (
-            np.array(rows, np.int64),
-            np.array([self._rows[r].length for r in rows], np.int64),
-        )
+        start = [self._rows[r].length for r in rows]
+        padding = bucket(len(rows)) - len(rows) if self._pads else 0
         how = self.derived.sampling if draws is not None else None
+        sampling: Mapping[str, Array] = {}
         if how is not None:
             assert draws is not None
-            inputs |= sampling_inputs(how, [draws.get(row, _GREEDY) for row in rows])
+            sampling = sampling_inputs(how, [*(draws.get(row, _GREEDY) for row in rows), *[_GREEDY] * padding])
         for row in rows:
             state = self._rows[row]
             state.verified, state.written = [], max(state.written, state.length + ids.shape[1])
         for name in self._inputs.rules:
             inputs[name] = self._along(name, {row: len(piece) or ids.shape[1] for row, piece in pieces.items()}, ids)
+        inputs = {name: _padded(array, padding) for name, array in inputs.items()} | sampling
+        inputs["rows"] = np.array(rows + [self._slots.count] * padding, np.int64)
+        inputs["start"] = np.array(start + start[:1] * padding, np.int64)
         try:
             named = {self.derived.port_names.get(name, name): array for name, array in inputs.items()}
-            out = entry(self.states, **{self._ports.tokens: ids}, **named)
+            out = entry(self.states, **{self._ports.tokens: _padded(ids, padding)}, **named)
         except BaseException:
             for row in rows:
                 self._rows[row].is_lost = self.derived.carries
@@ -432,8 +436,8 @@ class Session:
         for row in rows:
             self._extend(self._rows[row], pieces[row])
         if how is not None:
-            return np.asarray(out[self.derived.port_names[SAMPLED]])
-        logits = np.asarray(out[self._ports.logits])
+            return np.asarray(out[self.derived.port_names[SAMPLED]])[: len(rows)]
+        logits = np.asarray(out[self._ports.logits])[: len(rows)]
         return logits if draws is None else logits[:, 0]
 
     def _along(self, name: str, counts: Mapping[int, int], ids: Array) -> Array:
@@ -513,6 +517,16 @@ def _positive(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or (number := operator.index(value)) < 1:
         raise UsageError(f"{name} must be 1 or more", received=repr(value))
     return number
+
+
+def bucket(rows: int) -> int:
+    """Return the number of rows of a call that is captured for its sizes: a power of two, or a multiple of 8."""
+    return -(-rows // 8) * 8 if rows > 4 else (1, 2, 4, 4)[rows - 1]
+
+
+def _padded(array: Array, count: int) -> Array:
+    """Return an array [b, ...] with `count` more rows of zeros."""
+    return np.concatenate([array, np.zeros((count, *array.shape[1:]), array.dtype)]) if count else array
 
 
 def _by_row(tokens: Mapping[int, X]) -> Iterable[tuple[int, X]]:

@@ -72,6 +72,7 @@ class Slots:
     """The slots of a session.
 
     rows    open rows by slot, in the order in which they were opened
+    count   number of slots
     states  states in which every slot has a part
     rings   the caches in which old positions are overwritten
     whole   True if a row can continue only from a whole text, since running sums cannot be rolled back
@@ -81,6 +82,7 @@ class Slots:
     def __init__(self, states: States, count: int, rings: Sequence[Ring], *, whole: bool) -> None:
         self.rows: dict[int, Row] = {}
         self.states, self.rings, self.whole = states, tuple(rings), whole
+        self.count = count
         self._empty = list(range(count))[::-1]
         self._kept: dict[int, Row] = {}  # texts of closed rows, least recently used first
         self.cache: PrefixCache | None = None

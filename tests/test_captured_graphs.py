@@ -12,6 +12,7 @@ from tests.backend_checks import graph_of, message
 from treadle.backends.registry import find_backend
 from treadle.ir.target import Target
 from treadle.ir.text.parser import parse_graph
+from treadle.runtime.session import bucket
 
 torch = pytest.importorskip("torch", minversion="2.9")
 
@@ -91,6 +92,37 @@ def test_steps_of_sessions_are_replayed(name: str, how: str | None) -> None:
                     chosen = other.sample({row: [token] for row, token in tokens.items()})
                     assert chosen == {row: int(wanted[row].argmax()) for row in rows}
         assert device.replays > 10 * len(pairs)
+
+
+@pytest.mark.parametrize("how", [None, "random"])
+def test_numbers_of_rows_share_graphs(how: str | None) -> None:
+    """Steps of 1 to 7 rows have 4 sizes: 1, 2, 4 and 8 rows."""
+    with standin(device := RecordingDevice()):
+        here, there = (
+            t.compile("gpt2", backend="torch", target=at, seed=1, **MODELS["gpt2"]) for at in ("cpu", "cuda")
+        )
+        mine, other = here.session(rows=7, capacity=40), there.session(rows=7, capacity=40, device_sampling=how)
+        rng = np.random.default_rng(0)
+        for row in range(7):
+            text = {row: rng.integers(0, 100, 3 + row).tolist()}
+            assert mine.open() == other.open() == row
+            mine.prefill(text)
+            other.prefill(text) if how is None else other.sample(text)
+        captured = device.captures
+        for number in range(21):
+            tokens = {int(row): int(rng.integers(100)) for row in rng.permutation(7)[: number % 7 + 1]}
+            wanted = mine.step(tokens)
+            if how is None:
+                made = other.step(tokens)
+                assert list(made) == list(tokens)
+                for row, logits in wanted.items():
+                    np.testing.assert_allclose(made[row], logits, atol=1e-5)
+            else:
+                chosen = other.sample({row: [token] for row, token in tokens.items()})
+                assert chosen == {row: int(logits.argmax()) for row, logits in wanted.items()}
+        assert device.captures - captured == 4
+        assert (mine.free, other.free) == (0, 0)
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 17)] == [1, 2, 4, 4, 8, 8, 16, 24]
 
 
 def test_values_that_the_host_knows_are_checked_before_a_replay() -> None:

@@ -194,6 +194,7 @@ class TorchBackend(StagedBackend):
         if device.is_asynchronous:
             notes = (*notes_on_attention(graph), *notes_on_weights(graph), *notes_on_capture(graph, plan))
         made_executable = PythonExecutable(declared, program, tensors, namespace, arrays, self.name, arena, plan, notes)
+        made_executable.captures_calls = arrays.graphs is not None
         if self.torch_compile:
             import torch
 
