@@ -32,6 +32,7 @@ LONG = 4099  # a prime: no vector, block or panel divides it
 # of any value within an op: otherwise windows of 4099 over an axis of that length would take gigabytes
 MOST_ELEMENTS = 1 << 22
 MOST = 6  # cases of an op: later samples mostly have other terms of attention, which do not affect sums
+MOST_GRADIENTS = 2  # of an op: gradients of other cases add up in the same way
 NARROW = ("f16", "bf16")
 SMOOTH = {"attention_parts": [0]}
 """Results whose gradients are compared. The other gradients jump: the gradient of a maximum goes to another element if
@@ -158,7 +159,7 @@ def long_gradients(name: str, dtype: str) -> list[Long]:
     broadcast operand is a sum.
     """
     found = []
-    for what, case in islice(long_cases(name, dtype, *Role), MOST):
+    for what, case in islice(long_cases(name, dtype, *Role), MOST_GRADIENTS):
         for seeded in [SMOOTH[name]] if name in SMOOTH else seedings(case)[:1]:
             graph = case.gradient_graph(seeded)
             if any(node.op.accumulates for _, node in graph.walk()):

@@ -365,6 +365,10 @@ def test_each_instruction_set_has_its_instructions_and_keeps_sums_in_registers(i
         assert text.count("vpdpbusd") == 8 * (12 + sum(HEIGHTS) + last)
 
 
+TILED = ("q4_1", "q8_0", "int4_groups(64)", "q5_k")
+"""Forms with a minimum, with bytes, with groups of 64, and with blocks of blocks."""
+
+
 @pytest.mark.skipif("x86-64-v4-bf16" not in HERE, reason="no VNNI here, whose bits are compared")
 def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
     """Tiles are in memory here, so this tests the kernel's use of tiles, in more than one chunk of k.
@@ -380,14 +384,14 @@ def test_tiles_have_the_bits_of_instructions_that_multiply_fours() -> None:
     own = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=own, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["q4_0", "q4_1", "q5_0", "q8_0", "int4_groups(64)", "q4_k", "q5_k"]
+    assert done.stdout.split() == list(TILED)
 
 
 def tiles_beside_fours() -> None:
-    """Run the test above for every form, in a child process."""
+    """Run the test above, in a child process."""
     tvm_runtime.set_threads(1)
     cache = KernelCache(stand_in(pytest.MonkeyPatch()), folder=None)
-    for text in ("q4_0", "q4_1", "q5_0", "q8_0", "int4_groups(64)", "q4_k", "q5_k"):
+    for text in TILED:
         k, n, form = 256 * 17 if text in LARGE else 128 * 17, 40, word_form(parse_encoding(text))
         assert form is not None
         kernel, zero = QuadBlockProduct(form), form.zero
