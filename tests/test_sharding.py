@@ -46,8 +46,8 @@ CASES = [
     and (family == FAMILIES[0] or {name for name, _ in Mesh.of(mesh).axes} <= {*known.axes.values()})
     and (family in FAMILIES[::3] or Mesh.of(mesh).ranks < 8)
 ]
-"""Families, meshes and recipes. For one family also meshes with an axis that the recipe does not use, and for every third
-family meshes of 8 devices.
+"""Families, meshes and recipes; for one family also meshes with an axis that the recipe does not use, and for every
+third one meshes of 8 devices.
 """
 
 
