@@ -23,7 +23,7 @@ _MERGE = "\u0100\u0100"  # two zero bytes, so that there is a merge, which no te
 class PairForm:
     """The form in which a pair is written.
 
-    blocks    the type of matrices: F32, F16 or Q8_0. A matrix whose rows do not consist of whole blocks becomes F16
+    blocks    the type of matrices: F32, F16 or Q8_0. Patches, positions, and rows that are not whole blocks become F16
     is_older  True for the names of LLaVA's converter, which swaps ffn_up and ffn_down and drops layers that do not run
     has_mark  False if the vocabulary has no image token
     """
@@ -65,7 +65,7 @@ def _write_language(made: VisionModel, path: Path, form: PairForm) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    special = set(made.tokenizer.all_special_tokens)
+    special = {token.content for token in made.tokenizer.added_tokens_decoder.values()}
     numbered = sorted((number, token) for token, number in made.tokenizer.get_vocab().items())
     tokens = [token if form.has_mark or token != made.mark else "unused" for _, token in numbered]
     writer.add_tokenizer_model("gpt2")
@@ -139,8 +139,8 @@ def _write_projector(
 
 def _add(writer: Any, name: str, weight: Array, form: PairForm) -> Array:
     """Write a tensor, and return the numbers that the file holds."""
-    kind = gguf.GGMLQuantizationType[form.blocks if weight.ndim > 1 and not name.startswith("v.position") else "F32"]
-    if weight.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] or (weight.ndim > 2 and form.blocks != "F32"):
+    kind = gguf.GGMLQuantizationType[form.blocks if weight.ndim > 1 else "F32"]
+    if form.blocks != "F32" and (weight.ndim > 2 or name.startswith("v.position") or weight.shape[-1] % 32):
         kind = gguf.GGMLQuantizationType.F16
     stored = gguf.quantize(np.ascontiguousarray(weight), kind)
     writer.add_tensor(name, stored, raw_dtype=kind)

@@ -236,7 +236,7 @@ class TextWriter:
             raise UsageError(
                 f"{self.model.name} {without}",
                 hint=Hint(
-                    f"{which}; or a GGUF file with its image encoder: mmproj=\"FILE\"",
+                    f'{which}; or a GGUF file with its image encoder: mmproj="FILE"',
                     f"{which}; or a GGUF file with its image encoder: --mmproj FILE",
                 ),
             )

@@ -73,11 +73,10 @@ def pair_from_gguf(language: GGUFFile, projector: GGUFFile) -> t.Model:
     patch = vision["patch"]
     if patch > side:
         projector.fail(f"{_VISION}.patch_size", f"must be at most the image's side, {side}", f"{patch}")
-    image = {"channels": 3, "height": side, "width": side}
+    image: dict[str, Any] = {"channels": 3, "height": side, "width": side}
     if declared is llava:
         bias = "mm.2.bias" in projector
-        projected = {"class_token": False, "bias": bias}
-        return llava.configure(**image, **projected, text=text, vision={**image, **vision})
+        return llava.configure(**image, class_token=False, bias=bias, text=text, vision={**image, **vision})
     shuffle = projector.integer(_SHUFFLE, 2)
     if side // patch % shuffle:
         projector.fail(_SHUFFLE, f"must divide the {side // patch} patches of an image's side", f"{shuffle}")
@@ -195,8 +194,7 @@ def _is_swapped(file: GGUFFile) -> bool:
     if dim == hidden:
         file.fail(
             f"{_VISION}.feed_forward_length",
-            "must differ from the embedding's length: otherwise files whose names ffn_up and ffn_down are swapped cannot "
-            "be recognized",
+            "must differ from the embedding's length: otherwise swapped names of ffn_up and ffn_down go unnoticed",
             f"{hidden}",
         )
     name = "v.blk.0.ffn_down.weight"

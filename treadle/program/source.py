@@ -108,7 +108,7 @@ class ModelSource:
 
         weights    for a declaration, the folder or the .safetensors file that holds its weights under their own names
         tokenizer  another model, whose tokenizer, chat template and end tokens are used
-        mmproj     for a GGUF file, the file of its image encoder, or "none"; None: mmproj*.gguf next to it, if it exists
+        mmproj     for a GGUF file, the file of its image encoder, or "none"; None: mmproj*.gguf next to it, if any
         limits     limits on what a file may contain: {"tensors": 1_000_000}
 
         Raises UsageError if there is no such model. Files are opened, and their errors raised, when they are needed.
