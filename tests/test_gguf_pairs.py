@@ -33,7 +33,7 @@ from treadle.tasks.images import ImageReader, ImageSettings
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 for package in ("torch", "tokenizers", "PIL", "jinja2", "gguf"):
     pytest.importorskip(package, reason=f"{package} is not installed")
-from tests.fuzz.gguf_files import Sizes, tensors, write_model
+from tests.fuzz.gguf_files import Sizes, judge, mutations, tensors, write_model
 from tests.gguf_pairs import LANGUAGE, PROJECTOR, PairForm, write_pair
 from tests.vision_answers import NEAR, compare_answers
 from tests.vision_models import VisionModel, asked, image_files, save_vision_model
@@ -296,6 +296,18 @@ def test_files_of_two_models(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is that of an image encoder") as caught:
         resolve(copied.parent / PROJECTOR)
     assert "this file as --mmproj" in caught.value.hint.command  # type: ignore[union-attr]
+
+
+def test_mutations(pair: Pair, tmp_path: Path) -> None:
+    """60 damaged image encoders; `python -m tests.fuzz.gguf_files --pairs` reads more of the same kind."""
+    language, outcomes = pair("smolvlm")[1], set()
+    files = [encoder_of(pair(kind)[1]).file.path for kind in ("llava", "smolvlm")]
+    damaged = mutations(60, 3, [Path(file).read_bytes() for file in files])
+    for number, (kind, file) in enumerate(damaged):
+        verdict = judge(file, tmp_path / f"{number}.gguf", language)
+        assert verdict.failure is None, f"mutation {number} ({kind}): {verdict.failure}"
+        outcomes.add(verdict.outcome)
+    assert outcomes >= {"read", "opening", "model"}
 
 
 def test_images_without_an_image_encoder(copied: Path) -> None:
