@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from treadle.models.siglip import siglip_vision
 from treadle.program.source import ModelSource
 from treadle.resolving import resolve
 from treadle.serving.models import ServedWriter
-from treadle.tasks.image_prompts import ImagePrompts
+from treadle.tasks.image_prompts import _FAMILIES, ImagePrompts
 from treadle.tasks.image_tiles import TileReader
 from treadle.tasks.images import ImageReader, ImageSettings
 
@@ -118,7 +119,7 @@ def test_a_pair_is_the_model_of_its_folder(kind: str, pair: Pair) -> None:
 
 
 def test_a_vocabulary_without_an_image_token(pair: Pair) -> None:
-    """LLaVA's own vocabulary has none: places of images have another id, whose embedding is not read."""
+    """LLaVA's own vocabulary has none: the tokenizer gets one, whose embedding is not read."""
     prompts, logits = [], []
     for form in (PairForm(), PairForm(has_mark=False)):
         writer = TextWriter.open(pair("llava", form)[1], backend="numpy")
@@ -129,11 +130,18 @@ def test_a_vocabulary_without_an_image_token(pair: Pair) -> None:
         prompts.append(prompt)
     index = prompts[0].inputs["image_index"]
     assert np.array_equal(index, prompts[1].inputs["image_index"]) and (index > 0).sum() == 16
-    assert set(np.array(prompts[1].ids)[index > 0]) == {0}
+    assert {*np.array(prompts[1].ids)[index > 0]} == {writer.tokenizer.with_token("<image>")[1]}
     assert [n for n, i in zip(prompts[0].ids, index, strict=True) if not i] == [
         n for n, i in zip(prompts[1].ids, index, strict=True) if not i
     ]
     assert np.array_equal(logits[0], logits[1])
+    source = ModelSource.open(pair("llava", PairForm(has_mark=False))[1])
+    model = source.image_model
+    assert model is not None
+    few = replace(model, config={**model.config, "text": {**model.config["text"], "vocab": 270}})
+    images = _FAMILIES["llava"](source, source.tokenizer(cut=False), few)
+    ids = images.prompt("a<image>", [images.read(image_files(1)[0])]).ids
+    assert ids[1:] == [0] * 16, "an id that the model has an embedding for"
     with pytest.raises(CheckpointError, match="the tokenizer has no image token <image>"):
         TextWriter.open(pair("smolvlm", PairForm(has_mark=False))[1], backend="numpy")
 

@@ -103,7 +103,7 @@ def write_model(
 
     held  the types of weights that are blocks already, u8[rows, bytes], by name
     keys  metadata besides the sizes, without the architecture prefix
-    pre   name of the rule that splits text
+    pre   name of the rule that splits text; "": the vocabulary is SentencePiece's
     """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
@@ -119,12 +119,19 @@ def write_model(
     for key, value in (keys or {}).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{sizes.architecture}.{key}", value)
-    tokens = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(list(MERGES))
+    if pre:
+        tokens = vocabulary()
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+        writer.add_token_merges(list(MERGES))
+    else:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "h", "e", "he", "\u2581"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 4])
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
     for name, weight in weights.items():
@@ -138,13 +145,15 @@ def write_model(
 
 
 def seeds() -> list[bytes]:
-    """Return valid files: a model in several block types, and a model of another architecture."""
+    """Return valid files: a model in several block types, one with a vocabulary of SentencePiece, and a model of another
+    architecture.
+    """
     made = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         for blocks, architecture in (("F32", "qwen2"), ("Q4_1", "llama"), ("Q8_0", "llama"), ("F16", "llama")):
             sizes = Sizes(architecture=architecture, layers=1)
-            write_model(path, sizes, tensors(sizes), blocks)
+            write_model(path, sizes, tensors(sizes), blocks, pre="" if blocks == "F16" else "smollm")
             made.append(path.read_bytes())
     return made
 

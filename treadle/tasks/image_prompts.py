@@ -51,9 +51,10 @@ class ReadImage:
 class ImagePrompts(ABC):
     """The images of a model's prompts.
 
-    mark      the text that marks an image in a prompt, the name of the image token
-    token     the id of the image token
-    is_added  True if the model's vocabulary lacks the image token, and only the tokenizer has it
+    mark          the text that marks an image in a prompt, the name of the image token
+    token         the id of the image token in the tokenizer
+    embeddings    the number of the model's embeddings; the id of the image token may be larger, since its embedding is
+                  not used
     default_mark  the mark if no file names the image token
     needs_token   False if GGUF files of the family may lack the image token in their vocabulary
     """
@@ -62,12 +63,11 @@ class ImagePrompts(ABC):
     needs_token: ClassVar[bool] = True
 
     def __init__(self, source: ModelSource, tokenizer: TextTokenizer, model: ImageModel) -> None:
-        self.tokenizer, self.family, self.is_added = tokenizer, model.family, False
+        self.tokenizer, self.family, self.embeddings = tokenizer, model.family, int(model.config["text"]["vocab"])
         self.mark = self.default_mark if model.token is None else tokenizer.name_of(model.token)
         found = tokenizer.id_of(self.mark)
         if found is None and model.options is not None and not self.needs_token:
             self.tokenizer, found = tokenizer.with_token(self.mark)
-            self.is_added = True
         if found is None or model.token not in (None, found):
             raise CheckpointError(
                 f"the tokenizer has no image token {printable(self.mark)}",
@@ -128,7 +128,7 @@ class ImagePrompts(ABC):
             )
         index = np.zeros(len(ids), np.int64)
         index[places] = np.arange(1, features + 1)
-        if self.is_added:  # the model has no embedding for this id, and reads none
+        if self.token >= self.embeddings:
             ids = [0 if number == self.token else number for number in ids]
         joined = {name: np.concatenate([image.arrays[name] for image in images]) for name in images[0].arrays}
         return ChatPrompt(ids, {"image_index": index, **joined, **self._placed(images, index)})
