@@ -8,7 +8,7 @@ out; its converters convert_hf_to_gguf.py (SmolVLM) and convert_image_encoder_to
     clip.use_gelu, clip.use_silu            the encoder's activation; neither: quick GELU
     clip.vision.image_size, patch_size      sides in pixels
     clip.vision.image_mean, image_std       one number per channel
-    clip.vision.feature_layer               LLaVA: the number of layers that run; left out: all that the file holds
+    clip.vision.feature_layer               LLaVA: the number of layers that run; left out: block_count
     clip.vision.image_aspect_ratio          LLaVA: "pad" if images are padded to squares
     clip.vision.projector.scale_factor      SmolVLM: the side of the squares of patches that are joined
     clip.vision.preproc_image_size          SmolVLM: the longest side of an image before it is split into tiles
