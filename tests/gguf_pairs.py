@@ -40,17 +40,19 @@ def write_pair(
     *,
     keys: Mapping[str, Any] | None = None,
     without: str | None = None,
+    also: str | None = None,
 ) -> Path:
     """Write the pair that llama.cpp would write of a model. The model's weights become those that the files hold.
 
     keys     metadata of the image encoder that differ; None: left out
     without  a tensor of the image encoder to leave out
+    also     the name of another tensor to add to it
 
     Returns the language model's file.
     """
     place.mkdir(exist_ok=True)
     _write_language(made, place / LANGUAGE, form)
-    _write_projector(made, place / PROJECTOR, form, keys or {}, without)
+    _write_projector(made, place / PROJECTOR, form, keys or {}, without, also)
     return place / LANGUAGE
 
 
@@ -90,7 +92,7 @@ def _write_language(made: VisionModel, path: Path, form: PairForm) -> None:
 
 
 def _write_projector(
-    made: VisionModel, path: Path, form: PairForm, keys: Mapping[str, Any], without: str | None
+    made: VisionModel, path: Path, form: PairForm, keys: Mapping[str, Any], without: str | None, also: str | None
 ) -> None:
     config = made.model.config
     vision, is_llava = config.vision_config, made.kind == "llava"
@@ -134,6 +136,8 @@ def _write_projector(
             part = next((each for each in swapped if each in ours), "")
             ours = ours.replace(part, swapped.get(part, ""))
         weight[...] = weight.new_tensor(_add(writer, ours, weight.numpy(), form))
+    if also is not None:
+        _add(writer, also, np.zeros(vision.hidden_size, np.float32), form)
     _finish(writer)
 
 

@@ -146,6 +146,13 @@ def test_a_vocabulary_without_an_image_token(pair: Pair) -> None:
         TextWriter.open(pair("smolvlm", PairForm(has_mark=False))[1], backend="numpy")
 
 
+def test_keys_of_other_versions(pair: Pair, tmp_path: Path) -> None:
+    """The first files have no projector type, later ones may have it under another name."""
+    for keys in ({"clip.has_llava_projector": True}, {f"{CLIP}projector_type": "mlp"}):
+        path = write_pair(pair("llava")[0], tmp_path, keys={"clip.projector_type": None, **keys})
+        assert resolve(path).name == "llava"
+
+
 def test_weights_in_blocks_stay_in_blocks(pair: Pair) -> None:
     found = resolve(pair("smolvlm", PairForm("Q8_0"))[1])
     types = {name: str(value.type) for name, value in found.graph.parameters.items()}
@@ -285,6 +292,13 @@ def test_a_missing_tensor_is_named(pair: Pair, tmp_path: Path) -> None:
             resolve(write_pair(pair("llava")[0], tmp_path, without=tensor))
         assert tensor.replace(".1.", ".{i}.") in str(caught.value) or tensor in str(caught.value)
         assert PROJECTOR in (caught.value.within or "")
+
+
+@pytest.mark.parametrize("tensor", ["v.post_ln.weight", "mm.3.weight", "model.image_newline"])
+def test_models_that_resemble_llava_are_refused(tensor: str, pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{tensor} is not supported: a ") as caught:
+        resolve(write_pair(pair("llava")[0], tmp_path, also=tensor))
+    assert f"tensor {tensor}" in (caught.value.within or "")
 
 
 def test_files_of_two_models(copied: Path, tmp_path: Path) -> None:

@@ -5,10 +5,10 @@
 Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move
 whole entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its
 vocabulary is built, and the model is traced and bound to its weights. With --pairs, the files are image encoders
-(mmproj), which are read together with a valid language model, and the reader of images is built. A mutation fails the run if that raises anything
-but CheckpointError, reads another name, shape or number than the library, makes more calls than a multiple of the
-file's length, or takes more than a second; the run fails if its memory ever grows by more than twice the file plus
-64 MiB. Exit status 1 if any fails.
+(mmproj): each is read together with a valid language model, and the reader of its images is built. A mutation fails the
+run if that raises anything but CheckpointError, reads another name, shape or number than the library, makes more calls
+than a multiple of the file's length, or takes more than a second; the run fails if its memory ever grows by more than
+twice the file plus 64 MiB. Exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def write_model(
 
 
 def seeds() -> list[bytes]:
-    """Return valid files: a model in several block types, one with a vocabulary of SentencePiece, and a model of another
-    architecture.
+    """Return valid files: a model in several block types, once with a vocabulary of SentencePiece, and a model of
+    another architecture.
     """
     made = []
     with tempfile.TemporaryDirectory() as folder:

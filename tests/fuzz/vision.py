@@ -16,7 +16,6 @@ from tests.image_processors import PROCESSORS, drawn_images, pixel_distance
 from tests.vision_answers import NEAR, compare_answers
 from tests.vision_models import KINDS, save_vision_model
 
-
 FORMS = [PairForm(blocks, is_older) for blocks in ("F32", "F16", "Q8_0") for is_older in (False, True)]
 
 

@@ -130,10 +130,11 @@ class ModelSource:
         self, weights: str | Path | None, tokenizer: AnyModel | None, mmproj: str | Path | None, limits: Limits
     ) -> None:
         """Raise UsageError for choices that differ from the choices with which the model was opened."""
+        encoder = getattr(self, "mmproj", None)
         differs = {
             "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
             "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,
-            "the image encoder of an opened model is": mmproj is not None and mmproj != getattr(self, "mmproj", None),
+            "the image encoder of an opened model is": mmproj is not None and str(mmproj) != str(encoder),
             "limits of an opened model are": limits not in (None, self.limits),
         }
         for what in [name for name, other in differs.items() if other]:
