@@ -96,6 +96,7 @@ class ImageSettings:
         """
         if isinstance(place, ImageSettings):
             return place
+        _need_pillow()
         name, given = _FILE, {}
         if place.has(_FILE):
             given = place.read_settings(_FILE)
@@ -110,12 +111,7 @@ class ImageSettings:
         """Return these options, in a file, with the defaults of `kind`, the kind of model. Raises FrontendError if
         Pillow is not installed.
         """
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise FrontendError(
-                "reading images needs the package pillow", received=str(error), hint=pip_install("images")
-            ) from error
+        _need_pillow()
         return cls({**DEFAULTS[kind], **{key: value for key, value in options.items() if value is not None}}, file)
 
     def read_with(self, read: Callable[[Mapping[str, Any]], T]) -> T:
@@ -126,6 +122,15 @@ class ImageSettings:
             raise CheckpointError(
                 "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
             ) from None
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise FrontendError(
+            "reading images needs the package pillow", received=str(error), hint=pip_install("images")
+        ) from error
 
 
 ImagePlace = ModelFolder | ImageSettings
