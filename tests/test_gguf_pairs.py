@@ -153,6 +153,14 @@ def test_keys_of_other_versions(pair: Pair, tmp_path: Path) -> None:
         assert resolve(path).name == "llava"
 
 
+def test_a_pair_with_qwen2(copied: Path) -> None:
+    sizes = Sizes(architecture="qwen2")
+    copied.unlink()
+    write_model(copied, sizes, tensors(sizes))
+    found = resolve(copied)
+    assert found.name == "llava" and found.model is not None and found.model.config["text"]["layout"] == "half"
+
+
 def test_weights_in_blocks_stay_in_blocks(pair: Pair) -> None:
     found = resolve(pair("smolvlm", PairForm("Q8_0"))[1])
     types = {name: str(value.type) for name, value in found.graph.parameters.items()}
@@ -204,6 +212,16 @@ def test_a_link_out_of_the_folder_is_not_followed(copied: Path, tmp_path_factory
     assert ModelSource.open(copied, mmproj=outside).resolve().name == "llava"
 
 
+def test_a_damaged_image_encoder_is_named(copied: Path, tmp_path: Path) -> None:
+    (copied.parent / PROJECTOR).write_bytes(b"GGUF")
+    for source in (ModelSource.open(copied), ModelSource.open(copied, mmproj=tmp_path / "absent.gguf")):
+        with pytest.raises(CheckpointError) as caught:
+            source.resolve()
+        assert caught.value.what in ("the file ends too early", "the file does not exist")
+        assert str(caught.value.hint).endswith('; or mmproj="none" reads the language model alone')
+    assert ModelSource.open(copied, mmproj="none").resolve().name == "llama"
+
+
 def test_links_in_a_hub_cache_are_followed(copied: Path, tmp_path: Path) -> None:
     root = tmp_path / "models--org--name"
     (root / "blobs").mkdir(parents=True)
@@ -243,6 +261,7 @@ def test_only_a_gguf_file_takes_an_image_encoder(pair: Pair) -> None:
         ("llava", "clip.has_vision_encoder", False, "clip.has_vision_encoder must be true"),
         ("llava", "clip.use_silu", True, "clip.use_silu must not be true if clip.use_gelu is"),
         ("llava", f"{CLIP}image_grid_pinpoints", [336, 672], "is not supported: images in several resolutions"),
+        ("llava", f"{CLIP}mm_patch_merge_type", "spatial_unpad", "mm_patch_merge_type is not supported"),
         ("llava", f"{CLIP}feature_layer", [1, 2], "is not supported: features of several layers"),
         ("llava", f"{CLIP}feature_layer", [4], "must be a number from 1 to 3"),
         ("llava", f"{CLIP}feature_layer", [1.5], "must be a number from 1 to 3"),

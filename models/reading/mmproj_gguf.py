@@ -45,6 +45,7 @@ _MOST_SIDE = 1 << 14  # pixels
 _BLOCK_TENSORS = 16
 _VISION = "clip.vision"
 _SHUFFLE, _LAYER = f"{_VISION}.projector.scale_factor", f"{_VISION}.feature_layer"
+_MERGE = f"{_VISION}.mm_patch_merge_type"
 _OTHER_KEYS = {f"{_VISION}.image_grid_pinpoints": "images in several resolutions, as LLaVA-NeXT reads them"}
 _OTHER_TENSORS = {
     "v.post_ln.weight": "a norm after the image encoder of LLaVA",
@@ -144,6 +145,8 @@ def _declaration(projector: GGUFFile) -> t.Model:
     if found not in _TYPES:
         projector.fail(key, "is not supported", f"{printable(found, 40)}; supported: {', '.join(_TYPES)}")
     if _TYPES[found] is llava:
+        if (merge := projector.text(_MERGE, "flat")) != "flat":
+            projector.fail(_MERGE, "is not supported", f"{printable(merge, 40)}; supported: flat")
         for key, meaning in _OTHER_KEYS.items():
             if projector.has(key):
                 projector.fail(key, f"is not supported: {meaning}")
