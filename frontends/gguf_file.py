@@ -56,10 +56,16 @@ class GGUFFile(MappedTensors[GGUFTensor]):
         """
         shown = shown_path(path)
         with open_regular(path, shown) as file:
-            try:
-                return _open(file, shown, limits_of(GGUFLimits, limits))
-            except (OSError, ValueError) as error:
-                raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
+            return cls.read(file, limits)
+
+    @classmethod
+    def read(cls, file: RegularFile, limits: GGUFLimits | Mapping[str, int] | None = None) -> GGUFFile:
+        """Map an open file, as `open` does."""
+        shown = file.state.label
+        try:
+            return _open(file, shown, limits_of(GGUFLimits, limits))
+        except (OSError, ValueError) as error:
+            raise CheckpointError("the file cannot be read", received=str(error), within=shown) from None
 
     # -- metadata ----------------------------------------------------------------------------------------------
 

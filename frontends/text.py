@@ -243,6 +243,13 @@ class TextTokenizer:
         found = self._tokenizer.token_to_id(name)
         return None if found is None else int(found)
 
+    def with_token(self, name: str) -> tuple[TextTokenizer, int]:
+        """Return a copy of the tokenizer with one more special token, and the token's id."""
+        made = copy.deepcopy(self._tokenizer)
+        made.add_special_tokens([name])
+        copied = TextTokenizer(made, self.max_tokens, self.special_names, self.input_names)
+        return copied, int(made.token_to_id(name))
+
     def name_of(self, number: int) -> str:
         """Return an id's name in the vocabulary, such as ##ing."""
         return str(self._tokenizer.id_to_token(number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from treadle.frontends.binding import Binding, BlockStore, Table, TensorStore, b
 from treadle.frontends.ctranslate2_file import CTranslate2File
 from treadle.frontends.declarations import Model
 from treadle.frontends.deferred_arrays import DeferredArray
-from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.huggingface import Checkpoint
 from treadle.frontends.quantized.quantized_checkpoint import QuantizedCheckpoint, open_quantized
+from treadle.ir.encodings.encoding import Encoding
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.transforms.balances import vector_name
@@ -25,6 +25,9 @@ from treadle.ir.transforms.rounded_inputs import AS_STORED, InputRounding, round
 from treadle.ir.transforms.widening import widen_graph
 from treadle.ir.types import DType
 from treadle.models.family import Family, ReadConfig
+
+if TYPE_CHECKING:
+    from treadle.models.reading.llama_gguf import GGUFPart
 
 Array = np.ndarray[Any, Any]
 
@@ -219,14 +222,23 @@ def read_ctranslate2(file: CTranslate2File, options: ReadOptions) -> ReadModel:
     return ReadModel(declared.name, graph, declared, binding.arrays, unused)
 
 
-def read_gguf_weights(file: GGUFFile, model: Model, table: Table, options: ReadOptions) -> ReadModel:
-    """Read a GGUF file, whose configuration is `model`. Raises as `read_declaration` does."""
+def read_gguf_weights(model: Model, parts: Sequence[GGUFPart], options: ReadOptions) -> ReadModel:
+    """Read the GGUF files of a model, whose configuration is `model`. Raises as `read_declaration` does."""
     declared = model.configure(inputs=options.inputs, **options.config)
-    graph, binding = _bound(declared, table, file, options, blocks=file if options.keep_blocks else None)
-    graph = encode_parameters(graph, binding.encodings)
-    blocks = {name: file.record(part.name).blocks for name, part in binding.sources.items()}
-    unused = tuple(name for name in binding.unused if name != "rope_freqs.weight")  # it is in the configuration
-    return ReadModel(declared.name, graph, declared, binding.arrays, unused, blocks)
+    graph = declared.graph()
+    parameters = _parameters(graph)
+    arrays, encodings, blocks = dict[str, Any](), dict[str, Encoding](), dict[str, str]()
+    unused: list[str] = []
+    for part in parts:
+        file, own = part.file, {n: wanted for n, wanted in parameters.items() if n.startswith(part.scopes)}
+        held = file if options.keep_blocks else None
+        binding = bind(own, part.table, file, blocks=held, deferred=options.deferred)
+        arrays |= binding.arrays
+        encodings |= binding.encodings
+        blocks |= {name: file.record(source.name).blocks for name, source in binding.sources.items()}
+        unused += [name for name in binding.unused if name != "rope_freqs.weight"]  # it is in the configuration
+    graph = encode_parameters(graph, encodings)
+    return ReadModel(declared.name, graph, declared, arrays, tuple(unused), blocks)
 
 
 def _bound(
@@ -239,8 +251,13 @@ def _bound(
 ) -> tuple[Graph, Binding]:
     """Return a declaration's graph, and the tensors of its parameters."""
     graph = declared.graph()
-    wanted = {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
-    return graph, bind(wanted, table, store, prefixes=prefixes, blocks=blocks, deferred=options.deferred)
+    found = bind(_parameters(graph), table, store, prefixes=prefixes, blocks=blocks, deferred=options.deferred)
+    return graph, found
+
+
+def _parameters(graph: Graph) -> dict[str, tuple[tuple[int, ...], DType]]:
+    """Return the shapes and dtypes of a graph's parameters, by name."""
+    return {name: (v.type.static_shape or (), v.type.dtype) for name, v in graph.parameters.items()}
 
 
 def _as_f32(array: Any) -> Any:

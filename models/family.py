@@ -16,7 +16,7 @@ from treadle.frontends.binding import Entry, Table
 from treadle.frontends.declarations import Model
 from treadle.frontends.dsl import MOST_REPETITIONS
 from treadle.frontends.quantized.settings import KEYS
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import CheckpointError, Hint
 from treadle.models.reading.irrelevant_keys import IRRELEVANT
 from treadle.models.reading.recorded_config import RecordedConfig
 
@@ -27,6 +27,14 @@ or an ONNX file of the model: torch.onnx.export(module, example, "model.onnx", d
 treadle.compile("model.onnx"), or `treadle compile model.onnx`, takes it
 or its PyTorch module: treadle.compile(treadle.from_torch(module, example))"""
 """The end of a hint: other ways to import a model that no family of the zoo supports."""
+
+NO_PROJECTOR = "none"
+"""The value of the option `mmproj` that reads a GGUF file without an image encoder."""
+
+LANGUAGE_ONLY = Hint(
+    f'mmproj="{NO_PROJECTOR}" reads the language model alone', f"--mmproj {NO_PROJECTOR} reads the language model alone"
+)
+"""The hint of an error for an image encoder in a GGUF file."""
 
 _LARGEST = 2**31 - 1
 

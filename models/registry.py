@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from treadle.frontends.binding import Table
 from treadle.frontends.declarations import Model
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.ir.errors import CheckpointError, UsageError
 from treadle.models.family import OTHER_WAYS, Config, Family
+
+if TYPE_CHECKING:
+    from treadle.models.reading.llama_gguf import GGUFPart
 
 _MODULES: dict[str, tuple[str, ...]] = {
     "albert": ("albert",),
@@ -82,12 +86,16 @@ def family_of(config: Config) -> Family:
     )
 
 
-def read_gguf(file: GGUFFile) -> tuple[Model, Table]:
-    """Return the configured model of a GGUF file, and the table of tensor names.
+def read_gguf(file: GGUFFile, projector: GGUFFile | None = None) -> tuple[Model, Sequence[GGUFPart]]:
+    """Return the configured model of a GGUF file, or of a language model with its image encoder and projector, and the
+    files with the tables of their tensor names.
 
     Raises CheckpointError, with the key, if no family reads it.
     """
-    from treadle.models.reading import llama_gguf  # the only GGUF reader so far
+    from treadle.models.reading import llama_gguf, mmproj_gguf  # the only GGUF readers so far
 
+    if projector is not None:
+        model = mmproj_gguf.pair_from_gguf(file, projector)
+        return model, mmproj_gguf.pair_parts(file, projector, model)
     model = llama_gguf.from_gguf(file)
-    return model, llama_gguf.table(file, model.config)
+    return model, [llama_gguf.GGUFPart(file, llama_gguf.table(file, model.config))]

@@ -75,6 +75,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "widen": ("bf16,f16", ("bf16", "f16")),
     "limits": ("tensors=7", {"tensors": 7}),
     "tokenizer": ("gpt2", "gpt2"),
+    "mmproj": ("none", "none"),
     "weights": ("trained", "trained"),
     "seed": ("7", 7),
     "certify": ("", True),

@@ -5,11 +5,13 @@ field's name.
 from __future__ import annotations
 
 import copy
+import io
 import struct
 import tracemalloc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ import transformers
 
 from tests.fuzz.gguf_files import MERGES, Sizes, judge, mutations, tensors, vocabulary, write_model
 from tests.test_huggingface_models import TOLERANCE, prepare
+from tests.test_sentencepiece import sentences
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer, gguf_end_tokens, gguf_text_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -624,3 +627,78 @@ def test_merges_are_of_the_vocabulary() -> None:
     """The fuzzer's seeds are valid: merged tokens are in the vocabulary."""
     known = set(vocabulary())
     assert all(part in known for merge in MERGES for part in [*merge.split(" "), merge.replace(" ", "")])
+
+
+# -- SentencePiece vocabularies --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pieces() -> Any:
+    """Return a small SentencePiece vocabulary of Llama's kind, as its library reads it."""
+    library = pytest.importorskip("sentencepiece")
+    out = io.BytesIO()
+    options = {"byte_fallback": True, "user_defined_symbols": "<fim>", "remove_extra_whitespaces": False}
+    options["normalization_rule_name"] = "identity"
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences(400, seed=5)), model_writer=out, model_type="bpe", vocab_size=400,
+        minloglevel=2, num_threads=1, **options,
+    )  # fmt: skip
+    return library.SentencePieceProcessor(model_proto=out.getvalue())
+
+
+def piece_file(path: Path, pieces: Any, keys: Mapping[str, Any] = MappingProxyType({})) -> GGUFFile:
+    """Write the metadata of a SentencePiece vocabulary, as llama.cpp's converters do. `keys` differ; None: left out."""
+    ids = range(len(pieces))
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1 for i in ids]
+    kinds[pieces.piece_to_id("<fim>")] = 4
+    found = {
+        "model": "llama",
+        "tokens": [pieces.id_to_piece(i) for i in ids],
+        "scores": [pieces.get_score(i) for i in ids],
+        "token_type": kinds,
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {**found, **keys}.items():
+        if value is not None:
+            writer.add_key_value(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.get_type(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return GGUFFile.open(path)
+
+
+def test_a_sentencepiece_vocabulary_gives_the_ids_of_its_library(pieces: Any, tmp_path: Path) -> None:
+    tokenizer = gguf_text_tokenizer(piece_file(tmp_path / "a.gguf", pieces))
+    hard = ["  two  spaces ", "\u4e2d\u6587 \U0001f642", "a\nb\tc", "\u2581low", "1234 5.6!?"]
+    for text in [*sentences(40, seed=1), *hard]:
+        wanted = pieces.encode(text)
+        assert tokenizer.ids([text], special=False) == [wanted], text
+        assert tokenizer.ids([text]) == [[1, *wanted]], text
+        assert tokenizer.text(wanted) == pieces.decode(wanted), text
+    assert tokenizer.ids(["</s>"], special=False) == [[2]], "a control token is matched as a whole"
+    around = [*pieces.encode("cat"), pieces.piece_to_id("<fim>"), *pieces.encode("sits")]
+    assert tokenizer.ids(["cat<fim>sits"], special=False) == [around], "as in llama.cpp, a space is added after it"
+    keys = {"add_bos_token": False, "add_space_prefix": False}
+    plain = gguf_text_tokenizer(piece_file(tmp_path / "b.gguf", pieces, keys))
+    assert plain.ids([" cat"]) == [pieces.encode("cat")] and plain.ids(["cat"]) != plain.ids([" cat"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ({"scores": None}, "tokenizer.ggml.scores is missing"),
+        ({"scores": [0.0]}, "tokenizer.ggml.scores must have a score for each token"),
+        ({"scores": [float("nan")] * 400}, "tokenizer.ggml.scores must be finite numbers"),
+        ({"token_type": [1, 3]}, "tokenizer.ggml.token_type must have a type for each token"),
+        ({"tokens": ["x" * 513, *map(str, range(399))]}, "tokenizer.ggml.tokens must be of at most 512 characters"),
+        ({"unknown_token_id": 400}, "tokenizer.ggml.unknown_token_id must be an integer from 0 to 399"),
+        ({"tokens": ["a"], "scores": [0.0], "token_type": [1]}, "tokenizer.ggml.bos_token_id is missing"),
+    ],
+)  # fmt: skip
+def test_damaged_sentencepiece_vocabulary(pieces: Any, tmp_path: Path, keys: dict[str, Any], what: str) -> None:
+    kinds = {"token_type": [1] * 400} if "x" * 513 in keys.get("tokens", ()) else {}
+    file = piece_file(tmp_path / "a.gguf", pieces, {**kinds, **keys})
+    with pytest.raises(CheckpointError) as caught:
+        build_gguf_tokenizer(file)
+    assert what in caught.value.what
+    assert "key tokenizer.ggml" in (caught.value.within or "")

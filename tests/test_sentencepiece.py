@@ -280,6 +280,15 @@ def test_a_vocabulary_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_long_piece_is_refused() -> None:
+    """Every split of a piece is tried, which takes a time that is quadratic in its length."""
+    longest = piece("x" * 512, 0.0)
+    assert len(read_sentencepieces(SMALL + longest, "spiece.model").pieces) == 6
+    with pytest.raises(CheckpointError, match="a piece has more than 512 characters") as caught:
+        read_sentencepieces(SMALL + piece("x" * 513, 0.0), "spiece.model")
+    assert (caught.value.received, caught.value.within) == ("513", f"spiece.model, byte {len(SMALL)}")
+
+
 def test_any_change_of_a_file_is_read_or_refused(tmp_path: Path) -> None:
     """Overwritten bytes and truncated files cause a typed error, or give another vocabulary."""
     draw = np.random.default_rng(0)

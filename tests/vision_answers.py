@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 import treadle as t
@@ -14,12 +16,15 @@ NEAR = 2e-5
 _STEPS = 64
 
 
-def compare_answers(made: VisionModel, backend: str, images: int) -> float:
+def compare_answers(made: VisionModel, backend: str, images: int, place: Path | None = None) -> float:
     """Compare prompts with this number of images. Return the largest distance of logits as a part of their range.
+
+    place  the model's folder or GGUF file; None: the folder in which it was saved
 
     Raises AssertionError if token ids of the prompt, or of 32 greedy tokens, differ.
     """
-    writer, files, talk = TextWriter.open(made.place, backend=backend), image_files(images, images), asked(images)
+    place = place or made.place
+    writer, files, talk = TextWriter.open(place, backend=backend), image_files(images, images), asked(images)
     theirs = made.inputs(talk, files)
     prompt = writer.chat_prompt(writer.chat_template(), talk, writer.read_images(files))
     assert prompt.ids == theirs["input_ids"][0].tolist()
@@ -28,7 +33,7 @@ def compare_answers(made: VisionModel, backend: str, images: int) -> float:
     assert answer == made.answer(theirs, 32)
     wanted = made.logits(theirs)
 
-    exe = t.compile(made.place, backend=backend)
+    exe = t.compile(place, backend=backend)
     assert exe.unread == ()
     whole = session.prompt(prompt.ids, **prompt.inputs)
     given = {name: array[None] for name, array in {**whole.prologue, **whole.along}.items()}

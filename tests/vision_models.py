@@ -82,21 +82,31 @@ class VisionModel:
         return [int(token) for token in made[0, ids.shape[1] :]]
 
 
-def save_vision_model(kind: str, place: Path) -> VisionModel:
-    """Save a random model as a folder, with its tokenizer, its chat template and the settings of its images."""
+def save_vision_model(kind: str, place: Path, *, wide: bool = False) -> VisionModel:
+    """Save a random model as a folder, with its tokenizer, its chat template and the settings of its images.
+
+    wide  True if all widths of LLaVA and SmolVLM are multiples of 32, the length of a block in a GGUF file
+    """
     is_qwen = kind.startswith("qwen")
     marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_end|>"] if is_qwen else ["<image>", *_TILES]
     tokenizer = _tokenizer(marks)
     id_of = tokenizer.convert_tokens_to_ids
-    text = {"vocab_size": 300, **_TEXT, "bos_token_id": 1, "eos_token_id": 2}
+    text = {
+        "vocab_size": 300,
+        **_TEXT,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **({"intermediate_size": 64} if wide else {}),
+    }
+    encoder = {**_VISION, **({"hidden_size": 32, "intermediate_size": 64} if wide else {})}
     if kind == "llava":
         name, folder, options = "Llava", "llava", {"size": {"shortest_edge": 32}, "crop_size": 32}
-        vision = {**_VISION, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+        vision = {**encoder, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
         config = {"text_config": {"model_type": "llama", **text}, "image_token_index": id_of("<image>")}
     elif kind in ("smolvlm", "idefics3"):
         name, folder = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}[kind], "idefics3"
         options = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
-        vision = {**_VISION, "image_size": 32, "patch_size": 4}
+        vision = {**encoder, "image_size": 32, "patch_size": 4}
         config = {"text_config": {"model_type": "llama", **text}, "image_token_id": id_of("<image>"), "scale_factor": 4}
     else:
         name, folder = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[kind], "qwen2_vl"

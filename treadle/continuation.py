@@ -231,10 +231,14 @@ class TextWriter:
         if not images:
             return []
         if self.images is None:
+            which = "the folder of a model that reads images, such as SmolVLM's or LLaVA's"
             without = "was opened without its settings for images" if self.model.derived.prologue else "reads no images"
             raise UsageError(
                 f"{self.model.name} {without}",
-                hint="the folder of a model that reads images, such as SmolVLM's or LLaVA's",
+                hint=Hint(
+                    f'{which}; or a GGUF file with its image encoder: mmproj="FILE"',
+                    f"{which}; or a GGUF file with its image encoder: --mmproj FILE",
+                ),
             )
         return [self.images.read(image) for image in images]
 

@@ -27,6 +27,7 @@ def compile(
     outputs: Sequence[str] | None = None,
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
+    mmproj: str | Path | None = None,
     weights: Mapping[str, Array] | str | Path | None = None,
     seed: int = 0,
     passes: Sequence[Pass] | str | None = None,
@@ -56,6 +57,8 @@ def compile(
               GGUF file stores in blocks are decoded to f32 when they are read; otherwise they stay in blocks
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
+    mmproj    for a language model in a GGUF file, the GGUF file of its image encoder and projector. None: the file
+              mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
               declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
               from `seed`. Arrays are not copied, so the caller must not modify them afterwards
@@ -102,6 +105,7 @@ def load(
     widen: str | Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     tokenizer: str | None = None,
+    mmproj: str | Path | None = None,
     weights: Mapping[str, Array] | str | Path | None = None,
     passes: Sequence[Pass] | str | None = None,
     without: Sequence[str] = (),
@@ -122,6 +126,8 @@ def load(
               (docs/quantization.md)
     limits    limits on what a file may contain, by name, such as {"tensors": 1_000_000}; errors name the limit
     tokenizer  another model, whose tokenizer, chat template and end tokens are used
+    mmproj    for a language model in a GGUF file, the GGUF file of its image encoder and projector. None: the file
+              mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)
     weights   arrays by parameter name, each of the parameter's shape, in place of the checkpoint's; or, for a
               declaration, the folder or .safetensors file that holds them. If there are none, initial values are drawn
               from `seed`. Arrays are not copied, so the caller must not modify them afterwards

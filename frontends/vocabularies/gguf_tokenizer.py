@@ -1,12 +1,16 @@
-"""The vocabulary in a GGUF file's metadata, as a tokenizer: byte-level BPE, which the format calls "gpt2".
+"""The vocabulary in a GGUF file's metadata, as a tokenizer: byte-level BPE, which the format calls "gpt2", or
+SentencePiece's BPE, which it calls "llama".
 
     tokenizer = gguf_text_tokenizer(GGUFFile.open(path))
     tokenizer.batch(["The capital of France is"]).ids
 
-    tokenizer.ggml.model            "gpt2"; SentencePiece ("llama") is not supported yet
-    tokenizer.ggml.pre              pre-tokenizer, which splits text before merging: one of PRE_TOKENIZERS
-    tokenizer.ggml.tokens, merges   the tokens by id, and the merges "left right" in order of priority
+    tokenizer.ggml.model            "gpt2" or "llama"
+    tokenizer.ggml.tokens           the tokens by id
     tokenizer.ggml.token_type       1 normal, 3 control, 4 defined by a user, ...
+    tokenizer.ggml.merges           gpt2: the merges "left right" in order of priority
+    tokenizer.ggml.pre              gpt2: pre-tokenizer, which splits text before merging: one of PRE_TOKENIZERS
+    tokenizer.ggml.scores           llama: the scores of the tokens
+    tokenizer.ggml.add_space_prefix, remove_extra_whitespaces   llama: flags of the SentencePiece file
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md for the keys; llama.cpp's llama-vocab.cpp for the
 splitting of each name of `pre`.
@@ -17,15 +21,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from treadle.files.installation import pip_install
 from treadle.files.shown_names import printable
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.text import TextTokenizer
+from treadle.frontends.vocabularies.sentencepiece_file import (
+    BPE,
+    BYTE,
+    CONTROL,
+    MOST_CHARACTERS,
+    NORMAL,
+    USER_DEFINED,
+    SentencePieces,
+    VocabularyPiece,
+)
+from treadle.frontends.vocabularies.sentencepiece_kinds import BY_TYPE, PieceVocabulary
 from treadle.ir.errors import CheckpointError, FrontendError
 
-_TOKENS = "tokenizer.ggml.tokens"
-_MERGES = "tokenizer.ggml.merges"
-_CONTROL, _DEFINED = 3, 4
+_TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+_TYPES, _SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,17 +71,21 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         raise FrontendError(
             "reading text needs the package tokenizers", received=str(error), hint=pip_install("text")
         ) from error
-    kind, cut = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre", "default")
-    if kind != "gpt2":
-        file.fail(
-            "tokenizer.ggml.model", "is a vocabulary that is not supported yet", f"{printable(kind)}; supported: gpt2"
-        )
+    kind = file.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        received = f"{printable(kind)}; supported: gpt2, llama"
+        file.fail("tokenizer.ggml.model", "is a vocabulary that is not supported yet", received)
+    tokens = file.texts(_TOKENS)
+    if len(set(tokens)) != len(tokens):
+        file.fail(_TOKENS, "holds a token twice", f"{len(tokens)} tokens, {len(set(tokens))} different ones")
+    return (_build_sentencepieces if kind == "llama" else _build_byte_level)(tokenizers, file, tokens)
+
+
+def _build_byte_level(tokenizers: Any, file: GGUFFile, tokens: list[str]) -> Any:
+    cut = file.text("tokenizer.ggml.pre", "default")
     if cut not in PRE_TOKENIZERS:
         file.fail("tokenizer.ggml.pre", "is not known", f"{printable(cut)}; known: {', '.join(PRE_TOKENIZERS)}")
-    tokens = file.texts(_TOKENS)
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        file.fail(_TOKENS, "holds a token twice", f"{len(tokens)} tokens, {len(vocabulary)} different ones")
     merges = []
     for merge in file.texts(_MERGES):
         left, _, right = merge.partition(" ")
@@ -80,9 +101,7 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         made.decoder = tokenizers.decoders.ByteLevel()
         if cut == "qwen2":
             made.normalizer = tokenizers.normalizers.NFC()
-        for number, token in _special_tokens(file, tokens):
-            added = tokenizers.AddedToken(token, normalized=False, special=number == _CONTROL)
-            (made.add_special_tokens if number == _CONTROL else made.add_tokens)([added])
+        _add_special_tokens(tokenizers, made, file, tokens)
         if file.flag("tokenizer.ggml.add_bos_token", False):
             first = tokens[_token_id(file, "tokenizer.ggml.bos_token_id", len(tokens))]
             made.post_processor = tokenizers.processors.TemplateProcessing(
@@ -92,6 +111,46 @@ def build_gguf_tokenizer(file: GGUFFile) -> Any:
         return made
 
     return _guarded(build, file)
+
+
+def _build_sentencepieces(tokenizers: Any, file: GGUFFile, tokens: list[str]) -> Any:
+    kinds, scores = _of_tokens(file, _TYPES, tokens, "type"), _of_tokens(file, _SCORES, tokens, "score")
+    if not np.isfinite(scores).all():
+        file.fail(_SCORES, "must be finite numbers")
+    entries = [VocabularyPiece(*entry) for entry in zip(tokens, scores.tolist(), kinds.tolist(), strict=True)]
+    longest = max((len(each.text) for each in entries if each.kind == NORMAL), default=0)
+    if longest > MOST_CHARACTERS:
+        file.fail(_TOKENS, f"must be of at most {MOST_CHARACTERS} characters", f"{longest}")
+    unknown = _token_id(file, "tokenizer.ggml.unknown_token_id", len(tokens), 0)
+    pieces = SentencePieces(
+        tuple(entries),
+        BPE,
+        unknown,
+        b"",
+        bytes=BYTE in kinds,
+        prefix=file.flag("tokenizer.ggml.add_space_prefix", True),
+        single=file.flag("tokenizer.ggml.remove_extra_whitespaces", False),
+    )
+    ends = (("bos", 1), ("eos", 2))
+    numbers = {role: _token_id(file, f"tokenizer.ggml.{role}_token_id", len(tokens), n) for role, n in ends}
+    special = {f"{role}_token": tokens[number] for role, number in numbers.items()}
+    settings = {f"add_{role}_token": file.flag(f"tokenizer.ggml.add_{role}_token", role == "bos") for role, _ in ends}
+
+    def build() -> Any:
+        shown = f"{file.path}: key {_TOKENS}"
+        made, _ = BY_TYPE["llama"].build(PieceVocabulary(tokenizers, pieces, shown, special, settings))
+        _add_special_tokens(tokenizers, made, file, tokens)
+        return made
+
+    return _guarded(build, file)
+
+
+def _of_tokens(file: GGUFFile, key: str, tokens: list[str], noun: str) -> npt.NDArray[Any]:
+    """Return an array with a number for each token; `noun` is its meaning."""
+    found = file.numbers(key)
+    if len(found) != len(tokens):
+        file.fail(key, f"must have a {noun} for each token", f"{len(found)} {noun}s, {len(tokens)} tokens")
+    return found
 
 
 def gguf_text_tokenizer(file: GGUFFile, *, max_tokens: int | None = None) -> TextTokenizer:
@@ -121,19 +180,18 @@ def gguf_chat_template(file: GGUFFile) -> str | None:
     return file.text(key) if file.has(key) else None
 
 
-def _token_id(file: GGUFFile, key: str, count: int) -> int:
-    return file.integer(key, least=0, most=count - 1)
+def _token_id(file: GGUFFile, key: str, count: int, default: int | None = None) -> int:
+    """Return the id of a token. A default that the vocabulary lacks counts as missing."""
+    return file.integer(key, default if default is not None and default < count else None, least=0, most=count - 1)
 
 
-def _special_tokens(file: GGUFFile, tokens: list[str]) -> list[tuple[int, str]]:
-    """Return the tokens that are matched as a whole, with their types."""
-    key = "tokenizer.ggml.token_type"
-    if not file.has(key):
-        return []
-    types = file.numbers(key)
-    if len(types) != len(tokens):
-        file.fail(key, "must have a type for each token", f"{len(types)} types, {len(tokens)} tokens")
-    return [(int(n), token) for n, token in zip(types, tokens, strict=True) if n in (_CONTROL, _DEFINED) and token]
+def _add_special_tokens(tokenizers: Any, made: Any, file: GGUFFile, tokens: list[str]) -> None:
+    """Add the tokens that are matched as a whole."""
+    kinds = _of_tokens(file, _TYPES, tokens, "type") if file.has(_TYPES) else ()
+    for kind, token in zip(kinds, tokens, strict=False):
+        if kind in (CONTROL, USER_DEFINED) and token:
+            added = tokenizers.AddedToken(token, normalized=False, special=bool(kind == CONTROL))
+            (made.add_special_tokens if kind == CONTROL else made.add_tokens)([added])
 
 
 def _pre_tokenizer(tokenizers: Any, pattern: str | None, single_digits: bool) -> Any:

@@ -24,6 +24,8 @@ UNIGRAM, BPE = 1, 2
 
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _MOST_PIECES = 4_000_000
+MOST_CHARACTERS = 512
+"""Maximum length of a normal piece, the limit of SentencePiece's trainer. All splits of such a piece are tried."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def _piece(data: bytes, field: _Field, shown: str) -> VocabularyPiece:
                 raise _damaged("a score must be a finite number", part.at, shown, str(score))
         elif part.number == 3:
             kind = part.integer(shown)
+    if kind == NORMAL and len(text) > MOST_CHARACTERS:
+        raise _damaged(f"a piece has more than {MOST_CHARACTERS} characters", field.at, shown, f"{len(text)}")
     return VocabularyPiece(text, score, kind)
 
 

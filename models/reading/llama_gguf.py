@@ -10,6 +10,7 @@ reader.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,15 @@ import treadle.frontends.language as t
 from treadle.frontends.binding import Entry, Table, consecutive
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.rotary import Divided, LinearScaling, Scaling
-from treadle.ir.errors import CheckpointError
+from treadle.ir.errors import CheckpointError, Hint
 from treadle.models.family import OTHER_WAYS
 from treadle.models.llama import llama
 
 LAYOUTS = {"llama": "interleaved", **dict.fromkeys(("qwen2", "qwen3", "gemma2", "gemma3", "phi3"), "half")}
 """The supported architectures, and the layout of q and k."""
+
+IMAGE_ENCODER = "clip"
+"""The architecture of an image encoder with a projector (mmproj)."""
 
 _LAYERS = 1_000
 _ROTARY_DIMS = 1 << 16
@@ -36,15 +40,31 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3": 62}
 """The layer counts of the models whose scores are scaled by dim / heads instead of the head's width."""
 
 
+@dataclass(frozen=True)
+class GGUFPart:
+    """A GGUF file of a model, and the parameters that it holds.
+
+    table   the table of the file's names
+    scopes  the starts of the parameters' names
+    """
+
+    file: GGUFFile
+    table: Table
+    scopes: tuple[str, ...] = ("",)
+
+
 def from_gguf(file: GGUFFile) -> t.Model:
     """Return the model in a file. Raises CheckpointError, with the key, for unsupported or missing values."""
     kind = file.architecture
-    if kind == "clip":
+    if kind == IMAGE_ENCODER:
         file.fail(
             "general.architecture",
-            "is that of an image encoder (mmproj), and pairs of GGUF files are not supported",
+            "is that of an image encoder (mmproj), which is read together with a language model",
             repr(kind),
-            "the language model's file, for text only; or the model's folder with config.json, which reads images",
+            Hint(
+                "the language model's file as MODEL, and this file as mmproj=",
+                "the language model's file as MODEL, and this file as --mmproj",
+            ),
         )
     if kind not in LAYOUTS:
         received, hint = repr(kind), f"an architecture of {', '.join(LAYOUTS)}\n{OTHER_WAYS}"

@@ -1,13 +1,14 @@
 """Fuzzing the GGUF reader: a damaged file is refused with our error, or read as the library reads it.
 
-    python -m tests.fuzz.gguf_files [--count 10000] [--seed 0]
+    python -m tests.fuzz.gguf_files [--count 10000] [--seed 0] [--pairs]
 
 Half of the mutations know the format (they edit counts, types, lengths, sizes and offsets, and copy, drop and move
 whole entries), half flip, cut and copy bytes at random. Each file is opened, all its tensors are dequantised, its
-vocabulary is built, and the model is traced and bound to its weights. A mutation fails the run if that raises anything
-but CheckpointError, reads another name, shape or number than the library, makes more calls than a multiple of the
-file's length, or takes more than a second; the run fails if its memory ever grows by more than twice the file plus
-64 MiB. Exit status 1 if any fails.
+vocabulary is built, and the model is traced and bound to its weights. With --pairs, the files are image encoders
+(mmproj): each is read together with a valid language model, and the reader of its images is built. A mutation fails the
+run if that raises anything but CheckpointError, reads another name, shape or number than the library, makes more calls
+than a multiple of the file's length, or takes more than a second; the run fails if its memory ever grows by more than
+twice the file plus 64 MiB. Exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from tests.fuzz.campaign import Tally, options_of, scrambled
 from treadle.frontends.gguf_file import GGUFFile
 from treadle.frontends.vocabularies.gguf_tokenizer import build_gguf_tokenizer
 from treadle.ir.errors import CheckpointError
-from treadle.resolving import resolve
+from treadle.program.source import ModelSource
+from treadle.tasks.image_prompts import ImagePrompts
 
 Array = np.ndarray[Any, Any]
 
@@ -101,7 +103,7 @@ def write_model(
 
     held  the types of weights that are blocks already, u8[rows, bytes], by name
     keys  metadata besides the sizes, without the architecture prefix
-    pre   name of the rule that splits text
+    pre   name of the rule that splits text; "": the vocabulary is SentencePiece's
     """
     writer = gguf.GGUFWriter(path, sizes.architecture)
     writer.add_name("caf\u00e9")
@@ -117,12 +119,19 @@ def write_model(
     for key, value in (keys or {}).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{sizes.architecture}.{key}", value)
-    tokens = vocabulary()
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
-    writer.add_token_merges(list(MERGES))
+    if pre:
+        tokens = vocabulary()
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in SPECIAL else 1 for token in tokens])
+        writer.add_token_merges(list(MERGES))
+    else:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "h", "e", "he", "\u2581"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 4])
+        writer.add_token_scores([-float(number) for number in range(len(tokens))])
     writer.add_eos_token_id(0)
     writer.add_add_bos_token(False)
     for name, weight in weights.items():
@@ -136,13 +145,15 @@ def write_model(
 
 
 def seeds() -> list[bytes]:
-    """Return valid files: a model in several block types, and a model of another architecture."""
+    """Return valid files: a model in several block types, once with a vocabulary of SentencePiece, and a model of
+    another architecture.
+    """
     made = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         for blocks, architecture in (("F32", "qwen2"), ("Q4_1", "llama"), ("Q8_0", "llama"), ("F16", "llama")):
             sizes = Sizes(architecture=architecture, layers=1)
-            write_model(path, sizes, tensors(sizes), blocks)
+            write_model(path, sizes, tensors(sizes), blocks, pre="" if blocks == "F16" else "smollm")
             made.append(path.read_bytes())
     return made
 
@@ -215,10 +226,26 @@ ODD_TEXT = (b"", b"\x00", b"\xff\xfe", b"\xc0\x80", b"general.alignment", b"llam
             b"general.architecture", b"\x1b[2J\xe2\x80\xae", b"a" * 300, b"llama", b" ")  # fmt: skip
 
 
-def mutations(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Yield `count` damaged files, each with a description of its damage; alternately by structure and at random."""
+def pair_seeds(folder: Path) -> tuple[Path, list[bytes]]:
+    """Return a language model's file, in this folder, and valid image encoders of it: of LLaVA and of SmolVLM."""
+    from tests.gguf_pairs import LANGUAGE, PROJECTOR, PairForm, write_pair
+    from tests.vision_models import save_vision_model
+
+    made = []
+    for kind, wide in (("llava", False), ("smolvlm", True)):
+        model = save_vision_model(kind, folder / kind, wide=wide)
+        for form in (PairForm("F32", is_older=True), PairForm("F16"), PairForm("Q8_0")):
+            made.append((write_pair(model, folder / f"{kind}-pair", form).parent / PROJECTOR).read_bytes())
+    return folder / "llava-pair" / LANGUAGE, made
+
+
+def mutations(count: int, seed: int, files: Sequence[bytes] = ()) -> Iterator[tuple[str, bytes]]:
+    """Yield `count` damaged files, each with a description of its damage; alternately by structure and at random.
+
+    files  the valid files; none: `seeds`
+    """
     rng = random.Random(seed)
-    valid = [(file, *fields(file)) for file in seeds()]
+    valid = [(file, *fields(file)) for file in files or seeds()]
     for number in range(count):
         file, known, entries = rng.choice(valid)
         yield by_structure(rng, file, known, entries) if number % 2 == 0 else at_random(rng, file, known[-1].at)
@@ -281,7 +308,7 @@ def at_random(rng: random.Random, file: bytes, header: int) -> tuple[str, bytes]
 class Verdict:
     """The outcome of one file.
 
-    outcome  "read", or the stage that refused it: "opening", "tensors", "vocabulary", "model"
+    outcome  "read", or the stage that refused it: "opening", "tensors", "vocabulary", "model", "images"
     reason   the error's first line if it was refused
     calls    number of Python and C calls while opening, dequantising and building the vocabulary
     seconds  duration of all stages
@@ -295,8 +322,11 @@ class Verdict:
     failure: str | None = None
 
 
-def judge(file: bytes, path: Path) -> Verdict:
-    """Write the file to `path`, and read everything in it."""
+def judge(file: bytes, path: Path, language: Path | None = None) -> Verdict:
+    """Write the file to `path`, and read everything in it.
+
+    language  the language model, if the file is an image encoder
+    """
     path.write_bytes(file)
     calls = 0
 
@@ -313,11 +343,16 @@ def judge(file: bytes, path: Path) -> Verdict:
         opened = GGUFFile.open(path)
         outcome = "tensors"
         arrays = {name: opened.array(name) for name in opened.names()}
-        outcome = "vocabulary"
-        build_gguf_tokenizer(opened)
+        if language is None:
+            outcome = "vocabulary"
+            build_gguf_tokenizer(opened)
         sys.setprofile(None)
         outcome = "model"
-        resolve(path)
+        source = ModelSource.open(path) if language is None else ModelSource.open(language, mmproj=path)
+        source.resolve()
+        if language is not None:
+            outcome = "images"
+            ImagePrompts.open(source, source.tokenizer())
         outcome = "read"
     except CheckpointError as error:
         reason = error.what
@@ -363,18 +398,19 @@ def peak() -> int:
 
 
 def main() -> int:
-    options, tally = options_of(__doc__), Tally()
+    options, tally = options_of(__doc__, pairs="damage image encoders (mmproj)"), Tally()
     slowest, most = 0.0, 0.0
     with tempfile.TemporaryDirectory() as folder:
-        for number, valid in enumerate(seeds()):
-            verdict = judge(valid, Path(folder) / f"valid-{number}.gguf")
+        language, files = pair_seeds(Path(folder)) if options.pairs else (None, seeds())
+        for number, valid in enumerate(files):
+            verdict = judge(valid, Path(folder) / f"valid-{number}.gguf", language)
             if verdict.outcome != "read" or verdict.failure:
                 tally.failures.append(f"a valid file: {verdict}")
-        before, longest = peak(), max(map(len, seeds()))
-        for number, (kind, file) in enumerate(mutations(options.count, options.seed)):
+        before, longest = peak(), max(map(len, files))
+        for number, (kind, file) in enumerate(mutations(options.count, options.seed, files)):
             # A new name each time: a file that is mapped must not be written over.
             path = Path(folder) / f"{number}.gguf"
-            verdict = judge(file, path)
+            verdict = judge(file, path, language)
             path.unlink()
             slowest = max(slowest, verdict.seconds)
             most = max(most, verdict.calls / (CALLS_BASE + CALLS_A_BYTE * len(file)))

@@ -25,6 +25,7 @@ from treadle.ir.errors import Hint, UsageError
 from treadle.ir.graph import Graph
 from treadle.ir.ops.blocks import Encode
 from treadle.ir.types import f16
+from treadle.models.family import LANGUAGE_ONLY
 from treadle.models.reading.llama_gguf import SCALING, gguf_names
 from treadle.program.resolved import Resolved
 
@@ -51,7 +52,7 @@ def export_gguf(resolved: Resolved, graph: Graph, weights: Mapping[str, Any], pa
         raise UsageError(
             "only models of the Llama family are written to GGUF files",
             received=printable(resolved.name),
-            hint=Hint("export_onnx", "--to onnx"),
+            hint=LANGUAGE_ONLY if resolved.source.kind == "gguf" else Hint("export_onnx", "--to onnx"),
         )
     if any(isinstance(node.op, Encode) for _, node in graph.walk()):
         raise UsageError(

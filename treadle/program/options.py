@@ -114,6 +114,14 @@ class ReadingOptions:
         Flag("tokenizer", "MODEL", complete="model"),
         but=_ENTRIES.difference({"load", "session", "rank", "generate", "embed", "task", "train"}),
     )
+    mmproj: str | Path | None = _option(  # noqa: RUF009
+        None,
+        "for a language model in a GGUF file, the GGUF file of its image encoder and projector. None: the file "
+        'mmproj*.gguf next to it, if there is one. "none": no image encoder (docs/vision.md)',
+        "GGUF file of the image encoder of a GGUF file; none: no images. By default mmproj*.gguf next to MODEL.",
+        Flag("mmproj", "FILE"),
+        but={"artifact", "embed", "train"},
+    )
 
 
 @dataclass(frozen=True)
@@ -296,7 +304,7 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         """Return the options that are set as JSON, for the record of an artifact; the configuration is under `config`.
         Weights are left out, and so are passes, backend and target, which an artifact records itself.
         """
-        recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None).keywords()
+        recorded = self.but(weights=None, passes=None, limits=None, tokenizer=None, mmproj=None).keywords()
         return {
             name: flag_values.as_json(value) for name, value in recorded.items() if name not in ("backend", "target")
         }
@@ -349,7 +357,8 @@ class CompileOptions(RunningOptions, ComputingOptions, WeightOptions, ReadingOpt
         from treadle.program.source import ModelSource
 
         stored = self.weights if isinstance(self.weights, str | Path) else None
-        return ModelSource.open(model, weights=stored, tokenizer=self.tokenizer, limits=self.limits)
+        chosen: dict[str, Any] = {"tokenizer": self.tokenizer, "mmproj": self.mmproj, "limits": self.limits}
+        return ModelSource.open(model, weights=stored, **chosen)
 
     def resolve(self, model: AnyModel, *, deferred: bool = False, **config: Any) -> Resolved:
         """Read and trace the model that MODEL names: see `ModelSource.resolve`, whose errors it raises.

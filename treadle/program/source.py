@@ -2,7 +2,7 @@
 
     file.py:function    a declaration in a Python file, which is imported
     path/to/folder      config.json and weights, or model.bin in CTranslate2's layout
-    path/to/file.gguf   metadata and weights in one file
+    path/to/file.gguf   metadata and weights in one file; an image encoder next to it, mmproj*.gguf, belongs to it
     gpt2                a family of the zoo, with the default configuration of its declaration
     minilm              a fetched model, see `treadle.fetch`
     organization/name   a model of the Hugging Face hub in the user's cache, see `treadle.hub_models`; also hf:NAME
@@ -20,15 +20,15 @@ weights of a declaration may be in a folder: `ModelSource.open("file.py:function
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from treadle.files.shown_names import printable
-from treadle.frontends.binding import Table
+from treadle.files.shown_names import printable, shown_path
 from treadle.frontends.ctranslate2_file import CTranslate2File, find_ctranslate2
 from treadle.frontends.declaration_files import load_declaration, python_file
 from treadle.frontends.declarations import Model
@@ -54,18 +54,23 @@ from treadle.models.checkpoints import (
     read_declaration,
     read_gguf_weights,
 )
-from treadle.models.family import Family, ReadConfig
+from treadle.models.family import LANGUAGE_ONLY, NO_PROJECTOR, Family, ReadConfig
 from treadle.models.registry import family_names, family_of, find_family, read_gguf
+from treadle.program.image_inputs import ImageModel
 from treadle.program.places import ARTIFACT_SUFFIX, GGUF_SUFFIX, ONNX_SUFFIX, find_place, is_fetched, refuse_object
 from treadle.program.resolved import Resolved
-from treadle.program.trained_folders import DeclarationReference, family_of_declaration
+from treadle.program.trained_folders import CONFIG, DeclarationReference, family_of_declaration
 
 if TYPE_CHECKING:
     from treadle.artifacts import Artifact
+    from treadle.models.reading.llama_gguf import GGUFPart
 
 Limits = Mapping[str, int] | None
 
 Kind = Literal["graph", "declaration", "safetensors", "ctranslate2", "gguf", "onnx", "artifact"]
+
+_PROJECTORS = "mmproj*.gguf"
+"""The names of image encoders that belong to the GGUF file of a language model next to them."""
 
 BLOCKS = "blocks"
 """The value of `widen` that decodes the blocks of a file."""
@@ -96,29 +101,40 @@ class ModelSource:
         *,
         weights: str | Path | None = None,
         tokenizer: AnyModel | None = None,
+        mmproj: str | Path | None = None,
         limits: Limits = None,
     ) -> ModelSource:
         """Find the model that MODEL names. If it is a source, return it unchanged.
 
         weights    for a declaration, the folder or the .safetensors file that holds its weights under their own names
         tokenizer  another model, whose tokenizer, chat template and end tokens are used
+        mmproj     for a GGUF file, the file of its image encoder, or "none"; None: mmproj*.gguf next to it, if any
         limits     limits on what a file may contain: {"tensors": 1_000_000}
 
         Raises UsageError if there is no such model. Files are opened, and their errors raised, when they are needed.
         """
         if isinstance(model, ModelSource):
-            model._refuse_other_choices(weights, tokenizer, limits)
+            model._refuse_other_choices(weights, tokenizer, mmproj, limits)
             return model
         found = ModelSource._find(model, weights, limits)
+        if mmproj is not None:
+            if not isinstance(found, _GGUF):
+                what, hint = "only a GGUF file has its image encoder in another file", "leave it out"
+                raise UsageError(what, received=f"{printable(found.label)} and {shown_path(mmproj)}", hint=hint)
+            found.mmproj = mmproj
         if tokenizer is not None:
             found.text_source = ModelSource.open(tokenizer)
         return found
 
-    def _refuse_other_choices(self, weights: str | Path | None, tokenizer: AnyModel | None, limits: Limits) -> None:
+    def _refuse_other_choices(
+        self, weights: str | Path | None, tokenizer: AnyModel | None, mmproj: str | Path | None, limits: Limits
+    ) -> None:
         """Raise UsageError for choices that differ from the choices with which the model was opened."""
+        encoder = getattr(self, "mmproj", None)
         differs = {
             "weights of an opened model are": weights is not None and (self.path is None or Path(weights) != self.path),
             "the tokenizer of an opened model is": tokenizer is not None and str(tokenizer) != self.text_source.label,
+            "the image encoder of an opened model is": mmproj is not None and str(mmproj) != str(encoder),
             "limits of an opened model are": limits not in (None, self.limits),
         }
         for what in [name for name, other in differs.items() if other]:
@@ -276,6 +292,11 @@ class ModelSource:
         """The ids of the tokens that end a text, used if a model has no generation settings."""
         return ()
 
+    @property
+    def image_model(self) -> ImageModel | None:
+        """The facts that prompts with images depend on; None if no file has them. Raises CheckpointError."""
+        return None
+
     def reference(self, model: Model) -> DeclarationReference:
         """Return the reference for a folder of weights of `model`, the configured declaration."""
         return DeclarationReference.of(model, self.label, None)
@@ -427,6 +448,15 @@ class _Folder(ModelSource):
     def positions(self) -> int | None:
         return None if self.converted is not None else config_positions(self.config)
 
+    @property
+    def image_model(self) -> ImageModel | None:
+        if self.kind != "safetensors":
+            return None
+        family, read = self.meaning
+        named = int(self.config.get("image_token_id", self.config.get("image_token_index", -1)))
+        token = named if named >= 0 else None
+        return ImageModel(family.name, read.model.config, token, None, self.folder.show(CONFIG))
+
     def _refuse_unsupported(self) -> None:
         if self.declared is None and self.converted is None:
             self.meaning  # noqa: B018
@@ -441,21 +471,70 @@ class _Folder(ModelSource):
 
 
 class _GGUF(ModelSource):
-    """A GGUF file."""
+    """A GGUF file, and the file of its image encoder, if it has one.
+
+    mmproj  the file of the image encoder, "none", or None: `projector` looks for it next to the model
+    """
 
     kind = "gguf"
+    mmproj: str | Path | None = None
 
     @cached_property
     def file(self) -> GGUFFile:
         return GGUFFile.open(self.place, self.limits)
 
     @cached_property
-    def meaning(self) -> tuple[Model, Table]:
-        return read_gguf(self.file)
+    def projector(self) -> GGUFFile | None:
+        """The image encoder with its projector; None if the model reads no images.
+
+        Raises UsageError if there are several files next to the model, CheckpointError if the file is damaged, or if it
+        is a link that leads out of the model's folder.
+        """
+        if self.mmproj is not None:
+            return None if self.mmproj == NO_PROJECTOR else GGUFFile.open(self.mmproj, self.limits)
+        folder = ModelFolder.find(self.place.parent)
+        names = sorted(path.name for path in folder.path.glob(_PROJECTORS))
+        if not names or self.place.name in names:
+            return None
+        if len(names) > 1:
+            raise UsageError(
+                f"there are {len(names)} image encoders next to {printable(self.label)}",
+                received=", ".join(map(printable, names)),
+                within=folder.shown,
+                hint=Hint(
+                    f'mmproj="FILE", one of them; or {LANGUAGE_ONLY}',
+                    f"--mmproj FILE, one of them; or {LANGUAGE_ONLY.command}",
+                ),
+            )
+        with folder.open(names[0]) as file:
+            return GGUFFile.read(file, self.limits)
+
+    @cached_property
+    def meaning(self) -> tuple[Model, Sequence[GGUFPart]]:
+        file = self.file
+        with self._errors_of_projector():
+            return read_gguf(file, self.projector)
+
+    @contextmanager
+    def _errors_of_projector(self) -> Iterator[None]:
+        """Add the option that leaves the image encoder out to the hints of errors about its file."""
+        try:
+            yield
+        except CheckpointError as error:
+            is_opened = "projector" in vars(self)
+            if not is_opened or (self.projector is not None and (error.within or "").startswith(self.projector.path)):
+                hint = error.hint
+                error.hint = Hint(
+                    f"{hint}; or {LANGUAGE_ONLY}" if hint else LANGUAGE_ONLY,
+                    f"{getattr(hint, 'command', hint)}; or {LANGUAGE_ONLY.command}" if hint else LANGUAGE_ONLY.command,
+                )
+            raise
 
     def check(self) -> None:
-        if "file" in vars(self):
-            self.file.file.check()
+        for name in ("file", "projector"):
+            opened = vars(self).get(name)
+            if opened is not None:
+                opened.file.check()
 
     def _refuse_unsupported(self) -> None:
         self.meaning  # noqa: B018
@@ -480,8 +559,19 @@ class _GGUF(ModelSource):
         key = f"{self.file.architecture}.context_length"
         return self.file.integer(key) if self.file.has(key) else None
 
+    @property
+    def image_model(self) -> ImageModel | None:
+        from treadle.models.reading.mmproj_gguf import image_options
+
+        if self.projector is None:
+            return None
+        model, _ = self.meaning
+        return ImageModel(model.name, model.config, None, image_options(self.projector), self.projector.path)
+
     def _read(self, options: ReadOptions) -> ReadModel:
-        return read_gguf_weights(self.file, *self.meaning, options)
+        meaning = self.meaning
+        with self._errors_of_projector():
+            return read_gguf_weights(*meaning, options)
 
 
 class _Onnx(ModelSource):

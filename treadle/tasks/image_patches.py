@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.tasks.images import ImageReader, ImageSettings, Pixels, number_from
+from treadle.tasks.images import ImagePlace, ImageReader, ImageSettings, Pixels, number_from
 
 _MOST_RATIO = 200
 _MOST_PIXELS = 1 << 26
@@ -52,7 +51,7 @@ class PatchReader:
     frames: int
 
     @classmethod
-    def open(cls, place: ModelFolder, kind: str, *, merge: int, width: int) -> PatchReader:
+    def open(cls, place: ImagePlace, kind: str, *, merge: int, width: int) -> PatchReader:
         """Return the reader that a folder specifies. `merge` is the model's number of patches along a group's side, and
         `width` the length of its flattened patches.
 

@@ -22,11 +22,11 @@ from treadle.continuation import ChatPrompt
 from treadle.files.shown_names import printable
 from treadle.frontends.text import TextTokenizer
 from treadle.ir.errors import CheckpointError, UsageError
-from treadle.models.registry import family_of
+from treadle.program.image_inputs import ImageModel
 from treadle.program.source import ModelSource
 from treadle.tasks.image_patches import PatchReader
 from treadle.tasks.image_tiles import TileReader
-from treadle.tasks.images import Image, ImageReader, open_image
+from treadle.tasks.images import Image, ImagePlace, ImageReader, ImageSettings, open_image
 
 Array = npt.NDArray[Any]
 Message = Mapping[str, Any]
@@ -51,45 +51,48 @@ class ReadImage:
 class ImagePrompts(ABC):
     """The images of a model's prompts.
 
-    mark   the text that marks an image in a prompt, the name of the image token
-    token  the id of the image token
+    mark          the text that marks an image in a prompt, the name of the image token
+    token         the id of the image token in the tokenizer
+    embeddings    the number of the model's embeddings; the id of the image token may be larger, since its embedding is
+                  not used
+    default_mark  the mark if no file names the image token
+    needs_token   False if GGUF files of the family may lack the image token in their vocabulary
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ()
     default_mark: ClassVar[str] = "<image>"
+    needs_token: ClassVar[bool] = True
 
-    def __init__(self, source: ModelSource, tokenizer: TextTokenizer, config: Mapping[str, Any]) -> None:
-        self.tokenizer, self.mark = tokenizer, self.default_mark
-        self.token = int(source.config.get("image_token_id", source.config.get("image_token_index", -1)))
-        if self.token >= 0:
-            self.mark = tokenizer.name_of(self.token)
+    def __init__(self, source: ModelSource, tokenizer: TextTokenizer, model: ImageModel) -> None:
+        self.tokenizer, self.family, self.embeddings = tokenizer, model.family, int(model.config["text"]["vocab"])
+        self.mark = self.default_mark if model.token is None else tokenizer.name_of(model.token)
         found = tokenizer.id_of(self.mark)
-        if found is None or (self.token >= 0 and found != self.token):
+        if found is None and model.options is not None and not self.needs_token:
+            self.tokenizer, found = tokenizer.with_token(self.mark)
+        if found is None or model.token not in (None, found):
             raise CheckpointError(
                 f"the tokenizer has no image token {printable(self.mark)}",
-                received=f"image_token_id {self.token} of config.json",
+                received=None if model.token is None else f"image_token_id {model.token} of config.json",
                 within=printable(source.label),
             )
         self.token = found
-        self._open(source, config)
+        options = model.options
+        place = source.folder if options is None else ImageSettings.of(options, model.file, self.family)
+        self._open(place, model.config)
 
     @staticmethod
     def open(source: ModelSource, tokenizer: TextTokenizer) -> ImagePrompts | None:
-        """Return the images of a folder's prompts; None if the model reads no images.
+        """Return the images of a model's prompts; None if the model reads no images, or has no settings for them.
 
         Raises CheckpointError if the settings for images do not fit the model, FrontendError if Pillow is not
         installed.
         """
-        if source.kind != "safetensors":
+        model = source.image_model
+        if model is None or model.family not in _FAMILIES:
             return None
-        kind = source.config.get("model_type")
-        found = next((each for each in _KINDS if kind in each.kinds), None)
-        if found is None:
-            return None
-        return found(source, tokenizer, family_of(source.config).read(source.config).model.config)
+        return _FAMILIES[model.family](source, tokenizer, model)
 
     @abstractmethod
-    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+    def _open(self, place: ImagePlace, config: Mapping[str, Any]) -> None:
         """Open the reader of images for a model with this configuration."""
 
     @abstractmethod
@@ -125,6 +128,8 @@ class ImagePrompts(ABC):
             )
         index = np.zeros(len(ids), np.int64)
         index[places] = np.arange(1, features + 1)
+        if self.token >= self.embeddings:
+            ids = [0 if number == self.token else number for number in ids]
         joined = {name: np.concatenate([image.arrays[name] for image in images]) for name in images[0].arrays}
         return ChatPrompt(ids, {"image_index": index, **joined, **self._placed(images, index)})
 
@@ -151,13 +156,13 @@ def _as_parts(content: Any) -> list[dict[str, str]]:
 
 
 class _LlavaPrompts(ImagePrompts):
-    kinds = ("llava",)
+    needs_token = False
 
-    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+    def _open(self, place: ImagePlace, config: Mapping[str, Any]) -> None:
         sides = config["height"], config["width"]
         patch = config["vision"]["patch"]
         self.count = sides[0] // patch * (sides[1] // patch) + config["class_token"]
-        self.reader = ImageReader.open(source.folder, "llava", sides=sides)
+        self.reader = ImageReader.open(place, self.family, sides=sides)
 
     def read(self, image: Image) -> ReadImage:
         return ReadImage(self.mark * self.count, self.count, {"pixels": self.reader.read([image])})
@@ -167,13 +172,12 @@ class _LlavaPrompts(ImagePrompts):
 
 
 class _TilePrompts(ImagePrompts):
-    kinds = ("idefics3", "smolvlm")
     _FAKE, _WHOLE = "<fake_token_around_image>", "<global-img>"
 
-    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+    def _open(self, place: ImagePlace, config: Mapping[str, Any]) -> None:
         side, patch = config["height"], config["vision"]["patch"]
         self.count = (side // patch // config["shuffle"]) ** 2
-        self.reader = TileReader.open(source.folder, "idefics3", side=side)
+        self.reader = TileReader.open(place, self.family, side=side)
 
     def read(self, image: Image) -> ReadImage:
         tiles = self.reader.tiles(open_image(image))
@@ -189,12 +193,11 @@ class _TilePrompts(ImagePrompts):
 
 
 class _PatchPrompts(ImagePrompts):
-    kinds = ("qwen2_vl", "qwen2_5_vl")
     default_mark = "<|image_pad|>"
 
-    def _open(self, source: ModelSource, config: Mapping[str, Any]) -> None:
+    def _open(self, place: ImagePlace, config: Mapping[str, Any]) -> None:
         merge = math.isqrt(config["merged"])
-        self.reader = PatchReader.open(source.folder, "qwen2_vl", merge=merge, width=config["width"])
+        self.reader = PatchReader.open(place, self.family, merge=merge, width=config["width"])
 
     def read(self, image: Image) -> ReadImage:
         patches = self.reader.patches(open_image(image))
@@ -227,4 +230,9 @@ class _PatchPrompts(ImagePrompts):
         return {"places": places, "position_ids": positions}
 
 
-_KINDS: tuple[type[ImagePrompts], ...] = (_LlavaPrompts, _TilePrompts, _PatchPrompts)
+_FAMILIES: Mapping[str, type[ImagePrompts]] = {
+    "llava": _LlavaPrompts,
+    "idefics3": _TilePrompts,
+    "qwen2_vl": _PatchPrompts,
+}
+"""The families of models that read images."""

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from treadle.frontends.huggingface import ModelFolder
 from treadle.ir.errors import CheckpointError
-from treadle.tasks.images import MOST_SIDE, ImageReader, ImageSettings, Pixels, number_from
+from treadle.tasks.images import MOST_SIDE, ImagePlace, ImageReader, ImageSettings, Pixels, number_from
 
 _LONGEST = 4096  # the longest side of a resized image
 _MOST_TILES = 1024
@@ -53,7 +52,7 @@ class TileReader:
     splits: bool
 
     @classmethod
-    def open(cls, place: ModelFolder, kind: str, *, side: int) -> TileReader:
+    def open(cls, place: ImagePlace, kind: str, *, side: int) -> TileReader:
         """Return the reader that a folder specifies. `side` is the side of the model's images.
 
         Raises as `ImageReader.open` does.

@@ -88,17 +88,15 @@ class ImageSettings:
     file: str
 
     @classmethod
-    def read(cls, place: ModelFolder, kind: str) -> ImageSettings:
-        """Read preprocessor_config.json, or the image processor in processor_config.json.
+    def read(cls, place: ImagePlace, kind: str) -> ImageSettings:
+        """Read preprocessor_config.json, or the image processor in processor_config.json. Settings are returned as they
+        are.
 
         Raises CheckpointError if the file is damaged, and FrontendError if Pillow is not installed.
         """
-        try:
-            import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise FrontendError(
-                "reading images needs the package pillow", received=str(error), hint=pip_install("images")
-            ) from error
+        if isinstance(place, ImageSettings):
+            return place
+        _need_pillow()
         name, given = _FILE, {}
         if place.has(_FILE):
             given = place.read_settings(_FILE)
@@ -106,8 +104,15 @@ class ImageSettings:
             inner := place.read_settings(_PROCESSOR).get("image_processor"), dict
         ):
             name, given = _PROCESSOR, inner
-        options = {**DEFAULTS[kind], **{key: value for key, value in given.items() if value is not None}}
-        return cls(options, place.show(name))
+        return cls.of(given, place.show(name), kind)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], file: str, kind: str) -> ImageSettings:
+        """Return these options, in a file, with the defaults of `kind`, the kind of model. Raises FrontendError if
+        Pillow is not installed.
+        """
+        _need_pillow()
+        return cls({**DEFAULTS[kind], **{key: value for key, value in options.items() if value is not None}}, file)
 
     def read_with(self, read: Callable[[Mapping[str, Any]], T]) -> T:
         """Return the result of a reader of the options. Raises CheckpointError if it finds an invalid option."""
@@ -117,6 +122,19 @@ class ImageSettings:
             raise CheckpointError(
                 "the settings for reading images are invalid", received=printable(str(error), 200), within=self.file
             ) from None
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise FrontendError(
+            "reading images needs the package pillow", received=str(error), hint=pip_install("images")
+        ) from error
+
+
+ImagePlace = ModelFolder | ImageSettings
+"""The settings for images, or the folder that has them."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +158,7 @@ class ImageReader:
     square: bool = False
 
     @classmethod
-    def open(cls, place: ModelFolder, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
+    def open(cls, place: ImagePlace, kind: str, *, sides: tuple[int, int] | None = None) -> ImageReader:
         """Return the reader that a folder specifies, with the defaults of `kind`, the kind of model.
 
         sides  the (height, width) that images must have after conversion, the model's input size; None: any size

@@ -31,7 +31,9 @@ from treadle.frontends.text import TextTokenizer
 from treadle.ir.analysis.following import follow
 from treadle.ir.errors import Hint, UsageError
 from treadle.ir.types import i64
+from treadle.models.family import LANGUAGE_ONLY
 from treadle.program.program import Program
+from treadle.program.source import ModelSource
 from treadle.tasks.classifying import Progress
 from treadle.tasks.opening import token_positions
 
@@ -99,7 +101,7 @@ class PerplexityMeter:
         source = program.source
         need_for_text(source)
         tokenizer = source.tokenizer(cut=False)
-        made = _causal(compile_program(program), source.label)
+        made = _causal(compile_program(program), source)
         fewer = program.options.quantize is not None or program.options.dtype is not None
         other = compile_program(program.but(quantize=None, dtype=None)) if fewer and not alone else None
         return cls(made, tokenizer, other, source.positions)
@@ -198,15 +200,15 @@ def _logits(model: Compiled, tokens: Array) -> Array:
     return found
 
 
-def _causal(model: Compiled, named: Any) -> Compiled:
+def _causal(model: Compiled, source: ModelSource) -> Compiled:
     """Return the model. Raises UsageError unless it is causal, and maps tokens [B, S], its only input, to logits."""
     takes, gives = [port.name for port in model.inputs], [port.name for port in model.outputs]
     kind = model.inputs[0].type
     axis = kind.shape[-1].as_symbol if takes == ["tokens"] and kind.dtype is i64 and kind.rank == 2 else None
     if axis is None or "logits" not in gives or not follow(model.graph, axis).step():
         raise UsageError(
-            f"{printable(str(named))} has no perplexity: it is not a causal language model of tokens alone",
+            f"{printable(source.label)} has no perplexity: it is not a causal language model of tokens alone",
             received=f"({', '.join(map(str, model.inputs))}) -> ({', '.join(map(str, model.outputs))})",
-            hint="a causal language model, such as smollm2",
+            hint=LANGUAGE_ONLY if source.kind == "gguf" else "a causal language model, such as smollm2",
         )
     return model

@@ -26,7 +26,7 @@ def describe_image(
     *,
     as_json: bool,
 ) -> None:
-    """Answer a question about an image; needs the folder of a chat model that reads images."""
+    """Answer a question about an image; needs a chat model that reads images."""
     from treadle.chatting.conversation import Conversation
     from treadle.continuation import need_for_text
     from treadle.progress import working
