@@ -34,7 +34,8 @@ def each_image(pixels: t.Tensor) -> t.Tensor:
 
 def by_row(x: t.Tensor, pixels: t.Tensor) -> t.Tensor:
     """Return features [B N, P, D] of the images of all rows as [B, N P, D]; `pixels` [B, N, ...] are the images."""
-    return t.rearrange(x, pattern=f"(b n={pixels.shape[1]}) p d -> b (n p) d")
+    rows, images = pixels.shape[:2]  # both: of no images, rows cannot be inferred
+    return t.rearrange(x, pattern=f"(b={rows} n={images}) p d -> b (n p) d")
 
 
 def angles(positions: t.Tensor, frequencies: npt.NDArray[np.floating]) -> t.Tensor:

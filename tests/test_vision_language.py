@@ -20,6 +20,7 @@ from treadle.ir.errors import CheckpointError, UsageError
 from treadle.serving.models import ServedWriter
 from treadle.serving.refusals import RequestRefusal
 from treadle.serving.requests import Fields, read_chat
+from treadle.verifying import verify_model
 
 Array = np.ndarray[Any, Any]
 
@@ -29,6 +30,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 for package in ("torch", "tokenizers", "PIL", "jinja2"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 from tests.image_processors import PROCESSORS, drawn_images, pixel_distance
+from tests.sharded_models import SPECIAL
 from tests.vision_answers import NEAR, compare_answers
 from tests.vision_models import KINDS, VisionModel, asked, image_files, save_vision_model
 
@@ -52,6 +54,12 @@ def test_answers_are_those_of_hugging_face(kind: str, saved: Callable[[str], Vis
     backend = {"qwen2_5_vl": "torch"}.get(kind, "numpy")
     for images in (0, 3) if kind == "smolvlm" else (3,):
         assert compare_answers(saved(kind), backend, images) <= NEAR
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
+def test_backends_agree_on_prompts_without_images(kind: str) -> None:
+    report = verify_model(kind, backends=["numpy"], sizes=[{"N": 1, "B": 2}, {"N": 3}], **SPECIAL[kind])
+    assert report.passed and "N=1" in str(report)
 
 
 def test_a_second_question_about_an_image_computes_only_its_tokens(saved: Callable[[str], VisionModel]) -> None:
