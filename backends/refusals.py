@@ -10,6 +10,7 @@ import numpy as np
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.graph import Graph, Node, Value
+from treadle.ir.target import Target
 from treadle.ir.types import Type
 
 
@@ -74,14 +75,44 @@ def shape_fits(wanted: Type, shape: Sequence[int]) -> bool:
     return len(sizes) == len(shape) and all(n is None or n == m for n, m in zip(sizes, shape, strict=True))
 
 
-def unavailable(name: str, missing: str) -> BackendError:
+def unavailable(name: str, missing: str, target: Target | None = None) -> BackendError:
     """Return the error for an unavailable backend. `missing` is the result of `Backend.available`: the reason, and the
-    command that installs the backend.
+    command that installs the backend. The hint names NumPy, too, if it runs on the target.
     """
     reason, _, remedy = missing.partition(": ")
-    first = f"{remedy}, or " if remedy else ""
-    hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
+    hint: str | None = remedy or None
+    if target is None or target.kind in KINDS["numpy"]:
+        first = f"{remedy}, or " if remedy else ""
+        hint = Hint(f'{first}backend="numpy"', f"{first}--backend numpy")
     return BackendError(f"the {name} backend is not available", received=reason, hint=hint)
+
+
+KINDS: Mapping[str, frozenset[str]] = {
+    "tvm": frozenset({"cpu", "isa", "cuda", "opencl", "webgpu"}),
+    "torch": frozenset({"cpu", "cuda"}),
+    "numpy": frozenset({"cpu"}),
+}
+"""The kinds of targets for which each of our backends generates code."""
+
+_KIND_NAMES = {"cpu": "the CPU", "cuda": "NVIDIA GPUs"}
+
+
+def refuse_target(name: str, target: Target) -> None:
+    """Raise BackendError if a backend of ours generates no code for a target. The hint names a backend that does."""
+    kinds = KINDS[name]
+    if target.kind in kinds:
+        return
+    own = [kind for kind in _KIND_NAMES if kind in kinds]
+    others = [other for other, takes in KINDS.items() if target.kind in takes]
+    ways = [("target", kind) for kind in own] + [("backend", other) for other in others]
+    raise BackendError(
+        f"the {name} backend runs on {' and '.join(_KIND_NAMES[kind] for kind in own)} only",
+        received=str(target),
+        hint=Hint(
+            ", or ".join(f'{option}="{value}"' for option, value in ways),
+            ", or ".join(f"--{option} {value}" for option, value in ways),
+        ),
+    )
 
 
 def code_hint(op: str, place: str) -> Hint:

@@ -19,6 +19,7 @@ from treadle.backends.python.executable import PythonExecutable, collect_weights
 from treadle.backends.refusals import (
     code_hint,
     refuse_nodes,
+    refuse_target,
     unavailable,
 )
 from treadle.backends.staged import StagedBackend, needed_plan
@@ -123,9 +124,10 @@ class TorchBackend(StagedBackend):
 
     def refuse(self, graph: Graph, target: Target) -> None:
         """Raise BackendError if PyTorch is not installed, or does not support the target or a node."""
+        refuse_target(self.name, target)
         missing = self.available()
         if missing is not None:
-            raise unavailable(self.name, missing)
+            raise unavailable(self.name, missing, target)
         on_gpu = self._device(target).is_asynchronous and target.kind != "cpu"
 
         def refusal(node: Node) -> str | None:

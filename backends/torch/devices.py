@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from treadle.backends.refusals import refuse_target
 from treadle.files.mapped_files import give_back
 from treadle.ir.errors import BackendError, Hint
 from treadle.ir.target import Target
@@ -164,13 +165,7 @@ def find_device(target: Target) -> TorchDevice:
     """
     import torch
 
-    if target.kind not in ("cpu", "cuda"):
-        raise BackendError(
-            f"the torch backend does not generate code for {target}",
-            hint=Hint(
-                'target="cpu" or target="cuda", or backend="tvm"', "--target cpu or --target cuda, or --backend tvm"
-            ),
-        )
+    refuse_target("torch", target)
     if target.kind == "cpu":
         return TorchDevice(torch.device("cpu"))
     missing = _missing(target)

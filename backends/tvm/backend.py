@@ -87,7 +87,7 @@ class TvmBackend(StagedBackend):
         """Raise BackendError if TVM is not installed, the target is unsupported, or a node is unsupported."""
         missing = self.available()
         if missing is not None:
-            raise unavailable(self.name, missing)
+            raise unavailable(self.name, missing, target)
         isa_of(target)
         refuse_nodes(graph, self.name, self.supports, hint=self.where_to_add)
 
