@@ -78,6 +78,11 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
 }}
 """
 
+    @property
+    def library(self) -> Any:
+        """The compiled kernel, with the function `run`."""
+        return _library(self.source)
+
     def launch(self, regions: Sequence[Region], sizes: Sequence[int], *, blocks: int = 3, seed: int = 1) -> None:
         """Run the kernel, in an order of threads and blocks that the seed determines. Raises EmulatorError."""
         written = self.kernel.group_kernel
@@ -86,7 +91,7 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
         pairs = [(r.array.ctypes.data, r.array.nbytes) for r in regions]
         buffers = (ctypes.c_longlong * (2 * len(pairs)))(*[n for pair in pairs for n in pair])
         numbers = (ctypes.c_longlong * (len(regions) + len(sizes)))(*[r.at for r in regions], *sizes)
-        error = _library(self.source).run(buffers, numbers, ctypes.c_longlong(blocks), ctypes.c_uint(seed))
+        error = self.library.run(buffers, numbers, ctypes.c_longlong(blocks), ctypes.c_uint(seed))
         if error:
             raise EmulatorError(f"{written.name}: {error.decode()}")
 
@@ -95,6 +100,16 @@ def build(kernels: Sequence[EmulatedKernel]) -> None:
     """Compile several kernels at once."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda kernel: _library(kernel.source), kernels))
+
+
+def built(source: Path) -> Path:
+    """Compile a source file of the tests as a shared library, and return its path."""
+    path = _folder() / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:24]}.so"
+    if not path.exists():
+        part = path.with_suffix(f".{os.getpid()}.part")
+        _compile([str(source), "-shared", "-o", str(part)])
+        part.replace(path)
+    return path
 
 
 @cache

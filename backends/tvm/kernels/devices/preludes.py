@@ -3,7 +3,7 @@
 A kernel's text uses these names, and the functions of `treadle.backends.tvm.kernels.arithmetic.c_text.prelude`:
 
     TREADLE_KERNEL(n)         qualifiers of a kernel with blocks of n threads
-    TREADLE_GLOBAL(T) x       parameter: a buffer of elements T
+    TREADLE_GLOBAL(T) x       parameter: a buffer of elements T, which another parameter may share
     TREADLE_SHARED(T, x, n)   memory of a block; TREADLE_PRIVATE the same for a thread
     TREADLE_CONSTANT T        qualifiers of a constant table
     TREADLE_WIDE(T, x, i)     elements of x from i on, read together as one T
@@ -40,7 +40,7 @@ _FLOATS = "".join(
 
 _CUDA = """
 #define TREADLE_KERNEL(n) extern "C" __global__ void __launch_bounds__(n)
-#define TREADLE_GLOBAL(T) T* __restrict__
+#define TREADLE_GLOBAL(T) T*
 #define TREADLE_SHARED(T, x, n) __shared__ T x[n]
 #define TREADLE_CONSTANT __constant__ const
 #define TREADLE_WIDE(T, x, i) (*(const T*)((x) + (i)))
