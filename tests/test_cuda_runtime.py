@@ -130,9 +130,7 @@ def test_the_device_has_the_limits_that_the_driver_reports() -> None:
 def test_a_buffer_that_does_not_fit_is_refused_with_the_bytes_that_are_free() -> None:
     memory = StandInDriver(memory=10_000).runtime().memory
     held = memory.allocate(4_000)
-    with pytest.raises(
-        BackendError, match=r"not enough memory on the device\n.*7,000 bytes required, 6,000 bytes free"
-    ):
+    with pytest.raises(BackendError, match=r"not enough memory on the device\n.*7,000 bytes required, 6,000 bytes free"):
         memory.allocate(7_000)
     assert memory.used == held.nbytes == memory.allocate(0).nbytes + 4_000
 
@@ -154,9 +152,7 @@ def test_no_gpu_and_no_driver_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_old_driver_is_refused(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = StandInDriver(version=11040).runtime()
     driver.fail("cuModuleLoadData", 222)
-    with pytest.raises(
-        BackendError, match=r"(?s)UNSUPPORTED_PTX_VERSION; the driver supports CUDA 11.4.*a newer driver"
-    ):
+    with pytest.raises(BackendError, match=r"(?s)UNSUPPORTED_PTX_VERSION; the driver supports CUDA 11.4.*a newer driver"):
         _prepared(runtime)
     monkeypatch.setattr(cuda_runtime, "FUNCTIONS", {**cuda_runtime.FUNCTIONS, "cuLaunchKernelOfTomorrow": ()})
     with pytest.raises(BackendError, match=r"too old\n.*a driver without cuLaunchKernelOfTomorrow"):

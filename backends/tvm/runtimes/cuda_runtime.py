@@ -335,7 +335,9 @@ class CudaKernels:
         self._runtime, self._functions = runtime, {}
         for name, module in modules.items():
             weakref.finalize(self, runtime.driver.release, "cuModuleUnload", module, runtime.context).atexit = False
-            function = runtime.driver.handle("cuModuleGetFunction", module, kernels[name].group_kernel.name.encode())
+            function = runtime.driver.handle(
+                "cuModuleGetFunction", module, kernels[name].group_kernel.name.encode()
+            )
             self._functions[name] = function, kernels[name]
 
     def prepare(self, launches: Sequence[Launch], buffers: Mapping[Space, DeviceBuffer]) -> CudaLaunches:
