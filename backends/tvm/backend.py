@@ -105,7 +105,7 @@ class TvmBackend(StagedBackend):
         layouts = (ReadBlocks(mine), AssignLayouts(mine), HoistWeights(mine), DecodeWhereRead())
         return (*products, *layouts, planning(mine))
 
-    def _program(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
+    def program_of(self, graph: Graph, target: Target, plan: StoragePlan) -> KernelProgram:
         """Return the calls of kernels of a lowered graph.
 
         The last program is kept until it is emitted, since a memory limit is checked on it before.
@@ -120,12 +120,12 @@ class TvmBackend(StagedBackend):
 
     def frames(self, graph: Graph, target: Target, plan: StoragePlan) -> dict[str, Frame]:
         """Return the frame of each function by its steps, including the workspaces of single kernels."""
-        program = self._program(graph, target, plan)
+        program = self.program_of(graph, target, plan)
         return {routine.name: routine.frame for routine in program.routines}
 
     def kernel_uses(self, graph: Graph, target: Target, plan: StoragePlan) -> tuple[KernelUse, ...]:
         """Return the kernels that each routine calls."""
-        program = self._program(graph, target, plan)
+        program = self.program_of(graph, target, plan)
         return tuple(
             [
                 KernelUse(routine.name, step.node, step.kernel.title, step.kernel.generic, step.note)
@@ -149,7 +149,7 @@ class TvmBackend(StagedBackend):
         """
         isa = isa_of(target)
         made = recipes_of(graph)
-        program = self._program(graph, target, needed_plan(plan, self.name))
+        program = self.program_of(graph, target, needed_plan(plan, self.name))
         self._last = None
         if isinstance(isa, Device):
             refuse_kernels(program, isa)
