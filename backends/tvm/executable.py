@@ -36,13 +36,13 @@ from treadle.backends.tvm.lowering.leftovers import find_leftovers
 from treadle.backends.tvm.lowering.listing import list_program, unique_titles
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.output_memory import OutputMemory, allocated, placed
-from treadle.backends.tvm.planning import Plan, Planner
+from treadle.backends.tvm.placed_calls import FixedSpaces, place_calls
+from treadle.backends.tvm.planning import HostEncoder, Plan
 from treadle.backends.tvm.poisoning import run_poisoned
-from treadle.backends.tvm.spaces import Arena, Input, Output, State
+from treadle.backends.tvm.spaces import Arena, Constant, Held, Input, Output, State
 from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Function, Graph
-from treadle.ir.storage.views import Storage
 from treadle.ir.types import DType
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
@@ -187,8 +187,9 @@ class _Machine:
         self.name, self.program, self.cache, self.threads = name, program, cache, threads
         self._host = host
         self._entries = {**entries, **{kernel: call.entry for kernel, call in host.items()}}
-        self.weights = {storage: weights[n] for e in program.entries.values() for n, storage in e.weights.items()}
-        self.constants: dict[Storage, Array] = {}
+        self.weights = {name: weights[name] for entry in program.entries.values() for name in entry.weights}
+        self._fixed = FixedSpaces(program)
+        self.constants = [np.frombuffer(s.literal.data or b"\0", np.uint8).copy() for s in self._fixed.constants]
         self.plans: OrderedDict[tuple[str, tuple[tuple[str, int], ...]], Plan] = OrderedDict()
         self._arena = np.empty(0, np.uint8)
         self._outputs = OutputMemory()
@@ -269,7 +270,8 @@ class _Machine:
             self.plans.move_to_end(key)
             return self.plans[key]
         try:
-            plan = Planner(self.program.entries[entry], sizes, self.threads, self._entries, self._held).plan()
+            placed = place_calls(self.program.entries[entry], sizes, self._fixed.of(self.program.entries[entry]))
+            plan = HostEncoder(sizes, self.threads, self._entries, self._address).plan(placed)
         except OverflowError as error:  # a size exceeds 64 bits
             received = ", ".join(f"{name} = {size}" for name, size in sizes.items())
             raise BackendError(
@@ -313,13 +315,8 @@ class _Machine:
         if plan.status.size and plan.status.any():
             raise _outside(plan)
 
-    def _held(self, storage: Storage) -> Array:
-        """Return the array of a weight or a constant."""
-        if storage.literal is None:
-            return self.weights[storage]
-        if storage not in self.constants:
-            self.constants[storage] = np.frombuffer(storage.literal.data or b"\0", np.uint8).copy()
-        return self.constants[storage]
+    def _address(self, space: Held | Constant) -> int:
+        return address(self.weights[space.name] if isinstance(space, Held) else self.constants[space.number])
 
 
 def _outside(plan: Plan) -> BackendError:
