@@ -14,7 +14,7 @@ from tests.support.stand_in_driver import StandInDriver
 from treadle.backends.tvm.kernels.devices.device_kernels import device_kernel
 from treadle.backends.tvm.kernels.softmax import Softmax
 from treadle.backends.tvm.runtimes import cuda_runtime
-from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_cuda
+from treadle.backends.tvm.runtimes.cuda_runtime import CudaDriver, CudaRuntime, open_runtime
 from treadle.backends.tvm.runtimes.device_memory import DeviceLostError, Part
 from treadle.backends.tvm.runtimes.launch_table import Argument, Launch
 from treadle.backends.tvm.spaces import Arena, Input, Output
@@ -130,7 +130,9 @@ def test_the_device_has_the_limits_that_the_driver_reports() -> None:
 def test_a_buffer_that_does_not_fit_is_refused_with_the_bytes_that_are_free() -> None:
     memory = StandInDriver(memory=10_000).runtime().memory
     held = memory.allocate(4_000)
-    with pytest.raises(BackendError, match=r"not enough memory on the device\n.*7,000 bytes required, 6,000 bytes free"):
+    with pytest.raises(
+        BackendError, match=r"not enough memory on the device\n.*7,000 bytes required, 6,000 bytes free"
+    ):
         memory.allocate(7_000)
     assert memory.used == held.nbytes == memory.allocate(0).nbytes + 4_000
 
@@ -140,19 +142,21 @@ def test_no_gpu_and_no_driver_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         StandInDriver(devices=0).runtime()
     driver = StandInDriver()
     monkeypatch.setattr(cuda_runtime, "_library", lambda: driver.library)
-    assert open_cuda(Target("cuda:0")).name == "stand-in GPU"
+    assert open_runtime(Target("cuda:0")).name == "stand-in GPU"
     with pytest.raises(BackendError, match=r"there is no NVIDIA GPU 1\n.*the driver lists 1"):
-        open_cuda(Target("cuda:1"))
+        open_runtime(Target("cuda:1"))
     monkeypatch.undo()
     monkeypatch.setattr(cuda_runtime.sys, "platform", "win32")
     with pytest.raises(BackendError, match="there is no NVIDIA driver on this machine"):
-        open_cuda(Target("cuda"))
+        open_runtime(Target("cuda"))
 
 
 def test_an_old_driver_is_refused(driver: StandInDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = StandInDriver(version=11040).runtime()
     driver.fail("cuModuleLoadData", 222)
-    with pytest.raises(BackendError, match=r"(?s)UNSUPPORTED_PTX_VERSION; the driver supports CUDA 11.4.*a newer driver"):
+    with pytest.raises(
+        BackendError, match=r"(?s)UNSUPPORTED_PTX_VERSION; the driver supports CUDA 11.4.*a newer driver"
+    ):
         _prepared(runtime)
     monkeypatch.setattr(cuda_runtime, "FUNCTIONS", {**cuda_runtime.FUNCTIONS, "cuLaunchKernelOfTomorrow": ()})
     with pytest.raises(BackendError, match=r"too old\n.*a driver without cuLaunchKernelOfTomorrow"):

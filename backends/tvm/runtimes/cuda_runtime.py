@@ -165,7 +165,9 @@ _AFTER_LOSS = "a new process: a context with this error cannot be used any more"
 
 
 class CudaMemory:
-    """The memory of a GPU, and the stream of its copies, which it owns. See `treadle.backends.tvm.runtimes.device_memory.DeviceMemory`."""
+    """The memory of a GPU, and the stream of its copies, which it owns. See
+    `treadle.backends.tvm.runtimes.device_memory.DeviceMemory`.
+    """
 
     def __init__(self, driver: CudaDriver, context: int, stream: int) -> None:
         self._driver, self._context, self._stream = driver, context, stream
@@ -254,7 +256,7 @@ class CudaMemory:
         """Return pinned memory that no copy accesses."""
         if self._pinned is None:
             address = self._driver.handle("cuMemAllocHost_v2", STAGING)
-            self._pinned = np.frombuffer((ctypes.c_ubyte * STAGING).from_address(address), np.uint8)
+            self._pinned = np.ctypeslib.as_array((ctypes.c_ubyte * STAGING).from_address(address))
             weakref.finalize(self, self._driver.release, "cuMemFreeHost", address, self._context).atexit = False
         begin, self._filled = self._filled, self._filled + nbytes
         return self._pinned[begin : begin + nbytes]
@@ -335,9 +337,7 @@ class CudaKernels:
         self._runtime, self._functions = runtime, {}
         for name, module in modules.items():
             weakref.finalize(self, runtime.driver.release, "cuModuleUnload", module, runtime.context).atexit = False
-            function = runtime.driver.handle(
-                "cuModuleGetFunction", module, kernels[name].group_kernel.name.encode()
-            )
+            function = runtime.driver.handle("cuModuleGetFunction", module, kernels[name].group_kernel.name.encode())
             self._functions[name] = function, kernels[name]
 
     def prepare(self, launches: Sequence[Launch], buffers: Mapping[Space, DeviceBuffer]) -> CudaLaunches:
@@ -385,7 +385,7 @@ class CudaRuntime:
         self._compiler = compiler or image
 
     def load(self, kernels: Mapping[str, DeviceKernel]) -> CudaKernels:
-        """See `Runtime`. Kernels are compiled for this GPU's architecture, or else to PTX, which the driver compiles."""
+        """See `Runtime`. Kernels are compiled to machine code, or else to PTX, which the driver compiles."""
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             images = list(pool.map(lambda kernel: self._compiler(kernel.text, self.capability), kernels.values()))
         self.driver.call("cuCtxSetCurrent", self.context)
@@ -418,7 +418,7 @@ def image(text: str, capability: tuple[int, int]) -> bytes:
     return compile_ptx(text, architecture).encode()
 
 
-def open_cuda(target: Target) -> CudaRuntime:
+def open_runtime(target: Target) -> CudaRuntime:
     """Return the runtime of a target's GPU. Raises BackendError, with what to install, if there is no driver or GPU."""
     return CudaRuntime(CudaDriver(_library()), target.index or 0)
 

@@ -27,7 +27,7 @@ from treadle.files.installation import pip_install
 from treadle.ir.errors import BackendError
 
 OPTIONS = ("--std=c++17", "--fmad=false", "--device-as-default-execution-space")
-"""Options of NVRTC. Products and sums that are to be one operation are written as such, and no others are contracted."""
+"""Options of NVRTC. A product and a sum are one operation only where the text says so."""
 
 _NVRTC, _PTXAS = "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvcc-cu12"
 _LIBRARIES = ("nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "nvidia/cuda_nvrtc/bin/nvrtc64_120_0.dll")
