@@ -6,6 +6,7 @@ print(made.text)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -49,8 +50,13 @@ class DeviceKernel:
         """The whole text that a compiler of the device's language takes."""
         language = self.group_kernel.device.limits.language
         if language == "wgsl":
-            return PRELUDE + "".join(function.wgsl() for function in self.group_kernel.functions.values()) + self.body
+            return self.shared_text()
         return PRELUDES[language] + lane_functions_text(self.group_kernel, language) + self.body
+
+    def shared_text(self, sharing: Sequence[int] = ()) -> str:
+        """Return the whole text in WGSL, for a launch whose pointers share bindings (`wgsl_kernel_text`)."""
+        functions = "".join(function.wgsl() for function in self.group_kernel.functions.values())
+        return PRELUDE + functions + wgsl_text(self.group_kernel, sharing)
 
 
 def lane_functions_text(kernel: GroupKernel, language: str) -> str:

@@ -99,8 +99,9 @@ class GroupKernel:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory of a block."""
-        return sum(-(-memory.cells * memory.dtype.bytes // 16) * 16 for memory in self.shared)
+        """Bytes of shared memory of a block. In WGSL, an element of any type has 4 bytes."""
+        wgsl = self.device.limits.language == "wgsl"
+        return sum(-(-memory.cells * (4 if wgsl else memory.dtype.bytes) // 16) * 16 for memory in self.shared)
 
 
 def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
@@ -209,10 +210,7 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> GroupPointer:
-        stored = ("f32", "i32", "i64")  # in WGSL, where 64-bit integers are stored in 32 bits
-        if dtype.name in self.isa.limits.lacks - {"i64"} or (
-            self.isa.limits.language == "wgsl" and dtype.name not in stored
-        ):
+        if dtype.name in self.isa.limits.lacks - {"i64"}:  # 64-bit integers are stored in 32 bits
             raise LackingWord("pointer", f"a buffer of {dtype} numbers")
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
@@ -449,6 +447,8 @@ class GroupEmitter(Emitter):
                 raise LackingWord(
                     "bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory"
                 )
+            if dtype.name in self.isa.limits.lacks:
+                raise LackingWord("bits", f"elements are read together as {dtype}")
             return value.as_words(dtype.name, dtype.bytes // held.bytes)
         return value.mapped(lambda x: ThreadNode("bits", dtype.name, (x,)))
 
