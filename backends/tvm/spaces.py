@@ -5,7 +5,8 @@ Input     an array that the caller passes, a different one in each call
 Output    an array that a call allocates
 State     an array of the states that a call updates
 Status    words in which kernels report an index out of range; allocated with the plan, and fixed
-Held      an array that the executable holds, a weight or a constant; fixed
+Held      a weight; fixed
+Constant  a constant of the program; fixed
 """
 
 from __future__ import annotations
@@ -41,15 +42,22 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """An array that the executable holds, with the address of its first byte."""
+    """A weight by its name."""
 
-    address: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A constant by its number in the program."""
+
+    number: int
 
 
 Moving = Arena | Input | Output | State
 """The spaces whose addresses are known only when a call begins."""
 
-Space = Moving | Status | Held
+Space = Moving | Status | Held | Constant
 
 
 class Pointer(NamedTuple):

@@ -39,7 +39,8 @@ class Launch:
     """A launch of a kernel.
 
     kernel     name of the kernel
-    blocks     number of thread blocks
+    blocks     number of thread blocks; 0 for a collective, which the host computes between two launches. Runtimes get
+               only launches of kernels
     arguments  one for each pointer of the kernel, in its order
     sizes      one for each size of the kernel, in its order
     """
