@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Protocol
 
 from treadle.backends.tvm.kernels.devices.device import Device
@@ -68,6 +69,8 @@ class Runtime(Protocol):
 Opened = Callable[[Target], Runtime]
 """A function that opens the device of a target. It raises BackendError, with what to install, if there is none."""
 
+_MODULES = {"webgpu": "wgpu_runtime"}
+"""The modules of our runtimes, which are imported when they are needed. Each has a function `open_runtime`."""
 _RUNTIMES: dict[str, Opened] = {}
 _OPEN: dict[Target, Runtime] = {}
 _opening = threading.Lock()
@@ -88,6 +91,9 @@ def find_runtime(target: Target) -> Runtime:
     with _opening:
         if target not in _OPEN:
             opened = _RUNTIMES.get(target.kind)
+            if opened is None and target.kind in _MODULES:
+                module = import_module(f"treadle.backends.tvm.runtimes.{_MODULES[target.kind]}")
+                opened = _RUNTIMES[target.kind] = module.open_runtime
             if opened is None:
                 raise BackendError(f"no runtime runs kernels on {target}", hint="the torch backend, or target cpu")
             _OPEN[target] = opened(target)

@@ -6,7 +6,6 @@ print(made.text)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
 from treadle.backends.tvm.kernels.devices.kernel_text import body_text
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
-from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import wgsl_text
+from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing, wgsl_text
 from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.ir.errors import BackendError
 
@@ -53,7 +52,7 @@ class DeviceKernel:
             return self.shared_text()
         return PRELUDES[language] + lane_functions_text(self.group_kernel, language) + self.body
 
-    def shared_text(self, sharing: Sequence[int] = ()) -> str:
+    def shared_text(self, sharing: Sharing | None = None) -> str:
         """Return the whole text in WGSL, for a launch whose pointers share bindings (`wgsl_kernel_text`)."""
         functions = "".join(function.wgsl() for function in self.group_kernel.functions.values())
         return PRELUDE + functions + wgsl_text(self.group_kernel, sharing)

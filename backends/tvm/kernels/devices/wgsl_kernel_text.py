@@ -7,9 +7,9 @@ Integers of 64 bits are stored in 32 bits.
 
 **Pointers share bindings.** WebGPU allows only 8 buffers in a kernel, binds them at multiples of 256 bytes, and refuses
 a launch in which two bindings have one buffer and one of them is written. The arguments of a launch are mostly parts of
-one buffer, the arena. Therefore the text depends on the *sharing* of a launch: the number of the binding of each
-pointer, such as (0, 0, 1) for a kernel whose first two arguments are in one buffer. A kernel has one text for each
-sharing in which it is launched. A binding is `read_write` if the kernel writes to one of its pointers.
+one buffer, the arena. Therefore pointers into one buffer share a binding, and the text depends on the `Sharing` of a
+launch. A kernel has one text for each sharing in which it is launched. `treadle.backends.tvm.runtimes.launch_bindings`
+finds the sharing of a launch.
 
 Bindings are numbered from 0. The next binding is a uniform buffer of 32-bit integers: for each pointer the number of
 elements from the start of its binding to element 0, then the sizes, padded to a multiple of four.
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from treadle.backends.tvm.kernels.arithmetic.wgsl_text import FMOD, narrowed
 from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel
 from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
 from treadle.backends.tvm.kernels.devices.statements import (
@@ -49,6 +51,7 @@ _TYPES: Mapping[str, str] = {
     "bool": "bool",
 }
 _FUNCTIONS = {"rint": "round", "floor": "floor", "sqrt": "sqrt", "abs": "abs", "is_nan": "TREADLE_IS_NAN_F32"}
+_FUNCTIONS |= {"fmod": "TREADLE_FMOD_F32"}
 _BITS = {"i8": 8, "u8": 8, "i16": 16, "f16": 16, "bf16": 16}
 """Widths of the types whose values are 32-bit integers in the range of the type."""
 
@@ -58,27 +61,41 @@ def stored_bytes(dtype: DType) -> int:
     return min(dtype.bytes, 4)
 
 
-class WgslPrinter(KernelPrinter):
-    """The printer of WGSL.
+@dataclass(frozen=True)
+class Sharing:
+    """The bindings of a kernel's pointers.
 
-    sharing  number of the binding of each pointer
+    numbers  number of the binding of each pointer, in the order of the pointers: (0, 0, 1) if the first two share one
+    written  for each binding, True if it is `read_write`
     """
+
+    numbers: tuple[int, ...]
+    written: tuple[bool, ...]
+
+    @staticmethod
+    def apart(kernel: GroupKernel) -> Sharing:
+        """Return the sharing of a launch whose pointers are in buffers of their own."""
+        written = tuple(memory.is_written for memory in kernel.pointers)
+        return Sharing(tuple(range(len(written))), written)
+
+
+class WgslPrinter(KernelPrinter):
+    """The printer of WGSL."""
 
     block, blocks, thread = "i32(block.x)", "i32(blocks.x)", "i32(thread)"
 
-    def __init__(self, kernel: GroupKernel, sharing: Sequence[int] = ()) -> None:
+    def __init__(self, kernel: GroupKernel, sharing: Sharing | None = None) -> None:
         super().__init__(kernel)
-        self.sharing = tuple(sharing) or tuple(range(len(kernel.pointers)))
+        self.sharing = sharing or Sharing.apart(kernel)
         self.cells: list[str] = []
-        self.loaders: dict[str, str] = {}
-        """Functions that read or write an element of less than a word, by name."""
+        self.functions: dict[str, str] = {}
+        """Functions of this kernel by name, most of which read or write an element of less than a word."""
 
     @cached_property
     def bindings(self) -> list[list[Memory]]:
         """The pointers of each binding."""
-        numbers = range(max(self.sharing, default=-1) + 1)
-        pairs = list(zip(self.sharing, self.kernel.pointers, strict=True))
-        return [[memory for n, memory in pairs if n == number] for number in numbers]
+        pairs = list(zip(self.sharing.numbers, self.kernel.pointers, strict=True))
+        return [[memory for n, memory in pairs if n == number] for number in range(len(self.sharing.written))]
 
     @cached_property
     def _words(self) -> Mapping[Memory, str]:
@@ -94,27 +111,23 @@ class WgslPrinter(KernelPrinter):
         """The names of the arrays of which a thread writes parts of words."""
         return {self._words[m] for m in self.kernel.pointers if m.is_written and stored_bytes(m.dtype) < 4}
 
-    @cached_property
-    def _written(self) -> set[str]:
-        return {self._words[m] for m in self.kernel.pointers if m.is_written}
+    def _is_constant(self, memory: Memory) -> bool:
+        return not self.sharing.written[self.sharing.numbers[self.kernel.pointers.index(memory)]]
 
     def text(self) -> str:
         kernel, device = self.kernel, self.kernel.device
         numbers = [f"{memory.name}_at" for memory in kernel.pointers] + kernel.sizes
         body: Sequence[Statement] = kernel.body
         if device.group > 1:
-            body = with_uniform_control(body, numbers, lambda m: self._words[m] not in self._written)
+            body = with_uniform_control(body, numbers, self._is_constant)
         lines = [f"  let {name}: i32 = numbers[{i // 4}].{'xyzw'[i % 4]};" for i, name in enumerate(numbers)]
         if device.group > 1:
             lines.append(f"  let lane: i32 = {self.thread};")
         lines += self._lines(list(body), 1)
         globals = []
         for i, members in enumerate(self.bindings):
-            name = self._words[members[0]]
-            access, word = (
-                "read_write" if name in self._written else "read",
-                "atomic<u32>" if name in self._atomic else "u32",
-            )
+            name, access = self._words[members[0]], "read_write" if self.sharing.written[i] else "read"
+            word = "atomic<u32>" if name in self._atomic else "u32"
             globals.append(f"@group(0) @binding({i}) var<storage, {access}> {name}: array<{word}>;\n")
         count = max(1, -(-len(numbers) // 4))
         globals.append(
@@ -128,7 +141,7 @@ class WgslPrinter(KernelPrinter):
             for entries, name in self.tables.items()
         ]
         written = "\n".join(lines)
-        return f"""{"".join(globals)}{"".join(self.loaders.values())}@compute @workgroup_size({device.threads})
+        return f"""{"".join(globals)}{"".join(self.functions.values())}@compute @workgroup_size({device.threads})
 fn {kernel.name}(
     @builtin(workgroup_id) block: vec3<u32>,
     @builtin(num_workgroups) blocks: vec3<u32>,
@@ -222,10 +235,10 @@ fn {kernel.name}(
             signed = memory.dtype.name in ("i8", "i16") and width == element
             word = self._word(memory, at)
             word, type = (f"bitcast<i32>({word})", "i32") if signed else (word, "u32")
-            self.loaders[name] = f"fn {name}(at: i32) -> {type} {{ return extractBits({word}, {shift}, {width}u); }}\n"
+            self.functions[name] = f"fn {name}(at: i32) -> {type} {{ return extractBits({word}, {shift}, {width}u); }}\n"
         else:
             mask = f"{2**width - 1}u"
-            self.loaders[name] = (
+            self.functions[name] = (
                 f"fn {name}(at: i32, bits: u32) {{\n  let shift: u32 = {shift};\n"
                 f"  atomicAnd(&{words}[{at}], ~({mask} << shift));\n"
                 f"  atomicOr(&{words}[{at}], (bits & {mask}) << shift);\n}}\n"
@@ -236,7 +249,9 @@ fn {kernel.name}(
         """Return an expression as text; an operation is in parentheses."""
         match node.op:
             case "const":
-                return _literal(node.data, self._type(node.type))
+                value = narrowed(node.data) if node.type == "i64" else node.data
+                assert value is not None  # the emitter refuses it
+                return _literal(value, self._type(node.type))
             case "table":
                 return f"{self.tables.setdefault(node.data, f'{self.kernel.name}_table_{len(self.tables)}')}[lane]"
             case "not":
@@ -252,7 +267,9 @@ fn {kernel.name}(
             case "bits":
                 return self._converted(node, f"bitcast<{self._type(node.type)}>")
             case "math":
-                return f"{_FUNCTIONS[node.data]}({self.expression(node.args[0])})"
+                if node.data == "fmod":
+                    self.functions["fmod"] = FMOD
+                return f"{_FUNCTIONS[node.data]}({', '.join(map(self.expression, node.args))})"
         return super().expression(node, above)
 
     def _converted(self, node: ThreadNode, made_of: str) -> str:
@@ -309,9 +326,8 @@ def _literal(value: float | int | bool, type: str) -> str:
     return f"({np.float32(value)!s}f)"
 
 
-def wgsl_text(kernel: GroupKernel, sharing: Sequence[int] = ()) -> str:
-    """Return a kernel in WGSL, without the prelude and the lane functions.
-
-    sharing  number of the binding of each pointer; (): each has its own
+def wgsl_text(kernel: GroupKernel, sharing: Sharing | None = None) -> str:
+    """Return a kernel in WGSL, without the prelude and the lane functions. Without a sharing, each pointer has its own
+    binding.
     """
     return WgslPrinter(kernel, sharing).text()
