@@ -77,7 +77,7 @@ def bind_launch(
     numbers = [
         (argument.begin - bindings[places[argument]].begin) // stored_bytes(memory.dtype) + argument.at
         for argument, memory in zip(launch.arguments, kernel.pointers, strict=True)
-    ] + list(launch.sizes)
+    ] + [*launch.sizes, 0]
     _refuse(launch, bindings, numbers, device)
     return LaunchBindings(sharing, tuple(bindings), tuple(numbers))
 

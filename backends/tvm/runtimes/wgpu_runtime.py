@@ -96,6 +96,7 @@ class WgpuRuntime:
     def __init__(self, wgpu: Any, adapter: Any) -> None:
         self.wgpu, self.lock = wgpu, threading.RLock()
         self.name = str(adapter.info["device"] or adapter.info["description"])
+        self.is_cpu = adapter.info["adapter_type"] == "CPU"
         limits = adapter.limits
         try:
             self.gpu = adapter.request_device_sync(required_limits={name: limits[name] for name in _REQUIRED})
@@ -253,18 +254,18 @@ class WgpuMemory:
 class _Pipeline:
     """A compiled kernel, and the layout of its bind group."""
 
-    def __init__(self, runtime: WgpuRuntime, name: str, kernel: DeviceKernel, sharing: Sharing) -> None:
+    def __init__(self, runtime: WgpuRuntime, name: str, entry: str, text: str, written: Sequence[bool]) -> None:
         gpu, stage = runtime.gpu, runtime.wgpu.ShaderStage.COMPUTE
-        types = ["storage" if written else "read-only-storage" for written in sharing.written]
+        types = ["storage" if each else "read-only-storage" for each in written]
         entries = [
             {"binding": i, "visibility": stage, "buffer": {"type": type}} for i, type in enumerate([*types, "uniform"])
         ]
         with runtime.errors(f"compile kernel {name}"):
-            module = gpu.create_shader_module(label=name, code=kernel.shared_text(sharing))
+            module = gpu.create_shader_module(label=name, code=text)
             self.layout = gpu.create_bind_group_layout(entries=entries)
             self.pipeline = gpu.create_compute_pipeline(
                 layout=gpu.create_pipeline_layout(bind_group_layouts=[self.layout]),
-                compute={"module": module, "entry_point": kernel.group_kernel.name},
+                compute={"module": module, "entry_point": entry},
             )
 
 
@@ -279,10 +280,12 @@ class WgpuKernels:
         key = name, sharing
         if key not in self._pipelines:
             kernel = self._kernels[name]
-            of = kernel.shared_text(sharing), sharing.written
+            text = kernel.shared_text(sharing, keeps_loops=self._runtime.is_cpu)
+            of = text, sharing.written
             made = self._runtime.pipelines.get(of)
             if made is None:
-                made = self._runtime.pipelines[of] = _Pipeline(self._runtime, name, kernel, sharing)
+                entry = kernel.group_kernel.name
+                made = self._runtime.pipelines[of] = _Pipeline(self._runtime, name, entry, text, sharing.written)
             self._pipelines[key] = made
         return self._pipelines[key]
 

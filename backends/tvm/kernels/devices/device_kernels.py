@@ -52,10 +52,10 @@ class DeviceKernel:
             return self.shared_text()
         return PRELUDES[language] + lane_functions_text(self.group_kernel, language) + self.body
 
-    def shared_text(self, sharing: Sharing | None = None) -> str:
+    def shared_text(self, sharing: Sharing | None = None, *, keeps_loops: bool = False) -> str:
         """Return the whole text in WGSL, for a launch whose pointers share bindings (`wgsl_kernel_text`)."""
         functions = "".join(function.wgsl() for function in self.group_kernel.functions.values())
-        return PRELUDE + functions + wgsl_text(self.group_kernel, sharing)
+        return PRELUDE + functions + wgsl_text(self.group_kernel, sharing, keeps_loops=keeps_loops)
 
 
 def lane_functions_text(kernel: GroupKernel, language: str) -> str:

@@ -12,7 +12,10 @@ launch. A kernel has one text for each sharing in which it is launched. `treadle
 finds the sharing of a launch.
 
 Bindings are numbered from 0. The next binding is a uniform buffer of 32-bit integers: for each pointer the number of
-elements from the start of its binding to element 0, then the sizes, padded to a multiple of four.
+elements from the start of its binding to element 0, then the sizes, then 0, padded to a multiple of four.
+
+**Loops on a CPU.** Drivers unroll loops with constant counts, as a GPU's registers require. A driver that runs kernels
+on a CPU then compiles for seconds. With `keeps_loops`, the text adds the 0 of the uniform buffer to these counts.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     Store,
 )
 from treadle.backends.tvm.kernels.devices.uniformity import UniformLet, with_uniform_control
-from treadle.backends.tvm.kernels.devices.values import ThreadNode
+from treadle.backends.tvm.kernels.devices.values import ThreadNode, is_constant
 from treadle.ir.errors import BackendError
 from treadle.ir.types import DType, boolean
 
@@ -84,9 +87,9 @@ class WgslPrinter(KernelPrinter):
 
     block, blocks, thread = "i32(block.x)", "i32(blocks.x)", "i32(thread)"
 
-    def __init__(self, kernel: GroupKernel, sharing: Sharing | None = None) -> None:
+    def __init__(self, kernel: GroupKernel, sharing: Sharing | None = None, *, keeps_loops: bool = False) -> None:
         super().__init__(kernel)
-        self.sharing = sharing or Sharing.apart(kernel)
+        self.sharing, self.keeps_loops = sharing or Sharing.apart(kernel), keeps_loops
         self.cells: list[str] = []
         self.functions: dict[str, str] = {}
         """Functions of this kernel by name, most of which read or write an element of less than a word."""
@@ -116,7 +119,7 @@ class WgslPrinter(KernelPrinter):
 
     def text(self) -> str:
         kernel, device = self.kernel, self.kernel.device
-        numbers = [f"{memory.name}_at" for memory in kernel.pointers] + kernel.sizes
+        numbers = [*(f"{memory.name}_at" for memory in kernel.pointers), *kernel.sizes, "zero"]
         body: Sequence[Statement] = kernel.body
         if device.group > 1:
             body = with_uniform_control(body, numbers, self._is_constant)
@@ -129,7 +132,7 @@ class WgslPrinter(KernelPrinter):
             name, access = self._words[members[0]], "read_write" if self.sharing.written[i] else "read"
             word = "atomic<u32>" if name in self._atomic else "u32"
             globals.append(f"@group(0) @binding({i}) var<storage, {access}> {name}: array<{word}>;\n")
-        count = max(1, -(-len(numbers) // 4))
+        count = -(-len(numbers) // 4)
         globals.append(
             f"@group(0) @binding({len(self.bindings)}) var<uniform> numbers: array<vec4<i32>, {count}>;\n"
         )
@@ -189,8 +192,10 @@ fn {kernel.name}(
         return f"atomicStore(&{place}, {bits});" if words in self._atomic else f"{place} = {bits};"
 
     def _loop_head(self, loop: Loop) -> list[str]:
-        name, (begin, step) = loop.variable.data, self._range(loop)
-        return [f"for (var {name}: i32 = {begin}; {name} < {self.expression(loop.count)}; {name} += {step}) {{"]
+        name, (begin, step), count = loop.variable.data, self._range(loop), self.expression(loop.count)
+        if self.keeps_loops and is_constant(loop.count) and loop.count.data > 1:
+            count += " + zero"
+        return [f"for (var {name}: i32 = {begin}; {name} < {count}; {name} += {step}) {{"]
 
     # -- expressions -----------------------------------------------------------------------------------------
 
@@ -326,8 +331,8 @@ def _literal(value: float | int | bool, type: str) -> str:
     return f"({np.float32(value)!s}f)"
 
 
-def wgsl_text(kernel: GroupKernel, sharing: Sharing | None = None) -> str:
+def wgsl_text(kernel: GroupKernel, sharing: Sharing | None = None, *, keeps_loops: bool = False) -> str:
     """Return a kernel in WGSL, without the prelude and the lane functions. Without a sharing, each pointer has its own
     binding.
     """
-    return WgslPrinter(kernel, sharing).text()
+    return WgslPrinter(kernel, sharing, keeps_loops=keeps_loops).text()
