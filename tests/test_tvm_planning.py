@@ -82,7 +82,7 @@ def test_persistent_values_are_addresses_in_the_plan(looked_up: KernelExecutable
     moving = np.concatenate([at for at, _ in plan.moves.values()])
     pointers = np.flatnonzero(plan.words[:, 0] == POINTER)
     stays = set(plan.words[np.setdiff1d(pointers, moving), 1])
-    arrays = [*looked_up.machine.weights.values(), *looked_up.machine.constants.values(), plan.status]
+    arrays = [*looked_up.machine.weights.values(), *looked_up.machine.constants, plan.status]
     assert stays == {address(array) for array in arrays}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from treadle.backends.poison import BYTE
 from treadle.backends.tvm.kernels.calling import address
 from treadle.backends.tvm.planning import Plan
-from treadle.backends.tvm.spaces import Arena, Output, Pointer, Space
+from treadle.backends.tvm.spaces import Arena, Output, Space
 from treadle.passes.memory.frame_placement import ALIGNMENT
 from treadle.passes.memory.frames import aligned
 
@@ -30,11 +30,12 @@ def run_poisoned(plan: Plan, table: Array, arena: Array, made: Mapping[str, Arra
         spaces[Output(plan.host)] = made[plan.host].reshape(-1).view(np.uint8)
         spaces[Output(plan.host)][:] = BYTE
     done = 0
-    for records, (space, first), count in [*plan.freed, (len(table), Pointer(Arena()), 0)]:
-        if records > done:
-            failed = run(table[done:records])
+    for calls, pointer, count in plan.freed:
+        if calls > done:
+            failed = run(table[done:calls])
             if failed >= 0:
                 return done + failed
-            done = records
-        spaces[space][first : first + count] = BYTE
-    return -1
+            done = calls
+        spaces[pointer.space][pointer.at : pointer.at + count] = BYTE
+    failed = run(table[done:]) if done < len(table) else -1
+    return done + failed if failed >= 0 else -1
