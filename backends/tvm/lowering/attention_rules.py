@@ -54,7 +54,7 @@ from treadle.ir.types import DType, Type, bf16, f16, f32, i64
 
 WIDEST = 512  # largest head size for which a block of keys and a block of values stay in the L2 cache
 ROWS = 256  # approximate number of rows of a task (queries times the heads that share keys)
-_FAR = 2**40  # larger than any distance between a query and a key
+_FAR = 2**30  # larger than any distance between a query and a key; with a position added, it fits in 32 bits
 
 
 def _covers(op: Op, types: Sequence[Type | None]) -> bool:

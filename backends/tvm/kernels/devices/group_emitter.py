@@ -21,6 +21,7 @@ import numpy as np
 
 from treadle.backends.bfloat16 import rounded
 from treadle.backends.tvm.kernels.arithmetic.conversions import narrow_cast
+from treadle.backends.tvm.kernels.arithmetic.wgsl_text import narrowed
 from treadle.backends.tvm.kernels.devices.barriers import place_barriers, place_registers
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.statements import (
@@ -103,8 +104,9 @@ class GroupKernel:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of shared memory of a block."""
-        return sum(-(-memory.cells * memory.dtype.bytes // 16) * 16 for memory in self.shared)
+        """Bytes of shared memory of a block. In WGSL, an element of any type has 4 bytes."""
+        wgsl = self.device.limits.language == "wgsl"
+        return sum(-(-memory.cells * (4 if wgsl else memory.dtype.bytes) // 16) * 16 for memory in self.shared)
 
     def blocks(self, sizes: Sequence[int]) -> int:
         """Return the number of thread blocks of a launch with these sizes: one for each task of a group, at most as
@@ -125,7 +127,8 @@ def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:
     made = emitter.finished()
     if made.shared_bytes > device.limits.shared:
         raise LackingWord("registers", f"{made.shared_bytes} bytes of shared memory, of {device.limits.shared}")
-    if device.limits.buffers and len(made.pointers) > device.limits.buffers:
+    shares = device.limits.language == "wgsl"  # pointers share bindings, of which a launch decides
+    if device.limits.buffers and len(made.pointers) > device.limits.buffers and not shares:
         raise LackingWord("pointer", f"{len(made.pointers)} buffers, of {device.limits.buffers}")
     return made
 
@@ -180,6 +183,7 @@ class GroupEmitter(Emitter):
 
     def __init__(self, device: Device, kernel: GroupKernel) -> None:
         self.isa: Device = device
+        self.has_f64 = "f64" not in device.limits.lacks
         self.made = kernel
         self._blocks = [kernel.body]
         self._names: dict[str, int] = {}
@@ -221,16 +225,17 @@ class GroupEmitter(Emitter):
     # -- arguments -------------------------------------------------------------------------------------------
 
     def pointer(self, name: str, dtype: DType) -> GroupPointer:
-        stored = ("f32", "i32", "i64")  # in WGSL, where 64-bit integers are stored in 32 bits
-        if dtype.name in self.isa.limits.lacks - {"i64"} or (
-            self.isa.limits.language == "wgsl" and dtype.name not in stored
-        ):
-            raise LackingWord("pointer", f"a buffer of {dtype} numbers")
+        self._need("pointer", dtype)
         memory = Memory(self._named(name), dtype, place=GLOBAL)
         self.made.pointers.append(memory)
         made = GroupPointer(memory)
         made.name = name
         return made
+
+    def _need(self, word: str, dtype: DType) -> None:
+        """Raise LackingWord if the device lacks a dtype. Integers of 64 bits are stored in 32 bits on it."""
+        if dtype.name in self.isa.limits.lacks - {"i64"}:
+            raise LackingWord(word, f"{dtype} numbers")
 
     def size(self, name: str) -> GroupValue:
         made = self._named(name)
@@ -309,6 +314,7 @@ class GroupEmitter(Emitter):
     # -- memory ----------------------------------------------------------------------------------------------
 
     def registers(self, count: int, dtype: DType, name: str = "acc") -> GroupView:
+        self._need("registers", dtype)
         memory = Memory(self._named(name), dtype, count)
         self._add(Declare(memory))
         return GroupView(memory, [constant(1, INDEX)])
@@ -378,6 +384,8 @@ class GroupEmitter(Emitter):
             made = float(value)
         else:
             made = bool(value) if dtype is boolean else int(value)
+        if dtype.name == "i64" in self.isa.limits.lacks and narrowed(int(made)) is None:
+            raise LackingWord("number", f"{value:,}, which does not fit in 32 bits")
         return self.splat(GroupValue([constant(made, dtype.name)]), lanes)
 
     def index(self, value: Any) -> GroupValue:
@@ -395,6 +403,7 @@ class GroupEmitter(Emitter):
     def cast(self, value: GroupValue, dtype: DType, lanes: int = 1) -> GroupValue:
         if value.type == dtype.name:
             return value
+        self._need("cast", dtype)
         made = narrow_cast(self, value, _TVM.get(value.type, value.type), dtype, lanes)
         if made is not None:
             assert isinstance(made, GroupValue)
@@ -461,6 +470,8 @@ class GroupEmitter(Emitter):
                 raise LackingWord(
                     "bits", f"{value.lanes} x {held} as {lanes} x {dtype}, which is not loaded from memory"
                 )
+            if dtype.name in self.isa.limits.lacks:
+                raise LackingWord("bits", f"elements are read together as {dtype}")
             return value.as_words(dtype.name, dtype.bytes // held.bytes)
         return value.mapped(lambda x: ThreadNode("bits", dtype.name, (x,)))
 
@@ -479,8 +490,10 @@ class GroupEmitter(Emitter):
         return GroupValue([ThreadNode("call", type, tuple(part), function.symbol) for part in parts], lanes)
 
     def libm(self, name: str, dtype: DType, lanes: int, *operands: GroupValue) -> GroupValue:
-        if self.isa.limits.language not in ("cuda", "opencl") or dtype.name in self.isa.limits.lacks:
-            raise LackingWord("libm", f"{self.isa.limits.language} has no {name} of {dtype} with defined accuracy")
+        language = self.isa.limits.language
+        here = language in ("cuda", "opencl") or (language == "wgsl" and name == "fmod")
+        if not here or dtype.name in self.isa.limits.lacks:
+            raise LackingWord("libm", f"{language} has no {name} of {dtype} with defined accuracy")
         parts = zip(*(x.parts for x in operands), strict=True)
         return GroupValue([ThreadNode("math", dtype.name, tuple(part), name) for part in parts], lanes)
 

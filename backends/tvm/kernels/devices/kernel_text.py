@@ -103,8 +103,8 @@ class KernelPrinter:
         pad = "  " * depth
         for statement in statements:
             match statement:
-                case Store(access, value, first):
-                    line, place = f"{self._place(access)} = {self._stored(access.memory, value)};", access.memory.place
+                case Store(access, _, first):
+                    line, place = self._store(statement), access.memory.place
                     if first is not None and self.kernel.device.group > 1 and place not in ("scalars", "vectors"):
                         line = f"if (lane < {first}) {{ {line} }}"
                     yield pad + line
@@ -140,10 +140,11 @@ class KernelPrinter:
             case _:
                 raise AssertionError(type(statement))
 
-    def _stored(self, to: Memory, value: ThreadNode) -> str:
-        """Return a value as it is stored in an array."""
-        made = self.expression(value)
-        return f"(unsigned char)({made})" if to.dtype is boolean else made
+    def _store(self, store: Store) -> str:
+        """Return the statement that stores a value in an array."""
+        made = self.expression(store.value)
+        made = f"(unsigned char)({made})" if store.access.memory.dtype is boolean else made
+        return f"{self._place(store.access)} = {made};"
 
     def _loop_head(self, loop: Loop) -> list[str]:
         """Return the lines that begin a loop."""
