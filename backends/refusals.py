@@ -41,7 +41,8 @@ _LISTED = 20
 """Maximum number of problems that an error lists; it states the number of further ones."""
 
 
-def _listed(lines: Sequence[str]) -> str:
+def listed(lines: Sequence[str]) -> str:
+    """Return lines as text: the first ones, and the number of the others."""
     more = len(lines) - _LISTED
     return "\n".join([*lines[:_LISTED], *([f"and {more} more"] if more > 0 else [])])
 
@@ -53,7 +54,7 @@ def refuse_missing(title: str, wanted: Mapping[str, Value], weights: Mapping[str
         raise BackendError(
             f"{title} lacks weights",
             received=f"{len(weights)} weight{'s' * (len(weights) != 1)}",
-            within=_listed(missing),
+            within=listed(missing),
         )
 
 
@@ -104,7 +105,7 @@ def refuse_nodes(
     """
     if encoded := [f"%{name}: {v.type}" for name, v in graph.states.items() if v.type.encoding is not None]:
         what = f"the {backend} backend does not support quantized states"
-        raise BackendError(what, received=_listed(encoded), hint="states of numbers")
+        raise BackendError(what, received=listed(encoded), hint="states of numbers")
     refused = [(node, why) for _, node in graph.walk() if (why := supports(node)) is not None]
     if not refused:
         return
@@ -114,7 +115,7 @@ def refuse_nodes(
         lines.append(f"{node.op.name}: {why}" + (f"    ({place})" if place else ""))
     raise BackendError(
         f"the {backend} backend cannot run {graph.name}",
-        received=_listed(lines),
+        received=listed(lines),
         source=describe_source(refused[0][0].source, refused[0][0].scope),
         hint=hint(refused[0][0]) if callable(hint) else hint,
     )

@@ -19,7 +19,8 @@ class DeviceLimits:
     matrix_unit True if there is a matrix unit; no kernel uses it yet
     buffers     largest number of buffers of a kernel; 0: no limit
     alignment   required alignment of a buffer's offset in bytes
-    largest     bytes of the largest buffer; 0: no limit
+    largest     bytes of the largest part of a buffer that is bound to a kernel; 0: no limit
+    allocation  bytes of the largest buffer; 0: no limit
     groups      largest number of thread blocks along one dimension of the grid
     """
 
@@ -34,6 +35,7 @@ class DeviceLimits:
     buffers: int = 0
     alignment: int = 256
     largest: int = 0
+    allocation: int = 0
     groups: int = 65535
 
 
@@ -51,6 +53,7 @@ LIMITS: dict[str, DeviceLimits] = {
         subgroups=False,
         buffers=8,
         largest=128 * _MIB,
+        allocation=256 * _MIB,
     ),
 }
 """The least that devices of each kind support. Shared memory of CUDA is what a kernel may declare without asking for

@@ -17,6 +17,7 @@ from treadle.backends.refusals import code_hint, refuse_nodes, unavailable
 from treadle.backends.staged import KernelUse, StagedBackend, needed_plan
 from treadle.backends.tvm.executable import KernelExecutable
 from treadle.backends.tvm.host_calls import HostCall
+from treadle.backends.tvm.host_machine import HostMachine
 from treadle.backends.tvm.kernel_abilities import capabilities, planning
 from treadle.backends.tvm.kernels import tvm_runtime
 from treadle.backends.tvm.kernels.cache import KernelCache
@@ -29,6 +30,7 @@ from treadle.backends.tvm.kernels.runner import Runner
 from treadle.backends.tvm.lowering.program import KernelProgram, kernels_of
 from treadle.backends.tvm.lowering.routine_writer import lower
 from treadle.backends.tvm.lowering.rules import RULES, keeps, supported
+from treadle.backends.tvm.runtimes.device_machine import DeviceMachine
 from treadle.backends.tvm.weight_packing import pack_weights
 from treadle.ir.errors import Hint
 from treadle.ir.graph import Graph, Node
@@ -144,7 +146,8 @@ class TvmBackend(StagedBackend):
     ) -> Executable:
         """Generate the program, compile or load its kernels, and pack its weights.
 
-        If the target is another machine, the executable can be inspected (`source`, `assembly`) but not called. Raises
+        If the target is another machine, the executable can be inspected (`source`, `assembly`) but not called. A
+        device is opened by the first call, which raises BackendError, with what to install, if there is none. Raises
         BackendError if a weight is missing.
         """
         isa = isa_of(target)
@@ -156,14 +159,19 @@ class TvmBackend(StagedBackend):
         cache = KernelCache(isa)
         threads = target.cores() or 1
         needed = kernels_of(program)
-        kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
         calls: dict[Kernel, HostCall] = {k: HostCall(k) for k in needed if isinstance(k, Meet)}
-        with ThreadPoolExecutor(max_workers=1) as pool:  # weights are packed while kernels are compiled
-            entries = pool.submit(cache.entries, kernels) if kernels else None
+        machine: HostMachine | DeviceMachine
+        if isinstance(isa, Device):
             packed = pack_weights(graph, made, weights, threads=threads)
-            found = entries.result() if entries is not None else {}
-        notes = tuple(notes_on(made))
-        executable = KernelExecutable(declared, program, cache, packed, threads, found, notes, plan, calls)
+            machine = DeviceMachine(declared.name, program, target, isa, packed, calls)
+        else:
+            kernels = [Runner(), *[k for k in needed if not k.on_host]] if runs_here(isa) else []
+            with ThreadPoolExecutor(max_workers=1) as pool:  # weights are packed while kernels are compiled
+                entries = pool.submit(cache.entries, kernels) if kernels else None
+                packed = pack_weights(graph, made, weights, threads=threads)
+                found = entries.result() if entries is not None else {}
+            machine = HostMachine(declared.name, program, cache, packed, threads, found, calls)
+        executable = KernelExecutable(declared, program, cache, machine, threads, tuple(notes_on(made)), plan)
         refused = refused_here(isa)
         executable.notes = (*([refused] if refused else []), *cache.notes, *executable.notes)
         return executable

@@ -8,15 +8,19 @@ same for all memories of one form. `treadle.backends.tvm.planning` encodes it fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from treadle.backends.outside_axis import error_of
 from treadle.backends.tvm.lowering.program import STATUS, KernelProgram, KernelStep, ProgramEntry, Routine, RoutineStep
 from treadle.backends.tvm.spaces import (
     HOST,
     Arena,
     Constant,
+    Fixed,
     Held,
     Input,
     MemoryForm,
@@ -26,8 +30,12 @@ from treadle.backends.tvm.spaces import (
     State,
     Status,
 )
+from treadle.ir.errors import BackendError
 from treadle.ir.storage.views import Storage, StorageKind
+from treadle.ir.types import DType
 from treadle.passes.memory.frame_placement import PlacedFrame, place_frames
+
+Array = np.ndarray[Any, Any]
 
 STATUS_WORDS = 4  # in i64; see `program.STATUS`
 
@@ -68,26 +76,35 @@ class PlacedCalls:
     host: str | None
 
 
+def reported_error(words: Array, tellers: Sequence[KernelStep]) -> BackendError:
+    """Return the error of the first kernel that reported one in its status words.
+
+    words    the status words, four for each of `tellers`
+    tellers  the steps that report errors
+    """
+    rows = words[: STATUS_WORDS * len(tellers)].reshape(-1, STATUS_WORDS)
+    first = int(np.flatnonzero(rows[:, 0])[0])
+    return error_of(rows[first].tolist()).located(tellers[first].node, tellers[first].kernel.title)
+
+
 class FixedSpaces:
     """The spaces of a program's weights and constants. Equal constants have one space.
 
-    constants  the constants: a storage with a literal for each number
+    constants  dtype and bytes of each constant, by number
     """
 
     def __init__(self, program: KernelProgram) -> None:
-        self.constants: list[Storage] = []
         self._constants: dict[Storage, Constant] = {}
-        numbers: dict[tuple[str, bytes], int] = {}
+        numbers: dict[tuple[DType, bytes], int] = {}
         for routine in program.routines:
             for step in routine.steps:
                 for storage in [view.storage for view in step.views if view.storage.kind is StorageKind.CONSTANT]:
                     assert storage.literal is not None
-                    number = numbers.setdefault((storage.dtype.name, storage.literal.data), len(numbers))
+                    number = numbers.setdefault((storage.dtype, storage.literal.data), len(numbers))
                     self._constants[storage] = Constant(number)
-                    if number == len(self.constants):
-                        self.constants.append(storage)
+        self.constants = list(numbers)
 
-    def of(self, entry: ProgramEntry) -> dict[Storage, Held | Constant]:
+    def of(self, entry: ProgramEntry) -> dict[Storage, Fixed]:
         """Return the space of each weight of an entry and of each constant."""
         return {**self._constants, **{storage: Held(name) for name, storage in entry.weights.items()}}
 
@@ -95,7 +112,7 @@ class FixedSpaces:
 def place_calls(
     entry: ProgramEntry,
     sizes: Mapping[str, int],
-    fixed: Mapping[Storage, Held | Constant],
+    fixed: Mapping[Storage, Fixed],
     form: MemoryForm = HOST,
 ) -> PlacedCalls:
     """Return the kernel calls of an entry.
@@ -140,7 +157,7 @@ class _Placing:
         self,
         entry: ProgramEntry,
         sizes: Mapping[str, int],
-        fixed: Mapping[Storage, Held | Constant],
+        fixed: Mapping[Storage, Fixed],
         form: MemoryForm,
     ) -> None:
         self.entry, self.sizes, self.form = entry, sizes, form

@@ -23,7 +23,7 @@ from treadle.backends.tvm.kernels.kernel import Kernel
 from treadle.backends.tvm.kernels.runner import RECORD
 from treadle.backends.tvm.lowering.program import KernelStep
 from treadle.backends.tvm.placed_calls import STATUS_WORDS, Freed, PlacedCalls
-from treadle.backends.tvm.spaces import Arena, Constant, Held, Input, Moving, Output, Pointer, State, Status
+from treadle.backends.tvm.spaces import Arena, Constant, Fixed, Held, Input, Moving, Output, Pointer, State, Status
 from treadle.ir.sizing.sizes import product
 
 Array = np.ndarray[Any, Any]
@@ -108,7 +108,7 @@ class HostEncoder:
         sizes: Mapping[str, int],
         threads: int,
         entries: Mapping[Kernel, Entry],
-        addresses: Callable[[Held | Constant], int],
+        addresses: Callable[[Fixed], int],
     ) -> None:
         self.sizes, self.threads, self.entries, self._address = sizes, threads, entries, addresses
         self.records: list[tuple[Entry, int, int]] = []

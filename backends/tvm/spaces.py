@@ -62,7 +62,10 @@ class Constant:
 Moving = Arena | Input | Output | State
 """The spaces whose addresses are known only when a call begins."""
 
-Space = Moving | Status | Held | Constant
+Fixed = Held | Constant
+"""The spaces of the values that an executable holds."""
+
+Space = Moving | Status | Fixed
 
 
 class Pointer(NamedTuple):
@@ -93,6 +96,10 @@ class MemoryForm:
     def element(self, dtype: DType) -> int:
         """Return the bytes of an element."""
         return 4 if self.narrow and dtype is i64 else dtype.bytes
+
+    def size(self, nbytes: int) -> int:
+        """Return the bytes of a space with this content: a multiple of the alignment, and not 0."""
+        return max(1, -(-nbytes // self.alignment)) * self.alignment
 
     def nbytes(self, storage: Storage) -> Size:
         """Return the bytes of a storage."""

@@ -16,7 +16,7 @@ import numpy as np
 
 import treadle
 from tests.op_checks import TESTED, refusal
-from tests.support.gpu_emulator.models import emulated, runner_of
+from tests.support.gpu_emulator.emulator_runtime import emulated, runtime_of
 from tests.test_op_suite import Held, assert_within, forwards, samples_of
 from treadle.backends.tvm.kernels.devices.group_emitter import LackingWord
 
@@ -28,12 +28,12 @@ def check(held: Held) -> list[str]:
     """
     exe = emulated(treadle.compile(held.graph, backend="tvm", target="cuda"))
     for seed, blocks in ((1, 1), (2, 3)):
-        runner_of(exe).seed, runner_of(exe).blocks = seed, blocks
+        runtime_of(exe).seed, runtime_of(exe).blocks = seed, blocks
         made = exe(**held.inputs)
         for output, wanted in held.wanted.items():
             assert made[output].dtype == (held.graph.main.outputs[output].type.dtype.numpy or np.float32), output
             assert_within(made[output], wanted, output)
-    return [kernel.kernel.why_slow for kernel in runner_of(exe).kernels.values() if kernel.kernel.why_slow]
+    return list(runtime_of(exe).slow.values())
 
 
 def cases(name: str, *, dtypes: bool) -> list[Held]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.backend_checks import graph_of
-from tests.support.gpu_emulator.models import EmulatorRunner, emulated, runner_of
+from tests.support.gpu_emulator.emulator_runtime import EmulatorRuntime, emulated, runtime_of
 from treadle.entry_functions import compile
 from treadle.ir.analysis.drawn_inputs import draw_inputs
 from treadle.ir.attention.attention_terms import Causal
@@ -67,6 +67,6 @@ def build(name: str, target: str = "cuda") -> tuple[Any, Mapping[str, Array], Ma
 program = cache(build)
 
 
-def runs(name: str) -> tuple[EmulatorRunner, Callable[[], Mapping[str, Array]]]:
+def runs(name: str) -> tuple[EmulatorRuntime, Callable[[], Mapping[str, Array]]]:
     exe, inputs, _ = program(name)
-    return runner_of(exe), lambda: exe(**inputs)
+    return runtime_of(exe), lambda: exe(**inputs)

@@ -36,6 +36,7 @@ from treadle.backends.tvm.kernels.devices.statements import (
     When,
     lane_of,
 )
+from treadle.backends.tvm.kernels.devices.task_counts import count_tasks
 from treadle.backends.tvm.kernels.devices.values import (
     INDEX,
     LANE,
@@ -51,6 +52,9 @@ from treadle.ir.builder import describe_source
 from treadle.ir.errors import BackendError
 from treadle.ir.graph import Node as GraphNode
 from treadle.ir.types import DTYPES, DType, bf16, boolean, f16
+
+_UNKNOWN_TASKS = 1024
+"""Number of blocks of a kernel whose number of tasks depends on the content of memory."""
 
 _TVM = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "uint16"}
 
@@ -106,6 +110,14 @@ class GroupKernel:
     def shared_bytes(self) -> int:
         """Bytes of shared memory of a block."""
         return sum(-(-memory.cells * memory.dtype.bytes // 16) * 16 for memory in self.shared)
+
+    def blocks(self, sizes: Sequence[int]) -> int:
+        """Return the number of thread blocks of a launch with these sizes: one for each task of a group, at most as
+        many as the device allows. Any number computes the same.
+        """
+        tasks = count_tasks(self.body, dict(zip(self.sizes, sizes, strict=True)))
+        blocks = _UNKNOWN_TASKS if tasks is None else -(-tasks // self.device.tasks)
+        return max(1, min(blocks, self.device.limits.groups))
 
 
 def write_kernel(kernel: Kernel, device: Device, name: str) -> GroupKernel:

@@ -1,0 +1,71 @@
+"""The number of tasks of a kernel for threads, computed on the host from the sizes of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from treadle.backends.tvm.kernels.devices.statements import Let, Loop, Statement, When
+from treadle.backends.tvm.kernels.devices.values import ThreadNode
+
+_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a // b if b else 0,  # a branch that is not taken may divide by 0
+    "%": lambda a, b: a % b if b else 0,
+    "min": min,
+    "max": max,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "&&": lambda a, b: a and b,
+    "||": lambda a, b: a or b,
+}
+
+
+def count_tasks(body: list[Statement], sizes: Mapping[str, int]) -> int | None:
+    """Return the largest number of tasks of the loops over tasks.
+
+    sizes  the sizes of the launch, by the names of the kernel's arguments
+
+    Return None if a number depends on the content of memory.
+    """
+    known, most = dict(sizes), 0
+    for statement in body:
+        match statement:
+            case Let(variable, value):
+                result = _evaluate(value, known)
+                if result is not None:
+                    known[str(variable.data)] = result
+            case Loop(_, count, inner, _, tasks):
+                found = _evaluate(count, known) if tasks else count_tasks(inner, known)
+                if found is None:
+                    return None
+                most = max(most, found)
+            case When(_, inner):
+                found = count_tasks(inner, known)
+                if found is None:
+                    return None
+                most = max(most, found)
+    return most
+
+
+def _evaluate(node: ThreadNode, known: Mapping[str, int]) -> int | None:
+    """Return the value of an expression of sizes, or None."""
+    match node.op:
+        case "const":
+            return int(node.data)
+        case "variable":
+            return known.get(node.data)
+        case "cast":
+            return _evaluate(node.args[0], known) if node.type in ("i32", "i64") else None
+        case "select":
+            condition = _evaluate(node.args[0], known)
+            return None if condition is None else _evaluate(node.args[1 if condition else 2], known)
+    if node.op not in _OPERATIONS:
+        return None
+    a, b = (_evaluate(arg, known) for arg in node.args)
+    return None if a is None or b is None else int(_OPERATIONS[node.op](a, b))
