@@ -27,11 +27,11 @@ METAL = DEVICES["metal"]
 @needs_compiler
 def test_a_program_gives_the_interpreters_results() -> None:
     """`python -m tests.fuzz.device_models --target metal` runs whole models."""
-    from tests.support.gpu_emulator.models import runner_of
+    from tests.support.gpu_emulator.emulator_runtime import runtime_of
     from tests.support.gpu_emulator.programs import build
 
     exe, inputs, wanted = build("rotary", "metal")
-    for runner_of(exe).seed, runner_of(exe).blocks in ((1, 1), (2, 3)):
+    for runtime_of(exe).seed, runtime_of(exe).blocks in ((1, 1), (2, 3)):
         for output, made in exe(**inputs).items():
             np.testing.assert_allclose(made, wanted[output], rtol=0, atol=1e-5)
 
@@ -46,7 +46,7 @@ def test_numbers_are_one_structure_after_the_buffers() -> None:
 
 @needs_compiler
 def test_a_64_bit_integer_is_exchanged_in_two_halves() -> None:
-    from tests.support.gpu_emulator.models import emulated
+    from tests.support.gpu_emulator.emulator_runtime import emulated
 
     graph = graph_of(lambda b: b.reduce_max(b.input("x", "i64[B, 70]"), axes=(-1,)))
     x = np.random.default_rng(0).integers(-(2**62), 2**62, (5, 70))
