@@ -44,7 +44,7 @@ _MIB = 1 << 20
 LIMITS: dict[str, DeviceLimits] = {
     "cuda": DeviceLimits("cuda", matrix_unit=True, groups=2**31 - 1),
     "opencl": DeviceLimits("opencl", subgroups=False, shared=32 * 1024, groups=2**31 - 1),
-    "metal": DeviceLimits("metal", shared=32 * 1024, lacks=frozenset({"f64"})),
+    "metal": DeviceLimits("metal", shared=32 * 1024, lacks=frozenset({"f64"}), buffers=30),
     "webgpu": DeviceLimits(
         "wgsl",
         shared=16 * 1024,
@@ -57,5 +57,6 @@ LIMITS: dict[str, DeviceLimits] = {
     ),
 }
 """The least that devices of each kind support. Shared memory of CUDA is what a kernel may declare without asking for
-more. Limits of WebGPU are the defaults of its specification; local memory of OpenCL is what the full profile requires.
+more. A kernel of Metal has 31 buffers, of which one has its numbers. Limits of WebGPU are the defaults of its
+specification; local memory of OpenCL is what the full profile requires.
 """

@@ -25,7 +25,7 @@ class Hardware:
 
     name           the name by which targets and plans refer to it
     kind           `cpu` for this machine's CPU, `isa` for CPUs with an instruction set, `cuda` for NVIDIA GPUs,
-                   `opencl` and `webgpu` for devices of these interfaces
+                   `opencl`, `webgpu` and `metal` for devices of these interfaces
     description    a description in one line
     bandwidth      bytes of memory per second
     rates          operations per second by number format: f32, tf32, bf16, f16, fp8, int8; formats that the device's
@@ -123,6 +123,7 @@ _ROWS = (
     Hardware("cuda", "cuda", "an NVIDIA GPU of this machine: cuda, or cuda:1", 2e12, MappingProxyType({"f32": 60e12})),
     _device("opencl", "an OpenCL device of this machine"),
     _device("webgpu", "a GPU of this machine through WebGPU: Vulkan, Direct3D 12 or Metal"),
+    _device("metal", "an Apple GPU: kernels as text, which is not launched yet"),
     _cpu("x86-64-amx", "isa", "an Intel CPU with AVX-512 and AMX", 150e9, 16e9),
     _cpu("x86-64-v4-bf16", "isa", "a CPU with AVX-512 and its products of bf16 pairs", 100e9, 20e9),
     _cpu("x86-64-v4", "isa", "a CPU with AVX-512", 100e9, 20e9),

@@ -55,7 +55,8 @@ def test_launches_on_offsets_of_buffers(runtime: OpenclRuntime) -> None:
     before, nbytes = memory.used, {Input("x"): NBYTES, Arena(): 256 + NBYTES + 4 * WIDE, Output("y"): NBYTES}
     buffers: dict[Any, Any] = {space: memory.allocate(size) for space, size in nbytes.items()}
     kernel = device_kernel(Softmax(False, "f32"), runtime.device, "softmax")
-    prepared = runtime.load({"softmax": kernel}).prepare(launches, buffers)
+    prepared = runtime.load({"softmax": kernel, "never": kernel}).prepare(launches, buffers)
+    assert runtime.program("another", kernel) is runtime.program("softmax", kernel)
     rng = np.random.default_rng(0)
     for _ in range(3):
         x = rng.standard_normal((ROWS, WIDE)).astype(np.float32)
@@ -118,7 +119,7 @@ def test_a_kernel_that_does_not_build_is_reported_with_the_compilers_message(run
 
     kernel = device_kernel(Softmax(False, "f32"), runtime.device, "softmax")
     with raises_freely(BackendError, match=r"(?s)OpenCL does not build the kernel damaged for .*undeclared") as caught:
-        runtime.load({"damaged": Damaged(kernel.group_kernel)})
+        runtime.load({"damaged": Damaged(kernel.group_kernel)}).prepare([Launch("damaged", 1, (), ())], {})
     assert isinstance(caught.value.__cause__, cl.Error)
 
 

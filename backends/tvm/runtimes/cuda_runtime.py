@@ -330,19 +330,40 @@ class CudaLaunches:
         return made
 
 
-class CudaKernels:
-    """Kernels in modules of the driver. See `treadle.backends.tvm.runtimes.runtime.LoadedKernels`."""
+class _Module:
+    """A kernel that the driver has loaded. It is unloaded when the last reference to it is gone."""
 
-    def __init__(self, runtime: CudaRuntime, modules: Mapping[str, int], kernels: Mapping[str, DeviceKernel]) -> None:
-        self._runtime, self._functions = runtime, {}
-        for name, module in modules.items():
-            weakref.finalize(self, runtime.driver.release, "cuModuleUnload", module, runtime.context).atexit = False
-            function = runtime.driver.handle("cuModuleGetFunction", module, kernels[name].group_kernel.name.encode())
-            self._functions[name] = function, kernels[name]
+    def __init__(self, runtime: CudaRuntime, name: str, kernel: DeviceKernel, data: bytes) -> None:
+        driver, module = runtime.driver, ctypes.c_void_p()
+        number = driver.result("cuModuleLoadData", ctypes.byref(module), data)
+        if number:
+            raise BackendError(
+                f"NVIDIA's driver does not load the kernel {name}",
+                received=f"{driver.describe(number)}; the driver supports CUDA {driver.version}",
+                hint="a newer driver of NVIDIA's" if number in _DRIVER_IS_OLDER else None,
+            )
+        weakref.finalize(self, driver.release, "cuModuleUnload", module.value or 0, runtime.context).atexit = False
+        self.function = driver.handle("cuModuleGetFunction", module, kernel.group_kernel.name.encode())
+
+
+class CudaKernels:
+    """Kernels, which are compiled when they are first launched. See
+    `treadle.backends.tvm.runtimes.runtime.LoadedKernels`.
+    """
+
+    def __init__(self, runtime: CudaRuntime, kernels: Mapping[str, DeviceKernel]) -> None:
+        self._runtime, self._kernels = runtime, kernels
+        self._modules: dict[str, _Module] = {}
 
     def prepare(self, launches: Sequence[Launch], buffers: Mapping[Space, DeviceBuffer]) -> CudaLaunches:
-        made = [_BoundLaunch(*self._functions[launch.kernel], launch, buffers) for launch in launches]
-        return CudaLaunches(self._runtime, made, (self, dict(buffers)))
+        names = dict.fromkeys(launch.kernel for launch in launches)
+        absent = {name: self._kernels[name] for name in names if name not in self._modules}
+        self._modules |= self._runtime.modules(absent)
+        made = [
+            _BoundLaunch(self._modules[launch.kernel].function, self._kernels[launch.kernel], launch, buffers)
+            for launch in launches
+        ]
+        return CudaLaunches(self._runtime, made, (dict(self._modules), dict(buffers)))
 
 
 class CudaRuntime:
@@ -383,25 +404,30 @@ class CudaRuntime:
         self.stream = driver.handle("cuStreamCreate", _NON_BLOCKING)
         self.memory = CudaMemory(driver, self.context, self.stream)
         self._compiler = compiler or image
+        self._modules: weakref.WeakValueDictionary[str, _Module] = weakref.WeakValueDictionary()  # by text
 
     def load(self, kernels: Mapping[str, DeviceKernel]) -> CudaKernels:
-        """See `Runtime`. Kernels are compiled to machine code, or else to PTX, which the driver compiles."""
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            images = list(pool.map(lambda kernel: self._compiler(kernel.text, self.capability), kernels.values()))
-        self.driver.call("cuCtxSetCurrent", self.context)
-        modules = {name: self._module(name, data) for name, data in zip(kernels, images, strict=True)}
-        return CudaKernels(self, modules, kernels)
+        """See `Runtime`. `prepare` compiles kernels, and raises the errors of the compiler and the driver."""
+        return CudaKernels(self, kernels)
 
-    def _module(self, name: str, data: bytes) -> int:
-        module = ctypes.c_void_p()
-        number = self.driver.result("cuModuleLoadData", ctypes.byref(module), data)
-        if number:
-            raise BackendError(
-                f"NVIDIA's driver does not load the kernel {name}",
-                received=f"{self.driver.describe(number)}; the driver supports CUDA {self.driver.version}",
-                hint="a newer driver of NVIDIA's" if number in _DRIVER_IS_OLDER else None,
-            )
-        return module.value or 0
+    def modules(self, kernels: Mapping[str, DeviceKernel]) -> dict[str, _Module]:
+        """Compile and load kernels. Kernels with the same text are loaded once."""
+        absent = {kernel.text: (name, kernel) for name, kernel in kernels.items() if kernel.text not in self._modules}
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            images = list(pool.map(self._compiled, absent, absent.values()))
+        self.driver.call("cuCtxSetCurrent", self.context)
+        made = {
+            text: _Module(self, *each, data) for (text, each), data in zip(absent.items(), images, strict=True)
+        }
+        self._modules.update(made)
+        return {name: self._modules[kernel.text] for name, kernel in kernels.items()}
+
+    def _compiled(self, text: str, named: tuple[str, DeviceKernel]) -> bytes:
+        try:
+            return self._compiler(text, self.capability)
+        except BackendError as error:
+            error.within = f"the kernel {named[0]}"
+            raise
 
     def __repr__(self) -> str:
         return f"<{self.name}, compute capability {self.capability[0]}.{self.capability[1]}>"

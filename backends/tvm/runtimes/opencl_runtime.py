@@ -95,6 +95,7 @@ class OpenclRuntime:
             LIMITS["opencl"],
             shared=int(device.local_mem_size),
             largest=self.largest,
+            allocation=self.largest,
             lacks=frozenset() if int(device.double_fp_config) else frozenset({"f64"}),
         )
         is_cpu = bool(device.type & cl.device_type.CPU)
@@ -106,21 +107,19 @@ class OpenclRuntime:
         with self.errors("open the device"):
             self.context = cl.Context([device])
             self.queue = cl.CommandQueue(self.context, device)
+        self._programs: weakref.WeakValueDictionary[str, _Program] = weakref.WeakValueDictionary()  # by text
         self.memory = OpenclMemory(self)
 
     def load(self, kernels: Mapping[str, DeviceKernel]) -> OpenclKernels:
-        """See `Runtime`."""
-        return OpenclKernels(self, {name: (self._program(name, kernel), kernel) for name, kernel in kernels.items()})
+        """See `Runtime`. `prepare` builds kernels, and raises the errors of the compiler."""
+        return OpenclKernels(self, kernels)
 
-    def _program(self, name: str, kernel: DeviceKernel) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of compilers
-                return self.cl.Program(self.context, kernel.text).build(self.options)
-        except self.cl.Error as error:
-            raise BackendError(
-                f"OpenCL does not build the kernel {name} for {self.name}", received=str(error)[:_MESSAGE]
-            ) from error
+    def program(self, name: str, kernel: DeviceKernel) -> _Program:
+        """Return a kernel's program. Kernels with the same text are built once."""
+        made = self._programs.get(kernel.text)
+        if made is None:
+            made = self._programs[kernel.text] = _Program(self, name, kernel.text)
+        return made
 
     @contextmanager
     def errors(self, action: str) -> Iterator[None]:
@@ -217,27 +216,46 @@ class OpenclMemory:
         self._pending.clear()
 
 
-class OpenclKernels:
-    """Programs of kernels. See `treadle.backends.tvm.runtimes.runtime.LoadedKernels`."""
+class _Program:
+    """A kernel's text that the device's compiler has compiled."""
 
-    def __init__(self, runtime: OpenclRuntime, programs: Mapping[str, tuple[Any, DeviceKernel]]) -> None:
-        self._runtime, self._programs = runtime, programs
+    def __init__(self, runtime: OpenclRuntime, name: str, text: str) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of compilers
+                self.built = runtime.cl.Program(runtime.context, text).build(runtime.options)
+        except runtime.cl.Error as error:
+            raise BackendError(
+                f"OpenCL does not build the kernel {name} for {runtime.name}", received=str(error)[:_MESSAGE]
+            ) from error
+
+
+class OpenclKernels:
+    """Kernels, which are built when they are first launched. See
+    `treadle.backends.tvm.runtimes.runtime.LoadedKernels`.
+    """
+
+    def __init__(self, runtime: OpenclRuntime, kernels: Mapping[str, DeviceKernel]) -> None:
+        self._runtime, self._kernels = runtime, kernels
+        self._programs: dict[str, _Program] = {}
 
     def prepare(self, launches: Sequence[Launch], buffers: Mapping[Space, DeviceBuffer]) -> OpenclLaunches:
+        for name in dict.fromkeys(launch.kernel for launch in launches):
+            if name not in self._programs:
+                self._programs[name] = self._runtime.program(name, self._kernels[name])
         with self._runtime.errors("set the arguments of a kernel"):
             made = [self._bound(launch, buffers) for launch in launches]
         return OpenclLaunches(self._runtime, made)
 
     def _bound(self, launch: Launch, buffers: Mapping[Space, DeviceBuffer]) -> tuple[Any, tuple[int], tuple[int]]:
         """Return a kernel with its arguments, and the numbers of threads of all blocks and of one."""
-        program, kernel = self._programs[launch.kernel]
-        written = kernel.group_kernel
+        written = self._kernels[launch.kernel].group_kernel
         arguments: list[Any] = []
         for memory, argument in zip(written.pointers, launch.arguments, strict=True):
             begin, rest = divmod(argument.begin, memory.dtype.bytes)
             assert not rest, (launch, memory.dtype)
             arguments += [buffers[argument.space].handle, np.int64(begin + argument.at)]
-        bound = self._runtime.cl.Kernel(program, written.name)
+        bound = self._runtime.cl.Kernel(self._programs[launch.kernel].built, written.name)
         bound.set_args(*arguments, *map(np.int64, launch.sizes))
         threads = written.device.threads
         return bound, (launch.blocks * threads,), (threads,)

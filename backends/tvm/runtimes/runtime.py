@@ -69,7 +69,7 @@ class Runtime(Protocol):
 Opened = Callable[[Target], Runtime]
 """A function that opens the device of a target. It raises BackendError, with what to install, if there is none."""
 
-_MODULES = {"cuda": "cuda_runtime", "opencl": "opencl_runtime", "webgpu": "wgpu_runtime"}
+_MODULES = {kind: f"{kind}_runtime" for kind in ("cuda", "metal", "opencl")} | {"webgpu": "wgpu_runtime"}
 """The modules of our runtimes, which are imported when they are needed. Each has a function `open_runtime`."""
 _RUNTIMES: dict[str, Opened] = {}
 _OPEN: dict[Target, Runtime] = {}

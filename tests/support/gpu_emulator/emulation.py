@@ -20,8 +20,10 @@ import numpy as np
 from treadle.backends.tvm.kernels.cpu_features import cpu_flags
 from treadle.backends.tvm.kernels.devices.device_kernels import DeviceKernel, lane_functions_text
 from treadle.backends.tvm.kernels.devices.kernel_text import stored_type
+from treadle.backends.tvm.kernels.devices.preludes import PRELUDES
 
 HERE = Path(__file__).parent
+FILES = ("emulator.h", "emulator.cpp", "checked_memory.h", "metal_stdlib")
 Array = np.ndarray[Any, Any]
 
 
@@ -53,16 +55,28 @@ class EmulatedKernel:
 
     @property
     def source(self) -> str:
-        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it."""
-        written, given = self.kernel.group_kernel, []
+        """The whole translation unit: the emulator's names, lane functions, the kernel, and a function to launch it.
+
+        Of Metal, only buffers and registers are replaced, so that accesses are checked; the rest of the text is the
+        device's own. `metal_stdlib` defines its names.
+        """
+        written = self.kernel.group_kernel
+        buffers = []
         for n, memory in enumerate(written.pointers):
             const = "" if memory.is_written else "const "
-            given.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
-            given.append(f"a->numbers[{n}]")
-        count = len(written.pointers)
-        given += [f"a->numbers[{count + n}]" for n in range(len(written.sizes))]
+            buffers.append(f'emulator::global<{const}{stored_type(memory)}>(a->buffers[{n}], "{memory.name}")')
+        numbers = [f"a->numbers[{n}]" for n in range(len(written.numbers))]
+        count = len(buffers)
+        if written.device.limits.language == "metal":
+            start = f'{PRELUDES["metal"]}\n#include "checked_memory.h"\n{lane_functions_text(written, "metal")}'
+            given = [*buffers, f"{written.name}_numbers{{{', '.join(numbers)}}}"]
+            given += [f"(unsigned)emulator::{name}" for name in ("block", "blocks", "thread")]
+        else:
+            start = lane_functions_text(written, "c")
+            pairs = zip(buffers, numbers[:count], strict=True)
+            given = [*(each for pair in pairs for each in pair), *numbers[count:]]
         return f"""#include "emulator.h"
-{lane_functions_text(written, "c")}
+{start}
 #line 1 "{written.name}"
 {self.text}
 namespace emulator {{ const char* launch(void (*)(void*), void*, Index, int, unsigned); }}
@@ -98,6 +112,7 @@ extern "C" const char* run(const emulator::Buffer* buffers, const long long* num
 
 def build(kernels: Sequence[EmulatedKernel]) -> None:
     """Compile several kernels at once."""
+    _runtime()  # once, before several threads need it
     with ThreadPoolExecutor(max_workers=2) as pool:
         list(pool.map(lambda kernel: _library(kernel.source), kernels))
 
@@ -128,8 +143,9 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
 
 @cache
 def _library(source: str) -> Any:
-    content = source + "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cpp"))
-    path = _folder() / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.so"  # dlopen reuses a library by its path
+    path = (
+        _folder() / f"{hashlib.sha256((source + _emulator()).encode()).hexdigest()[:24]}.so"
+    )  # dlopen reuses a library by its path
     if not path.exists():
         unit, part = path.with_suffix(".cpp"), path.with_suffix(f".{os.getpid()}.part")
         unit.write_text(source)
@@ -141,10 +157,15 @@ def _library(source: str) -> Any:
 
 
 @cache
+def _emulator() -> str:
+    """Return the text of the emulator, on which every compiled kernel depends."""
+    return "".join((HERE / name).read_text() for name in FILES)
+
+
+@cache
 def _runtime() -> Path:
     """Return the object file of the scheduler."""
-    text = "".join((HERE / name).read_text() for name in ("emulator.h", "emulator.cpp"))
-    path = _folder() / f"runtime-{hashlib.sha256(text.encode()).hexdigest()[:24]}.o"
+    path = _folder() / f"runtime-{hashlib.sha256(_emulator().encode()).hexdigest()[:24]}.o"
     if not path.exists():
         part = path.with_suffix(f".{os.getpid()}.part")
         _compile([str(HERE / "emulator.cpp"), "-c", "-o", str(part)])

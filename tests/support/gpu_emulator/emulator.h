@@ -73,16 +73,11 @@ inline Index checked_division(Index x, Index y, const char* what) {
 }  // namespace emulator
 
 #define TREADLE_KERNEL(n) static void
-#define TREADLE_GLOBAL(T) emulator::Array<T>
-#define TREADLE_SHARED(T, x, n) emulator::Array<T> x = {(T*)emulator::shared(sizeof(T) * (n)), n, #x}
-#define TREADLE_PRIVATE(T, x, n) emulator::Private<T, n> x(#x)
 #define TREADLE_CONSTANT static const
-#define TREADLE_WIDE(T, x, i) (x).wide<T>(i)
 #define TREADLE_BLOCK emulator::block
 #define TREADLE_BLOCKS emulator::blocks
 #define TREADLE_THREAD emulator::thread
 #define TREADLE_SHUFFLE(v, t) emulator::shuffled(v, t, __LINE__)
 #define TREADLE_BARRIER emulator::barrier(__LINE__)
-#define TREADLE_DIVIDE(x, y) emulator::checked_division(x, y, "division of a negative index")
-#define TREADLE_MODULO(x, y) ((x) - emulator::checked_division(x, y, "remainder of a negative index") * (y))
 #define TREADLE_UNROLL
+#include "checked_memory.h"

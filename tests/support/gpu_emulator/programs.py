@@ -56,11 +56,11 @@ PROGRAMS: Mapping[str, Callable[[Builder, Expr], Expr]] = {
 SIZES = {"B": 5, "S": 37}
 
 
-def build(name: str) -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
+def build(name: str, target: str = "cuda") -> tuple[Any, Mapping[str, Array], Mapping[str, Array]]:
     """Return a program compiled for the emulator, its inputs, and its results as the interpreter computes them."""
     graph = graph_of(lambda b: PROGRAMS[name](b, b.input("x", "f32[B, 70]")))
     inputs = draw_inputs(graph, {s: n for s, n in SIZES.items() if s in graph.symbols}, [0])
-    exe = emulated(compile(graph, backend="tvm", target="cuda"))
+    exe = emulated(compile(graph, backend="tvm", target=target))
     return exe, inputs, interpret(graph, inputs)
 
 

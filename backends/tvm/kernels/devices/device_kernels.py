@@ -14,7 +14,8 @@ from treadle.backends.tvm.kernels.arithmetic.c_text import prelude
 from treadle.backends.tvm.kernels.arithmetic.wgsl_text import PRELUDE
 from treadle.backends.tvm.kernels.devices.device import Device
 from treadle.backends.tvm.kernels.devices.group_emitter import GroupKernel, LackingWord, write_kernel
-from treadle.backends.tvm.kernels.devices.kernel_text import body_text
+from treadle.backends.tvm.kernels.devices.kernel_text import KernelPrinter
+from treadle.backends.tvm.kernels.devices.metal_kernel_text import MetalPrinter
 from treadle.backends.tvm.kernels.devices.preludes import PRELUDES, functions
 from treadle.backends.tvm.kernels.devices.wgsl_kernel_text import Sharing, wgsl_text
 from treadle.backends.tvm.kernels.kernel import Kernel
@@ -37,12 +38,11 @@ class DeviceKernel:
 
     @cached_property
     def body(self) -> str:
-        """The kernel's own text."""
-        return (
-            wgsl_text(self.group_kernel)
-            if self.group_kernel.device.limits.language == "wgsl"
-            else body_text(self.group_kernel)
-        )
+        """The kernel's own text, without the prelude and the lane functions."""
+        language = self.group_kernel.device.limits.language
+        if language == "wgsl":
+            return wgsl_text(self.group_kernel)
+        return (MetalPrinter if language == "metal" else KernelPrinter)(self.group_kernel).text()
 
     @property
     def text(self) -> str:

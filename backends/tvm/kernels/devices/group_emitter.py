@@ -103,6 +103,11 @@ class GroupKernel:
     functions: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def numbers(self) -> list[str]:
+        """The names of the numbers that a launch passes: the offset of each pointer in elements, then the sizes."""
+        return [*(f"{memory.name}_at" for memory in self.pointers), *self.sizes]
+
+    @property
     def shared_bytes(self) -> int:
         """Bytes of shared memory of a block. In WGSL, an element of any type has 4 bytes."""
         wgsl = self.device.limits.language == "wgsl"

@@ -54,11 +54,6 @@ def stored_type(memory: Memory) -> str:
     return "unsigned char" if memory.dtype is boolean else C_TYPES[memory.dtype.name]
 
 
-def body_text(kernel: GroupKernel) -> str:
-    """Return a kernel in the C dialect of its device, without the prelude and the lane functions."""
-    return KernelPrinter(kernel).text()
-
-
 class KernelPrinter:
     """The printer of C dialects.
 
@@ -72,17 +67,20 @@ class KernelPrinter:
         self.tables: dict[tuple[int, ...], str] = {}
 
     def text(self) -> str:
-        kernel, device = self.kernel, self.kernel.device
-        lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in kernel.shared]
-        if device.group > 1:
-            lines.append(f"  const treadle_i64 lane = {self.thread};")
-        lines += self._lines(kernel.body, 1)
-        body = "\n".join(lines)
+        kernel = self.kernel
+        body = "\n".join([*self._first_lines(), *self._lines(kernel.body, 1)])
         tables = [
             f"TREADLE_CONSTANT unsigned char {name}[{len(entries)}] = {{{', '.join(map(str, entries))}}};\n"
             for entries, name in self.tables.items()
         ]
         return f"{''.join(tables)}{self._signature()} {{\n{body}\n}}\n"
+
+    def _first_lines(self) -> list[str]:
+        """Return the lines before the statements: memory of a block, and the number of the thread."""
+        lines = [f"  TREADLE_SHARED({stored_type(m)}, {m.name}, {m.cells});" for m in self.kernel.shared]
+        if self.kernel.device.group > 1:
+            lines.append(f"  const treadle_i64 lane = {self.thread};")
+        return lines
 
     def _signature(self) -> str:
         kernel = self.kernel
@@ -279,5 +277,5 @@ def literal(value: float | int | bool, type: str) -> str:
     if type == "i32" and value == -(2**31):
         return "(-2147483647 - 1)"
     if type == "i64" and not -(2**31) < value < 2**31:
-        return "(-9223372036854775807LL - 1)" if value == -(2**63) else f"({value}LL)"
+        return "(-9223372036854775807 - 1)" if value == -(2**63) else f"({value})"
     return f"({value})" if value < 0 else str(value)
